@@ -1,0 +1,47 @@
+# Everything in two commands: `make demo` and `make test`. docker/setup.sh says what it installs and why.
+# PYTHON=/path/to/python3.12 picks the Python; whatever else is set here stays inside this folder.
+setup := bash docker/setup.sh
+python := .venv/bin/python
+
+.PHONY: help demo test test-full lint env ffcv requirements clean
+.DEFAULT_GOAL := help
+
+help:  ## these lines
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r target text; do printf '%-20s %s\n' "$$target" "$$text"; done
+
+demo: env  ## pretrains on real digits here, evaluates, draws the report
+	@$(python) launch/demo.py
+
+test: env  ## the test suite
+	@$(python) -m pytest
+
+test-full: env  ## the same and the long tests, marked `full`
+	@$(python) -m pytest -m "full or not full"
+
+lint: env  ## ruff, and mypy's type check
+	@$(python) -m ruff check .
+	@$(python) -m mypy
+
+env: .venv/.package .venv/.ffcv  ## installs what is missing, nothing else
+	@if [ -s .venv/.ffcv ]; then echo "Without FFCV, images are read from folders; \`make ffcv\` says why and tries again."; fi
+
+ffcv: .venv/.python  ## tries again to build FFCV, the fast image loader
+	@$(setup) ffcv
+
+requirements: .venv/.python  ## pins docker/requirements*.txt anew from pyproject.toml; UPGRADE=--upgrade takes newer versions
+	@$(setup) pin $(UPGRADE)
+
+clean:  ## removes .venv and every cache of this folder; runs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build ssl_pretrain.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.python: docker/setup.sh docker/requirements.txt docker/requirements-uv.txt
+	@$(setup) python
+	@touch $@
+
+.venv/.package: pyproject.toml .venv/.python
+	@$(setup) package
+	@touch $@
+
+.venv/.ffcv: docker/requirements-ffcv.txt docker/system-packages.txt .venv/.python
+	@$(setup) ffcv

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Installs what the project needs; the Makefile and docker/Dockerfile call it, from anywhere:
+#   python    .venv with uv and everything in docker/requirements.txt, exact versions checked by hash
+#   package   this package itself, editable
+#   ffcv      the system libraries FFCV needs where they are missing, then FFCV, compiled here
+#   pin       writes docker/requirements*.txt anew from pyproject.toml; `pin --upgrade` moves to newer versions
+# Nothing outside the checkout changes, except uv's cache and, as root on Debian or Ubuntu, the system packages.
+# Without FFCV everything works: the images are read from folders.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=.venv
+uv=$venv/bin/uv
+
+say() { printf '%s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# The first Python that is new enough, or $PYTHON and nothing else.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            say "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed, ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 | tail -n 1)." \
+        "Install one, or name one that is here: make PYTHON=/path/to/python3.12"
+}
+
+step_python() {
+    local python quiet=""
+    [ -t 2 ] || quiet=--quiet     # progress only where someone watches
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(find_python)
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "$python has no venv module. On Debian or Ubuntu: apt-get install python3-venv; then run make again"
+        say "Setting up $venv (first run on this checkout): on Linux x86_64 about 4.0 GB to download, 6.7 GB installed, most of it CUDA;" \
+            "under a minute on a fast line, 6 minutes at 100 Mbit/s. Free here: $(df -Pk . | awk 'END { printf "%.0f GB", $4 / 1e6 }')."
+        "$python" -m venv "$venv"
+    fi
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r docker/requirements-uv.txt
+    # build constraints: the one source package among them is built by the pinned setuptools
+    "$uv" pip install $quiet --compile-bytecode --python "$venv/bin/python" --require-hashes --build-constraints docker/requirements.txt -r docker/requirements.txt
+}
+
+step_package() {
+    "$uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
+}
+
+system_packages() { sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d' docker/system-packages.txt | tr '\n' ' ' | sed 's/ $//'; }
+
+python_headers() { "$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))'; }
+
+# What FFCV's own build looks for: both libraries by pkg-config, and headers that the compiler finds.
+system_ready() {
+    command -v pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg || return 1
+    # shellcheck disable=SC2046  # flags are words
+    printf '#include <Python.h>\n#include <opencv2/opencv.hpp>\n#include <turbojpeg.h>\n' |
+        "${CXX:-c++}" -std=c++14 -I "$(python_headers)" $(pkg-config --cflags opencv4 libturbojpeg) -x c++ -E - >/dev/null 2>&1
+}
+
+# The one line that installs the libraries on this system, for someone who may.
+system_line() {
+    if command -v apt-get >/dev/null; then say "sudo apt-get update && sudo apt-get install -y $(system_packages) && make ffcv"
+    elif command -v dnf >/dev/null; then say "sudo dnf install -y pkgconf-pkg-config python3-devel opencv-devel turbojpeg-devel && make ffcv"
+    elif command -v brew >/dev/null; then say "brew install pkg-config opencv jpeg-turbo && make ffcv"
+    else say "install pkg-config and the headers of Python, OpenCV and libturbojpeg, then: make ffcv"
+    fi
+}
+
+# Succeeds if FFCV can be built; otherwise says why not, and leaves the reason in $reason.
+step_system() {
+    system_ready && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "FFCV, the fast image loader, compiles against OpenCV (resizing) and libturbojpeg (JPEG decoding)." \
+            "Installing $(system_packages) with apt-get, as root; at most 240 MB to download, 1 GB installed."
+        # shellcheck disable=SC2046  # packages are words
+        if apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(system_packages) >/dev/null; then
+            system_ready && return
+        fi
+        reason="apt-get did not bring $(system_packages)"
+    else
+        reason="its libraries are missing ($(system_packages))"
+    fi
+    say "FFCV, the fast image loader, is left out: $reason. Images are read from folders. One line to have it:"
+    say "    $(system_line)"
+    return 1
+}
+
+# Writes $venv/.ffcv: empty when FFCV works, else the reason why it does not. Never fails.
+step_ffcv() {
+    local log=$venv/ffcv-build.log reason=""
+    if step_system; then
+        say "Building FFCV (about 25 s) ..."
+        if "$uv" pip install --python "$venv/bin/python" --no-deps --no-build-isolation --require-hashes -r docker/requirements-ffcv.txt >"$log" 2>&1 &&
+            "$venv/bin/python" -c 'import ffcv' >>"$log" 2>&1; then
+            say "FFCV works."
+        else
+            reason="it did not build or import, see $log"
+            tail -n 15 "$log"
+            say "FFCV, the fast image loader, is left out: $reason. Images are read from folders. To try again: make ffcv"
+        fi
+    fi
+    printf '%s' "$reason" >"$venv/.ffcv"
+}
+
+step_pin() {
+    local compile=("$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate "$@") name skip=()
+    "${compile[@]}" pyproject.toml --extra faiss --extra bench --extra dev -o docker/requirements.txt >/dev/null
+    while read -r name; do skip+=(--no-emit-package "$name"); done < <(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' docker/requirements.txt | sort -u)
+    "${compile[@]}" - -c docker/requirements.txt "${skip[@]}" -o docker/requirements-ffcv.txt >/dev/null <<<"$(sed -n 's/^ffcv = \["\([^"]*\)".*/\1/p' pyproject.toml)"
+    "${compile[@]}" - -o docker/requirements-uv.txt >/dev/null <<<"uv"
+}
+
+main() {
+    case "${1:-}" in
+        python | package | ffcv) "step_$1" ;;
+        pin) shift; step_pin "$@" ;;
+        *) fail "usage: docker/setup.sh python | package | ffcv | pin [--upgrade]" ;;
+    esac
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then main "$@"; fi
