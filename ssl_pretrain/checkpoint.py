@@ -1,0 +1,299 @@
+"""Whole or absent: a run's state on disk, resumed bit for bit. Tensors are safetensors, the rest is JSON; never a pickle.
+
+A checkpoint is the folder `<run>/checkpoints/step_00001000/`, written beside as `.writing-...`, fsynced and renamed.
+Its manifest holds the size and SHA-256 of every file, so a damaged one is known by name and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssl_pretrain import distributed
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WRITING = ".writing-"
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every_epochs: float = 5.0
+    keep_last: int = 2
+    keep_every_epochs: float = 0.0  # these are never pruned; 0: none
+    resume: bool = True  # go on from the newest checkpoint of `output`; false refuses an output that has one
+
+
+def due(config: CheckpointConfig, step: int, last_step: int, steps_per_epoch: int) -> bool:
+    """Whether to save after `step` steps: at multiples of every_epochs, and at the end."""
+    return step == last_step or _passed(step, config.every_epochs * steps_per_epoch)
+
+
+def _passed(step: int, interval: float) -> bool:
+    return interval > 0 and step > 0 and int(step / interval) > int((step - 1) / interval)
+
+
+def machine() -> dict[str, Any]:
+    """What must be the same for a resumed run to be bit for bit the one that never stopped."""
+    return {"world_size": distributed.world_size(), "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": _cpu_name()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("ssl_pretrain", "torch", "torchvision", "timm", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+class State:
+    """All that a resumed run needs: the method's tensors, the optimizer's, and the step.
+
+    Args:
+        config: the resolved configuration, as plain values, for the manifest.
+        facts: further entries of the manifest, such as the W&B run id and the part size.
+    """
+
+    def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], facts: dict[str, Any]):
+        self.method, self.optimizer, self.config, self.facts = method, optimizer, config, facts
+
+    def save(self, run: Path, step: int, settings: CheckpointConfig, steps_per_epoch: int) -> None:
+        """Writes `step`, then prunes. Rank 0 writes; all ranks return once it is on disk, or raise what it met.
+
+        Raises:
+            OSError: the disk refused; older checkpoints are untouched and the unfinished one is removed.
+        """
+        problem = None
+        if distributed.is_main():
+            try:
+                self._write(_folder(run) / f"step_{step:08d}", step)
+                _prune(run, settings, steps_per_epoch)
+            except OSError as error:
+                where = f"checkpoint of step {step} could not be written to {_folder(run)}"
+                problem = f"{where}: {error}. Older ones are whole; free space and resume"
+        problem = distributed.broadcast_object(problem)
+        if problem:
+            raise OSError(problem)
+
+    def _write(self, final: Path, step: int) -> None:
+        if final.exists():  # resumed from it, or saved by the same step already
+            return
+        writing = final.with_name(f"{WRITING}{final.name}-{uuid.uuid4().hex[:8]}")
+        writing.mkdir(parents=True)
+        try:
+            save_file({key: value.detach().contiguous() for key, value in self.method.state_dict().items()}, writing / "method.safetensors")
+            save_file(self._optimizer_tensors(), writing / "optimizer.safetensors")
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "evaluated": getattr(self.method, "evaluated", "backbone"),
+                "network": getattr(self.method, "network", "student"),
+                "versions": _versions(),
+                "machine": machine(),
+                **self.facts,
+                "config": self.config,
+                "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(writing.iterdir())},
+            }
+            (writing / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            for path in [*writing.iterdir(), writing]:
+                _fsync(path)
+            os.rename(writing, final)
+            _fsync(final.parent)
+        except BaseException:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}::{key}": value.detach().contiguous()
+            for group in self.optimizer.param_groups
+            for name, parameter in zip(group["names"], group["params"])
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def resume(self, run: Path, settings: CheckpointConfig, compare: Callable[[dict[str, Any]], None]) -> int:
+        """Loads the newest whole checkpoint of `run` and returns its step; 0 where there is none.
+
+        Args:
+            compare: called with the manifest before anything is loaded; raises where the run may not go on.
+
+        Raises:
+            ValueError: there is a checkpoint and resuming is off, or all of them are damaged.
+        """
+        found = checkpoints(run)
+        if not found:
+            return 0
+        if not settings.resume:
+            raise ValueError(f"output: {run} holds {found[-1].name} already and checkpoint.resume is false; give another output, or resume")
+        path = newest(run)
+        manifest, tensors = read(path)
+        compare(manifest)
+        differing = [f"{key} {old!r} then, {machine()[key]!r} now" for key, old in manifest["machine"].items() if machine().get(key) != old]
+        if differing and distributed.is_main():
+            warnings.warn(f"{path.name}: resuming is exact but not bit for bit, as these differ: {'; '.join(differing)}", stacklevel=2)
+        self.method.load_state_dict(tensors, strict=True)
+        for key, value in load_file(path / "optimizer.safetensors").items():
+            name, _, entry = key.rpartition("::")
+            parameter = self._parameter(name)
+            self.optimizer.state[parameter][entry] = value.to(parameter.device)
+        self.facts = {
+            **{key: manifest[key] for key in self.facts if key in manifest},
+            **{k: v for k, v in self.facts.items() if v is not None},
+        }
+        return int(manifest["step"])
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        for group in self.optimizer.param_groups:
+            if name in group["names"]:
+                return group["params"][group["names"].index(name)]
+        raise ValueError(f"the checkpoint's optimizer has a state for {name!r}, which this method does not train")
+
+
+def _folder(run: Path) -> Path:
+    return Path(run) / "checkpoints"
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, whole or not."""
+    return sorted(path for path in _folder(Path(run)).glob("step_*") if path.is_dir())
+
+
+def clean(run: Path) -> None:
+    """Removes what an interrupted save left. For the start of a run, before anything is written."""
+    for path in _folder(run).glob(f"{WRITING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def newest(run: str | Path) -> Path:
+    """The newest whole checkpoint; a damaged one is named in a warning and passed over.
+
+    Raises:
+        ValueError: the run has none, or none that is whole.
+    """
+    found = checkpoints(run)
+    if not found:
+        raise ValueError(
+            f"{run}: no checkpoint there (looked for {_folder(Path(run)) / 'step_*'}); give the folder of a run that has saved one"
+        )
+    problems = []
+    for path in reversed(found):
+        try:
+            verify(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}; using {path.name} instead", stacklevel=2)
+        return path
+    raise ValueError(
+        f"{run}: none of its {len(found)} checkpoints is whole: {'; '.join(problems)}. Nothing was loaded; restore one or give a new output"
+    )
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint, once every file has the size and SHA-256 it says.
+
+    Raises:
+        ValueError: names the file that is missing, truncated or changed.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path.name}/{MANIFEST} cannot be read ({type(error).__name__})") from None
+    for name, expected in files.items():
+        file = path / name
+        size = file.stat().st_size if file.exists() else -1
+        if size < 0:
+            raise ValueError(f"{path.name}/{name} is missing")
+        if size != expected["bytes"]:
+            raise ValueError(f"{path.name}/{name} is truncated: {size} bytes of {expected['bytes']}")
+        if _sha256(file) != expected["sha256"]:
+            raise ValueError(f"{path.name}/{name} is damaged: its SHA-256 is not the manifest's")
+    return manifest
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(manifest, the method's tensors on CPU) of one checkpoint folder, verified."""
+    manifest = verify(Path(path))
+    return manifest, load_file(Path(path) / "method.safetensors")
+
+
+def evaluated_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(manifest, weights of the network that evaluations judge), names as in a backbone."""
+    manifest, tensors = read(path)
+    prefix = f"{manifest['evaluated']}."
+    return manifest, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def weights_to_start_from(init: str) -> dict[str, Tensor] | None:
+    """The weights that `backbone.init` names: a run folder, a .safetensors file, or a .pth file of tensors alone.
+
+    None for `random` and `timm:<tag>`, which the backbone's constructor knows.
+
+    Raises:
+        ValueError: no such file or run, or a file of another kind.
+    """
+    if init == "random" or init.startswith("timm:"):
+        return None
+    path = Path(init)
+    if path.is_dir():
+        folder = path if (path / MANIFEST).exists() else newest(path)
+        return evaluated_weights(folder)[1]
+    if not path.exists():
+        raise ValueError(f"backbone.init: {init!r} does not exist; give random, timm:<tag>, a weights file or the folder of a run")
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling arbitrary bytes raises anything
+        raise ValueError(
+            f"backbone.init: {init!r} is not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
+    inner = weights.get("state_dict")
+    return inner if isinstance(inner, dict) else weights
+
+
+def _prune(run: Path, settings: CheckpointConfig, steps_per_epoch: int) -> None:
+    for path in checkpoints(run)[: -max(1, settings.keep_last)]:
+        step = int(path.name.removeprefix("step_"))
+        if not _passed(step, settings.keep_every_epochs * steps_per_epoch):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

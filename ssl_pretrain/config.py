@@ -1,0 +1,243 @@
+"""The whole configuration of a run: typed, complete, loud when wrong. After `load` there are only dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from ssl_pretrain import methods, parallel
+from ssl_pretrain.backbones import BackboneConfig
+from ssl_pretrain.checkpoint import CheckpointConfig
+from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.health import HealthConfig
+from ssl_pretrain.log import LogConfig
+from ssl_pretrain.methods.base import MethodConfig
+from ssl_pretrain.online import OnlineConfig
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.views import recipe
+from ssl_pretrain.views.recipe import ViewsConfig
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a configuration: names the file, the key, the value and what is allowed."""
+
+
+@dataclass
+class LaunchConfig:
+    """Where the ranks run, for launch/pretrain.py."""
+
+    cluster: Literal["auto", "local"] = "auto"  # auto: this machine, until SLURM is supported
+    ranks: int = 0  # processes on each machine; 0: one a GPU, or one on CPU
+    hosts: str = ""  # a,b: prints the torchrun line of each host instead of starting anything
+    port: int = 29500  # of the first host, where the ranks of several hosts meet
+
+
+@dataclass
+class EvaluationConfig:
+    """What is evaluated, and how the numbers in the tables are made."""
+
+    at_end: list[str] = field(default_factory=lambda: ["knn", "linear", "report"])  # after launch/pretrain.py's training
+    image_size: int = 0  # of the evaluated images; 0: the first crop's size
+    crop_ratio: float = 0.875  # of the resized image that its centre crop keeps; 1: all
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    k: int = 20  # neighbours
+    temperature: float = 0.07
+
+
+@dataclass
+class RunConfig:
+    """Everything about one pretraining run."""
+
+    method: MethodConfig = field(default_factory=MethodConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    epochs: int = 100
+    global_batch_size: int = 4096  # images an optimizer step, all ranks and parts
+    local_batch_size: int = 0  # images a rank feeds at once; 0: its whole share of the global batch
+    output: str = ""  # the run's folder; empty: runs/<name of the YAML>
+
+
+# What may change when a run goes on: these do not change what is computed ...
+FREE = ("data.root", "data.num_workers", "data.loader", "data.cache_dir", "local_batch_size", "output")
+FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health")
+FREE_PARALLEL = ("parallel.threads", "parallel.deterministic", "parallel.timeout_seconds", "parallel.channels_last")
+# ... and these do, knowingly.
+WARNED = ("epochs",)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a YAML file with `key=value` overrides.
+
+    Raises:
+        ConfigError: names the file, the key, the bad value and the allowed ones.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r}: an override is key=value, such as optim.base_lr=0.3")
+    written = OmegaConf.merge(_read_yaml(Path(path)), OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(written, DictConfig), "a mapping merged with a mapping is one"
+    if not OmegaConf.select(written, "output"):
+        written.output = f"runs/{Path(path).stem}"
+    return _build(written, str(path))
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The configuration that a checkpoint's manifest holds."""
+    return _build(OmegaConf.create(values), "the checkpoint's config")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain values, as in the manifest."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        known = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(
+            f"{path}: no such file. "
+            + (f"There are: {', '.join(known)}" if known else "Give the path of a YAML, such as configs/simclr_digits.yaml")
+        )
+    text = path.read_text()
+    if "${" in text:
+        raise ConfigError(
+            f"{path}: '${{' is not allowed: nothing is interpolated, so that no secret of the environment enters a logged config"
+        )
+    try:
+        written = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{path}: not valid YAML{where}: {getattr(error, 'problem', None) or error}. Write each key once, as 'key: value'"
+        ) from None
+    if not isinstance(written, DictConfig):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, got a {type(written).__name__}")
+    return written
+
+
+def _build(written: DictConfig, source: str) -> RunConfig:
+    schema = OmegaConf.structured(RunConfig)
+    if OmegaConf.select(written, "log.wandb") is False:  # YAML 1.1 reads a plain `off` as false
+        written.log.wandb = "off"
+    name = OmegaConf.select(written, "method.name")
+    if not name:
+        raise ConfigError(f"{source}: method.name is missing; choose one of: {', '.join(methods.names())}")
+    try:
+        schema.method = OmegaConf.structured(methods.find(name).Config)
+        config = OmegaConf.to_object(OmegaConf.merge(schema, written))
+    except ConfigKeyError as error:
+        key = error.full_key or str(error.key)
+        section = key.rpartition(".")[0]
+        allowed = [str(known) for known in (OmegaConf.select(schema, section) if section else schema)]
+        close = get_close_matches(key.rpartition(".")[2], allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{source}: {key}: no such key.{hint} Allowed: {', '.join(allowed)}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    assert isinstance(config, RunConfig), "the schema is RunConfig"
+    return config
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """What no single key shows: refuses a run that would not be what it says.
+
+    Raises:
+        ConfigError: names the keys, their values and the nearest that would do.
+    """
+    try:
+        recipe.check(config.views)
+        group = parallel.group_images(config.parallel, config.global_batch_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.global_batch_size < 1 or config.global_batch_size % world_size:
+        raise ConfigError(_does_not_divide(config.global_batch_size, world_size))
+    share = config.global_batch_size // world_size
+    part = config.local_batch_size or share
+    if part < 1 or share % part:
+        raise ConfigError(
+            f"local_batch_size: {part} does not divide this rank's share of {share} "
+            f"(global_batch_size {config.global_batch_size} / {world_size} ranks)"
+        )
+    if part < share and group > part:
+        raise ConfigError(
+            f"local_batch_size: {part} splits batch norm's groups of {group} images, which cannot be accumulated exactly; "
+            f"set local_batch_size={share}, or parallel.bn_group_images={part}, "
+            f"which departs from the recipe's {config.parallel.bn_group_images}"
+        )
+    if config.epochs <= 0:
+        raise ConfigError(f"epochs: {config.epochs} must be positive")
+    if config.online.knn_every_epochs < 0 or config.log.every_steps < 1:
+        raise ConfigError(
+            f"log.every_steps: {config.log.every_steps} must be at least 1, "
+            f"online.knn_every_epochs: {config.online.knn_every_epochs} at least 0"
+        )
+
+
+def _does_not_divide(batch: int, ranks: int) -> str:
+    below = batch // ranks * ranks
+    near = f"the nearest that do are {below} and {below + ranks}" if below else f"the nearest that does is {ranks}"
+    return f"global_batch_size: {batch} does not divide over {ranks} ranks; {near}"
+
+
+def num_parts(config: RunConfig, world_size: int) -> int:
+    """Parts in which a rank feeds its share of the global batch."""
+    share = config.global_batch_size // world_size
+    return share // (config.local_batch_size or share)
+
+
+def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:
+    """Whether a run saved with configuration `saved` may go on with `config`.
+
+    Paths, workers, logging and part size are free; epochs warn; anything else is refused.
+
+    Raises:
+        ConfigError: lists what differs and the two remedies.
+    """
+    old, new = _flat(saved), _flat(to_dict(config))
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
+    refused = [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in differing if key not in WARNED]
+    if refused:
+        raise ConfigError(
+            f"{path} was made by another configuration: {'; '.join(refused)}. "
+            f"Give a new output, or start a new run from its weights with backbone.init={Path(path).parent.parent}"
+        )
+    for key in differing:
+        warnings.warn(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now: the schedule changes from here on", stacklevel=2)
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE or key in FREE_PARALLEL or key.partition(".")[0] in FREE_SECTIONS
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,220 @@
+"""What is in a data set, and a configuration to start with: `python -m ssl_pretrain.data.inspect /data/photos`."""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ssl_pretrain.data.images import UnreadableImage, header
+from ssl_pretrain.data.sources import DataConfig, Files, Source, open_source
+
+_SAMPLE = 10_000
+_SHOWN = 20  # lines of a long table
+_SIZES = (16, 32, 64, 96, 128, 160, 224)
+
+_EPILOG = """\
+examples:
+  python -m ssl_pretrain.data.inspect /data/imagenet            train/<class>/*, val/<class>/*
+  python -m ssl_pretrain.data.inspect /data/photos              any tree of images, labels or not
+  python -m ssl_pretrain.data.inspect photos.zip --sample 0     a zip, read in place; every image
+  python -m ssl_pretrain.data.inspect train.csv                 lines of path or path,label
+  python -m ssl_pretrain.data.inspect --source digits           the embedded data set
+
+The configuration at the end is a start, not an optimum: each line says why. Save it as YAML and train with
+  torchrun --nproc-per-node 8 -m ssl_pretrain.train my.yaml
+Exit status: 0; 1 if an image that was read is bad; 2 if the data set cannot be opened."""
+
+
+@dataclass
+class Findings:
+    """About the images that were read."""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) as stored
+    modes: Counter[str] = field(default_factory=Counter)  # Pillow's names
+    bad: list[str] = field(default_factory=list)  # file: reason
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(3))  # of pixels in [0, 1], each image weighing the same
+    std: np.ndarray = field(default_factory=lambda: np.ones(3))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ssl_pretrain.data.inspect",
+        description="Counts classes, sizes, pixel formats and bad files of a data set, measures its colours, and suggests a configuration.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("root", nargs="?", default="", help="a folder, a .zip, or a list of files (.txt, .csv); none for the digits")
+    parser.add_argument("--source", default="folder", help="digits, cifar10 or folder (default: folder)")
+    parser.add_argument("--sample", type=int, default=_SAMPLE, help=f"images to read, evenly spaced; 0: all (default: {_SAMPLE})")
+    parser.add_argument("--threads", type=int, default=4, help="that read and decode (default: 4)")
+    parser.add_argument("--all-classes", action="store_true", help=f"list every class, not only {_SHOWN} of them")
+    given = parser.parse_args(arguments)
+    config = DataConfig(source=given.source, root=given.root)
+    try:
+        source = open_source(config, "train")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"training: {source.where}: {_counts(source)}")
+    print(f"validation: {_validation(config)}")
+    print(*_classes(source, given.all_classes), sep="\n")
+    findings = examine(source, given.sample, given.threads)
+    print(*_report(findings, len(source)), sep="\n")
+    if findings.sizes:
+        print("\n" + suggestion(config, source, findings))
+    return 1 if findings.bad else 0
+
+
+def examine(source: Source, sample: int = 0, num_threads: int = 4) -> Findings:
+    """Reads `sample` images (0: all), evenly spaced in the source, and reports progress on stderr."""
+    chosen = np.arange(len(source))
+    if 0 < sample < len(source):
+        chosen = np.linspace(0, len(source) - 1, sample).astype(np.int64)  # evenly through the sorted list, so through the classes
+    findings = Findings()
+    total, total_of_squares = np.zeros(3), np.zeros(3)
+
+    def read(index: int) -> tuple[str, int, int, np.ndarray, np.ndarray] | str:
+        try:
+            pixels = source.read(index)
+            stored = ("RGB", pixels.shape[1], pixels.shape[0])
+            if isinstance(source, Files):
+                stored = header(source.content(index), source.name(index))
+        except UnreadableImage as error:
+            return str(error)
+        values = pixels.reshape(-1, 3).astype(np.float32) / 255
+        return *stored, values.mean(0, dtype=np.float64), np.square(values).mean(0, dtype=np.float64)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        for result in _progress(pool.map(read, chosen.tolist()), len(chosen)):
+            if isinstance(result, str):
+                findings.bad.append(result)
+                continue
+            mode, width, height, mean, mean_of_squares = result
+            findings.modes[mode] += 1
+            findings.sizes.append((width, height))
+            total += mean
+            total_of_squares += mean_of_squares
+    if findings.sizes:
+        findings.mean = total / len(findings.sizes)
+        findings.std = np.sqrt(np.maximum(total_of_squares / len(findings.sizes) - findings.mean**2, 0))
+    return findings
+
+
+def suggestion(config: DataConfig, source: Source, findings: Findings) -> str:
+    """A YAML that `ssl_pretrain.config` loads: SimCLR, with the reason of each choice behind it."""
+    n = len(source)
+    side = int(np.median([min(size) for size in findings.sizes]))
+    size = max([_SIZES[0], *(option for option in _SIZES if option <= 1.15 * side)])
+    size_reason = f"the shorter sides have a median of {side} pixels"
+    if size > side:
+        size_reason += f"; with fewer than {_SIZES[0]} a backbone has nothing to stride over"
+    small = size <= 64
+    batch = min(n, 2 ** int(np.log2(max(n / 4, 1))), 512 if small else 1024)
+    epochs = int(np.clip(round(40e6 / n, -2), 100, 800))
+    if small:
+        backbone, stem, stem_reason = "resnet18", "small", "no stride at the entrance, which small images cannot afford"
+        base_lr, scaling, lr_reason = "1.0", "linear", "SimCLR's for CIFAR-10, as its temperature, weight decay and colours"
+        temperature, weight_decay, strength, hue, blur = "0.5", "0.0001", "0.4", "0.1", "0.0"
+    else:
+        backbone, stem, stem_reason = "resnet50", "imagenet", "SimCLR's"
+        base_lr, scaling, lr_reason = "0.075", "sqrt", "SimCLR's for batches below 4,096, as its temperature, weight decay and colours"
+        temperature, weight_decay, strength, hue, blur = "0.1", "0.000001", "0.8", "0.2", "0.5"
+    return f"""\
+# a start: save as my.yaml
+method:
+  name: simclr
+  temperature: {temperature}
+backbone:
+  name: {backbone}
+  stem: {stem}    # {stem_reason}
+data:
+  source: {config.source}
+  root: {json.dumps(config.root)}
+  num_workers: {0 if config.source == "digits" else config.num_workers}    # processes of each rank{
+    "; none: the images are tiny and in memory" if config.source == "digits" else "; as many as cores per GPU"}
+views:
+  mean: [{_three(findings.mean)}]    # measured on {len(findings.sizes):,} images; SimCLR itself feeds pixels in [0, 1]
+  std: [{_three(findings.std)}]
+  crops:
+    global:
+      size: {size}    # {size_reason}
+      flip: 0.5    # 0 if left and right matter, as in digits and text
+      jitter: 0.8
+      brightness: {strength}
+      contrast: {strength}
+      saturation: {strength}
+      hue: {hue}
+      grayscale: 0.2    # 0 if colour alone tells images apart
+      blur: {blur}
+optim:
+  name: lars
+  base_lr: {base_lr}    # {lr_reason}
+  lr_scaling: {scaling}
+  weight_decay: {weight_decay}
+global_batch_size: {batch}    # {n // batch} steps an epoch; its other images are what each one is told apart from
+epochs: {epochs}    # {epochs * n:,} images seen; ImageNet's 100 epochs are 128,000,000, CIFAR-10's 800 are 40,000,000"""
+
+
+def _three(values: np.ndarray) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def _counts(source: Source) -> str:
+    unlabelled = int((source.labels < 0).sum())
+    if unlabelled == len(source):
+        return f"{len(source):,} images, no labels (they are not all in <class>/<file>)"
+    return f"{len(source):,} images, {len(source.classes):,} classes" + (f", {unlabelled:,} without a label" if unlabelled else "")
+
+
+def _validation(config: DataConfig) -> str:
+    try:
+        source = open_source(config, "val")
+    except ValueError as error:
+        return f"none ({error})"
+    return f"{source.where}: {_counts(source)}"
+
+
+def _classes(source: Source, all_classes: bool) -> list[str]:
+    if not source.classes:
+        return []
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+    ordered = sorted(range(len(counts)), key=lambda label: (counts[label], label))
+    lines = [f"  {counts[label]:>9,}  {source.classes[label]}" for label in (range(len(counts)) if all_classes else ordered)]
+    if len(lines) > _SHOWN and not all_classes:
+        lines = [*lines[: _SHOWN // 2], f"        ...  {len(lines) - _SHOWN:,} classes (--all-classes lists them)", *lines[-_SHOWN // 2 :]]
+    return [f"images per class: min {counts.min():,}, median {int(np.median(counts)):,}, max {counts.max():,}", *lines]
+
+
+def _report(findings: Findings, n: int) -> list[str]:
+    num_read = len(findings.sizes) + len(findings.bad)
+    lines = [f"read {num_read:,} of {n:,} images" + (" (evenly spaced in the list; --sample 0 reads all)" if num_read < n else "")]
+    if findings.sizes:
+        sizes = np.array(findings.sizes)
+        for name, values in (("width", sizes[:, 0]), ("height", sizes[:, 1])):
+            lines.append(f"  {name:<7} min {values.min():,}, median {int(np.median(values)):,}, max {values.max():,} pixels")
+        lines.append("  modes   " + ", ".join(f"{mode} {count:,}" for mode, count in findings.modes.most_common()))
+        for name, values in (("mean", findings.mean), ("std", findings.std)):
+            lines.append(f"  {name:<7} {_three(values)} (red, green, blue, in [0, 1]; each image weighs the same)")
+    lines.append(f"  bad     {len(findings.bad):,}")
+    return lines + [f"    {message}" for message in findings.bad]
+
+
+def _progress(results: Iterator, total: int) -> Iterator:
+    began = reported = time.monotonic()
+    for done, result in enumerate(results, start=1):
+        yield result
+        now = time.monotonic()
+        if now - reported > 2 and done < total:
+            reported = now
+            left = (total - done) * (now - began) / done
+            print(f"read {done:,} of {total:,} images, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

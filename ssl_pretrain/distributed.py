@@ -1,0 +1,193 @@
+"""Every collective in the package. With no process group, each function is the one-process identity.
+
+Gradient rule. DDP *averages* gradients over ranks. So a method returns, on rank r, a loss L_r with
+mean_r(L_r) = L(global batch), and every collective below has the true (summed) backward. Then DDP's
+average is exactly dL/dparams of one process on the whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed both; 2.11 has the old names only
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_cpu_group: Any = None  # gloo, for objects and stop requests: never on the accelerator's stream
+
+
+def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float = 600.0) -> torch.device:
+    """Joins the process group that torchrun describes (none: one process) and returns this rank's device.
+
+    Args:
+        threads: CPU threads of this rank; 0 shares the machine's cores evenly among its ranks.
+        deterministic: ask torch for deterministic algorithms, for bit-for-bit runs on a GPU.
+        timeout_seconds: a collective that waits longer ends the run.
+    """
+    global _cpu_group
+    torch.set_num_threads(threads or max(1, available_cores() // local_world_size()))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+        _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    global _cpu_group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _cpu_group = None
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Ranks on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def new_groups(ranks_per_group: int) -> Any:
+    """Splits the ranks into consecutive groups and returns this rank's one; None means all ranks (or one process)."""
+    if ranks_per_group >= world_size():
+        return None
+    group, _ = dist.new_subgroups(ranks_per_group)
+    return group
+
+
+def group_size(group: Any = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.shape, ctx.group = x.shape, group
+        out = x.new_empty(group_size(group) * x.shape[0], *x.shape[1:])
+        _all_gather(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = grad.new_empty(ctx.shape)  # autograd owns grad: never reduce it in place
+        _reduce_scatter(own, grad.contiguous(), group=ctx.group)  # other ranks' losses use this rank's rows too
+        return own, None
+
+
+class _ReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def gather(x: Tensor, group: Any = None) -> Tensor:
+    """Concatenates every rank's (local_batch, ...) in rank order: (global_batch, ...). Differentiable."""
+    return _Gather.apply(x, group) if group_size(group) > 1 else x
+
+
+def reduce_sum(x: Tensor, group: Any = None) -> Tensor:
+    """Sum of every rank's `x`, same shape on all ranks. Differentiable."""
+    return _ReduceSum.apply(x, group) if group_size(group) > 1 else x
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order. Sent as a pickle between the ranks of one run only."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_cpu_group)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_cpu_group)
+    return box[0]
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier(group=_cpu_group)
+
+
+class StopRequest:
+    """A signal sets a flag; all ranks agree on it once a step, and the answer is used one step later.
+
+    The reduction of one step travels on a CPU group while the next step computes, so asking costs nothing.
+    """
+
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)):
+        self.requested = False
+        self._pending: tuple[Tensor, Any] | None = None
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the loader's processes block them, and so do those forked there
+        self._previous = {number: signal.signal(number, self._set) for number in signals}
+
+    def _set(self, number: int, frame: Any) -> None:
+        self.requested = True
+
+    def agreed(self) -> bool:
+        """Whether any rank had been asked to stop when the previous step ended; the same answer on all ranks."""
+        if world_size() == 1:
+            return self.requested
+        answer = self._wait()
+        flag = torch.tensor([int(self.requested)])
+        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
+        return answer
+
+    def _wait(self) -> bool:
+        if self._pending is None:
+            return False
+        flag, work = self._pending
+        work.wait()
+        self._pending = None
+        return bool(flag.item())
+
+    def close(self) -> None:
+        """Finishes the reduction under way and gives the signals back."""
+        self._wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

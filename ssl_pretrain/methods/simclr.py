@@ -1,0 +1,50 @@
+"""SimCLR (Chen et al., ICML 2020, arXiv:2002.05709; v2: NeurIPS 2020, arXiv:2006.10029): two views, in-batch negatives.
+
+Head, initialization and the sum of both directions follow google-research/simclr at 383d4143 (model_util.py, objective.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.heads import mlp
+from ssl_pretrain.losses.contrastive import nt_xent
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views
+
+
+@dataclass
+class Config(MethodConfig):
+    """SimCLR's temperature and head. v1: projector_dims [2048, 128]; v2 and its code's default: [2048, 2048, 128]."""
+
+    name: str = "simclr"
+    temperature: float = 0.1  # 0.5 on CIFAR-10
+    projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 128])
+
+    def build(self, backbone: Backbone) -> SimCLR:
+        return SimCLR(self, backbone)
+
+
+class SimCLR(Method):
+    couples_batch = True
+
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        # Every Linear is followed by batch norm, so none has a bias; the last norm scales without a shift.
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_batch_norm=True, last_shift=False, init_std=0.01)
+
+    def forward(self, batch: Views) -> Embeddings:
+        if len(batch.views) != 2:
+            raise ValueError(f"simclr: takes 2 views of one size, got {len(batch.views)}; set views.crops to one crop with count 2")
+        z = self.projector(self.backbone(torch.cat(batch.views)))  # one call, so batch norm sees both views, as the authors do
+        z_a, z_b = z.chunk(2)
+        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = 2 * nt_xent(**embeddings, temperature=self.config.temperature)  # the authors sum loss_a + loss_b
+        positive = F.cosine_similarity(embeddings["z_a"].detach().float(), embeddings["z_b"].detach().float()).mean()
+        return loss, {"nt_xent": loss.detach() / 2, "positive_cosine": positive}

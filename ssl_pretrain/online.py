@@ -1,0 +1,147 @@
+"""k-NN accuracy inside a run, and the exact weighted k-NN that eval/knn.py shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_pretrain import distributed
+
+Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]  # samples' numbers -> (normalized images, labels), in that order
+SIMILARITIES = 2**24  # float32 values held at once: 64 MiB
+
+
+@dataclass
+class OnlineConfig:
+    knn_every_epochs: float = 1.0  # passes over the data between two measurements; 0: none
+    k: int = 20  # neighbours that vote
+    temperature: float = 0.07  # divides their cosine similarities
+    max_train: int = 10000  # training images in the bank
+    max_test: int = 2000  # training images held out of it as queries
+
+
+def weighted_knn(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int, temperature: float, num_classes: int
+) -> Tensor:
+    """Predicted classes, int64 (num_test,): each of the k nearest training images votes with exp(cosine similarity / temperature).
+
+    The protocol of InstDisc (Wu et al., CVPR 2018, arXiv:1805.01978, section 3.4) and DINO, exact, in float32.
+    Votes are summed as exp((similarity - the nearest one's) / temperature): the same winner, and no overflow.
+
+    Args:
+        train_features: the bank, (num_train, dim). Normalized here, so any scale.
+        train_labels: its classes in [0, num_classes), (num_train,).
+        test_features: the queries, (num_test, dim).
+
+    Raises:
+        ValueError: k is not in [1, num_train], or temperature is not positive.
+    """
+    check(k, temperature, len(train_features))
+    bank = F.normalize(train_features.float(), dim=1)
+    predictions = []
+    for queries in test_features.split(max(1, SIMILARITIES // len(bank))):
+        similarities, neighbours = (F.normalize(queries.float(), dim=1) @ bank.T).topk(k, dim=1)
+        predictions.append(vote(similarities, train_labels[neighbours], temperature, num_classes))
+    return torch.cat(predictions) if predictions else train_labels.new_empty(0)
+
+
+def check(k: int, temperature: float, num_train: int) -> None:
+    if not 1 <= k <= num_train:
+        raise ValueError(f"k: {k} neighbours cannot be found among {num_train} training images; give a k from 1 to {num_train}")
+    if temperature <= 0:
+        raise ValueError(f"temperature: {temperature} must be > 0; 0.07 is usual")
+
+
+def vote(similarities: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
+    """The winning class of each query, (queries,), from its neighbours' similarities, nearest first, and labels, both (queries, k)."""
+    weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    scores = weights.new_zeros(len(labels), num_classes).scatter_add_(1, labels, weights)
+    return scores.argmax(dim=1)
+
+
+class OnlineKNN:
+    """Weighted k-NN accuracy of a backbone, measured inside its run on training images alone.
+
+    Both the bank and the queries are drawn from the labelled training images, by one fixed permutation: nothing
+    about the test set can steer a run. So the number is for its curve; eval/knn.py gives the one to report.
+
+    Each rank embeds every world_size-th image. Padding gives all ranks as many forward passes, as sharded weights
+    need; the counted images are the same on any number of ranks.
+    """
+
+    def __init__(
+        self, config: OnlineConfig, images: Images, labels: np.ndarray, order: np.ndarray, steps_per_epoch: int, device: torch.device
+    ):
+        """Chooses the bank and the queries; reads no image.
+
+        Args:
+            images: gives the evaluation views of the training images with these numbers, in their order.
+            labels: of all training images, (num_train,), -1 for none.
+            order: a fixed permutation of their numbers; its labelled ones become queries (at most a fifth), then the bank.
+
+        Raises:
+            ValueError: k or temperature do not fit the bank.
+        """
+        self.config, self.images, self.labels, self.device = config, images, labels, device
+        self.steps_per_measure = config.knn_every_epochs * steps_per_epoch
+        labelled = order[labels[order] >= 0]
+        num_queries = min(config.max_test, len(labelled) // 5)
+        self.queries, self.bank = labelled[:num_queries], labelled[num_queries : num_queries + config.max_train]
+        if self.enabled:
+            check(config.k, config.temperature, len(self.bank))
+        elif config.knn_every_epochs > 0 and distributed.is_main():
+            print(f"online k-NN: off, as the training images have {len(labelled)} labels", flush=True)
+
+    @property
+    def enabled(self) -> bool:
+        return self.config.knn_every_epochs > 0 and len(self.queries) > 0
+
+    def due(self, step: int) -> bool:
+        """Whether to measure after `step` steps: when a multiple of knn_every_epochs has just been passed."""
+        return self.enabled and step > 0 and int(step / self.steps_per_measure) > int((step - 1) / self.steps_per_measure)
+
+    def at(self, step: int, backbone: nn.Module) -> dict[str, float]:
+        """The accuracy after `step` steps, where it is due; else nothing."""
+        accuracy = self.measure(backbone) if self.due(step) else None
+        return {} if accuracy is None else {"knn": accuracy}
+
+    @torch.no_grad()
+    def measure(self, backbone: nn.Module) -> float | None:
+        """Accuracy in [0, 1], the same on all ranks; None without labels. Leaves the training state as it was."""
+        if not self.enabled:
+            return None
+        with untouched(backbone, self.device):
+            bank, queries = self._features(backbone, self.bank), self._features(backbone, self.queries)
+        bank_labels = torch.from_numpy(self.labels[self.bank]).to(self.device)
+        mine = np.arange(distributed.rank(), len(self.queries), distributed.world_size())
+        truth = torch.from_numpy(self.labels[self.queries[mine]]).to(self.device)
+        predicted = weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, int(self.labels.max()) + 1)
+        correct = distributed.reduce_sum((predicted == truth).sum().double())
+        return correct.item() / len(self.queries)
+
+    def _features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
+        """Features of these images on every rank, float32 (len(numbers), dim), each rank having embedded its share."""
+        ranks = distributed.world_size()
+        padded = np.concatenate([numbers, np.repeat(numbers[-1:], -len(numbers) % ranks)])
+        own = [backbone(images.to(self.device)).float() for images, _ in self.images(padded[distributed.rank() :: ranks])]
+        features = distributed.gather(torch.cat(own))  # rank 0's share, then rank 1's, ...
+        return features.view(ranks, -1, features.shape[1]).transpose(0, 1).flatten(0, 1)[: len(numbers)]
+
+
+@contextmanager
+def untouched(backbone: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode inside; after it every module's mode and the random generators are what they were."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        backbone.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

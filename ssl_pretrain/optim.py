@@ -1,0 +1,177 @@
+"""LARS, AdamW and SGD; which parameters are excluded; what the rates are at a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain import schedules
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its schedule. `lr` is computed from `base_lr` where it is used, and printed by `--plan`."""
+
+    name: Literal["lars", "adamw", "sgd"] = "lars"
+    base_lr: float = 0.3
+    lr_scaling: Literal["linear", "sqrt", "none"] = (
+        "linear"  # base_lr * global_batch_size / 256 | base_lr * sqrt(global_batch_size) | base_lr
+    )
+    final_lr_ratio: float = 0.0  # of the scaled lr, at the end of the cosine
+    warmup_epochs: float = 10.0
+    warmup_start_ratio: float = 0.0  # of the scaled lr, at step 0
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    momentum_convention: Literal["classic", "popular"] = (
+        "classic"  # lr inside the momentum buffer (SimCLR) | outside (BYOL, MoCo v3, Barlow Twins)
+    )
+    nesterov: bool = False  # sgd only
+    trust_coefficient: float = 0.001  # eta of LARS
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw only
+    exclude_by: Literal["ndim", "name", "none"] = "ndim"  # from weight decay and from LARS's adaptation: biases and norms by ndim <= 1
+    exclude_names: list[str] = field(default_factory=list)  # parts of names, for exclude_by: name
+    clip_norm: float = 0.0  # of the whole gradient; 0: none
+
+
+def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
+    """The peak learning rate at this global batch."""
+    scale = {"linear": global_batch_size / 256, "sqrt": math.sqrt(global_batch_size), "none": 1.0}[config.lr_scaling]
+    return config.base_lr * scale
+
+
+def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, `adapted` and `excluded`, each with its parameters and their names. Excluded ones have no weight decay."""
+
+    def excluded(name: str, parameter: Tensor) -> bool:
+        if config.exclude_by == "ndim":
+            return parameter.ndim <= 1
+        return config.exclude_by == "name" and any(part in name for part in config.exclude_names)
+
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [
+        {
+            "group": group,
+            "names": [name for name, parameter in named if excluded(name, parameter) == out],
+            "params": [parameter for name, parameter in named if excluded(name, parameter) == out],
+            "weight_decay": 0.0 if out else config.weight_decay,
+            "adapt": not out,
+        }
+        for group, out in (("adapted", False), ("excluded", True))
+    ]
+
+
+def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over `parameter_groups`. Its learning rate is set every step by `set_rates`."""
+    groups = [group for group in parameter_groups(config, module) if group["params"]]
+    if config.name == "lars":
+        return LARS(groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient, convention=config.momentum_convention)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def rates(config: OptimConfig, progress: float, epochs: float, global_batch_size: int) -> dict[str, float]:
+    """Learning rate and weight decay at `progress`, the steps done over all steps."""
+    peak = scaled_lr(config, global_batch_size)
+    lr = schedules.warmup_cosine(
+        progress,
+        warmup=min(1.0, config.warmup_epochs / epochs),
+        start=config.warmup_start_ratio * peak,
+        peak=peak,
+        final=config.final_lr_ratio * peak,
+    )
+    return {"lr": lr, "weight_decay": config.weight_decay}
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, progress: float, epochs: float, global_batch_size: int
+) -> dict[str, float]:
+    """Writes the rates of this progress into the optimizer and returns them."""
+    now = rates(config, progress, epochs, global_batch_size)
+    for group in optimizer.param_groups:
+        group["lr"] = now["lr"]
+        group["weight_decay"] = now["weight_decay"] if group["adapt"] else 0.0
+    return now
+
+
+@torch.no_grad()
+def guarded_step(optimizer: torch.optim.Optimizer, clip_norm: float = 0.0) -> tuple[Tensor, Tensor]:
+    """One optimizer step that a non-finite gradient turns into none: weights and optimizer state stay as they are.
+
+    The decision is made on the device, without the host reading it, and is the same on every rank because
+    the gradients are.
+
+    Returns:
+        The gradient's norm before clipping, and 1.0 where the step was skipped, 0.0 where it was taken.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    skipped = (~torch.isfinite(norm)).float()
+    if clip_norm:
+        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.found_inf, optimizer.grad_scale = skipped, None  # type: ignore[attr-defined]  # the fused kernels leave everything alone where found_inf is 1
+    optimizer.step()
+    return norm, skipped
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888), as multi-tensor operations.
+
+    Adapted tensors move by trust * (gradient + weight_decay * weight), with
+    trust = trust_coefficient * |weight| / |gradient + weight_decay * weight|, or 1 where a norm is zero.
+    Excluded ones (`adapt: False`) are plain momentum SGD.
+
+    Args:
+        convention: `classic`, v = m v + lr * trust * u and p = p - v (google-research/simclr lars_optimizer.py), or
+            `popular`, v = m v + trust * u and p = p - lr * v. They differ while lr changes.
+    """
+
+    def __init__(self, params: Iterable[Any], *, momentum: float, trust_coefficient: float, convention: str):
+        if convention not in ("classic", "popular"):
+            raise ValueError(f"optim.momentum_convention: {convention!r}; choose classic or popular")
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        self.convention = convention
+        defaults = {"lr": 0.0, "weight_decay": 0.0, "adapt": True, "momentum": momentum, "trust_coefficient": trust_coefficient}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        updates = [p.grad for p in params if p.grad is not None]
+        if group["weight_decay"]:
+            updates = list(torch._foreach_add(updates, params, alpha=group["weight_decay"]))
+        classic = self.convention == "classic"
+        if group["adapt"]:
+            weight_norm = torch.stack(torch._foreach_norm(params))
+            update_norm = torch.stack(torch._foreach_norm(updates))
+            trust = group["trust_coefficient"] * weight_norm / update_norm
+            trust = torch.where((weight_norm > 0) & (update_norm > 0), trust, torch.ones_like(trust))
+            updates = list(torch._foreach_mul(updates, list((trust * group["lr"] if classic else trust).unbind())))
+        elif classic:
+            updates = list(torch._foreach_mul(updates, group["lr"]))
+        torch._fused_sgd_(  # momentum and update in one kernel, which found_inf turns into none
+            params,
+            updates,
+            buffers if group["momentum"] else [],
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=1.0 if classic else group["lr"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            grad_scale=None,
+            found_inf=self.found_inf,
+        )

@@ -1,0 +1,142 @@
+"""One optimizer step over one global batch: whole, or in parts that leave the same gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain import batch_norm, distributed, draws, optim, parallel
+from ssl_pretrain.parallel import ParallelConfig
+
+Embeddings = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """What stays the same from step to step.
+
+    Called with the step's number, its progress and this rank's batch, it moves the weights and returns the step's
+    embeddings (local_batch, dim) and its logs, scalars on the device: nothing here waits for the accelerator.
+    """
+
+    model: nn.Module  # wrapped
+    optimizer: torch.optim.Optimizer
+    config: ParallelConfig
+    seed: int
+    num_parts: int  # of this rank's share; more than one where it does not fit at once
+    global_batch_size: int
+    clip_norm: float
+    device: torch.device
+
+    def __call__(self, step: int, progress: float, batch: Any) -> tuple[Embeddings, dict[str, Tensor]]:
+        method: Any = parallel.unwrap(self.model)
+        batch = replace(batch, views=parallel.place(batch.views, self.config, self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        backward = self._whole if self.num_parts == 1 else self._in_two_passes if method.couples_batch else self._accumulated
+        embeddings, targets, loss, logs = backward(method, batch, step)
+        for name, parameter in method.named_parameters():
+            if any(name.startswith(prefix) for prefix in method.frozen(progress)):
+                parameter.grad = None
+        norm, skipped = optim.guarded_step(self.optimizer, self.clip_norm)
+        parallel.average_statistics(self.model, self.config, self.global_batch_size)
+        method.after_step(progress, embeddings, targets)
+        return embeddings, {"loss": loss, **logs, "gradient_norm": norm, "skipped_steps": skipped}
+
+    def _seed(self, step: int, part: int) -> None:
+        """Dropout and drop-path by the part of the global batch, so that K parts on one rank draw what K ranks draw."""
+        torch.manual_seed(draws.seed_of(self.seed, step, distributed.rank() * self.num_parts + part))
+
+    def _embed(self, part: Any) -> Embeddings:
+        with parallel.autocast(self.config, self.device):
+            return self.model(part)
+
+    def _whole(self, method: Any, batch: Any, step: int) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
+        self._seed(step, 0)
+        embeddings = self._embed(batch)
+        with parallel.autocast(self.config, self.device):
+            targets = method.targets(batch)
+        loss, logs = method.loss(embeddings, targets)
+        loss.backward()
+        return _detached(embeddings), targets, loss.detach(), logs
+
+    def _accumulated(self, method: Any, batch: Any, step: int) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
+        """Images do not couple: the mean over parts of the parts' losses is the loss."""
+        kept = []
+        leave = _mean_of_statistics(method, self.num_parts)
+        for k in range(self.num_parts):
+            part = batch.part(k, self.num_parts)
+            self._seed(step, k)
+            with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
+                embeddings = self._embed(part)
+                leave(k)
+                with parallel.autocast(self.config, self.device):
+                    targets = method.targets(part)
+                loss, logs = method.loss(embeddings, targets)
+                (loss / self.num_parts).backward()
+            kept.append((_detached(embeddings), targets, {"loss": loss.detach(), **logs}))
+        logs = {name: torch.stack([entry[2][name] for entry in kept]).mean() for name in kept[0][2]}
+        return _joined([entry[0] for entry in kept]), _joined([entry[1] for entry in kept]), logs.pop("loss"), logs
+
+    def _in_two_passes(self, method: Any, batch: Any, step: int) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
+        """Images couple: embed all parts without a graph, take the loss's gradient by the embeddings once over the whole
+        global batch, then embed each part again and send that gradient back (GradCache, arXiv:2101.06983)."""
+        parts = [batch.part(k, self.num_parts) for k in range(self.num_parts)]
+        leave = _mean_of_statistics(method, self.num_parts)
+        first, targets = [], []
+        with torch.no_grad():
+            for k, part in enumerate(parts):
+                self._seed(step, k)
+                first.append(self._embed(part))
+                leave(k)
+                with parallel.autocast(self.config, self.device):
+                    targets.append(method.targets(part))
+        statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
+        embeddings = {name: z.requires_grad_() for name, z in _joined(first).items()}
+        loss, logs = method.loss(embeddings, _joined(targets))
+        gradients = dict(zip(embeddings, torch.autograd.grad(loss, list(embeddings.values()))))
+        replay_error = loss.new_zeros(())
+        rows = len(batch) // self.num_parts
+        for k, part in enumerate(parts):
+            self._seed(step, k)
+            with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
+                again = self._embed(part)
+                own = slice(k * rows, (k + 1) * rows)
+                torch.autograd.backward([again[name] for name in again], [gradients[name][own].to(again[name].dtype) for name in again])
+            differences = [(again[name].detach() - embeddings[name].detach()[own]).abs().max() for name in again]
+            replay_error = torch.stack([replay_error, *(d.to(replay_error.dtype) for d in differences)]).max()
+        with torch.no_grad():  # pass 2 moved them again
+            for buffer, kept in zip(batch_norm.statistics(method), statistics):
+                buffer.copy_(kept)
+        return _detached(embeddings), _joined(targets), loss.detach(), {**logs, "replay_error": replay_error}
+
+
+def _mean_of_statistics(method: nn.Module, num_parts: int) -> Callable[[int], None]:
+    """A function to call after each part's forward: every part starts from the same running statistics, and the mean
+    of what the parts would leave remains after the last."""
+    buffers = batch_norm.statistics(method)
+    before = [buffer.clone() for buffer in buffers]
+    total = [torch.zeros_like(buffer) for buffer in buffers]
+
+    @torch.no_grad()
+    def leave(k: int) -> None:
+        for buffer, start, sum_ in zip(buffers, before, total):
+            sum_ += buffer
+            buffer.copy_(sum_ / num_parts if k == num_parts - 1 else start)
+
+    return leave
+
+
+def _detached(embeddings: Embeddings) -> Embeddings:
+    return {name: z.detach() for name, z in embeddings.items()}
+
+
+def _joined(parts: list[Embeddings]) -> Embeddings:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _nothing() -> Any:
+    return torch.enable_grad()

@@ -1,0 +1,188 @@
+"""Pretrains one backbone. One process here, or every rank under torchrun:
+
+python -m ssl_pretrain.train configs/simclr_digits.yaml
+torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=/data/imagenet
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ssl_pretrain import backbones, checkpoint, distributed, draws, health, log, methods, optim, parallel, plan
+from ssl_pretrain import config as configuration
+from ssl_pretrain.config import RunConfig
+from ssl_pretrain.data import loader, sources
+from ssl_pretrain.methods.base import Method
+from ssl_pretrain.online import OnlineKNN
+from ssl_pretrain.step import Stepper
+from ssl_pretrain.views import colour, crops, recipe
+
+
+def train(config: RunConfig, device: torch.device, stop_after: int | None = None) -> int:
+    """Trains to the end, to a stop request, or for `stop_after` steps, whichever comes first; returns the steps done.
+
+    The run is in `config.output`: config.yaml, metrics.jsonl, views.png and checkpoints, from which it goes on.
+    """
+    run = Path(config.output)
+    configuration.check(config, distributed.world_size())
+    batches = loader.build(config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device)
+    last_step = round(config.epochs * batches.steps_per_epoch)
+    method = build_method(config, batches.source)
+    model = wrap(method, config, device)
+    optimizer = optim.build(config.optim, method)
+    stepper = Stepper(
+        model, optimizer, config.parallel, config.seed, configuration.num_parts(config, distributed.world_size()),
+        config.global_batch_size, config.optim.clip_norm, device,
+    )  # fmt: skip
+    facts = {"last_step": last_step, "local_batch_size": config.local_batch_size, "data": batches.source.fingerprint, "wandb_id": None}
+    state = checkpoint.State(method, optimizer, configuration.to_dict(config), facts)
+    first_step = resume(state, config, run, batches.source.fingerprint)
+    logger = log.Logger(
+        config.log, run, first_step=first_step, last_step=last_step, steps_per_epoch=batches.steps_per_epoch,
+        global_batch_size=config.global_batch_size, config=state.config, facts=state.facts,
+    )  # fmt: skip
+    knn = online_knn(config, batches, device)
+    stop = distributed.StopRequest()
+    end = min(last_step, first_step + stop_after) if stop_after else last_step
+    step = first_step
+
+    for step, batch in zip(range(first_step + 1, end + 1), logger.waits(batches.starting_at(first_step))):
+        logger.views(step, batch.views, config.views.mean, config.views.std)
+        progress = (step - 1) / last_step
+        rates = optim.set_rates(optimizer, config.optim, progress, config.epochs, config.global_batch_size)
+        embeddings, logs = stepper(step - 1, progress, batch)
+        measured = health.at(step, embeddings, config.health) | knn.at(step, method.get_submodule(method.evaluated))
+        logger.step(step, logs, rates, measured)
+        stopping = stop.agreed() or step == end
+        if stopping or checkpoint.due(config.checkpoint, step, last_step, batches.steps_per_epoch):
+            state.save(run, step, config.checkpoint, batches.steps_per_epoch)
+        if stopping:
+            break
+
+    stop.close()
+    logger.close()
+    batches.close()
+    return step
+
+
+def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
+    """The method with its backbone, on CPU, with the weights that the seed gives: the same on every rank.
+
+    Raises:
+        ValueError: the method needs labels and the source has none, or `backbone.init` does not fit.
+    """
+    image_size = recipe.each(config.views)[0].size
+    torch.manual_seed(draws.seed_of(config.seed, 0, 0))
+    backbone = backbones.build(config.backbone, image_size)
+    weights = checkpoint.weights_to_start_from(config.backbone.init)
+    if weights is not None:
+        backbones.load_strict(backbone, weights, f"backbone.init: {config.backbone.init!r}")
+    method: Method = config.method.build(backbone)
+    if method.needs_labels and source is not None:
+        sources.require_labels(source, f"method {config.method.name}")
+    return method
+
+
+def wrap(method: Method, config: RunConfig, device: torch.device) -> nn.Module:
+    """The method on its device and ranks, primed with a batch of the run's shapes."""
+    images = config.local_batch_size or config.global_batch_size // distributed.world_size()
+    labels = torch.zeros(images, dtype=torch.int64, device=device)
+    blank = [torch.zeros(images, 3, crop.size, crop.size, device=device) for crop in recipe.each(config.views)]
+    example = loader.Batch(parallel.place(blank, config.parallel, device), labels, labels)
+    return parallel.wrap(method, config.parallel, images=images, global_batch_size=config.global_batch_size, device=device, example=example)
+
+
+def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:
+    """Prepares the run's folder, loads its newest checkpoint and returns the steps done; 0 for a fresh run."""
+    if distributed.is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.clean(run)
+    distributed.barrier()
+
+    def compare(manifest: dict) -> None:
+        configuration.compare_for_resume(manifest["config"], config, str(run / "checkpoints" / f"step_{manifest['step']:08d}"))
+        if manifest.get("data", fingerprint) != fingerprint:
+            raise ValueError(
+                f"data.root: the training images are not those that {run} was trained on (another list of files); "
+                f"give that data set, or a new output with backbone.init={run}"
+            )
+
+    first_step = state.resume(run, config.checkpoint, compare)
+    if distributed.is_main():
+        (run / "config.yaml").write_text(configuration.to_yaml(config))
+        if first_step:
+            print(f"resumed {run} after step {first_step}", flush=True)
+    return first_step
+
+
+def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) -> OnlineKNN:
+    """The k-NN monitor, on training images as evaluations see them."""
+    settings, source = config.evaluation, batches.source
+    size = settings.image_size or recipe.each(config.views)[0].size
+    transform = partial(crops.evaluate, size=size, crop_ratio=settings.crop_ratio, interpolation=settings.interpolation)
+
+    def normalized(numbers: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for pixels, labels in loader.images(source, numbers, transform, 256, 0):
+            views = [colour.normalize(pixels.to(device), config.views.mean, config.views.std)]
+            yield parallel.place(views, config.parallel, device)[0], labels
+
+    order = draws.permutation(config.seed, 0, len(source))
+    return OnlineKNN(config.online, normalized, source.labels, order, batches.steps_per_epoch, device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ssl_pretrain.train",
+        description="Pretrains a backbone as a YAML says; any key of it can be overridden. "
+        "Started again, it goes on from the newest checkpoint of its output.",
+        epilog="""examples:
+  python -m ssl_pretrain.train configs/simclr_digits.yaml                      a minute on a laptop
+  python -m ssl_pretrain.train configs/simclr_cifar10_cpu.yaml data.root=../shared/data/cifar10.zip optim.base_lr=0.4
+  torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=/data/imagenet
+  python -m ssl_pretrain.train configs/simclr_imagenet.yaml --plan             what would run, without running it
+
+keys: method, backbone, data, views, optim, parallel, checkpoint, log, online, health, launch, evaluation (each a section),
+seed, epochs, global_batch_size, local_batch_size, output. --plan prints all of them with their values.
+methods: """
+        + ", ".join(methods.names()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML of configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optim.base_lr=0.4 data.root=/data/imagenet output=runs/second"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print the resolved config, the learning rate and the sizes of everything, then exit"
+    )
+    parser.add_argument(
+        "--stop-after", type=int, metavar="STEPS", help="stop as a pre-empted run would, after so many more steps, saved and resumable"
+    )
+    options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
+    try:
+        config = configuration.load(options.config, options.overrides)
+        if options.plan:
+            print(plan.describe(config))
+            return 0
+        settings = config.parallel
+        device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
+        train(config, device, options.stop_after)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

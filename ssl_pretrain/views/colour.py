@@ -1,0 +1,208 @@
+"""Crops -> augmented views: the colours of every sample, drawn one by one, applied in batches on any device.
+
+`draw` chooses every number on the host; `apply` computes, in this order: colour jitter (its
+four operations in an order of its own per sample), grayscale, blur, solarize, then
+(x - mean) / std. An operation touches only the samples it was drawn for; which ones they
+are is known on the host, so a GPU is never waited for.
+
+The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1]. SimCLR's
+and BYOL's TensorFlow differs in one place: its contrast blends with the mean of each
+channel, torchvision's with the mean grey.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_pretrain import draws
+from ssl_pretrain.draws import Purpose
+from ssl_pretrain.views.recipe import Crop, blur_taps
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)    # the operations of colour jitter, numbered as torchvision does
+LUMA = (0.2989, 0.587, 0.114)    # torchvision's weights of red, green and blue (ITU-R BT.601)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything drawn for one view of n samples: row i belongs to `indices[i]` of `draw`.
+
+    The arrays are the host's; `rows` and `values` hold the same for the device. `to` moves
+    those two, and `apply` does so itself if need be.
+    """
+
+    jitter: np.ndarray       # (n,) bool: which samples are jittered
+    order: np.ndarray        # (n, 4) int64: the operation of each of the four stages
+    factors: np.ndarray      # (n, 4) float32: by operation; brightness (added if so configured), contrast, saturation, hue shift
+    grayscale: np.ndarray    # (n,) bool
+    blur: np.ndarray         # (n,) bool
+    sigma: np.ndarray        # (n,) float32, in pixels
+    solarize: np.ndarray     # (n,) bool
+    rows: Tensor             # int64: the samples of stage 0's brightness, its contrast, ... (16 lists), grayscale, blur, solarize
+    counts: tuple[int, ...]  # lengths of those 19 lists
+    values: Tensor           # (n, 5) float32: the factors, then sigma
+
+    def to(self, device: torch.device | str) -> "Parameters":
+        return replace(self, rows=self.rows.to(device, non_blocking=True), values=self.values.to(device, non_blocking=True))
+
+
+def draw(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int) -> Parameters:
+    """The parameters of one view of n samples, in torchvision's ranges; row i depends on `indices[i]` alone.
+
+    Args:
+        crop: the view's recipe.
+        seed: of the run.
+        epoch: passes over the data before this one.
+        indices: of the samples in the data set, (n,) integers.
+        view: number of the view, as `recipe.each` orders them.
+    """
+    def uniform(purpose: Purpose, count: int) -> np.ndarray:
+        return draws.uniform(seed, epoch, indices, view, purpose, count)
+
+    strengths = np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
+    low, high = np.maximum(0.0, 1.0 - strengths), 1.0 + strengths
+    low[HUE], high[HUE] = -crop.hue, crop.hue
+    if crop.brightness_mode == "add":
+        low[BRIGHTNESS], high[BRIGHTNESS] = -crop.brightness, crop.brightness
+
+    jitter_draws, blur_draws = uniform(Purpose.JITTER, 5), uniform(Purpose.BLUR, 2)
+    jitter = jitter_draws[:, 0] < crop.jitter
+    order = np.argsort(uniform(Purpose.JITTER_ORDER, 4), axis=1, kind="stable")
+    factors = (low + (high - low) * jitter_draws[:, 1:]).astype(np.float32)
+    grayscale = uniform(Purpose.GRAYSCALE, 1)[:, 0] < crop.grayscale
+    blur = blur_draws[:, 0] < crop.blur
+    sigma = (crop.blur_sigma[0] + (crop.blur_sigma[1] - crop.blur_sigma[0]) * blur_draws[:, 1]).astype(np.float32)
+    solarize = uniform(Purpose.SOLARIZE, 1)[:, 0] < crop.solarize
+
+    chosen = [jitter & (order[:, stage] == operation) & (strengths[operation] > 0) for stage in range(4) for operation in range(4)]
+    lists = [np.flatnonzero(mask) for mask in (*chosen, grayscale, blur, solarize)]
+    return Parameters(
+        jitter, order, factors, grayscale, blur, sigma, solarize,
+        rows=torch.from_numpy(np.concatenate(lists)),
+        counts=tuple(len(rows) for rows in lists),
+        values=torch.from_numpy(np.column_stack([factors, sigma])),
+    )
+
+
+def apply(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float], std: list[float]) -> Tensor:
+    """The finished views: float32 (n, 3, size, size), augmented and normalized, on the device of `pixels`.
+
+    Args:
+        pixels: crops, uint8 (n, 3, size, size).
+        parameters: drawn for these n samples; on the device already, or moved there.
+        crop: the recipe they were drawn with.
+        mean: of red, green and blue in [0, 1].
+        std: likewise.
+
+    Raises:
+        ValueError: `pixels` is not uint8 (n, 3, height, width) with the parameters' n.
+    """
+    _check(pixels, len(parameters.jitter))
+    parameters = parameters.to(pixels.device)
+    images = pixels.to(torch.float32).div_(255)
+    rows = parameters.rows.split(parameters.counts)
+    brighten = _add if crop.brightness_mode == "add" else _brightness
+
+    for stage in range(4):
+        for operation, adjust in enumerate((brighten, _contrast, _saturation, _hue)):
+            chosen = rows[4 * stage + operation]
+            if len(chosen):
+                factor = parameters.values[:, operation].index_select(0, chosen).view(-1, 1, 1, 1)
+                images.index_copy_(0, chosen, adjust(images.index_select(0, chosen), factor))
+    grayscale, blur, solarize = rows[16:]
+    if len(grayscale):
+        images.index_copy_(0, grayscale, _grey(images.index_select(0, grayscale)).expand(-1, 3, -1, -1))
+    if len(blur):
+        sigma = parameters.values[:, 4].index_select(0, blur)
+        images.index_copy_(0, blur, _blur(images.index_select(0, blur), sigma, blur_taps(crop)))
+    if len(solarize):
+        images.index_copy_(0, solarize, _solarize(images.index_select(0, solarize), crop.solarize_threshold))
+    return _standardize(images, mean, std)
+
+
+def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """Views without augmentation: (pixels / 255 - mean) / std, float32 of the shape of `pixels`, uint8 (n, 3, height, width)."""
+    _check(pixels, len(pixels))
+    return _standardize(pixels.to(torch.float32).div_(255), mean, std)
+
+
+def _check(pixels: Tensor, n: int) -> None:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[:2] != (n, 3):
+        raise ValueError(f"colour: pixels must be uint8 ({n}, 3, height, width), got {pixels.dtype} {tuple(pixels.shape)}")
+
+
+# Each operation owns `images`, float32 (m, 3, height, width) in [0, 1], and may overwrite it.
+# `factor` is (m, 1, 1, 1).
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return images.mul_(factor).clamp_(0, 1)
+
+
+def _add(images: Tensor, delta: Tensor) -> Tensor:
+    return images.add_(delta).clamp_(0, 1)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    grey = _grey(images).mul_(1 - factor)
+    return images.mul_(factor).add_(grey).clamp_(0, 1)
+
+
+def _hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the colour circle by `shift` turns: HSV's hexagon, one sixth a corner, with value and chroma kept."""
+    red, green, blue = images.split(1, dim=1)
+    low, high = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - low
+    safe = chroma.clamp_min(torch.finfo(torch.float32).tiny)    # grey has no hue: 0 / tiny, and chroma 0 hides it
+    sixths = torch.where(
+        high == red,
+        (green - blue).div_(safe),
+        torch.where(high == green, (blue - red).div_(safe).add_(2), (red - green).div_(safe).add_(4)),
+    )
+    sixths = sixths.add_(6 * shift).remainder_(6)
+    turned = torch.cat([(sixths - 3).abs_().sub_(1), (sixths - 2).abs_().neg_().add_(2), (sixths - 4).abs_().neg_().add_(2)], dim=1)
+    return turned.clamp_(0, 1).mul_(chroma).add_(low)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def _solarize(images: Tensor, threshold: float) -> Tensor:
+    return torch.where(images >= threshold, 1 - images, images)
+
+
+def _blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
+    """Gaussian blur with a sigma (m,) per image and reflected borders.
+
+    Every channel of every image is a channel of one depthwise convolution, along the rows and
+    then along the columns: 2 * taps products a pixel where torchvision's square kernel has taps^2.
+    """
+    m, channels, height, width = images.shape
+    radius = taps // 2
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=images.device)
+    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1).repeat_interleave(channels, dim=0)    # (3m, taps)
+    padded = torch.nn.functional.pad(images, (radius, radius, radius, radius), mode="reflect")
+    stack = padded.reshape(1, m * channels, height + 2 * radius, width + 2 * radius)
+    stack = torch.nn.functional.conv2d(stack, kernel[:, None, None, :], groups=m * channels)
+    stack = torch.nn.functional.conv2d(stack, kernel[:, None, :, None], groups=m * channels)
+    return stack.view(m, channels, height, width)
+
+
+def _standardize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    constants = _constants(tuple(mean), tuple(std), images.device)
+    return images.sub_(constants[0]).div_(constants[1])
+
+
+@lru_cache(maxsize=16)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """(2, 3, 1, 1) on the device: kept, because each copy of a list to a GPU waits for it."""
+    return torch.tensor([mean, std], device=device)[:, :, None, None]
