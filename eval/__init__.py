@@ -1,0 +1,1 @@
+"""Judges the backbone of a finished run: k-NN, linear probes, the report."""

@@ -1,0 +1,132 @@
+"""The report's page: its style, and the pieces of HTML that it is made of. Nothing in it is fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from eval import results
+
+TITLES = {"knn": "k-NN", "knn_train": "k-NN of held-out training images", "linear": "Linear"}
+STYLE = """
+:root { color-scheme: light dark;
+  --page: #fdfdfc; --ink: #1d1f21; --soft: #63686e; --rule: #e2e3e0; --panel: #f5f5f2;
+  --accent: #1f5fa8; --right: #2f8f5b; --wrong: #c8443c; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #16181a; --ink: #e4e5e3; --soft: #9a9fa5; --rule: #303438; --panel: #1e2124;
+  --accent: #74aef0; --right: #5cbf8a; --wrong: #e8766d; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 56px 28px 96px; }
+h1 { font-size: 34px; line-height: 1.15; letter-spacing: -.02em; margin: 0 0 6px; overflow-wrap: anywhere; }
+h2 { font-size: 20px; letter-spacing: -.01em; margin: 64px 0 6px; padding-top: 20px; border-top: 1px solid var(--rule); }
+h3 { font-size: 15px; margin: 26px 0 6px; }
+p { margin: 0 0 14px; max-width: 72ch; }
+.soft, figcaption, .none, dt, .legend { color: var(--soft); }
+.soft, figcaption, .none, .legend { font-size: 14px; }
+code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
+pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 6px; padding: 12px 14px; overflow-x: auto; margin: 14px 0; }
+.facts { display: flex; flex-wrap: wrap; gap: 14px 44px; margin: 26px 0 8px; }
+.facts dt { font-size: 13px; } .facts dd { margin: 0; font-size: 19px; font-variant-numeric: tabular-nums; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 26px 36px; margin: 18px 0; }
+figure { margin: 0; } figcaption { margin-bottom: 6px; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--soft); font: 12px system-ui, "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
+.grid { stroke: var(--rule); } .axis { stroke: var(--soft); }
+.curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; } .dot { fill: var(--accent); }
+.scatter { background: var(--panel); border-radius: 6px; } .scatter circle { fill-opacity: .82; }
+.result { display: grid; grid-template-columns: minmax(0, 1.35fr) minmax(0, 1fr); gap: 10px 40px; align-items: start; margin: 14px 0 34px; }
+@media (max-width: 820px) { .result { grid-template-columns: 1fr; } }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 15px; }
+th, td { padding: 7px 0 7px 18px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 500; color: var(--soft); font-size: 13px; }
+tr.part td { color: var(--soft); font-size: 14px; } tr.part td:first-child { padding-left: 14px; } tr.ours td { font-weight: 650; }
+.protocol { margin: 0; font-size: 13px; line-height: 1.5; }
+.protocol div { display: grid; grid-template-columns: 104px 1fr; gap: 10px; padding: 3px 0; }
+.protocol dd { margin: 0; overflow-wrap: anywhere; }
+.views { display: flex; flex-wrap: wrap; gap: 14px 26px; } .views div { display: flex; flex-wrap: wrap; gap: 4px; }
+.views img { max-width: 100%; border-radius: 4px; }
+.near { border-spacing: 0; font-size: 13px; width: auto; } .near td, .near th { border: 0; padding: 4px 22px 4px 0; text-align: left; }
+.near tr > * { border-bottom: 1px solid var(--rule); }
+.strip { display: flex; gap: 5px; align-items: center; } .strip img { width: 50px; height: 50px; border-radius: 3px; display: block; }
+.pixel img { image-rendering: pixelated; }
+.strip .wrong { border-bottom: 3px solid var(--wrong); } .strip .right { border-bottom: 3px solid var(--right); }
+.strip span { padding-bottom: 2px; } .score { min-width: 30px; color: var(--soft); font-variant-numeric: tabular-nums; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 12px; }
+.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
+details summary { cursor: pointer; color: var(--accent); margin-top: 10px; }
+"""
+
+
+def page(title: str, sections: list[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(sections) + "\n</main></body></html>\n"
+    )
+
+
+def section(title: str, *content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>" + "\n".join(content) + "</section>"
+
+
+def paragraph(text: str) -> str:
+    return f'<p class="soft">{escape(text)}</p>'
+
+
+def figure(content: str, caption: str) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{content}</figure>"
+
+
+def facts(pairs: list[tuple[str, str]]) -> str:
+    return '<dl class="facts">' + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs) + "</dl>"
+
+
+def picture(pixels: np.ndarray, label: str, largest: int = 88) -> str:
+    """<img> of uint8 (3, height, width), made smaller if a side is over `largest`."""
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    image.thumbnail((largest, largest))
+    return f'<img alt="{escape(label)}" title="{escape(label)}" src="{_source(image)}">'
+
+
+def _source(image: Image.Image) -> str:
+    """An <img>'s source that holds the picture itself: PNG for small ones, JPEG where PNG would be large."""
+    small = image.width * image.height <= 128 * 128
+    content = io.BytesIO()
+    image.save(content, "PNG" if small else "JPEG", optimize=True, quality=88)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def views(path: Path, size: int) -> str:
+    """The trainer's grid of views cut at its gaps of 2 pixels: the views of an image together. `size` is a view's side in pixels."""
+    grid, pitch = Image.open(path).convert("RGB"), size + 2
+    if (grid.width - 2) % pitch or (grid.height - 2) % pitch:
+        return f'<div class="views"><img alt="training views" src="{_source(grid)}"></div>'
+    shown, side = [], max(size, 64)
+    for top in range(2, grid.height, pitch):
+        cut = (grid.crop((left, top, left + size, top + size)) for left in range(2, grid.width, pitch))
+        shown.append("<div>" + "".join(f'<img alt="view" width="{side}" src="{_source(view)}">' for view in cut) + "</div>")
+    return f'<div class="views{" pixel" if size <= 64 else ""}">{"".join(shown)}</div>'
+
+
+def result(found: dict[str, Any]) -> str:
+    """One evaluation: its table, and beside it the protocol and what was chosen."""
+    names = results.columns(found)
+    lines = ["<tr><th>accuracy, %</th>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"]
+    for row in found["rows"]:
+        kind = "part" if row["features"].startswith("random, ") else "ours" if row["features"] == "pretrained" else ""
+        cells = "".join(f"<td>{escape(results.number(row, name))}</td>" for name in names)
+        lines.append(f'<tr class="{kind}"><td>{escape(row["features"])}</td>{cells}</tr>')
+    about = {**found["protocol"], **{f"chosen for {row}": choice for row, choice in results.choices(found).items()}}
+    protocol = "".join(f"<div><dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd></div>" for key, value in about.items())
+    table = f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    return (
+        f'<h3>{escape(TITLES.get(found["name"], found["name"]))}</h3><div class="result">{table}<dl class="protocol">{protocol}</dl></div>'
+    )

@@ -1,0 +1,117 @@
+"""What an evaluation leaves: RUN/eval/<name>.json, and the same numbers as text with their protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+BETTER = "random (better of two)"
+
+
+@dataclass
+class Row:
+    """One line of a table: the features judged, and a number in percent for each column."""
+
+    features: str  # raw pixels | random, as built | random, recalibrated | pretrained
+    metrics: dict[str, float]
+    spread: dict[str, float] = field(default_factory=dict)  # standard deviation, where a column has one
+    notes: dict[str, str] = field(default_factory=dict)  # what was chosen, by column
+
+
+def better_of(rows: list[Row], name: str) -> Row:
+    """One row with, in each column, the best number of `rows`; its notes say whose it is."""
+    best = Row(name, {})
+    for column in rows[0].metrics:
+        row = max(rows, key=lambda row: row.metrics[column])
+        best.metrics[column] = row.metrics[column]
+        best.notes[column] = row.features.partition(", ")[2]
+        if column in row.spread:
+            best.spread[column] = row.spread[column]
+    return best
+
+
+def with_better_random(rows: list[Row]) -> list[Row]:
+    """The rows, and after the random backbones a row with the better of them in each column, which is the one that counts."""
+    random = [row for row in rows if row.features.startswith("random, ")]
+    if not random:
+        return rows
+    after = rows.index(random[-1]) + 1
+    return [*rows[:after], better_of(random, BETTER), *rows[after:]]
+
+
+def save(run: Path, name: str, protocol: dict[str, Any], rows: list[Row], about: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Writes RUN/eval/<name>.json, whole or not at all, and returns what it holds."""
+    result = {"name": name, **about, "protocol": protocol, "rows": [asdict(row) for row in rows], "seconds": round(seconds, 2)}
+    folder = run / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{name}.json.part"
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, folder / f"{name}.json")
+    return result
+
+
+def load(run: Path) -> list[dict[str, Any]]:
+    """Every evaluation of a run, by name."""
+    return [json.loads(path.read_text()) for path in sorted((run / "eval").glob("*.json"))]
+
+
+def number(row: dict[str, Any], column: str) -> str:
+    value, spread = row["metrics"].get(column), row["spread"].get(column)
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if spread is None else f"{value:.1f} ± {spread:.1f}"
+
+
+def choices(result: dict[str, Any]) -> dict[str, str]:
+    """What was chosen for each row, in words."""
+    rows = [row for row in result["rows"] if row["notes"]]
+    return {row["features"]: "; ".join(f"{column}: {note}" for column, note in row["notes"].items()) for row in rows}
+
+
+def columns(result: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(column for row in result["rows"] for column in row["metrics"]))
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """Lines of cells as text: the first column to the left, the numbers to the right."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in [header, *lines]]
+    rendered = ["  ".join(line) for line in padded]
+    return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])
+
+
+def text(result: dict[str, Any]) -> str:
+    """The protocol, a line for each part of it, then the table in percent, then what was chosen."""
+    names = columns(result)
+    numbers = table(
+        ["accuracy, %", *names],
+        [[row["features"], *(number(row, name) for name in names)] for row in result["rows"]],
+    )
+    chosen = choices(result)
+    notes = ["", "chosen:", *_indented(chosen)] if chosen else []
+    return "\n".join([f"{result['name']}:", *_indented(result["protocol"]), "", numbers, *notes])
+
+
+def _indented(pairs: dict[str, Any]) -> list[str]:
+    return [f"  {key}: {value}" for key, value in pairs.items()]
+
+
+def say(line: str) -> None:
+    """Progress, where the numbers of a pipe do not go."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def command(main: Callable[[list[str]], None], name: str) -> None:
+    """Runs `main` on the command line's arguments; a user's mistake ends in one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Starting runs: on this machine, on several hosts, and on SLURM."""
