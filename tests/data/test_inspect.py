@@ -1,0 +1,118 @@
+"""The inspection: what it counts, the bad files it names, and a configuration that loads."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_pretrain import config
+from ssl_pretrain.data import inspect
+from ssl_pretrain.data.sources import DataConfig, open_source
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the lists of files go there
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """6 images of class a, 2 of b: half black, half white; grey, of several sizes."""
+    for index in range(8):
+        path = tmp_path / "data" / "train" / ("a" if index < 6 else "b") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (30 + index, 20), 255 * (index % 2)).save(path)
+    return tmp_path / "data"
+
+
+def test_counts_sizes_modes_and_colours(root, capsys):
+    assert inspect.main([str(root)]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        f"training: {root}/train: 8 images, 2 classes",
+        f"validation: none (data.val: {root} has no folder or list 'val';",
+        "images per class: min 2, median 4, max 6",
+        "          2  b",
+        "          6  a",
+        "read 8 of 8 images\n",
+        "  width   min 30, median 33, max 37 pixels",
+        "  height  min 20, median 20, max 20 pixels",
+        "  modes   L 8",
+        "  mean    0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image weighs the same)",
+        "  std     0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image weighs the same)",
+        "  bad     0",
+    ):
+        assert line in printed
+
+
+def test_bad_files_are_named(root, capsys):
+    (root / "train" / "a" / "3.png").write_bytes(b"")
+    assert inspect.main([str(root)]) == 1
+    assert f"  bad     1\n    {root}/train/a/3.png: the file is empty\n" in capsys.readouterr().out
+
+
+def test_a_sample_is_stated(root, capsys):
+    inspect.main([str(root), "--sample", "3"])
+    assert "read 3 of 8 images (evenly spaced in the list; --sample 0 reads all)" in capsys.readouterr().out
+
+
+def test_each_image_weighs_the_same(tmp_path):
+    for name, size, value in (("1.png", (1, 1), 255), ("2.png", (50, 50), 0)):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", size, (value, 0, 51)).save(tmp_path / "data" / name)
+    findings = inspect.examine(open_source(DataConfig(root=str(tmp_path / "data")), "train"))
+    np.testing.assert_allclose(findings.mean, [0.5, 0, 0.2], atol=1e-6)
+    np.testing.assert_allclose(findings.std, [0.5, 0, 0], atol=1e-4)
+
+
+def test_many_classes_are_abridged(tmp_path, capsys):
+    for index in range(30):
+        path = tmp_path / "data" / f"class_{index:02d}" / "1.png"
+        path.parent.mkdir(parents=True)
+        Image.new("L", (4, 4)).save(path)
+    inspect.main([str(tmp_path / "data")])
+    assert "        ...  10 classes (--all-classes lists them)\n" in capsys.readouterr().out
+    inspect.main([str(tmp_path / "data"), "--all-classes"])
+    printed = capsys.readouterr().out
+    assert all(f"  class_{index:02d}\n" in printed for index in range(30))
+
+
+SUGGESTED = {  # images, their shorter side -> size of the views, batch, epochs
+    (1297, 8): (16, 256, 800),
+    (50_000, 32): (32, 512, 800),
+    (100_000, 64): (64, 512, 400),
+    (1_281_167, 375): (224, 1024, 100),
+    (3, 300): (224, 1, 800),
+}
+
+
+@pytest.mark.parametrize(("n", "side"), SUGGESTED)
+def test_the_suggestion_loads(n, side, tmp_path):
+    class Counted:
+        def __len__(self):
+            return n
+
+    findings = inspect.Findings(sizes=[(side, 2 * side)])
+    path = tmp_path / "my.yaml"
+    path.write_text(inspect.suggestion(DataConfig(root='/data/a "b"'), Counted(), findings))
+    loaded = config.load(path)
+    assert (loaded.method.name, loaded.data.root) == ("simclr", '/data/a "b"')
+    assert (loaded.views.crops["global"].size, loaded.global_batch_size, loaded.epochs) == SUGGESTED[n, side]
+    for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # each with its reason
+        assert re.search(rf"^ *{key}: \S+ +# \S", path.read_text(), re.MULTILINE)
+
+
+def test_what_cannot_be_opened_is_a_message(tmp_path, capsys):
+    assert inspect.main([str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err.startswith(f"data.root: {tmp_path}/absent does not exist;")
+
+
+def test_as_a_command():
+    command = [sys.executable, "-m", "ssl_pretrain.data.inspect"]
+    run = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    for part in ("--sample", "--all-classes", "python -m ssl_pretrain.data.inspect /data/imagenet", "Exit status: 0;"):
+        assert part in run.stdout

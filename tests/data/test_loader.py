@@ -1,0 +1,433 @@
+"""The loader: the same batches whatever the workers, ranks and the step resumed at; bad images; failures; no process left."""
+
+import gc
+import hashlib
+import itertools
+import multiprocessing.forkserver
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_pretrain.data import workers
+from ssl_pretrain.data.loader import Batch, Loader, build, images
+from ssl_pretrain.data.sources import DataConfig, Source, open_source
+from ssl_pretrain.views import crops
+from ssl_pretrain.views.recipe import Crop, ViewsConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there are few cores
+
+VIEWS = ViewsConfig(
+    crops={
+        "global": Crop(count=2, size=12, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5),
+        "local": Crop(count=1, size=6, scale=[0.1, 0.4], solarize=0.5),
+    },
+    mean=[0.5, 0.4, 0.3],
+    std=[0.2, 0.3, 0.4],
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_forkserver():
+    """The loader's is deaf to the signals that stop a run; processes that other tests start must hear them."""
+    yield
+    multiprocessing.forkserver._forkserver._stop()
+
+
+def plant(root: Path, n: int) -> DataConfig:
+    generator = np.random.default_rng(0)
+    for index in range(n):
+        folder = root / f"class_{index % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        size = (int(generator.integers(8, 24)), int(generator.integers(8, 24)), 3)
+        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{index:03d}.png")
+    return DataConfig(root=str(root), cache_dir=str(root.parent / "cache"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Source:
+    return open_source(plant(tmp_path_factory.mktemp("loader") / "data", 50), "train")
+
+
+def loader(source: Source, num_workers: int = 0, rank: int = 0, world_size: int = 1, seed: int = 3, global_batch_size: int = 12) -> Loader:
+    return Loader(
+        source, VIEWS, seed=seed, global_batch_size=global_batch_size, num_workers=num_workers, rank=rank, world_size=world_size
+    )
+
+
+def digest(batch: Batch) -> str:
+    total = hashlib.sha256()
+    for tensor in (*batch.views, batch.labels, batch.indices):
+        total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        total.update(tensor.numpy().tobytes())
+    return total.hexdigest()
+
+
+def digests(loader: Loader, first: int, count: int) -> list[str]:
+    with loader:
+        return [digest(batch) for batch in itertools.islice(loader.starting_at(first), count)]
+
+
+@pytest.fixture(scope="module")
+def expected(source) -> list[str]:
+    """Of steps 0 to 9 of one process, two and a half epochs of 4 steps."""
+    return digests(loader(source), 0, 10)
+
+
+def test_what_a_batch_holds(source):
+    batch = next(loader(source).starting_at(0))
+    assert [tuple(view.shape) for view in batch.views] == [(12, 3, 12, 12)] * 2 + [(12, 3, 6, 6)]
+    assert all(view.dtype == torch.float32 and torch.isfinite(view).all() for view in batch.views)
+    assert batch.labels.dtype == batch.indices.dtype == torch.int64
+    assert batch.labels.tolist() == [source.label(index) for index in batch.indices.tolist()]
+    assert not torch.equal(batch.views[0], batch.views[1])
+    low, high = (0 - 0.5) / 0.2, (1 - 0.5) / 0.2  # red, normalized
+    assert low - 1e-5 <= batch.views[0][:, 0].min() and batch.views[0][:, 0].max() <= high + 1e-5
+
+
+def test_views_are_those_that_the_recipe_draws(source):
+    plain = ViewsConfig(crops={"global": Crop(count=2, size=12)})
+    batch = next(Loader(source, plain, seed=5, global_batch_size=12).starting_at(6))  # epoch 1, step 2
+    for row, index in enumerate(batch.indices.tolist()):
+        image = torch.from_numpy(source.read(index)).permute(2, 0, 1)
+        for number in range(2):
+            crop = plain.crops["global"]
+            box = crops.draw(crop, 5, 1, index, number, *image.shape[1:])
+            torch.testing.assert_close(batch.views[number][row], crops.apply(image, box, crop) / 255)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_workers_change_nothing(num_workers, source, expected):
+    assert digests(loader(source, num_workers), 0, 10) == expected
+
+
+def test_a_zip_gives_the_batches_of_its_folder(source, expected, tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for index in range(len(source)):
+            archive.write(source.name(index), Path(source.name(index)).relative_to(source.where))
+    packed = open_source(DataConfig(root=str(tmp_path / "data.zip"), cache_dir=str(tmp_path)), "train")
+    packed.read(0)  # opens it here: a worker has to open it for itself
+    assert digests(loader(packed, 2), 0, 10) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_make_up_the_global_batch(world_size, source, expected):
+    ranks = [loader(source, rank=rank, world_size=world_size).starting_at(0) for rank in range(world_size)]
+    for step in range(5):
+        parts = [next(batches) for batches in ranks]
+        whole = Batch(
+            [torch.cat(views) for views in zip(*(part.views for part in parts))],
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.indices for part in parts]),
+        )
+        assert digest(whole) == expected[step]
+
+
+@pytest.mark.parametrize("first", [1, 4, 6])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_goes_on_as_if_never_stopped(first, num_workers, source, expected):
+    assert digests(loader(source, num_workers), first, 10 - first) == expected[first:]
+
+
+def test_starting_again_uses_the_same_workers(source, expected):
+    with loader(source, 2) as batches:
+        next(batches.starting_at(0))
+        before = children()
+        assert [digest(batch) for batch in itertools.islice(batches.starting_at(3), 3)] == expected[3:6]
+        assert children() == before
+
+
+def test_seeds_epochs_and_views_differ(source, expected):
+    assert len({*expected, *digests(loader(source, seed=4), 0, 10)}) == 20
+
+
+def test_large_batches_travel_in_chunks_that_do_not_show(source):
+    sizes = {"global_batch_size": 50}
+    assert digests(loader(source, 2, **sizes), 0, 2) == digests(loader(source, **sizes), 0, 2)  # chunks of 25
+    assert digests(loader(source, 3, **sizes), 0, 2) == digests(loader(source, **sizes), 0, 2)  # 17, 17 and 16
+
+
+def test_the_trainers_random_state_is_left_alone(source):
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    digests(loader(source, 1), 0, 2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_build_takes_the_config(tmp_path, expected):
+    config = plant(tmp_path / "data", 50)
+    config.num_workers = 0
+    built = build(config, VIEWS, seed=3, global_batch_size=12, device="cpu")
+    assert (built.steps_per_epoch, len(built.source), built.num_replaced) == (4, 50, 0)
+    assert digests(built, 0, 10) == expected
+
+
+def test_digits_need_no_worker():
+    views = ViewsConfig(crops={"global": Crop(size=8)})
+    with build(DataConfig("digits", num_workers=0), views, seed=0, global_batch_size=256, device="cpu") as batches:
+        seen = torch.cat([batch.indices for batch in itertools.islice(batches.starting_at(0), batches.steps_per_epoch)])
+    assert len(seen.unique()) == 5 * 256
+
+
+def test_parts_of_a_batch(source):
+    batch = next(loader(source).starting_at(0))
+    parts = [batch.part(k, 3) for k in range(3)]
+    assert [len(part) for part in parts] == [4, 4, 4]
+    for name in ("labels", "indices"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert all(torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v]) for v in range(3))
+    with pytest.raises(ValueError) as caught:
+        batch.part(0, 5)
+    assert str(caught.value) == "a batch of 12 images does not divide into 5 parts"
+
+
+class Bad:
+    """Images 3, 4 and the last cannot be read."""
+
+    @pytest.fixture
+    def source(self, tmp_path):
+        source = open_source(plant(tmp_path / "data", 24), "train")
+        for index in (3, 4):
+            Path(source.name(index)).write_bytes(b"")
+        Path(source.name(23)).unlink()
+        return source
+
+
+class TestUnreadable(Bad):
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_the_next_one_takes_its_place(self, num_workers, source):
+        plain = ViewsConfig(crops={"global": Crop(count=1, size=6)})
+        with Loader(source, plain, seed=0, global_batch_size=24, num_workers=num_workers) as batches:
+            steps = batches.starting_at(0)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                first, _ = next(steps), next(steps)
+            assert batches.num_replaced == 6  # three images, in each of two epochs
+        file, next_one = source.name(3), source.name(5)
+        messages = [str(warning.message) for warning in caught if "takes its place" in str(warning.message)]
+        assert len(messages) == 3  # each once
+        assert f"{file}: the file is empty; {next_one} takes its place" in messages
+        assert f"{source.name(23)}: No such file or directory; {source.name(0)} takes its place" in messages
+        taken = {3: 5, 4: 5, 23: 0}
+        for row, index in enumerate(first.indices.tolist()):
+            shown = taken.get(index, index)
+            image = torch.from_numpy(source.read(shown)).permute(2, 0, 1)
+            box = crops.draw(plain.crops["global"], 0, 0, index, 0, *image.shape[1:])
+            torch.testing.assert_close(first.views[0][row], crops.apply(image, box, plain.crops["global"]) / 255)
+            assert first.labels[row] == source.label(shown)
+        assert sorted(first.indices.tolist()) == list(range(24))
+
+    def test_replacement_is_the_same_for_any_workers(self, source):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert digests(loader(source), 0, 4) == digests(loader(source, 2), 0, 4)
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_none_readable(self, num_workers, source):
+        for index in range(23):
+            Path(source.name(index)).write_bytes(b"")
+        with loader(source, num_workers) as batches, pytest.raises(RuntimeError) as caught:
+            next(batches.starting_at(0))
+        assert f"none of the 24 images of {source.where} can be read; one of them: " in str(caught.value)
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_the_folder_goes(self, num_workers, source):
+        with loader(source, num_workers) as batches:
+            os.rename(source.where, f"{source.where}.gone")
+            with pytest.raises(FileNotFoundError, match=re.escape(f"data.root: {source.where} is gone; it was there when the run began")):
+                for _ in batches.starting_at(0):
+                    pass
+
+
+class Failing(Source):
+    """Reads like a source of 8 grey images; image 5 raises what no rule covers."""
+
+    def __init__(self):
+        super().__init__("nowhere", np.zeros(8), ["a"])
+
+    def read(self, index):
+        if index == 5:
+            raise KeyError("a mistake in the code")
+        return np.full((4, 4, 3), index, np.uint8)
+
+    def name(self, index):
+        return f"image_{index}.png"
+
+
+class TestFailures:
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_the_trainer_learns_which_image(self, num_workers):
+        began = time.monotonic()
+        with loader(Failing(), num_workers, global_batch_size=8) as batches, pytest.raises(RuntimeError) as caught:
+            next(batches.starting_at(0))
+        assert "image 5, image_5.png: KeyError: 'a mistake in the code'" in str(caught.value)
+        assert time.monotonic() - began < 60
+
+    def test_a_killed_worker_is_noticed(self, source):
+        with loader(source, 2) as batches:
+            steps = batches.starting_at(0)
+            next(steps)
+            os.kill(min(children()), signal.SIGKILL)
+            with pytest.raises(RuntimeError, match="worker"):
+                for _ in range(100):
+                    next(steps)
+
+    def test_workers_outlive_the_signals_that_stop_a_run(self, source, expected):
+        with loader(source, 2) as batches:
+            steps = batches.starting_at(0)
+            next(steps)
+            processes = [str(process) for process in (*children(), multiprocessing.forkserver._forkserver._forkserver_pid)]
+            for name in ("TERM", "INT", "USR1", "USR2"):
+                subprocess.run(["kill", f"-{name}", *processes], check=True)  # by another process: a worker obeys the trainer's own
+            time.sleep(1.5)
+            assert [digest(batch) for batch in itertools.islice(steps, 9)] == expected[1:]
+
+
+    def test_a_worker_killed_while_sending_is_noticed_alike(self):
+        def sending():
+            yield "a chunk"
+            raise ConnectionResetError
+
+        chunks = workers._taken(sending())
+        assert next(chunks) == "a chunk"
+        with pytest.raises(RuntimeError) as caught:
+            next(chunks)
+        assert str(caught.value) == "a worker was killed while it sent images; if that was for memory, set data.num_workers lower"
+
+
+class TestProcesses:
+    def test_close_leaves_none_behind(self, source):
+        batches = loader(source, 2)
+        next(batches.starting_at(0))
+        made = children()
+        threads = threading.active_count()
+        assert len(made) == 2
+        batches.close()
+        batches.close()
+        assert not children() and not any(alive(worker) for worker in made)
+        assert threading.active_count() <= threads
+
+    def test_forgetting_leaves_none_behind(self, source):
+        batches = loader(source, 1)
+        next(batches.starting_at(0))
+        del batches
+        gc.collect()
+        assert not children()
+
+    @pytest.mark.parametrize("how", ["killed", "ended without closing"])
+    def test_a_trainer_that_is_gone_leaves_none_behind(self, how):
+        root = Path(__file__).parents[2]
+        pipe = subprocess.PIPE
+        trainer = subprocess.Popen([sys.executable, "-c", TRAINER], stdin=pipe, stdout=pipe, text=True, cwd=root)
+        assert trainer.stdout is not None and trainer.stdin is not None
+        made = [int(word) for word in trainer.stdout.readline().split()]
+        assert len(made) == 2 and all(alive(worker) for worker in made)
+        if how == "killed":
+            trainer.kill()
+        trainer.stdin.close()
+        trainer.wait(60)
+        until = time.monotonic() + 20
+        while any(alive(worker) for worker in made) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not any(alive(worker) for worker in made)
+
+    def test_workers_compute_on_one_thread(self):
+        with loader(CountsThreads(), 1, global_batch_size=4) as batches:
+            assert next(batches.starting_at(0)).labels.tolist() == [1] * 4
+
+
+class CountsThreads(Failing):
+    def read(self, index):
+        return np.zeros((4, 4, 3), np.uint8)
+
+    def label(self, index):
+        return torch.get_num_threads()
+
+
+TRAINER = """
+import multiprocessing, sys, time
+from ssl_pretrain.data.loader import build
+from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.views.recipe import Crop, ViewsConfig
+if __name__ == "__main__":
+    views = ViewsConfig(crops={"global": Crop(size=8)})
+    batches = build(DataConfig("digits", num_workers=2), views, seed=0, global_batch_size=32, device="cpu")
+    next(batches.starting_at(0))
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    sys.stdin.read()
+"""
+
+
+def children() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class TestImages:
+    """The deterministic pass of evaluations."""
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_each_image_once_in_order(self, num_workers, source):
+        batches = list(images(source, None, partial(crops.evaluate, size=8), batch_size=16, num_workers=num_workers))
+        assert [tuple(pixels.shape) for pixels, _ in batches] == [(16, 3, 8, 8)] * 3 + [(2, 3, 8, 8)]
+        assert torch.cat([labels for _, labels in batches]).tolist() == source.labels.tolist()
+        expected = [crops.evaluate(torch.from_numpy(source.read(index)).permute(2, 0, 1), size=8) for index in range(len(source))]
+        pixels = torch.cat([pixels for pixels, _ in batches])
+        assert pixels.dtype == torch.uint8 and torch.equal(pixels, torch.stack(expected))
+        assert not children()
+
+    def test_chosen_ones(self, source):
+        ((_, labels),) = images(source, [7, 3, 7], partial(crops.evaluate, size=8), batch_size=16, num_workers=0)
+        assert labels.tolist() == [source.label(7), source.label(3), source.label(7)]
+
+    def test_leaving_early_leaves_no_process(self, source):
+        passes = images(source, None, partial(crops.evaluate, size=8), batch_size=4, num_workers=2)
+        next(passes)
+        passes.close()
+        assert not children()
+
+    def test_none(self, source):
+        assert list(images(source, [], partial(crops.evaluate, size=8), batch_size=4, num_workers=2)) == []
+
+
+class TestUnreadableInEvaluation(Bad):
+    def test_is_replaced_label_and_all(self, source):
+        with pytest.warns(UserWarning, match="the file is empty; .* takes its place"):
+            ((_, labels),) = images(source, [2, 3], partial(crops.evaluate, size=8), batch_size=4, num_workers=0)
+        assert labels.tolist() == [source.label(2), source.label(5)]
+
+
+class TestMessages:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"global_batch_size": 64}, "global_batch_size: 64 is more than the 50 images of the data set; give at most 50"),
+            ({"world_size": 5}, "global_batch_size: 12 does not divide over 5 ranks; the nearest that do are 10 and 15"),
+        ],
+    )
+    def test_batches_that_do_not_fit(self, options, message, source):
+        with pytest.raises(ValueError) as caught:
+            loader(source, **options)
+        assert str(caught.value) == message
+
+    def test_views_are_checked(self, source):
+        with pytest.raises(ValueError, match=r"views\.crops"):
+            Loader(source, ViewsConfig(), seed=0, global_batch_size=12)

@@ -1,0 +1,391 @@
+"""Sources: which files become which part with which labels, the list on disk, and every message."""
+
+import os
+import pickle
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_pretrain.data import listing
+from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.sources import DataConfig, open_source, require_labels
+
+
+def plant(root: Path, *names: str) -> Path:
+    """Small images of different colours at these places below root."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3), (number, 2 * number, 3 * number)).save(path)
+    return root
+
+
+def zipped(root: Path, compression: int = zipfile.ZIP_STORED) -> Path:
+    path = root.parent / f"{root.name}.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for file in sorted(root.rglob("*"), reverse=True):
+            archive.write(file, file.relative_to(root))
+    return path
+
+
+@pytest.fixture
+def opened(tmp_path):
+    def opened(root, split="train", **options):
+        return open_source(DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"), **options), split)
+
+    return opened
+
+
+def names(source) -> list[str]:
+    return [os.path.relpath(source.name(index), source.files.root) for index in range(len(source))]
+
+
+def message(function, *arguments, **options) -> str:
+    with pytest.raises(ValueError) as caught:
+        function(*arguments, **options)
+    return str(caught.value)
+
+
+IMAGENET = ("train/n02/b.png", "train/n02/a.png", "train/n01/c.JPEG", "val/n02/d.png")
+
+
+def test_class_per_folder(tmp_path, opened):
+    root = plant(tmp_path / "data", *IMAGENET)
+    train, val = opened(root), opened(root, "val")
+    assert names(train) == ["n01/c.JPEG", "n02/a.png", "n02/b.png"]
+    assert train.labels.tolist() == [0, 1, 1] and train.labels.dtype == np.int64 and train.classes == ["n01", "n02"]
+    assert [train.label(index) for index in range(3)] == [0, 1, 1]
+    assert (val.labels.tolist(), val.classes) == ([1], ["n01", "n02"])  # by name: n02 is 1 though val has no n01
+    np.testing.assert_array_equal(train.read(2), np.zeros((3, 4, 3)))  # the first planted
+    np.testing.assert_array_equal(train.read(1), np.broadcast_to([1, 2, 3], (3, 4, 3)))
+
+
+def test_class_folders_without_train(tmp_path, opened):
+    source = opened(plant(tmp_path / "data", "cat/1.png", "dog/2.png", "val/cat/3.png"))
+    assert names(source) == ["cat/1.png", "dog/2.png"] and source.classes == ["cat", "dog"]
+
+
+TREES = {"flat": "1.png 2.png", "mixed": "a/1.png a/b/2.png 3.png", "deep": "a/b/1.png a/c/2.png", "one folder": "only/1.png only/2.png"}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_other_trees_have_no_labels(tree, tmp_path, opened):
+    files = TREES[tree].split()
+    source = opened(plant(tmp_path / "data", *files))
+    assert names(source) == sorted(files)
+    assert source.labels.tolist() == [-1] * len(files) and source.classes == []
+
+
+def test_a_wrapping_folder_is_seen_through(tmp_path, opened):
+    root = plant(tmp_path / "data", *(f"wrapped/{name}" for name in IMAGENET))
+    assert opened(root).classes == opened(zipped(root)).classes == ["n01", "n02"]
+    assert len(opened(root, "val")) == len(opened(zipped(root), "val")) == 1
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_is_the_tree_it_was_made_of(compression, tmp_path, opened):
+    root = plant(tmp_path / "data", *IMAGENET)
+    for split in ("train", "val"):
+        tree, packed = opened(root, split), opened(zipped(root, compression), split)
+        assert packed.fingerprint == tree.fingerprint
+        assert packed.labels.tolist() == tree.labels.tolist()
+        for index in range(len(tree)):
+            np.testing.assert_array_equal(packed.read(index), tree.read(index))
+    assert packed.name(0) == str(tmp_path / "data.zip" / "val/n02/d.png")
+
+
+def test_a_list_with_names(tmp_path, opened):
+    plant(tmp_path / "data", "x/1.png", "y/2.png", "z 3.png")
+    (tmp_path / "data" / "all.csv").write_text('path,label\nx/1.png,dog\ny/2.png,cat\n\n"z 3.png",\n')
+    source = opened(tmp_path / "data" / "all.csv")
+    assert names(source) == ["x/1.png", "y/2.png", "z 3.png"]
+    assert source.labels.tolist() == [1, 0, -1] and source.classes == ["cat", "dog"]
+    assert source.read(2).shape == (3, 4, 3)
+
+
+def test_lists_as_parts_with_numbers(tmp_path, opened):
+    root = plant(tmp_path / "data", "1.png", "2.png", "3.png")
+    (root / "train.txt").write_text("3.png, 10\n1.png,2\n")
+    (root / "test.txt").write_text("2.png,10\n")
+    train, val = (opened(root, split, train="train.txt", val="test.txt") for split in ("train", "val"))
+    assert train.labels.tolist() == [1, 0] and train.classes == ["2", "10"]  # by value, not as text
+    assert val.labels.tolist() == [1]
+    assert opened(root / "train.txt", "val", val="test.txt").labels.tolist() == [1]
+
+
+def test_a_list_without_labels(tmp_path, opened):
+    plant(tmp_path / "data", "1.png")
+    (tmp_path / "data" / "list.txt").write_text("1.png\n")
+    assert opened(tmp_path / "data" / "list.txt").labels.tolist() == [-1]
+
+
+def test_symlinks_are_followed_and_loops_end(tmp_path, opened):
+    root = plant(tmp_path / "data", "cat/1.png")
+    plant(tmp_path / "elsewhere", "2.png", "3.png")
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "loop").symlink_to(root)
+    (root / "cat" / "4.png").symlink_to(tmp_path / "elsewhere" / "2.png")
+    found = names(opened(root))
+    assert {"cat/1.png", "cat/4.png", "dog/2.png", "dog/3.png"} <= set(found)
+    assert len(found) < 20
+
+
+def test_hidden_and_foreign_files_are_no_images(tmp_path, opened):
+    root = plant(tmp_path / "data", "a/1.png", "b/2.png", ".cache/3.png", "a/.4.png", "__MACOSX/a/5.png")
+    (root / "a" / "notes.txt").write_text("not an image")
+    assert names(opened(zipped(root))) == ["a/1.png", "b/2.png"]
+
+
+def test_names_that_are_not_utf8(tmp_path, opened):
+    root = plant(tmp_path / "data", "a.png")
+    os.rename(root / "a.png", os.fsencode(root) + b"/\xff.png")
+    source = opened(root)
+    assert source.read(0).shape == (3, 4, 3) and len(source.fingerprint) == 16
+
+
+def test_fingerprint_tells_lists_apart(tmp_path, opened):
+    root = plant(tmp_path / "data", *IMAGENET)
+    before = opened(root).fingerprint
+    assert opened(root).fingerprint == before
+    plant(root, "train/n01/e.png")
+    assert opened(root).fingerprint != before
+
+
+def test_a_source_survives_the_way_to_a_worker(tmp_path, opened):
+    source = opened(zipped(plant(tmp_path / "data", *IMAGENET)))
+    first = source.read(0)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(0), first)
+
+
+def test_subset_is_fixed_and_only_of_training(tmp_path, opened):
+    root = plant(tmp_path / "data", *(f"train/{c}/{i}.png" for c in "ab" for i in range(20)), "val/a/1.png", "val/a/2.png")
+    whole, part = opened(root), opened(root, subset=7)
+    assert len(part) == 7 and len(set(names(part))) == 7 and names(part) == sorted(names(part))
+    assert names(opened(root, subset=7)) == names(part) and set(names(part)) < set(names(opened(root, subset=8)))
+    assert part.labels.tolist() == [whole.labels[names(whole).index(name)] for name in names(part)]
+    assert part.fingerprint != whole.fingerprint
+    assert len(opened(root, "val", subset=7)) == 2
+    assert len(open_source(DataConfig("digits", subset=100), "train")) == 100
+
+
+def test_digits():
+    train, val = (open_source(DataConfig("digits"), split) for split in ("train", "val"))
+    assert (len(train), len(val), train.classes) == (1297, 500, [str(digit) for digit in range(10)])
+    assert np.bincount(val.labels).tolist() == [50] * 10
+    assert {train.name(i) for i in range(len(train))}.isdisjoint(val.name(i) for i in range(len(val)))
+    pixels = train.read(0)
+    assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
+    from sklearn.datasets import load_digits
+
+    number = int(train.name(0).split("/")[1])
+    np.testing.assert_array_equal(pixels[..., 1], np.rint(load_digits().images[number] * 255 / 16))
+    assert train.label(0) == load_digits().target[number]
+    assert train.fingerprint == open_source(DataConfig("digits"), "train").fingerprint != val.fingerprint
+
+
+def test_cifar10_zip(shared_data, opened):
+    root = shared_data("cifar10.zip")
+    train, val = opened(root, source="cifar10"), opened(root, "val", source="cifar10")
+    assert np.bincount(train.labels).tolist() == [5000] * 10 and np.bincount(val.labels).tolist() == [1000] * 10
+    assert train.classes[:2] == ["airplane", "automobile"]
+    assert train.read(49999).shape == (32, 32, 3)
+    assert val.name(0).endswith("cifar10.zip/test/airplane/0000.jpg")
+
+
+def test_imagenet_sample_zip(shared_data, opened):
+    source = opened(shared_data("imagenet_sample.zip"))
+    assert (len(source), len(source.classes)) == (600, 600)
+    assert source.read(0).ndim == 3
+
+
+def test_cifar10_of_torchvision_becomes_a_zip(tmp_path, monkeypatch, opened):
+    class CIFAR10:
+        classes = ("airplane", "automobile")
+
+        def __init__(self, root, train, download):
+            self.data = np.full((4 if train else 2, 32, 32, 3), 7 if train else 8, np.uint8)
+            self.targets = [0, 1, 1, 0][: len(self.data)]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", CIFAR10)
+    assert opened("", source="cifar10").labels.tolist() == [0, 0, 1, 1]
+    val = opened("", "val", source="cifar10")
+    assert val.labels.tolist() == [0, 1] and (val.read(0) == 8).all()
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".npz") == ["cifar10.zip"]
+
+
+class TestList:
+    """The list on disk is used while it is true, and never after."""
+
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(listing, "_SETTLED_NS", 0)
+        return plant(tmp_path / "data", "a/1.png", "b/2.png")
+
+    @pytest.fixture
+    def walks(self, monkeypatch):
+        """How often a tree was walked or a zip's directory read."""
+        walks = []
+        for name in ("_walk", "_central_directory"):
+            real = getattr(listing, name)
+            monkeypatch.setattr(listing, name, lambda root, real=real: walks.append(root) or real(root))
+        return walks
+
+    def test_second_opening_walks_nothing(self, root, walks, opened):
+        first = opened(root)
+        again = opened(root)
+        assert len(walks) == 1
+        assert names(again) == names(first) and again.fingerprint == first.fingerprint
+
+    @pytest.mark.parametrize("change", ["add", "add deep", "delete", "delete folder"])
+    def test_changed_folder_is_walked_again(self, change, root, walks, opened):
+        opened(root)
+        times = {path: path.stat().st_mtime_ns for path in (root, root / "a", root / "b")}
+        time.sleep(0.05)  # longer than a tick of the file system's clock
+        if change == "add":
+            Image.new("L", (2, 2)).save(root / "b" / "3.png")
+        elif change == "add deep":
+            plant(root / "b", "deep/3.png")
+        elif change == "delete":
+            (root / "b" / "2.png").unlink()
+        else:
+            (root / "b" / "2.png").unlink()
+            (root / "b").rmdir()
+        for path in times:
+            if path.exists():
+                os.utime(path, ns=(times[path], times[path]))  # as an archive's unpacking would
+        found = names(opened(root))
+        assert len(walks) == 2
+        assert found == sorted(os.path.relpath(path, root) for path in root.rglob("*.png"))
+
+    def test_changed_zip_is_read_again(self, root, walks, opened):
+        path = zipped(root)
+        opened(path)
+        opened(path)
+        assert len(walks) == 1
+        plant(root, "a/3.png")
+        assert len(opened(zipped(root))) == 3
+
+    @pytest.mark.parametrize("damage", [b"", b"PK\3\4 no npz", None])
+    def test_damaged_list_is_made_anew(self, damage, root, walks, tmp_path, opened):
+        expected = names(opened(root))
+        (kept,) = (tmp_path / "cache").iterdir()
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+        assert names(opened(root)) == expected and len(walks) == 2
+        assert names(opened(root)) == expected and len(walks) == 2  # and kept again
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == [kept.name]  # nothing half written stays
+
+    def test_folder_changed_just_now_is_not_kept(self, root, walks, monkeypatch, opened):
+        monkeypatch.setattr(listing, "_SETTLED_NS", 2_000_000_000)
+        opened(root)
+        opened(root)
+        assert len(walks) == 2
+
+    def test_unwritable_cache_only_costs_time(self, root, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        assert len(open_source(DataConfig(root=str(root), cache_dir=str(tmp_path / "file" / "cache")), "train")) == 2
+
+
+class TestMessages:
+    def test_what_to_open(self, tmp_path, opened):
+        assert message(opened, "") == (
+            "data.root: not set; give a folder, a .zip, or a list of files (.csv, .txt), as in data.root=/data/imagenet"
+        )
+        assert message(opened, tmp_path / "absent") == (
+            f"data.root: {tmp_path}/absent does not exist; give a folder, a .zip, or a list of files (.csv, .txt)"
+        )
+        (tmp_path / "a.tar").write_text("")
+        assert message(opened, tmp_path / "a.tar") == (
+            f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a folder, a .zip, or a list of files (.csv, .txt)"
+        )
+        assert message(opened, tmp_path, source="cifar") == "data.source: 'cifar' is not a source; choose one of: digits, cifar10, folder"
+
+    def test_empty(self, tmp_path, opened):
+        (tmp_path / "empty").mkdir()
+        suffixes = ".bmp .gif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp"
+        assert message(opened, tmp_path / "empty") == (
+            f"data.root: {tmp_path}/empty holds no image; looked at every depth for {suffixes}"
+        )
+        (tmp_path / "empty.csv").write_text("path,label\n")
+        assert message(opened, tmp_path / "empty.csv").startswith(f"data.root: {tmp_path}/empty.csv holds no image")
+
+    def test_parts(self, tmp_path, opened):
+        root = plant(tmp_path / "data", "a/1.png", "b/2.png")
+        assert message(opened, root, "val") == (
+            f"data.val: {root} has no folder or list 'val'; name the one that holds the validation images,"
+            " or leave out what needs a validation part"
+        )
+        assert message(opened, root, train="trian") == (
+            f"data.train: {root} has no folder or list 'trian'; name the one that holds the training images"
+        )
+        assert message(opened, root, "test") == "split: 'test' is not a part of a data set; choose one of: train, val"
+        assert message(opened, root, source="cifar10") == (
+            f"data.root: {root} has no folder 'train'; CIFAR-10 is train/<class>/ and test/<class>/, in a folder or a .zip"
+        )
+        assert message(opened, root, subset=3) == "data.subset: 3 of 2 training images; give a number from 1 to 2, or 0 for all"
+
+    def test_classes(self, tmp_path, opened):
+        root = plant(tmp_path / "data", "train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png")
+        assert message(opened, root, "val") == (
+            f"data.val: {root}/val has the class 'c', which the training part has not; it has a, b"
+        )
+
+    def test_lists(self, tmp_path, opened):
+        (tmp_path / "list.csv").write_text("gone.png\n")
+        assert message(opened, tmp_path / "list.csv") == (
+            f"data.root: {tmp_path}/list.csv begins with 'gone.png', which is not in {tmp_path}; paths are relative to the list's folder"
+        )
+        (tmp_path / "list.txt").write_bytes(b"\xff\xfe\0")
+        assert message(opened, tmp_path / "list.txt").startswith(f"data.root: {tmp_path}/list.txt is not a list of paths: ")
+
+    def test_zips(self, tmp_path, opened):
+        (tmp_path / "bad.zip").write_bytes(b"no zip")
+        assert message(opened, tmp_path / "bad.zip") == f"data.root: {tmp_path}/bad.zip cannot be read as a zip: File is not a zip file"
+        root = plant(tmp_path / "data", "a/1.png")
+        path = zipped(root, zipfile.ZIP_LZMA)
+        assert message(opened, path) == (
+            f"data.root: {path} holds a/1.png, encrypted or of a rare compression; repack it with `zip -r -0`"
+        )
+
+    def test_download_without_a_network(self, monkeypatch, opened):
+        def fails(*_arguments, **_options):
+            raise OSError("no route to host")
+
+        monkeypatch.setattr("torchvision.datasets.CIFAR10", fails)
+        assert message(opened, "", source="cifar10") == (
+            "data.root: CIFAR-10 cannot be had from torchvision (no route to host); where there is no network,"
+            " set data.root to a folder or a .zip that holds train/<class>/ and test/<class>/"
+        )
+
+    def test_labels(self, tmp_path, opened):
+        source = opened(plant(tmp_path / "data", "1.png", "2.png"))
+        assert message(require_labels, source, "k-NN") == (
+            f"data.root: k-NN needs labels, and {tmp_path}/data has no labelled images;"
+            " put the images in one folder per class (<class>/<file>), or list them in a CSV as path,label"
+        )
+        (tmp_path / "data" / "list.csv").write_text("1.png,x\n2.png\n")
+        partly = opened(tmp_path / "data" / "list.csv")
+        assert "has 1 of 2 labelled images;" in message(require_labels, partly, "k-NN")
+        require_labels(open_source(DataConfig("digits"), "train"), "k-NN")
+
+    def test_images(self, tmp_path, opened):
+        root = plant(tmp_path / "data", "1.png", "2.png", "3.png")
+        source = opened(root)
+        (root / "1.png").write_bytes(b"text")
+        (root / "2.png").unlink()
+        for index, expected in ((0, f"{root}/1.png: no known image format"), (1, f"{root}/2.png: No such file or directory")):
+            with pytest.raises(UnreadableImage) as caught:
+                source.read(index)
+            assert str(caught.value) == expected
+
+    def test_images_of_a_zip_that_was_replaced(self, tmp_path, opened):
+        path = zipped(plant(tmp_path / "data", "1.png", "2.png"))
+        source = opened(path)
+        path.write_bytes(b"\0" * path.stat().st_size)
+        with pytest.raises(UnreadableImage) as caught:
+            source.read(0)
+        assert str(caught.value) == f"{path}/1.png: the zip is damaged here, or was replaced"

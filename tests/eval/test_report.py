@@ -1,0 +1,182 @@
+"""The report is one page that fetches nothing, whatever the run holds; the demo's summary is made of the same numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from made_run import make_run, write_images
+from torchvision.utils import save_image
+
+from eval import charts, demo, page, pictures, report, results, runs
+from eval.results import Row
+
+SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbours", "Projection", "Config"]
+VOID = {"meta", "img", "line", "polyline", "br"}
+ABOUT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
+PROTOCOL = {"network": "n", "images": "digits: 1297 training, 500 test images, 10 classes", "k": 20, "temperature": 0.07}
+
+
+class Checked(HTMLParser):
+    """Balanced tags; collects headings, pictures and everything that a browser would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.headings, self.fetched, self.pictures, self.tags = [], [], [], 0, set()
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "action"):
+                self.pictures += value.startswith("data:image/")
+                self.fetched += [] if value.startswith("data:image/") else [value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID and tag != "circle":
+            while self.open[-1] == "circle":
+                self.open.pop()
+            assert self.open.pop() == tag
+        elif tag == "circle":
+            assert self.open.pop() == "circle"
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(text)
+
+
+def write_metrics(run, num=40):
+    lines = []
+    for step in range(1, num + 1):
+        record = {"step": step, "epoch": step / 5, "loss": 10 / step, "lr": 0.1, "images_per_second": 100 + step, "time": 1000.0 + step}
+        lines.append(json.dumps(record | ({"knn": step / 100} if step % 5 == 0 else {})))
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 41, "loss": NaN, "epo']) + "\n")
+
+
+def save_results(run, columns=("clean", "shifted 1", "shifted 2")):
+    rows = [Row(name, dict.fromkeys(columns, 50.0 + i)) for i, name in enumerate(["raw pixels", "random, as built", "pretrained"])]
+    results.save(run, "knn", PROTOCOL | {"shifts": "by four"}, results.with_better_random(rows), ABOUT, 1.0)
+    rows = [Row(row.features, {"1 per class": 30.0}, {"1 per class": 2.5}) for row in rows]
+    results.save(run, "linear", PROTOCOL | {"few labels": "ten draws"}, results.with_better_random(rows), ABOUT, 1.0)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("runs") / "digits")
+    write_metrics(run)
+    save_results(run)
+    save_image(torch.rand(3, 2 + 8 * 18, 2 + 2 * 18), run / "views.png")
+    report.write(runs.load_run(run, device="cpu"))
+    return run
+
+
+def test_the_page_holds_every_section_and_fetches_nothing(digits):
+    text = (digits / "report.html").read_text()
+    found = Checked(text)
+    assert found.headings == SECTIONS and found.fetched == []
+    assert found.pictures == 16 + 10 + 2 * 10 * 6  # 8 x 2 views, ten queries and their neighbours twice
+    assert not re.search(r"https?://|url\(|@import", text) and not found.tags & {"script", "link", "iframe"}
+    assert text.count('class="chart"') == 4 and text.count('class="scatter"') == 2
+    for shown in ("prefers-color-scheme: dark", "30.0 ± 2.5", "ten draws", "moved 2 right", "temperature: 0.2"):
+        assert shown in text, shown
+
+
+def test_ten_queries_are_of_ten_classes_and_moved_by_one_or_two(digits):
+    run = runs.load_run(digits, device="cpu")
+    bank, queries, kind = pictures.open_parts(run)
+    found = pictures.neighbours(run, bank, queries)
+    assert (len(bank), len(queries), kind) == (1297, 500, "test images")
+    assert sorted(query.label for query in found) == list(range(10))
+    assert [query.moved for query in found[:4]] == ["1 right", "2 right", "1 left", "2 left"]
+    near_black = [query.query[:, :, : 2 * int(query.moved[0])].max() for query in found if "right" in query.moved]
+    assert near_black == [0] * len(near_black)
+
+
+def test_an_unmoved_training_image_is_its_own_nearest_neighbour(digits, monkeypatch):
+    monkeypatch.setattr(pictures.parts, "default_shifts", lambda part: [])
+    run = runs.load_run(digits, device="cpu")
+    bank, _, _ = pictures.open_parts(run)
+    for query in pictures.neighbours(run, bank, bank):
+        assert np.array_equal(query.by_features[0][0], query.query) and np.array_equal(query.by_pixels[0][0], query.query)
+        assert query.by_features[0][1] == query.label
+
+
+def test_class_names_and_config_are_escaped(tmp_path):
+    classes = ["<script>alert(1)", 'a"><b>&']
+    names = [f"{part}/{name}/{number}.png" for part in ("train", "val") for name in classes for number in range(6)]
+    root = write_images(tmp_path / "data", names)
+    run = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}", "log.project='<img src=x>'")
+    found = Checked(report.write(runs.load_run(run, device="cpu")).read_text())
+    assert found.headings == SECTIONS and found.fetched == [] and not found.tags & {"script", "b"}
+    assert "Nothing measured yet" in (run / "report.html").read_text()
+
+
+def test_whatever_a_result_says_is_escaped():
+    bad = "<script>x</script>"
+    row = {"features": bad, "metrics": {bad: 1.0}, "spread": {}, "notes": {bad: bad}}
+    found = Checked(page.result({"name": bad, "protocol": {bad: bad}, "rows": [row]}))
+    assert "script" not in found.tags and {"table", "dl", "h3"} <= found.tags
+
+
+def test_images_without_labels_or_a_test_part_are_shown_too(tmp_path):
+    root = write_images(tmp_path / "photos", [f"{number}.png" for number in range(40)], size=40)
+    run = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}")
+    text = report.write(runs.load_run(run, device="cpu")).read_text()
+    assert "4 held-out training images among 36 training images" in text and "right" not in re.findall(r'<span class="(\w*)">', text)
+    assert "moved" not in text  # of 40 pixels: large
+
+
+def test_a_cut_or_repeated_record_counts_once(tmp_path):
+    first, again, second = (json.dumps({"step": step, "epoch": 0.5, "loss": loss}) for step, loss in ((1, 3), (1, 4), (2, None)))
+    lines = [first, second, again, '{"ste']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    records = report.read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2] and report.curve(records, "loss") == [(0.5, 4)]
+    assert report.read_metrics(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, 12, [0, 5, 10]), (81, 98, [85, 90, 95]), (-3, 3, [-2, 0, 2]), (5, 5, [5])],
+)
+def test_ticks_are_round(low, high, expected):
+    assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_curve_goes_from_its_first_to_its_last_point():
+    svg = charts.line([(0, 0.0), (5, 50.0), (10, 100.0)], "y")
+    points = [tuple(map(float, point.split(","))) for point in re.search(r'points="([^"]*)"', svg).group(1).split()]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT) and x1 == pytest.approx((x0 + x2) / 2)
+    assert y0 == charts.HEIGHT - charts.BOTTOM and y0 > y1 > y2 > charts.TOP and y1 == pytest.approx((y0 + y2) / 2)
+    assert "not recorded" in charts.line([(1, float("nan"))], "y") and "<circle" in charts.line([(1, 2.0)], "y")
+
+
+def test_sparkline():
+    assert demo.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert demo.sparkline([2.0, 2.0]) == "▁▁" and len(demo.sparkline([*range(1000)])) == 48
+
+
+def test_the_demo_prints_numbers_curves_and_the_next_commands(digits):
+    text = demo.summary(digits, {"training": 80.4, "k-NN": 12})
+    assert "digits: 1297 training, 500 test images, 10 classes" in text and "k-NN: k = 20, temperature 0.07" in text
+    assert re.search(r"accuracy, % +raw pixels +random backbone +pretrained\n", text)
+    assert re.search(r"k-NN, shifted 2 +50.0 +51.0 +52.0\n", text) and re.search(r"linear, 1 per class +30.0 ± 2.5 +30.0 ± 2.5", text)
+    assert re.search(r"loss  █▄.*▁  10 to 0.25\n", text) and "5 to 40 %, of held-out training images" in text
+    assert f"seconds: training 80, k-NN 12\nreport: {digits / 'report.html'}\n" in text
+    assert text.count("\n  ") == 3 and "my images" in text and "CIFAR-10" in text and "8 GPUs" in text
+
+
+def test_the_demo_needs_both_evaluations(tmp_path):
+    with pytest.raises(ValueError, match=r"has no knn evaluation; run python -m eval.knn"):
+        demo.summary(tmp_path)

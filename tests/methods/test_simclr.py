@@ -1,0 +1,53 @@
+"""SimCLR: its scale, its head, and ten golden steps that a refactor may not move."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from ssl_pretrain import config
+from ssl_pretrain.backbones import BackboneConfig, build
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.methods.simclr import Config
+from ssl_pretrain.train import train
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "simclr.txt"
+
+
+def method():
+    torch.manual_seed(0)
+    return Config(projector_dims=[16, 8], temperature=0.5).build(build(BackboneConfig(name="test_resnet", stem="no_pool"), 16))
+
+
+def test_the_loss_is_the_sum_of_both_directions():
+    same = torch.ones(6, 8)
+    loss, logs = method().loss({"z_a": same, "z_b": same}, {})
+    assert loss.item() == pytest.approx(2 * math.log(2 * 6 - 1))
+    assert logs["nt_xent"].item() == pytest.approx(math.log(11)) and logs["positive_cosine"].item() == pytest.approx(1.0)
+
+
+def test_batch_norm_sees_both_views_in_one_call():
+    simclr, labels = method(), torch.zeros(4, dtype=torch.int64)
+    calls = []
+    simclr.backbone.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    embeddings = simclr(Batch([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)], labels, labels))
+    assert calls == [8] and {name: z.shape for name, z in embeddings.items()} == {"z_a": (4, 8), "z_b": (4, 8)}
+
+
+def test_another_number_of_views_is_refused():
+    labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^simclr: takes 2 views of one size, got 3; set views.crops to one crop with count 2$"):
+        method()(Batch([torch.zeros(4, 3, 16, 16)] * 3, labels, labels))
+
+
+def test_ten_golden_steps(tmp_path):
+    path = tiny.config(tmp_path)
+    train(config.load(path), torch.device("cpu"), stop_after=10)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    golden = [float(line.split()[1]) for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    assert losses == pytest.approx(golden, rel=1e-9)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from ssl_pretrain import backbones
+from ssl_pretrain.backbones import BackboneConfig, build, load_strict
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "parameters", "dim"),
+    [
+        (BackboneConfig(name="resnet50"), 224, 23_508_032, 2048),  # torchvision's 25,557,032 without its 2,049,000 classifier
+        (BackboneConfig(name="resnet18", stem="small"), 32, 11_168_832, 512),
+        (BackboneConfig(name="vit_small_patch16_224"), 224, 21_665_664, 384),
+        (BackboneConfig(name="vit_base_patch16_224"), 224, 85_798_656, 768),
+    ],
+)
+def test_the_papers_parameter_counts(settings, size, parameters, dim):
+    backbone = backbones.on_meta(settings, size)
+    assert (backbones.count_parameters(backbone), backbone.feature_dim) == (parameters, dim)
+
+
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("no_pool", 2), ("small", 4)])
+def test_small_stems_keep_resolution(stem, side):
+    backbone = build(BackboneConfig(name="test_resnet", stem=stem), 32).eval()
+    assert backbone.model.forward_features(torch.zeros(2, 3, 32, 32)).shape[-1] == side
+    assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, backbone.feature_dim)
+
+
+def test_a_vit_takes_the_views_size_and_smaller_crops():
+    backbone = build(BackboneConfig(name="test_vit"), 64)
+    assert backbone(torch.zeros(2, 3, 64, 64)).shape == backbone(torch.zeros(2, 3, 32, 32)).shape == (2, backbone.feature_dim)
+
+
+def test_resnets_start_with_a_zero_last_scale():
+    block = build(BackboneConfig(name="resnet18"), 32).model.layer1[0]
+    assert block.bn2.weight.abs().max() == 0 and block.bn1.weight.min() == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (BackboneConfig(name="resnet_50"), "backbone.name: 'resnet_50' is not a timm model. Did you mean "),
+        (BackboneConfig(name="test_resnet", args={"colour": 3}), "backbone.args: test_resnet refuses {'colour': 3}: "),
+        (
+            BackboneConfig(name="test_vit", stem="small"),
+            "backbone.stem: no_pool and small are for ResNets, and test_vit has no convolution and max-pooling stem; use imagenet",
+        ),
+        (BackboneConfig(name="test_resnet", init="timm:nothing"), "backbone.init: 'timm:nothing' cannot be loaded ("),
+    ],
+)
+def test_messages(settings, message):
+    with pytest.raises(ValueError) as error:
+        build(settings, 32)
+    assert str(error.value).startswith(message)
+
+
+def test_wrapped_and_timms_own_names_load():
+    backbone = build(BackboneConfig(name="test_resnet"), 32)
+    weights = {key: value + 1 for key, value in backbone.state_dict().items()}
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        fresh = build(BackboneConfig(name="test_resnet"), 32)
+        load_strict(fresh, {prefix + key: value for key, value in weights.items()}, "x")
+        assert all(torch.equal(fresh.state_dict()[key], weights[key]) for key in weights)
+    fresh = build(BackboneConfig(name="test_resnet"), 32)
+    load_strict(fresh, {key.removeprefix("model."): value for key, value in weights.items()}, "timm's")
+    assert all(torch.equal(fresh.state_dict()[key], weights[key]) for key in weights)
+
+
+def test_other_weights_change_nothing_and_are_listed():
+    backbone = build(BackboneConfig(name="test_resnet"), 32)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    weights = {**before, "model.extra": torch.zeros(1), "model.bn1.weight": torch.zeros(3)}
+    del weights["model.bn1.bias"]
+    with pytest.raises(ValueError) as error:
+        load_strict(backbone, weights, "runs/a")
+    assert str(error.value) == (
+        "runs/a: not the weights of this backbone: 1 missing (model.bn1.bias); 1 unexpected (model.extra); 1 of another shape "
+        "(model.bn1.weight (3,) for (32,)). Nothing was loaded; give backbone.name, stem and args of the run that made them"
+    )
+    assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())

@@ -1,0 +1,148 @@
+"""Checkpoints: whole or absent, verified, pruned, and said what is wrong with them."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_pretrain import checkpoint, optim
+from ssl_pretrain.checkpoint import CheckpointConfig, State
+from ssl_pretrain.optim import OptimConfig
+
+
+def state(seed=0):
+    torch.manual_seed(seed)
+    method = nn.Module()
+    method.backbone = nn.Linear(3, 2)
+    optimizer = optim.build(OptimConfig(), method)
+    method.backbone(torch.ones(4, 3)).sum().backward()
+    optim.set_rates(optimizer, OptimConfig(), 0.5, 10, 256)
+    optim.guarded_step(optimizer)
+    return State(method, optimizer, {"seed": seed}, {"wandb_id": None})
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (2, 4):
+        saved = state(step)
+        saved.save(tmp_path, step, CheckpointConfig(keep_last=5), 1)
+    return tmp_path
+
+
+def test_a_state_comes_back(run):
+    fresh = state(9)
+    assert fresh.resume(run, CheckpointConfig(), lambda manifest: None) == 4
+    assert all(torch.equal(a, b) for a, b in zip(fresh.method.parameters(), state(4).method.parameters()))
+    want = state(4).optimizer.state.values()
+    assert all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in zip(fresh.optimizer.state.values(), want))
+
+
+def test_no_pickle_is_written(run):
+    kinds = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".safetensors"}
+
+
+DAMAGE = {
+    "truncated": (
+        lambda file: file.write_bytes(file.read_bytes()[:-5]),
+        "step_00000004/method.safetensors is truncated: {short} bytes of {bytes}",
+    ),
+    "flipped": (
+        lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+        "step_00000004/method.safetensors is damaged: its SHA-256 is not the manifest's",
+    ),
+    "missing": (lambda file: file.unlink(), "step_00000004/method.safetensors is missing"),
+    "manifest": (
+        lambda file: (file.parent / "manifest.json").write_text("{"),
+        "step_00000004/manifest.json cannot be read (JSONDecodeError)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, damage):
+    file = run / "checkpoints" / "step_00000004" / "method.safetensors"
+    size = file.stat().st_size
+    harm, message = DAMAGE[damage]
+    harm(file)
+    with pytest.warns(UserWarning) as warned:
+        assert state(9).resume(run, CheckpointConfig(), lambda manifest: None) == 2
+    assert str(warned[0].message) == message.format(short=size - 5, bytes=size) + "; using step_00000002 instead"
+
+
+def test_nothing_whole_is_an_error_that_lists_all(run):
+    for file in run.rglob("method.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError) as error:
+        checkpoint.newest(run)
+    assert str(error.value) == (
+        f"{run}: none of its 2 checkpoints is whole: step_00000004/method.safetensors is missing; step_00000002/method.safetensors is missing. "
+        "Nothing was loaded; restore one or give a new output"
+    )
+
+
+def test_a_run_without_checkpoints_is_named(tmp_path):
+    with pytest.raises(ValueError) as error:
+        checkpoint.newest(tmp_path)
+    assert (
+        str(error.value)
+        == f"{tmp_path}: no checkpoint there (looked for {tmp_path / 'checkpoints' / 'step_*'}); give the folder of a run that has saved one"
+    )
+
+
+def test_resuming_can_be_refused(run):
+    with pytest.raises(ValueError) as error:
+        state().resume(run, CheckpointConfig(resume=False), lambda manifest: None)
+    assert str(error.value) == f"output: {run} holds step_00000004 already and checkpoint.resume is false; give another output, or resume"
+
+
+def test_a_full_disk_loses_nothing(run, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(
+        OSError, match=r"checkpoint of step 6 could not be written to .*No space left on device.*Older ones are whole; free space and resume"
+    ):
+        state().save(run, 6, CheckpointConfig(), 1)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    checkpoint.verify(checkpoint.newest(run))
+
+
+def test_pruning_keeps_the_last_and_the_milestones(tmp_path):
+    settings = CheckpointConfig(keep_last=2, keep_every_epochs=2)
+    for step in range(1, 8):
+        state().save(tmp_path, 3 * step, settings, steps_per_epoch=3)
+    assert [int(path.name[5:]) for path in checkpoint.checkpoints(tmp_path)] == [6, 12, 18, 21]
+
+
+def test_due_at_intervals_and_at_the_end():
+    settings = CheckpointConfig(every_epochs=0.5)
+    assert [step for step in range(1, 12) if checkpoint.due(settings, step, 11, 5)] == [3, 5, 8, 10, 11]
+
+
+def test_versions_and_machine_are_recorded(run):
+    manifest = json.loads((run / "checkpoints" / "step_00000004" / "manifest.json").read_text())
+    assert manifest["machine"].keys() == {"world_size", "threads", "torch", "cpu"}
+    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0] or manifest["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("nowhere.pth", "backbone.init: 'nowhere.pth' does not exist; give random, timm:<tag>, a weights file or the folder of a run"),
+        ("{tmp}/text.pth", "backbone.init: '{tmp}/text.pth' is not a readable weights file ("),
+        ("{tmp}/text.safetensors", "backbone.init: '{tmp}/text.safetensors' is not a readable weights file ("),
+    ],
+)
+def test_weights_to_start_from_are_named(tmp_path, init, message):
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello, this is text and not tensors")
+    with pytest.raises(ValueError) as error:
+        checkpoint.weights_to_start_from(init.format(tmp=tmp_path))
+    assert str(error.value).startswith(message.format(tmp=tmp_path))

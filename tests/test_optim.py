@@ -1,0 +1,127 @@
+"""LARS against a plain loop over the authors' equations; the schedule; the guard."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_pretrain import optim
+from ssl_pretrain.optim import LARS, OptimConfig
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)).double()
+
+
+def gradients(step):
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in network().parameters()]
+
+
+def plain_lars(model, rates, convention, weight_decay=0.01, momentum=0.9, eta=0.001):
+    """google-research/simclr lars_optimizer.py (classic) and facebookresearch/barlowtwins (popular), tensor by tensor."""
+    buffers = [torch.zeros_like(p) for p in model.parameters()]
+    for step, lr in enumerate(rates):
+        for p, v, g in zip(model.parameters(), buffers, gradients(step)):
+            trust = 1.0
+            if p.ndim > 1:
+                g = g + weight_decay * p
+                w_norm, g_norm = p.norm(), g.norm()
+                trust = eta * w_norm / g_norm if w_norm > 0 and g_norm > 0 else 1.0
+            with torch.no_grad():
+                if convention == "classic":
+                    v.copy_(momentum * v + lr * trust * g)
+                    p -= v
+                else:
+                    v.copy_(momentum * v + trust * g)
+                    p -= lr * v
+
+
+@pytest.mark.parametrize("convention", ["classic", "popular"])
+def test_lars_equals_the_authors_equations(convention):
+    rates = [0.5, 1.0, 0.2, 0.7]
+    expected, got = network(), network()
+    plain_lars(expected, rates, convention)
+    optimizer = optim.build(OptimConfig(name="lars", weight_decay=0.01, momentum_convention=convention), got)
+    for step, lr in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for p, g in zip(got.parameters(), gradients(step)):
+            p.grad = g.clone()
+        optim.guarded_step(optimizer)
+    for p, q in zip(got.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+
+
+def test_a_zero_weight_moves_with_trust_one():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    optimizer = LARS([{"params": [weight], "names": ["w"], "lr": 0.1}], momentum=0.0, trust_coefficient=0.001, convention="classic")
+    weight.grad = torch.ones(2, 2)
+    optim.guarded_step(optimizer)
+    torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw", "sgd"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_changes_nothing(name, bad):
+    model = network()
+    optimizer = optim.build(OptimConfig(name=name, weight_decay=0.01), model)
+    settings = OptimConfig(name=name, base_lr=0.1, lr_scaling="none", warmup_epochs=0, weight_decay=0.01)
+    for step in range(3):
+        optim.set_rates(optimizer, settings, 0.1, 10, 256)
+        for p, g in zip(model.parameters(), gradients(step)):
+            p.grad = g.clone()
+        if step == 1:
+            next(iter(model.parameters())).grad[0, 0, 0, 0] = bad
+        before = [value.clone() for value in everything(model, optimizer)]
+        norm, skipped = optim.guarded_step(optimizer)
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer)))
+        assert skipped.item() == (1.0 if step == 1 else 0.0)
+        assert math.isfinite(norm.item()) == (step != 1)
+        if step > 0:
+            assert unchanged == (step == 1)
+
+
+def everything(model, optimizer):
+    return [p.data for p in model.parameters()] + [
+        v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)
+    ]
+
+
+def test_clipping_bounds_the_whole_gradient():
+    model = network()
+    optimizer = optim.build(OptimConfig(name="sgd", weight_decay=0.0, momentum=0.0), model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    for p, g in zip(model.parameters(), gradients(0)):
+        p.grad = g.clone()
+    norm, _ = optim.guarded_step(optimizer, clip_norm=0.5)
+    moved = torch.cat([(p.detach() - q).flatten() for p, q in zip(model.parameters(), before)]).norm()
+    assert norm.item() > 5 and moved.item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_groups_by_ndim_by_name_and_not_at_all():
+    def names(**settings):
+        return [group["names"] for group in optim.parameter_groups(OptimConfig(**settings), network())]
+
+    assert names() == [["0.weight", "3.weight"], ["0.bias", "1.weight", "1.bias", "3.bias"]]
+    assert names(exclude_by="name", exclude_names=["3."]) == [["0.weight", "0.bias", "1.weight", "1.bias"], ["3.weight", "3.bias"]]
+    assert names(exclude_by="none")[1] == []
+
+
+@pytest.mark.parametrize(("scaling", "base", "expected"), [("sqrt", 0.075, 6.788), ("linear", 0.3, 9.6), ("none", 0.3, 0.3)])
+def test_scaled_lr_at_8192(scaling, base, expected):
+    assert optim.scaled_lr(OptimConfig(base_lr=base, lr_scaling=scaling), 8192) == pytest.approx(expected, abs=5e-4)
+
+
+def test_rates_of_a_run():
+    settings = OptimConfig(base_lr=0.3, warmup_epochs=10, weight_decay=1e-6)
+    assert optim.rates(settings, 0.0, 100, 4096) == {"lr": 0.0, "weight_decay": 1e-6}
+    assert optim.rates(settings, 0.1, 100, 4096)["lr"] == pytest.approx(4.8)
+    assert optim.rates(settings, 0.55, 100, 4096)["lr"] == pytest.approx(2.4)
+    assert optim.rates(settings, 1.0, 100, 4096)["lr"] == pytest.approx(0.0, abs=1e-12)

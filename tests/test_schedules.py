@@ -1,0 +1,24 @@
+import math
+
+import pytest
+
+from ssl_pretrain import schedules
+
+
+def test_warmup_cosine_at_its_corners():
+    def rate(progress):
+        return schedules.warmup_cosine(progress, warmup=0.1, start=0.5, peak=2.0, final=0.2)
+
+    assert rate(0.0) == 0.5
+    assert rate(0.05) == pytest.approx(1.25)
+    assert rate(0.1) == pytest.approx(2.0)
+    assert rate(0.55) == pytest.approx(1.1)  # the middle of the cosine
+    assert rate(1.0) == pytest.approx(0.2)
+
+
+def test_without_warmup_it_is_half_a_cosine():
+    assert schedules.warmup_cosine(0.25, warmup=0.0) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_linear_stays_at_its_end():
+    assert [schedules.linear(p, start=0.04, final=0.07, end=0.5) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.04, 0.055, 0.07, 0.07])

@@ -1,0 +1,209 @@
+"""Whole runs: ranks against one process, stopped and resumed against undisturbed, killed while saving."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import run_ranks
+from safetensors.torch import load_file
+
+from ssl_pretrain import checkpoint, config, distributed
+from ssl_pretrain.train import build_method, main, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def _train(path, overrides=(), stop_after=None):
+    """One run in this process or rank; (steps done, final weights)."""
+    settings = config.load(path, overrides)
+    device = torch.device("cpu")
+    done = train(settings, device, stop_after)
+    return done, checkpoint.read(checkpoint.newest(settings.output))[1]
+
+
+def _trained_by_torchrun(path, ranks, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "ssl_pretrain.train"]
+    return subprocess.run([*command, str(path), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
+    path = tiny.config(tmp_path)
+    _, alone = _train(path, [f"output={tmp_path / 'one'}"], stop_after=20)
+    result = _trained_by_torchrun(path, 2, f"output={tmp_path / 'two'}", "--stop-after", "20")
+    assert result.returncode == 0, result.stderr[-3000:]
+    manifest, together = checkpoint.read(checkpoint.newest(tmp_path / "two"))
+    assert manifest["step"] == 20 and manifest["machine"]["world_size"] == 2
+    moved = checkpoint.read(checkpoint.newest(tmp_path / "one"))[1]
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(together[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    assert torch.equal(moved["backbone.model.layer4.0.conv1.weight"], alone["backbone.model.layer4.0.conv1.weight"])
+
+
+def test_three_ranks_resumed_twice_within_an_epoch_are_bit_for_bit_the_undisturbed_run(tmp_path):
+    path = tiny.config(tmp_path)
+    undisturbed = run_ranks(_train, path, [f"output={tmp_path / 'straight'}"], 9, world_size=3)
+    for steps in (4, 1, 4):  # epochs have 3 steps: stopped after 4 and after 5, both inside the second
+        resumed = run_ranks(_train, path, [f"output={tmp_path / 'stopped'}"], steps, world_size=3)
+    assert resumed[0][0] == undisturbed[0][0] == 9
+    for rank in range(3):
+        for name, value in undisturbed[rank][1].items():
+            assert torch.equal(resumed[rank][1][name], value), name
+    optimizers = [load_file(checkpoint.newest(tmp_path / run) / "optimizer.safetensors") for run in ("straight", "stopped")]
+    assert optimizers[0].keys() == optimizers[1].keys()
+    assert all(torch.equal(optimizers[0][key], optimizers[1][key]) for key in optimizers[0])
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("straight", "stopped")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 9
+
+
+@pytest.mark.parametrize("omitted", ["method.safetensors", "optimizer.safetensors"])
+def test_the_comparison_sees_a_checkpoint_that_lacks_a_part(tmp_path, omitted, monkeypatch):
+    """Bit-for-bit equality means nothing if losing the state would pass."""
+    path = tiny.config(tmp_path)
+    _, undisturbed = _train(path, [f"output={tmp_path / 'straight'}"], stop_after=6)
+    _train(path, stop_after=3)
+    real = checkpoint.load_file
+    monkeypatch.setattr(checkpoint, "load_file", lambda file: {} if str(file).endswith(omitted) else real(file))
+    if omitted == "method.safetensors":
+        monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, tensors, strict=True: None)
+    train(config.load(path), torch.device("cpu"), 3)
+    monkeypatch.undo()
+    resumed = checkpoint.read(checkpoint.newest(config.load(path).output))[1]
+    assert not all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
+
+
+def test_another_world_size_sees_the_same_batches(tmp_path):
+    path = tiny.config(tmp_path)
+    _, alone = _train(path, [f"output={tmp_path / 'one'}"], stop_after=6)
+    run_ranks(_train, path, [f"output={tmp_path / 'grown'}"], 3, world_size=2)
+    with pytest.warns(UserWarning, match="resuming is exact but not bit for bit, as these differ: world_size 2 then, 1 now"):
+        _, grown = _train(path, [f"output={tmp_path / 'grown'}"], stop_after=3)
+    for name, value in alone.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(grown[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path):
+    path = tiny.config(tmp_path)
+    _, first = _train(path, ["epochs=1"])
+    records = (tmp_path / "run" / "metrics.jsonl").read_text()
+    done, again = _train(path, ["epochs=1"])
+    assert done == 3 and all(torch.equal(first[name], again[name]) for name in first)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == records
+
+
+KILLED = """
+import sys, time
+from ssl_pretrain import checkpoint, train
+real = checkpoint.save_file
+def slow(tensors, path):
+    real(tensors, path)
+    if "step_00000006" in str(path) and path.name == sys.argv[2]:
+        path.write_bytes(path.read_bytes()[:1000])  # half written
+        print("writing", flush=True)
+        time.sleep(60)
+checkpoint.save_file = slow
+train.main([sys.argv[1], "checkpoint.every_epochs=1"])
+"""
+
+
+@pytest.mark.parametrize("file", ["method.safetensors", "optimizer.safetensors"])
+def test_kill_9_while_a_checkpoint_is_written_loses_only_the_steps_since_the_last(tmp_path, file):
+    path = tiny.config(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path), file], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == "writing":
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    folder = tmp_path / "run" / "checkpoints"
+    assert [found.name for found in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000003"]
+    assert list(folder.glob(".writing-*"))
+    done, resumed = _train(path, ["checkpoint.every_epochs=1"], stop_after=6)
+    assert done == 9 and not list(folder.glob(".writing-*"))
+    _, undisturbed = _train(path, ["checkpoint.every_epochs=1", f"output={tmp_path / 'straight'}"], stop_after=9)
+    assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
+
+
+def test_a_signal_saves_and_the_run_goes_on_later(tmp_path):
+    path = tiny.config(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=100000"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.terminate()
+    process.stdout.read()
+    assert process.wait(60) == 0
+    assert checkpoint.verify(checkpoint.newest(tmp_path / "run"))["step"] >= 1
+
+
+def test_no_worker_is_left_behind(tmp_path):
+    path = tiny.config(tmp_path)
+    _train(path, ["data.num_workers=2"], stop_after=2)
+    time.sleep(0.5)
+    import multiprocessing
+
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_precision_trains_to_finite_weights(tmp_path, precision):
+    path = tiny.config(tmp_path)
+    _, weights = _train(path, [f"parallel.precision={precision}", "parallel.channels_last=true"], stop_after=3)
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+
+
+def test_the_run_folder_holds_what_is_promised(tmp_path):
+    path = tiny.config(tmp_path)
+    _train(path, ["epochs=2", "online.knn_every_epochs=1", "online.k=5"])
+    run = tmp_path / "run"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "lr", "images_per_second", "data_wait", "gradient_norm", "nt_xent", "positive_cosine"} <= records[0].keys()
+    assert [record["step"] for record in records if "knn" in record] == [3, 6]
+    assert [record["step"] for record in records if "effective_rank" in record] == [2, 4, 6]
+    assert (run / "views.png").stat().st_size > 1000 and (run / "config.yaml").exists()
+
+
+def test_another_run_starts_from_a_runs_weights(tmp_path):
+    path = tiny.config(tmp_path)
+    _, first = _train(path, stop_after=2)
+    again = config.load(path, [f"backbone.init={tmp_path / 'run'}", f"output={tmp_path / 'second'}"])
+    started = build_method(again).state_dict()
+    backbone = [name for name in first if name.startswith("backbone.")]
+    assert backbone and all(torch.equal(started[name], first[name].to(started[name].dtype)) for name in backbone)
+    with pytest.raises(ValueError, match=r"not the weights of this backbone: .* Nothing was loaded; give backbone.name"):
+        build_method(config.load(path, [f"backbone.init={tmp_path / 'run'}", "backbone.name=test_resnet", "backbone.args={channels: [8, 8, 8, 8]}"]))
+
+
+def test_a_diverged_run_stops_and_says_so(tmp_path, capsys):
+    path = tiny.config(tmp_path)
+    assert main([str(path), "optim.name=sgd", "optim.base_lr=1e300", "optim.lr_scaling=none", "optim.warmup_epochs=0"]) == 2
+    message = capsys.readouterr().err
+    assert "had a non-finite gradient" in message and "Lower optim.base_lr, lengthen optim.warmup_epochs" in message
+
+
+def test_distributed_is_left_after_main(tmp_path):
+    path = tiny.config(tmp_path)
+    assert main([str(path), "--stop-after", "1"]) == 0
+    assert distributed.world_size() == 1

@@ -1,0 +1,134 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ssl_pretrain.views import crops
+from ssl_pretrain.views.crops import Box
+from ssl_pretrain.views.recipe import Crop
+
+CHANCE = 1e-4    # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
+
+
+def image(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(height * 1000 + width))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [16, 96])    # shrinking and enlarging
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
+    pixels, box = image(70, 90), Box(5, 11, 41, 53, flip)
+    expected = F.resized_crop(pixels, 5, 11, 41, 53, [size, size], interpolation, antialias=True)
+    view = crops.apply(pixels, box, Crop(size=size, interpolation=interpolation))
+    assert view.dtype == torch.uint8
+    assert torch.equal(view, F.horizontal_flip(expected) if flip else expected)
+
+
+def test_memory_order_changes_nothing():
+    pixels, crop, box = image(70, 90), Crop(size=32), Box(5, 11, 41, 53, True)
+    as_decoded = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)    # height, width, channel in memory
+    assert torch.equal(crops.apply(as_decoded, box, crop), crops.apply(pixels, box, crop))
+
+
+def boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray:
+    return np.array([crops.draw(crop, 0, 0, index, 0, height, width)[:4] for index in range(n)])
+
+
+def torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray:
+    transform = v2.RandomResizedCrop(crop.size, scale=tuple(crop.scale), ratio=tuple(crop.ratio))
+    blank = torch.empty(3, height, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [transform.make_params([blank]) for _ in range(n)]
+    return np.array([[box["top"], box["left"], box["height"], box["width"]] for box in drawn])
+
+
+@pytest.mark.parametrize(
+    ("crop", "height", "width"),
+    [
+        (Crop(), 375, 500),
+        (Crop(size=96, scale=[0.05, 0.14]), 375, 500),    # SwAV's local crops
+        (Crop(ratio=[0.5, 3.0]), 300, 200),
+        (Crop(), 400, 130),    # a narrow image: many tries do not fit, some fall back
+    ],
+)
+def test_boxes_are_spread_as_torchvisions(crop, height, width):
+    n = 4000
+    ours, theirs = (drawn(crop, height, width, n) for drawn in (boxes, torchvision_boxes))
+    measures = {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "ratio": lambda b: b[:, 3] / b[:, 2],
+        "top": lambda b: b[:, 0] / np.maximum(1, height - b[:, 2]),
+        "left": lambda b: b[:, 1] / np.maximum(1, width - b[:, 3]),
+    }
+    for name, measure in measures.items():
+        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > CHANCE, name
+    assert ours.min(axis=0)[:2].tolist() == [0, 0]    # both edges are reached
+    assert (ours[:, 0] + ours[:, 2]).max() == height
+    assert (ours[:, 1] + ours[:, 3]).max() == width
+
+
+def test_area_and_ratio_are_uniform_and_log_uniform():
+    drawn = boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)    # no try is refused at these sizes
+    area, ratio = drawn[:, 2] * drawn[:, 3] / 2000**2, drawn[:, 3] / drawn[:, 2]
+    assert stats.kstest(area, stats.uniform(0.1, 0.4).cdf).pvalue > CHANCE
+    assert stats.kstest(np.log(ratio), stats.uniform(math.log(3 / 4), math.log(16 / 9)).cdf).pvalue > CHANCE
+    assert abs(np.corrcoef(area, ratio)[0, 1]) < 0.05
+    assert abs(np.corrcoef(drawn[:, 0] / (2000 - drawn[:, 2]), drawn[:, 1] / (2000 - drawn[:, 3]))[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 60), (60, 300), (101, 7), (8, 100), (100, 8), (1, 1), (1, 9)])
+def test_what_fits_nowhere_falls_back_as_torchvision(height, width):
+    crop = Crop(scale=[1.0, 1.0]) if height != width else Crop(scale=[4.0, 4.0])    # no try fits
+    assert np.array_equal(boxes(crop, height, width, 3), torchvision_boxes(crop, height, width, 3))
+
+
+def test_a_whole_image_within_the_ratio_falls_back_to_itself():
+    assert crops.draw(Crop(scale=[4.0, 4.0]), 0, 0, 0, 0, 100, 120)[:4] == (0, 0, 100, 120)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (1, 1), (2, 50), (375, 500)])
+def test_a_box_is_inside_the_image(height, width):
+    top, left, tall, wide = boxes(Crop(), height, width, 500).T
+    assert min(top.min(), left.min()) >= 0
+    assert min(tall.min(), wide.min()) >= 1
+    assert (top + tall).max() <= height
+    assert (left + wide).max() <= width
+
+
+def test_a_flip_is_as_likely_as_the_recipe_says():
+    def flips(probability):
+        return [crops.draw(Crop(flip=probability), 0, 0, index, 0, 40, 40).flip for index in range(4000)]
+
+    assert not any(flips(0.0))
+    assert all(flips(1.0))
+    assert np.mean(flips(0.3)) == pytest.approx(0.3, abs=0.025)    # 3.5 standard deviations
+
+
+def test_a_box_depends_on_its_name_alone():
+    box = crops.draw(Crop(), 1, 2, 3, 4, 300, 400)
+    assert box == crops.draw(Crop(), 1, 2, 3, 4, 300, 400)
+    for name in [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)]:
+        assert crops.draw(Crop(), *name, 300, 400)[:4] != box[:4]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (401, 299), (20, 90), (224, 224)])
+@pytest.mark.parametrize(("size", "crop_ratio", "resized"), [(224, 0.875, 256), (32, 1.0, 32), (96, 0.875, 110)])
+def test_evaluation_sees_the_resized_centre(interpolation, height, width, size, crop_ratio, resized):
+    transform = v2.Compose([v2.Resize(resized, interpolation=F.InterpolationMode(interpolation), antialias=True), v2.CenterCrop(size)])
+    view = crops.evaluate(image(height, width), size, crop_ratio, interpolation)
+    assert view.shape == (3, size, size)
+    assert torch.equal(view, transform(image(height, width)))
+
+
+@pytest.mark.parametrize("crop_ratio", [0.0, 1.5])
+def test_an_impossible_crop_ratio_is_refused(crop_ratio):
+    with pytest.raises(ValueError) as error:
+        crops.evaluate(image(40, 40), 32, crop_ratio)
+    assert str(error.value) == f"crops.evaluate: crop_ratio must be in (0, 1], got {crop_ratio}"
