@@ -84,36 +84,36 @@ class _Synchronized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any) -> Any:
-        dims, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
         wide = x if x.dtype == torch.float64 else x.float()
-        count = wide.new_full((1,), wide.numel() / wide.shape[1])
-        own_mean = wide.mean(dims)
-        own_m2 = (wide - own_mean.view(shape)).square().sum(dims)
-        packed = distributed.gather(torch.cat([own_mean, own_m2, count])[None], group)  # (ranks, 2 * channels + 1)
+        own_mean, own_variance = torch.batch_norm_update_stats(wide, None, None, 0.0)  # native: one pass each for mean and M2
+        count = own_mean.new_full((1,), wide.numel() / wide.shape[1])
+        packed = distributed.gather(torch.cat([own_mean, own_variance * count, count])[None], group)  # (ranks, 2 * channels + 1)
         means, m2s, counts = packed[:, : len(own_mean)], packed[:, len(own_mean) : -1], packed[:, -1:]
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         variance = (m2s.sum(0) + (counts * (means - mean).square()).sum(0)) / total
-        inverse = (variance + eps).rsqrt()
-        y = (wide - mean.view(shape)) * inverse.view(shape)
-        ctx.save_for_backward(x, mean, inverse, weight, total)
-        ctx.group, ctx.dims, ctx.shape, ctx.has_bias = group, dims, shape, bias is not None
-        if weight is not None:
-            y = y * weight.view(shape)
-        if bias is not None:
-            y = y + bias.view(shape)
+        y = F.batch_norm(wide, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(x, mean, variance, weight, total)
+        ctx.group, ctx.eps, ctx.has_bias = group, eps, bias is not None
         ctx.mark_non_differentiable(mean, variance, total)
         return y.to(x.dtype), mean, variance, total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> Any:
-        x, mean, inverse, weight, total = ctx.saved_tensors
+        x, mean, variance, weight, total = ctx.saved_tensors
         wide, grad = x.to(mean.dtype), grad.to(mean.dtype)
-        normalized = (wide - mean.view(ctx.shape)) * inverse.view(ctx.shape)
-        sum_grad, sum_product = grad.sum(ctx.dims), (grad * normalized).sum(ctx.dims)
-        both = distributed.reduce_sum(torch.stack([sum_grad, sum_product]), ctx.group) / total
+        inverse = (variance + ctx.eps).rsqrt()
+        # As if over this rank's rows alone, with the group's mean and deviation: the two sums, and no gradient by x.
+        _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
+            grad, wide, weight, None, None, mean, inverse, True, ctx.eps, [False, True, True]
+        )
+        mean_grad, mean_product = (distributed.reduce_sum(torch.stack([sum_grad, sum_product]), ctx.group) / total).unbind()
+        # scale * (grad - mean_grad - normalized * mean_product), as one affine map of x and one of grad
         scale = inverse if weight is None else inverse * weight
-        own = scale.view(ctx.shape) * (grad - both[0].view(ctx.shape) - normalized * both[1].view(ctx.shape))
+        slope = -scale * inverse * mean_product
+        offset = -scale * mean_grad - slope * mean
+        own = F.batch_norm(wide, torch.zeros_like(mean), torch.ones_like(mean), slope, offset, False, 0.0, 0.0)
+        own = torch.addcmul(own, grad, scale.view(1, -1, *[1] * (x.ndim - 2)))
         # Weight and bias get this rank's sums: DDP averages them over ranks like every other gradient.
         return own.to(x.dtype), sum_product if weight is not None else None, sum_grad if ctx.has_bias else None, None, None
 
