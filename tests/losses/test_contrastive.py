@@ -1,4 +1,4 @@
-"""NT-Xent: a slow reference from the equation, a closed form, and one process against several ranks."""
+"""Every contrastive loss: slow references from the equations, tiles of every size, several ranks, closed forms, messages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import math
 import pytest
 import torch
 from conftest import run_ranks
+from references import BETA, NAMES, SIGMA, TAU_PLUS, slow
 from torch.nn import functional as F
 
 from ssl_pretrain import distributed
-from ssl_pretrain.losses.contrastive import nt_xent
+from ssl_pretrain.losses import contrastive, tiles
+from ssl_pretrain.losses.contrastive import debiased, decoupled, hard_negative, image_text, info_nce, nt_xent, supervised_contrastive
+
+LOOSE, TIGHT = 0.2, 0.02  # temperatures: logits that need no maximum, and logits up to 50, which do
 
 
 def views(rows: int = 12, dim: int = 5):
@@ -18,30 +22,153 @@ def views(rows: int = 12, dim: int = 5):
     return torch.randn(2, rows, dim, dtype=torch.float64, generator=generator).unbind()
 
 
-def slow_nt_xent(z_a, z_b, temperature):
-    """Eq. 1 of SimCLR, anchor by anchor."""
-    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
-    n, losses = len(z_a), []
-    for i in range(2 * n):
-        positive = (i + n) % (2 * n)
-        candidates = [torch.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k != i]
-        losses.append(-torch.log(torch.exp(z[i] @ z[positive] / temperature) / torch.stack(candidates).sum()))
-    return torch.stack(losses).mean()
+def _labels(rows: int):
+    """Uneven: one class of half the images, one of a single image, and what is between, in no order."""
+    labels = torch.tensor([7] * (rows // 2) + [0] + [3, 5] * rows)[:rows]
+    return labels[torch.randperm(rows, generator=torch.Generator().manual_seed(2))]
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_equals_the_equation_in_value_and_gradient(temperature):
-    z_a, z_b = (z.clone().requires_grad_() for z in views())
-    loss = nt_xent(z_a, z_b, temperature=temperature)
-    expected = slow_nt_xent(z_a, z_b, temperature)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for got, want in zip(torch.autograd.grad(loss, [z_a, z_b]), torch.autograd.grad(expected, [z_a, z_b])):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+def _queue(dim: int = 5):
+    return F.normalize(torch.randn(30, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), dim=1)
+
+
+def ours(name, z_a, z_b, labels, queue, temperature):
+    if name == "info_nce_queue":
+        return info_nce(z_a, z_b, temperature=temperature, queue=queue)
+    if name == "supervised_contrastive":
+        return supervised_contrastive(z_a, z_b, labels, temperature=temperature)
+    if name == "decoupled_weighted":
+        return decoupled(z_a, z_b, temperature=temperature, sigma=SIGMA)
+    if name == "debiased":
+        return debiased(z_a, z_b, temperature=temperature, tau_plus=TAU_PLUS)
+    if name == "hard_negative":
+        return hard_negative(z_a, z_b, temperature=temperature, tau_plus=TAU_PLUS, beta=BETA)
+    if name == "image_text":
+        return image_text(z_a, z_b, torch.full((len(z_a),), 1 / temperature, dtype=z_a.dtype))
+    return getattr(contrastive, name)(z_a, z_b, temperature=temperature)
+
+
+def _with_gradients(function, name, z_a, z_b, temperature, dtype=torch.float64):
+    z_a, z_b = (z.to(dtype).clone().requires_grad_() for z in (z_a, z_b))
+    loss = function(name, z_a, z_b, _labels(len(z_a)), _queue().to(dtype), temperature)
+    return [loss.detach(), *torch.autograd.grad(loss, [z_a, z_b])]
+
+
+def relative_error(got, want):
+    return ((got.double() - want).abs().max() / want.abs().max()).item()
+
+
+@pytest.mark.parametrize("tile", [(512, 512), (6, 6), (5, 7), (1, 1)])  # one tile, tiles that divide 24 rows, that do not, single pairs
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_equation_in_value_and_gradient(name, tile, monkeypatch):
+    monkeypatch.setitem(tiles.TILE, "cpu", tile)
+    for temperature in (LOOSE, TIGHT):
+        expected = _with_gradients(slow, name, *views(), temperature)
+        for got, want in zip(_with_gradients(ours, name, *views(), temperature), expected):
+            assert relative_error(got, want) < 1e-10, temperature
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_is_right_to_its_precision(name):
+    for temperature in (LOOSE, TIGHT):
+        # The reference from the same rounded numbers: what is measured is the loss's own error.
+        rounded = [z.float().double() for z in views()]
+        expected = _with_gradients(slow, name, *rounded, temperature)
+        for got, want in zip(_with_gradients(ours, name, *rounded, temperature, torch.float32), expected):
+            assert relative_error(got, want) < 1e-5, temperature
+
+
+def test_autocast_changes_nothing():
+    z_a, z_b = (z.float() for z in views())
+    plain = _with_gradients(ours, "nt_xent", z_a, z_b, LOOSE, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = _with_gradients(ours, "nt_xent", z_a, z_b, LOOSE, torch.float32)
+    assert all(torch.equal(got, want) for got, want in zip(inside, plain))
+
+
+def _losses_and_weight_gradients(z_a, z_b, tile):
+    """Per loss and temperature: the value and the gradient of a shared linear layer, averaged over ranks as DDP does."""
+    tiles.TILE["cpu"] = tile
+    rank, world = distributed.rank(), distributed.world_size()
+    own = slice(rank * len(z_a) // world, (rank + 1) * len(z_a) // world)
+    labels, results = _labels(len(z_a)), {}
+    for name in NAMES:
+        for temperature in (LOOSE, TIGHT):
+            weight = torch.eye(5, 5, dtype=torch.float64).add(0.1).requires_grad_()
+            loss = ours(name, z_a[own] @ weight, z_b[own] @ weight, labels[own], _queue(), temperature)
+            loss.backward()
+            assert weight.grad is not None
+            results[name, temperature] = distributed.reduce_sum(loss.detach()) / world, distributed.reduce_sum(weight.grad) / world
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_agree_with_one_process(world_size):
+    before = tiles.TILE["cpu"]
+    alone = _losses_and_weight_gradients(*views(), before)
+    for tile in (before, (3, 5)):
+        for ranks in run_ranks(_losses_and_weight_gradients, *views(), tile, world_size=world_size):
+            for key, (loss, gradient) in ranks.items():
+                assert relative_error(loss, alone[key][0]) < 1e-10, key
+                assert relative_error(gradient, alone[key][1]) < 1e-10, key
+    tiles.TILE["cpu"] = before
+
+
+def _traffic(z_a, z_b):
+    """Numbers that this rank sends to others in one loss, forward and backward."""
+    counts = {"forward": 0, "backward": 0}
+    gather, phase = distributed._all_gather, "forward"
+
+    def counted(out, x, group=None):
+        counts[phase] += x.numel()
+        return gather(out, x, group=group)
+
+    distributed._all_gather = counted
+    distributed._reduce_scatter = None  # the symmetric form needs none: calling it would raise
+    rows = len(z_a) // 2
+    own = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
+    a, b = (z[own].clone().requires_grad_() for z in (z_a, z_b))
+    loss = nt_xent(a, b, temperature=LOOSE)
+    phase = "backward"
+    loss.backward()
+    return counts
+
+
+def test_embeddings_travel_once_and_nothing_of_their_size_comes_back():
+    rows, dim = 6, 5
+    for counts in run_ranks(_traffic, *views(2 * rows, dim), world_size=2):
+        assert counts == {"forward": 2 * rows * dim, "backward": 2 * rows * 3}
+
+
+def test_learned_scale_gets_its_gradient():
+    z_a, z_b = views(6)
+    scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    got = torch.autograd.grad(image_text(z_a, z_b, scale.expand(6)), scale)[0]
+    want = torch.autograd.grad(slow("image_text", z_a, z_b, None, None, 1 / scale), scale)[0]
+    assert relative_error(got, want) < 1e-10
+
+
+def test_keys_without_a_graph_are_constants():
+    z_a, z_b = views()
+    queries = z_a.clone().requires_grad_()
+    loss = info_nce(queries, z_b, temperature=0.5)
+    expected = slow("info_nce", queries, z_b, None, None, 0.5)
+    assert relative_error(torch.autograd.grad(loss, queries)[0], torch.autograd.grad(expected, queries)[0]) < 1e-10
 
 
 def test_collapse_costs_the_log_of_the_candidates():
     same = torch.ones(8, 4)
     assert nt_xent(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * 8 - 1))
+    assert decoupled(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * 8 - 2))
+    assert info_nce(same, same, temperature=0.1).item() == pytest.approx(math.log(8))
+    assert info_nce(same, same, temperature=0.1, queue=F.normalize(torch.ones(30, 4))).item() == pytest.approx(math.log(31))
+
+
+def test_without_prior_or_labels_the_weighted_forms_are_nt_xent():
+    z_a, z_b = views()
+    expected = nt_xent(z_a, z_b, temperature=LOOSE)
+    torch.testing.assert_close(debiased(z_a, z_b, temperature=LOOSE, tau_plus=0.0), expected)
+    torch.testing.assert_close(supervised_contrastive(z_a, z_b, torch.arange(12), temperature=LOOSE), expected)
 
 
 def test_the_scale_and_the_order_of_images_do_not_matter():
@@ -52,7 +179,7 @@ def test_the_scale_and_the_order_of_images_do_not_matter():
 
 
 def _weights_gradient(z_a, z_b):
-    """Loss and the gradient of a shared linear layer, averaged over ranks as DDP does."""
+    """NT-Xent and the gradient of a shared linear layer, averaged over ranks as DDP does: for proofs.py."""
     rank, world = distributed.rank(), distributed.world_size()
     own = slice(rank * len(z_a) // world, (rank + 1) * len(z_a) // world)
     weight = torch.eye(5, 4, dtype=torch.float64).add(0.1).requires_grad_()
@@ -62,18 +189,21 @@ def _weights_gradient(z_a, z_b):
     return loss.item(), distributed.reduce_sum(weight.grad) / world
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_agree_with_one_process(world_size):
-    loss, gradient = _weights_gradient(*views())
-    ranks = run_ranks(_weights_gradient, *views(), world_size=world_size)
-    assert sum(value for value, _ in ranks) / world_size == pytest.approx(loss, rel=1e-12)
-    for _, got in ranks:
-        torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-14)
-
-
 def test_bad_arguments_are_named():
     z = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"^nt_xent: z_a and z_b must share one \(local_batch, dim\) shape, got \(4, 3\) and \(2, 3\)$"):
         nt_xent(z, z[:2], temperature=0.1)
     with pytest.raises(ValueError, match=r"^nt_xent: temperature must be > 0, got 0$"):
         nt_xent(z, z, temperature=0)
+    with pytest.raises(ValueError, match=r"^info_nce: the queue must be \(queue_size, 3\), got \(5, 2\)$"):
+        info_nce(z, z, temperature=0.1, queue=torch.ones(5, 2))
+    with pytest.raises(ValueError, match=r"^supervised_contrastive: labels must be \(4,\), one an image, got \(3,\)$"):
+        supervised_contrastive(z, z, torch.zeros(3), temperature=0.1)
+    with pytest.raises(ValueError, match=r"^debiased: tau_plus must be in \[0, 1\), got 1$"):
+        debiased(z, z, temperature=0.1, tau_plus=1)
+    with pytest.raises(ValueError, match=r"^hard_negative: beta must be >= 0, got -1$"):
+        hard_negative(z, z, temperature=0.1, tau_plus=0.1, beta=-1)
+    with pytest.raises(ValueError, match=r"^decoupled: needs at least 2 images in the global batch, got 1: it would have no negative$"):
+        decoupled(z[:1], z[:1], temperature=0.1)
+    with pytest.raises(ValueError, match=r"^image_text: logit_scale must be \(4,\), a row an image, got \(\)$"):
+        image_text(z, z, torch.tensor(10.0))
