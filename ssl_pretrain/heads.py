@@ -12,15 +12,19 @@ def mlp(
     last_batch_norm: bool = False,
     last_affine: bool = True,
     last_shift: bool = True,
+    hidden_bias: bool = False,
+    last_bias: bool = True,
     init_std: float | None = None,
 ) -> nn.Sequential:
     """Linear layers of the given widths with ReLU between: (rows, in_dim) -> (rows, dims[-1]).
 
     Args:
         batch_norm: normalize the hidden layers; their Linear then has no bias, since the norm would remove it.
+        hidden_bias: keep that bias all the same, as the authors of BYOL, SwAV and VICReg do.
         last_batch_norm: normalize the output too.
         last_affine: the output's norm has a scale and a shift.
         last_shift: the output's norm keeps its shift; False leaves scale alone (SimCLR: `center=False`).
+        last_bias: the last Linear has a bias, where no norm follows it.
         init_std: normal initialization of every Linear's weight with this deviation; None keeps torch's.
 
     Raises:
@@ -32,7 +36,7 @@ def mlp(
     for position, (width_in, width_out) in enumerate(zip((in_dim, *dims), dims)):
         last = position == len(dims) - 1
         normed = last_batch_norm if last else batch_norm
-        layer = nn.Linear(width_in, width_out, bias=not normed)
+        layer = nn.Linear(width_in, width_out, bias=last_bias and not normed if last else hidden_bias or not normed)
         if init_std is not None:
             nn.init.normal_(layer.weight, std=init_std)
             if layer.bias is not None:

@@ -1,4 +1,4 @@
-"""LARS, AdamW and SGD; which parameters are excluded; what the rates are at a step."""
+"""LARS, LARC, AdamW, Adam and SGD; which parameters are excluded; what the rates are at a step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain import schedules
+from ssl_pretrain.larc import LARC
 
 
 @dataclass
 class OptimConfig:
     """The optimizer and its schedule. `lr` is computed from `base_lr` where it is used, and printed by `--plan`."""
 
-    name: Literal["lars", "adamw", "sgd"] = "lars"
+    name: Literal["lars", "larc", "adamw", "adam", "sgd"] = "lars"
     base_lr: float = 0.3
     lr_scaling: Literal["linear", "sqrt", "none"] = (
         "linear"  # base_lr * global_batch_size / 256 | base_lr * sqrt(global_batch_size) | base_lr
@@ -25,17 +26,26 @@ class OptimConfig:
     final_lr_ratio: float = 0.0  # of the scaled lr, at the end of the cosine
     warmup_epochs: float = 10.0
     warmup_start_ratio: float = 0.0  # of the scaled lr, at step 0
+    schedule: Literal["cosine", "milestones"] = "cosine"  # after the warm-up
+    milestones: list[float] = field(default_factory=list)  # epochs, at each of which the lr falls by milestone_factor
+    milestone_factor: float = 0.1
+    changes_every: Literal["step", "epoch"] = "step"  # epoch: the lr of an epoch's first step, as MoCo v2 and SimSiam
+    excluded_lr_ratio: float = 1.0  # the excluded parameters' lr over the others' (Barlow Twins: 0.024)
+    constant_lr_names: list[str] = field(default_factory=list)  # prefixes of names whose lr stays at its peak (SimSiam: predictor)
     weight_decay: float = 1e-4
+    final_weight_decay: float | None = None  # reached by half a cosine at the end (DINO: 0.04 to 0.4); null: it stays
     momentum: float = 0.9
     momentum_convention: Literal["classic", "popular"] = (
         "classic"  # lr inside the momentum buffer (SimCLR) | outside (BYOL, MoCo v3, Barlow Twins)
     )
     nesterov: bool = False  # sgd only
-    trust_coefficient: float = 0.001  # eta of LARS
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw only
+    trust_coefficient: float = 0.001  # eta of LARS and LARC
+    larc_clip: bool = False  # larc only: no tensor's rate above lr (solo-learn: true; SwAV: false)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw and adam
     exclude_by: Literal["ndim", "name", "none"] = "ndim"  # from weight decay and from LARS's adaptation: biases and norms by ndim <= 1
     exclude_names: list[str] = field(default_factory=list)  # parts of names, for exclude_by: name
     clip_norm: float = 0.0  # of the whole gradient; 0: none
+    clip_norm_each: float = 0.0  # of each parameter's gradient (DINO: 3); 0: none
 
 
 def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
@@ -45,47 +55,79 @@ def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
 
 
 def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, `adapted` and `excluded`, each with its parameters and their names. Excluded ones have no weight decay."""
+    """The groups `adapted` and `excluded`, each with its parameters and their names, and `constant adapted` and
+    `constant excluded` where constant_lr_names names some. Excluded ones have no weight decay."""
 
     def excluded(name: str, parameter: Tensor) -> bool:
         if config.exclude_by == "ndim":
             return parameter.ndim <= 1
         return config.exclude_by == "name" and any(part in name for part in config.exclude_names)
 
+    def constant(name: str) -> bool:
+        return any(name.startswith(prefix) for prefix in config.constant_lr_names)
+
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [
-        {
-            "group": group,
-            "names": [name for name, parameter in named if excluded(name, parameter) == out],
-            "params": [parameter for name, parameter in named if excluded(name, parameter) == out],
-            "weight_decay": 0.0 if out else config.weight_decay,
-            "adapt": not out,
-        }
-        for group, out in (("adapted", False), ("excluded", True))
-    ]
+    for prefix in config.constant_lr_names:
+        if not any(name.startswith(prefix) for name, _ in named):
+            raise ValueError(f"optim.constant_lr_names: no trained parameter's name starts with {prefix!r}")
+    groups = []
+    for steady in (False, True) if config.constant_lr_names else (False,):
+        for out in (False, True):
+            chosen = [(name, parameter) for name, parameter in named if excluded(name, parameter) == out and constant(name) == steady]
+            groups.append(
+                {
+                    "group": ("constant " if steady else "") + ("excluded" if out else "adapted"),
+                    "names": [name for name, _ in chosen],
+                    "params": [parameter for _, parameter in chosen],
+                    "weight_decay": 0.0 if out else config.weight_decay,
+                    "adapt": not out,
+                    "constant": steady,
+                }
+            )
+    return groups
 
 
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over `parameter_groups`. Its learning rate is set every step by `set_rates`."""
-    groups = [group for group in parameter_groups(config, module) if group["params"]]
+    optimizer = _bare(config, [group for group in parameter_groups(config, module) if group["params"]])
+    if config.clip_norm_each:
+        optimizer.register_step_pre_hook(lambda *_: clip_each(optimizer, config.clip_norm_each))
+    return optimizer
+
+
+def _bare(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if config.name == "lars":
         return LARS(groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient, convention=config.momentum_convention)
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if config.name == "larc":
+        return LARC(groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient, clip=config.larc_clip)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), fused=True)
+
+
+@torch.no_grad()
+def clip_each(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    """Scales each parameter's gradient to a norm of at most `clip_norm`, whatever the others' are."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    scales = (clip_norm / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(scales.unbind()))
 
 
 def rates(config: OptimConfig, progress: float, epochs: float, global_batch_size: int) -> dict[str, float]:
     """Learning rate and weight decay at `progress`, the steps done over all steps."""
     peak = scaled_lr(config, global_batch_size)
-    lr = schedules.warmup_cosine(
-        progress,
-        warmup=min(1.0, config.warmup_epochs / epochs),
-        start=config.warmup_start_ratio * peak,
-        peak=peak,
-        final=config.final_lr_ratio * peak,
-    )
-    return {"lr": lr, "weight_decay": config.weight_decay}
+    at = math.floor(progress * epochs + 1e-9) / epochs if config.changes_every == "epoch" else progress
+    warmup, start = min(1.0, config.warmup_epochs / epochs), config.warmup_start_ratio * peak
+    if config.schedule == "cosine":
+        lr = schedules.warmup_cosine(at, warmup=warmup, start=start, peak=peak, final=config.final_lr_ratio * peak)
+    else:
+        lr = peak * config.milestone_factor ** sum(at * epochs + 1e-9 >= milestone for milestone in config.milestones)
+        lr = start + (lr - start) * at / warmup if at < warmup else lr
+    decay = config.weight_decay
+    if config.final_weight_decay is not None:
+        decay = schedules.cosine(progress, start=decay, final=config.final_weight_decay)
+    return {"lr": lr, "weight_decay": decay}
 
 
 def set_rates(
@@ -94,7 +136,8 @@ def set_rates(
     """Writes the rates of this progress into the optimizer and returns them."""
     now = rates(config, progress, epochs, global_batch_size)
     for group in optimizer.param_groups:
-        group["lr"] = now["lr"]
+        group["lr"] = scaled_lr(config, global_batch_size) if group["constant"] else now["lr"]
+        group["lr"] *= 1.0 if group["adapt"] else config.excluded_lr_ratio
         group["weight_decay"] = now["weight_decay"] if group["adapt"] else 0.0
     return now
 

@@ -36,6 +36,7 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
     batches = loader.build(config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device)
     last_step = round(config.epochs * batches.steps_per_epoch)
     method = build_method(config, batches.source)
+    method.num_steps, method.steps_per_epoch = last_step, batches.steps_per_epoch
     model = wrap(method, config, device)
     optimizer = optim.build(config.optim, method)
     stepper = Stepper(

@@ -28,6 +28,9 @@ class MethodConfig:
 
     name: str = "???"
 
+    def check(self, run: Any) -> None:
+        """What the method asks of the rest of the `RunConfig`. Raises ValueError with the key, its value and what would do."""
+
     def build(self, backbone: Backbone) -> Method:
         raise NotImplementedError(f"{type(self).__module__}: a method's Config builds its Method")
 
@@ -40,6 +43,9 @@ class Method(nn.Module):
     needs_labels: bool = False
     evaluated: str = "backbone"  # the submodule that evaluations judge
     network: str = "student"  # its name in tables
+    stepped: Tensor | float = 1.0  # 0.0 where the optimizer's step was masked: `after_step` multiplies every movement by it
+    num_steps: int = 0  # optimizer steps of the run, and those of one epoch: set by the trainer
+    steps_per_epoch: int = 0
 
     def __init__(self, config: Any, backbone: Backbone):
         super().__init__()
@@ -66,3 +72,41 @@ class Method(nn.Module):
     def frozen(self, progress: float) -> Sequence[str]:
         """Prefixes of parameter names that do not move at this progress: their gradients become None after clipping."""
         return ()
+
+    def step_of(self, progress: float) -> int:
+        """Steps done."""
+        assert self.num_steps > 0, "num_steps must be set before a schedule counts steps"
+        return round(progress * self.num_steps)
+
+    def epoch_of(self, progress: float) -> int:
+        """Passes over the data done."""
+        assert self.steps_per_epoch > 0, "steps_per_epoch must be set before a schedule counts epochs"
+        return self.step_of(progress) // self.steps_per_epoch
+
+    def next(self, progress: float) -> float:
+        """The next step's progress: what moves after a step with the value that the authors use in the next one."""
+        return min(1.0, (self.step_of(progress) + 1) / self.num_steps)
+
+
+def two_views(name: str, batch: Views) -> tuple[Tensor, Tensor]:
+    """Both views of a batch. Raises ValueError for another number of them, or two sizes."""
+    if len(batch.views) != 2 or batch.views[0].shape != batch.views[1].shape:
+        sizes = ", ".join(str(view.shape[-1]) for view in batch.views)
+        raise ValueError(f"{name}: takes 2 views of one size, got {len(batch.views)} ({sizes} pixels); set the counts of views.crops to 2 in all")
+    return batch.views[0], batch.views[1]
+
+
+def by_size(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """`network` of each view, neighbours of one size in one call: batch norm then sees them together, as in SwAV and DINO."""
+    outputs: list[Tensor] = []
+    start = 0
+    for end in range(1, len(views) + 1):
+        if end == len(views) or views[end].shape[-2:] != views[start].shape[-2:]:
+            outputs += network(torch.cat(list(views[start:end]))).chunk(end - start)
+            start = end
+    return outputs
+
+
+def wide(z: Tensor) -> Tensor:
+    """`z` in float32, or float64 as it is: losses are not computed in bfloat16."""
+    return z if z.dtype == torch.float64 else z.float()

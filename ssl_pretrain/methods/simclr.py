@@ -16,6 +16,8 @@ from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.contrastive import nt_xent
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views
 
+SMALL = {"projector_dims": [256, 128], "temperature": 0.2}
+
 
 @dataclass
 class Config(MethodConfig):

@@ -14,8 +14,11 @@ from ssl_pretrain import config
 from ssl_pretrain.backbones import BackboneConfig, build
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods.simclr import Config
+from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.train import train
 
+METHOD = {"projector_dims": [8, 4], "temperature": 0.5}
+OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-4)
 GOLDEN = Path(__file__).parents[1] / "golden" / "simclr.txt"
 
 

@@ -1,0 +1,56 @@
+"""Barlow Twins (Zbontar et al., ICML 2021, arXiv:2103.03230): the cross-correlation of two views' embeddings becomes the identity.
+
+Projector and loss follow facebookresearch/barlowtwins at 8e8d284c (main.py). Its in-place all-reduce of the correlation has
+no backward, so on W ranks its gradient is 1/W of the loss's. LARS hides that from the weights, not from biases and batch
+norm, whose learning rate 0.0048 was used at W = 16. `gradient_scale: authors` gives that gradient; with the true one,
+the same steps need optim.excluded_lr_ratio / W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.heads import mlp
+from ssl_pretrain.losses.second_moments import cross_correlation
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
+
+SMALL = {"projector_dims": [512, 512, 512]}
+
+
+@dataclass
+class Config(MethodConfig):
+    name: str = "barlow_twins"
+    projector_dims: list[int] = field(default_factory=lambda: [8192, 8192, 8192])
+    redundancy_weight: float = 0.0051  # lambda
+    loss_scale: float = 1.0  # 0.1 in solo-learn's CIFAR-10 recipe
+    gradient_scale: Literal["true", "authors"] = "true"  # authors: 1 / world_size
+
+    def build(self, backbone: Backbone) -> BarlowTwins:
+        return BarlowTwins(self, backbone)
+
+
+class BarlowTwins(Method):
+    couples_batch = True
+
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_bias=False)
+
+    def forward(self, batch: Views) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("barlow_twins", batch))
+        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        correlation = cross_correlation(embeddings["z_a"], embeddings["z_b"])
+        invariance = correlation.share * (correlation.diagonal() - 1).square().sum()
+        redundancy = correlation.share * correlation.off_diagonal().square().sum()
+        loss = self.config.loss_scale * (invariance + self.config.redundancy_weight * redundancy)  # eq. 1
+        if self.config.gradient_scale == "authors":
+            share = loss / distributed.world_size()
+            loss = share + (loss - share).detach()
+        return loss, {"invariance": invariance.detach(), "redundancy": redundancy.detach()}

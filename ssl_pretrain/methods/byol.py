@@ -1,0 +1,67 @@
+"""BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733): the student predicts a teacher's embedding of the other view.
+
+Heads, loss and order of updates follow google-deepmind/deepmind-research at f5de0ede (byol/): the teacher moves after the
+optimizer's step, with that step's momentum, and its batch norm runs in training mode on its own features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.heads import mlp
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.momentum import Teacher, to_one
+
+SMALL = {"hidden_dim": 512, "dim": 128}
+
+
+@dataclass
+class Config(MethodConfig):
+    name: str = "byol"
+    hidden_dim: int = 4096  # of projector and predictor
+    dim: int = 256
+    momentum: float = 0.99  # tau_base: 0.99 for 100 and 300 epochs, 0.996 for 1,000; it ends at 1
+    teacher_starts: Literal["copied", "redrawn"] = "copied"  # redrawn: weights of its own, as the authors'; not with backbone.init
+
+    def build(self, backbone: Backbone) -> BYOL:
+        return BYOL(self, backbone)
+
+
+class BYOL(Method):
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.projector = mlp(backbone.feature_dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
+        self.predictor = mlp(config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
+        self.teacher = Teacher(backbone=backbone, projector=self.projector)
+        if config.teacher_starts == "redrawn":
+            self.teacher.redraw()
+
+    def forward(self, batch: Views) -> Embeddings:
+        p_a, p_b = (self.predictor(self.projector(self.backbone(view))) for view in two_views("byol", batch))
+        return {"p_a": p_a, "p_b": p_b}  # (local_batch, dim)
+
+    @torch.no_grad()
+    def targets(self, batch: Views) -> Embeddings:
+        z_a, z_b = (self.teacher(view) for view in batch.views)
+        return {"z_a": z_a, "z_b": z_b}
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        a_to_b = squared_distance(embeddings["p_a"], targets["z_b"])
+        loss = a_to_b + squared_distance(embeddings["p_b"], targets["z_a"])  # eq. 2, both directions summed
+        return loss, {"predicted_cosine": 1 - a_to_b.detach() / 2}
+
+    @torch.no_grad()
+    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
+        self.teacher.move(self, to_one(progress, self.config.momentum), self.stepped)
+
+
+def squared_distance(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean over images of the squared distance of unit vectors, 2 - 2 cos."""
+    predicted, target = F.normalize(wide(predicted), dim=1), F.normalize(wide(target), dim=1)
+    return (predicted - target).square().sum(1).mean()

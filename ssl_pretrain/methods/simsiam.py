@@ -1,0 +1,50 @@
+"""SimSiam (Chen and He, CVPR 2021, arXiv:2011.10566): two views, a predictor and a stopped gradient; no teacher, no negatives.
+
+Heads and loss follow facebookresearch/simsiam at a7bc1772 (simsiam/builder.py). Its frozen bias before the last batch norm
+is absent here: the norm removes it. Its predictor's constant learning rate is optim.constant_lr_names: [predictor].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.heads import mlp
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+
+SMALL = {"projector_dims": [256, 256, 256], "predictor_dim": 64}
+
+
+@dataclass
+class Config(MethodConfig):
+    name: str = "simsiam"
+    projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 2048])  # [2048, 2048] on CIFAR-10
+    predictor_dim: int = 512  # of its hidden layer, a quarter of the output
+
+    def build(self, backbone: Backbone) -> SimSiam:
+        return SimSiam(self, backbone)
+
+
+class SimSiam(Method):
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_batch_norm=True, last_affine=False)
+        dim = config.projector_dims[-1]
+        self.predictor = mlp(dim, config.predictor_dim, dim)
+
+    def forward(self, batch: Views) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("simsiam", batch))
+        p_a, p_b = self.predictor(z_a), self.predictor(z_b)
+        return {"p_a": p_a, "p_b": p_b, "z_a": z_a.detach(), "z_b": z_b.detach()}  # (local_batch, dim)
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        cosines = [cosine(embeddings["p_a"], embeddings["z_b"]), cosine(embeddings["p_b"], embeddings["z_a"])]
+        loss = -(cosines[0] + cosines[1]) / 2  # eq. 2
+        return loss, {"predicted_cosine": -loss.detach()}
+
+
+def cosine(p: Tensor, z: Tensor) -> Tensor:
+    return F.cosine_similarity(wide(p), wide(z), dim=1).mean()

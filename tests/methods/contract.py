@@ -1,0 +1,165 @@
+"""What every method's tests share: a network of 700 weights with batch norm, seeded images, steps through the real Stepper.
+
+A method's test file says what is its own: METHOD (its Config's arguments, small), OPTIM (its authors' kind of optimizer)
+and, where it differs, VIEWS (sizes). `test_contract.py` runs every method that `methods.names()` finds.
+
+    PYTHONPATH=. python tests/methods/contract.py byol      writes tests/golden/byol.txt anew
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssl_pretrain import checkpoint, distributed, methods, optim, parallel
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.checkpoint import CheckpointConfig
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.step import Stepper
+
+ROWS = 24  # images of a global batch
+NUM_STEPS, STEPS_PER_EPOCH = 20, 2
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+class Network(nn.Module):
+    """Two convolutions with batch norm, 6 features."""
+
+    num_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 5, 3, stride=2, bias=False), nn.BatchNorm2d(5)
+        self.conv2, self.bn2 = nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu().mean((2, 3))
+
+
+def test_file(name: str) -> Any:
+    return importlib.import_module(f"test_{name}")
+
+
+def build(name: str, **overrides: Any) -> Any:
+    """The method on the small network, float64, always with the same weights."""
+    torch.manual_seed(0)
+    method = methods.find(name).Config(**{**test_file(name).METHOD, **overrides}).build(Backbone(Network()))
+    method.num_steps, method.steps_per_epoch = NUM_STEPS, STEPS_PER_EPOCH
+    return method.double()
+
+
+def batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
+    """Step `step`'s global batch: noise around a colour of the class; different images each step, three classes."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.arange(rows) % 3
+    images = torch.randn(rows, 3, 1, 1, dtype=torch.float64, generator=generator) + labels.view(-1, 1, 1, 1)
+    sizes = getattr(test_file(name), "VIEWS", (8, 8))
+    views = [images + torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator) for size in sizes]
+    return Batch(views, labels, torch.arange(rows) + step * rows)
+
+
+def run(name: str, steps: int = 2, parts: int = 1, group: int | str = "global", folder: Path | None = None, **overrides: Any) -> dict:
+    """`steps` steps on this rank's rows, going on from the checkpoint in `folder` and leaving one there.
+
+    Returns losses (means over ranks), the last step's gradients, and the method's state.
+    """
+    settings = ParallelConfig(precision="float64", threads=1, channels_last=False, bn_group_images=group)
+    method, recipe = build(name, **overrides), test_file(name).OPTIM
+    world, optimizer = distributed.world_size(), optim.build(recipe, method)
+    local = ROWS // world
+    model = parallel.wrap(
+        method, settings, images=local // parts, global_batch_size=ROWS, device=CPU, example=batch(name).part(0, world * parts)
+    )
+    state = checkpoint.State(method, optimizer, {}, {})
+    first = state.resume(folder, CheckpointConfig(), lambda manifest: None) if folder else 0
+    stepper = Stepper(model, optimizer, settings, 0, parts, ROWS, recipe.clip_norm, CPU)
+    losses = []
+    for step in range(first, first + steps):
+        progress = step / NUM_STEPS
+        optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
+        _, logs = stepper(step, progress, batch(name, step).part(distributed.rank(), world))
+        losses.append(distributed.reduce_sum(logs["loss"]).item() / world)
+    if folder:
+        state.save(folder, first + steps, CheckpointConfig(), STEPS_PER_EPOCH)
+    gradients = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
+    return {"losses": losses, "gradients": gradients, "state": {key: value.clone() for key, value in method.state_dict().items()}}
+
+
+def one_step(method: Any, recipe: OptimConfig, images: Batch, step: int = 0) -> None:
+    """The method after one whole step of its run, as one process takes it."""
+    optimizer = optim.build(recipe, method)
+    progress = step / NUM_STEPS
+    optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
+    settings = ParallelConfig(precision="float64", channels_last=False)
+    Stepper(method, optimizer, settings, 0, 1, len(images), recipe.clip_norm, CPU)(step, progress, images)
+
+
+def plain_step(method: nn.Module, recipe: OptimConfig, loss: torch.Tensor, lr: float, weight_decay: float | None = None) -> None:
+    """The first update of a run by the authors' optimizer, parameter by parameter, from the loss of plain loops."""
+    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    decay = recipe.weight_decay if weight_decay is None else weight_decay
+    with torch.no_grad():
+        for (_, p), g in zip(named, gradients):
+            if g is None:
+                continue
+            excluded = recipe.exclude_by == "ndim" and p.ndim <= 1
+            rate = lr * recipe.excluded_lr_ratio if excluded else lr
+            if recipe.clip_norm_each and g.norm() + 1e-6 > recipe.clip_norm_each:
+                g = g * recipe.clip_norm_each / (g.norm() + 1e-6)
+            if recipe.name in ("adam", "adamw"):
+                own_decay = 0.0 if excluded else decay
+                g = g + own_decay * p if recipe.name == "adam" else g
+                p.mul_(1 - rate * own_decay if recipe.name == "adamw" else 1.0)
+                p.sub_(rate * g / (g.abs() + 1e-8))  # the first step's moments, bias corrected, are g and g squared
+                continue
+            update = g if excluded else g + decay * p
+            if recipe.name == "lars" and not excluded and p.norm() > 0 and update.norm() > 0:
+                update = update * recipe.trust_coefficient * p.norm() / update.norm()
+            if recipe.name == "larc" and not excluded:
+                trust = recipe.trust_coefficient * p.norm() / (g.norm() + decay * p.norm() + 1e-8)
+                update = update * (min(trust / rate, 1) if recipe.larc_clip else trust) if p.norm() > 0 and g.norm() > 0 else g
+            p.sub_(rate * update)
+
+
+def assert_same(got: nn.Module, expected: nn.Module) -> None:
+    """Every parameter and buffer, name by name; fails too where nothing moved."""
+    other = expected.state_dict()
+    assert got.state_dict().keys() == other.keys()
+    for name, value in got.state_dict().items():
+        torch.testing.assert_close(value, other[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def unit(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Each row over its length."""
+    return [row / row.square().sum().clamp(min=1e-24).sqrt() for row in rows]
+
+
+def twin(method: Any) -> Any:
+    return copy.deepcopy(method)
+
+
+def with_views(images: Batch, views: list[torch.Tensor]) -> Batch:
+    return replace(images, views=views)
+
+
+def golden(name: str) -> list[float]:
+    return [float(line.split()[1]) for line in (GOLDEN / f"{name}.txt").read_text().splitlines() if not line.startswith("#")]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        lines = [f"{step} {loss:.12g}" for step, loss in enumerate(run(name, 10)["losses"], start=1)]
+        (GOLDEN / f"{name}.txt").write_text("# step loss: tests/methods/contract.py, float64, one process\n" + "\n".join(lines) + "\n")
+        print(name, *lines, sep="\n")

@@ -1,0 +1,57 @@
+"""Barlow Twins against its authors' arithmetic, facebookresearch/barlowtwins at 8e8d284c.
+
+https://github.com/facebookresearch/barlowtwins/blob/8e8d284ca0bc02f88b92328e53f9b901e86b4a3c/main.py#L187
+"""
+
+from __future__ import annotations
+
+import contract
+import pytest
+import torch
+from conftest import run_ranks
+
+from ssl_pretrain.optim import OptimConfig
+
+METHOD = {"projector_dims": [8, 8, 5]}
+OPTIM = OptimConfig(
+    name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1.5e-6, excluded_lr_ratio=0.024, momentum_convention="popular"
+)
+
+
+def plain_loss(method, images):
+    """sum (c_ii - 1)^2 + lambda sum c_ij^2 of embeddings normalized by their batch's mean and biased variance."""
+    normalized = []
+    for view in images.views:
+        z = method.projector(method.backbone(view))
+        mean = sum(z) / len(z)
+        variance = sum((row - mean) ** 2 for row in z) / len(z)
+        normalized.append([(row - mean) / (variance + 1e-5).sqrt() for row in z])
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in range(5):
+        for j in range(5):
+            c = sum(a[i] * b[j] for a, b in zip(*normalized)) / len(images)
+            loss = loss + ((c - 1) ** 2 if i == j else 0.0051 * c**2)
+    return loss
+
+
+def test_one_step_is_the_authors():
+    method, images = contract.build("barlow_twins"), contract.batch("barlow_twins")
+    expected = contract.twin(method)
+    contract.one_step(method, OPTIM, images)
+    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 20 * contract.ROWS / 256)
+    contract.assert_same(method, expected)
+
+
+def _authors():
+    return contract.run("barlow_twins", steps=1, gradient_scale="authors")
+
+
+def test_the_authors_gradient_is_one_over_the_ranks_of_the_true_one():
+    true = contract.run("barlow_twins", steps=1)
+    for rank in run_ranks(_authors, world_size=3):
+        torch.testing.assert_close(rank["gradients"]["projector.0.weight"], true["gradients"]["projector.0.weight"] / 3, rtol=1e-9, atol=1e-12)
+        assert rank["losses"] == pytest.approx(true["losses"])
+
+
+def test_no_linear_of_the_projector_has_a_bias():
+    assert all(getattr(layer, "bias", None) is None for layer in contract.build("barlow_twins").projector if isinstance(layer, torch.nn.Linear))

@@ -1,0 +1,98 @@
+"""What every method promises, method by method: ranks, parts, resuming, masked steps, and ten golden losses."""
+
+from __future__ import annotations
+
+import traceback
+
+import contract
+import pytest
+import torch
+from conftest import run_ranks
+
+from ssl_pretrain import methods
+
+NAMES = methods.names()
+
+
+def same(got, expected, rtol=1e-9, atol=1e-10):
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+WHOLE = {"steps": 2}
+
+
+def in_groups(name):
+    return {"steps": 2, "group": 8, **getattr(contract.test_file(name), "IN_PARTS", {})}
+
+
+def _all(names, groups):
+    """By method: its runs on this rank, or what went wrong. All methods in one set of processes, as starting them takes longest."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = [contract.run(name, **variant) for variant in ([WHOLE, in_groups(name)] if groups else [WHOLE])]
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_ranks(request):
+    """on_ranks[world_size][rank][name], of the methods whose tests were asked for."""
+    names = sorted({item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec") and item.path == request.path})
+    return {size: run_ranks(_all, names, size == 3, world_size=size) for size in (2, 3)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_agree_with_one_process(name, on_ranks):
+    one = contract.run(name, **WHOLE)
+    assert any(gradient.abs().max() > 1e-6 for gradient in one["gradients"].values())
+    for size in (2, 3):
+        for rank in on_ranks[size]:
+            assert not isinstance(rank[name], str), rank[name]
+            same(rank[name][0]["gradients"], one["gradients"])
+            same(rank[name][0]["state"], one["state"])
+            assert rank[name][0]["losses"] == pytest.approx(one["losses"], rel=1e-9)
+            first = on_ranks[size][0][name][0]["state"]
+            assert all(torch.equal(value, first[key]) for key, value in rank[name][0]["state"].items())  # teachers, queues, centres
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_on_one_rank_equal_as_many_ranks(name, on_ranks):
+    parts = contract.run(name, parts=3, **in_groups(name))
+    for rank in on_ranks[3]:
+        assert not isinstance(rank[name], str), rank[name]
+        same(parts["gradients"], rank[name][1]["gradients"])
+        same(parts["state"], rank[name][1]["state"])
+        assert parts["losses"] == pytest.approx(rank[name][1]["losses"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_golden_steps_stopped_in_the_middle_or_not(name, tmp_path):
+    straight = contract.run(name, steps=10)
+    stopped = contract.run(name, steps=5, folder=tmp_path)["losses"] + (resumed := contract.run(name, steps=5, folder=tmp_path))["losses"]
+    assert stopped == straight["losses"] and len(set(stopped)) == 10
+    assert all(torch.equal(value, resumed["state"][key]) for key, value in straight["state"].items())
+    if name != "simclr":  # its golden steps are the trainer's
+        assert straight["losses"] == pytest.approx(contract.golden(name), rel=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_masked_step_moves_nothing(name):
+    method, images = contract.build(name), contract.batch(name)
+    with torch.no_grad():
+        embeddings, targets = method(images), method.targets(images)
+        method.loss(embeddings, targets)
+        for parameter in method.backbone.parameters():
+            parameter.add_(0.1)
+        before = {key: value.clone() for key, value in method.state_dict().items()}
+        method.stepped = torch.zeros(())
+        method.after_step(0.5, embeddings, targets)
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_heads_of_the_cpu_preset_are_settings(name):
+    methods.find(name).Config(**methods.find(name).SMALL)

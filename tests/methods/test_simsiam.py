@@ -1,0 +1,39 @@
+"""SimSiam against its authors' arithmetic, facebookresearch/simsiam at a7bc1772.
+
+https://github.com/facebookresearch/simsiam/blob/a7bc1772896d0dad0806c51f0bb6f3b16d290468/simsiam/builder.py#L42
+"""
+
+from __future__ import annotations
+
+import contract
+
+from ssl_pretrain.optim import OptimConfig
+
+METHOD = {"projector_dims": [8, 8, 8], "predictor_dim": 3}
+OPTIM = OptimConfig(
+    name="sgd", base_lr=1.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none", changes_every="epoch", constant_lr_names=["predictor"]
+)
+
+
+def plain_loss(method, images):
+    """-(cos(p1, z2) + cos(p2, z1)) / 2, image by image, the second of each pair detached."""
+    z = [method.projector(method.backbone(view)) for view in images.views]
+    p = [method.predictor(one) for one in z]
+    cosines = []
+    for i in range(len(images)):
+        for predicted, target in ((p[0][i], z[1][i].detach()), (p[1][i], z[0][i].detach())):
+            cosines.append((predicted * target).sum() / predicted.norm() / target.norm())
+    return -sum(cosines) / len(images) / 2
+
+
+def test_one_step_is_the_authors():
+    method, images = contract.build("simsiam"), contract.batch("simsiam")
+    expected = contract.twin(method)
+    contract.one_step(method, OPTIM, images)
+    contract.plain_step(expected, OPTIM, plain_loss(expected, images), contract.ROWS / 256)
+    contract.assert_same(method, expected)
+
+
+def test_no_norm_of_the_projectors_output_is_trained():
+    method = contract.build("simsiam")
+    assert method.projector[-1].weight is None and method.predictor[-1].bias is not None and method.predictor[0].bias is None
