@@ -40,6 +40,7 @@ class Method(nn.Module):
     needs_labels: bool = False
     evaluated: str = "backbone"  # the submodule that evaluations judge
     network: str = "student"  # its name in tables
+    stepped: Tensor | float = 1.0  # on the device: 0.0 where a non-finite gradient was masked, so that nothing else moves either
 
     def __init__(self, config: Any, backbone: Backbone):
         super().__init__()
@@ -61,7 +62,7 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Moves teachers, queues and centres, once, after the optimizer stepped."""
+        """Moves teachers, queues and centres, once, after the optimizer: each movement times `self.stepped`."""
 
     def frozen(self, progress: float) -> Sequence[str]:
         """Prefixes of parameter names that do not move at this progress: their gradients become None after clipping."""
