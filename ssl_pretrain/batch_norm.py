@@ -157,3 +157,20 @@ def statistics(module: nn.Module) -> list[Tensor]:
     """The running statistics of every batch norm in `module`, and its count of batches."""
     norms = (child for child in module.modules() if isinstance(child, (_BatchNorm, GroupBatchNorm)))
     return [buffer for norm in norms for _, buffer in norm.named_buffers(recurse=False)]
+
+
+@torch.no_grad()
+def remembered(module: nn.Module) -> Tensor | None:
+    """All running means and variances in one tensor; None where there are none."""
+    buffers = [buffer for buffer in statistics(module) if buffer.is_floating_point()]
+    return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else None
+
+
+@torch.no_grad()
+def put_back(module: nn.Module, before: Tensor | None, where: Tensor) -> None:
+    """Restores what `remembered` gave if `where`, a scalar on the device, is true: a broken batch leaves no trace."""
+    buffers = [buffer for buffer in statistics(module) if buffer.is_floating_point()]
+    if before is not None:
+        kept = torch.where(where, before, torch.cat([buffer.flatten() for buffer in buffers]))
+        parts = kept.split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers)])

@@ -115,7 +115,7 @@ class State:
                 "evaluated": getattr(self.method, "evaluated", "backbone"),
                 "network": getattr(self.method, "network", "student"),
                 "versions": _versions(),
-                "machine": machine(),
+                "machine": self._machine(),
                 **self.facts,
                 "config": self.config,
                 "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(writing.iterdir())},
@@ -155,7 +155,8 @@ class State:
         path = newest(run)
         manifest, tensors = read(path)
         compare(manifest)
-        differing = [f"{key} {old!r} then, {machine()[key]!r} now" for key, old in manifest["machine"].items() if machine().get(key) != old]
+        here = self._machine()
+        differing = [f"{key} {old!r} then, {here.get(key)!r} now" for key, old in manifest["machine"].items() if here.get(key) != old]
         if differing and distributed.is_main():
             warnings.warn(f"{path.name}: resuming is exact but not bit for bit, as these differ: {'; '.join(differing)}", stacklevel=2)
         self.method.load_state_dict(tensors, strict=True)
@@ -168,6 +169,9 @@ class State:
             **{k: v for k, v in self.facts.items() if v is not None},
         }
         return int(manifest["step"])
+
+    def _machine(self) -> dict[str, Any]:
+        return machine() | {"local_batch_size": self.facts.get("local_batch_size")}
 
     def _parameter(self, name: str) -> nn.Parameter:
         for group in self.optimizer.param_groups:

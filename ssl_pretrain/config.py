@@ -73,7 +73,7 @@ class RunConfig:
     seed: int = 0
     epochs: int = 100
     global_batch_size: int = 4096  # images an optimizer step, all ranks and parts
-    local_batch_size: int = 0  # images a rank feeds at once; 0: its whole share of the global batch
+    local_batch_size: int | str = 0  # images a rank feeds at once; 0: its whole share of the global batch; auto: the most that fits
     output: str = ""  # the run's folder; empty: runs/<name of the YAML>
 
 
@@ -180,13 +180,13 @@ def check(config: RunConfig, world_size: int) -> None:
     if config.global_batch_size < 1 or config.global_batch_size % world_size:
         raise ConfigError(_does_not_divide(config.global_batch_size, world_size))
     share = config.global_batch_size // world_size
-    part = config.local_batch_size or share
-    if part < 1 or share % part:
+    part = part_size(config, world_size)
+    if part is not None and (part < 1 or share % part):
         raise ConfigError(
             f"local_batch_size: {part} does not divide this rank's share of {share} "
             f"(global_batch_size {config.global_batch_size} / {world_size} ranks)"
         )
-    if part < share and group > part:
+    if part is not None and part < share and group > part:
         raise ConfigError(
             f"local_batch_size: {part} splits batch norm's groups of {group} images, which cannot be accumulated exactly; "
             f"set local_batch_size={share}, or parallel.bn_group_images={part}, "
@@ -207,10 +207,18 @@ def _does_not_divide(batch: int, ranks: int) -> str:
     return f"global_batch_size: {batch} does not divide over {ranks} ranks; {near}"
 
 
-def num_parts(config: RunConfig, world_size: int) -> int:
-    """Parts in which a rank feeds its share of the global batch."""
-    share = config.global_batch_size // world_size
-    return share // (config.local_batch_size or share)
+def part_size(config: RunConfig, world_size: int) -> int | None:
+    """Images a rank feeds at once; None for `auto`, which is measured when the run starts.
+
+    Raises:
+        ConfigError: neither a number nor auto.
+    """
+    written = str(config.local_batch_size)
+    if written == "auto":
+        return None
+    if not written.lstrip("-").isdecimal():
+        raise ConfigError(f"local_batch_size: {written!r}; choose a number of images, 0 for a rank's whole share, or auto")
+    return int(written) or config.global_batch_size // world_size
 
 
 def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:

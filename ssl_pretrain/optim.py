@@ -44,8 +44,8 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw and adam
     exclude_by: Literal["ndim", "name", "none"] = "ndim"  # from weight decay and from LARS's adaptation: biases and norms by ndim <= 1
     exclude_names: list[str] = field(default_factory=list)  # parts of names, for exclude_by: name
-    clip_norm: float = 0.0  # of the whole gradient; 0: none
-    clip_norm_each: float = 0.0  # of each parameter's gradient (DINO: 3); 0: none
+    clip_norm: float = 0.0  # 0: none
+    clip_by: Literal["whole", "tensor"] = "whole"  # the norm that clip_norm bounds: of the whole gradient | of each tensor's (DINO)
 
 
 def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
@@ -89,13 +89,7 @@ def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, A
 
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over `parameter_groups`. Its learning rate is set every step by `set_rates`."""
-    optimizer = _bare(config, [group for group in parameter_groups(config, module) if group["params"]])
-    if config.clip_norm_each:
-        optimizer.register_step_pre_hook(lambda *_: clip_each(optimizer, config.clip_norm_each))
-    return optimizer
-
-
-def _bare(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    groups = [group for group in parameter_groups(config, module) if group["params"]]
     if config.name == "lars":
         return LARS(groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient, convention=config.momentum_convention)
     if config.name == "larc":
@@ -104,14 +98,6 @@ def _bare(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Opti
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), fused=True)
-
-
-@torch.no_grad()
-def clip_each(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
-    """Scales each parameter's gradient to a norm of at most `clip_norm`, whatever the others' are."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    scales = (clip_norm / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, list(scales.unbind()))
 
 
 def rates(config: OptimConfig, progress: float, epochs: float, global_batch_size: int) -> dict[str, float]:
@@ -143,20 +129,30 @@ def set_rates(
 
 
 @torch.no_grad()
-def guarded_step(optimizer: torch.optim.Optimizer, clip_norm: float = 0.0) -> tuple[Tensor, Tensor]:
+def guarded_step(
+    optimizer: torch.optim.Optimizer, clip_norm: float = 0.0, clip_by: str = "whole", frozen: Iterable[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
     """One optimizer step that a non-finite gradient turns into none: weights and optimizer state stay as they are.
 
     The decision is made on the device, without the host reading it, and is the same on every rank because
     the gradients are.
 
+    Args:
+        frozen: parameters that do not move in this step. Their gradients count for clipping, as DINO's authors do, then become None.
+
     Returns:
         The gradient's norm before clipping, and 1.0 where the step was skipped, 0.0 where it was taken.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norms = torch.stack(torch._foreach_norm(gradients))
+    norm = torch.linalg.vector_norm(norms)
     skipped = (~torch.isfinite(norm)).float()
-    if clip_norm:
+    if clip_norm and clip_by == "whole":
         torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    elif clip_norm:
+        torch._foreach_mul_(gradients, list((clip_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
+    for parameter in frozen:
+        parameter.grad = None
     optimizer.found_inf, optimizer.grad_scale = skipped, None  # type: ignore[attr-defined]  # the fused kernels leave everything alone where found_inf is 1
     optimizer.step()
     return norm, skipped
@@ -167,7 +163,8 @@ class LARS(torch.optim.Optimizer):
 
     Adapted tensors move by trust * (gradient + weight_decay * weight), with
     trust = trust_coefficient * |weight| / |gradient + weight_decay * weight|, or 1 where a norm is zero.
-    Excluded ones (`adapt: False`) are plain momentum SGD.
+    Excluded ones (`adapt: False`) are plain momentum SGD. The gradients are overwritten; how many operations a step takes
+    does not depend on how many tensors there are.
 
     Args:
         convention: `classic`, v = m v + lr * trust * u and p = p - v (google-research/simclr lars_optimizer.py), or
@@ -191,19 +188,22 @@ class LARS(torch.optim.Optimizer):
                 self._step_group(group, params)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
         updates = [p.grad for p in params if p.grad is not None]
-        if group["weight_decay"]:
-            updates = list(torch._foreach_add(updates, params, alpha=group["weight_decay"]))
+        if group["weight_decay"]:  # in place: copies of all gradients cost more than the arithmetic
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
         classic = self.convention == "classic"
         if group["adapt"]:
             weight_norm = torch.stack(torch._foreach_norm(params))
             update_norm = torch.stack(torch._foreach_norm(updates))
             trust = group["trust_coefficient"] * weight_norm / update_norm
             trust = torch.where((weight_norm > 0) & (update_norm > 0), trust, torch.ones_like(trust))
-            updates = list(torch._foreach_mul(updates, list((trust * group["lr"] if classic else trust).unbind())))
+            torch._foreach_mul_(updates, list((trust * group["lr"] if classic else trust).unbind()))
         elif classic:
-            updates = list(torch._foreach_mul(updates, group["lr"]))
+            torch._foreach_mul_(updates, group["lr"])
         torch._fused_sgd_(  # momentum and update in one kernel, which found_inf turns into none
             params,
             updates,

@@ -38,10 +38,11 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
         + (f"{rows - 2:,}, {couples}" if method.couples_batch else couples)
     )
     group = parallel.group_images(run.parallel, run.global_batch_size)
-    parts = config.num_parts(run, world_size)
+    share, part = run.global_batch_size // world_size, config.part_size(run, world_size)
+    parts = "parts as large as memory allows, measured at the start" if part is None else f"parts of {part:,}" if part < share else "1 part"
     lines.append(
-        f"batch norm over {group:,} images; each rank's share of {run.global_batch_size // world_size:,} images in "
-        f"{parts} part{'s' if parts > 1 else ''}, at {world_size} rank{'s' if world_size > 1 else ''}"
+        f"batch norm over {group:,} images; each rank's share of {share:,} images in {parts}, "
+        f"at {world_size} rank{'s' if world_size > 1 else ''}"
     )
     return "\n".join(lines)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssl_pretrain import batch_norm, distributed, draws, optim, parallel
+from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.parallel import ParallelConfig
 
 Embeddings = dict[str, Tensor]
@@ -27,24 +28,53 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     config: ParallelConfig
     seed: int
-    num_parts: int  # of this rank's share; more than one where it does not fit at once
+    local_batch_size: int  # images fed at once: this rank's share of the global batch, or a part of it that fits
     global_batch_size: int
-    clip_norm: float
+    optim: OptimConfig
     device: torch.device
+    broken: dict[str, Tensor] = field(default_factory=dict)  # per embedding, the first step at which this rank's was not finite
 
     def __call__(self, step: int, progress: float, batch: Any) -> tuple[Embeddings, dict[str, Tensor]]:
         method: Any = parallel.unwrap(self.model)
         batch = replace(batch, views=parallel.place(batch.views, self.config, self.device))
+        before = batch_norm.remembered(method)
         self.optimizer.zero_grad(set_to_none=True)
-        backward = self._whole if self.num_parts == 1 else self._in_two_passes if method.couples_batch else self._accumulated
-        embeddings, targets, loss, logs = backward(method, batch, step)
-        for name, parameter in method.named_parameters():
-            if any(name.startswith(prefix) for prefix in method.frozen(progress)):
-                parameter.grad = None
-        norm, skipped = optim.guarded_step(self.optimizer, self.clip_norm)
+        embeddings, targets, loss, logs = self._backward(method)(method, batch, step)
+        self._watch(embeddings, step)
+        frozen = [p for name, p in method.named_parameters() if name.startswith(tuple(method.frozen(progress)))]
+        norm, skipped = optim.guarded_step(self.optimizer, self.optim.clip_norm, self.optim.clip_by, frozen)
         parallel.average_statistics(self.model, self.config, self.global_batch_size)
+        batch_norm.put_back(method, before, skipped > 0)
+        method.stepped = 1 - skipped
         method.after_step(progress, embeddings, targets)
         return embeddings, {"loss": loss, **logs, "gradient_norm": norm, "skipped_steps": skipped}
+
+    @property
+    def num_parts(self) -> int:
+        return self.global_batch_size // distributed.world_size() // self.local_batch_size
+
+    def _backward(self, method: Any) -> Callable[..., tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]]:
+        if self.num_parts == 1:
+            return self._whole
+        check_accumulation(method, self.config)
+        two = self.config.accumulation == "two_passes" or (self.config.accumulation == "auto" and method.couples_batch)
+        return self._in_two_passes if two else self._accumulated
+
+    def _watch(self, embeddings: Embeddings, step: int) -> None:
+        """Remembers, on the device, the first step at which each embedding was not finite."""
+        for name, z in embeddings.items():
+            first = self.broken.setdefault(name, torch.full((), -1, device=z.device))
+            first.copy_(torch.where((first < 0) & ~torch.isfinite(z).all(), step + 1, first))
+
+    def broken_embeddings(self) -> str:
+        """Which embeddings of which ranks are not finite, and since which step; empty where none is. Every rank must ask."""
+        own = {name: int(first) for name, first in self.broken.items() if first >= 0}
+        found = [
+            f"{name} of rank {rank} since step {step}"
+            for rank, entries in enumerate(distributed.gather_objects(own))
+            for name, step in entries.items()
+        ]
+        return ", ".join(found)
 
     def _seed(self, step: int, part: int) -> None:
         """Dropout and drop-path by the part of the global batch, so that K parts on one rank draw what K ranks draw."""
@@ -112,6 +142,20 @@ class Stepper:
             for buffer, kept in zip(batch_norm.statistics(method), statistics):
                 buffer.copy_(kept)
         return _detached(embeddings), _joined(targets), loss.detach(), {**logs, "replay_error": replay_error}
+
+
+def check_accumulation(method: Any, config: ParallelConfig) -> None:
+    """Refuses parts that would train another loss.
+
+    Raises:
+        ValueError: one pass was asked for, and the method's loss couples the images of a batch.
+    """
+    if config.accumulation == "one_pass" and method.couples_batch:
+        name = method.config.name
+        raise ValueError(
+            f"parallel.accumulation: one_pass does not train {name}: its loss compares the images of a batch with each other, and a sum of "
+            "the parts' losses has only each part's own pairs; choose auto or two_passes, which keep those of the whole global batch"
+        )
 
 
 def _mean_of_statistics(method: nn.Module, num_parts: int) -> Callable[[int], None]:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssl_pretrain import backbones, checkpoint, distributed, draws, health, log, methods, optim, parallel, plan
+from ssl_pretrain import backbones, batch_norm, checkpoint, distributed, draws, health, log, memory, methods, optim, parallel, plan
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import loader, sources
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.online import OnlineKNN
-from ssl_pretrain.step import Stepper
+from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import colour, crops, recipe
 
 
@@ -37,18 +37,16 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
     last_step = round(config.epochs * batches.steps_per_epoch)
     method = build_method(config, batches.source)
     method.num_steps, method.steps_per_epoch = last_step, batches.steps_per_epoch
-    model = wrap(method, config, device)
+    images = images_at_once(method, config, device)
+    model = wrap(method, config, images, device)
     optimizer = optim.build(config.optim, method)
-    stepper = Stepper(
-        model, optimizer, config.parallel, config.seed, configuration.num_parts(config, distributed.world_size()),
-        config.global_batch_size, config.optim.clip_norm, device,
-    )  # fmt: skip
-    facts = {"last_step": last_step, "local_batch_size": config.local_batch_size, "data": batches.source.fingerprint, "wandb_id": None}
+    stepper = Stepper(model, optimizer, config.parallel, config.seed, images, config.global_batch_size, config.optim, device)
+    facts = {"last_step": last_step, "local_batch_size": images, "data": batches.source.fingerprint, "wandb_id": None}
     state = checkpoint.State(method, optimizer, configuration.to_dict(config), facts)
     first_step = resume(state, config, run, batches.source.fingerprint)
     logger = log.Logger(
         config.log, run, first_step=first_step, last_step=last_step, steps_per_epoch=batches.steps_per_epoch,
-        global_batch_size=config.global_batch_size, config=state.config, facts=state.facts,
+        global_batch_size=config.global_batch_size, config=state.config, facts=state.facts, broken=stepper.broken_embeddings,
     )  # fmt: skip
     knn = online_knn(config, batches, device)
     stop = distributed.StopRequest()
@@ -92,13 +90,41 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
     return method
 
 
-def wrap(method: Method, config: RunConfig, device: torch.device) -> nn.Module:
-    """The method on its device and ranks, primed with a batch of the run's shapes."""
-    images = config.local_batch_size or config.global_batch_size // distributed.world_size()
+def images_at_once(method: Method, config: RunConfig, device: torch.device) -> int:
+    """Images a rank feeds at once: as the config says, or the most that fits, measured here and printed.
+
+    Raises:
+        ValueError: not even the smallest part fits, or parts would train another loss.
+    """
+    share = config.global_batch_size // distributed.world_size()
+    images = configuration.part_size(config, distributed.world_size())
+    if images is None:
+        group = parallel.group_images(config.parallel, config.global_batch_size)
+        multiple = 1 if not batch_norm.statistics(method) else min(group, share)
+        moved = parallel.to_device(method, config.parallel, device)
+
+        def cost(images: int) -> int:
+            example = blank_batch(config, images, device)
+            return memory.peak(lambda: parallel.rehearse(moved, config.parallel, device, example), device)
+
+        images, measured = memory.largest_part(share, multiple, cost, memory.available(device))
+        if distributed.is_main():
+            print(f"local_batch_size: auto took {images} of {share} images at once ({measured})", flush=True)
+    if images < share:
+        check_accumulation(method, config.parallel)
+    return images
+
+
+def wrap(method: Method, config: RunConfig, images: int, device: torch.device) -> nn.Module:
+    """The method on its device and ranks, primed with a batch of the run's shapes; `images` are fed at once."""
+    example = blank_batch(config, images, device)
+    return parallel.wrap(method, config.parallel, images=images, global_batch_size=config.global_batch_size, device=device, example=example)
+
+
+def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.Batch:
     labels = torch.zeros(images, dtype=torch.int64, device=device)
     blank = [torch.zeros(images, 3, crop.size, crop.size, device=device) for crop in recipe.each(config.views)]
-    example = loader.Batch(parallel.place(blank, config.parallel, device), labels, labels)
-    return parallel.wrap(method, config.parallel, images=images, global_batch_size=config.global_batch_size, device=device, example=example)
+    return loader.Batch(parallel.place(blank, config.parallel, device), labels, labels)
 
 
 def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:

@@ -128,7 +128,7 @@ def test_due_at_intervals_and_at_the_end():
 
 def test_versions_and_machine_are_recorded(run):
     manifest = json.loads((run / "checkpoints" / "step_00000004" / "manifest.json").read_text())
-    assert manifest["machine"].keys() == {"world_size", "threads", "torch", "cpu"}
+    assert manifest["machine"].keys() == {"world_size", "threads", "torch", "cpu", "local_batch_size"}
     assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0] or manifest["versions"]["torch"] == torch.__version__
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import tiny
 
-from ssl_pretrain import config
+from ssl_pretrain import config, methods
 from ssl_pretrain.config import ConfigError, check, load
+from ssl_pretrain.optim import OptimConfig
 
 
 @pytest.fixture
@@ -30,8 +32,7 @@ def refused(path, *overrides, world_size=None) -> str:
     [
         (
             "optim.base_lrr=1",
-            "run.yaml: optim.base_lrr: no such key. Did you mean 'base_lr'? Allowed: name, base_lr, lr_scaling, final_lr_ratio, warmup_epochs, "
-            "warmup_start_ratio, weight_decay, momentum, momentum_convention, nesterov, trust_coefficient, betas, exclude_by, exclude_names, clip_norm",
+            f"run.yaml: optim.base_lrr: no such key. Did you mean 'base_lr'? Allowed: {', '.join(f.name for f in fields(OptimConfig))}",
         ),
         (
             "epoch=3",
@@ -41,7 +42,7 @@ def refused(path, *overrides, world_size=None) -> str:
         ("optim.name=sdg", "run.yaml: optim.name: Invalid value 'sdg', expected one of ['lars', 'adamw', 'sgd']"),
         ("optim.base_lr=fast", "run.yaml: optim.base_lr: Value 'fast' of type 'str' could not be converted to Float"),
         ("epochs=many", "run.yaml: epochs: Value 'many' of type 'str' could not be converted to Integer"),
-        ("method.name=simclrr", "run.yaml: method.name: 'simclrr' is not a method; choose one of: simclr"),
+        ("method.name=simclrr", f"run.yaml: method.name: 'simclrr' is not a method; choose one of: {', '.join(methods.names())}"),
         ("method.queue_size=3", "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims"),
         ("optim", "'optim': an override is key=value, such as optim.base_lr=0.3"),
     ],
@@ -82,6 +83,7 @@ def test_a_missing_file_lists_its_neighbours(path):
     [
         (["global_batch_size=8192"], 12, "global_batch_size: 8192 does not divide over 12 ranks; the nearest that do are 8184 and 8196"),
         (["global_batch_size=2"], 4, "global_batch_size: 2 does not divide over 4 ranks; the nearest that does is 4"),
+        (["local_batch_size=most"], 1, "local_batch_size: 'most'; choose a number of images, 0 for a rank's whole share, or auto"),
         (["local_batch_size=5"], 2, "local_batch_size: 5 does not divide this rank's share of 12 (global_batch_size 24 / 2 ranks)"),
         (
             ["local_batch_size=6"],

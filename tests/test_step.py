@@ -10,12 +10,12 @@ import torch
 from conftest import run_ranks
 from torch import nn
 
-from ssl_pretrain import config, distributed, optim, parallel
+from ssl_pretrain import config, distributed, memory, optim, parallel
 from ssl_pretrain.data import loader
 from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.parallel import ParallelConfig
 from ssl_pretrain.step import Stepper
-from ssl_pretrain.train import build_method, wrap
+from ssl_pretrain.train import build_method, images_at_once, wrap
 
 CPU = torch.device("cpu")
 
@@ -27,8 +27,8 @@ def _two_steps(path, overrides):
     batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=24, device=CPU)
     method = build_method(settings)
     optimizer = optim.build(settings.optim, method)
-    parts = config.num_parts(settings, distributed.world_size())
-    stepper = Stepper(wrap(method, settings, CPU), optimizer, settings.parallel, 0, parts, 24, 0.0, CPU)
+    images = images_at_once(method, settings, CPU)
+    stepper = Stepper(wrap(method, settings, images, CPU), optimizer, settings.parallel, 0, images, 24, settings.optim, CPU)
     for step, batch in zip(range(2), batches.starting_at(0)):
         optim.set_rates(optimizer, settings.optim, 0.1, settings.epochs, 24)
         _, logs = stepper(step, 0.1, batch)
@@ -48,6 +48,68 @@ def test_parts_on_one_rank_equal_as_many_ranks(tmp_path, drop_path):
     for name, value in state.items():
         torch.testing.assert_close(value, ranks[2][1][name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
     assert logs["replay_error"] == 0.0  # the second pass drew the same drop-path and used the same batch norm groups
+
+
+def _one_rank_breaks(path):
+    """Step 0 whole, step 1 with a NaN pixel on rank 1; what moved in step 1, the counter, and what is said of it."""
+    settings = config.load(path, ["parallel.bn_group_images=12"])
+    batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=24, device=CPU)
+    method = build_method(settings)
+    optimizer = optim.build(settings.optim, method)
+    stepper = Stepper(wrap(method, settings, 12, CPU), optimizer, settings.parallel, 0, 12, 24, settings.optim, CPU)
+    stepped = []
+    method.after_step = lambda progress, embeddings, targets: stepped.append(float(method.stepped))
+    for step, batch in zip(range(2), batches.starting_at(0)):
+        optim.set_rates(optimizer, settings.optim, 0.5, settings.epochs, 24)
+        before = {name: value.clone() for name, value in method.state_dict().items()}
+        if step == 1 and distributed.rank() == 1:
+            batch.views[1][0, 0, 0, 0] = float("nan")
+        _, logs = stepper(step, 0.5, batch)
+    batches.close()
+    moved = [name for name, value in method.state_dict().items() if not torch.equal(value, before[name]) and "num_batches" not in name]
+    return moved, stepped, logs["skipped_steps"].item(), stepper.broken_embeddings()
+
+
+def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
+    for moved, stepped, skipped, said in run_ranks(_one_rank_breaks, tiny.config(tmp_path), world_size=2):
+        assert moved == [] and stepped == [1.0, 0.0] and skipped == 1.0
+        assert said == "z_a of rank 1 since step 2, z_b of rank 1 since step 2"
+
+
+def test_one_pass_with_a_coupled_loss_is_refused(tmp_path):
+    path = tiny.config(tmp_path)
+    with pytest.raises(ValueError) as error:
+        _two_steps(path, ["parallel.bn_group_images=8", "local_batch_size=8", "parallel.accumulation=one_pass"])
+    assert str(error.value) == (
+        "parallel.accumulation: one_pass does not train simclr: its loss compares the images of a batch with each other, and a sum of "
+        "the parts' losses has only each part's own pairs; choose auto or two_passes, which keep those of the whole global batch"
+    )
+    _two_steps(path, ["parallel.accumulation=one_pass"])  # the whole batch is one part: nothing to refuse
+
+
+def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
+    settings = config.load(tiny.config(tmp_path), ["parallel.bn_group_images=4", "local_batch_size=auto"])
+    method = build_method(settings)
+    assert images_at_once(method, settings, CPU) == 24
+    assert "local_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
+    costs = {8: 100, 24: 260}
+    part, said = memory.largest_part(24, 4, lambda images: costs[images] * memory.GIB, 200 * memory.GIB)
+    assert part == 12 and said == "20.00 GiB + 10240.00 MiB an image, 200.0 GiB free"
+    with pytest.raises(ValueError) as error:
+        memory.largest_part(24, 4, lambda images: costs[images] * memory.GIB, 60 * memory.GIB)
+    assert str(error.value) == (
+        "local_batch_size: auto: a part of 4 images does not fit (20.00 GiB + 10240.00 MiB an image, 60.0 GiB free); "
+        "take a smaller crop size or backbone, a smaller parallel.bn_group_images, or more ranks"
+    )
+
+
+def test_a_peak_is_what_was_held_at_once():
+    def two_after_another():
+        for _ in range(2):
+            torch.ones(2**26)  # 256 MiB
+
+    assert 250 * 2**20 < memory.peak(two_after_another, CPU) < 300 * 2**20
 
 
 def test_the_seed_of_drop_path_matters(tmp_path):
@@ -103,7 +165,7 @@ def _regression(num_parts, progress=1.0):
     method = Regression()
     optimizer = optim.build(OptimConfig(name="sgd", weight_decay=0.0), method)
     optim.set_rates(optimizer, OptimConfig(name="sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0), 0.0, 1, 12)
-    stepper = Stepper(method, optimizer, ParallelConfig(precision="float64"), 0, num_parts, 12, 0.0, CPU)
+    stepper = Stepper(method, optimizer, ParallelConfig(precision="float64"), 0, 12 // num_parts, 12, OptimConfig(), CPU)
     views = [torch.randn(12, 3, 2, 2, generator=torch.Generator().manual_seed(1))]
     _, logs = stepper(0, progress, Rows(views))
     return method, logs

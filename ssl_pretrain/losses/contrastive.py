@@ -179,7 +179,8 @@ def _negatives_and_positive(name: str, z_a: Tensor, z_b: Tensor, temperature: fl
 
 def _unit_pair(name: str, name_a: str, a: Tensor, name_b: str, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"{name}: {name_a} and {name_b} must share one (local_batch, dim) shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"{name}: {name_a} and {name_b} must share one (local_batch, dim) shape, got {shapes}")
     if temperature <= 0:
         raise ValueError(f"{name}: temperature must be > 0, got {temperature}")
     return F.normalize(_precise(a), dim=1), F.normalize(_precise(b), dim=1)

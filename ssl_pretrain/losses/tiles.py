@@ -67,14 +67,15 @@ class _LogSumExp(torch.autograd.Function):
             accumulate.rows(tile, logits)
         lse = accumulate.log()
         ctx.save_for_backward(anchors, candidates, lse)
-        ctx.arguments = bounded, own, excluded
+        ctx.arguments = own, excluded
         return lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         anchors, candidates, lse = ctx.saved_tensors
-        bounded, own, excluded = ctx.arguments
-        for_anchors, for_candidates = (torch.zeros_like(t) if need else None for t, need in zip((anchors, candidates), ctx.needs_input_grad))
+        own, excluded = ctx.arguments
+        for_anchors = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
+        for_candidates = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
             for tile, logits in _logits(anchors, candidates, own, excluded):
                 weights = logits.sub_(lse[tile.rows, None]).exp_().mul_(grad[tile.rows, None])
@@ -105,7 +106,7 @@ class _LogSumExpAmong(torch.autograd.Function):
         return lse, positives
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_positives: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_positives: Tensor) -> Any:
         z, everyone, lse, classes = ctx.saved_tensors
         scale, own, excluded, bounded = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
@@ -154,7 +155,9 @@ class _Sums:
         return self.sum.log() if self.maximum is None else self.sum.log() + self.maximum
 
 
-def _logits(anchors: Tensor, candidates: Tensor, own: int, excluded: tuple[int, ...], halved: bool = False) -> Iterator[tuple[_Tile, Tensor]]:
+def _logits(
+    anchors: Tensor, candidates: Tensor, own: int, excluded: tuple[int, ...], halved: bool = False
+) -> Iterator[tuple[_Tile, Tensor]]:
     """Every tile with its logits, -inf where excluded, in one buffer that the next tile overwrites.
 
     halved: of this rank's rows against themselves, only the diagonal and what is above it.

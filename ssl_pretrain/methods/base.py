@@ -43,7 +43,7 @@ class Method(nn.Module):
     needs_labels: bool = False
     evaluated: str = "backbone"  # the submodule that evaluations judge
     network: str = "student"  # its name in tables
-    stepped: Tensor | float = 1.0  # 0.0 where the optimizer's step was masked: `after_step` multiplies every movement by it
+    stepped: Tensor | float = 1.0  # on the device: 0.0 where a non-finite gradient was masked, so that nothing else moves either
     num_steps: int = 0  # optimizer steps of the run, and those of one epoch: set by the trainer
     steps_per_epoch: int = 0
 
@@ -67,7 +67,7 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Moves teachers, queues and centres, once, after the optimizer stepped."""
+        """Moves teachers, queues and centres, once, after the optimizer: each movement times `self.stepped`."""
 
     def frozen(self, progress: float) -> Sequence[str]:
         """Prefixes of parameter names that do not move at this progress: their gradients become None after clipping."""

@@ -82,7 +82,13 @@ def run(name: str, steps: int = 2, parts: int = 1, group: int | str = "global", 
     )
     state = checkpoint.State(method, optimizer, {}, {})
     first = state.resume(folder, CheckpointConfig(), lambda manifest: None) if folder else 0
-    stepper = Stepper(model, optimizer, settings, 0, parts, ROWS, recipe.clip_norm, CPU)
+    stepper = Stepper(model, optimizer, settings, 0, local // parts, ROWS, recipe, CPU)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def before_the_update(*_: Any) -> None:  # LARS writes over the gradients
+        gradients.update({key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(before_the_update)
     losses = []
     for step in range(first, first + steps):
         progress = step / NUM_STEPS
@@ -91,7 +97,6 @@ def run(name: str, steps: int = 2, parts: int = 1, group: int | str = "global", 
         losses.append(distributed.reduce_sum(logs["loss"]).item() / world)
     if folder:
         state.save(folder, first + steps, CheckpointConfig(), STEPS_PER_EPOCH)
-    gradients = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
     return {"losses": losses, "gradients": gradients, "state": {key: value.clone() for key, value in method.state_dict().items()}}
 
 
@@ -101,7 +106,7 @@ def one_step(method: Any, recipe: OptimConfig, images: Batch, step: int = 0) -> 
     progress = step / NUM_STEPS
     optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
     settings = ParallelConfig(precision="float64", channels_last=False)
-    Stepper(method, optimizer, settings, 0, 1, len(images), recipe.clip_norm, CPU)(step, progress, images)
+    Stepper(method, optimizer, settings, 0, len(images), len(images), recipe, CPU)(step, progress, images)
 
 
 def plain_step(method: nn.Module, recipe: OptimConfig, loss: torch.Tensor, lr: float, weight_decay: float | None = None) -> None:
@@ -115,8 +120,8 @@ def plain_step(method: nn.Module, recipe: OptimConfig, loss: torch.Tensor, lr: f
                 continue
             excluded = recipe.exclude_by == "ndim" and p.ndim <= 1
             rate = lr * recipe.excluded_lr_ratio if excluded else lr
-            if recipe.clip_norm_each and g.norm() + 1e-6 > recipe.clip_norm_each:
-                g = g * recipe.clip_norm_each / (g.norm() + 1e-6)
+            if recipe.clip_by == "tensor" and g.norm() + 1e-6 > recipe.clip_norm:
+                g = g * recipe.clip_norm / (g.norm() + 1e-6)
             if recipe.name in ("adam", "adamw"):
                 own_decay = 0.0 if excluded else decay
                 g = g + own_decay * p if recipe.name == "adam" else g
