@@ -174,7 +174,7 @@ def check(config: RunConfig, world_size: int) -> None:
     try:
         recipe.check(config.views)
         group = parallel.group_images(config.parallel, config.global_batch_size)
-        config.method.check(config)
+        config.method.check(config, world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if config.global_batch_size < 1 or config.global_batch_size % world_size:

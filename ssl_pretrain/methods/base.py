@@ -28,7 +28,7 @@ class MethodConfig:
 
     name: str = "???"
 
-    def check(self, run: Any) -> None:
+    def check(self, run: Any, world_size: int) -> None:
         """What the method asks of the rest of the `RunConfig`. Raises ValueError with the key, its value and what would do."""
 
     def build(self, backbone: Backbone) -> Method:
@@ -92,7 +92,7 @@ def two_views(name: str, batch: Views) -> tuple[Tensor, Tensor]:
     """Both views of a batch. Raises ValueError for another number of them, or two sizes."""
     if len(batch.views) != 2 or batch.views[0].shape != batch.views[1].shape:
         sizes = ", ".join(str(view.shape[-1]) for view in batch.views)
-        raise ValueError(f"{name}: takes 2 views of one size, got {len(batch.views)} ({sizes} pixels); set the counts of views.crops to 2 in all")
+        raise ValueError(f"{name}: takes 2 views of one size, got {len(batch.views)} ({sizes} pixels); set views.crops to 2 in all")
     return batch.views[0], batch.views[1]
 
 

@@ -40,7 +40,7 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 5, 3, stride=2, bias=False), nn.BatchNorm2d(5)
-        self.conv2, self.bn2 = nn.Conv2d(5, 6, 3), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(5, 6, 3, bias=False), nn.BatchNorm2d(6)
 
     def forward(self, x):
         return self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu().mean((2, 3))

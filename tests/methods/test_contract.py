@@ -90,7 +90,8 @@ def test_a_masked_step_moves_nothing(name):
         before = {key: value.clone() for key, value in method.state_dict().items()}
         method.stepped = torch.zeros(())
         method.after_step(0.5, embeddings, targets)
-    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+    scheduled = getattr(contract.test_file(name), "SCHEDULED", set())  # functions of progress, not movements
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items() if key not in scheduled)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,137 @@
+"""DINO (Caron et al., ICCV 2021, arXiv:2104.14294): the student's crops predict a centred, sharpened teacher's global ones.
+
+Head, loss and order of updates follow facebookresearch/dino at 7c446df5 (main_dino.py, vision_transformer.py). Logits are the
+largest thing here, (2 + crops) * num_prototypes numbers an image: `loss` takes them out of the dicts it is given, so that
+of a part of the batch nothing larger than an embedding and one mean is left when the next part comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_pretrain import distributed, schedules
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, by_size, wide
+from ssl_pretrain.momentum import Teacher, to_one
+
+SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freeze_last_layer_epochs": 0}
+
+
+@dataclass
+class Config(MethodConfig):
+    name: str = "dino"
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    num_prototypes: int = 65536
+    train_norm: bool = False  # of the last layer's rows; the authors' norm_last_layer false
+    temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    teacher_temperature_start: float = 0.04
+    teacher_temperature_warmup_epochs: int = 0  # one value an epoch, the last of them teacher_temperature
+    momentum: float = 0.996  # ends at 1
+    centre_momentum: float = 0.9
+    freeze_last_layer_epochs: int = 1
+
+    def build(self, backbone: Backbone) -> DINO:
+        return DINO(self, backbone)
+
+
+class UnitRows(nn.Linear):
+    """A linear layer without bias whose weight's rows count as of unit length, or of length `norm` if that is trained."""
+
+    norm: Tensor | None
+
+    def __init__(self, in_dim: int, dim: int, train_norm: bool):
+        super().__init__(in_dim, dim, bias=False)
+        self.register_parameter("norm", nn.Parameter(torch.ones(dim, 1)) if train_norm else None)
+
+    def forward(self, z: Tensor) -> Tensor:
+        rows = F.normalize(self.weight)
+        return F.linear(z, rows if self.norm is None else rows * self.norm)
+
+
+class Head(nn.Module):
+    """Three linear layers with GELU, unit length, then a linear layer whose rows have unit length."""
+
+    def __init__(self, in_dim: int, config: Config):
+        super().__init__()
+        widths = in_dim, config.hidden_dim, config.hidden_dim, config.bottleneck_dim
+        linear = [nn.Linear(*pair) for pair in pairwise(widths)]
+        for layer in linear:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential(linear[0], nn.GELU(), linear[1], nn.GELU(), linear[2])
+        self.last_layer = UnitRows(config.bottleneck_dim, config.num_prototypes, config.train_norm)
+
+    def embed(self, features: Tensor) -> Tensor:
+        return F.normalize(self.mlp(features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last_layer(self.embed(features))
+
+
+class DINO(Method):
+    evaluated = "teacher.backbone"
+    network = "teacher"
+    centre: Tensor
+    teacher_temperature: Tensor
+
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.head = Head(backbone.feature_dim, config)
+        self.teacher = Teacher(backbone=backbone, head=self.head)
+        self.register_buffer("centre", torch.zeros(config.num_prototypes))
+        self.register_buffer("teacher_temperature", torch.tensor(temperature_at(config, 0)))
+
+    def forward(self, batch: Views) -> Embeddings:
+        if len(batch.views) < 2 or batch.views[0].shape != batch.views[1].shape:
+            raise ValueError(f"dino: takes 2 global views and any number of local ones, got {len(batch.views)}; set views.crops.*.count")
+        z = self.head.embed(torch.cat(by_size(self.backbone, batch.views)))
+        logits = self.head.last_layer(z).chunk(len(batch.views))
+        return {"z": z.detach()[: len(batch.views[0])], "logits": torch.stack(logits, dim=1)}  # (local_batch, views, num_prototypes)
+
+    @torch.no_grad()
+    def targets(self, batch: Views) -> Embeddings:
+        logits = wide(self.teacher(torch.cat(batch.views[:2])))
+        return {"logits": torch.stack(logits.chunk(2), dim=1), "mean": logits.mean(0, keepdim=True)}  # the mean of this part
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        students, teachers = embeddings.pop("logits"), targets.pop("logits")
+        probabilities = [F.softmax((view - self.centre) / self.teacher_temperature, dim=1) for view in teachers.unbind(1)]
+        total = students.new_zeros((), dtype=wide(students).dtype)
+        for number, student in enumerate(students.unbind(1)):
+            logits = wide(student) / self.config.temperature
+            others = [q for view, q in enumerate(probabilities) if view != number]
+            # cross entropy with each, -(q log softmax).sum(1), as q sums to 1
+            total = total + (len(others) * torch.logsumexp(logits, dim=1) - (sum(others) * logits).sum(1)).mean()
+        num_pairs = 2 * students.shape[1] - 2
+        entropy = -(probabilities[0] * probabilities[0].clamp(min=1e-12).log()).sum(1).mean()
+        return total / num_pairs, {"teacher_entropy": entropy}
+
+    @torch.no_grad()
+    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
+        self.teacher.move(self, to_one(progress, self.config.momentum), self.stepped)
+        mean = distributed.reduce_sum(targets["mean"].mean(0)) / distributed.world_size()
+        centre = self.config.centre_momentum * self.centre + (1 - self.config.centre_momentum) * mean
+        self.centre.copy_(torch.where(torch.as_tensor(self.stepped, device=mean.device) > 0, centre, self.centre))
+        epoch = self.epoch_of(self.next(progress)) if self.config.teacher_temperature_warmup_epochs else 0
+        self.teacher_temperature.fill_(temperature_at(self.config, epoch))
+
+    def frozen(self, progress: float) -> Sequence[str]:
+        epochs = self.config.freeze_last_layer_epochs
+        return ("head.last_layer",) if epochs and self.epoch_of(progress) < epochs else ()
+
+
+def temperature_at(config: Config, epoch: int) -> float:
+    """The teacher's temperature in an epoch: evenly spaced from start to end over the warm-up's epochs, both included."""
+    warmup = config.teacher_temperature_warmup_epochs
+    if epoch >= warmup:
+        return config.teacher_temperature
+    start, final = config.teacher_temperature_start, config.teacher_temperature
+    return schedules.linear(epoch, start=start, final=final, end=max(1, warmup - 1))

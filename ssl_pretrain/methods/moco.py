@@ -1,0 +1,87 @@
+"""MoCo v1 (He et al., CVPR 2020, arXiv:1911.05722) and v2 (Chen et al., 2020, arXiv:2003.04297): a queue of past keys.
+
+Head, queue and order of updates follow facebookresearch/moco at 7397dfe1 (moco/builder.py). Its authors move the momentum
+encoder before the key's forward; here it moves after the step, so that it meets the next batch with the same weights. Batch
+norm's groups are parallel.bn_group_images (32 images a GPU); key views change places so that a key's group is not its query's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_pretrain import distributed
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.heads import mlp
+from ssl_pretrain.losses.contrastive import info_nce
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.momentum import Queue, Teacher, check_queue
+
+SMALL = {"projector_dims": [256, 128], "queue_size": 4096, "momentum": 0.99}
+
+
+@dataclass
+class Config(MethodConfig):
+    """v1: projector_dims [128], temperature 0.07. v2: as here."""
+
+    name: str = "moco"
+    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
+    temperature: float = 0.2
+    queue_size: int = 65536
+    momentum: float = 0.999
+    shuffled_batch_norm: bool = True
+
+    def check(self, run: Any, world_size: int) -> None:
+        check_queue(self.queue_size, run.global_batch_size)
+        if self.shuffled_batch_norm and run.local_batch_size not in (0, run.global_batch_size // world_size):
+            raise ValueError(
+                f"local_batch_size: {run.local_batch_size} cannot be with method.shuffled_batch_norm, which exchanges key views over the "
+                "whole global batch at once; set local_batch_size=0, or method.shuffled_batch_norm=false, which departs from the recipe"
+            )
+
+    def build(self, backbone: Backbone) -> MoCo:
+        return MoCo(self, backbone)
+
+
+class MoCo(Method):
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False)
+        self.teacher = Teacher(backbone=backbone, projector=self.projector)
+        self.queue = Queue(config.queue_size, config.projector_dims[-1])
+
+    def forward(self, batch: Views) -> Embeddings:
+        view, _ = two_views("moco", batch)
+        return {"queries": self.projector(self.backbone(view))}  # (local_batch, dim)
+
+    @torch.no_grad()
+    def targets(self, batch: Views) -> Embeddings:
+        keys = exchanged(self.teacher, batch.views[1], batch.indices) if self.config.shuffled_batch_norm else self.teacher(batch.views[1])
+        return {"keys": F.normalize(wide(keys))}
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        queries, keys = embeddings["queries"], targets["keys"]
+        loss = info_nce(queries, keys, temperature=self.config.temperature, queue=self.queue.rows)  # eq. 1
+        return loss, {"positive_cosine": F.cosine_similarity(wide(queries.detach()), keys).mean()}
+
+    @torch.no_grad()
+    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
+        self.queue.push(targets["keys"], self.stepped)
+        self.teacher.move(self, self.config.momentum, self.stepped)
+
+
+def exchanged(network: torch.nn.Module, views: Tensor, indices: Tensor) -> Tensor:
+    """`network(views)`, each computed where one permutation of the global batch puts it: among another group of images.
+
+    The permutation is a function of the numbers of the batch's images, so every rank knows it and nothing is carried.
+    """
+    numbers = distributed.gather(indices)
+    mixed = (numbers + numbers.sum()) * 0x9E3779B1 % 2**31
+    order = torch.argsort((mixed ^ mixed >> 15) * 0x85EBCA6B % 2**31, stable=True)
+    rows = slice(distributed.rank() * len(views), (distributed.rank() + 1) * len(views))
+    elsewhere = distributed.gather(network(distributed.gather(views)[order[rows]]))
+    return elsewhere[torch.argsort(order)[rows]]

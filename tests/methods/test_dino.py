@@ -1,0 +1,114 @@
+"""DINO against its authors' arithmetic, facebookresearch/dino at 7c446df5.
+
+https://github.com/facebookresearch/dino/blob/7c446df5b9f45747937fb0d72314eb9f7b66930a/main_dino.py#L363
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import contract
+import pytest
+import torch
+
+from ssl_pretrain.backbones import BackboneConfig
+from ssl_pretrain.backbones import build as build_backbone
+from ssl_pretrain.methods.dino import Config, temperature_at
+from ssl_pretrain.optim import OptimConfig
+
+VIEWS = (9, 9, 7, 7, 7)
+METHOD = {"hidden_dim": 8, "bottleneck_dim": 4, "num_prototypes": 9, "momentum": 0.9, "freeze_last_layer_epochs": 1, "train_norm": True,
+          "teacher_temperature": 0.07, "teacher_temperature_warmup_epochs": 3}  # fmt: skip
+OPTIM = OptimConfig(
+    name="adamw", base_lr=0.05, warmup_epochs=0.0, weight_decay=0.04, final_weight_decay=0.4, clip_norm=0.02, clip_by="tensor"
+)
+SCHEDULED = {"teacher_temperature"}
+
+
+def plain_loss(method, images, temperature):
+    def network(backbone, head, groups):
+        features = torch.cat([backbone(torch.cat(group)) for group in groups])
+        z = torch.stack(contract.unit(head.mlp(features)))
+        rows = torch.stack(contract.unit(head.last_layer.weight)) * head.last_layer.norm
+        return (z @ rows.T).split(len(images))
+
+    with torch.no_grad():
+        teacher = network(method.teacher.backbone, method.teacher.head, [images.views[:2]])
+        q = [torch.softmax((logits - method.centre) / temperature, dim=1) for logits in teacher]
+    student = network(method.backbone, method.head, [images.views[:2], images.views[2:]])
+    terms = []
+    for t in (0, 1):
+        for v in range(5):
+            if v != t:
+                log_p = torch.log_softmax(student[v] / 0.1, dim=1)
+                terms.append(sum(-(q[t][i] * log_p[i]).sum() for i in range(len(images))) / len(images))
+    return sum(terms) / len(terms), torch.cat(teacher).mean(0)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+def test_one_step_is_the_authors(step):
+    method, images = contract.build("dino"), contract.batch("dino", step)
+    temperature = [0.04, 0.04, 0.055, 0.055][step]  # 2 steps an epoch, 3 epochs of warm-up
+    method.teacher_temperature.fill_(temperature)
+    method.centre.copy_(torch.randn(9))
+    expected = contract.twin(method)
+    contract.one_step(method, OPTIM, images, step)
+    progress = step / contract.NUM_STEPS
+    lr = 0.05 * contract.ROWS / 256 * (1 + math.cos(math.pi * progress)) / 2
+    decay = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2
+    loss, mean = plain_loss(expected, images, temperature)
+    last = {name: p.detach().clone() for name, p in expected.head.last_layer.named_parameters()}
+    contract.plain_step(expected, OPTIM, loss, lr, decay)
+    momentum = 1 + (0.9 - 1) * (1 + math.cos(math.pi * progress)) / 2
+    with torch.no_grad():
+        if step < 2:  # frozen in the first epoch
+            for name, p in expected.head.last_layer.named_parameters():
+                p.copy_(last[name])
+        for name, p in expected.teacher.named_parameters():
+            p.copy_(momentum * p + (1 - momentum) * expected.get_parameter(name))
+        expected.centre.copy_(0.9 * expected.centre + 0.1 * mean)
+        expected.teacher_temperature.fill_([0.04, 0.055, 0.055, 0.07][step])  # of the next step
+    contract.assert_same(method, expected)
+
+
+def test_the_teachers_temperature_by_epoch():
+    config = Config(teacher_temperature=0.07, teacher_temperature_warmup_epochs=30)
+    assert [temperature_at(config, epoch) for epoch in (0, 1, 29, 30, 99)] == pytest.approx([0.04, 0.04 + 0.03 / 29, 0.07, 0.07, 0.07])
+    assert temperature_at(Config(), 0) == 0.04
+
+
+def test_accumulated_never_more_than_one_parts_logits():
+    """The peak: (2 + views) * num_prototypes numbers an image of one part, whatever the number of parts."""
+    alive, most = [], []
+
+    def watch(module, inputs, output):
+        alive.append(weakref.ref(output))
+        most.append(sum(ref().numel() for ref in alive if ref() is not None))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: watch(module, inputs, output) if type(module).__name__ == "UnitRows" else None
+    )
+    try:
+        contract.run("dino", steps=1, parts=3, group=8)
+    finally:
+        handle.remove()
+    assert len(most) >= 6 and max(most) <= (2 + 5) * 9 * contract.ROWS // 3
+
+
+def test_the_teacher_drops_nothing_and_local_crops_interpolate_the_positions():
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig(name="test_vit", drop_path=0.5), 64)
+    method = Config(num_prototypes=16, hidden_dim=8, bottleneck_dim=4).build(backbone)
+    images = contract.batch("dino", rows=2)
+    views = [torch.randn(2, 3, size, size) for size in (64, 64, 32)]
+    method.train()
+    assert method(contract.with_views(images, views))["logits"].shape == (2, 3, 16)
+    first, second = (method.teacher.backbone(views[0]) for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(backbone(views[0]), backbone(views[0]))
+
+
+def test_uniform_teacher_and_student_cost_the_log_of_the_prototypes():
+    zeros = torch.zeros(6, 2, 9, dtype=torch.float64)
+    loss, _ = contract.build("dino").loss({"z": zeros, "logits": torch.zeros(6, 5, 9, dtype=torch.float64)}, {"logits": zeros})
+    assert loss.item() == pytest.approx(math.log(9))

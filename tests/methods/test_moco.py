@@ -1,0 +1,95 @@
+"""MoCo v1 and v2 against their authors' arithmetic, facebookresearch/moco at 7397dfe1.
+
+https://github.com/facebookresearch/moco/blob/7397dfe146d22fd5abe7a9c8cc7e18a0b4ffc9b6/moco/builder.py#L120
+"""
+
+from __future__ import annotations
+
+import contract
+import pytest
+import torch
+from conftest import run_ranks
+
+from ssl_pretrain import distributed
+from ssl_pretrain.methods.moco import Config, exchanged
+from ssl_pretrain.optim import OptimConfig
+
+METHOD = {"projector_dims": [8, 4], "queue_size": 72, "momentum": 0.9}
+OPTIM = OptimConfig(name="sgd", base_lr=3.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+IN_PARTS = {"shuffled_batch_norm": False}  # refused with parts
+
+
+def plain_loss(method, images):
+    queries = contract.unit(method.projector(method.backbone(images.views[0])))
+    with torch.no_grad():
+        keys = contract.unit(method.teacher.projector(method.teacher.backbone(images.views[1])))
+    losses = []
+    for q, k in zip(queries, keys):
+        logits = [(q @ k) / 0.2] + [(q @ row) / 0.2 for row in method.queue.rows]
+        losses.append(-torch.log(torch.exp(logits[0]) / sum(torch.exp(logit) for logit in logits)))
+    return sum(losses) / len(losses), torch.stack(keys)
+
+
+def test_three_steps_are_the_authors_who_move_the_encoder_before_the_key():
+    method = contract.build("moco")
+    expected = contract.twin(method)
+    batches = [contract.batch("moco", step) for step in range(3)]
+    stepped = contract.run("moco", steps=3)["state"]
+    velocity: dict[str, torch.Tensor] = {}
+    for step, images in enumerate(batches):
+        with torch.no_grad():  # the authors': teacher, then keys, then the optimizer; nothing at the first step, as both are equal
+            for name, p in expected.teacher.named_parameters():
+                p.copy_(0.9 * p + 0.1 * expected.get_parameter(name))
+        loss, keys = plain_loss(expected, images)
+        named = [(name, p) for name, p in expected.named_parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, [p for _, p in named])
+        lr = 3 * contract.ROWS / 256 * (1 + torch.cos(torch.tensor(torch.pi * step / contract.NUM_STEPS, dtype=torch.float64))) / 2
+        with torch.no_grad():
+            for (name, p), g in zip(named, gradients):
+                velocity[name] = 0.9 * velocity.get(name, 0) + g + 1e-4 * p
+                p.sub_(lr * velocity[name])
+            expected.queue.rows[step * 24 : (step + 1) * 24] = keys
+    for name, p in expected.teacher.named_parameters():
+        p.data.copy_(0.9 * p + 0.1 * expected.get_parameter(name))  # ours has moved for the fourth step already
+    for name, value in expected.state_dict().items():
+        if "position" not in name and "filled" not in name:
+            torch.testing.assert_close(stepped[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+    assert stepped["queue.position"] == 0 and stepped["queue.filled"] == 72
+
+
+class Whoami(torch.nn.Module):
+    """Marks each image with the rank that it was computed on."""
+
+    def forward(self, x):
+        return torch.stack([x[:, 0, 0, 0], torch.full((len(x),), float(distributed.rank()), dtype=x.dtype)], dim=1)
+
+
+def _exchange():
+    rank = distributed.rank()
+    numbers = torch.arange(8) + 8 * rank
+    return exchanged(Whoami(), numbers.double().view(-1, 1, 1, 1), numbers + 100)
+
+
+def test_key_views_are_computed_elsewhere_and_come_back():
+    results = run_ranks(_exchange, world_size=3)
+    for rank, keys in enumerate(results):
+        assert keys[:, 0].tolist() == list(range(8 * rank, 8 * rank + 8))
+    where = torch.cat(results)[:, 1].long()
+    assert torch.bincount(where).tolist() == [8, 8, 8] and all(len(set(part.tolist())) > 1 for part in where.split(8))
+
+
+def test_what_the_recipe_cannot_have_is_refused():
+    class Run:
+        global_batch_size, local_batch_size = 256, 0
+
+    with pytest.raises(ValueError, match=r"^method.queue_size: 1000 is not a multiple of global_batch_size 256; the nearest that are 768 and 1024$"):
+        Config(queue_size=1000).check(Run(), 8)
+    Config().check(Run(), 8)
+    Run.local_batch_size = 16
+    with pytest.raises(ValueError, match=r"^local_batch_size: 16 cannot be with method.shuffled_batch_norm, which exchanges key views"):
+        Config().check(Run(), 8)
+
+
+def test_a_version_is_its_head():
+    v1 = contract.build("moco", projector_dims=[4])
+    assert len(v1.projector) == 1 and v1.projector[0].bias is not None and not any(isinstance(m, torch.nn.BatchNorm1d) for m in v1.modules())

@@ -1,0 +1,45 @@
+"""NNCLR against eq. 3 of its paper (no official code), as solo-learn computes it.
+
+https://github.com/vturrisi/solo-learn/blob/9187ea395a5a0ab5ce21a5e7b6d2ff7dea2e4b05/solo/losses/nnclr.py
+"""
+
+from __future__ import annotations
+
+import contract
+import torch
+
+from ssl_pretrain.methods.nnclr import nearest
+from ssl_pretrain.optim import OptimConfig
+
+METHOD = {"projector_dims": [8, 8, 4], "predictor_dim": 6, "queue_size": 48, "temperature": 0.2}
+OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-6, momentum_convention="popular")
+
+
+def plain_loss(method, images):
+    z = [method.projector(method.backbone(view)) for view in images.views]
+    p = [contract.unit(method.predictor(one)) for one in z]
+    loss = torch.zeros((), dtype=torch.float64)
+    for source, other in ((0, 1), (1, 0)):
+        for i, row in enumerate(contract.unit(z[source].detach())):
+            neighbour = max(method.queue.rows, key=lambda past, row=row: (row @ past).item())
+            exps = [torch.exp(neighbour @ candidate / 0.2) for candidate in p[other]]
+            loss = loss - torch.log(exps[i] / sum(exps)) / len(images) / 2
+    return loss, torch.stack(contract.unit(z[0].detach()))
+
+
+def test_one_step_is_the_papers():
+    method, images = contract.build("nnclr"), contract.batch("nnclr")
+    method.queue.rows.copy_(torch.nn.functional.normalize(method.queue.rows))  # drawn in float32
+    expected = contract.twin(method)
+    contract.one_step(method, OPTIM, images)
+    loss, z = plain_loss(expected, images)
+    contract.plain_step(expected, OPTIM, loss, 20 * contract.ROWS / 256)
+    expected.queue.rows[:24] = z
+    expected.queue.position.fill_(24)
+    expected.queue.filled.fill_(24)
+    contract.assert_same(method, expected)
+
+
+def test_the_nearest_has_the_largest_cosine():
+    past = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    assert torch.equal(nearest(torch.tensor([[5.0, 0.1], [2.0, 3.0]]), past), past[[0, 2]])

@@ -1,0 +1,104 @@
+"""SwAV against its authors' arithmetic, facebookresearch/swav at 06b1b7cb.
+
+https://github.com/facebookresearch/swav/blob/06b1b7cbaf6ba2a792300d79c7299db98b93b7f9/main_swav.py#L271
+"""
+
+from __future__ import annotations
+
+import math
+
+import contract
+import pytest
+import torch
+
+from ssl_pretrain.methods.swav import Config, sinkhorn
+from ssl_pretrain.optim import OptimConfig
+
+VIEWS = (9, 9, 7, 7)
+METHOD = {"hidden_dim": 8, "dim": 4, "num_prototypes": 7, "freeze_prototypes_steps": 1, "queue_size": 48, "queue_from_epoch": 1}
+OPTIM = OptimConfig(name="larc", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-6, exclude_by="none")
+
+
+def plain_sinkhorn(scores, epsilon=0.05):
+    """Q (prototypes x images), scaled row by row and column by column three times."""
+    q = [[math.exp(scores[b, k] / epsilon) for b in range(len(scores))] for k in range(scores.shape[1])]
+    total = sum(map(sum, q))
+    q = [[x / total for x in row] for row in q]
+    for _ in range(3):
+        q = [[x / sum(row) / len(q) for x in row] for row in q]
+        columns = [sum(row[b] for row in q) for b in range(len(scores))]
+        q = [[x / columns[b] / len(scores) for b, x in enumerate(row)] for row in q]
+    return torch.tensor([[q[k][b] * len(scores) for k in range(len(q))] for b in range(len(scores))], dtype=torch.float64)
+
+
+def plain_loss(method, images):
+    with torch.no_grad():
+        weight = method.prototypes.weight
+        weight.copy_(torch.stack(contract.unit(weight)))
+    n = len(images)
+    features = torch.cat([method.backbone(torch.cat(images.views[:2])), method.backbone(torch.cat(images.views[2:]))])
+    z = torch.stack(contract.unit(method.projector(features)))
+    scores = (z @ method.prototypes.weight.T).split(n)
+    loss = torch.zeros((), dtype=torch.float64)
+    for assigned in (0, 1):
+        rows = scores[assigned].detach()
+        if method.queue.filled == len(method.queue.rows):
+            rows = torch.cat([rows, method.queue.rows[:, assigned] @ method.prototypes.weight.detach().T])
+        q = plain_sinkhorn(rows)[:n]
+        for view in range(4):
+            if view != assigned:
+                log_p = torch.log_softmax(scores[view] / 0.1, dim=1)
+                loss = loss - sum((q[i] * log_p[i]).sum() for i in range(n)) / n / 3
+    return loss / 2, z.detach()
+
+
+@pytest.mark.parametrize("filled", [0, 48])
+def test_one_step_is_the_authors(filled):
+    method, images = contract.build("swav"), contract.batch("swav", 2)
+    method.prototypes.weight.data.copy_(torch.nn.functional.normalize(method.prototypes.weight))  # drawn in float32
+    method.queue.filled.fill_(filled)
+    method.queue.rows.copy_(torch.nn.functional.normalize(torch.randn(48, 2, 4, dtype=torch.float64), dim=-1) if filled else 0 * method.queue.rows)
+    expected = contract.twin(method)
+    contract.one_step(method, OPTIM, images, step=2)  # the prototypes move, the queue is in use
+    loss, z = plain_loss(expected, images)
+    contract.plain_step(expected, OPTIM, loss, 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * 0.1)) / 2)
+    with torch.no_grad():
+        weight = expected.prototypes.weight
+        weight.copy_(torch.stack(contract.unit(weight)))  # as they will before the next forward
+        expected.queue.rows[:24] = torch.stack(z.split(24)[:2], dim=1)
+        expected.queue.filled.fill_(max(filled, 24))
+        expected.queue.position.fill_(24)
+    contract.assert_same(method, expected)
+
+
+def test_assignments_sum_to_one_and_share_the_prototypes_equally():
+    scores = torch.randn(30, 5, dtype=torch.float64)
+    q = sinkhorn(scores, torch.ones(30, dtype=torch.float64), epsilon=0.5, num_iterations=200)
+    torch.testing.assert_close(q.sum(1), torch.ones(30, dtype=torch.float64))
+    torch.testing.assert_close(q.sum(0), torch.full((5,), 6.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_absent_rows_change_nothing():
+    scores = torch.randn(10, 5, dtype=torch.float64)
+    present = torch.tensor([1.0] * 6 + [0.0] * 4, dtype=torch.float64)
+    alone = sinkhorn(scores[:6], present[:6], epsilon=0.05, num_iterations=3)
+    torch.testing.assert_close(sinkhorn(scores, present, epsilon=0.05, num_iterations=3)[:6], alone)
+
+
+def test_collapse_costs_the_log_of_the_prototypes():
+    method = contract.build("swav", num_prototypes=7)
+    scores = torch.zeros(6, 4, 7, dtype=torch.float64)
+    assert method.loss({"scores": scores}, {})[0].item() == pytest.approx(math.log(7))
+
+
+def test_prototypes_are_frozen_for_their_steps():
+    method = contract.build("swav")
+    assert method.frozen(0.0) == ("prototypes",) and method.frozen(1 / contract.NUM_STEPS) == ()
+
+
+def test_a_queue_that_the_batch_does_not_fill_is_refused():
+    class Run:
+        global_batch_size = 512
+
+    with pytest.raises(ValueError, match=r"^method.queue_size: 3840 is not a multiple of global_batch_size 512; the nearest that are 3584 and 4096$"):
+        Config(queue_size=3840).check(Run(), 1)
