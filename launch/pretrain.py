@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
 
-from launch import local
+from launch import local, slurm
 from ssl_pretrain import checkpoint, plan
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
@@ -21,12 +21,13 @@ EVALUATIONS = ("knn", "linear", "report")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python launch/pretrain.py",
-        description="Starts the ranks of a pretraining run on this machine (one a GPU; on CPU as launch.ranks says) and, when it "
-        "has ended, the evaluations of evaluation.at_end. Started again, it goes on where the run stopped.",
+        description="Pretrains, then runs the evaluations of evaluation.at_end. On a SLURM cluster it submits both and returns; elsewhere "
+        "it starts the ranks on this machine (one a GPU; on CPU as launch.ranks says). Started again, it goes on where the run stopped.",
         epilog="""examples:
   python launch/pretrain.py configs/simclr_digits.yaml                                   a minute on a laptop
-  python launch/pretrain.py configs/simclr_cifar10_cpu.yaml data.root=cifar10.zip        about 36 minutes on two CPU cores
+  python launch/pretrain.py configs/simclr_cifar10_cpu.yaml data.root=cifar10.zip        half an hour on two CPU cores
   python launch/pretrain.py configs/simclr_imagenet.yaml data.root=/data/imagenet        every GPU of this machine
+  python launch/pretrain.py configs/simclr_imagenet.yaml launch.nodes=8 launch.gpus_per_node=8 launch.partition=gpu      SLURM
   python launch/pretrain.py configs/simclr_imagenet.yaml --plan launch.ranks=8           what would run, without running it
   python launch/pretrain.py configs/simclr_imagenet.yaml launch.hosts=a,b                the torchrun line for each host""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,11 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unknown = [name for name in config.evaluation.at_end if name not in EVALUATIONS]
         if unknown:
             raise ConfigError(f"evaluation.at_end: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}")
+        submitting = config.launch.cluster == "slurm" or (config.launch.cluster == "auto" and slurm.here() and not config.launch.hosts)
         hosts = max(1, len([host for host in config.launch.hosts.split(",") if host.strip()]))
+        ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * hosts
         if options.plan:
-            print(plan.describe(config, local.ranks_here(config) * hosts))
+            print(plan.describe(config, ranks))
+            if submitting:
+                print("SLURM is asked for: " + ", ".join(f"{key} {value}" for key, value in slurm.request(config).items()))
             return 0
-        configuration.check(config, local.ranks_here(config) * hosts)
+        configuration.check(config, ranks)
+        if submitting:
+            return _submit(config, options.config, options.overrides)
         if config.launch.hosts:
             for host, line in local.host_commands(config, options.config, options.overrides):
                 print(f"# on {host}\n{line}")
@@ -55,6 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return pretrain_and_evaluate(config, options.config, options.overrides)[0]
+
+
+def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
+    jobs = slurm.submit(config, path, overrides)
+    chain = config.launch.chain
+    print(f"submitted to SLURM: pretraining {', '.join(jobs[:chain])} on {slurm.ranks(config)} ranks")
+    for name, job in zip(config.evaluation.at_end, jobs[chain:]):
+        print(f"  then {name}: {job}")
+    print(f"follow it: tail -f {config.output}/slurm/{jobs[0]}_0_log.out\nstop it:   scancel {' '.join(jobs)}")
+    return 0
 
 
 def pretrain_and_evaluate(config: RunConfig, path: str, overrides: Sequence[str]) -> tuple[int, dict[str, float]]:

@@ -36,10 +36,22 @@ class ConfigError(ValueError):
 class LaunchConfig:
     """Where the ranks run, for launch/pretrain.py."""
 
-    cluster: Literal["auto", "local"] = "auto"  # auto: this machine, until SLURM is supported
+    cluster: Literal["auto", "slurm", "local"] = "auto"  # auto: SLURM where sbatch is found, else this machine
     ranks: int = 0  # processes on each machine; 0: one a GPU, or one on CPU
     hosts: str = ""  # a,b: prints the torchrun line of each host instead of starting anything
     port: int = 29500  # of the first host, where the ranks of several hosts meet
+    nodes: int = 1  # the rest is for SLURM
+    gpus_per_node: int = 0  # 0: CPU nodes, with `ranks` on each
+    cpus_per_rank: int = 0  # 0: as many as data.num_workers
+    memory_gb: int = 0  # of a node; 0: what the cluster gives
+    hours: float = 24.0  # time limit of a job; the run goes on in the same job, requeued, or in the next of the chain
+    signal_seconds: int = 120  # before the limit: the time for one step and one checkpoint
+    requeue: bool = True  # after a pre-emption, a time limit or a lost node
+    chain: int = 1  # jobs one after the other, where a cluster does not requeue
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
 
 
 @dataclass

@@ -160,8 +160,9 @@ class StopRequest:
     The reduction of one step travels on a CPU group while the next step computes, so asking costs nothing.
     """
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)):
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2), pretend_after: int | None = None):
         self.requested = False
+        self._questions_left = pretend_after  # after so many more steps rank 0 sends itself SIGUSR2, as a scheduler would
         self._pending: tuple[Tensor, Any] | None = None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the loader's processes block them, and so do those forked there
         self._previous = {number: signal.signal(number, self._set) for number in signals}
@@ -171,6 +172,10 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank had been asked to stop when the previous step ended; the same answer on all ranks."""
+        if self._questions_left is not None and rank() == 0:
+            self._questions_left -= 1
+            if self._questions_left == 0:
+                os.kill(os.getpid(), signal.SIGUSR2)
         if world_size() == 1:
             return self.requested
         answer = self._wait()

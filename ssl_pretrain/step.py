@@ -102,11 +102,11 @@ class Stepper:
             self._seed(step, k)
             with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
                 embeddings = self._embed(part)
-                leave(k)
                 with parallel.autocast(self.config, self.device):
                     targets = method.targets(part)
                 loss, logs = method.loss(embeddings, targets)
                 (loss / self.num_parts).backward()
+            leave(k)  # not before: backward checks that batch norm's buffers are as its forward left them
             kept.append((_detached(embeddings), targets, {"loss": loss.detach(), **logs}))
         logs = {name: torch.stack([entry[2][name] for entry in kept]).mean() for name in kept[0][2]}
         return _joined([entry[0] for entry in kept]), _joined([entry[1] for entry in kept]), logs.pop("loss"), logs

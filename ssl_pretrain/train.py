@@ -26,7 +26,7 @@ from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import colour, crops, recipe
 
 
-def train(config: RunConfig, device: torch.device, stop_after: int | None = None) -> int:
+def train(config: RunConfig, device: torch.device, stop_after: int | None = None, fake_preempt: int | None = None) -> int:
     """Trains to the end, to a stop request, or for `stop_after` steps, whichever comes first; returns the steps done.
 
     The run is in `config.output`: config.yaml, metrics.jsonl, views.png and checkpoints, from which it goes on.
@@ -49,7 +49,7 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
         global_batch_size=config.global_batch_size, config=state.config, facts=state.facts, broken=stepper.broken_embeddings,
     )  # fmt: skip
     knn = online_knn(config, batches, device)
-    stop = distributed.StopRequest()
+    stop = distributed.StopRequest(pretend_after=fake_preempt - first_step if fake_preempt else None)
     end = min(last_step, first_step + stop_after) if stop_after else last_step
     step = first_step
 
@@ -192,6 +192,9 @@ methods: """
     parser.add_argument(
         "--stop-after", type=int, metavar="STEPS", help="stop as a pre-empted run would, after so many more steps, saved and resumable"
     )
+    parser.add_argument(
+        "--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 the signal by which a scheduler pre-empts; not again later"
+    )
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     try:
         config = configuration.load(options.config, options.overrides)
@@ -200,7 +203,7 @@ methods: """
             return 0
         settings = config.parallel
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
-        train(config, device, options.stop_after)
+        train(config, device, options.stop_after, options.fake_preempt)
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise

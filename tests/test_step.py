@@ -10,7 +10,7 @@ import torch
 from conftest import run_ranks
 from torch import nn
 
-from ssl_pretrain import config, distributed, memory, optim, parallel
+from ssl_pretrain import batch_norm, config, distributed, memory, optim, parallel
 from ssl_pretrain.data import loader
 from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.parallel import ParallelConfig
@@ -139,12 +139,13 @@ class Regression(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
+        self.norm = nn.BatchNorm1d(3).double()
         self.layer = nn.Linear(3, 2).double()
         self.embedded, self.moved = 0, 0
 
     def forward(self, batch):
         self.embedded += 1
-        return {"z": self.layer(batch.views[0].mean((2, 3)))}
+        return {"z": self.layer(self.norm(batch.views[0].mean((2, 3))))}
 
     def targets(self, batch):
         return {"mean": batch.views[0].mean((1, 2, 3))}
@@ -165,7 +166,10 @@ def _regression(num_parts, progress=1.0):
     method = Regression()
     optimizer = optim.build(OptimConfig(name="sgd", weight_decay=0.0), method)
     optim.set_rates(optimizer, OptimConfig(name="sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0), 0.0, 1, 12)
-    stepper = Stepper(method, optimizer, ParallelConfig(precision="float64"), 0, 12 // num_parts, 12, OptimConfig(), CPU)
+    images = 12 // num_parts
+    settings = ParallelConfig(precision="float64", bn_group_images=3)  # a part of four
+    model = batch_norm.convert(method, images, 3)
+    stepper = Stepper(model, optimizer, settings, 0, images, 12, OptimConfig(), CPU)
     views = [torch.randn(12, 3, 2, 2, generator=torch.Generator().manual_seed(1))]
     _, logs = stepper(0, progress, Rows(views))
     return method, logs
@@ -174,7 +178,8 @@ def _regression(num_parts, progress=1.0):
 def test_parts_of_a_mean_accumulate_in_one_pass():
     (whole, whole_logs), (parts, parts_logs) = _regression(1), _regression(4)
     assert parts.embedded == 4 and parts.moved == whole.moved == 1
-    torch.testing.assert_close(parts.layer.weight, whole.layer.weight, rtol=1e-12, atol=1e-12)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(parts_logs["loss"], whole_logs["loss"], rtol=1e-12, atol=1e-12)
 
 

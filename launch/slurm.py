@@ -1,0 +1,196 @@
+"""Submits a run to SLURM with submitit, and is what runs there: one task a rank, requeued until the run has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import local
+from ssl_pretrain import checkpoint, train
+from ssl_pretrain.config import ConfigError, RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+UNFINISHED = 75  # EX_TEMPFAIL: saved, to be continued; no rank says 0 before the run has ended
+GRACE_SECONDS = 120  # between the requeue and SLURM's end of the ranks that asked for it
+
+
+def here() -> bool:
+    """Whether a submission would be taken: SLURM is installed, and this is not one of its jobs."""
+    return shutil.which("sbatch") is not None and "SLURM_JOB_ID" not in os.environ
+
+
+def ranks(config: RunConfig) -> int:
+    """Ranks of the whole job: one a GPU, or on CPU nodes `launch.ranks` a node."""
+    return config.launch.nodes * (config.launch.gpus_per_node or config.launch.ranks or 1)
+
+
+def request(config: RunConfig) -> dict[str, Any]:
+    """What is asked of SLURM for the pretraining, in submitit's words; `--plan` prints it.
+
+    Raises:
+        ConfigError: a number that SLURM would refuse.
+    """
+    asked = config.launch
+    if asked.nodes < 1 or asked.hours <= 0 or asked.chain < 1:
+        raise ConfigError(
+            f"launch.nodes: {asked.nodes} and launch.chain: {asked.chain} must be at least 1, launch.hours: {asked.hours:g} more than 0"
+        )
+    minutes = math.ceil(asked.hours * 60)
+    if asked.signal_seconds >= minutes * 60:
+        raise ConfigError(f"launch.signal_seconds: {asked.signal_seconds} leaves nothing of launch.hours: {asked.hours:g}; give less")
+    wanted: dict[str, Any] = {
+        "slurm_job_name": Path(config.output).name,
+        "nodes": asked.nodes,
+        "tasks_per_node": ranks(config) // asked.nodes,
+        "cpus_per_task": asked.cpus_per_rank or max(1, config.data.num_workers if asked.gpus_per_node else 1),
+        "timeout_min": minutes,
+        "slurm_signal_delay_s": asked.signal_seconds,
+        "slurm_setup": [f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}", "export SLURM_OPEN_MODE=append"],
+        # a step that loses a task is ended by SLURM only through us: a lost node is answered with a requeue
+        "slurm_srun_args": ["--kill-on-bad-exit=0"],
+    }
+    more: dict[str, Any] = {"open_mode": "append"} | ({"requeue": True} if asked.requeue else {})
+    if asked.gpus_per_node:
+        more["gpus_per_node"] = asked.gpus_per_node
+    if asked.memory_gb:
+        wanted["mem_gb"] = asked.memory_gb
+    for key in ("partition", "account", "qos", "constraint"):
+        if getattr(asked, key):
+            wanted[f"slurm_{key}"] = getattr(asked, key)
+    return wanted | {"slurm_additional_parameters": more}
+
+
+def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
+    """Submits the pretraining, as many jobs in a chain as asked, and its evaluations; the job ids in that order.
+
+    Raises:
+        ConfigError: submitit is missing, SLURM refused, or the request is wrong.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError("launch.cluster: slurm needs submitit; pip install submitit, or set launch.cluster=local") from None
+    wanted = request(config)
+    folder = Path(config.output).absolute() / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # submitit's pickles are run by whoever starts them
+    previous_mask = os.umask(0o077)
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+        jobs: list[str] = []
+        for _ in range(config.launch.chain):
+            more = wanted["slurm_additional_parameters"] | ({"dependency": f"afterany:{jobs[-1]}"} if jobs else {})
+            executor.update_parameters(**(wanted | {"slurm_additional_parameters": more}))
+            jobs.append(executor.submit(Pretraining(str(Path(path).absolute()), (*overrides, f"output={config.output}"))).job_id)
+        one = {key: value for key, value in wanted.items() if key not in ("slurm_signal_delay_s", "slurm_srun_args")}
+        for name in config.evaluation.at_end:
+            more = {"dependency": f"afterok:{jobs[-1]}", "open_mode": "append"}
+            if config.launch.gpus_per_node:
+                more["gpus_per_node"] = "1"
+            executor.update_parameters(
+                **(one | {"nodes": 1, "tasks_per_node": 1, "slurm_additional_parameters": more, "slurm_job_name": name})
+            )
+            jobs.append(executor.submit(Evaluation(name, config.output)).job_id)
+    except submitit.core.utils.FailedJobError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"SLURM refused the job: {reason}; see launch.partition, launch.account, --plan") from None
+    finally:
+        os.umask(previous_mask)
+    return jobs
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of a finished run, as a job of its own."""
+
+    name: str
+    run: str
+
+    def __call__(self) -> int:
+        status = local.run([sys.executable, "-m", f"eval.{self.name}", self.run])
+        if status:
+            raise SystemExit(status)
+        return status
+
+
+@dataclass
+class Pretraining:
+    """What each task runs. It holds no more than the command line: no state, no secret."""
+
+    path: str
+    overrides: tuple[str, ...]
+
+    def __call__(self) -> int:
+        _become_a_rank()
+        run = Path(next(value for key, _, value in (o.partition("=") for o in reversed(self.overrides)) if key == "output"))
+        try:
+            status = train.main([self.path, *self.overrides])
+        except Exception as error:
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            status = UNFINISHED if _made_progress(run) else 1
+            if status == UNFINISHED:  # a lost rank, not a mistake that would come again
+                _requeue_and_wait(delay=3.0 * int(os.environ["RANK"]))
+            os._exit(status)  # a rank may still hang in a collective with the lost one
+        if status:
+            os._exit(status)
+        if not _finished(run):
+            _requeue_and_wait(delay=0.0 if os.environ["RANK"] == "0" else GRACE_SECONDS / 2)
+            os._exit(UNFINISHED)
+        return 0
+
+
+def _become_a_rank() -> None:
+    """What torchrun would have set, from SLURM's variables."""
+    import submitit
+
+    environment = submitit.JobEnvironment()
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    os.environ.update(
+        RANK=str(environment.global_rank),
+        WORLD_SIZE=str(environment.num_tasks),
+        LOCAL_RANK=str(environment.local_rank),
+        LOCAL_WORLD_SIZE=str(environment.num_tasks // environment.num_nodes),
+        MASTER_ADDR=environment.hostnames[0],
+        MASTER_PORT=str(20000 + (7 * int(environment.raw_job_id) + restarts) % 20000),  # another after each requeue
+    )
+
+
+def _finished(run: Path) -> bool:
+    manifest = checkpoint.verify(checkpoint.newest(run))
+    return manifest["step"] >= manifest["last_step"]
+
+
+def _made_progress(run: Path) -> bool:
+    """Whether the run has saved more than when it last failed: a failure that comes again at the same place is not retried."""
+    found = checkpoint.checkpoints(run)
+    if not found:
+        return False
+    note = run / "slurm" / f"failed.{os.environ['RANK']}.json"
+    before = json.loads(note.read_text()) if note.exists() else None
+    note.write_text(json.dumps(found[-1].name))
+    return before != found[-1].name
+
+
+def _requeue_and_wait(delay: float) -> None:
+    """Asks SLURM once to run this job again, unless it is ending it already, and waits to be ended."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(UNFINISHED))
+    time.sleep(delay)
+    job = os.environ["SLURM_JOB_ID"]
+    state = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60).stdout
+    own = f"Restarts={os.environ.get('SLURM_RESTART_COUNT', '0')} "
+    if "JobState=RUNNING" in state and own in state:
+        print(f"asking SLURM to run job {job} again", flush=True)
+        with contextlib.suppress(subprocess.SubprocessError):
+            subprocess.run(["scontrol", "requeue", job], timeout=60, check=False)
+    time.sleep(GRACE_SECONDS)

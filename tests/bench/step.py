@@ -1,0 +1,97 @@
+"""An optimizer step in parts against the whole batch at once, where that fits: time and peak memory.
+
+PYTHONPATH=. .venv/bin/python tests/bench/step.py [--images 256] [--part 32] [--backbone resnet18] [--size 64]
+
+`coupled` is SimCLR, whose parts are embedded twice; `uncoupled` is a method whose loss is a mean over images (the distance
+of an embedding to a fixed target), whose parts are accumulated in one pass. Batch norm has groups of one part in all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from measure import interleaved, mib, peaks, versions
+
+from ssl_pretrain import optim, parallel
+from ssl_pretrain.backbones import BackboneConfig, build
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.methods import simclr
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.step import Stepper
+
+
+class ToFixedTargets(simclr.SimCLR):
+    """SimCLR's network with a loss that does not couple images."""
+
+    couples_batch = False
+
+    def loss(self, embeddings, targets):
+        loss = sum((z.float() - 1).square().mean() for z in embeddings.values())
+        return loss, {}
+
+
+def stepper(kind: type, options: argparse.Namespace, images: int, total: int, device: torch.device) -> Stepper:
+    torch.manual_seed(0)
+    backbone = build(BackboneConfig(name=options.backbone), options.size)
+    method = kind(simclr.Config(projector_dims=[512, 128]), backbone)
+    settings = ParallelConfig(bn_group_images=options.part)
+    labels = torch.zeros(images, dtype=torch.int64, device=device)
+    example = Batch([torch.zeros(images, 3, options.size, options.size, device=device)] * 2, labels, labels)
+    model = parallel.wrap(method, settings, images=images, global_batch_size=total, device=device, example=example)
+    config = OptimConfig(name="lars")
+    optimizer = optim.build(config, method)
+    optim.set_rates(optimizer, config, 0.5, 100, total)
+    return Stepper(model, optimizer, settings, 0, images, total, config, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--part", type=int, default=32)
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(options.images, 3, options.size, options.size, generator=generator).to(device) for _ in range(2)]
+    labels = torch.zeros(options.images, dtype=torch.int64, device=device)
+    runs = {}
+    for label, kind in (("coupled", simclr.SimCLR), ("uncoupled", ToFixedTargets)):
+        for name, images, total in (
+            ("whole", options.images, options.images),
+            ("parts", options.part, options.images),
+            ("one part", options.part, options.part),
+        ):
+            step = stepper(kind, options, images, total, device)
+            batch = Batch([view[:total] for view in step_views(views, step)], labels[:total], labels[:total])
+            runs[f"{label}, {name}"] = lambda step=step, batch=batch: step(0, 0.5, batch)
+    for run in runs.values():
+        run()
+    print(versions("timm"))
+    print(
+        f"{options.backbone} at {options.size} pixels, {options.images} images, 2 views, parts of {options.part}; "
+        f"one step, median of {options.repeats}, in turn"
+    )
+    seconds, extra = interleaved(runs, options.repeats, device), peaks(runs, device)
+    for name in runs:
+        print(f"{name:22s} {seconds[name]:8.3f} s   peak extra memory {mib(extra[name]):>12s}")
+    ratios = []
+    for label in ("coupled", "uncoupled"):
+        ratios.append(f"accumulated_over_whole_{label}={seconds[f'{label}, parts'] / seconds[f'{label}, whole']:.2f}")
+        ratios.append(f"memory_over_one_part_{label}={extra[f'{label}, parts'] / extra[f'{label}, one part']:.2f}")
+    print("ratios:", *ratios)
+
+
+def step_views(views: list[torch.Tensor], step: Stepper) -> list[torch.Tensor]:
+    """Placed before the measurement, as the loader's are."""
+    return parallel.place(views, step.config, step.device)
+
+
+if __name__ == "__main__":
+    main()
