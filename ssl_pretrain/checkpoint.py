@@ -6,18 +6,21 @@ Its manifest holds the size and SHA-256 of every file, so a damaged one is known
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import platform
 import shutil
+import subprocess
+import threading
 import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,6 +40,8 @@ class CheckpointConfig:
     every_epochs: float = 5.0
     keep_last: int = 2
     keep_every_epochs: float = 0.0  # these are never pruned; 0: none
+    asynchronous: bool = True  # written to disk while the training goes on; a step waits for the copy to host memory alone
+    on_failure: Literal["stop", "warn"] = "stop"  # where the disk refuses: end the run, or say so and try again at the next save
     resume: bool = True  # go on from the newest checkpoint of `output`; false refuses an output that has one
 
 
@@ -69,7 +74,17 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return found | {"revision": _revision()}
+
+
+@functools.cache
+def _revision() -> str:
+    """Of the code, where it is a git checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "not a git checkout"
 
 
 class State:
@@ -82,56 +97,67 @@ class State:
 
     def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], facts: dict[str, Any]):
         self.method, self.optimizer, self.config, self.facts = method, optimizer, config, facts
+        self._writer: threading.Thread | None = None
+        self._problem: str | None = None
 
-    def save(self, run: Path, step: int, settings: CheckpointConfig, steps_per_epoch: int) -> None:
-        """Writes `step`, then prunes. Rank 0 writes; all ranks return once it is on disk, or raise what it met.
+    def save(self, run: Path, step: int, settings: CheckpointConfig, steps_per_epoch: int, wait: bool = True) -> None:
+        """Copies everything to host memory, then writes `step` and prunes, on rank 0 and, if asynchronous, beside the training.
+
+        Args:
+            wait: return only once it is on disk, as for the last of a run; without, an asynchronous save goes on behind.
 
         Raises:
-            OSError: the disk refused; older checkpoints are untouched and the unfinished one is removed.
+            OSError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
         """
-        problem = None
+        problem = self._written()
         if distributed.is_main():
-            try:
-                self._write(_folder(run) / f"step_{step:08d}", step)
-                _prune(run, settings, steps_per_epoch)
-            except OSError as error:
-                where = f"checkpoint of step {step} could not be written to {_folder(run)}"
-                problem = f"{where}: {error}. Older ones are whole; free space and resume"
+            arguments = (_folder(run) / f"step_{step:08d}", self._snapshot(step), settings, steps_per_epoch)
+            self._writer = threading.Thread(target=self._write_and_prune, args=arguments)
+            self._writer.start()
+        if wait or not settings.asynchronous:
+            problem = self._written() or problem
         problem = distributed.broadcast_object(problem)
-        if problem:
+        if problem and settings.on_failure == "stop":
             raise OSError(problem)
+        if problem and distributed.is_main():
+            warnings.warn(problem, stacklevel=2)
 
-    def _write(self, final: Path, step: int) -> None:
-        if final.exists():  # resumed from it, or saved by the same step already
-            return
-        writing = final.with_name(f"{WRITING}{final.name}-{uuid.uuid4().hex[:8]}")
-        writing.mkdir(parents=True)
+    def _written(self) -> str | None:
+        """Waits for the save under way; what went wrong with it, if anything."""
+        if self._writer is not None:
+            self._writer.join()
+        problem, self._writer, self._problem = self._problem, None, None
+        return problem
+
+    def _snapshot(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """The tensors of each file, on the host and no longer the training's; and the manifest."""
+        files = {"method.safetensors": self.method.state_dict(), "optimizer.safetensors": self._optimizer_tensors()}
+
+        def copied(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in entries.items()}
+
+        return {file: copied(entries) for file, entries in files.items()}, {
+            "format": FORMAT,
+            "step": step,
+            "evaluated": getattr(self.method, "evaluated", "backbone"),
+            "network": getattr(self.method, "network", "student"),
+            "versions": _versions(),
+            "machine": self._machine(),
+            **self.facts,
+            "config": self.config,
+        }
+
+    def _write_and_prune(self, final: Path, snapshot: Any, settings: CheckpointConfig, steps_per_epoch: int) -> None:
         try:
-            save_file({key: value.detach().contiguous() for key, value in self.method.state_dict().items()}, writing / "method.safetensors")
-            save_file(self._optimizer_tensors(), writing / "optimizer.safetensors")
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "evaluated": getattr(self.method, "evaluated", "backbone"),
-                "network": getattr(self.method, "network", "student"),
-                "versions": _versions(),
-                "machine": self._machine(),
-                **self.facts,
-                "config": self.config,
-                "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(writing.iterdir())},
-            }
-            (writing / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in [*writing.iterdir(), writing]:
-                _fsync(path)
-            os.rename(writing, final)
-            _fsync(final.parent)
-        except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise
+            _write(final, *snapshot)
+            _prune(final.parent.parent, settings, steps_per_epoch)
+        except Exception as error:
+            where = f"checkpoint of step {snapshot[1]['step']} could not be written to {final.parent}"
+            self._problem = f"{where}: {error}. Older ones are whole; free space and resume"
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
-            f"{name}::{key}": value.detach().contiguous()
+            f"{name}::{key}": value
             for group in self.optimizer.param_groups
             for name, parameter in zip(group["names"], group["params"])
             for key, value in self.optimizer.state.get(parameter, {}).items()
@@ -159,16 +185,30 @@ class State:
         differing = [f"{key} {old!r} then, {here.get(key)!r} now" for key, old in manifest["machine"].items() if here.get(key) != old]
         if differing and distributed.is_main():
             warnings.warn(f"{path.name}: resuming is exact but not bit for bit, as these differ: {'; '.join(differing)}", stacklevel=2)
-        self.method.load_state_dict(tensors, strict=True)
-        for key, value in load_file(path / "optimizer.safetensors").items():
-            name, _, entry = key.rpartition("::")
-            parameter = self._parameter(name)
-            self.optimizer.state[parameter][entry] = value.to(parameter.device)
+        self.load(path, tensors)
         self.facts = {
             **{key: manifest[key] for key in self.facts if key in manifest},
             **{k: v for k, v in self.facts.items() if v is not None},
         }
         return int(manifest["step"])
+
+    def roll_back(self, run: Path) -> str | None:
+        """Loads the weights and the optimizer's state of the newest whole checkpoint and returns its name; None where there is none."""
+        self._written()
+        distributed.barrier()
+        if not checkpoints(run):
+            return None
+        path = newest(run)
+        self.load(path, read(path)[1])
+        return path.name
+
+    def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """The method's `tensors` and the optimizer's state of the checkpoint `path`."""
+        self.method.load_state_dict(tensors, strict=True)
+        for key, value in load_file(path / "optimizer.safetensors").items():
+            name, _, entry = key.rpartition("::")
+            parameter = self._parameter(name)
+            self.optimizer.state[parameter][entry] = value.to(parameter.device)
 
     def _machine(self) -> dict[str, Any]:
         return machine() | {"local_batch_size": self.facts.get("local_batch_size")}
@@ -178,6 +218,25 @@ class State:
             if name in group["names"]:
                 return group["params"][group["names"].index(name)]
         raise ValueError(f"the checkpoint's optimizer has a state for {name!r}, which this method does not train")
+
+
+def _write(final: Path, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any]) -> None:
+    if final.exists():  # resumed from it, or saved by the same step already
+        return
+    writing = final.with_name(f"{WRITING}{final.name}-{uuid.uuid4().hex[:8]}")
+    writing.mkdir(parents=True)
+    try:
+        for file, entries in tensors.items():
+            save_file(entries, writing / file)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(writing.iterdir())}
+        (writing / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))
+        for path in [*writing.iterdir(), writing]:
+            _fsync(path)
+        os.rename(writing, final)
+        _fsync(final.parent)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
 
 
 def _folder(run: Path) -> Path:

@@ -18,6 +18,7 @@ from ssl_pretrain import methods, parallel
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.checkpoint import CheckpointConfig
 from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.guard import GuardConfig
 from ssl_pretrain.health import HealthConfig
 from ssl_pretrain.log import LogConfig
 from ssl_pretrain.methods.base import MethodConfig
@@ -80,6 +81,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
@@ -91,7 +93,7 @@ class RunConfig:
 
 # What may change when a run goes on: these do not change what is computed ...
 FREE = ("data.root", "data.num_workers", "data.loader", "data.cache_dir", "local_batch_size", "output")
-FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health")
+FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard")
 FREE_PARALLEL = ("parallel.threads", "parallel.deterministic", "parallel.timeout_seconds", "parallel.channels_last")
 # ... and these do, knowingly.
 WARNED = ("epochs",)

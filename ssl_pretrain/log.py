@@ -8,7 +8,7 @@ import netrc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,6 @@ class Logger:
     Args:
         run: the run's folder.
         first_step, last_step: the steps this run has done already, and will have done at its end.
-        broken: says which embeddings are not finite, on every rank; asked before a diverged run is stopped.
         facts: manifest entries; `wandb_id` is filled here, so that a resumed run goes on in the same W&B run.
     """
 
@@ -55,9 +54,7 @@ class Logger:
         global_batch_size: int,
         config: dict[str, Any],
         facts: dict[str, Any],
-        broken: Callable[[], str] = str,
     ):
-        self.broken = broken
         self.settings, self.run, self.last_step = settings, run, last_step
         self.steps_per_epoch, self.global_batch_size = steps_per_epoch, global_batch_size
         self._measured: dict[str, float] = {}
@@ -87,9 +84,6 @@ class Logger:
         Args:
             logs: scalars on the device; their means over the interval are written.
             measured: what is measured now and then (health, k-NN); joins the next record.
-
-        Raises:
-            FloatingPointError: every step since the last record had a non-finite gradient or loss.
         """
         self._measured |= measured or {}
         for name, value in logs.items():
@@ -101,7 +95,6 @@ class Logger:
         self._since, self._since_step, self._waited = time.monotonic(), step, 0.0
         if distributed.is_main():
             self._write(record)
-        _refuse_divergence(record, self.settings.every_steps, self.broken)
 
     def _record(self, step: int, rates: dict[str, float]) -> dict[str, Any]:
         steps = max(1, step - self._since_step)
@@ -170,19 +163,6 @@ def _step_of(line: str) -> float:
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _refuse_divergence(record: dict[str, Any], every_steps: int, broken: Callable[[], str]) -> None:
-    if record.get("skipped_steps", 0) >= every_steps:
-        terms = ", ".join(name for name in record if isinstance(record[name], float) and not math.isfinite(record[name]))
-        where = broken()
-        raise FloatingPointError(
-            f"step {record['step']}: the last {every_steps} steps all had a non-finite gradient"
-            + (f" (not finite: {terms})" if terms else "")
-            + (f"; not finite embeddings: {where}" if where else "")
-            + "; the weights are those of the last finite step. Lower optim.base_lr, lengthen optim.warmup_epochs, or train in float32; "
-            "resuming goes on from the last checkpoint"
-        )
 
 
 def _progress_line(record: dict[str, Any], last_step: int, global_batch_size: int, knn: float | None) -> str:

@@ -20,6 +20,8 @@ from ssl_pretrain import backbones, batch_norm, checkpoint, distributed, draws, 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import loader, sources
+from ssl_pretrain.guard import Guard
+from ssl_pretrain.lock import Lock
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.online import OnlineKNN
 from ssl_pretrain.step import Stepper, check_accumulation
@@ -33,7 +35,14 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
     """
     run = Path(config.output)
     configuration.check(config, distributed.world_size())
-    batches = loader.build(config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device)
+    made = partial(loader.build, config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device)
+    with Lock(run), made() as batches:
+        return _train(config, device, run, batches, stop_after, fake_preempt)
+
+
+def _train(
+    config: RunConfig, device: torch.device, run: Path, batches: loader.Loader, stop_after: int | None, fake_preempt: int | None
+) -> int:
     last_step = round(config.epochs * batches.steps_per_epoch)
     method = build_method(config, batches.source)
     method.num_steps, method.steps_per_epoch = last_step, batches.steps_per_epoch
@@ -46,8 +55,9 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
     first_step = resume(state, config, run, batches.source.fingerprint)
     logger = log.Logger(
         config.log, run, first_step=first_step, last_step=last_step, steps_per_epoch=batches.steps_per_epoch,
-        global_batch_size=config.global_batch_size, config=state.config, facts=state.facts, broken=stepper.broken_embeddings,
+        global_batch_size=config.global_batch_size, config=state.config, facts=state.facts,
     )  # fmt: skip
+    guard = Guard(config.guard, run, config.log.every_steps, stepper.broken_embeddings, partial(state.roll_back, run))
     knn = online_knn(config, batches, device)
     stop = distributed.StopRequest(pretend_after=fake_preempt - first_step if fake_preempt else None)
     end = min(last_step, first_step + stop_after) if stop_after else last_step
@@ -60,15 +70,15 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
         embeddings, logs = stepper(step - 1, progress, batch)
         measured = health.at(step, embeddings, config.health) | knn.at(step, method.get_submodule(method.evaluated))
         logger.step(step, logs, rates, measured)
+        guard.after(step, batch.indices, logs)
         stopping = stop.agreed() or step == end
         if stopping or checkpoint.due(config.checkpoint, step, last_step, batches.steps_per_epoch):
-            state.save(run, step, config.checkpoint, batches.steps_per_epoch)
+            state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
         if stopping:
             break
 
     stop.close()
     logger.close()
-    batches.close()
     return step
 
 

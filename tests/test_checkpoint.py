@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 
 import pytest
 import torch
@@ -112,6 +113,43 @@ def test_a_full_disk_loses_nothing(run, monkeypatch):
         state().save(run, 6, CheckpointConfig(), 1)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
     checkpoint.verify(checkpoint.newest(run))
+
+
+def test_behind_the_training_a_save_holds_what_was_when_it_was_asked_for(tmp_path, monkeypatch):
+    """The weights move while the disk is slow; what is written does not."""
+    begun, go_on, real = threading.Event(), threading.Event(), checkpoint.save_file
+
+    def slow(tensors, path):
+        begun.set()
+        assert go_on.wait(60)
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    saving = state()
+    expected = {name: value.clone() for name, value in saving.method.state_dict().items()}
+    saving.save(tmp_path, 3, CheckpointConfig(), 1, wait=False)
+    assert begun.wait(60) and checkpoint.checkpoints(tmp_path) == []
+    for parameter in saving.method.parameters():
+        parameter.data.add_(1)
+    go_on.set()
+    saving.save(tmp_path, 4, CheckpointConfig(), 1)
+    written = [checkpoint.read(path)[1] for path in checkpoint.checkpoints(tmp_path)]
+    assert all(torch.equal(written[0][name], value) for name, value in expected.items())
+    assert not any(torch.equal(written[1][name], value) for name, value in expected.items() if value.is_floating_point() and "running" not in name)
+
+
+def test_a_full_disk_can_be_a_warning(run, monkeypatch):
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        saving, lenient = state(), CheckpointConfig(on_failure="warn")
+        saving.save(run, 6, lenient, 1, wait=False)  # heard of at the next save
+        saving._writer.join()
+    with pytest.warns(UserWarning, match=r"checkpoint of step 6 could not be written to .*No space left on device"):
+        saving.save(run, 8, lenient, 1)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
 
 
 def test_pruning_keeps_the_last_and_the_milestones(tmp_path):

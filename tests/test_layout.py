@@ -50,6 +50,8 @@ MAY_IMPORT = {
     "ssl_pretrain/parallel.py": "batch_norm distributed",
     "ssl_pretrain/step.py": "parallel batch_norm optim distributed draws",
     "ssl_pretrain/memory.py": "distributed",
+    "ssl_pretrain/lock.py": "distributed",
+    "ssl_pretrain/guard.py": "distributed",
     "ssl_pretrain/checkpoint.py": "distributed",
     "ssl_pretrain/health.py": "distributed",
     "ssl_pretrain/online.py": "distributed",
@@ -57,14 +59,15 @@ MAY_IMPORT = {
     "ssl_pretrain/config.py": "*",
     "ssl_pretrain/plan.py": "*",
     "ssl_pretrain/train.py": "*",
+    "ssl_pretrain/replay.py": "*",
     "eval/*.py": "eval backbones data views draws checkpoint online config distributed",
     "launch/*.py": "*",
 }
 # what even `*` leaves out: nothing imports what comes after it
 AFTER = {
-    "ssl_pretrain/config.py": {"ssl_pretrain/plan.py", "ssl_pretrain/train.py", "eval/*.py", "launch/*.py"},
-    "ssl_pretrain/plan.py": {"ssl_pretrain/train.py", "eval/*.py", "launch/*.py"},
-    "ssl_pretrain/train.py": {"launch/*.py"},
+    "ssl_pretrain/config.py": {"ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
+    "ssl_pretrain/plan.py": {"ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
+    "ssl_pretrain/train.py": {"ssl_pretrain/replay.py", "launch/*.py"},
 }
 
 # outside packages that only some files touch; the optional ones only inside a function, so that a missing one is a message

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import tiny
 import torch
 
@@ -54,18 +53,13 @@ def test_the_progress_line_says_what_people_ask(tmp_path, capsys):
     assert line == "step 5/3605  epoch 1.00  loss 4.2500  lr 0.3  k-NN 50.0 %  8 images/s  data wait 25 %  2 steps skipped  ETA 1:00:00"
 
 
-def test_only_an_interval_of_broken_steps_stops_the_run(tmp_path):
+def test_what_is_not_finite_is_null(tmp_path):
     made = logger(tmp_path)
     broken, whole = torch.tensor(float("nan")), torch.tensor(1.0)
     made.step(1, {"loss": whole, "skipped_steps": torch.tensor(1.0)}, {"lr": 0.1})
     made.step(2, {"loss": whole, "skipped_steps": torch.tensor(0.0)}, {"lr": 0.1})
     made.step(3, {"loss": broken, "skipped_steps": torch.tensor(1.0)}, {"lr": 0.1})
-    with pytest.raises(FloatingPointError) as error:
-        made.step(4, {"loss": broken, "skipped_steps": torch.tensor(1.0)}, {"lr": 0.1})
-    assert str(error.value) == (
-        "step 4: the last 2 steps all had a non-finite gradient (not finite: loss); the weights are those of the last finite step. "
-        "Lower optim.base_lr, lengthen optim.warmup_epochs, or train in float32; resuming goes on from the last checkpoint"
-    )
+    made.step(4, {"loss": broken, "skipped_steps": torch.tensor(1.0)}, {"lr": 0.1})
     assert records(tmp_path)[-1]["loss"] is None  # JSON has no NaN
 
 

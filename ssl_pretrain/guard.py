@@ -1,0 +1,84 @@
+"""What happens when gradients are not finite: the step is masked (optim.py), and here counted, recorded, answered.
+
+Up to `max_skipped_steps` in a row are passed over. Then the weights go back to the newest checkpoint, while the data go on,
+so that the run does not meet the same batch in the same state; after `max_rollbacks` of those, the run stops. The sample
+numbers of skipped batches are kept in `<run>/skipped/`, for `python -m ssl_pretrain.replay RUN STEP`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain import distributed
+
+
+@dataclass
+class GuardConfig:
+    """How much of a run may go wrong before it is rolled back, and how often."""
+
+    max_skipped_steps: int = 10  # in a row, with a gradient that is not finite
+    max_rollbacks: int = 1  # in one process; 0: stop at once
+
+
+class Guard:
+    """Reads the device every `every_steps`, as the logger does.
+
+    Args:
+        run: the run's folder.
+        broken: says which embeddings are not finite; asked on every rank.
+        roll_back: loads the newest checkpoint's weights and optimizer state, and says which; None where there is none.
+    """
+
+    def __init__(
+        self, config: GuardConfig, run: Path, every_steps: int, broken: Callable[[], str], roll_back: Callable[[], str | None]
+    ):
+        self.config, self.run, self.every_steps = config, run, every_steps
+        self.broken, self.roll_back = broken, roll_back
+        self.rollbacks, self._streak = 0, 0
+        self._seen: list[tuple[int, Tensor, Tensor]] = []  # step, skipped, the batch's sample numbers
+
+    def after(self, step: int, indices: Tensor, logs: dict[str, Tensor]) -> None:
+        """Takes a step's outcome; at the interval rolls back or stops where too many were skipped.
+
+        Raises:
+            FloatingPointError: they still are after the last rollback, or there is nothing to go back to.
+        """
+        self._seen.append((step, logs["skipped_steps"], indices))
+        if step % self.every_steps and len(self._seen) < self.every_steps:
+            return
+        flags = torch.stack([skipped for _, skipped, _ in self._seen]).tolist()  # the same on every rank
+        for (number, _, numbers), flag in zip(self._seen, flags):
+            self._streak = self._streak + 1 if flag else 0
+            if flag:
+                self._record(number, numbers)
+        self._seen.clear()
+        if self._streak >= self.config.max_skipped_steps:
+            self._answer(step)
+
+    def _answer(self, step: int) -> None:
+        where = self.broken()
+        what = f"step {step}: {self._streak} steps in a row had a non-finite gradient"
+        what += f"; not finite embeddings: {where}" if where else ""
+        restored = self.roll_back() if self.rollbacks < self.config.max_rollbacks else None
+        if restored is None:
+            raise FloatingPointError(
+                f"{what}; the weights are those of the last finite step. Lower optim.base_lr, lengthen optim.warmup_epochs, or train in "
+                f"float32; resuming goes on from the last checkpoint. `python -m ssl_pretrain.replay {self.run} {step}` repeats that step"
+            )
+        self.rollbacks += 1
+        self._streak = 0
+        if distributed.is_main():
+            print(f"{what}; weights and optimizer went back to {restored}, the data go on", flush=True)
+
+    def _record(self, step: int, indices: Tensor) -> None:
+        numbers = distributed.gather(indices).tolist()
+        if distributed.is_main():
+            folder = self.run / "skipped"
+            folder.mkdir(exist_ok=True)
+            (folder / f"step_{step:08d}.json").write_text(json.dumps({"step": step, "indices": numbers}))

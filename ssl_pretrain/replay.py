@@ -1,0 +1,114 @@
+"""Repeats one step of a run alone and says where it breaks: python -m ssl_pretrain.replay RUN STEP
+
+The same images and views, drawn again from (seed, epoch, sample, view), meet the weights that the run had: those of the newest
+checkpoint before STEP, trained on to it. `--from-checkpoint` leaves the training out, for a first look. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssl_pretrain import checkpoint, distributed, optim
+from ssl_pretrain import config as configuration
+from ssl_pretrain.data import loader
+from ssl_pretrain.step import Stepper
+from ssl_pretrain.train import build_method, images_at_once, wrap
+
+
+def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
+    """What to tell of step `step`, line by line.
+
+    Raises:
+        ValueError: the run has no checkpoint before that step.
+    """
+    found = [path for path in checkpoint.checkpoints(run) if int(path.name.removeprefix("step_")) < step]
+    if not found:
+        raise ValueError(f"{run}: no checkpoint before step {step}; the oldest there is cannot have met that batch. Give a later step")
+    manifest, tensors = checkpoint.read(found[-1])
+    config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
+    device = distributed.start(config.parallel.threads, config.parallel.deterministic)
+    with loader.build(config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device) as batches:
+        method = build_method(config, batches.source)
+        method.num_steps, method.steps_per_epoch = manifest["last_step"], batches.steps_per_epoch
+        images = images_at_once(method, config, device)
+        model = wrap(method, config, images, device)
+        optimizer = optim.build(config.optim, method)
+        stepper = Stepper(model, optimizer, config.parallel, config.seed, images, config.global_batch_size, config.optim, device)
+        checkpoint.State(method, optimizer, {}, {}).load(found[-1], tensors)
+        first = step - 1 if from_checkpoint else manifest["step"]
+        watch = _Watch()
+        for now, batch in zip(range(first, step), batches.starting_at(first)):
+            progress = now / manifest["last_step"]
+            optim.set_rates(optimizer, config.optim, progress, config.epochs, config.global_batch_size)
+            if now == step - 1:
+                watch.begin(method)
+            _, logs = stepper(now, progress, batch)
+        lines = [f"step {step} of {run}, from {found[-1].name}" + (" without the steps between" if from_checkpoint else "")]
+        lines += [f"  {name}: {value.item():.6g}" for name, value in logs.items()]
+        broken_views = [
+            (number, batches.source.name(int(batch.indices[row])))
+            for number, view in enumerate(batch.views)
+            for row in (~view.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        ]
+        lines += [f"  view {number} of {name} is not finite" for number, name in broken_views]
+        lines.append(f"  first output that is not finite: {watch.broken or 'none'}")
+        return lines + [f"  gradient norm of {name}: {norm:.6g}" for name, norm in watch.gradients.items()]
+
+
+class _Watch:
+    """The first module whose output is not finite, and the gradient's norm by the network's parts, before the optimizer has it."""
+
+    def __init__(self) -> None:
+        self.broken = ""
+        self.gradients: dict[str, float] = {}
+        self._squares: dict[str, float] = {}
+
+    def begin(self, method: nn.Module) -> None:
+        for name, module in method.named_modules():
+            if name and not list(module.children()):
+                module.register_forward_hook(self._look(name))
+        for name, parameter in method.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._add(name.partition(".")[0]))
+
+    def _look(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not self.broken and isinstance(output, Tensor) and not output.isfinite().all():
+                self.broken = f"{name} ({type(module).__name__}), {tuple(output.shape)}"
+
+        return hook
+
+    def _add(self, part: str) -> Any:
+        def hook(gradient: Tensor) -> None:
+            self._squares[part] = self._squares.get(part, 0.0) + gradient.double().square().sum().item()
+            self.gradients = {name: square**0.5 for name, square in self._squares.items()}
+
+        return hook
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m ssl_pretrain.replay", description=__doc__, formatter_class=raw)
+    parser.add_argument("run", type=Path, help="the output folder of a run")
+    parser.add_argument("step", type=int, help="the step to repeat, as metrics.jsonl and skipped/ number them")
+    parser.add_argument("--from-checkpoint", action="store_true", help="with the checkpoint's own weights")
+    options = parser.parse_args(arguments)
+    try:
+        print("\n".join(replay(options.run, options.step, options.from_checkpoint)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
