@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     SPLIT = 10
     BN_SHUFFLE = 11
     REPLACEMENT = 12
+    BLOCK_ORDER = 13
 
 
 @njit(cache=True, nogil=True)

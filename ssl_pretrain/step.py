@@ -121,13 +121,14 @@ class Stepper:
             for k, part in enumerate(parts):
                 self._seed(step, k)
                 first.append(self._embed(part))
-                leave(k)
                 with parallel.autocast(self.config, self.device):
                     targets.append(method.targets(part))
+                leave(k)  # of the student and of the teacher
         statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
         embeddings = {name: z.requires_grad_() for name, z in _joined(first).items()}
         loss, logs = method.loss(embeddings, _joined(targets))
-        gradients = dict(zip(embeddings, torch.autograd.grad(loss, list(embeddings.values()))))
+        by_name = dict(zip(embeddings, torch.autograd.grad(loss, list(embeddings.values()), allow_unused=True)))
+        gradients = {name: gradient for name, gradient in by_name.items() if gradient is not None}  # some are for after_step alone
         replay_error = loss.new_zeros(())
         rows = len(batch) // self.num_parts
         for k, part in enumerate(parts):
@@ -135,8 +136,9 @@ class Stepper:
             with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
                 again = self._embed(part)
                 own = slice(k * rows, (k + 1) * rows)
-                torch.autograd.backward([again[name] for name in again], [gradients[name][own].to(again[name].dtype) for name in again])
-            differences = [(again[name].detach() - embeddings[name].detach()[own]).abs().max() for name in again]
+                sent_back = [gradient[own].to(again[name].dtype) for name, gradient in gradients.items()]
+                torch.autograd.backward([again[name] for name in gradients], sent_back)
+            differences = [(again[name].detach() - embeddings[name].detach()[own]).abs().max() for name in gradients]
             replay_error = torch.stack([replay_error, *(d.to(replay_error.dtype) for d in differences)]).max()
         with torch.no_grad():  # pass 2 moved them again
             for buffer, kept in zip(batch_norm.statistics(method), statistics):

@@ -3,14 +3,13 @@
 import argparse
 import json
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from ssl_pretrain.data import progress
 from ssl_pretrain.data.images import UnreadableImage, header
 from ssl_pretrain.data.sources import DataConfig, Files, Source, open_source
 
@@ -49,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("root", nargs="?", default="", help="a folder, a .zip, or a list of files (.txt, .csv); none for the digits")
+    parser.add_argument("root", nargs="?", default="", help="a folder, a .zip, a .beton or a list (.txt, .csv); none for the digits")
     parser.add_argument("--source", default="folder", help="digits, cifar10 or folder (default: folder)")
     parser.add_argument("--sample", type=int, default=_SAMPLE, help=f"images to read, evenly spaced; 0: all (default: {_SAMPLE})")
     parser.add_argument("--threads", type=int, default=4, help="that read and decode (default: 4)")
@@ -91,7 +90,7 @@ def examine(source: Source, sample: int = 0, num_threads: int = 4) -> Findings:
         return *stored, values.mean(0, dtype=np.float64), np.square(values).mean(0, dtype=np.float64)
 
     with ThreadPoolExecutor(num_threads) as pool:
-        for result in _progress(pool.map(read, chosen.tolist()), len(chosen)):
+        for result in progress.report(pool.map(read, chosen.tolist()), len(chosen), "read"):
             if isinstance(result, str):
                 findings.bad.append(result)
                 continue
@@ -203,17 +202,6 @@ def _report(findings: Findings, n: int) -> list[str]:
             lines.append(f"  {name:<7} {_three(values)} (red, green, blue, in [0, 1]; each image weighs the same)")
     lines.append(f"  bad     {len(findings.bad):,}")
     return lines + [f"    {message}" for message in findings.bad]
-
-
-def _progress(results: Iterator, total: int) -> Iterator:
-    began = reported = time.monotonic()
-    for done, result in enumerate(results, start=1):
-        yield result
-        now = time.monotonic()
-        if now - reported > 2 and done < total:
-            reported = now
-            left = (total - done) * (now - began) / done
-            print(f"read {done:,} of {total:,} images, about {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,45 @@
 """Indices -> batches of views: any number of workers and ranks, and any step resumed at, give the same images and the same views.
 
-Workers read each image once and cut all of its crops; what leaves them is uint8. Colours are drawn and applied to
-whole batches where the batch is, on the GPU if there is one. Nothing random is carried (`draws`), so the step number
-is all that a resumed run needs.
+Workers read each image once and cut all of its crops; what leaves them is uint8. They are threads in machine code where
+the images are in a .beton and FFCV is there (`threads`), else processes (`workers`): same order, same draws, same
+resizing, so the same views of the same bytes. Colours are drawn and applied to whole batches where the batch is, on the
+GPU if there is one. Nothing random is carried (`draws`), so the step number is all that a resumed run needs.
 """
 
 import itertools
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_pretrain import distributed
-from ssl_pretrain.data import order, workers
-from ssl_pretrain.data.sources import DataConfig, Source, open_source
+from ssl_pretrain.data import compiled, device_cache, order, workers
+from ssl_pretrain.data.sources import Beton, DataConfig, Source, open_source
+from ssl_pretrain.data.threads import Threads
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
 from ssl_pretrain.views import colour, crops, recipe
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 _CHUNK = 64  # images a worker makes at a time, at most: all workers share the first batch, and little shared memory is held
 _AHEAD = 2  # batches being made while one is used
+_BAD_SHARE = 0.001  # of a .beton's images may fail to decode
+
+How = Literal["ffcv", "folder", "device"]
+
+
+class Maker(Protocol):
+    """What makes the chunks of jobs: threads, processes, or the device itself."""
+
+    def take(self, jobs: Iterable[Job]) -> Iterator[Chunk]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,9 @@ class Batch:
 class Loader:
     """The training batches of one rank; see `build`. Close it, or use it in a `with`.
 
-    steps_per_epoch: whole global batches in an epoch. source: the training images. num_replaced: unreadable images met so
-    far in the batches taken here; each file is warned of once.
+    steps_per_epoch: whole global batches in an epoch. source: the training images. how: ffcv, folder or device. num_replaced:
+    unreadable images met so far in the batches taken here; each file is warned of once. num_made, seconds: images in those
+    batches, and how long their makers took for them, one after the other.
     """
 
     def __init__(
@@ -72,21 +89,31 @@ class Loader:
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        how: How = "folder",
+        window: int = 0,
     ):
         recipe.check(views)
         order.check_divides(global_batch_size, world_size)
-        self.source = source
-        self.steps_per_epoch = order.steps_per_epoch(len(source), global_batch_size)
-        self.num_replaced = 0
+        self.source, self.how, self.num_workers = source, how, num_workers
+        self.plan = order.Plan(seed, len(source), global_batch_size, rank, world_size, window)
+        self.steps_per_epoch = self.plan.steps_per_epoch
+        self.num_replaced, self.num_made, self.seconds = 0, 0, 0.0
         self._warned: set[str] = set()
         self._views, self._crops, self._device = views, recipe.each(views), torch.device(device)
-        self._seed, self._global_batch_size, self._rank, self._world_size = seed, global_batch_size, rank, world_size
         local_batch = global_batch_size // world_size
-        self._chunk = _chunk_size(local_batch, num_workers)
-        self._jobs = _Jobs(self)
-        chunks = Chunks(source, partial(_cut, self._crops, seed))
-        num_ahead = _AHEAD * -(-local_batch // self._chunk)
-        self._workers = workers.start(chunks, self._jobs, num_workers, num_ahead, pinned=self._device.type == "cuda")
+        self._chunk = _chunk_size(local_batch, num_workers) if how == "folder" else local_batch
+        self._jobs = _Jobs(self.plan, self._chunk)
+        self._maker: Maker
+        if how == "ffcv":
+            assert isinstance(source, Beton), "`choose` gives ffcv to a .beton alone"
+            self._maker = Threads(source.samples, self._crops, seed, local_batch, num_workers, _AHEAD, self._device)
+        elif how == "device":
+            self._maker = device_cache.Cache(source, self._crops, seed, self._device)
+        else:
+            chunks = Chunks(source, partial(_cut, self._crops, seed))
+            num_ahead = _AHEAD * -(-local_batch // self._chunk)
+            self._maker = workers.Processes(chunks, num_workers, num_ahead, pinned=self._device.type == "cuda")
+        weakref.finalize(self, self._maker.close)  # a loader that is forgotten, or alive at exit, leaves nothing either
 
     def starting_at(self, step: int) -> Iterator[Batch]:
         """The batches of step `step` of the run and of all later ones, epoch after epoch, without end.
@@ -98,12 +125,11 @@ class Loader:
                 be read; or a worker was killed.
             FileNotFoundError: the source's folder or file has gone.
         """
-        self._jobs.first_step = step
-        return self._batches(step, workers.take(self._workers))
+        return self._batches(step, self._maker.take(self._jobs.starting_at(step)))
 
     def close(self) -> None:
         """Ends the workers. Idempotent; the iterators of `starting_at` end with them."""
-        workers.end(self._workers)
+        self._maker.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -113,28 +139,37 @@ class Loader:
 
     def indices(self, step: int) -> np.ndarray:
         """What this rank reads in one step: int64 (local_batch,)."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        n = len(self.source)
-        return order.local_indices(self._seed, epoch, step_in_epoch, n, self._global_batch_size, self._rank, self._world_size)
+        return self.plan.indices(step)
 
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         for step in itertools.count(first_step):
             indices = self.indices(step)
-            made = [self._received(next(chunks)) for _ in range(0, len(indices), self._chunk)]
+            made = [self._received(chunk) for chunk in itertools.islice(chunks, -(-len(indices) // self._chunk))]
+            if not made:
+                return
             views = []
             for number, (crop, *blocks) in enumerate(zip(self._crops, *(chunk.views() for chunk in made))):
                 pixels = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-                parameters = colour.draw(crop, self._seed, step // self.steps_per_epoch, indices, number).to(self._device)
+                parameters = colour.draw(crop, self.plan.seed, self.plan.epoch(step), indices, number).to(self._device)
                 views.append(colour.apply(pixels, parameters, crop, self._views.mean, self._views.std))
             labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in made]))
             yield Batch(views, labels.to(self._device), torch.from_numpy(indices.copy()).to(self._device))
 
     def _received(self, chunk: Chunk) -> Chunk:
+        self.num_made += len(chunk.labels)
+        self.seconds += chunk.seconds
         for file, message in chunk.replaced:
             self.num_replaced += 1
             if file not in self._warned:
                 self._warned.add(file)
                 warnings.warn(message, stacklevel=4)
+        allowed = max(1, int(_BAD_SHARE * len(self.source)))
+        if self.how == "ffcv" and len(self._warned) > allowed:
+            raise RuntimeError(
+                f"{len(self._warned)} of {len(self.source):,} images of {self.source.where} do not decode, more than {allowed:,} (0.1 %): "
+                "the file is damaged, as all of them did when it was written; `python -m ssl_pretrain.data.beton check` names them; "
+                "copy or write it again"
+            )
         return chunk.to(self._device)
 
 
@@ -157,6 +192,9 @@ def build(data: DataConfig, views: ViewsConfig, *, seed: int, global_batch_size:
     distributed.barrier()
     if distributed.local_rank() != 0:
         source = open_source(data, "train")
+    how, why = choose(data, source)
+    if distributed.is_main():
+        print(f"data.loader: {how}: {why}", file=sys.stderr, flush=True)
     return Loader(
         source,
         views,
@@ -166,7 +204,33 @@ def build(data: DataConfig, views: ViewsConfig, *, seed: int, global_batch_size:
         num_workers=min(data.num_workers, max(1, distributed.available_cores() // distributed.local_world_size())),
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        how=how,
+        window=data.quasi_random_window if data.order == "quasi_random" else 0,
     )
+
+
+def choose(data: DataConfig, source: Source) -> tuple[How, str]:
+    """Which loader reads this source, and why.
+
+    Raises:
+        ValueError: `data.loader` asks for what is not there, with the remedy.
+    """
+    if data.cache == "device":
+        return "device", "data.cache asks for all images on the device"
+    if data.loader == "folder":
+        return "folder", "data.loader asks for it"
+    if not isinstance(source, Beton):
+        write = "python -m ssl_pretrain.data.beton write writes one"
+        if data.loader == "ffcv":
+            raise ValueError(f"data.loader: ffcv reads .beton files, and {source.where} is none; {write}, or set data.loader=folder")
+        return "folder", f"{source.where} is not a .beton; {write}, which is read faster"
+    try:
+        compiled.library()
+    except ValueError as error:
+        if data.loader == "ffcv":
+            raise
+        return "folder", f"a .beton, but not by FFCV ({str(error).removeprefix('data.loader: ')})"
+    return "ffcv", f"{source.where} is a .beton, and FFCV is installed"
 
 
 def images(
@@ -187,28 +251,27 @@ def images(
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     jobs = [(0, chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
-    loader = workers.start(Chunks(source, partial(_one_view, transform)), jobs, min(num_workers, len(jobs)), 2 * num_workers, pinned=False)
+    processes = workers.Processes(Chunks(source, partial(_one_view, transform)), min(num_workers, len(jobs)), 2 * num_workers, pinned=False)
     try:
-        for chunk in workers.take(loader):
+        for chunk in processes.take(jobs):
             for _, message in chunk.replaced:
                 warnings.warn(message, stacklevel=2)
             yield chunk.views()[0], torch.from_numpy(chunk.labels)
     finally:
-        workers.end(loader)
+        processes.close()
 
 
 class _Jobs:
-    """What the workers are to make, chunk by chunk, from `first_step` on without end."""
+    """What is to be made, chunk by chunk, from a step on without end. Knows no loader, which could not be forgotten otherwise."""
 
-    def __init__(self, loader: Loader):
-        self.loader = loader
-        self.first_step = 0
+    def __init__(self, plan: order.Plan, chunk: int):
+        self.plan, self.chunk = plan, chunk
 
-    def __iter__(self) -> Iterator[Job]:
-        for step in itertools.count(self.first_step):
-            indices = self.loader.indices(step)
-            for start in range(0, len(indices), self.loader._chunk):
-                yield step // self.loader.steps_per_epoch, indices[start : start + self.loader._chunk]
+    def starting_at(self, first_step: int) -> Iterator[Job]:
+        for step in itertools.count(first_step):
+            indices = self.plan.indices(step)
+            for start in range(0, len(indices), self.chunk):
+                yield self.plan.epoch(step), indices[start : start + self.chunk]
 
 
 def _chunk_size(local_batch: int, num_workers: int) -> int:

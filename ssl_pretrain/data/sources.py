@@ -9,10 +9,13 @@ in any other tree the images have no labels (-1), and only what needs labels or 
                       root: /data/photos             no train/ in it: everything below is for training
                       root: /data/sample.zip         either layout, read in place
                       root: /data/train.csv          lines of path or path,label
+                      root: /data/train.beton        written by `python -m ssl_pretrain.data.beton write`,
+                                                     or a folder with train.beton and val.beton, or with their shards
 """
 
 import copy
 import hashlib
+import importlib.util
 import os
 import zlib
 from dataclasses import dataclass
@@ -22,22 +25,27 @@ from typing import Any, Literal
 import numpy as np
 
 from ssl_pretrain import draws
-from ssl_pretrain.data import cifar10, listing, parts
+from ssl_pretrain.data import beton_file, cifar10, listing, parts
+from ssl_pretrain.data.beton_file import Samples
 from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.listing import Listing
 
 _DIGITS_PER_CLASS = 50  # held out; 10 classes
+_KINDS = "give a folder, a .zip, a .beton, or a list of files (.csv, .txt)"
 
 
 @dataclass
 class DataConfig:
     source: Literal["digits", "cifar10", "folder"] = "folder"
-    root: str = ""               # a folder, a .zip, or a list of files
+    root: str = ""               # a folder, a .zip, a list of files, or a .beton
     train: str = "train"         # sub-folder or list file in root; where root has no train/, root itself
     val: str = "val"             # the same for validation; cifar10 has test/
     subset: int = 0              # use this many training images, a fixed random choice; 0: all
-    num_workers: int = 4         # processes per rank that decode and crop; 0: in the training process
-    loader: Literal["auto", "folder"] = "auto"
+    num_workers: int = 4         # per rank: threads (ffcv) or processes (folder) that decode and crop; 0: one thread, or no process
+    loader: Literal["auto", "ffcv", "folder"] = "auto"       # auto: ffcv for a .beton where FFCV is installed; the run says which and why
+    cache: Literal["none", "device"] = "none"                # device: all images uploaded once, as for CIFAR-10; cropped there
+    order: Literal["random", "quasi_random"] = "random"      # quasi_random: mostly in the order of the disk, for more data than memory
+    quasi_random_window: int = 16384                         # images mixed with each other in that order; they have to fit into memory
     cache_dir: str = ""          # for lists of files; "": ~/.cache/ssl_pretrain
 
 
@@ -161,6 +169,55 @@ class Files(Source):
         return self.files.packed.tobytes() + self.files.ends.tobytes()
 
 
+class Beton(Source):
+    """A .beton file, or a set of its shards. Read here without FFCV, one image at a time; `compiled` reads it fast."""
+
+    def __init__(self, samples: Samples):
+        classes = samples.manifest.get("classes")
+        if classes is None:    # of FFCV's own writer, which keeps no names
+            classes = [str(label) for label in range(int(samples.label.max(initial=-1)) + 1)]
+        super().__init__(samples.paths[0], samples.label, classes)
+        self.samples = samples
+        self._chosen = b""
+
+    def read(self, index: int) -> np.ndarray:
+        stored = self.content(index)
+        if self.samples.mode[index] == beton_file.RAW:
+            return np.frombuffer(stored, np.uint8).reshape(self.samples.height[index], self.samples.width[index], 3).copy()
+        return decode(stored, self.name(index))
+
+    def content(self, index: int) -> bytes:
+        """The image's bytes as they are stored. Raises UnreadableImage."""
+        try:
+            return beton_file.content(self.samples, index)
+        except (OSError, EOFError) as error:
+            raise UnreadableImage(f"{self.name(index)}: {getattr(error, 'strerror', None) or error}") from error
+
+    def name(self, index: int) -> str:
+        return self.samples.name(index)
+
+    def take(self, indices: np.ndarray) -> "Beton":
+        taken = Beton(self.samples.take(indices))
+        taken._chosen = self._chosen + indices.astype(np.int64).tobytes()
+        return taken
+
+    def check_present(self) -> None:
+        for path in self.samples.paths:
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"data.root: {path} is gone; it was there when the run began")
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the images it was written from, so that a run may go on from their folder; of its own entries without a manifest."""
+        written_from = self.samples.manifest.get("fingerprint")
+        return written_from if written_from and not self._chosen else super().fingerprint
+
+    def _identity(self) -> bytes:
+        samples = self.samples
+        entries = samples.length.tobytes() + samples.place.tobytes() + samples.file.tobytes()
+        return str(samples.manifest.get("fingerprint")).encode() + self._chosen + entries
+
+
 def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
     """The images of one part. Class numbers are those of the training part, in both.
 
@@ -174,14 +231,17 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
     if config.source == "digits":
         source: Source = Digits(split)
         return _subset(source, config.subset) if split == "train" else source
+    stored = _stored(config, split)
+    if stored is not None:
+        beton = Beton(beton_file.read(stored))
+        return _subset(beton, config.subset) if split == "train" else beton
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else Path.home() / ".cache" / "ssl_pretrain"
     root = _root(config, cache)
-    where, files, written = _train(config, root, cache)
-    labels, classes = parts.labels(where, files, written, None)
     if split == "train":
-        return _subset(Files(where, files, labels, classes), config.subset)
+        where, files, written = _train(config, root, cache)
+        return _subset(Files(where, files, *parts.labels(where, files, written, None)), config.subset)
     name = "test" if config.source == "cifar10" else config.val
-    found = parts.find(root, name, cache)
+    found = parts.find(root if root.suffix != ".beton" else root.parent, name, cache)
     if found is None:
         raise ValueError(
             f"data.val: {root} has no folder or list {name!r}; name the one that holds the validation images,"
@@ -189,7 +249,36 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
         )
     where, files, written = found
     _check_not_empty(where, files)
-    return Files(where, files, *parts.labels(where, files, written, classes))
+    return Files(where, files, *parts.labels(where, files, written, _classes(config, root, cache)))
+
+
+def _stored(config: DataConfig, split: str) -> Path | None:
+    """The .beton of a part: `root` itself, or what lies in it or beside it under the part's name."""
+    root = Path(config.root).expanduser()
+    if split == "val":
+        name = "test" if config.source == "cifar10" else config.val
+        if not config.root or not _prefers_stored(config, root, name):
+            return None
+        return beton_file.find(root if root.is_dir() else root.parent, name)
+    if root.suffix.lower() == ".beton":
+        return root
+    return beton_file.find(root, config.train) if root.is_dir() and _prefers_stored(config, root, config.train) else None
+
+
+def _prefers_stored(config: DataConfig, root: Path, part: str) -> bool:
+    """A folder of images beside the .beton is taken where FFCV is absent, or where the config asks for folders."""
+    if not (root / part).is_dir() or config.loader == "ffcv":
+        return root.is_dir() or root.suffix.lower() == ".beton"
+    return config.loader == "auto" and importlib.util.find_spec("ffcv") is not None
+
+
+def _classes(config: DataConfig, root: Path, cache: Path) -> list[str]:
+    """Those of the training part, whose numbers the validation part has too."""
+    stored = _stored(config, "train")
+    if stored is not None:
+        return Beton(beton_file.read(stored)).classes
+    where, files, written = _train(config, root, cache)
+    return parts.labels(where, files, written, None)[1]
 
 
 def require_labels(source: Source, what: str) -> None:
@@ -208,11 +297,11 @@ def _root(config: DataConfig, cache: Path) -> Path:
     if config.source == "cifar10" and (not config.root or (root / "cifar-10-batches-py").is_dir()):
         return cifar10.packed(config.root, cache)
     if not config.root:
-        raise ValueError("data.root: not set; give a folder, a .zip, or a list of files (.csv, .txt), as in data.root=/data/imagenet")
+        raise ValueError(f"data.root: not set; {_KINDS}, as in data.root=/data/imagenet")
     if not root.exists():
-        raise ValueError(f"data.root: {root} does not exist; give a folder, a .zip, or a list of files (.csv, .txt)")
-    if root.is_file() and root.suffix.lower() not in (".zip", ".csv", ".txt"):
-        raise ValueError(f"data.root: {root} is a file of a kind that is not read; give a folder, a .zip, or a list of files (.csv, .txt)")
+        raise ValueError(f"data.root: {root} does not exist; {_KINDS}")
+    if root.is_file() and root.suffix.lower() not in (".zip", ".csv", ".txt", ".beton"):
+        raise ValueError(f"data.root: {root} is a file of a kind that is not read; {_KINDS}")
     return root
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
@@ -29,13 +30,14 @@ class Chunk:
     """The views of a few images on their way to the trainer.
 
     pixels: uint8, flat, all images' view 0, then view 1, ...: one piece of shared memory and one copy to the device. shapes: of each
-    view. labels: int64 (n,). replaced: (file, what happened) of each image that could not be read.
+    view. labels: int64 (n,). replaced: (file, what happened) of each image that could not be read. seconds: that making it took.
     """
 
     pixels: Tensor
     shapes: list[torch.Size]
     labels: np.ndarray
     replaced: list[tuple[str, str]]
+    seconds: float = 0.0
 
     def pin_memory(self) -> "Chunk":
         return replace(self, pixels=self.pixels.pin_memory())
@@ -59,6 +61,7 @@ class Chunks(Dataset[Chunk]):
 
     def __getitem__(self, job: Job) -> Chunk:
         epoch, indices = job
+        began = time.perf_counter()
         labels = np.empty(len(indices), np.int64)
         replaced: list[tuple[str, str]] = []
         for row, index in enumerate(indices.tolist()):
@@ -75,7 +78,7 @@ class Chunks(Dataset[Chunk]):
                     block[row] = view
             except Exception as error:
                 raise RuntimeError(f"image {index}, {self.source.name(taken)}: {type(error).__name__}: {error}") from error
-        return chunk
+        return replace(chunk, seconds=time.perf_counter() - began)
 
     def _read(self, index: int, replaced: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
         """The pixels of an image, or of the next one that can be read (the same in every run), and the number of the one taken."""
@@ -96,28 +99,52 @@ class Chunks(Dataset[Chunk]):
         raise RuntimeError(f"none of the {n} images of {self.source.where} can be read; one of them: {first}")
 
 
-def start(chunks: Chunks, jobs: Iterable[Job], num_workers: int, num_ahead: int, pinned: bool) -> DataLoader:
-    """What `take` takes the chunk of each job from, in the order of the jobs; `num_ahead` of them are made before they are asked for."""
-    if num_workers:
-        _start_forkserver()
-    return DataLoader(
-        chunks,
-        sampler=jobs,
-        batch_size=None,  # a job is what one worker does at a time
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        num_workers=num_workers,
-        prefetch_factor=max(2, -(-num_ahead // num_workers)) if num_workers else None,
-        persistent_workers=num_workers > 0,
-        multiprocessing_context="forkserver" if num_workers else None,
-        worker_init_fn=_obey_trainer_only,
-        pin_memory=pinned,
-        generator=torch.Generator(),  # else iterating would draw from the trainer's generator
-    )
+class Processes:
+    """`num_workers` processes (0: this one) that make the chunk of each job, `num_ahead` of them before they are asked for."""
+
+    def __init__(self, chunks: Chunks, num_workers: int, num_ahead: int, pinned: bool):
+        self._jobs = _Jobs()
+        self._num_workers = num_workers
+        self._loader = DataLoader(
+            chunks,
+            sampler=self._jobs,
+            batch_size=None,  # a job is what one worker does at a time
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            num_workers=num_workers,
+            prefetch_factor=max(2, -(-num_ahead // num_workers)) if num_workers else None,
+            persistent_workers=num_workers > 0,
+            multiprocessing_context="forkserver" if num_workers else None,
+            worker_init_fn=_obey_trainer_only,
+            pin_memory=pinned,
+            generator=torch.Generator(),  # else iterating would draw from the trainer's generator
+        )
+
+    def take(self, jobs: Iterable[Job]) -> Iterator[Chunk]:
+        """The chunks, from the first job on; the workers begin at once. Raises RuntimeError where a worker was killed."""
+        if self._num_workers:
+            _start_forkserver()
+        self._jobs.jobs = jobs
+        return _taken(iter(self._loader))
+
+    def close(self) -> None:
+        """Ends the processes and waits for them. Idempotent."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is None:
+            return
+        iterator._shutdown_workers()  # type: ignore[attr-defined]  # torch ends them only when the last reference goes, whenever that is
+        for worker in iterator._workers:  # type: ignore[attr-defined]
+            if worker.is_alive():  # stuck in a dead file system
+                worker.kill()
+                worker.join(5)
 
 
-def take(loader: DataLoader) -> Iterator[Chunk]:
-    """The chunks, from the first job on; the workers begin at once. Raises RuntimeError where a worker was killed."""
-    return _taken(iter(loader))
+class _Jobs:
+    """torch takes one sampler for good; the jobs of each start are put into it."""
+
+    jobs: Iterable[Job] = ()
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self.jobs)
 
 
 def _taken(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -125,18 +152,6 @@ def _taken(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         yield from chunks
     except (EOFError, ConnectionError) as error:  # torch's own message covers the workers that die between two sendings
         raise RuntimeError("a worker was killed while it sent images; if that was for memory, set data.num_workers lower") from error
-
-
-def end(loader: DataLoader) -> None:
-    """Ends the processes of `start` and waits for them. Idempotent."""
-    iterator, loader._iterator = loader._iterator, None
-    if iterator is None:
-        return
-    iterator._shutdown_workers()  # type: ignore[attr-defined]  # torch ends them only when the last reference goes, whenever that is
-    for worker in iterator._workers:  # type: ignore[attr-defined]
-        if worker.is_alive():  # stuck in a dead file system
-            worker.kill()
-            worker.join(5)
 
 
 def _start_forkserver() -> None:

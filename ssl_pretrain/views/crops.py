@@ -9,6 +9,9 @@ numbers differs.
 import math
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from numba import njit
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -17,6 +20,7 @@ from ssl_pretrain.draws import Purpose
 from ssl_pretrain.views.recipe import Crop, Interpolation
 
 TRIES = 10    # torchvision's
+_CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)    # jitted code takes no enumeration
 
 
 class Box(NamedTuple):
@@ -45,28 +49,50 @@ def draw(crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, 
         height: of the decoded image, in pixels.
         width: likewise.
     """
-    flip = bool(draws.uniform(seed, epoch, index, view, Purpose.FLIP, 1)[0, 0] < crop.flip)
-    log_ratio = math.log(crop.ratio[0]), math.log(crop.ratio[1])
-    tries = draws.uniform(seed, epoch, index, view, Purpose.CROP, 4 * TRIES).reshape(TRIES, 4).tolist()
-    for area_draw, ratio_draw, top_draw, left_draw in tries:
-        area = height * width * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * area_draw)
-        ratio = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * ratio_draw)
-        box_width = round(math.sqrt(area * ratio))
-        box_height = round(math.sqrt(area / ratio))
+    return Box(*box_at(*chances(crop), seed, epoch, index, view, height, width))
+
+
+def chances(crop: Crop) -> tuple[float, float, float, float, float]:
+    """What `box_at` needs of a recipe: the range of areas, the range of ratios, how likely a flip is."""
+    return (*map(float, crop.scale), *map(float, crop.ratio), float(crop.flip))  # type: ignore[return-value]
+
+
+@njit(nogil=True, cache=True)
+def box_at(low_area, high_area, low_ratio, high_ratio, flip, seed, epoch, index, view, height, width):
+    """`draw` inside other jitted functions: (top, left, height, width, flip)."""
+    flipped = draws.uniform_at(seed, epoch, index, view, _FLIP, 0) < flip
+    low_log, high_log = math.log(low_ratio), math.log(high_ratio)
+    for number in range(TRIES):
+        lane = 4 * number
+        area = height * width * (low_area + (high_area - low_area) * draws.uniform_at(seed, epoch, index, view, _CROP, lane))
+        ratio = math.exp(low_log + (high_log - low_log) * draws.uniform_at(seed, epoch, index, view, _CROP, lane + 1))
+        box_width = int(np.rint(math.sqrt(area * ratio)))
+        box_height = int(np.rint(math.sqrt(area / ratio)))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(top_draw * (height - box_height + 1))
-            left = int(left_draw * (width - box_width + 1))
-            return Box(top, left, box_height, box_width, flip)
-    return _central(crop, height, width, flip)
-
-
-def _central(crop: Crop, height: int, width: int, flip: bool) -> Box:
+            top = int(draws.uniform_at(seed, epoch, index, view, _CROP, lane + 2) * (height - box_height + 1))
+            left = int(draws.uniform_at(seed, epoch, index, view, _CROP, lane + 3) * (width - box_width + 1))
+            return top, left, box_height, box_width, flipped
     box_height, box_width = height, width
-    if width / height < min(crop.ratio):
-        box_height = round(width / min(crop.ratio))
-    elif width / height > max(crop.ratio):
-        box_width = round(height * max(crop.ratio))
-    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width, flip)
+    if width / height < low_ratio:
+        box_height = int(np.rint(width / low_ratio))
+    elif width / height > high_ratio:
+        box_width = int(np.rint(height * high_ratio))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width, flipped
+
+
+def boxes(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int, sizes: np.ndarray) -> np.ndarray:
+    """`draw` for many images: int64 (n, 5), a `Box` a row. sizes: int64 (n, 2), height and width of each."""
+    drawn = np.empty((len(indices), 5), np.int64)
+    _fill_boxes(chances(crop), seed, epoch, indices, view, sizes, drawn)
+    return drawn
+
+
+@njit(nogil=True, cache=True)
+def _fill_boxes(chances, seed, epoch, indices, view, sizes, drawn):
+    low, high, low_ratio, high_ratio, flip = chances
+    for row in range(len(indices)):
+        box = box_at(low, high, low_ratio, high_ratio, flip, seed, epoch, indices[row], view, sizes[row, 0], sizes[row, 1])
+        drawn[row, 0], drawn[row, 1], drawn[row, 2], drawn[row, 3], drawn[row, 4] = box
 
 
 def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
@@ -79,6 +105,46 @@ def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
     """
     view = F.resized_crop(image, box.top, box.left, box.height, box.width, [crop.size, crop.size], crop.interpolation, antialias=True)
     return view.flip(-1) if box.flip else view
+
+
+def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
+    """`apply` for a whole batch on its own device, within one grey level of it: uint8 (n, 3, size, size).
+
+    A resize is a product with one matrix along x and one along y, which differ from image to image with their boxes.
+
+    Args:
+        images: uint8 (n, 3, height, width).
+        boxes: int64 (n, 5), of `boxes`.
+        crop: the recipe that gives size and interpolation.
+    """
+    at = torch.from_numpy(boxes).to(images.device, non_blocking=True)
+    along_x = _matrices(at[:, 1], at[:, 3], images.shape[3], crop)
+    along_x = torch.where(at[:, 4, None, None] == 1, along_x.flip(1), along_x)
+    along_y = _matrices(at[:, 0], at[:, 2], images.shape[2], crop)
+    views = _to_levels(images.to(torch.float32) @ along_x[:, None].transpose(2, 3))
+    return _to_levels(along_y[:, None] @ views).to(torch.uint8)
+
+
+def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
+    """float32 (n, size, total): the weights of `resize.axis` at the box's place in the image."""
+    widest = 2.0 if crop.interpolation == "bicubic" else 1.0
+    scale = (length.to(torch.float32) / crop.size)[:, None, None]
+    widened = scale.clamp_min(1.0)
+    centre = scale * (torch.arange(crop.size, device=first.device)[:, None] + 0.5)
+    pixel = torch.arange(total, device=first.device) - first[:, None, None]
+    start = (centre - widest * widened + 0.5).trunc().clamp_min(0)
+    end = torch.minimum((centre + widest * widened + 0.5).trunc(), length[:, None, None].to(torch.float32))
+    x = ((pixel - centre + 0.5) / widened).abs()
+    if crop.interpolation == "bicubic":
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
+    else:
+        weights = (1 - x).clamp_min(0)
+    weights = weights * ((pixel >= start) & (pixel < end))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _to_levels(images: Tensor) -> Tensor:
+    return images.add_(0.5).floor_().clamp_(0, 255)
 
 
 def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation: Interpolation = "bilinear") -> Tensor:

@@ -293,14 +293,14 @@ class TestList:
 class TestMessages:
     def test_what_to_open(self, tmp_path, opened):
         assert message(opened, "") == (
-            "data.root: not set; give a folder, a .zip, or a list of files (.csv, .txt), as in data.root=/data/imagenet"
+            "data.root: not set; give a folder, a .zip, a .beton, or a list of files (.csv, .txt), as in data.root=/data/imagenet"
         )
         assert message(opened, tmp_path / "absent") == (
-            f"data.root: {tmp_path}/absent does not exist; give a folder, a .zip, or a list of files (.csv, .txt)"
+            f"data.root: {tmp_path}/absent does not exist; give a folder, a .zip, a .beton, or a list of files (.csv, .txt)"
         )
         (tmp_path / "a.tar").write_text("")
         assert message(opened, tmp_path / "a.tar") == (
-            f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a folder, a .zip, or a list of files (.csv, .txt)"
+            f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a folder, a .zip, a .beton, or a list of files (.csv, .txt)"
         )
         assert message(opened, tmp_path, source="cifar") == "data.source: 'cifar' is not a source; choose one of: digits, cifar10, folder"
 

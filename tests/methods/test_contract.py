@@ -21,9 +21,6 @@ def same(got, expected, rtol=1e-9, atol=1e-10):
 
 
 WHOLE = {"steps": 2}
-WAITING = dict.fromkeys(("swav", "nnclr"), "in two passes, step.py takes a gradient by embeddings that only after_step reads")
-WAITING["moco_v3"] = "in two passes, step.py puts the running statistics back before the teacher's forward moves its own"
-
 
 def in_groups(name):
     return {"steps": 2, "group": 8, **getattr(contract.test_file(name), "IN_PARTS", {})}
@@ -64,9 +61,7 @@ def test_ranks_agree_with_one_process(name, on_ranks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parts_on_one_rank_equal_as_many_ranks(name, on_ranks, request):
-    if name in WAITING:
-        request.applymarker(pytest.mark.xfail(strict=False, reason=WAITING[name]))
+def test_parts_on_one_rank_equal_as_many_ranks(name, on_ranks):
     parts = contract.run(name, parts=3, **in_groups(name))
     for rank in on_ranks[3]:
         assert not isinstance(rank[name], str), rank[name]

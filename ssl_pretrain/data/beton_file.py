@@ -1,0 +1,211 @@
+"""FFCV's file format, read with every doubt that FFCV's own reader lacks: what is cut short or was never finished does not open.
+
+    header      version, number of fields, page size, number of samples, where the allocation table is
+    fields      one descriptor each; ours are `image` (JPEG or raw RGB) and `label`
+    metadata    of each sample: mode, width, height, place of the image, label
+    pages       the images' bytes, none of them across the edge of a page
+    table       of each image: sample, place, length
+
+Beside each file lies its manifest, `train.beton.json`: class names, counts, and the fingerprint of the source.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+VERSION = 2
+JPEG, RAW = 0, 1
+HEADER = np.dtype([("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table", "<u8")], align=True)
+FIELD = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("length", "<u8")])
+FIELDS = (("image", 2), ("label", 1))  # name, FFCV's number of the type
+DATA_FIELDS_END = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+_ROWS = ("file", "place", "length", "mode", "height", "width", "label")  # of `Samples`
+_SHARD = re.compile(r"(?P<part>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.beton")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All images of one file, or of the shards that make one, by number; each array has n rows.
+
+    paths: the files. file: which of them. place, length: where in it. mode: JPEG or RAW. manifest: of the whole.
+    """
+
+    paths: list[str]
+    file: np.ndarray  # int32
+    place: np.ndarray  # int64
+    length: np.ndarray  # int64
+    mode: np.ndarray  # uint8
+    height: np.ndarray  # int32
+    width: np.ndarray  # int32
+    label: np.ndarray  # int64
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def take(self, indices: np.ndarray) -> "Samples":
+        return replace(self, **{name: getattr(self, name)[indices] for name in _ROWS})
+
+    def name(self, index: int) -> str:
+        """For messages."""
+        return f"{self.paths[self.file[index]]}, image {index}"
+
+
+def shards(path: Path) -> list[Path]:
+    """The file itself, or every shard of the set that it names (train-00000-of-00016.beton stands for all 16).
+
+    Raises:
+        ValueError: shards are missing, and which.
+    """
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    paths = [path.with_name(shard_name(match["part"], number, count)) for number in range(count)]
+    missing = [found.name for found in paths if not found.exists()]
+    if missing:
+        raise ValueError(f"data.root: {len(missing)} of {count} shards are missing beside {path}: {_some(missing)}; write them, or wait")
+    return paths
+
+
+def shard_name(part: str, number: int, count: int) -> str:
+    return f"{part}-{number:05d}-of-{count:05d}.beton"
+
+
+def find(folder: Path, part: str) -> Path | None:
+    """`part`.beton of a folder, or the first of its shards; None if there is neither."""
+    if (folder / f"{part}.beton").is_file():
+        return folder / f"{part}.beton"
+    return next(iter(sorted(folder.glob(f"{part}-?????-of-?????.beton"))), None)
+
+
+def read(path: Path) -> Samples:
+    """What is in a file, or in all shards of a set.
+
+    Raises:
+        ValueError: absent, not a .beton, never finished, cut short, or shards of different sources.
+    """
+    parts = [_read_one(found) for found in shards(path)]
+    identities = {part.manifest.get("of_source") for part in parts}
+    if len(identities) > 1:
+        raise ValueError(f"data.root: {path} and its other shards come from different sources or settings; write all of them anew")
+    counts = [len(part) for part in parts]
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ROWS[1:]}
+    manifest = dict(parts[0].manifest)
+    if len(parts) > 1:
+        manifest["fingerprint"] = "+".join(str(part.manifest.get("fingerprint")) for part in parts)
+        manifest |= {key: sum(part.manifest.get(key, 0) for part in parts) for key in ("kept", "encoded", "raw", "num_samples")}
+        manifest["bad"] = [line for part in parts for line in part.manifest.get("bad", [])]
+        if not manifest["bad"]:
+            manifest["fingerprint"] = manifest.get("of_source", manifest["fingerprint"])
+    return Samples(
+        [part.paths[0] for part in parts], file=np.repeat(np.arange(len(parts), dtype=np.int32), counts), manifest=manifest, **joined
+    )
+
+
+def _read_one(path: Path) -> Samples:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(f"data.root: {path} does not exist; write it: python -m ssl_pretrain.data.beton write --help") from None
+    cut = f"data.root: {path} is cut short ({size:,} bytes); copy or write it again"
+    if size < DATA_FIELDS_END:
+        raise ValueError(cut if size else f"data.root: {path} is empty; its writing never began, or the disk was full")
+    header = np.fromfile(path, HEADER, 1)[0]
+    if header["version"] != VERSION or not 1 <= header["num_fields"] <= 100:
+        raise ValueError(f"data.root: {path} is not a .beton of format {VERSION}")
+    if header["table"] == 0:
+        raise ValueError(f"data.root: {path} was never finished: its writer was stopped; run the same write again, and it goes on")
+    types = np.fromfile(path, FIELD, int(header["num_fields"]), offset=HEADER.itemsize)
+    found = [(bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace"), int(field["type"])) for field in types]
+    if found != list(FIELDS):
+        raise ValueError(f"data.root: {path} has the fields {found}, and not image and label; write it with ssl_pretrain.data.beton")
+    n, table = int(header["num_samples"]), int(header["table"])
+    if DATA_FIELDS_END + n * SAMPLE.itemsize > size or table + n * ALLOCATION.itemsize > size:
+        raise ValueError(cut)
+    samples = np.fromfile(path, SAMPLE, n, offset=DATA_FIELDS_END)
+    allocations = np.fromfile(path, ALLOCATION, n, offset=table)
+    allocations = allocations[np.argsort(allocations["place"], kind="stable")]
+    image = samples["image"]
+    at = np.searchsorted(allocations["place"], image["place"])
+    bad = (at >= n) | (allocations["place"][np.minimum(at, max(n - 1, 0))] != image["place"]) if n else np.zeros(0, bool)
+    if bad.any():
+        raise ValueError(f"data.root: {path}: the allocation table does not know image {int(np.flatnonzero(bad)[0])}; the file is damaged")
+    length = allocations["length"][at]
+    _check_places(path, image, length, table)
+    sizes = {"height": image["height"].astype(np.int32), "width": image["width"].astype(np.int32)}
+    arrays = {"place": image["place"].astype(np.int64), "length": length.astype(np.int64), "mode": image["mode"].copy(), **sizes}
+    return Samples([str(path)], np.zeros(n, np.int32), label=samples["label"].copy(), manifest=manifest_of(path), **arrays)
+
+
+def _check_places(path: Path, image: np.ndarray, length: np.ndarray, table: int) -> None:
+    """No decoder may be sent outside the file, or be given more pixels than the memory it writes to."""
+    raw = image["height"].astype(np.int64) * image["width"] * 3
+    wrong = image["place"] + length > table
+    wrong |= (image["height"] == 0) | (image["width"] == 0) | (image["mode"] > RAW) | (length == 0)
+    wrong |= (image["mode"] == RAW) & (length != raw.astype(length.dtype))
+    if wrong.any():
+        raise ValueError(f"data.root: {path}: the entry of image {int(np.flatnonzero(wrong)[0])} points outside the file; it is damaged")
+
+
+def pages_begin(num_images: int, page_size: int) -> int:
+    """Where the first page of a file begins that has room for so many entries."""
+    return -(-(DATA_FIELDS_END + num_images * SAMPLE.itemsize) // page_size) * page_size
+
+
+def finish(data: BinaryIO, samples: np.ndarray, length: np.ndarray, page_size: int) -> None:
+    """Makes a .beton of a file that has the images: the table of allocations, then fields and entries, the header last."""
+    place = samples["image"]["place"]
+    table = int(place[-1] + length[-1])
+    allocations = np.zeros(len(samples), ALLOCATION)
+    allocations["sample"], allocations["place"], allocations["length"] = np.arange(len(samples)), place, length
+    fields = np.zeros(len(FIELDS), FIELD)
+    for field, (name, kind) in zip(fields, FIELDS):
+        field["type"], field["name"][: len(name)] = kind, np.frombuffer(name.encode(), np.uint8)
+    data.truncate(table)
+    header = np.array([(VERSION, len(FIELDS), page_size, len(samples), table)], HEADER)
+    for at, content in ((table, allocations), (HEADER.itemsize, fields), (DATA_FIELDS_END, samples), (0, header)):
+        if at == 0:
+            os.fsync(data.fileno())
+        data.seek(at)
+        data.write(content.tobytes())
+        data.flush()
+    os.fsync(data.fileno())
+
+
+def manifest_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest beside a file; empty for a file of FFCV's own writer, which has none. Raises ValueError where it cannot be read."""
+    try:
+        return json.loads(manifest_path(path).read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise ValueError(f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write again") from None
+
+
+def content(samples: Samples, index: int) -> bytes:
+    """The stored bytes of one image, by any process. Raises OSError; EOFError where the file ends before the image does."""
+    handle = os.open(samples.paths[samples.file[index]], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        stored = os.pread(handle, int(samples.length[index]), int(samples.place[index]))
+    finally:
+        os.close(handle)
+    if len(stored) != samples.length[index]:
+        raise EOFError(f"{samples.name(index)}: the file ends before the image does; it was {samples.length[index]} bytes long when opened")
+    return stored
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")

@@ -1,0 +1,213 @@
+"""A decoded image -> one view, compiled: torch's antialiased bilinear and bicubic resize, in its own integer arithmetic.
+
+A separable resize multiplies along x, then along y. Both passes here run over bytes that lie one after the other, 32
+at a time: the image is turned once (columns become rows), the result of the first pass is turned back, and whatever
+number of views an image has, its decoding and first turn are shared.
+
+The arithmetic is that of torch's uint8 kernels (aten/native/cpu/UpSampleKernel.cpp, after Pillow): weights of the
+triangle or of Keys' cubic with a = -0.5, widened by the scale where the image shrinks, rounded to 16 bits with as many
+of them behind the point as the largest allows; sums in 32 bits; rounded and clamped to a byte after each pass.
+"""
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+TILE = 16  # bytes; rows and columns of what is turned are padded to it
+
+
+@njit(nogil=True)
+def padded(count):
+    return (count + TILE - 1) // TILE * TILE
+
+
+def most_taps(longest_side: int, size: int, bicubic: bool) -> int:
+    """Pixels that one pixel of a view can depend on along an axis, rounded up to whole groups of 4."""
+    reach = 2 if bicubic else 1
+    return -(-(2 * math.ceil(reach * max(1.0, longest_side / size)) + 1) // 4) * 4
+
+
+@intrinsic
+def _turn_tile(_context, source, source_pitch, target, target_pitch):
+    """Writes the 16 x 16 bytes at address `source` to `target`, rows as columns: four rounds of interleaving registers."""
+
+    def codegen(context, builder, _signature, arguments):
+        source, source_pitch, target, target_pitch = arguments
+        row_type = ir.VectorType(ir.IntType(8), TILE)
+
+        def row_at(address, pitch, number):
+            offset = builder.mul(pitch, ir.Constant(pitch.type, number))
+            return builder.inttoptr(builder.add(address, offset), row_type.as_pointer())
+
+        def half(number):
+            first = number * TILE // 2
+            lanes = [lane for k in range(TILE // 2) for lane in (first + k, TILE + first + k)]
+            return ir.Constant(ir.VectorType(ir.IntType(32), TILE), lanes)
+
+        rows = [builder.load(row_at(source, source_pitch, number), align=1) for number in range(TILE)]
+        for _ in range(4):
+            rows = [builder.shuffle_vector(rows[k], rows[k + TILE // 2], half(side)) for k in range(TILE // 2) for side in (0, 1)]
+        for number, row in enumerate(rows):
+            builder.store(row, row_at(target, target_pitch, number), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp), codegen
+
+
+@njit(nogil=True)
+def turn(source, source_pitch, rows, columns, target, target_pitch):
+    """target[column, row] = source[row, column]; flat arrays, with room for whole tiles at every edge."""
+    source_at, target_at = source.ctypes.data, target.ctypes.data
+    for column in range(0, columns, TILE):
+        for row in range(0, rows, TILE):
+            source_tile, target_tile = source_at + row * source_pitch + column, target_at + column * target_pitch + row
+            _turn_tile(source_tile, source_pitch, target_tile, target_pitch)  # type: ignore[call-arg]  # numba gives the context
+
+
+@njit(nogil=True)
+def _filter(x, bicubic):
+    x = abs(x)
+    if not bicubic:
+        return max(0.0, 1.0 - x)
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    if x < 2.0:
+        return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return 0.0
+
+
+@njit(nogil=True)
+def axis(length, size, bicubic, mirrored, starts, counts, weights, exact):
+    """Fills, for each of `size` pixels made of `length` ones: the first it depends on, how many, and their weights.
+
+    `exact` is room for the weights in float64. Returns how many bits of the weights are behind the point.
+    """
+    scale = length / size
+    reach = (2.0 if bicubic else 1.0) * max(scale, 1.0)
+    inverse = 1.0 / max(scale, 1.0)
+    largest = 0.0
+    for pixel in range(size):
+        centre = scale * (pixel + 0.5)
+        start = max(int(centre - reach + 0.5), 0)
+        count = min(int(centre + reach + 0.5), length) - start
+        row = size - 1 - pixel if mirrored else pixel
+        starts[row], counts[row] = start, count
+        total = 0.0
+        for tap in range(count):
+            weight = _filter((tap + start - centre + 0.5) * inverse, bicubic)
+            exact[row, tap] = weight
+            total += weight
+        for tap in range(count):
+            exact[row, tap] /= total
+            largest = max(largest, exact[row, tap])
+    bits = 0
+    while bits < 22 and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
+        bits += 1
+    for row in range(size):
+        for tap in range(weights.shape[1]):
+            if tap < counts[row]:
+                scaled = exact[row, tap] * (1 << bits)
+                weights[row, tap] = int(scaled - 0.5) if scaled < 0 else int(scaled + 0.5)
+            else:
+                weights[row, tap] = 0
+    return bits
+
+
+@njit(nogil=True)
+def _two(target, source, at, weights, n, bits):
+    first, second = source[at[0] : at[0] + n], source[at[1] : at[1] + n]
+    w0, w1, half, shift = np.int32(weights[0]), np.int32(weights[1]), np.int32(1 << (bits - 1)), np.int32(bits)
+    for i in range(n):
+        total = np.int32(np.int32(first[i]) * w0 + np.int32(np.int32(second[i]) * w1 + half))
+        target[i] = np.uint8(min(max(np.int32(total >> shift), np.int32(0)), np.int32(255)))
+
+
+@njit(nogil=True)
+def _four(target, source, at, weights, n, bits):
+    a, b, c, d = source[at[0] : at[0] + n], source[at[1] : at[1] + n], source[at[2] : at[2] + n], source[at[3] : at[3] + n]
+    w0, w1, w2, w3 = np.int32(weights[0]), np.int32(weights[1]), np.int32(weights[2]), np.int32(weights[3])
+    half, shift = np.int32(1 << (bits - 1)), np.int32(bits)
+    for i in range(n):
+        total = np.int32(np.int32(a[i]) * w0 + np.int32(np.int32(b[i]) * w1 + half))
+        total = np.int32(total + np.int32(np.int32(c[i]) * w2 + np.int32(d[i]) * w3))
+        target[i] = np.uint8(min(max(np.int32(total >> shift), np.int32(0)), np.int32(255)))
+
+
+@njit(nogil=True)
+def _add_four(sums, source, at, weights, tap, n):
+    a, b = source[at[tap] : at[tap] + n], source[at[tap + 1] : at[tap + 1] + n]
+    c, d = source[at[tap + 2] : at[tap + 2] + n], source[at[tap + 3] : at[tap + 3] + n]
+    w0, w1, w2, w3 = np.int32(weights[tap]), np.int32(weights[tap + 1]), np.int32(weights[tap + 2]), np.int32(weights[tap + 3])
+    for i in range(n):
+        total = np.int32(np.int32(a[i]) * w0 + np.int32(b[i]) * w1)
+        sums[i] = np.int32(sums[i] + np.int32(total + np.int32(np.int32(c[i]) * w2 + np.int32(d[i]) * w3)))
+
+
+@njit(nogil=True)
+def _rounded(target, sums, n, bits):
+    shift = np.int32(bits)
+    for i in range(n):
+        target[i] = np.uint8(min(max(np.int32(sums[i] >> shift), np.int32(0)), np.int32(255)))
+
+
+@njit(nogil=True)
+def _blend(target, source, first, pitch, count, weights, n, bits, at, sums):
+    """target[i] = the weighted sum of `count` rows of source, which begin `pitch` apart from `first` on."""
+    groups = (count + 3) // 4 * 4
+    for tap in range(groups):
+        at[tap] = first + min(tap, count - 1) * pitch  # what fills up a group has no weight
+    if count <= 2:
+        _two(target, source, at, weights, n, bits)
+    elif count <= 4:
+        _four(target, source, at, weights, n, bits)
+    else:
+        sums[:n] = 1 << (bits - 1)
+        for tap in range(0, groups, 4):
+            _add_four(sums, source, at, weights, tap, n)
+        _rounded(target, sums, n, bits)
+
+
+@njit(nogil=True)
+def write_view(turned, pitch, top, left, height, width, flip, size, bicubic, room, out):
+    """Writes one view, uint8 (3, size, size), from an image that was turned: row 3 * x + channel is a column, `pitch` apart.
+
+    Args:
+        turned: flat, of `turn`.
+        top, left, height, width, flip: the box.
+        room: of `room_for`.
+        out: flat, 3 * size * size bytes.
+    """
+    middle, back, starts, counts, weights, exact, at, sums = room
+    bits = axis(width, size, bicubic, flip, starts, counts, weights, exact)
+    wide, tall = padded(size), padded(height)
+    for channel in range(3):
+        for x in range(size):
+            first = (3 * (left + starts[x]) + channel) * pitch + top
+            place = (channel * wide + x) * tall
+            _blend(middle[place : place + height], turned, first, 3 * pitch, counts[x], weights[x], height, bits, at, sums)
+    bits = axis(height, size, bicubic, False, starts, counts, weights, exact)
+    for channel in range(3):
+        turn(middle[channel * wide * tall :], tall, size, height, back, wide)
+        for y in range(size):
+            place = (channel * size + y) * size
+            _blend(out[place : place + size], back, starts[y] * wide, wide, counts[y], weights[y], size, bits, at, sums)
+
+
+def room_for(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:
+    """Memory that `write_view` works in, for one thread: images up to `longest_side`, views of `sizes`."""
+    wide, tall = -(-max(sizes) // TILE) * TILE, -(-longest_side // TILE) * TILE
+    taps = max(most_taps(longest_side, size, bicubic) for size in sizes)
+    longest = max(wide, tall)
+    return (
+        np.zeros(3 * wide * tall, np.uint8),
+        np.zeros(wide * tall, np.uint8),
+        np.zeros(max(sizes), np.int64),
+        np.zeros(max(sizes), np.int64),
+        np.zeros((max(sizes), taps), np.int16),
+        np.zeros((max(sizes), taps)),
+        np.zeros(taps, np.int64),
+        np.zeros(longest, np.int32),
+    )
