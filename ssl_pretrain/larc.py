@@ -44,7 +44,7 @@ class LARC(torch.optim.Optimizer):
                 rate = (rate / group["lr"]).clamp(max=1.0) if group["lr"] else torch.ones_like(rate)
             nonzero = (weight_norm > 0) & (gradient_norm > 0)
             rate = torch.where(nonzero, rate, torch.ones_like(rate))
-            decay = torch._foreach_mul(params, list((group["weight_decay"] * nonzero).to(rate.dtype).unbind()))
+            decay = torch._foreach_mul(params, list((group["weight_decay"] * nonzero.to(rate.dtype)).unbind()))
             updates = list(torch._foreach_mul(torch._foreach_add(updates, decay), list(rate.unbind())))
         elif group["weight_decay"]:
             updates = list(torch._foreach_add(updates, params, alpha=group["weight_decay"]))

@@ -9,12 +9,20 @@ import pytest
 import tiny
 import torch
 
-from ssl_pretrain import backbones, config, optim, plan
+from ssl_pretrain import backbones, config, methods, optim, plan
 from ssl_pretrain.train import train
 from ssl_pretrain.views import recipe
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-BACKBONE_PARAMETERS = {"resnet50": 23_508_032, "test_resnet": 372_688}  # timm's, without a classifier
+BACKBONE_PARAMETERS = {  # timm's, without a classifier, by name and stem
+    "resnet50 imagenet": 23_508_032,
+    "resnet50 small": 23_500_352,
+    "resnet18 small": 11_168_832,
+    "vit_small_patch16_224 imagenet": 21_665_664,
+    "test_resnet imagenet": 372_688,
+    "test_resnet no_pool": 372_688,
+}
+FIRST = [path for path in FILES if "imagenet" in path.stem or "digits" in path.stem]  # one a method; the others' steps are long tests
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -30,21 +38,41 @@ def test_the_header_says_where_it_comes_from(path):
 def test_it_builds_its_real_model(path):
     run = config.load(path)
     recipe.check(run.views)
-    assert backbones.count_parameters(plan.method_on_meta(run).backbone) == BACKBONE_PARAMETERS[run.backbone.name]
+    assert backbones.count_parameters(plan.method_on_meta(run).backbone) == BACKBONE_PARAMETERS[f"{run.backbone.name} {run.backbone.stem}"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def _reduced(path, folder):
+    """The recipe on tiny images, a tiny backbone and the heads that its method has for small networks."""
+    values = config.to_dict(config.load(path))
+    for crop in values["views"]["crops"].values():
+        crop |= {"size": 32, "blur_kernel": 3}
+    values["method"] |= methods.find(values["method"]["name"]).SMALL
+    if values["backbone"]["name"].startswith("vit"):
+        values["backbone"] |= {"name": "test_vit", "args": {}}
+    else:
+        values["backbone"]["name"] = "test_resnet"
+    values["data"] |= {
+        "source": "folder",
+        "root": str(tiny.images(folder / "images")),
+        "cache_dir": str(folder / "cache"),
+        "num_workers": 0,
+    }
+    values["parallel"]["bn_group_images"] = "global"
+    values["log"] |= {"wandb": "off", "every_steps": 1}
+    values["online"]["knn_every_epochs"] = 0
+    return config.from_dict(values | {"output": str(folder / "run"), "global_batch_size": 16})
+
+
+@pytest.mark.parametrize(
+    "path", [path if path in FIRST else pytest.param(path, marks=pytest.mark.full) for path in FILES], ids=lambda path: path.stem
+)
 def test_it_takes_a_reduced_step(path, tmp_path):
-    run = config.load(path)
-    data = tiny.images(tmp_path / "images")
-    smaller = [f"views.crops.{name}.size=32" for name in run.views.crops]
-    smaller += [f"views.crops.{name}.blur_kernel=3" for name in run.views.crops]
-    reduced = config.load(
-        path,
-        [f"output={tmp_path / 'run'}", f"data.root={data}", "data.source=folder", f"data.cache_dir={tmp_path / 'cache'}", "data.num_workers=0",
-         "backbone.name=test_resnet", "global_batch_size=16", "log.wandb=off", "log.every_steps=1", "online.knn_every_epochs=0", *smaller],
-    )  # fmt: skip
-    assert train(reduced, torch.device("cpu"), stop_after=1) == 1
+    assert train(_reduced(path, tmp_path), torch.device("cpu"), stop_after=1) == 1
+
+
+def test_every_method_has_its_recipes():
+    for name in methods.names():
+        assert {f"{name}_imagenet", f"{name}_cifar10"} <= {path.stem for path in FILES}, name
 
 
 def test_the_flagship_is_the_papers():

@@ -27,3 +27,10 @@ def test_plain_head_keeps_its_last_bias():
 def test_widths_must_be_positive():
     with pytest.raises(ValueError, match=r"^mlp: widths must be positive, got in_dim=8, dims=\(0,\)$"):
         mlp(8, 0)
+
+
+def test_biases_that_authors_keep_before_a_norm_or_leave_out_at_the_end():
+    byol = mlp(8, 16, 4, hidden_bias=True, last_bias=False)
+    assert byol[0].bias is not None and byol[-1].bias is None
+    moco_v3 = mlp(8, 16, 4, last_batch_norm=True, last_affine=False)
+    assert [getattr(layer, "bias", None) for layer in (moco_v3[0], moco_v3[3], moco_v3[4])] == [None] * 3

@@ -95,7 +95,7 @@ def test_a_zero_weight_moves_with_trust_one():
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
 
 
-@pytest.mark.parametrize("name", ["lars", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["lars", "larc", "adamw", "adam", "sgd"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_gradient_changes_nothing(name, bad):
     model = network()
@@ -155,3 +155,62 @@ def test_rates_of_a_run():
     assert optim.rates(settings, 0.1, 100, 4096)["lr"] == pytest.approx(4.8)
     assert optim.rates(settings, 0.55, 100, 4096)["lr"] == pytest.approx(2.4)
     assert optim.rates(settings, 1.0, 100, 4096)["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def plain_larc(model, rates, clip, weight_decay=0.01, momentum=0.9, eta=0.02):
+    """NVIDIA/apex at 0bfb8300, apex/parallel/LARC.py, around torch's SGD, tensor by tensor."""
+    buffers = [torch.zeros_like(p) for p in model.parameters()]
+    for step, lr in enumerate(rates):
+        for p, v, g in zip(model.parameters(), buffers, gradients(step)):
+            if p.norm() != 0 and g.norm() != 0:
+                rate = eta * p.norm() / (g.norm() + weight_decay * p.norm() + 1e-8)
+                g = (g + weight_decay * p) * (min(rate / lr, 1) if clip else rate)
+            with torch.no_grad():
+                v.copy_(momentum * v + g)
+                p -= lr * v
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_larc_equals_apex_on_every_parameter(clip):
+    rates = [0.5, 0.001, 0.2, 0.7]
+    expected, got = network(), network()
+    plain_larc(expected, rates, clip)
+    optimizer = optim.build(OptimConfig(name="larc", weight_decay=0.01, trust_coefficient=0.02, larc_clip=clip, exclude_by="none"), got)
+    for step, lr in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for p, g in zip(got.parameters(), gradients(step)):
+            p.grad = g.clone()
+        optim.guarded_step(optimizer)
+    for p, q in zip(got.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+
+
+def test_milestones_and_epochs():
+    moco = OptimConfig(base_lr=0.03, schedule="milestones", milestones=[120, 160], warmup_epochs=0)
+    lrs = [optim.rates(moco, epoch / 200, 200, 256)["lr"] for epoch in (0, 119.9, 120, 159.9, 160, 199)]
+    assert lrs == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+    by_epoch = OptimConfig(base_lr=1.0, changes_every="epoch", warmup_epochs=0)
+    steps = [optim.rates(by_epoch, step / 12, 4, 256)["lr"] for step in range(12)]  # 3 steps an epoch
+    assert steps == pytest.approx([(1 + math.cos(math.pi * (step // 3) / 4)) / 2 for step in range(12)])
+
+
+def test_the_weight_decay_of_dino_rises_by_half_a_cosine():
+    dino = OptimConfig(weight_decay=0.04, final_weight_decay=0.4)
+    assert [optim.rates(dino, p, 100, 256)["weight_decay"] for p in (0, 0.5, 1)] == pytest.approx([0.04, 0.22, 0.4])
+    optimizer = optim.build(dino, network())
+    optim.set_rates(optimizer, dino, 0.5, 100, 256)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.22, 0.0])
+
+
+def test_constant_and_excluded_learning_rates():
+    settings = OptimConfig(base_lr=0.2, warmup_epochs=0, excluded_lr_ratio=0.024, constant_lr_names=["3."])
+    groups = optim.parameter_groups(settings, network())
+    assert [(group["group"], group["names"]) for group in groups] == [
+        ("adapted", ["0.weight"]), ("excluded", ["0.bias", "1.weight", "1.bias"]), ("constant adapted", ["3.weight"]), ("constant excluded", ["3.bias"]),
+    ]  # fmt: skip
+    optimizer = optim.build(settings, network())
+    optim.set_rates(optimizer, settings, 0.5, 100, 256)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.0024, 0.2, 0.0048])
+    with pytest.raises(ValueError, match=r"^optim.constant_lr_names: no trained parameter's name starts with 'predictr'$"):
+        optim.build(OptimConfig(constant_lr_names=["predictr"]), network())

@@ -1,6 +1,6 @@
 """Barlow Twins against its authors' arithmetic, facebookresearch/barlowtwins at 8e8d284c.
 
-https://github.com/facebookresearch/barlowtwins/blob/8e8d284ca0bc02f88b92328e53f9b901e86b4a3c/main.py#L187
+https://github.com/facebookresearch/barlowtwins/blob/8e8d284c/main.py
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ def _authors():
 def test_the_authors_gradient_is_one_over_the_ranks_of_the_true_one():
     true = contract.run("barlow_twins", steps=1)
     for rank in run_ranks(_authors, world_size=3):
-        torch.testing.assert_close(rank["gradients"]["projector.0.weight"], true["gradients"]["projector.0.weight"] / 3, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            rank["gradients"]["projector.0.weight"], true["gradients"]["projector.0.weight"] / 3, rtol=1e-9, atol=1e-12
+        )
         assert rank["losses"] == pytest.approx(true["losses"])
 
 
 def test_no_linear_of_the_projector_has_a_bias():
-    assert all(getattr(layer, "bias", None) is None for layer in contract.build("barlow_twins").projector if isinstance(layer, torch.nn.Linear))
+    assert all(
+        getattr(layer, "bias", None) is None for layer in contract.build("barlow_twins").projector if isinstance(layer, torch.nn.Linear)
+    )

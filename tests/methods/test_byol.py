@@ -1,6 +1,6 @@
 """BYOL against its authors' arithmetic, google-deepmind/deepmind-research at f5de0ede.
 
-https://github.com/google-deepmind/deepmind-research/blob/f5de0ede8430809180254ee957abf36ed62579ef/byol/byol_experiment.py#L161
+https://github.com/google-deepmind/deepmind-research/blob/f5de0ede/byol/byol_experiment.py
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def _all(names, groups):
 @pytest.fixture(scope="module")
 def on_ranks(request):
     """on_ranks[world_size][rank][name], of the methods whose tests were asked for."""
-    names = sorted({item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec") and item.path == request.path})
+    names = sorted(
+        {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec") and item.path == request.path}
+    )
     return {size: run_ranks(_all, names, size == 3, world_size=size) for size in (2, 3)}
 
 

@@ -1,6 +1,6 @@
 """DINO against its authors' arithmetic, facebookresearch/dino at 7c446df5.
 
-https://github.com/facebookresearch/dino/blob/7c446df5b9f45747937fb0d72314eb9f7b66930a/main_dino.py#L363
+https://github.com/facebookresearch/dino/blob/7c446df5/main_dino.py
 """
 
 from __future__ import annotations

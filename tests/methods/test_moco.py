@@ -1,6 +1,6 @@
 """MoCo v1 and v2 against their authors' arithmetic, facebookresearch/moco at 7397dfe1.
 
-https://github.com/facebookresearch/moco/blob/7397dfe146d22fd5abe7a9c8cc7e18a0b4ffc9b6/moco/builder.py#L120
+https://github.com/facebookresearch/moco/blob/7397dfe146c7ca6bbb58e9c382498069178ba764/moco/builder.py
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def test_what_the_recipe_cannot_have_is_refused():
     class Run:
         global_batch_size, local_batch_size = 256, 0
 
-    with pytest.raises(ValueError, match=r"^method.queue_size: 1000 is not a multiple of global_batch_size 256; the nearest that are 768 and 1024$"):
+    with pytest.raises(
+        ValueError, match=r"^method.queue_size: 1000 is not a multiple of global_batch_size 256; the nearest that are 768 and 1024$"
+    ):
         Config(queue_size=1000).check(Run(), 8)
     Config().check(Run(), 8)
     Run.local_batch_size = 16
@@ -92,4 +94,6 @@ def test_what_the_recipe_cannot_have_is_refused():
 
 def test_a_version_is_its_head():
     v1 = contract.build("moco", projector_dims=[4])
-    assert len(v1.projector) == 1 and v1.projector[0].bias is not None and not any(isinstance(m, torch.nn.BatchNorm1d) for m in v1.modules())
+    assert (
+        len(v1.projector) == 1 and v1.projector[0].bias is not None and not any(isinstance(m, torch.nn.BatchNorm1d) for m in v1.modules())
+    )

@@ -1,6 +1,6 @@
 """MoCo v3 against its authors' arithmetic, facebookresearch/moco-v3 at c349e6e2.
 
-https://github.com/facebookresearch/moco-v3/blob/c349e6e24f40d3fedb22d973f92defa4cedf37a7/moco/builder.py#L61
+https://github.com/facebookresearch/moco-v3/blob/c349e6e2/moco/builder.py
 """
 
 from __future__ import annotations

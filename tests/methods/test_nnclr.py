@@ -1,6 +1,6 @@
 """NNCLR against eq. 3 of its paper (no official code), as solo-learn computes it.
 
-https://github.com/vturrisi/solo-learn/blob/9187ea395a5a0ab5ce21a5e7b6d2ff7dea2e4b05/solo/losses/nnclr.py
+https://github.com/vturrisi/solo-learn/blob/9187ea39/solo/losses/nnclr.py
 """
 
 from __future__ import annotations

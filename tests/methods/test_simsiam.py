@@ -1,6 +1,6 @@
 """SimSiam against its authors' arithmetic, facebookresearch/simsiam at a7bc1772.
 
-https://github.com/facebookresearch/simsiam/blob/a7bc1772896d0dad0806c51f0bb6f3b16d290468/simsiam/builder.py#L42
+https://github.com/facebookresearch/simsiam/blob/a7bc1772/simsiam/builder.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SwAV against its authors' arithmetic, facebookresearch/swav at 06b1b7cb.
 
-https://github.com/facebookresearch/swav/blob/06b1b7cbaf6ba2a792300d79c7299db98b93b7f9/main_swav.py#L271
+https://github.com/facebookresearch/swav/blob/06b1b7cb/main_swav.py
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def test_one_step_is_the_authors(filled):
     method, images = contract.build("swav"), contract.batch("swav", 2)
     method.prototypes.weight.data.copy_(torch.nn.functional.normalize(method.prototypes.weight))  # drawn in float32
     method.queue.filled.fill_(filled)
-    method.queue.rows.copy_(torch.nn.functional.normalize(torch.randn(48, 2, 4, dtype=torch.float64), dim=-1) if filled else 0 * method.queue.rows)
+    method.queue.rows.copy_(
+        torch.nn.functional.normalize(torch.randn(48, 2, 4, dtype=torch.float64), dim=-1) if filled else 0 * method.queue.rows
+    )
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images, step=2)  # the prototypes move, the queue is in use
     loss, z = plain_loss(expected, images)
@@ -100,5 +102,7 @@ def test_a_queue_that_the_batch_does_not_fill_is_refused():
     class Run:
         global_batch_size = 512
 
-    with pytest.raises(ValueError, match=r"^method.queue_size: 3840 is not a multiple of global_batch_size 512; the nearest that are 3584 and 4096$"):
+    with pytest.raises(
+        ValueError, match=r"^method.queue_size: 3840 is not a multiple of global_batch_size 512; the nearest that are 3584 and 4096$"
+    ):
         Config(queue_size=3840).check(Run(), 1)

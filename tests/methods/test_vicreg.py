@@ -1,6 +1,6 @@
 """VICReg against its authors' arithmetic, facebookresearch/vicreg at 4e12602f.
 
-https://github.com/facebookresearch/vicreg/blob/4e12602fd495af83efd1631fbe82523e6db092e0/main_vicreg.py#L184
+https://github.com/facebookresearch/vicreg/blob/4e12602f/main_vicreg.py
 """
 
 from __future__ import annotations

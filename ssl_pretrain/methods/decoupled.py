@@ -1,0 +1,48 @@
+"""Decoupled contrastive learning (Yeh et al., ECCV 2022, arXiv:2110.06848): SimCLR without the positive in the denominator.
+
+The loss follows the authors' dcl.py, which sums both directions: DCL, or with `sigma` the weighted DCLW. SimCLR's head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.heads import mlp
+from ssl_pretrain.losses.contrastive import decoupled
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+
+SMALL = {"projector_dims": [256, 128]}
+
+
+@dataclass
+class Config(MethodConfig):
+    name: str = "decoupled"
+    temperature: float = 0.1
+    sigma: float | None = None  # DCLW's von Mises-Fisher weighting; the paper's is 0.5. null: DCL
+    projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 128])
+
+    def build(self, backbone: Backbone) -> Decoupled:
+        return Decoupled(self, backbone)
+
+
+class Decoupled(Method):
+    couples_batch = True
+
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_batch_norm=True, last_shift=False, init_std=0.01)
+
+    def forward(self, batch: Views) -> Embeddings:
+        z_a, z_b = self.projector(self.backbone(torch.cat(two_views("decoupled", batch)))).chunk(2)
+        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        temperature, sigma = self.config.temperature, self.config.sigma
+        loss = 2 * decoupled(embeddings["z_a"], embeddings["z_b"], temperature=temperature, sigma=sigma)  # eq. 6 or 7, both directions
+        positive = F.cosine_similarity(wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())).mean()
+        return loss, {"positive_cosine": positive}

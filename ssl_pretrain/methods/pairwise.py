@@ -1,0 +1,60 @@
+"""Pairwise contrastive loss (Hadsell, Chopra, LeCun, CVPR 2006, eq. 4; no arXiv): alike pulled together, others pushed to a margin.
+
+For labelled data, alike is of one class; for two views, of one image. Each kind of pair has weight one half whatever its
+number, as the paper draws them. No official code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.heads import mlp
+from ssl_pretrain.losses.pairs import every_pair
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+
+SMALL = {"projector_dims": [256, 128], "unit_length": True}
+
+
+@dataclass
+class Config(MethodConfig):
+    name: str = "pairwise"
+    pairs: Literal["views", "labels"] = "views"  # what is alike: two views of an image, or images of a class
+    margin: float = 1.0  # distance from which others are far enough
+    unit_length: bool = False  # normalize the embeddings, which the paper does not
+    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
+
+    def build(self, backbone: Backbone) -> Pairwise:
+        return Pairwise(self, backbone)
+
+
+class Pairwise(Method):
+    couples_batch = True
+
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.needs_labels = config.pairs == "labels"
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims)
+
+    def forward(self, batch: Views) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("pairwise", batch))
+        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+
+    @torch.no_grad()
+    def targets(self, batch: Views) -> Embeddings:
+        return {"groups": batch.labels if self.needs_labels else batch.indices}
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        z_a, z_b = wide(embeddings["z_a"]), wide(embeddings["z_b"])
+        if self.config.unit_length:
+            z_a, z_b = F.normalize(z_a), F.normalize(z_b)
+        pairs = every_pair(z_a, z_b, targets["groups"])
+        distance = pairs.squared_distance.clamp(min=1e-12).sqrt()
+        pulled = pairs.mean(pairs.squared_distance / 2, pairs.alike)
+        pushed = pairs.mean(F.relu(self.config.margin - distance).square() / 2, pairs.unlike)
+        return (pulled + pushed) / 2, {"pulled": pulled.detach(), "pushed": pushed.detach()}

@@ -1,0 +1,55 @@
+"""Supervised contrastive learning (Khosla et al., NeurIPS 2020, arXiv:2004.11362): all views of a class are positives.
+
+Loss and scale follow HobbitLong/SupContrast at 66a8fe53 (losses.py, networks/resnet_big.py) and google-research supcon at
+0c1bbe5f (projection_head.py, whose last layer has no bias).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.heads import mlp
+from ssl_pretrain.losses.contrastive import supervised_contrastive
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
+
+SMALL = {"projector_dims": [256, 128]}
+
+
+@dataclass
+class Config(MethodConfig):
+    name: str = "supcon"
+    temperature: float = 0.1
+    base_temperature: float = 0.07  # the loss is multiplied by temperature / base_temperature; google-research's is the temperature itself
+    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
+    unit_features: bool = False  # normalize the features before the projector, as google-research does
+    last_bias: bool = True  # google-research: false
+
+    def build(self, backbone: Backbone) -> SupCon:
+        return SupCon(self, backbone)
+
+
+class SupCon(Method):
+    couples_batch = True
+    needs_labels = True
+
+    def __init__(self, config: Config, backbone: Backbone):
+        super().__init__(config, backbone)
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False, last_bias=config.last_bias)
+
+    def forward(self, batch: Views) -> Embeddings:
+        features = self.backbone(torch.cat(two_views("supcon", batch)))  # one call, so batch norm sees both views
+        z_a, z_b = self.projector(F.normalize(features) if self.config.unit_features else features).chunk(2)
+        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+
+    @torch.no_grad()
+    def targets(self, batch: Views) -> Embeddings:
+        return {"labels": batch.labels}
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = supervised_contrastive(**embeddings, labels=targets["labels"], temperature=self.config.temperature)  # eq. 2
+        return loss * self.config.temperature / self.config.base_temperature, {"supervised_contrastive": loss.detach()}

@@ -1,0 +1,38 @@
+"""Debiased contrastive learning against its authors' arithmetic, chingyaoc/DCL at 30189fb7.
+
+https://github.com/chingyaoc/DCL/blob/30189fb748000dd5c575d514128cc8fdf3211870/main.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import contract
+import torch
+
+from ssl_pretrain.optim import OptimConfig
+
+METHOD = {"projector_dims": [8, 4], "tau_plus": 0.05}
+OPTIM = OptimConfig(name="adam", base_lr=0.01, lr_scaling="none", warmup_epochs=0.0, weight_decay=1e-6, exclude_by="none")
+
+
+def plain_loss(method, images):
+    n, tau, tau_plus = len(images), 0.5, 0.05
+    z = contract.unit(torch.cat([method.projector(method.backbone(view)) for view in images.views]))
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in range(2 * n):
+        positive = torch.exp(z[i] @ z[(i + n) % (2 * n)] / tau)
+        negatives = [torch.exp(z[i] @ z[j] / tau) for j in range(2 * n) if j % n != i % n]
+        total = sum(negatives)
+        debiased = (total - tau_plus * (2 * n - 2) * positive) / (1 - tau_plus)
+        debiased = torch.clamp(debiased, min=(2 * n - 2) * math.exp(-1 / tau))
+        loss = loss - torch.log(positive / (positive + debiased)) / (2 * n)
+    return loss
+
+
+def test_one_step_is_the_authors():
+    method, images = contract.build("debiased"), contract.batch("debiased")
+    expected = contract.twin(method)
+    contract.one_step(method, OPTIM, images)
+    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 0.01)
+    contract.assert_same(method, expected)

@@ -1,0 +1,43 @@
+"""The N-pair loss against eq. 7 of its paper, pair by pair, as TensorFlow's npairs_loss shares targets and regularizes.
+
+https://github.com/tensorflow/addons/blob/v0.20.0/tensorflow_addons/losses/npairs.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import contract
+import pytest
+import torch
+
+from ssl_pretrain.optim import OptimConfig
+
+METHOD = {"projector_dims": [8, 4], "pairs": "labels"}
+OPTIM = OptimConfig(name="sgd", base_lr=1.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+
+
+def plain_loss(method, images, groups):
+    a, p = (method.projector(method.backbone(view)) for view in images.views)
+    loss = 0.002 / 4 * sum((row * row).sum() for row in (*a, *p)) / len(images)
+    for i in range(len(images)):
+        same = [j for j in range(len(images)) if groups[j] == groups[i]]
+        for j in same:  # log(1 + sum over others of exp(a_i p_k - a_i p_j))
+            others = sum(torch.exp(a[i] @ p[k] - a[i] @ p[j]) for k in range(len(images)) if k != j)
+            loss = loss + torch.log(1 + others) / len(same) / len(images)
+    return loss
+
+
+@pytest.mark.parametrize("pairs", ["labels", "views"])
+def test_one_step_is_the_papers(pairs):
+    method, images = contract.build("n_pair", pairs=pairs), contract.batch("n_pair")
+    expected = contract.twin(method)
+    contract.one_step(method, OPTIM, images)
+    groups = images.labels if pairs == "labels" else images.indices
+    contract.plain_step(expected, OPTIM, plain_loss(expected, images, groups), contract.ROWS / 256)
+    contract.assert_same(method, expected)
+
+
+def test_collapse_costs_the_log_of_the_pairs():
+    method, zeros = contract.build("n_pair"), torch.zeros(6, 4, dtype=torch.float64)
+    assert method.loss({"z_a": zeros, "z_b": zeros}, {"groups": torch.arange(6)})[0].item() == pytest.approx(math.log(6))

@@ -1,0 +1,43 @@
+"""SupCon against its authors' arithmetic, HobbitLong/SupContrast at 66a8fe53.
+
+https://github.com/HobbitLong/SupContrast/blob/66a8fe53/losses.py
+"""
+
+from __future__ import annotations
+
+import contract
+import torch
+
+from ssl_pretrain.optim import OptimConfig
+
+METHOD = {"projector_dims": [8, 4]}
+OPTIM = OptimConfig(name="sgd", base_lr=0.2, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+
+
+def plain_loss(method, images):
+    """-tau / 0.07 * mean over anchors of the mean over positives of their log softmax, the anchor itself left out."""
+    z = contract.unit(method.projector(method.backbone(torch.cat(images.views))))
+    labels = images.labels.tolist() * 2
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in range(len(z)):
+        exps = {j: torch.exp(z[i] @ z[j] / 0.1) for j in range(len(z)) if j != i}
+        positives = [j for j in exps if labels[j] == labels[i]]
+        loss = loss - sum(torch.log(exps[j] / sum(exps.values())) for j in positives) / len(positives) / len(z)
+    return loss * 0.1 / 0.07
+
+
+def test_one_step_is_the_authors():
+    method, images = contract.build("supcon"), contract.batch("supcon")
+    expected = contract.twin(method)
+    contract.one_step(method, OPTIM, images)
+    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 0.2 * contract.ROWS / 256)
+    contract.assert_same(method, expected)
+
+
+def test_googles_head_has_no_last_bias_and_unit_inputs():
+    method = contract.build("supcon", last_bias=False, unit_features=True)
+    seen = []
+    method.projector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].norm(dim=1)))
+    method(contract.batch("supcon"))
+    torch.testing.assert_close(seen[0], torch.ones_like(seen[0]))
+    assert method.needs_labels and method.projector[-1].bias is None
