@@ -53,6 +53,7 @@ def _reduced(path, folder):
         values["backbone"]["name"] = "test_resnet"
     values["data"] |= {
         "source": "folder",
+        "subset": 0,
         "root": str(tiny.images(folder / "images")),
         "cache_dir": str(folder / "cache"),
         "num_workers": 0,

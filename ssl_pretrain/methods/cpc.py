@@ -19,6 +19,7 @@ from ssl_pretrain.losses.tiles import log_sum_exp
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, wide
 
 SMALL = {"patch_size": 16, "stride": 8, "context_dim": 128, "num_blocks": 2, "num_directions": 1, "rows_ahead": [1, 2]}
+PRESET = ["views.crops.global.count=1", "backbone.args.norm_layer=groupnorm1"]
 
 
 @dataclass

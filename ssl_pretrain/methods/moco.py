@@ -22,6 +22,7 @@ from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, t
 from ssl_pretrain.momentum import Queue, Teacher, check_queue
 
 SMALL = {"projector_dims": [256, 128], "queue_size": 4096, "momentum": 0.99}
+PRESET = ["parallel.bn_group_images=32"]
 
 
 @dataclass

@@ -1,0 +1,65 @@
+"""A step of every method beside SimCLR's, on the shared CPU preset's network and heads: time and peak memory.
+
+PYTHONPATH=. .venv/bin/python tests/bench/methods.py [--images 256] [--backbone test_resnet] [--size 32]
+
+The recipes' number of crops: DINO and SwAV are measured with 2 views, as the preset gives them.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from measure import interleaved, mib, peaks, versions
+
+from ssl_pretrain import methods, optim, parallel
+from ssl_pretrain.backbones import BackboneConfig, build
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.step import Stepper
+
+
+def step_of(name: str, options: argparse.Namespace, device: torch.device):
+    torch.manual_seed(0)
+    module = methods.find(name)
+    args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
+    backbone = build(BackboneConfig(name=options.backbone, stem="no_pool", args=args), options.size)
+    method = module.Config(**module.SMALL).build(backbone)
+    method.num_steps, method.steps_per_epoch = 100, 10
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(options.images, 3, options.size, options.size, generator=generator) for _ in range(1 if name == "cpc" else 2)]
+    settings = ParallelConfig(bn_group_images=32 if name == "moco" else "global")
+    images = Batch([view.to(device) for view in views], torch.arange(options.images, device=device) % 10, torch.arange(options.images, device=device))
+    model = parallel.wrap(method, settings, images=options.images, global_batch_size=options.images, device=device, example=images)
+    config = OptimConfig(name="adamw")
+    optimizer = optim.build(config, method)
+    optim.set_rates(optimizer, config, 0.5, 100, options.images)
+    stepper = Stepper(model, optimizer, settings, 0, options.images, options.images, config, device)
+    return lambda: stepper(50, 0.5, images)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--backbone", default="test_resnet")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {name: step_of(name, options, device) for name in methods.names()}
+    for run in steps.values():  # what is made once
+        run()
+    seconds, memory = interleaved(steps, options.repeats, device), peaks(steps, device)
+    print(versions("timm"))
+    print(f"{options.images} images of {options.size} pixels, {options.backbone}, median of {options.repeats}")
+    print("| method | time | peak memory |\n|---|---|---|")
+    for name in methods.names():
+        cells = f"{seconds[name] / seconds['simclr']:.2f} ({seconds[name]:.2f} s)", f"{memory[name] / memory['simclr']:.2f} ({mib(memory[name])})"
+        print(f"| {name} | {cells[0]} | {cells[1]} |")
+
+
+if __name__ == "__main__":
+    main()
