@@ -105,7 +105,7 @@ def read(path: Path) -> Samples:
         manifest |= {key: sum(part.manifest.get(key, 0) for part in parts) for key in ("kept", "encoded", "raw", "num_samples")}
         manifest["bad"] = [line for part in parts for line in part.manifest.get("bad", [])]
         if not manifest["bad"]:
-            manifest["fingerprint"] = manifest.get("of_source", manifest["fingerprint"])
+            manifest["fingerprint"] = manifest.get("source")
     return Samples(
         [part.paths[0] for part in parts], file=np.repeat(np.arange(len(parts), dtype=np.int32), counts), manifest=manifest, **joined
     )

@@ -238,10 +238,10 @@ def _append(records: list[Record], record: Record, content: bytes, data: BinaryI
         data.write(content)
         data.flush()  # before its entry: what the journal names is there
     journal.write(np.array([record], _RECORD).tobytes())
+    journal.flush()
     records.append(record)
     if place // _SYNC_BYTES != (place + len(content)) // _SYNC_BYTES:
         os.fsync(data.fileno())
-        journal.flush()
         os.fsync(journal.fileno())
 
 
@@ -271,6 +271,7 @@ def _manifest(source: Source, settings: Settings, records: np.ndarray, first: in
         "bad": [_reason(source, index, settings) for index in bad],
         "classes": source.classes,
         "fingerprint": source.fingerprint if whole else source.take(good).fingerprint,
+        "source": source.fingerprint,
         "first": first,
         **asdict(settings),
         "crc32": zlib.crc32(np.ascontiguousarray(crcs).tobytes()),

@@ -90,7 +90,10 @@ def functions(loaded: ctypes.CDLL) -> Functions:
 
 
 class Decoder:
-    """libturbojpeg's decompressor, for one thread. Close it."""
+    """libturbojpeg's decompressor, for one thread. Close it.
+
+    A header that cannot be read leaves it unable to read any other; a decompression, which fails then, mends it.
+    """
 
     def __init__(self) -> None:
         self._library = library()
@@ -101,10 +104,9 @@ class Decoder:
         size, pixels = (ctypes.c_int * 4)(), np.empty(width * height * 3, np.uint8)
         at = [ctypes.byref(size, 4 * k) for k in range(4)]
         handle, length = ctypes.c_void_p(self.handle), ctypes.c_ulong(len(content))
-        if self._library.tjDecompressHeader3(handle, content, length, *at) or (size[0], size[1]) != (width, height):
-            return False
-        to = ctypes.c_void_p(pixels.ctypes.data)
-        return self._library.tjDecompress2(handle, content, length, to, width, 0, height, 0, 0) == 0
+        unknown = self._library.tjDecompressHeader3(handle, content, length, *at)
+        failed = self._library.tjDecompress2(handle, content, length, ctypes.c_void_p(pixels.ctypes.data), width, 0, height, 0, 0)
+        return not unknown and not failed and (size[0], size[1]) == (width, height)
 
     def close(self) -> None:
         if self.handle:
@@ -158,33 +160,35 @@ def _sources_of(*modules: ModuleType) -> str:
     return hashlib.sha256(b"".join(Path(inspect.getfile(module)).read_bytes() for module in modules)).hexdigest()
 
 
+@njit(nogil=True, cache=True)
+def decode(functions, stored, number, decoder, scratch):
+    """Reads one image into `scratch.image`, RGB, its rows padded to whole tiles; returns what became of it."""
+    length, height, width = stored.length[number], np.int64(stored.height[number]), np.int64(stored.width[number])
+    handle, bytes_at, image_at = stored.handles[stored.file[number]], scratch.compressed.ctypes.data, scratch.image.ctypes.data
+    done = 0
+    while done < length:  # one read gives at most 2 GiB, and may be interrupted
+        got = _pread(functions.pread, (handle, bytes_at + done, length - done, stored.place[number] + done))
+        if got <= 0:
+            return CUT
+        done += got
+    pitch = resize.padded(3 * width)
+    if stored.mode[number] == RAW:
+        for row in range(height):
+            scratch.image[row * pitch : row * pitch + 3 * width] = scratch.compressed[row * 3 * width : (row + 1) * 3 * width]
+        return DONE
+    size, size_at = scratch.header, scratch.header.ctypes.data
+    if _header(functions.header, (decoder, bytes_at, length, size_at, size_at + 4, size_at + 8, size_at + 12)) != 0:
+        _decompress(functions.decompress, (decoder, bytes_at, length, image_at, width, pitch, height, 0, 0))  # fails, and so recovers
+        return NO_JPEG
+    if size[0] != width or size[1] != height:
+        return OTHER_SIZE
+    if _decompress(functions.decompress, (decoder, bytes_at, length, image_at, width, pitch, height, 0, 0)) != 0:
+        return DAMAGED  # by a warning too: what was written here gave none
+    return DONE
+
+
 def _compiled(sources: str):
     """numba keeps `make` on disk for as long as this file is the same; `sources`, in its closure, adds the files it calls."""
-
-    @njit(nogil=True, cache=True)
-    def decode(functions, stored, number, decoder, scratch):
-        """Reads one image into `scratch.image`, RGB, its rows padded to whole tiles; returns what became of it."""
-        length, height, width = stored.length[number], np.int64(stored.height[number]), np.int64(stored.width[number])
-        handle, bytes_at, image_at = stored.handles[stored.file[number]], scratch.compressed.ctypes.data, scratch.image.ctypes.data
-        done = 0
-        while done < length:  # one read gives at most 2 GiB, and may be interrupted
-            got = _pread(functions.pread, (handle, bytes_at + done, length - done, stored.place[number] + done))
-            if got <= 0:
-                return CUT
-            done += got
-        pitch = resize.padded(3 * width)
-        if stored.mode[number] == RAW:
-            for row in range(height):
-                scratch.image[row * pitch : row * pitch + 3 * width] = scratch.compressed[row * 3 * width : (row + 1) * 3 * width]
-            return DONE
-        size, size_at = scratch.header, scratch.header.ctypes.data
-        if _header(functions.header, (decoder, bytes_at, length, size_at, size_at + 4, size_at + 8, size_at + 12)) != 0:
-            return NO_JPEG
-        if size[0] != width or size[1] != height:
-            return OTHER_SIZE
-        if _decompress(functions.decompress, (decoder, bytes_at, length, image_at, width, pitch, height, 0, 0)) != 0:
-            return DAMAGED  # by a warning too: what was written here gave none
-        return DONE
 
     @njit(nogil=True, cache=True)
     def make(functions, stored, views, numbers, indices, first_row, seed, epoch, decoder, scratch, batch, status):
@@ -209,7 +213,7 @@ def _compiled(sources: str):
                     scratch.turned, tall, top, left, box_height, box_width, flipped, size, views.bicubic[view], scratch.room, out
                 )  # fmt: skip
 
-    return decode, make
+    return make
 
 
-decode, make = _compiled(_sources_of(draws, crops, resize))
+make = _compiled(_sources_of(draws, crops, resize))

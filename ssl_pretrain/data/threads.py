@@ -144,16 +144,17 @@ class _Run:
 
     def _next(self) -> _Batch | None:
         with self.changed:
-            while not (self.batches and self.batches[0].ready):
+            while True:
                 if self.error is not None:
                     raise self.error
-                if self.stopping:
+                if self.stopping:  # what was ready lies in slots that are no longer this run's
                     return None
+                if self.batches and self.batches[0].ready:
+                    return self.batches.popleft()
                 if not any(thread.is_alive() for thread in self.threads):
                     assert not self.batches, "threads end when the jobs do, or with an error"
                     return None
                 self.changed.wait(_LOOK_SECONDS)
-            return self.batches.popleft()
 
     def _work(self) -> None:
         decoder = None

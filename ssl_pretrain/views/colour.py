@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssl_pretrain import draws
 from ssl_pretrain.draws import Purpose
+from ssl_pretrain.views import colour_cpu
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)    # the operations of colour jitter, numbered as torchvision does
@@ -76,6 +77,11 @@ def draw(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int) -> P
     sigma = (crop.blur_sigma[0] + (crop.blur_sigma[1] - crop.blur_sigma[0]) * blur_draws[:, 1]).astype(np.float32)
     solarize = uniform(Purpose.SOLARIZE, 1)[:, 0] < crop.solarize
 
+    return listed(jitter, order, factors, grayscale, blur, sigma, solarize, strengths)
+
+
+def listed(jitter, order, factors, grayscale, blur, sigma, solarize, strengths) -> Parameters:
+    """Parameters with the lists of samples that each operation has to touch. strengths: (4,), 0 for an operation that is off."""
     chosen = [jitter & (order[:, stage] == operation) & (strengths[operation] > 0) for stage in range(4) for operation in range(4)]
     lists = [np.flatnonzero(mask) for mask in (*chosen, grayscale, blur, solarize)]
     return Parameters(
@@ -100,6 +106,24 @@ def apply(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float],
         ValueError: `pixels` is not uint8 (n, 3, height, width) with the parameters' n.
     """
     _check(pixels, len(parameters.jitter))
+    if pixels.device.type == "cpu":
+        return _on_cpu(pixels, parameters, crop, mean, std)
+    return apply_in_batches(pixels, parameters, crop, mean, std)
+
+
+def _on_cpu(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float], std: list[float]) -> Tensor:
+    views = torch.empty(pixels.shape)
+    strengths = np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
+    colour_cpu.apply(
+        pixels.contiguous().numpy(), parameters.jitter, parameters.order, parameters.factors, crop.brightness_mode == "add", strengths,
+        parameters.grayscale, parameters.blur, parameters.sigma, blur_taps(crop), parameters.solarize, crop.solarize_threshold,
+        mean, std, torch.get_num_threads(), views.numpy(),
+    )
+    return views
+
+
+def apply_in_batches(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float], std: list[float]) -> Tensor:
+    """`apply` in torch's own operations, on any device: each touches at once all samples it was drawn for."""
     parameters = parameters.to(pixels.device)
     images = pixels.to(torch.float32).div_(255)
     rows = parameters.rows.split(parameters.counts)

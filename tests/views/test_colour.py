@@ -123,6 +123,25 @@ def test_the_whole_chain_is_torchvisions_in_the_drawn_order():
     torch.testing.assert_close(colour.apply(pixels, parameters, crop, *PLAIN), one_by_one(pixels, parameters, crop), **TOLERANCE)
 
 
+@pytest.mark.parametrize("options", [{}, {"brightness_mode": "add", "blur_kernel": 5}, {"hue": 0.0, "solarize_threshold": 0.2}])
+@pytest.mark.parametrize("size", [8, 33])
+def test_the_operations_for_a_gpu_give_the_same_views(options, size):
+    crop = Crop(size=size, **(EVERYTHING | options))
+    pixels, parameters = images(96, size), drawn(crop, 96)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    in_batches = colour.apply_in_batches(pixels, parameters, crop, mean, std)
+    torch.testing.assert_close(colour.apply(pixels, parameters, crop, mean, std), in_batches, rtol=0.0, atol=5e-5)    # 1e-5 / std
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 200])
+def test_threads_change_no_bit(num_threads, monkeypatch):
+    crop = Crop(size=32, **EVERYTHING)
+    pixels, parameters = images(64, 32), drawn(crop, 64)
+    expected = colour.apply(pixels, parameters, crop, *PLAIN)
+    monkeypatch.setattr(colour.torch, "get_num_threads", lambda: num_threads)
+    assert torch.equal(colour.apply(pixels, parameters, crop, *PLAIN), expected)
+
+
 def test_what_was_not_drawn_is_not_touched():
     crop = Crop(size=16, jitter=0.5, hue=0.3, blur=0.3, blur_sigma=[1.0, 2.0])    # a sigma of 0.1 moves nothing
     pixels, parameters = images(40), drawn(crop, 40)

@@ -1,0 +1,314 @@
+"""Written files: what is in them, what FFCV reads in them, what a kill leaves, and every message."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from betons import jpeg, needs_ffcv, opened, tree, written
+from conftest import _context
+from PIL import Image
+
+from ssl_pretrain.data import beton, beton_file, beton_writer, progress
+from ssl_pretrain.data.beton_writer import ENCODED, KEPT, STORED_RAW, Settings
+from ssl_pretrain.data.images import decode
+from ssl_pretrain.data.sources import Beton, DataConfig, open_source
+
+pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def refused(function, *arguments) -> str:
+    with pytest.raises(ValueError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+class TestRealData:
+    def test_all_of_cifar10_comes_back(self, shared_data, tmp_path):
+        config = DataConfig(source="cifar10", root=str(shared_data("cifar10.zip")), cache_dir=str(tmp_path / "lists"))
+        for part, count in (("train", 50_000), ("val", 10_000)):
+            source = open_source(config, part)
+            path = tmp_path / f"{part}.beton"
+            manifest = beton_writer.write(source, path, Settings(), num_workers=1)
+            assert (manifest["num_samples"], manifest["kept"], manifest["bad"]) == (count, count, [])
+            stored = Beton(beton_file.read(path))
+            assert stored.classes == source.classes and stored.fingerprint == source.fingerprint
+            np.testing.assert_array_equal(stored.labels, source.labels)
+            assert all(stored.content(index) == source.content(index) for index in range(0, count, 7))
+            if part == "val":
+                assert beton.problems(stored.samples) == []
+
+    def test_the_imagenet_sample_comes_back(self, shared_data, tmp_path):
+        source = opened(shared_data("imagenet_sample.zip"))
+        path = tmp_path / "train.beton"
+        manifest = beton_writer.write(source, path, Settings(max_side=0), num_workers=2)
+        stored = opened(path)
+        assert (manifest["num_samples"], manifest["bad"], stored.classes) == (600, [], source.classes)
+        assert manifest["kept"] + manifest["encoded"] == 600 and manifest["encoded"] < 10
+        assert int(stored.samples.width.max()) == 2400
+        np.testing.assert_array_equal(stored.labels, source.labels)
+        for index in range(600):
+            assert stored.content(index) == source.content(index) or np.abs(stored.read(index).astype(int) - source.read(index)).mean() < 3
+        assert beton.problems(stored.samples, num_threads=2) == []
+
+    def test_larger_images_are_resized_once_and_counted(self, shared_data, tmp_path):
+        source = opened(shared_data("imagenet_sample.zip"))
+        manifest = beton_writer.write(source, tmp_path / "train.beton", Settings(max_side=256), num_workers=2)
+        samples = beton_file.read(tmp_path / "train.beton")
+        assert int(np.maximum(samples.width, samples.height).max()) == 256
+        small = sum(max(source.read(index).shape) <= 256 for index in range(0, 600, 20))
+        assert 0 <= small <= 30 and manifest["kept"] + manifest["encoded"] == 600 and manifest["kept"] < 60
+
+
+def test_what_becomes_of_each_kind_of_image(tmp_path):
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    grey = Image.open(io.BytesIO(jpeg(1, 60, 40))).convert("L")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, large = jpeg(2, 60, 40), jpeg(3, 90, 40)
+    kinds = {
+        "a_plain.jpg": plain, "b_large.jpg": large, "c_turned.jpg": jpeg(4, 60, 40, exif=exif.tobytes()),
+        "d_progressive.jpg": jpeg(5, 60, 40, progressive=True), "e_trailing.jpg": plain + b"after the end",
+    }    # fmt: skip
+    for name, content in kinds.items():
+        (folder / name).write_bytes(content)
+    grey.save(folder / "f_grey.jpg")
+    Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)).save(folder / "g_small.png")
+    Image.fromarray(np.zeros((70, 80, 3), np.uint8)).save(folder / "h_large.png")
+    Image.new("CMYK", (60, 40)).save(folder / "i_cmyk.jpg")
+    source = opened(tmp_path / "data", loader="folder")
+    manifest = beton_writer.write(source, tmp_path / "train.beton", Settings(max_side=80), num_workers=1)
+    stored = opened(tmp_path / "train.beton")
+    decoder = beton_writer.Decoder()
+    became = [beton_writer.encode(source, index, Settings(max_side=80), decoder)[0] for index in range(9)]
+    assert became == [KEPT, ENCODED, ENCODED, KEPT, KEPT, KEPT, STORED_RAW, ENCODED, ENCODED]
+    assert (manifest["kept"], manifest["encoded"], manifest["raw"]) == (4, 4, 1)
+    assert [stored.content(index) == source.content(index) for index in range(6)] == [True, False, False, True, True, True]
+    sizes = [(60, 40), (80, 36), (40, 60), (60, 40), (60, 40), (60, 40), (50, 40), (80, 70), (60, 40)]
+    assert list(zip(stored.samples.width.tolist(), stored.samples.height.tolist())) == sizes
+    np.testing.assert_array_equal(stored.read(6), source.read(6))    # raw pixels lose nothing
+    assert np.abs(stored.read(2).astype(int) - source.read(2)).mean() < 2
+    assert beton.problems(stored.samples) == []
+
+
+def test_ffcvs_own_reader_and_loader_read_it(tmp_path):
+    stored = written(tmp_path / "data", n=20)
+    code = """
+import sys, numpy as np
+from ffcv.reader import Reader
+from ffcv.loader import Loader, OrderOption
+from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
+reader = Reader(sys.argv[1])
+assert reader.num_samples == 20 and reader.field_names == ["image", "label"] and len(reader.alloc_table) == 20
+loader = Loader(sys.argv[1], batch_size=10, num_workers=1, order=OrderOption.SEQUENTIAL,
+                pipelines={"image": [CenterCropRGBImageDecoder((16, 16), 1.0)], "label": [IntDecoder()]})
+print([label for _, labels in loader for label in labels[:, 0].tolist()])
+"""
+    result = subprocess.run([sys.executable, "-c", code, stored.where], capture_output=True, text=True, timeout=150)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout) == stored.labels.tolist()
+
+
+def test_bad_images_are_named_and_left_out(tmp_path, capsys):
+    root = tree(tmp_path / "data", n=12)
+    bad = sorted((root / "train").rglob("*.jpg"))[4]
+    bad.write_bytes(bad.read_bytes()[:200])
+    assert beton.main(["write", str(root), str(tmp_path / "train.beton"), "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "11 images: 11 kept as they were, 0 encoded at quality 95" in out and f"  bad, left out: {bad}: " in out
+    stored = opened(tmp_path / "train.beton")
+    assert len(stored) == 11 and stored.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
+    assert stored.fingerprint != opened(root, loader="folder").fingerprint
+    assert beton.main(["check", str(tmp_path / "train.beton")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'train.beton'}: 11 images, 0 problems\n"
+
+
+def test_info_says_what_is_in_it(tmp_path, capsys):
+    stored = written(tmp_path / "data", n=12)
+    assert beton.main(["info", stored.where]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{stored.where}: 12 images in 1 file(s), ")
+    assert "classes: 3, images without a label: 0\n12 images: 12 kept as they were" in out
+
+
+def test_check_names_what_is_damaged(tmp_path, capsys):
+    stored = written(tmp_path / "data", n=12)
+    with open(stored.where, "r+b") as file:
+        file.seek(int(stored.samples.place[3]))
+        file.write(b"GIF")
+        file.seek(int(stored.samples.place[7] + stored.samples.length[7]) - 40)    # decodes without a word
+        before = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([before[0] ^ 1]))
+    assert beton.main(["check", stored.where]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{stored.where}, image 3: not a JPEG"
+    assert lines[-2] == f"{stored.where}: its bytes are not those that were written (the manifest's crc32 differs)"
+
+
+def _write_slowly(root: Path, path: Path) -> None:
+    """So that a kill finds it at work: 300 images take three seconds and more."""
+    make, beton_writer._CHUNK = beton_writer._make, 3
+    beton_writer._make = lambda indices: (time.sleep(0.03), make(indices))[1]
+    beton_writer.write(opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1)
+
+
+class TestKilled:
+    def test_at_ten_moments_it_ends_with_the_same_file(self, tmp_path):
+        root = tree(tmp_path / "data", n=300)
+        whole, path = tmp_path / "whole" / "train.beton", tmp_path / "killed" / "train.beton"
+        beton_writer.write(opened(root, loader="folder"), whole, Settings(max_side=64), num_workers=1)
+        sizes = []
+        for moment in np.random.default_rng(0).uniform(0.05, 0.3, 10):
+            process = _context.Process(target=_write_slowly, args=(root, path))
+            process.start()
+            time.sleep(moment)
+            process.kill()
+            process.join()
+            assert not path.exists()
+            journal = path.with_name("train.beton.journal")
+            sizes.append(journal.stat().st_size if journal.exists() else 0)
+        assert sizes == sorted(sizes) and sizes[-1] > sizes[0]    # each went on where the one before was
+        beton_writer.write(opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1)
+        assert sha(path) == sha(whole) and sha(beton_file.manifest_path(path)) == sha(beton_file.manifest_path(whole))
+        assert sorted(found.name for found in path.parent.iterdir()) == ["train.beton", "train.beton.json"]
+
+    @pytest.mark.parametrize("torn", ["half an entry", "data lost", "data changed", "other settings", "before the rename"])
+    def test_what_a_power_cut_tears_is_made_again(self, torn, tmp_path, monkeypatch):
+        source = opened(tree(tmp_path / "data", n=40), loader="folder")
+        whole, path = tmp_path / "whole" / "train.beton", tmp_path / "train.beton"
+        beton_writer.write(source, whole, Settings(), num_workers=1)
+        with monkeypatch.context() as patch:
+            stop = OSError("the disk is full")
+
+            def raise_it(*_arguments):
+                raise stop
+
+            patch.setattr(beton_writer.os if torn == "before the rename" else beton_writer, "replace" if torn == "before the rename" else "_finish", raise_it)
+            with pytest.raises(OSError, match="the disk is full"):
+                beton_writer.write(source, path, Settings(max_side=30) if torn == "other settings" else Settings(), num_workers=1)
+        data, journal = tmp_path / "train.beton.writing", tmp_path / "train.beton.journal"
+        if torn == "half an entry":
+            os.truncate(journal, journal.stat().st_size - 7)
+        elif torn == "data lost":
+            os.truncate(data, data.stat().st_size - 2000)
+        elif torn == "data changed":
+            content = bytearray(data.read_bytes())
+            content[-3000] ^= 255
+            data.write_bytes(bytes(content))
+        beton_writer.write(source, path, Settings(), num_workers=1)
+        assert sha(path) == sha(whole)
+
+    def test_a_finished_file_is_not_written_again(self, tmp_path):
+        stored = written(tmp_path / "data", n=12)
+        before = os.stat(stored.where)
+        beton_writer.write(opened(tmp_path / "data", loader="folder"), Path(stored.where), Settings(), num_workers=1)
+        assert os.stat(stored.where).st_mtime_ns == before.st_mtime_ns
+
+    def test_processes_change_nothing(self, tmp_path):
+        source = opened(tree(tmp_path / "data", n=100), loader="folder")
+        for workers in (1, 3):
+            beton_writer.write(source, tmp_path / str(workers) / "train.beton", Settings(max_side=50), workers)
+        assert sha(tmp_path / "1" / "train.beton") == sha(tmp_path / "3" / "train.beton")
+
+    def test_two_writers_of_one_file_do_not_mix(self, tmp_path):
+        source = opened(tree(tmp_path / "data", n=12), loader="folder")
+        path = tmp_path / "train.beton"
+        made = beton_writer._made
+
+        def second(*arguments, **options):
+            assert refused(beton_writer.write, source, path, Settings(), 1) == f"{path}: another process is writing it"
+            return made(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(beton_writer, "_made", second)
+            beton_writer.write(source, path, Settings(), num_workers=1)
+        assert path.exists()
+
+
+class TestMessages:
+    @pytest.fixture
+    def stored(self, tmp_path) -> Beton:
+        return written(tmp_path / "data", n=12)
+
+    def test_files_that_do_not_open(self, stored, tmp_path):
+        path, size = Path(stored.where), os.stat(stored.where).st_size
+        os.truncate(path, size - 100)
+        assert refused(beton_file.read, path) == f"data.root: {path} is cut short ({size - 100:,} bytes); copy or write it again"
+        os.truncate(path, 0)
+        assert refused(beton_file.read, path) == f"data.root: {path} is empty; its writing never began, or the disk was full"
+        path.write_bytes(bytes(5000))
+        assert refused(beton_file.read, path) == f"data.root: {path} is not a .beton of format 2"
+        path.unlink()
+        assert refused(beton_file.read, path) == (
+            f"data.root: {path} does not exist; write it: python -m ssl_pretrain.data.beton write --help"
+        )
+
+    @pytest.mark.parametrize("field", ["place", "width", "mode"])
+    def test_entries_that_point_elsewhere(self, field, stored):
+        path = Path(stored.where)
+        content = bytearray(path.read_bytes())
+        samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
+        samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
+        path.write_bytes(bytes(content))
+        expected = "the allocation table does not know image 2; the file is damaged" if field == "place" else (
+            "the entry of image 2 points outside the file; it is damaged"
+        )
+        assert refused(beton_file.read, path) == f"data.root: {path}: {expected}"
+
+    def test_a_damaged_manifest(self, stored):
+        path = beton_file.manifest_path(Path(stored.where))
+        path.write_text("{")
+        assert refused(beton_file.read, Path(stored.where)) == (
+            f"data.root: {path} is damaged; copy it again, or run the same write again"
+        )
+        path.unlink()    # FFCV's own files have none: numbers are the names then
+        assert opened(Path(stored.where)).classes == ["0", "1", "2"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--quality", "0"], "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least 2,097,152 (FFCV's own least)"),
+            (["--shards", "2", "--shard", "2"], "--shards 2, --shard 2: give 1 to 12 shards, and a shard from 0 to their number less one"),
+        ],
+    )
+    def test_options(self, options, message, stored, tmp_path, capsys):
+        assert beton.main(["write", str(tmp_path / "data"), str(tmp_path / "x.beton"), *options]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+    def test_the_array_of_a_scheduler_writes_one_shard_each(self, stored, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+        assert beton.main(["write", str(tmp_path / "data"), str(tmp_path / "out" / "val.beton"), "--shards", "4", "--workers", "1"]) == 0
+        assert [path.name for path in sorted((tmp_path / "out").glob("*.beton"))] == ["val-00002-of-00004.beton"]
+
+    def test_progress_names_the_time_left(self, monkeypatch, capsys):
+        clock = iter(range(0, 100, 2))
+        monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+        assert list(progress.report("abcd", 4, "wrote")) == list("abcd")
+        assert "wrote 3 of 4 images, about " in capsys.readouterr().err
+
+
+def test_a_stored_image_is_its_own_jpeg(tmp_path):
+    stored = written(tmp_path / "data", n=12)
+    np.testing.assert_array_equal(stored.read(3), decode(stored.content(3), "x"))
+    part = stored.take(np.array([5, 2]))
+    assert part.fingerprint not in (stored.fingerprint, stored.take(np.array([2, 5])).fingerprint)
+    np.testing.assert_array_equal(part.read(0), stored.read(5))
+    os.unlink(stored.where)
+    with pytest.raises(FileNotFoundError) as caught:
+        stored.check_present()
+    assert str(caught.value) == f"data.root: {stored.where} is gone; it was there when the run began"

@@ -1,0 +1,412 @@
+"""The compiled loader: the same bytes for any threads, ranks and resumption, those of the folder loader; and FFCV's faults, absent."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from betons import needs_ffcv, opened, written
+from omegaconf import OmegaConf
+
+from ssl_pretrain.data import compiled, threads
+from ssl_pretrain.data.loader import Batch, Loader, build, choose
+from ssl_pretrain.data.sources import Beton, DataConfig
+from ssl_pretrain.views.recipe import Crop, ViewsConfig
+
+pytestmark = [needs_ffcv, pytest.mark.timeout(120)]
+
+VIEWS = ViewsConfig(
+    crops={
+        "global": Crop(count=2, size=24, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5),
+        "local": Crop(count=2, size=10, scale=[0.1, 0.4], interpolation="bicubic", solarize=0.5),
+    }
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Beton:
+    return written(tmp_path_factory.mktemp("threads") / "data")
+
+
+@pytest.fixture
+def damageable(tmp_path) -> Beton:
+    return written(tmp_path / "data", n=24)
+
+
+def loader(source, num_workers=2, seed=3, global_batch_size=12, how="ffcv", views=VIEWS, **options) -> Loader:
+    return Loader(source, views, seed=seed, global_batch_size=global_batch_size, num_workers=num_workers, how=how, **options)
+
+
+def digest(batch: Batch) -> str:
+    total = hashlib.sha256()
+    for tensor in (*batch.views, batch.labels, batch.indices):
+        total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def digests(batches: Loader, first: int, count: int) -> list[str]:
+    with batches:
+        return [digest(batch) for batch in itertools.islice(batches.starting_at(first), count)]
+
+
+@pytest.fixture(scope="module")
+def expected(stored) -> list[str]:
+    """Of steps 0 to 9 by the folder loader, which reads the same file without FFCV: two and a half epochs."""
+    return digests(loader(stored, num_workers=0, how="folder"), 0, 10)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_threads_change_nothing_and_give_what_folders_give(num_workers, stored, expected):
+    assert digests(loader(stored, num_workers), 0, 10) == expected
+
+
+def test_a_folder_gives_the_batches_of_the_file_written_from_it(stored, expected):
+    source = opened(Path(stored.where).parent / "data", loader="folder")
+    assert source.fingerprint == stored.fingerprint
+    assert digests(loader(source, num_workers=0, how="folder"), 0, 10) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_make_up_the_global_batch(world_size, stored, expected):
+    ranks = [loader(stored, rank=rank, world_size=world_size) for rank in range(world_size)]
+    taken = [batches.starting_at(0) for batches in ranks]
+    for step in range(5):
+        parts = [next(batches) for batches in taken]
+        views = [torch.cat(rows) for rows in zip(*(part.views for part in parts))]
+        whole = Batch(views, torch.cat([part.labels for part in parts]), torch.cat([part.indices for part in parts]))
+        assert digest(whole) == expected[step]
+    for batches in ranks:
+        batches.close()
+
+
+@pytest.mark.parametrize("first", range(1, 10))
+def test_resuming_at_any_step_goes_on_as_if_never_stopped(first, stored, expected):
+    assert digests(loader(stored), first, 10 - first) == expected[first:]
+
+
+def test_starting_again_ends_the_batches_before(stored, expected):
+    with loader(stored) as batches:
+        before = batches.starting_at(0)
+        next(before)
+        assert [digest(batch) for batch in itertools.islice(batches.starting_at(3), 3)] == expected[3:6]
+        assert list(before) == []
+
+
+def _digests_of(path: str, first: int, count: int) -> list[str]:
+    return digests(loader(opened(Path(path))), first, count)
+
+
+def test_a_spawned_process_gives_the_same_bytes(stored, expected):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_digests_of, (stored.where, 2, 3)) == expected[2:5]
+
+
+def test_a_batch_larger_than_a_threads_share_is_whole(stored):
+    views = ViewsConfig(crops={"global": Crop(count=1, size=8)})
+    rows = digests(loader(stored, 3, global_batch_size=50, views=views), 0, 2)
+    assert rows == digests(loader(stored, 0, global_batch_size=50, views=views, how="folder"), 0, 2)
+
+
+def test_raw_pixels_are_read_as_they_are(tmp_path):
+    from ssl_pretrain.data import beton_writer
+    from ssl_pretrain.data.sources import open_source
+
+    digits = open_source(DataConfig("digits"), "val")
+    beton_writer.write(digits, tmp_path / "train.beton", beton_writer.Settings(), num_workers=1)
+    source = opened(tmp_path / "train.beton")
+    assert isinstance(source, Beton) and source.samples.mode.tolist() == [1] * 500
+    assert digests(loader(source), 0, 4) == digests(loader(digits, 0, how="folder"), 0, 4)
+
+
+def test_shards_are_read_as_one_file(tmp_path, stored, expected):
+    from ssl_pretrain.data.beton import main
+
+    root = Path(stored.where).parent / "data"
+    for shard in (2, 0, 1):
+        assert main(["write", str(root), str(tmp_path / "train.beton"), "--shards", "3", "--shard", str(shard), "--workers", "1"]) == 0
+    source = opened(tmp_path)
+    assert isinstance(source, Beton) and len(source.samples.paths) == 3
+    assert source.fingerprint == stored.fingerprint
+    assert digests(loader(source), 0, 10) == expected
+    (tmp_path / "train-00001-of-00003.beton").unlink()
+    with pytest.raises(ValueError) as caught:
+        opened(tmp_path)
+    first = tmp_path / "train-00000-of-00003.beton"
+    assert str(caught.value) == f"data.root: 1 of 3 shards are missing beside {first}: train-00001-of-00003.beton; write them, or wait"
+
+
+class TestChoice:
+    def test_auto_says_what_it_took_and_why(self, stored, capsys):
+        config = DataConfig(root=stored.where, num_workers=1)
+        build(config, VIEWS, seed=3, global_batch_size=12, device="cpu").close()
+        assert capsys.readouterr().err == f"data.loader: ffcv: {stored.where} is a .beton, and FFCV is installed\n"
+
+    def test_a_folder_is_read_as_a_folder(self, stored):
+        source = opened(Path(stored.where).parent / "data", loader="folder")
+        where = Path(stored.where).parent / "data" / "train"
+        assert choose(DataConfig(), source) == (
+            "folder",
+            f"{where} is not a .beton; python -m ssl_pretrain.data.beton write writes one, which is read faster",
+        )
+        with pytest.raises(ValueError) as caught:
+            choose(DataConfig(loader="ffcv"), source)
+        assert str(caught.value) == (
+            f"data.loader: ffcv reads .beton files, and {where} is none; python -m ssl_pretrain.data.beton write writes one,"
+            " or set data.loader=folder"
+        )
+
+    def test_without_ffcv_the_file_is_read_all_the_same(self, stored, expected, monkeypatch):
+        monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+        message = "FFCV is not installed; install it with `make ffcv`, or `pip install ffcv` where OpenCV and libturbojpeg are (docs/install.md)"
+        how, why = choose(DataConfig(), stored)
+        assert (how, why) == ("folder", f"a .beton, but not by FFCV ({message}, or set data.loader=folder)")
+        assert digests(loader(stored, num_workers=0, how=how), 0, 2) == expected[:2]
+        with pytest.raises(ValueError) as caught:
+            choose(DataConfig(loader="ffcv"), stored)
+        assert str(caught.value) == f"data.loader: {message}, or set data.loader=folder"
+
+
+class TestFaultsOfFFCV:
+    """Each ends in a right batch or a clear error, within the time limit of this file."""
+
+    def test_1_the_order_of_operations_cannot_be_wrong(self, stored, expected):
+        """FFCV loops for ever on one; here the recipe's keys come in any order, and the views are the same."""
+        written = yaml.safe_dump({name: dict(reversed(asdict(crop).items())) for name, crop in VIEWS.crops.items()}, sort_keys=False)
+        read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ViewsConfig), {"crops": OmegaConf.create(written)}))
+        assert isinstance(read, ViewsConfig)
+        assert digests(loader(stored, views=read), 0, 2) == expected[:2]
+
+    @pytest.mark.parametrize("part", ["make", "scratch_for"])
+    def test_2_an_exception_of_a_thread_is_the_trainers(self, part, stored, monkeypatch):
+        """FFCV's consumer waits for ever."""
+        def broken(*_arguments):
+            raise MemoryError("no room for an image")
+
+        monkeypatch.setattr(threads.compiled, part, broken)
+        with loader(stored) as batches, pytest.raises(MemoryError) as caught:
+            next(batches.starting_at(0))
+        assert str(caught.value) == "no room for an image"
+
+    def test_3_leaving_an_epoch_leaves_no_thread_behind(self, stored):
+        """FFCV keeps one thread and its buffers for each."""
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        for _ in range(6):
+            with loader(stored) as batches:
+                for _batch in batches.starting_at(0):
+                    break
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+    def test_3_forgetting_a_loader_leaves_no_thread_behind(self, stored):
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        batches = loader(stored)
+        next(batches.starting_at(0))
+        assert threading.active_count() == before[0] + 2
+        del batches
+        gc.collect()
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+    @pytest.mark.parametrize("damage", ["header", "scan", "other size", "no jpeg"])
+    def test_4_a_damaged_image_is_replaced_and_counted(self, damage, damageable):
+        """FFCV gives a black image, or that of an earlier batch, and says nothing."""
+        ruin(damageable, 5, damage)
+        plain = ViewsConfig(crops={"global": Crop(count=1, size=8)})
+        with loader(damageable, global_batch_size=24, views=plain) as batches, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            batch = next(batches.starting_at(0))
+        reason = {"header": "not a JPEG", "scan": "the JPEG is damaged", "no jpeg": "not a JPEG"}.get(
+            damage, "the JPEG has another size than its entry"
+        )
+        path = damageable.where
+        assert [str(warning.message) for warning in caught] == [f"{path}, image 5: {reason}; {path}, image 6 takes its place"]
+        assert batches.num_replaced == 1
+        row = batch.indices.tolist().index(5)
+        assert batch.labels[row] == damageable.label(6)
+        whole = loader(written(Path(path).parent / "again" / "data", n=24), 0, how="folder", global_batch_size=24, views=plain)
+        source = whole.source
+        read = source.read
+        source.read = lambda index: read(6 if index == 5 else index)
+        assert torch.equal(next(whole.starting_at(0)).views[0], batch.views[0])    # all others are their own
+
+    def test_4_more_than_a_few_damaged_images_stop_the_run(self, damageable):
+        for index in (5, 9):
+            ruin(damageable, index, "no jpeg")
+        with loader(damageable) as batches, warnings.catch_warnings(), pytest.raises(RuntimeError) as caught:
+            warnings.simplefilter("ignore")
+            for _ in batches.starting_at(0):
+                pass
+        assert str(caught.value) == (
+            f"2 of 24 images of {damageable.where} do not decode, more than 1 (0.1 %): the file is damaged, as all of them did when it was "
+            "written; `python -m ssl_pretrain.data.beton check` names them; copy or write it again"
+        )
+
+    def test_4_a_file_without_a_good_image_is_an_error(self, damageable):
+        for index in range(24):
+            ruin(damageable, index, "no jpeg")
+        with loader(damageable) as batches, pytest.raises(RuntimeError, match=r"none of the 24 images of .*train.beton can be decoded"):
+            next(batches.starting_at(0))
+
+    def test_5_an_unfinished_file_does_not_open(self, damageable):
+        """FFCV opens it, with a million rows of garbage."""
+        with open(damageable.where, "r+b") as file:
+            file.seek(16)
+            file.write(bytes(8))    # the place of the table, which the writer sets last
+        with pytest.raises(ValueError) as caught:
+            opened(Path(damageable.where))
+        assert str(caught.value) == (
+            f"data.root: {damageable.where} was never finished: its writer was stopped; run the same write again, and it goes on"
+        )
+
+    def test_6_the_seed_decides_everything(self, stored, expected):
+        """FFCV's draws come from the operating system."""
+        assert digests(loader(stored, seed=3), 0, 2) == expected[:2]
+        assert not set(digests(loader(stored, seed=4), 0, 10)) & set(expected)
+        assert len(set(expected)) == 10
+
+
+def ruin(source: Beton, index: int, damage: str) -> None:
+    samples = source.samples
+    place, length = int(samples.place[index]), int(samples.length[index])
+    with open(source.where, "r+b") as file:
+        file.seek(place)
+        content = bytearray(file.read(length))
+        scan, size = content.index(b"\xff\xda"), content.index(b"\xff\xc0")
+        if damage == "header":
+            content[4 : size + 10] = bytes(size + 6)
+        elif damage == "scan":
+            content[scan + 30 :] = bytes([0xFF, 0xD9]) * ((length - scan - 29) // 2)
+        elif damage == "other size":
+            content[size + 5 : size + 9] = bytes([0, 17, 0, 19])
+        else:
+            content[:2] = b"GI"
+        file.seek(place)
+        file.write(bytes(content[:length]))
+
+
+class TestFailures:
+    def test_a_file_that_becomes_shorter_names_the_image(self, damageable):
+        with loader(damageable, global_batch_size=24) as batches:
+            last = int(np.argmax(damageable.samples.place))
+            os.truncate(damageable.where, int(damageable.samples.place[last]) + 10)
+            with pytest.raises(RuntimeError) as caught:
+                next(batches.starting_at(0))
+        missing = int(damageable.samples.length[last]) - 10
+        assert str(caught.value) == (
+            f"{damageable.where}, image {last}: the file ends {missing:,} bytes before the image does, and it did not when the run began; "
+            "copy it again, then start the run again"
+        )
+
+    def test_a_file_that_is_gone_is_named(self, damageable):
+        batches = loader(damageable)
+        os.unlink(damageable.where)
+        with pytest.raises(FileNotFoundError, match=re.escape(damageable.where)):
+            batches.starting_at(0)
+
+    def test_after_an_exception_it_starts_again(self, stored, expected, monkeypatch):
+        batches = loader(stored)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(threads._Run, "_make", lambda *_arguments: 1 // 0)
+            next(batches.starting_at(0))
+        assert digests(batches, 0, 3) == expected[:3]
+
+
+KILLED = """
+import itertools, os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, "tests/data")
+from test_threads import loader, opened
+source = opened(Path(sys.argv[1]))
+with loader(source) as batches:
+    next(batches.starting_at(0))
+def held():
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm"))
+before = held()
+for number in range(100):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        batches = loader(source)
+        next(batches.starting_at(number))
+        os.write(writing, b"x")
+        time.sleep(60)
+    os.close(writing)
+    assert os.read(reading, 1) == b"x"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+for number in range(100):
+    batches = loader(source)
+    next(batches.starting_at(number))
+    if number % 2:
+        batches.close()
+    del batches
+print(before == held(), before, held())
+"""
+
+
+def test_killed_or_dropped_a_hundred_times_it_leaves_nothing_behind(stored):
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, stored.where]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("True "), result.stdout
+
+
+EPOCHS = """
+import gc, itertools, os, sys
+from pathlib import Path
+sys.path.insert(0, "tests/data")
+import torch
+torch.set_num_threads(1)
+from test_threads import loader, opened
+with loader(opened(Path(sys.argv[1])), global_batch_size=25) as batches:
+    for step, batch in enumerate(batches.starting_at(0)):
+        if step in (4, 100):
+            gc.collect()
+            print(os.sysconf("SC_PAGESIZE") * int(Path("/proc/self/statm").read_text().split()[1]))
+        if step == 100:
+            break
+"""
+
+
+def test_memory_does_not_grow_over_50_epochs(stored):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", EPOCHS, stored.where], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert result.returncode == 0, result.stderr
+    after_2, after_50 = map(int, result.stdout.split())
+    assert after_50 <= 1.02 * after_2
+
+
+def test_what_is_compiled_is_kept_on_disk(stored, expected):
+    """Another process loads the machine code that this one made: a warm start compiles nothing."""
+    assert digests(loader(stored), 0, 1) == expected[:1]
+    code = "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; assert digests(loader(opened(Path(sys.argv[1]))), 0, 1); "
+    code += "print([sum(made.stats.cache_hits.values()) for made in (compiled.make, compiled.decode)])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code, stored.where], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.stdout, result.returncode) == ("[1, 0]\n", 0), result.stderr    # decode is part of make
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_same_views(stored, tmp_path):
+    plain = ViewsConfig(crops={"global": Crop(count=2, size=24)})
+    with loader(stored, views=plain, device="cuda") as there, loader(stored, views=plain) as here:
+        for _, sent, kept in zip(range(12), there.starting_at(0), here.starting_at(0)):
+            torch.testing.assert_close([view.cpu() for view in sent.views], kept.views, rtol=0, atol=0)
+            assert torch.equal(sent.labels.cpu(), kept.labels)
