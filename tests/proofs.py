@@ -1,40 +1,53 @@
-"""The first columns of the README's table, measured: PYTHONPATH=. .venv/bin/python tests/proofs.py
+"""The first columns of the table of methods, measured: PYTHONPATH=. .venv/bin/python tests/proofs.py [NAME ...]
 
-Gradient error: the largest difference between our gradient by the embeddings and that of the paper's equation in plain
-loops, over its largest entry, float64. 1 = 2 = 3 ranks: the same for a shared weight's gradient, averaged over ranks as
-DDP does, between one process and 2 and 3 ranks.
+Error against the authors: the largest difference of any parameter or buffer, over that tensor's largest entry (or 0.001), after an
+optimizer step (three for MoCo) whose loss is their arithmetic in plain loops, float64: the cases of tests/methods/test_NAME.py.
+1 = 2 = 3 ranks: the same of any parameter's gradient in the second step, averaged over ranks by DDP with batch norm over all
+of them, between one process and 2 and 3 ranks with different images on each.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "losses")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "methods")]
 
+import contract
 from conftest import run_ranks
-from test_contrastive import _weights_gradient, slow_nt_xent, views
 
-from ssl_pretrain.losses.contrastive import nt_xent
+from ssl_pretrain import methods
 
 
-def largest(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max()).item()
+def error_against_the_authors(name: str) -> float:
+    """The largest of all cases of the method's step tests."""
+    errors: list[float] = []
+    file = contract.test_file(name)
+    contract.assert_same = lambda got, expected, skip="": errors.append(contract.largest_error(got, expected, skip))
+    for case, test in vars(file).items():
+        if case.startswith("test_") and "_step" in case and case.endswith(("_authors", "_papers")):
+            marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+            for values in [(value,) for value in marks[0].args[1]] if marks else [()]:
+                test(*values)
+    return max(errors)
+
+
+def gradients(names: list[str]) -> dict[str, Any]:
+    return {name: contract.run(name)["gradients"] for name in names}
 
 
 def main() -> None:
-    z = [z.clone().requires_grad_() for z in views(rows=64, dim=32)]
-    errors = []
-    for temperature in (0.1, 0.2, 0.5):
-        ours = torch.autograd.grad(nt_xent(*z, temperature=temperature), z)
-        theirs = torch.autograd.grad(slow_nt_xent(*z, temperature), z)
-        errors += [largest(got, want) for got, want in zip(ours, theirs)]
-    alone = _weights_gradient(*views())[1]
-    ranks = {size: max(largest(got, alone) for _, got in run_ranks(_weights_gradient, *views(), world_size=size)) for size in (2, 3)}
-    print(f"torch {torch.__version__}")
-    print(f"simclr: gradient error {max(errors):.1e}; " + "; ".join(f"{size} ranks {error:.1e}" for size, error in ranks.items()))
+    torch.set_num_threads(1)
+    names = sys.argv[1:] or methods.names()
+    alone = gradients(names)
+    ranks = {size: run_ranks(gradients, names, world_size=size) for size in (2, 3)}
+    print(f"torch {torch.__version__}\n| method | error against the authors | 2 ranks | 3 ranks |\n|---|---|---|---|")
+    for name in names:
+        errors = [max(contract.largest_error(rank[name], alone[name]) for rank in ranks[size]) for size in (2, 3)]
+        print(f"| {name} | {error_against_the_authors(name):.1e} | {errors[0]:.1e} | {errors[1]:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -137,12 +137,20 @@ def plain_step(method: nn.Module, recipe: OptimConfig, loss: torch.Tensor, lr: f
             p.sub_(rate * update)
 
 
-def assert_same(got: nn.Module, expected: nn.Module) -> None:
-    """Every parameter and buffer, name by name; fails too where nothing moved."""
-    other = expected.state_dict()
-    assert got.state_dict().keys() == other.keys()
-    for name, value in got.state_dict().items():
-        torch.testing.assert_close(value, other[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+def assert_same(got: Any, expected: Any, skip: str = "") -> None:
+    """Every parameter and buffer of two modules or their states, name by name; `skip` leaves out names that hold it."""
+    got, expected = (value.state_dict() if isinstance(value, nn.Module) else value for value in (got, expected))
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        if not skip or skip not in name:
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def largest_error(got: Any, expected: Any, skip: str = "") -> float:
+    """The largest difference of a tensor over that tensor's largest entry."""
+    got, expected = (value.state_dict() if isinstance(value, nn.Module) else value for value in (got, expected))
+    names = [name for name, value in got.items() if value.is_floating_point() and not (skip and skip in name)]
+    return max(((got[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-3)).item() for name in names)
 
 
 def unit(rows: torch.Tensor) -> list[torch.Tensor]:

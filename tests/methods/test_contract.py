@@ -22,6 +22,7 @@ def same(got, expected, rtol=1e-9, atol=1e-10):
 
 WHOLE = {"steps": 2}
 
+
 def in_groups(name):
     return {"steps": 2, "group": 8, **getattr(contract.test_file(name), "IN_PARTS", {})}
 

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import contract
 import pytest
 import tiny
 import torch
@@ -25,6 +26,25 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "simclr.txt"
 def method():
     torch.manual_seed(0)
     return Config(projector_dims=[16, 8], temperature=0.5).build(build(BackboneConfig(name="test_resnet", stem="no_pool"), 16))
+
+
+def plain_loss(method, images):
+    """Eq. 1, anchor by anchor, over both directions; one call of network and head for both views."""
+    n = len(images)
+    z = contract.unit(method.projector(method.backbone(torch.cat(images.views))))
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in range(2 * n):
+        exps = {j: torch.exp(z[i] @ z[j] / 0.5) for j in range(2 * n) if j != i}
+        loss = loss - torch.log(exps[(i + n) % (2 * n)] / sum(exps.values())) / n
+    return loss
+
+
+def test_one_step_is_the_authors():
+    simclr, images = contract.build("simclr"), contract.batch("simclr")
+    expected = contract.twin(simclr)
+    contract.one_step(simclr, OPTIM, images)
+    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 20 * contract.ROWS / 256)
+    contract.assert_same(simclr, expected)
 
 
 def test_the_loss_is_the_sum_of_both_directions():
