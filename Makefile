@@ -3,7 +3,7 @@
 setup := bash docker/setup.sh
 python := .venv/bin/python
 
-.PHONY: help demo test test-full lint env ffcv requirements clean
+.PHONY: help demo test test-slurm test-full lint env ffcv requirements clean
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -15,7 +15,12 @@ demo: env  ## pretrains on real digits here, evaluates, draws the report
 test: env  ## the test suite
 	@$(python) -m pytest
 
-test-full: env  ## the same and the long tests, marked `full`
+test-slurm: env  ## a run on a real SLURM of two nodes on this machine, pre-empted once; as root it installs SLURM
+	@bash tests/slurm/cluster.sh install
+	@$(python) -m pytest tests/slurm -m "slurm and not full"
+
+test-full: env  ## all of these and the long tests, marked `full`
+	@bash tests/slurm/cluster.sh install
 	@$(python) -m pytest -m "full or not full"
 
 lint: env  ## ruff, and mypy's type check

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,8 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: submitit is missing, SLURM refused, or the request is wrong.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise ConfigError("launch.cluster: slurm needs submitit; pip install submitit, or set launch.cluster=local") from None
     wanted = request(config)
-    folder = Path(config.output).absolute() / "slurm"
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)  # submitit's pickles are run by whoever starts them
-    previous_mask = os.umask(0o077)
-    try:
-        executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+    with _private(config.output) as executor:
         jobs: list[str] = []
         for _ in range(config.launch.chain):
             more = wanted["slurm_additional_parameters"] | ({"dependency": f"afterany:{jobs[-1]}"} if jobs else {})
@@ -98,16 +89,44 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
             more = {"dependency": f"afterok:{jobs[-1]}", "open_mode": "append"}
             if config.launch.gpus_per_node:
                 more["gpus_per_node"] = "1"
-            executor.update_parameters(
-                **(one | {"nodes": 1, "tasks_per_node": 1, "slurm_additional_parameters": more, "slurm_job_name": name})
-            )
+            single = {"nodes": 1, "tasks_per_node": 1, "slurm_additional_parameters": more, "slurm_job_name": name}
+            executor.update_parameters(**(one | single))
             jobs.append(executor.submit(Evaluation(name, config.output)).job_id)
+    return jobs
+
+
+def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> list[str]:
+    """Submits one array of jobs, a run each, all with the first run's request; the job ids.
+
+    Raises:
+        ConfigError: as `submit`.
+    """
+    first = runs[0][0]
+    with _private(str(Path(first.output).parent)) as executor:
+        executor.update_parameters(**request(first))
+        with executor.batch():
+            jobs = [executor.submit(Pretraining(str(Path(path).absolute()), tuple(overrides))) for _, overrides in runs]
+    return [job.job_id for job in jobs]
+
+
+@contextlib.contextmanager
+def _private(output: str) -> Iterator[Any]:
+    """A submitit executor whose files nobody else can read: whoever starts its pickles runs them."""
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError("launch.cluster: slurm needs submitit; pip install submitit, or set launch.cluster=local") from None
+    folder = Path(output).absolute() / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    mask = os.umask(0o077)
+    try:
+        yield submitit.AutoExecutor(folder=folder, cluster="slurm")
     except submitit.core.utils.FailedJobError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(f"SLURM refused the job: {reason}; see launch.partition, launch.account, --plan") from None
     finally:
-        os.umask(previous_mask)
-    return jobs
+        os.umask(mask)
 
 
 @dataclass

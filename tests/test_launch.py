@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 
-from launch import local, pretrain
-from ssl_pretrain import config
+from launch import local, pretrain, slurm, sweep
+from ssl_pretrain import checkpoint, config
+from ssl_pretrain.train import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,3 +64,34 @@ def test_one_rank_needs_no_torchrun(tmp_path):
     assert local.train_command(path, ["seed=1"], 1) == [sys.executable, "-m", "ssl_pretrain.train", path, "seed=1"]
     assert "--standalone" in local.train_command(path, [], 2)
     assert local.ranks_here(config.load(path, ["launch.ranks=3"])) == 3
+
+
+def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
+    path = tiny.config(tmp_path)
+    arguments = [str(path), "seed=0,1", "optim.base_lr=0.1,0.2", "method.projector_dims=[16,8]", f"output={tmp_path / 'sweep'}", "launch.cluster=local"]
+    assert sweep.main([*arguments, "--list"]) == 0
+    names = ("seed=0,base_lr=0.1", "seed=0,base_lr=0.2", "seed=1,base_lr=0.1", "seed=1,base_lr=0.2")
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/sweep/{name}" for name in names]
+    assert sweep.combinations(str(path), arguments[1:])[3][:3] == ["seed=1", "optim.base_lr=0.2", "method.projector_dims=[16,8]"]
+    assert sweep.main([str(path), "seed"]) == 2
+    assert capsys.readouterr().err == "error: 'seed': an override is key=value, such as optim.base_lr=0.2,0.3\n"
+
+
+def test_what_is_asked_of_slurm(tmp_path):
+    settings = ["launch.nodes=2", "launch.gpus_per_node=8", "launch.partition=gpu", "launch.hours=1.5", "data.num_workers=12", "launch.memory_gb=900"]
+    run = config.load(tiny.config(tmp_path), settings)
+    asked = slurm.request(run)
+    assert slurm.ranks(run) == 16 and asked["nodes"] == 2 and asked["tasks_per_node"] == 8 and asked["cpus_per_task"] == 12
+    assert asked["timeout_min"] == 90 and asked["slurm_partition"] == "gpu" and asked["mem_gb"] == 900
+    assert asked["slurm_additional_parameters"] == {"open_mode": "append", "requeue": True, "gpus_per_node": 8}
+    with pytest.raises(config.ConfigError) as error:
+        slurm.request(config.load(tiny.config(tmp_path / "b"), ["launch.hours=0.01"]))
+    assert str(error.value) == "launch.signal_seconds: 120 leaves nothing of launch.hours: 0.01; give less"
+
+
+def test_a_pretended_preemption_saves_and_the_run_goes_on(tmp_path, capsys):
+    path = tiny.config(tmp_path)
+    for _ in range(2):
+        assert main([str(path), "epochs=3", "--fake-preempt", "4"]) == 0
+    assert [found.name for found in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000004", "step_00000009"]
+    assert "resumed" in capsys.readouterr().out

@@ -39,6 +39,7 @@ def images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) ->
 
 def config(folder: Path) -> Path:
     """The YAML on disk, its images beside it; `output` and `data.root` are in it."""
+    folder.mkdir(exist_ok=True)
     path = folder / "tiny.yaml"
     root = images(folder / "images")
     text = YAML.replace("data: {", f"data: {{root: {root}, cache_dir: {folder / 'cache'}, ")

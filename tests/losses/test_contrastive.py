@@ -178,17 +178,6 @@ def test_the_scale_and_the_order_of_images_do_not_matter():
     torch.testing.assert_close(nt_xent(3 * z_a[shuffled], 0.1 * z_b[shuffled], temperature=0.2), loss)
 
 
-def _weights_gradient(z_a, z_b):
-    """NT-Xent and the gradient of a shared linear layer, averaged over ranks as DDP does: for proofs.py."""
-    rank, world = distributed.rank(), distributed.world_size()
-    own = slice(rank * len(z_a) // world, (rank + 1) * len(z_a) // world)
-    weight = torch.eye(5, 4, dtype=torch.float64).add(0.1).requires_grad_()
-    loss = nt_xent(z_a[own] @ weight, z_b[own] @ weight, temperature=0.2)
-    loss.backward()
-    assert weight.grad is not None
-    return loss.item(), distributed.reduce_sum(weight.grad) / world
-
-
 def test_bad_arguments_are_named():
     z = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"^nt_xent: z_a and z_b must share one \(local_batch, dim\) shape, got \(4, 3\) and \(2, 3\)$"):

@@ -1,15 +1,28 @@
 #!/usr/bin/env bash
 # A real SLURM of two nodes on this one machine: munged, one slurmctld, two slurmd. For tests; needs root.
+#   cluster.sh install        as root on Debian or Ubuntu, installs SLURM if it is missing; never fails
 #   cluster.sh up FOLDER      starts it; prints the SLURM_CONF to use. KillWait is 30 s, nodes n1 and n2 have 2 CPUs each.
 #   cluster.sh down FOLDER    ends what it started, by process id
 #   cluster.sh node-down FOLDER n2 | node-up FOLDER n2     kills a node's slurmd and all it runs; starts it again
 # Exit status 77: SLURM is not installed, or this is not root; the reason is on stderr.
 set -euo pipefail
 
-folder=$(mkdir -p "$2" && cd "$2" && pwd)
-export SLURM_CONF=$folder/slurm.conf
+if [ "$1" != install ]; then
+    folder=$(mkdir -p "$2" && cd "$2" && pwd)
+    export SLURM_CONF=$folder/slurm.conf
+fi
 
 missing() { printf 'no SLURM here: %s\n' "$*" >&2; exit 77; }
+
+# Debian's packages start nothing useful by themselves: there is no configuration yet.
+install() {
+    command -v slurmctld >/dev/null && command -v munged >/dev/null && return
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+    echo "Installing slurm-wlm and munge with apt-get, for the SLURM tests."
+    if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -y -qq slurm-wlm munge; } >/dev/null 2>&1; then
+        echo "They could not be installed; the SLURM tests will be skipped."
+    fi
+}
 
 configure() {
     local cpus memory
@@ -78,7 +91,7 @@ up() {
     done
     tail -n 20 "$folder"/log/*.log >&2
     down
-    exit 1
+    missing "its daemons did not come up in 30 s; their logs are above"
 }
 
 end() { # ends the process of a pid file, with its children if asked
@@ -118,6 +131,7 @@ node_down() {
 }
 
 case "$1" in
+    install) install ;;
     up) up ;;
     down) down ;;
     node-down) node_down "$3" ;;
