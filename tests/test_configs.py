@@ -45,7 +45,7 @@ def _reduced(path, folder):
     """The recipe on tiny images, a tiny backbone and the heads that its method has for small networks."""
     values = config.to_dict(config.load(path))
     for crop in values["views"]["crops"].values():
-        crop |= {"size": 32, "blur_kernel": 3}
+        crop |= {"size": 16 if crop["size"] == 96 else 32, "blur_kernel": 3}
     values["method"] |= methods.find(values["method"]["name"]).SMALL
     if values["backbone"]["name"].startswith("vit"):
         values["backbone"] |= {"name": "test_vit", "args": {}}
@@ -84,3 +84,25 @@ def test_the_flagship_is_the_papers():
     assert "learning rate: 6.78823 (0.075 x sqrt(8192))" in described
     assert "batch norm over 8,192 images; each rank's share of 1,024 images in 1 part, at 8 ranks" in described
     assert "group adapted: 56 tensors" in described and "group excluded: 111 tensors" in described
+
+
+@pytest.mark.parametrize(
+    ("stem", "lr"),
+    [("byol_imagenet", 4.8), ("moco_v3_imagenet", 9.6), ("moco_v3_vit_imagenet", 2.4e-3), ("simsiam_imagenet", 0.1), ("moco_imagenet", 0.03),
+     ("swav_imagenet", 4.8), ("swav_256_imagenet", 0.6), ("barlow_twins_imagenet", 1.6), ("vicreg_imagenet", 1.6), ("dino_imagenet", 1e-3),
+     ("nnclr_imagenet", 4.8), ("supcon_imagenet", 9.6), ("supcon_cifar10", 0.5), ("moco_cifar10", 0.06)],
+)  # fmt: skip
+def test_the_learning_rate_is_the_recipes(stem, lr):
+    run = config.load(FILES[0].with_name(f"{stem}.yaml"))
+    assert optim.scaled_lr(run.optim, run.global_batch_size) == pytest.approx(lr)
+
+
+def test_schedules_that_authors_give_in_absolute_numbers():
+    def rates(stem, progress):
+        run = config.load(FILES[0].with_name(f"{stem}.yaml"))
+        return optim.rates(run.optim, progress, run.epochs, run.global_batch_size)
+
+    assert rates("swav_imagenet", 0)["lr"] == pytest.approx(0.3) and rates("swav_imagenet", 1)["lr"] == pytest.approx(0.0048)
+    assert rates("dino_imagenet", 1) == pytest.approx({"lr": 1e-6, "weight_decay": 0.4})
+    assert rates("supcon_cifar10", 0)["lr"] == pytest.approx(0.01) and rates("supcon_cifar10", 1)["lr"] == pytest.approx(0.5 * 0.1**3)
+    assert rates("moco_v1_imagenet", 0.9)["lr"] == pytest.approx(0.03 * 0.01)

@@ -100,12 +100,12 @@ def run(name: str, steps: int = 2, parts: int = 1, group: int | str = "global", 
     return {"losses": losses, "gradients": gradients, "state": {key: value.clone() for key, value in method.state_dict().items()}}
 
 
-def one_step(method: Any, recipe: OptimConfig, images: Batch, step: int = 0) -> None:
+def one_step(method: Any, recipe: OptimConfig, images: Batch, step: int = 0, precision: Any = "float64") -> None:
     """The method after one whole step of its run, as one process takes it."""
     optimizer = optim.build(recipe, method)
     progress = step / NUM_STEPS
     optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
-    settings = ParallelConfig(precision="float64", channels_last=False)
+    settings = ParallelConfig(precision=precision, channels_last=False)
     Stepper(method, optimizer, settings, 0, len(images), len(images), recipe, CPU)(step, progress, images)
 
 

@@ -99,3 +99,19 @@ def test_a_masked_step_moves_nothing(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_heads_of_the_cpu_preset_are_settings(name):
     methods.find(name).Config(**methods.find(name).SMALL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_trains_to_finite_weights(name):
+    method = contract.build(name).float()
+    views = [view.float() for view in contract.batch(name).views]
+    contract.one_step(method, contract.test_file(name).OPTIM, contract.with_views(contract.batch(name), views), precision="bfloat16")
+    assert method.stepped == 1 and all(value.isfinite().all() for value in method.state_dict().values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_evaluations_judge_is_a_whole_backbone(name):
+    method = contract.build(name)
+    prefix = f"{method.evaluated}."
+    assert {key.removeprefix(prefix) for key in method.state_dict() if key.startswith(prefix)} == set(method.backbone.state_dict())
+    assert method.network == ("teacher" if method.evaluated.startswith("teacher") else "student")
