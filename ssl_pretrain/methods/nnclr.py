@@ -53,7 +53,7 @@ class NNCLR(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         near_a, near_b = (nearest(embeddings[name], self.queue.rows) for name in ("z_a", "z_b"))
-        a_to_b = info_nce(near_a, embeddings["p_b"], temperature=self.config.temperature)  # eq. 3
+        a_to_b = info_nce(near_a, embeddings["p_b"], temperature=self.config.temperature)
         b_to_a = info_nce(near_b, embeddings["p_a"], temperature=self.config.temperature)
         similarity = F.cosine_similarity(near_a, wide(embeddings["z_a"].detach())).mean()
         return (a_to_b + b_to_a) / 2, {"neighbour_cosine": similarity}

@@ -42,7 +42,7 @@ class SimSiam(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         cosines = [cosine(embeddings["p_a"], embeddings["z_b"]), cosine(embeddings["p_b"], embeddings["z_a"])]
-        loss = -(cosines[0] + cosines[1]) / 2  # eq. 2
+        loss = -(cosines[0] + cosines[1]) / 2  # eq. 4
         return loss, {"predicted_cosine": -loss.detach()}
 
 

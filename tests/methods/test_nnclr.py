@@ -1,4 +1,4 @@
-"""NNCLR against eq. 3 of its paper (no official code), as solo-learn computes it.
+"""NNCLR against the loss of its paper (no official code), as solo-learn computes it.
 
 https://github.com/vturrisi/solo-learn/blob/9187ea39/solo/losses/nnclr.py
 """
