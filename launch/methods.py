@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=f"Pretrains with every method as {CONFIG} says, one after the other, judges each by k-NN and writes one table. "
         "What is done already is not done again: stop it and start it as you like.",
         epilog="""examples:
-  python launch/methods.py data.root=cifar10.zip                                  one seed: about 2 hours on two CPU cores (planned)
+  python launch/methods.py data.root=cifar10.zip                                  one seed: about an hour on two CPU cores
   python launch/methods.py data.root=cifar10.zip --methods byol vicreg --seeds 0 1 2
   python launch/methods.py --table-only                                           the table of the runs that are there""",
         formatter_class=argparse.RawDescriptionHelpFormatter,

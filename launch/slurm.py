@@ -26,8 +26,13 @@ GRACE_SECONDS = 120  # between the requeue and SLURM's end of the ranks that ask
 
 
 def here() -> bool:
-    """Whether a submission would be taken: SLURM is installed, and this is not one of its jobs."""
-    return shutil.which("sbatch") is not None and "SLURM_JOB_ID" not in os.environ
+    """Whether a submission would be taken: SLURM is installed, its controller answers, and this is not one of its jobs."""
+    if shutil.which("sbatch") is None or "SLURM_JOB_ID" in os.environ:
+        return False
+    try:
+        return subprocess.run(["scontrol", "ping"], capture_output=True, timeout=20).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def ranks(config: RunConfig) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 from ssl_pretrain import backbones, batch_norm, checkpoint, distributed, draws, health, log, memory, methods, optim, parallel, plan
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import loader, sources
+from ssl_pretrain.data import loader, preflight, sources
 from ssl_pretrain.guard import Guard
 from ssl_pretrain.lock import Lock
 from ssl_pretrain.methods.base import Method
@@ -63,7 +63,7 @@ def _train(
     end = min(last_step, first_step + stop_after) if stop_after else last_step
     step = first_step
 
-    for step, batch in zip(range(first_step + 1, end + 1), logger.waits(batches.starting_at(first_step))):
+    for step, batch in zip(range(first_step + 1, end + 1), logger.waits(preflight.watched(batches, first_step, device))):
         logger.views(step, batch.views, config.views.mean, config.views.std)
         progress = (step - 1) / last_step
         rates = optim.set_rates(optimizer, config.optim, progress, config.epochs, config.global_batch_size)

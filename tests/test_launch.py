@@ -77,6 +77,20 @@ def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
     assert capsys.readouterr().err == "error: 'seed': an override is key=value, such as optim.base_lr=0.2,0.3\n"
 
 
+def test_slurm_is_taken_only_where_its_controller_answers(tmp_path, monkeypatch):
+    """A machine may have the commands and no cluster."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not slurm.here()
+    for status, taken in ((1, False), (0, True)):
+        for command in ("sbatch", "scontrol"):
+            (tmp_path / command).write_text(f"#!/bin/sh\nexit {status}\n")
+            (tmp_path / command).chmod(0o755)
+        assert slurm.here() is taken
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not slurm.here()
+
+
 def test_what_is_asked_of_slurm(tmp_path):
     settings = ["launch.nodes=2", "launch.gpus_per_node=8", "launch.partition=gpu", "launch.hours=1.5", "data.num_workers=12", "launch.memory_gb=900"]
     run = config.load(tiny.config(tmp_path), settings)

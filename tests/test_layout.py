@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "ssl_pretrain/data/beton.py": "data/beton_file data/beton_writer data/compiled data/progress data/sources",
     "ssl_pretrain/data/order.py": "draws",
     "ssl_pretrain/data/workers.py": "data/sources data/images",
-    "ssl_pretrain/data/threads.py": "data/beton_file data/compiled data/workers views",
+    "ssl_pretrain/data/threads.py": "data/beton_file data/compiled data/order data/workers views",
     "ssl_pretrain/data/device_cache.py": "data/sources data/workers views",
     "ssl_pretrain/data/loader.py": "data/order data/compiled data/device_cache data/sources data/threads data/workers views distributed",
     "ssl_pretrain/data/preflight.py": "data/loader distributed",

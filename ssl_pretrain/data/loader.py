@@ -102,7 +102,6 @@ class Loader:
         self._views, self._crops, self._device = views, recipe.each(views), torch.device(device)
         local_batch = global_batch_size // world_size
         self._chunk = _chunk_size(local_batch, num_workers) if how == "folder" else local_batch
-        self._jobs = _Jobs(self.plan, self._chunk)
         self._maker: Maker
         if how == "ffcv":
             assert isinstance(source, Beton), "`choose` gives ffcv to a .beton alone"
@@ -113,6 +112,7 @@ class Loader:
             chunks = Chunks(source, partial(_cut, self._crops, seed))
             num_ahead = _AHEAD * -(-local_batch // self._chunk)
             self._maker = workers.Processes(chunks, num_workers, num_ahead, pinned=self._device.type == "cuda")
+        self._jobs = _Jobs(self.plan, self._chunk, self._maker.expect if isinstance(self._maker, Threads) else None)
         weakref.finalize(self, self._maker.close)  # a loader that is forgotten, or alive at exit, leaves nothing either
 
     def starting_at(self, step: int) -> Iterator[Batch]:
@@ -264,11 +264,15 @@ def images(
 class _Jobs:
     """What is to be made, chunk by chunk, from a step on without end. Knows no loader, which could not be forgotten otherwise."""
 
-    def __init__(self, plan: order.Plan, chunk: int):
-        self.plan, self.chunk = plan, chunk
+    def __init__(self, plan: order.Plan, chunk: int, expect: Callable[[np.ndarray], None] | None):
+        self.plan, self.chunk, self.expect = plan, chunk, expect
 
     def starting_at(self, first_step: int) -> Iterator[Job]:
+        expected: list[int] = []
         for step in itertools.count(first_step):
+            if self.expect is not None and self.plan.window and expected != (blocks := self.plan.blocks_after(step)).tolist():
+                expected = blocks.tolist()
+                self.expect(blocks)
             indices = self.plan.indices(step)
             for start in range(0, len(indices), self.chunk):
                 yield self.plan.epoch(step), indices[start : start + self.chunk]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssl_pretrain.data import compiled
 from ssl_pretrain.data.beton_file import Samples
+from ssl_pretrain.data.order import BLOCK
 from ssl_pretrain.data.workers import Chunk, Job
 from ssl_pretrain.views.recipe import Crop
 
@@ -83,6 +84,16 @@ class Threads:
             self._handles = [os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) for path in self._samples.paths]
         self._run = _Run(self, iter(jobs))
         return self._run.chunks()
+
+    def expect(self, blocks: np.ndarray) -> None:
+        """Asks the system to read these blocks of `order.BLOCK` images into memory, and does not wait. blocks: their first images."""
+        samples = self._samples
+        for first in blocks.tolist():
+            last = min(first + BLOCK, len(samples)) - 1
+            while samples.file[last] != samples.file[first]:  # the next shard's
+                last -= 1
+            begin, end = int(samples.place[first]), int(samples.place[last] + samples.length[last])
+            os.posix_fadvise(self._handles[samples.file[first]], begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         self._end()

@@ -126,21 +126,24 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
 
 
 def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
-    """float32 (n, size, total): the weights of `resize.axis` at the box's place in the image."""
+    """float32 (n, size, total): the weights of `resize.axis`, rounded as there, at the box's place in the image."""
     widest = 2.0 if crop.interpolation == "bicubic" else 1.0
-    scale = (length.to(torch.float32) / crop.size)[:, None, None]
+    scale = (length.to(torch.float64) / crop.size)[:, None, None]
     widened = scale.clamp_min(1.0)
     centre = scale * (torch.arange(crop.size, device=first.device)[:, None] + 0.5)
     pixel = torch.arange(total, device=first.device) - first[:, None, None]
     start = (centre - widest * widened + 0.5).trunc().clamp_min(0)
-    end = torch.minimum((centre + widest * widened + 0.5).trunc(), length[:, None, None].to(torch.float32))
+    end = torch.minimum((centre + widest * widened + 0.5).trunc(), length[:, None, None].to(torch.float64))
     x = ((pixel - centre + 0.5) / widened).abs()
     if crop.interpolation == "bicubic":
         weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
     else:
         weights = (1 - x).clamp_min(0)
     weights = weights * ((pixel >= start) & (pixel < end))
-    return weights / weights.sum(2, keepdim=True)
+    weights = weights / weights.sum(2, keepdim=True)
+    bits = torch.log2(32767.49 / weights.amax((1, 2), keepdim=True)).floor().clamp_max(22)
+    steps = weights * 2**bits
+    return ((steps + 0.5 * steps.sign()).trunc() / 2**bits).to(torch.float32)
 
 
 def _to_levels(images: Tensor) -> Tensor:

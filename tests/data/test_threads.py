@@ -22,7 +22,7 @@ import yaml
 from betons import needs_ffcv, opened, written
 from omegaconf import OmegaConf
 
-from ssl_pretrain.data import compiled, threads
+from ssl_pretrain.data import compiled, order, threads
 from ssl_pretrain.data.loader import Batch, Loader, build, choose
 from ssl_pretrain.data.sources import Beton, DataConfig
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
@@ -410,3 +410,19 @@ def test_a_gpu_gets_the_same_views(stored, tmp_path):
         for _, sent, kept in zip(range(12), there.starting_at(0), here.starting_at(0)):
             torch.testing.assert_close([view.cpu() for view in sent.views], kept.views, rtol=0, atol=0)
             assert torch.equal(sent.labels.cpu(), kept.labels)
+
+
+def test_the_quasi_random_order_is_exact_too(stored, monkeypatch):
+    monkeypatch.setattr(order, "BLOCK", 8)
+    monkeypatch.setattr(threads, "BLOCK", 8)
+    options = {"window": 16, "global_batch_size": 12}
+    asked = []
+    advise = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:3]) or advise(*arguments))
+    order._permutation.cache_clear()
+    expected = digests(loader(stored, 0, how="folder", **options), 0, 6)
+    assert digests(loader(stored, 2, **options), 0, 6) == expected
+    assert digests(loader(stored, 1, **options), 3, 3) == expected[3:]
+    order._permutation.cache_clear()
+    ends = {(int(place), int(length)) for place, length in zip(stored.samples.place, stored.samples.length)}
+    assert asked and all(any(begin == place for place, _ in ends) and span > 0 for begin, span in asked)

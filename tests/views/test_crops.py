@@ -117,6 +117,25 @@ def test_a_box_depends_on_its_name_alone():
         assert crops.draw(Crop(), *name, 300, 400)[:4] != box[:4]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [8, 32])
+def test_a_batch_is_cut_as_its_images_one_by_one(interpolation, size, device):
+    crop = Crop(size=size, interpolation=interpolation, scale=[0.05, 1.0])
+    sizes = np.array([[32, 32], [20, 31], [32, 9], [1, 1], [13, 32]] * 8)
+    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    expected = []
+    for row, (height, width) in enumerate(sizes.tolist()):
+        images[row, :, :height, :width] = image(height, width)
+        box = crops.draw(crop, 1, 2, 10 + row, 3, height, width)
+        expected.append(crops.apply(images[row, :, :height, :width], box, crop))
+    drawn = crops.boxes(crop, 1, 2, np.arange(10, 50), 3, sizes)
+    assert drawn[:, 4].min() == 0 and drawn[:, 4].max() == 1
+    views = crops.apply_to_batch(images.to(device), drawn, crop).cpu()
+    difference = (views.int() - torch.stack(expected).int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.001
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (401, 299), (20, 90), (224, 224)])
 @pytest.mark.parametrize(("size", "crop_ratio", "resized"), [(224, 0.875, 256), (32, 1.0, 32), (96, 0.875, 110)])
