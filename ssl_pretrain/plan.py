@@ -55,19 +55,28 @@ def _rates(run: RunConfig) -> list[str]:
         "sqrt": f"{settings.base_lr} x sqrt({run.global_batch_size})",
         "none": "not scaled",
     }[settings.lr_scaling]
+    then = f"cosine to {lr * settings.final_lr_ratio:.3g}"
+    if settings.schedule == "milestones":
+        then = f"times {settings.milestone_factor:g} at epochs {', '.join(f'{epoch:g}' for epoch in settings.milestones)}"
+    decay = f"weight decay {settings.weight_decay:g}"
+    if settings.final_weight_decay is not None:
+        decay += f" to {settings.final_weight_decay:g}"
     return [
-        f"learning rate: {lr:.6g} ({how}), reached after {settings.warmup_epochs:g} epochs, cosine to {lr * settings.final_lr_ratio:.3g}",
-        f"optimizer: {settings.name}, weight decay {settings.weight_decay:g}, "
-        f"momentum {settings.momentum:g} ({settings.momentum_convention})",
+        f"learning rate: {lr:.6g} ({how}), reached after {settings.warmup_epochs:g} epochs, {then}",
+        f"optimizer: {settings.name}, {decay}, momentum {settings.momentum:g} ({settings.momentum_convention})",
     ]
 
 
 def _parameters(run: RunConfig, method: Method) -> list[str]:
     lines = [f"parameters: {backbones.count_parameters(method):,}, of them the backbone's {backbones.count_parameters(method.backbone):,}"]
     for group in optim.parameter_groups(run.optim, method):
+        if not group["names"]:
+            continue
+        rate = 1.0 if group["adapt"] else run.optim.excluded_lr_ratio
+        special = (f", learning rate times {rate:g}" if rate != 1 else "") + (", constant learning rate" if group["constant"] else "")
         numbers = sum(parameter.numel() for parameter in group["params"])
         lines.append(
-            f"  group {group['group']}: {len(group['names'])} tensors, {numbers:,} numbers, weight decay {group['weight_decay']:g}"
+            f"  group {group['group']}: {len(group['names'])} tensors, {numbers:,} numbers, weight decay {group['weight_decay']:g}{special}"
         )
         shown = group["names"] if len(group["names"]) <= 6 else [*group["names"][:3], "...", *group["names"][-3:]]
         lines.append(f"    {', '.join(shown)}")

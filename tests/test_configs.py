@@ -106,3 +106,14 @@ def test_schedules_that_authors_give_in_absolute_numbers():
     assert rates("dino_imagenet", 1) == pytest.approx({"lr": 1e-6, "weight_decay": 0.4})
     assert rates("supcon_cifar10", 0)["lr"] == pytest.approx(0.01) and rates("supcon_cifar10", 1)["lr"] == pytest.approx(0.5 * 0.1**3)
     assert rates("moco_v1_imagenet", 0.9)["lr"] == pytest.approx(0.03 * 0.01)
+
+
+def test_the_plan_says_what_is_special_about_a_schedule():
+    def described(stem):
+        return plan.describe(config.load(FILES[0].with_name(f"{stem}.yaml")), world_size=8)
+
+    assert "reached after 0 epochs, times 0.1 at epochs 120, 160" in described("moco_v1_imagenet")
+    assert "weight decay 0.04 to 0.4" in described("dino_imagenet")
+    assert "weight decay 0, learning rate times 0.0015" in described("barlow_twins_imagenet")
+    simsiam = described("simsiam_imagenet")
+    assert "2,100,224 numbers, weight decay 0.0001, constant learning rate" in simsiam and "group excluded" not in simsiam
