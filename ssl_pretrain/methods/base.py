@@ -62,7 +62,10 @@ class Method(nn.Module):
         return {}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, logs): this rank's loss, whose mean over ranks is the global batch's, and scalars worth a curve."""
+        """(loss, logs): this rank's loss, whose mean over ranks is the global batch's, and scalars worth a curve.
+
+        What is too large to be held until `after_step` it takes out of the dicts (DINO's logits).
+        """
         raise NotImplementedError
 
     @torch.no_grad()

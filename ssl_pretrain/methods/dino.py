@@ -20,7 +20,8 @@ from ssl_pretrain.backbones import Backbone
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, by_size, wide
 from ssl_pretrain.momentum import Teacher, to_one
 
-SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freeze_last_layer_epochs": 0}
+SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freeze_last_layer_epochs": 0, "head_batch_norm": True,
+         "momentum": 0.99}  # fmt: skip
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Config(MethodConfig):
     name: str = "dino"
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
+    head_batch_norm: bool = False  # of the hidden layers; the authors' use_bn_in_head, for ResNets on small images
     num_prototypes: int = 65536
     train_norm: bool = False  # of the last layer's rows; the authors' norm_last_layer false
     temperature: float = 0.1
@@ -66,7 +68,8 @@ class Head(nn.Module):
         for layer in linear:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.mlp = nn.Sequential(linear[0], nn.GELU(), linear[1], nn.GELU(), linear[2])
+        norms: list[nn.Module] = [nn.BatchNorm1d(config.hidden_dim) if config.head_batch_norm else nn.Identity() for _ in range(2)]
+        self.mlp = nn.Sequential(linear[0], norms[0], nn.GELU(), linear[1], norms[1], nn.GELU(), linear[2])
         self.last_layer = UnitRows(config.bottleneck_dim, config.num_prototypes, config.train_norm)
 
     def embed(self, features: Tensor) -> Tensor:

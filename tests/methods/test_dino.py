@@ -96,6 +96,11 @@ def test_accumulated_never_more_than_one_parts_logits():
     assert len(most) >= 6 and max(most) <= (2 + 5) * 9 * contract.ROWS // 3
 
 
+def test_the_heads_hidden_layers_may_have_batch_norm():
+    kinds = [type(layer).__name__ for layer in contract.build("dino", head_batch_norm=True).head.mlp]
+    assert kinds == ["Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"]
+
+
 def test_the_teacher_drops_nothing_and_local_crops_interpolate_the_positions():
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name="test_vit", drop_path=0.5), 64)
