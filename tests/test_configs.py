@@ -32,6 +32,8 @@ def test_the_header_says_where_it_comes_from(path):
         assert any(wanted in line for line in header), f"{path.name}: its header lacks {wanted!r}"
     assert any(path.name in line for line in header), f"{path.name}: its command names another file"
     assert re.match(r"[a-z0-9]+_[a-z0-9]+", path.stem)
+    if "imagenet" in path.stem:
+        assert any(".beton" in line and "--max-side" in line for line in header), f"{path.name}: its header does not say which file it assumes"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

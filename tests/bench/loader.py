@@ -158,6 +158,15 @@ def paced(contender: Contender, images: int) -> tuple[float, float]:
     return made / seconds, 1000 * (cpu_seconds(contender.processes) - cpu) / made
 
 
+def settle(processes: list[int]) -> None:
+    """Waits until every contender has filled its buffers and nobody computes."""
+    while True:
+        before = cpu_seconds(processes)
+        time.sleep(1.0)
+        if cpu_seconds(processes) - before < 0.05:
+            return
+
+
 def race(source: Beton, each: list[Crop], threads: int, rounds: int, images: int) -> dict[str, list[tuple[float, float]]]:
     """Rounds of each contender, one after the other within a round; those that wait have all their buffers full and do nothing."""
     bicubic = [Crop(size=crop.size, scale=crop.scale, interpolation="bicubic") for crop in each]
@@ -172,11 +181,11 @@ def race(source: Beton, each: list[Crop], threads: int, rounds: int, images: int
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for contender in contenders.values():
         contender(contender.ahead)    # compiled, and the file in memory
-    time.sleep(5)
+    everyone = [process for contender in contenders.values() for process in contender.processes]
     for _ in range(rounds):
         for name, contender in contenders.items():
+            settle(everyone)
             times[name].append(paced(contender, few.get(name, images)))
-            time.sleep(1 + contender.ahead / (20 if "PIL" in name else 100))    # it fills its buffers again
     for contender in contenders.values():
         contender.close()
     return times

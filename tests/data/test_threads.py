@@ -356,6 +356,9 @@ for number in range(100):
     if number % 2:
         batches.close()
     del batches
+until = time.monotonic() + 10    # the system forgets a thread a moment after it has ended
+while before != held() and time.monotonic() < until:
+    time.sleep(0.1)
 print(before == held(), before, held())
 """
 

@@ -279,3 +279,18 @@ def test_a_gpu_gives_the_same_views_and_is_never_waited_for(size):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(views.cpu(), expected, **TOLERANCE)
+
+
+def test_kornias_functions_give_the_same_views():
+    pytest.importorskip("kornia", reason="kornia is not installed: uv pip install kornia")
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("colour_bench", Path(__file__).parents[1] / "bench" / "colour.py")
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    parameters = bench.parameters(24)
+    assert 0 < parameters.grayscale.sum() < 24 and 0 < parameters.blur.sum() < 24
+    difference = (bench.ours(bench.batch(24), parameters) - bench.kornias(bench.batch(24), parameters)).abs()
+    assert difference.max() < 0.25 / 255    # a quarter of a grey level
