@@ -16,7 +16,7 @@ from ssl_pretrain.backbones import build as build_backbone
 from ssl_pretrain.methods.moco_v3 import Config, positions
 from ssl_pretrain.optim import OptimConfig
 
-METHOD = {"hidden_dim": 8, "dim": 4, "momentum": 0.9, "temperature": 0.5}
+METHOD = {"hidden_dim": 8, "dim": 4, "momentum": 0.9, "temperature": 0.3}
 OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-6, momentum_convention="popular")
 
 
@@ -27,8 +27,8 @@ def plain_loss(method, images):
     loss = torch.zeros((), dtype=torch.float64)
     for queries, keys in ((p[0], z[1]), (p[1], z[0])):
         for i, q in enumerate(queries):
-            exps = [torch.exp(q @ k / 0.5) for k in keys]
-            loss = loss - torch.log(exps[i] / sum(exps)) / len(queries) * 2 * 0.5
+            exps = [torch.exp(q @ k / 0.3) for k in keys]
+            loss = loss - torch.log(exps[i] / sum(exps)) / len(queries) * 2 * 0.3
     return loss
 
 
