@@ -7,8 +7,10 @@ average is exactly dL/dparams of one process on the whole batch.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 # torch 2.13 renamed both; 2.11 has the old names only
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_timeout_seconds = 600.0
 _cpu_group: Any = None  # gloo, for objects and stop requests: never on the accelerator's stream
 
 
@@ -28,9 +31,10 @@ def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float 
     Args:
         threads: CPU threads of this rank; 0 shares the machine's cores evenly among its ranks.
         deterministic: ask torch for deterministic algorithms, for bit-for-bit runs on a GPU.
-        timeout_seconds: a collective that waits longer ends the run.
+        timeout_seconds: a collective or a step that takes longer ends the run, with this rank's stacks on stderr.
     """
-    global _cpu_group
+    global _cpu_group, _timeout_seconds
+    _timeout_seconds = timeout_seconds
     torch.set_num_threads(threads or max(1, available_cores() // local_world_size()))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -157,12 +161,14 @@ def barrier() -> None:
 class StopRequest:
     """A signal sets a flag; all ranks agree on it once a step, and the answer is used one step later.
 
+    Being asked is also the rank's sign of life: where the next question does not come within the time given to `start`, the
+    stacks of all threads are written and the rank ends, so that the others, and the scheduler, do not wait for it.
     The reduction of one step travels on a CPU group while the next step computes, so asking costs nothing.
     """
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2), pretend_after: int | None = None):
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2), pretend_at: int | None = None):
         self.requested = False
-        self._questions_left = pretend_after  # after so many more steps rank 0 sends itself SIGUSR2, as a scheduler would
+        self._pretend_at = pretend_at  # after this step rank 0 sends itself SIGUSR2, as a scheduler would
         self._pending: tuple[Tensor, Any] | None = None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the loader's processes block them, and so do those forked there
         self._previous = {number: signal.signal(number, self._set) for number in signals}
@@ -170,12 +176,12 @@ class StopRequest:
     def _set(self, number: int, frame: Any) -> None:
         self.requested = True
 
-    def agreed(self) -> bool:
+    def agreed(self, step: int = -1) -> bool:
         """Whether any rank had been asked to stop when the previous step ended; the same answer on all ranks."""
-        if self._questions_left is not None and rank() == 0:
-            self._questions_left -= 1
-            if self._questions_left == 0:
-                os.kill(os.getpid(), signal.SIGUSR2)
+        with suppress(ValueError, OSError, AttributeError):  # a stderr without a file has nowhere to write stacks
+            faulthandler.dump_traceback_later(_timeout_seconds, exit=True)
+        if step == self._pretend_at and rank() == 0:
+            os.kill(os.getpid(), signal.SIGUSR2)
         if world_size() == 1:
             return self.requested
         answer = self._wait()
@@ -194,5 +200,17 @@ class StopRequest:
     def close(self) -> None:
         """Finishes the reduction under way and gives the signals back."""
         self._wait()
+        self._rest()
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, kind: object, *_exception: object) -> None:
+        if kind is None:
+            self._wait()  # after an error the others may never answer
+        self._rest()
+
+    def _rest(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -36,12 +36,12 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
     run = Path(config.output)
     configuration.check(config, distributed.world_size())
     made = partial(loader.build, config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device)
-    with Lock(run), made() as batches:
-        return _train(config, device, run, batches, stop_after, fake_preempt)
+    with Lock(run), made() as batches, distributed.StopRequest(pretend_at=fake_preempt) as stop:
+        return _train(config, device, run, batches, stop, stop_after)
 
 
 def _train(
-    config: RunConfig, device: torch.device, run: Path, batches: loader.Loader, stop_after: int | None, fake_preempt: int | None
+    config: RunConfig, device: torch.device, run: Path, batches: loader.Loader, stop: distributed.StopRequest, stop_after: int | None
 ) -> int:
     last_step = round(config.epochs * batches.steps_per_epoch)
     method = build_method(config, batches.source)
@@ -59,7 +59,6 @@ def _train(
     )  # fmt: skip
     guard = Guard(config.guard, run, config.log.every_steps, stepper.broken_embeddings, partial(state.roll_back, run))
     knn = online_knn(config, batches, device)
-    stop = distributed.StopRequest(pretend_after=fake_preempt - first_step if fake_preempt else None)
     end = min(last_step, first_step + stop_after) if stop_after else last_step
     step = first_step
 
@@ -71,13 +70,12 @@ def _train(
         measured = health.at(step, embeddings, config.health) | knn.at(step, method.get_submodule(method.evaluated))
         logger.step(step, logs, rates, measured)
         guard.after(step, batch.indices, logs)
-        stopping = stop.agreed() or step == end
+        stopping = stop.agreed(step) or step == end
         if stopping or checkpoint.due(config.checkpoint, step, last_step, batches.steps_per_epoch):
             state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
         if stopping:
             break
 
-    stop.close()
     logger.close()
     return step
 
