@@ -254,15 +254,14 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
 
 def _stored(config: DataConfig, split: str) -> Path | None:
     """The .beton of a part: `root` itself, or what lies in it or beside it under the part's name."""
+    if not config.root:
+        return None
     root = Path(config.root).expanduser()
-    if split == "val":
-        name = "test" if config.source == "cifar10" else config.val
-        if not config.root or not _prefers_stored(config, root, name):
-            return None
-        return beton_file.find(root if root.is_dir() else root.parent, name)
-    if root.suffix.lower() == ".beton":
+    if split == "train" and root.suffix.lower() == ".beton":
         return root
-    return beton_file.find(root, config.train) if root.is_dir() and _prefers_stored(config, root, config.train) else None
+    names = [config.train] if split == "train" else ["test", "val"] if config.source == "cifar10" else [config.val]
+    found = [beton_file.find(root if root.is_dir() else root.parent, name) for name in names if _prefers_stored(config, root, name)]
+    return next((path for path in found if path is not None), None)
 
 
 def _prefers_stored(config: DataConfig, root: Path, part: str) -> bool:

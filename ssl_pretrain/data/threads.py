@@ -68,8 +68,8 @@ class Threads:
         self._functions = compiled.functions(compiled.library())
         self._views = compiled.views_of(each, batch_size)
         self._shapes = [torch.Size((3, crop.size, crop.size)) for crop in each]
-        total = batch_size * sum(shape.numel() for shape in self._shapes)
-        self._slots = [torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(num_ahead + 1)]
+        self._num_slots = num_ahead + 1
+        self._slots: list[Tensor] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._handles: list[int] = []
         self._run: _Run | None = None
@@ -80,6 +80,10 @@ class Threads:
         The pixels of a batch are valid until the next one is asked for.
         """
         self._end()
+        if not self._slots:
+            total = self._batch_size * sum(shape.numel() for shape in self._shapes)
+            pinned = self._device.type == "cuda"
+            self._slots = [torch.empty(total, dtype=torch.uint8, pin_memory=pinned) for _ in range(self._num_slots)]
         if not self._handles:
             self._handles = [os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)) for path in self._samples.paths]
         self._run = _Run(self, iter(jobs))

@@ -104,10 +104,16 @@ def test_what_becomes_of_each_kind_of_image(tmp_path):
     assert beton.problems(stored.samples) == []
 
 
-def test_ffcvs_own_reader_and_loader_read_it(tmp_path):
+def test_ffcvs_own_reader_and_loader_read_it_and_we_read_ffcvs(tmp_path):
     stored = written(tmp_path / "data", n=20)
     code = """
 import sys, numpy as np
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
+if __name__ == "__main__":
+    images = [(np.full((20, 30, 3), 10 * number, np.uint8), number % 3) for number in range(12)]
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField()}
+    DatasetWriter(sys.argv[2], fields, num_workers=1).from_indexed_dataset(images)
 from ffcv.reader import Reader
 from ffcv.loader import Loader, OrderOption
 from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
@@ -117,9 +123,15 @@ loader = Loader(sys.argv[1], batch_size=10, num_workers=1, order=OrderOption.SEQ
                 pipelines={"image": [CenterCropRGBImageDecoder((16, 16), 1.0)], "label": [IntDecoder()]})
 print([label for _, labels in loader for label in labels[:, 0].tolist()])
 """
-    result = subprocess.run([sys.executable, "-c", code, stored.where], capture_output=True, text=True, timeout=150)
+    theirs = tmp_path / "theirs.beton"
+    result = subprocess.run([sys.executable, "-c", code, stored.where, str(theirs)], capture_output=True, text=True, timeout=150)
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout) == stored.labels.tolist()
+    source = opened(theirs)
+    assert source.labels.tolist() == [number % 3 for number in range(12)] and source.classes == ["0", "1", "2"]
+    assert np.abs(source.read(7).astype(int) - 70).max() <= 1 and source.read(7).shape == (20, 30, 3)
+    problems = [f"{theirs}: has no manifest (theirs.beton.json): no class names, and nothing to compare with"]
+    assert beton.problems(beton_file.read(theirs)) == problems
 
 
 def test_bad_images_are_named_and_left_out(tmp_path, capsys):

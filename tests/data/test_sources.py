@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_pretrain.data import listing
+from ssl_pretrain.data import listing, sources
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.sources import DataConfig, open_source, require_labels
 
@@ -389,3 +390,38 @@ class TestMessages:
         with pytest.raises(UnreadableImage) as caught:
             source.read(0)
         assert str(caught.value) == f"{path}/1.png: the zip is damaged here, or was replaced"
+
+
+class TestStored:
+    """A .beton takes the place of a folder of images where FFCV is, or where there is nothing else."""
+
+    @pytest.fixture
+    def root(self, tmp_path, monkeypatch):
+        from ssl_pretrain.data import beton_file
+
+        monkeypatch.setattr(beton_file, "read", lambda path: path)
+        monkeypatch.setattr(sources, "Beton", lambda path: path)
+        monkeypatch.setattr(sources, "_subset", lambda source, size: source)
+        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: self.found)
+        root = plant(tmp_path / "data", "train/a/1.png", "train/b/2.png", "val/a/3.png")
+        for name in ("train.beton", "val-00000-of-00002.beton", "val-00001-of-00002.beton"):
+            (root / name).touch()
+        return root
+
+    found: object = object()
+
+    def test_beside_a_folder(self, root, opened):
+        assert opened(root) == root / "train.beton" and opened(root, "val") == root / "val-00000-of-00002.beton"
+        assert opened(root, loader="ffcv") == root / "train.beton"
+        assert names(opened(root, loader="folder")) == ["a/1.png", "b/2.png"]
+        self.__class__.found = None
+        try:
+            assert names(opened(root)) == ["a/1.png", "b/2.png"]
+        finally:
+            self.__class__.found = object()
+
+    def test_alone(self, root, opened):
+        assert opened(root / "train.beton") == root / "train.beton"
+        assert opened(root / "train.beton", "val", loader="ffcv") == root / "val-00000-of-00002.beton"
+        shutil.rmtree(root / "train")
+        assert opened(root, loader="folder") == root / "train.beton"

@@ -112,6 +112,12 @@ def _digests_of(path: str, first: int, count: int) -> list[str]:
     return digests(loader(opened(Path(path))), first, count)
 
 
+def test_closed_it_starts_again(stored, expected):
+    batches = loader(stored)
+    assert digests(batches, 0, 2) == expected[:2]
+    assert digests(batches, 2, 2) == expected[2:4]
+
+
 def test_a_spawned_process_gives_the_same_bytes(stored, expected):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_digests_of, (stored.where, 2, 3)) == expected[2:5]
