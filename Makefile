@@ -12,8 +12,8 @@ help:  ## these lines
 demo: env  ## pretrains on real digits here, evaluates, draws the report
 	@$(python) launch/demo.py
 
-test: env  ## the test suite
-	@$(python) -m pytest
+test: env  ## the test suite, two tests at a time
+	@$(python) -m pytest -n 2 --dist loadfile
 
 test-slurm: env  ## a run on a real SLURM of two nodes on this machine, pre-empted once; as root it installs SLURM
 	@bash tests/slurm/cluster.sh install
