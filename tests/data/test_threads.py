@@ -343,6 +343,7 @@ pids = {str(os.getpid())}
 def held():    # names of shared memory hold the number of the process that made them; other processes' come and go
     shared = [name for name in os.listdir("/dev/shm") if pids & set(re.split("[-_.]", name))]
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), sorted(shared)
+time.sleep(2)    # the system forgets a thread a moment after it has ended
 before = held()
 for number in range(100):
     reading, writing = os.pipe()
@@ -365,7 +366,7 @@ for number in range(100):
     if number % 2:
         batches.close()
     del batches
-until = time.monotonic() + 10    # the system forgets a thread a moment after it has ended
+until = time.monotonic() + 20
 while before != held() and time.monotonic() < until:
     time.sleep(0.1)
 print(before == held(), before, held())
