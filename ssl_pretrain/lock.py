@@ -51,9 +51,12 @@ class Lock:
 
     def _take(self) -> str | None:
         """None once it is ours, else what to tell the user."""
-        self.run.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f".lock-{os.getpid()}-{time.monotonic_ns()}")
-        mine.write_text(json.dumps(self._own))
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            mine.write_text(json.dumps(self._own))
+        except OSError as error:
+            return f"output: {self.run} cannot be written to: {error.strerror or error}; give another output"
         try:
             os.link(mine, self.path)  # as O_EXCL, with the content already there
             return None
