@@ -50,6 +50,7 @@ def test_a_number_given_again_is_not_the_process_that_was(tmp_path):
         pass
 
 
+@pytest.mark.case(28)
 def test_another_machine_is_believed_while_it_is_heard(tmp_path, monkeypatch):
     _write(tmp_path, host="elsewhere", job="77")
     assert "on elsewhere, SLURM job 77, heard of 0 s ago" in _refused(tmp_path)

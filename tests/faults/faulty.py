@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from ssl_pretrain import checkpoint, distributed, online, step, train
+from ssl_pretrain import distributed, online, step, train
 from ssl_pretrain.data import preflight
 
 
@@ -126,58 +126,61 @@ class Fault:
 
         train.build_method = differing
 
-    def _in_this_save(self, path) -> bool:
-        return (self.at == 0 or f"step_{self.at:08d}" in str(path)) and self.here()
+    def _in_this_save(self, path: str) -> bool:
+        return ("step_" if self.at == 0 else f"step_{self.at:08d}") in path and self.here()
+
+    def _at_each_file(self, act) -> None:
+        """`act(path, descriptor)` where a file of that save is about to be on disk."""
+        fsync = os.fsync
+
+        def faulty(descriptor):
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if self._in_this_save(path):
+                act(path)
+            return fsync(descriptor)
+
+        os.fsync = faulty
 
     def plant_writing(self) -> None:
-        real = checkpoint._write
+        def wait(path):
+            self.done.write_text("")
+            print("writing", flush=True)
+            time.sleep(float(self.argument))
 
-        def write(final, *rest):
-            if self._in_this_save(final):
-                self.done.write_text("")
-                print("writing", flush=True)
-                time.sleep(float(self.argument))
-            return real(final, *rest)
+        self._at_each_file(wait)
 
-        checkpoint._write = write
+    def plant_refuse(self) -> None:
+        def refuse(path):
+            self.done.write_text("")
+            number = getattr(errno, self.argument)
+            raise OSError(number, os.strerror(number))
+
+        self._at_each_file(refuse)
 
     def plant_kill_writing(self) -> None:
-        fsync, rename, prune = checkpoint._fsync, os.rename, checkpoint._prune
+        rename = os.rename
 
         def die():
             self.done.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        def half_written(path):  # the file is written, and not yet on disk
-            if path.name == self.argument and self._in_this_save(path):
-                os.truncate(path, path.stat().st_size // 2)
+        def half_written(path):
+            if path.endswith(self.argument):
+                os.truncate(path, os.stat(path).st_size // 2)
                 die()
-            fsync(path)
 
-        def before_rename(source, target):
-            if self.argument == "rename" and self._in_this_save(target):
+        def at_rename(source, target):
+            moved = self._in_this_save(str(target))
+            if moved and self.argument == "rename":
                 die()
             rename(source, target)
-
-        def before_prune(written, *rest):
-            if self.argument == "prune" and self._in_this_save(written):
+            if moved and self.argument == "prune":
                 die()
-            prune(written, *rest)
 
-        checkpoint._fsync, os.rename, checkpoint._prune = half_written, before_rename, before_prune
-
-    def plant_refuse(self) -> None:
-        real = checkpoint.save_file
-        number = getattr(errno, self.argument)
-
-        def refuses(tensors, path):
-            if self._in_this_save(path):
-                self.done.write_text("")
-                path.write_bytes(b"half")
-                raise OSError(number, os.strerror(number))
-            real(tensors, path)
-
-        checkpoint.save_file = refuses
+        if self.argument in ("rename", "prune"):
+            os.rename = at_rename
+        else:
+            self._at_each_file(half_written)
 
 
 def main(arguments: list[str], fault: str = "", done: str = "") -> int:

@@ -46,7 +46,7 @@ class Ranks:
         chosen = range(len(self.processes)) if rank is None else [rank]
         return "".join((self.log / str(one)).read_text() for one in chosen if (self.log / str(one)).exists())
 
-    def until(self, text: str, seconds: float = 120) -> None:
+    def until(self, text: str, seconds: float = 300) -> None:
         """Waits until some rank has said it."""
         end = time.monotonic() + seconds
         while text not in self.said():
@@ -58,7 +58,7 @@ class Ranks:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    def end(self, seconds: float = 120) -> list[int]:
+    def end(self, seconds: float = 300) -> list[int]:
         """The exit status of each rank; negative: the signal that ended it."""
         until = time.monotonic() + seconds
         for process in self.processes:

@@ -18,7 +18,7 @@ from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 
 from ssl_pretrain import checkpoint
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 
 def saved(run):
@@ -51,6 +51,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing
     asked.send(signal.SIGUSR2)
     asked.send(signal.SIGTERM)
     assert asked.end() == [0, 0, 0], asked.said()
+    assert asked.said(0).count("writing") == 1
     (step,) = saved(run)
     goes_on()
     seen(f"{name} to rank 1 at step 5, SIGUSR2 and SIGTERM to all in the save of step {step}: statuses 0, the same bits")
@@ -101,7 +102,7 @@ def test_a_full_disk(place, small_disk, seen, policy):
 def test_a_disk_that_fails(place, goes_on, seen, error):
     path, run = place
     statuses, said = ranks.run(path, *MORE, fault=f"refuse@0:6:{error}")
-    assert statuses == [74, 74, 74] and os.strerror(getattr(errno, error)) in said
+    assert statuses == [74, 74, 74] and os.strerror(getattr(errno, error)) in said, said[-2000:]
     assert saved(run)[0] == 3 and 6 not in saved(run)
     goes_on()
     seen(f"{error} in the save of step 6: statuses {statuses}, the same bits after a resume")
