@@ -155,6 +155,22 @@ def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
 
 
 @pytest.mark.full
+@pytest.mark.case(4)
+def test_a_time_limit_ends_nothing(cluster, tmp_path, seen):
+    """SLURM itself sends the signal, up to a minute earlier than asked."""
+    path, run = tiny.config(tmp_path), tmp_path / "run"
+    more = ["epochs=100000", "launch.hours=0.05", "launch.signal_seconds=90", "log.every_steps=20"]
+    (job,) = submitted(path, *FEW, *more, "evaluation.at_end=[]")
+    until("the limit", lambda: show(job)["Restarts"] == "1", job)
+    saved = checkpoint.verify(checkpoint.newest(run))["step"]
+    until("training again", lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] > saved + 20, job)
+    subprocess.run(["scancel", job], check=True)
+    until("the end", lambda: show(job)["JobState"] == "CANCELLED", job)
+    assert f"resumed {run} after step {saved}" in logs_of(run)
+    seen(f"SLURM, time limit of 3 minutes: saved at step {saved}, the same job again from there")
+
+
+@pytest.mark.full
 def test_a_chain_of_jobs_that_are_not_requeued_and_an_array(cluster, tmp_path):
     path, run = tiny.config(tmp_path), tmp_path / "run"
     jobs = submitted(path, *FEW, "epochs=30", "evaluation.at_end=[]", "launch.requeue=false", "launch.chain=2")
