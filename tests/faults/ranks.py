@@ -46,7 +46,7 @@ class Ranks:
         chosen = range(len(self.processes)) if rank is None else [rank]
         return "".join((self.log / str(one)).read_text() for one in chosen if (self.log / str(one)).exists())
 
-    def until(self, text: str, seconds: float = 300) -> None:
+    def until(self, text: str, seconds: float = 600) -> None:
         """Waits until some rank has said it."""
         end = time.monotonic() + seconds
         while text not in self.said():
@@ -58,7 +58,7 @@ class Ranks:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    def end(self, seconds: float = 300) -> list[int]:
+    def end(self, seconds: float = 600) -> list[int]:
         """The exit status of each rank; negative: the signal that ended it."""
         until = time.monotonic() + seconds
         for process in self.processes:
@@ -76,10 +76,8 @@ def _rank(rank, size, environment, log, arguments, fault, done):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    if size == 1:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            del os.environ[name]
+    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ.update((names if size > 1 else {}) | environment)
     import faulty
 
     raise SystemExit(faulty.main(arguments, fault, done))

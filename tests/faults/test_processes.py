@@ -18,7 +18,7 @@ from undisturbed import MORE, goes_on, place, undisturbed
 
 from ssl_pretrain import checkpoint, replay
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
 
 def saved(run):
@@ -51,6 +51,7 @@ def test_an_unexpected_error_on_one_rank_ends_all_and_is_said(place, goes_on, se
 
 
 @pytest.mark.case(2)
+@pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments_lose_nothing_saved(tmp_path, seen):
     """The whole group at once, anywhere from its start to the end of a save; a save nearly every step."""
     path, run, moments = tiny.config(tmp_path), tmp_path / "run", random.Random(0)

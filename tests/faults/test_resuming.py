@@ -18,7 +18,7 @@ from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 from ssl_pretrain import checkpoint, config, distributed, optim, step, train
 from ssl_pretrain.data import preflight
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
 
 def _what_each_step_takes(path, output, steps):
