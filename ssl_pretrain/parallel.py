@@ -133,7 +133,7 @@ def check_copies(model: nn.Module, tolerance: float = 1e-4) -> None:
     method = unwrap(model)
     if distributed.world_size() > 1 and method is model:
         return
-    tensors = {name: value for name, value in method.state_dict().items() if value.is_floating_point()}
+    tensors = {name: value for name, value in method.state_dict().items() if value.is_floating_point() and value.numel()}
     norms = [torch.linalg.vector_norm(value, order, dtype=torch.float64) for order in (math.inf, 2) for value in tensors.values()]
     largest, of_ranks = distributed.gather(torch.stack(norms)).view(distributed.world_size(), 2, -1).unbind(1)
     if not (finite := largest.isfinite().all(0)).all():
