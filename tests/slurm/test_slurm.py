@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 def cluster(tmp_path_factory):
     """`cluster("node-down", "n2")` and the like; SLURM_CONF is set. Skips where there is no SLURM."""
     folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=300)
+    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=900)
     if started.returncode == 77:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stderr
@@ -43,7 +43,7 @@ def submitted(path, *overrides, script="pretrain"):
     """The job ids that launch/pretrain.py says."""
     command = [sys.executable, f"launch/{script}.py", str(path), "launch.cluster=slurm", "launch.nodes=2", "launch.ranks=2", *overrides]
     environment = {**os.environ, "WANDB_API_KEY": SECRET}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     assert SECRET not in result.stdout + result.stderr
     return re.findall(r"(?:ranks|pretraining|knn:|SLURM:|,) (\d+(?:_\d+)?)", result.stdout.partition("follow it")[0])
