@@ -63,7 +63,7 @@ class Feature(nn.Module):
         super().__init__()
         self.backbone, self.name = backbone, name
         model: Any = backbone.model
-        if name != "pooled" and not (hasattr(model, "get_intermediate_layers") and getattr(model, "num_prefix_tokens", 0)):
+        if name != "pooled" and not getattr(model, "num_prefix_tokens", None):
             raise ValueError(f"--feature {name}: {type(model).__name__} has no class token; give pooled")
         self.num_blocks = min(4, len(model.blocks)) if name == "last4" else 1
         copies = {"pooled": 1, "last4": self.num_blocks, "cls_mean": 2}[name]
@@ -88,7 +88,7 @@ class Feature(nn.Module):
 def dinos_choice(backbone: nn.Module) -> str:
     """The feature that DINO's README takes for such a backbone: by the width of its tokens, pooled for a ResNet."""
     model: Any = backbone.model
-    if not getattr(model, "num_prefix_tokens", 0):
+    if not getattr(model, "num_prefix_tokens", None):
         return "pooled"
     return "last4" if model.embed_dim <= SMALL_VIT else "cls_mean"
 

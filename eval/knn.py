@@ -157,8 +157,8 @@ def check_memory(run: Run, train: Part, test: Part, rows: Sequence[str]) -> None
         pixels = "; --rows pretrained leaves out raw pixels, the widest" if dim > own else ""
         raise ValueError(
             f"k-NN of {len(train):,} training and {len(test):,} test images of {dim:,} numbers holds {needed / memory.GIB:.2f} GiB{each},"
-            f" more than {memory.ROOM:.0%} of the {free / memory.GIB:.2f} GiB free. Spread it over more ranks (torchrun --nproc-per-node N -m"
-            f" eval.knn ...), or take fewer images (data.subset=N){pixels}"
+            f" more than {memory.ROOM:.0%} of the {free / memory.GIB:.2f} GiB free. Spread it over more ranks"
+            f" (torchrun --nproc-per-node N -m eval.knn ...), or take fewer images (data.subset=N){pixels}"
         )
 
 
