@@ -56,11 +56,13 @@ def optimizer(model: nn.Module, protocol: TuningProtocol, weight_decay: float, l
     """SGD or AdamW whose groups have `lr_scale`, the share of the rate that a block gets."""
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     if layer_decay < 1:
-        groups = param_groups_layer_decay(model, weight_decay, spared, weight_decay_exclude_1d=not protocol.decay_all, layer_decay=layer_decay)
+        groups = param_groups_layer_decay(
+            model, weight_decay, spared, weight_decay_exclude_1d=not protocol.decay_all, layer_decay=layer_decay
+        )
     elif protocol.decay_all:
         groups = [{"params": list(model.parameters()), "weight_decay": weight_decay}]
     else:
-        groups = param_groups_weight_decay(model, weight_decay, spared)
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
     if protocol.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=0.0)
@@ -80,8 +82,9 @@ def train(
     stepped = optimizer(model, protocol, protocol.weight_decay, layer_decay)
     average = ModelEmaV3(model, decay=ema) if ema else None
     mixed = mixing(protocol, num_classes, run.device)
-    with augmented.batches(run, source, augmented.train_views(run, protocol.interpolation), protocol.batch_size, finish(run, protocol)) as made:
-        last_step = protocol.steps or round(protocol.epochs * made.steps_per_epoch)
+    view = augmented.train_views(run, protocol.interpolation)
+    with augmented.batches(run, source, view, protocol.batch_size, finish(run, protocol)) as made:
+        last_step = protocol.steps or max(1, round(protocol.epochs * made.steps_per_epoch))
         if protocol.slow_statistics:
             _slow_statistics(model, made.steps_per_epoch)
         for step, batch in zip(range(last_step), made.starting_at(0)):
@@ -101,9 +104,8 @@ def train(
 def set_rate(stepped: torch.optim.Optimizer, protocol: TuningProtocol, progress: float, epochs: float) -> float:
     """Linear warm-up, then a cosine, scaled by the batch, for every group by its share; returns the rate of share 1."""
     scale = protocol.batch_size / protocol.lr_batch
-    rate = schedules.warmup_cosine(
-        progress, warmup=min(1.0, protocol.warmup_epochs / epochs), start=protocol.warmup_lr, peak=protocol.base_lr * scale, final=protocol.min_lr
-    )  # fmt: skip
+    warmup, peak = min(1.0, protocol.warmup_epochs / epochs), protocol.base_lr * scale
+    rate = schedules.warmup_cosine(progress, warmup=warmup, start=protocol.warmup_lr, peak=peak, final=protocol.min_lr)
     for group in stepped.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     return rate
@@ -113,7 +115,7 @@ def seed(step: int) -> None:
     """Stochastic depth, mixup and erasing draw from three global generators: each step sets them anew, for this part of its batch."""
     value = draws.seed_of(SEED, step, distributed.rank())
     torch.manual_seed(value)
-    np.random.seed(value % 2**32)  # noqa: NPY002 -- timm's mixup draws from it
+    np.random.seed(value % 2**32)
     random.seed(value)
 
 
@@ -167,7 +169,7 @@ class RandAugment:
     def __call__(self, view: Tensor, epoch: int, index: int) -> Tensor:
         value = draws.seed_of(SEED, epoch, index)
         random.seed(value)
-        np.random.seed(value % 2**32)  # noqa: NPY002 -- timm draws from it
+        np.random.seed(value % 2**32)
         pixels = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
         return torch.from_numpy(np.array(_policy(self.policy, self.fill, view.shape[-1])(pixels))).permute(2, 0, 1)
 

@@ -58,7 +58,7 @@ def test_our_optimum_is_logistic_regressions():
     """The convex problem has one solution: with a decay of 1 / (C n) on standardized features, both reach it."""
     from sklearn.linear_model import LogisticRegression
 
-    (found, labels), (test, truth) = blobs(4000, seed=1, dim=20, num_classes=10), blobs(20_000, seed=2, dim=20, num_classes=10)
+    (found, labels), (test, truth) = blobs(4000, seed=1, dim=6, num_classes=10), blobs(20_000, seed=2, dim=6, num_classes=10)
     standardize = linear.Standardize.of(found)
     found, test = standardize(found), standardize(test)
     decay = 1e-3
