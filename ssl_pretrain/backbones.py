@@ -57,7 +57,7 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
         args["drop_path_rate"] = config.drop_path
     tag = config.init.removeprefix("timm:") if config.init.startswith("timm:") else ""
     name = f"{config.name}.{tag}" if tag else config.name
-    if _takes_image_size(config.name):
+    if takes_image_size(config.name):
         args.setdefault("img_size", image_size)
         args.setdefault("dynamic_img_size", True)  # local crops are smaller than the global ones
     try:
@@ -76,7 +76,7 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
     return Backbone(model)
 
 
-def _takes_image_size(name: str) -> bool:
+def takes_image_size(name: str) -> bool:
     return timm.models.model_entrypoint(name).__module__.rpartition(".")[2] in {"vision_transformer", "deit", "vision_transformer_hybrid"}
 
 

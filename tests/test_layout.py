@@ -77,9 +77,12 @@ ONLY_IN = {
     "wandb": ("ssl_pretrain/log.py",),
     "ffcv": ("ssl_pretrain/data/compiled.py",),
     "faiss": ("ssl_pretrain/online.py", "eval/knn.py"),
+    "onnx": ("eval/onnx_model.py",),
+    "onnxruntime": ("eval/onnx_model.py",),
+    "onnxscript": ("eval/onnx_model.py",),
     "submitit": ("launch/slurm.py",),
 }
-OPTIONAL = ("wandb", "ffcv", "faiss", "submitit")
+OPTIONAL = ("wandb", "ffcv", "faiss", "submitit", "onnx", "onnxruntime", "onnxscript")
 
 SAYS_NOTHING = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
 WITH_A_FUNCTION = {"ssl_pretrain/methods/__init__.py"}  # finds a method's file by its name
