@@ -73,7 +73,7 @@ def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> dict[str,
     notes = [
         f"Largest difference of onnxruntime's features from torch's: {differs:.1e}. 8 bits: {kind}.",
         f"k-NN: {how}.",
-        f"Latency: one image of {run.image_size} pixels on a CPU, median of {TIMED} in turn, {torch.get_num_threads()} threads; {versions}.",
+        f"Latency: one image of {run.image_size} pixels on a CPU, median of {TIMED}; {torch.get_num_threads()} threads; {versions}.",
     ]
     for row in rows:
         results.say(f"{row['name']}: k-NN {row['accuracy']} %, {row['latency']} ms, {row['megabytes']} MB")
