@@ -19,6 +19,8 @@ TITLES = {
     "knn_train": "k-NN of held-out training images",
     "knn_train_grid": "k-NN of held-out training images, every k and temperature",
     "linear": "Linear",
+    "linear_grid": "Linear, every setting tried",
+    "semi": "Few labels, whole network",
 }
 STYLE = """
 :root { color-scheme: light dark;
