@@ -93,7 +93,7 @@ def evaluate(
         table.append(row)
         grid_table.append(Row(judged.name, dict(zip(grid, of_grid))))
     shared = {
-        **parts.protocol(run, train, test, split),
+        **parts.protocol(run, train, test, split, "random" in rows),
         "normalization": "features scaled to length 1, not centred; raw pixels centred on the training mean first",
     }
     protocol = {
