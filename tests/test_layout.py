@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "ssl_pretrain/step.py": "parallel batch_norm optim distributed draws",
     "ssl_pretrain/memory.py": "distributed",
     "ssl_pretrain/lock.py": "distributed",
+    "ssl_pretrain/restarts.py": "",
     "ssl_pretrain/guard.py": "distributed",
     "ssl_pretrain/checkpoint.py": "distributed",
     "ssl_pretrain/health.py": "distributed",

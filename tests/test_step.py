@@ -81,6 +81,7 @@ def _one_rank_breaks(path):
     return moved, stepped, logs["skipped_steps"].item(), stepper.broken_embeddings()
 
 
+@pytest.mark.case(19)
 def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
     for moved, stepped, skipped, said in run_ranks(_one_rank_breaks, tiny.config(tmp_path), world_size=2):
         assert moved == [] and stepped == [1.0, 0.0] and skipped == 1.0
