@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "ssl_pretrain/plan.py": "*",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
-    "eval/*.py": "eval backbones data views draws checkpoint online config distributed",
+    "eval/*.py": "eval backbones batch_norm data views draws schedules checkpoint health memory online config distributed",
     "launch/*.py": "*",
 }
 # what even `*` leaves out: nothing imports what comes after it
