@@ -55,10 +55,15 @@ MAY_IMPORT = {
     "ssl_pretrain/guard.py": "distributed",
     "ssl_pretrain/checkpoint.py": "distributed",
     "ssl_pretrain/health.py": "distributed",
+    "ssl_pretrain/trace.py": "",
+    "ssl_pretrain/hardware.py": "trace",
     "ssl_pretrain/online.py": "distributed",
     "ssl_pretrain/log.py": "distributed",
     "ssl_pretrain/config.py": "*",
+    "ssl_pretrain/estimate.py": "*",
     "ssl_pretrain/plan.py": "*",
+    "ssl_pretrain/scaling.py": "estimate hardware config order views data",
+    "ssl_pretrain/calibrate.py": "estimate hardware trace data views distributed backbones",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
     "eval/*.py": "eval backbones data views draws checkpoint online config distributed",
@@ -66,7 +71,8 @@ MAY_IMPORT = {
 }
 # what even `*` leaves out: nothing imports what comes after it
 AFTER = {
-    "ssl_pretrain/config.py": {"ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
+    "ssl_pretrain/config.py": {"ssl_pretrain/estimate.py", "ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
+    "ssl_pretrain/estimate.py": {"ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
     "ssl_pretrain/plan.py": {"ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
     "ssl_pretrain/train.py": {"ssl_pretrain/replay.py", "launch/*.py"},
 }

@@ -7,6 +7,7 @@ for softmax). Everything is float32, or float64 where the embeddings are, whatev
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,17 @@ from ssl_pretrain import distributed
 
 TILE = {"cpu": (512, 1024), "cuda": (8192, 8192)}  # rows x columns; on CPU a tile stays in the cache
 SAFE = 40.0  # exp of logits up to here, and sums of 2**30 of them, are normal float32 numbers: no maximum is needed
+
+
+@contextmanager
+def sized_for(device_type: str) -> Iterator[None]:
+    """Tiles on a CPU as large as those of another device: for a plan, which traces that device's program."""
+    before = TILE["cpu"]
+    TILE["cpu"] = TILE[device_type]
+    try:
+        yield
+    finally:
+        TILE["cpu"] = before
 
 
 class _Tile(NamedTuple):
