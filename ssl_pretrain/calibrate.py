@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ssl_pretrain import backbones, distributed, memory, trace
+from ssl_pretrain import backbones, distributed, memory
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.data import loader, sources
 from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.estimate import backbone_step
 from ssl_pretrain.hardware import MACHINES, Machine
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
@@ -40,11 +40,11 @@ def measure(device: torch.device) -> Machine:
     """This machine: the device's own rates, and its links where two ranks can meet here."""
     cpu = device.type == "cpu"
     narrow = torch.float32 if cpu else torch.bfloat16
-    name = platform.processor() or platform.machine() if cpu else torch.cuda.get_device_name(device)
+    name = _cpu_name() if cpu else torch.cuda.get_device_name(device)
     sheet = next((machine for key, machine in MACHINES.items() if key in name.split()), None)
     matmul = products(device, narrow)
     machine = Machine(
-        name=_cpu_name() if cpu else name,
+        name=name,
         memory=float(memory.available(device) if cpu else torch.cuda.get_device_properties(device).total_memory),
         matmul=matmul,
         wide_matmul=matmul if cpu else products(device, torch.float32),
@@ -65,16 +65,20 @@ def measure(device: torch.device) -> Machine:
     return replace(machine, attained=math.prod(shares) ** (1 / len(shares)))
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, least: float = 1.0) -> float:
-    """The median of repetitions over about `least` seconds, after one that is not counted."""
+def seconds_of(run: Callable[[], object], device: torch.device, least: float = 0.5) -> float:
+    """The median of repetitions over about `least` seconds, after one that is not counted.
+
+    With one thread on a CPU, its own seconds: what else runs on the machine does not count.
+    """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     run()
     times: list[float] = []
     while sum(times) < least or len(times) < 3:
         _synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         run()
         _synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return float(np.median(times))
 
 
@@ -91,7 +95,7 @@ def convolutions(device: torch.device, dtype: torch.dtype) -> float:
     layer = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     x = torch.randn(images, 128, 28, 28, device=device).to(dtype, memory_format=torch.channels_last).requires_grad_()
     gradient = torch.randn_like(x)
-    return 3 * 2 * images * 28**2 * 128**2 * 9 / seconds_of(lambda: layer(x).backward(gradient), device, 2.0)
+    return 3 * 2 * images * 28**2 * 128**2 * 9 / seconds_of(lambda: layer(x).backward(gradient), device)
 
 
 def copies(device: torch.device) -> float:
@@ -117,11 +121,11 @@ def launches(device: torch.device) -> float:
 def attained(machine: Machine, device: torch.device, name: str, size: int, images: int) -> float:
     """The share of the roofline, so far `machine`'s, that a training step of one backbone reaches."""
     images = images if machine.on_cpu else 32 * images
-    computing = sum(machine.bounds(traced_step(name, size, images, bfloat16=not machine.on_cpu)))
-    took = seconds_of(real_step(name, size, images, device), device, 3.0)
-    whole = traced_step(name, size, images, bfloat16=not machine.on_cpu)
-    launching = took - machine.seconds(whole) + computing if machine.on_cpu else took
-    return computing / max(launching, computing / 10)
+    traced = backbone_step(name, size, images, bfloat16=not machine.on_cpu)
+    took = seconds_of(real_step(name, size, images, device), device, 1.0)
+    computing = sum(machine.bounds(traced))
+    launching = machine.seconds(traced) - computing if machine.on_cpu else 0.0
+    return min(1.0, computing / max(took - launching, 1e-9))
 
 
 def real_step(name: str, size: int, images: int, device: torch.device) -> Callable[[], object]:
@@ -136,24 +140,6 @@ def real_step(name: str, size: int, images: int, device: torch.device) -> Callab
         features.float().mean().backward()
 
     return step
-
-
-def traced_step(name: str, size: int, images: int, bfloat16: bool) -> trace.Trace:
-    """The same, without memory."""
-    backbone = backbones.on_meta(BackboneConfig(name=name), size)
-
-    def made() -> Any:
-        return trace.without_memory(backbone), torch.zeros(images, 3, size, size).to(memory_format=torch.channels_last)
-
-    def step(there: Any, mark: Any) -> None:
-        network, views = there
-        mark("forward")
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            features = network(views)
-        mark("backward")
-        features.float().mean().backward()
-
-    return trace.run(made, step)
 
 
 def decoding() -> float:
@@ -229,12 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m ssl_pretrain.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/calibration.json"), help="what plan.calibration names")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: all cores")
     parser.add_argument("--links", action="store_true", help=argparse.SUPPRESS)  # of the ranks that `links` starts
     options = parser.parse_args(arguments)
     if options.links:
         _measure_links()
         return 0
-    machine = measure(distributed.start())
+    machine = measure(distributed.start(options.threads))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(asdict(machine), indent=2) + "\n")
     print(f"{machine.name}: {machine.source}")

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_pretrain import backbones, batch_norm, config, distributed, optim, parallel, trace
+from ssl_pretrain import backbones, batch_norm, distributed, optim, parallel, trace
+from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.hardware import Machine
@@ -77,16 +78,20 @@ def method_on_meta(run: RunConfig) -> Method:
 
 
 class Program:
-    """The step of a configuration on so many ranks of a machine. Nothing is traced before it is asked for."""
+    """The step of a configuration on so many ranks of a machine. Nothing is traced before it is asked for.
 
-    def __init__(self, run: RunConfig, ranks: int, machine: Machine, part: Line | None = None):
+    Args:
+        like: the same model on another batch or other ranks, whose traces serve here too.
+    """
+
+    def __init__(self, run: RunConfig, ranks: int, machine: Machine, like: Program | None = None):
         self.run, self.ranks, self.machine = run, ranks, machine
         self.share = run.global_batch_size // ranks
         kind = torch.device("cpu" if machine.on_cpu else "cuda")
         self.precision = parallel.precision(run.parallel, kind)
         self.dtype = torch.float64 if self.precision == torch.float64 else torch.float32
-        if part is not None:
-            self.part = part
+        if like is not None:
+            self.part, self.optimizer, self.views_seconds = like.part, like.optimizer, like.views_seconds
 
     @cached_property
     def part(self) -> Line:
@@ -302,7 +307,19 @@ def _give_gradients(method: Method) -> None:
             parameter.grad = torch.empty_like(parameter)
 
 
-def part_of(run: RunConfig, program: Program, ranks: int) -> int:
-    """Images fed at once, as the run would: as written, or the most that fit."""
-    written = config.part_size(run, ranks)
-    return program.largest()[0] if written is None else written
+def backbone_step(name: str, size: int, images: int, bfloat16: bool) -> Trace:
+    """Forward and backward of a timm backbone alone, on views of `size` pixels."""
+    backbone = backbones.on_meta(BackboneConfig(name=name), size)
+
+    def made() -> Any:
+        return trace.without_memory(backbone), torch.zeros(images, 3, size, size).to(memory_format=torch.channels_last)
+
+    def step(there: Any, mark: Any) -> None:
+        network, views = there
+        mark("forward")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            features = network(views)
+        mark("backward")
+        features.float().mean().backward()
+
+    return trace.run(made, step)

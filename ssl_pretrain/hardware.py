@@ -69,7 +69,8 @@ LINK_SHARE = 0.8  # of a data sheet's: what NCCL's large all-reduces reach
 ATTAINED = 0.75
 
 
-def _from_data_sheet(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float, link: float, node: float) -> Machine:
+def from_data_sheet(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float, link: float, node: float) -> Machine:
+    """GB of memory, dense bfloat16 and float32 TFLOP/s, TB/s of memory, GB/s one way of a GPU's links and of a node's ports."""
     matmul = bf16 * TERA * MATMUL_SHARE
     return Machine(
         name, gigabytes * GIGA, matmul, fp32 * TERA * MATMUL_SHARE, matmul, bandwidth * TERA * BANDWIDTH_SHARE,
@@ -77,16 +78,15 @@ def _from_data_sheet(name: str, gigabytes: float, bf16: float, fp32: float, band
     )  # fmt: skip
 
 
-# GB of memory, dense bfloat16 and float32 TFLOP/s, TB/s of memory, GB/s one way of a GPU's links, GB/s one way of a node's ports
 MACHINES = {
     # NVIDIA H100 data sheet, SXM: 80 GB, 1,979 with sparsity, 67, 3.35, NVLink 900 both ways; DGX H100 data sheet: 8 ports of 400 Gbit/s
-    "H100": _from_data_sheet("H100", 80, 989.4, 67, 3.35, 450, 400),
+    "H100": from_data_sheet("H100", 80, 989.4, 67, 3.35, 450, 400),
     # NVIDIA H200 data sheet, SXM: 141 GB, the same rates, 4.8, NVLink 900 both ways; DGX H200 data sheet: 8 ports of 400 Gbit/s
-    "H200": _from_data_sheet("H200", 141, 989.4, 67, 4.8, 450, 400),
+    "H200": from_data_sheet("H200", 141, 989.4, 67, 4.8, 450, 400),
     # NVIDIA A100 80GB data sheet, SXM: 312, 19.5, 2.039, NVLink 600 both ways; DGX A100 data sheet: 8 ports of 200 Gbit/s
-    "A100": _from_data_sheet("A100", 80, 312, 19.5, 2.039, 300, 200),
+    "A100": from_data_sheet("A100", 80, 312, 19.5, 2.039, 300, 200),
     # NVIDIA L40S data sheet: 48 GB, 362.05, 91.6, 0.864, PCIe 4.0 x16 64 both ways; a node with 2 ports of 200 Gbit/s assumed
-    "L40S": _from_data_sheet("L40S", 48, 362.05, 91.6, 0.864, 32, 50),
+    "L40S": from_data_sheet("L40S", 48, 362.05, 91.6, 0.864, 32, 50),
 }
 
 
