@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "ssl_pretrain/backbones.py": "",
     "ssl_pretrain/heads.py": "",
     "ssl_pretrain/momentum.py": "distributed schedules",
-    "ssl_pretrain/losses/*.py": "losses/tiles distributed",
+    "ssl_pretrain/losses/*.py": "losses/tiles losses/tiles_triton distributed",
     "ssl_pretrain/methods/*.py": "methods/base backbones heads momentum losses distributed schedules",
     "ssl_pretrain/larc.py": "",
     "ssl_pretrain/optim.py": "larc schedules distributed",
