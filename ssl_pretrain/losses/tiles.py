@@ -148,14 +148,15 @@ class _LogSumExpAmong(torch.autograd.Function):
 
 
 def _by_kernels(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `_LogSumExp` by its anchors and candidates. Seen from a candidate, an anchor is as far away backwards."""
+    """The gradients of `_LogSumExp` by its anchors and candidates."""
     (anchors, candidates, lse), (own, excluded) = ctx.saved_tensors, ctx.arguments
     for_anchors = for_candidates = None
     if ctx.needs_input_grad[0]:
         for_anchors = kernels.weighted_sum(anchors, candidates, own=own, excluded=excluded, of_anchors=(lse, grad))
     if ctx.needs_input_grad[1]:
-        backwards = [-offset for offset in excluded]
-        for_candidates = kernels.weighted_sum(candidates, anchors, own=-own, excluded=backwards, of_candidates=(lse, grad))
+        for_candidates = kernels.weighted_sum(
+            candidates, anchors, own=own, excluded=excluded, of_candidates=(lse, grad), swapped=True
+        )
     return for_anchors, for_candidates
 
 

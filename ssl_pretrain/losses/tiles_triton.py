@@ -25,13 +25,17 @@ def fits(anchors: Tensor) -> bool:
 
 
 def log_sum_exp(anchors: Tensor, candidates: Tensor, own: int, excluded: Sequence[int]) -> Tensor:
-    """log sum_j exp(anchors[i] @ candidates[j]), (num_anchors,), without the pairs (i, own + i + d) for d in `excluded`, three at most."""
+    """log sum_j exp(anchors[i] @ candidates[j]), (num_anchors,).
+
+    Without the pairs (i, own + i + d) for d in `excluded`, three at most; the candidates from `own` on, as many as anchors, are
+    this rank's, and only they are excluded.
+    """
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     width, splits, per_split = _split(anchors, candidates)
     parts = anchors.new_empty(splits, len(anchors))
     grid = (triton.cdiv(len(anchors), _ROWS), splits)
     _log_sum_exp[grid](
-        anchors, candidates, parts, len(anchors), len(candidates), per_split, own, *_offsets(excluded),
+        anchors, candidates, parts, len(anchors), len(candidates), per_split, own, len(anchors), *_offsets(excluded), False,
         DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=_ROWS, COLUMNS=width, PRECISION=_precision(anchors),
     )  # fmt: skip
     return parts[0] if splits == 1 else torch.logsumexp(parts, dim=0)
@@ -39,9 +43,11 @@ def log_sum_exp(anchors: Tensor, candidates: Tensor, own: int, excluded: Sequenc
 
 def weighted_sum(
     anchors: Tensor, candidates: Tensor, *, own: int, excluded: Sequence[int],
-    of_anchors: tuple[Tensor, Tensor] | None = None, of_candidates: tuple[Tensor, Tensor] | None = None,
+    of_anchors: tuple[Tensor, Tensor] | None = None, of_candidates: tuple[Tensor, Tensor] | None = None, swapped: bool = False,
 ) -> Tensor:  # fmt: skip
     """sum_j weight_ij * candidates[j], (num_anchors, dim), in which an excluded pair has no weight.
+
+    swapped: what is called anchors here are candidates, and `own` and `excluded` are of the pairs seen from the other side.
 
     weight_ij = gradient_i exp(s_ij - lse_i), of `of_anchors` = (lse, gradient), plus gradient_j exp(s_ij - lse_j), of `of_candidates`.
     """
@@ -53,7 +59,8 @@ def weighted_sum(
     columns = tuple(x.contiguous() for x in of_candidates) if of_candidates else (anchors, anchors)
     grid = (triton.cdiv(len(anchors), _ROWS), splits)
     _weighted_sum[grid](
-        anchors, candidates, parts, *rows, *columns, len(anchors), len(candidates), per_split, own, *_offsets(excluded),
+        anchors, candidates, parts, *rows, *columns, len(anchors), len(candidates), per_split,
+        own, len(candidates if swapped else anchors), *_offsets(excluded), swapped,
         DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=_ROWS, COLUMNS=width, PRECISION=_precision(anchors),
         BY_ROW=of_anchors is not None, BY_COLUMN=of_candidates is not None,
     )  # fmt: skip
@@ -85,8 +92,19 @@ def _precision(anchors: Tensor) -> str:
 
 
 @triton.jit
+def _counts(row, column, own, num_own, first, second, third, SWAPPED: tl.constexpr):
+    """Whether a pair counts: anchor i and one of this rank's `num_own` candidates, own + i + d, do not for the three d."""
+    if SWAPPED:
+        anchor, candidate = column, row - own
+    else:
+        anchor, candidate = row, column - own
+    away = candidate - anchor
+    return (candidate < 0) | (candidate >= num_own) | ((away != first) & (away != second) & (away != third))
+
+
+@triton.jit
 def _log_sum_exp(
-    anchors, candidates, parts, num_anchors, num_candidates, per_split, own, first, second, third,
+    anchors, candidates, parts, num_anchors, num_candidates, per_split, own, num_own, first, second, third, SWAPPED: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -100,8 +118,7 @@ def _log_sum_exp(
         mask = (columns < num_candidates)[:, None] & (at < DIM)[None, :]
         c = tl.load(candidates + columns[:, None] * DIM + at[None, :], mask=mask, other=0.0)
         logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
-        away = columns[None, :] - own - rows[:, None]
-        counts = (columns < num_candidates)[None, :] & (away != first) & (away != second) & (away != third)
+        counts = (columns < num_candidates)[None, :] & _counts(rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED)
         logits = tl.where(counts, logits, float("-inf"))
         now = tl.maximum(largest, tl.max(logits, axis=1))
         shift = tl.where(now == float("-inf"), 0.0, now)  # a row whose tiles so far are all excluded
@@ -113,7 +130,7 @@ def _log_sum_exp(
 @triton.jit
 def _weighted_sum(
     anchors, candidates, parts, row_lse, row_gradient, column_lse, column_gradient,
-    num_anchors, num_candidates, per_split, own, first, second, third,
+    num_anchors, num_candidates, per_split, own, num_own, first, second, third, SWAPPED: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
@@ -131,8 +148,7 @@ def _weighted_sum(
         mask = (columns < num_candidates)[:, None] & (at < DIM)[None, :]
         c = tl.load(candidates + columns[:, None] * DIM + at[None, :], mask=mask, other=0.0)
         logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
-        away = columns[None, :] - own - rows[:, None]
-        counts = (columns < num_candidates)[None, :] & (away != first) & (away != second) & (away != third)
+        counts = (columns < num_candidates)[None, :] & _counts(rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED)
         logits = tl.where(counts, logits, float("-inf"))
         weights = tl.zeros([ROWS, COLUMNS], tl.float32)
         if BY_ROW:
