@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hosts = max(1, len([host for host in config.launch.hosts.split(",") if host.strip()]))
         ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * hosts
         if options.plan:
-            print(plan.describe(config, ranks))
+            print(plan.describe(config, plan.ranks(config, ranks)))
             if submitting:
                 print("\n".join(slurm.describe(config)))
             return 0

@@ -19,6 +19,7 @@ from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.checkpoint import CheckpointConfig
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.guard import GuardConfig
+from ssl_pretrain.hardware import PlanConfig
 from ssl_pretrain.health import HealthConfig
 from ssl_pretrain.log import LogConfig
 from ssl_pretrain.methods.base import MethodConfig
@@ -85,6 +86,7 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = 0
     epochs: int = 100
     global_batch_size: int = 4096  # images an optimizer step, all ranks and parts
@@ -94,7 +96,7 @@ class RunConfig:
 
 # What may change when a run goes on: these do not change what is computed ...
 FREE = ("data.root", "data.num_workers", "data.loader", "data.cache_dir", "local_batch_size", "output")
-FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard")
+FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard", "plan")
 FREE_PARALLEL = ("parallel.threads", "parallel.deterministic", "parallel.timeout_seconds", "parallel.channels_last")
 # ... and these do, knowingly.
 WARNED = ("epochs",)

@@ -12,7 +12,8 @@ import os
 import signal
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -91,6 +92,25 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _cpu_group = None
+
+
+@contextmanager
+def pretended(ranks: int) -> Iterator[None]:
+    """A process group of `ranks` ranks of which this process is the first and only one: its collectives send nothing and fill nothing.
+
+    For `--plan`, which runs a rank's program on tensors without memory.
+    """
+    if ranks == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a plan is made outside a run"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def available_cores() -> int:

@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=/data/imagenet
   python -m ssl_pretrain.train configs/simclr_imagenet.yaml --plan             what would run, without running it
 
-keys: method, backbone, data, views, optim, parallel, checkpoint, log, online, health, launch, evaluation (each a section),
+keys: method, backbone, data, views, optim, parallel, checkpoint, log, online, health, launch, evaluation, plan (each a section),
 seed, epochs, global_batch_size, local_batch_size, output. --plan prints all of them with their values.
 methods: """
         + ", ".join(methods.names()),
@@ -213,7 +213,7 @@ methods: """
     try:
         config = configuration.load(options.config, options.overrides)
         if options.plan:
-            print(plan.describe(config))
+            print(plan.describe(config, plan.ranks(config, here=1)))
             return 0
         settings = config.parallel
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "ssl_pretrain/backbones.py": "",
     "ssl_pretrain/heads.py": "",
     "ssl_pretrain/momentum.py": "distributed schedules",
-    "ssl_pretrain/losses/*.py": "losses/tiles distributed",
+    "ssl_pretrain/losses/*.py": "losses/tiles losses/tiles_triton distributed",
     "ssl_pretrain/methods/*.py": "methods/base backbones heads momentum losses distributed schedules",
     "ssl_pretrain/larc.py": "",
     "ssl_pretrain/optim.py": "larc schedules distributed",
@@ -56,10 +56,15 @@ MAY_IMPORT = {
     "ssl_pretrain/guard.py": "distributed",
     "ssl_pretrain/checkpoint.py": "distributed",
     "ssl_pretrain/health.py": "distributed",
+    "ssl_pretrain/trace.py": "",
+    "ssl_pretrain/hardware.py": "trace",
     "ssl_pretrain/online.py": "distributed",
     "ssl_pretrain/log.py": "distributed",
     "ssl_pretrain/config.py": "*",
+    "ssl_pretrain/estimate.py": "*",
     "ssl_pretrain/plan.py": "*",
+    "ssl_pretrain/scaling.py": "config estimate hardware memory",
+    "ssl_pretrain/calibrate.py": "backbones data distributed estimate hardware memory views",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
     "eval/*.py": "eval backbones batch_norm data views draws schedules checkpoint health memory online config distributed",
@@ -67,7 +72,8 @@ MAY_IMPORT = {
 }
 # what even `*` leaves out: nothing imports what comes after it
 AFTER = {
-    "ssl_pretrain/config.py": {"ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
+    "ssl_pretrain/config.py": {"ssl_pretrain/estimate.py", "ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
+    "ssl_pretrain/estimate.py": {"ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
     "ssl_pretrain/plan.py": {"ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
     "ssl_pretrain/train.py": {"ssl_pretrain/replay.py", "launch/*.py"},
 }
