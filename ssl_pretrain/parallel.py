@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,20 +120,26 @@ class ReplicaError(RuntimeError):
 
 
 @torch.no_grad()
-def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
-    """Compares the norm of every tensor of the model, teachers and statistics included, over the ranks: for before a checkpoint.
+def check_copies(model: nn.Module, tolerance: float = 1e-4) -> None:
+    """Looks at every tensor of the model, teachers and statistics included, on all ranks: for before a checkpoint.
 
-    Equal gradients and equal steps keep DDP's copies equal. A memory error or a forgotten reduction does not, and only rank 0's is saved.
+    Equal gradients and equal steps keep DDP's copies equal. A memory error or a forgotten reduction does not, and only rank 0's is
+    saved. Shards are not copies: nothing is compared then.
 
-    Raises:
-        ReplicaError: a norm differs by more than `tolerance` of it; names the ranks and the tensor, on every rank.
+    Raises (on every rank):
+        ReplicaError: a tensor's norm differs by more than `tolerance` of it; names the ranks and the tensor.
+        FloatingPointError: something is not finite; names the tensor.
     """
-    if not isinstance(model, DistributedDataParallel):
+    method = unwrap(model)
+    if distributed.world_size() > 1 and method is model:
         return
-    tensors = {name: value for name, value in model.module.state_dict().items() if value.is_floating_point()}
-    norms = torch.stack([torch.linalg.vector_norm(value, dtype=torch.float64) for value in tensors.values()])
-    of_ranks = distributed.gather(norms).view(distributed.world_size(), -1)
-    apart = ~((of_ranks - of_ranks[0]).abs() <= tolerance * of_ranks[0] + 1e-12)  # a NaN is apart, too
+    tensors = {name: value for name, value in method.state_dict().items() if value.is_floating_point() and value.numel()}
+    norms = [torch.linalg.vector_norm(value, order, dtype=torch.float64) for order in (math.inf, 2) for value in tensors.values()]
+    largest, of_ranks = distributed.gather(torch.stack(norms)).view(distributed.world_size(), 2, -1).unbind(1)
+    if not (finite := largest.isfinite().all(0)).all():
+        first = list(tensors)[int((~finite).nonzero()[0])]
+        raise FloatingPointError(f"{first} is not finite; nothing was saved: resume from the checkpoint before, with a lower optim.base_lr")
+    apart = (of_ranks - of_ranks[0]).abs() > tolerance * of_ranks[0] + 1e-12
     if apart.any():
         ranks = ", ".join(str(rank) for rank in apart.any(1).nonzero().flatten().tolist())
         first = list(tensors)[int(apart.any(0).nonzero()[0])]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "cluster.sh"
 SECRET = "f00d" * 10  # as long as a W&B key
 FEW = ["parallel.bn_group_images=6"]  # waits in a step, on a machine whose cores are fewer than the ranks
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def show(job):
     return dict(entry.split("=", 1) for entry in text.split() if "=" in entry)
 
 
-def until(what, condition, job, seconds=420):
+def until(what, condition, job, seconds=1200):
     """Waits; a requeued job starts at once instead of after SLURM's two minutes."""
     end = time.monotonic() + seconds
     while not condition():
@@ -126,15 +126,15 @@ def test_preempted_once_and_evaluated(cluster, tmp_path, seen):
 @pytest.mark.case(4)
 def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    more = [*FEW, "epochs=80", "checkpoint.every_epochs=2", "log.wandb=offline"]
+    more = [*FEW, "epochs=40", "checkpoint.every_epochs=2", "log.wandb=offline"]
     (job,) = submitted(path, "evaluation.at_end=[]", *more)
     until("training", lambda: steps_logged(run)[-1] >= 10, job)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     until("the first requeue", lambda: show(job)["Restarts"] == "1", job)
-    until("more steps", lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] >= 60, job)
+    until("more steps", lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] >= 40, job)
     subprocess.run(["scontrol", "requeue", job], check=True)
     until("the second requeue", lambda: show(job)["Restarts"] == "2" and show(job)["JobState"] == "RUNNING", job)
-    until("more steps", lambda: steps_logged(run)[-1] >= 110, job)
+    until("more steps", lambda: steps_logged(run)[-1] >= 70, job)
     cluster("node-down", "n2")
     until("the third requeue", lambda: show(job)["Restarts"] == "3", job)
     cluster("node-up", "n2")
@@ -142,12 +142,12 @@ def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
     assert show(job)["JobState"] == "COMPLETED", logs_of(run)
     manifest, tensors = checkpoint.read(checkpoint.newest(run))
     _, expected = undisturbed(path, tmp_path / "straight", *more)
-    assert manifest["step"] == 240 and all(torch.equal(tensors[name], value) for name, value in expected.items())
-    assert steps_logged(run) == list(range(1, 241))
+    assert manifest["step"] == 120 and all(torch.equal(tensors[name], value) for name, value in expected.items())
+    assert steps_logged(run) == list(range(1, 121))
     offline = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
     assert offline == {manifest["wandb_id"]}
     sent = wandb_steps(run)
-    assert sent == sorted(set(sent)) and sent[-1] == 240 and len(sent) > 200, sent
+    assert sent == sorted(set(sent)) and sent[-1] == 120 and len(sent) > 90, sent
     seen(
         f"SLURM, 4 ranks on 2 nodes: SIGUSR2, `scontrol requeue`, then a node killed: job {job} {show(job)['Restarts']} times again, the same "
         f"bits, one W&B run whose {len(sent)} steps neither repeat nor go back"
