@@ -74,7 +74,8 @@ def cluster(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("image", "how"), [("x.sif", "apptainer exec --nv --bind /a:/b {image}"), ("x.sqsh", "--container-image={image} --container-mounts=/a:/b")]
+    ("image", "how"),
+    [("x.sif", "apptainer exec --nv --bind /a:/b {image}"), ("x.sqsh", "--container-image={image} --container-mounts=/a:/b")],
 )
 def test_the_job_starts_a_rank_a_task_in_either_image(cluster, image, how):
     folder, submit = cluster

@@ -57,11 +57,15 @@ def test_a_stage_that_takes_too_long_is_stopped():
     assert (status, out) == (-15, "began\n")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "moco_v3_vit_small" else pytest.mark.full) for name in steps.CONFIGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "moco_v3_vit_small" else pytest.mark.full) for name in steps.CONFIGS]
+)
 def test_a_step_is_measured_small(name):
     """On this machine's CPU and tiny networks, every figure of the table comes out."""
     found = steps.measured(name, torch.device("cpu"), tiny=True, compiled=False, repeats=1)
     assert found["images"] == 8 and found["ms"] > 0 and 0 < found["of_790_tflops"] < 1
-    assert found["views_per_second"] / found["images_per_second"] == pytest.approx(len(steps.recipe.each(steps.run_of(name, True, False).views)))
+    assert found["views_per_second"] / found["images_per_second"] == pytest.approx(
+        len(steps.recipe.each(steps.run_of(name, True, False).views))
+    )
     if name == "simclr_resnet50":
         assert found["lightly"] == "not installed" or found["lightly"]["images_per_second"] > 0

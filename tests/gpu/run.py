@@ -77,7 +77,9 @@ def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
     began = time.monotonic()
     overrides = [f"data.root={data}", "data.cache=device", f"epochs={epochs}", f"output={folder}", "log.wandb=off", "log.every_steps=100"]
     status, _, err = run([sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml", *overrides], seconds - 60)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if (folder / "metrics.jsonl").exists() else []
+    records = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if (folder / "metrics.jsonl").exists() else []
+    )
     if status or not records:
         return {"done": False, "error": err.strip()[-1500:]}
     last = records[-1]
@@ -94,7 +96,9 @@ def page(results: dict[str, Any]) -> str:
     """docs/results/gpu.md of these results."""
     lines = ["# On a GPU", "", f"Made by `{COMMAND}`; every figure below is of the stages in `runs/gpu/results.json`.", ""]
     if not results:
-        return "\n".join([*lines, "Not run: no GPU was at hand. The command above runs all of it, ten minutes a call, and writes this page.", ""])
+        return "\n".join(
+            [*lines, "Not run: no GPU was at hand. The command above runs all of it, ten minutes a call, and writes this page.", ""]
+        )
     found = results.get("tests")
     if found:
         counts = ", ".join(f"{found[word]} {word}" for word in ("passed", "failed", "skipped", "error", "errors") if word in found)
@@ -102,7 +106,10 @@ def page(results: dict[str, Any]) -> str:
     measured = {name: results[name] for name in STAGES if "ms" in results.get(name, {})}
     if measured:
         lines += [next(iter(measured.values()))["versions"], ""]
-        lines += ["| step | images at once | ms | images/s | views/s | target | loss and optimizer | of the roofline | of 790 TFLOP/s |", "|" + "---|" * 9]
+        lines += [
+            "| step | images at once | ms | images/s | views/s | target | loss and optimizer | of the roofline | of 790 TFLOP/s |",
+            "|" + "---|" * 9,
+        ]
     for name, one in measured.items():
         roofline = f"{one['of_roofline']:.0%}" if one["of_roofline"] else "-"
         lines.append(
@@ -111,7 +118,11 @@ def page(results: dict[str, Any]) -> str:
         )
     lightly = results.get("simclr_resnet50", {}).get("lightly")
     if lightly:
-        theirs = lightly if isinstance(lightly, str) else f"{lightly['images_per_second']:,.0f} images/s, ours {lightly['ours_over_theirs']:.2f} times that"
+        theirs = (
+            lightly
+            if isinstance(lightly, str)
+            else f"{lightly['images_per_second']:,.0f} images/s, ours {lightly['ours_over_theirs']:.2f} times that"
+        )
         lines += ["", f"lightly's step of the same network, in turn with ours: {theirs}."]
     lines += [f"\n{name}: {results[name]['error']}" for name in STAGES if "error" in results.get(name, {})]
     trained = results.get("cifar10", {})

@@ -143,7 +143,11 @@ def measured(name: str, device: torch.device, tiny: bool, compiled: bool, repeat
     for step in steps.values():
         step()
     seconds = interleaved(steps, repeats, device)
-    on = next((machine for key, machine in hardware.MACHINES.items() if key in torch.cuda.get_device_name().split()), None) if device.type == "cuda" else None
+    on = (
+        next((machine for key, machine in hardware.MACHINES.items() if key in torch.cuda.get_device_name().split()), None)
+        if device.type == "cuda"
+        else None
+    )
     program = Program(replace(run, global_batch_size=images), 1, on or hardware.MACHINES["H100"])
     part = program.part.at(images)
     found |= {

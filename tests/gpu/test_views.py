@@ -19,7 +19,16 @@ from ssl_pretrain.views.upload import upload
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 MEAN, STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
-EVERYTHING = {"jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.3, "blur": 0.5, "solarize": 0.3}
+EVERYTHING = {
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "grayscale": 0.3,
+    "blur": 0.5,
+    "solarize": 0.3,
+}
 SIMCLR = ViewsConfig(crops={"global": Crop(count=2, size=32, **EVERYTHING)})
 CIFAR10 = os.environ.get("CIFAR10", "../shared/data/cifar10.zip")  # a zip or folder with train/CLASS and test/CLASS
 
