@@ -96,8 +96,8 @@ def _table(rows: list[Row]) -> Iterator[str]:
         step, linear = row.step, rows[0].speed / rows[0].gpus * row.gpus
         shares = [f"{part / step.total:.0%}" for part in (step.compute + step.views, step.exposed, step.loss + step.optimizer)]
         yield (
-            f"| {row.gpus} | {row.batch:,} | {row.images:,} | {row.group:,} | {row.gib:.1f} | {step.total * 1e3:,.1f} | {' | '.join(shares)} "
-            f"| {row.speed:,.0f} | {row.speed / linear:.0%} | {IMAGES / row.speed:,.0f} s | {step.bound} |"
+            f"| {row.gpus} | {row.batch:,} | {row.images:,} | {row.group:,} | {row.gib:.1f} | {step.total * 1e3:,.1f} "
+            f"| {' | '.join(shares)} | {row.speed:,.0f} | {row.speed / linear:.0%} | {IMAGES / row.speed:,.0f} s | {step.bound} |"
         )
 
 

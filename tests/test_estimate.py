@@ -31,13 +31,20 @@ def columns(flops, moved, kinds, wide) -> Trace:
 
 
 @pytest.mark.parametrize(
-    "path", [path if path.stem.split("_imagenet")[0] in QUICK else pytest.param(path, marks=pytest.mark.full) for path in FIRST], ids=lambda path: path.stem
+    "path",
+    [path if path.stem.split("_imagenet")[0] in QUICK else pytest.param(path, marks=pytest.mark.full) for path in FIRST],
+    ids=lambda path: path.stem,
 )
 def test_every_method_has_a_plan(path, tmp_path):
     run = _reduced(path, tmp_path)
     run = replace(run, plan=replace(run.plan, gpu="H100", num_images=10_000), launch=replace(run.launch, nodes=2, gpus_per_node=2))
     text = plan.describe(run, plan.ranks(run, here=1))
-    for line in ("# on 4 x H100, 2 nodes of 2: rates from data sheets", "of the step's peak:", "largest local batch: 4 of its share of 4", "a step: "):
+    for line in (
+        "# on 4 x H100, 2 nodes of 2: rates from data sheets",
+        "of the step's peak:",
+        "largest local batch: 4 of its share of 4",
+        "a step: ",
+    ):
         assert line in text, text
     seconds = float(text.partition("a step: ")[2].partition(" ms")[0].replace(",", ""))
     listed = [float(line.split()[0]) for line in text.splitlines() if line.startswith("  ") and " ms  " in line]
@@ -96,7 +103,10 @@ def test_the_largest_part_is_the_largest_that_fits(run):
         assert program.largest()[0] == expected
     assert program.two_passes(8) and program.step(Cluster(1, 1), 8).compute > program.step(Cluster(1, 1), 16).compute
     program.machine = replace(TOY, memory=1000.0)
-    assert program.largest() == (0, f"batch norm over 2 images takes 2 at once, {sum(program.memory(2).values()) / 2**30:.1f} GiB of 0.0; more GPUs, or a smaller group, would do")
+    assert program.largest() == (
+        0,
+        f"batch norm over 2 images takes 2 at once, {sum(program.memory(2).values()) / 2**30:.1f} GiB of 0.0; more GPUs, or a smaller group, would do",
+    )
 
 
 def hardware_room() -> float:
@@ -150,5 +160,3 @@ def test_the_cluster_of_a_plan_is_launchs(run):
 def test_a_plan_is_for_any_run_that_goes_on(run):
     other = replace(run, plan=replace(run.plan, gpu="L40S"))
     config.compare_for_resume(config.to_dict(run), other, "runs/x/checkpoints/step_1")
-
-
