@@ -49,7 +49,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         rows.append(Row(name, measures("embeddings", embedded) | measures("features", found)))
     protocol = {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}; random: before its first step",
-        "embeddings": f"projector's output, {embedded.shape[1]} numbers; features: the backbone's, {found.shape[1]}; batch norm in evaluation mode",
+        "embeddings": f"projector's output, {embedded.shape[1]} numbers; features: the backbone's, {found.shape[1]}",
+        "mode": "evaluation: batch norm with its running statistics",
         "normalization": "vectors scaled to length 1, then centred",
         "measure": f"top-{TOP}: share of the {TOP} largest eigenvalues of the covariance in the sum of all, in percent; rank: exp(entropy)",
         "images": f"{run.config.data.source}: {len(images)} training images in evaluation views",
@@ -67,7 +68,9 @@ def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(draws.seed_of(run.config.seed, 0, 0))  # as the trainer does
         method = run.config.method.build(backbones.build(run.config.backbone, run.view_size))
     if not hasattr(method, "projector"):
-        raise ValueError(f"{run.path}: method {run.config.method.name} has no projector, whose output this measures; see eval.knn, eval.linear")
+        raise ValueError(
+            f"{run.path}: method {run.config.method.name} has no projector, whose output this measures; see eval.knn, eval.linear"
+        )
     if trained:
         _, tensors = checkpoint.read(run.checkpoint_path)
         backbones.load_strict(method, tensors, str(run.checkpoint_path))

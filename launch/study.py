@@ -154,7 +154,9 @@ def cell(seeds: Sequence[dict[str, float]], column: str) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def draw(study: Study, finished: Sequence[tuple[str, RunConfig, dict[str, float]]], rows: dict[str, list[dict[str, float]]], path: Path) -> None:
+def draw(
+    study: Study, finished: Sequence[tuple[str, RunConfig, dict[str, float]]], rows: dict[str, list[dict[str, float]]], path: Path
+) -> None:
     """Two panels, accuracy and the top-5 share: curves with every seed's point over `plot_against`, or a bar for each run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -176,7 +178,9 @@ def draw(study: Study, finished: Sequence[tuple[str, RunConfig, dict[str, float]
             names = list(rows)
             values = [[seed[column] for seed in rows[name]] for name in names]
             panel.barh(names, [statistics.mean(each) for each in values], color=colour, alpha=0.75)
-            panel.plot([value for each in values for value in each], [name for name, each in zip(names, values) for _ in each], "k.", markersize=4)
+            panel.plot(
+                [value for each in values for value in each], [name for name, each in zip(names, values) for _ in each], "k.", markersize=4
+            )
         panel.set_title(column, fontsize=11)
         panel.grid(alpha=0.3, axis="y" if study.plot_against else "x")
         for side in ("top", "right"):

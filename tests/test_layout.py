@@ -55,13 +55,15 @@ MAY_IMPORT = {
     "ssl_pretrain/guard.py": "distributed",
     "ssl_pretrain/checkpoint.py": "distributed",
     "ssl_pretrain/health.py": "distributed",
-    "ssl_pretrain/online.py": "distributed",
+    "ssl_pretrain/probe.py": "",
+    "ssl_pretrain/online.py": "distributed probe",
     "ssl_pretrain/log.py": "distributed",
     "ssl_pretrain/config.py": "*",
     "ssl_pretrain/plan.py": "*",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
     "eval/*.py": "eval backbones data views draws checkpoint online config distributed",
+    "eval/detection/*.py": "eval backbones data batch_norm draws distributed",
     "launch/*.py": "*",
 }
 # what even `*` leaves out: nothing imports what comes after it
@@ -74,7 +76,7 @@ AFTER = {
 # outside packages that only some files touch; the optional ones only inside a function, so that a missing one is a message
 ONLY_IN = {
     "torch.distributed": ("ssl_pretrain/distributed.py", "ssl_pretrain/parallel.py", "ssl_pretrain/checkpoint.py"),
-    "wandb": ("ssl_pretrain/log.py",),
+    "wandb": ("ssl_pretrain/log.py", "launch/evaluate.py"),
     "ffcv": ("ssl_pretrain/data/compiled.py",),
     "faiss": ("ssl_pretrain/online.py", "eval/knn.py"),
     "submitit": ("launch/slurm.py",),

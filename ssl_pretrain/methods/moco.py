@@ -69,7 +69,8 @@ class MoCo(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         queries, keys = embeddings["queries"], targets["keys"]
-        loss = info_nce(queries, keys, temperature=self.config.temperature, queue=self.queue.rows if self.queue is not None else None)  # eq. 1
+        queue = None if self.queue is None else self.queue.rows
+        loss = info_nce(queries, keys, temperature=self.config.temperature, queue=queue)  # eq. 1
         return loss, {"positive_cosine": F.cosine_similarity(wide(queries.detach()), keys).mean()}
 
     @torch.no_grad()
