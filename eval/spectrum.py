@@ -19,8 +19,8 @@ MAX_IMAGES = 10000
 HELP = f"""The spectrum of a run's embeddings (the projector's output) and of its features, on training images in their evaluation views.
 
 Of the covariance of vectors scaled to length 1: the share in percent that the {TOP} largest eigenvalues have of the sum of all,
-which is near 100 when a representation has collapsed into a few directions; and the effective rank, exp of the entropy of the
-eigenvalues' shares. No labels are needed. The numbers and their protocol are printed and kept in RUN/eval/spectrum.json.
+which is near 100 when a representation has collapsed into a few directions; the effective rank, exp of the entropy of the
+eigenvalues' shares; and the sum itself, 100 where vectors fill the sphere evenly, 0 where all are one point. No labels are needed. The numbers and their protocol are printed and kept in RUN/eval/spectrum.json.
 
     python -m eval.spectrum runs/demo"""
 
@@ -52,7 +52,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         "embeddings": f"projector's output, {embedded.shape[1]} numbers; features: the backbone's, {found.shape[1]}",
         "mode": "evaluation: batch norm with its running statistics",
         "normalization": "vectors scaled to length 1, then centred",
-        "measure": f"top-{TOP}: share of the {TOP} largest eigenvalues of the covariance in the sum of all, in percent; rank: exp(entropy)",
+        "measure": f"top-{TOP}: share of the {TOP} largest eigenvalues of the covariance in the sum of all, in percent; rank: exp(entropy); "
+        "variance: that sum, in percent of the most there can be",
         "images": f"{run.config.data.source}: {len(images)} training images in evaluation views",
     }
     return results.save(run.path, "spectrum", protocol, rows, run.about(), time.monotonic() - began, "spectrum")
@@ -79,11 +80,13 @@ def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
 
 
 def measures(name: str, vectors: Tensor) -> dict[str, float]:
-    """{"<name>, top-5 of all": percent, "<name>, rank": effective rank} of (n, dim) vectors."""
-    shares = spectrum(vectors)
-    shares = shares / shares.sum().clamp(min=1e-30)
+    """{"<name>, top-5 of all": percent, "<name>, rank": effective rank, "<name>, variance": percent} of (n, dim) vectors."""
+    eigenvalues = spectrum(vectors)
+    total = eigenvalues.sum()
+    shares = eigenvalues / total.clamp(min=1e-30)
     rank = torch.exp(-(shares * shares.clamp(min=1e-30).log()).sum())
-    return {f"{name}, top-{TOP} of all": 100 * shares[:TOP].sum().item(), f"{name}, rank": rank.item()}
+    share = 100 * shares[:TOP].sum().item()
+    return {f"{name}, top-{TOP} of all": share, f"{name}, rank": rank.item(), f"{name}, variance": 100 * total.item()}
 
 
 def spectrum(vectors: Tensor) -> Tensor:

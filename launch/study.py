@@ -18,11 +18,12 @@ from launch import methods, pretrain
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
 
-ACCURACY, SHARE, RANK = "linear, %", "top-5 of all, %", "effective rank"
+ACCURACY, SHARE = "linear, %", "top-5 of all, %"
 COLUMNS = {  # column -> (evaluation, its column)
     ACCURACY: ("linear", "all labels"),
     SHARE: ("spectrum", "embeddings, top-5 of all"),
-    RANK: ("spectrum", "embeddings, rank"),
+    "effective rank": ("spectrum", "embeddings, rank"),
+    "variance, %": ("spectrum", "embeddings, variance"),
     "features' top-5, %": ("spectrum", "features, top-5 of all"),
     "features' rank": ("spectrum", "features, rank"),
 }
@@ -138,7 +139,8 @@ def about(config: RunConfig, rows: dict[str, list[dict[str, float]]]) -> list[st
         f"frozen features, learning rate chosen on held-out training images, accuracy on the test images; raw pixels reach "
         f"{first['raw pixels']:.1f}, the random backbone {first[results.BETTER]:.1f}. {SHARE}: of the covariance of embeddings scaled to "
         "length 1, the share of the five largest eigenvalues in the sum of all; effective rank: exp of the entropy of the eigenvalues' "
-        "shares. The same of features in the last two columns. ± is the deviation over seeds."
+        "shares; variance: the sum itself, 100 for embeddings all over the sphere, 0 for one point. The same of features in the last two "
+        "columns. ± is the deviation over seeds."
     ]
 
 

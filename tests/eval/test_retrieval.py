@@ -73,7 +73,9 @@ def test_accuracy_is_of_the_corrupted_views(made):
     assert rows["pretrained"]["5"] == pytest.approx((rows["contrast"]["5"] + rows["pixelate"]["5"]) / 2)
     _, test = parts.labelled_parts(run, "a test")
     (images, _), *_ = test.batches()
-    corrupted = np.stack([corruptions.apply("contrast", image, 5, number) for number, image in enumerate(images.permute(0, 2, 3, 1).numpy())])
+    corrupted = np.stack(
+        [corruptions.apply("contrast", image, 5, number) for number, image in enumerate(images.permute(0, 2, 3, 1).numpy())]
+    )
     again = torch.from_numpy(corrupted).permute(0, 3, 1, 2)
     expected = run.backbone(robustness.features.normalize(run, again)).float()
     torch.testing.assert_close(robustness.extract(run, test, "contrast", 5)[0], expected)
