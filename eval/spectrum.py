@@ -20,7 +20,8 @@ HELP = f"""The spectrum of a run's embeddings (the projector's output) and of it
 
 Of the covariance of vectors scaled to length 1: the share in percent that the {TOP} largest eigenvalues have of the sum of all,
 which is near 100 when a representation has collapsed into a few directions; the effective rank, exp of the entropy of the
-eigenvalues' shares; and the sum itself, 100 where vectors fill the sphere evenly, 0 where all are one point. No labels are needed. The numbers and their protocol are printed and kept in RUN/eval/spectrum.json.
+eigenvalues' shares; and the sum itself, 100 where vectors fill the sphere evenly, 0 where all are one point. No
+labels are needed. The numbers and their protocol are printed and kept in RUN/eval/spectrum.json.
 
     python -m eval.spectrum runs/demo"""
 
@@ -52,7 +53,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "embeddings": f"projector's output, {embedded.shape[1]} numbers; features: the backbone's, {found.shape[1]}",
         "mode": "evaluation: batch norm with its running statistics",
         "normalization": "vectors scaled to length 1, then centred",
-        "measure": f"top-{TOP}: share of the {TOP} largest eigenvalues of the covariance in the sum of all, in percent; rank: exp(entropy); "
+        "measure": f"top-{TOP}: share of the {TOP} largest eigenvalues of the covariance in all, in percent; rank: exp(entropy); "
         "variance: that sum, in percent of the most there can be",
         "images": f"{run.config.data.source}: {len(images)} training images in evaluation views",
     }

@@ -142,5 +142,5 @@ def test_a_key_that_the_saved_version_did_not_know_was_at_its_default(tmp_path):
     del saved["method"]["without_projector"]
     config.compare_for_resume(saved, run, "run/checkpoints/step_00000003")
     other = config.load(tmp_path / "tiny.yaml", ["method.without_projector=true"])
-    with pytest.raises(config.ConfigError, match="method.without_projector: False then, True now"):
+    with pytest.raises(config.ConfigError, match=r"method\.without_projector: False then, True now"):
         config.compare_for_resume(saved, other, "run/checkpoints/step_00000003")

@@ -80,8 +80,9 @@ ONLY_IN = {
     "ffcv": ("ssl_pretrain/data/compiled.py",),
     "faiss": ("ssl_pretrain/online.py", "eval/knn.py"),
     "submitit": ("launch/slurm.py",),
+    "pycocotools": ("eval/detection/metrics.py", "eval/detection/training.py"),
 }
-OPTIONAL = ("wandb", "ffcv", "faiss", "submitit")
+OPTIONAL = ("wandb", "ffcv", "faiss", "submitit", "pycocotools")
 
 SAYS_NOTHING = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
 WITH_A_FUNCTION = {"ssl_pretrain/methods/__init__.py"}  # finds a method's file by its name

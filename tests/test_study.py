@@ -43,7 +43,7 @@ def test_the_temperatures_and_the_parts_asked_for_are_there():
 def written(run: Path, linear: float, share: float) -> None:
     rows = [results.Row("raw pixels", {"all labels": 90.0}), results.Row(results.BETTER, {"all labels": 80.0})]
     results.save(run, "linear", {}, [*rows, results.Row("pretrained", {"all labels": linear})], ABOUT, 1.0)
-    numbers = {f"{what}, {kind}": share for what in ("embeddings", "features") for kind in ("top-5 of all", "rank")}
+    numbers = {f"{what}, {kind}": share for what in ("embeddings", "features") for kind in ("top-5 of all", "rank", "variance")}
     results.save(run, "spectrum", {}, [results.Row("pretrained", numbers)], ABOUT, 1.0)
 
 
@@ -84,8 +84,8 @@ def test_the_spectrum_by_hand():
     assert values.tolist() == pytest.approx([6 / 16, 2 / 16, 0], abs=1e-12)  # of unit vectors: half of each squared length
     found = spectrum.measures("z", vectors)
     assert found["z, top-5 of all"] == pytest.approx(100) and found["z, rank"] == pytest.approx(0.75**-0.75 * 0.25**-0.25)
+    assert found["z, variance"] == pytest.approx(50)
     wide = torch.randn(20000, 20, generator=torch.Generator().manual_seed(0))
     assert spectrum.measures("z", wide)["z, top-5 of all"] == pytest.approx(25, abs=2)
-    assert spectrum.measures("z", torch.ones(10, 4))["z, top-5 of all"] == pytest.approx(
-        0, abs=1e-6
-    )  # collapsed to a point: nothing to share
+    assert spectrum.measures("z", wide)["z, variance"] == pytest.approx(100, abs=0.1)
+    assert spectrum.measures("z", torch.ones(10, 4))["z, variance"] == pytest.approx(0, abs=1e-9)  # collapsed to a point
