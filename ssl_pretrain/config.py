@@ -249,6 +249,9 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
         ConfigError: lists what differs and the two remedies.
     """
     old, new = _flat(saved), _flat(to_dict(config))
+    defaults = _flat(to_dict(from_dict({"method": {"name": config.method.name}})))
+    later = [key for key in new.keys() - old.keys() if key in defaults and not key.startswith("views.crops")]
+    old |= {key: defaults[key] for key in later}  # the version that saved it did not know these, and did as their default says
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
     refused = [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in differing if key not in WARNED]
     if refused:

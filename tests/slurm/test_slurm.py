@@ -187,3 +187,21 @@ def test_a_chain_of_jobs_that_are_not_requeued_and_an_array(cluster, tmp_path):
         until("the array", lambda job=job: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
         assert show(job)["JobState"] == "COMPLETED", logs_of(tmp_path / "sweep")
         assert checkpoint.verify(checkpoint.newest(tmp_path / "sweep" / f"seed={seed}"))["config"]["seed"] == seed
+
+
+def test_a_checkpoint_is_judged_by_a_job_of_its_own(cluster, tmp_path):
+    """launch/evaluate.py submits, does not submit again what waits or is done, and follows a job of the training."""
+    path, run = tiny.config(tmp_path), tmp_path / "run"
+    command = [sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=2"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+    evaluate = [sys.executable, "launch/evaluate.py", str(run), "--cluster", "slurm", "--jobs", "knn"]
+    said = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    job = re.search(r"submitted to SLURM: knn of step_00000006: (\d+)", said)[1]
+    again = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "submitted" not in again.stdout, again.stdout + again.stderr
+    until("the evaluation", lambda: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
+    assert (run / "eval" / "step_00000006" / "knn.json").exists(), logs_of(run)
+    after = subprocess.run([*evaluate[:-1], "spectrum", "--after", job], cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    following = re.search(rf"submitted to SLURM, after {job}: (\d+)", after)[1]
+    until("the one that follows", lambda: show(following)["JobState"] in ("COMPLETED", "FAILED"), following)
+    assert (run / "eval" / "spectrum.json").exists(), logs_of(run)
