@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval import card, features, onnx_model, results, runs
+from eval import card, features, onnx_model, results, runs, spectrum
 from eval.parts import Part
 from eval.runs import Run
-from ssl_pretrain import backbones, draws, health
+from ssl_pretrain import backbones, draws
 from ssl_pretrain.backbones import Backbone, BackboneConfig
 from ssl_pretrain.data.sources import open_source
 
@@ -24,7 +24,7 @@ FORMATS = ("timm", "torchvision", "onnx")
 REFERENCE_IMAGES = 2
 SAME = 1e-3  # of the largest feature: another processor's rounding is a hundred times smaller, another network's a hundred times larger
 PROBED = 512  # training images whose features have to differ
-LEAST_RANK, LEAST_SPREAD = 2.0, 0.01  # below either, the features tell images apart no better than a constant does
+LEAST_RANK, LEAST_SPREAD = 2.0, 0.01  # RankMe of centred features, and their deviation at length 1; below either they are one point or line
 HELP = f"""Writes the backbone of a run, without projector and optimizer, as a folder that loads anywhere.
 
 {WEIGHTS}: its weights under timm's names, which are torchvision's for ResNets. {ARGUMENTS}: the arguments that build it.
@@ -228,13 +228,13 @@ def doubts_about(run: Run) -> list[str]:
         results.say(f"not checked for collapse, as the training images are not there: {error}")
         return found
     chosen = draws.permutation(0, 0, len(source), draws.Purpose.SUBSET)[:PROBED]
-    z, _ = features.extract(run.backbone, Part(run, source, chosen))
-    measured = health.measure({"features": z - z.mean(dim=0)}, health.HealthConfig(max_rows=PROBED))
-    spread = health.measure({"features": z}, health.HealthConfig(max_rows=PROBED))["embedding_std"].item()
-    rank = measured["effective_rank"].item()
+    embedded, _ = features.extract(run.backbone, Part(run, source, chosen))
+    deviations = spectrum.spectrum(embedded).sqrt()
+    shares = deviations / deviations.sum().clamp(min=1e-12) + 1e-12
+    rank, spread = torch.exp(-(shares * shares.log()).sum()).item(), deviations.norm().item()
     if not (rank >= LEAST_RANK and spread >= LEAST_SPREAD):
         found.append(
-            f"the features of {len(chosen)} training images hardly differ: effective rank {rank:.1f} of {z.shape[1]}"
+            f"the features of {len(chosen)} training images hardly differ: effective rank {rank:.1f} of {embedded.shape[1]}"
             f" (at least {LEAST_RANK:g}), spread {spread:.2g} (at least {LEAST_SPREAD:g}): collapsed"
         )
     return found

@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "ssl_pretrain/calibrate.py": "backbones data distributed estimate hardware memory views",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
-    "eval/*.py": "eval backbones batch_norm data views draws schedules checkpoint health memory online config distributed",
+    "eval/*.py": "eval backbones batch_norm data views draws schedules checkpoint memory online config distributed",
     "eval/detection/*.py": "eval backbones data batch_norm draws distributed",
     "launch/*.py": "*",
 }

@@ -159,8 +159,10 @@ def test_the_weights_of_the_seed_are_refused_and_flagged_when_forced(tmp_path, c
 def test_a_collapsed_backbone_is_refused(tiny, tmp_path):
     run = runs.load_run(tiny, device="cpu")
     with torch.no_grad():
-        for parameter in run.backbone.model.layer4.parameters():
-            parameter.mul_(1e-4)
+        for norm in run.backbone.model.layer4.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.weight.zero_()
+                norm.bias.fill_(1.0)
     with pytest.raises(ValueError, match=r"the features of 512 training images hardly differ: effective rank .* collapsed"):
         export.export(run, tmp_path / "out")
 
