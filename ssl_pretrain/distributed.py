@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # torch 2.13 renamed both; 2.11 has the old names only
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -133,6 +135,29 @@ def gather(x: Tensor, group: Any = None) -> Tensor:
 def reduce_sum(x: Tensor, group: Any = None) -> Tensor:
     """Sum of every rank's `x`, same shape on all ranks. Differentiable."""
     return _ReduceSum.apply(x, group) if group_size(group) > 1 else x
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of it alone, as FSDP's weights and their gradients."""
+    return isinstance(tensor, DTensor)
+
+
+def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each, sharing its memory: its rows of a sharded tensor, all of any other. Carries no graph."""
+    with torch.no_grad():
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norms of each list's tensors, (len(list),): of whole tensors, also where ranks hold shards. One collective for all."""
+    found = [torch.stack(torch._foreach_norm(shards(tensors))) for tensors in lists]
+    first = lists[0][0]
+    if not isinstance(first, DTensor):
+        return found
+    dims = [dim for dim, placement in enumerate(first.placements) if placement.is_shard()]
+    assert len(dims) == 1, "tensors are sharded along one dimension of the mesh"
+    total = reduce_sum(torch.cat(found).square(), first.device_mesh.get_group(dims[0])).sqrt()
+    return list(total.split([len(tensors) for tensors in lists]))
 
 
 def gather_objects(value: Any) -> list[Any]:
