@@ -143,11 +143,10 @@ def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     other timm networks' in `stages`. What is sharded, compiled or recomputed as one. Empty where a network has none."""
     found = []
     for name, backbone in module.named_modules():
-        if isinstance(backbone, Backbone):
-            stacks = [(key, part) for key, part in backbone.model.named_children() if key.rstrip("0123456789") in ("blocks", "layer", "stages")]
-            found += [
-                (f"{name}.model.{key}.{number}".lstrip("."), block) for key, part in stacks for number, block in part.named_children()
-            ]
+        stacks = backbone.model.named_children() if isinstance(backbone, Backbone) else ()
+        for key, stack in stacks:
+            if key.rstrip("0123456789") in ("blocks", "layer", "stages"):
+                found += [(f"{name}.model.{key}.{number}".lstrip("."), block) for number, block in stack.named_children()]
     return found
 
 

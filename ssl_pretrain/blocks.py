@@ -39,7 +39,7 @@ def recompute(block: nn.Module, selective: bool) -> None:
         first, again = create_selective_checkpoint_contexts(_keep) if selective else (nullcontext(), nullcontext())
         return first, _both(again, norms)
 
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)  # type: ignore[assignment]
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 def _keep(context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
@@ -78,8 +78,8 @@ def compile_each(blocks: list[nn.Module], drops: bool, cuda_graphs: bool) -> Non
     for block in blocks:
         for norm in block.modules():
             if batch_norm.spans_ranks(norm):  # its collectives run as written, between two compiled pieces
-                norm.forward = torch.compiler.disable(norm.forward)  # type: ignore[method-assign]
-        block.forward = compiled(block.forward)  # type: ignore[method-assign]
+                norm.forward = torch.compiler.disable(norm.forward)
+        block.forward = compiled(block.forward)
 
 
 def drops(module: nn.Module) -> bool:

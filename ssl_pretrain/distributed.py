@@ -93,6 +93,11 @@ def new_groups(ranks_per_group: int) -> Any:
     return group
 
 
+def new_cpu_group() -> Any:
+    """A group of all ranks for what runs beside the training, on CPU: its messages never meet the training's. None for one process."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_timeout_seconds)) if world_size() > 1 else None
+
+
 def group_size(group: Any = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
@@ -160,21 +165,21 @@ def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
     return list(total.split([len(tensors) for tensors in lists]))
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """Every rank's `value`, in rank order. Sent as a pickle between the ranks of one run only."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_cpu_group)
+    dist.all_gather_object(values, value, group=group or _cpu_group)
     return values
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: Any, group: Any = None) -> Any:
     """Rank 0's `value`, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_cpu_group)
+    dist.broadcast_object_list(box, src=0, group=group or _cpu_group)
     return box[0]
 
 

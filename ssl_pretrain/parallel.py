@@ -144,18 +144,16 @@ def _sharded(method: nn.Module, config: ParallelConfig, device: torch.device) ->
         dist.broadcast(tensor.detach(), src=0)
     mesh = _mesh(config, device)
     networks = [module for module in method.modules() if isinstance(module, backbones.Backbone)]
-    units = [block for _, block in backbones.blocks(method)] + networks
-    for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=_dtypes(unit, config, device))
-    root = fully_shard(method, mesh=mesh, reshard_after_forward=False, mp_policy=_dtypes(method, config, device))
-    root.set_modules_to_backward_prefetch([networks[0]])  # by default the last in the forward's order: the teacher, which has no backward
-    register_fsdp_forward_method(root, "targets")
-    for unit in [*units, root]:
-        if device.type == "cpu":
-            unit.set_force_sum_reduction_for_comms(True)  # gloo has no mean
+    for unit in [*(block for _, block in backbones.blocks(method)), *networks, method]:
+        again = config.reshard_after_forward and unit is not method  # the root's backward comes next
+        sharded: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=again, mp_policy=_dtypes(unit, config, device))
+        sharded.set_force_sum_reduction_for_comms(device.type == "cpu")  # gloo has no mean
+    # By default the root's backward gathers ahead what ran last: the teacher, which has no backward.
+    sharded.set_modules_to_backward_prefetch([networks[0]])
+    register_fsdp_forward_method(method, "targets")
     # A view is unsafe only where it is changed in place: `loss` is pure, so chunks of a forward's output are not.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return root
+    return method
 
 
 def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:

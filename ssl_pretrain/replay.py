@@ -31,7 +31,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     found = [path for path in checkpoint.checkpoints(run) if int(path.name.removeprefix("step_")) < step]
     if not found:
         raise ValueError(f"{run}: no checkpoint before step {step}; the oldest there is cannot have met that batch. Give a later step")
-    manifest, tensors = checkpoint.read(found[-1])
+    manifest = checkpoint.verify(found[-1])
     config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
     device = distributed.start(config.parallel.threads, config.parallel.deterministic)
     with loader.build(config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device) as batches:
@@ -41,7 +41,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         model = wrap(method, config, images, device)
         optimizer = optim.build(config.optim, method)
         stepper = Stepper(model, optimizer, config.parallel, config.seed, images, config.global_batch_size, config.optim, device)
-        checkpoint.State(method, optimizer, {}, {}).load(found[-1], tensors)
+        checkpoint.State(method, optimizer, {}, {}).load(found[-1])
         first = step - 1 if from_checkpoint else manifest["step"]
         watch = _Watch()
         for now, batch in zip(range(first, step), batches.starting_at(first)):

@@ -22,6 +22,7 @@ from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import loader, preflight, sources
 from ssl_pretrain.guard import Guard
 from ssl_pretrain.lock import Lock
+from ssl_pretrain.manifest import clean
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.online import OnlineKNN
 from ssl_pretrain.step import Stepper, check_accumulation
@@ -139,7 +140,7 @@ def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: s
     """Prepares the run's folder, loads its newest checkpoint and returns the steps done; 0 for a fresh run."""
     if distributed.is_main():
         run.mkdir(parents=True, exist_ok=True)
-        checkpoint.clean(run)
+        clean(run)
     distributed.barrier()
 
     def compare(manifest: dict) -> None:
