@@ -17,7 +17,7 @@ from ssl_pretrain.step import Stepper
 
 ROWS, SIZE, NUM_STEPS, STEPS_PER_EPOCH = 8, 16, 20, 2
 CPU = torch.device("cpu")
-RESNET = BackboneConfig(name="test_resnet", stem="no_pool")
+RESNET = BackboneConfig(name="test_resnet")
 VIT = BackboneConfig(name="test_vit", args={"depth": 2, "patch_size": 8})
 ADAMW = {"name": "adamw", "base_lr": 0.001, "lr_scaling": "none", "warmup_epochs": 1, "weight_decay": 0.1}
 CASES: dict[str, Any] = {  # backbone, method, optimizer, sizes of the views
