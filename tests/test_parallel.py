@@ -148,25 +148,27 @@ def test_a_batch_norm_group_of_a_node_has_that_nodes_process_group(of_four):
     assert [rank["node"] for rank in of_four] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
-def _bytes(strategy):
-    """(counted, predicted) bytes that this rank sends in one step of SimCLR, by kind."""
-    stepper, sizes = networks.setting_up("simclr", strategy=strategy)
+def _bytes(name, strategy):
+    """(counted, predicted) bytes that this rank sends in one step, by kind."""
+    stepper, sizes = networks.setting_up(name, strategy=strategy, rows=6)
     networks.take_step(stepper, sizes, 0)
-    own = networks.batch(1, sizes).part(distributed.rank(), distributed.world_size())
+    own = networks.batch(1, sizes, 6).part(distributed.rank(), distributed.world_size())
     with Traffic() as traffic:
         stepper(1, 0.05, own)
-    return traffic.sent, predicted(parallel.unwrap(stepper.model), strategy, dim=9, rows=len(own), views=2)
+    expected = predicted(parallel.unwrap(stepper.model), strategy, dim=9, rows=len(own), calls=1 if name == "simclr" else 2)
+    return dict(traffic.sent), {kind: count for kind, count in expected.items() if count}
 
 
-def _both_strategies():
-    return [_bytes(strategy) for strategy in ("ddp", "fsdp")]
+def _all_bytes():
+    return {f"{name} {strategy}": _bytes(name, strategy) for name in ("simclr", "moco_v3") for strategy in ("ddp", "fsdp")}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_bytes_sent_are_those_of_the_formulas(world_size):
-    for rank in run_ranks(_both_strategies, world_size=world_size):
-        for counted, expected in rank:
-            assert dict(counted) == expected and min(expected.values()) > 0
+def test_bytes_sent_are_those_of_the_formulas():
+    for rank in run_ranks(_all_bytes, world_size=3):
+        for what, (counted, expected) in rank.items():
+            assert counted == expected, what
+        assert rank["simclr ddp"][0].keys() == {"gather", "loss backward", "batch norm forward", "batch norm backward", "gradients"}
+        assert rank["simclr fsdp"][0].keys() == {*rank["simclr ddp"][0], "weights", "norms"}
 
 
 @pytest.mark.parametrize("how", ["blocks", "selective"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -12,15 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssl_pretrain import backbones, distributed
 from ssl_pretrain.batch_norm import GroupBatchNorm
 
-# the innermost of these functions that is calling says what a collective is for; DDP's reducer is C++ and has none
+# the first of these functions that is calling says what a collective is for; DDP's reducer is C++ and has none
 KINDS = {
     "_Synchronized.forward": "batch norm forward",
     "_Synchronized.backward": "batch norm backward",
     "foreach_all_gather": "weights",
     "foreach_reduce": "gradients",
     "norms": "norms",
-    "_Gather.forward": "gather",
+    "_LogSumExpAmong.backward": "loss backward",
     "_Gather.backward": "loss backward",
+    "_Gather.forward": "gather",
 }
 
 
@@ -30,7 +32,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()  # exact, as a part of an all-reduce need not be whole bytes
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
@@ -40,7 +42,7 @@ class Traffic(TorchDispatchMode):
             world = distributed.world_size()
             size = {"_allgather_base_": second, "_reduce_scatter_base_": first, "allreduce_": first}[name]
             size = size.numel() * size.element_size()
-            self.sent[_kind()] += 2 * (world - 1) * size // world if name == "allreduce_" else (world - 1) * size
+            self.sent[_kind()] += Fraction(2 * (world - 1) * size, world) if name == "allreduce_" else (world - 1) * size
         return function(*args, **(kwargs or {}))
 
 
@@ -54,37 +56,49 @@ def _kind() -> str:
     return outer[0] if outer else "gradients"
 
 
-def predicted(method: nn.Module, strategy: str, *, dim: int, rows: int, views: int) -> dict[str, int]:
-    """The table of docs/scaling.md, for a student without a teacher whose backbone is called once a step.
+def predicted(method: Any, strategy: str, *, dim: int, rows: int, calls: int) -> dict[str, Fraction | int]:
+    """The table of docs/scaling.md, in float64.
 
     Args:
         dim: of an embedding.
-        rows: images of this rank.
+        rows: images of this rank, in two views each.
+        calls: of the networks in a step: 1 where the views go through together, 2 where one by one.
     """
-    world, size = distributed.world_size(), 8  # bytes of a float64
-    others = world - 1
-    channels = [len(norm.running_mean) for norm in method.modules() if isinstance(norm, GroupBatchNorm)]
+    world, size, views = distributed.world_size(), 8, 2
+    others, all_reduced = world - 1, Fraction(2 * (world - 1), world)
+    teacher = getattr(method, "teacher", nn.Module())
+    norms, teacher_norms = _channels(method), _channels(teacher)
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     sent = {
         "gather": others * views * rows * dim * size,
-        "loss backward": others * views * rows * dim * size,
-        "batch norm forward": sum(others * (2 * c + 1) * size for c in channels),
-        "batch norm backward": sum(2 * others * 2 * c * size // world for c in channels),
+        "loss backward": 0 if teacher_norms else others * views * rows * 3 * size,  # keys carry no gradient
+        "batch norm forward": calls * others * sum(2 * c + 1 for c in norms) * size,
+        "batch norm backward": calls * all_reduced * 2 * (sum(norms) - sum(teacher_norms)) * size,
     }
     if strategy == "ddp":
-        numbers = sum(parameter.numel() for parameter in method.parameters())
-        return sent | {"gradients": 2 * others * numbers * size // world}
-    units = [block for _, block in backbones.blocks(method)]
-    shares = [_share(unit.parameters()) for unit in units]
-    backbone = _share(method.backbone.parameters()) - sum(shares)  # type: ignore[operator]
-    rest = _share(method.parameters()) - sum(shares) - backbone
-    again = sum(shares) + backbone  # gathered for the forward, and again for the backward
-    tensors = list(method.parameters())
-    adapted = sum(parameter.ndim > 1 for parameter in tensors)
+        return sent | {"gradients": all_reduced * sum(parameter.numel() for parameter in trained) * size}
+    gathered = reduced = 0
+    rest, rest_trained = _share(method.parameters()), _share(trained)
+    for network in (method.backbone, *(part for part in teacher.children() if isinstance(part, backbones.Backbone))):
+        units = [list(unit.parameters()) for _, unit in backbones.blocks(network)]
+        student = network is method.backbone
+        in_blocks = sum(_share(unit) for unit in units)
+        trained_in_blocks = sum(_share(p for p in unit if p.requires_grad) for unit in units)
+        own = _share(network.parameters()) - in_blocks
+        own_trained = _share(p for p in network.parameters() if p.requires_grad) - trained_in_blocks
+        gathered += calls * (in_blocks + own) + (calls * in_blocks + own if student else 0)  # forward, and again backward
+        reduced += calls * trained_in_blocks + own_trained  # whose input has no gradient is reduced once, at the end
+        rest, rest_trained = rest - in_blocks - own, rest_trained - trained_in_blocks - own_trained
+    adapted = sum(parameter.ndim > 1 for parameter in trained) if not teacher_norms else 0  # LARS
     return sent | {
-        "weights": others * (2 * again + rest) * size,
-        "gradients": others * (again + rest) * size,
-        "norms": 2 * others * len(tensors) * size // world + 2 * others * 2 * adapted * size // world,
+        "weights": others * (gathered + rest) * size,
+        "gradients": others * (reduced + rest_trained) * size,
+        "norms": all_reduced * (len(trained) + 2 * adapted) * size,
     }
+
+
+def _channels(module: nn.Module) -> list[int]:
+    return [len(norm.running_mean) for norm in module.modules() if isinstance(norm, GroupBatchNorm)]
 
 
 def _share(parameters: Any) -> int:
