@@ -28,8 +28,12 @@ from ssl_pretrain import distributed, provenance
 from ssl_pretrain import manifest as manifests
 from ssl_pretrain.manifest import MANIFEST, WRITING, checkpoints, newest, prune, verify
 
-FORMAT = 2  # 1: whole tensors only
+FORMAT = 1
 WHOLE = "method.safetensors"
+
+
+class SaveError(OSError):
+    """The disk refused a checkpoint; older ones are untouched."""
 
 
 @dataclass
@@ -77,7 +81,7 @@ class State:
             wait: return only once it is on disk, as for the last of a run; without, an asynchronous save goes on behind.
 
         Raises:
-            OSError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
+            SaveError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
         """
         problem = self._written()
         final = manifests.folder(run) / f"step_{step:08d}"
@@ -92,7 +96,7 @@ class State:
             problem = self._written() or problem
         problem = distributed.broadcast_object(problem)
         if problem and settings.on_failure == "stop":
-            raise OSError(problem)
+            raise SaveError(problem)
         if problem and distributed.is_main():
             warnings.warn(problem, stacklevel=2)
 
@@ -128,7 +132,7 @@ class State:
             else:
                 _write(final, writing, *snapshot)
             if distributed.is_main():
-                prune(final.parent.parent, settings.keep_last, lambda step: _passed(step, settings.keep_every_epochs * steps_per_epoch))
+                prune(final, settings.keep_last, lambda step: _passed(step, settings.keep_every_epochs * steps_per_epoch))
         except Exception as error:
             where = f"checkpoint of step {snapshot[1]['step']} could not be written to {final.parent}"
             self._problem = f"{where}: {error}. Older ones are whole; free space and resume"
@@ -157,7 +161,7 @@ class State:
         if not settings.resume:
             raise ValueError(f"output: {run} holds {found[-1].name} already and checkpoint.resume is false; give another output, or resume")
         path = newest(run)
-        manifest = manifests.load(path)
+        manifest = opened(path, verified=True)
         compare(manifest)
         here = self._machine()
         differing = [f"{key} {old!r} then, {here.get(key)!r} now" for key, old in manifest["machine"].items() if here.get(key) != old]
@@ -223,7 +227,7 @@ class State:
 
 
 def _write(final: Path, writing: Path, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any]) -> None:
-    if final.exists():  # resumed from it, or saved by the same step already
+    if manifests.is_there(final):
         return
     writing.mkdir(parents=True)
     try:
@@ -241,7 +245,7 @@ def _write_shards(final: Path, writing: Path, tensors: dict[str, dict[str, Tenso
     Raises:
         OSError: on every rank, where any could not write.
     """
-    if distributed.broadcast_object(final.exists(), group):
+    if distributed.broadcast_object(distributed.is_main() and manifests.is_there(final), group):
         return
     dcp = _storage()
     files, problem = {}, None
@@ -298,10 +302,41 @@ def _fill(path: Path, tensors: dict[str, Tensor], group: Any = None) -> None:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
 
 
+def prepare(run: Path) -> None:
+    """Removes what an interrupted save left, and writes a little, as a save would: for the start of a run, on every rank.
+
+    Raises:
+        ValueError: nothing can be written there; names the place and the system's reason.
+    """
+    problem = distributed.broadcast_object(manifests.probe(run) if distributed.is_main() else None)
+    if problem:
+        raise ValueError(problem)
+
+
+def opened(path: Path, verified: bool = False) -> dict[str, Any]:
+    """The manifest of one checkpoint folder, whose files are whole: looked at here, or `verified` a moment ago.
+
+    Raises:
+        ValueError: a file is damaged, or the checkpoint is of another format than this version's.
+    """
+    manifest = manifests.load(path) if verified else verify(path)
+    if manifest.get("format") != FORMAT:
+        made_by = manifest.get("versions", {})
+        raise ValueError(
+            f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}; it was written by ssl_pretrain "
+            f"{made_by.get('ssl_pretrain')} ({made_by.get('revision')}): use that version, or start a new run"
+        )
+    return manifest
+
+
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(manifest, the method's tensors on CPU, whole) of one checkpoint folder, verified."""
+    """(manifest, the method's tensors on CPU, whole) of one checkpoint folder, verified.
+
+    Raises:
+        ValueError: as `opened`.
+    """
     path = Path(path)
-    manifest = verify(path)
+    manifest = opened(path)
     if (path / WHOLE).exists():
         return manifest, load_file(path / WHOLE)
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in _stored(path).items() if "::" not in key}

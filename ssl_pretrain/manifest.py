@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,43 @@ def folder(run: Path) -> Path:
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, whole or not."""
-    return sorted(path for path in folder(Path(run)).glob("step_*") if path.is_dir())
+    """The checkpoint folders of a run, oldest first by their step numbers, whole or not."""
+    return sorted((path for path in folder(Path(run)).glob("step_*") if path.is_dir() and path.name[5:].isdecimal()), key=_step)
 
 
-def clean(run: Path) -> None:
-    """Removes what an interrupted save left. For the start of a run, before anything is written."""
-    for path in folder(run).glob(f"{WRITING}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def probe(run: Path) -> str | None:
+    """Removes what an interrupted save left, and writes a little; why that failed, if it did."""
+    place = folder(run)
+    probe = place / f"{WRITING}probe-{uuid.uuid4().hex[:8]}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for path in place.glob(f"{WRITING}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        probe.mkdir()
+        (probe / "probe").write_bytes(bytes(4096))
+        _fsync(probe / "probe")
+        shutil.rmtree(probe)
+    except OSError as error:
+        return (
+            f"output: no checkpoint can be written to {place}: {error.strerror or error}; "
+            "make room or give the right to write there, or give another output"
+        )
+    return None
+
+
+def is_there(final: Path) -> bool:
+    """Whether that checkpoint is: resumed from it, or saved by the same step. A damaged one, reached again from the one before, goes."""
+    if not final.exists():
+        return False
+    with suppress(ValueError):
+        verify(final)
+        return True
+    shutil.rmtree(final)
+    return False
 
 
 def newest(run: str | Path) -> Path:
@@ -103,10 +134,12 @@ def finish(final: Path, writing: Path, manifest: dict[str, Any], files: dict[str
     _fsync(final.parent)
 
 
-def prune(run: Path, keep_last: int, keeps: Callable[[int], bool]) -> None:
-    """Removes all but the last `keep_last`, at least one, and those whose step `keeps` says."""
-    for path in checkpoints(run)[: -max(1, keep_last)]:
-        if not keeps(int(path.name.removeprefix("step_"))):
+def prune(written: Path, keep_last: int, keeps: Callable[[int], bool]) -> None:
+    """Removes all but the last `keep_last`, at least one, up to the one just written, which is whole, whatever lies there under a
+    higher number; and but those whose step `keeps` says."""
+    found = [path for path in checkpoints(written.parent.parent) if _step(path) <= _step(written)]
+    for path in found[: -max(1, keep_last)]:
+        if not keeps(_step(path)):
             shutil.rmtree(path, ignore_errors=True)
 
 

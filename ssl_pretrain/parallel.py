@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -213,6 +214,36 @@ def rehearse(model: nn.Module, config: ParallelConfig, device: torch.device, exa
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), buffers):
             buffer.copy_(before)
+
+
+class ReplicaError(RuntimeError):
+    """The ranks' copies of the model are no longer the same."""
+
+
+@torch.no_grad()
+def check_copies(model: nn.Module, tolerance: float = 1e-4) -> None:
+    """Looks at every tensor of the model, teachers and statistics included, on all ranks: for before a checkpoint.
+
+    Equal gradients and equal steps keep DDP's copies equal. A memory error or a forgotten reduction does not, and only rank 0's is
+    saved. Shards are not copies: they are finite or not, and what stays whole beside them is compared.
+
+    Raises (on every rank):
+        ReplicaError: a tensor's norm differs by more than `tolerance` of it; names the ranks and the tensor.
+        FloatingPointError: something is not finite; names the tensor.
+    """
+    tensors = {name: value for name, value in unwrap(model).state_dict().items() if value.is_floating_point() and value.numel()}
+    copies = torch.tensor([not distributed.is_sharded(value) for value in tensors.values()])
+    own = [value if value.numel() else value.new_zeros(1) for value in distributed.shards(tensors.values())]  # a shard may be empty
+    norms = [torch.linalg.vector_norm(value, order, dtype=torch.float64) for order in (math.inf, 2) for value in own]
+    largest, of_ranks = distributed.gather(torch.stack(norms)).view(distributed.world_size(), 2, -1).unbind(1)
+    if not (finite := largest.isfinite().all(0)).all():
+        first = list(tensors)[int((~finite).nonzero()[0])]
+        raise FloatingPointError(f"{first} is not finite; nothing was saved: resume from the checkpoint before, with a lower optim.base_lr")
+    apart = ((of_ranks - of_ranks[0]).abs() > tolerance * of_ranks[0] + 1e-12) & copies.to(of_ranks.device)
+    if apart.any():
+        ranks = ", ".join(str(rank) for rank in apart.any(1).nonzero().flatten().tolist())
+        first = list(tensors)[int(apart.any(0).nonzero()[0])]
+        raise ReplicaError(f"rank {ranks}: the weights are no longer those of rank 0, first in {first}; nothing was saved, resume")
 
 
 @torch.no_grad()

@@ -37,13 +37,14 @@ MAY_IMPORT = {
     "ssl_pretrain/data/inspect.py": "data/sources data/images data/listing data/progress",
     "ssl_pretrain/views/recipe.py": "",
     "ssl_pretrain/views/resize.py": "",
-    "ssl_pretrain/views/crops.py": "views/recipe draws",
+    "ssl_pretrain/views/upload.py": "",
+    "ssl_pretrain/views/crops.py": "views/recipe views/upload draws",
     "ssl_pretrain/views/colour_cpu.py": "",
-    "ssl_pretrain/views/colour.py": "views/colour_cpu views/recipe draws",
+    "ssl_pretrain/views/colour.py": "views/colour_cpu views/recipe views/upload draws",
     "ssl_pretrain/backbones.py": "",
     "ssl_pretrain/heads.py": "",
     "ssl_pretrain/momentum.py": "distributed schedules",
-    "ssl_pretrain/losses/*.py": "losses/tiles distributed",
+    "ssl_pretrain/losses/*.py": "losses/tiles losses/tiles_triton distributed",
     "ssl_pretrain/methods/*.py": "methods/base backbones heads momentum losses distributed schedules",
     "ssl_pretrain/larc.py": "distributed",
     "ssl_pretrain/optim.py": "larc schedules distributed",
@@ -53,23 +54,32 @@ MAY_IMPORT = {
     "ssl_pretrain/step.py": "parallel batch_norm optim distributed draws",
     "ssl_pretrain/memory.py": "distributed",
     "ssl_pretrain/lock.py": "distributed",
+    "ssl_pretrain/restarts.py": "",
     "ssl_pretrain/guard.py": "distributed",
     "ssl_pretrain/provenance.py": "distributed",
     "ssl_pretrain/manifest.py": "",
     "ssl_pretrain/checkpoint.py": "distributed manifest provenance",
     "ssl_pretrain/health.py": "distributed",
-    "ssl_pretrain/online.py": "distributed",
+    "ssl_pretrain/trace.py": "",
+    "ssl_pretrain/hardware.py": "trace",
+    "ssl_pretrain/probe.py": "",
+    "ssl_pretrain/online.py": "distributed probe",
     "ssl_pretrain/log.py": "distributed",
     "ssl_pretrain/config.py": "*",
+    "ssl_pretrain/estimate.py": "*",
     "ssl_pretrain/plan.py": "*",
+    "ssl_pretrain/scaling.py": "config estimate hardware memory",
+    "ssl_pretrain/calibrate.py": "backbones data distributed estimate hardware memory views",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
-    "eval/*.py": "eval backbones data views draws checkpoint online config distributed",
+    "eval/*.py": "eval backbones batch_norm data views draws schedules checkpoint health memory online config distributed",
+    "eval/detection/*.py": "eval backbones data batch_norm draws distributed",
     "launch/*.py": "*",
 }
 # what even `*` leaves out: nothing imports what comes after it
 AFTER = {
-    "ssl_pretrain/config.py": {"ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
+    "ssl_pretrain/config.py": {"ssl_pretrain/estimate.py", "ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
+    "ssl_pretrain/estimate.py": {"ssl_pretrain/plan.py", "ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
     "ssl_pretrain/plan.py": {"ssl_pretrain/train.py", "ssl_pretrain/replay.py", "eval/*.py", "launch/*.py"},
     "ssl_pretrain/train.py": {"ssl_pretrain/replay.py", "launch/*.py"},
 }
@@ -77,12 +87,13 @@ AFTER = {
 # outside packages that only some files touch; the optional ones only inside a function, so that a missing one is a message
 ONLY_IN = {
     "torch.distributed": ("ssl_pretrain/distributed.py", "ssl_pretrain/parallel.py", "ssl_pretrain/checkpoint.py"),
-    "wandb": ("ssl_pretrain/log.py",),
+    "wandb": ("ssl_pretrain/log.py", "launch/evaluate.py"),
     "ffcv": ("ssl_pretrain/data/compiled.py",),
     "faiss": ("ssl_pretrain/online.py", "eval/knn.py"),
     "submitit": ("launch/slurm.py",),
+    "pycocotools": ("eval/detection/metrics.py", "eval/detection/training.py"),
 }
-OPTIONAL = ("wandb", "ffcv", "faiss", "submitit")
+OPTIONAL = ("wandb", "ffcv", "faiss", "submitit", "pycocotools")
 
 SAYS_NOTHING = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
 WITH_A_FUNCTION = {"ssl_pretrain/methods/__init__.py"}  # finds a method's file by its name
