@@ -13,7 +13,17 @@ from PIL import Image
 
 from eval import results
 
-TITLES = {"knn": "k-NN", "knn_train": "k-NN of held-out training images", "linear": "Linear"}
+TITLES = {
+    "knn": "k-NN",
+    "knn_grid": "k-NN, every k and temperature",
+    "knn_train": "k-NN of held-out training images",
+    "knn_train_grid": "k-NN of held-out training images, every k and temperature",
+    "linear": "Linear",
+    "spectrum": "Spectrum",
+    "retrieval": "Retrieval",
+    "robustness": "Robustness",
+    "detection": "Detection",
+}
 STYLE = """
 :root { color-scheme: light dark;
   --page: #fdfdfc; --ink: #1d1f21; --soft: #63686e; --rule: #e2e3e0; --panel: #f5f5f2;
@@ -119,7 +129,8 @@ def views(path: Path, size: int) -> str:
 def result(found: dict[str, Any]) -> str:
     """One evaluation: its table, and beside it the protocol and what was chosen."""
     names = results.columns(found)
-    lines = ["<tr><th>accuracy, %</th>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"]
+    heads = [found.get("measure", "accuracy, %"), *names]
+    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in heads) + "</tr>"]
     for row in found["rows"]:
         kind = "part" if row["features"].startswith("random, ") else "ours" if row["features"] == "pretrained" else ""
         cells = "".join(f"<td>{escape(results.number(row, name))}</td>" for name in names)

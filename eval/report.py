@@ -99,14 +99,28 @@ def evaluations(run: Run) -> str:
         return page.section("Evaluation", page.paragraph(f"Nothing measured yet: python -m eval.knn {run.path}, and eval.linear."))
     stale = sorted({result["checkpoint"] for result in found} - {run.checkpoint_path.name})
     note = [page.paragraph(f"Some numbers are of another checkpoint than the pictures: {', '.join(stale)}.")] if stale else []
-    return page.section("Evaluation", *note, *(page.result(result) for result in found))
+    return page.section("Evaluation", *note, *(page.result(result) for result in found), *over_steps(run))
+
+
+def over_steps(run: Run) -> list[str]:
+    """The pretrained network's first number of each evaluation over the checkpoints, where it judged more than one."""
+    drawn = []
+    for name, each in results.history(run.path).items():
+        column = results.columns(each[-1])[0]
+        points = [(result["step"], row["metrics"][column]) for result in each for row in result["rows"] if row["features"] == "pretrained"]
+        if len(points) > 1:
+            caption = f"{page.TITLES.get(name, name)}, {column}, of each checkpoint"
+            drawn.append(page.figure(charts.line(points, each[-1].get("measure", "accuracy, %"), "step", marked=True), caption))
+    return [f'<div class="two">{"".join(drawn)}</div>'] if drawn else []
 
 
 def curves(records: list[dict[str, Any]]) -> str:
     knn = [(epoch, 100 * value) for epoch, value in curve(records, "knn")]
+    probe = [(epoch, 100 * value) for epoch, value in curve(records, "probe")]
     drawn = [
         page.figure(charts.line(curve(records, "loss"), "loss"), "Loss"),
         page.figure(charts.line(knn, "k-NN, %", marked=True), "k-NN accuracy in %, on held-out training images"),
+        *([page.figure(charts.line(probe, "linear, %", marked=True), "Linear accuracy in %, on the same images")] if probe else []),
         page.figure(charts.line(curve(records, "lr"), "learning rate"), "Learning rate"),
         page.figure(charts.line(curve(records, "images_per_second"), "images per second"), "Throughput, images per second"),
     ]

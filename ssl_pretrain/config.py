@@ -40,6 +40,7 @@ class LaunchConfig:
 
     cluster: Literal["auto", "slurm", "local"] = "auto"  # auto: SLURM where sbatch is found, else this machine
     ranks: int = 0  # processes on each machine; 0: one a GPU, or one on CPU
+    max_restarts: int = 3  # of all ranks from the newest checkpoint, by torchrun, after one was lost; SLURM requeues instead
     hosts: str = ""  # a,b: prints the torchrun line of each host instead of starting anything
     port: int = 29500  # of the first host, where the ranks of several hosts meet
     nodes: int = 1  # the rest is for SLURM
@@ -100,6 +101,8 @@ FREE_PARALLEL = ("parallel.threads", "parallel.deterministic", "parallel.timeout
 # ... and these do, knowingly.
 WARNED = ("epochs",)
 
+NOTHING_INTERPOLATED = "nothing is interpolated, so that no secret of the environment enters a logged config"
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a YAML file with `key=value` overrides.
@@ -110,6 +113,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override!r}: an override is key=value, such as optim.base_lr=0.3")
+        if "${" in override:
+            raise ConfigError(f"{override.partition('=')[0]}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
     written = OmegaConf.merge(_read_yaml(Path(path)), OmegaConf.from_dotlist(list(overrides)))
     assert isinstance(written, DictConfig), "a mapping merged with a mapping is one"
     if not OmegaConf.select(written, "output"):
@@ -140,9 +145,7 @@ def _read_yaml(path: Path) -> DictConfig:
         )
     text = path.read_text()
     if "${" in text:
-        raise ConfigError(
-            f"{path}: '${{' is not allowed: nothing is interpolated, so that no secret of the environment enters a logged config"
-        )
+        raise ConfigError(f"{path}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
     try:
         written = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     except yaml.YAMLError as error:
@@ -246,6 +249,9 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
         ConfigError: lists what differs and the two remedies.
     """
     old, new = _flat(saved), _flat(to_dict(config))
+    defaults = _flat(to_dict(from_dict({"method": {"name": config.method.name}})))
+    later = [key for key in new.keys() - old.keys() if key in defaults and not key.startswith("views.crops")]
+    old |= {key: defaults[key] for key in later}  # the version that saved it did not know these, and did as their default says
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
     refused = [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in differing if key not in WARNED]
     if refused:

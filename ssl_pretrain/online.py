@@ -1,18 +1,21 @@
-"""k-NN accuracy inside a run, and the exact weighted k-NN that eval/knn.py shares."""
+"""k-NN and linear accuracy inside a run, and the exact weighted k-NN that eval/knn.py shares."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed
+from ssl_pretrain import distributed, probe
 
+T = TypeVar("T")
 Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]  # samples' numbers -> (normalized images, labels), in that order
 SIMILARITIES = 2**24  # float32 values held at once: 64 MiB
 
@@ -22,8 +25,14 @@ class OnlineConfig:
     knn_every_epochs: float = 1.0  # passes over the data between two measurements; 0: none
     k: int = 20  # neighbours that vote
     temperature: float = 0.07  # divides their cosine similarities
+    probe: bool = True  # and a linear classifier on the same features, whenever the k-NN is measured
     max_train: int = 10000  # training images in the bank
     max_test: int = 2000  # training images held out of it as queries
+    on_failure: Literal["stop", "warn"] = "warn"  # where measuring fails, on any rank: end the run, or say so and train on
+
+
+class MeasureError(RuntimeError):
+    """A measurement failed on some rank; raised on all of them."""
 
 
 def weighted_knn(
@@ -89,6 +98,7 @@ class OnlineKNN:
             ValueError: k or temperature do not fit the bank.
         """
         self.config, self.images, self.labels, self.device = config, images, labels, device
+        self.probed: float | None = None  # the linear classifier's accuracy at the last measurement
         self.steps_per_measure = config.knn_every_epochs * steps_per_epoch
         labelled = order[labels[order] >= 0]
         num_queries = min(config.max_test, len(labelled) // 5)
@@ -107,31 +117,70 @@ class OnlineKNN:
         return self.enabled and step > 0 and int(step / self.steps_per_measure) > int((step - 1) / self.steps_per_measure)
 
     def at(self, step: int, backbone: nn.Module) -> dict[str, float]:
-        """The accuracy after `step` steps, where it is due; else nothing."""
-        accuracy = self.measure(backbone) if self.due(step) else None
-        return {} if accuracy is None else {"knn": accuracy}
+        """The accuracies after `step` steps, where they are due; else nothing."""
+        try:
+            accuracy = self.measure(backbone) if self.due(step) else None
+        except MeasureError as error:
+            if self.config.on_failure == "stop":
+                raise
+            if distributed.is_main():
+                warnings.warn(f"step {step}: {error}; the training goes on, as online.on_failure is warn", stacklevel=2)
+            return {}
+        if accuracy is None:
+            return {}
+        return {"knn": accuracy} | ({} if self.probed is None else {"probe": self.probed})
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float | None:
-        """Accuracy in [0, 1], the same on all ranks; None without labels. Leaves the training state as it was."""
+        """The k-NN's accuracy in [0, 1], the same on all ranks; None without labels. Leaves the training state as it was.
+
+        The linear classifier's, where it is asked for, is then in `probed`.
+        """
         if not self.enabled:
             return None
         with untouched(backbone, self.device):
-            bank, queries = self._features(backbone, self.bank), self._features(backbone, self.queries)
+            own = _on_every_rank(lambda: [self._own_features(backbone, numbers) for numbers in (self.bank, self.queries)])
+        bank, queries = (self._of_all(features, numbers) for features, numbers in zip(own, (self.bank, self.queries)))
         bank_labels = torch.from_numpy(self.labels[self.bank]).to(self.device)
         mine = np.arange(distributed.rank(), len(self.queries), distributed.world_size())
         truth = torch.from_numpy(self.labels[self.queries[mine]]).to(self.device)
-        predicted = weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, int(self.labels.max()) + 1)
+        classes = int(self.labels.max()) + 1
+        predicted = _on_every_rank(
+            lambda: weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, classes)
+        )
         correct = distributed.reduce_sum((predicted == truth).sum().double())
+        if self.config.probe:  # every rank fits the same classifier to the same bank, and asks it about its own queries
+            answered = _on_every_rank(lambda: probe.predict(bank, bank_labels, queries[mine], classes))
+            self.probed = distributed.reduce_sum((answered == truth).sum().double()).item() / len(self.queries)
         return correct.item() / len(self.queries)
 
-    def _features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
-        """Features of these images on every rank, float32 (len(numbers), dim), each rank having embedded its share."""
+    def _own_features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
+        """Features of this rank's share of these images, float32 (share, dim); the shares are equal."""
         ranks = distributed.world_size()
         padded = np.concatenate([numbers, np.repeat(numbers[-1:], -len(numbers) % ranks)])
-        own = [backbone(images.to(self.device)).float() for images, _ in self.images(padded[distributed.rank() :: ranks])]
-        features = distributed.gather(torch.cat(own))  # rank 0's share, then rank 1's, ...
-        return features.view(ranks, -1, features.shape[1]).transpose(0, 1).flatten(0, 1)[: len(numbers)]
+        return torch.cat([backbone(images.to(self.device)).float() for images, _ in self.images(padded[distributed.rank() :: ranks])])
+
+    def _of_all(self, own: Tensor, numbers: np.ndarray) -> Tensor:
+        """Features of these images on every rank, float32 (len(numbers), dim)."""
+        features = distributed.gather(own)  # rank 0's share, then rank 1's, ...
+        return features.view(distributed.world_size(), -1, features.shape[1]).transpose(0, 1).flatten(0, 1)[: len(numbers)]
+
+
+def _on_every_rank(own: Callable[[], T]) -> T:
+    """What `own` gives, once no rank has failed in it: one that leaves the others in a collective would hold them there.
+
+    Raises:
+        MeasureError: names the ranks and their errors, on all ranks.
+    """
+    try:
+        result, problem = own(), None
+    except Exception as error:
+        result, problem = None, f"{type(error).__name__}: {error}"
+    problems = distributed.gather_objects(problem)
+    found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+    if found or result is None:
+        raise MeasureError(f"online k-NN failed on {'; '.join(found)}")
+    return result
 
 
 @contextmanager

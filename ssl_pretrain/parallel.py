@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -112,6 +113,37 @@ def rehearse(model: nn.Module, config: ParallelConfig, device: torch.device, exa
     with torch.no_grad():
         for buffer, before in zip(model.buffers(), buffers):
             buffer.copy_(before)
+
+
+class ReplicaError(RuntimeError):
+    """The ranks' copies of the model are no longer the same."""
+
+
+@torch.no_grad()
+def check_copies(model: nn.Module, tolerance: float = 1e-4) -> None:
+    """Looks at every tensor of the model, teachers and statistics included, on all ranks: for before a checkpoint.
+
+    Equal gradients and equal steps keep DDP's copies equal. A memory error or a forgotten reduction does not, and only rank 0's is
+    saved. Shards are not copies: nothing is compared then.
+
+    Raises (on every rank):
+        ReplicaError: a tensor's norm differs by more than `tolerance` of it; names the ranks and the tensor.
+        FloatingPointError: something is not finite; names the tensor.
+    """
+    method = unwrap(model)
+    if distributed.world_size() > 1 and method is model:
+        return
+    tensors = {name: value for name, value in method.state_dict().items() if value.is_floating_point() and value.numel()}
+    norms = [torch.linalg.vector_norm(value, order, dtype=torch.float64) for order in (math.inf, 2) for value in tensors.values()]
+    largest, of_ranks = distributed.gather(torch.stack(norms)).view(distributed.world_size(), 2, -1).unbind(1)
+    if not (finite := largest.isfinite().all(0)).all():
+        first = list(tensors)[int((~finite).nonzero()[0])]
+        raise FloatingPointError(f"{first} is not finite; nothing was saved: resume from the checkpoint before, with a lower optim.base_lr")
+    apart = (of_ranks - of_ranks[0]).abs() > tolerance * of_ranks[0] + 1e-12
+    if apart.any():
+        ranks = ", ".join(str(rank) for rank in apart.any(1).nonzero().flatten().tolist())
+        first = list(tensors)[int(apart.any(0).nonzero()[0])]
+        raise ReplicaError(f"rank {ranks}: the weights are no longer those of rank 0, first in {first}; nothing was saved, resume")
 
 
 @torch.no_grad()

@@ -48,6 +48,10 @@ def refused(path, *overrides, world_size=None) -> str:
         ("method.name=simclrr", f"run.yaml: method.name: 'simclrr' is not a method; choose one of: {', '.join(methods.names())}"),
         ("method.queue_size=3", "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims"),
         ("optim", "'optim': an override is key=value, such as optim.base_lr=0.3"),
+        (
+            "log.name=${oc.env:WANDB_API_KEY}",
+            "log.name: '${' is not allowed: nothing is interpolated, so that no secret of the environment enters a logged config",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named(path, override, message):
@@ -120,6 +124,7 @@ def test_a_config_survives_its_manifest(path):
     assert config.from_dict(config.to_dict(loaded)) == loaded
 
 
+@pytest.mark.case(25)
 def test_what_may_change_on_a_resume_is_free_warned_or_refused(path):
     saved = config.to_dict(load(path))
     config.compare_for_resume(
@@ -134,3 +139,13 @@ def test_what_may_change_on_a_resume_is_free_warned_or_refused(path):
         "runs/a/checkpoints/step_00000003 was made by another configuration: method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. "
         "Give a new output, or start a new run from its weights with backbone.init=runs/a"
     )
+
+
+def test_a_key_that_the_saved_version_did_not_know_was_at_its_default(tmp_path):
+    run = config.load(tiny.config(tmp_path))
+    saved = config.to_dict(run)
+    del saved["method"]["without_projector"]
+    config.compare_for_resume(saved, run, "run/checkpoints/step_00000003")
+    other = config.load(tmp_path / "tiny.yaml", ["method.without_projector=true"])
+    with pytest.raises(config.ConfigError, match=r"method\.without_projector: False then, True now"):
+        config.compare_for_resume(saved, other, "run/checkpoints/step_00000003")

@@ -53,12 +53,14 @@ MAY_IMPORT = {
     "ssl_pretrain/step.py": "parallel batch_norm optim distributed draws",
     "ssl_pretrain/memory.py": "distributed",
     "ssl_pretrain/lock.py": "distributed",
+    "ssl_pretrain/restarts.py": "",
     "ssl_pretrain/guard.py": "distributed",
     "ssl_pretrain/checkpoint.py": "distributed",
     "ssl_pretrain/health.py": "distributed",
     "ssl_pretrain/trace.py": "",
     "ssl_pretrain/hardware.py": "trace",
-    "ssl_pretrain/online.py": "distributed",
+    "ssl_pretrain/probe.py": "",
+    "ssl_pretrain/online.py": "distributed probe",
     "ssl_pretrain/log.py": "distributed",
     "ssl_pretrain/config.py": "*",
     "ssl_pretrain/estimate.py": "*",
@@ -67,7 +69,8 @@ MAY_IMPORT = {
     "ssl_pretrain/calibrate.py": "backbones data distributed estimate hardware memory views",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
-    "eval/*.py": "eval backbones data views draws checkpoint online config distributed",
+    "eval/*.py": "eval backbones batch_norm data views draws schedules checkpoint health memory online config distributed",
+    "eval/detection/*.py": "eval backbones data batch_norm draws distributed",
     "launch/*.py": "*",
 }
 # what even `*` leaves out: nothing imports what comes after it
@@ -81,12 +84,13 @@ AFTER = {
 # outside packages that only some files touch; the optional ones only inside a function, so that a missing one is a message
 ONLY_IN = {
     "torch.distributed": ("ssl_pretrain/distributed.py", "ssl_pretrain/parallel.py", "ssl_pretrain/checkpoint.py"),
-    "wandb": ("ssl_pretrain/log.py",),
+    "wandb": ("ssl_pretrain/log.py", "launch/evaluate.py"),
     "ffcv": ("ssl_pretrain/data/compiled.py",),
     "faiss": ("ssl_pretrain/online.py", "eval/knn.py"),
     "submitit": ("launch/slurm.py",),
+    "pycocotools": ("eval/detection/metrics.py", "eval/detection/training.py"),
 }
-OPTIONAL = ("wandb", "ffcv", "faiss", "submitit")
+OPTIONAL = ("wandb", "ffcv", "faiss", "submitit", "pycocotools")
 
 SAYS_NOTHING = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
 WITH_A_FUNCTION = {"ssl_pretrain/methods/__init__.py"}  # finds a method's file by its name
