@@ -13,6 +13,7 @@ from test_configs import FIRST, _reduced
 from ssl_pretrain import config, hardware, optim, plan
 from ssl_pretrain.estimate import Cluster, Program
 from ssl_pretrain.hardware import MACHINES, Machine
+from ssl_pretrain.memory import ROOM
 from ssl_pretrain.trace import CONVOLUTION, MATMUL, OTHER, Trace
 from ssl_pretrain.train import build_method
 
@@ -99,7 +100,7 @@ def test_the_largest_part_is_the_largest_that_fits(run):
     program = Program(replace(run, parallel=replace(run.parallel, bn_group_images=2)), 1, TOY)
     needed = sum(program.memory(8).values())
     for room, expected in ((needed, 8), (needed - 1, 4)):
-        program.machine = replace(TOY, memory=room / hardware_room())
+        program.machine = replace(TOY, memory=room / ROOM)
         assert program.largest()[0] == expected
     assert program.two_passes(8) and program.step(Cluster(1, 1), 8).compute > program.step(Cluster(1, 1), 16).compute
     program.machine = replace(TOY, memory=1000.0)
@@ -107,12 +108,6 @@ def test_the_largest_part_is_the_largest_that_fits(run):
         0,
         f"batch norm over 2 images takes 2 at once, {sum(program.memory(2).values()) / 2**30:.1f} GiB of 0.0; more GPUs, or a smaller group, would do",
     )
-
-
-def hardware_room() -> float:
-    from ssl_pretrain.memory import ROOM
-
-    return ROOM
 
 
 def test_half_the_cores_wait_for_the_loader(run):
