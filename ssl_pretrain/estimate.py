@@ -91,7 +91,7 @@ class Program:
         self.precision = parallel.precision(run.parallel, kind)
         self.dtype = torch.float64 if self.precision == torch.float64 else torch.float32
         if like is not None:
-            self.part, self.optimizer, self.views_seconds = like.part, like.optimizer, like.views_seconds
+            self.counted, self.part, self.optimizer, self.views_seconds = like.counted, like.part, like.optimizer, like.views_seconds
 
     @cached_property
     def part(self) -> Line:
@@ -99,7 +99,13 @@ class Program:
         few, more = (2, 4) if self.share > 1 else (1, 2)
         return Line(self._traced(few), self._traced(more), few, more)
 
+    @cached_property
+    def counted(self) -> Method:
+        """The method, to be counted."""
+        return self.on_meta()
+
     def on_meta(self) -> Method:
+        """The method, to be traced once."""
         method = method_on_meta(self.run)
         method.num_steps, method.steps_per_epoch = 1000, 10
         return method
@@ -198,7 +204,7 @@ class Program:
 
     def memory(self, images: int) -> dict[str, float]:
         """Bytes on each GPU at the step's peak, by part, when `images` are fed at once."""
-        method = self.on_meta()
+        method = self.counted
         teacher = sum(self._bytes(p) for name, p in method.named_parameters() if name.startswith("teacher."))
         pixels = sum(3 * crop.size**2 for crop in recipe.each(self.run.views))
         return {
@@ -228,14 +234,14 @@ class Program:
 
     def two_passes(self, images: int) -> bool:
         accumulation = self.run.parallel.accumulation
-        couples = self.on_meta().couples_batch
+        couples = self.counted.couples_batch
         return images < self.share and (accumulation == "two_passes" or (accumulation == "auto" and couples))
 
     def largest(self) -> tuple[int, str]:
         """Images that a rank can feed at once at most, 0 for none; and why no more, or what would do."""
         room = ROOM * self.machine.memory
         group = parallel.group_images(self.run.parallel, self.run.global_batch_size)
-        normed = bool(batch_norm.statistics(self.on_meta()))
+        normed = bool(batch_norm.statistics(self.counted))
         smallest = min(group, self.share) if normed else 1
         sizes = [images for images in range(smallest, self.share + 1, smallest) if self.share % images == 0]
         count = bisect_left(sizes, True, key=lambda images: sum(self.memory(images).values()) > room)
@@ -278,7 +284,7 @@ class Program:
 
     @cached_property
     def gradient_bytes(self) -> int:
-        return sum(self._bytes(parameter) for parameter in self.on_meta().parameters() if parameter.requires_grad)
+        return sum(self._bytes(parameter) for parameter in self.counted.parameters() if parameter.requires_grad)
 
     def batch_norm_messages(self, images: int) -> list[tuple[str, int, int]]:
         """What batch norms whose groups span ranks send: two sums a channel and a count each way."""

@@ -69,6 +69,7 @@ def tables(gpu: str = "H100", models: dict[str, tuple[str, list[str]]] = MODELS)
                     size = batch if kind == "strong" else batch // GPUS[-1] * gpus
                     row, like = predicted(replace(run, global_batch_size=size), gpus, MACHINES[gpu], like)
                     rows.append(row)
+                    print(f"{name}: {kind}, {row.batch:,} on {gpus}: {row.speed:,.0f} images/s", file=sys.stderr, flush=True)
                 fixed = f"batch {batch:,}" if kind == "strong" else f"{batch // GPUS[-1]} images a GPU, batch {batch:,} on {GPUS[-1]}"
                 lines += ["", f"### {name} on {gpu}: {kind} scaling, {fixed}", "", *_table(rows)]
     return "\n".join(lines)
