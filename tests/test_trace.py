@@ -65,7 +65,6 @@ def test_attention_counts_like_its_products():
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_predicted_peak_is_what_torchs_allocator_held(name):
     step = real(name, BACKBONES[name], 16)
-    step()  # what is made once; the gradients, which stay, are made before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
