@@ -204,9 +204,7 @@ methods: """
     parser.add_argument(
         "--stop-after", type=int, metavar="STEPS", help="stop as a pre-empted run would, after so many more steps, saved and resumable"
     )
-    parser.add_argument(
-        "--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once"
-    )
+    parser.add_argument("--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once")
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     if after_a_mistake():
         return 2
