@@ -15,7 +15,8 @@ from statistics import median
 
 from ssl_pretrain import config
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.estimate import Cluster, Program, Step, backbone_step
+from ssl_pretrain.communication import Cluster
+from ssl_pretrain.estimate import Program, Step, backbone_step
 from ssl_pretrain.hardware import ATTAINED, MACHINES, Machine, from_data_sheet
 from ssl_pretrain.memory import GIB, ROOM
 
@@ -77,13 +78,13 @@ def tables(gpu: str = "H100", models: dict[str, tuple[str, list[str]]] = MODELS)
 
 def predicted(run: RunConfig, gpus: int, machine: Machine, like: Program | None) -> tuple[Row, Program]:
     """One row: the whole share at once where it fits, else the largest part that does, with batch norm over that part."""
-    program = Program(run, gpus, machine, like)
+    program = Program(run, Cluster(max(1, gpus // PER_NODE), min(gpus, PER_NODE)), machine, like)
     images = program.share
     while images > 1 and sum(program.memory(images).values()) > ROOM * machine.memory:
         images //= 2
     group = run.global_batch_size if images == program.share else images
     program.run = replace(run, parallel=replace(run.parallel, bn_group_images=group))
-    step = program.step(Cluster(max(1, gpus // PER_NODE), min(gpus, PER_NODE)), images)
+    step = program.step(images)
     return Row(gpus, run.global_batch_size, images, group, sum(program.memory(images).values()) / GIB, step), program
 
 

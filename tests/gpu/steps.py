@@ -23,6 +23,7 @@ from measure import interleaved, versions
 
 from ssl_pretrain import config, hardware, methods, optim, parallel
 from ssl_pretrain.config import RunConfig
+from ssl_pretrain.communication import Cluster
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.estimate import Program
 from ssl_pretrain.step import Stepper
@@ -147,7 +148,7 @@ def measured(name: str, device: torch.device, tiny: bool, compiled: bool, repeat
         if device.type == "cuda"
         else None
     )
-    program = Program(replace(run, global_batch_size=images), 1, on or hardware.MACHINES["H100"])
+    program = Program(replace(run, global_batch_size=images), Cluster(1, 1), on or hardware.MACHINES["H100"])
     part = program.part.at(images)
     found |= {
         "ms": seconds["step"] * 1e3,
