@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ssl_pretrain import backbones, config, hardware, optim, parallel
+from ssl_pretrain.communication import Cluster
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import order, sources
-from ssl_pretrain.communication import Cluster
 from ssl_pretrain.estimate import Program, Step, method_on_meta
 from ssl_pretrain.hardware import Machine
 from ssl_pretrain.memory import GIB, ROOM

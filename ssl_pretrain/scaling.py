@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 
 from ssl_pretrain import config
-from ssl_pretrain.config import RunConfig
 from ssl_pretrain.communication import Cluster
+from ssl_pretrain.config import RunConfig
 from ssl_pretrain.estimate import Program, Step, backbone_step
 from ssl_pretrain.hardware import ATTAINED, MACHINES, Machine, from_data_sheet
 from ssl_pretrain.memory import GIB, ROOM

@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 from measure import interleaved, versions
 
 from ssl_pretrain import config, hardware, methods, optim, parallel
-from ssl_pretrain.config import RunConfig
 from ssl_pretrain.communication import Cluster
+from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.estimate import Program
 from ssl_pretrain.step import Stepper
