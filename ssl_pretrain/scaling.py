@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 
 from ssl_pretrain import config
+from ssl_pretrain.communication import Cluster
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.estimate import Cluster, Program, Step, backbone_step
+from ssl_pretrain.estimate import Program, Step, backbone_step
 from ssl_pretrain.hardware import ATTAINED, MACHINES, Machine, from_data_sheet
 from ssl_pretrain.memory import GIB, ROOM
 
@@ -69,6 +70,7 @@ def tables(gpu: str = "H100", models: dict[str, tuple[str, list[str]]] = MODELS)
                     size = batch if kind == "strong" else batch // GPUS[-1] * gpus
                     row, like = predicted(replace(run, global_batch_size=size), gpus, MACHINES[gpu], like)
                     rows.append(row)
+                    print(f"{name}: {kind}, {row.batch:,} on {gpus}: {row.speed:,.0f} images/s", file=sys.stderr, flush=True)
                 fixed = f"batch {batch:,}" if kind == "strong" else f"{batch // GPUS[-1]} images a GPU, batch {batch:,} on {GPUS[-1]}"
                 lines += ["", f"### {name} on {gpu}: {kind} scaling, {fixed}", "", *_table(rows)]
     return "\n".join(lines)
@@ -76,13 +78,13 @@ def tables(gpu: str = "H100", models: dict[str, tuple[str, list[str]]] = MODELS)
 
 def predicted(run: RunConfig, gpus: int, machine: Machine, like: Program | None) -> tuple[Row, Program]:
     """One row: the whole share at once where it fits, else the largest part that does, with batch norm over that part."""
-    program = Program(run, gpus, machine, like)
+    program = Program(run, Cluster(max(1, gpus // PER_NODE), min(gpus, PER_NODE)), machine, like)
     images = program.share
     while images > 1 and sum(program.memory(images).values()) > ROOM * machine.memory:
         images //= 2
     group = run.global_batch_size if images == program.share else images
     program.run = replace(run, parallel=replace(run.parallel, bn_group_images=group))
-    step = program.step(Cluster(max(1, gpus // PER_NODE), min(gpus, PER_NODE)), images)
+    step = program.step(images)
     return Row(gpus, run.global_batch_size, images, group, sum(program.memory(images).values()) / GIB, step), program
 
 
