@@ -91,7 +91,7 @@ class Jobs:
 
     def __init__(self, run: Path, options: argparse.Namespace):
         self.run, self.options = run, options
-        self.config = configuration.load(run / "config.yaml")
+        self.config = configuration.load(run / "config.yaml", [f"output={run}"])  # it may have moved
         names = options.jobs or self.config.evaluation.at_end
         self.names, self.report = [name for name in names if name != "report"], "report" in names
         cluster = options.cluster or self.config.launch.cluster
