@@ -62,6 +62,11 @@ def check(config: ParallelConfig) -> None:
     if config.cuda_graphs and not (config.compile and torch.cuda.is_available()):
         missing = "a CUDA device" if config.compile else "parallel.compile"
         raise ValueError(f"parallel.cuda_graphs: true needs {missing}; set parallel.cuda_graphs=false")
+    if config.cuda_graphs and config.strategy != "ddp":
+        raise ValueError(
+            f"parallel.cuda_graphs: true does not go with parallel.strategy {config.strategy}: weights are gathered into another place at "
+            "each call, and a graph reads fixed ones; choose one of the two"
+        )
 
 
 def group_images(config: ParallelConfig, global_batch_size: int) -> int:
@@ -103,9 +108,9 @@ def wrap(
 
     Args:
         images: images a rank feeds at once.
-        example: a batch of the run's shapes, for one forward and backward that is thrown away: DDP rebuilds its
-            buckets after the first, which changes the order of its sums, so a resumed run would differ from one
-            that never stopped.
+        example: a batch of the run's shapes, for a forward and backward that is thrown away: DDP rebuilds its
+            buckets after the first, or the second of a static graph, which changes the order of its sums, so a
+            resumed run would differ from one that never stopped.
 
     Raises:
         ValueError: settings that do not go together.
@@ -122,12 +127,11 @@ def wrap(
                 blocks.recompute(block, config.activation_checkpointing == "selective")
     if distributed.world_size() == 1:
         return method
-    if config.strategy == "ddp":
-        one_part = images * distributed.world_size() == global_batch_size
-        model: nn.Module = _replicated(method, config, static_graph=one_part)
-    else:
-        model = _sharded(method, config, device)
-    rehearse(model, config, device, example)
+    one_part = images * distributed.world_size() == global_batch_size
+    whole = config.strategy == "ddp"
+    model = _replicated(method, config, static_graph=one_part) if whole else _sharded(method, config, device)
+    for _ in range(2 if whole and one_part else 1):
+        rehearse(model, config, device, example)
     return model
 
 
@@ -180,6 +184,12 @@ def to_device(method: nn.Module, config: ParallelConfig, device: torch.device) -
     method = method.to(device=device, dtype=dtype)
     sharded = config.strategy != "ddp" and distributed.world_size() > 1  # shards are rows of the plain layout
     return method.to(memory_format=torch.channels_last) if config.channels_last and not sharded else method  # type: ignore[call-overload]
+
+
+def begin_step(config: ParallelConfig) -> None:
+    """What the step before left in the CUDA graphs' memory may be written over from here on."""
+    if config.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

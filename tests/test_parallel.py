@@ -80,8 +80,25 @@ def of_four(tmp_path_factory):
     return run_ranks(_of_four, tmp_path_factory.mktemp("four"), world_size=4)
 
 
+def _nothing_moves():
+    """What a step moves, sharded, when one pixel of one rank is not a number."""
+    moved = {}
+    for name in ("dino", "simclr"):  # AdamW and LARS
+        stepper, sizes = networks.setting_up(name, strategy="fsdp")
+        networks.take_step(stepper, sizes, 0)
+        before = networks.whole(parallel.unwrap(stepper.model))
+        own = networks.batch(1, sizes).part(distributed.rank(), distributed.world_size())
+        own.views[1][0, 0, 0, 0] = float("nan") if distributed.rank() else 0.0
+        _, logs = stepper(1, 0.05, own)
+        after = networks.whole(parallel.unwrap(stepper.model))
+        assert logs["skipped_steps"] == 1
+        moved[name] = [key for key, value in after.items() if not torch.equal(value, before[key]) and "num_batches" not in key]
+    return moved
+
+
 def _of_two():
-    found = {name: run(name, 2, strategy="fsdp", reshard_after_forward=False, **PARTS)["state"] for name in ("simclr", "dino")}
+    found: dict = {"moved": _nothing_moves()}
+    found |= {name: run(name, 2, strategy="fsdp", reshard_after_forward=False, **PARTS)["state"] for name in ("simclr", "dino")}
     for name, optimizer in (("sgd", SGD), ("larc", LARC)):
         found[name] = run("dino", 2, strategy="fsdp", optimizer=optimizer)["state"]
     for strategy in ("ddp", "fsdp"):
@@ -120,6 +137,10 @@ def test_norms_of_shards_are_those_of_whole_tensors(name, optimizer, of_two):
     expected = run("dino", 2, optimizer=optimizer)["state"]
     for rank in of_two:
         _same(rank[name], expected)
+
+
+def test_a_broken_batch_moves_no_shard_on_any_rank(of_two):
+    assert [rank["moved"] for rank in of_two] == [{"dino": [], "simclr": []}] * 2
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
