@@ -245,12 +245,21 @@ def _write_shards(final: Path, writing: Path, tensors: dict[str, dict[str, Tenso
     Raises:
         OSError: on every rank, where any could not write.
     """
-    if distributed.broadcast_object(distributed.is_main() and manifests.is_there(final), group):
+    there = problem = None
+    if distributed.is_main():  # before the others begin: a rank that failed alone would leave them waiting
+        try:
+            there = manifests.is_there(final)
+            if not there:
+                writing.mkdir(parents=True)
+        except OSError as error:
+            problem = str(error)
+    there, problem = distributed.broadcast_object((there, problem), group)
+    if problem:
+        raise OSError(problem)
+    if there:
         return
-    dcp = _storage()
-    files, problem = {}, None
+    dcp, files = _storage(), {}
     try:
-        writing.mkdir(parents=True, exist_ok=True)
         together = {key: value for entries in tensors.values() for key, value in entries.items()}
         dcp.save(together, storage_writer=dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True), process_group=group)
         files = manifests.described(sorted(writing.glob(f"shard-{distributed.rank() + 1:05d}-*")))
