@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed
+from ssl_pretrain import distributed, pictures
 
 Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]  # samples' numbers -> (normalized images, labels), in that order
+SHOWN, NEAREST = 8, 6  # queries in the picture, and neighbours of each
 SIMILARITIES = 2**24  # float32 values held at once: 64 MiB
 
 
@@ -76,7 +78,14 @@ class OnlineKNN:
     """
 
     def __init__(
-        self, config: OnlineConfig, images: Images, labels: np.ndarray, order: np.ndarray, steps_per_epoch: int, device: torch.device
+        self,
+        config: OnlineConfig,
+        images: Images,
+        labels: np.ndarray,
+        order: np.ndarray,
+        steps_per_epoch: int,
+        device: torch.device,
+        pixels: Callable[[np.ndarray], Tensor] | None = None,
     ):
         """Chooses the bank and the queries; reads no image.
 
@@ -84,11 +93,14 @@ class OnlineKNN:
             images: gives the evaluation views of the training images with these numbers, in their order.
             labels: of all training images, (num_train,), -1 for none.
             order: a fixed permutation of their numbers; its labelled ones become queries (at most a fifth), then the bank.
+            pixels: gives uint8 (n, 3, size, size) of the images with these numbers, for `neighbours`.
 
         Raises:
             ValueError: k or temperature do not fit the bank.
         """
         self.config, self.images, self.labels, self.device = config, images, labels, device
+        self.pixels = pixels
+        self.neighbours: Tensor | None = None
         self.steps_per_measure = config.knn_every_epochs * steps_per_epoch
         labelled = order[labels[order] >= 0]
         num_queries = min(config.max_test, len(labelled) // 5)
@@ -106,10 +118,10 @@ class OnlineKNN:
         """Whether to measure after `step` steps: when a multiple of knn_every_epochs has just been passed."""
         return self.enabled and step > 0 and int(step / self.steps_per_measure) > int((step - 1) / self.steps_per_measure)
 
-    def at(self, step: int, backbone: nn.Module) -> dict[str, float]:
-        """The accuracy after `step` steps, where it is due; else nothing."""
+    def at(self, step: int, backbone: nn.Module) -> dict[str, Any]:
+        """The accuracy after `step` steps, where it is due, and on rank 0 a picture of neighbours; else nothing."""
         accuracy = self.measure(backbone) if self.due(step) else None
-        return {} if accuracy is None else {"knn": accuracy}
+        return {} if accuracy is None else {"knn": accuracy, "neighbours": self.neighbours}
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float | None:
@@ -122,8 +134,19 @@ class OnlineKNN:
         mine = np.arange(distributed.rank(), len(self.queries), distributed.world_size())
         truth = torch.from_numpy(self.labels[self.queries[mine]]).to(self.device)
         predicted = weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, int(self.labels.max()) + 1)
+        if self.pixels is not None and distributed.is_main():
+            self.neighbours = self._picture(bank, queries[:SHOWN])
         correct = distributed.reduce_sum((predicted == truth).sum().double())
         return correct.item() / len(self.queries)
+
+    def _picture(self, bank: Tensor, queries: Tensor) -> Tensor:
+        """The first queries, always the same, each with its nearest images of the bank."""
+        assert self.pixels is not None, "asked for where pixels are given"
+        found = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(min(NEAREST, len(bank)), dim=1).indices.cpu().numpy()
+        asked, near = self.queries[: len(queries)], self.bank[found]
+        shown = self.pixels(near.ravel())
+        right = torch.from_numpy(self.labels[near] == self.labels[asked][:, None])
+        return pictures.neighbours(self.pixels(asked), shown.view(*near.shape, *shown.shape[1:]), right)
 
     def _features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
         """Features of these images on every rank, float32 (len(numbers), dim), each rank having embedded its share."""

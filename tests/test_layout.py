@@ -54,14 +54,23 @@ MAY_IMPORT = {
     "ssl_pretrain/lock.py": "distributed",
     "ssl_pretrain/guard.py": "distributed",
     "ssl_pretrain/checkpoint.py": "distributed",
-    "ssl_pretrain/health.py": "distributed",
-    "ssl_pretrain/online.py": "distributed",
-    "ssl_pretrain/log.py": "distributed",
+    "ssl_pretrain/measures.py": "",
+    "ssl_pretrain/alarms.py": "",
+    "ssl_pretrain/health.py": "alarms measures momentum distributed",
+    "ssl_pretrain/pictures.py": "",
+    "ssl_pretrain/online.py": "pictures distributed",
+    "ssl_pretrain/curves.py": "",
+    "ssl_pretrain/flops.py": "",
+    "ssl_pretrain/console.py": "",
+    "ssl_pretrain/wandb_file.py": "",
+    "ssl_pretrain/wandb_process.py": "curves wandb_file",
+    "ssl_pretrain/wandb_run.py": "",
+    "ssl_pretrain/log.py": "console pictures wandb_run distributed",
     "ssl_pretrain/config.py": "*",
     "ssl_pretrain/plan.py": "*",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
-    "eval/*.py": "eval backbones data views draws checkpoint online config distributed",
+    "eval/*.py": "eval backbones data views draws checkpoint online config curves distributed",
     "launch/*.py": "*",
 }
 # what even `*` leaves out: nothing imports what comes after it
@@ -74,12 +83,13 @@ AFTER = {
 # outside packages that only some files touch; the optional ones only inside a function, so that a missing one is a message
 ONLY_IN = {
     "torch.distributed": ("ssl_pretrain/distributed.py", "ssl_pretrain/parallel.py", "ssl_pretrain/checkpoint.py"),
-    "wandb": ("ssl_pretrain/log.py",),
+    "wandb": ("ssl_pretrain/wandb_process.py", "ssl_pretrain/wandb_file.py"),
+    "wandb_workspaces": ("launch/dashboard.py",),
     "ffcv": ("ssl_pretrain/data/compiled.py",),
     "faiss": ("ssl_pretrain/online.py", "eval/knn.py"),
     "submitit": ("launch/slurm.py",),
 }
-OPTIONAL = ("wandb", "ffcv", "faiss", "submitit")
+OPTIONAL = ("wandb", "wandb_workspaces", "ffcv", "faiss", "submitit")
 
 SAYS_NOTHING = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
 WITH_A_FUNCTION = {"ssl_pretrain/methods/__init__.py"}  # finds a method's file by its name
@@ -209,7 +219,7 @@ PLANTED = {  # file, its text, what the message says
     "a config that imports the loop": ("ssl_pretrain/config.py", "from ssl_pretrain import train", "imports ssl_pretrain.train;"),
     "a collective elsewhere": (OPTIM, "import torch.distributed as dist", "imports torch.distributed; only these do"),
     "a collective by attribute": (OPTIM, "import torch\ntorch.distributed.barrier()", "optim.py:2: imports torch.distributed;"),
-    "wandb at the top": ("ssl_pretrain/log.py", "import wandb", "imports wandb at the top; import it where it is used"),
+    "wandb at the top": ("ssl_pretrain/wandb_file.py", "import wandb", "imports wandb at the top; import it where it is used"),
     "faiss elsewhere": ("eval/linear.py", "def f():\n    import faiss.contrib", "imports faiss; only these do"),
     "a name that says nothing": ("ssl_pretrain/data/utils.py", "", "the name says nothing"),
     "a file without a line": ("ssl_pretrain/new.py", "", "has no line in tests/test_layout.py"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.backbones import Backbone
@@ -27,6 +27,7 @@ class Config(MethodConfig):
     hidden_dim: int = 4096  # of projector and predictor
     dim: int = 256
     momentum: float = 0.99  # tau_base: 0.99 for 100 and 300 epochs, 0.996 for 1,000; it ends at 1
+    predictor: bool = True  # false: the paper's ablation that collapses (table 5b)
     teacher_starts: Literal["copied", "redrawn"] = "copied"  # redrawn: weights of its own, as the authors'; not with backbone.init
 
     def build(self, backbone: Backbone) -> BYOL:
@@ -37,7 +38,7 @@ class BYOL(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
-        self.predictor = mlp(config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
+        self.predictor = mlp(config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False) if config.predictor else nn.Identity()
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
         if config.teacher_starts == "redrawn":
             self.teacher.redraw()
