@@ -60,6 +60,16 @@ def load(run: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((run / "eval").glob("*.json"))]
 
 
+def by_step(run: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Every evaluation of every checkpoint, by name and step: those of RUN/eval/step_<step>/ and the newest in RUN/eval/."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in [*sorted((run / "eval").glob("step_*/*.json")), *sorted((run / "eval").glob("*.json"))]:
+        result = json.loads(path.read_text())
+        if {"name", "step", "rows"} <= result.keys():
+            found.setdefault(result["name"], {})[result["step"]] = result
+    return {name: dict(sorted(steps.items())) for name, steps in found.items()}
+
+
 def number(row: dict[str, Any], column: str) -> str:
     value, spread = row["metrics"].get(column), row["spread"].get(column)
     if value is None:

@@ -103,7 +103,9 @@ class Warnings:
         for text in self.collected():
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    def _take(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    def _take(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
         text = f"{message} ({os.path.basename(filename)}:{lineno})"
         if text in self._known:
             return

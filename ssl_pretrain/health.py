@@ -175,7 +175,11 @@ def _of_embeddings(z: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         "uniformity": measures.uniformity(z),
     }
     shown = torch.linspace(0, most - 1, min(SHOWN, most), device=z.device).round().long()
-    return found, {"spectrum_index": shown + 1, "spectrum": variances[shown], "deviations": deviations.sort().values[_spread(len(deviations))]}
+    return found, {
+        "spectrum_index": shown + 1,
+        "spectrum": variances[shown],
+        "deviations": deviations.sort().values[_spread(len(deviations))],
+    }
 
 
 def _spread(count: int) -> list[int]:
@@ -190,9 +194,7 @@ def _of_pairs(z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _of_assignments(
-    embeddings: dict[str, Tensor], everyones: Callable[[Tensor], Tensor], num_prototypes: int | None
-) -> dict[str, Tensor]:
+def _of_assignments(embeddings: dict[str, Tensor], everyones: Callable[[Tensor], Tensor], num_prototypes: int | None) -> dict[str, Tensor]:
     if "scores" in embeddings:
         assigned, count = embeddings["scores"][:, 0].argmax(1), embeddings["scores"].shape[-1]
     else:

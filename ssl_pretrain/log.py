@@ -153,7 +153,8 @@ class Logger:
         self.console.progress(record)
         skipped = record.get("skipped_steps", 0) > 0
         if skipped and not self._skipping:
-            self.alert("diverging", f"step {record['step']}: {record['skipped_steps']:.0f} steps had a gradient that is not finite", "diverged")
+            text = f"step {record['step']}: {record['skipped_steps']:.0f} steps had a gradient that is not finite"
+            self.alert("diverging", text, "diverged")
         self._skipping = skipped
 
     def _keep(self, step: int, plots: dict[str, list[float]] | None, neighbours: Tensor | None) -> None:
@@ -170,7 +171,7 @@ class Logger:
             self._send("image", key="Pictures/nearest neighbours", path=str(path), caption=caption, step=step)
 
     def views(
-        self, step: int, views: list[Tensor], mean: list[float], std: list[float], drawn: Callable[[], list[list[str]]] = lambda: []
+        self, step: int, views: list[Tensor], mean: list[float], std: list[float], drawn: Callable[[], list[list[str]]] = list
     ) -> None:
         """At the first step writes `views.png`: one row an image, its views side by side, as the network sees them, for 8
         images; and `views.json`, what was drawn for each of them, (images, views)."""
@@ -179,8 +180,8 @@ class Logger:
         path = pictures.save(pictures.views(views, mean, std), self.run / "views.png")
         parameters = drawn()
         (self.run / "views.json").write_text(json.dumps(parameters, indent=1) + "\n")
-        caption = "\n".join(f"image {row + 1}, view {view + 1}: {text}" for row, texts in enumerate(parameters) for view, text in enumerate(texts))
-        self._send("image", key="Pictures/views", path=str(path), caption=caption, step=step)
+        words = [f"image {row + 1}, view {view + 1}: {text}" for row, texts in enumerate(parameters) for view, text in enumerate(texts)]
+        self._send("image", key="Pictures/views", path=str(path), caption="\n".join(words), step=step)
 
     def alert(self, title: str, text: str, tag: str = "") -> None:
         """On rank 0: says it, keeps it in alarms.jsonl, alerts in W&B and marks the run there."""

@@ -17,8 +17,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssl_pretrain import backbones, batch_norm, checkpoint, distributed, draws, flops, health, log, memory, methods, optim, parallel
-from ssl_pretrain import pictures, plan
+from ssl_pretrain import (
+    backbones,
+    batch_norm,
+    checkpoint,
+    distributed,
+    draws,
+    flops,
+    health,
+    log,
+    memory,
+    methods,
+    optim,
+    parallel,
+    pictures,
+    plan,
+)
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import loader, preflight, sources
@@ -216,9 +230,7 @@ methods: """
     parser.add_argument(
         "--stop-after", type=int, metavar="STEPS", help="stop as a pre-empted run would, after so many more steps, saved and resumable"
     )
-    parser.add_argument(
-        "--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once"
-    )
+    parser.add_argument("--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once")
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     try:
         config = configuration.load(options.config, options.overrides)

@@ -12,7 +12,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -57,7 +56,9 @@ class Client:
         self.run.define_metric(curves.name("knn"), step_metric="step", summary="max")
 
     def _settings(self) -> Any:
-        return self.wandb.Settings(init_timeout=START_SECONDS, login_timeout=START_SECONDS, console="off", silent=True, x_disable_stats=True)
+        return self.wandb.Settings(
+            init_timeout=START_SECONDS, login_timeout=START_SECONDS, console="off", silent=True, x_disable_stats=True
+        )
 
     def record(self, record: dict[str, Any], plots: dict[str, list[float]] | None = None) -> None:
         """One record of metrics.jsonl under its names for people, and one evaluation that came since."""
@@ -110,6 +111,7 @@ class Client:
 
 
 def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # client.log
     with suppress(OSError, ValueError):  # nobody may be listening any more
         print(line, flush=True)
 
@@ -157,7 +159,6 @@ def main() -> None:
     threading.Timer(FINISH_SECONDS, lambda: os._exit(1)).start()
     client.run.finish(exit_code=0 if closed else 1)
     say("W&B: finished")
-    time.sleep(0)
     os._exit(0)
 
 

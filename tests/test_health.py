@@ -11,7 +11,7 @@ import torch
 from conftest import run_ranks
 from torch import nn
 
-from ssl_pretrain import config, distributed, health
+from ssl_pretrain import checkpoint, config, distributed, health
 from ssl_pretrain.alarms import RULES, Alarms
 from ssl_pretrain.health import Collapsed, HealthConfig, Monitor
 from ssl_pretrain.momentum import Teacher
@@ -98,7 +98,12 @@ def monitored(**settings):
     student = Student()
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
     alerts = []
-    return student, optimizer, Monitor(HealthConfig(every_steps=2, **settings), student, optimizer, 0, None, lambda *alert: alerts.append(alert)), alerts
+    return (
+        student,
+        optimizer,
+        Monitor(HealthConfig(every_steps=2, **settings), student, optimizer, 0, None, lambda *alert: alerts.append(alert)),
+        alerts,
+    )
 
 
 def take(student, optimizer, gradient=1.0):
@@ -134,20 +139,20 @@ def test_a_watched_run_is_bit_for_bit_one_that_is_not(tmp_path):
     for every in (1, 0):
         output = tmp_path / f"every_{every}"
         train(config.load(path, [f"health.every_steps={every}", f"output={output}"]), torch.device("cpu"), 4)
-        from ssl_pretrain import checkpoint
-
         weights.append(checkpoint.read(checkpoint.newest(output))[1])
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 
 def test_stop_ends_the_run_and_warn_does_not():
     for on_collapse in ("warn", "stop"):
-        student, optimizer, monitor, alerts = monitored(on_collapse=on_collapse)
+        _, _, monitor, alerts = monitored(on_collapse=on_collapse)
         fallen = [1.0, 0.05, 0.05]
         for number, std in enumerate(fallen[:2], start=1):
             monitor._judge(2 * number, {"embedding_std": std})
         if on_collapse == "stop":
-            with pytest.raises(Collapsed, match=r"step 6: .* embedding_std is 0.05, it was 1: the embeddings of different images have moved"):
+            with pytest.raises(
+                Collapsed, match=r"step 6: .* embedding_std is 0.05, it was 1: the embeddings of different images have moved"
+            ):
                 monitor._judge(6, {"embedding_std": 0.05})
         else:
             monitor._judge(6, {"embedding_std": 0.05})
@@ -176,4 +181,7 @@ def test_a_run_may_begin_together_for_a_while_but_not_for_ever():
 
 def test_a_resumed_run_remembers_better_days():
     past = [{"step": 50, "embedding_std": 1.0}, {"step": 100, "embedding_std": 0.9, "loss": 1.0}]
-    assert [len(Alarms(past).judge(150, {"embedding_std": 0.05})), len(Alarms([*past, {"step": 125, "embedding_std": 0.05}]).judge(150, {"embedding_std": 0.05}))] == [0, 1]
+    assert [
+        len(Alarms(past).judge(150, {"embedding_std": 0.05})),
+        len(Alarms([*past, {"step": 125, "embedding_std": 0.05}]).judge(150, {"embedding_std": 0.05})),
+    ] == [0, 1]

@@ -7,6 +7,7 @@ optimizer's step, with that step's momentum, and its batch norm runs in training
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -38,7 +39,8 @@ class BYOL(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
-        self.predictor = mlp(config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False) if config.predictor else nn.Identity()
+        predictor = partial(mlp, config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
+        self.predictor = predictor() if config.predictor else nn.Identity()
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
         if config.teacher_starts == "redrawn":
             self.teacher.redraw()

@@ -98,7 +98,7 @@ def run(case: str, output: Path, steps: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = COLLAPSING[case][0].partition("=")[2] if case in COLLAPSING else case
     (folder / "run.yaml").write_text(YAML.format(method=name))
-    small = {key: value for key, value in methods.find(name).SMALL.items()}
+    small = methods.find(name).SMALL
     overrides = [*COLLAPSING.get(case, []), *(f"method.{key}={value}" for key, value in small.items()), f"output={folder}"]
     overrides += [override for override in getattr(methods.find(name), "PRESET", []) if override.startswith("method.")]
     if name == "moco":
