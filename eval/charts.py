@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 38
 MAX_POINTS = 600  # of a curve; longer ones are averaged over equal stretches
-Points = list[tuple[float, float]]
+Points = Sequence[tuple[float, float]]
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -41,7 +42,9 @@ def line(points: Points, y_label: str, x_label: str = "epoch", marked: bool = Fa
     return lines([("", points)], y_label, x_label, marked)
 
 
-def lines(series: list[tuple[str, Points]], y_label: str, x_label: str = "epoch", marked: bool = False, logarithmic: bool = False) -> str:
+def lines(
+    series: Sequence[tuple[str, Points]], y_label: str, x_label: str = "epoch", marked: bool = False, logarithmic: bool = False
+) -> str:
     """Curves in one frame, each in its colour with its name as a tooltip; `logarithmic` on both axes, of what is positive."""
 
     def shown(points: Points) -> Points:

@@ -73,7 +73,7 @@ def build(project: str, entity: str) -> Any:
     except ImportError:
         raise ValueError("the dashboard needs wandb-workspaces: pip install 'ssl_pretrain[dashboard]'") from None
 
-    def plot(title: str, keys: list[str], x: str = "step") -> Any:
+    def plot(title: str, keys: list[Any], x: str = "step") -> Any:
         return panel.LinePlot(title=title, x=x, y=keys)
 
     sections = []
@@ -100,7 +100,7 @@ def create(project: str, entity: str = "") -> str:
     if not wandb_run.has_key():
         raise ValueError("W&B has no key here: run `wandb login`, or set WANDB_API_KEY; --dry-run needs none")
     try:
-        return build(project, entity or _own_entity()).save().url
+        return str(build(project, entity or _own_entity()).save().url)
     except Exception as error:  # whatever the client raises: no network, no such project, no rights
         raise ValueError(f"W&B did not take the dashboard of {entity or 'your account'}/{project}: {error}") from None
 
@@ -109,7 +109,7 @@ def _own_entity() -> str:
     """The key's default team or user, as W&B says."""
     import wandb
 
-    return wandb.Api().default_entity
+    return wandb.Api().default_entity or ""
 
 
 def send_evaluations(run: Path) -> None:

@@ -1,17 +1,19 @@
 """When a measure says that something is wrong: what it looks like, and what others did about it, in plain words.
 
 A run that begins close together, as many do, is not a collapsed one: an alarm asks that a measure is bad, that it was better
-before or has been bad for long, and that two measurements in a row say so. docs/health.md shows when each of them rang.
+before or has been bad for long, that two measurements in a row say so or one says it loudly, and, where two views of an image
+are measured, that they cannot be told from views of others. docs/health.md shows when each of them rang.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 IN_A_ROW = 2  # measurements
+LOUD = 0.5  # of a rule's `bad` and of its `fell`: one measurement is enough
+WITNESS, CONFUSED = "positive_chance", 0.5  # half of what chance gives: an image's other view is lost among the others'
 PATIENCE = 1000  # steps that a run may begin in a bad state
 
 
@@ -24,10 +26,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Rule:
-    """`key` is bad where it is beyond `bad`, and worse than `fell` times its best so far.
-
-    higher: whether more of it is better.
-    """
+    """`key` is bad where it is below `bad`, and an alarm where it is also below `fell` times its best so far."""
 
     title: str
     key: str
@@ -35,14 +34,19 @@ class Rule:
     fell: float
     looks: str
     others: str
-    higher: bool = True
+    confused: bool = True  # counts only where the witness says so, if it was measured
     collapse: bool = True
 
-    def is_bad(self, value: float) -> bool:
-        return value < self.bad if self.higher else value > self.bad
+    def is_bad(self, value: float, numbers: dict[str, Any]) -> bool:
+        witness = numbers.get(WITNESS)
+        sure = not self.confused or not isinstance(witness, int | float) or not witness <= CONFUSED
+        return value < self.bad and sure
 
-    def has_fallen(self, value: float, best: float) -> bool:
-        return value < self.fell * best if self.higher else value > best / self.fell
+    def fallen(self, value: float, best: float) -> int:
+        """0: not; 1: yes; IN_A_ROW: so far that once is enough."""
+        if value < LOUD * self.bad and value < LOUD * self.fell * best:
+            return IN_A_ROW
+        return int(value < self.fell * best)
 
 
 RULES = (
@@ -53,12 +57,12 @@ RULES = (
         "weights 1 (VICReg), or a learning rate too high for the batch: halve optim.base_lr, lengthen the warm-up",
     ),
     Rule(
-        "shrinking", "embedding_scale", 0.02, 0.1,
+        "shrinking", "embedding_scale", 0.02, 0.25,
         "the embeddings shrink to a point before they are normalized: what still differs between images is close to rounding",
         "Others restored the variance term (VICReg: variance_weight 25, eq. 1) or ended the head with batch norm (SimCLR, SimSiam)",
     ),
     Rule(
-        "dimensional collapse", "rank_share", 0.04, 0.4,
+        "dimensional collapse", "rank_share", 0.1, 0.5,
         "the embeddings have collapsed to a few directions: images still differ, but in almost nothing",
         "Others raised the covariance or decorrelation weight (VICReg, Barlow Twins), lowered the temperature, weakened the colour "
         "jitter or widened the head; a linear head collapses so (Jing et al., arXiv:2110.09348)",
@@ -68,6 +72,7 @@ RULES = (
         "nearly all images are assigned to a few prototypes",
         "SwAV's authors, with the loss stuck at ln(prototypes), lower epsilon to 0.03, freeze the prototypes longer, use fewer crops, and "
         "start the queue later; DINO's, a lower teacher temperature or its warm-up, and a frozen last layer",
+        confused=False,
     ),
 )  # fmt: skip
 
@@ -93,14 +98,13 @@ class Alarms:
             value = numbers.get(rule.key)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            pick: Callable[..., float] = max if rule.higher else min
-            best = self._best[rule.key] = pick(self._best.get(rule.key, value), value)
-            if not rule.is_bad(value):
+            best = self._best[rule.key] = max(self._best.get(rule.key, value), value)
+            if not rule.is_bad(value, numbers):
                 self._forget(rule)
                 continue
             since = self._low_since.setdefault(rule.title, step)
-            fallen = rule.has_fallen(value, best)
-            self._count[rule.title] = self._count.get(rule.title, 0) + 1 if fallen else 0
+            fallen = rule.fallen(value, best)
+            self._count[rule.title] = self._count.get(rule.title, 0) + fallen if fallen else 0
             late = step - since >= PATIENCE
             if rule.title not in self._rung and (late or self._count[rule.title] >= IN_A_ROW):
                 self._rung.add(rule.title)

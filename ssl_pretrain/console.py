@@ -93,7 +93,7 @@ class Warnings:
 
     def install(self) -> None:
         self._previous = warnings.showwarning
-        warnings.showwarning = self._take  # type: ignore[assignment]
+        warnings.showwarning = self._take
 
     def remove(self) -> None:
         """Gives warnings back to Python; what nobody collected goes to this rank's stderr."""

@@ -32,6 +32,7 @@ CURVES = {
     "alignment": Curve(COLLAPSE, "alignment", "squared distance of two views of an image: 0 the same, 2 unrelated"),
     "pair_cosine": Curve(COLLAPSE, "cosine of positive pairs"),
     "positive_rank": Curve(COLLAPSE, "rank of the positive", "among all images of the batch: 1 is first"),
+    "positive_chance": Curve(COLLAPSE, "rank of the positive over chance's", "1: an image's other view cannot be told from others'"),
     "prototype_usage": Curve(COLLAPSE, "prototypes in use", "over the most that the measured images can reach", percent=True),
     "prototype_entropy": Curve(COLLAPSE, "evenness of prototypes", "entropy of the assignments over the most possible: 0 is one for all"),
     "feature_rank_centered": Curve(COLLAPSE, "effective rank of the features", "of the backbone's output, centred"),

@@ -187,10 +187,12 @@ def _spread(count: int) -> list[int]:
 
 
 def _of_pairs(z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
+    rank = measures.positive_rank(z_a, z_b)
     return {
         "alignment": measures.alignment(z_a, z_b),
         "pair_cosine": F.cosine_similarity(z_a, z_b, dim=1).mean(),
-        "positive_rank": measures.positive_rank(z_a, z_b),
+        "positive_rank": rank,
+        "positive_chance": 2 * rank / (len(z_a) + 1),
     }
 
 
@@ -198,7 +200,7 @@ def _of_assignments(embeddings: dict[str, Tensor], everyones: Callable[[Tensor],
     if "scores" in embeddings:
         assigned, count = embeddings["scores"][:, 0].argmax(1), embeddings["scores"].shape[-1]
     else:
-        assigned, count = embeddings.get("assigned", embeddings.get("target_assigned")), num_prototypes or 1
+        assigned, count = embeddings["assigned" if "assigned" in embeddings else "target_assigned"], num_prototypes or 1
     usage, entropy = measures.assignments(everyones(assigned), count)
     return {"prototype_usage": usage, "prototype_entropy": entropy}
 

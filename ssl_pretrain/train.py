@@ -159,7 +159,8 @@ def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.
 
 def flops_per_image(config: RunConfig) -> float:
     """Floating-point operations of a training step for each image, counted without computing anything."""
-    return flops.per_image(plan.method_on_meta(config), blank_batch(config, 2, torch.device("meta")))
+    meta = torch.device("meta")
+    return flops.per_image(parallel.to_device(plan.method_on_meta(config), config.parallel, meta), blank_batch(config, 2, meta))
 
 
 def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:

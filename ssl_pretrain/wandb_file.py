@@ -42,8 +42,10 @@ def records(path: Path) -> Iterator[Any]:
     """wandb.proto's `Record`s of a file."""
     from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2  # made at import: no type checker sees what is in it
+
     for payload in payloads(path):
-        record = wandb_internal_pb2.Record()
+        record = messages.Record()
         record.ParseFromString(payload)
         yield record
 
@@ -53,8 +55,14 @@ def history(path: Path) -> list[dict[str, Any]]:
     rows = []
     for record in records(path):
         if record.WhichOneof("record_type") == "history":
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append({"_step": record.history.step.num, **row})
+            row: dict[str, Any] = {"_step": record.history.step.num}
+            for item in record.history.item:
+                *outer, last = list(item.nested_key) or [item.key]
+                place = row
+                for key in outer:  # of a picture: its path, its size, ...
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
+            rows.append(row)
     return rows
 
 

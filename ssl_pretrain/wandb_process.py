@@ -30,7 +30,8 @@ class Client:
     def __init__(self, settings: dict[str, Any]):
         import wandb
 
-        self.wandb, self.folder = wandb, Path(settings["dir"])
+        self.wandb: Any = wandb
+        self.folder = Path(settings["dir"])
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
         arguments = {key: settings[key] for key in ("project", "name", "id", "dir", "config", "tags")}
         self.online = settings["mode"] == "online"
@@ -102,7 +103,7 @@ class Client:
                 key, stamp = f"{written['name']} of step {written['step']}", found.stat().st_mtime
                 if sent.get(key, 0) >= stamp:
                     continue
-                metrics = next((row["metrics"] for row in written["rows"] if row["features"] == "pretrained"), {})
+                metrics: dict[str, float] = next((row["metrics"] for row in written["rows"] if row["features"] == "pretrained"), {})
                 sent[key] = stamp
                 path.write_text(json.dumps(sent))
                 yield {"evaluated_step": written["step"]} | {

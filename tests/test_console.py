@@ -53,7 +53,7 @@ def test_a_terminal_gets_a_bar_in_place_and_colours_unless_told_not_to(clock, mo
         made.warn("hot")
         made.progress(RECORD | {"step": 10})
         text = stream.getvalue()
-        assert text.count("\r\x1b[K") == 2 and text.count("\n") == 2 and "█" * 12 + "░" * 12 in text and " 50 %" in text and "100 %" in text
+        assert text.count("\r\x1b[K") == 3 and text.count("\n") == 2 and "█" * 12 + "░" * 12 in text and " 50 %" in text and "100 %" in text
         assert ("\x1b[32m" in text) is not no_color and "warning: hot" in text
 
 

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "ssl_pretrain/views/resize.py": "",
     "ssl_pretrain/views/crops.py": "views/recipe draws",
     "ssl_pretrain/views/colour_cpu.py": "",
+    "ssl_pretrain/views/describe.py": "views/colour views/crops views/recipe",
     "ssl_pretrain/views/colour.py": "views/colour_cpu views/recipe draws",
     "ssl_pretrain/backbones.py": "",
     "ssl_pretrain/heads.py": "",

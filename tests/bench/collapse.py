@@ -37,6 +37,7 @@ COLLAPSING = {
     "byol_without_predictor": ["method.name=byol", "method.predictor=false"],
     "simsiam_without_stop_gradient": ["method.name=simsiam", "method.stop_gradient=false"],
     "vicreg_without_variance": ["method.name=vicreg", "method.variance_weight=0"],
+    "vicreg_invariance_alone": ["method.name=vicreg", "method.variance_weight=0", "method.covariance_weight=0"],
 }
 HEALTHY = [name for name in methods.names() if name not in ("cpc",)]
 ORACLE_EVERY = 10
