@@ -13,7 +13,13 @@ from PIL import Image
 
 from eval import results
 
-TITLES = {"knn": "k-NN", "knn_train": "k-NN of held-out training images", "linear": "Linear"}
+TITLES = {
+    "knn": "k-NN",
+    "knn_grid": "k-NN, every k and temperature",
+    "knn_train": "k-NN of held-out training images",
+    "knn_train_grid": "k-NN of held-out training images, every k and temperature",
+    "linear": "Linear",
+}
 STYLE = """
 :root { color-scheme: light dark;
   --page: #fdfdfc; --ink: #1d1f21; --soft: #63686e; --rule: #e2e3e0; --panel: #f5f5f2;

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ssl_pretrain import distributed
+
 BETTER = "random (better of two)"
 
 
@@ -45,8 +47,10 @@ def with_better_random(rows: list[Row]) -> list[Row]:
 
 
 def save(run: Path, name: str, protocol: dict[str, Any], rows: list[Row], about: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Writes RUN/eval/<name>.json, whole or not at all, and returns what it holds."""
+    """Writes RUN/eval/<name>.json, on the main rank, whole or not at all, and returns what it holds."""
     result = {"name": name, **about, "protocol": protocol, "rows": [asdict(row) for row in rows], "seconds": round(seconds, 2)}
+    if not distributed.is_main():
+        return result
     folder = run / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{name}.json.part"
@@ -112,8 +116,9 @@ def _indented(pairs: dict[str, Any]) -> list[str]:
 
 
 def say(line: str) -> None:
-    """Progress, where the numbers of a pipe do not go."""
-    print(line, file=sys.stderr, flush=True)
+    """Progress, from the main rank, where the numbers of a pipe do not go."""
+    if distributed.is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def command(main: Callable[[list[str]], None], name: str) -> None:

@@ -17,6 +17,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,10 @@ from ssl_pretrain import distributed
 FORMAT = 1
 MANIFEST = "manifest.json"
 WRITING = ".writing-"
+
+
+class SaveError(OSError):
+    """The disk refused a checkpoint; older ones are untouched."""
 
 
 @dataclass
@@ -107,7 +112,7 @@ class State:
             wait: return only once it is on disk, as for the last of a run; without, an asynchronous save goes on behind.
 
         Raises:
-            OSError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
+            SaveError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
         """
         problem = self._written()
         if distributed.is_main():
@@ -118,7 +123,7 @@ class State:
             problem = self._written() or problem
         problem = distributed.broadcast_object(problem)
         if problem and settings.on_failure == "stop":
-            raise OSError(problem)
+            raise SaveError(problem)
         if problem and distributed.is_main():
             warnings.warn(problem, stacklevel=2)
 
@@ -150,7 +155,7 @@ class State:
     def _write_and_prune(self, final: Path, snapshot: Any, settings: CheckpointConfig, steps_per_epoch: int) -> None:
         try:
             _write(final, *snapshot)
-            _prune(final.parent.parent, settings, steps_per_epoch)
+            _prune(final, settings, steps_per_epoch)
         except Exception as error:
             where = f"checkpoint of step {snapshot[1]['step']} could not be written to {final.parent}"
             self._problem = f"{where}: {error}. Older ones are whole; free space and resume"
@@ -221,8 +226,11 @@ class State:
 
 
 def _write(final: Path, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any]) -> None:
-    if final.exists():  # resumed from it, or saved by the same step already
-        return
+    if final.exists():  # resumed from it, or saved by the same step already; or damaged, and reached again from the one before
+        with suppress(ValueError):
+            verify(final)
+            return
+        shutil.rmtree(final)
     writing = final.with_name(f"{WRITING}{final.name}-{uuid.uuid4().hex[:8]}")
     writing.mkdir(parents=True)
     try:
@@ -244,14 +252,41 @@ def _folder(run: Path) -> Path:
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, whole or not."""
-    return sorted(path for path in _folder(Path(run)).glob("step_*") if path.is_dir())
+    """The checkpoint folders of a run, oldest first by their step numbers, whole or not."""
+    return sorted((path for path in _folder(Path(run)).glob("step_*") if path.is_dir() and path.name[5:].isdecimal()), key=_step)
 
 
-def clean(run: Path) -> None:
-    """Removes what an interrupted save left. For the start of a run, before anything is written."""
-    for path in _folder(run).glob(f"{WRITING}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def prepare(run: Path) -> None:
+    """Removes what an interrupted save left, and writes a little, as a save would: for the start of a run, on every rank.
+
+    Raises:
+        ValueError: nothing can be written there; names the place and the system's reason.
+    """
+    problem = distributed.broadcast_object(_probe(_folder(run)) if distributed.is_main() else None)
+    if problem:
+        raise ValueError(problem)
+
+
+def _probe(folder: Path) -> str | None:
+    probe = folder / f"{WRITING}probe-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"{WRITING}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        probe.mkdir()
+        (probe / "probe").write_bytes(bytes(4096))
+        _fsync(probe / "probe")
+        shutil.rmtree(probe)
+    except OSError as error:
+        return (
+            f"output: no checkpoint can be written to {folder}: {error.strerror or error}; "
+            "make room or give the right to write there, or give another output"
+        )
+    return None
 
 
 def newest(run: str | Path) -> Path:
@@ -304,8 +339,18 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(manifest, the method's tensors on CPU) of one checkpoint folder, verified."""
+    """(manifest, the method's tensors on CPU) of one checkpoint folder, verified.
+
+    Raises:
+        ValueError: a file is damaged, or the checkpoint is of another format than this version's.
+    """
     manifest = verify(Path(path))
+    if manifest.get("format") != FORMAT:
+        made_by = manifest.get("versions", {})
+        raise ValueError(
+            f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}; it was written by ssl_pretrain "
+            f"{made_by.get('ssl_pretrain')} ({made_by.get('revision')}): use that version, or start a new run"
+        )
     return manifest, load_file(Path(path) / "method.safetensors")
 
 
@@ -342,10 +387,11 @@ def weights_to_start_from(init: str) -> dict[str, Tensor] | None:
     return inner if isinstance(inner, dict) else weights
 
 
-def _prune(run: Path, settings: CheckpointConfig, steps_per_epoch: int) -> None:
-    for path in checkpoints(run)[: -max(1, settings.keep_last)]:
-        step = int(path.name.removeprefix("step_"))
-        if not _passed(step, settings.keep_every_epochs * steps_per_epoch):
+def _prune(written: Path, settings: CheckpointConfig, steps_per_epoch: int) -> None:
+    """Removes all but the last few up to the one just written, which is whole, whatever lies there under a higher number."""
+    found = [path for path in checkpoints(written.parent.parent) if _step(path) <= _step(written)]
+    for path in found[: -max(1, settings.keep_last)]:
+        if not _passed(_step(path), settings.keep_every_epochs * steps_per_epoch):
             shutil.rmtree(path, ignore_errors=True)
 
 

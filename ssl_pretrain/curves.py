@@ -42,6 +42,8 @@ CURVES = {
     "images_per_second": Curve(SPEED, "images per second"),
     "seconds_per_step": Curve(SPEED, "seconds a step"),
     "data_wait": Curve(SPEED, "waiting for images", "share of the time, of the slowest rank", percent=True),
+    "straggler": Curve(SPEED, "slowest rank", "which the others wait for where a step begins"),
+    "straggler_seconds": Curve(SPEED, "seconds waited for it"),
     "memory_gib": Curve(SPEED, "memory, GiB", "most that a rank held: of its GPU, or of the host's"),
     "model_tflops": Curve(SPEED, "model TFLOP/s of a rank", "forward, twice that backward, and the teacher's forward"),
     "flops_utilization": Curve(SPEED, "model FLOPs utilization", "of the GPU's peak in bfloat16", percent=True),

@@ -10,7 +10,10 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-from contextlib import suppress
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +26,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _timeout_seconds = 600.0
 _cpu_group: Any = None  # gloo, for objects and stop requests: never on the accelerator's stream
+_signalled = False  # a stop was asked for before anybody could answer; see `note_signals`
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+class RendezvousError(RuntimeError):
+    """The ranks did not find each other; the message names the place, how long was waited, and what to look at."""
 
 
 def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float = 600.0) -> torch.device:
@@ -31,7 +40,11 @@ def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float 
     Args:
         threads: CPU threads of this rank; 0 shares the machine's cores evenly among its ranks.
         deterministic: ask torch for deterministic algorithms, for bit-for-bit runs on a GPU.
-        timeout_seconds: a collective or a step that takes longer ends the run, with this rank's stacks on stderr.
+        timeout_seconds: a collective or a step that takes longer ends the run, with this rank's stacks on stderr. So does
+            waiting for the other ranks here.
+
+    Raises:
+        RendezvousError: the first rank's host or port cannot be had, or a rank did not come.
     """
     global _cpu_group, _timeout_seconds
     _timeout_seconds = timeout_seconds
@@ -45,9 +58,32 @@ def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float 
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+        _meet("nccl" if cuda else "gloo", timeout, device if cuda else None)
         _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
     return device
+
+
+def _meet(backend: str, timeout: timedelta, device: torch.device | None) -> None:
+    """Joins the group, or says why not within the timeout and what to do."""
+    host, port, began = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), time.monotonic()
+    where = f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            break
+        except OSError as error:  # a name server may be late when a whole cluster starts
+            if time.monotonic() - began > min(30.0, timeout.total_seconds()):
+                raise RendezvousError(f"{where}: that host is not known here: {error}; give the first rank's name or address") from None
+            time.sleep(1)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = "another process has that port; give another (launch.port, torchrun --master-port)"
+        if "EADDRINUSE" not in str(error):
+            remedy = "see whether every rank was started, and whether the first one's machine lets that port be reached"
+        waited = f"after {time.monotonic() - began:.0f} s (parallel.timeout_seconds {timeout.total_seconds():g})"
+        raise RendezvousError(f"{where}: the ranks did not meet {waited}: {reason}; {remedy}") from None
 
 
 def stop() -> None:
@@ -56,6 +92,25 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _cpu_group = None
+
+
+@contextmanager
+def pretended(ranks: int) -> Iterator[None]:
+    """A process group of `ranks` ranks of which this process is the first and only one: its collectives send nothing and fill nothing.
+
+    For `--plan`, which runs a rank's program on tensors without memory.
+    """
+    if ranks == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a plan is made outside a run"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def available_cores() -> int:
@@ -158,6 +213,33 @@ def barrier() -> None:
         dist.barrier(group=_cpu_group)
 
 
+def straggler(step: int, every_steps: int) -> dict[str, float]:
+    """Which rank the others wait for where a step begins, and how long, by the hosts' clocks: its images, its processor, its logging.
+
+    Measured every `every_steps`, on the CPU group. Time within a step is shared: there, all wait for each other in every collective.
+    """
+    if world_size() == 1 or step % every_steps:
+        return {}
+    began = time.monotonic()
+    barrier()
+    waited = gather_objects(time.monotonic() - began)
+    return {"straggler": waited.index(min(waited)), "straggler_seconds": max(waited) - min(waited)}
+
+
+def note_signals() -> None:
+    """From now on a request to stop is remembered until a `StopRequest` answers it: for the time in which a run is made ready.
+
+    It takes the place of handlers that would act at once, in the middle of a step, such as a scheduler's.
+    """
+    for number in (*STOP_SIGNALS, signal.SIGCONT):  # the last comes with SLURM's SIGTERM, and asks for nothing
+        signal.signal(number, _note)
+
+
+def _note(number: int, frame: Any) -> None:
+    global _signalled
+    _signalled |= number in STOP_SIGNALS
+
+
 class StopRequest:
     """A signal sets a flag; all ranks agree on it once a step, and the answer is used one step later.
 
@@ -166,8 +248,8 @@ class StopRequest:
     The reduction of one step travels on a CPU group while the next step computes, so asking costs nothing.
     """
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2), pretend_at: int | None = None):
-        self.requested = False
+    def __init__(self, signals: tuple[int, ...] = STOP_SIGNALS, pretend_at: int | None = None):
+        self.requested = _signalled
         self._pretend_at = pretend_at  # after this step rank 0 sends itself SIGUSR2, as a scheduler would
         self._pending: tuple[Tensor, Any] | None = None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the loader's processes block them, and so do those forked there

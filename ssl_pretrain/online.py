@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain import distributed, pictures
 
+T = TypeVar("T")
 Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]  # samples' numbers -> (normalized images, labels), in that order
 SHOWN, NEAREST = 8, 6  # queries in the picture, and neighbours of each
 SIMILARITIES = 2**24  # float32 values held at once: 64 MiB
@@ -26,6 +28,11 @@ class OnlineConfig:
     temperature: float = 0.07  # divides their cosine similarities
     max_train: int = 10000  # training images in the bank
     max_test: int = 2000  # training images held out of it as queries
+    on_failure: Literal["stop", "warn"] = "warn"  # where measuring fails, on any rank: end the run, or say so and train on
+
+
+class MeasureError(RuntimeError):
+    """A measurement failed on some rank; raised on all of them."""
 
 
 def weighted_knn(
@@ -120,7 +127,14 @@ class OnlineKNN:
 
     def at(self, step: int, backbone: nn.Module) -> dict[str, Any]:
         """The accuracy after `step` steps, where it is due, and on rank 0 a picture of neighbours; else nothing."""
-        accuracy = self.measure(backbone) if self.due(step) else None
+        try:
+            accuracy = self.measure(backbone) if self.due(step) else None
+        except MeasureError as error:
+            if self.config.on_failure == "stop":
+                raise
+            if distributed.is_main():
+                warnings.warn(f"step {step}: {error}; the training goes on, as online.on_failure is warn", stacklevel=2)
+            return {}
         return {} if accuracy is None else {"knn": accuracy, "neighbours": self.neighbours}
 
     @torch.no_grad()
@@ -129,13 +143,19 @@ class OnlineKNN:
         if not self.enabled:
             return None
         with untouched(backbone, self.device):
-            bank, queries = self._features(backbone, self.bank), self._features(backbone, self.queries)
+            own = _on_every_rank(lambda: [self._own_features(backbone, numbers) for numbers in (self.bank, self.queries)])
+        bank, queries = (self._of_all(features, numbers) for features, numbers in zip(own, (self.bank, self.queries)))
         bank_labels = torch.from_numpy(self.labels[self.bank]).to(self.device)
         mine = np.arange(distributed.rank(), len(self.queries), distributed.world_size())
         truth = torch.from_numpy(self.labels[self.queries[mine]]).to(self.device)
-        predicted = weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, int(self.labels.max()) + 1)
-        if self.pixels is not None and distributed.is_main():
-            self.neighbours = self._picture(bank, queries[:SHOWN])
+        classes = int(self.labels.max()) + 1
+
+        def vote_and_show() -> Tensor:
+            if self.pixels is not None and distributed.is_main():
+                self.neighbours = self._picture(bank, queries[:SHOWN])
+            return weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, classes)
+
+        predicted = _on_every_rank(vote_and_show)
         correct = distributed.reduce_sum((predicted == truth).sum().double())
         return correct.item() / len(self.queries)
 
@@ -148,13 +168,33 @@ class OnlineKNN:
         right = torch.from_numpy(self.labels[near] == self.labels[asked][:, None])
         return pictures.neighbours(self.pixels(asked), shown.view(*near.shape, *shown.shape[1:]), right)
 
-    def _features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
-        """Features of these images on every rank, float32 (len(numbers), dim), each rank having embedded its share."""
+    def _own_features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
+        """Features of this rank's share of these images, float32 (share, dim); the shares are equal."""
         ranks = distributed.world_size()
         padded = np.concatenate([numbers, np.repeat(numbers[-1:], -len(numbers) % ranks)])
-        own = [backbone(images.to(self.device)).float() for images, _ in self.images(padded[distributed.rank() :: ranks])]
-        features = distributed.gather(torch.cat(own))  # rank 0's share, then rank 1's, ...
-        return features.view(ranks, -1, features.shape[1]).transpose(0, 1).flatten(0, 1)[: len(numbers)]
+        return torch.cat([backbone(images.to(self.device)).float() for images, _ in self.images(padded[distributed.rank() :: ranks])])
+
+    def _of_all(self, own: Tensor, numbers: np.ndarray) -> Tensor:
+        """Features of these images on every rank, float32 (len(numbers), dim)."""
+        features = distributed.gather(own)  # rank 0's share, then rank 1's, ...
+        return features.view(distributed.world_size(), -1, features.shape[1]).transpose(0, 1).flatten(0, 1)[: len(numbers)]
+
+
+def _on_every_rank(own: Callable[[], T]) -> T:
+    """What `own` gives, once no rank has failed in it: one that leaves the others in a collective would hold them there.
+
+    Raises:
+        MeasureError: names the ranks and their errors, on all ranks.
+    """
+    try:
+        result, problem = own(), None
+    except Exception as error:
+        result, problem = None, f"{type(error).__name__}: {error}"
+    problems = distributed.gather_objects(problem)
+    found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+    if found or result is None:
+        raise MeasureError(f"online k-NN failed on {'; '.join(found)}")
+    return result
 
 
 @contextmanager

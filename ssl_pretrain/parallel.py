@@ -114,6 +114,31 @@ def rehearse(model: nn.Module, config: ParallelConfig, device: torch.device, exa
             buffer.copy_(before)
 
 
+class ReplicaError(RuntimeError):
+    """The ranks' copies of the model are no longer the same."""
+
+
+@torch.no_grad()
+def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
+    """Compares the norm of every tensor of the model, teachers and statistics included, over the ranks: for before a checkpoint.
+
+    Equal gradients and equal steps keep DDP's copies equal. A memory error or a forgotten reduction does not, and only rank 0's is saved.
+
+    Raises:
+        ReplicaError: a norm differs by more than `tolerance` of it; names the ranks and the tensor, on every rank.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    tensors = {name: value for name, value in model.module.state_dict().items() if value.is_floating_point()}
+    norms = torch.stack([torch.linalg.vector_norm(value, dtype=torch.float64) for value in tensors.values()])
+    of_ranks = distributed.gather(norms).view(distributed.world_size(), -1)
+    apart = ~((of_ranks - of_ranks[0]).abs() <= tolerance * of_ranks[0] + 1e-12)  # a NaN is apart, too
+    if apart.any():
+        ranks = ", ".join(str(rank) for rank in apart.any(1).nonzero().flatten().tolist())
+        first = list(tensors)[int(apart.any(0).nonzero()[0])]
+        raise ReplicaError(f"rank {ranks}: the weights are no longer those of rank 0, first in {first}; nothing was saved, resume")
+
+
 @torch.no_grad()
 def average_statistics(model: nn.Module, config: ParallelConfig, global_batch_size: int) -> None:
     """Leaves the mean over ranks of batch norm's running statistics, where groups are smaller than the global batch."""

@@ -13,7 +13,7 @@ import torch
 from conftest import run_ranks
 from PIL import Image
 
-from ssl_pretrain import config, curves, distributed, flops, log, plan, train, wandb_run
+from ssl_pretrain import config, curves, distributed, estimate, flops, log, train, wandb_run
 
 
 def logger(run: Path, first_step=0, every_steps=2, **named):
@@ -114,7 +114,7 @@ def test_flops_of_a_network_counted_by_hand(tmp_path):
     patches = 2 * 4 * (3 * 16 * 16) * width
     head = 2 * (width * 16 + 16 * 8)
     assert train.flops_per_image(run) == 3 * 2 * (depth * block + patches + head)  # forward and backward of two views
-    assert plan.method_on_meta(run).backbone.feature_dim == width
+    assert estimate.method_on_meta(run).backbone.feature_dim == width
     assert flops.peak_tflops(torch.device("cpu")) == 0
 
 

@@ -32,6 +32,7 @@ _AHEAD = 2  # batches being made while one is used
 _BAD_SHARE = 0.001  # of a .beton's images may fail to decode
 
 How = Literal["ffcv", "folder", "device"]
+Finish = Callable[[Tensor, int, int], Tensor]  # what else is done to a view, uint8 (3, s, s), of (epoch, index); picklable
 
 
 class Maker(Protocol):
@@ -91,6 +92,7 @@ class Loader:
         world_size: int = 1,
         how: How = "folder",
         window: int = 0,
+        finish: Finish | None = None,
     ):
         recipe.check(views)
         order.check_divides(global_batch_size, world_size)
@@ -104,12 +106,13 @@ class Loader:
         self._chunk = _chunk_size(local_batch, num_workers) if how == "folder" else local_batch
         self._maker: Maker
         if how == "ffcv":
-            assert isinstance(source, Beton), "`choose` gives ffcv to a .beton alone"
+            assert isinstance(source, Beton) and finish is None, "`choose` gives ffcv to a .beton alone, and only processes finish a view"
             self._maker = Threads(source.samples, self._crops, seed, local_batch, num_workers, _AHEAD, self._device)
         elif how == "device":
+            assert finish is None, "only processes finish a view"
             self._maker = device_cache.Cache(source, self._crops, seed, self._device)
         else:
-            chunks = Chunks(source, partial(_cut, self._crops, seed))
+            chunks = Chunks(source, partial(_cut, self._crops, seed, finish))
             num_ahead = _AHEAD * -(-local_batch // self._chunk)
             self._maker = workers.Processes(chunks, num_workers, num_ahead, pinned=self._device.type == "cuda")
         self._jobs = _Jobs(self.plan, self._chunk, self._maker.expect if isinstance(self._maker, Threads) else None)
@@ -299,9 +302,10 @@ def _chunk_size(local_batch: int, num_workers: int) -> int:
     return min(_CHUNK, max(16, -(-local_batch // num_workers)))
 
 
-def _cut(each: list[Crop], seed: int, image: Tensor, epoch: int, index: int) -> list[Tensor]:
+def _cut(each: list[Crop], seed: int, finish: Finish | None, image: Tensor, epoch: int, index: int) -> list[Tensor]:
     _, height, width = image.shape
-    return [crops.apply(image, crops.draw(crop, seed, epoch, index, view, height, width), crop) for view, crop in enumerate(each)]
+    views = [crops.apply(image, crops.draw(crop, seed, epoch, index, view, height, width), crop) for view, crop in enumerate(each)]
+    return views if finish is None else [finish(view, epoch, index) for view in views]
 
 
 def _one_view(transform: Callable[[Tensor], Tensor], image: Tensor, _epoch: int, _index: int) -> list[Tensor]:
