@@ -1,6 +1,7 @@
 """Runs made to collapse, and healthy ones, on digits: when does the alarm ring, and when has the run collapsed?
 
 PYTHONPATH=. .venv/bin/python tests/bench/collapse.py [--cases byol_without_predictor vicreg ...] [--steps 1000] [--output runs/collapse]
+PYTHONPATH=. .venv/bin/python tests/bench/collapse.py --draw docs/results/health    # tables and pictures of the runs that are there
 
 Collapse is defined by an oracle that shares no code with the monitor: scikit-learn's k-NN of the backbone's features within
 2 points of chance, or the effective rank of the embeddings, by numpy's decomposition, under 2 % of their dimension. The run has
@@ -18,6 +19,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from ssl_pretrain import config, health, methods, train
+from ssl_pretrain.alarms import Alarms
 
 YAML = """
 method: {{name: {method}}}
@@ -112,12 +114,81 @@ def run(case: str, output: Path, steps: int) -> None:
     train.train(config.load(folder / "run.yaml", overrides), torch.device("cpu"), steps)
 
 
+def alarms_of(records: list[dict[str, float]]) -> list[tuple[int, str]]:
+    """What would have rung at the default interval, from records that have a measurement every 10 steps."""
+    judge, every = Alarms([]), health.HealthConfig().every_steps
+    due = [record for record in records if record["step"] % every == 0]
+    return [(record["step"], alarm.title) for record in due for alarm in judge.judge(record["step"], record)]
+
+
+def read(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    return tuple([json.loads(line) for line in (folder / name).read_text().splitlines()] for name in ("metrics.jsonl", "oracle.jsonl"))
+
+
+def draw(output: Path, pictures: Path) -> None:
+    """A line of a table and a picture for each run that is there."""
+    print("| run | steps | k-NN, first and last | effective rank / dim, first and last | collapsed from step | alarm at step |")
+    print("|---|---|---|---|---|---|")
+    for case in [*COLLAPSING, *HEALTHY]:
+        if not (output / case / "oracle.jsonl").exists():
+            continue
+        records, entries = read(output / case)
+        rung, at, ends = alarms_of(records), collapsed_at(entries), (entries[0], entries[-1])
+        knn = " to ".join(f"{100 * entry['knn']:.0f} %" for entry in ends)
+        rank = " to ".join(f"{entry['rank']:.1f}" for entry in ends)
+        said = ", ".join(f"{step} ({title})" for step, title in rung) or "none"
+        print(f"| {case.replace('_', ' ')} | {entries[-1]['step']} | {knn} | {rank} / {entries[0]['dim']} | {at or 'never'} | {said} |")
+        if case in COLLAPSING:
+            picture(case, records, entries, rung, at, pictures / f"{case}.png")
+
+
+def picture(case, records, entries, rung, at, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained", dpi=80)
+    shown = [record for record in records if "rank_share" in record]
+    steps = [record["step"] for record in shown]
+    axes[0].plot([record["step"] for record in records], [record["loss"] for record in records], color="#63686e")
+    axes[0].set_title("loss")
+    for key, label, colour in (
+        ("embedding_std", "spread", "#1f5fa8"), ("rank_share", "rank share", "#c9762b"), ("positive_chance", "positive over chance", "#8a8a8a"),
+    ):  # fmt: skip
+        axes[1].plot(steps, [record.get(key) for record in shown], color=colour, label=label)
+    axes[1].set_title("what the monitor sees")
+    axes[1].set_ylim(0, 1.25)
+    axes[1].legend(fontsize=8)
+    axes[2].plot([entry["step"] for entry in entries], [entry["knn"] for entry in entries], color="#2f8f5b", label="k-NN")
+    axes[2].plot(
+        [entry["step"] for entry in entries], [entry["rank"] / entry["dim"] for entry in entries], color="#c8443c", label="rank / dim"
+    )
+    axes[2].set_title("what the oracle sees")
+    axes[2].set_ylim(0, 1)
+    axes[2].legend(fontsize=8)
+    for ax in axes:
+        ax.set_xlabel("step")
+        for step, _ in rung[:1]:
+            ax.axvline(step, color="#c8443c", linestyle="--", linewidth=1)
+        if at is not None:
+            ax.axvline(at, color="black", linewidth=1)
+    figure.suptitle(f"{case.replace('_', ' ')}: alarm (dashed) at {rung[0][0] if rung else 'none'}, collapsed (solid) from {at or 'never'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=[*COLLAPSING, *HEALTHY], choices=[*COLLAPSING, *HEALTHY], metavar="CASE")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("runs/collapse"))
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="train nothing: print the table, and put the pictures there")
     options = parser.parse_args()
+    if options.draw is not None:
+        draw(options.output, options.draw)
+        return
     torch.set_num_threads(1)
     for case in options.cases:
         run(case, options.output, options.steps)
