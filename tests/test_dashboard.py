@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,6 @@ def test_bad_input_is_said(capsys, monkeypatch, tmp_path):
 def test_the_saved_workspace_is_the_one_that_was_built(monkeypatch):
     sent = []
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setattr(workspaces.Workspace, "save", lambda self: sent.append(self) or self)
-    assert "digits" in dashboard.create("digits", "team")
+    monkeypatch.setattr(workspaces.Workspace, "save", lambda self: sent.append(self) or SimpleNamespace(url="its address"))
+    assert dashboard.create("digits", "team") == "its address"
     assert shown(sent[0]) == shown(dashboard.build("digits", "team"))

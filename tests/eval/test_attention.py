@@ -22,7 +22,7 @@ def vit(tmp_path_factory):
 
 def test_the_weights_reproduce_the_layers_output():
     torch.manual_seed(0)
-    layer = Attention(12, num_heads=3, qkv_bias=True, qk_norm=True).eval()
+    layer = Attention(12, num_heads=3, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).eval()
     tokens = torch.randn(2, 5, 12)
     with torch.no_grad():
         weights = attention.attention(layer, tokens)
