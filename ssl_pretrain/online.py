@@ -139,7 +139,8 @@ class OnlineKNN:
             return {}
         if accuracy is None:
             return {}
-        return {"knn": accuracy, "neighbours": self.neighbours} | ({} if self.probed is None else {"probe": self.probed})
+        found = {"knn": accuracy, "probe": self.probed, "neighbours": self.neighbours}
+        return {name: value for name, value in found.items() if value is not None}
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float | None:
