@@ -3,7 +3,7 @@
 setup := bash docker/setup.sh
 python := .venv/bin/python
 
-.PHONY: help demo test test-slurm test-full lint env ffcv requirements clean
+.PHONY: help demo test test-slurm test-reliability test-full lint env ffcv requirements clean
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -19,9 +19,13 @@ test-slurm: env  ## a run on a real SLURM of two nodes on this machine, pre-empt
 	@bash tests/slurm/cluster.sh install
 	@$(python) -m pytest tests/slurm -m "slurm and not full"
 
-test-full: env  ## all of these and the long tests, marked `full`
+test-reliability: env  ## every fault case, on a real SLURM too: about ten minutes; writes the table of docs/reliability.md
 	@bash tests/slurm/cluster.sh install
-	@$(python) -m pytest -m "full or not full"
+	@$(python) -m pytest -m case --table docs/reliability.md
+
+test-full: env  ## all of these and the long tests, marked `full`; writes the table, too
+	@bash tests/slurm/cluster.sh install
+	@$(python) -m pytest -m "full or not full" --table docs/reliability.md
 
 lint: env  ## ruff, and mypy's type check
 	@$(python) -m ruff check .

@@ -15,8 +15,12 @@ from eval import results
 
 TITLES = {
     "knn": "k-NN",
+    "knn_grid": "k-NN, every k and temperature",
     "knn_train": "k-NN of held-out training images",
+    "knn_train_grid": "k-NN of held-out training images, every k and temperature",
     "linear": "Linear",
+    "linear_grid": "Linear, every setting tried",
+    "semi": "Few labels, whole network",
     "spectrum": "Spectrum",
     "retrieval": "Retrieval",
     "robustness": "Robustness",

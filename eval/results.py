@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ssl_pretrain import distributed
+
 BETTER = "random (better of two)"
 
 
@@ -47,13 +49,15 @@ def with_better_random(rows: list[Row]) -> list[Row]:
 def save(
     run: Path, name: str, protocol: dict[str, Any], rows: list[Row], about: dict[str, Any], seconds: float, measure: str = "accuracy, %"
 ) -> dict[str, Any]:
-    """Writes RUN/eval/<checkpoint>/<name>.json, whole or not at all, and returns what it holds.
+    """Writes RUN/eval/<checkpoint>/<name>.json, on the main rank, whole or not at all, and returns what it holds.
 
     RUN/eval/<name>.json is the same of the newest checkpoint judged: one of an earlier step does not replace it.
     """
     result = {
         "name": name, **about, "measure": measure, "protocol": protocol, "rows": [asdict(row) for row in rows], "seconds": round(seconds, 2)
     }  # fmt: skip
+    if not distributed.is_main():
+        return result
     _replace(run / "eval" / about["checkpoint"] / f"{name}.json", result)
     newest = run / "eval" / f"{name}.json"
     if not newest.exists() or json.loads(newest.read_text()).get("step", -1) <= about["step"]:
@@ -123,8 +127,9 @@ def _indented(pairs: dict[str, Any]) -> list[str]:
 
 
 def say(line: str) -> None:
-    """Progress, where the numbers of a pipe do not go."""
-    print(line, file=sys.stderr, flush=True)
+    """Progress, from the main rank, where the numbers of a pipe do not go."""
+    if distributed.is_main():
+        print(line, file=sys.stderr, flush=True)
 
 
 def command(main: Callable[[list[str]], None], name: str) -> None:

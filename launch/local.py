@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -19,33 +20,33 @@ def ranks_here(config: RunConfig) -> int:
     return min(config.launch.ranks or gpus, gpus) if gpus else config.launch.ranks or 1
 
 
-def train_command(path: str, overrides: Sequence[str], ranks: int, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
-    """The command that trains on `ranks` processes: python alone for one, torchrun for more."""
+def train_command(
+    path: str, overrides: Sequence[str], ranks: int, max_restarts: int = 0, rendezvous: Sequence[str] = ("--standalone",)
+) -> list[str]:
+    """The command that trains on `ranks` processes: python alone for one, torchrun for more, which starts all again after one was lost."""
     if ranks == 1 and rendezvous == ("--standalone",):
         return [sys.executable, "-m", "ssl_pretrain.train", path, *overrides]
     return [
-        sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks),
+        sys.executable, "-m", "torch.distributed.run", *rendezvous, "--max-restarts", str(max_restarts), "--nproc-per-node", str(ranks),
         "-m", "ssl_pretrain.train", path, *overrides,
     ]  # fmt: skip
 
 
 def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """(host, torchrun line to run there), the first host being where all meet. GPUs are counted on this machine."""
+    """(host, torchrun line to run there), the first host being where all meet. GPUs are counted on this machine.
+
+    They meet through torchrun's c10d rendezvous, whose agents outlive a lost host: the others wait for it, its line is run
+    again, and all ranks go on from the newest checkpoint. The static one (--master-addr) cannot be joined again.
+    """
     hosts = [host.strip() for host in config.launch.hosts.split(",") if host.strip()]
-    ranks = ranks_here(config)
+    overrides = [override for override in overrides if not override.startswith("launch.hosts=")]
     lines = []
     for number, host in enumerate(hosts):
         meet = (
-            "--nnodes",
-            str(len(hosts)),
-            "--node-rank",
-            str(number),
-            "--master-addr",
-            hosts[0],
-            "--master-port",
-            str(config.launch.port),
-        )
-        command = train_command(path, [override for override in overrides if not override.startswith("launch.hosts=")], ranks, meet)
+            "--nnodes", str(len(hosts)), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{config.launch.port}",
+            "--rdzv-id", Path(config.output).name, "--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", host,
+        )  # fmt: skip
+        command = train_command(path, overrides, ranks_here(config), config.launch.max_restarts, meet)
         lines.append((host, shlex.join(["torchrun", *command[3:]])))
     return lines
 

@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hosts = max(1, len([host for host in config.launch.hosts.split(",") if host.strip()]))
         ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * hosts
         if options.plan:
-            print(plan.describe(config, ranks))
+            print(plan.describe(config, plan.ranks(config, ranks)))
             if submitting:
-                print("SLURM is asked for: " + ", ".join(f"{key} {value}" for key, value in slurm.request(config).items()))
+                print("\n".join(slurm.describe(config)))
             return 0
         configuration.check(config, ranks)
         if submitting:
@@ -77,7 +77,7 @@ def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
 def pretrain_and_evaluate(config: RunConfig, path: str, overrides: Sequence[str]) -> tuple[int, dict[str, float]]:
     """(exit status, seconds by phase). A run that stopped before its end is not evaluated."""
     seconds: dict[str, float] = {}
-    phases = [("pretraining", local.train_command(path, overrides, local.ranks_here(config)))]
+    phases = [("pretraining", local.train_command(path, overrides, local.ranks_here(config), config.launch.max_restarts))]
     phases += [(name, [sys.executable, "-m", f"eval.{name}", config.output]) for name in config.evaluation.at_end]
     for name, command in phases:
         print(f"--- {name}", flush=True)

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from launch import local
-from ssl_pretrain import checkpoint, train
+from ssl_pretrain import checkpoint, distributed, train
 from ssl_pretrain.config import ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 UNFINISHED = 75  # EX_TEMPFAIL: saved, to be continued; no rank says 0 before the run has ended
+PLACES = ("partition", "account", "qos", "constraint")
+LOST = -1  # how a rank's part ended that lost the others
 GRACE_SECONDS = 120  # between the requeue and SLURM's end of the ranks that asked for it
 
 
@@ -65,15 +67,35 @@ def request(config: RunConfig) -> dict[str, Any]:
         # a step that loses a task is ended by SLURM only through us: a lost node is answered with a requeue
         "slurm_srun_args": ["--kill-on-bad-exit=0"],
     }
-    more: dict[str, Any] = {"open_mode": "append"} | ({"requeue": True} if asked.requeue else {})
+    more: dict[str, Any] = {"open_mode": "append", "requeue" if asked.requeue else "no_requeue": True}
     if asked.gpus_per_node:
         more["gpus_per_node"] = asked.gpus_per_node
     if asked.memory_gb:
         wanted["mem_gb"] = asked.memory_gb
-    for key in ("partition", "account", "qos", "constraint"):
+    for key in PLACES:
         if getattr(asked, key):
             wanted[f"slurm_{key}"] = getattr(asked, key)
     return wanted | {"slurm_additional_parameters": more}
+
+
+def describe(config: RunConfig) -> list[str]:
+    """What would be submitted, a line each job, for `--plan`.
+
+    Raises:
+        ConfigError: as `request`.
+    """
+    asked, launch = request(config), config.launch
+    where = [f"{key} {getattr(launch, key)}" for key in PLACES if getattr(launch, key)]
+    gpus = f", {launch.gpus_per_node} GPUs a node" if launch.gpus_per_node else ""
+    memory = f", {launch.memory_gb} GB a node" if launch.memory_gb else ""
+    again = "requeued until the run has ended" if launch.requeue else "not requeued"
+    what = "pretraining" if launch.chain == 1 else f"{launch.chain} x pretraining, one after the other"
+    lines = [
+        f"SLURM job: {what} ({asked['slurm_job_name']}): {launch.nodes} nodes x {asked['tasks_per_node']} tasks = {ranks(config)} ranks, "
+        f"{asked['cpus_per_task']} CPUs a task{gpus}{memory}, {asked['timeout_min']} min, SIGUSR2 {launch.signal_seconds} s before, "
+        + ", ".join([again, *where])
+    ]
+    return lines + [f"SLURM job: {name}, 1 task, after the pretraining has ended well" for name in config.evaluation.at_end]
 
 
 def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
@@ -88,7 +110,8 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
         for _ in range(config.launch.chain):
             more = wanted["slurm_additional_parameters"] | ({"dependency": f"afterany:{jobs[-1]}"} if jobs else {})
             executor.update_parameters(**(wanted | {"slurm_additional_parameters": more}))
-            jobs.append(executor.submit(Pretraining(str(Path(path).absolute()), (*overrides, f"output={config.output}"))).job_id)
+            run = Pretraining(str(Path(path).absolute()), (*overrides, f"output={config.output}"), config.launch.requeue)
+            jobs.append(executor.submit(run).job_id)
     for name in config.evaluation.at_end:  # one after the other: the report comes last and reads what the others found
         jobs += submit_evaluations(config, [Evaluation(name, config.output)], after=jobs[-1])
     return jobs
@@ -134,7 +157,8 @@ def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> 
     with _private(str(Path(first.output).parent)) as executor:
         executor.update_parameters(**request(first))
         with executor.batch():
-            jobs = [executor.submit(Pretraining(str(Path(path).absolute()), tuple(overrides))) for _, overrides in runs]
+            file = str(Path(path).absolute())
+            jobs = [executor.submit(Pretraining(file, tuple(overrides), run.launch.requeue)) for run, overrides in runs]
     return [job.job_id for job in jobs]
 
 
@@ -180,22 +204,27 @@ class Pretraining:
 
     path: str
     overrides: tuple[str, ...]
+    requeue: bool = True
 
     def __call__(self) -> int:
+        distributed.note_signals()  # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step
         _become_a_rank()
         run = Path(next(value for key, _, value in (o.partition("=") for o in reversed(self.overrides)) if key == "output"))
         try:
             status = train.main([self.path, *self.overrides])
         except Exception as error:
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            status = LOST
+        if status in (LOST, train.STATUS[distributed.RendezvousError]):  # a lost rank or node, not a mistake that would come again
             status = UNFINISHED if _made_progress(run) else 1
-            if status == UNFINISHED:  # a lost rank, not a mistake that would come again
+            if status == UNFINISHED and self.requeue:
                 _requeue_and_wait(delay=3.0 * int(os.environ["RANK"]))
             os._exit(status)  # a rank may still hang in a collective with the lost one
         if status:
             os._exit(status)
         if not _finished(run):
-            _requeue_and_wait(delay=0.0 if os.environ["RANK"] == "0" else GRACE_SECONDS / 2)
+            if self.requeue:
+                _requeue_and_wait(delay=0.0 if os.environ["RANK"] == "0" else GRACE_SECONDS / 2)
             os._exit(UNFINISHED)
         return 0
 

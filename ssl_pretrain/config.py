@@ -19,6 +19,7 @@ from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.checkpoint import CheckpointConfig
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.guard import GuardConfig
+from ssl_pretrain.hardware import PlanConfig
 from ssl_pretrain.health import HealthConfig
 from ssl_pretrain.log import LogConfig
 from ssl_pretrain.methods.base import MethodConfig
@@ -39,6 +40,7 @@ class LaunchConfig:
 
     cluster: Literal["auto", "slurm", "local"] = "auto"  # auto: SLURM where sbatch is found, else this machine
     ranks: int = 0  # processes on each machine; 0: one a GPU, or one on CPU
+    max_restarts: int = 3  # of all ranks from the newest checkpoint, by torchrun, after one was lost; SLURM requeues instead
     hosts: str = ""  # a,b: prints the torchrun line of each host instead of starting anything
     port: int = 29500  # of the first host, where the ranks of several hosts meet
     nodes: int = 1  # the rest is for SLURM
@@ -84,6 +86,7 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = 0
     epochs: int = 100
     global_batch_size: int = 4096  # images an optimizer step, all ranks and parts
@@ -93,10 +96,18 @@ class RunConfig:
 
 # What may change when a run goes on: these do not change what is computed ...
 FREE = ("data.root", "data.num_workers", "data.loader", "data.cache_dir", "local_batch_size", "output")
-FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard")
-FREE_PARALLEL = ("parallel.threads", "parallel.deterministic", "parallel.timeout_seconds", "parallel.channels_last")
+FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard", "plan")
+FREE_PARALLEL = tuple(
+    f"parallel.{key}"
+    for key in (
+        "threads", "deterministic", "timeout_seconds", "channels_last",
+        "strategy", "reshard_after_forward", "activation_checkpointing", "compile", "cuda_graphs",
+    )
+)  # fmt: skip
 # ... and these do, knowingly.
 WARNED = ("epochs",)
+
+NOTHING_INTERPOLATED = "nothing is interpolated, so that no secret of the environment enters a logged config"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -108,6 +119,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override!r}: an override is key=value, such as optim.base_lr=0.3")
+        if "${" in override:
+            raise ConfigError(f"{override.partition('=')[0]}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
     written = OmegaConf.merge(_read_yaml(Path(path)), OmegaConf.from_dotlist(list(overrides)))
     assert isinstance(written, DictConfig), "a mapping merged with a mapping is one"
     if not OmegaConf.select(written, "output"):
@@ -138,9 +151,7 @@ def _read_yaml(path: Path) -> DictConfig:
         )
     text = path.read_text()
     if "${" in text:
-        raise ConfigError(
-            f"{path}: '${{' is not allowed: nothing is interpolated, so that no secret of the environment enters a logged config"
-        )
+        raise ConfigError(f"{path}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
     try:
         written = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     except yaml.YAMLError as error:
@@ -188,6 +199,7 @@ def check(config: RunConfig, world_size: int) -> None:
     try:
         recipe.check(config.views)
         group = parallel.group_images(config.parallel, config.global_batch_size)
+        parallel.check(config.parallel)
         config.method.check(config, world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None

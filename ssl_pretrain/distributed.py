@@ -10,19 +10,29 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-from contextlib import suppress
+import socket
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # torch 2.13 renamed both; 2.11 has the old names only
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _timeout_seconds = 600.0
 _cpu_group: Any = None  # gloo, for objects and stop requests: never on the accelerator's stream
+_signalled = False  # a stop was asked for before anybody could answer; see `note_signals`
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+class RendezvousError(RuntimeError):
+    """The ranks did not find each other; the message names the place, how long was waited, and what to look at."""
 
 
 def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float = 600.0) -> torch.device:
@@ -31,7 +41,11 @@ def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float 
     Args:
         threads: CPU threads of this rank; 0 shares the machine's cores evenly among its ranks.
         deterministic: ask torch for deterministic algorithms, for bit-for-bit runs on a GPU.
-        timeout_seconds: a collective or a step that takes longer ends the run, with this rank's stacks on stderr.
+        timeout_seconds: a collective or a step that takes longer ends the run, with this rank's stacks on stderr. So does
+            waiting for the other ranks here.
+
+    Raises:
+        RendezvousError: the first rank's host or port cannot be had, or a rank did not come.
     """
     global _cpu_group, _timeout_seconds
     _timeout_seconds = timeout_seconds
@@ -45,9 +59,32 @@ def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float 
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+        _meet("nccl" if cuda else "gloo", timeout, device if cuda else None)
         _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
     return device
+
+
+def _meet(backend: str, timeout: timedelta, device: torch.device | None) -> None:
+    """Joins the group, or says why not within the timeout and what to do."""
+    host, port, began = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), time.monotonic()
+    where = f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            break
+        except OSError as error:  # a name server may be late when a whole cluster starts
+            if time.monotonic() - began > min(30.0, timeout.total_seconds()):
+                raise RendezvousError(f"{where}: that host is not known here: {error}; give the first rank's name or address") from None
+            time.sleep(1)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = "another process has that port; give another (launch.port, torchrun --master-port)"
+        if "EADDRINUSE" not in str(error):
+            remedy = "see whether every rank was started, and whether the first one's machine lets that port be reached"
+        waited = f"after {time.monotonic() - began:.0f} s (parallel.timeout_seconds {timeout.total_seconds():g})"
+        raise RendezvousError(f"{where}: the ranks did not meet {waited}: {reason}; {remedy}") from None
 
 
 def stop() -> None:
@@ -56,6 +93,25 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _cpu_group = None
+
+
+@contextmanager
+def pretended(ranks: int) -> Iterator[None]:
+    """A process group of `ranks` ranks of which this process is the first and only one: its collectives send nothing and fill nothing.
+
+    For `--plan`, which runs a rank's program on tensors without memory.
+    """
+    if ranks == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a plan is made outside a run"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def available_cores() -> int:
@@ -89,6 +145,11 @@ def new_groups(ranks_per_group: int) -> Any:
         return None
     group, _ = dist.new_subgroups(ranks_per_group)
     return group
+
+
+def new_cpu_group() -> Any:
+    """A group of all ranks for what runs beside the training, on CPU: its messages never meet the training's. None for one process."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_timeout_seconds)) if world_size() > 1 else None
 
 
 def group_size(group: Any = None) -> int:
@@ -135,27 +196,77 @@ def reduce_sum(x: Tensor, group: Any = None) -> Tensor:
     return _ReduceSum.apply(x, group) if group_size(group) > 1 else x
 
 
-def gather_objects(value: Any) -> list[Any]:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of it alone, as FSDP's weights and their gradients."""
+    return isinstance(tensor, DTensor)
+
+
+def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each, sharing its memory: its rows of a sharded tensor, all of any other. Carries no graph."""
+    with torch.no_grad():
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norms of each list's tensors, (len(list),): of whole tensors, also where ranks hold shards. One collective for all."""
+    found = [torch.stack(torch._foreach_norm(shards(tensors))) for tensors in lists]
+    first = lists[0][0]
+    if not isinstance(first, DTensor):
+        return found
+    dims = [dim for dim, placement in enumerate(first.placements) if placement.is_shard()]
+    assert len(dims) == 1, "tensors are sharded along one dimension of the mesh"
+    total = reduce_sum(torch.cat(found).square(), first.device_mesh.get_group(dims[0])).sqrt()
+    return list(total.split([len(tensors) for tensors in lists]))
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """Every rank's `value`, in rank order. Sent as a pickle between the ranks of one run only."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_cpu_group)
+    dist.all_gather_object(values, value, group=group or _cpu_group)
     return values
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: Any, group: Any = None) -> Any:
     """Rank 0's `value`, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_cpu_group)
+    dist.broadcast_object_list(box, src=0, group=group or _cpu_group)
     return box[0]
 
 
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier(group=_cpu_group)
+
+
+def straggler(step: int, every_steps: int) -> dict[str, float]:
+    """Which rank the others wait for where a step begins, and how long, by the hosts' clocks: its images, its processor, its logging.
+
+    Measured every `every_steps`, on the CPU group. Time within a step is shared: there, all wait for each other in every collective.
+    """
+    if world_size() == 1 or step % every_steps:
+        return {}
+    began = time.monotonic()
+    barrier()
+    waited = gather_objects(time.monotonic() - began)
+    return {"straggler": waited.index(min(waited)), "straggler_seconds": max(waited) - min(waited)}
+
+
+def note_signals() -> None:
+    """From now on a request to stop is remembered until a `StopRequest` answers it: for the time in which a run is made ready.
+
+    It takes the place of handlers that would act at once, in the middle of a step, such as a scheduler's.
+    """
+    for number in (*STOP_SIGNALS, signal.SIGCONT):  # the last comes with SLURM's SIGTERM, and asks for nothing
+        signal.signal(number, _note)
+
+
+def _note(number: int, frame: Any) -> None:
+    global _signalled
+    _signalled |= number in STOP_SIGNALS
 
 
 class StopRequest:
@@ -166,8 +277,8 @@ class StopRequest:
     The reduction of one step travels on a CPU group while the next step computes, so asking costs nothing.
     """
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2), pretend_at: int | None = None):
-        self.requested = False
+    def __init__(self, signals: tuple[int, ...] = STOP_SIGNALS, pretend_at: int | None = None):
+        self.requested = _signalled
         self._pretend_at = pretend_at  # after this step rank 0 sends itself SIGUSR2, as a scheduler would
         self._pending: tuple[Tensor, Any] | None = None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the loader's processes block them, and so do those forked there

@@ -1,8 +1,9 @@
 """What happens when gradients are not finite: the step is masked (optim.py), and here counted, recorded, answered.
 
 Up to `max_skipped_steps` in a row are passed over. Then the weights go back to the newest checkpoint, while the data go on,
-so that the run does not meet the same batch in the same state; after `max_rollbacks` of those, the run stops. The sample
-numbers of skipped batches are kept in `<run>/skipped/`, for `python -m ssl_pretrain.replay RUN STEP`.
+so that the run does not meet the same batch in the same state; after `max_rollbacks` of those, the run stops. What skipped batches
+were made of is kept in `<run>/skipped/`, for `python -m ssl_pretrain.replay RUN STEP`: the sample numbers, the seed and the epoch, of
+which every draw is a function, and the checkpoint whose weights they met.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ class Guard:
         run: the run's folder.
         broken: says which embeddings are not finite; asked on every rank.
         roll_back: loads the newest checkpoint's weights and optimizer state, and says which; None where there is none.
+        drawn: `seed` and `steps_per_epoch`.
     """
 
     def __init__(
-        self, config: GuardConfig, run: Path, every_steps: int, broken: Callable[[], str], roll_back: Callable[[], str | None]
-    ):
-        self.config, self.run, self.every_steps = config, run, every_steps
+        self, config: GuardConfig, run: Path, every_steps: int, broken: Callable[[], str], roll_back: Callable[[], str | None],
+        drawn: dict[str, int],
+    ):  # fmt: skip
+        self.config, self.run, self.every_steps, self.drawn = config, run, every_steps, drawn
+        self._went_back: dict[str, int] = {}  # the last rollback: after this step, to the checkpoint of that one
         self.broken, self.roll_back = broken, roll_back
         self.rollbacks, self._streak = 0, 0
         self._seen: list[tuple[int, Tensor, Tensor]] = []  # step, skipped, the batch's sample numbers
@@ -73,6 +77,7 @@ class Guard:
             )
         self.rollbacks += 1
         self._streak = 0
+        self._went_back = {"rolled_back_after": step, "rolled_back_to": int(restored.rpartition("_")[2])}
         if distributed.is_main():
             print(f"{what}; weights and optimizer went back to {restored}, the data go on", flush=True)
 
@@ -81,4 +86,6 @@ class Guard:
         if distributed.is_main():
             folder = self.run / "skipped"
             folder.mkdir(exist_ok=True)
-            (folder / f"step_{step:08d}.json").write_text(json.dumps({"step": step, "indices": numbers}))
+            epoch = (step - 1) // self.drawn["steps_per_epoch"]
+            facts = {"step": step, "seed": self.drawn["seed"], "epoch": epoch, **self._went_back, "indices": numbers}
+            (folder / f"step_{step:08d}.json").write_text(json.dumps(facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -21,7 +22,7 @@ class Lock:
     """Held by rank 0 while the run lasts: `with Lock(run): ...` on every rank.
 
     A lock is stale, and taken over, if its process has gone from this machine, if it is of this very SLURM job (requeued),
-    or if another machine has not touched it for three minutes by the file system's own clock.
+    or if another machine has not touched it for three minutes by the file system's own clock; that is waited for.
 
     Raises:
         ValueError: another run has the folder; names its process, machine and job.
@@ -51,30 +52,51 @@ class Lock:
 
     def _take(self) -> str | None:
         """None once it is ours, else what to tell the user."""
-        self.run.mkdir(parents=True, exist_ok=True)
         mine = self.path.with_name(f".lock-{os.getpid()}-{time.monotonic_ns()}")
-        mine.write_text(json.dumps(self._own))
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            mine.write_text(json.dumps(self._own))
+        except OSError as error:
+            return f"output: {self.run} cannot be written to: {error.strerror or error}; give another output"
         try:
             os.link(mine, self.path)  # as O_EXCL, with the content already there
             return None
         except FileExistsError:
-            holder = self._holder()
-            silence = mine.stat().st_mtime - self.path.stat().st_mtime  # one clock, whatever the machines' say
-            if holder is not None and not self._stale(holder, silence):
+            problem = self._held(mine)
+            if problem is None:
+                os.replace(mine, self.path)
+            return problem
+        finally:
+            mine.unlink(missing_ok=True)
+
+    def _held(self, mine: Path) -> str | None:
+        """Who has the folder; None where its lock is stale. Another machine's is waited for, until it is heard of or too long silent."""
+        first_heard = self._heard()
+        while True:
+            os.utime(mine)
+            holder, silence = self._holder(), mine.stat().st_mtime - self._heard()  # one clock, whatever the machines' say
+            if holder is None or self._stale(holder, silence):
+                return None
+            if self._is_here(holder) or self._heard() > first_heard:
                 job = f", SLURM job {holder['job']}" if holder.get("job") else ""
                 return (
                     f"output: {self.run} is in use by process {holder.get('pid')} on {holder.get('host')}{job}, "
                     f"heard of {max(0, silence):.0f} s ago; give another output, or end that run"
                 )
-            os.replace(mine, self.path)
-            return None
-        finally:
-            mine.unlink(missing_ok=True)
+            time.sleep(0.5)
+
+    def _heard(self) -> float:
+        with suppress(FileNotFoundError):  # it has just ended
+            return self.path.stat().st_mtime
+        return -math.inf
+
+    def _is_here(self, holder: dict[str, Any]) -> bool:
+        return holder.get("host") == self._own["host"] and holder.get("boot") == self._own["boot"]
 
     def _stale(self, holder: dict[str, Any], silence: float) -> bool:
         if holder.get("job") and holder["job"] == self._own["job"]:
             return True
-        if holder.get("host") == self._own["host"] and holder.get("boot") == self._own["boot"]:
+        if self._is_here(holder):
             return _born(holder.get("pid", -1)) != holder.get("born")
         return silence > STALE_SECONDS
 

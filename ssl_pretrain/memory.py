@@ -78,6 +78,16 @@ def largest_part(share: int, multiple: int, cost: Callable[[int], int], room: in
     return found, measured
 
 
+def explain(error: BaseException) -> str:
+    """The error's own words; where a GPU's memory ran out, the rank and what to do about it as well."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return str(error)
+    return (
+        f"rank {distributed.rank()}: {str(error).partition(' If reserved')[0]} Feed fewer images at once: local_batch_size=auto takes the "
+        "most that fits, with the gradient of the whole batch; or take smaller crops or more ranks, then start the run again"
+    )
+
+
 def _from_proc(file: str, entry: str) -> int:
     try:
         line = next(line for line in Path(file).read_text().splitlines() if line.startswith(f"{entry}:"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain import distributed, probe
 
+T = TypeVar("T")
 Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]  # samples' numbers -> (normalized images, labels), in that order
 SIMILARITIES = 2**24  # float32 values held at once: 64 MiB
 
@@ -25,6 +28,11 @@ class OnlineConfig:
     probe: bool = True  # and a linear classifier on the same features, whenever the k-NN is measured
     max_train: int = 10000  # training images in the bank
     max_test: int = 2000  # training images held out of it as queries
+    on_failure: Literal["stop", "warn"] = "warn"  # where measuring fails, on any rank: end the run, or say so and train on
+
+
+class MeasureError(RuntimeError):
+    """A measurement failed on some rank; raised on all of them."""
 
 
 def weighted_knn(
@@ -110,7 +118,14 @@ class OnlineKNN:
 
     def at(self, step: int, backbone: nn.Module) -> dict[str, float]:
         """The accuracies after `step` steps, where they are due; else nothing."""
-        accuracy = self.measure(backbone) if self.due(step) else None
+        try:
+            accuracy = self.measure(backbone) if self.due(step) else None
+        except MeasureError as error:
+            if self.config.on_failure == "stop":
+                raise
+            if distributed.is_main():
+                warnings.warn(f"step {step}: {error}; the training goes on, as online.on_failure is warn", stacklevel=2)
+            return {}
         if accuracy is None:
             return {}
         return {"knn": accuracy} | ({} if self.probed is None else {"probe": self.probed})
@@ -124,24 +139,48 @@ class OnlineKNN:
         if not self.enabled:
             return None
         with untouched(backbone, self.device):
-            bank, queries = self._features(backbone, self.bank), self._features(backbone, self.queries)
+            own = _on_every_rank(lambda: [self._own_features(backbone, numbers) for numbers in (self.bank, self.queries)])
+        bank, queries = (self._of_all(features, numbers) for features, numbers in zip(own, (self.bank, self.queries)))
         bank_labels = torch.from_numpy(self.labels[self.bank]).to(self.device)
         mine = np.arange(distributed.rank(), len(self.queries), distributed.world_size())
         truth = torch.from_numpy(self.labels[self.queries[mine]]).to(self.device)
-        predicted = weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, int(self.labels.max()) + 1)
+        classes = int(self.labels.max()) + 1
+        predicted = _on_every_rank(
+            lambda: weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, classes)
+        )
         correct = distributed.reduce_sum((predicted == truth).sum().double())
         if self.config.probe:  # every rank fits the same classifier to the same bank, and asks it about its own queries
-            answered = probe.predict(bank, bank_labels, queries[mine], int(self.labels.max()) + 1)
+            answered = _on_every_rank(lambda: probe.predict(bank, bank_labels, queries[mine], classes))
             self.probed = distributed.reduce_sum((answered == truth).sum().double()).item() / len(self.queries)
         return correct.item() / len(self.queries)
 
-    def _features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
-        """Features of these images on every rank, float32 (len(numbers), dim), each rank having embedded its share."""
+    def _own_features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
+        """Features of this rank's share of these images, float32 (share, dim); the shares are equal."""
         ranks = distributed.world_size()
         padded = np.concatenate([numbers, np.repeat(numbers[-1:], -len(numbers) % ranks)])
-        own = [backbone(images.to(self.device)).float() for images, _ in self.images(padded[distributed.rank() :: ranks])]
-        features = distributed.gather(torch.cat(own))  # rank 0's share, then rank 1's, ...
-        return features.view(ranks, -1, features.shape[1]).transpose(0, 1).flatten(0, 1)[: len(numbers)]
+        return torch.cat([backbone(images.to(self.device)).float() for images, _ in self.images(padded[distributed.rank() :: ranks])])
+
+    def _of_all(self, own: Tensor, numbers: np.ndarray) -> Tensor:
+        """Features of these images on every rank, float32 (len(numbers), dim)."""
+        features = distributed.gather(own)  # rank 0's share, then rank 1's, ...
+        return features.view(distributed.world_size(), -1, features.shape[1]).transpose(0, 1).flatten(0, 1)[: len(numbers)]
+
+
+def _on_every_rank(own: Callable[[], T]) -> T:
+    """What `own` gives, once no rank has failed in it: one that leaves the others in a collective would hold them there.
+
+    Raises:
+        MeasureError: names the ranks and their errors, on all ranks.
+    """
+    try:
+        result, problem = own(), None
+    except Exception as error:
+        result, problem = None, f"{type(error).__name__}: {error}"
+    problems = distributed.gather_objects(problem)
+    found = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+    if found or result is None:
+        raise MeasureError(f"online k-NN failed on {'; '.join(found)}")
+    return result
 
 
 @contextmanager

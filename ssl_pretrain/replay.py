@@ -1,12 +1,15 @@
 """Repeats one step of a run alone and says where it breaks: python -m ssl_pretrain.replay RUN STEP
 
 The same images and views, drawn again from (seed, epoch, sample, view), meet the weights that the run had: those of the newest
-checkpoint before STEP, trained on to it. `--from-checkpoint` leaves the training out, for a first look. Nothing is written.
+checkpoint before STEP, trained on to it. A step that the run skipped is in its folder `skipped/`: its images are those noted there,
+and where the run had rolled back before it, so does this. `--from-checkpoint` leaves the training out, for a first look.
+Nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,12 +29,11 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     """What to tell of step `step`, line by line.
 
     Raises:
-        ValueError: the run has no checkpoint before that step.
+        ValueError: the run has no checkpoint before that step, or the data set now gives other images than were skipped.
     """
-    found = [path for path in checkpoint.checkpoints(run) if int(path.name.removeprefix("step_")) < step]
-    if not found:
-        raise ValueError(f"{run}: no checkpoint before step {step}; the oldest there is cannot have met that batch. Give a later step")
-    manifest, tensors = checkpoint.read(found[-1])
+    skipped = _noted(run, step)
+    start, first = _where_to_start(run, step, skipped)
+    manifest = checkpoint.opened(start)
     config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
     device = distributed.start(config.parallel.threads, config.parallel.deterministic)
     with loader.build(config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device) as batches:
@@ -41,8 +43,10 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         model = wrap(method, config, images, device)
         optimizer = optim.build(config.optim, method)
         stepper = Stepper(model, optimizer, config.parallel, config.seed, images, config.global_batch_size, config.optim, device)
-        checkpoint.State(method, optimizer, {}, {}).load(found[-1], tensors)
-        first = step - 1 if from_checkpoint else manifest["step"]
+        if skipped and skipped["indices"] != batches.indices(step - 1).tolist():
+            raise ValueError(f"{run}: step {step} skipped other images than the data set gives now; give the data that the run had")
+        checkpoint.State(method, optimizer, {}, {}).load(start)
+        first = step - 1 if from_checkpoint else first
         watch = _Watch()
         for now, batch in zip(range(first, step), batches.starting_at(first)):
             progress = now / manifest["last_step"]
@@ -50,7 +54,9 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
             if now == step - 1:
                 watch.begin(method)
             _, logs = stepper(now, progress, batch)
-        lines = [f"step {step} of {run}, from {found[-1].name}" + (" without the steps between" if from_checkpoint else "")]
+        lines = [f"step {step} of {run}, from {start.name}" + (" without the steps between" if from_checkpoint else "")]
+        if skipped:
+            lines.append(f"  skipped by the run; its {len(skipped['indices'])} images as noted in skipped/, of epoch {skipped['epoch']}")
         lines += [f"  {name}: {value.item():.6g}" for name, value in logs.items()]
         broken_views = [
             (number, batches.source.name(int(batch.indices[row])))
@@ -60,6 +66,27 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         lines += [f"  view {number} of {name} is not finite" for number, name in broken_views]
         lines.append(f"  first output that is not finite: {watch.broken or 'none'}")
         return lines + [f"  gradient norm of {name}: {norm:.6g}" for name, norm in watch.gradients.items()]
+
+
+def _noted(run: Path, step: int) -> dict[str, Any]:
+    """What the run noted of a step that it skipped; empty where it did not."""
+    note = run / "skipped" / f"step_{step:08d}.json"
+    return json.loads(note.read_text()) if note.exists() else {}
+
+
+def _where_to_start(run: Path, step: int, skipped: dict[str, Any]) -> tuple[Path, int]:
+    """The checkpoint whose weights led to that step, and after which step they went on."""
+    found = {int(path.name.removeprefix("step_")): path for path in checkpoint.checkpoints(run)}
+    before = [saved for saved in found if saved < step]
+    if not before:
+        raise ValueError(f"{run}: no checkpoint before step {step}; the oldest there is cannot have met that batch. Give a later step")
+    newest = max(before)
+    if newest > skipped.get("rolled_back_after", newest):
+        return found[newest], newest
+    back = skipped.get("rolled_back_to", newest)
+    if back not in found:
+        raise ValueError(f"{run}: step {step} went on from the checkpoint of step {back}, which is no longer there. Give a later step")
+    return found[back], skipped.get("rolled_back_after", newest)
 
 
 class _Watch:

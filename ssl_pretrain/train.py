@@ -24,8 +24,12 @@ from ssl_pretrain.guard import Guard
 from ssl_pretrain.lock import Lock
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.online import OnlineKNN
+from ssl_pretrain.restarts import after_a_mistake, note_mistake
 from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import colour, crops, recipe
+
+# how `main` ends where it is not the user's mistake, from sysexits.h: EX_UNAVAILABLE, EX_IOERR
+STATUS: dict[type[Exception], int] = {distributed.RendezvousError: 69, checkpoint.SaveError: 74}
 
 
 def train(config: RunConfig, device: torch.device, stop_after: int | None = None, fake_preempt: int | None = None) -> int:
@@ -57,7 +61,8 @@ def _train(
         config.log, run, first_step=first_step, last_step=last_step, steps_per_epoch=batches.steps_per_epoch,
         global_batch_size=config.global_batch_size, config=state.config, facts=state.facts,
     )  # fmt: skip
-    guard = Guard(config.guard, run, config.log.every_steps, stepper.broken_embeddings, partial(state.roll_back, run))
+    drawn = {"seed": config.seed, "steps_per_epoch": batches.steps_per_epoch}
+    guard = Guard(config.guard, run, config.log.every_steps, stepper.broken_embeddings, partial(state.roll_back, run), drawn)
     knn = online_knn(config, batches, device)
     end = min(last_step, first_step + stop_after) if stop_after else last_step
     step = first_step
@@ -66,12 +71,14 @@ def _train(
         logger.views(step, batch.views, config.views.mean, config.views.std)
         progress = (step - 1) / last_step
         rates = optim.set_rates(optimizer, config.optim, progress, config.epochs, config.global_batch_size)
+        straggler = distributed.straggler(step, config.log.every_steps)
         embeddings, logs = stepper(step - 1, progress, batch)
         measured = health.at(step, embeddings, config.health) | knn.at(step, method.get_submodule(method.evaluated))
-        logger.step(step, logs, rates, measured)
+        logger.step(step, logs, rates, measured | straggler)
         guard.after(step, batch.indices, logs)
         stopping = stop.agreed(step) or step == end
         if stopping or checkpoint.due(config.checkpoint, step, last_step, batches.steps_per_epoch):
+            parallel.check_copies(model)
             state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
         if stopping:
             break
@@ -137,10 +144,7 @@ def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.
 
 def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:
     """Prepares the run's folder, loads its newest checkpoint and returns the steps done; 0 for a fresh run."""
-    if distributed.is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint.clean(run)
-    distributed.barrier()
+    checkpoint.prepare(run)
 
     def compare(manifest: dict) -> None:
         configuration.compare_for_resume(manifest["config"], config, str(run / "checkpoints" / f"step_{manifest['step']:08d}"))
@@ -184,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=/data/imagenet
   python -m ssl_pretrain.train configs/simclr_imagenet.yaml --plan             what would run, without running it
 
-keys: method, backbone, data, views, optim, parallel, checkpoint, log, online, health, launch, evaluation (each a section),
+keys: method, backbone, data, views, optim, parallel, checkpoint, log, online, health, launch, evaluation, plan (each a section),
 seed, epochs, global_batch_size, local_batch_size, output. --plan prints all of them with their values.
 methods: """
         + ", ".join(methods.names()),
@@ -200,23 +204,26 @@ methods: """
     parser.add_argument(
         "--stop-after", type=int, metavar="STEPS", help="stop as a pre-empted run would, after so many more steps, saved and resumable"
     )
-    parser.add_argument(
-        "--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once"
-    )
+    parser.add_argument("--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once")
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
+    if after_a_mistake():
+        return 2
     try:
         config = configuration.load(options.config, options.overrides)
         if options.plan:
-            print(plan.describe(config))
+            print(plan.describe(config, plan.ranks(config, here=1)))
             return 0
         settings = config.parallel
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
         train(config, device, options.stop_after, options.fake_preempt)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, distributed.RendezvousError) as error:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
+        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 2)
+        if status == 2:
+            note_mistake()
+        return status
     finally:
         distributed.stop()
     return 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_table import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_logreport, pytest_sessionfinish, seen  # noqa: F401
 
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)  # as the CPU presets: the same bits here as in the runs that tests start, and no slower on small tensors

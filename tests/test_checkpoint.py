@@ -64,6 +64,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.case(8)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, damage):
     file = run / "checkpoints" / "step_00000004" / "method.safetensors"
@@ -101,6 +102,7 @@ def test_resuming_can_be_refused(run):
     assert str(error.value) == f"output: {run} holds step_00000004 already and checkpoint.resume is false; give another output, or resume"
 
 
+@pytest.mark.case(6)
 def test_a_full_disk_loses_nothing(run, monkeypatch):
     def full(tensors, path):
         path.write_bytes(b"half")

@@ -48,6 +48,10 @@ def refused(path, *overrides, world_size=None) -> str:
         ("method.name=simclrr", f"run.yaml: method.name: 'simclrr' is not a method; choose one of: {', '.join(methods.names())}"),
         ("method.queue_size=3", "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims, without_projector"),
         ("optim", "'optim': an override is key=value, such as optim.base_lr=0.3"),
+        (
+            "log.name=${oc.env:WANDB_API_KEY}",
+            "log.name: '${' is not allowed: nothing is interpolated, so that no secret of the environment enters a logged config",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named(path, override, message):
@@ -120,6 +124,7 @@ def test_a_config_survives_its_manifest(path):
     assert config.from_dict(config.to_dict(loaded)) == loaded
 
 
+@pytest.mark.case(25)
 def test_what_may_change_on_a_resume_is_free_warned_or_refused(path):
     saved = config.to_dict(load(path))
     config.compare_for_resume(

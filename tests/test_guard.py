@@ -16,7 +16,7 @@ SKIPPED, TAKEN = {"skipped_steps": torch.tensor(1.0)}, {"skipped_steps": torch.t
 
 
 def _guard(run, roll_back, rollbacks=1):
-    return Guard(GuardConfig(3, rollbacks), run, 2, lambda: "z_a of rank 0 since step 5", roll_back)
+    return Guard(GuardConfig(3, rollbacks), run, 2, lambda: "z_a of rank 0 since step 5", roll_back, {"seed": 7, "steps_per_epoch": 3})
 
 
 def _take(guard, flags, first=1):
@@ -28,7 +28,7 @@ def test_skipped_steps_are_recorded_with_their_images_and_a_few_are_passed_over(
     _take(_guard(tmp_path, lambda: pytest.fail("too early")), [1, 1, 0, 1, 1, 0])
     found = {file.name: json.loads(file.read_text()) for file in (tmp_path / "skipped").iterdir()}
     assert sorted(found) == [f"step_0000000{step}.json" for step in (1, 2, 4, 5)]
-    assert found["step_00000004.json"] == {"step": 4, "indices": [40, 41]}
+    assert found["step_00000004.json"] == {"step": 4, "seed": 7, "epoch": 1, "indices": [40, 41]}
 
 
 def test_too_many_in_a_row_roll_back_and_then_stop(tmp_path, capsys):
@@ -47,6 +47,10 @@ def test_too_many_in_a_row_roll_back_and_then_stop(tmp_path, capsys):
         "last finite step. Lower optim.base_lr, lengthen optim.warmup_epochs, or train in float32; resuming goes on from the last "
         f"checkpoint. `python -m ssl_pretrain.replay {tmp_path} 8` repeats that step"
     )
+    went_back = {"rolled_back_after": 4, "rolled_back_to": 2}
+    assert json.loads((tmp_path / "skipped" / "step_00000007.json").read_text()) == {
+        "step": 7, "seed": 7, "epoch": 2, **went_back, "indices": [70, 71],
+    }  # fmt: skip
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):

@@ -37,9 +37,9 @@ def test_it_trains_evaluates_and_reports(tmp_path):
 def test_hosts_print_the_exact_lines(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert pretrain.main([str(path), "launch.hosts=a,b", "launch.ranks=4", "seed=3"]) == 0
-    meet = "torchrun --nnodes 2 --node-rank {} --master-addr a --master-port 29500 --nproc-per-node 4"
-    train = f"-m ssl_pretrain.train {path} launch.ranks=4 seed=3"
-    assert capsys.readouterr().out.splitlines() == ["# on a", f"{meet.format(0)} {train}", "# on b", f"{meet.format(1)} {train}"]
+    meet = "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id run --rdzv-conf is_host={} --local-addr {}"
+    train = f"--max-restarts 3 --nproc-per-node 4 -m ssl_pretrain.train {path} launch.ranks=4 seed=3"
+    assert capsys.readouterr().out.splitlines() == ["# on a", f"{meet.format(1, 'a')} {train}", "# on b", f"{meet.format(0, 'b')} {train}"]
 
 
 def test_a_plan_trains_nothing(tmp_path, capsys):
@@ -98,9 +98,24 @@ def test_what_is_asked_of_slurm(tmp_path):
     assert slurm.ranks(run) == 16 and asked["nodes"] == 2 and asked["tasks_per_node"] == 8 and asked["cpus_per_task"] == 12
     assert asked["timeout_min"] == 90 and asked["slurm_partition"] == "gpu" and asked["mem_gb"] == 900
     assert asked["slurm_additional_parameters"] == {"open_mode": "append", "requeue": True, "gpus_per_node": 8}
+    settings += ["launch.requeue=false", "launch.chain=3"]
+    once = config.load(tmp_path / "tiny.yaml", settings)
+    assert slurm.request(once)["slurm_additional_parameters"] == {"open_mode": "append", "no_requeue": True, "gpus_per_node": 8}
     with pytest.raises(config.ConfigError) as error:
         slurm.request(config.load(tiny.config(tmp_path / "b"), ["launch.hours=0.01"]))
     assert str(error.value) == "launch.signal_seconds: 120 leaves nothing of launch.hours: 0.01; give less"
+
+
+def test_a_plan_shows_what_is_asked_of_slurm(tmp_path, capsys):
+    path = tiny.config(tmp_path)
+    asked = ["launch.cluster=slurm", "launch.nodes=2", "launch.gpus_per_node=4", "launch.hours=1.5", "data.num_workers=12", "launch.memory_gb=900"]
+    assert pretrain.main([str(path), "--plan", *asked, "launch.partition=gpu", "launch.chain=3", "evaluation.at_end=[knn]"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "SLURM job: 3 x pretraining, one after the other (run): 2 nodes x 4 tasks = 8 ranks, 12 CPUs a task, 4 GPUs a node, 900 GB a node, "
+        "90 min, SIGUSR2 120 s before, requeued until the run has ended, partition gpu",
+        "SLURM job: knn, 1 task, after the pretraining has ended well",
+    ]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_pretended_preemption_saves_and_the_run_goes_on(tmp_path, capsys):

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from conftest import run_ranks
@@ -50,9 +52,22 @@ def test_a_number_given_again_is_not_the_process_that_was(tmp_path):
         pass
 
 
+@pytest.mark.case(28)
 def test_another_machine_is_believed_while_it_is_heard(tmp_path, monkeypatch):
     _write(tmp_path, host="elsewhere", job="77")
-    assert "on elsewhere, SLURM job 77, heard of 0 s ago" in _refused(tmp_path)
+    refused = threading.Event()
+
+    def lives() -> None:
+        while not refused.wait(0.3):
+            os.utime(tmp_path / "lock.json")
+
+    other = threading.Thread(target=lives)
+    other.start()
+    try:
+        assert "on elsewhere, SLURM job 77, heard of 0 s ago" in _refused(tmp_path)
+    finally:
+        refused.set()
+        other.join()
     monkeypatch.setenv("SLURM_JOB_ID", "77")  # requeued on another node
     with Lock(tmp_path):
         pass
@@ -62,6 +77,15 @@ def test_another_machine_is_believed_while_it_is_heard(tmp_path, monkeypatch):
     os.utime(tmp_path / "lock.json", (past, past))
     with Lock(tmp_path):
         pass
+
+
+def test_another_machine_that_stays_silent_is_waited_for(tmp_path, monkeypatch):
+    """A machine that lost its power a moment ago and a run that is well look alike, until one of them is heard."""
+    _write(tmp_path, host="elsewhere")
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    began = time.monotonic()
+    with Lock(tmp_path):
+        assert 1.5 < time.monotonic() - began < 60
 
 
 def test_an_unreadable_lock_is_taken_over(tmp_path):

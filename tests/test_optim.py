@@ -87,6 +87,7 @@ def test_a_lars_step_on_resnet50_is_few_operations(convention):
     assert len(whole.names) <= 35, whole.names
 
 
+@pytest.mark.case(20)
 def test_a_zero_weight_moves_with_trust_one():
     weight = nn.Parameter(torch.zeros(2, 2))
     optimizer = LARS([{"params": [weight], "names": ["w"], "lr": 0.1}], momentum=0.0, trust_coefficient=0.001, convention="classic")

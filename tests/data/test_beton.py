@@ -256,6 +256,7 @@ class TestMessages:
     def stored(self, tmp_path) -> Beton:
         return written(tmp_path / "data", n=12)
 
+    @pytest.mark.case(15)
     def test_files_that_do_not_open(self, stored, tmp_path):
         path, size = Path(stored.where), os.stat(stored.where).st_size
         os.truncate(path, size - 100)

@@ -191,6 +191,7 @@ class TestChoice:
 class TestFaultsOfFFCV:
     """Each ends in a right batch or a clear error, within the time limit of this file."""
 
+    @pytest.mark.case(18)
     def test_1_the_order_of_operations_cannot_be_wrong(self, stored, expected):
         """FFCV loops for ever on one; here the recipe's keys come in any order, and the views are the same."""
         written = yaml.safe_dump({name: dict(reversed(asdict(crop).items())) for name, crop in VIEWS.crops.items()}, sort_keys=False)
@@ -198,6 +199,7 @@ class TestFaultsOfFFCV:
         assert isinstance(read, ViewsConfig)
         assert digests(loader(stored, views=read), 0, 2) == expected[:2]
 
+    @pytest.mark.case(17)
     @pytest.mark.parametrize("part", ["make", "scratch_for"])
     def test_2_an_exception_of_a_thread_is_the_trainers(self, part, stored, monkeypatch):
         """FFCV's consumer waits for ever."""
@@ -227,6 +229,7 @@ class TestFaultsOfFFCV:
         gc.collect()
         assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
 
+    @pytest.mark.case(14)
     @pytest.mark.parametrize("damage", ["header", "scan", "other size", "no jpeg"])
     def test_4_a_damaged_image_is_replaced_and_counted(self, damage, damageable):
         """FFCV gives a black image, or that of an earlier batch, and says nothing."""
@@ -249,6 +252,7 @@ class TestFaultsOfFFCV:
         source.read = lambda index: read(6 if index == 5 else index)
         assert torch.equal(next(whole.starting_at(0)).views[0], batch.views[0])    # all others are their own
 
+    @pytest.mark.case(14)
     def test_4_more_than_a_few_damaged_images_stop_the_run(self, damageable):
         for index in (5, 9):
             ruin(damageable, index, "no jpeg")
@@ -267,6 +271,7 @@ class TestFaultsOfFFCV:
         with loader(damageable) as batches, pytest.raises(RuntimeError, match=r"none of the 24 images of .*train.beton can be decoded"):
             next(batches.starting_at(0))
 
+    @pytest.mark.case(15)
     def test_5_an_unfinished_file_does_not_open(self, damageable):
         """FFCV opens it, with a million rows of garbage."""
         with open(damageable.where, "r+b") as file:
@@ -305,6 +310,7 @@ def ruin(source: Beton, index: int, damage: str) -> None:
 
 
 class TestFailures:
+    @pytest.mark.case(16)
     def test_a_file_that_becomes_shorter_names_the_image(self, damageable):
         with loader(damageable, global_batch_size=24) as batches:
             last = int(np.argmax(damageable.samples.place))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,29 +20,33 @@ from ssl_pretrain import checkpoint
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "cluster.sh"
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+SECRET = "f00d" * 10  # as long as a W&B key
+FEW = ["parallel.bn_group_images=6"]  # waits in a step, on a machine whose cores are fewer than the ranks
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """`cluster("node-down", "n2")` and the like; SLURM_CONF is set. Skips where there is no SLURM."""
     folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=120)
+    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=300)
     if started.returncode == 77:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stderr
     os.environ["SLURM_CONF"] = started.stdout.strip()
-    yield lambda *arguments: subprocess.run([CLUSTER, arguments[0], folder, *arguments[1:]], check=True, timeout=60)
-    subprocess.run([CLUSTER, "down", folder], check=True, timeout=60)
+    yield lambda *arguments: subprocess.run([CLUSTER, arguments[0], folder, *arguments[1:]], check=True, timeout=120)
+    subprocess.run([CLUSTER, "down", folder], check=True, timeout=120)
     del os.environ["SLURM_CONF"]
 
 
-def submitted(path, *overrides):
+def submitted(path, *overrides, script="pretrain"):
     """The job ids that launch/pretrain.py says."""
-    command = [sys.executable, "launch/pretrain.py", str(path), "launch.cluster=slurm", "launch.nodes=2", "launch.ranks=2", *overrides]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, f"launch/{script}.py", str(path), "launch.cluster=slurm", "launch.nodes=2", "launch.ranks=2", *overrides]
+    environment = {**os.environ, "WANDB_API_KEY": SECRET}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    return re.findall(r"(?:ranks|pretraining|knn:|,) (\d+)", result.stdout.partition("follow it")[0])
+    assert SECRET not in result.stdout + result.stderr
+    return re.findall(r"(?:ranks|pretraining|knn:|SLURM:|,) (\d+(?:_\d+)?)", result.stdout.partition("follow it")[0])
 
 
 def show(job):
@@ -49,7 +54,7 @@ def show(job):
     return dict(entry.split("=", 1) for entry in text.split() if "=" in entry)
 
 
-def until(what, condition, job, seconds=240):
+def until(what, condition, job, seconds=1200):
     """Waits; a requeued job starts at once instead of after SLURM's two minutes."""
     end = time.monotonic() + seconds
     while not condition():
@@ -66,19 +71,38 @@ def steps_logged(run):
 
 def undisturbed(path, output, *overrides):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "ssl_pretrain.train"]
-    result = subprocess.run([*command, str(path), f"output={output}", *overrides], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    result = subprocess.run([*command, str(path), f"output={output}", *overrides], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return checkpoint.read(checkpoint.newest(output))
+
+
+def wandb_steps(run):
+    """The steps of the offline W&B run's records, segment after segment as they would be synchronized."""
+    from wandb.proto import wandb_internal_pb2 as messages
+    from wandb.sdk.internal.datastore import DataStore
+
+    steps = []
+    for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        with contextlib.suppress(AssertionError):  # a segment whose writer died ends in the middle of a record
+            while (content := store.scan_data()) is not None:
+                record = messages.Record()
+                record.ParseFromString(content)
+                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                steps += [record.history.step.num] if "loss" in items else []
+    return steps
 
 
 def logs_of(run):
     return "\n".join(f"== {file.name}\n{file.read_text()[-1500:]}" for file in sorted((run / "slurm").glob("*_log.*")))
 
 
-def test_preempted_once_and_evaluated(cluster, tmp_path):
+@pytest.mark.case(4)
+def test_preempted_once_and_evaluated(cluster, tmp_path, seen):
     """The smoke: one signal, one requeue by the job itself, the same bits, then k-NN as a job of its own."""
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    jobs = submitted(path, "epochs=30", "evaluation.at_end=[knn]")
+    jobs = submitted(path, *FEW, "epochs=30", "evaluation.at_end=[knn]")
     assert len(jobs) == 2
     until("training", lambda: steps_logged(run)[-1] >= 10, jobs[0])
     subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
@@ -87,35 +111,82 @@ def test_preempted_once_and_evaluated(cluster, tmp_path):
     assert show(jobs[1])["JobState"] == "COMPLETED" and (run / "eval" / "knn.json").exists(), logs_of(run)
     assert stat.S_IMODE((run / "slurm").stat().st_mode) == 0o700
     manifest, tensors = checkpoint.read(checkpoint.newest(run))
-    _, expected = undisturbed(path, tmp_path / "straight", "epochs=30")
+    _, expected = undisturbed(path, tmp_path / "straight", *FEW, "epochs=30")
     assert manifest["step"] == 90 and all(torch.equal(tensors[name], value) for name, value in expected.items())
-    steps = steps_logged(run)
-    assert steps == list(range(1, 91))
+    assert steps_logged(run) == list(range(1, 91))
+    files = [file for file in run.rglob("*") if file.is_file()]
+    assert len(files) > 10 and not [file for file in files if SECRET.encode() in file.read_bytes()]
+    asked = subprocess.run(["scontrol", "show", "job", "-d", jobs[0]], capture_output=True, text=True, check=True).stdout
+    assert SECRET not in asked
+    seen(f"SLURM, 4 ranks on 2 nodes: pre-empted once, the same job again, the same bits; the W&B key in none of {len(files)} files")
 
 
 @pytest.mark.full
-def test_preempted_twice_and_a_node_lost(cluster, tmp_path):
+@pytest.mark.case(1)
+@pytest.mark.case(4)
+def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    more = ["epochs=80", "checkpoint.every_epochs=2", "log.wandb=offline"]
+    more = [*FEW, "epochs=40", "checkpoint.every_epochs=2", "log.wandb=offline"]
     (job,) = submitted(path, "evaluation.at_end=[]", *more)
     until("training", lambda: steps_logged(run)[-1] >= 10, job)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     until("the first requeue", lambda: show(job)["Restarts"] == "1", job)
-    until("more steps", lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] >= 60, job)
+    until("more steps", lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] >= 40, job)
     subprocess.run(["scontrol", "requeue", job], check=True)
     until("the second requeue", lambda: show(job)["Restarts"] == "2" and show(job)["JobState"] == "RUNNING", job)
-    until("more steps", lambda: steps_logged(run)[-1] >= 110, job)
+    until("more steps", lambda: steps_logged(run)[-1] >= 70, job)
     cluster("node-down", "n2")
-    until("the third requeue", lambda: show(job)["Restarts"] == "3", job, 120)
+    until("the third requeue", lambda: show(job)["Restarts"] == "3", job)
     cluster("node-up", "n2")
     until("the end", lambda: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
     assert show(job)["JobState"] == "COMPLETED", logs_of(run)
     manifest, tensors = checkpoint.read(checkpoint.newest(run))
     _, expected = undisturbed(path, tmp_path / "straight", *more)
-    assert manifest["step"] == 240 and all(torch.equal(tensors[name], value) for name, value in expected.items())
-    assert steps_logged(run) == list(range(1, 241))
+    assert manifest["step"] == 120 and all(torch.equal(tensors[name], value) for name, value in expected.items())
+    assert steps_logged(run) == list(range(1, 121))
     offline = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
     assert offline == {manifest["wandb_id"]}
+    sent = wandb_steps(run)
+    assert sent == sorted(set(sent)) and sent[-1] == 120 and len(sent) > 90, sent
+    seen(
+        f"SLURM, 4 ranks on 2 nodes: SIGUSR2, `scontrol requeue`, then a node killed: job {job} {show(job)['Restarts']} times again, the same "
+        f"bits, one W&B run whose {len(sent)} steps neither repeat nor go back"
+    )
+
+
+@pytest.mark.full
+@pytest.mark.case(4)
+def test_a_time_limit_ends_nothing(cluster, tmp_path, seen):
+    """SLURM itself sends the signal, up to a minute earlier than asked."""
+    path, run = tiny.config(tmp_path), tmp_path / "run"
+    more = ["epochs=100000", "launch.hours=0.05", "launch.signal_seconds=90", "log.every_steps=20"]
+    (job,) = submitted(path, *FEW, *more, "evaluation.at_end=[]")
+    until("the limit", lambda: show(job)["Restarts"] == "1", job)
+    saved = checkpoint.verify(checkpoint.newest(run))["step"]
+    until("training again", lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] > saved + 20, job)
+    subprocess.run(["scancel", job], check=True)
+    until("the end", lambda: show(job)["JobState"] == "CANCELLED", job)
+    assert f"resumed {run} after step {saved}" in logs_of(run)
+    seen(f"SLURM, time limit of 3 minutes: saved at step {saved}, the same job again from there")
+
+
+@pytest.mark.full
+def test_a_chain_of_jobs_that_are_not_requeued_and_an_array(cluster, tmp_path):
+    path, run = tiny.config(tmp_path), tmp_path / "run"
+    jobs = submitted(path, *FEW, "epochs=30", "evaluation.at_end=[]", "launch.requeue=false", "launch.chain=2")
+    assert len(jobs) == 2
+    until("training", lambda: steps_logged(run)[-1] >= 10, jobs[0])
+    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
+    until("the end", lambda: show(jobs[1])["JobState"] in ("COMPLETED", "FAILED"), jobs[1])
+    assert (show(jobs[0])["JobState"], show(jobs[0])["Restarts"]) == ("FAILED", "0"), logs_of(run)
+    assert show(jobs[1])["JobState"] == "COMPLETED" and checkpoint.verify(checkpoint.newest(run))["step"] == 90, logs_of(run)
+    assert steps_logged(run) == list(range(1, 91))
+    array = submitted(path, *FEW, "seed=0,1", "epochs=2", "evaluation.at_end=[]", f"output={tmp_path / 'sweep'}", script="sweep")
+    assert len(array) == 2 and len({job.partition("_")[0] for job in array}) == 1
+    for job, seed in zip(array, (0, 1)):
+        until("the array", lambda job=job: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
+        assert show(job)["JobState"] == "COMPLETED", logs_of(tmp_path / "sweep")
+        assert checkpoint.verify(checkpoint.newest(tmp_path / "sweep" / f"seed={seed}"))["config"]["seed"] == seed
 
 
 def test_a_checkpoint_is_judged_by_a_job_of_its_own(cluster, tmp_path):

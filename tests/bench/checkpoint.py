@@ -1,0 +1,110 @@
+"""What a checkpoint adds to the step in which it falls, written behind the training or before it goes on.
+
+PYTHONPATH=. .venv/bin/python tests/bench/checkpoint.py [--backbone resnet50] [--images 8] [--size 64] [--repeats 5] [--folder DIR]
+
+BYOL with LARS: student, teacher and momentum buffers, which a checkpoint holds. In turn: a step alone, a step that ends in a copy of that
+state to host memory, one that ends in a save which the disk has before the training goes on, one that ends in a save behind it; then the
+step after that, which shares the processor with the writing, and the wait for the end of it, which no step pays unless the next save comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from measure import interleaved, mib, versions
+
+from ssl_pretrain import checkpoint, optim, parallel
+from ssl_pretrain.backbones import BackboneConfig, build
+from ssl_pretrain.checkpoint import CheckpointConfig, State
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.methods import byol
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.step import Stepper
+
+SYNC, ASYNC = CheckpointConfig(asynchronous=False, keep_last=1), CheckpointConfig(asynchronous=True, keep_last=1)
+
+
+class Run:
+    """A training whose steps are its calls."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device):
+        torch.manual_seed(0)
+        method = byol.Config().build(build(BackboneConfig(name=options.backbone), options.size))
+        method.num_steps, method.steps_per_epoch = 1000, 100
+        settings, recipe = ParallelConfig(), OptimConfig(name="lars")
+        labels = torch.zeros(options.images, dtype=torch.int64, device=device)
+        views = [torch.randn(options.images, 3, options.size, options.size, device=device) for _ in range(2)]
+        self.batch = Batch(parallel.place(views, settings, device), labels, labels)
+        model = parallel.wrap(
+            method, settings, images=options.images, global_batch_size=options.images, device=device, example=self.batch
+        )
+        optimizer = optim.build(recipe, method)
+        optim.set_rates(optimizer, recipe, 0.5, 100, options.images)
+        self.stepper = Stepper(model, optimizer, settings, 0, options.images, options.images, recipe, device)
+        self.state = State(method, optimizer, {}, {})
+        self.folder, self.number = Path(tempfile.mkdtemp(dir=options.folder)), 0
+
+    def step(self) -> None:
+        self.stepper(self.number, 0.5, self.batch)
+        self.number += 1
+
+    def step_and_copy(self) -> None:
+        self.step()
+        self.state._snapshot(self.number)
+
+    def step_and_save(self, settings: CheckpointConfig) -> None:
+        self.step()
+        self.state.save(self.folder, self.number, settings, 100, wait=False)
+
+    def finish_writing(self) -> None:
+        self.state._written()
+
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in checkpoint.newest(self.folder).iterdir())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", help="where to write; the disk that is measured")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(options, device)
+    candidates = {
+        "a step": run.step,
+        "a step and the copy to host memory": run.step_and_copy,
+        "a step and a save, waited for": lambda: run.step_and_save(SYNC),
+        "a step and a save behind it": lambda: run.step_and_save(ASYNC),
+        "the step after that, while it is written": run.step,
+        "waiting for the rest of the writing": run.finish_writing,
+    }
+    for candidate in candidates.values():
+        candidate()
+    seconds = interleaved(candidates, options.repeats, device)
+    print(versions("timm", "safetensors"))
+    print(
+        f"BYOL, {options.backbone} at {options.size} pixels, {options.images} images, LARS; a checkpoint of {mib(run.bytes())}; "
+        f"median of {options.repeats}, in turn"
+    )
+    for name, value in seconds.items():
+        print(f"{name:42s} {value:8.3f} s")
+    alone, copied, waited, behind, after, _ = seconds.values()
+    print(f"added to its step: copy {copied - alone:.3f} s, save waited for {waited - alone:.3f} s, save behind {behind - alone:.3f} s")
+    print(
+        f"ratios: sync_added_over_step={(waited - alone) / alone:.3f} async_added_over_step={(behind - alone) / alone:.3f} "
+        f"copy_added_over_step={(copied - alone) / alone:.3f} next_step_over_step={after / alone:.3f} "
+        f"async_added_over_sync_added={(behind - alone) / max(waited - alone, 1e-9):.3f}"
+    )
+    shutil.rmtree(run.folder)
+
+
+if __name__ == "__main__":
+    main()
