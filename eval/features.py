@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from ssl_pretrain.views import colour
 
 RECALIBRATION = 10000
 RAW_SIZE = 32  # raw pixels of larger views are averaged down to this: 3,072 numbers
+ROWS = ("raw", "random", "pretrained")
+SMALL_VIT = 384  # numbers of a ViT-S's token
 
 
 @dataclass
@@ -28,17 +31,66 @@ class Judged:
     centred: bool = False  # k-NN subtracts the training mean: true of raw pixels
 
 
-def judged(run: Run, train: Part) -> Iterator[Judged]:
+def judged(run: Run, train: Part, rows: Sequence[str] = ROWS) -> Iterator[Judged]:
     """What every table compares, in this order: raw pixels, the random backbone as built and recalibrated, the pretrained one."""
-    yield Judged("raw pixels", lambda part, offset=(0, 0): raw_pixels(part, offset), centred=True)
-    yield _of("random, as built", random_backbone(run))
-    if _batch_norms(run.backbone):
-        yield _of("random, recalibrated", random_backbone(run, train))
-    yield _of("pretrained", run.backbone)
+    if "raw" in rows:
+        yield Judged("raw pixels", lambda part, offset=(0, 0): raw_pixels(part, offset), centred=True)
+    for name, backbone in networks(run, train, rows):
+        yield Judged(name, lambda part, offset=(0, 0), backbone=backbone: extract(backbone, part, offset))
 
 
-def _of(name: str, backbone: nn.Module) -> Judged:
-    return Judged(name, lambda part, offset=(0, 0): extract(backbone, part, offset))
+def networks(run: Run, train: Part, rows: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The backbones of a table's rows, each when its turn comes: (name, in evaluation mode on the run's device)."""
+    if "random" in rows:
+        yield "random, as built", random_backbone(run)
+        if _batch_norms(run.backbone):
+            yield "random, recalibrated", random_backbone(run, train)
+    if "pretrained" in rows:
+        yield "pretrained", run.backbone
+
+
+class Feature(nn.Module):
+    """What a linear protocol reads from a backbone: `pooled`, its own output, or of a ViT's tokens
+
+    last4: the CLS tokens of the last four blocks, each through the last norm, side by side (DINO's choice for ViT-S);
+    cls_mean: the last block's CLS token and the mean of its patch tokens (DINO's for ViT-B).
+
+    Raises:
+        ValueError: the backbone has no such tokens.
+    """
+
+    def __init__(self, backbone: nn.Module, name: str):
+        super().__init__()
+        self.backbone, self.name = backbone, name
+        model: Any = backbone.model
+        if name != "pooled" and not getattr(model, "num_prefix_tokens", None):
+            raise ValueError(f"--feature {name}: {type(model).__name__} has no class token; give pooled")
+        self.num_blocks = min(4, len(model.blocks)) if name == "last4" else 1
+        copies = {"pooled": 1, "last4": self.num_blocks, "cls_mean": 2}[name]
+        self.feature_dim: int = copies * backbone.feature_dim  # type: ignore[assignment, operator]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.name == "pooled":
+            return self.backbone(images)
+        model: Any = self.backbone.model
+        blocks = model.get_intermediate_layers(images, self.num_blocks, return_prefix_tokens=True, norm=True)
+        tokens = [prefix[:, 0] for _, prefix in blocks]
+        return torch.cat([*tokens, blocks[-1][0].mean(dim=1)] if self.name == "cls_mean" else tokens, dim=1)
+
+    def __str__(self) -> str:
+        return {
+            "pooled": "pooled output of the backbone",
+            "last4": f"class tokens of the last {self.num_blocks} blocks",
+            "cls_mean": "class token and mean patch token of the last block",
+        }[self.name] + f", {self.feature_dim} numbers"
+
+
+def dinos_choice(backbone: nn.Module) -> str:
+    """The feature that DINO's README takes for such a backbone: by the width of its tokens, pooled for a ResNet."""
+    model: Any = backbone.model
+    if not getattr(model, "num_prefix_tokens", None):
+        return "pooled"
+    return "last4" if model.embed_dim <= SMALL_VIT else "cls_mean"
 
 
 def random_backbone(run: Run, train: Part | None = None) -> nn.Module:
@@ -97,4 +149,6 @@ def flat(run: Run, images: Tensor) -> Tensor:
 
 
 def _joined(found: list[tuple[Tensor, Tensor]], run: Run) -> tuple[Tensor, Tensor]:
+    if not found:  # a rank that has no image
+        return torch.empty(0, 0, device=run.device), torch.empty(0, dtype=torch.int64, device=run.device)
     return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found]).to(run.device)

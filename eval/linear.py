@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from eval import features, few_labels, parts, results, runs
+from eval import augmented, classifiers, features, few_labels, parts, results, runs, shards
+from eval.classifiers import Classifiers
+from eval.protocols import LINEAR
 from eval.results import Row
 from eval.runs import Run
-from ssl_pretrain import draws
+from ssl_pretrain import distributed, draws
 
 LEARNING_RATES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-6)  # DINO's and MoCo's; SimCLR's
@@ -22,28 +24,72 @@ MOMENTUM = 0.9  # Nesterov's
 BATCH_SIZE = 256
 HELP = f"""Accuracy of linear classifiers on a run's frozen features, beside raw pixels and the untrained network.
 
-All labels: {len(LEARNING_RATES) * len(WEIGHT_DECAYS)} classifiers, one for each learning rate and weight decay, are trained
-together on nine tenths of the training images; the best on the last tenth names the two, and one classifier trained with
-them on all training images is tested, once. Few labels: see --labels-per-class. The numbers and their protocol are
-printed and kept in RUN/eval/linear.json.
+--protocol cached, the default: each image is embedded once. {len(LEARNING_RATES) * len(WEIGHT_DECAYS)} classifiers, one for each learning
+rate and weight decay, are trained together on nine tenths of the training images; the best on the last tenth names the two,
+and one classifier trained with them on all training images is tested, once. Few labels: see --labels-per-class.
+
+--protocol {" | ".join(LINEAR)}: the published ones, on random crops and flips of the training images, which are embedded anew in
+every epoch. Rates around the published one are trained in the same pass; the table has the published setting's accuracy and
+that of the one chosen on held-out training images.
+
+The numbers and their protocol are printed and kept in RUN/eval/linear.json or linear_PROTOCOL.json, all settings tried in
+..._grid.json.
 
     python -m eval.linear runs/demo
     python -m eval.linear runs/demo --labels-per-class 1 5     # and with 1 and with 5 labels of each class
+    python -m eval.linear runs/demo --protocol simclr --epochs 10
+    torchrun --nproc-per-node 8 -m eval.linear runs/imagenet --protocol moco --rows random pretrained
+    python -m eval.linear runs/imagenet --protocol dino --select test     # DINO's convention: chosen on the test images
     python -m eval.linear runs/demo data.root=/new/place       # the images have moved"""
 
 
 def main(arguments: list[str]) -> None:
     parser = runs.parser("eval.linear", HELP)
-    parser.add_argument("--epochs", type=int, default=50, help="passes over the features (default: 50)")
-    few = "and with N labels of each class, by logistic regression: mean over 10 draws"
+    parser.add_argument("--protocol", choices=["cached", *LINEAR], default="cached", help="see above (default: cached)")
+    parser.add_argument("--epochs", type=int, help="passes over the images (default: 50, or the protocol's)")
+    few = "cached: and with N labels of each class, by logistic regression: mean over 10 draws"
     parser.add_argument("--labels-per-class", type=int, nargs="*", default=[], metavar="N", help=few)
+    parser.add_argument("--rows", nargs="+", choices=features.ROWS, help="what is judged (default: all; published protocols: pretrained)")
+    lrs = "a published protocol's: learning rates to try, at a batch of 256 (default: the published one times 0.1, 0.3, 1, 3, 10)"
+    parser.add_argument("--lrs", type=float, nargs="+", metavar="LR", help=lrs)
+    decays = "a published protocol's: weight decays to try (default: the published one and 0)"
+    parser.add_argument("--weight-decays", type=float, nargs="+", metavar="WD", help=decays)
+    parser.add_argument("--batch-size", type=int, help="a published protocol's: images a step, over all ranks (default: the published one)")
+    feature = "a published protocol's: pooled output, a ViT's last four class tokens, or class token and mean patch"
+    parser.add_argument("--feature", choices=["pooled", "last4", "cls_mean"], help=feature)
+    select = "a published protocol's: choose on held-out training images, or train on all and choose nothing, or on the test images"
+    parser.add_argument("--select", choices=augmented.SELECT, default="held-out", help=f"{select} (DINO's convention)")
     options = parser.parse_intermixed_args(arguments)
-    run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
-    result = evaluate(run, options.epochs, options.labels_per_class)
-    print(f"\n{results.text(result)}\n\n{result['seconds']:.0f} s; kept in {run.path / 'eval/linear.json'}")
+    with shards.ranks(options.device) as device:
+        run = runs.load_run(options.run, options.checkpoint, options.overrides, device)
+        if options.protocol == "cached":
+            _refuse(options, ["lrs", "weight_decays", "batch_size", "feature"], "a published --protocol")
+            epochs = 50 if options.epochs is None else options.epochs
+            result = evaluate(run, epochs, options.labels_per_class, options.rows or features.ROWS)
+        else:
+            _refuse(options, ["labels_per_class"], "--protocol cached")
+            settings = augmented.Settings(
+                options.protocol, options.lrs, options.weight_decays, options.epochs, options.batch_size, options.feature, options.select
+            )
+            result = augmented.evaluate(run, settings, options.rows or ["pretrained"])
+        if distributed.is_main():
+            grid = next(found for found in results.load(run.path) if found["name"] == f"{result['name']}_grid")
+            kept = run.path / "eval" / result["name"]
+            print(f"\n{results.text(grid)}\n\n{results.text(result)}\n\n{result['seconds']:.0f} s; kept in {kept}.json")
 
 
-def evaluate(run: Run, epochs: int = 50, labels_per_class: list[int] | None = None) -> dict[str, Any]:
+def _refuse(options: Any, names: list[str], of: str) -> None:
+    """An option that would be passed over in silence."""
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} is of {of}; --protocol {options.protocol} does not take it")
+    if of != "--protocol cached" and options.select != "held-out":
+        raise ValueError(f"--select {options.select} is of {of}; --protocol cached chooses on held-out training images")
+
+
+def evaluate(
+    run: Run, epochs: int = 50, labels_per_class: list[int] | None = None, rows: Sequence[str] = features.ROWS
+) -> dict[str, Any]:
     """Accuracy in percent of raw pixels, the random backbone and the pretrained one; see HELP. Kept in RUN/eval/linear.json.
 
     Raises:
@@ -54,30 +100,35 @@ def evaluate(run: Run, epochs: int = 50, labels_per_class: list[int] | None = No
         raise ValueError(f"epochs: {epochs} trains nothing; give at least 1")
     train, test = parts.labelled_parts(run, "the linear evaluation")
     few = {number: few_labels.draws(train.labels, number, train.classes) for number in labels_per_class or []}
-    rows = []
-    for judged in features.judged(run, train):
-        train_features, train_labels = judged.embed(train)
-        test_features, test_labels = judged.embed(test)
+    own_train, own_test = shards.share(train), shards.share(test)
+    table, grid = [], []
+    for judged in features.judged(run, train, rows):
+        train_features, train_labels = shards.embedded(judged.embed, train, own_train)
+        test_features, test_labels = shards.embedded(judged.embed, test, own_test)
         standardize = Standardize.of(train_features)
         train_features, test_features = standardize(train_features), standardize(test_features)
         choice = choose(train_features, train_labels, len(train.classes), epochs)
         weights = train_heads(train_features, train_labels, len(train.classes), [choice.lr], [choice.weight_decay], epochs)
-        reached = 100 * accuracies(weights, test_features, test_labels).item()
+        reached = 100 * classifiers.accuracies(weights, test_features, test_labels).item()
         row = Row(judged.name, {"all labels": reached}, notes={"all labels": str(choice)})
         for number, drawn in few.items():
             column = f"{number} per class"
             row.metrics[column], row.spread[column] = few_labels.accuracy(train_features, train_labels, test_features, test_labels, drawn)
         results.say(f"{judged.name}: " + ", ".join(f"{column} {value:.1f} %" for column, value in row.metrics.items()))
-        rows.append(row)
+        table.append(row)
+        grid.append(Row(judged.name, choice.tried))
     protocol = {
-        **parts.protocol(run, train, test),
+        **parts.protocol(run, train, test, random="random" in rows),
         "normalization": "every feature to mean 0, deviation 1 over the training images; raw pixels too",
         "classifier": f"linear, SGD with Nesterov momentum {MOMENTUM}, batch {BATCH_SIZE}, {epochs} epochs, cosine to 0, from zero",
         "selection": f"learning rate of {_listed(LEARNING_RATES)}, weight decay of {_listed(WEIGHT_DECAYS)}, by accuracy on a tenth of the"
         " training images held out; then trained on all of them",
         **({"few labels": few_labels.PROTOCOL} if few else {}),
     }
-    return results.save(run.path, "linear", protocol, results.with_better_random(rows), run.about(), time.monotonic() - began)
+    tried = {**protocol, "accuracy": "of the held-out tenth of the training images, by learning rate (lr) and weight decay (wd)"}
+    seconds = time.monotonic() - began
+    results.save(run.path, "linear_grid", tried, grid, run.about(), seconds)
+    return results.save(run.path, "linear", protocol, results.with_better_random(table), run.about(), seconds)
 
 
 @dataclass
@@ -101,6 +152,7 @@ class Choice:
     lr: float
     weight_decay: float
     held_out_accuracy: float
+    tried: dict[str, float]  # percent of the held-out images, of every setting
 
     def __str__(self) -> str:
         edge = ", at the edge of those tried" if self.lr in (LEARNING_RATES[0], LEARNING_RATES[-1]) else ""
@@ -118,15 +170,14 @@ def choose(train_features: Tensor, train_labels: Tensor, num_classes: int, epoch
     grid = [(lr, weight_decay) for lr in LEARNING_RATES for weight_decay in WEIGHT_DECAYS]
     lrs, decays = [lr for lr, _ in grid], [weight_decay for _, weight_decay in grid]
     weights = train_heads(train_features[kept], train_labels[kept], num_classes, lrs, decays, epochs)
-    reached = accuracies(weights, train_features[held_out], train_labels[held_out])
-    head = best(reached, cross_entropies(weights, train_features[held_out], train_labels[held_out]))
-    return Choice(*grid[head], reached[head].item())
+    reached = classifiers.accuracies(weights, train_features[held_out], train_labels[held_out])
+    head = classifiers.best(reached, classifiers.cross_entropies(weights, train_features[held_out], train_labels[held_out]))
+    tried = {setting(*each): 100 * accuracy for each, accuracy in zip(grid, reached.tolist())}
+    return Choice(*grid[head], reached[head].item(), tried)
 
 
-def best(reached: Tensor, losses: Tensor) -> int:
-    """The head of the highest accuracy; among equals, of the lowest cross entropy, a diverged one last."""
-    losses = losses.nan_to_num(nan=torch.inf)
-    return max(range(len(reached)), key=lambda head: (reached[head].item(), -losses[head].item()))
+def setting(lr: float, weight_decay: float) -> str:
+    return f"lr {lr:g}, wd {weight_decay:g}"
 
 
 def train_heads(
@@ -134,44 +185,22 @@ def train_heads(
 ) -> Tensor:
     """Linear classifiers trained side by side on the same batches, each with its own learning rate and weight decay.
 
-    Each is what torch.optim.SGD(nesterov=True) with a cosine schedule makes of a linear layer from zero.
+    Each is what torch.optim.SGD(nesterov=True) with a cosine schedule makes of a linear layer from zero. All ranks hold all
+    features, and each takes its share of every batch.
 
     Returns:
         Weights (num_heads, dim + 1, num_classes); the last row is the bias.
     """
     n, dim = train_features.shape
-    heads = len(lrs)
-    lr, decay = (train_features.new_tensor(values).view(1, heads, 1) for values in (lrs, weight_decays))
-    weights = train_features.new_zeros(dim + 1, heads, num_classes)  # so that all logits are one matrix product
-    momentum = torch.zeros_like(weights)
+    heads = Classifiers(dim, num_classes, lrs, weight_decays, like=train_features, momentum=MOMENTUM)
     steps_per_epoch = -(-n // BATCH_SIZE)
     for epoch in range(epochs):
         order = torch.from_numpy(draws.permutation(0, epoch, n)).to(train_features.device)
         for step, batch in enumerate(order.split(BATCH_SIZE)):
             progress = (epoch + step / steps_per_epoch) / epochs
-            images = F.pad(train_features[batch], (0, 1), value=1.0)
-            errors = logits(weights, images).softmax(dim=2) - F.one_hot(train_labels[batch], num_classes)[:, None]
-            gradient = (images.T @ errors.flatten(1)).view_as(weights) / len(batch) + decay * weights
-            momentum.mul_(MOMENTUM).add_(gradient)
-            weights -= lr * (0.5 * (1 + math.cos(math.pi * progress))) * (gradient + MOMENTUM * momentum)
-    return weights.transpose(0, 1)
-
-
-def logits(weights: Tensor, images: Tensor) -> Tensor:
-    """(n, heads, classes), of weights (dim + 1, heads, classes) and images (n, dim + 1)."""
-    return (images @ weights.flatten(1)).view(len(images), *weights.shape[1:])
-
-
-def accuracies(weights: Tensor, found: Tensor, labels: Tensor) -> Tensor:
-    """Each head's accuracy in [0, 1], (num_heads,). `weights` as train_heads returns them."""
-    predicted = logits(weights.transpose(0, 1), F.pad(found, (0, 1), value=1.0)).argmax(dim=2)
-    return (predicted == labels[:, None]).double().mean(dim=0)
-
-
-def cross_entropies(weights: Tensor, found: Tensor, labels: Tensor) -> Tensor:
-    """Each head's mean cross entropy in nats, (num_heads,)."""
-    scores = logits(weights.transpose(0, 1), F.pad(found, (0, 1), value=1.0))
-    return -scores.log_softmax(dim=2).gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1)).mean(dim=(0, 2))
+            own = batch[distributed.rank() :: distributed.world_size()]
+            heads.step(train_features[own], train_labels[own], 0.5 * (1 + math.cos(math.pi * progress)), len(batch))
+    return heads.weights.transpose(0, 1)
 
 
 if __name__ == "__main__":

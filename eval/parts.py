@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.runs import Run
-from ssl_pretrain import draws
+from ssl_pretrain import distributed, draws
 from ssl_pretrain.data import loader
 from ssl_pretrain.data.sources import Source, open_source, require_labels
 from ssl_pretrain.draws import Purpose
@@ -55,19 +55,48 @@ def labelled_parts(run: Run, what: str, split: str = "val") -> tuple[Part, Part]
     """(training images, queries): the two parts of the data, or for split "train" the training part without a tenth, and that tenth.
 
     Raises:
-        ValueError: an image has no label, or there is no validation part; names the data and the remedy.
+        ValueError: an image has no label, there is one class or no test image, or the test images have classes that the training
+            images have not; names the data and the remedy.
     """
     train = labelled(run, "train", what)
+    if len(train.classes) < 2:
+        raise ValueError(
+            f"data.root: {what} needs two classes or more, and {train.where} has {len(train.classes)}"
+            f" ({', '.join(train.classes)}): every answer would be right; put the images in one folder per class"
+        )
     if split == "val":
-        return Part(run, train), Part(run, labelled(run, "val", what))
+        test = labelled(run, "val", what)
+        if not len(test):
+            raise ValueError(f"data.val: {test.where} holds no image, so there is nothing to test; name the part that has them")
+        _check_classes(train, test)
+        return Part(run, train), Part(run, test)
     fit, held_out = hold_out(len(train))
     return Part(run, train, fit), Part(run, train, held_out)
 
 
 def labelled(run: Run, split: Literal["train", "val"], what: str) -> Source:
-    source = open_source(run.config.data, split)
+    if distributed.local_rank() == 0:  # lists of files are made by one rank a machine, the others find them on disk
+        source = open_source(run.config.data, split)
+    distributed.barrier()
+    if distributed.local_rank() != 0:
+        source = open_source(run.config.data, split)
     require_labels(source, what)
     return source
+
+
+def _check_classes(train: Source, test: Source) -> None:
+    """A .beton brings a list of classes of its own; labels mean the same only where the two lists are one."""
+    unseen = [name for name in test.classes if name not in set(train.classes)]
+    if unseen:
+        raise ValueError(
+            f"data.val: {test.where} has {len(test.classes)} classes and {train.where} {len(train.classes)}: {len(unseen)} were never"
+            f" trained on ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}); give parts of one data set"
+        )
+    if test.classes != train.classes[: len(test.classes)]:
+        raise ValueError(
+            f"data.val: {test.where} numbers its {len(test.classes)} classes otherwise than {train.where} its {len(train.classes)};"
+            " write both .beton files from one data set"
+        )
 
 
 def hold_out(n: int, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
@@ -106,14 +135,15 @@ def describe_shifts(run: Run, part: Part, shifts: list[int]) -> str:
     return f"queries only, right, left, down and up ({4 * len(part)} queries a distance), black fill: {moved}"
 
 
-def protocol(run: Run, train: Part, test: Part, split: str = "val") -> dict[str, Any]:
-    """What every number of this run shares, to be printed beside it."""
+def protocol(run: Run, train: Part, test: Part, split: str = "val", random: bool = True) -> dict[str, Any]:
+    """What every number of this run shares, to be printed beside it. `random`: the table has a row for the random backbone."""
     evaluation, size = run.config.evaluation, run.image_size
     resized = round(size / evaluation.crop_ratio)
     queries = "held-out training images" if split == "train" else "test images"
+    first = "the network before its first step, by the run's seed; recalibrated: its batch norm's statistics are of training images"
     return {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}",
-        "random": "the network before its first step, by the run's seed; recalibrated: its batch norm's statistics are of training images",
+        **({"random": first} if random else {}),
         "feature": f"pooled output of the backbone, {run.backbone.feature_dim} numbers",
         "transform": f"shorter side to {resized}, central {size}x{size}, {evaluation.interpolation}, nothing random",
         "images": f"{run.config.data.source}: {len(train)} training, {len(test)} {queries}, {len(train.classes)} classes",

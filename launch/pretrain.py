@@ -15,7 +15,7 @@ from ssl_pretrain import checkpoint, plan
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
 
-EVALUATIONS = ("knn", "linear", "report")
+EVALUATIONS = ("knn", "linear", "spectrum", "retrieval", "robustness", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hosts = max(1, len([host for host in config.launch.hosts.split(",") if host.strip()]))
         ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * hosts
         if options.plan:
-            print(plan.describe(config, ranks))
+            print(plan.describe(config, plan.ranks(config, ranks)))
             if submitting:
                 print("\n".join(slurm.describe(config)))
             return 0

@@ -21,16 +21,17 @@ CPU = torch.device("cpu")
 
 
 def _two_steps(path, overrides):
-    """Two steps over 24 images; (gradients of the second, weights and statistics, logs of the last)."""
+    """Two steps; (gradients of the second, weights and statistics, logs of the last)."""
     settings = config.load(path, overrides)
     config.check(settings, distributed.world_size())
-    batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=24, device=CPU)
+    images_of_all = settings.global_batch_size
+    batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=images_of_all, device=CPU)
     method = build_method(settings)
     optimizer = optim.build(settings.optim, method)
     images = images_at_once(method, settings, CPU)
-    stepper = Stepper(wrap(method, settings, images, CPU), optimizer, settings.parallel, 0, images, 24, settings.optim, CPU)
+    stepper = Stepper(wrap(method, settings, images, CPU), optimizer, settings.parallel, 0, images, images_of_all, settings.optim, CPU)
     for step, batch in zip(range(2), batches.starting_at(0)):
-        optim.set_rates(optimizer, settings.optim, 0.1, settings.epochs, 24)
+        optim.set_rates(optimizer, settings.optim, 0.1, settings.epochs, images_of_all)
         _, logs = stepper(step, 0.1, batch)
     batches.close()
     gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
@@ -41,12 +42,22 @@ def _two_steps(path, overrides):
 def test_parts_on_one_rank_equal_as_many_ranks(tmp_path, drop_path):
     path = tiny.config(tmp_path)
     overrides = ["parallel.bn_group_images=8", f"backbone.drop_path={drop_path}"]
-    ranks = run_ranks(_two_steps, path, overrides, world_size=3)
-    gradients, state, logs = _two_steps(path, [*overrides, "local_batch_size=8"])
+    _assert_parts_equal_ranks(path, overrides, 3, 8)
+
+
+@pytest.mark.full
+def test_a_batch_of_256_in_eight_parts_equals_eight_ranks(tmp_path):
+    overrides = ["data.source=digits", "data.root=''", "global_batch_size=256", "parallel.bn_group_images=32"]
+    _assert_parts_equal_ranks(tiny.config(tmp_path), overrides, 8, 32)
+
+
+def _assert_parts_equal_ranks(path, overrides, world_size, part):
+    ranks = run_ranks(_two_steps, path, overrides, world_size=world_size)
+    gradients, state, logs = _two_steps(path, [*overrides, f"local_batch_size={part}"])
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, ranks[0][0][name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
     for name, value in state.items():
-        torch.testing.assert_close(value, ranks[2][1][name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(value, ranks[-1][1][name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
     assert logs["replay_error"] == 0.0  # the second pass drew the same drop-path and used the same batch norm groups
 
 

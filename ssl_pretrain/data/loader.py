@@ -21,17 +21,19 @@ from torch import Tensor
 
 from ssl_pretrain import distributed
 from ssl_pretrain.data import compiled, device_cache, order, workers
-from ssl_pretrain.data.sources import Beton, DataConfig, Source, open_source
+from ssl_pretrain.data.sources import Beton, DataConfig, Source, UnreadableImage, open_source
 from ssl_pretrain.data.threads import Threads
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
-from ssl_pretrain.views import colour, crops, recipe
+from ssl_pretrain.views import colour, crops, describe, recipe
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
+from ssl_pretrain.views.upload import upload
 
 _CHUNK = 64  # images a worker makes at a time, at most: all workers share the first batch, and little shared memory is held
 _AHEAD = 2  # batches being made while one is used
 _BAD_SHARE = 0.001  # of a .beton's images may fail to decode
 
 How = Literal["ffcv", "folder", "device"]
+Finish = Callable[[Tensor, int, int], Tensor]  # what else is done to a view, uint8 (3, s, s), of (epoch, index); picklable
 
 
 class Maker(Protocol):
@@ -91,6 +93,7 @@ class Loader:
         world_size: int = 1,
         how: How = "folder",
         window: int = 0,
+        finish: Finish | None = None,
     ):
         recipe.check(views)
         order.check_divides(global_batch_size, world_size)
@@ -100,16 +103,18 @@ class Loader:
         self.num_replaced, self.num_made, self.seconds = 0, 0, 0.0
         self._warned: set[str] = set()
         self._views, self._crops, self._device = views, recipe.each(views), torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         local_batch = global_batch_size // world_size
         self._chunk = _chunk_size(local_batch, num_workers) if how == "folder" else local_batch
         self._maker: Maker
         if how == "ffcv":
-            assert isinstance(source, Beton), "`choose` gives ffcv to a .beton alone"
+            assert isinstance(source, Beton) and finish is None, "`choose` gives ffcv to a .beton alone, and only processes finish a view"
             self._maker = Threads(source.samples, self._crops, seed, local_batch, num_workers, _AHEAD, self._device)
         elif how == "device":
+            assert finish is None, "only processes finish a view"
             self._maker = device_cache.Cache(source, self._crops, seed, self._device)
         else:
-            chunks = Chunks(source, partial(_cut, self._crops, seed))
+            chunks = Chunks(source, partial(_cut, self._crops, seed, finish))
             num_ahead = _AHEAD * -(-local_batch // self._chunk)
             self._maker = workers.Processes(chunks, num_workers, num_ahead, pinned=self._device.type == "cuda")
         self._jobs = _Jobs(self.plan, self._chunk, self._maker.expect if isinstance(self._maker, Threads) else None)
@@ -141,6 +146,21 @@ class Loader:
         """What this rank reads in one step: int64 (local_batch,)."""
         return self.plan.indices(step)
 
+    def described(self, step: int, num_images: int) -> list[list[str]]:
+        """What is drawn for each view of the first images of this rank's batch of `step`, in words: (images, views)."""
+        numbers, epoch = self.indices(step)[:num_images], self.plan.epoch(step)
+        drawn = [colour.draw(crop, self.plan.seed, epoch, numbers, view) for view, crop in enumerate(self._crops)]
+        texts = []
+        for row, number in enumerate(numbers.tolist()):
+            try:
+                height, width = self.source.read(number).shape[:2]
+            except UnreadableImage:
+                texts.append(["another image in place of an unreadable one"] * len(self._crops))
+                continue
+            boxes = [crops.draw(crop, self.plan.seed, epoch, number, view, height, width) for view, crop in enumerate(self._crops)]
+            texts.append([describe.text(crop, box, parameters, row) for crop, box, parameters in zip(self._crops, boxes, drawn)])
+        return texts
+
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         for step in itertools.count(first_step):
             indices = self.indices(step)
@@ -153,7 +173,7 @@ class Loader:
                 parameters = colour.draw(crop, self.plan.seed, self.plan.epoch(step), indices, number).to(self._device)
                 views.append(colour.apply(pixels, parameters, crop, self._views.mean, self._views.std))
             labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in made]))
-            yield Batch(views, labels.to(self._device), torch.from_numpy(indices.copy()).to(self._device))
+            yield Batch(views, upload(labels, self._device), upload(torch.from_numpy(indices.copy()), self._device))
 
     def _received(self, chunk: Chunk) -> Chunk:
         self.num_made += len(chunk.labels)
@@ -170,7 +190,18 @@ class Loader:
                 "the file is damaged, as all of them did when it was written; `python -m ssl_pretrain.data.beton check` names them; "
                 "copy or write it again"
             )
-        return chunk.to(self._device)
+        return self._sent(chunk)
+
+    def _sent(self, chunk: Chunk) -> Chunk:
+        """The chunk on the device: to a GPU on a stream of its own, beside the step that the GPU is still at."""
+        if self._stream is None or chunk.pixels.is_cuda:
+            return chunk.to(self._device)
+        now = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            chunk = chunk.to(self._device)
+        now.wait_stream(self._stream)
+        chunk.pixels.record_stream(now)
+        return chunk
 
 
 def build(data: DataConfig, views: ViewsConfig, *, seed: int, global_batch_size: int, device: torch.device | str) -> Loader:
@@ -284,9 +315,10 @@ def _chunk_size(local_batch: int, num_workers: int) -> int:
     return min(_CHUNK, max(16, -(-local_batch // num_workers)))
 
 
-def _cut(each: list[Crop], seed: int, image: Tensor, epoch: int, index: int) -> list[Tensor]:
+def _cut(each: list[Crop], seed: int, finish: Finish | None, image: Tensor, epoch: int, index: int) -> list[Tensor]:
     _, height, width = image.shape
-    return [crops.apply(image, crops.draw(crop, seed, epoch, index, view, height, width), crop) for view, crop in enumerate(each)]
+    views = [crops.apply(image, crops.draw(crop, seed, epoch, index, view, height, width), crop) for view, crop in enumerate(each)]
+    return views if finish is None else [finish(view, epoch, index) for view in views]
 
 
 def _one_view(transform: Callable[[Tensor], Tensor], image: Tensor, _epoch: int, _index: int) -> list[Tensor]:

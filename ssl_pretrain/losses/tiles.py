@@ -7,6 +7,8 @@ for softmax). Everything is float32, or float64 where the embeddings are, whatev
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,19 @@ from torch import Tensor
 from ssl_pretrain import distributed
 
 TILE = {"cpu": (512, 1024), "cuda": (8192, 8192)}  # rows x columns; on CPU a tile stays in the cache
+FUSED_ON = ("cuda",)  # devices whose sums are the kernels of tiles_triton
 SAFE = 40.0  # exp of logits up to here, and sums of 2**30 of them, are normal float32 numbers: no maximum is needed
+
+
+@contextmanager
+def sized_for(device_type: str) -> Iterator[None]:
+    """Tiles on a CPU as large as those of another device: for a plan, which traces that device's program."""
+    before = TILE["cpu"]
+    TILE["cpu"] = TILE[device_type]
+    try:
+        yield
+    finally:
+        TILE["cpu"] = before
 
 
 class _Tile(NamedTuple):
@@ -62,10 +76,13 @@ def log_sum_exp_among(z: Tensor, *, scale: float, excluded: Sequence[int] = (0,)
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, candidates: Tensor, bounded: bool, own: int, excluded: tuple[int, ...]) -> Tensor:
-        accumulate = _Sums(len(anchors), anchors, bounded)
-        for tile, logits in _logits(anchors, candidates, own, excluded):
-            accumulate.rows(tile, logits)
-        lse = accumulate.log()
+        if (kernels := _kernels(anchors)) is not None:
+            lse = kernels.log_sum_exp(anchors, candidates, own, excluded)
+        else:
+            accumulate = _Sums(len(anchors), anchors, bounded)
+            for tile, logits in _logits(anchors, candidates, own, excluded):
+                accumulate.rows(tile, logits)
+            lse = accumulate.log()
         ctx.save_for_backward(anchors, candidates, lse)
         ctx.arguments = own, excluded
         return lse
@@ -74,6 +91,8 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         anchors, candidates, lse = ctx.saved_tensors
         own, excluded = ctx.arguments
+        if (kernels := _kernels(anchors)) is not None:
+            return *_by_kernels(kernels, ctx, grad), None, None, None
         for_anchors = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
         for_candidates = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
@@ -90,12 +109,15 @@ class _LogSumExpAmong(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: float, excluded: tuple[int, ...], labels: Tensor | None) -> tuple[Tensor, Tensor]:
         everyone, own, bounded = distributed.gather(z), distributed.rank() * len(z), scale <= SAFE
-        accumulate = _Sums(len(z), z, bounded)
-        for tile, logits in _logits(z * scale, everyone, own, excluded, halved=bounded):
-            accumulate.rows(tile, logits)
-            if bounded and tile.own and tile.columns.start != own + tile.rows.start:  # its mirror image is not visited
-                accumulate.columns(slice(tile.columns.start - own, tile.columns.stop - own), logits)
-        lse = accumulate.log()
+        if (kernels := _kernels(z)) is not None:
+            lse = kernels.log_sum_exp(z * scale, everyone, own, excluded)
+        else:
+            accumulate = _Sums(len(z), z, bounded)
+            for tile, logits in _logits(z * scale, everyone, own, excluded, halved=bounded):
+                accumulate.rows(tile, logits)
+                if bounded and tile.own and tile.columns.start != own + tile.rows.start:  # its mirror image is not visited
+                    accumulate.columns(slice(tile.columns.start - own, tile.columns.stop - own), logits)
+            lse = accumulate.log()
         classes = _classes(distributed.gather(labels)) if labels is not None else None
         positives = torch.zeros_like(lse)
         if classes is not None:
@@ -108,27 +130,59 @@ class _LogSumExpAmong(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_positives: Tensor) -> Any:
         z, everyone, lse, classes = ctx.saved_tensors
-        scale, own, excluded, bounded = ctx.arguments
+        scale, own, excluded, _ = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
             all_lse, all_grad, all_positives = distributed.gather(torch.stack([lse, grad, grad_positives], dim=1)).unbind(1)
-            total = torch.zeros_like(z)
-            shares = all_grad * torch.exp(-all_lse) if bounded else None
-            for tile, logits in _logits(z * scale, everyone, own, excluded, halved=bounded):
-                rows = slice(own + tile.rows.start, own + tile.rows.stop)
-                if shares is not None:
-                    weights = logits.exp_().mul_(shares[rows, None] + shares[None, tile.columns])
-                else:
-                    weights = (logits - all_lse[rows, None]).exp_().mul_(all_grad[rows, None])
-                    weights += logits.sub_(all_lse[None, tile.columns]).exp_().mul_(all_grad[None, tile.columns])
-                total[tile.rows].addmm_(weights, everyone[tile.columns])
-                if bounded and tile.own and tile.columns.start != rows.start:
-                    total[tile.columns.start - own : tile.columns.stop - own].addmm_(weights.T, z[tile.rows])
+            if (kernels := _kernels(z)) is not None:
+                total = kernels.weighted_sum(
+                    z * scale, everyone, own=own, excluded=excluded, of_anchors=(lse, grad), of_candidates=(all_lse, all_grad)
+                )
+            else:
+                total = _by_tiles(ctx.arguments, z, everyone, all_lse, all_grad)
             if classes is not None:  # sum_p of s_ip is symmetric, too
                 mine, share = classes[own : own + len(z)], (all_positives / (_class_sizes(classes) - 1).clamp(min=1))[:, None]
                 sums, weighted = _class_sums(everyone, classes), _class_sums(everyone * share, classes)
                 own_share = share[own : own + len(z)]
                 total += own_share * (sums[mine] - z) + weighted[mine] - own_share * z
         return total * scale, None, None, None
+
+
+def _by_kernels(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `_LogSumExp` by its anchors and candidates."""
+    (anchors, candidates, lse), (own, excluded) = ctx.saved_tensors, ctx.arguments
+    for_anchors = for_candidates = None
+    if ctx.needs_input_grad[0]:
+        for_anchors = kernels.weighted_sum(anchors, candidates, own=own, excluded=excluded, of_anchors=(lse, grad))
+    if ctx.needs_input_grad[1]:
+        for_candidates = kernels.weighted_sum(candidates, anchors, own=own, excluded=excluded, of_candidates=(lse, grad), swapped=True)
+    return for_anchors, for_candidates
+
+
+def _by_tiles(arguments: Any, z: Tensor, everyone: Tensor, all_lse: Tensor, all_grad: Tensor) -> Tensor:
+    """sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i."""
+    scale, own, excluded, bounded = arguments
+    total = torch.zeros_like(z)
+    shares = all_grad * torch.exp(-all_lse) if bounded else None
+    for tile, logits in _logits(z * scale, everyone, own, excluded, halved=bounded):
+        rows = slice(own + tile.rows.start, own + tile.rows.stop)
+        if shares is not None:
+            weights = logits.exp_().mul_(shares[rows, None] + shares[None, tile.columns])
+        else:
+            weights = (logits - all_lse[rows, None]).exp_().mul_(all_grad[rows, None])
+            weights += logits.sub_(all_lse[None, tile.columns]).exp_().mul_(all_grad[None, tile.columns])
+        total[tile.rows].addmm_(weights, everyone[tile.columns])
+        if bounded and tile.own and tile.columns.start != rows.start:
+            total[tile.columns.start - own : tile.columns.stop - own].addmm_(weights.T, z[tile.rows])
+    return total
+
+
+def _kernels(anchors: Tensor) -> Any:
+    """The fused kernels where they are for these embeddings: on CUDA, in float32, where Triton is; else None."""
+    if anchors.device.type not in FUSED_ON or find_spec("triton") is None:
+        return None
+    from ssl_pretrain.losses import tiles_triton
+
+    return tiles_triton if tiles_triton.fits(anchors) else None
 
 
 class _Sums:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from conftest import run_ranks
 from made_run import make_run, write_images
+from torch.nn import functional as F
 
 from eval import knn, parts, results, runs
 from eval.results import Row
+from ssl_pretrain.data import listing
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "made")
+
+
+VOTES = [(k, temperature) for k in (10, 20, 100, 200) for temperature in (0.07, 0.1)]
 
 
 def features_of(n, seed, dim=32, num_classes=10):
@@ -25,22 +32,63 @@ def features_of(n, seed, dim=32, num_classes=10):
     return centres[labels] + 2 * torch.randn(n, dim, generator=generator), labels
 
 
+def test_the_neighbours_are_scikit_learns():
+    from sklearn.neighbors import NearestNeighbors
+
+    bank, queries = (features_of(n, seed)[0].double() for n, seed in ((2000, 1), (500, 2)))  # in float32 rounding orders near ties
+    names = torch.arange(len(bank))  # each training image a class of its own, so that labels are places
+    found = [neighbours for _, neighbours in knn.Search(bank, names, len(bank), "torch").neighbours(queries, 200)]
+    exact = NearestNeighbors(n_neighbors=200, algorithm="brute", metric="cosine").fit(bank.numpy())
+    assert np.array_equal(torch.cat(found).numpy(), exact.kneighbors(queries.numpy(), return_distance=False))
+
+
+@pytest.mark.parametrize("vote", VOTES)
+def test_the_predictions_are_lightlys(vote):
+    knn_predict = pytest.importorskip("lightly.utils.benchmarking").knn_predict
+    (bank, labels), (queries, _) = features_of(2000, 1), features_of(500, 2)
+    k, temperature = vote
+    theirs = knn_predict(F.normalize(queries, dim=1), F.normalize(bank, dim=1).T, labels, 10, knn_k=k, knn_t=temperature)[:, 0]
+    assert torch.equal(knn.Search(bank, labels, 10, "torch").predict(queries, VOTES)[VOTES.index(vote)], theirs)
+
+
+def test_every_tile_of_the_bank_is_searched(monkeypatch):
+    (bank, labels), (queries, _) = features_of(700, 1), features_of(90, 2)
+    whole = knn.Search(bank, labels, 10, "torch").predict(queries, VOTES)
+    monkeypatch.setattr(knn, "TILE", 64)
+    monkeypatch.setattr(knn, "QUERIES", 7)
+    assert all(torch.equal(a, b) for a, b in zip(knn.Search(bank, labels, 10, "torch").predict(queries, VOTES), whole))
+
+
+def judged_digits(path):
+    """What one rank finds: raw pixels, which are centred over all ranks, and the backbone."""
+    run = runs.load_run(path, device="cpu")
+    return knn.evaluate(run, shifts=[], backend="torch", rows=["raw", "pretrained"])["rows"], results.load(run.path)[1]["rows"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])  # of 3 ranks one has none of the two batches of test images
+def test_ranks_find_what_one_process_finds(made, world_size):
+    alone = judged_digits(made)
+    assert len(alone[1][0]["metrics"]) == len(VOTES)
+    assert run_ranks(judged_digits, made, world_size=world_size) == [alone] * world_size
+
+
 @pytest.mark.parametrize("centred", [False, True])
 def test_faiss_and_torch_predict_alike(centred):
     pytest.importorskip("faiss")
     (bank, labels), (queries, truth) = features_of(700, 1), features_of(300, 2)
-    searches = [knn.Search(bank + 3, labels, 20, 0.07, 10, backend, centred) for backend in ("faiss", "torch")]
-    by_faiss, by_torch = (search.predict(queries + 3) for search in searches)
-    assert torch.equal(by_faiss, by_torch)
-    assert searches[0].accuracy(queries + 3, truth) == searches[1].accuracy(queries + 3, truth) > 50
+    searches = [knn.Search(bank + 3, labels, 10, backend, centred) for backend in ("faiss", "torch")]
+    by_faiss, by_torch = (search.predict(queries + 3, VOTES) for search in searches)
+    assert all(torch.equal(a, b) for a, b in zip(by_faiss, by_torch))
+    by_faiss, by_torch = (search.accuracies(queries + 3, truth, VOTES) for search in searches)
+    assert by_faiss == by_torch and min(by_torch) > 50 and len(set(by_torch)) > 1
 
 
 def test_centring_subtracts_the_training_mean_from_both_sides():
     (bank, labels), (queries, _) = features_of(200, 1), features_of(50, 2)
     mean = bank.mean(dim=0)
-    centred = knn.Search(bank, labels, 5, 0.07, 10, "torch", centred=True)
-    by_hand = knn.Search(bank - mean, labels, 5, 0.07, 10, "torch")
-    assert torch.equal(centred.predict(queries), by_hand.predict(queries - mean))
+    centred = knn.Search(bank, labels, 10, "torch", centred=True)
+    by_hand = knn.Search(bank - mean, labels, 10, "torch")
+    assert torch.equal(centred.predict(queries, [(5, 0.07)])[0], by_hand.predict(queries - mean, [(5, 0.07)])[0])
 
 
 def test_judges_digits_end_to_end(made):
@@ -83,6 +131,68 @@ def test_unlabelled_images_are_refused_with_the_remedy(tmp_path):
         f"data.root: k-NN needs labels, and {root} has no labelled images;"
         " put the images in one folder per class (<class>/<file>), or list them in a CSV as path,label"
     )
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(made, monkeypatch):
+    monkeypatch.setattr(knn.memory, "available", lambda device: 200 * 2**20)
+    with pytest.raises(ValueError) as error:
+        knn.evaluate(runs.load_run(made, device="cpu"))
+    assert str(error.value) == (
+        "k-NN of 1,297 training and 500 test images of 768 numbers holds 0.20 GiB, more than 85% of the 0.20 GiB free. Spread it over"
+        " more ranks (torchrun --nproc-per-node N -m eval.knn ...), or take fewer images (data.subset=N); --rows pretrained leaves out"
+        " raw pixels, the widest"
+    )
+
+
+def test_the_estimate_is_of_one_ranks_share():
+    one = knn.estimate(50_000, 10_000, 2048, 10, 0)
+    assert one == 2 * (50_000 + 10_000) * 2048 * 4 + 3 * 2**26 + 10 * 1024 * 4 < 2**31
+
+
+def folder_run(tmp_path, train, val, *overrides):
+    root = write_images(tmp_path / "photos", [f"train/{name}" for name in train] + [f"val/{name}" for name in val])
+    return runs.load_run(make_run(tmp_path / "run", "data.source=folder", f"data.root={root}", *overrides), device="cpu"), root
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    run, root = folder_run(tmp_path, [], ["a/0.png"])
+    (root / "train.csv").write_text("path,label\n" + "".join(f"val/a/{n}.png,cat\n" for n in range(1)))
+    run.config.data.train = "train.csv"
+    with pytest.raises(ValueError) as error:
+        knn.evaluate(run)
+    assert str(error.value) == (
+        f"data.root: k-NN needs two classes or more, and {root / 'train.csv'} has 1 (cat): every answer would be right;"
+        " put the images in one folder per class"
+    )
+
+
+def test_a_class_never_trained_on_is_refused(tmp_path):
+    run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png", "c/2.png"])
+    with pytest.raises(ValueError) as error:
+        knn.evaluate(run)
+    assert str(error.value) == f"data.val: {root / 'val'} has the class 'c', which the training part has not; it has a, b"
+
+
+def test_lists_of_classes_that_disagree_are_refused(tmp_path):
+    run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png"])
+    train, val = (parts.labelled(run, split, "a test") for split in ("train", "val"))
+    val.classes = ["a", "c", "d", "e", "f"]
+    with pytest.raises(ValueError) as error:
+        parts._check_classes(train, val)
+    assert str(error.value) == (
+        f"data.val: {root / 'val'} has 5 classes and {root / 'train'} 2: 4 were never trained on (c, d, e, ...); give parts of one data set"
+    )
+    val.classes = ["b", "a"]
+    with pytest.raises(ValueError, match="numbers its 2 classes otherwise than"):
+        parts._check_classes(train, val)
+
+
+def test_an_empty_test_set_is_refused(tmp_path):
+    run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], [])
+    (root / "val").mkdir()
+    with pytest.raises(ValueError) as error:
+        knn.evaluate(run)
+    assert str(error.value) == f"data.root: {root / 'val'} holds no image; looked at every depth for {' '.join(listing.SUFFIXES)}"
 
 
 def test_a_missing_faiss_is_a_message_only_when_it_is_asked_for(monkeypatch):

@@ -9,7 +9,7 @@ from made_run import make_run
 from torch import nn
 from torch.nn import functional as F
 
-from eval import few_labels, linear, runs
+from eval import classifiers, few_labels, linear, runs
 from eval.parts import hold_out
 from ssl_pretrain import draws
 
@@ -45,12 +45,35 @@ def test_each_classifier_is_what_torchs_sgd_makes_of_it():
         torch.testing.assert_close(head, by_sgd(found, labels, lr, decay, epochs=3))
 
 
+def test_twelve_rates_in_one_pass_are_twelve_separate_runs():
+    found, labels = blobs(600)
+    lrs, decays = [10.0**power for power in range(-4, 2) for _ in range(2)], [0.0, 1e-2] * 6
+    together = linear.train_heads(found, labels, 3, lrs, decays, epochs=2)
+    alone = [linear.train_heads(found, labels, 3, [lr], [decay], epochs=2)[0] for lr, decay in zip(lrs, decays)]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(together[0], together[2])
+
+
+def test_our_optimum_is_logistic_regressions():
+    """The convex problem has one solution: with a decay of 1 / (C n) on standardized features, both reach it."""
+    from sklearn.linear_model import LogisticRegression
+
+    (found, labels), (test, truth) = blobs(4000, seed=1, dim=6, num_classes=10), blobs(20_000, seed=2, dim=6, num_classes=10)
+    standardize = linear.Standardize.of(found)
+    found, test = standardize(found), standardize(test)
+    decay = 1e-3
+    weights = linear.train_heads(found, labels, 10, [0.01, 0.1, 0.3], [decay] * 3, epochs=60)
+    ours = 100 * classifiers.accuracies(weights, test, truth)
+    theirs = 100 * LogisticRegression(C=1 / (decay * len(found)), max_iter=5000).fit(found.numpy(), labels.numpy()).score(test.numpy(), truth.numpy())
+    assert 50 < theirs < 95 and (ours[1:] - theirs).abs().max() < 0.3
+
+
 def test_accuracy_and_cross_entropy_of_a_known_classifier():
     weights = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])  # one head, one feature, two classes: logits (2x, 0)
     found, labels = torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0])
-    assert linear.accuracies(weights, found, labels).tolist() == [0.5]
+    assert classifiers.accuracies(weights, found, labels).tolist() == [0.5]
     expected = (np.log(1 + np.exp(-2)) + np.log(1 + np.exp(2))) / 2
-    assert linear.cross_entropies(weights, found, labels).item() == pytest.approx(expected)
+    assert classifiers.cross_entropies(weights, found, labels).item() == pytest.approx(expected)
 
 
 def test_the_choice_is_the_best_on_the_held_out_tenth():
@@ -59,7 +82,7 @@ def test_the_choice_is_the_best_on_the_held_out_tenth():
     kept, held_out = hold_out(400)
     assert len(held_out) == 40 and sorted([*kept, *held_out]) == list(range(400))
     reached = [
-        linear.accuracies(linear.train_heads(found[kept], labels[kept], 3, [lr], [0.0], 3), found[held_out], labels[held_out]).item()
+        classifiers.accuracies(linear.train_heads(found[kept], labels[kept], 3, [lr], [0.0], 3), found[held_out], labels[held_out]).item()
         for lr in linear.LEARNING_RATES
     ]
     assert choice.held_out_accuracy == pytest.approx(max(reached)) and reached[linear.LEARNING_RATES.index(choice.lr)] == max(reached)
@@ -67,7 +90,7 @@ def test_the_choice_is_the_best_on_the_held_out_tenth():
 
 def test_accuracy_chooses_and_cross_entropy_settles_a_tie():
     reached, losses = torch.tensor([0.8, 0.9, 0.9, 0.9, 0.7]), torch.tensor([0.1, 0.5, 0.4, float("nan"), 0.0])
-    assert linear.best(reached, losses) == 2
+    assert classifiers.best(reached, losses) == 2
 
 
 def test_a_diverging_classifier_is_not_chosen():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from ssl_pretrain import checkpoint
+from ssl_pretrain import checkpoint, curves, wandb_file
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "cluster.sh"
@@ -78,20 +77,8 @@ def undisturbed(path, output, *overrides):
 
 def wandb_steps(run):
     """The steps of the offline W&B run's records, segment after segment as they would be synchronized."""
-    from wandb.proto import wandb_internal_pb2 as messages
-    from wandb.sdk.internal.datastore import DataStore
-
-    steps = []
-    for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        with contextlib.suppress(AssertionError):  # a segment whose writer died ends in the middle of a record
-            while (content := store.scan_data()) is not None:
-                record = messages.Record()
-                record.ParseFromString(content)
-                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                steps += [record.history.step.num] if "loss" in items else []
-    return steps
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    return [row["_step"] for file in files for row in wandb_file.history(file) if curves.name("loss") in row]
 
 
 def logs_of(run):
@@ -187,3 +174,21 @@ def test_a_chain_of_jobs_that_are_not_requeued_and_an_array(cluster, tmp_path):
         until("the array", lambda job=job: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
         assert show(job)["JobState"] == "COMPLETED", logs_of(tmp_path / "sweep")
         assert checkpoint.verify(checkpoint.newest(tmp_path / "sweep" / f"seed={seed}"))["config"]["seed"] == seed
+
+
+def test_a_checkpoint_is_judged_by_a_job_of_its_own(cluster, tmp_path):
+    """launch/evaluate.py submits, does not submit again what waits or is done, and follows a job of the training."""
+    path, run = tiny.config(tmp_path), tmp_path / "run"
+    command = [sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=2"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+    evaluate = [sys.executable, "launch/evaluate.py", str(run), "--cluster", "slurm", "--jobs", "knn"]
+    said = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    job = re.search(r"submitted to SLURM: knn of step_00000006: (\d+)", said)[1]
+    again = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "submitted" not in again.stdout, again.stdout + again.stderr
+    until("the evaluation", lambda: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
+    assert (run / "eval" / "step_00000006" / "knn.json").exists(), logs_of(run)
+    after = subprocess.run([*evaluate[:-1], "spectrum", "--after", job], cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    following = re.search(rf"submitted to SLURM, after {job}: (\d+)", after)[1]
+    until("the one that follows", lambda: show(following)["JobState"] in ("COMPLETED", "FAILED"), following)
+    assert (run / "eval" / "spectrum.json").exists(), logs_of(run)

@@ -1,0 +1,207 @@
+"""eval.augmented: the published linear protocols are what torch's own optimizers make of them, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import run_ranks
+from made_run import make_run
+from torch import nn
+from torch.nn import functional as F
+
+from eval import augmented, classifiers, features, linear, parts, protocols, runs
+from eval.augmented import Settings
+from eval.classifiers import Classifiers, FeatureNorm
+from eval.features import Feature
+from ssl_pretrain import backbones
+from ssl_pretrain.backbones import BackboneConfig
+
+STEPS = 4  # an epoch
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "made", "data.subset=200")
+
+
+def by_torch(protocol, batches, lr, weight_decay, start):
+    layer = nn.Linear(5, 3).double()
+    norm = nn.BatchNorm1d(5, affine=False).double() if protocol.batch_norm else nn.Identity()
+    with torch.no_grad():
+        layer.weight.copy_(start[:-1].T)
+        layer.bias.zero_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=protocol.momentum, nesterov=protocol.nesterov, weight_decay=weight_decay)
+    if protocol.milestones:
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(protocol.milestones))
+    else:
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, protocol.epochs * (1 if protocol.by_epoch else STEPS))
+    for step, (found, labels) in enumerate(batches):
+        optimizer.zero_grad()
+        F.cross_entropy(layer(norm(found)), labels).backward()
+        optimizer.step()
+        if not protocol.by_epoch or (step + 1) % STEPS == 0:
+            schedule.step()
+    return torch.cat([layer.weight.T, layer.bias[None]]).detach(), norm
+
+
+@pytest.mark.parametrize("name", protocols.LINEAR)
+def test_each_protocol_is_what_torchs_optimizer_and_schedule_make_of_it(name):
+    protocol = Settings(name, epochs=7, batch_size=16).protocol(1000)
+    generator = torch.Generator().manual_seed(0)
+    batches = [(3 + torch.randn(16, 5, generator=generator).double(), torch.randint(3, (16,), generator=generator)) for _ in range(7 * STEPS)]
+    lrs, decays = [0.03, 0.3, 0.3], [0.0, protocol.weight_decay, 0.1]
+    heads = Classifiers(5, 3, lrs, decays, like=batches[0][0], nesterov=protocol.nesterov, init_std=protocol.init_std)
+    norm = FeatureNorm(5, batches[0][0]) if protocol.batch_norm else None
+    start = heads.weights[:, 0].clone()
+    for step, (found, labels) in enumerate(batches):
+        heads.step(norm.train(found) if norm else found, labels, protocol.rate(step / STEPS))
+    for head, lr, decay in zip(heads.weights.transpose(0, 1), lrs, decays):
+        expected, their_norm = by_torch(protocol, batches, lr, decay, start)
+        torch.testing.assert_close(head, expected)
+        if norm:
+            torch.testing.assert_close(norm(batches[0][0]), their_norm.eval()(batches[0][0]))
+
+
+def trained(path, name, **settings):
+    """Weights of every classifier after two epochs, and what is chosen: on each rank."""
+    run = runs.load_run(path, device="cpu")
+    run.backbone.double()
+    settings = Settings(name, epochs=2, batch_size=24, **settings)
+    train, test = parts.labelled_parts(run, "a test")
+    protocol, grid = settings.protocol(len(train)), settings.grid()
+    one = augmented._judged("pretrained", DoubleInput(run.backbone), grid, protocol, 10, run.device)
+    augmented.train_all([one], run, train.source, augmented.train_views(run, protocol.interpolation), protocol)
+    return one.heads.weights, one.scores(test)[0]
+
+
+class DoubleInput(nn.Module):
+    """The backbone in float64, so that the number of images fed at once does not show."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.feature_dim = backbone, backbone.feature_dim
+
+    def forward(self, images):
+        return self.backbone(images.double())
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize("name", ["vissl"])
+def test_ranks_train_what_one_process_trains(made, name, world_size):
+    weights, reached = trained(made, name)
+    assert weights.abs().max() > 0.01
+    for others, on_rank in run_ranks(trained, made, name, world_size=world_size):
+        torch.testing.assert_close(others, weights, rtol=1e-4, atol=1e-6)
+        assert torch.equal(on_rank, reached)
+
+
+def test_judges_digits_end_to_end(made, capsys):
+    linear.main([str(made), "--device", "cpu", "--protocol", "simclr", "--epochs", "2", "--rows", "random", "pretrained"])
+    printed = capsys.readouterr().out
+    found, grid = (json.loads((made / f"eval/{name}.json").read_text()) for name in ("linear_simclr", "linear_simclr_grid"))
+    rows = {row["features"]: row for row in found["rows"]}
+    assert list(rows["pretrained"]["metrics"]) == ["published setting", "chosen on held-out images"]
+    assert list(rows) == ["random, as built", "random, recalibrated", "random (better of two)", "pretrained"]
+    names = [f"lr {lr:g}, wd {decay:g}" for lr in (0.1, 0.01, 0.03, 0.3, 1) for decay in (1e-6, 0)]
+    by_row = {row["features"]: row["metrics"] for row in grid["rows"]}
+    assert [list(row) for row in by_row.values()] == [names] * 6
+    chosen = rows["pretrained"]["notes"]["chosen on held-out images"].partition(", at")[0]
+    assert by_row["pretrained, held-out images"][chosen] == max(by_row["pretrained, held-out images"].values())
+    assert by_row["pretrained, test images"][chosen] == rows["pretrained"]["metrics"]["chosen on held-out images"]
+    assert by_row["pretrained, test images"][names[0]] == rows["pretrained"]["metrics"]["published setting"]
+    about = found["protocol"]
+    assert about["selection"] == "on 20 training images held out, by accuracy; not trained on them afterwards"
+    assert "batch 16 (published: 4096, 180 images), 2 epochs (published: 90)" in about["classifier"]
+    assert about["views"].endswith("bicubic, not flipped, as the run's own views are not")
+    assert about["transform"].endswith("bicubic, nothing random") and "google-research/simclr" in printed
+
+
+def test_the_published_rate_is_scaled_by_the_batch(made):
+    run = runs.load_run(made, device="cpu")
+    protocol = Settings("moco", batch_size=64).protocol(200)
+    one = augmented._judged("pretrained", Feature(run.backbone, "pooled"), [(30.0, 0.0)], protocol, 10, run.device)
+    assert one.heads.lr.item() == 30.0 * 64 / 256
+
+
+def test_a_choice_on_the_test_images_says_so(made, capsys):
+    linear.main([str(made), "--device", "cpu", "--protocol", "dino", "--epochs", "1", "--select", "test"])
+    printed = capsys.readouterr().out
+    found = json.loads((made / "eval/linear_dino_test_selected.json").read_text())
+    assert list(found["rows"][0]["metrics"]) == ["published setting", "chosen on the test images"]
+    assert found["protocol"]["selection"].startswith("ON THE TEST IMAGES, as in DINO's convention: an upper bound")
+    assert "chosen on the test images" in printed and "ON THE TEST IMAGES" in printed
+    grid = json.loads((made / "eval/linear_dino_test_selected_grid.json").read_text())["rows"][0]["metrics"]
+    assert found["rows"][0]["metrics"]["chosen on the test images"] == max(grid.values())
+
+
+def test_selecting_nothing_trains_the_published_setting_on_every_image(made):
+    found = augmented.evaluate(runs.load_run(made, device="cpu"), Settings("swav", epochs=1, select="published"))
+    assert list(found["rows"][0]["metrics"]) == ["published setting"] and not found["rows"][0]["notes"]
+    assert "200 images" in found["protocol"]["classifier"]
+
+
+def test_the_last_blocks_class_tokens_are_what_hooks_see():
+    backbone = backbones.build(BackboneConfig("test_vit"), 32).eval()
+    tokens = []
+    for block in backbone.model.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: tokens.append(output))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pooled = backbone(images)
+    last4, cls_mean = Feature(backbone, "last4"), Feature(backbone, "cls_mean")
+    normed = [backbone.model.norm(each) for each in tokens]
+    with torch.no_grad():
+        torch.testing.assert_close(last4(images), torch.cat([each[:, 0] for each in normed[-4:]], dim=1))
+        torch.testing.assert_close(cls_mean(images), torch.cat([normed[-1][:, 0], normed[-1][:, 1:].mean(dim=1)], dim=1))
+        torch.testing.assert_close(last4(images)[:, -backbone.feature_dim :], pooled)
+    assert last4(images).shape[1] == last4.feature_dim and features.dinos_choice(backbone) == "last4"
+    wide = backbones.on_meta(BackboneConfig("vit_base_patch16_224"), 224)
+    assert features.dinos_choice(wide) == "cls_mean" and Feature(wide, "cls_mean").feature_dim == 1536
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protocol", "dino", "--feature", "last4"], "--feature last4: ResNet has no class token; give pooled"),
+        (["--protocol", "moco", "--rows", "raw"], "--rows raw: the published protocols train on crops through a network; --protocol cached has a row of raw pixels"),
+        (["--lrs", "1"], "--lrs is of a published --protocol; --protocol cached does not take it"),
+        (["--select", "test"], "--select test is of a published --protocol; --protocol cached chooses on held-out training images"),
+        (["--protocol", "moco", "--labels-per-class", "1"], "--labels-per-class is of --protocol cached; --protocol moco does not take it"),
+        (["--protocol", "moco", "--select", "published", "--lrs", "1"], "--select published trains the published setting alone; leave out --lrs and --weight-decays"),
+        (["--protocol", "moco", "--batch-size", "999"], "--epochs 100, --batch-size 999: give at least 1 epoch, and a batch of 1 to 180 images"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(made, arguments, message):
+    with pytest.raises(ValueError) as error:
+        linear.main([str(made), "--device", "cpu", *arguments])
+    assert str(error.value) == message
+
+
+def test_published_numbers_stay_published():
+    table = {name: (p.base_lr, p.batch_size, p.epochs, p.weight_decay, p.nesterov, p.milestones) for name, p in protocols.LINEAR.items()}
+    assert table == {
+        "simclr": (0.1, 4096, 90, 1e-6, True, ()),
+        "moco": (30.0, 256, 100, 0.0, False, (60, 80)),
+        "dino": (0.001, 1024, 100, 0.0, False, ()),
+        "swav": (0.3, 256, 100, 1e-6, False, ()),
+        "vissl": (0.01, 256, 28, 5e-4, True, (8, 16, 24)),
+    }
+    moco, simclr = protocols.LINEAR["moco"], protocols.LINEAR["simclr"]
+    assert [round(moco.rate(epoch), 6) for epoch in (0, 59.9, 60, 80)] == [1, 1, 0.1, 0.01]
+    assert simclr.rate(45.5) == pytest.approx((1 + math.cos(math.pi * 45.5 / 90)) / 2)
+
+
+def test_a_batch_that_makes_few_steps_becomes_smaller():
+    assert protocols.batch_that_fits(4096, 1_281_167, 8) == 4096
+    assert protocols.batch_that_fits(4096, 1000, 1) == 64 and protocols.batch_that_fits(4096, 1000, 3) == 63
+
+
+def test_accuracies_are_counted_in_chunks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weights, found = torch.randn(3, 6, 4, generator=generator), torch.randn(50, 5, generator=generator)
+    labels = torch.randint(4, (50,), generator=generator)
+    padded = F.pad(found, (0, 1), value=1.0)
+    expected = [(padded @ head).argmax(dim=1).eq(labels).double().mean() for head in weights]
+    torch.testing.assert_close(classifiers.accuracies(weights, found, labels), torch.stack(expected))

@@ -1,0 +1,58 @@
+"""The fused kernels against the plain tiles, on whatever device there is: python tests/losses/kernels.py [cpu|cuda]
+
+On a CPU Triton's interpreter runs them, which has to be asked before Triton is imported: TRITON_INTERPRET=1. Prints the largest
+relative error of each value; `check` is what the tests call.
+"""
+
+from __future__ import annotations
+
+import sys
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+from ssl_pretrain.losses import tiles
+
+CASES = {  # rows, candidates, dim, own, excluded, scale; None candidates: among themselves
+    "nt_xent": (70, None, 24, 0, (0,), 10.0),
+    "decoupled": (66, None, 16, 0, (0, 33, -33), 5.0),
+    "cold, so that exponentials overflow without a maximum": (40, None, 16, 0, (0,), 500.0),
+    "info_nce": (50, 150, 40, 0, (), 5.0),
+    "of another rank": (40, 130, 16, 40, (0, 7), 3.0),
+    "wide": (20, 90, 200, 0, (), 5.0),
+}
+
+
+def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
+    """The log-sum-exps of a case, and the gradients of their weighted sum."""
+    rows, columns, dim, own, excluded, scale = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(count: int) -> torch.Tensor:
+        return F.normalize(torch.randn(count, dim, generator=generator), dim=1).to(device).requires_grad_()
+
+    weights = torch.randn(rows, generator=generator).to(device)
+    z = unit(rows)
+    with mock.patch.object(tiles, "FUSED_ON", (device,) if fused else ()):
+        if columns is None:
+            lse, _ = tiles.log_sum_exp_among(z, scale=scale, excluded=excluded)
+            (for_z,) = torch.autograd.grad((lse * weights).sum(), [z])
+            return {"lse": lse, "by z": for_z}
+        candidates = unit(columns)
+        lse = tiles.log_sum_exp(z * scale, candidates, bound=scale, own=own, excluded=excluded)
+        for_z, for_candidates = torch.autograd.grad((lse * weights).sum(), [z, candidates])
+        return {"lse": lse, "by anchors": for_z, "by candidates": for_candidates}
+
+
+def check(name: str, device: str) -> dict[str, float]:
+    """The largest difference of each value over its largest entry."""
+    plain, fused = (values(name, device, fused) for fused in (False, True))
+    return {key: ((fused[key] - plain[key]).abs().max() / plain[key].abs().max()).item() for key in plain}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in CASES:
+        errors = check(name, (sys.argv[1:] or ["cpu"])[0])
+        print(f"{max(errors.values()):.3g}  {name}: " + ", ".join(f"{key} {error:.2g}" for key, error in errors.items()))
