@@ -1,4 +1,4 @@
-"""A run with one fault planted: FAULT=kind@rank:step[:argument] python tests/faults/faulty.py CONFIG [key=value ...], under torchrun or alone.
+"""A run with a fault planted (several: separated by commas): FAULT=kind@rank:step[:argument] python tests/faults/faulty.py CONFIG [key=value ...], under torchrun or alone.
 
 The package itself knows of no fault: this wraps its functions. A fault happens once in the life of a run's folder (FAULT_DONE), so
 that the resumed run is whole. Steps are numbered from 1, as metrics.jsonl numbers them.
@@ -184,7 +184,8 @@ class Fault:
 
 
 def main(arguments: list[str], fault: str = "", done: str = "") -> int:
-    Fault(fault or "none@0:0", Path(done)).plant()
+    for text in (fault or "none@0:0").split(","):
+        Fault(text, Path(done)).plant()
     return train.main(arguments)
 
 

@@ -53,6 +53,13 @@ class Ranks:
             assert time.monotonic() < end and any(process.is_alive() for process in self.processes), f"{text!r} not in:\n{self.said()}"
             time.sleep(0.02)
 
+    def until_step(self, run: Path, step: int, seconds: float = 600) -> None:
+        """Waits until the run has logged so many steps; the console leaves some out."""
+        end, records = time.monotonic() + seconds, run / "metrics.jsonl"
+        while not records.exists() or records.read_text().count("\n") < step:
+            assert time.monotonic() < end and any(process.is_alive() for process in self.processes), self.said()
+            time.sleep(0.02)
+
     def send(self, number: int, rank: int | None = None) -> None:
         for process in self.processes if rank is None else [self.processes[rank]]:
             if process.is_alive():

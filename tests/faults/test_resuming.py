@@ -116,7 +116,7 @@ def test_another_configuration_is_refused_and_a_free_key_is_not(place, goes_on, 
 def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_is_taken_over(place, goes_on, seen):
     path, run = place
     first = Ranks(path, *MORE, fault="slow@0:1")
-    first.until("step 1/")
+    first.until_step(run, 1)
     statuses, said = ranks.run(path, *MORE)
     assert statuses == [2, 2, 2] and said.count(f"error: output: {run} is in use by process {first.processes[0].pid} on ") == 3, said
     first.send(9)

@@ -44,8 +44,8 @@ def test_killed_in_a_save(place, goes_on, seen, moment, left):
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing(place, goes_on, seen, name):
     path, run = place
     number = getattr(signal, name)
-    asked = Ranks(path, *MORE, "checkpoint.every_epochs=0", fault="writing@0:0:2")
-    asked.until("step 5/")
+    asked = Ranks(path, *MORE, "checkpoint.every_epochs=0", fault="slow@1:1,writing@0:0:2")
+    asked.until_step(run, 5)
     asked.send(number, 1)
     asked.until("writing")
     asked.send(signal.SIGUSR2)
