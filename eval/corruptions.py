@@ -96,14 +96,15 @@ def defocus_blur(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
 
 
 def disk(radius: float, alias: float) -> np.ndarray:
-    """A disk of total weight 1 whose edge is smoothed by a Gaussian of deviation `alias`, over 3 places, 5 for a large one."""
+    """A disk of total weight 1 whose edge is then smoothed by a Gaussian of deviation `alias`, over 3 places, 5 for a large one."""
     reach, taps = (8, 1) if radius <= 8 else (radius, 2)
     places = np.arange(-reach, reach + 1)
     inside = (places[:, None] ** 2 + places**2 <= radius**2).astype(np.float64)
+    inside /= inside.sum()
     weights = np.exp(-(np.arange(-taps, taps + 1) ** 2) / (2 * alias**2))
     for axis in (0, 1):
         inside = ndimage.correlate1d(inside, weights / weights.sum(), axis=axis, mode="mirror")
-    return inside / inside.sum()
+    return inside
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:

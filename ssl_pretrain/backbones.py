@@ -138,6 +138,18 @@ def load_strict(backbone: nn.Module, weights: dict[str, Tensor], source: str) ->
     backbone.load_state_dict(weights, strict=True)
 
 
+def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, block) of the repeated blocks of every backbone in `module`: a ViT's `blocks`, a ResNet's in `layer1` to `layer4`,
+    other timm networks' in `stages`. What is sharded, compiled or recomputed as one. Empty where a network has none."""
+    found = []
+    for name, backbone in module.named_modules():
+        stacks = backbone.model.named_children() if isinstance(backbone, Backbone) else ()
+        for key, stack in stacks:
+            if key.rstrip("0123456789") in ("blocks", "layer", "stages"):
+                found += [(f"{name}.model.{key}.{number}".lstrip("."), block) for number, block in stack.named_children()]
+    return found
+
+
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 

@@ -92,7 +92,8 @@ def products(device: torch.device, dtype: torch.dtype) -> float:
 def convolutions(device: torch.device, dtype: torch.dtype) -> float:
     """Of a 3 x 3 convolution as in the middle of a ResNet-50, forward and backward."""
     images = 8 if device.type == "cpu" else 256
-    layer = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device, dtype=dtype)
+    layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
     x = torch.randn(images, 128, 28, 28, device=device).to(dtype, memory_format=torch.channels_last).requires_grad_()
     gradient = torch.randn_like(x)
     return 3 * 2 * images * 28**2 * 128**2 * 9 / seconds_of(lambda: layer(x).backward(gradient), device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ssl_pretrain import backbones, config, hardware, optim, parallel
+from ssl_pretrain.communication import Cluster
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import order, sources
-from ssl_pretrain.estimate import Cluster, Program, Step, method_on_meta
+from ssl_pretrain.estimate import Program, Step, method_on_meta
 from ssl_pretrain.hardware import Machine
 from ssl_pretrain.memory import GIB, ROOM
 from ssl_pretrain.methods.base import Method
@@ -59,16 +60,17 @@ def _on_machine(run: RunConfig, world_size: int) -> list[str]:
     machine = hardware.machine(run.plan)
     per_node = run.launch.gpus_per_node or world_size
     cluster = Cluster(world_size // per_node, per_node)
-    program = Program(run, world_size, machine)
+    program = Program(run, cluster, machine)
     largest, why = program.largest()
     images = config.part_size(run, world_size) or largest or program.share
+    eager = ["parallel.compile: the times are of the blocks as they are written; fused ones move less"] if run.parallel.compile else []
     what = f"{cluster.ranks} x {machine.name}" + (f", {cluster.nodes} nodes of {per_node}" if cluster.nodes > 1 else "")
     lines = [f"# on {what}: rates from {machine.source}", *_memory(program, images)]
     lines.append(f"largest local batch: {f'{largest:,} {why}' if largest else f'none: {why}'}")
     passes = ", each embedded twice" if program.two_passes(images) else ""
     lines.append(f"parts of the global batch on a rank: {program.share // images}{passes}")
-    step = program.step(cluster, images)
-    return [*lines, *_time(run, machine, step), _run_hours(run, cluster, step)]
+    step = program.step(images)
+    return [*lines, *_time(run, machine, step), *eager, _run_hours(run, cluster, step)]
 
 
 def _memory(program: Program, images: int) -> list[str]:

@@ -21,7 +21,8 @@ class Stepper:
     """What stays the same from step to step.
 
     Called with the step's number, its progress and this rank's batch, it moves the weights and returns the step's
-    embeddings (local_batch, dim) and its logs, scalars on the device: nothing here waits for the accelerator.
+    embeddings (local_batch, dim), the targets as `target_<name>`, and its logs, scalars on the device: nothing here waits
+    for the accelerator.
     """
 
     model: nn.Module  # wrapped
@@ -39,6 +40,7 @@ class Stepper:
         batch = replace(batch, views=parallel.place(batch.views, self.config, self.device))
         before = batch_norm.remembered(method)
         self.optimizer.zero_grad(set_to_none=True)
+        parallel.begin_step(self.config)
         embeddings, targets, loss, logs = self._backward(method)(method, batch, step)
         self._watch(embeddings, step)
         frozen = [p for name, p in method.named_parameters() if name.startswith(tuple(method.frozen(progress)))]
@@ -47,7 +49,8 @@ class Stepper:
         batch_norm.put_back(method, before, skipped > 0)
         method.stepped = 1 - skipped
         method.after_step(progress, embeddings, targets)
-        return embeddings, {"loss": loss, **logs, "gradient_norm": norm, "skipped_steps": skipped}
+        seen = {**embeddings, **{f"target_{name}": value for name, value in targets.items()}}
+        return seen, {"loss": loss, **logs, "gradient_norm": norm, "skipped_steps": skipped}
 
     @property
     def num_parts(self) -> int:

@@ -46,7 +46,7 @@ def refused(path, *overrides, world_size=None) -> str:
         ("optim.base_lr=fast", "run.yaml: optim.base_lr: Value 'fast' of type 'str' could not be converted to Float"),
         ("epochs=many", "run.yaml: epochs: Value 'many' of type 'str' could not be converted to Integer"),
         ("method.name=simclrr", f"run.yaml: method.name: 'simclrr' is not a method; choose one of: {', '.join(methods.names())}"),
-        ("method.queue_size=3", "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims"),
+        ("method.queue_size=3", "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims, without_projector"),
         ("optim", "'optim': an override is key=value, such as optim.base_lr=0.3"),
         (
             "log.name=${oc.env:WANDB_API_KEY}",

@@ -28,14 +28,14 @@ def test_a_page_without_results_is_what_the_script_writes():
 
 def test_every_stage_has_its_line():
     results = {
-        "tests": {"status": 1, "passed": 40, "failed": 1, "which": ["tests/gpu/test_step.py::x"]},
+        "tests": {"status": 1, "passed": 40, "failed": 1, "which": ["tests/gpu/test_gpu_step.py::x"]},
         "simclr_resnet50": STEP,
         "dino_vit_base": {"error": "out of time"},
         "cifar10": {"done": True, "epochs": 200.0, "images_per_second": 20000.0, "data_wait": 0.01, "knn": "accuracy 85.0"},
     }
     page = gpu.page(results)
     for line in (
-        "Tests: 40 passed, 1 failed; failed: tests/gpu/test_step.py::x.",
+        "Tests: 40 passed, 1 failed; failed: tests/gpu/test_gpu_step.py::x.",
         "| simclr_resnet50 | 512 | 100.0 | 5,120 | 10,240 | 6500 | 2.1% | 50% | 31% |",
         "lightly's step of the same network, in turn with ours: 2,560 images/s, ours 2.00 times that.",
         "dino_vit_base: out of time",
@@ -57,9 +57,8 @@ def test_a_stage_that_takes_too_long_is_stopped():
     assert (status, out) == (-15, "began\n")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "moco_v3_vit_small" else pytest.mark.full) for name in steps.CONFIGS]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", steps.CONFIGS)
 def test_a_step_is_measured_small(name):
     """On this machine's CPU and tiny networks, every figure of the table comes out."""
     found = steps.measured(name, torch.device("cpu"), tiny=True, compiled=False, repeats=1)

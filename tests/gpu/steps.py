@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 from measure import interleaved, versions
 
-from ssl_pretrain import config, hardware, optim, parallel
+from ssl_pretrain import config, hardware, methods, optim, parallel
+from ssl_pretrain.communication import Cluster
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.estimate import Program
@@ -39,17 +40,16 @@ CONFIGS = {  # name -> YAML, overrides
     "dino_vit_base": ("dino_imagenet", ["backbone.name=vit_base_patch16_224"]),
 }
 SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
-TINY = ["backbone.name=test_resnet", "backbone.args={}"]
 
 
 def run_of(name: str, tiny: bool, compiled: bool) -> RunConfig:
     stem, overrides = CONFIGS[name]
     overrides = [*overrides, "launch.gpus_per_node=0", *(["parallel.compile=true"] if compiled else [])]
-    run = config.load(ROOT / "configs" / f"{stem}.yaml", [*overrides, *(TINY if tiny else [])])
+    run = config.load(ROOT / "configs" / f"{stem}.yaml", overrides)
     if tiny:
-        from ssl_pretrain import methods
-
-        run = replace(run, method=methods.find(run.method.name).Config(**methods.find(run.method.name).SMALL))
+        small = methods.find(run.method.name)
+        backbone = replace(run.backbone, name="test_resnet", args={}, drop_path=0.0)
+        run = replace(run, method=small.Config(**small.SMALL), backbone=backbone)
         for crop in run.views.crops.values():
             crop.size //= 4
     return run
@@ -148,7 +148,7 @@ def measured(name: str, device: torch.device, tiny: bool, compiled: bool, repeat
         if device.type == "cuda"
         else None
     )
-    program = Program(replace(run, global_batch_size=images), 1, on or hardware.MACHINES["H100"])
+    program = Program(replace(run, global_batch_size=images), Cluster(1, 1), on or hardware.MACHINES["H100"])
     part = program.part.at(images)
     found |= {
         "ms": seconds["step"] * 1e3,

@@ -16,14 +16,15 @@ from ssl_pretrain.parallel import ParallelConfig
 from ssl_pretrain.step import Stepper
 
 IMAGES, SIZE = 16, 32
-VIEWS = {"dino": [SIZE, SIZE, 16, 16], "swav": [SIZE, SIZE, 16, 16]}
+VIEWS = {"dino": [SIZE, SIZE, 16, 16], "swav": [SIZE, SIZE, 16, 16], "cpc": [SIZE]}
 OPTIM = {"lars": OptimConfig(name="lars"), "adamw": OptimConfig(name="adamw", base_lr=1e-3, clip_norm=3.0), "sgd": OptimConfig(name="sgd")}
 
 
 def method_of(name: str, backbone: str = "test_resnet") -> Method:
     torch.manual_seed(0)
     module = methods.find(name)
-    method = module.Config(**module.SMALL).build(backbones.build(BackboneConfig(name=backbone), SIZE))
+    args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
+    method = module.Config(**module.SMALL).build(backbones.build(BackboneConfig(name=backbone, stem="no_pool", args=args), SIZE))
     method.num_steps, method.steps_per_epoch = 100, 10
     return method
 
