@@ -84,7 +84,7 @@ class Pooled(nn.Module):
 
 def channels(model: nn.Module) -> list[int]:
     """Of res2 to res5."""
-    return [info["num_chs"] for info in model.feature_info[-4:]]  # type: ignore[union-attr, index]
+    return [info["num_chs"] for info in model.feature_info[-4:]]  # type: ignore[index]
 
 
 def check(model: nn.Module, name: str) -> None:
