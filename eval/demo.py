@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import knn, linear, report, results, runs
+from eval import knn, linear, report, results, runs, sections
 
 COMPARED = (("raw pixels", "raw pixels"), ("random backbone", results.BETTER), ("pretrained", "pretrained"))
 HELP = """usage: python -m eval.demo RUN [phase=seconds ...]
@@ -65,10 +65,10 @@ def _line(result: dict[str, Any], column: str, title: str) -> list[str]:
 
 
 def _curves(run: Path) -> list[str]:
-    records = report.read_metrics(run)
+    records = sections.read_metrics(run)
     drawn = []
     for title, key, unit in (("loss", "loss", 1), ("k-NN", "knn", 100)):
-        values = [unit * value for _, value in report.curve(records, key)]
+        values = [unit * value for _, value in sections.curve(records, key)]
         if values:
             of = " %, of held-out training images" if key == "knn" else ""
             drawn.append(f"{title}  {sparkline(values)}  {values[0]:.4g} to {values[-1]:.4g}{of}")

@@ -84,7 +84,7 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     weights = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     images = reference_input(run.image_size)
     with torch.no_grad():
-        found = run.backbone(images.to(run.device)).float().cpu()
+        found = run.backbone(images.to(run.device)).float().cpu().contiguous()
     if "torchvision" in formats:
         check_torchvision(run, weights, images, found)
     folder.mkdir(parents=True, exist_ok=True)

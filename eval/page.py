@@ -74,14 +74,19 @@ tr.part td { color: var(--soft); font-size: 14px; } tr.part td:first-child { pad
 .strip span { padding-bottom: 2px; } .score { min-width: 30px; color: var(--soft); font-variant-numeric: tabular-nums; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 12px; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
+.alarm { border-left: 4px solid var(--wrong); background: var(--panel); border-radius: 0 6px 6px 0; padding: 10px 16px;
+  margin: 14px 0; max-width: none; }
+img.grid { max-width: 100%; image-rendering: pixelated; }
 details summary { cursor: pointer; color: var(--accent); margin-top: 10px; }
 """
 
 
-def page(title: str, sections: list[str]) -> str:
+def page(title: str, sections: list[str], script: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(sections) + "\n</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(sections)
+        + f"\n</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
 
 
@@ -116,15 +121,38 @@ def _source(image: Image.Image) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def views(path: Path, size: int) -> str:
-    """The trainer's grid of views cut at its gaps of 2 pixels: the views of an image together. `size` is a view's side in pixels."""
+def picture_file(path: Path, label: str) -> str:
+    """<img> of a picture in the run's folder, whole."""
+    return f'<img class="grid" alt="{escape(label)}" src="{_source(Image.open(path).convert("RGB"))}">'
+
+
+def legend(names: list[tuple[str, str]]) -> str:
+    """Colours and what they stand for."""
+    keys = (f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in names)
+    return f'<div class="legend">{"".join(keys)}</div>'
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Cells as they are given: escaped here."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    return f'<div class="scroll"><table><tr>{top}</tr>{rows}</table></div>'
+
+
+def views(path: Path, size: int, drawn: list[list[str]] | None = None) -> str:
+    """The trainer's grid of views cut at its gaps of 2 pixels: the views of an image together, each with what was `drawn` for it.
+
+    size: a view's side in pixels.
+    """
     grid, pitch = Image.open(path).convert("RGB"), size + 2
     if (grid.width - 2) % pitch or (grid.height - 2) % pitch:
         return f'<div class="views"><img alt="training views" src="{_source(grid)}"></div>'
     shown, side = [], max(size, 64)
-    for top in range(2, grid.height, pitch):
-        cut = (grid.crop((left, top, left + size, top + size)) for left in range(2, grid.width, pitch))
-        shown.append("<div>" + "".join(f'<img alt="view" width="{side}" src="{_source(view)}">' for view in cut) + "</div>")
+    for row, top in enumerate(range(2, grid.height, pitch)):
+        cut = [grid.crop((left, top, left + size, top + size)) for left in range(2, grid.width, pitch)]
+        words = drawn[row] if drawn and row < len(drawn) and len(drawn[row]) == len(cut) else ["view"] * len(cut)
+        pictures = (f'<img alt="view" title="{escape(text)}" width="{side}" src="{_source(view)}">' for view, text in zip(cut, words))
+        shown.append("<div>" + "".join(pictures) + "</div>")
     return f'<div class="views{" pixel" if size <= 64 else ""}">{"".join(shown)}</div>'
 
 

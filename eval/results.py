@@ -77,12 +77,14 @@ def load(run: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((run / "eval").glob("*.json"))]
 
 
-def history(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """{name of the evaluation: its results of all checkpoints judged, by step}."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((run / "eval").glob("step_*/*.json")):
-        found.setdefault(path.stem, []).append(json.loads(path.read_text()))
-    return {name: sorted(each, key=lambda result: result["step"]) for name, each in sorted(found.items())}
+def by_step(run: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """Every evaluation of every checkpoint, by name and step: those of RUN/eval/step_<step>/ and the newest in RUN/eval/."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in [*sorted((run / "eval").glob("step_*/*.json")), *sorted((run / "eval").glob("*.json"))]:
+        result = json.loads(path.read_text())
+        if {"name", "step", "rows"} <= result.keys():
+            found.setdefault(result["name"], {})[result["step"]] = result
+    return {name: dict(sorted(steps.items())) for name, steps in found.items()}
 
 
 def number(row: dict[str, Any], column: str) -> str:

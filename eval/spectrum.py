@@ -77,7 +77,7 @@ def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
         _, tensors = checkpoint.read(run.checkpoint_path)
         backbones.load_strict(method, tensors, str(run.checkpoint_path))
     # the student's heads on the student's backbone, whatever network the other evaluations judge
-    return runs.place(method.backbone, run.device), method.projector.eval().to(run.device)
+    return runs.place(method.backbone, run.device), method.get_submodule("projector").eval().to(run.device)
 
 
 def measures(name: str, vectors: Tensor) -> dict[str, float]:

@@ -270,7 +270,7 @@ def send_to_wandb(run: Path, config: RunConfig) -> None:
 
 def wandb_numbers(result: dict[str, Any]) -> dict[str, float]:
     """The pretrained network's numbers of a result, as `eval/<name>/<column>`, with their step."""
-    row = next((row for row in result["rows"] if row["features"] == "pretrained"), {"metrics": {}})
+    row: dict[str, Any] = next((row for row in result["rows"] if row["features"] == "pretrained"), {"metrics": {}})
     return {"eval/step": result["step"]} | {f"eval/{result['name']}/{column}": value for column, value in row["metrics"].items()}
 
 

@@ -100,7 +100,7 @@ def _read(run: Path) -> dict[str, Any]:
     return {
         "rows": rows,
         "knn": rows["pretrained"],
-        "rank": next((record["effective_rank"] for record in reversed(records) if "effective_rank" in record), float("nan")),
+        "rank": next((record["rankme"] for record in reversed(records) if "rankme" in record), float("nan")),
         "minutes": seconds / 60,
         "curve": [record["knn"] for record in records if "knn" in record],
     }

@@ -1,26 +1,26 @@
-"""What a run says while it goes on: metrics.jsonl, one progress line, and the same numbers in Weights & Biases."""
+"""What a run says while it goes on: metrics.jsonl, the console, pictures, and the same in Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
+import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
-from ssl_pretrain import distributed
+from ssl_pretrain import distributed, pictures, wandb_run
+from ssl_pretrain.console import Console, Warnings
 
 T = TypeVar("T")
+KEEP_PLOTS = 500  # steps between two sets of plots sent to W&B, at least; plots.jsonl has all
 
 
 @dataclass
@@ -32,6 +32,8 @@ class LogConfig:
     project: str = "ssl_pretrain"
     name: str = ""  # of the W&B run; empty: the output folder's name
     tags: list[str] = field(default_factory=list)
+    stall_seconds: float = 900.0  # without a record, until W&B alerts
+    peak_tflops: float = 0.0  # of one GPU in bfloat16, for the model FLOPs utilization; 0: by its name, where it is known
 
 
 class Logger:
@@ -41,6 +43,8 @@ class Logger:
         run: the run's folder.
         first_step, last_step: the steps this run has done already, and will have done at its end.
         facts: manifest entries; `wandb_id` is filled here, so that a resumed run goes on in the same W&B run.
+        flops_per_image: floating-point operations of a training step for each image; 0: unknown.
+        peak_tflops: of a rank's device; 0: unknown.
     """
 
     def __init__(
@@ -54,18 +58,27 @@ class Logger:
         global_batch_size: int,
         config: dict[str, Any],
         facts: dict[str, Any],
+        flops_per_image: float = 0.0,
+        peak_tflops: float = 0.0,
     ):
         self.settings, self.run, self.last_step = settings, run, last_step
         self.steps_per_epoch, self.global_batch_size = steps_per_epoch, global_batch_size
-        self._measured: dict[str, float] = {}
-        self.latest_knn: float | None = None
+        self._flops, self._peak = flops_per_image, settings.peak_tflops or peak_tflops
+        self._measured: dict[str, Any] = {}
         self._sums: dict[str, Tensor] = {}
         self._since, self._since_step, self._waited = time.monotonic(), first_step, 0.0
-        self._shown = 0.0
-        self._wandb: Any = None
+        self._plotted, self._skipping = -KEEP_PLOTS, False
+        self._plots: dict[str, list[float]] | None = None  # for the next record sent to W&B
+        self._wandb: wandb_run.WandbRun | None = None
+        self.past: list[dict[str, Any]] = []
         if distributed.is_main():
-            _keep_records(run / "metrics.jsonl", first_step)
-            self._wandb = _start_wandb(settings, run, config, facts)
+            _keep_records(run / "plots.jsonl", first_step)
+            self.past = _keep_records(run / "metrics.jsonl", first_step)
+        self.console = Console(last_step, self.past)
+        self._warnings = Warnings(self.console.warn if distributed.is_main() else None)
+        self._warnings.install()
+        if distributed.is_main():
+            self._wandb = _start_wandb(settings, run, config, facts, self.console.say)
 
     def waits(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; the time spent waiting for them becomes `data_wait`."""
@@ -78,14 +91,17 @@ class Logger:
             self._waited += time.monotonic() - start
             yield batch
 
-    def step(self, step: int, logs: dict[str, Tensor], rates: dict[str, float], measured: dict[str, float] | None = None) -> None:
+    def step(self, step: int, logs: dict[str, Tensor], rates: dict[str, float], measured: dict[str, Any] | None = None) -> None:
         """Takes the logs of the step that ended, `step` steps being done; writes at the interval and at the end.
 
         Args:
             logs: scalars on the device; their means over the interval are written.
-            measured: what is measured now and then (health, k-NN); joins the next record.
+            measured: what is measured now and then (health, k-NN): numbers join the next record; `plots` are curves,
+                `neighbours` a picture.
         """
-        self._measured |= measured or {}
+        measured = dict(measured or {})
+        self._keep(step, measured.pop("plots", None), measured.pop("neighbours", None))
+        self._measured |= measured
         for name, value in logs.items():
             self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach()
         if step % self.settings.every_steps and step != self.last_step:
@@ -98,60 +114,111 @@ class Logger:
 
     def _record(self, step: int, rates: dict[str, float]) -> dict[str, Any]:
         steps = max(1, step - self._since_step)
-        totals = torch.stack([value.double() if value.device.type == "cpu" else value.float() for value in self._sums.values()])
-        means = (distributed.reduce_sum(totals) / distributed.world_size()).tolist()  # the one read of the device
-        measured = {name: total if name == "skipped_steps" else total / steps for name, total in zip(self._sums, means)}
-        seconds = time.monotonic() - self._since
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        own = torch.tensor([self._waited / seconds, _memory_gib(), float(len(self._warnings.waiting))])
+        sums = torch.stack([value.double() if value.device.type == "cpu" else value.float() for value in self._sums.values()])
+        by_rank = distributed.gather(torch.cat([sums, own.to(sums)])[None]).cpu()  # the one read of the device
+        means, largest = by_rank[:, : len(sums)].sum(0) / len(by_rank), by_rank[:, len(sums) :].amax(0).tolist()
+        if largest[2] > 0:  # the same on every rank
+            self._warnings.others(distributed.gather_objects(self._warnings.collected()))
+        measured = {name: total if name == "skipped_steps" else total / steps for name, total in zip(self._sums, means.tolist())}
+        speed = steps * self.global_batch_size / seconds
         record = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
             **measured,
             **rates,
-            "images_per_second": steps * self.global_batch_size / max(seconds, 1e-9),
-            "data_wait": self._waited / max(seconds, 1e-9),
+            "images_per_second": speed,
+            "seconds_per_step": seconds / steps,
+            "data_wait": largest[0],
+            "memory_gib": largest[1],
+            **self._flops_of(speed),
             **self._measured,
             "time": time.time(),
         }
-        self.latest_knn = self._measured.get("knn", self.latest_knn)
         self._measured = {}
         return record
+
+    def _flops_of(self, images_per_second: float) -> dict[str, float]:
+        if not self._flops:
+            return {}
+        tflops = self._flops * images_per_second / distributed.world_size() / 1e12
+        return {"model_tflops": tflops} | ({"flops_utilization": tflops / self._peak} if self._peak else {})
 
     def _write(self, record: dict[str, Any]) -> None:
         with (self.run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({key: _json_number(value) for key, value in record.items()}) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({key: value for key, value in record.items() if key != "time"}, step=record["step"])
-        now, last = time.monotonic(), record["step"] == self.last_step
-        if now - self._shown >= 1 or last:
-            self._shown = now
-            _show(_progress_line(record, self.last_step, self.global_batch_size, self.latest_knn), last)
+        self._send("record", record=record, plots=self._plots)
+        self._plots = None
+        self.console.progress(record)
+        skipped = record.get("skipped_steps", 0) > 0
+        if skipped and not self._skipping:
+            text = f"step {record['step']}: {record['skipped_steps']:.0f} steps had a gradient that is not finite"
+            self.alert("diverging", text, "diverged")
+        self._skipping = skipped
 
-    def views(self, step: int, views: list[Tensor], mean: list[float], std: list[float]) -> None:
-        """At the first step writes `views.png`: one row an image, its views side by side, as the network sees them, for 8 images."""
+    def _keep(self, step: int, plots: dict[str, list[float]] | None, neighbours: Tensor | None) -> None:
+        if not distributed.is_main():
+            return
+        if plots is not None:
+            with (self.run / "plots.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "epoch": step / self.steps_per_epoch, **plots}) + "\n")
+            if step - self._plotted >= KEEP_PLOTS:
+                self._plotted, self._plots = step, plots
+        if neighbours is not None:
+            path = pictures.save(neighbours, self.run / "neighbours" / f"step_{step:08d}.png")
+            caption = "left: the query; then its nearest training images; green: of its class"
+            self._send("image", key="Pictures/nearest neighbours", path=str(path), caption=caption, step=step)
+
+    def views(
+        self, step: int, views: list[Tensor], mean: list[float], std: list[float], drawn: Callable[[], list[list[str]]] = list
+    ) -> None:
+        """At the first step writes `views.png`: one row an image, its views side by side, as the network sees them, for 8
+        images; and `views.json`, what was drawn for each of them, (images, views)."""
         if step > 1 or not distributed.is_main():
             return
-        size = max(view.shape[-1] for view in views)
-        undo = [view[:8].float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1) for view in views]
-        padded = [torch.nn.functional.pad(view, (0, size - view.shape[-1], 0, size - view.shape[-2]), value=1.0) for view in undo]
-        grid = make_grid(torch.stack(padded, dim=1).flatten(0, 1), nrow=len(views), padding=2, pad_value=1.0).clamp(0, 1)
-        save_image(grid, self.run / "views.png")
+        path = pictures.save(pictures.views(views, mean, std), self.run / "views.png")
+        parameters = drawn()
+        (self.run / "views.json").write_text(json.dumps(parameters, indent=1) + "\n")
+        words = [f"image {row + 1}, view {view + 1}: {text}" for row, texts in enumerate(parameters) for view, text in enumerate(texts)]
+        self._send("image", key="Pictures/views", path=str(path), caption="\n".join(words), step=step)
+
+    def alert(self, title: str, text: str, tag: str = "") -> None:
+        """On rank 0: says it, keeps it in alarms.jsonl, alerts in W&B and marks the run there."""
+        if not distributed.is_main():
+            return
+        self.console.warn(f"{title}: {text}")
+        with (self.run / "alarms.jsonl").open("a") as file:
+            file.write(json.dumps({"title": title, "text": text, "time": time.time()}) + "\n")
+        self._send("alert", title=title, text=text, tag=tag or title.replace(" ", "-"))
+
+    def _send(self, kind: str, **message: Any) -> None:
         if self._wandb is not None:
-            import wandb
+            self._wandb.send(kind, **message)
 
-            self._wandb.log({"views": wandb.Image(str(self.run / "views.png"))}, step=self._since_step)
-
-    def close(self) -> None:
+    def close(self, ended_well: bool = True) -> None:
+        """Ends the run in W&B, as crashed where it did not end well."""
+        self._warnings.remove()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close(ended_well)
+            self._wandb = None
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, kind: object, *_exception: object) -> None:
+        self.close(kind is None)
 
 
-def _keep_records(path: Path, first_step: int) -> None:
-    """Drops the records after `first_step`: a run that lost steps writes them again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step and first_step > 0]
-        beside = path.with_suffix(".writing")
-        beside.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(beside, path)
+def _keep_records(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Drops the records after `first_step`, as a run that lost steps writes them again; returns those that stay."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step and first_step > 0]
+    beside = path.with_suffix(".writing")
+    beside.write_text("".join(f"{line}\n" for line in lines))
+    os.replace(beside, path)
+    return [json.loads(line) for line in lines]
 
 
 def _step_of(line: str) -> float:
@@ -165,46 +232,24 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _progress_line(record: dict[str, Any], last_step: int, global_batch_size: int, knn: float | None) -> str:
-    speed = record["images_per_second"]
-    remaining = int((last_step - record["step"]) * global_batch_size / max(speed, 1e-9))
-    shown = [f"step {record['step']}/{last_step}", f"epoch {record['epoch']:.2f}", f"loss {record['loss']:.4f}", f"lr {record['lr']:.4g}"]
-    if knn is not None:
-        shown.append(f"k-NN {100 * knn:.1f} %")
-    shown += [f"{speed:,.0f} images/s", f"data wait {100 * record['data_wait']:.0f} %"]
-    if record.get("skipped_steps"):
-        shown.append(f"{record['skipped_steps']:.0f} steps skipped")
-    return "  ".join([*shown, f"ETA {remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}"])
+def _memory_gib() -> float:
+    """Most that this rank has held so far: on its GPU, or of the host's memory where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _show(line: str, last: bool) -> None:
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
-    else:
-        print(line, flush=True)
-
-
-def _start_wandb(settings: LogConfig, run: Path, config: dict[str, Any], facts: dict[str, Any]) -> Any:
+def _start_wandb(
+    settings: LogConfig, run: Path, config: dict[str, Any], facts: dict[str, Any], say: Callable[[str], None]
+) -> wandb_run.WandbRun | None:
     mode = settings.wandb
     if mode == "auto":
-        mode = "online" if _has_key() else "off"
+        mode = "online" if wandb_run.has_key() else "off"
     if mode == "off":
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("log.wandb: wandb is not installed; pip install wandb, or set log.wandb=off") from None
-    name = settings.name or run.name
-    started = wandb.init(
-        project=settings.project, name=name, id=facts.get("wandb_id"), resume="allow", mode=mode, dir=run, config=config, tags=settings.tags
-    )
-    facts["wandb_id"] = started.id
-    return started
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    with suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    return False
+    facts["wandb_id"] = facts.get("wandb_id") or wandb_run.new_id()
+    return wandb_run.WandbRun(
+        run, mode=mode, project=settings.project, name=settings.name or run.name, run_id=facts["wandb_id"], config=config,
+        tags=list(settings.tags), say=say, stall_seconds=settings.stall_seconds,
+    )  # fmt: skip

@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed, probe
+from ssl_pretrain import distributed, pictures, probe
 
 T = TypeVar("T")
 Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]  # samples' numbers -> (normalized images, labels), in that order
+SHOWN, NEAREST = 8, 6  # queries in the picture, and neighbours of each
 SIMILARITIES = 2**24  # float32 values held at once: 64 MiB
 
 
@@ -85,7 +86,14 @@ class OnlineKNN:
     """
 
     def __init__(
-        self, config: OnlineConfig, images: Images, labels: np.ndarray, order: np.ndarray, steps_per_epoch: int, device: torch.device
+        self,
+        config: OnlineConfig,
+        images: Images,
+        labels: np.ndarray,
+        order: np.ndarray,
+        steps_per_epoch: int,
+        device: torch.device,
+        pixels: Callable[[np.ndarray], Tensor] | None = None,
     ):
         """Chooses the bank and the queries; reads no image.
 
@@ -93,12 +101,15 @@ class OnlineKNN:
             images: gives the evaluation views of the training images with these numbers, in their order.
             labels: of all training images, (num_train,), -1 for none.
             order: a fixed permutation of their numbers; its labelled ones become queries (at most a fifth), then the bank.
+            pixels: gives uint8 (n, 3, size, size) of the images with these numbers, for `neighbours`.
 
         Raises:
             ValueError: k or temperature do not fit the bank.
         """
         self.config, self.images, self.labels, self.device = config, images, labels, device
         self.probed: float | None = None  # the linear classifier's accuracy at the last measurement
+        self.pixels = pixels
+        self.neighbours: Tensor | None = None
         self.steps_per_measure = config.knn_every_epochs * steps_per_epoch
         labelled = order[labels[order] >= 0]
         num_queries = min(config.max_test, len(labelled) // 5)
@@ -116,8 +127,8 @@ class OnlineKNN:
         """Whether to measure after `step` steps: when a multiple of knn_every_epochs has just been passed."""
         return self.enabled and step > 0 and int(step / self.steps_per_measure) > int((step - 1) / self.steps_per_measure)
 
-    def at(self, step: int, backbone: nn.Module) -> dict[str, float]:
-        """The accuracies after `step` steps, where they are due; else nothing."""
+    def at(self, step: int, backbone: nn.Module) -> dict[str, Any]:
+        """The accuracies after `step` steps, where they are due, and on rank 0 a picture of neighbours; else nothing."""
         try:
             accuracy = self.measure(backbone) if self.due(step) else None
         except MeasureError as error:
@@ -128,7 +139,8 @@ class OnlineKNN:
             return {}
         if accuracy is None:
             return {}
-        return {"knn": accuracy} | ({} if self.probed is None else {"probe": self.probed})
+        found = {"knn": accuracy, "probe": self.probed, "neighbours": self.neighbours}
+        return {name: value for name, value in found.items() if value is not None}
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float | None:
@@ -145,14 +157,27 @@ class OnlineKNN:
         mine = np.arange(distributed.rank(), len(self.queries), distributed.world_size())
         truth = torch.from_numpy(self.labels[self.queries[mine]]).to(self.device)
         classes = int(self.labels.max()) + 1
-        predicted = _on_every_rank(
-            lambda: weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, classes)
-        )
+
+        def vote_and_show() -> Tensor:
+            if self.pixels is not None and distributed.is_main():
+                self.neighbours = self._picture(bank, queries[:SHOWN])
+            return weighted_knn(bank, bank_labels, queries[mine], self.config.k, self.config.temperature, classes)
+
+        predicted = _on_every_rank(vote_and_show)
         correct = distributed.reduce_sum((predicted == truth).sum().double())
         if self.config.probe:  # every rank fits the same classifier to the same bank, and asks it about its own queries
             answered = _on_every_rank(lambda: probe.predict(bank, bank_labels, queries[mine], classes))
             self.probed = distributed.reduce_sum((answered == truth).sum().double()).item() / len(self.queries)
         return correct.item() / len(self.queries)
+
+    def _picture(self, bank: Tensor, queries: Tensor) -> Tensor:
+        """The first queries, always the same, each with its nearest images of the bank."""
+        assert self.pixels is not None, "asked for where pixels are given"
+        found = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(min(NEAREST, len(bank)), dim=1).indices.cpu().numpy()
+        asked, near = self.queries[: len(queries)], self.bank[found]
+        shown = self.pixels(near.ravel())
+        right = torch.from_numpy(self.labels[near] == self.labels[asked][:, None])
+        return pictures.neighbours(self.pixels(asked), shown.view(*near.shape, *shown.shape[1:]), right)
 
     def _own_features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
         """Features of this rank's share of these images, float32 (share, dim); the shares are equal."""

@@ -58,11 +58,11 @@ class Row:
         return self.batch / self.step.total
 
 
-def tables(gpu: str = "H100", models: dict[str, tuple[str, list[str]]] = MODELS) -> str:
-    """Weak and strong scaling of each model at each batch, as Markdown, after the published speeds."""
-    lines = list(_published())
-    for name, (path, overrides) in models.items():
-        run, like = config.load(path, [*overrides, f"plan.gpu={gpu}"]), None
+def tables(gpu: str = "H100") -> Iterator[str]:
+    """Published speeds, then weak and strong scaling of one model after the other at each batch, as Markdown."""
+    yield "\n".join(_published())
+    for name, (path, overrides) in MODELS.items():
+        run, like, lines = config.load(path, [*overrides, f"plan.gpu={gpu}"]), None, []
         for batch in BATCHES:
             for kind in ("strong", "weak"):
                 rows = []
@@ -72,8 +72,8 @@ def tables(gpu: str = "H100", models: dict[str, tuple[str, list[str]]] = MODELS)
                     rows.append(row)
                     print(f"{name}: {kind}, {row.batch:,} on {gpus}: {row.speed:,.0f} images/s", file=sys.stderr, flush=True)
                 fixed = f"batch {batch:,}" if kind == "strong" else f"{batch // GPUS[-1]} images a GPU, batch {batch:,} on {GPUS[-1]}"
-                lines += ["", f"### {name} on {gpu}: {kind} scaling, {fixed}", "", *_table(rows)]
-    return "\n".join(lines)
+                lines += [f"### {name} on {gpu}: {kind} scaling, {fixed}", "", *_table(rows), ""]
+        yield "\n".join(lines).strip()
 
 
 def predicted(run: RunConfig, gpus: int, machine: Machine, like: Program | None) -> tuple[Row, Program]:
@@ -132,9 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("page", nargs="?", type=Path, help="the page between whose marks the tables go")
     parser.add_argument("--gpu", default="H100", choices=list(MACHINES))
     options = parser.parse_args(arguments)
-    text = tables(options.gpu)
+    made: list[str] = []
     try:
-        write(options.page, text) if options.page else print(text)
+        for text in tables(options.gpu):
+            made.append(text)
+            if options.page:
+                write(options.page, "\n\n".join(made))
+            else:
+                print(text + "\n", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

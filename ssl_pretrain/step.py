@@ -21,7 +21,8 @@ class Stepper:
     """What stays the same from step to step.
 
     Called with the step's number, its progress and this rank's batch, it moves the weights and returns the step's
-    embeddings (local_batch, dim) and its logs, scalars on the device: nothing here waits for the accelerator.
+    embeddings (local_batch, dim), the targets as `target_<name>`, and its logs, scalars on the device: nothing here waits
+    for the accelerator.
     """
 
     model: nn.Module  # wrapped
@@ -48,7 +49,8 @@ class Stepper:
         batch_norm.put_back(method, before, skipped > 0)
         method.stepped = 1 - skipped
         method.after_step(progress, embeddings, targets)
-        return embeddings, {"loss": loss, **logs, "gradient_norm": norm, "skipped_steps": skipped}
+        seen = {**embeddings, **{f"target_{name}": value for name, value in targets.items()}}
+        return seen, {"loss": loss, **logs, "gradient_norm": norm, "skipped_steps": skipped}
 
     @property
     def num_parts(self) -> int:

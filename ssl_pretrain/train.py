@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from ssl_pretrain import backbones, batch_norm, checkpoint, distributed, draws, health, log, memory, methods, optim, parallel, plan
+from ssl_pretrain import (
+    backbones,
+    batch_norm,
+    checkpoint,
+    distributed,
+    draws,
+    estimate,
+    flops,
+    health,
+    log,
+    memory,
+    methods,
+    optim,
+    parallel,
+    pictures,
+    plan,
+)
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import loader, preflight, sources
@@ -40,12 +57,18 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
     run = Path(config.output)
     configuration.check(config, distributed.world_size())
     made = partial(loader.build, config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device)
-    with Lock(run), made() as batches, distributed.StopRequest(pretend_at=fake_preempt) as stop:
-        return _train(config, device, run, batches, stop, stop_after)
+    with Lock(run), made() as batches, distributed.StopRequest(pretend_at=fake_preempt) as stop, ExitStack() as closing:
+        return _train(config, device, run, batches, stop, stop_after, closing)
 
 
 def _train(
-    config: RunConfig, device: torch.device, run: Path, batches: loader.Loader, stop: distributed.StopRequest, stop_after: int | None
+    config: RunConfig,
+    device: torch.device,
+    run: Path,
+    batches: loader.Loader,
+    stop: distributed.StopRequest,
+    stop_after: int | None,
+    closing: ExitStack,
 ) -> int:
     last_step = round(config.epochs * batches.steps_per_epoch)
     method = build_method(config, batches.source)
@@ -57,23 +80,25 @@ def _train(
     facts = {"last_step": last_step, "local_batch_size": images, "data": batches.source.fingerprint, "wandb_id": None}
     state = checkpoint.State(method, optimizer, configuration.to_dict(config), facts)
     first_step = resume(state, config, run, batches.source.fingerprint)
-    logger = log.Logger(
+    logger = closing.enter_context(log.Logger(
         config.log, run, first_step=first_step, last_step=last_step, steps_per_epoch=batches.steps_per_epoch,
         global_batch_size=config.global_batch_size, config=state.config, facts=state.facts,
-    )  # fmt: skip
+        flops_per_image=flops_per_image(config), peak_tflops=flops.peak_tflops(device),
+    ))  # fmt: skip
     drawn = {"seed": config.seed, "steps_per_epoch": batches.steps_per_epoch}
     guard = Guard(config.guard, run, config.log.every_steps, stepper.broken_embeddings, partial(state.roll_back, run), drawn)
     knn = online_knn(config, batches, device)
+    monitor = health.Monitor(config.health, method, optimizer, first_step, logger.past, logger.alert)
     end = min(last_step, first_step + stop_after) if stop_after else last_step
     step = first_step
 
     for step, batch in zip(range(first_step + 1, end + 1), logger.waits(preflight.watched(batches, first_step, device))):
-        logger.views(step, batch.views, config.views.mean, config.views.std)
+        logger.views(step, batch.views, config.views.mean, config.views.std, partial(batches.described, step - 1, pictures.NUM_IMAGES))
         progress = (step - 1) / last_step
         rates = optim.set_rates(optimizer, config.optim, progress, config.epochs, config.global_batch_size)
         straggler = distributed.straggler(step, config.log.every_steps)
         embeddings, logs = stepper(step - 1, progress, batch)
-        measured = health.at(step, embeddings, config.health) | knn.at(step, method.get_submodule(method.evaluated))
+        measured = monitor.at(step, embeddings) | knn.at(step, method.get_submodule(method.evaluated))
         logger.step(step, logs, rates, measured | straggler)
         guard.after(step, batch.indices, logs)
         stopping = stop.agreed(step) or step == end
@@ -82,8 +107,6 @@ def _train(
             state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
         if stopping:
             break
-
-    logger.close()
     return step
 
 
@@ -142,6 +165,12 @@ def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.
     return loader.Batch(parallel.place(blank, config.parallel, device), labels, labels)
 
 
+def flops_per_image(config: RunConfig) -> float:
+    """Floating-point operations of a training step for each image, counted without computing anything."""
+    meta = torch.device("meta")
+    return flops.per_image(parallel.to_device(estimate.method_on_meta(config), config.parallel, meta), blank_batch(config, 2, meta))
+
+
 def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:
     """Prepares the run's folder, loads its newest checkpoint and returns the steps done; 0 for a fresh run."""
     checkpoint.prepare(run)
@@ -173,8 +202,11 @@ def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) 
             views = [colour.normalize(pixels.to(device), config.views.mean, config.views.std)]
             yield parallel.place(views, config.parallel, device)[0], labels
 
+    def pixels(numbers: np.ndarray) -> torch.Tensor:
+        return torch.cat([found for found, _ in loader.images(source, numbers, transform, 256, 0)])
+
     order = draws.permutation(config.seed, 0, len(source))
-    return OnlineKNN(config.online, normalized, source.labels, order, batches.steps_per_epoch, device)
+    return OnlineKNN(config.online, normalized, source.labels, order, batches.steps_per_epoch, device, pixels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -216,7 +248,7 @@ methods: """
         settings = config.parallel
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
         train(config, device, options.stop_after, options.fake_preempt)
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError, distributed.RendezvousError) as error:
+    except (ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError, distributed.RendezvousError) as error:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise
         print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def setting_up(name: str, parts: int = 1, rows: int = ROWS, backbone: dict[str, 
     world = distributed.world_size()
     images = rows // world // parts
     example = batch(0, sizes, rows).part(0, world * parts)
+    example = replace(example, views=parallel.place(example.views, config, CPU))
     model = parallel.wrap(method, config, images=images, global_batch_size=rows, device=CPU, example=example)
     recipe = OptimConfig(**(optimizer or recipe))
     made = optim.build(recipe, method)

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "eval"))
 from made_run import edit_manifest, make_run
 
-from eval import report, results, runs
+from eval import results, runs, sections
 from launch import evaluate, local
 from ssl_pretrain import checkpoint
 from ssl_pretrain.lock import Lock
@@ -61,7 +61,7 @@ def fake_result(run, path, name="knn", value=50.0):
 
 def test_every_checkpoint_is_judged_once_and_kept_by_step(run, capsys):
     assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 0
-    by_step = results.history(run)["knn"]
+    by_step = list(results.by_step(run)["knn"].values())
     assert [result["step"] for result in by_step] == [5, 10]
     assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 10
     assert by_step[0]["rows"][-1]["metrics"] != by_step[1]["rows"][-1]["metrics"]  # each of its own weights
@@ -70,8 +70,8 @@ def test_every_checkpoint_is_judged_once_and_kept_by_step(run, capsys):
     assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 0
     assert "---" not in capsys.readouterr().out and {path: path.stat().st_mtime_ns for path in run.rglob("eval/**/*")} == written
     assert not (run / "eval" / ".held").exists()
-    drawn = report.over_steps(runs.load_run(run, device="cpu"))
-    assert "k-NN, clean, of each checkpoint" in drawn[0] and "<title>5: " in drawn[0] and "<title>10: " in drawn[0]
+    drawn = sections.evaluations_over_steps(run)
+    assert "k-NN, accuracy, % of each checkpoint" in drawn and "<title>clean 5: " in drawn and "<title>clean 10: " in drawn
     # and into the same W&B run, on a step axis of its own
     assert [folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")] == ["abc12345"]
     (log,) = (run / "wandb").glob("offline-run-*/*.wandb")
@@ -85,7 +85,7 @@ def test_an_earlier_step_does_not_replace_the_newest(tmp_path):
     for step, value in ((10, 60.0), (5, 50.0)):
         fake_result(tmp_path, Path(f"step_{step:08d}"), value=value)
     assert json.loads((tmp_path / "eval" / "knn.json").read_text())["step"] == 10
-    assert [result["step"] for result in results.history(tmp_path)["knn"]] == [5, 10]
+    assert [*results.by_step(tmp_path)["knn"]] == [5, 10]
 
 
 def test_a_checkpoint_stays_whole_while_it_is_judged(run):

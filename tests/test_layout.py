@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "ssl_pretrain/views/upload.py": "",
     "ssl_pretrain/views/crops.py": "views/recipe views/upload draws",
     "ssl_pretrain/views/colour_cpu.py": "",
+    "ssl_pretrain/views/describe.py": "views/colour views/crops views/recipe",
     "ssl_pretrain/views/colour.py": "views/colour_cpu views/recipe views/upload draws",
     "ssl_pretrain/backbones.py": "",
     "ssl_pretrain/heads.py": "",
@@ -59,13 +60,22 @@ MAY_IMPORT = {
     "ssl_pretrain/provenance.py": "distributed",
     "ssl_pretrain/manifest.py": "",
     "ssl_pretrain/checkpoint.py": "distributed manifest provenance",
-    "ssl_pretrain/health.py": "distributed",
+    "ssl_pretrain/measures.py": "",
+    "ssl_pretrain/alarms.py": "",
+    "ssl_pretrain/health.py": "alarms measures momentum distributed",
     "ssl_pretrain/communication.py": "backbones batch_norm hardware parallel",
     "ssl_pretrain/trace.py": "",
     "ssl_pretrain/hardware.py": "trace",
+    "ssl_pretrain/pictures.py": "",
     "ssl_pretrain/probe.py": "",
-    "ssl_pretrain/online.py": "distributed probe",
-    "ssl_pretrain/log.py": "distributed",
+    "ssl_pretrain/online.py": "distributed pictures probe",
+    "ssl_pretrain/curves.py": "",
+    "ssl_pretrain/flops.py": "",
+    "ssl_pretrain/console.py": "",
+    "ssl_pretrain/wandb_file.py": "",
+    "ssl_pretrain/wandb_process.py": "curves wandb_file",
+    "ssl_pretrain/wandb_run.py": "",
+    "ssl_pretrain/log.py": "console pictures wandb_run distributed",
     "ssl_pretrain/config.py": "*",
     "ssl_pretrain/estimate.py": "*",
     "ssl_pretrain/plan.py": "*",
@@ -73,7 +83,7 @@ MAY_IMPORT = {
     "ssl_pretrain/calibrate.py": "backbones data distributed estimate hardware memory views",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
-    "eval/*.py": "eval backbones batch_norm data views draws schedules checkpoint memory online config distributed",
+    "eval/*.py": "eval backbones batch_norm data views draws schedules checkpoint curves health memory online config distributed",
     "eval/detection/*.py": "eval backbones data batch_norm draws distributed",
     "launch/*.py": "*",
 }
@@ -88,7 +98,8 @@ AFTER = {
 # outside packages that only some files touch; the optional ones only inside a function, so that a missing one is a message
 ONLY_IN = {
     "torch.distributed": ("ssl_pretrain/distributed.py", "ssl_pretrain/parallel.py", "ssl_pretrain/checkpoint.py"),
-    "wandb": ("ssl_pretrain/log.py", "launch/evaluate.py"),
+    "wandb": ("ssl_pretrain/wandb_process.py", "ssl_pretrain/wandb_file.py", "launch/dashboard.py", "launch/evaluate.py"),
+    "wandb_workspaces": ("launch/dashboard.py",),
     "ffcv": ("ssl_pretrain/data/compiled.py",),
     "faiss": ("ssl_pretrain/online.py", "eval/knn.py"),
     "onnx": ("eval/onnx_model.py",),
@@ -97,7 +108,7 @@ ONLY_IN = {
     "submitit": ("launch/slurm.py",),
     "pycocotools": ("eval/detection/metrics.py", "eval/detection/training.py"),
 }
-OPTIONAL = ("wandb", "ffcv", "faiss", "submitit", "pycocotools", "onnx", "onnxruntime", "onnxscript")
+OPTIONAL = ("wandb", "wandb_workspaces", "ffcv", "faiss", "submitit", "pycocotools", "onnx", "onnxruntime", "onnxscript")
 
 SAYS_NOTHING = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
 WITH_A_FUNCTION = {"ssl_pretrain/methods/__init__.py"}  # finds a method's file by its name
@@ -227,7 +238,7 @@ PLANTED = {  # file, its text, what the message says
     "a config that imports the loop": ("ssl_pretrain/config.py", "from ssl_pretrain import train", "imports ssl_pretrain.train;"),
     "a collective elsewhere": (OPTIM, "import torch.distributed as dist", "imports torch.distributed; only these do"),
     "a collective by attribute": (OPTIM, "import torch\ntorch.distributed.barrier()", "optim.py:2: imports torch.distributed;"),
-    "wandb at the top": ("ssl_pretrain/log.py", "import wandb", "imports wandb at the top; import it where it is used"),
+    "wandb at the top": ("ssl_pretrain/wandb_file.py", "import wandb", "imports wandb at the top; import it where it is used"),
     "faiss elsewhere": ("eval/linear.py", "def f():\n    import faiss.contrib", "imports faiss; only these do"),
     "a name that says nothing": ("ssl_pretrain/data/utils.py", "", "the name says nothing"),
     "a file without a line": ("ssl_pretrain/new.py", "", "has no line in tests/test_layout.py"),

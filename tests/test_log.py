@@ -1,90 +1,139 @@
-"""What a run says: records that survive kills, the progress line, and one W&B run across resumes."""
+"""What a run says: records that survive kills, pictures, and the numbers that the logger adds."""
 
 from __future__ import annotations
 
+import io
 import json
+import warnings
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
+from conftest import run_ranks
+from PIL import Image
 
-from ssl_pretrain import checkpoint, config, log
-from ssl_pretrain.train import train
+from ssl_pretrain import config, curves, distributed, estimate, flops, log, train, wandb_run
 
 
-def logger(run: Path, first_step=0, every_steps=2, **settings):
+def logger(run: Path, first_step=0, every_steps=2, **named):
     run.mkdir(exist_ok=True)
-    facts = {"wandb_id": None}
     return log.Logger(
-        log.LogConfig(every_steps=every_steps, wandb="off", **settings),
+        log.LogConfig(every_steps=every_steps, wandb="off"),
         run,
         first_step=first_step,
         last_step=10,
         steps_per_epoch=5,
         global_batch_size=8,
         config={},
-        facts=facts,
+        facts={"wandb_id": None},
+        **named,
     )
 
 
-def records(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def records(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def test_means_over_the_interval_and_skipped_steps_summed(tmp_path):
-    made = logger(tmp_path)
-    for step, (loss, skipped) in enumerate([(1.0, 0.0), (3.0, 1.0), (5.0, 0.0), (6.0, 0.0)], start=1):
-        made.step(step, {"loss": torch.tensor(loss), "skipped_steps": torch.tensor(skipped)}, {"lr": 0.1 * step})
+    with logger(tmp_path) as made:
+        for step, (loss, skipped) in enumerate([(1.0, 0.0), (3.0, 1.0), (5.0, 0.0), (6.0, 0.0)], start=1):
+            made.step(step, {"loss": torch.tensor(loss), "skipped_steps": torch.tensor(skipped)}, {"lr": 0.1 * step})
     assert [(r["step"], r["epoch"], r["loss"], r["skipped_steps"], r["lr"]) for r in records(tmp_path)] == [
         (2, 0.4, 2.0, 1.0, 0.2),
         (4, 0.8, 5.5, 0.0, 0.4),
     ]
+    assert [alarm["title"] for alarm in records(tmp_path, "alarms.jsonl")] == ["diverging"]
 
 
 def test_records_after_the_resumed_step_are_written_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 6, "lo')
-    logger(tmp_path, first_step=2)
-    assert [r["step"] for r in records(tmp_path)] == [2]
-
-
-def test_the_progress_line_says_what_people_ask(tmp_path, capsys):
-    record = {"step": 5, "epoch": 1.0, "loss": 4.25, "lr": 0.3, "images_per_second": 8.0, "data_wait": 0.25, "skipped_steps": 2.0}
-    line = log._progress_line(record, last_step=3605, global_batch_size=8, knn=0.5)
-    assert line == "step 5/3605  epoch 1.00  loss 4.2500  lr 0.3  k-NN 50.0 %  8 images/s  data wait 25 %  2 steps skipped  ETA 1:00:00"
+    (tmp_path / "plots.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
+    with logger(tmp_path, first_step=2) as made:
+        assert (
+            [r["step"] for r in records(tmp_path)]
+            == [r["step"] for r in made.past]
+            == [r["step"] for r in records(tmp_path, "plots.jsonl")]
+            == [2]
+        )
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    made = logger(tmp_path)
-    broken, whole = torch.tensor(float("nan")), torch.tensor(1.0)
-    made.step(1, {"loss": whole, "skipped_steps": torch.tensor(1.0)}, {"lr": 0.1})
-    made.step(2, {"loss": whole, "skipped_steps": torch.tensor(0.0)}, {"lr": 0.1})
-    made.step(3, {"loss": broken, "skipped_steps": torch.tensor(1.0)}, {"lr": 0.1})
-    made.step(4, {"loss": broken, "skipped_steps": torch.tensor(1.0)}, {"lr": 0.1})
+    with logger(tmp_path) as made:
+        for step, loss in enumerate((1.0, float("nan")), start=1):
+            made.step(step, {"loss": torch.tensor(loss), "skipped_steps": torch.tensor(0.0)}, {"lr": 0.1})
     assert records(tmp_path)[-1]["loss"] is None  # JSON has no NaN
 
 
-def test_views_become_a_grid(tmp_path):
-    made = logger(tmp_path)
-    made.views(1, [torch.rand(10, 3, 16, 16), torch.rand(10, 3, 8, 8)], [0.5] * 3, [0.25] * 3)
-    from PIL import Image
+def test_measures_join_the_next_record_and_curves_go_to_their_own_file(tmp_path):
+    with logger(tmp_path, every_steps=3) as made:
+        plots = {"spectrum_index": [1, 2], "spectrum": [0.5, 0.25], "deviations": [1.0, 1.0]}
+        for step in range(1, 4):
+            made.step(step, {"loss": torch.tensor(1.0)}, {"lr": 0.1}, {"rankme": 2.0, "plots": plots} if step == 2 else {})
+        made.step(4, {"loss": torch.tensor(1.0)}, {"lr": 0.1}, {"knn": 0.5, "neighbours": torch.rand(3, 20, 30)})
+    (record,) = records(tmp_path)
+    assert record["rankme"] == 2.0 and "plots" not in record
+    assert records(tmp_path, "plots.jsonl") == [{"step": 2, "epoch": 0.4, **plots}]
+    with Image.open(tmp_path / "neighbours" / "step_00000004.png") as image:
+        assert image.size == (30, 20)
 
+
+def test_views_become_a_grid_with_what_was_drawn(tmp_path):
+    with logger(tmp_path) as made:
+        drawn = [["10x10 pixels at (0, 0), flipped", "grey"]] * 8
+        made.views(1, [torch.rand(10, 3, 16, 16), torch.rand(10, 3, 8, 8)], [0.5] * 3, [0.25] * 3, lambda: drawn)
     with Image.open(tmp_path / "views.png") as image:
         assert image.size == (2 * 18 + 2, 8 * 18 + 2)  # 8 images, 2 views, 2 pixels between
+    assert json.loads((tmp_path / "views.json").read_text()) == drawn
+
+
+def _logged_by_ranks(run):
+    """What rank 0 showed, of three ranks one of which is slow and warns."""
+    with logger(run, every_steps=1, flops_per_image=1e9, peak_tflops=2.0) as made:
+        made.console.stream = io.StringIO()
+        if distributed.rank() == 1:
+            warnings.warn("one rank's trouble", stacklevel=1)
+            made._waited = 1e6
+        made.step(1, {"loss": torch.tensor(float(distributed.rank()))}, {"lr": 0.1})
+        return made.console.stream.getvalue()
+
+
+def test_the_slowest_rank_counts_and_flops_are_a_ranks(tmp_path):
+    shown = run_ranks(_logged_by_ranks, tmp_path, world_size=3)
+    (record,) = records(tmp_path)
+    assert record["loss"] == 1.0 and record["data_wait"] > 1e3 and record["memory_gib"] > 0.05
+    assert record["model_tflops"] == pytest.approx(record["images_per_second"] / 3 / 1e3)
+    assert record["flops_utilization"] == pytest.approx(record["model_tflops"] / 2)
+    assert shown[0].count("one rank's trouble") == 1 and "on rank 1" in shown[0] and shown[1:] == ["", ""]
+
+
+def test_flops_of_a_network_counted_by_hand(tmp_path):
+    run = config.load(tiny.config(tmp_path), ["backbone.name=vit_tiny_patch16_224", "backbone.stem=imagenet", "views.crops.global.size=32"])
+    tokens, width, depth = 5, 192, 12  # 2 x 2 patches and the class token
+    block = 2 * tokens * width * width * (3 + 1 + 4 + 4) + 2 * 2 * tokens * tokens * width  # products; scores and their sum over values
+    patches = 2 * 4 * (3 * 16 * 16) * width
+    head = 2 * (width * 16 + 16 * 8)
+    assert train.flops_per_image(run) == 3 * 2 * (depth * block + patches + head)  # forward and backward of two views
+    assert estimate.method_on_meta(run).backbone.feature_dim == width
+    assert flops.peak_tflops(torch.device("cpu")) == 0
+
+
+def test_a_run_leaves_named_curves_pictures_and_words(tmp_path):
+    path = tiny.config(tmp_path)
+    train.train(config.load(path, ["epochs=1", "online.knn_every_epochs=1", "online.k=5", "log.peak_tflops=1"]), torch.device("cpu"))
+    run = tmp_path / "run"
+    logged = {key for record in records(run) for key in record}
+    assert {"memory_gib", "flops_utilization", "gradient_norm_projector", "rankme", "knn", "weight_decay"} <= logged
+    assert len({curves.name(key) for key in logged}) == len(logged)
+    described = json.loads((run / "views.json").read_text())
+    assert len(described) == 8 and all("pixels at (" in text for texts in described for text in texts)
+    assert any("brightness" in text for texts in described for text in texts)
+    assert [path.name for path in (run / "neighbours").iterdir()] == ["step_00000003.png"]
 
 
 def test_without_a_key_wandb_is_off(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert log._start_wandb(log.LogConfig(wandb="auto"), tmp_path, {}, {}) is None
-
-
-def test_an_offline_wandb_run_has_the_same_id_after_a_resume(tmp_path):
-    path = tiny.config(tmp_path)
-    for steps in (2, 2):
-        train(config.load(path, ["log.wandb=offline"]), torch.device("cpu"), steps)
-    ids = {checkpoint.verify(found)["wandb_id"] for found in checkpoint.checkpoints(tmp_path / "run")}
-    folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert len(ids) == 1 and len(folders) == 2
-    assert {folder.name.rpartition("-")[2] for folder in folders} == ids
-    assert "api_key" not in (tmp_path / "run" / "config.yaml").read_text()
+    assert not wandb_run.has_key()
+    assert log._start_wandb(log.LogConfig(wandb="auto"), tmp_path, {}, {}, print) is None

@@ -24,7 +24,7 @@ def made_run(folder, knn, curve):
     (folder / "eval/knn.json").write_text(
         json.dumps({"rows": [{"features": name, "metrics": {"clean": value}} for name, value in rows.items()]})
     )
-    records = [{"knn": value, "effective_rank": 12.5, "time": 60.0 * i} for i, value in enumerate(curve)]
+    records = [{"knn": value, "rankme": 12.5, "time": 60.0 * i} for i, value in enumerate(curve)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

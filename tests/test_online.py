@@ -184,7 +184,7 @@ def test_the_probe_is_logistic_regression():
     fitted, asked = (part.numpy() for part in standard)
     theirs = LogisticRegression(C=1 / (probe.DECAY * 300), max_iter=1000).fit(fitted, labels.numpy()).predict(asked)
     assert (ours.numpy() == theirs).mean() > 0.99
-    assert 0.4 < (ours == truth).double().mean() < 1  # chance is 0.25
+    assert 0.5 < (ours == truth).double().mean() < 1  # the four classes overlap: neither chance, a quarter, nor all of them
     assert torch.equal(ours, probe.predict(100 * train + 7, labels, 100 * test + 7, 4))
 
 

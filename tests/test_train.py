@@ -181,7 +181,7 @@ def test_the_run_folder_holds_what_is_promised(tmp_path):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "lr", "images_per_second", "data_wait", "gradient_norm", "nt_xent", "positive_cosine"} <= records[0].keys()
     assert [record["step"] for record in records if "knn" in record] == [3, 6]
-    assert [record["step"] for record in records if "effective_rank" in record] == [2, 4, 6]
+    assert [record["step"] for record in records if "rankme" in record] == [2, 4, 6]
     assert (run / "views.png").stat().st_size > 1000 and (run / "config.yaml").exists()
 
 

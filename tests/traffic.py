@@ -77,22 +77,17 @@ def predicted(method: Any, strategy: str, *, dim: int, rows: int, calls: int) ->
     }
     if strategy == "ddp":
         return sent | {"gradients": all_reduced * sum(parameter.numel() for parameter in trained) * size}
-    gathered = reduced = 0
-    rest, rest_trained = _share(method.parameters()), _share(trained)
+    gathered, rest = 0, _share(method.parameters())
     for network in (method.backbone, *(part for part in teacher.children() if isinstance(part, backbones.Backbone))):
-        units = [list(unit.parameters()) for _, unit in backbones.blocks(network)]
-        student = network is method.backbone
-        in_blocks = sum(_share(unit) for unit in units)
-        trained_in_blocks = sum(_share(p for p in unit if p.requires_grad) for unit in units)
+        in_blocks = sum(_share(unit.parameters()) for _, unit in backbones.blocks(network))
         own = _share(network.parameters()) - in_blocks
-        own_trained = _share(p for p in network.parameters() if p.requires_grad) - trained_in_blocks
-        gathered += calls * (in_blocks + own) + (calls * in_blocks + own if student else 0)  # forward, and again backward
-        reduced += calls * trained_in_blocks + own_trained  # whose input has no gradient is reduced once, at the end
-        rest, rest_trained = rest - in_blocks - own, rest_trained - trained_in_blocks - own_trained
+        gathered += calls * (in_blocks + own)
+        gathered += calls * in_blocks + own if network is method.backbone else 0  # again for the backward
+        rest -= in_blocks + own
     adapted = sum(parameter.ndim > 1 for parameter in trained) if not teacher_norms else 0  # LARS
     return sent | {
         "weights": others * (gathered + rest) * size,
-        "gradients": others * (reduced + rest_trained) * size,
+        "gradients": others * _share(trained) * size,  # once, when the last call's backward has added its own
         "norms": all_reduced * (len(trained) + 2 * adapted) * size,
     }
 

@@ -79,7 +79,9 @@ def main(arguments: list[str]) -> None:
 
 def protocol_of(options: argparse.Namespace) -> Protocol:
     given = {field.name: getattr(options, field.name, None) for field in fields(Protocol)}
-    changed = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
+    changed: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+    }
     return replace(PROTOCOLS[options.protocol], **changed)
 
 

@@ -50,7 +50,7 @@ class Protocol:
     regions: int = 512
 
 
-C4: Any = {"architecture": "c4", "proposals": (12000, 2000, 6000, 1000)}
+C4: dict[str, Any] = {"architecture": "c4", "proposals": (12000, 2000, 6000, 1000)}
 PROTOCOLS = {
     "voc_c4": Protocol(  # VOC 2007 and 2012 trainval, tested on 2007
         **C4, metric="voc07", steps=24000, drops=(0.75, 22 / 24), warmup_steps=100,

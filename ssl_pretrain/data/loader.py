@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ssl_pretrain import distributed
 from ssl_pretrain.data import compiled, device_cache, order, workers
-from ssl_pretrain.data.sources import Beton, DataConfig, Source, open_source
+from ssl_pretrain.data.sources import Beton, DataConfig, Source, UnreadableImage, open_source
 from ssl_pretrain.data.threads import Threads
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
-from ssl_pretrain.views import colour, crops, recipe
+from ssl_pretrain.views import colour, crops, describe, recipe
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 from ssl_pretrain.views.upload import upload
 
@@ -145,6 +145,21 @@ class Loader:
     def indices(self, step: int) -> np.ndarray:
         """What this rank reads in one step: int64 (local_batch,)."""
         return self.plan.indices(step)
+
+    def described(self, step: int, num_images: int) -> list[list[str]]:
+        """What is drawn for each view of the first images of this rank's batch of `step`, in words: (images, views)."""
+        numbers, epoch = self.indices(step)[:num_images], self.plan.epoch(step)
+        drawn = [colour.draw(crop, self.plan.seed, epoch, numbers, view) for view, crop in enumerate(self._crops)]
+        texts = []
+        for row, number in enumerate(numbers.tolist()):
+            try:
+                height, width = self.source.read(number).shape[:2]
+            except UnreadableImage:
+                texts.append(["another image in place of an unreadable one"] * len(self._crops))
+                continue
+            boxes = [crops.draw(crop, self.plan.seed, epoch, number, view, height, width) for view, crop in enumerate(self._crops)]
+            texts.append([describe.text(crop, box, parameters, row) for crop, box, parameters in zip(self._crops, boxes, drawn)])
+        return texts
 
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         for step in itertools.count(first_step):

@@ -97,7 +97,8 @@ class DINO(Method):
             raise ValueError(f"dino: takes 2 global views and any number of local ones, got {len(batch.views)}; set views.crops.*.count")
         z = self.head.embed(torch.cat(by_size(self.backbone, batch.views)))
         logits = self.head.last_layer(z).chunk(len(batch.views))
-        return {"z": z.detach()[: len(batch.views[0])], "logits": torch.stack(logits, dim=1)}  # (local_batch, views, num_prototypes)
+        z_a, z_b = z.detach().chunk(len(batch.views))[:2]
+        return {"z_a": z_a, "z_b": z_b, "logits": torch.stack(logits, dim=1)}  # (local_batch, views, num_prototypes)
 
     @torch.no_grad()
     def targets(self, batch: Views) -> Embeddings:
@@ -114,6 +115,7 @@ class DINO(Method):
             # cross entropy with each, -(q log softmax).sum(1), as q sums to 1
             total = total + (len(others) * torch.logsumexp(logits, dim=1) - (sum(others) * logits).sum(1)).mean()
         num_pairs = 2 * students.shape[1] - 2
+        targets["assigned"] = probabilities[0].argmax(1)
         entropy = -(probabilities[0] * probabilities[0].clamp(min=1e-12).log()).sum(1).mean()
         return total / num_pairs, {"teacher_entropy": entropy}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -12,10 +13,11 @@ import torch
 from made_run import make_run, write_images
 from torchvision.utils import save_image
 
-from eval import charts, demo, page, pictures, report, results, runs
+from eval import charts, compare, demo, page, pictures, report, results, runs, sections
 from eval.results import Row
 
 SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbours", "Projection", "Config"]
+FULL = ["Alarms", "Evaluation", "Training", "Views", "Neighbours over time", "Nearest neighbours", "Projection", "Config"]
 VOID = {"meta", "img", "line", "polyline", "br"}
 ABOUT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
 PROTOCOL = {"network": "n", "images": "digits: 1297 training, 500 test images, 10 classes", "k": 20, "temperature": 0.07}
@@ -63,6 +65,23 @@ def write_metrics(run, num=40):
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 41, "loss": NaN, "epo']) + "\n")
 
 
+def write_monitors(run):
+    """What the monitors leave: an alarm, two sets of curves, two pictures of neighbours, an earlier evaluation."""
+    (run / "alarms.jsonl").write_text(json.dumps({"title": "collapse", "text": "moved <together>", "time": 1.0}) + "\n")
+    plots = [
+        {"step": step, "epoch": step / 5, "spectrum_index": [1, 2, 4], "spectrum": [1.0, 0.1, 0.01], "deviations": [0.5, 1.0]}
+        for step in (5, 40)
+    ]
+    (run / "plots.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in plots))
+    (run / "neighbours").mkdir()
+    for step in (5, 40):
+        save_image(torch.rand(3, 30, 40), run / "neighbours" / f"step_{step:08d}.png")
+    earlier = json.loads((run / "eval" / "knn.json").read_text()) | {"step": 3}
+    (run / "eval" / "step_00000003").mkdir()
+    (run / "eval" / "step_00000003" / "knn.json").write_text(json.dumps(earlier))
+    (run / "views.json").write_text(json.dumps([["10x10 pixels at (0, 0), flipped", "grey"]] * 8))
+
+
 def save_results(run, columns=("clean", "shifted 1", "shifted 2")):
     rows = [Row(name, dict.fromkeys(columns, 50.0 + i)) for i, name in enumerate(["raw pixels", "random, as built", "pretrained"])]
     results.save(run, "knn", PROTOCOL | {"shifts": "by four"}, results.with_better_random(rows), ABOUT, 1.0)
@@ -75,6 +94,7 @@ def digits(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("runs") / "digits")
     write_metrics(run)
     save_results(run)
+    write_monitors(run)
     save_image(torch.rand(3, 2 + 8 * 18, 2 + 2 * 18), run / "views.png")
     report.write(runs.load_run(run, device="cpu"))
     return run
@@ -83,11 +103,19 @@ def digits(tmp_path_factory):
 def test_the_page_holds_every_section_and_fetches_nothing(digits):
     text = (digits / "report.html").read_text()
     found = Checked(text)
-    assert found.headings == SECTIONS and found.fetched == []
-    assert found.pictures == 16 + 10 + 2 * 10 * 6  # 8 x 2 views, ten queries and their neighbours twice
+    assert found.headings == FULL and found.fetched == []
+    assert found.pictures == 16 + 10 + 2 * 10 * 6 + 2  # 8 x 2 views, ten queries and their neighbours twice, two pictures over time
     assert not re.search(r"https?://|url\(|@import", text) and not found.tags & {"script", "link", "iframe"}
-    assert text.count('class="chart"') == 4 and text.count('class="scatter"') == 2
-    for shown in ("prefers-color-scheme: dark", "30.0 ± 2.5", "ten draws", "moved 2 right", "temperature: 0.2"):
+    assert text.count('class="chart"') == 4 + 2 + 1 and text.count('class="scatter"') == 2
+    for shown in (
+        "prefers-color-scheme: dark",
+        "30.0 ± 2.5",
+        "ten draws",
+        "moved 2 right",
+        "temperature: 0.2",
+        "moved &lt;together&gt;",
+        "10x10 pixels at (0, 0), flipped",
+    ):
         assert shown in text, shown
 
 
@@ -140,9 +168,9 @@ def test_a_cut_or_repeated_record_counts_once(tmp_path):
     first, again, second = (json.dumps({"step": step, "epoch": 0.5, "loss": loss}) for step, loss in ((1, 3), (1, 4), (2, None)))
     lines = [first, second, again, '{"ste']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    records = report.read_metrics(tmp_path)
-    assert [record["step"] for record in records] == [1, 2] and report.curve(records, "loss") == [(0.5, 4)]
-    assert report.read_metrics(tmp_path / "none") == []
+    records = sections.read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2] and sections.curve(records, "loss") == [(0.5, 4)]
+    assert sections.read_metrics(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(
@@ -160,6 +188,42 @@ def test_a_curve_goes_from_its_first_to_its_last_point():
     assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT) and x1 == pytest.approx((x0 + x2) / 2)
     assert y0 == charts.HEIGHT - charts.BOTTOM and y0 > y1 > y2 > charts.TOP and y1 == pytest.approx((y0 + y2) / 2)
     assert "not recorded" in charts.line([(1, float("nan"))], "y") and "<circle" in charts.line([(1, 2.0)], "y")
+
+
+def test_logarithmic_curves_are_straight_for_a_power_law():
+    svg = charts.lines([("a", [(10.0**i, 10.0 ** (-2 * i)) for i in range(4)]), ("b", [(1.0, 0.0), (1000.0, 1.0)])], "y", logarithmic=True)
+    first, second = ([tuple(map(float, point.split(","))) for point in found.split()] for found in re.findall(r'points="([^"]*)"', svg))
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(first)]
+    assert slopes == pytest.approx([slopes[0]] * 3, rel=0.01) and slopes[0] > 0 and len(second) == 1  # what is not positive is left out
+    assert svg.count("<polyline") == 2 and "<title>a</title>" in svg
+
+
+def test_evaluations_of_all_steps_are_found_by_name(digits):
+    found = results.by_step(digits)
+    assert {name: list(steps) for name, steps in found.items()} == {"knn": [3, 7], "linear": [7]}
+
+
+def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tmp_path):
+    other = make_run(tmp_path / "other", "optim.base_lr=0.125", "seed=0")
+    write_metrics(other, num=20)
+    path = compare.write([digits, other], tmp_path / "both.html")
+    found = Checked(path.read_text())
+    assert found.headings == ["Config", "Numbers", "Training", "Alarms"] and found.fetched == []
+    text = path.read_text()
+    assert list(compare.differences({"a": digits, "b": other})) == ["optim.base_lr"] and "0.125" in text
+    last = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]
+    assert "<td>Learning: loss</td>" + "".join(f"<td>{value:.6g}</td>" for value in last) in text
+    assert "<td>k-NN, clean</td><td>52.0 (step 7)</td><td>-</td>" in text
+    assert text.count('<polyline class="curve"') == 2 * text.count('class="chart"')
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [(["a"], "a comparison needs two runs or more"), (["a", "b"], "there is no config.yaml, so this is not a run's folder")],
+)
+def test_what_cannot_be_compared_is_said(tmp_path, folders, message):
+    with pytest.raises(ValueError, match=message):
+        compare.write([tmp_path / name for name in folders])
 
 
 def test_sparkline():

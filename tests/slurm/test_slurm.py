@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from ssl_pretrain import checkpoint
+from ssl_pretrain import checkpoint, curves, wandb_file
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "cluster.sh"
@@ -29,7 +28,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 def cluster(tmp_path_factory):
     """`cluster("node-down", "n2")` and the like; SLURM_CONF is set. Skips where there is no SLURM."""
     folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=300)
+    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=900)
     if started.returncode == 77:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stderr
@@ -43,7 +42,7 @@ def submitted(path, *overrides, script="pretrain"):
     """The job ids that launch/pretrain.py says."""
     command = [sys.executable, f"launch/{script}.py", str(path), "launch.cluster=slurm", "launch.nodes=2", "launch.ranks=2", *overrides]
     environment = {**os.environ, "WANDB_API_KEY": SECRET}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     assert SECRET not in result.stdout + result.stderr
     return re.findall(r"(?:ranks|pretraining|knn:|SLURM:|,) (\d+(?:_\d+)?)", result.stdout.partition("follow it")[0])
@@ -78,20 +77,8 @@ def undisturbed(path, output, *overrides):
 
 def wandb_steps(run):
     """The steps of the offline W&B run's records, segment after segment as they would be synchronized."""
-    from wandb.proto import wandb_internal_pb2 as messages
-    from wandb.sdk.internal.datastore import DataStore
-
-    steps = []
-    for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        with contextlib.suppress(AssertionError):  # a segment whose writer died ends in the middle of a record
-            while (content := store.scan_data()) is not None:
-                record = messages.Record()
-                record.ParseFromString(content)
-                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                steps += [record.history.step.num] if "loss" in items else []
-    return steps
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    return [row["_step"] for file in files for row in wandb_file.history(file) if curves.name("loss") in row]
 
 
 def logs_of(run):

@@ -1,0 +1,112 @@
+"""The page of a run that goes on, served on this machine alone; it refreshes itself."""
+
+from __future__ import annotations
+
+import hashlib
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from eval import page, results, sections
+from ssl_pretrain import config
+from ssl_pretrain.views import recipe
+
+REFRESH_SECONDS = 3
+SCRIPT = """
+let tag = "";
+async function refresh() {
+  try {
+    const answer = await fetch("/main", {headers: tag ? {"If-None-Match": tag} : {}});
+    if (answer.status === 200) {
+      tag = answer.headers.get("ETag");
+      document.querySelector("main").innerHTML = await answer.text();
+    }
+    document.body.dataset.state = "live";
+  } catch (error) { document.body.dataset.state = "stopped"; }
+  setTimeout(refresh, MILLISECONDS);
+}
+refresh();
+""".replace("MILLISECONDS", str(1000 * REFRESH_SECONDS))
+
+
+def content(run: Path) -> str:
+    """The page's sections as the run's files are now: what the report has, without what needs the network's weights."""
+    records = sections.read_metrics(run)
+    settings = OmegaConf.load(run / "config.yaml") if (run / "config.yaml").is_file() else OmegaConf.create({})
+    last: dict[str, Any] = records[-1] if records else {}
+    pairs = [("method", str(OmegaConf.select(settings, "method.name", default="-"))), ("step", f"{last.get('step', 0):,}")]
+    pairs += [("epoch", f"{last['epoch']:.2f} of {OmegaConf.select(settings, 'epochs', default='?')}")] if "epoch" in last else []
+    pairs += [("loss", f"{last['loss']:.4f}")] if isinstance(last.get("loss"), float) else []
+    pairs += [("images per second", f"{last['images_per_second']:,.0f}")] if "images_per_second" in last else []
+    found = [page.result(steps[max(steps)]) for steps in results.by_step(run).values()]
+    parts = [
+        f"<header><h1>{escape(run.resolve().name)}</h1>{page.facts(pairs)}</header>",
+        sections.alarms(run),
+        page.section("Evaluation", sections.evaluations_over_steps(run), *found) if found else "",
+        sections.training(run, records),
+        sections.views(run, _view_size(settings)),
+        sections.neighbours_over_steps(run),
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def _view_size(settings: Any) -> int:
+    if OmegaConf.select(settings, "views.crops") is None:
+        return 0
+    return recipe.each(config.from_dict(OmegaConf.to_container(settings)).views)[0].size  # type: ignore[arg-type]
+
+
+def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
+    """Serves the run's page on the loopback address; port 0: a free one, which `server_port` says.
+
+    Raises:
+        OSError: the port is taken.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/":
+                self._answer(200, page.page(run.resolve().name, [content(run)], SCRIPT))
+            elif self.path == "/main":
+                body = content(run)
+                tag = f'"{hashlib.sha256(body.encode()).hexdigest()[:16]}"'
+                if self.headers.get("If-None-Match") == tag:
+                    self._answer(304, "", tag)
+                else:
+                    self._answer(200, body, tag)
+            elif self.path == "/favicon.ico":
+                self._answer(204, "")
+            else:
+                self._answer(404, "only / is here")
+
+        def _answer(self, status: int, body: str, tag: str = "") -> None:
+            self.send_response(status)
+            if tag:
+                self.send_header("ETag", tag)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Cache-Control", "no-cache")
+            if status not in (204, 304):
+                self.send_header("Content-Length", str(len(body.encode())))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """Nothing: the address was said."""
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def follow(run: Path, port: int = 0) -> None:
+    """Serves until it is interrupted.
+
+    Raises:
+        ValueError: there is no such run folder.
+    """
+    if not run.is_dir():
+        raise ValueError(f"{run}: there is no such run folder; give the `output` of a run's config")
+    with server(run, port) as serving:
+        print(f"live report of {run}: http://127.0.0.1:{serving.server_port}/   (only on this machine; Ctrl-C ends it)", flush=True)
+        serving.serve_forever()

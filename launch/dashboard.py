@@ -1,0 +1,133 @@
+"""A ready dashboard in Weights & Biases: python -m launch.dashboard PROJECT"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
+
+from ssl_pretrain import checkpoint, curves, wandb_run
+
+NAME = "ssl_pretrain"
+PARTS = ("backbone", "projector", "predictor", "head", "prototypes")  # of the methods, as their gradients are named
+HIDDEN = ("skipped_steps", "replay_error")  # of use when something is wrong: not on the first screen
+SPREAD = f"{curves.COLLAPSE}/spread of the dimensions"
+PICTURES = ("Pictures/views", "Pictures/nearest neighbours")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.dashboard",
+        description="Creates a saved view of a project's runs: learning, collapse, evaluations, network, speed and pictures, each "
+        "with its curves. It needs W&B's key and the package wandb-workspaces.",
+        epilog="""examples:
+  python -m launch.dashboard ssl_pretrain --entity my-team
+  python -m launch.dashboard ssl_pretrain --dry-run            what would be created, as JSON, without an account
+  python -m launch.dashboard --send runs/simclr                the evaluations of a run that has ended, to its own W&B run""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("project", nargs="?", default="", help="of W&B: the runs' log.project")
+    parser.add_argument("--entity", default="", help="team or user (default: the key's own)")
+    parser.add_argument("--dry-run", action="store_true", help="print it, and create nothing")
+    parser.add_argument("--send", metavar="RUN", type=Path, help="send a run's evaluations instead")
+    options = parser.parse_args(arguments)
+    try:
+        if options.send is not None:
+            send_evaluations(options.send)
+        elif not options.project:
+            raise ValueError("PROJECT: give the W&B project, such as ssl_pretrain, or --send RUN")
+        elif options.dry_run:
+            built = build(options.project, options.entity or "nobody")._to_model()
+            print(json.dumps(built.model_dump(by_alias=True), indent=1, default=str))
+        else:
+            print(create(options.project, options.entity))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def panels() -> dict[str, list[str]]:
+    """The keys of metrics.jsonl in each section, a panel each; the network's are one panel a list of parts."""
+    found: dict[str, list[str]] = {group: [] for group in curves.GROUPS}
+    for key, curve in curves.CURVES.items():
+        if key not in HIDDEN:
+            found[curve.group].append(key)
+    return found
+
+
+def build(project: str, entity: str) -> Any:
+    """The workspace, not saved.
+
+    Raises:
+        ValueError: wandb-workspaces is not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as panel
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError:
+        raise ValueError("the dashboard needs wandb-workspaces: pip install 'ssl_pretrain[dashboard]'") from None
+
+    def plot(title: str, keys: list[Any], x: str = "step") -> Any:
+        return panel.LinePlot(title=title, x=x, y=keys)
+
+    sections = []
+    for group, keys in panels().items():
+        shown = [plot(curves.of(key).title, [curves.name(key)]) for key in keys]
+        if group == curves.COLLAPSE:
+            shown.append(plot("spread of the dimensions", [SPREAD]))
+        if group == curves.NETWORK:
+            for prefix, title in curves.PREFIXES.items():
+                shown.append(plot(title.strip(", "), [curves.name(prefix + part) for part in PARTS]))
+        if group == curves.EVALUATION:
+            shown = [panel.LinePlot(title="evaluations at their step", x="evaluated_step", metric_regex=f"{curves.EVALUATION}/.*")]
+        sections.append(workspaces.Section(name=group, panels=shown, is_open=group in (curves.LEARNING, curves.COLLAPSE)))
+    sections.append(workspaces.Section(name="Pictures", panels=[panel.MediaBrowser(media_keys=list(PICTURES))], is_open=True))
+    return workspaces.Workspace(name=NAME, entity=entity, project=project, sections=sections)
+
+
+def create(project: str, entity: str = "") -> str:
+    """Saves the dashboard at W&B and returns its address.
+
+    Raises:
+        ValueError: no key, or W&B refuses; says what to do.
+    """
+    if not wandb_run.has_key():
+        raise ValueError("W&B has no key here: run `wandb login`, or set WANDB_API_KEY; --dry-run needs none")
+    try:
+        return str(build(project, entity or _own_entity()).save().url)
+    except Exception as error:  # whatever the client raises: no network, no such project, no rights
+        raise ValueError(f"W&B did not take the dashboard of {entity or 'your account'}/{project}: {error}") from None
+
+
+def _own_entity() -> str:
+    """The key's default team or user, as W&B says."""
+    import wandb
+
+    return wandb.Api().default_entity or ""
+
+
+def send_evaluations(run: Path) -> None:
+    """Sends RUN/eval/ to the run's own W&B run, each at the step it judged; what was sent already is not sent again.
+
+    Raises:
+        ValueError: the run has no checkpoint, or was not logged to W&B.
+    """
+    manifest = checkpoint.verify(checkpoint.newest(run))
+    if not manifest.get("wandb_id"):
+        raise ValueError(f"{run}: was not logged to W&B (log.wandb); its numbers are in {run / 'eval'} and in eval.report's page")
+    settings = manifest["config"]["log"]
+    mode = settings["wandb"] if settings["wandb"] in ("online", "offline") else "online" if wandb_run.has_key() else "offline"
+    wandb_run.WandbRun(
+        run, mode=mode, project=settings["project"], name=settings["name"] or run.resolve().name, run_id=manifest["wandb_id"],
+        config=manifest["config"], tags=list(settings["tags"]),
+    ).close()  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

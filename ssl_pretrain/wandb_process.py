@@ -1,0 +1,167 @@
+"""The Weights & Biases client, in a process of its own: whatever the network does, the training does not wait for it.
+
+It reads one JSON message a line from its standard input and answers with lines for people. Where the server cannot be reached,
+or refuses, the run is kept offline under the same id, for `wandb sync`. The end of the input ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain import curves, wandb_file
+
+START_SECONDS = 20  # to reach the server, before the run is kept offline
+FINISH_SECONDS = 300  # for what is still on its way at the end
+SENT = "evaluations_sent.json"
+
+
+class Client:
+    """One run at W&B: the records of one training, in the order of their steps, each step once."""
+
+    def __init__(self, settings: dict[str, Any]):
+        import wandb
+
+        self.wandb: Any = wandb
+        self.folder = Path(settings["dir"])
+        (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
+        arguments = {key: settings[key] for key in ("project", "name", "id", "dir", "config", "tags")}
+        self.online = settings["mode"] == "online"
+        if self.online:
+            try:
+                self.run = wandb.init(**arguments, mode="online", resume="allow", settings=self._settings())
+            except Exception as error:  # whatever the client raises
+                self.online = False
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                say(f"W&B: not reached ({reason}); the run is kept offline, `wandb sync {self.folder / 'wandb'}` sends it later")
+                wandb.teardown()
+        if not self.online:
+            self.run = wandb.init(**arguments, mode="offline", settings=self._settings())
+        else:
+            say(f"W&B: {self.run.url}")
+        self.done = -1 if self.online else wandb_file.last_step(self.folder, settings["id"])  # online, the server knows
+        self.latest = max(self.done, self.run.step - 1)
+        for axis in curves.AXES:
+            self.run.define_metric(axis)
+        self.run.define_metric("*", step_metric="step")
+        self.run.define_metric(f"{curves.EVALUATION}/*", step_metric="evaluated_step")
+        self.run.define_metric(curves.name("loss"), step_metric="step", summary="min")
+        self.run.define_metric(curves.name("knn"), step_metric="step", summary="max")
+
+    def _settings(self) -> Any:
+        return self.wandb.Settings(
+            init_timeout=START_SECONDS, login_timeout=START_SECONDS, console="off", silent=True, x_disable_stats=True
+        )
+
+    def record(self, record: dict[str, Any], plots: dict[str, list[float]] | None = None) -> None:
+        """One record of metrics.jsonl under its names for people, and one evaluation that came since."""
+        step = record["step"]
+        if step <= self.done:
+            return
+        row: dict[str, Any] = {curves.name(key): value for key, value in record.items() if key != "time"}
+        if plots:
+            row[f"{curves.COLLAPSE}/spread of the dimensions"] = self.wandb.Histogram(plots["deviations"], num_bins=32)
+            row[f"{curves.COLLAPSE}/spectrum"] = self.wandb.plot.line_series(
+                xs=plots["spectrum_index"], ys=[plots["spectrum"]], keys=[f"step {step}"], title="Covariance spectrum", xname="eigenvalue"
+            )
+        self._log(row | next(self._evaluations(), {}), step)
+
+    def image(self, key: str, path: str, caption: str, step: int) -> None:
+        if step > self.done:
+            self._log({key: self.wandb.Image(path, caption=caption)}, step)
+
+    def _log(self, row: dict[str, Any], step: int) -> None:
+        self.latest = max(self.latest, step)
+        self.run.log(row, step=step)
+
+    def alert(self, title: str, text: str, tag: str = "") -> None:
+        self.run.alert(title=title, text=text, level=self.wandb.AlertLevel.ERROR)
+        if tag and tag not in (self.run.tags or ()):
+            self.run.tags = (*(self.run.tags or ()), tag)
+        self.run.summary["health"] = f"{title}: {text}"
+
+    def rest(self) -> None:
+        """The evaluations that no record took along."""
+        for row in self._evaluations():
+            self._log(row, self.latest + 1)
+
+    def _evaluations(self) -> Iterator[dict[str, Any]]:
+        """Of RUN/eval/, those not sent yet, one after the other; each with the step whose weights it judged."""
+        path = self.folder / "wandb" / SENT
+        sent = json.loads(path.read_text()) if path.exists() else {}
+        for found in sorted([*self.folder.glob("eval/*.json"), *self.folder.glob("eval/step_*/*.json")]):
+            with suppress(OSError, ValueError, KeyError, TypeError):  # written by someone else, perhaps at this moment
+                written = json.loads(found.read_text())
+                key, stamp = f"{written['name']} of step {written['step']}", found.stat().st_mtime
+                if sent.get(key, 0) >= stamp:
+                    continue
+                metrics: dict[str, float] = next((row["metrics"] for row in written["rows"] if row["features"] == "pretrained"), {})
+                sent[key] = stamp
+                path.write_text(json.dumps(sent))
+                yield {"evaluated_step": written["step"]} | {
+                    curves.evaluation(written["name"], column): value for column, value in metrics.items()
+                }
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # client.log
+    with suppress(OSError, ValueError):  # nobody may be listening any more
+        print(line, flush=True)
+
+
+def lines(patience: float) -> Iterator[dict[str, Any] | None]:
+    """The messages; None whenever none came for `patience` seconds."""
+    waiting: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            waiting.put(line)
+        waiting.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = waiting.get(timeout=patience)
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        with suppress(ValueError):  # cut short by a kill
+            yield json.loads(line)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # meant for the training, which says when it ends
+        signal.signal(number, signal.SIG_IGN)
+    first = json.loads(sys.stdin.readline())
+    client = Client(first)
+    closed, stalled = False, False
+    for message in lines(first["stall_seconds"]):
+        if message is None:
+            if not stalled:
+                client.alert("stalled", f"no step ended for {first['stall_seconds']:.0f} seconds", "stalled")
+            stalled = True
+            continue
+        stalled, kind = False, message.pop("kind")
+        if kind == "close":
+            closed = True
+        else:
+            getattr(client, kind)(**message)
+    client.rest()
+    threading.Timer(FINISH_SECONDS, lambda: os._exit(1)).start()
+    client.run.finish(exit_code=0 if closed else 1)
+    say("W&B: finished")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

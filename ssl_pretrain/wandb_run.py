@@ -1,0 +1,103 @@
+"""The training's end of a Weights & Biases run: messages to a process of its own, sent by a thread, never waited for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+WAIT_SECONDS = 4.0  # at the end, for a client that talks to a server; it goes on alone after that
+WAIT_OFFLINE = 60.0  # for one that only writes to the disk
+
+
+class WandbRun:
+    """One run at W&B, or offline. Nothing here blocks; `close` waits, for at most `WAIT_SECONDS` where a server is involved.
+
+    Args:
+        run: the run's folder; the client writes below `run/wandb/`.
+        say: where the client's lines for people go.
+        stall_seconds: without a message for so long, the client alerts.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+
+    def __init__(
+        self, run: Path, *, mode: str, project: str, name: str, run_id: str, config: dict[str, Any], tags: list[str],
+        say: Callable[[str], None] = print, stall_seconds: float = 600.0,
+    ):  # fmt: skip
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError("log.wandb: wandb is not installed; pip install wandb, or set log.wandb=off")
+        self.mode, self._say = mode, say
+        root = str(Path(__file__).resolve().parents[1])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        (run / "wandb").mkdir(parents=True, exist_ok=True)
+        with (run / "wandb" / "client.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ssl_pretrain.wandb_process"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True, text=True,
+            )  # fmt: skip
+        self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._write, self._read)]
+        for thread in self._threads:
+            thread.start()
+        settings = {"dir": str(run), "project": project, "name": name, "id": run_id, "config": config, "tags": tags, "mode": mode}
+        self._waiting.put(settings | {"stall_seconds": stall_seconds})
+
+    def send(self, kind: str, **message: Any) -> None:
+        """`kind` is a method of `wandb_process.Client`, `message` its arguments."""
+        self._waiting.put({"kind": kind, **message})
+
+    def close(self, ended_well: bool = True) -> None:
+        """Ends the run; unless it `ended_well`, or where nothing calls this as the training was killed, W&B marks it crashed."""
+        if ended_well:
+            self._waiting.put({"kind": "close"})
+        self._waiting.put(None)
+        end = time.monotonic() + (WAIT_OFFLINE if self.mode == "offline" else WAIT_SECONDS)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=end - time.monotonic())
+        if self._process.poll() is None:
+            self._say("W&B: still sending; the client goes on alone, and `wandb sync` sends what it could not")
+        for thread in self._threads:
+            thread.join(timeout=0.1)
+
+    def _write(self) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None, "started with a pipe"
+        with suppress(OSError, ValueError), pipe:
+            while (message := self._waiting.get()) is not None:
+                pipe.write(json.dumps(message) + "\n")
+                pipe.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None, "started with a pipe"
+        for line in self._process.stdout:
+            self._say(line.rstrip())
+        if self._process.wait() not in (0, None):
+            self._say("W&B: the client ended early, the run goes on without it; wandb/client.log in its folder says why")
+
+
+def new_id() -> str:
+    return os.urandom(5).hex()[:8]
+
+
+def has_key() -> bool:
+    """Whether W&B's key is known here: in the environment or in the netrc."""
+    import netrc
+    from urllib.parse import urlparse
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc().authenticators(host) is not None
+    return False

@@ -1,0 +1,96 @@
+"""What it costs to watch a run: the step with the monitor, the logger, the console and an offline W&B client, against the bare step.
+
+PYTHONPATH=. .venv/bin/python tests/bench/health.py [--images 256] [--backbone resnet18] [--size 32] [--rounds 8] [--threads 1]
+
+One watched and one blind step in turn, each with weights of its own. A watched step is ordinary, or writes a record, or measures: the
+cost at the default intervals is ordinary + (record - ordinary) / 10 + (measured - ordinary) / 50, of medians. Here the last two come more
+often than by default, so that there are enough of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measure import versions
+
+from ssl_pretrain import flops, health, log, optim, parallel
+from ssl_pretrain.backbones import BackboneConfig, build
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.methods import simclr
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.step import Stepper
+
+RECORD, MEASURE = 4, 6  # steps between two, here; where both fall on one step it does not count
+
+
+def stepper(options: argparse.Namespace, batch: Batch, device: torch.device) -> Stepper:
+    torch.manual_seed(0)
+    method = simclr.Config(projector_dims=[2048, 2048, 128]).build(build(BackboneConfig(name=options.backbone), options.size))
+    settings, config = ParallelConfig(), OptimConfig(name="lars")
+    model = parallel.wrap(method, settings, images=options.images, global_batch_size=options.images, device=device, example=batch)
+    optimizer = optim.build(config, method)
+    optim.set_rates(optimizer, config, 0.5, 100, options.images)
+    return Stepper(model, optimizer, settings, 0, options.images, options.images, config, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=8, help="of 12 watched and 12 blind steps")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(options.images, 3, options.size, options.size, generator=generator).to(device) for _ in range(2)]
+    labels = torch.zeros(options.images, dtype=torch.int64, device=device)
+    batch = Batch(parallel.place(views, ParallelConfig(), device), labels, labels)
+    watched, blind = stepper(options, batch, device), stepper(options, batch, device)
+    method = parallel.unwrap(watched.model)
+    seconds: dict[str, list[float]] = {"blind": [], "ordinary": [], "record": [], "measured": []}
+    with tempfile.TemporaryDirectory() as folder, log.Logger(
+        log.LogConfig(every_steps=RECORD, wandb="offline"), Path(folder), first_step=0, last_step=10**6, steps_per_epoch=1000,
+        global_batch_size=options.images, config={}, facts={}, flops_per_image=1e9, peak_tflops=flops.peak_tflops(device),
+    ) as logger:  # fmt: skip
+        monitor = health.Monitor(health.HealthConfig(every_steps=MEASURE), method, watched.optimizer, 0, [], logger.alert)
+
+        def timed(run) -> float:
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - start
+
+        def watch(step: int) -> None:
+            embeddings, logs = watched(step - 1, 0.5, batch)
+            logger.step(step, logs, {"lr": 0.1, "weight_decay": 0.0}, monitor.at(step, embeddings))
+
+        for step in range(1, 12 * (options.rounds + 1) + 1):
+            found = timed(lambda step=step: watch(step)), timed(lambda step=step: blind(step - 1, 0.5, batch))
+            due = step % MEASURE == 0, step % RECORD == 0
+            if step > 12 and due != (True, True):
+                seconds["measured" if due[0] else "record" if due[1] else "ordinary"].append(found[0])
+                seconds["blind"].append(found[1])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    cost = medians["ordinary"] + (medians["record"] - medians["ordinary"]) / 10 + (medians["measured"] - medians["ordinary"]) / 50
+    print(versions("timm", "wandb"))
+    print(f"SimCLR, {options.backbone} at {options.size} pixels, {options.images} images, embeddings of 128 dimensions, W&B offline")
+    for name, values in seconds.items():
+        quarters = statistics.quantiles(values, n=4)
+        print(
+            f"{name:9s} {medians[name] * 1e3:9.2f} ms   quartiles {quarters[0] * 1e3:.2f} to {quarters[2] * 1e3:.2f}, {len(values)} steps"
+        )
+    print(f"a measurement costs {(medians['measured'] - medians['ordinary']) / medians['blind'] / 50:.2%} of 50 steps")
+    print(f"ratios: watched_over_blind={cost / medians['blind']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
