@@ -107,7 +107,7 @@ step_ffcv() {
 
 step_pin() {
     local compile=("$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate "$@") name skip=()
-    "${compile[@]}" pyproject.toml --extra faiss --extra bench --extra dev -o docker/requirements.txt >/dev/null
+    "${compile[@]}" pyproject.toml --extra faiss --extra onnx --extra detection --extra dashboard --extra bench --extra dev -o docker/requirements.txt >/dev/null
     while read -r name; do skip+=(--no-emit-package "$name"); done < <(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' docker/requirements.txt | sort -u)
     "${compile[@]}" - -c docker/requirements.txt "${skip[@]}" -o docker/requirements-ffcv.txt >/dev/null <<<"$(sed -n 's/^ffcv = \["\([^"]*\)".*/\1/p' pyproject.toml)"
     "${compile[@]}" - -o docker/requirements-uv.txt >/dev/null <<<"uv"

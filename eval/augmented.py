@@ -118,7 +118,7 @@ def evaluate(run: Run, settings: Settings, rows: Sequence[str] = ("pretrained",)
         table.append(row)
         tried += each
     about = {
-        **parts.protocol(run, train, test),
+        **parts.protocol(run, train, test, random="random" in rows),
         "feature": str(judged[-1].feature),
         "source": published.source,
         "classifier": describe(protocol, published, len(source)),

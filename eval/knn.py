@@ -16,7 +16,7 @@ from eval.results import Row
 from eval.runs import Run
 from ssl_pretrain import distributed, memory, online
 
-KS = (10, 20, 100, 200)  # DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294, appendix E)
+KS = (10, 20, 100, 200)  # DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino)
 TEMPERATURES = (0.07, 0.1)  # DINO's and InstDisc's; the one usual for CIFAR-10
 QUERIES, TILE = 1024, 16384  # a tile of similarities is 64 MiB
 HELP = """Weighted k-NN accuracy of a run's frozen features, beside raw pixels and the untrained network.
@@ -93,7 +93,7 @@ def evaluate(
         table.append(row)
         grid_table.append(Row(judged.name, dict(zip(grid, of_grid))))
     shared = {
-        **parts.protocol(run, train, test, split),
+        **parts.protocol(run, train, test, split, "random" in rows),
         "normalization": "features scaled to length 1, not centred; raw pixels centred on the training mean first",
     }
     protocol = {

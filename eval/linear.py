@@ -118,7 +118,7 @@ def evaluate(
         table.append(row)
         grid.append(Row(judged.name, choice.tried))
     protocol = {
-        **parts.protocol(run, train, test),
+        **parts.protocol(run, train, test, random="random" in rows),
         "normalization": "every feature to mean 0, deviation 1 over the training images; raw pixels too",
         "classifier": f"linear, SGD with Nesterov momentum {MOMENTUM}, batch {BATCH_SIZE}, {epochs} epochs, cosine to 0, from zero",
         "selection": f"learning rate of {_listed(LEARNING_RATES)}, weight decay of {_listed(WEIGHT_DECAYS)}, by accuracy on a tenth of the"

@@ -19,6 +19,12 @@ TITLES = {
     "knn_train": "k-NN of held-out training images",
     "knn_train_grid": "k-NN of held-out training images, every k and temperature",
     "linear": "Linear",
+    "linear_grid": "Linear, every setting tried",
+    "semi": "Few labels, whole network",
+    "spectrum": "Spectrum",
+    "retrieval": "Retrieval",
+    "robustness": "Robustness",
+    "detection": "Detection",
 }
 STYLE = """
 :root { color-scheme: light dark;
@@ -153,7 +159,8 @@ def views(path: Path, size: int, drawn: list[list[str]] | None = None) -> str:
 def result(found: dict[str, Any]) -> str:
     """One evaluation: its table, and beside it the protocol and what was chosen."""
     names = results.columns(found)
-    lines = ["<tr><th>accuracy, %</th>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"]
+    heads = [found.get("measure", "accuracy, %"), *names]
+    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in heads) + "</tr>"]
     for row in found["rows"]:
         kind = "part" if row["features"].startswith("random, ") else "ours" if row["features"] == "pretrained" else ""
         cells = "".join(f"<td>{escape(results.number(row, name))}</td>" for name in names)

@@ -135,14 +135,15 @@ def describe_shifts(run: Run, part: Part, shifts: list[int]) -> str:
     return f"queries only, right, left, down and up ({4 * len(part)} queries a distance), black fill: {moved}"
 
 
-def protocol(run: Run, train: Part, test: Part, split: str = "val") -> dict[str, Any]:
-    """What every number of this run shares, to be printed beside it."""
+def protocol(run: Run, train: Part, test: Part, split: str = "val", random: bool = True) -> dict[str, Any]:
+    """What every number of this run shares, to be printed beside it. `random`: the table has a row for the random backbone."""
     evaluation, size = run.config.evaluation, run.image_size
     resized = round(size / evaluation.crop_ratio)
     queries = "held-out training images" if split == "train" else "test images"
+    first = "the network before its first step, by the run's seed; recalibrated: its batch norm's statistics are of training images"
     return {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}",
-        "random": "the network before its first step, by the run's seed; recalibrated: its batch norm's statistics are of training images",
+        **({"random": first} if random else {}),
         "feature": f"pooled output of the backbone, {run.backbone.feature_dim} numbers",
         "transform": f"shorter side to {resized}, central {size}x{size}, {evaluation.interpolation}, nothing random",
         "images": f"{run.config.data.source}: {len(train)} training, {len(test)} {queries}, {len(train.classes)} classes",

@@ -46,21 +46,34 @@ def with_better_random(rows: list[Row]) -> list[Row]:
     return [*rows[:after], better_of(random, BETTER), *rows[after:]]
 
 
-def save(run: Path, name: str, protocol: dict[str, Any], rows: list[Row], about: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Writes RUN/eval/<name>.json, on the main rank, whole or not at all, and returns what it holds."""
-    result = {"name": name, **about, "protocol": protocol, "rows": [asdict(row) for row in rows], "seconds": round(seconds, 2)}
+def save(
+    run: Path, name: str, protocol: dict[str, Any], rows: list[Row], about: dict[str, Any], seconds: float, measure: str = "accuracy, %"
+) -> dict[str, Any]:
+    """Writes RUN/eval/<checkpoint>/<name>.json, on the main rank, whole or not at all, and returns what it holds.
+
+    RUN/eval/<name>.json is the same of the newest checkpoint judged: one of an earlier step does not replace it.
+    """
+    result = {
+        "name": name, **about, "measure": measure, "protocol": protocol, "rows": [asdict(row) for row in rows], "seconds": round(seconds, 2)
+    }  # fmt: skip
     if not distributed.is_main():
         return result
-    folder = run / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{name}.json.part"
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(unfinished, folder / f"{name}.json")
+    _replace(run / "eval" / about["checkpoint"] / f"{name}.json", result)
+    newest = run / "eval" / f"{name}.json"
+    if not newest.exists() or json.loads(newest.read_text()).get("step", -1) <= about["step"]:
+        _replace(newest, result)
     return result
 
 
+def _replace(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
 def load(run: Path) -> list[dict[str, Any]]:
-    """Every evaluation of a run, by name."""
+    """Every evaluation of a run, by name, each of the newest checkpoint that it judged."""
     return [json.loads(path.read_text()) for path in sorted((run / "eval").glob("*.json"))]
 
 
@@ -103,7 +116,7 @@ def text(result: dict[str, Any]) -> str:
     """The protocol, a line for each part of it, then the table in percent, then what was chosen."""
     names = columns(result)
     numbers = table(
-        ["accuracy, %", *names],
+        [result.get("measure", "accuracy, %"), *names],
         [[row["features"], *(number(row, name) for name in names)] for row in result["rows"]],
     )
     chosen = choices(result)

@@ -95,7 +95,7 @@ def _spectra(plots: list[dict[str, Any]]) -> list[str]:
 
 
 def evaluations_over_steps(run: Path) -> str:
-    """Accuracy of the pretrained features against the step, where several checkpoints were judged; else empty."""
+    """The pretrained features' numbers against the step, where several checkpoints were judged; else empty."""
     figures = []
     for name, steps in results.by_step(run).items():
         if len(steps) < 2:
@@ -104,8 +104,8 @@ def evaluations_over_steps(run: Path) -> str:
         columns = list(dict.fromkeys(column for metrics in ours.values() for column in metrics))
         series = [(column, [(step, metrics[column]) for step, metrics in ours.items() if column in metrics]) for column in columns]
         legend = page.legend([(column, charts.colour(number, max(2, len(series)))) for number, column in enumerate(columns)])
-        title = page.TITLES.get(name, name)
-        figures.append(page.figure(charts.lines(series, title, "step", marked=True) + legend, f"{title}, accuracy in % of each checkpoint"))
+        title, measure = page.TITLES.get(name, name), steps[max(steps)].get("measure", "accuracy, %")
+        figures.append(page.figure(charts.lines(series, title, "step", marked=True) + legend, f"{title}, {measure} of each checkpoint"))
     return f'<div class="two">{"".join(figures)}</div>' if figures else ""
 
 

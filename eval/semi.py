@@ -73,14 +73,14 @@ def balanced(train: Part, percent: float, seed: int) -> np.ndarray:
     """Rows of the training part, sorted: of each class the same number, together about `percent` of all; at least one of each.
 
     Raises:
-        ValueError: the percentage is outside of (0, 100], or a class has fewer images than its share.
+        ValueError: the percentage is outside of (0, 100), or a class has fewer images than its share.
     """
-    if not 0 < percent <= 100:
-        raise ValueError(f"--percent {percent:g}: give a number above 0, up to 100")
+    if not 0 < percent < 100:
+        raise ValueError(f"--percent {percent:g}: give a number between 0 and 100; eval.finetune trains on all")
     num_classes = len(train.classes)
     number = max(1, round(percent / 100 * len(train) / num_classes))
     counts = np.bincount(train.labels, minlength=num_classes)
-    if counts.min() < min(number, 1) or (percent < 100 and counts.min() < number):
+    if counts.min() < number:
         smallest = train.classes[counts.argmin()]
         raise ValueError(
             f"--percent {percent:g}: that is {number} images of each class, and {smallest!r} has {counts.min()}; give a smaller percentage,"

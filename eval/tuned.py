@@ -116,12 +116,11 @@ def evaluate(
             results.say(f"{row.features}: {column} {row.metrics[column]:.1f} %")
         table.append(row)
     protocol = {
-        **parts.protocol(run, train, test),
+        **parts.protocol(run, train, test, random=False),
         "feature": "none: the whole network is trained, with a linear classifier on its pooled output",
         **about,
         **{f"training, {column}": describe(what, settings) for column, what in columns.items()},
     }
-    protocol.pop("random")
     return results.save(run.path, name, protocol, table, run.about(), time.monotonic() - began)
 
 

@@ -15,7 +15,7 @@ from ssl_pretrain import checkpoint, plan
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
 
-EVALUATIONS = ("knn", "linear", "report")
+EVALUATIONS = ("knn", "linear", "spectrum", "retrieval", "robustness", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

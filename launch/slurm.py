@@ -112,15 +112,39 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
             executor.update_parameters(**(wanted | {"slurm_additional_parameters": more}))
             run = Pretraining(str(Path(path).absolute()), (*overrides, f"output={config.output}"), config.launch.requeue)
             jobs.append(executor.submit(run).job_id)
-        one = {key: value for key, value in wanted.items() if key not in ("slurm_signal_delay_s", "slurm_srun_args")}
-        for name in config.evaluation.at_end:
-            more = {"dependency": f"afterok:{jobs[-1]}", "open_mode": "append"}
-            if config.launch.gpus_per_node:
-                more["gpus_per_node"] = "1"
-            single = {"nodes": 1, "tasks_per_node": 1, "slurm_additional_parameters": more, "slurm_job_name": name}
-            executor.update_parameters(**(one | single))
-            jobs.append(executor.submit(Evaluation(name, config.output)).job_id)
+    for name in config.evaluation.at_end:  # one after the other: the report comes last and reads what the others found
+        jobs += submit_evaluations(config, [Evaluation(name, config.output)], after=jobs[-1])
     return jobs
+
+
+def submit_evaluations(config: RunConfig, jobs: Sequence[Evaluation], after: str = "") -> list[str]:
+    """Submits evaluations, each as a job on one GPU or CPU node.
+
+    With `after` they begin once that job, or all of those joined by colons, ended well.
+
+    Raises:
+        ConfigError: as `submit`.
+    """
+    dropped = ("slurm_signal_delay_s", "slurm_srun_args", "slurm_additional_parameters")
+    wanted = {key: value for key, value in request(config).items() if key not in dropped}
+    more: dict[str, Any] = {"open_mode": "append"} | ({"dependency": f"afterok:{after}"} if after else {})
+    if config.launch.gpus_per_node:
+        more["gpus_per_node"] = "1"
+    submitted = []
+    with _private(config.output) as executor:
+        for job in jobs:
+            name = {"slurm_job_name": job.name, "nodes": 1, "tasks_per_node": 1, "slurm_additional_parameters": more}
+            executor.update_parameters(**(wanted | name))
+            submitted.append(executor.submit(job).job_id)
+    return submitted
+
+
+def waiting_or_running(job: str) -> bool:
+    """Whether SLURM has this job in its queue."""
+    if not job:
+        return False
+    found = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60)
+    return found.returncode == 0 and bool(found.stdout.strip())
 
 
 def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> list[str]:
@@ -160,13 +184,15 @@ def _private(output: str) -> Iterator[Any]:
 
 @dataclass
 class Evaluation:
-    """One evaluation of a finished run, as a job of its own."""
+    """One evaluation of a run's checkpoint, the newest unless told otherwise, as a job of its own."""
 
     name: str
     run: str
+    arguments: tuple[str, ...] = ()  # of launch/evaluate.py
 
     def __call__(self) -> int:
-        status = local.run([sys.executable, "-m", f"eval.{self.name}", self.run])
+        here = ["--cluster", "local", "--jobs", self.name, *(self.arguments or ("--newest",))]
+        status = local.run([sys.executable, str(ROOT / "launch/evaluate.py"), self.run, *here])
         if status:
             raise SystemExit(status)
         return status

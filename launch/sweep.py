@@ -1,4 +1,7 @@
-"""One run for each combination of values: python launch/sweep.py CONFIG optim.base_lr=0.2,0.3 seed=0,1 [key=value ...]"""
+"""One run for each combination of values: python launch/sweep.py CONFIG optim.base_lr=0.2,0.3 seed=0,1 [key=value ...]
+
+Or a question of configs/sweeps/, which ends in a table and a plot: python launch/sweep.py configs/sweeps/temperature.yaml
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
 
-from launch import local, pretrain, slurm
+from launch import local, pretrain, slurm, study
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
 
@@ -23,14 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="""examples:
   python launch/sweep.py configs/simclr_digits.yaml optim.base_lr=0.001,0.002 seed=0,1            four runs, here
   python launch/sweep.py configs/byol_imagenet.yaml optim.base_lr=0.2,0.45 launch.cluster=slurm launch.nodes=2 launch.gpus_per_node=8
-  python launch/sweep.py configs/simclr_digits.yaml seed=0,1,2 --list                              what would run""",
+  python launch/sweep.py configs/simclr_digits.yaml seed=0,1,2 --list                              what would run
+  python launch/sweep.py configs/sweeps/ablation.yaml seed=0,1,2                                   a study: its runs, a table, a plot
+  python launch/sweep.py configs/sweeps/temperature.yaml --base configs/methods_cifar10_cpu.yaml data.root=cifar10.zip""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="a YAML of configs/")
-    parser.add_argument("overrides", nargs="+", metavar="key=value", help="several values, separated by commas, make several runs")
+    parser.add_argument("config", help="a YAML of configs/, or a study of configs/sweeps/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="several values, separated by commas, make several runs")
     parser.add_argument("--list", action="store_true", help="print the runs, start nothing")
+    parser.add_argument("--base", metavar="CONFIG", help="for a study: pretrain on this config instead of the study's own")
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="for a study: where its table goes (default: beside the runs)")
+    parser.add_argument("--table-only", action="store_true", help="for a study: train nothing, write the table of the runs that are there")
     options = parser.parse_intermixed_args(arguments)
     try:
+        asked = study.load(options.config)
+        if asked is not None:
+            only = "list" if options.list else "table" if options.table_only else ""
+            return study.main(asked, options.config, options.base, options.overrides, options.table, only)
+        if not options.overrides:
+            raise ConfigError("give the values to try, such as seed=0,1, or a study of configs/sweeps/")
         runs = [
             (configuration.load(options.config, overrides), overrides) for overrides in combinations(options.config, options.overrides)
         ]

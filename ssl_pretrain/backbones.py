@@ -57,7 +57,7 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
         args["drop_path_rate"] = config.drop_path
     tag = config.init.removeprefix("timm:") if config.init.startswith("timm:") else ""
     name = f"{config.name}.{tag}" if tag else config.name
-    if _takes_image_size(config.name):
+    if takes_image_size(config.name):
         args.setdefault("img_size", image_size)
         args.setdefault("dynamic_img_size", True)  # local crops are smaller than the global ones
     try:
@@ -76,7 +76,7 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
     return Backbone(model)
 
 
-def _takes_image_size(name: str) -> bool:
+def takes_image_size(name: str) -> bool:
     return timm.models.model_entrypoint(name).__module__.rpartition(".")[2] in {"vision_transformer", "deit", "vision_transformer_hybrid"}
 
 
@@ -136,6 +136,18 @@ def load_strict(backbone: nn.Module, weights: dict[str, Tensor], source: str) ->
             "Nothing was loaded; give backbone.name, stem and args of the run that made them"
         )
     backbone.load_state_dict(weights, strict=True)
+
+
+def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, block) of the repeated blocks of every backbone in `module`: a ViT's `blocks`, a ResNet's in `layer1` to `layer4`,
+    other timm networks' in `stages`. What is sharded, compiled or recomputed as one. Empty where a network has none."""
+    found = []
+    for name, backbone in module.named_modules():
+        stacks = backbone.model.named_children() if isinstance(backbone, Backbone) else ()
+        for key, stack in stacks:
+            if key.rstrip("0123456789") in ("blocks", "layer", "stages"):
+                found += [(f"{name}.model.{key}.{number}".lstrip("."), block) for number, block in stack.named_children()]
+    return found
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -153,9 +153,18 @@ def convert(module: nn.Module, images: int, group_images: int) -> nn.Module:
     return module
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, (_BatchNorm, GroupBatchNorm))
+
+
+def spans_ranks(module: nn.Module) -> bool:
+    """Whether the module is a batch norm whose statistics come from several ranks."""
+    return isinstance(module, nn.SyncBatchNorm) or (isinstance(module, GroupBatchNorm) and module.ranks > 1)
+
+
 def statistics(module: nn.Module) -> list[Tensor]:
     """The running statistics of every batch norm in `module`, and its count of batches."""
-    norms = (child for child in module.modules() if isinstance(child, (_BatchNorm, GroupBatchNorm)))
+    norms = (child for child in module.modules() if is_batch_norm(child))
     return [buffer for norm in norms for _, buffer in norm.named_buffers(recurse=False)]
 
 

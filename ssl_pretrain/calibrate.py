@@ -92,7 +92,8 @@ def products(device: torch.device, dtype: torch.dtype) -> float:
 def convolutions(device: torch.device, dtype: torch.dtype) -> float:
     """Of a 3 x 3 convolution as in the middle of a ResNet-50, forward and backward."""
     images = 8 if device.type == "cpu" else 256
-    layer = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    layer = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device, dtype=dtype)
+    layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
     x = torch.randn(images, 128, 28, 28, device=device).to(dtype, memory_format=torch.channels_last).requires_grad_()
     gradient = torch.randn_like(x)
     return 3 * 2 * images * 28**2 * 128**2 * 9 / seconds_of(lambda: layer(x).backward(gradient), device)
@@ -173,7 +174,8 @@ def _as_beton(root: Path) -> str:
 
 def links(ranks: int) -> tuple[float, float]:
     """Bytes a second, one way, of an all-reduce between ranks on this machine, and seconds of a small one per level of a tree."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", __spec__.name, "--links"]
+    ours = ["-m", "ssl_pretrain.calibrate", "--links"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *ours]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"calibrate: {ranks} ranks could not measure their links: {done.stderr.strip().splitlines()[-1]}")
@@ -224,11 +226,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = measure(distributed.start(options.threads))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(asdict(machine), indent=2) + "\n")
-    print(f"{machine.name}: {machine.source}")
-    print(f"  products {machine.matmul / 1e12:.3g} TFLOP/s, convolutions {machine.convolution / 1e12:.3g}, memory {machine.bandwidth / 1e9:.3g} GB/s")
-    print(f"  a launch {machine.launch_seconds * 1e6:.1f} us; training steps attain {machine.attained:.0%} of the roofline of these")
-    print(f"  links {machine.intra_node / 1e9:.3g} GB/s one way, {machine.latency_seconds * 1e6:.0f} us; {machine.decoded_per_core:.0f} JPEGs a second and core")
-    print(f"written to {options.output}: --plan plan.gpu=here uses it")
+    print(
+        f"{machine.name}: {machine.source}\n"
+        f"  products {machine.matmul / 1e12:.3g} TFLOP/s, convolutions {machine.convolution / 1e12:.3g}, "
+        f"memory {machine.bandwidth / 1e9:.3g} GB/s\n"
+        f"  a launch {machine.launch_seconds * 1e6:.1f} us; training steps attain {machine.attained:.0%} of the roofline of these\n"
+        f"  links {machine.intra_node / 1e9:.3g} GB/s one way, {machine.latency_seconds * 1e6:.0f} us; "
+        f"{machine.decoded_per_core:.0f} JPEGs a second and core\n"
+        f"written to {options.output}: --plan plan.gpu=here uses it"
+    )
     return 0
 
 

@@ -2,24 +2,21 @@
 
 A checkpoint is the folder `<run>/checkpoints/step_00001000/`, written beside as `.writing-...`, fsynced and renamed.
 Its manifest holds the size and SHA-256 of every file, so a damaged one is known by name and the one before it is used.
+
+Whole tensors are in method.safetensors and optimizer.safetensors, written by rank 0. Sharded ones (FSDP) are in one file a rank,
+by torch.distributed.checkpoint's safetensors storage; optimizer states are `<parameter>::<entry>` there. Either is read on any
+number of ranks, sharded or not.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
-import platform
+import inspect
 import shutil
-import subprocess
 import threading
 import uuid
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssl_pretrain import distributed
+from ssl_pretrain import distributed, provenance
+from ssl_pretrain import manifest as manifests
+from ssl_pretrain.manifest import MANIFEST, WRITING, checkpoints, newest, prune, verify
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-WRITING = ".writing-"
+WHOLE = "method.safetensors"
 
 
 class SaveError(OSError):
@@ -59,39 +57,6 @@ def _passed(step: int, interval: float) -> bool:
     return interval > 0 and step > 0 and int(step / interval) > int((step - 1) / interval)
 
 
-def machine() -> dict[str, Any]:
-    """What must be the same for a resumed run to be bit for bit the one that never stopped."""
-    return {"world_size": distributed.world_size(), "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": _cpu_name()}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("ssl_pretrain", "torch", "torchvision", "timm", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {"revision": _revision()}
-
-
-@functools.cache
-def _revision() -> str:
-    """Of the code, where it is a git checkout."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "not a git checkout"
-
-
 class State:
     """All that a resumed run needs: the method's tensors, the optimizer's, and the step.
 
@@ -102,6 +67,10 @@ class State:
 
     def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], facts: dict[str, Any]):
         self.method, self.optimizer, self.config, self.facts = method, optimizer, config, facts
+        self.sharded = any(distributed.is_sharded(parameter) for parameter in method.parameters())
+        if self.sharded:
+            _storage()
+        self._group = distributed.new_cpu_group() if self.sharded else None
         self._writer: threading.Thread | None = None
         self._problem: str | None = None
 
@@ -115,8 +84,12 @@ class State:
             SaveError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
         """
         problem = self._written()
-        if distributed.is_main():
-            arguments = (_folder(run) / f"step_{step:08d}", self._snapshot(step), settings, steps_per_epoch)
+        final = manifests.folder(run) / f"step_{step:08d}"
+        name = f"{WRITING}{final.name}-{uuid.uuid4().hex[:8]}"
+        if self.sharded:  # the ranks write one folder
+            name = distributed.broadcast_object(name)
+        if self.sharded or distributed.is_main():
+            arguments = (final, final.with_name(name), self._snapshot(step), settings, steps_per_epoch)
             self._writer = threading.Thread(target=self._write_and_prune, args=arguments)
             self._writer.start()
         if wait or not settings.asynchronous:
@@ -136,7 +109,7 @@ class State:
 
     def _snapshot(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The tensors of each file, on the host and no longer the training's; and the manifest."""
-        files = {"method.safetensors": self.method.state_dict(), "optimizer.safetensors": self._optimizer_tensors()}
+        files = {WHOLE: self.method.state_dict(), "optimizer.safetensors": self._optimizer_tensors()}
 
         def copied(entries: dict[str, Tensor]) -> dict[str, Tensor]:
             return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in entries.items()}
@@ -146,16 +119,20 @@ class State:
             "step": step,
             "evaluated": getattr(self.method, "evaluated", "backbone"),
             "network": getattr(self.method, "network", "student"),
-            "versions": _versions(),
+            "versions": provenance.versions(),
             "machine": self._machine(),
             **self.facts,
             "config": self.config,
         }
 
-    def _write_and_prune(self, final: Path, snapshot: Any, settings: CheckpointConfig, steps_per_epoch: int) -> None:
+    def _write_and_prune(self, final: Path, writing: Path, snapshot: Any, settings: CheckpointConfig, steps_per_epoch: int) -> None:
         try:
-            _write(final, *snapshot)
-            _prune(final, settings, steps_per_epoch)
+            if self.sharded:
+                _write_shards(final, writing, *snapshot, group=self._group)
+            else:
+                _write(final, writing, *snapshot)
+            if distributed.is_main():
+                prune(final, settings.keep_last, lambda step: _passed(step, settings.keep_every_epochs * steps_per_epoch))
         except Exception as error:
             where = f"checkpoint of step {snapshot[1]['step']} could not be written to {final.parent}"
             self._problem = f"{where}: {error}. Older ones are whole; free space and resume"
@@ -184,13 +161,13 @@ class State:
         if not settings.resume:
             raise ValueError(f"output: {run} holds {found[-1].name} already and checkpoint.resume is false; give another output, or resume")
         path = newest(run)
-        manifest, tensors = read(path)
+        manifest = opened(path, verified=True)
         compare(manifest)
         here = self._machine()
         differing = [f"{key} {old!r} then, {here.get(key)!r} now" for key, old in manifest["machine"].items() if here.get(key) != old]
         if differing and distributed.is_main():
             warnings.warn(f"{path.name}: resuming is exact but not bit for bit, as these differ: {'; '.join(differing)}", stacklevel=2)
-        self.load(path, tensors)
+        self.load(path)
         self.facts = {
             **{key: manifest[key] for key in self.facts if key in manifest},
             **{k: v for k, v in self.facts.items() if v is not None},
@@ -204,19 +181,43 @@ class State:
         if not checkpoints(run):
             return None
         path = newest(run)
-        self.load(path, read(path)[1])
+        self.load(path)
         return path.name
 
-    def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """The method's `tensors` and the optimizer's state of the checkpoint `path`."""
-        self.method.load_state_dict(tensors, strict=True)
+    def load(self, path: Path) -> None:
+        """The method's tensors and the optimizer's state of the checkpoint `path`, as whole or sharded as they are here."""
+        if self.sharded or not (path / WHOLE).exists():
+            self._load_shards(path)
+            return
+        self.method.load_state_dict(load_file(path / WHOLE), strict=True)
         for key, value in load_file(path / "optimizer.safetensors").items():
             name, _, entry = key.rpartition("::")
             parameter = self._parameter(name)
             self.optimizer.state[parameter][entry] = value.to(parameter.device)
 
+    def _load_shards(self, path: Path) -> None:
+        """Each rank reads the slices that it holds, whatever shards they were written in.
+
+        Raises:
+            ValueError: other tensors than this method's.
+        """
+        stored, wanted = _stored(path), self.method.state_dict()
+        weights = {key for key in stored if "::" not in key}
+        if weights != wanted.keys():
+            differing = ", ".join(sorted(weights ^ wanted.keys())[:3])
+            raise ValueError(f"{path}: not the tensors of this method; differing: {differing}. Nothing was loaded")
+        for key in stored.keys() - weights:
+            name, _, entry = key.rpartition("::")
+            parameter = self._parameter(name)
+            size, dtype = stored[key].size, stored[key].properties.dtype
+            like_it = size == parameter.shape
+            empty = torch.zeros_like(parameter) if like_it else torch.zeros(size, dtype=dtype, device=parameter.device)
+            self.optimizer.state[parameter][entry] = wanted[key] = empty.detach()
+        _fill(path, wanted, self._group)
+
     def _machine(self) -> dict[str, Any]:
-        return machine() | {"local_batch_size": self.facts.get("local_batch_size")}
+        ways = {key: value for key, value in self.config.get("parallel", {}).items() if key in ("strategy", "compile")}
+        return provenance.machine() | {"local_batch_size": self.facts.get("local_batch_size")} | ways
 
     def _parameter(self, name: str) -> nn.Parameter:
         for group in self.optimizer.param_groups:
@@ -225,39 +226,89 @@ class State:
         raise ValueError(f"the checkpoint's optimizer has a state for {name!r}, which this method does not train")
 
 
-def _write(final: Path, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any]) -> None:
-    if final.exists():  # resumed from it, or saved by the same step already; or damaged, and reached again from the one before
-        with suppress(ValueError):
-            verify(final)
-            return
-        shutil.rmtree(final)
-    writing = final.with_name(f"{WRITING}{final.name}-{uuid.uuid4().hex[:8]}")
+def _write(final: Path, writing: Path, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any]) -> None:
+    if manifests.is_there(final):
+        return
     writing.mkdir(parents=True)
     try:
         for file, entries in tensors.items():
             save_file(entries, writing / file)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(writing.iterdir())}
-        (writing / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))
-        for path in [*writing.iterdir(), writing]:
-            _fsync(path)
-        os.rename(writing, final)
-        _fsync(final.parent)
+        manifests.finish(final, writing, manifest, manifests.described(sorted(writing.iterdir())))
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
 
 
-def _folder(run: Path) -> Path:
-    return Path(run) / "checkpoints"
+def _write_shards(final: Path, writing: Path, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any], *, group: Any) -> None:
+    """As `_write`, by all ranks: each writes and hashes its own file, rank 0 the manifest. One rank's failure is every rank's.
+
+    Raises:
+        OSError: on every rank, where any could not write.
+    """
+    there = problem = None
+    if distributed.is_main():  # before the others begin: a rank that failed alone would leave them waiting
+        try:
+            there = manifests.is_there(final)
+            if not there:
+                writing.mkdir(parents=True)
+        except OSError as error:
+            problem = str(error)
+    there, problem = distributed.broadcast_object((there, problem), group)
+    if problem:
+        raise OSError(problem)
+    if there:
+        return
+    dcp, files = _storage(), {}
+    try:
+        together = {key: value for entries in tensors.values() for key, value in entries.items()}
+        dcp.save(together, storage_writer=dcp.HuggingFaceStorageWriter(str(writing), save_distributed=True), process_group=group)
+        files = manifests.described(sorted(writing.glob(f"shard-{distributed.rank() + 1:05d}-*")))
+    except dcp.CheckpointException as error:  # another rank's, too
+        problem = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+    except Exception as error:
+        problem = f"rank {distributed.rank()}: {error}"
+    answers = distributed.gather_objects((files, problem), group)
+    problem = next((problem for _, problem in answers if problem), None)
+    if distributed.is_main():
+        try:
+            if problem is None:
+                manifests.finish(final, writing, manifest, {name: entry for files, _ in answers for name, entry in files.items()})
+        except OSError as error:
+            problem = str(error)
+        if problem:
+            shutil.rmtree(writing, ignore_errors=True)
+    if problem := distributed.broadcast_object(problem, group):
+        raise OSError(problem)
 
 
-def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first by their step numbers, whole or not."""
-    return sorted((path for path in _folder(Path(run)).glob("step_*") if path.is_dir() and path.name[5:].isdecimal()), key=_step)
+def _storage() -> Any:
+    """torch.distributed.checkpoint, once it is known to write shards as safetensors: its other storage's metadata is a pickle.
+
+    Raises:
+        ValueError: this torch is too old for it.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    writer = getattr(dcp, "HuggingFaceStorageWriter", None)
+    if writer is None or "save_distributed" not in inspect.signature(writer).parameters:
+        raise ValueError(
+            "parallel.strategy: sharded checkpoints need torch.distributed.checkpoint's safetensors storage, which torch "
+            f"{torch.__version__} has not; install torch>=2.13, or train with parallel.strategy=ddp"
+        )
+    return dcp
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+def _stored(path: Path) -> dict[str, Any]:
+    """The size and type of every tensor in the folder, by name, from the heads of its files."""
+    return _storage().HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+
+
+def _fill(path: Path, tensors: dict[str, Tensor], group: Any = None) -> None:
+    """Reads `tensors`, whole ones and shards, from the folder. Without a group this process reads alone."""
+    dcp = _storage()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
 
 
 def prepare(run: Path) -> None:
@@ -266,92 +317,40 @@ def prepare(run: Path) -> None:
     Raises:
         ValueError: nothing can be written there; names the place and the system's reason.
     """
-    problem = distributed.broadcast_object(_probe(_folder(run)) if distributed.is_main() else None)
+    problem = distributed.broadcast_object(manifests.probe(run) if distributed.is_main() else None)
     if problem:
         raise ValueError(problem)
 
 
-def _probe(folder: Path) -> str | None:
-    probe = folder / f"{WRITING}probe-{uuid.uuid4().hex[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"{WRITING}*"):
-            shutil.rmtree(path, ignore_errors=True)
-        probe.mkdir()
-        (probe / "probe").write_bytes(bytes(4096))
-        _fsync(probe / "probe")
-        shutil.rmtree(probe)
-    except OSError as error:
-        return (
-            f"output: no checkpoint can be written to {folder}: {error.strerror or error}; "
-            "make room or give the right to write there, or give another output"
-        )
-    return None
-
-
-def newest(run: str | Path) -> Path:
-    """The newest whole checkpoint; a damaged one is named in a warning and passed over.
-
-    Raises:
-        ValueError: the run has none, or none that is whole.
-    """
-    found = checkpoints(run)
-    if not found:
-        raise ValueError(
-            f"{run}: no checkpoint there (looked for {_folder(Path(run)) / 'step_*'}); give the folder of a run that has saved one"
-        )
-    problems = []
-    for path in reversed(found):
-        try:
-            verify(path)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            warnings.warn(f"{problem}; using {path.name} instead", stacklevel=2)
-        return path
-    raise ValueError(
-        f"{run}: none of its {len(found)} checkpoints is whole: {'; '.join(problems)}. Nothing was loaded; restore one or give a new output"
-    )
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint, once every file has the size and SHA-256 it says.
-
-    Raises:
-        ValueError: names the file that is missing, truncated or changed.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path.name}/{MANIFEST} cannot be read ({type(error).__name__})") from None
-    for name, expected in files.items():
-        file = path / name
-        size = file.stat().st_size if file.exists() else -1
-        if size < 0:
-            raise ValueError(f"{path.name}/{name} is missing")
-        if size != expected["bytes"]:
-            raise ValueError(f"{path.name}/{name} is truncated: {size} bytes of {expected['bytes']}")
-        if _sha256(file) != expected["sha256"]:
-            raise ValueError(f"{path.name}/{name} is damaged: its SHA-256 is not the manifest's")
-    return manifest
-
-
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(manifest, the method's tensors on CPU) of one checkpoint folder, verified.
+def opened(path: Path, verified: bool = False) -> dict[str, Any]:
+    """The manifest of one checkpoint folder, whose files are whole: looked at here, or `verified` a moment ago.
 
     Raises:
         ValueError: a file is damaged, or the checkpoint is of another format than this version's.
     """
-    manifest = verify(Path(path))
+    manifest = manifests.load(path) if verified else verify(path)
     if manifest.get("format") != FORMAT:
         made_by = manifest.get("versions", {})
         raise ValueError(
             f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}; it was written by ssl_pretrain "
             f"{made_by.get('ssl_pretrain')} ({made_by.get('revision')}): use that version, or start a new run"
         )
-    return manifest, load_file(Path(path) / "method.safetensors")
+    return manifest
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(manifest, the method's tensors on CPU, whole) of one checkpoint folder, verified.
+
+    Raises:
+        ValueError: as `opened`.
+    """
+    path = Path(path)
+    manifest = opened(path)
+    if (path / WHOLE).exists():
+        return manifest, load_file(path / WHOLE)
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in _stored(path).items() if "::" not in key}
+    _fill(path, tensors)
+    return manifest, tensors
 
 
 def evaluated_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -385,24 +384,3 @@ def weights_to_start_from(init: str) -> dict[str, Tensor] | None:
         ) from None
     inner = weights.get("state_dict")
     return inner if isinstance(inner, dict) else weights
-
-
-def _prune(written: Path, settings: CheckpointConfig, steps_per_epoch: int) -> None:
-    """Removes all but the last few up to the one just written, which is whole, whatever lies there under a higher number."""
-    found = [path for path in checkpoints(written.parent.parent) if _step(path) <= _step(written)]
-    for path in found[: -max(1, settings.keep_last)]:
-        if not _passed(_step(path), settings.keep_every_epochs * steps_per_epoch):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

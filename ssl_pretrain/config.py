@@ -97,7 +97,13 @@ class RunConfig:
 # What may change when a run goes on: these do not change what is computed ...
 FREE = ("data.root", "data.num_workers", "data.loader", "data.cache_dir", "local_batch_size", "output")
 FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard", "plan")
-FREE_PARALLEL = ("parallel.threads", "parallel.deterministic", "parallel.timeout_seconds", "parallel.channels_last")
+FREE_PARALLEL = tuple(
+    f"parallel.{key}"
+    for key in (
+        "threads", "deterministic", "timeout_seconds", "channels_last",
+        "strategy", "reshard_after_forward", "activation_checkpointing", "compile", "cuda_graphs",
+    )
+)  # fmt: skip
 # ... and these do, knowingly.
 WARNED = ("epochs",)
 
@@ -193,6 +199,7 @@ def check(config: RunConfig, world_size: int) -> None:
     try:
         recipe.check(config.views)
         group = parallel.group_images(config.parallel, config.global_batch_size)
+        parallel.check(config.parallel)
         config.method.check(config, world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -249,6 +256,9 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
         ConfigError: lists what differs and the two remedies.
     """
     old, new = _flat(saved), _flat(to_dict(config))
+    defaults = _flat(to_dict(from_dict({"method": {"name": config.method.name}})))
+    later = [key for key in new.keys() - old.keys() if key in defaults and not key.startswith("views.crops")]
+    old |= {key: defaults[key] for key in later}  # the version that saved it did not know these, and did as their default says
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
     refused = [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in differing if key not in WARNED]
     if refused:

@@ -17,6 +17,7 @@ GROUPS = (LEARNING, COLLAPSE, EVALUATION, NETWORK, SPEED)
 CURVES = {
     "loss": Curve(LEARNING, "loss", "what is minimized; it may fall while the representation collapses"),
     "knn": Curve(LEARNING, "k-NN accuracy", "of frozen features, on training images held out of the bank", percent=True),
+    "probe": Curve(LEARNING, "linear accuracy", "of the same features, on the same images", percent=True),
     "lr": Curve(LEARNING, "learning rate"),
     "weight_decay": Curve(LEARNING, "weight decay"),
     "skipped_steps": Curve(LEARNING, "skipped steps", "whose gradient was not finite, since the record before"),

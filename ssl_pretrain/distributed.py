@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # torch 2.13 renamed both; 2.11 has the old names only
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -146,6 +147,11 @@ def new_groups(ranks_per_group: int) -> Any:
     return group
 
 
+def new_cpu_group() -> Any:
+    """A group of all ranks for what runs beside the training, on CPU: its messages never meet the training's. None for one process."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_timeout_seconds)) if world_size() > 1 else None
+
+
 def group_size(group: Any = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
@@ -190,21 +196,44 @@ def reduce_sum(x: Tensor, group: Any = None) -> Tensor:
     return _ReduceSum.apply(x, group) if group_size(group) > 1 else x
 
 
-def gather_objects(value: Any) -> list[Any]:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of it alone, as FSDP's weights and their gradients."""
+    return isinstance(tensor, DTensor)
+
+
+def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each, sharing its memory: its rows of a sharded tensor, all of any other. Carries no graph."""
+    with torch.no_grad():
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norms of each list's tensors, (len(list),): of whole tensors, also where ranks hold shards. One collective for all."""
+    found = [torch.stack(torch._foreach_norm(shards(tensors))) for tensors in lists]
+    first = lists[0][0]
+    if not isinstance(first, DTensor):
+        return found
+    dims = [dim for dim, placement in enumerate(first.placements) if placement.is_shard()]
+    assert len(dims) == 1, "tensors are sharded along one dimension of the mesh"
+    total = reduce_sum(torch.cat(found).square(), first.device_mesh.get_group(dims[0])).sqrt()
+    return list(total.split([len(tensors) for tensors in lists]))
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """Every rank's `value`, in rank order. Sent as a pickle between the ranks of one run only."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_cpu_group)
+    dist.all_gather_object(values, value, group=group or _cpu_group)
     return values
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: Any, group: Any = None) -> Any:
     """Rank 0's `value`, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_cpu_group)
+    dist.broadcast_object_list(box, src=0, group=group or _cpu_group)
     return box[0]
 
 

@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     BN_SHUFFLE = 11
     REPLACEMENT = 12
     BLOCK_ORDER = 13
+    CORRUPTION = 14
 
 
 @njit(cache=True, nogil=True)

@@ -8,6 +8,7 @@ share the device with collectives, what an allocator wastes, compilation.
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_pretrain import backbones, batch_norm, distributed, optim, parallel, trace
+from ssl_pretrain import backbones, batch_norm, blocks, communication, distributed, optim, parallel, trace
 from ssl_pretrain.backbones import BackboneConfig
+from ssl_pretrain.communication import Cluster, Message, Unit
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.hardware import Machine
@@ -28,19 +30,8 @@ from ssl_pretrain.methods.base import Method
 from ssl_pretrain.trace import Line, Shape, Trace
 from ssl_pretrain.views import colour, recipe
 
-BUCKET = 25 * 2**20  # bytes of DDP's last bucket, whose reduction nothing hides
 RESERVED = 1.5 * GIB  # of a GPU, by the CUDA context and the workspaces of cuBLAS, cuDNN and NCCL; assumed
 _AHEAD = 3  # batches of uint8 views on the device at once (data/threads.py)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    nodes: int
-    gpus_per_node: int
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -78,20 +69,22 @@ def method_on_meta(run: RunConfig) -> Method:
 
 
 class Program:
-    """The step of a configuration on so many ranks of a machine. Nothing is traced before it is asked for.
+    """The step of a configuration on a cluster of one machine. Nothing is traced before it is asked for.
 
     Args:
         like: the same model on another batch or other ranks, whose traces serve here too.
     """
 
-    def __init__(self, run: RunConfig, ranks: int, machine: Machine, like: Program | None = None):
-        self.run, self.ranks, self.machine = run, ranks, machine
-        self.share = run.global_batch_size // ranks
+    def __init__(self, run: RunConfig, cluster: Cluster, machine: Machine, like: Program | None = None):
+        self.run, self.cluster, self.machine, self.ranks = run, cluster, machine, cluster.ranks
+        self.share = run.global_batch_size // self.ranks
+        self.calls: dict[str, int] = {}  # of each backbone, in a forward and the targets
         kind = torch.device("cpu" if machine.on_cpu else "cuda")
         self.precision = parallel.precision(run.parallel, kind)
         self.dtype = torch.float64 if self.precision == torch.float64 else torch.float32
         if like is not None:
-            self.part, self.optimizer, self.views_seconds = like.part, like.optimizer, like.views_seconds
+            self.counted, self.part, self.calls = like.counted, like.part, like.calls
+            self.optimizer, self.views_seconds = like.optimizer, like.views_seconds
 
     @cached_property
     def part(self) -> Line:
@@ -99,13 +92,26 @@ class Program:
         few, more = (2, 4) if self.share > 1 else (1, 2)
         return Line(self._traced(few), self._traced(more), few, more)
 
-    def on_meta(self) -> Method:
+    @cached_property
+    def counted(self) -> Method:
+        """The method, to be counted."""
         method = method_on_meta(self.run)
         method.num_steps, method.steps_per_epoch = 1000, 10
         return method
 
+    def on_meta(self) -> Method:
+        """The method, to be traced once."""
+        return copy.deepcopy(self.counted)  # a tenth of what building it takes
+
     def _there(self, method: Method) -> Any:
         return trace.without_memory(method, self.dtype, self.run.parallel.channels_last)
+
+    def _recompute(self, method: Any) -> None:
+        """As `parallel.wrap` does."""
+        how = self.run.parallel.activation_checkpointing
+        for _, block in backbones.blocks(method) if how != "none" else ():
+            if any(parameter.requires_grad for parameter in block.parameters()):
+                blocks.recompute(block, how == "selective")
 
     def _traced(self, images: int) -> Trace:
         method = self.on_meta()
@@ -115,7 +121,13 @@ class Program:
             sizes = [crop.size for crop in recipe.each(self.run.views)]
             views = [torch.zeros(images, 3, size, size, dtype=self.dtype).to(memory_format=layout) for size in sizes]
             numbers = torch.zeros(images, dtype=torch.int64)
-            return self._there(method), Batch(views, numbers, numbers)
+            self.calls.clear()
+            there = self._there(method)
+            for name, module in there.named_modules():
+                if isinstance(module, backbones.Backbone):
+                    module.register_forward_pre_hook(lambda *_, name=name: self.calls.update({name: self.calls.get(name, 0) + 1}))
+            self._recompute(there)
+            return there, Batch(views, numbers, numbers)
 
         def embed(there: Any, mark: Any) -> Any:
             method, batch = there
@@ -198,14 +210,16 @@ class Program:
 
     def memory(self, images: int) -> dict[str, float]:
         """Bytes on each GPU at the step's peak, by part, when `images` are fed at once."""
-        method = self.on_meta()
+        method = self.counted
         teacher = sum(self._bytes(p) for name, p in method.named_parameters() if name.startswith("teacher."))
         pixels = sum(3 * crop.size**2 for crop in recipe.each(self.run.views))
+        largest = sorted(unit.numbers for unit in self.units)[-2:] if self.shards > 1 else []  # the next is gathered before this one goes
         return {
-            "parameters": sum(self._bytes(p) for p in method.parameters()) - teacher,
-            "DDP's buckets": self.gradient_bytes if self.ranks > 1 else 0.0,
-            "optimizer": self.optimizer[1],
-            "teacher": teacher,
+            "parameters": (sum(self._bytes(p) for p in method.parameters()) - teacher) / self.shards,
+            "DDP's buckets": self.gradient_bytes if self.ranks > 1 and self.shards == 1 else 0.0,
+            "gathered weights": sum(largest) * self.dtype.itemsize,
+            "optimizer": self.optimizer[1] / self.shards,
+            "teacher": teacher / self.shards,
             "buffers": sum(self._bytes(buffer) for buffer in method.buffers()),
             "views": pixels * self.share * (self.dtype.itemsize + (0 if self.machine.on_cpu else _AHEAD)),
             "the step's peak": self.peak(images),
@@ -221,21 +235,23 @@ class Program:
         whole = not self.two_passes(images)  # the loss is computed while a part's activations are there
         loss = self.loss(images if whole else self.share)
         at_loss = loss.peak + (self.activations(images) if whole else 0.0)
-        return max(float(self.part.at(images).peak), at_loss, float(self.gradient_bytes + self.optimizer[0].peak))
+        elsewhere = self.gradient_bytes * (1 - 1 / self.shards)  # of the gradients, on other ranks
+        at_step = (self.gradient_bytes + self.optimizer[0].peak) / self.shards
+        return max(float(self.part.at(images).peak) - elsewhere, at_loss, at_step)
 
     def _bytes(self, tensor: torch.Tensor) -> int:
         return tensor.numel() * (self.dtype.itemsize if tensor.is_floating_point() else tensor.element_size())
 
     def two_passes(self, images: int) -> bool:
         accumulation = self.run.parallel.accumulation
-        couples = self.on_meta().couples_batch
+        couples = self.counted.couples_batch
         return images < self.share and (accumulation == "two_passes" or (accumulation == "auto" and couples))
 
     def largest(self) -> tuple[int, str]:
         """Images that a rank can feed at once at most, 0 for none; and why no more, or what would do."""
         room = ROOM * self.machine.memory
         group = parallel.group_images(self.run.parallel, self.run.global_batch_size)
-        normed = bool(batch_norm.statistics(self.on_meta()))
+        normed = bool(batch_norm.statistics(self.counted))
         smallest = min(group, self.share) if normed else 1
         sizes = [images for images in range(smallest, self.share + 1, smallest) if self.share % images == 0]
         count = bisect_left(sizes, True, key=lambda images: sum(self.memory(images).values()) > room)
@@ -244,7 +260,7 @@ class Program:
         why = f"batch norm over {group:,} images takes {smallest:,} at once" if normed else "not even one image fits"
         return 0, f"{why}, {sum(self.memory(smallest).values()) / GIB:.1f} GiB of {room / GIB:.1f}; more GPUs, or a smaller group, would do"
 
-    def step(self, cluster: Cluster, images: int) -> Step:
+    def step(self, images: int) -> Step:
         """One optimizer step with `images` fed at once."""
         machine, part, parts = self.machine, self.part.at(images), self.share // images
         forward, targets, backward = (part.phase(name) for name in ("forward", "targets", "backward"))
@@ -256,7 +272,8 @@ class Program:
         compute = parts * sum(machine.seconds(phase) for phase in passes)
         colours = self.share * self.views_seconds
         loss_seconds, optimizer = losses * machine.seconds(loss), machine.seconds(self.optimizer[0])
-        exposed, hidden = self._communication(cluster, images, loss, losses, machine.seconds(backward))
+        times = machine.seconds(forward) + machine.seconds(targets), machine.seconds(backward)
+        exposed, hidden = self._communication(images, loss, losses, 2 if two else 1, *times)
         busy = compute + colours + loss_seconds + optimizer + exposed
         workers = self.run.data.num_workers
         decoding = self.share / (machine.decoded_per_core * max(1, workers)) if machine.decoded_per_core else 0.0
@@ -265,36 +282,46 @@ class Program:
             float(bounds[:, 0].sum() / bounds.sum()), parts * sum(float(phase.flops.sum()) for phase in (forward, targets, backward)),
         )  # fmt: skip
 
-    def _communication(self, cluster: Cluster, images: int, loss: Trace, losses: int, backward: float) -> tuple[float, float]:
+    def _communication(self, images: int, loss: Trace, losses: int, forwards: int, forward: float, backward: float) -> tuple[float, float]:
+        """Seconds that nothing hides, and those behind the forward and the backward of a part."""
         if self.ranks == 1:
             return 0.0, 0.0
-        sent = losses * sum(self.travel(cluster, *one, self.ranks) for one in loss.sent)
-        sent += sum(self.travel(cluster, *one, self.ranks) for one in self.optimizer[0].sent)
-        sent += sum(self.travel(cluster, *one) for one in self.batch_norm_messages(images))
-        gradients = self.travel(cluster, "allreduce", self.gradient_bytes, self.ranks)
-        last = self.travel(cluster, "allreduce", min(BUCKET, self.gradient_bytes), self.ranks)
-        exposed = max(last, gradients - backward)
-        return sent + exposed, gradients - exposed
+        cluster, settings = self.cluster, self.run.parallel
+        traced = [*(losses * loss.sent), *self.optimizer[0].sent]
+        open_ = [Message(name, size, self.ranks) for name, size in traced]
+        ranks = parallel.group_images(settings, self.run.global_batch_size) // images
+        open_ += communication.of_batch_norm(self.part.few.norms, ranks, self.dtype.itemsize)
+        if settings.strategy == "ddp":
+            size = self.gradient_bytes / (2 if settings.gradients == "bfloat16" and self.dtype == torch.float32 else 1)
+            gradients, last = (Message("allreduce", min(size, most), self.ranks) for most in (math.inf, communication.BUCKET))
+            behind = [([gradients], backward, [last])]
+        else:
+            low = self.precision == torch.bfloat16
+            there, back = communication.of_weights(self.units, settings, cluster, low, self.dtype.itemsize)
+            parts = self.share // images
+            behind = parts * [*(forwards * [(there, forward, there[:1])]), (back, backward, back[-1:])]
+        exposed = self.time_of(open_)
+        hidden = 0.0
+        for messages, computing, first in behind:  # the first or last of them meets nothing to hide behind
+            took = self.time_of(messages)
+            exposed += max(self.time_of(first), took - computing)
+            hidden += took - max(self.time_of(first), took - computing)
+        return exposed, hidden
+
+    def time_of(self, messages: list[Message]) -> float:
+        return communication.seconds(self.machine, self.cluster, messages)
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        return communication.units(self.counted, self.calls, self.shards)
+
+    @property
+    def shards(self) -> int:
+        return communication.shards(self.run.parallel, self.cluster)
 
     @cached_property
     def gradient_bytes(self) -> int:
-        return sum(self._bytes(parameter) for parameter in self.on_meta().parameters() if parameter.requires_grad)
-
-    def batch_norm_messages(self, images: int) -> list[tuple[str, int, int]]:
-        """What batch norms whose groups span ranks send: two sums a channel and a count each way."""
-        ranks = parallel.group_images(self.run.parallel, self.run.global_batch_size) // images
-        if ranks <= 1:
-            return []
-        size, norms = self.dtype.itemsize, self.part.few.norms
-        gathers = [("allgather", (2 * channels + 1) * size * ranks, ranks) for channels in norms["forward"]]
-        return gathers + [("allreduce", 2 * channels * size, ranks) for channels in norms["backward"]]
-
-    def travel(self, cluster: Cluster, collective: str, size: int, ranks: int) -> float:
-        """Seconds of one collective whose result is `size` bytes: a ring's, whose slowest link is its speed, and a tree's latency."""
-        within = ranks <= cluster.gpus_per_node
-        bandwidth = self.machine.intra_node if within else min(self.machine.intra_node, self.machine.inter_node)
-        trips = 2 if collective == "allreduce" else 1
-        return trips * (ranks - 1) / ranks * size / bandwidth + math.ceil(math.log2(ranks)) * self.machine.latency_seconds
+        return sum(self._bytes(parameter) for parameter in self.counted.parameters() if parameter.requires_grad)
 
 
 def _tensors(shapes: dict[str, Shape]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_pretrain import distributed
+
 
 class LARC(torch.optim.Optimizer):
     """Follows NVIDIA/apex at 0bfb8300 (apex/parallel/LARC.py) around momentum SGD (v = m v + u, p = p - lr v).
@@ -35,30 +37,42 @@ class LARC(torch.optim.Optimizer):
                 self._step_group(group, params)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
-        updates = [p.grad for p in params if p.grad is not None]
+        whole = [p.grad for p in params if p.grad is not None]
+        weights, updates = distributed.shards(params), distributed.shards(whole)
         if group["adapt"]:
-            weight_norm, gradient_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))
+            weight_norm, gradient_norm = distributed.norms(params, whole)
             rate = group["trust_coefficient"] * weight_norm / (gradient_norm + group["weight_decay"] * weight_norm + 1e-8)
             if self.clip:
                 rate = (rate / group["lr"]).clamp(max=1.0) if group["lr"] else torch.ones_like(rate)
             nonzero = (weight_norm > 0) & (gradient_norm > 0)
             rate = torch.where(nonzero, rate, torch.ones_like(rate))
-            decay = torch._foreach_mul(params, list((group["weight_decay"] * nonzero.to(rate.dtype)).unbind()))
+            decay = torch._foreach_mul(weights, list((group["weight_decay"] * nonzero.to(rate.dtype)).unbind()))
             updates = list(torch._foreach_mul(torch._foreach_add(updates, decay), list(rate.unbind())))
         elif group["weight_decay"]:
-            updates = list(torch._foreach_add(updates, params, alpha=group["weight_decay"]))
-        torch._fused_sgd_(  # momentum and update in one kernel, which found_inf turns into none
-            params,
-            updates,
-            buffers if group["momentum"] else [],
-            weight_decay=0.0,
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-            grad_scale=None,
-            found_inf=self.found_inf,
-        )
+            updates = list(torch._foreach_add(updates, weights, alpha=group["weight_decay"]))
+        move(self, group, params, updates, lr=group["lr"])
+
+
+def move(
+    optimizer: Any, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], *, lr: float, weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> None:  # fmt: skip
+    """Momentum and update of what this rank holds of `params`, in one kernel, which optimizer.found_inf turns into none."""
+    for p in params:
+        if "momentum_buffer" not in optimizer.state[p]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    buffers = distributed.shards(optimizer.state[p]["momentum_buffer"] for p in params)
+    torch._fused_sgd_(
+        distributed.shards(params),
+        updates,
+        buffers if group["momentum"] else [],
+        weight_decay=weight_decay,
+        momentum=group["momentum"],
+        lr=lr,
+        dampening=0.0,
+        nesterov=nesterov,
+        maximize=False,
+        is_first_step=False,
+        grad_scale=None,
+        found_inf=optimizer.found_inf,
+    )

@@ -112,6 +112,20 @@ class Lock:
                 os.utime(self.path)
 
 
+def holder(run: Path) -> dict[str, Any] | None:
+    """Who trains in this folder now: host, pid, job, and `here`, whether that is this machine; None where nobody does."""
+    lock = Lock(run)
+    found = lock._holder()
+    if found is None:
+        return None
+    here = found.get("host") == lock._own["host"] and found.get("boot") == lock._own["boot"]
+    try:
+        alive = _born(found.get("pid", -1)) == found.get("born") if here else time.time() - lock.path.stat().st_mtime <= STALE_SECONDS
+    except OSError:
+        return None  # it ended meanwhile
+    return found | {"here": here} if alive else None
+
+
 def _born(pid: int) -> str:
     """When the process started, by the kernel's count; empty where it has gone. Numbers are given again, births are not."""
     try:

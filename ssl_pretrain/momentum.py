@@ -42,10 +42,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def move(self, student: nn.Module, momentum: float, stepped: Tensor | float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student, or nothing where `stepped` is 0."""
+        """teacher = momentum * teacher + (1 - momentum) * student, or nothing where `stepped` is 0.
+
+        Both are sharded alike, or not at all: each rank moves what it holds.
+        """
         for name, part in self.named_children():
-            own = [parameter.detach() for parameter in part.parameters()]
-            way = list(torch._foreach_sub([parameter.detach() for parameter in student.get_submodule(name).parameters()], own))
+            own = distributed.shards(parameter.detach() for parameter in part.parameters())
+            student_own = distributed.shards(parameter.detach() for parameter in student.get_submodule(name).parameters())
+            way = list(torch._foreach_sub(student_own, own))
             torch._foreach_mul_(way, (1.0 - momentum) * torch.as_tensor(stepped, dtype=own[0].dtype, device=own[0].device))
             torch._foreach_add_(own, way)
 

@@ -1,4 +1,4 @@
-"""k-NN accuracy inside a run, and the exact weighted k-NN that eval/knn.py shares."""
+"""k-NN and linear accuracy inside a run, and the exact weighted k-NN that eval/knn.py shares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed, pictures
+from ssl_pretrain import distributed, pictures, probe
 
 T = TypeVar("T")
 Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]  # samples' numbers -> (normalized images, labels), in that order
@@ -26,6 +26,7 @@ class OnlineConfig:
     knn_every_epochs: float = 1.0  # passes over the data between two measurements; 0: none
     k: int = 20  # neighbours that vote
     temperature: float = 0.07  # divides their cosine similarities
+    probe: bool = True  # and a linear classifier on the same features, whenever the k-NN is measured
     max_train: int = 10000  # training images in the bank
     max_test: int = 2000  # training images held out of it as queries
     on_failure: Literal["stop", "warn"] = "warn"  # where measuring fails, on any rank: end the run, or say so and train on
@@ -106,6 +107,7 @@ class OnlineKNN:
             ValueError: k or temperature do not fit the bank.
         """
         self.config, self.images, self.labels, self.device = config, images, labels, device
+        self.probed: float | None = None  # the linear classifier's accuracy at the last measurement
         self.pixels = pixels
         self.neighbours: Tensor | None = None
         self.steps_per_measure = config.knn_every_epochs * steps_per_epoch
@@ -126,7 +128,7 @@ class OnlineKNN:
         return self.enabled and step > 0 and int(step / self.steps_per_measure) > int((step - 1) / self.steps_per_measure)
 
     def at(self, step: int, backbone: nn.Module) -> dict[str, Any]:
-        """The accuracy after `step` steps, where it is due, and on rank 0 a picture of neighbours; else nothing."""
+        """The accuracies after `step` steps, where they are due, and on rank 0 a picture of neighbours; else nothing."""
         try:
             accuracy = self.measure(backbone) if self.due(step) else None
         except MeasureError as error:
@@ -135,11 +137,17 @@ class OnlineKNN:
             if distributed.is_main():
                 warnings.warn(f"step {step}: {error}; the training goes on, as online.on_failure is warn", stacklevel=2)
             return {}
-        return {} if accuracy is None else {"knn": accuracy, "neighbours": self.neighbours}
+        if accuracy is None:
+            return {}
+        found = {"knn": accuracy, "probe": self.probed, "neighbours": self.neighbours}
+        return {name: value for name, value in found.items() if value is not None}
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float | None:
-        """Accuracy in [0, 1], the same on all ranks; None without labels. Leaves the training state as it was."""
+        """The k-NN's accuracy in [0, 1], the same on all ranks; None without labels. Leaves the training state as it was.
+
+        The linear classifier's, where it is asked for, is then in `probed`.
+        """
         if not self.enabled:
             return None
         with untouched(backbone, self.device):
@@ -157,6 +165,9 @@ class OnlineKNN:
 
         predicted = _on_every_rank(vote_and_show)
         correct = distributed.reduce_sum((predicted == truth).sum().double())
+        if self.config.probe:  # every rank fits the same classifier to the same bank, and asks it about its own queries
+            answered = _on_every_rank(lambda: probe.predict(bank, bank_labels, queries[mine], classes))
+            self.probed = distributed.reduce_sum((answered == truth).sum().double()).item() / len(self.queries)
         return correct.item() / len(self.queries)
 
     def _picture(self, bank: Tensor, queries: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain import schedules
-from ssl_pretrain.larc import LARC
+from ssl_pretrain import distributed, schedules
+from ssl_pretrain.larc import LARC, move
 
 
 @dataclass
@@ -95,7 +95,7 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     if config.name == "larc":
         return LARC(groups, momentum=config.momentum, trust_coefficient=config.trust_coefficient, clip=config.larc_clip)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), fused=True)
 
@@ -144,7 +144,8 @@ def guarded_step(
         The gradient's norm before clipping, and 1.0 where the step was skipped, 0.0 where it was taken.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
+    (norms,) = distributed.norms(gradients)
+    gradients = distributed.shards(gradients)
     norm = torch.linalg.vector_norm(norms)
     skipped = (~torch.isfinite(norm)).float()
     if clip_norm and clip_by == "whole":
@@ -188,33 +189,33 @@ class LARS(torch.optim.Optimizer):
                 self._step_group(group, params)
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        updates = [p.grad for p in params if p.grad is not None]
+        whole = [p.grad for p in params if p.grad is not None]
+        updates = distributed.shards(whole)
         if group["weight_decay"]:  # in place: copies of all gradients cost more than the arithmetic
-            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+            torch._foreach_add_(updates, distributed.shards(params), alpha=group["weight_decay"])
         classic = self.convention == "classic"
         if group["adapt"]:
-            weight_norm = torch.stack(torch._foreach_norm(params))
-            update_norm = torch.stack(torch._foreach_norm(updates))
+            weight_norm, update_norm = distributed.norms(params, whole)
             trust = group["trust_coefficient"] * weight_norm / update_norm
             trust = torch.where((weight_norm > 0) & (update_norm > 0), trust, torch.ones_like(trust))
             torch._foreach_mul_(updates, list((trust * group["lr"] if classic else trust).unbind()))
         elif classic:
             torch._foreach_mul_(updates, group["lr"])
-        torch._fused_sgd_(  # momentum and update in one kernel, which found_inf turns into none
-            params,
-            updates,
-            buffers if group["momentum"] else [],
-            weight_decay=0.0,
-            momentum=group["momentum"],
-            lr=1.0 if classic else group["lr"],
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-            grad_scale=None,
-            found_inf=self.found_inf,
-        )
+        move(self, group, params, updates, lr=1.0 if classic else group["lr"])
+
+
+class SGD(torch.optim.Optimizer):
+    """Momentum SGD with torch.optim.SGD's arithmetic, v = m v + g + weight_decay * p, p = p - lr * v, on whole or sharded tensors."""
+
+    def __init__(self, params: Iterable[Any], *, momentum: float, nesterov: bool):
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        super().__init__(params, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "nesterov": nesterov})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                updates = distributed.shards(p.grad for p in params if p.grad is not None)
+                move(self, group, params, updates, lr=group["lr"], weight_decay=group["weight_decay"], nesterov=group["nesterov"])

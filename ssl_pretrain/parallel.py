@@ -1,17 +1,24 @@
-"""How one method runs on many ranks: DDP, batch norm in groups, precision and memory format."""
+"""How one method runs on many ranks: DDP or FSDP, batch norm in groups, precision, memory format, work done block by block."""
 
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_pretrain import batch_norm, distributed
+from ssl_pretrain import backbones, batch_norm, blocks, distributed
 
 # Ranks keep their own buffers in a forward; torch 2.13 renamed the argument.
 _BUFFERS_STAY: dict[str, Any] = {
@@ -24,8 +31,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclass
 class ParallelConfig:
-    """How the ranks compute. Only `bn_group_images` changes what is computed; the rest is speed and memory."""
+    """How the ranks compute. Only `bn_group_images` and `gradients` change what is computed; the rest is speed and memory."""
 
+    strategy: Literal["ddp", "fsdp", "hybrid"] = "ddp"  # whole weights on every rank | shards over all ranks | shards within each node
+    reshard_after_forward: bool = True  # fsdp, hybrid: gather a block's weights again for its backward; false: keep them, faster and larger
+    gradients: Literal["float32", "bfloat16"] = "float32"  # as they travel between ranks
+    activation_checkpointing: Literal["none", "blocks", "selective"] = "none"  # run again in backward: blocks, or all but their products
+    compile: bool = False  # each block by torch.compile
+    cuda_graphs: bool = False  # with compile, on CUDA: a block's kernels start as one, for blocks too small to keep a GPU busy
     bn_group_images: int | str = "global"  # images that share batch norm's statistics; part of the recipe
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 autocast on GPUs, float32 on CPU
     channels_last: bool = True  # measured 1.3 to 1.5 times faster for ResNets on GPUs
@@ -33,6 +46,27 @@ class ParallelConfig:
     accumulation: Literal["auto", "one_pass", "two_passes"] = "auto"  # auto: two passes where a loss couples the batch's images
     deterministic: bool = False  # bit-for-bit runs on a GPU, slower
     timeout_seconds: float = 600.0  # a collective that waits longer ends the run
+
+
+def check(config: ParallelConfig) -> None:
+    """Refuses settings that do not go together.
+
+    Raises:
+        ValueError: names them and what would do.
+    """
+    if config.compile and config.activation_checkpointing == "selective":
+        raise ValueError(
+            "parallel.activation_checkpointing: selective does not go with parallel.compile: the compiler chooses what it computes again; "
+            "choose none or blocks"
+        )
+    if config.cuda_graphs and not (config.compile and torch.cuda.is_available()):
+        missing = "a CUDA device" if config.compile else "parallel.compile"
+        raise ValueError(f"parallel.cuda_graphs: true needs {missing}; set parallel.cuda_graphs=false")
+    if config.cuda_graphs and config.strategy != "ddp":
+        raise ValueError(
+            f"parallel.cuda_graphs: true does not go with parallel.strategy {config.strategy}: weights are gathered into another place at "
+            "each call, and a graph reads fixed ones; choose one of the two"
+        )
 
 
 def group_images(config: ParallelConfig, global_batch_size: int) -> int:
@@ -68,28 +102,94 @@ def place(views: list[Tensor], config: ParallelConfig, device: torch.device) -> 
 def wrap(
     method: nn.Module, config: ParallelConfig, *, images: int, global_batch_size: int, device: torch.device, example: object
 ) -> nn.Module:
-    """The method on `device`, its batch norms grouped, under DDP where there are several ranks.
+    """The method on `device`, its batch norms grouped, its blocks as `config` says, under DDP or FSDP where there are several ranks.
+
+    FSDP replaces the parameters by shards: build the optimizer afterwards.
 
     Args:
         images: images a rank feeds at once.
-        example: a batch of the run's shapes, for one forward and backward that is thrown away: DDP rebuilds its
-            buckets after the first, which changes the order of its sums, so a resumed run would differ from one
-            that never stopped.
+        example: a batch of the run's shapes, for a forward and backward that is thrown away: DDP rebuilds its
+            buckets after the first, or the second of a static graph, which changes the order of its sums, so a
+            resumed run would differ from one that never stopped.
+
+    Raises:
+        ValueError: settings that do not go together.
     """
+    check(config)
     method = to_device(method, config, device)
     batch_norm.convert(method, images, group_images(config, global_batch_size))
+    repeated = [block for _, block in backbones.blocks(method)]
+    if config.compile:
+        blocks.compile_each(repeated, blocks.drops(method), config.cuda_graphs)
+    if config.activation_checkpointing != "none":
+        for block in repeated:
+            if any(parameter.requires_grad for parameter in block.parameters()):  # a teacher's have no backward
+                blocks.recompute(block, config.activation_checkpointing == "selective")
     if distributed.world_size() == 1:
         return method
-    model = DistributedDataParallel(method, **_BUFFERS_STAY)
-    rehearse(model, config, device, example)
+    one_part = images * distributed.world_size() == global_batch_size
+    whole = config.strategy == "ddp"
+    model = _replicated(method, config, static_graph=one_part) if whole else _sharded(method, config, device)
+    for _ in range(2 if whole and one_part else 1):
+        rehearse(model, config, device, example)
     return model
+
+
+def _replicated(method: nn.Module, config: ParallelConfig, static_graph: bool) -> DistributedDataParallel:
+    model = DistributedDataParallel(method, static_graph=static_graph, **_BUFFERS_STAY)
+    if config.gradients == "bfloat16":
+        model.register_comm_hook(None, bf16_compress_hook)
+    return model
+
+
+def _sharded(method: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:
+    """FSDP2 over each block, then each backbone, which evaluations call alone, then the rest. A teacher has the student's
+    units and so its shards: a moving average needs no collective. Buffers (statistics, queues, centres) stay whole."""
+    for tensor in [*method.parameters(), *method.buffers()]:  # rank 0's, as DDP does
+        dist.broadcast(tensor.detach(), src=0)
+    mesh = _mesh(config, device)
+    networks = [module for module in method.modules() if isinstance(module, backbones.Backbone)]
+    for unit in [*(block for _, block in backbones.blocks(method)), *networks, method]:
+        again = config.reshard_after_forward and unit is not method  # the root's backward comes next
+        sharded: Any = fully_shard(unit, mesh=mesh, reshard_after_forward=again, mp_policy=_dtypes(unit, config, device))
+        sharded.set_force_sum_reduction_for_comms(device.type == "cpu")  # gloo has no mean
+    # By default the root's backward gathers ahead what ran last: the teacher, which has no backward.
+    sharded.set_modules_to_backward_prefetch([networks[0]])
+    register_fsdp_forward_method(method, "targets")
+    # A view is unsafe only where it is changed in place: `loss` is pure, so chunks of a forward's output are not.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    return method
+
+
+def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
+    world, node = distributed.world_size(), distributed.local_world_size()
+    if config.strategy == "hybrid" and 1 < node < world:
+        return init_device_mesh(device.type, (world // node, node), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+def _dtypes(unit: nn.Module, config: ParallelConfig, device: torch.device) -> MixedPrecisionPolicy:
+    """Under autocast a unit's weights travel in bfloat16, in which its products take them anyway, unless it has batch norm,
+    whose weights are as wide as its statistics. Inputs keep their type: a ViT's sum over blocks stays float32."""
+    if precision(config, device) == torch.float64:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    low = precision(config, device) == torch.bfloat16 and not batch_norm.statistics(unit)
+    reduce_dtype = torch.bfloat16 if config.gradients == "bfloat16" else torch.float32
+    return MixedPrecisionPolicy(torch.bfloat16 if low else None, reduce_dtype, cast_forward_inputs=False)
 
 
 def to_device(method: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:
     """The method there, in its precision and memory format."""
     dtype = torch.float64 if precision(config, device) == torch.float64 else torch.float32
     method = method.to(device=device, dtype=dtype)
-    return method.to(memory_format=torch.channels_last) if config.channels_last else method  # type: ignore[call-overload]
+    sharded = config.strategy != "ddp" and distributed.world_size() > 1  # shards are rows of the plain layout
+    return method.to(memory_format=torch.channels_last) if config.channels_last and not sharded else method  # type: ignore[call-overload]
+
+
+def begin_step(config: ParallelConfig) -> None:
+    """What the step before left in the CUDA graphs' memory may be written over from here on."""
+    if config.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -98,7 +198,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def without_sync(model: nn.Module) -> AbstractContextManager[object]:
     """No gradient travels between ranks inside: for all but the last part of a step."""
+    if isinstance(model, FSDPModule):
+        return _kept_whole(model)
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def _kept_whole(model: FSDPModule) -> Iterator[None]:
+    """Gradients of whole weights add up on each rank, to be reduced after the context."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def rehearse(model: nn.Module, config: ParallelConfig, device: torch.device, example: object) -> None:
@@ -119,20 +231,25 @@ class ReplicaError(RuntimeError):
 
 
 @torch.no_grad()
-def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
-    """Compares the norm of every tensor of the model, teachers and statistics included, over the ranks: for before a checkpoint.
+def check_copies(model: nn.Module, tolerance: float = 1e-4) -> None:
+    """Looks at every tensor of the model, teachers and statistics included, on all ranks: for before a checkpoint.
 
-    Equal gradients and equal steps keep DDP's copies equal. A memory error or a forgotten reduction does not, and only rank 0's is saved.
+    Equal gradients and equal steps keep DDP's copies equal. A memory error or a forgotten reduction does not, and only rank 0's is
+    saved. Shards are not copies: they are finite or not, and what stays whole beside them is compared.
 
-    Raises:
-        ReplicaError: a norm differs by more than `tolerance` of it; names the ranks and the tensor, on every rank.
+    Raises (on every rank):
+        ReplicaError: a tensor's norm differs by more than `tolerance` of it; names the ranks and the tensor.
+        FloatingPointError: something is not finite; names the tensor.
     """
-    if not isinstance(model, DistributedDataParallel):
-        return
-    tensors = {name: value for name, value in model.module.state_dict().items() if value.is_floating_point()}
-    norms = torch.stack([torch.linalg.vector_norm(value, dtype=torch.float64) for value in tensors.values()])
-    of_ranks = distributed.gather(norms).view(distributed.world_size(), -1)
-    apart = ~((of_ranks - of_ranks[0]).abs() <= tolerance * of_ranks[0] + 1e-12)  # a NaN is apart, too
+    tensors = {name: value for name, value in unwrap(model).state_dict().items() if value.is_floating_point() and value.numel()}
+    copies = torch.tensor([not distributed.is_sharded(value) for value in tensors.values()])
+    own = [value if value.numel() else value.new_zeros(1) for value in distributed.shards(tensors.values())]  # a shard may be empty
+    norms = [torch.linalg.vector_norm(value, order, dtype=torch.float64) for order in (math.inf, 2) for value in own]
+    largest, of_ranks = distributed.gather(torch.stack(norms)).view(distributed.world_size(), 2, -1).unbind(1)
+    if not (finite := largest.isfinite().all(0)).all():
+        first = list(tensors)[int((~finite).nonzero()[0])]
+        raise FloatingPointError(f"{first} is not finite; nothing was saved: resume from the checkpoint before, with a lower optim.base_lr")
+    apart = ((of_ranks - of_ranks[0]).abs() > tolerance * of_ranks[0] + 1e-12) & copies.to(of_ranks.device)
     if apart.any():
         ranks = ", ".join(str(rank) for rank in apart.any(1).nonzero().flatten().tolist())
         first = list(tensors)[int(apart.any(0).nonzero()[0])]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from ssl_pretrain import backbones, config, estimate, hardware, optim, parallel
+from ssl_pretrain import backbones, config, hardware, optim, parallel
+from ssl_pretrain.communication import Cluster
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import order, sources
-from ssl_pretrain.estimate import GIB, Cluster, Program, method_on_meta
-from ssl_pretrain.memory import ROOM
+from ssl_pretrain.estimate import Program, Step, method_on_meta
+from ssl_pretrain.hardware import Machine
+from ssl_pretrain.memory import GIB, ROOM
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.views import recipe
 
@@ -58,43 +60,58 @@ def _on_machine(run: RunConfig, world_size: int) -> list[str]:
     machine = hardware.machine(run.plan)
     per_node = run.launch.gpus_per_node or world_size
     cluster = Cluster(world_size // per_node, per_node)
-    program = Program(run, world_size, machine)
+    program = Program(run, cluster, machine)
     largest, why = program.largest()
     images = config.part_size(run, world_size) or largest or program.share
-    memory, parts = program.memory(images), program.share // images
-    total = sum(memory.values())
-    verdict = "fits" if total <= ROOM * machine.memory else f"does not fit: {ROOM:.0%} is what a run may fill"
+    eager = ["parallel.compile: the times are of the blocks as they are written; fused ones move less"] if run.parallel.compile else []
     what = f"{cluster.ranks} x {machine.name}" + (f", {cluster.nodes} nodes of {per_node}" if cluster.nodes > 1 else "")
-    lines = [f"# on {what}: rates from {machine.source}"]
-    lines.append(f"memory of each, {images:,} images at once: {total / GIB:.2f} of {machine.memory / GIB:.1f} GiB; {verdict}")
-    lines += [f"  {size / GIB:9.3f} GiB  {name}" for name, size in memory.items() if size]
-    lines.append(
-        f"  of the step's peak: {program.activations(images) / images / 2**20:.1f} MiB of activations an image, "
-        f"{program.gradient_bytes / GIB:.3f} GiB of gradients, {program.loss(images).peak / GIB:.3f} GiB in the loss"
-    )
+    lines = [f"# on {what}: rates from {machine.source}", *_memory(program, images)]
     lines.append(f"largest local batch: {f'{largest:,} {why}' if largest else f'none: {why}'}")
     passes = ", each embedded twice" if program.two_passes(images) else ""
-    lines.append(f"parts of the global batch on a rank: {parts}{passes}")
-    step = program.step(cluster, images)
-    lines.append(f"a step: {step.total * 1e3:,.1f} ms, {run.global_batch_size / step.total:,.0f} images/s; {step.bound} bounds it")
-    for name, seconds in (
-        ("forward, teacher, backward", step.compute), ("colours of the views", step.views), ("loss", step.loss),
-        ("optimizer and teacher's move", step.optimizer), ("communication, exposed", step.exposed),
-        ("waiting for the loader" if machine.decoded_per_core else "the loader: not planned; calibrate, or give plan.decoded_per_core", step.data),
-    ):  # fmt: skip
-        lines.append(f"  {seconds * 1e3:11.3f} ms  {name}")
-    lines.append(
+    lines.append(f"parts of the global batch on a rank: {program.share // images}{passes}")
+    step = program.step(images)
+    return [*lines, *_time(run, machine, step), *eager, _run_hours(run, cluster, step)]
+
+
+def _memory(program: Program, images: int) -> list[str]:
+    memory, machine = program.memory(images), program.machine
+    total = sum(memory.values())
+    verdict = "fits" if total <= ROOM * machine.memory else f"does not fit: {ROOM:.0%} is what a run may fill"
+    return [
+        f"memory of each, {images:,} images at once: {total / GIB:.2f} of {machine.memory / GIB:.1f} GiB; {verdict}",
+        *(f"  {size / GIB:9.3f} GiB  {name}" for name, size in memory.items() if size),
+        f"  of the step's peak: {program.activations(images) / images / 2**20:.1f} MiB of activations an image, "
+        f"{program.gradient_bytes / GIB:.3f} GiB of gradients, {program.loss(images).peak / GIB:.3f} GiB in the loss",
+    ]
+
+
+def _time(run: RunConfig, machine: Machine, step: Step) -> list[str]:
+    loader = "waiting for the loader" if machine.decoded_per_core else "the loader: not planned; calibrate, or give plan.decoded_per_core"
+    parts = {
+        "forward, teacher, backward": step.compute,
+        "colours of the views": step.views,
+        "loss": step.loss,
+        "optimizer and teacher's move": step.optimizer,
+        "communication, exposed": step.exposed,
+        loader: step.data,
+    }
+    return [
+        f"a step: {step.total * 1e3:,.1f} ms, {run.global_batch_size / step.total:,.0f} images/s; {step.bound} bounds it",
+        *(f"  {seconds * 1e3:11.3f} ms  {name}" for name, seconds in parts.items()),
         f"  {step.hidden * 1e3:.3f} ms of communication behind the backward; {step.flops / step.total / 1e12:,.1f} TFLOP/s a GPU, "
-        f"{step.flops / step.total / machine.matmul:.0%} of its rate; {step.arithmetic:.0%} of the computing bound by arithmetic, the rest by memory"
-    )
+        f"{step.flops / step.total / machine.matmul:.0%} of its rate",
+        f"  {step.arithmetic:.0%} of the computing is bound by arithmetic, the rest by memory",
+    ]
+
+
+def _run_hours(run: RunConfig, cluster: Cluster, step: Step) -> str:
     num_images = run.plan.num_images or _num_images(run)
-    per_epoch = order.steps_per_epoch(num_images or IMAGENET, run.global_batch_size) * step.total
-    lines.append(
-        f"epochs a day: {86400 / per_epoch:,.1f}; the run of {run.epochs} epochs: {run.epochs * per_epoch / 3600:,.1f} hours, "
-        f"{run.epochs * per_epoch / 3600 * cluster.ranks:,.0f} GPU-hours ({'' if num_images else 'if it were ImageNet, '}"
-        f"{num_images or IMAGENET:,} images)"
+    epoch = order.steps_per_epoch(num_images or IMAGENET, run.global_batch_size) * step.total
+    hours = run.epochs * epoch / 3600
+    return (
+        f"epochs a day: {86400 / epoch:,.1f}; the run of {run.epochs} epochs: {hours:,.1f} hours, {hours * cluster.ranks:,.0f} GPU-hours "
+        f"({'' if num_images else 'if it were ImageNet, '}{num_images or IMAGENET:,} images)"
     )
-    return lines
 
 
 def _rates(run: RunConfig) -> list[str]:

@@ -33,7 +33,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     """
     skipped = _noted(run, step)
     start, first = _where_to_start(run, step, skipped)
-    manifest, tensors = checkpoint.read(start)
+    manifest = checkpoint.opened(start)
     config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
     device = distributed.start(config.parallel.threads, config.parallel.deterministic)
     with loader.build(config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device) as batches:
@@ -45,7 +45,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         stepper = Stepper(model, optimizer, config.parallel, config.seed, images, config.global_batch_size, config.optim, device)
         if skipped and skipped["indices"] != batches.indices(step - 1).tolist():
             raise ValueError(f"{run}: step {step} skipped other images than the data set gives now; give the data that the run had")
-        checkpoint.State(method, optimizer, {}, {}).load(start, tensors)
+        checkpoint.State(method, optimizer, {}, {}).load(start)
         first = step - 1 if from_checkpoint else first
         watch = _Watch()
         for now, batch in zip(range(first, step), batches.starting_at(first)):

@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 
 from ssl_pretrain import config
+from ssl_pretrain.communication import Cluster
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.estimate import Cluster, Program, Step, backbone_step
+from ssl_pretrain.estimate import Program, Step, backbone_step
 from ssl_pretrain.hardware import ATTAINED, MACHINES, Machine, from_data_sheet
 from ssl_pretrain.memory import GIB, ROOM
 
@@ -57,11 +58,11 @@ class Row:
         return self.batch / self.step.total
 
 
-def tables(gpu: str = "H100", models: dict[str, tuple[str, list[str]]] = MODELS) -> str:
-    """Weak and strong scaling of each model at each batch, as Markdown, after the published speeds."""
-    lines = list(_published())
-    for name, (path, overrides) in models.items():
-        run, like = config.load(path, [*overrides, f"plan.gpu={gpu}"]), None
+def tables(gpu: str = "H100") -> Iterator[str]:
+    """Published speeds, then weak and strong scaling of one model after the other at each batch, as Markdown."""
+    yield "\n".join(_published())
+    for name, (path, overrides) in MODELS.items():
+        run, like, lines = config.load(path, [*overrides, f"plan.gpu={gpu}"]), None, []
         for batch in BATCHES:
             for kind in ("strong", "weak"):
                 rows = []
@@ -69,20 +70,21 @@ def tables(gpu: str = "H100", models: dict[str, tuple[str, list[str]]] = MODELS)
                     size = batch if kind == "strong" else batch // GPUS[-1] * gpus
                     row, like = predicted(replace(run, global_batch_size=size), gpus, MACHINES[gpu], like)
                     rows.append(row)
+                    print(f"{name}: {kind}, {row.batch:,} on {gpus}: {row.speed:,.0f} images/s", file=sys.stderr, flush=True)
                 fixed = f"batch {batch:,}" if kind == "strong" else f"{batch // GPUS[-1]} images a GPU, batch {batch:,} on {GPUS[-1]}"
-                lines += ["", f"### {name} on {gpu}: {kind} scaling, {fixed}", "", *_table(rows)]
-    return "\n".join(lines)
+                lines += [f"### {name} on {gpu}: {kind} scaling, {fixed}", "", *_table(rows), ""]
+        yield "\n".join(lines).strip()
 
 
 def predicted(run: RunConfig, gpus: int, machine: Machine, like: Program | None) -> tuple[Row, Program]:
     """One row: the whole share at once where it fits, else the largest part that does, with batch norm over that part."""
-    program = Program(run, gpus, machine, like)
+    program = Program(run, Cluster(max(1, gpus // PER_NODE), min(gpus, PER_NODE)), machine, like)
     images = program.share
     while images > 1 and sum(program.memory(images).values()) > ROOM * machine.memory:
         images //= 2
     group = run.global_batch_size if images == program.share else images
     program.run = replace(run, parallel=replace(run.parallel, bn_group_images=group))
-    step = program.step(Cluster(max(1, gpus // PER_NODE), min(gpus, PER_NODE)), images)
+    step = program.step(images)
     return Row(gpus, run.global_batch_size, images, group, sum(program.memory(images).values()) / GIB, step), program
 
 
@@ -96,8 +98,8 @@ def _table(rows: list[Row]) -> Iterator[str]:
         step, linear = row.step, rows[0].speed / rows[0].gpus * row.gpus
         shares = [f"{part / step.total:.0%}" for part in (step.compute + step.views, step.exposed, step.loss + step.optimizer)]
         yield (
-            f"| {row.gpus} | {row.batch:,} | {row.images:,} | {row.group:,} | {row.gib:.1f} | {step.total * 1e3:,.1f} | {' | '.join(shares)} "
-            f"| {row.speed:,.0f} | {row.speed / linear:.0%} | {IMAGES / row.speed:,.0f} s | {step.bound} |"
+            f"| {row.gpus} | {row.batch:,} | {row.images:,} | {row.group:,} | {row.gib:.1f} | {step.total * 1e3:,.1f} "
+            f"| {' | '.join(shares)} | {row.speed:,.0f} | {row.speed / linear:.0%} | {IMAGES / row.speed:,.0f} s | {step.bound} |"
         )
 
 
@@ -130,9 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("page", nargs="?", type=Path, help="the page between whose marks the tables go")
     parser.add_argument("--gpu", default="H100", choices=list(MACHINES))
     options = parser.parse_args(arguments)
-    text = tables(options.gpu)
+    made: list[str] = []
     try:
-        write(options.page, text) if options.page else print(text)
+        for text in tables(options.gpu):
+            made.append(text)
+            if options.page:
+                write(options.page, "\n\n".join(made))
+            else:
+                print(text + "\n", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -40,6 +40,7 @@ class Stepper:
         batch = replace(batch, views=parallel.place(batch.views, self.config, self.device))
         before = batch_norm.remembered(method)
         self.optimizer.zero_grad(set_to_none=True)
+        parallel.begin_step(self.config)
         embeddings, targets, loss, logs = self._backward(method)(method, batch, step)
         self._watch(embeddings, step)
         frozen = [p for name, p in method.named_parameters() if name.startswith(tuple(method.frozen(progress)))]

@@ -51,8 +51,7 @@ class Trace:
         """The operations from the mark `name` to the next."""
         ends = sorted([*self.marks.values(), len(self.flops)])
         span = slice(self.marks[name], next(end for end in ends if end > self.marks[name] or end == len(self.flops)))
-        columns = (column[span] for column in (self.flops, self.moved, self.held, self.kind, self.wide))
-        return Trace(*columns, self.sent, self.norms)
+        return Trace(self.flops[span], self.moved[span], self.held[span], self.kind[span], self.wide[span], self.sent, self.norms)
 
     @property
     def peak(self) -> int:

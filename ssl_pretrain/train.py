@@ -103,7 +103,7 @@ def _train(
         guard.after(step, batch.indices, logs)
         stopping = stop.agreed(step) or step == end
         if stopping or checkpoint.due(config.checkpoint, step, last_step, batches.steps_per_epoch):
-            parallel.check_replicas(model)
+            parallel.check_copies(model)
             state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
         if stopping:
             break

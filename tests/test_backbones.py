@@ -12,11 +12,32 @@ from ssl_pretrain.backbones import BackboneConfig, build, load_strict
         (BackboneConfig(name="resnet18", stem="small"), 32, 11_168_832, 512),
         (BackboneConfig(name="vit_small_patch16_224"), 224, 21_665_664, 384),
         (BackboneConfig(name="vit_base_patch16_224"), 224, 85_798_656, 768),
+        (BackboneConfig(name="vit_large_patch16_224"), 224, 303_301_632, 1024),
+        (BackboneConfig(name="vit_giant_patch14_224"), 224, 1_011_202_432, 1408),  # 40 blocks, 1,012.6 million with a classifier
+        (BackboneConfig(name="resnet101"), 224, 42_500_160, 2048),  # torchvision's 44,549,160, and so on
+        (BackboneConfig(name="resnet152"), 224, 58_143_808, 2048),
+        (BackboneConfig(name="wide_resnet50_2"), 224, 66_834_240, 2048),
+        (BackboneConfig(name="wide_resnet101_2"), 224, 124_837_696, 2048),
     ],
 )
 def test_the_papers_parameter_counts(settings, size, parameters, dim):
     backbone = backbones.on_meta(settings, size)
     assert (backbones.count_parameters(backbone), backbone.feature_dim) == (parameters, dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first"),
+    [
+        ("resnet50", 16, "model.layer1.0"),
+        ("wide_resnet101_2", 33, "model.layer1.0"),
+        ("vit_large_patch16_224", 24, "model.blocks.0"),
+        ("vit_giant_patch14_224", 40, "model.blocks.0"),
+        ("convnext_tiny", 4, "model.stages.0"),
+    ],
+)
+def test_the_blocks_of_a_network_are_found(name, count, first):
+    found = backbones.blocks(backbones.on_meta(BackboneConfig(name=name), 224))
+    assert (len(found), found[0][0]) == (count, first)
 
 
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("no_pool", 2), ("small", 4)])

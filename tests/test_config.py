@@ -46,7 +46,7 @@ def refused(path, *overrides, world_size=None) -> str:
         ("optim.base_lr=fast", "run.yaml: optim.base_lr: Value 'fast' of type 'str' could not be converted to Float"),
         ("epochs=many", "run.yaml: epochs: Value 'many' of type 'str' could not be converted to Integer"),
         ("method.name=simclrr", f"run.yaml: method.name: 'simclrr' is not a method; choose one of: {', '.join(methods.names())}"),
-        ("method.queue_size=3", "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims"),
+        ("method.queue_size=3", "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims, without_projector"),
         ("optim", "'optim': an override is key=value, such as optim.base_lr=0.3"),
         (
             "log.name=${oc.env:WANDB_API_KEY}",
@@ -139,3 +139,13 @@ def test_what_may_change_on_a_resume_is_free_warned_or_refused(path):
         "runs/a/checkpoints/step_00000003 was made by another configuration: method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. "
         "Give a new output, or start a new run from its weights with backbone.init=runs/a"
     )
+
+
+def test_a_key_that_the_saved_version_did_not_know_was_at_its_default(tmp_path):
+    run = config.load(tiny.config(tmp_path))
+    saved = config.to_dict(run)
+    del saved["method"]["without_projector"]
+    config.compare_for_resume(saved, run, "run/checkpoints/step_00000003")
+    other = config.load(tmp_path / "tiny.yaml", ["method.without_projector=true"])
+    with pytest.raises(config.ConfigError, match=r"method\.without_projector: False then, True now"):
+        config.compare_for_resume(saved, other, "run/checkpoints/step_00000003")

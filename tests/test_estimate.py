@@ -8,11 +8,14 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+import traffic
 from test_configs import FIRST, _reduced
 
-from ssl_pretrain import config, hardware, optim, plan
-from ssl_pretrain.estimate import Cluster, Program
+from ssl_pretrain import communication, config, distributed, hardware, optim, plan
+from ssl_pretrain.communication import Cluster, Message
+from ssl_pretrain.estimate import Program
 from ssl_pretrain.hardware import MACHINES, Machine
+from ssl_pretrain.memory import ROOM
 from ssl_pretrain.trace import CONVOLUTION, MATMUL, OTHER, Trace
 from ssl_pretrain.train import build_method
 
@@ -31,13 +34,20 @@ def columns(flops, moved, kinds, wide) -> Trace:
 
 
 @pytest.mark.parametrize(
-    "path", [path if path.stem.split("_imagenet")[0] in QUICK else pytest.param(path, marks=pytest.mark.full) for path in FIRST], ids=lambda path: path.stem
+    "path",
+    [path if path.stem.split("_imagenet")[0] in QUICK else pytest.param(path, marks=pytest.mark.full) for path in FIRST],
+    ids=lambda path: path.stem,
 )
 def test_every_method_has_a_plan(path, tmp_path):
     run = _reduced(path, tmp_path)
     run = replace(run, plan=replace(run.plan, gpu="H100", num_images=10_000), launch=replace(run.launch, nodes=2, gpus_per_node=2))
     text = plan.describe(run, plan.ranks(run, here=1))
-    for line in ("# on 4 x H100, 2 nodes of 2: rates from data sheets", "of the step's peak:", "largest local batch: 4 of its share of 4", "a step: "):
+    for line in (
+        "# on 4 x H100, 2 nodes of 2: rates from data sheets",
+        "of the step's peak:",
+        "largest local batch: 4 of its share of 4",
+        "a step: ",
+    ):
         assert line in text, text
     seconds = float(text.partition("a step: ")[2].partition(" ms")[0].replace(",", ""))
     listed = [float(line.split()[0]) for line in text.splitlines() if line.startswith("  ") and " ms  " in line]
@@ -52,7 +62,7 @@ def test_parameters_gradients_and_optimizer_are_those_of_the_run(run):
         for parameter in method.parameters():
             parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
         optim.guarded_step(optimizer)
-        program = Program(run, 1, TOY)
+        program = Program(run, Cluster(1, 1), TOY)
         sizes = program.memory(4)
         assert sizes["parameters"] + sizes["teacher"] == sum(p.nbytes for p in method.parameters())
         assert program.gradient_bytes == sum(p.nbytes for p in method.parameters() if p.requires_grad)
@@ -69,44 +79,77 @@ def test_each_operation_is_as_slow_as_its_arithmetic_or_its_memory():
     assert replace(gpu, launch_seconds=5.0).seconds(trace) == pytest.approx(20.0)
 
 
-def test_a_collective_takes_its_ring_and_its_tree(run):
-    program = Program(run, 16, TOY)
+def test_a_collective_takes_its_ring_and_its_tree():
     inside, across = Cluster(1, 16), Cluster(4, 4)
-    assert program.travel(inside, "allgather", 16_000_000, 16) == pytest.approx(15 / 16 * 0.16 + 4e-3)
-    assert program.travel(inside, "allreduce", 16_000_000, 16) == pytest.approx(2 * 15 / 16 * 0.16 + 4e-3)
-    assert program.travel(across, "allgather", 16_000_000, 16) == pytest.approx(15 / 16 * 1.6 + 4e-3)
-    assert program.travel(across, "allgather", 16_000_000, 4) == pytest.approx(3 / 4 * 0.16 + 2e-3)  # within a node
+    gather, reduction = (Message(name, 16_000_000, 16) for name in ("allgather", "allreduce"))
+    assert communication.seconds(TOY, inside, [gather]) == pytest.approx(15 / 16 * 0.16 + 4e-3)
+    assert communication.seconds(TOY, inside, [reduction, gather]) == pytest.approx(3 * 15 / 16 * 0.16 + 8e-3)
+    assert communication.seconds(TOY, across, [gather]) == pytest.approx(15 / 16 * 1.6 + 4e-3)
+    within = replace(gather, ranks=4)
+    assert communication.seconds(TOY, across, [within, replace(within, times=2)]) == pytest.approx(3 * (3 / 4 * 0.16 + 2e-3))
+    assert communication.seconds(TOY, across, [replace(within, across=True)]) == pytest.approx(3 / 4 * 1.6 + 2e-3)
 
 
-def test_batch_norm_across_ranks_sends_its_sums(run):
-    program = Program(run, 4, TOY)
-    channels = [norm.num_features for norm in program.on_meta().modules() if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm)]
-    messages = program.batch_norm_messages(4)
-    assert sorted(size for name, size, _ in messages if name == "allreduce") == sorted(8 * c for c in channels)
-    assert sorted(size for name, size, _ in messages if name == "allgather") == sorted(4 * (2 * c + 1) * 4 for c in channels)
-    alone = replace(run, parallel=replace(run.parallel, bn_group_images=4))
-    assert Program(alone, 4, TOY).batch_norm_messages(4) == []
+def test_batch_norm_across_ranks_sends_its_sums():
+    messages = communication.of_batch_norm({"forward": [3, 5], "backward": [5]}, ranks=4, itemsize=4)
+    assert [(m.collective, m.size) for m in messages] == [("allgather", 4 * 4 * 7), ("allgather", 4 * 4 * 11), ("allreduce", 4 * 10)]
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_sharded_weights_travel_as_the_counted_bytes_do(run, ranks):
+    """tests/traffic.py's formula, which the tests of FSDP hold against bytes counted at the collectives."""
+    method = build_method(run).double()
+    settings = replace(run.parallel, strategy="fsdp")
+    units = communication.units(method, {"backbone": 1}, ranks)
+    there, back = communication.of_weights(units, settings, Cluster(1, ranks), low=False, itemsize=8)
+    with distributed.pretended(ranks):
+        expected = traffic.predicted(method, "fsdp", dim=8, rows=2, calls=1)
+    assert sum(m.sent for m in [*there, *back] if m.collective == "allgather") == pytest.approx(float(expected["weights"]))
+    assert sum(m.sent for m in back if m.collective == "reduce_scatter") == pytest.approx(float(expected["gradients"]))
+
+
+def test_shards_divide_what_stays_and_cost_what_is_gathered(run):
+    nodes = replace(TOY, inter_node=1e6)
+    plain, whole, hybrid = (
+        Program(replace(run, parallel=replace(run.parallel, strategy=strategy)), Cluster(2, 2), nodes)
+        for strategy in ("ddp", "fsdp", "hybrid")
+    )
+    for program, shards in ((whole, 4), (hybrid, 2)):
+        for part in ("parameters", "optimizer", "teacher"):
+            assert program.memory(4)[part] == plain.memory(4)[part] / shards
+        assert program.memory(4)["DDP's buckets"] == 0 < program.memory(4)["gathered weights"]
+        assert program.peak(4) < plain.peak(4)
+    exposed = {name: program.step(4).exposed for name, program in (("plain", plain), ("whole", whole), ("hybrid", hybrid))}
+    assert exposed["whole"] > exposed["plain"] > exposed["hybrid"]  # thrice the bytes; the slow links carry half of the gradients
+
+
+def test_activations_computed_again_are_not_kept(run):
+    run = replace(run, backbone=replace(run.backbone, name="test_vit"))
+    kept, again = (
+        Program(replace(run, parallel=replace(run.parallel, activation_checkpointing=how)), Cluster(1, 1), TOY)
+        for how in ("none", "blocks")
+    )
+    assert again.activations(4) < kept.activations(4)
+    assert again.part.few.phase("backward").flops.sum() > kept.part.few.phase("backward").flops.sum()
+    assert again.part.few.phase("forward").flops.sum() == kept.part.few.phase("forward").flops.sum()
 
 
 def test_the_largest_part_is_the_largest_that_fits(run):
-    program = Program(replace(run, parallel=replace(run.parallel, bn_group_images=2)), 1, TOY)
+    program = Program(replace(run, parallel=replace(run.parallel, bn_group_images=2)), Cluster(1, 1), TOY)
     needed = sum(program.memory(8).values())
     for room, expected in ((needed, 8), (needed - 1, 4)):
-        program.machine = replace(TOY, memory=room / hardware_room())
+        program.machine = replace(TOY, memory=room / ROOM)
         assert program.largest()[0] == expected
-    assert program.two_passes(8) and program.step(Cluster(1, 1), 8).compute > program.step(Cluster(1, 1), 16).compute
+    assert program.two_passes(8) and program.step(8).compute > program.step(16).compute
     program.machine = replace(TOY, memory=1000.0)
-    assert program.largest() == (0, f"batch norm over 2 images takes 2 at once, {sum(program.memory(2).values()) / 2**30:.1f} GiB of 0.0; more GPUs, or a smaller group, would do")
-
-
-def hardware_room() -> float:
-    from ssl_pretrain.memory import ROOM
-
-    return ROOM
+    assert program.largest() == (
+        0,
+        f"batch norm over 2 images takes 2 at once, {sum(program.memory(2).values()) / 2**30:.1f} GiB of 0.0; more GPUs, or a smaller group, would do",
+    )
 
 
 def test_half_the_cores_wait_for_the_loader(run):
-    fast, slow = (Program(run, 1, replace(TOY, decoded_per_core=rate)).step(Cluster(1, 1), 16) for rate in (1e9, 1e-3))
+    fast, slow = (Program(run, Cluster(1, 1), replace(TOY, decoded_per_core=rate)).step(16) for rate in (1e9, 1e-3))
     assert fast.data == 0 and slow.bound == "data"
     assert slow.total == pytest.approx(16 / 1e-3 / max(1, run.data.num_workers))
 
@@ -150,5 +193,3 @@ def test_the_cluster_of_a_plan_is_launchs(run):
 def test_a_plan_is_for_any_run_that_goes_on(run):
     other = replace(run, plan=replace(run.plan, gpu="L40S"))
     config.compare_for_resume(config.to_dict(run), other, "runs/x/checkpoints/step_1")
-
-

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import run_ranks
 from torch import nn
 
-from ssl_pretrain import distributed, online
+from ssl_pretrain import checkpoint, config, distributed, online, probe
 from ssl_pretrain.online import OnlineConfig, OnlineKNN, weighted_knn
+from ssl_pretrain.train import train
 
 CPU = torch.device("cpu")
 
@@ -169,3 +173,45 @@ def test_a_k_that_does_not_fit_is_refused_before_training():
 def test_is_due_when_so_many_epochs_have_passed(every, steps):
     knn = monitor(knn_every_epochs=every)
     assert [step for step in range(13) if knn.due(step)] == steps
+
+
+def test_the_probe_is_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+
+    (train, labels), (test, truth) = clusters(300, seed=3), clusters(200, seed=4)
+    ours = probe.predict(train, labels, test, 4)
+    standard = ((part - train.mean(0)) / train.std(0, correction=0) / 6**0.5 for part in (train, test))
+    fitted, asked = (part.numpy() for part in standard)
+    theirs = LogisticRegression(C=1 / (probe.DECAY * 300), max_iter=1000).fit(fitted, labels.numpy()).predict(asked)
+    assert (ours.numpy() == theirs).mean() > 0.99
+    assert 0.5 < (ours == truth).double().mean() < 1  # the four classes overlap: neither chance, a quarter, nor all of them
+    assert torch.equal(ours, probe.predict(100 * train + 7, labels, 100 * test + 7, 4))
+
+
+def test_the_probe_reaches_neither_gradients_nor_random_numbers():
+    features = clusters(60)[0].requires_grad_()
+    before = torch.get_rng_state()
+    probe.predict(features, clusters(60)[1], features, 4)
+    assert features.grad is None and torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_is_measured_beside_the_knn():
+    knn = monitor()
+    assert set(knn.at(4, nn.Identity())) == {"knn", "probe"} and knn.at(5, nn.Identity()) == {}
+    data, labels = clusters(100)
+    answered = probe.predict(data[knn.bank], labels[knn.bank], data[knn.queries], 4)
+    assert knn.probed == pytest.approx((answered == labels[knn.queries]).double().mean().item())
+    assert set(monitor(probe=False).at(4, nn.Identity())) == {"knn"}
+
+
+def test_a_run_has_the_same_weights_with_all_of_it_on_or_off(tmp_path):
+    """By hash: what is measured inside a run moves neither its weights nor its random numbers."""
+    path = tiny.config(tmp_path)
+    hashes = []
+    for name, measured in (("off", ["online.knn_every_epochs=0"]), ("on", ["online.knn_every_epochs=0.4", "online.k=3", "online.probe=true"])):
+        train(config.load(path, ["epochs=3", "backbone.drop_path=0.2", f"output={tmp_path / name}", *measured]), CPU)
+        weights = checkpoint.checkpoints(tmp_path / name)[-1] / "method.safetensors"
+        hashes.append(hashlib.sha256(weights.read_bytes()).hexdigest())
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert sum("probe" in record for record in records) == (0 if name == "off" else 7)
+    assert hashes[0] == hashes[1]

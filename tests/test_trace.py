@@ -8,15 +8,15 @@ import torch
 from timm.layers import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_pretrain import backbones, distributed, memory, trace
+from ssl_pretrain import backbones, distributed, trace
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.estimate import backbone_step
 from ssl_pretrain.losses.contrastive import nt_xent
 from ssl_pretrain.losses.tiles import log_sum_exp
 
-# activations and peak: how far the prediction may be from the process's own high water, which holds what an allocator
-# does not give back and oneDNN's workspaces too
-PEAK_ERROR = 0.3
+# What torch's own allocator held over the prediction, measured 0.96 (test_vit), 1.05 (test_resnet), 1.11 (resnet18): kernels allocate
+# inside, which no trace sees; and autograd adds in place some gradients that it adds to a new tensor when operations are traced
+ALLOCATED_OVER_PREDICTED = 0.95, 1.15
 BACKBONES = {"test_resnet": 64, "test_vit": 160, "resnet18": 64}
 
 
@@ -64,13 +64,15 @@ def test_attention_counts_like_its_products():
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_predicted_peak_is_what_the_process_takes(name):
-    images = 64
-    step = real(name, BACKBONES[name], images)
-    step()
-    predicted = backbone_step(name, BACKBONES[name], images, bfloat16=False).peak
-    measured = min(memory.peak(step, torch.device("cpu")) for _ in range(3))
-    assert measured == pytest.approx(predicted, rel=PEAK_ERROR)
+def test_the_predicted_peak_is_what_torchs_allocator_held(name):
+    step = real(name, BACKBONES[name], 16)
+    step()  # oneDNN makes some things once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    ratio = held.max() / backbone_step(name, BACKBONES[name], 16, bfloat16=False).peak
+    assert ALLOCATED_OVER_PREDICTED[0] < ratio < ALLOCATED_OVER_PREDICTED[1]
 
 
 def test_any_number_of_images_lies_on_the_line_of_two():

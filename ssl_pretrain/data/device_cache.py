@@ -10,6 +10,7 @@ from ssl_pretrain.data.sources import Source
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.recipe import Crop
+from ssl_pretrain.views.upload import upload
 
 
 class Cache:
@@ -27,7 +28,7 @@ class Cache:
 
     def take(self, jobs: Iterable[Job]) -> Iterator[Chunk]:
         for epoch, indices in jobs:
-            rows = torch.from_numpy(indices.astype(np.int64)).to(self._device, non_blocking=True)
+            rows = upload(torch.from_numpy(indices.astype(np.int64)), self._device)
             images = self._pixels.index_select(0, rows)
             views = []
             for number, crop in enumerate(self._each):

@@ -26,6 +26,7 @@ from ssl_pretrain.data.threads import Threads
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
 from ssl_pretrain.views import colour, crops, describe, recipe
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
+from ssl_pretrain.views.upload import upload
 
 _CHUNK = 64  # images a worker makes at a time, at most: all workers share the first batch, and little shared memory is held
 _AHEAD = 2  # batches being made while one is used
@@ -102,6 +103,7 @@ class Loader:
         self.num_replaced, self.num_made, self.seconds = 0, 0, 0.0
         self._warned: set[str] = set()
         self._views, self._crops, self._device = views, recipe.each(views), torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         local_batch = global_batch_size // world_size
         self._chunk = _chunk_size(local_batch, num_workers) if how == "folder" else local_batch
         self._maker: Maker
@@ -171,7 +173,7 @@ class Loader:
                 parameters = colour.draw(crop, self.plan.seed, self.plan.epoch(step), indices, number).to(self._device)
                 views.append(colour.apply(pixels, parameters, crop, self._views.mean, self._views.std))
             labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in made]))
-            yield Batch(views, labels.to(self._device), torch.from_numpy(indices.copy()).to(self._device))
+            yield Batch(views, upload(labels, self._device), upload(torch.from_numpy(indices.copy()), self._device))
 
     def _received(self, chunk: Chunk) -> Chunk:
         self.num_made += len(chunk.labels)
@@ -188,7 +190,18 @@ class Loader:
                 "the file is damaged, as all of them did when it was written; `python -m ssl_pretrain.data.beton check` names them; "
                 "copy or write it again"
             )
-        return chunk.to(self._device)
+        return self._sent(chunk)
+
+    def _sent(self, chunk: Chunk) -> Chunk:
+        """The chunk on the device: to a GPU on a stream of its own, beside the step that the GPU is still at."""
+        if self._stream is None or chunk.pixels.is_cuda:
+            return chunk.to(self._device)
+        now = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            chunk = chunk.to(self._device)
+        now.wait_stream(self._stream)
+        chunk.pixels.record_stream(now)
+        return chunk
 
 
 def build(data: DataConfig, views: ViewsConfig, *, seed: int, global_batch_size: int, device: torch.device | str) -> Loader:

@@ -130,7 +130,7 @@ class _LogSumExpAmong(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_positives: Tensor) -> Any:
         z, everyone, lse, classes = ctx.saved_tensors
-        scale, own, excluded, bounded = ctx.arguments
+        scale, own, excluded, _ = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
             all_lse, all_grad, all_positives = distributed.gather(torch.stack([lse, grad, grad_positives], dim=1)).unbind(1)
             if (kernels := _kernels(z)) is not None:
@@ -154,13 +154,11 @@ def _by_kernels(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Te
     if ctx.needs_input_grad[0]:
         for_anchors = kernels.weighted_sum(anchors, candidates, own=own, excluded=excluded, of_anchors=(lse, grad))
     if ctx.needs_input_grad[1]:
-        for_candidates = kernels.weighted_sum(
-            candidates, anchors, own=own, excluded=excluded, of_candidates=(lse, grad), swapped=True
-        )
+        for_candidates = kernels.weighted_sum(candidates, anchors, own=own, excluded=excluded, of_candidates=(lse, grad), swapped=True)
     return for_anchors, for_candidates
 
 
-def _by_tiles(arguments: tuple[float, int, tuple[int, ...], bool], z: Tensor, everyone: Tensor, all_lse: Tensor, all_grad: Tensor) -> Tensor:
+def _by_tiles(arguments: Any, z: Tensor, everyone: Tensor, all_lse: Tensor, all_grad: Tensor) -> Tensor:
     """sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i."""
     scale, own, excluded, bounded = arguments
     total = torch.zeros_like(z)

@@ -28,7 +28,7 @@ class Config(MethodConfig):
     hidden_dim: int = 4096  # of projector and predictor
     dim: int = 256
     momentum: float = 0.99  # tau_base: 0.99 for 100 and 300 epochs, 0.996 for 1,000; it ends at 1
-    predictor: bool = True  # false: the paper's ablation that collapses (table 5b)
+    without_predictor: bool = False  # ablation: table 5b's collapse
     teacher_starts: Literal["copied", "redrawn"] = "copied"  # redrawn: weights of its own, as the authors'; not with backbone.init
 
     def build(self, backbone: Backbone) -> BYOL:
@@ -40,7 +40,7 @@ class BYOL(Method):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
         predictor = partial(mlp, config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
-        self.predictor = predictor() if config.predictor else nn.Identity()
+        self.predictor = nn.Identity() if config.without_predictor else predictor()
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
         if config.teacher_starts == "redrawn":
             self.teacher.redraw()

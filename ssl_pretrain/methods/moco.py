@@ -35,9 +35,11 @@ class Config(MethodConfig):
     queue_size: int = 65536
     momentum: float = 0.999
     shuffled_batch_norm: bool = True
+    without_queue: bool = False  # ablation: the negatives are the other keys of the batch
 
     def check(self, run: Any, world_size: int) -> None:
-        check_queue(self.queue_size, run.global_batch_size)
+        if not self.without_queue:
+            check_queue(self.queue_size, run.global_batch_size)
         if self.shuffled_batch_norm and run.local_batch_size not in (0, run.global_batch_size // world_size):
             raise ValueError(
                 f"local_batch_size: {run.local_batch_size} cannot be with method.shuffled_batch_norm, which exchanges key views over the "
@@ -53,7 +55,8 @@ class MoCo(Method):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False)
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
-        self.queue = Queue(config.queue_size, config.projector_dims[-1])
+        self.queue = None if config.without_queue else Queue(config.queue_size, config.projector_dims[-1])
+        self.couples_batch = config.without_queue
 
     def forward(self, batch: Views) -> Embeddings:
         view, _ = two_views("moco", batch)
@@ -66,12 +69,14 @@ class MoCo(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         queries, keys = embeddings["queries"], targets["keys"]
-        loss = info_nce(queries, keys, temperature=self.config.temperature, queue=self.queue.rows)  # eq. 1
+        queue = None if self.queue is None else self.queue.rows
+        loss = info_nce(queries, keys, temperature=self.config.temperature, queue=queue)  # eq. 1
         return loss, {"positive_cosine": F.cosine_similarity(wide(queries.detach()), keys).mean()}
 
     @torch.no_grad()
     def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        self.queue.push(targets["keys"], self.stepped)
+        if self.queue is not None:
+            self.queue.push(targets["keys"], self.stepped)
         self.teacher.move(self, self.config.momentum, self.stepped)
 
 

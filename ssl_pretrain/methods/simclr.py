@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.backbones import Backbone
@@ -26,6 +26,7 @@ class Config(MethodConfig):
     name: str = "simclr"
     temperature: float = 0.1  # 0.5 on CIFAR-10
     projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 128])
+    without_projector: bool = False  # ablation: the loss on the features themselves
 
     def build(self, backbone: Backbone) -> SimCLR:
         return SimCLR(self, backbone)
@@ -37,7 +38,8 @@ class SimCLR(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         # Every Linear is followed by batch norm, so none has a bias; the last norm scales without a shift.
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_batch_norm=True, last_shift=False, init_std=0.01)
+        dims = [] if config.without_projector else config.projector_dims
+        self.projector = mlp(backbone.feature_dim, *dims, last_batch_norm=True, last_shift=False, init_std=0.01) if dims else nn.Identity()
 
     def forward(self, batch: Views) -> Embeddings:
         if len(batch.views) != 2:

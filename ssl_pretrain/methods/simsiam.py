@@ -23,7 +23,7 @@ class Config(MethodConfig):
     name: str = "simsiam"
     projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 2048])  # [2048, 2048] on CIFAR-10
     predictor_dim: int = 512  # of its hidden layer, a quarter of the output
-    stop_gradient: bool = True  # false: the paper's ablation that collapses (section 4.1)
+    without_stop_gradient: bool = False  # ablation: table 1's collapse
 
     def build(self, backbone: Backbone) -> SimSiam:
         return SimSiam(self, backbone)
@@ -39,7 +39,7 @@ class SimSiam(Method):
     def forward(self, batch: Views) -> Embeddings:
         z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("simsiam", batch))
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
-        if self.config.stop_gradient:
+        if not self.config.without_stop_gradient:
             z_a, z_b = z_a.detach(), z_b.detach()
         return {"p_a": p_a, "p_b": p_b, "z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 

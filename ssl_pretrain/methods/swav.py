@@ -91,7 +91,7 @@ class SwAV(Method):
 
     @torch.no_grad()
     def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        weight = self.prototypes.weight
+        (weight,) = distributed.shards([self.prototypes.weight])  # whole rows
         weight.copy_(torch.where(torch.as_tensor(self.stepped, device=weight.device) > 0, F.normalize(weight), weight))
         if self.queue is not None and self.epoch_of(progress) >= self.config.queue_from_epoch:
             self.queue.push(torch.stack([embeddings["z_a"], embeddings["z_b"]], dim=1), self.stepped)

@@ -21,6 +21,7 @@ from ssl_pretrain import draws
 from ssl_pretrain.draws import Purpose
 from ssl_pretrain.views import colour_cpu
 from ssl_pretrain.views.recipe import Crop, blur_taps
+from ssl_pretrain.views.upload import upload
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)    # the operations of colour jitter, numbered as torchvision does
 LUMA = (0.2989, 0.587, 0.114)    # torchvision's weights of red, green and blue (ITU-R BT.601)
@@ -46,7 +47,7 @@ class Parameters:
     values: Tensor           # (n, 5) float32: the factors, then sigma
 
     def to(self, device: torch.device | str) -> "Parameters":
-        return replace(self, rows=self.rows.to(device, non_blocking=True), values=self.values.to(device, non_blocking=True))
+        return replace(self, rows=upload(self.rows, device), values=upload(self.values, device))
 
 
 def draw(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int) -> Parameters:

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from ssl_pretrain import draws
 from ssl_pretrain.draws import Purpose
 from ssl_pretrain.views.recipe import Crop, Interpolation
+from ssl_pretrain.views.upload import upload
 
 TRIES = 10    # torchvision's
 _CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)    # jitted code takes no enumeration
@@ -117,7 +118,7 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
         boxes: int64 (n, 5), of `boxes`.
         crop: the recipe that gives size and interpolation.
     """
-    at = torch.from_numpy(boxes).to(images.device, non_blocking=True)
+    at = upload(torch.from_numpy(boxes), images.device)
     along_x = _matrices(at[:, 1], at[:, 3], images.shape[3], crop)
     along_x = torch.where(at[:, 4, None, None] == 1, along_x.flip(1), along_x)
     along_y = _matrices(at[:, 0], at[:, 2], images.shape[2], crop)

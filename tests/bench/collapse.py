@@ -36,8 +36,8 @@ health: {{every_steps: 10}}
 epochs: 50
 """
 COLLAPSING = {
-    "byol_without_predictor": ["method.name=byol", "method.predictor=false"],
-    "simsiam_without_stop_gradient": ["method.name=simsiam", "method.stop_gradient=false"],
+    "byol_without_predictor": ["method.name=byol", "method.without_predictor=true"],
+    "simsiam_without_stop_gradient": ["method.name=simsiam", "method.without_stop_gradient=true"],
     "vicreg_without_variance": ["method.name=vicreg", "method.variance_weight=0"],
     "vicreg_invariance_alone": ["method.name=vicreg", "method.variance_weight=0", "method.covariance_weight=0"],
 }

@@ -88,7 +88,7 @@ class DoubleInput(nn.Module):
         return self.backbone(images.double())
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.full), 3])
 @pytest.mark.parametrize("name", ["vissl"])
 def test_ranks_train_what_one_process_trains(made, name, world_size):
     weights, reached = trained(made, name)

@@ -33,7 +33,7 @@ def trained(path, name, dtype=torch.float32, **changes):
     return tuning.train(run, model, train.source.take(np.arange(72)), protocol, 10).state_dict()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_ranks_train_what_one_process_trains(made, world_size):
     alone = trained(made, "semi", torch.float64)
     for state in run_ranks(trained, made, "semi", torch.float64, world_size=world_size):
@@ -159,6 +159,21 @@ def test_a_balanced_choice_is_balanced_and_seeded(made):
     rows = semi.balanced(train, 10, 0)
     assert np.bincount(train.labels[rows]).tolist() == [2] * 10 and np.array_equal(rows, semi.balanced(train, 10, 0))
     assert not np.array_equal(rows, semi.balanced(train, 10, 1)) and len(semi.balanced(train, 0.1, 0)) == 10
+
+
+@pytest.mark.parametrize(
+    ("percent", "message"),
+    [
+        (100, "--percent 100: give a number between 0 and 100; eval.finetune trains on all"),
+        (90, "--percent 90: that is 18 images of each class, and '{}' has {}; give a smaller percentage, or the choice as a list (--subset FILE)"),
+    ],
+)
+def test_a_share_that_cannot_be_balanced_is_refused(made, percent, message):
+    train, _ = parts.labelled_parts(runs.load_run(made, device="cpu"), "a test")
+    counts = np.bincount(train.labels, minlength=10)
+    with pytest.raises(ValueError) as error:
+        semi.balanced(train, percent, 0)
+    assert str(error.value) == message.format(train.classes[counts.argmin()], counts.min())
 
 
 def test_a_published_list_chooses_its_images(made, tmp_path):

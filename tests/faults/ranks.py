@@ -72,6 +72,7 @@ class Ranks:
 
 
 def _rank(rank, size, environment, log, arguments, fault, done):
+    os.setsid()  # as torchrun starts them
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -61,6 +61,17 @@ def environment(path, fault="none@0:0"):
     return {**os.environ, "PYTHONPATH": str(ROOT), "FAULT": fault, "FAULT_DONE": str(path.parent / "fault_done"), "OMP_NUM_THREADS": "1"}
 
 
+def ended(command, variables, seconds=900):
+    """(exit status, what it said); of its ranks none outlives this."""
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = process.communicate(timeout=seconds)[0]
+        return process.returncode, said
+    finally:
+        if process.poll() is None:
+            kill_with_children(process.pid)
+
+
 def same(run, undisturbed):
     assert checkpoint.verify(checkpoint.newest(run))["step"] == STEPS
     tensors = ranks.weights(run)
@@ -73,17 +84,17 @@ def test_torchrun_starts_all_ranks_again_from_the_newest_checkpoint(place, undis
     command = local.train_command(str(path), MORE, 3, max_restarts=2)
     assert command[command.index("--max-restarts") + 1] == "2"
     command[command.index("-m", 3) : command.index("-m", 3) + 2] = [str(FAULTY)]
-    result = subprocess.run(command, cwd=ROOT, env=environment(path, "kill@1:8"), capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "after step 6" in result.stdout and same(run, undisturbed)
+    status, said = ended(command, environment(path, "kill@1:8"))
+    assert status == 0, said[-3000:]
+    assert "after step 6" in said and same(run, undisturbed)
     seen("under torchrun --max-restarts: all ranks started again by it, from step 6; the same bits, status 0")
 
 
 def test_torchrun_does_not_repeat_a_mistake(place):
     path, _ = place
     command = local.train_command(str(path), [*MORE, "data.root=/nowhere"], 2, max_restarts=2)
-    result = subprocess.run(command, cwd=ROOT, env=environment(path), capture_output=True, text=True, timeout=900)
-    assert result.returncode != 0 and 1 <= result.stderr.count("error: data.root: /nowhere does not exist") <= 2
+    status, said = ended(command, environment(path))
+    assert status != 0 and 1 <= said.count("error: data.root: /nowhere does not exist") <= 2
 
 
 @pytest.mark.case(1)

@@ -175,12 +175,12 @@ def test_what_lies_among_the_checkpoints_does_not_matter(place, goes_on, seen):
 @pytest.mark.parametrize("written", [0, 99])
 def test_another_format_is_refused_with_the_version_that_wrote_it(place, seen, written):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", "4", size=1)[0] == [0]
+    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0, 0, 0]
     file = run / "checkpoints" / "step_00000004" / "manifest.json"
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps(manifest | {"format": written, "versions": {"ssl_pretrain": "0.0.9", "revision": "abc"}}))
-    statuses, said = ranks.run(path, *MORE, size=2)
-    assert statuses == [2, 2] and (
+    statuses, said = ranks.run(path, *MORE)
+    assert statuses == [2, 2, 2] and (
         f"error: {file.parent} has checkpoint format {written}, this version reads {checkpoint.FORMAT}; it was written by ssl_pretrain "
         "0.0.9 (abc): use that version, or start a new run" in said
     ), said

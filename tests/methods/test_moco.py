@@ -96,3 +96,13 @@ def test_a_version_is_its_head():
     assert (
         len(v1.projector) == 1 and v1.projector[0].bias is not None and not any(isinstance(m, torch.nn.BatchNorm1d) for m in v1.modules())
     )
+
+
+def test_without_its_queue_the_negatives_are_the_batchs_other_keys():
+    method, images = contract.build("moco", without_queue=True), contract.batch("moco")
+    embeddings, targets = method(images), method.targets(images)
+    queries, keys = contract.unit(embeddings["queries"]), contract.unit(targets["keys"])
+    expected = sum(-torch.log(torch.exp(q @ k / 0.2) / sum(torch.exp(q @ other / 0.2) for other in keys)) for q, k in zip(queries, keys))
+    torch.testing.assert_close(method.loss(embeddings, targets)[0], expected / len(images))
+    assert method.couples_batch and not contract.build("moco").couples_batch and not any("queue" in key for key in method.state_dict())
+    method.after_step(0.0, embeddings, targets)

@@ -74,3 +74,10 @@ def test_ten_golden_steps(tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     golden = [float(line.split()[1]) for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
     assert losses == pytest.approx(golden, rel=1e-9)
+
+
+def test_without_its_projector_the_loss_is_on_the_features():
+    method, images = contract.build("simclr", without_projector=True), contract.batch("simclr")
+    embeddings = method(images)
+    torch.testing.assert_close(torch.cat([embeddings["z_a"], embeddings["z_b"]]), method.backbone(torch.cat(images.views)))
+    assert not any(name.startswith("projector") for name, _ in method.named_parameters())

@@ -107,7 +107,10 @@ down() {
     scancel --user=root 2>/dev/null || true
     end "$folder/run/slurmd.n1.pid"
     end "$folder/run/slurmd.n2.pid"
-    pkill -KILL -f "slurmstepd: \[" 2>/dev/null || true
+    local pid
+    for pid in $(pgrep slurmstepd); do # this cluster's alone
+        if tr '\0' '\n' 2>/dev/null < "/proc/$pid/environ" | grep -qx "SLURM_CONF=$SLURM_CONF"; then kill -KILL "$pid" 2>/dev/null || true; fi
+    done
     end "$folder/run/slurmctld.pid"
     end "$folder/run/munged.pid"
     if grep -q 'tests/slurm/cluster.sh' /etc/hosts; then

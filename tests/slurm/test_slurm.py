@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "cluster.sh"
 SECRET = "f00d" * 10  # as long as a W&B key
 FEW = ["parallel.bn_group_images=6"]  # waits in a step, on a machine whose cores are fewer than the ranks
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """`cluster("node-down", "n2")` and the like; SLURM_CONF is set. Skips where there is no SLURM."""
     folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=300)
+    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=900)
     if started.returncode == 77:
         pytest.skip(started.stderr.strip())
     assert started.returncode == 0, started.stderr
@@ -42,7 +42,7 @@ def submitted(path, *overrides, script="pretrain"):
     """The job ids that launch/pretrain.py says."""
     command = [sys.executable, f"launch/{script}.py", str(path), "launch.cluster=slurm", "launch.nodes=2", "launch.ranks=2", *overrides]
     environment = {**os.environ, "WANDB_API_KEY": SECRET}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     assert SECRET not in result.stdout + result.stderr
     return re.findall(r"(?:ranks|pretraining|knn:|SLURM:|,) (\d+(?:_\d+)?)", result.stdout.partition("follow it")[0])
@@ -53,7 +53,7 @@ def show(job):
     return dict(entry.split("=", 1) for entry in text.split() if "=" in entry)
 
 
-def until(what, condition, job, seconds=420):
+def until(what, condition, job, seconds=1200):
     """Waits; a requeued job starts at once instead of after SLURM's two minutes."""
     end = time.monotonic() + seconds
     while not condition():
@@ -113,15 +113,15 @@ def test_preempted_once_and_evaluated(cluster, tmp_path, seen):
 @pytest.mark.case(4)
 def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    more = [*FEW, "epochs=80", "checkpoint.every_epochs=2", "log.wandb=offline"]
+    more = [*FEW, "epochs=40", "checkpoint.every_epochs=2", "log.wandb=offline"]
     (job,) = submitted(path, "evaluation.at_end=[]", *more)
     until("training", lambda: steps_logged(run)[-1] >= 10, job)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     until("the first requeue", lambda: show(job)["Restarts"] == "1", job)
-    until("more steps", lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] >= 60, job)
+    until("more steps", lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] >= 40, job)
     subprocess.run(["scontrol", "requeue", job], check=True)
     until("the second requeue", lambda: show(job)["Restarts"] == "2" and show(job)["JobState"] == "RUNNING", job)
-    until("more steps", lambda: steps_logged(run)[-1] >= 110, job)
+    until("more steps", lambda: steps_logged(run)[-1] >= 70, job)
     cluster("node-down", "n2")
     until("the third requeue", lambda: show(job)["Restarts"] == "3", job)
     cluster("node-up", "n2")
@@ -129,12 +129,12 @@ def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
     assert show(job)["JobState"] == "COMPLETED", logs_of(run)
     manifest, tensors = checkpoint.read(checkpoint.newest(run))
     _, expected = undisturbed(path, tmp_path / "straight", *more)
-    assert manifest["step"] == 240 and all(torch.equal(tensors[name], value) for name, value in expected.items())
-    assert steps_logged(run) == list(range(1, 241))
+    assert manifest["step"] == 120 and all(torch.equal(tensors[name], value) for name, value in expected.items())
+    assert steps_logged(run) == list(range(1, 121))
     offline = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
     assert offline == {manifest["wandb_id"]}
     sent = wandb_steps(run)
-    assert sent == sorted(set(sent)) and sent[-1] == 240 and len(sent) > 200, sent
+    assert sent == sorted(set(sent)) and sent[-1] == 120 and len(sent) > 90, sent
     seen(
         f"SLURM, 4 ranks on 2 nodes: SIGUSR2, `scontrol requeue`, then a node killed: job {job} {show(job)['Restarts']} times again, the same "
         f"bits, one W&B run whose {len(sent)} steps neither repeat nor go back"
@@ -174,3 +174,21 @@ def test_a_chain_of_jobs_that_are_not_requeued_and_an_array(cluster, tmp_path):
         until("the array", lambda job=job: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
         assert show(job)["JobState"] == "COMPLETED", logs_of(tmp_path / "sweep")
         assert checkpoint.verify(checkpoint.newest(tmp_path / "sweep" / f"seed={seed}"))["config"]["seed"] == seed
+
+
+def test_a_checkpoint_is_judged_by_a_job_of_its_own(cluster, tmp_path):
+    """launch/evaluate.py submits, does not submit again what waits or is done, and follows a job of the training."""
+    path, run = tiny.config(tmp_path), tmp_path / "run"
+    command = [sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=2"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+    evaluate = [sys.executable, "launch/evaluate.py", str(run), "--cluster", "slurm", "--jobs", "knn"]
+    said = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    job = re.search(r"submitted to SLURM: knn of step_00000006: (\d+)", said)[1]
+    again = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "submitted" not in again.stdout, again.stdout + again.stderr
+    until("the evaluation", lambda: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
+    assert (run / "eval" / "step_00000006" / "knn.json").exists(), logs_of(run)
+    after = subprocess.run([*evaluate[:-1], "spectrum", "--after", job], cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    following = re.search(rf"submitted to SLURM, after {job}: (\d+)", after)[1]
+    until("the one that follows", lambda: show(following)["JobState"] in ("COMPLETED", "FAILED"), following)
+    assert (run / "eval" / "spectrum.json").exists(), logs_of(run)

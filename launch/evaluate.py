@@ -1,0 +1,288 @@
+"""Every checkpoint of a run gets its evaluations: python launch/evaluate.py RUN [--watch] [--jobs knn linear ...] [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
+
+from launch import local, slurm
+from launch.pretrain import EVALUATIONS
+from ssl_pretrain import checkpoint, lock
+from ssl_pretrain import config as configuration
+from ssl_pretrain.config import RunConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        check(options)
+        run = options.run
+        while options.watch and not (run / "config.yaml").is_file():  # started before the training
+            time.sleep(options.every_seconds)
+        jobs = Jobs(run, options)
+        if options.after:
+            print(f"submitted to SLURM, after {options.after}: {', '.join(jobs.submit_after(options.after))}")
+            return 0
+        return watch(jobs, options) if options.watch else jobs.once()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python launch/evaluate.py",
+        description="Runs the evaluations that a run's checkpoints do not have yet, each in a process of its own, here or as SLURM jobs. "
+        "Results go to RUN/eval/<checkpoint>/<name>.json, the newest to RUN/eval/<name>.json, to the run's W&B page if it has one, "
+        "and into RUN/report.html. Started again it does not repeat what is done.",
+        epilog="""examples:
+  python launch/evaluate.py runs/simclr_imagenet                          what evaluation.at_end lists, of every checkpoint there
+  python launch/evaluate.py runs/simclr_imagenet --watch --jobs knn       and of every new one, until the training has ended
+  python launch/evaluate.py runs/simclr_imagenet --newest --jobs linear spectrum
+  python launch/evaluate.py runs/simclr_imagenet --after 1234             on SLURM, once job 1234 has ended well""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for data.* and evaluation.* only, such as data.root=/new/place")
+    parser.add_argument("--jobs", nargs="+", metavar="NAME", help=f"of {', '.join(EVALUATIONS)} (default: evaluation.at_end of the run)")
+    parser.add_argument("--watch", action="store_true", help="go on with new checkpoints until the training has ended")
+    parser.add_argument("--newest", action="store_true", help="of the newest checkpoint alone")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="of this one alone")
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one that no training of RUN holds)")
+    parser.add_argument("--share-gpu", action="store_true", help="use the GPU while RUN trains on this machine")
+    parser.add_argument("--cluster", choices=["auto", "local", "slurm"], help="where the jobs run (default: launch.cluster of the run)")
+    parser.add_argument("--after", default="", metavar="JOB", help="on SLURM: begin once this job, the training, has ended well")
+    parser.add_argument("--every-seconds", type=float, default=30.0, help="between two looks of --watch (default: 30)")
+    parser.add_argument(
+        "--give-up-minutes", type=float, default=60.0, help="--watch ends when nobody has trained for so long (default: 60)"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for a run, a job or a device that cannot be."""
+    if not options.watch and not options.run.is_dir():
+        raise ValueError(f"{options.run}: there is no such run folder; give the `output` of a run's config, or --watch to wait for it")
+    unknown = [name for name in options.jobs or [] if name not in EVALUATIONS]
+    if unknown:
+        raise ValueError(f"--jobs: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}")
+    trainer = lock.holder(options.run)
+    if options.device.startswith("cuda") and trainer and trainer["here"] and not options.share_gpu:
+        raise ValueError(
+            f"--device {options.device}: process {trainer['pid']} trains in {options.run} on this machine and holds its GPUs; "
+            "add --share-gpu to share them, or take --device cpu"
+        )
+
+
+class Jobs:
+    """The evaluations of one run: which are due, and how one is run."""
+
+    def __init__(self, run: Path, options: argparse.Namespace):
+        self.run, self.options = run, options
+        self.config = configuration.load(run / "config.yaml", [f"output={run}"])  # it may have moved
+        names = options.jobs or self.config.evaluation.at_end
+        self.names, self.report = [name for name in names if name != "report"], "report" in names
+        cluster = options.cluster or self.config.launch.cluster
+        self.on_slurm = cluster == "slurm" or (cluster == "auto" and slurm.here())
+        self.tried: set[tuple[str, str]] = set()
+        self.failed: list[str] = []
+        self._said = ""
+
+    def due(self) -> list[tuple[Path, str]]:
+        """(checkpoint, name) of what is not done and was not tried by this process, oldest first."""
+        found = [self.options.checkpoint] if self.options.checkpoint else checkpoint.checkpoints(self.run)
+        if self.options.newest and found:
+            found = [checkpoint.newest(self.run)]
+        each = [(path, name) for path in found for name in self.names]
+        return [(path, name) for path, name in each if not self._done(path, name) and (path.name, name) not in self.tried]
+
+    def _done(self, path: Path, name: str) -> bool:
+        folder = self.run / "eval" / path.name
+        return (folder / f"{name}.json").exists() or (folder / f".{name}.done").exists()
+
+    def once(self) -> int:
+        """Runs or submits what is due, then the report; 1 if an evaluation failed."""
+        due = self.due()
+        if self.on_slurm:
+            return self._submit(due)
+        for path, name in due:
+            self.judge(path, name)
+        if due:
+            send_to_wandb(self.run, self.config)
+        if self.report and (due or not self.names):
+            local.run([sys.executable, "-m", "eval.report", str(self.run), "--device", self.device(), *self.options.overrides])
+        if self.failed:
+            print(f"error: failed: {', '.join(self.failed)}", file=sys.stderr)
+        return 1 if self.failed else 0
+
+    def judge(self, path: Path, name: str) -> None:
+        """One evaluation of one checkpoint, in a process of its own; a checkpoint pruned before its turn is passed over with a line."""
+        self.tried.add((path.name, name))
+        with held(path, self.run / "eval" / ".held") as kept:
+            if kept is None:
+                print(f"skipped {name} of {path.name}: pruned before its turn; checkpoint.keep_last keeps more", flush=True)
+                return
+            print(f"--- {name} of {path.name}", flush=True)
+            where = ["--checkpoint", str(kept), "--device", self.device()]
+            patience = ["nice", "-n", "10"] if where[-1] == "cpu" and shutil.which("nice") else []
+            status = local.run([*patience, sys.executable, "-m", f"eval.{name}", str(self.run), *where, *self.options.overrides])
+        if status == 0:
+            folder = self.run / "eval" / path.name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f".{name}.done").touch()
+        elif path.exists():
+            self.failed.append(f"{name} of {path.name}")
+        else:
+            print(f"skipped {name} of {path.name}: pruned while it was read", flush=True)
+
+    def device(self) -> str:
+        """The CPU while the run trains on this machine, unless told to share its GPUs."""
+        trainer = lock.holder(self.run)
+        if self.options.device != "auto" or self.options.share_gpu or not (trainer and trainer["here"]):
+            return self.options.device
+        told = f"on the CPU, as process {trainer['pid']} trains in {self.run} on this machine; --share-gpu takes the GPU"
+        if told != self._said:
+            self._said = told
+            print(told, flush=True)
+        return "cpu"
+
+    def submit_after(self, job: str) -> list[str]:
+        """Submits every evaluation of the newest checkpoint, one after the other, the first once `job` has ended well."""
+        ids = [job]
+        for name in [*self.names, *(["report"] if self.report else [])]:
+            ids += slurm.submit_evaluations(self.config, [slurm.Evaluation(name, str(self.run))], after=ids[-1])
+        return ids[1:]
+
+    def _submit(self, due: list[tuple[Path, str]]) -> int:
+        note = self.run / "slurm" / "evaluations.json"
+        known = json.loads(note.read_text()) if note.exists() else {}
+        new = [(path, name) for path, name in due if not slurm.waiting_or_running(known.get(f"{path.name}/{name}", ""))]
+        self.tried |= {(path.name, name) for path, name in due}
+        jobs = [slurm.Evaluation(name, str(self.run), ("--checkpoint", str(path))) for path, name in new]
+        ids = slurm.submit_evaluations(self.config, jobs)
+        if ids:
+            note.write_text(json.dumps(known | {f"{path.name}/{name}": job for (path, name), job in zip(new, ids)}, indent=1))
+            print(f"submitted to SLURM: {', '.join(f'{name} of {path.name}: {job}' for (path, name), job in zip(new, ids))}", flush=True)
+        if self.report and (ids or not self.names):
+            slurm.submit_evaluations(self.config, [slurm.Evaluation("report", str(self.run))], after=":".join(ids))
+        return 0
+
+
+@contextmanager
+def held(path: Path, folder: Path) -> Iterator[Path | None]:
+    """The checkpoint by hard links, which stay whole when the training prunes it; None where it has gone already.
+
+    Where the file system has no hard links, the checkpoint itself.
+    """
+    own = folder / str(os.getpid())
+    try:
+        yield linked(path, own / path.name)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()  # once it is empty
+
+
+def linked(path: Path, to: Path) -> Path | None:
+    """`to`, now with hard links to all files of the checkpoint; None where it was pruned before all were linked."""
+    to.mkdir(parents=True, exist_ok=True)
+    try:
+        for file in sorted(path.rglob("*")):  # folders before what is in them
+            other = to / file.relative_to(path)
+            if file.is_dir():
+                other.mkdir(exist_ok=True)
+            else:
+                os.link(file, other)
+        manifest = json.loads((to / checkpoint.MANIFEST).read_text())
+        return to if all((to / name).exists() for name in manifest["files"]) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError):  # no hard links here, or damaged: the evaluation says so
+        return path if path.exists() else None
+
+
+def watch(jobs: Jobs, options: argparse.Namespace) -> int:
+    """Evaluates every new checkpoint until the training has ended and all are done; 1 if an evaluation failed."""
+    alone_since = None
+    while True:
+        status = jobs.once()
+        if ended(jobs.run) and not jobs.due():
+            return status
+        alone_since = None if lock.holder(jobs.run) else alone_since or time.monotonic()
+        if alone_since and time.monotonic() - alone_since > 60 * options.give_up_minutes:
+            print(
+                f"nobody has trained in {jobs.run} for {options.give_up_minutes:g} minutes and it has not reached its end: gave up",
+                flush=True,
+            )
+            return status
+        time.sleep(options.every_seconds)
+
+
+def ended(run: Path) -> bool:
+    """Whether the newest checkpoint is the run's last."""
+    for path in reversed(checkpoint.checkpoints(run)):
+        with suppress(OSError, ValueError, KeyError):  # pruned or damaged
+            manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+            return bool(manifest["step"] >= manifest["last_step"])
+    return False
+
+
+def send_to_wandb(run: Path, config: RunConfig) -> None:
+    """Sends the results that RUN/eval/ holds and W&B has not to the run's own page there, each at its checkpoint's step.
+
+    They have a step axis of their own, `eval/step`: W&B drops what comes after a later step of the training. While the
+    training is online in the same run, W&B's shared mode keeps the two writers apart.
+    """
+    wandb_id = next((found for path in reversed(checkpoint.checkpoints(run)) if (found := _wandb_id(path))), None)
+    files = [path for path in sorted((run / "eval").glob("step_*/*.json")) if not _sent(path).exists()]
+    if not wandb_id or not files:
+        return
+    try:
+        import wandb
+
+        shared = config.log.wandb != "offline" and lock.holder(run) is not None
+        settings = wandb.Settings(x_primary=False, x_update_finish_state=False, x_label="evaluation") if shared else wandb.Settings()
+        mode: Any = "shared" if shared else "offline" if config.log.wandb == "offline" else "online"
+        with wandb.init(
+            project=config.log.project, id=wandb_id, resume=None if shared else "allow", mode=mode, dir=run, settings=settings
+        ) as page:
+            page.define_metric("eval/step", hidden=True)
+            page.define_metric("eval/*", step_metric="eval/step")
+            for path in files:
+                page.log(wandb_numbers(json.loads(path.read_text())))
+        for path in files:
+            _sent(path).touch()
+    except Exception as error:  # the numbers are on disk; whatever the service says, the evaluations go on
+        print(f"W&B: {len(files)} results were not sent ({type(error).__name__}: {error}); they are in {run / 'eval'}", flush=True)
+
+
+def wandb_numbers(result: dict[str, Any]) -> dict[str, float]:
+    """The pretrained network's numbers of a result, as `eval/<name>/<column>`, with their step."""
+    row: dict[str, Any] = next((row for row in result["rows"] if row["features"] == "pretrained"), {"metrics": {}})
+    return {"eval/step": result["step"]} | {f"eval/{result['name']}/{column}": value for column, value in row["metrics"].items()}
+
+
+def _sent(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.sent")
+
+
+def _wandb_id(path: Path) -> str | None:
+    with suppress(OSError, ValueError):
+        return json.loads((path / checkpoint.MANIFEST).read_text()).get("wandb_id")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""All that needs a GPU, by one command: python tests/gpu/run.py
+
+Runs the tests of tests/gpu, then measures training steps (tests/gpu/steps.py), then trains SimCLR with ResNet-18 on CIFAR-10, the
+whole set on the device, and evaluates it. Each call takes at most --minutes; what it has not reached, the next call does: results
+are kept in runs/gpu/results.json, a training that was stopped goes on from its checkpoint. At the end, and after every stage, the
+table is written to docs/results/gpu.md.
+
+    python tests/gpu/run.py --data ../shared/data/cifar10.zip              as often as needed, until it says that all is done
+    python tests/gpu/run.py --only cifar10 --epochs 1000                   towards the published 1,000 epochs
+    python tests/gpu/run.py --again simclr_resnet50                        measures one stage anew
+
+On a machine without the network: carry the wheels of what it lacks, made here by
+`pip download --no-deps -d wheels omegaconf antlr4-python3-runtime safetensors lightly lightly-utils ...`, and there first
+`pip install --no-index --find-links wheels omegaconf antlr4-python3-runtime ...`. Needed: torch, torchvision, timm, numba, omegaconf,
+safetensors, pytest; lightly is measured where it is installed; FFCV, faiss and wandb are not needed (log.wandb is off).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, PAGE = ROOT / "runs" / "gpu" / "results.json", ROOT / "docs" / "results" / "gpu.md"
+STEPS = (
+    "simclr_resnet50", "swav_resnet50_multicrop", "moco_v3_vit_small", "dino_vit_small", "moco_v3_vit_base", "dino_vit_base",
+)  # fmt: skip
+TARGETS = {"simclr_resnet50": 6500, "moco_v3_vit_small": 9000, "moco_v3_vit_base": 3000}  # views a second
+STAGES = ("tests", *STEPS, *(f"{name}, compiled" for name in STEPS), "cifar10")
+COMMAND = "python tests/gpu/run.py --data ../shared/data/cifar10.zip"
+LEAST = {"tests": 60.0, "cifar10": 90.0}  # seconds without which a stage is not begun
+
+
+def run(command: list[str], seconds: float) -> tuple[int, str, str]:
+    """Status, output and errors; asked to stop after `seconds`, as a scheduler asks, and killed half a minute later."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        try:
+            out, err = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def tests(seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "tests/views", "tests/data/test_device_cache.py",
+               "-k", "gpu or cuda"]  # fmt: skip
+    status, out, err = run(command, seconds)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", out)}
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", out, re.MULTILINE)
+    return {"status": status, **counts, "which": failed, "tail": (out + err)[-2000:] if status else ""}
+
+
+def step(name: str, seconds: float) -> dict[str, Any]:
+    bare = name.removesuffix(", compiled")
+    command = [sys.executable, "tests/gpu/steps.py", bare, *(["--compile"] if bare != name else [])]
+    status, out, err = run(command, seconds)
+    return json.loads(out.strip().splitlines()[-1]) if status == 0 and out.strip() else {"error": err.strip()[-1500:] or "out of time"}
+
+
+def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
+    """Trains on, and evaluates when the last epoch is done. `done` says whether it is."""
+    folder = ROOT / "runs" / "gpu" / f"simclr_cifar10_{epochs}"
+    began = time.monotonic()
+    overrides = [f"data.root={data}", "data.cache=device", f"epochs={epochs}", f"output={folder}", "log.wandb=off", "log.every_steps=100"]
+    status, _, err = run([sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml", *overrides], seconds - 60)
+    records = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if (folder / "metrics.jsonl").exists() else []
+    )
+    if status or not records:
+        return {"done": False, "error": err.strip()[-1500:]}
+    last = records[-1]
+    found = {"done": last["epoch"] >= epochs - 1e-6, "epochs": last["epoch"], "images_per_second": last["images_per_second"],
+             "data_wait": last["data_wait"], "seconds": time.monotonic() - began}  # fmt: skip
+    if found["done"]:
+        for kind in ("knn", "linear"):
+            status, out, err = run([sys.executable, "-m", f"eval.{kind}", str(folder)], max(60.0, seconds - (time.monotonic() - began)))
+            found[kind] = (out if status == 0 else f"failed: {err}").strip()[-800:]
+    return found
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/results/gpu.md of these results."""
+    lines = ["# On a GPU", "", f"Made by `{COMMAND}`; every figure below is of the stages in `runs/gpu/results.json`.", ""]
+    if not results:
+        return "\n".join(
+            [*lines, "Not run: no GPU was at hand. The command above runs all of it, ten minutes a call, and writes this page.", ""]
+        )
+    found = results.get("tests")
+    if found:
+        counts = ", ".join(f"{found[word]} {word}" for word in ("passed", "failed", "skipped", "error", "errors") if word in found)
+        lines += [f"Tests: {counts}" + (f"; failed: {', '.join(found['which'])}" if found["which"] else "") + ".", ""]
+    measured = {name: results[name] for name in STAGES if "ms" in results.get(name, {})}
+    if measured:
+        lines += [next(iter(measured.values()))["versions"], ""]
+        lines += [
+            "| step | images at once | ms | images/s | views/s | target | loss and optimizer | of the roofline | of 790 TFLOP/s |",
+            "|" + "---|" * 9,
+        ]
+    for name, one in measured.items():
+        roofline = f"{one['of_roofline']:.0%}" if one["of_roofline"] else "-"
+        lines.append(
+            f"| {name} | {one['images']} | {one['ms']:.1f} | {one['images_per_second']:,.0f} | {one['views_per_second']:,.0f} "
+            f"| {TARGETS.get(name.removesuffix(', compiled'), '-')} | {one['loss_and_optimizer']:.1%} | {roofline} | {one['of_790_tflops']:.0%} |"
+        )
+    lightly = results.get("simclr_resnet50", {}).get("lightly")
+    if lightly:
+        theirs = (
+            lightly
+            if isinstance(lightly, str)
+            else f"{lightly['images_per_second']:,.0f} images/s, ours {lightly['ours_over_theirs']:.2f} times that"
+        )
+        lines += ["", f"lightly's step of the same network, in turn with ours: {theirs}."]
+    lines += [f"\n{name}: {results[name]['error']}" for name in STAGES if "error" in results.get(name, {})]
+    trained = results.get("cifar10", {})
+    if "epochs" in trained:
+        lines += ["", f"SimCLR, ResNet-18, CIFAR-10 on the device: {trained['epochs']:.0f} epochs, {trained['images_per_second']:,.0f} images/s, "
+                      f"waiting for data {trained['data_wait']:.1%}."]  # fmt: skip
+        for kind, beside in (("knn", "lightly reports 84.8 at 200 epochs"), ("linear", "solo-learn reports 90.74 at 1,000 epochs")):
+            if kind in trained:
+                lines += ["", f"{kind} ({beside}):", "```", trained[kind], "```"]
+    missing = [name for name in STAGES if name not in results]
+    lines += ["", f"Not run: {', '.join(missing)}." if missing else "All stages were run.", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call")
+    parser.add_argument("--data", default="../shared/data/cifar10.zip", help="CIFAR-10: a zip or folder with train/CLASS and test/CLASS")
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--only", nargs="*", default=list(STAGES), choices=list(STAGES), metavar="STAGE", help=f"of: {', '.join(STAGES)}")
+    parser.add_argument("--again", nargs="*", default=[], choices=list(STAGES), metavar="STAGE", help="forget what was measured of these")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("error: no CUDA device here; nothing was run", file=sys.stderr)
+        return 2
+    end = time.monotonic() + 60 * options.minutes
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in options.again:
+        results.pop(name, None)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for name in [name for name in STAGES if name in options.only]:
+        left = end - time.monotonic()
+        if (name in results and results[name].get("done", True)) or left < LEAST.get(name, 40.0):
+            continue
+        print(f"--- {name}, {left:.0f} s left", flush=True)
+        if name == "tests":
+            results[name] = tests(left)
+        elif name == "cifar10":
+            results[name] = cifar10(left, options.data, options.epochs)
+        else:
+            results[name] = step(name, min(left, 150.0))
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        PAGE.write_text(page(results))
+        print(json.dumps(results[name])[:600], flush=True)
+    left = [name for name in options.only if not results.get(name, {"done": False}).get("done", True)]
+    print("all is done" if not left else f"not done yet: {', '.join(left)}; call again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""One training step on a GPU, measured: python tests/gpu/steps.py simclr_resnet50 [--compile]; prints one JSON line.
+
+The largest batch that fits, images a second, the share of the step that is loss and optimizer, the shares of the roofline and of
+790 TFLOP/s, and for SimCLR with ResNet-50 lightly's step beside it, in turn. tests/gpu/run.py runs all of them. `--tiny` is the
+same on small networks and any device, to see that this file works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
+from measure import interleaved, versions
+
+from ssl_pretrain import config, hardware, methods, optim, parallel
+from ssl_pretrain.communication import Cluster
+from ssl_pretrain.config import RunConfig
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.estimate import Program
+from ssl_pretrain.step import Stepper
+from ssl_pretrain.train import build_method
+from ssl_pretrain.views import recipe
+
+PEAK = 790e12  # TFLOP/s of bfloat16 products on an H100 or H200
+CONFIGS = {  # name -> YAML, overrides
+    "simclr_resnet50": ("simclr_imagenet", []),
+    "swav_resnet50_multicrop": ("swav_imagenet", []),
+    "moco_v3_vit_small": ("moco_v3_vit_imagenet", []),
+    "moco_v3_vit_base": ("moco_v3_vit_imagenet", ["backbone.name=vit_base_patch16_224"]),
+    "dino_vit_small": ("dino_imagenet", []),
+    "dino_vit_base": ("dino_imagenet", ["backbone.name=vit_base_patch16_224"]),
+}
+SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
+
+
+def run_of(name: str, tiny: bool, compiled: bool) -> RunConfig:
+    stem, overrides = CONFIGS[name]
+    overrides = [*overrides, "launch.gpus_per_node=0", *(["parallel.compile=true"] if compiled else [])]
+    run = config.load(ROOT / "configs" / f"{stem}.yaml", overrides)
+    if tiny:
+        small = methods.find(run.method.name)
+        backbone = replace(run.backbone, name="test_resnet", args={}, drop_path=0.0)
+        run = replace(run, method=small.Config(**small.SMALL), backbone=backbone)
+        for crop in run.views.crops.values():
+            crop.size //= 4
+    return run
+
+
+def batch_of(run: RunConfig, images: int, device: torch.device) -> Batch:
+    views = [torch.randn(images, 3, crop.size, crop.size, device=device) for crop in recipe.each(run.views)]
+    numbers = torch.arange(images, device=device)
+    return Batch(parallel.place(views, run.parallel, device), numbers % 10, numbers)
+
+
+def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepper, Batch]:
+    run = replace(run, global_batch_size=images, parallel=replace(run.parallel, bn_group_images="global"))
+    method, batch = build_method(run), batch_of(run, images, device)
+    method.num_steps, method.steps_per_epoch = 100_000, 1_000
+    model = parallel.wrap(method, run.parallel, images=images, global_batch_size=images, device=device, example=batch)
+    optimizer = optim.build(run.optim, method)
+    optim.set_rates(optimizer, run.optim, 0.5, run.epochs, images)
+    return Stepper(model, optimizer, run.parallel, 0, images, images, run.optim, device), batch
+
+
+def largest(run: RunConfig, device: torch.device, sizes: tuple[int, ...]) -> tuple[int, Stepper, Batch]:
+    """The largest of `sizes` of which two steps fit, ready to run."""
+    for images in sizes:
+        try:
+            stepper, batch = stepper_of(run, images, device)
+            for number in range(2):
+                stepper(50_000 + number, 0.5, batch)
+            return images, stepper, batch
+        except torch.OutOfMemoryError:
+            stepper = batch = None  # type: ignore[assignment]
+            torch.cuda.empty_cache()
+    raise RuntimeError(f"not even {sizes[-1]} images fit")
+
+
+def backbone_alone(stepper: Stepper, batch: Batch) -> Callable[[], object]:
+    """Forward, teacher and backward, with given gradients of the embeddings: what a step is without its loss and optimizer."""
+    method: Any = parallel.unwrap(stepper.model)
+
+    def run() -> None:
+        stepper.optimizer.zero_grad(set_to_none=True)
+        with parallel.autocast(stepper.config, stepper.device):
+            embeddings = stepper.model(batch)
+            method.targets(batch)
+        trained = [z for z in embeddings.values() if z.requires_grad]
+        torch.autograd.backward(trained, [torch.ones_like(z) for z in trained])
+
+    return run
+
+
+def lightlys_step(name: str, images: int, size: int, device: torch.device) -> Callable[[], object]:
+    """SimCLR by lightly's own parts, on the same network, views, precision and memory format."""
+    import timm
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules.heads import SimCLRProjectionHead
+    from lightly.utils.lars import LARS
+
+    backbone = timm.create_model(name, num_classes=0)
+    head = SimCLRProjectionHead(backbone.num_features, backbone.num_features, 128, num_layers=3)
+    model = torch.nn.Sequential(backbone, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    criterion = NTXentLoss(temperature=0.1)
+    optimizer = LARS(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-4)
+    views = [torch.randn(images, 3, size, size, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = criterion(*(model(view) for view in views))
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def measured(name: str, device: torch.device, tiny: bool, compiled: bool, repeats: int) -> dict[str, Any]:
+    run = run_of(name, tiny, compiled)
+    sizes = (8,) if tiny else SIZES
+    images, stepper, batch = largest(run, device, sizes)
+    steps: dict[str, Callable[[], object]] = {"step": lambda: stepper(50_000, 0.5, batch), "alone": backbone_alone(stepper, batch)}
+    found: dict[str, Any] = {"versions": versions("timm"), "images": images, "compiled": compiled}
+    crops = recipe.each(run.views)
+    if name == "simclr_resnet50" and not compiled:
+        try:
+            steps["lightly"] = lightlys_step(run.backbone.name, images, crops[0].size, device)
+            steps["lightly"]()
+        except ImportError:
+            found["lightly"] = "not installed"
+        except torch.OutOfMemoryError:
+            steps.pop("lightly", None)
+            found["lightly"] = f"out of memory at {images} images"
+    for step in steps.values():
+        step()
+    seconds = interleaved(steps, repeats, device)
+    on = (
+        next((machine for key, machine in hardware.MACHINES.items() if key in torch.cuda.get_device_name().split()), None)
+        if device.type == "cuda"
+        else None
+    )
+    program = Program(replace(run, global_batch_size=images), Cluster(1, 1), on or hardware.MACHINES["H100"])
+    part = program.part.at(images)
+    found |= {
+        "ms": seconds["step"] * 1e3,
+        "images_per_second": images / seconds["step"],
+        "views_per_second": len(crops) * images / seconds["step"],
+        "loss_and_optimizer": 1 - seconds["alone"] / seconds["step"],
+        "of_790_tflops": float(part.flops.sum()) / seconds["step"] / PEAK,
+        "of_roofline": sum(program.machine.bounds(part)) / seconds["step"] if on else None,
+    }
+    if "lightly" in seconds:
+        found["lightly"] = {"images_per_second": images / seconds["lightly"], "ours_over_theirs": seconds["lightly"] / seconds["step"]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(CONFIGS))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(measured(options.name, device, options.tiny, options.compile, options.repeats)))
+
+
+if __name__ == "__main__":
+    main()

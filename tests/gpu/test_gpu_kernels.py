@@ -1,0 +1,38 @@
+"""The fused loss kernels, compiled: what the plain tiles compute, without the host waiting, and without their memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_pretrain import memory
+from ssl_pretrain.losses import tiles
+from ssl_pretrain.losses.contrastive import nt_xent
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
+import kernels
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+
+
+@pytest.mark.parametrize("name", kernels.CASES)
+def test_they_compute_what_the_tiles_do(name):
+    assert max(kernels.check(name, "cuda").values()) < 1e-4  # three TF32 products for one of float32
+
+
+def test_a_loss_takes_them_and_nobody_waits(cuda, never_waited_for, monkeypatch):
+    z = [torch.randn(4096, 128, device=cuda, requires_grad=True) for _ in range(2)]
+
+    def both():
+        torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
+
+    both()
+    with never_waited_for():
+        both()
+    fused = memory.peak(both, cuda)
+    monkeypatch.setattr(tiles, "FUSED_ON", ())
+    both()
+    assert fused < memory.peak(both, cuda) / 4

@@ -1,0 +1,145 @@
+"""One optimizer step on a GPU: never waited for, and the same numbers as on a CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ssl_pretrain import backbones, methods, optim, parallel
+from ssl_pretrain.backbones import BackboneConfig
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.methods.base import Method
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.step import Stepper
+
+IMAGES, SIZE = 16, 32
+VIEWS = {"dino": [SIZE, SIZE, 16, 16], "swav": [SIZE, SIZE, 16, 16], "cpc": [SIZE]}
+OPTIM = {"lars": OptimConfig(name="lars"), "adamw": OptimConfig(name="adamw", base_lr=1e-3, clip_norm=3.0), "sgd": OptimConfig(name="sgd")}
+
+
+def method_of(name: str, backbone: str = "test_resnet") -> Method:
+    torch.manual_seed(0)
+    module = methods.find(name)
+    args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
+    method = module.Config(**module.SMALL).build(backbones.build(BackboneConfig(name=backbone, stem="no_pool", args=args), SIZE))
+    method.num_steps, method.steps_per_epoch = 100, 10
+    return method
+
+
+def batch_for(name: str, device: torch.device, images: int = IMAGES) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(images, 3, size, size, generator=generator) for size in VIEWS.get(name, [SIZE, SIZE])]
+    labels = torch.arange(images) % 4
+    return Batch(views, labels, torch.arange(images)).to(device)
+
+
+def stepper_for(method: Method, device: torch.device, settings: ParallelConfig, recipe: OptimConfig, images: int = IMAGES) -> Stepper:
+    example = batch_for(method.config.name, device, images)
+    model = parallel.wrap(method, settings, images=images, global_batch_size=IMAGES, device=device, example=example)
+    optimizer = optim.build(recipe, method)
+    optim.set_rates(optimizer, recipe, 0.5, 100, IMAGES)
+    return Stepper(model, optimizer, settings, 0, images, IMAGES, recipe, device)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", methods.names())
+def test_nothing_in_a_step_waits_for_the_device(name, parts, cuda, never_waited_for):
+    method = method_of(name)
+    settings = ParallelConfig(bn_group_images=IMAGES // parts)
+    step = stepper_for(method, cuda, settings, OPTIM["lars"], IMAGES // parts)
+    batch = batch_for(name, cuda)
+    step(10, 0.1, batch)  # what is made once may wait
+    with never_waited_for():
+        _, logs = step(11, 0.11, batch)
+    assert torch.isfinite(logs["loss"]).item()
+
+
+@pytest.mark.parametrize("recipe", OPTIM)
+def test_the_optimizer_moves_weights_as_on_a_cpu(recipe, cuda):
+    plain = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    there = copy.deepcopy(plain).to(cuda)
+    for module in (plain, there):
+        optimizer = optim.build(OPTIM[recipe], module)
+        optim.set_rates(optimizer, OPTIM[recipe], 0.5, 100, 256)
+        for number in range(5):
+            for place, parameter in enumerate(module.parameters()):
+                generator = torch.Generator().manual_seed(10 * number + place)
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            optim.guarded_step(optimizer, OPTIM[recipe].clip_norm)
+    for ours, expected in zip(there.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fused_adamw_is_the_plain_one(cuda):
+    weights = torch.randn(1000, device=cuda)
+    ends = []
+    for fused in (True, False):
+        parameter = torch.nn.Parameter(weights.clone())
+        optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1, fused=fused)
+        for number in range(10):
+            parameter.grad = torch.randn(1000, generator=torch.Generator(cuda).manual_seed(number), device=cuda)
+            optimizer.step()
+        ends.append(parameter.detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_a_broken_gradient_moves_nothing(cuda):
+    method = method_of("simclr")
+    step = stepper_for(method, cuda, ParallelConfig(), OPTIM["lars"])
+    step(0, 0.1, batch_for("simclr", cuda))
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    broken = batch_for("simclr", cuda)
+    broken.views[0][0] = float("nan")
+    _, logs = step(1, 0.1, broken)
+    assert logs["skipped_steps"].item() == 1
+    for name, value in method.state_dict().items():
+        assert torch.equal(value, before[name]) or "num_batches" in name, name
+
+
+@pytest.mark.parametrize("name", ["simclr", "moco_v3", "dino"])
+def test_float32_gives_the_numbers_of_a_cpu(name, cuda):
+    losses = []
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        for device in (torch.device("cpu"), cuda):
+            step = stepper_for(method_of(name), device, ParallelConfig(precision="float32"), OPTIM["lars"])
+            losses.append([step(number, 0.1, batch_for(name, device))[1]["loss"].item() for number in range(3)])
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_bfloat16_is_near_float32_and_its_weights_stay_wide(cuda):
+    losses = {}
+    for precision in ("float32", "auto"):
+        method = method_of("simclr")
+        step = stepper_for(method, cuda, ParallelConfig(precision=precision), OPTIM["lars"])
+        embeddings, logs = step(0, 0.1, batch_for("simclr", cuda))
+        losses[precision] = logs["loss"].item()
+        assert embeddings["z_a"].dtype == (torch.bfloat16 if precision == "auto" else torch.float32)
+        assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in method.parameters())
+    assert losses["auto"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_a_world_of_one_over_nccl_is_the_identity(cuda, tmp_path):
+    import torch.distributed as dist
+
+    from ssl_pretrain import distributed
+    from ssl_pretrain.losses.contrastive import nt_xent
+
+    z = [torch.randn(8, 16, device=cuda, requires_grad=True) for _ in range(2)]
+    expected = torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        gathered = distributed._Gather.apply(z[0], None)
+        reduced = distributed._ReduceSum.apply(z[0], None)
+        got = torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
+        (by_gather,) = torch.autograd.grad(gathered.square().sum(), [z[0]])
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(gathered, z[0]) and torch.equal(reduced, z[0])
+    torch.testing.assert_close(by_gather, 2 * z[0])
+    torch.testing.assert_close(got, expected)

@@ -1,0 +1,96 @@
+"""Twenty steps of a method on a real timm network, however the ranks compute: for the tests of parallel.py and checkpoint.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_pretrain import backbones, checkpoint, distributed, methods, optim, parallel
+from ssl_pretrain.backbones import BackboneConfig
+from ssl_pretrain.checkpoint import CheckpointConfig
+from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.step import Stepper
+
+ROWS, SIZE, NUM_STEPS, STEPS_PER_EPOCH = 8, 16, 20, 2
+CPU = torch.device("cpu")
+RESNET = BackboneConfig(name="test_resnet")
+VIT = BackboneConfig(name="test_vit", args={"depth": 2, "patch_size": 8})
+ADAMW = {"name": "adamw", "base_lr": 0.001, "lr_scaling": "none", "warmup_epochs": 1, "weight_decay": 0.1}
+CASES: dict[str, Any] = {  # backbone, method, optimizer, sizes of the views
+    "simclr": (RESNET, {"projector_dims": [16, 9]}, {"name": "lars", "base_lr": 0.3, "lr_scaling": "none", "warmup_epochs": 1}, (16, 16)),
+    "moco_v3": (VIT, {"hidden_dim": 16, "dim": 9, "temperature": 0.2, "vit_starts": "authors"}, ADAMW, (16, 16)),
+    "dino": (
+        VIT,
+        {"hidden_dim": 16, "bottleneck_dim": 9, "num_prototypes": 21, "train_norm": True},
+        {**ADAMW, "clip_norm": 0.3, "clip_by": "tensor"},
+        (16, 16, 8),
+    ),
+}
+
+
+def batch(step: int, sizes: tuple[int, ...], rows: int = ROWS) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    views = [torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator) for size in sizes]
+    return Batch(views, torch.arange(rows) % 3, torch.arange(rows) + step * rows)
+
+
+def setting_up(name: str, parts: int = 1, rows: int = ROWS, backbone: dict[str, Any] | None = None, optimizer: Any = None, **settings: Any):
+    """(stepper, optimizer, its config, sizes of views) of a method on this rank, always with the same weights."""
+    network, head, recipe, sizes = CASES[name]
+    torch.manual_seed(0)
+    network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
+    method: Any = methods.find(name).Config(**head).build(network)
+    method.num_steps, method.steps_per_epoch = NUM_STEPS, STEPS_PER_EPOCH
+    config = ParallelConfig(**{"precision": "float64", "threads": 1, "channels_last": False, **settings})
+    world = distributed.world_size()
+    images = rows // world // parts
+    example = batch(0, sizes, rows).part(0, world * parts)
+    example = replace(example, views=parallel.place(example.views, config, CPU))
+    model = parallel.wrap(method, config, images=images, global_batch_size=rows, device=CPU, example=example)
+    recipe = OptimConfig(**(optimizer or recipe))
+    made = optim.build(recipe, method)
+    return Stepper(model, made, config, 0, images, rows, recipe, CPU), sizes
+
+
+def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> dict[str, Any]:
+    """`steps` steps, going on from the checkpoint in `folder` and leaving one there: losses, and the whole state."""
+    stepper, sizes = setting_up(name, **settings)
+    method: Any = parallel.unwrap(stepper.model)
+    state = checkpoint.State(method, stepper.optimizer, {}, {})
+    first = state.resume(folder, CheckpointConfig(), lambda manifest: None) if folder else 0
+    losses = []
+    for step in range(first, first + steps):
+        losses.append(take_step(stepper, sizes, step))
+    if folder:
+        state.save(folder, first + steps, CheckpointConfig(), STEPS_PER_EPOCH)
+    return {"losses": losses, "state": whole(method)}
+
+
+def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
+    """The mean loss over ranks."""
+    optim.set_rates(stepper.optimizer, stepper.optim, step / NUM_STEPS, NUM_STEPS / STEPS_PER_EPOCH, stepper.global_batch_size)
+    own = batch(step, sizes, stepper.global_batch_size).part(distributed.rank(), distributed.world_size())
+    _, logs = stepper(step, step / NUM_STEPS, own)
+    return distributed.reduce_sum(logs["loss"].double()).item() / distributed.world_size()
+
+
+def whole(method: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the state, gathered where it is sharded."""
+    return {
+        name: (value.full_tensor() if distributed.is_sharded(value) else value).detach().clone()
+        for name, value in method.state_dict().items()
+    }
+
+
+def largest_difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert got.keys() == expected.keys()
+    return max(
+        ((got[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)).item()
+        for name, value in expected.items()
+        if value.is_floating_point()
+    )
