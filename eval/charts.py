@@ -100,6 +100,8 @@ class _Frame:
         if self.logarithmic and high - low >= 1:
             powers = range(math.ceil(low), math.floor(high) + 1)
             return [float(power) for power in powers][:: max(1, len(powers) // about)]
+        if self.logarithmic:
+            return [math.log10(value) for value in ticks(10**low, 10**high, about) if value > 0]
         return ticks(low, high, about)
 
     def _label(self, value: float) -> str:

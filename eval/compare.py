@@ -45,7 +45,7 @@ def write(runs: list[Path], output: Path | None = None) -> Path:
         page.section("Config", _configs(dict(zip(names, runs)))),
         page.section("Numbers", _numbers(records), _evaluations(dict(zip(names, runs)))),
         page.section("Training", *_curves(records)),
-        *(f"<h3>{escape(name)}</h3>{found}" for name, run in zip(names, runs) if (found := sections.alarms(run))),
+        *(sections.alarms(run, f"Alarms of {name}") for name, run in zip(names, runs)),
     ]
     path = output or runs[0].parent / "compare.html"
     path.write_text(page.page("comparison", parts), encoding="utf-8")

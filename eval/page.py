@@ -47,7 +47,7 @@ code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation
 pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 6px; padding: 12px 14px; overflow-x: auto; margin: 14px 0; }
 .facts { display: flex; flex-wrap: wrap; gap: 14px 44px; margin: 26px 0 8px; }
 .facts dt { font-size: 13px; } .facts dd { margin: 0; font-size: 19px; font-variant-numeric: tabular-nums; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 26px 36px; margin: 18px 0; }
+.two { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 26px 36px; margin: 18px 0; }
 figure { margin: 0; } figcaption { margin-bottom: 6px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font: 12px system-ui, "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }

@@ -52,14 +52,14 @@ def caption(key: str) -> str:
     return f"{title}: {found.about}" if found.about else title
 
 
-def alarms(run: Path) -> str:
+def alarms(run: Path, title: str = "Alarms") -> str:
     """What the monitors rang for; empty where they did not."""
     path = run / "alarms.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     if not found:
         return ""
     shown = (f'<p class="alarm"><b>{escape(alarm["title"])}</b><br>{escape(alarm["text"])}</p>' for alarm in found)
-    return page.section("Alarms", *shown)
+    return page.section(title, *shown)
 
 
 def training(run: Path, records: list[dict[str, Any]]) -> str:

@@ -154,12 +154,15 @@ def picture(case, records, entries, rung, at, path: Path) -> None:
     axes[0].plot([record["step"] for record in records], [record["loss"] for record in records], color="#63686e")
     axes[0].set_title("loss")
     for key, label, colour in (
-        ("embedding_std", "spread", "#1f5fa8"), ("rank_share", "rank share", "#c9762b"), ("positive_chance", "positive over chance", "#8a8a8a"),
+        ("embedding_std", "spread", "#1f5fa8"),
+        ("embedding_scale", "deviation before normalization", "#b07aa1"),
+        ("rank_share", "rank share", "#c9762b"),
+        ("positive_chance", "positive over chance", "#8a8a8a"),
     ):  # fmt: skip
         axes[1].plot(steps, [record.get(key) for record in shown], color=colour, label=label)
     axes[1].set_title("what the monitor sees")
     axes[1].set_ylim(0, 1.25)
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=7)
     axes[2].plot([entry["step"] for entry in entries], [entry["knn"] for entry in entries], color="#2f8f5b", label="k-NN")
     axes[2].plot(
         [entry["step"] for entry in entries], [entry["rank"] / entry["dim"] for entry in entries], color="#c8443c", label="rank / dim"
@@ -173,7 +176,9 @@ def picture(case, records, entries, rung, at, path: Path) -> None:
             ax.axvline(step, color="#c8443c", linestyle="--", linewidth=1)
         if at is not None:
             ax.axvline(at, color="black", linewidth=1)
-    figure.suptitle(f"{case.replace('_', ' ')}: alarm (dashed) at {rung[0][0] if rung else 'none'}, collapsed (solid) from {at or 'never'}")
+    figure.suptitle(
+        f"{case.replace('_', ' ')}: alarm (dashed) at {rung[0][0] if rung else 'none'}, collapsed (solid) {f'from {at}' if at else 'never'}"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)

@@ -208,7 +208,7 @@ def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tm
     write_metrics(other, num=20)
     path = compare.write([digits, other], tmp_path / "both.html")
     found = Checked(path.read_text())
-    assert found.headings == ["Config", "Numbers", "Training", "Alarms"] and found.fetched == []
+    assert found.headings == ["Config", "Numbers", "Training", "Alarms of digits"] and found.fetched == []
     text = path.read_text()
     assert list(compare.differences({"a": digits, "b": other})) == ["optim.base_lr"] and "0.125" in text
     last = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]
