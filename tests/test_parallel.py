@@ -18,6 +18,7 @@ from ssl_pretrain.parallel import ParallelConfig
 SAVED, LAST = 16, 20  # steps: stopped once, and the end
 SGD = {"name": "sgd", "base_lr": 0.01, "lr_scaling": "none", "warmup_epochs": 1, "nesterov": True, "clip_norm": 0.5}
 LARC = {"name": "larc", "base_lr": 0.1, "lr_scaling": "none", "warmup_epochs": 1}
+AT_ONCE = {**SGD, "base_lr": 1.0, "warmup_epochs": 0, "nesterov": False}  # moves in its first step
 PARTS = {"parts": 2, "bn_group_images": 2}  # on 2 ranks
 
 
@@ -102,7 +103,7 @@ def _of_two():
     for name, optimizer in (("sgd", SGD), ("larc", LARC)):
         found[name] = run("dino", 2, strategy="fsdp", optimizer=optimizer)["state"]
     for strategy in ("ddp", "fsdp"):
-        float32 = {"strategy": strategy, "precision": "float32", "optimizer": SGD}
+        float32 = {"strategy": strategy, "precision": "float32", "optimizer": AT_ONCE}
         found[f"gradients {strategy}"] = [run("dino", 1, gradients=kind, **float32)["state"] for kind in ("float32", "bfloat16")]
         found[f"bfloat16 {strategy}"] = run("moco_v3", 2, strategy=strategy, precision="bfloat16")["state"]
     return found
@@ -145,10 +146,10 @@ def test_a_broken_batch_moves_no_shard_on_any_rank(of_two):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_gradients_in_bfloat16_are_rounded_and_no_more(strategy, of_two):
-    start = networks.whole(parallel.unwrap(networks.setting_up("dino", optimizer=SGD, precision="float32")[0].model))
+    start = networks.whole(parallel.unwrap(networks.setting_up("dino", optimizer=AT_ONCE, precision="float32")[0].model))
     exact, rounded = of_two[0][f"gradients {strategy}"]
     moved = {name: (exact[name] - start[name]).norm() for name in exact if name.startswith(("backbone", "head"))}
-    errors = {name: ((rounded[name] - exact[name]).norm() / size).item() for name, size in moved.items() if size > 1e-5}
+    errors = {name: ((rounded[name] - exact[name]).norm() / size).item() for name, size in moved.items() if size > 1e-3}
     assert len(errors) > 10 and 1e-4 < max(errors.values()) < 2**-6
 
 
