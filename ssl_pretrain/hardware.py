@@ -64,8 +64,8 @@ class Machine:
 MATMUL_SHARE = 0.8  # of a data sheet's peak: 790 of 989 TFLOP/s, what large bfloat16 products reach on an H100
 BANDWIDTH_SHARE = 0.85  # of a data sheet's: what a copy reaches
 LINK_SHARE = 0.8  # of a data sheet's: what NCCL's large all-reduces reach
-# Share of the roofline over these rates that eager training steps reach: the middle of the published speeds that
-# `python -m ssl_pretrain.scaling` prints beside their rooflines.
+# Share of the roofline over these rates that eager training steps reach: assumed. `python -m ssl_pretrain.scaling` prints beside it what
+# published speeds attain, `python -m ssl_pretrain.calibrate` measures it.
 ATTAINED = 0.75
 
 
