@@ -102,7 +102,7 @@ def _read(run: Path) -> dict[str, Any]:
         "knn": rows["pretrained"],
         "rank": next((record["rankme"] for record in reversed(records) if "rankme" in record), float("nan")),
         "minutes": seconds / 60,
-        "curve": [record["knn"] for record in records if "knn" in record],
+        "curve": [100 * record["knn"] for record in records if "knn" in record],
     }
 
 
