@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
 
 from ssl_pretrain import memory
 from ssl_pretrain.losses import tiles
@@ -14,6 +15,8 @@ from ssl_pretrain.losses.contrastive import nt_xent
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import kernels
+
+pytestmark = NEEDS_CUDA
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
 
 from ssl_pretrain import backbones, methods, optim, parallel
 from ssl_pretrain.backbones import BackboneConfig
@@ -14,6 +15,8 @@ from ssl_pretrain.methods.base import Method
 from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.parallel import ParallelConfig
 from ssl_pretrain.step import Stepper
+
+pytestmark = NEEDS_CUDA
 
 IMAGES, SIZE = 16, 32
 VIEWS = {"dino": [SIZE, SIZE, 16, 16], "swav": [SIZE, SIZE, 16, 16], "cpc": [SIZE]}

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
 
 from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import colour, crops
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 from ssl_pretrain.views.upload import upload
+
+pytestmark = NEEDS_CUDA
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 MEAN, STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
