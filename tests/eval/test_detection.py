@@ -248,7 +248,7 @@ def _norms_of_this_rank(path):
     )  # fmt: skip
     detector = models.with_norm(detector, "sync", 2 // distributed.world_size())
     train = images.voc(path, "trainval")
-    training.train(detector, train, replace(TINY, short_sides=(64,), precise_batches=0), 0, CPU)
+    training.train(detector, train, replace(TINY, steps=1, short_sides=(64,), precise_batches=0), 0, CPU)
     weights = torch.cat([parameter.detach().flatten() for parameter in detector.parameters()])
     stem = dict(detector.named_buffers())["backbone.stages.stem.conv1.1.running_mean"]
     return weights, stem, len(training.answers(detector, train.take([0, 1, 2]), CPU)[0])
@@ -259,7 +259,7 @@ def test_ranks_share_their_statistics_and_their_weights(voc_zip):
     (one, two), alone = run_ranks(_norms_of_this_rank, voc_zip, world_size=2), run_ranks(_norms_of_this_rank, voc_zip, world_size=1)[0]
     assert torch.equal(one[0], two[0]) and one[2] == two[2] == 3
     torch.testing.assert_close(one[1], two[1], rtol=0, atol=0)
-    torch.testing.assert_close(one[1], alone[1], rtol=1e-2, atol=1e-4)  # after two steps whose drawn regions differ
+    torch.testing.assert_close(one[1], alone[1], rtol=1e-5, atol=1e-6)  # of one step: later ones start from weights that drawn regions moved
 
 
 @pytest.mark.full
