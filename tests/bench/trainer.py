@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ class Alternating:
         self.source = NoLabels()
         self.of_trainer: list[tuple[float, float]] = []  # seconds by the clock, and of this process's processors
         self.of_bare: list[tuple[float, float]] = []
+
+    def described(self, step: int, num_images: int) -> list[list[str]]:
+        return [["made up"] * len(self.batch.views)] * num_images
 
     def starting_at(self, step: int) -> Iterator[Batch]:
         for number in range(self.steps):
@@ -100,8 +104,8 @@ def main() -> None:
         numbers = torch.arange(options.images)
         batch = Batch(parallel.place(views, settings.parallel, CPU), torch.full_like(numbers, -1), numbers)
         batches: Any = Alternating(batch, bare_step(settings, batch), options.steps)
-        with distributed.StopRequest() as stop:
-            train._train(settings, CPU, Path(folder), batches, stop, options.steps - 1)
+        with distributed.StopRequest() as stop, ExitStack() as closing:
+            train._train(settings, CPU, Path(folder), batches, stop, options.steps - 1, closing)
     print(versions("timm"))
     print(
         f"{options.backbone}, {options.images} images of {options.size} pixels in 2 views; median of {len(batches.of_bare)} steps in turn"
