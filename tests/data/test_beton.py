@@ -183,15 +183,17 @@ class TestKilled:
         root = tree(tmp_path / "data", n=300)
         whole, path = tmp_path / "whole" / "train.beton", tmp_path / "killed" / "train.beton"
         beton_writer.write(opened(root, loader="folder"), whole, Settings(max_side=64), num_workers=1)
-        sizes = []
-        for moment in np.random.default_rng(0).uniform(0.05, 0.3, 10):
+        journal, sizes = path.with_name("train.beton.journal"), []
+        for moment in np.random.default_rng(0).uniform(0, 0.2, 10):
             process = _context.Process(target=_write_slowly, args=(root, path))
             process.start()
+            until = time.monotonic() + 60
+            while sizes and not (journal.exists() and journal.stat().st_size > sizes[-1]) and time.monotonic() < until:
+                time.sleep(0.005)  # the first is killed wherever it is, the others at work, however busy the machine
             time.sleep(moment)
             process.kill()
             process.join()
             assert not path.exists()
-            journal = path.with_name("train.beton.journal")
             sizes.append(journal.stat().st_size if journal.exists() else 0)
         assert sizes == sorted(sizes) and sizes[-1] > sizes[0]    # each went on where the one before was
         beton_writer.write(opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1)
