@@ -7,12 +7,14 @@ or refuses, the run is kept offline under the same id, for `wandb sync`. The end
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from ssl_pretrain import curves, wandb_file
 
 START_SECONDS = 20  # to reach the server, before the run is kept offline
 FINISH_SECONDS = 300  # for what is still on its way at the end
+OFFLINE_ATTEMPTS = 15
 SENT = "evaluations_sent.json"
 
 
@@ -45,7 +48,7 @@ class Client:
                 say(f"W&B: not reached ({reason}); the run is kept offline, `wandb sync {self.folder / 'wandb'}` sends it later")
                 wandb.teardown()
         if not self.online:
-            self.run = wandb.init(**arguments, mode="offline", settings=self._settings())
+            self.run = self._offline(arguments)
         else:
             say(f"W&B: {self.run.url}")
         self.done = -1 if self.online else wandb_file.last_step(self.folder, settings["id"])  # online, the server knows
@@ -56,6 +59,17 @@ class Client:
         self.run.define_metric(f"{curves.EVALUATION}/*", step_metric="evaluated_step")
         self.run.define_metric(curves.name("loss"), step_metric="step", summary="min")
         self.run.define_metric(curves.name("knn"), step_metric="step", summary="max")
+
+    def _offline(self, arguments: dict[str, Any]) -> Any:
+        for attempt in itertools.count(1):
+            try:
+                return self.wandb.init(**arguments, mode="offline", settings=self._settings())
+            except Exception:  # W&B's own process may hold the id for a moment after an attempt that failed online
+                if attempt == OFFLINE_ATTEMPTS:
+                    raise
+                self.wandb.teardown()
+                time.sleep(1)
+        raise AssertionError("the last attempt returns or raises")
 
     def _settings(self) -> Any:
         return self.wandb.Settings(
