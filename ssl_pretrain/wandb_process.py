@@ -7,24 +7,22 @@ or refuses, the run is kept offline under the same id, for `wandb sync`. The end
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ssl_pretrain import curves, wandb_file
 
 START_SECONDS = 20  # to reach the server, before the run is kept offline
 FINISH_SECONDS = 300  # for what is still on its way at the end
-OFFLINE_ATTEMPTS = 15
 SENT = "evaluations_sent.json"
 
 
@@ -39,17 +37,15 @@ class Client:
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
         arguments = {key: settings[key] for key in ("project", "name", "id", "dir", "config", "tags")}
         self.online = settings["mode"] == "online"
+        try:
+            self.run = wandb.init(**arguments, mode=settings["mode"], resume="allow" if self.online else None, settings=self._settings())
+        except Exception as error:  # whatever the client raises
+            if not self.online:
+                raise
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            say(f"W&B: not reached ({reason}); the run is kept offline, `wandb sync {self.folder / 'wandb'}` sends it later")
+            start_over(settings | {"mode": "offline"})
         if self.online:
-            try:
-                self.run = wandb.init(**arguments, mode="online", resume="allow", settings=self._settings())
-            except Exception as error:  # whatever the client raises
-                self.online = False
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                say(f"W&B: not reached ({reason}); the run is kept offline, `wandb sync {self.folder / 'wandb'}` sends it later")
-                wandb.teardown()
-        if not self.online:
-            self.run = self._offline(arguments)
-        else:
             say(f"W&B: {self.run.url}")
         self.done = -1 if self.online else wandb_file.last_step(self.folder, settings["id"])  # online, the server knows
         self.latest = max(self.done, self.run.step - 1)
@@ -59,17 +55,6 @@ class Client:
         self.run.define_metric(f"{curves.EVALUATION}/*", step_metric="evaluated_step")
         self.run.define_metric(curves.name("loss"), step_metric="step", summary="min")
         self.run.define_metric(curves.name("knn"), step_metric="step", summary="max")
-
-    def _offline(self, arguments: dict[str, Any]) -> Any:
-        for attempt in itertools.count(1):
-            try:
-                return self.wandb.init(**arguments, mode="offline", settings=self._settings())
-            except Exception:  # W&B's own process may hold the id for a moment after an attempt that failed online
-                if attempt == OFFLINE_ATTEMPTS:
-                    raise
-                self.wandb.teardown()
-                time.sleep(1)
-        raise AssertionError("the last attempt returns or raises")
 
     def _settings(self) -> Any:
         return self.wandb.Settings(
@@ -127,6 +112,28 @@ class Client:
                 }
 
 
+def start_over(settings: dict[str, Any]) -> NoReturn:
+    """This process anew, with the messages not read yet. What an attempt left behind in W&B's library and service, which may hold
+    the run's id for as long as their requests take, cannot reach into the next one."""
+    with tempfile.TemporaryFile() as handed:
+        handed.write(json.dumps(settings).encode())
+        handed.seek(0)
+        os.set_inheritable(handed.fileno(), True)
+        environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+        os.execve(sys.executable, [sys.executable, "-m", "ssl_pretrain.wandb_process", str(handed.fileno())], environment)
+
+
+def first_message() -> dict[str, Any]:
+    """The run's settings: from the process before this one, else the first line, of which no byte too many is read."""
+    if sys.argv[1:]:
+        with open(int(sys.argv[1]), "rb") as handed:
+            return json.loads(handed.read())
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
+        line += byte
+    return json.loads(line)
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # client.log
     with suppress(OSError, ValueError):  # nobody may be listening any more
@@ -158,7 +165,7 @@ def lines(patience: float) -> Iterator[dict[str, Any] | None]:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # meant for the training, which says when it ends
         signal.signal(number, signal.SIG_IGN)
-    first = json.loads(sys.stdin.readline())
+    first = first_message()
     client = Client(first)
     closed, stalled = False, False
     for message in lines(first["stall_seconds"]):

@@ -164,6 +164,7 @@ def test_a_server_that_does_not_serve_costs_five_seconds_at_most_and_no_record(t
         made.close()
         assert time.monotonic() - start < 5
         client.wait(200)  # it keeps the run offline by itself
+    said = (tmp_path / "wandb" / "client.log").read_text()
     rows = [row for file in tmp_path.glob(f"wandb/offline-run-*-{facts['wandb_id']}/*.wandb") for row in wandb_file.history(file)]
-    assert [row["step"] for row in rows] == list(range(1, 21))
-    assert "kept offline" in (tmp_path / "wandb" / "client.log").read_text()
+    assert [row["step"] for row in rows] == list(range(1, 21)), said
+    assert "kept offline" in said
