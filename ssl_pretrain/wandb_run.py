@@ -39,7 +39,8 @@ class WandbRun:
             raise ValueError("log.wandb: wandb is not installed; pip install wandb, or set log.wandb=off")
         self.mode, self._say = mode, say
         root = str(Path(__file__).resolve().parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        inherited = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # another client's, which ends with it
+        environment = {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
         (run / "wandb").mkdir(parents=True, exist_ok=True)
         with (run / "wandb" / "client.log").open("ab") as log:
             self._process = subprocess.Popen(
