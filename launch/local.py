@@ -36,7 +36,8 @@ def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> lis
     """(host, torchrun line to run there), the first host being where all meet. GPUs are counted on this machine.
 
     They meet through torchrun's c10d rendezvous, whose agents outlive a lost host: the others wait for it, its line is run
-    again, and all ranks go on from the newest checkpoint. The static one (--master-addr) cannot be joined again.
+    again, and all ranks go on from the newest checkpoint. The static one (--master-addr) cannot be joined again. Without the
+    variable, the agents (torch 2.13) would hand the ranks one store in all rounds, with the addresses of ranks that are dead.
     """
     hosts = [host.strip() for host in config.launch.hosts.split(",") if host.strip()]
     overrides = [override for override in overrides if not override.startswith("launch.hosts=")]
@@ -47,7 +48,7 @@ def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> lis
             "--rdzv-id", Path(config.output).name, "--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", host,
         )  # fmt: skip
         command = train_command(path, overrides, ranks_here(config), config.launch.max_restarts, meet)
-        lines.append((host, shlex.join(["torchrun", *command[3:]])))
+        lines.append((host, shlex.join(["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *command[3:]])))
     return lines
 
 

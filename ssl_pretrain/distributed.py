@@ -77,7 +77,7 @@ def _meet(backend: str, timeout: timedelta, device: torch.device | None) -> None
                 raise RendezvousError(f"{where}: that host is not known here: {error}; give the first rank's name or address") from None
             time.sleep(1)
     try:
-        dist.init_process_group(backend, timeout=timeout, device_id=device)
+        dist.init_process_group(backend, timeout=timeout, device_id=device, **_fresh_store(host, port, timeout))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         remedy = "another process has that port; give another (launch.port, torchrun --master-port)"
@@ -85,6 +85,19 @@ def _meet(backend: str, timeout: timedelta, device: torch.device | None) -> None
             remedy = "see whether every rank was started, and whether the first one's machine lets that port be reached"
         waited = f"after {time.monotonic() - began:.0f} s (parallel.timeout_seconds {timeout.total_seconds():g})"
         raise RendezvousError(f"{where}: the ranks did not meet {waited}: {reason}; {remedy}") from None
+
+
+def _fresh_store(host: str, port: str, timeout: timedelta) -> dict[str, Any]:
+    """What `init_process_group` needs for a store without anything of an earlier start of these ranks.
+
+    torchrun's agent keeps one store over all its restarts (torch 2.13), where a rank would find the addresses of ranks that
+    are dead. It counts the restarts; those for another machine's sake it does not, so `launch.hosts` has it make a store a round.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, size, attempt = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+    store = dist.TCPStore(host, int(port), size, is_master=False, timeout=timeout)
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": size}
 
 
 def stop() -> None:

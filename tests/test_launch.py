@@ -37,7 +37,8 @@ def test_it_trains_evaluates_and_reports(tmp_path):
 def test_hosts_print_the_exact_lines(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert pretrain.main([str(path), "launch.hosts=a,b", "launch.ranks=4", "seed=3"]) == 0
-    meet = "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id run --rdzv-conf is_host={} --local-addr {}"
+    meet = "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun "
+    meet += "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id run --rdzv-conf is_host={} --local-addr {}"
     train = f"--max-restarts 3 --nproc-per-node 4 -m ssl_pretrain.train {path} launch.ranks=4 seed=3"
     assert capsys.readouterr().out.splitlines() == ["# on a", f"{meet.format(1, 'a')} {train}", "# on b", f"{meet.format(0, 'b')} {train}"]
 

@@ -108,7 +108,8 @@ def test_two_hosts_one_lost_and_started_again(place, undisturbed, seen):
     assert straight == [0] * 4, said
 
     def start(number):
-        words = [str(Path(sys.executable).parent / "torchrun"), *shlex.split(lines[number][1])[1:]]
+        words = shlex.split(lines[number][1])
+        words[words.index("torchrun")] = str(Path(sys.executable).parent / "torchrun")
         file = (path.parent / f"agent_{number}_{time.monotonic_ns()}").open("w")
         return subprocess.Popen(words, cwd=ROOT, env=environment(path), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
