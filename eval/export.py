@@ -32,7 +32,7 @@ HELP = f"""Writes the backbone of a run, without projector and optimizer, as a f
 12 heads into 6, and this shows it. README.md: a card with the configuration, what was measured, and checksums.
 Weights that the seed gives before the first step, and features that are the same for all images, are refused.
 
-    python -m eval.export runs/demo exported/demo
+    python -m eval.export runs/demo                                # to runs/demo/export
     python -m eval.export runs/simclr_imagenet exported/simclr --format torchvision    # checked there too
     python -m eval.export runs/demo exported/demo --format onnx    # and model.onnx and model_int8.onnx, checked and measured
 
@@ -43,23 +43,23 @@ Weights that the seed gives before the first step, and features that are the sam
 
 def main(arguments: list[str]) -> None:
     parser = runs.parser("eval.export", HELP)
-    parser.add_argument("out", metavar="OUT", help="the folder to be written; new, or an older export that is replaced")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write: new, or an older export (default: RUN/export)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["timm"], help="what else to write or check (default: timm)")
     parser.add_argument("--force", action="store_true", help="export random or collapsed weights all the same; the card says so")
     options = parser.parse_intermixed_args(arguments)
-    options.out, options.overrides = _out_first(options.out, options.overrides)
+    out, options.overrides = _out_first(options.out, options.overrides)
     run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
-    folder = export(run, Path(options.out), options.format, options.force)
+    folder = export(run, Path(out) if out else run.path / "export", options.format, options.force)
     print(f"exported {run.network} of {run.checkpoint_path.name} to {folder}; read {folder / 'README.md'}")
 
 
-def _out_first(out: str, overrides: list[str]) -> tuple[str, list[str]]:
-    """argparse gives the first of RUN key=value ... OUT to the wrong name: OUT is the one without an equals sign."""
-    given = [*overrides, out]
+def _out_first(out: str | None, overrides: list[str]) -> tuple[str | None, list[str]]:
+    """argparse gives OUT among RUN key=value ... to the wrong name: it is the one without an equals sign, if there is one."""
+    given = [*overrides, *([out] if out else [])]
     folders = [text for text in given if "=" not in text]
-    if len(folders) != 1:
-        raise ValueError(f"give RUN and OUT, and key=value after them; got {' '.join(given)!r}")
-    return folders[0], [text for text in given if "=" in text]
+    if len(folders) > 1:
+        raise ValueError(f"give RUN and one OUT, and key=value after them; got {' '.join(given)!r}")
+    return folders[0] if folders else None, [text for text in given if "=" in text]
 
 
 def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool = False) -> Path:

@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
 
-from ssl_pretrain import checkpoint, curves, wandb_run
+from ssl_pretrain import checkpoint, curves, lock, wandb_run
 
 NAME = "ssl_pretrain"
 PARTS = ("backbone", "projector", "predictor", "head", "prototypes")  # of the methods, as their gradients are named
@@ -115,18 +116,38 @@ def _own_entity() -> str:
 def send_evaluations(run: Path) -> None:
     """Sends RUN/eval/ to the run's own W&B run, each at the step it judged; what was sent already is not sent again.
 
+    For a run that nobody trains any more: while it is trained, its own client takes them along with its records.
+
     Raises:
         ValueError: the run has no checkpoint, or was not logged to W&B.
     """
     manifest = checkpoint.verify(checkpoint.newest(run))
     if not manifest.get("wandb_id"):
         raise ValueError(f"{run}: was not logged to W&B (log.wandb); its numbers are in {run / 'eval'} and in eval.report's page")
+    if next(wandb_run.unsent(run), None) is None:
+        return
     settings = manifest["config"]["log"]
     mode = settings["wandb"] if settings["wandb"] in ("online", "offline") else "online" if wandb_run.has_key() else "offline"
     wandb_run.WandbRun(
         run, mode=mode, project=settings["project"], name=settings["name"] or run.resolve().name, run_id=manifest["wandb_id"],
         config=manifest["config"], tags=list(settings["tags"]),
     ).close()  # fmt: skip
+
+
+def send(run: Path) -> None:
+    """Sends the results to the run's own W&B page, if it has one and no training does it, or says why not."""
+    if lock.holder(run) is not None or not any(_wandb_id(path) for path in checkpoint.checkpoints(run)):
+        return
+    try:
+        send_evaluations(run)
+    except (ValueError, OSError) as error:  # the numbers are on disk, and the evaluations go on
+        print(f"W&B: the results were not sent ({error}); they are in {run / 'eval'}", flush=True)
+
+
+def _wandb_id(path: Path) -> str | None:
+    with suppress(OSError, ValueError):
+        return json.loads((path / checkpoint.MANIFEST).read_text()).get("wandb_id")
+    return None
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
 
-from launch import local, slurm
+from launch import dashboard, local, slurm
 from launch.pretrain import EVALUATIONS
 from ssl_pretrain import checkpoint, lock
 from ssl_pretrain import config as configuration
-from ssl_pretrain.config import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +118,7 @@ class Jobs:
         for path, name in due:
             self.judge(path, name)
         if due:
-            send_to_wandb(self.run, self.config)
+            dashboard.send(self.run)
         if self.report and (due or not self.names):
             local.run([sys.executable, "-m", "eval.report", str(self.run), "--device", self.device(), *self.options.overrides])
         if self.failed:
@@ -237,51 +235,6 @@ def ended(run: Path) -> bool:
             manifest = json.loads((path / checkpoint.MANIFEST).read_text())
             return bool(manifest["step"] >= manifest["last_step"])
     return False
-
-
-def send_to_wandb(run: Path, config: RunConfig) -> None:
-    """Sends the results that RUN/eval/ holds and W&B has not to the run's own page there, each at its checkpoint's step.
-
-    They have a step axis of their own, `eval/step`: W&B drops what comes after a later step of the training. While the
-    training is online in the same run, W&B's shared mode keeps the two writers apart.
-    """
-    wandb_id = next((found for path in reversed(checkpoint.checkpoints(run)) if (found := _wandb_id(path))), None)
-    files = [path for path in sorted((run / "eval").glob("step_*/*.json")) if not _sent(path).exists()]
-    if not wandb_id or not files:
-        return
-    try:
-        import wandb
-
-        shared = config.log.wandb != "offline" and lock.holder(run) is not None
-        settings = wandb.Settings(x_primary=False, x_update_finish_state=False, x_label="evaluation") if shared else wandb.Settings()
-        mode: Any = "shared" if shared else "offline" if config.log.wandb == "offline" else "online"
-        with wandb.init(
-            project=config.log.project, id=wandb_id, resume=None if shared else "allow", mode=mode, dir=run, settings=settings
-        ) as page:
-            page.define_metric("eval/step", hidden=True)
-            page.define_metric("eval/*", step_metric="eval/step")
-            for path in files:
-                page.log(wandb_numbers(json.loads(path.read_text())))
-        for path in files:
-            _sent(path).touch()
-    except Exception as error:  # the numbers are on disk; whatever the service says, the evaluations go on
-        print(f"W&B: {len(files)} results were not sent ({type(error).__name__}: {error}); they are in {run / 'eval'}", flush=True)
-
-
-def wandb_numbers(result: dict[str, Any]) -> dict[str, float]:
-    """The pretrained network's numbers of a result, as `eval/<name>/<column>`, with their step."""
-    row: dict[str, Any] = next((row for row in result["rows"] if row["features"] == "pretrained"), {"metrics": {}})
-    return {"eval/step": result["step"]} | {f"eval/{result['name']}/{column}": value for column, value in row["metrics"].items()}
-
-
-def _sent(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.sent")
-
-
-def _wandb_id(path: Path) -> str | None:
-    with suppress(OSError, ValueError):
-        return json.loads((path / checkpoint.MANIFEST).read_text()).get("wandb_id")
-    return None
 
 
 if __name__ == "__main__":

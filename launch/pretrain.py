@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
 
-from launch import local, slurm
+from launch import dashboard, local, slurm
 from ssl_pretrain import checkpoint, plan
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
 
-EVALUATIONS = ("knn", "linear", "spectrum", "retrieval", "robustness", "report")
+EVALUATIONS = ("knn", "linear", "spectrum", "retrieval", "robustness", "semi", "finetune", "export", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +89,7 @@ def pretrain_and_evaluate(config: RunConfig, path: str, overrides: Sequence[str]
         if name == "pretraining" and not _finished(config):
             print(f"stopped before its end; start it again to go on from {checkpoint.newest(config.output).name}", flush=True)
             return 0, seconds
+    dashboard.send(Path(config.output))
     return 0, seconds
 
 

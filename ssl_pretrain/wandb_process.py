@@ -6,7 +6,6 @@ or refuses, the run is kept offline under the same id, for `wandb sync`. The end
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import queue
@@ -19,11 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ssl_pretrain import curves, wandb_file
+from ssl_pretrain import curves, wandb_file, wandb_run
 
 START_SECONDS = 20  # to reach the server, before the run is kept offline
 FINISH_SECONDS = 300  # for what is still on its way at the end
-SENT = "evaluations_sent.json"
 
 
 class Client:
@@ -89,27 +87,19 @@ class Client:
         self.run.summary["health"] = f"{title}: {text}"
 
     def rest(self) -> None:
-        """The evaluations that no record took along."""
+        """The evaluations that no record took along: at the training's last step, unless W&B was told of none."""
+        last = self.latest
         for row in self._evaluations():
-            self._log(row, self.latest + 1)
+            self._log({"step": max(last, row["evaluated_step"])} | row, self.latest + 1)
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
         """Of RUN/eval/, those not sent yet, one after the other; each with the step whose weights it judged."""
-        path = self.folder / "wandb" / SENT
-        sent = json.loads(path.read_text()) if path.exists() else {}
-        for found in sorted([*self.folder.glob("eval/*.json"), *self.folder.glob("eval/step_*/*.json")]):
-            with suppress(OSError, ValueError, KeyError, TypeError):  # written by someone else, perhaps at this moment
-                written = json.loads(found.read_text())
-                key = f"{written['name']} of step {written['step']}"
-                content = hashlib.sha256(json.dumps(written["rows"]).encode()).hexdigest()[:16]  # the newest is in two places
-                if sent.get(key) == content:
-                    continue
-                metrics: dict[str, float] = next((row["metrics"] for row in written["rows"] if row["features"] == "pretrained"), {})
-                sent[key] = content
-                path.write_text(json.dumps(sent))
-                yield {"evaluated_step": written["step"]} | {
-                    curves.evaluation(written["name"], column): value for column, value in metrics.items()
-                }
+        for key, content, written in wandb_run.unsent(self.folder):
+            metrics: dict[str, float] = next((row["metrics"] for row in written["rows"] if row["features"] == "pretrained"), {})
+            wandb_run.note_sent(self.folder, key, content)
+            yield {"evaluated_step": written["step"]} | {
+                curves.evaluation(written["name"], column): value for column, value in metrics.items()
+            }
 
 
 def start_over(settings: dict[str, Any]) -> NoReturn:

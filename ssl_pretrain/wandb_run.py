@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -10,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+SENT = "wandb/evaluations_sent.json"
 WAIT_SECONDS = 4.0  # at the end, for a client that talks to a server; it goes on alone after that
 WAIT_OFFLINE = 60.0  # for one that only writes to the disk
 
@@ -85,6 +87,25 @@ class WandbRun:
             self._say(line.rstrip())
         if self._process.wait() not in (0, None):
             self._say("W&B: the client ended early, the run goes on without it; wandb/client.log in its folder says why")
+
+
+def unsent(run: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(key, hash, result) of those in RUN/eval/ that `note_sent` was not told of."""
+    for found in sorted([*run.glob("eval/*.json"), *run.glob("eval/step_*/*.json")]):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # written by someone else, perhaps at this moment
+            written = json.loads(found.read_text())
+            key = f"{written['name']} of step {written['step']}"
+            content = hashlib.sha256(json.dumps(written["rows"]).encode()).hexdigest()[:16]  # the newest is in two places
+            if _sent(run).get(key) != content:
+                yield key, content, written
+
+
+def note_sent(run: Path, key: str, content: str) -> None:
+    (run / SENT).write_text(json.dumps(_sent(run) | {key: content}))
+
+
+def _sent(run: Path) -> dict[str, str]:
+    return json.loads((run / SENT).read_text()) if (run / SENT).exists() else {}
 
 
 def new_id() -> str:

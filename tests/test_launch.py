@@ -55,7 +55,7 @@ def test_a_plan_trains_nothing(tmp_path, capsys):
 def test_mistakes_are_one_line(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert pretrain.main([str(path), "evaluation.at_end=[knnn]"]) == 2
-    assert capsys.readouterr().err == "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, spectrum, retrieval, robustness, report\n"
+    assert capsys.readouterr().err == "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, spectrum, retrieval, robustness, semi, finetune, export, report\n"
     assert pretrain.main([str(path), "launch.ranks=5"]) == 2
     assert capsys.readouterr().err == "error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 and 25\n"
 

@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "ssl_pretrain/flops.py": "",
     "ssl_pretrain/console.py": "",
     "ssl_pretrain/wandb_file.py": "",
-    "ssl_pretrain/wandb_process.py": "curves wandb_file",
+    "ssl_pretrain/wandb_process.py": "curves wandb_file wandb_run",
     "ssl_pretrain/wandb_run.py": "",
     "ssl_pretrain/log.py": "console pictures wandb_run distributed",
     "ssl_pretrain/config.py": "*",
@@ -98,7 +98,7 @@ AFTER = {
 # outside packages that only some files touch; the optional ones only inside a function, so that a missing one is a message
 ONLY_IN = {
     "torch.distributed": ("ssl_pretrain/distributed.py", "ssl_pretrain/parallel.py", "ssl_pretrain/checkpoint.py"),
-    "wandb": ("ssl_pretrain/wandb_process.py", "ssl_pretrain/wandb_file.py", "launch/dashboard.py", "launch/evaluate.py"),
+    "wandb": ("ssl_pretrain/wandb_process.py", "ssl_pretrain/wandb_file.py", "launch/dashboard.py"),
     "wandb_workspaces": ("launch/dashboard.py",),
     "ffcv": ("ssl_pretrain/data/compiled.py",),
     "faiss": ("ssl_pretrain/online.py", "eval/knn.py"),
