@@ -103,23 +103,39 @@ def _counts(row, column, own, num_own, first, second, third, SWAPPED: tl.constex
 
 
 @triton.jit
+def _vectors(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of a (count, DIM) matrix, with zeros where there is none and up to PADDED."""
+    at = tl.arange(0, PADDED)
+    return tl.load(pointer + rows[:, None] * DIM + at[None, :], mask=(rows < count)[:, None] & (at < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _tile(
+    a, rows, candidates, columns, num_candidates, own, num_own, first, second, third, SWAPPED: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(candidates of a tile, its logits): minus infinity where a pair does not count."""
+    c = _vectors(candidates, columns, num_candidates, DIM, PADDED)
+    logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
+    counts = (columns < num_candidates)[None, :] & _counts(rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED)
+    return c, tl.where(counts, logits, float("-inf"))
+
+
+@triton.jit
 def _log_sum_exp(
     anchors, candidates, parts, num_anchors, num_candidates, per_split, own, num_own, first, second, third, SWAPPED: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.arange(0, PADDED)
-    a = tl.load(anchors + rows[:, None] * DIM + at[None, :], mask=(rows < num_anchors)[:, None] & (at < DIM)[None, :], other=0.0)
+    a = _vectors(anchors, rows, num_anchors, DIM, PADDED)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     begin = tl.program_id(1) * per_split
     for start in range(begin, tl.minimum(begin + per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        mask = (columns < num_candidates)[:, None] & (at < DIM)[None, :]
-        c = tl.load(candidates + columns[:, None] * DIM + at[None, :], mask=mask, other=0.0)
-        logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
-        counts = (columns < num_candidates)[None, :] & _counts(rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED)
-        logits = tl.where(counts, logits, float("-inf"))
+        _, logits = _tile(
+            a, rows, candidates, columns, num_candidates, own, num_own, first, second, third, SWAPPED, DIM, PADDED, PRECISION
+        )
         now = tl.maximum(largest, tl.max(logits, axis=1))
         shift = tl.where(now == float("-inf"), 0.0, now)  # a row whose tiles so far are all excluded
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
@@ -135,9 +151,7 @@ def _weighted_sum(
     BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    at = tl.arange(0, PADDED)
-    there = (rows < num_anchors)[:, None] & (at < DIM)[None, :]
-    a = tl.load(anchors + rows[:, None] * DIM + at[None, :], mask=there, other=0.0)
+    a = _vectors(anchors, rows, num_anchors, DIM, PADDED)
     if BY_ROW:
         lse_of_row = tl.load(row_lse + rows, mask=rows < num_anchors, other=0.0)
         gradient_of_row = tl.load(row_gradient + rows, mask=rows < num_anchors, other=0.0)
@@ -145,11 +159,9 @@ def _weighted_sum(
     begin = tl.program_id(1) * per_split
     for start in range(begin, tl.minimum(begin + per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        mask = (columns < num_candidates)[:, None] & (at < DIM)[None, :]
-        c = tl.load(candidates + columns[:, None] * DIM + at[None, :], mask=mask, other=0.0)
-        logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
-        counts = (columns < num_candidates)[None, :] & _counts(rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED)
-        logits = tl.where(counts, logits, float("-inf"))
+        c, logits = _tile(
+            a, rows, candidates, columns, num_candidates, own, num_own, first, second, third, SWAPPED, DIM, PADDED, PRECISION
+        )
         weights = tl.zeros([ROWS, COLUMNS], tl.float32)
         if BY_ROW:
             weights += tl.exp(logits - lse_of_row[:, None]) * gradient_of_row[:, None]
@@ -158,5 +170,6 @@ def _weighted_sum(
             gradient = tl.load(column_gradient + columns, mask=columns < num_candidates, other=0.0)
             weights += tl.exp(logits - lse[None, :]) * gradient[None, :]
         total += tl.dot(weights, c, input_precision=PRECISION)
+    at = tl.arange(0, PADDED)
     to = parts + tl.program_id(1) * num_anchors * DIM + rows[:, None] * DIM + at[None, :]
-    tl.store(to, total, mask=there)
+    tl.store(to, total, mask=(rows < num_anchors)[:, None] & (at < DIM)[None, :])
