@@ -63,7 +63,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_saved(tmp_path, seen):
         killed = Ranks(path, *more)
         if number % 4:  # the others are killed while they start
             killed.until("step ")
-        time.sleep(moments.uniform(0, 0.3 if number % 4 else 1.5))
+        time.sleep(moments.uniform(0, 2.0 if number % 4 else 1.5))
         killed.send(signal.SIGKILL)
         killed.end(10)
         now = checkpoint.verify(checkpoint.newest(run))["step"] if checkpoint.checkpoints(run) else 0
@@ -223,7 +223,7 @@ def test_skipping_rolling_back_and_stopping_with_a_replay_that_breaks_at_the_sam
     last = max(notes)
     assert "rolled_back_to" in notes[last]
     lines = replay.replay(wild, last)
-    assert f"from step_{notes[last]['rolled_back_to']:08d}" in lines[0]
+    assert notes[last]["rolled_back_to"] <= int(lines[0].rpartition("step_")[2]) < last, lines
     assert not any(line == "  first output that is not finite: none" for line in lines), lines
     seen(f"{len(notes)} steps skipped, one rollback, then status 2; replay of step {last} breaks at `{lines[-2].strip()[:60]}`")
 
