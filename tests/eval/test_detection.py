@@ -267,7 +267,7 @@ def test_it_overfits_eight_images(run, voc_zip):
     """AP50 of 95 on the images it was trained on: boxes, scales and labels go the whole way."""
     train = images.voc(voc_zip, "trainval")
     protocol = replace(
-        training.PROTOCOLS["small"], steps=250, batch=4, lr=0.02, short_sides=(96,), max_side=160, smallest_anchor=8, precise_batches=20,
+        training.PROTOCOLS["small"], steps=450, batch=4, lr=0.02, short_sides=(96,), max_side=160, smallest_anchor=8, precise_batches=20,
         pyramid_channels=32, head_dim=64, regions=64,
     )  # fmt: skip
     numbers, losses = command.one(run, train, train, protocol, "random", 0)
