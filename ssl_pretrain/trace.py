@@ -48,9 +48,9 @@ class Trace:
             self.marks = {"": 0}
 
     def phase(self, name: str) -> Trace:
-        """The operations from the mark `name` to the next."""
-        ends = sorted([*self.marks.values(), len(self.flops)])
-        span = slice(self.marks[name], next(end for end in ends if end > self.marks[name] or end == len(self.flops)))
+        """The operations from the mark `name` to the next; none where the next was made at once."""
+        following = [*self.marks.values(), len(self.flops)][list(self.marks).index(name) + 1]
+        span = slice(self.marks[name], following)
         return Trace(self.flops[span], self.moved[span], self.held[span], self.kind[span], self.wide[span], self.sent, self.norms)
 
     @property

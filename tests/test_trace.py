@@ -118,3 +118,17 @@ def test_a_phase_ends_where_the_next_begins():
     forward, backward = traced.phase("forward"), traced.phase("backward")
     assert len(forward.flops) + len(backward.flops) == len(traced.flops)
     assert 1.9 < backward.flops.sum() / forward.flops.sum() <= 2  # the input of the first layer gets no gradient
+
+
+def test_a_phase_without_operations_is_empty_and_takes_none_of_the_next():
+    """As the targets of a method without a teacher."""
+
+    def work(x, mark):
+        mark("forward")
+        y = x @ x
+        mark("targets")
+        mark("backward")
+        return y + 1 + x
+
+    traced = trace.run(lambda: torch.zeros(4, 4), work)
+    assert [len(traced.phase(name).flops) for name in ("forward", "targets", "backward")] == [1, 0, 2]
