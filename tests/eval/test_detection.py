@@ -267,9 +267,9 @@ def test_it_overfits_eight_images(run, voc_zip):
     """AP50 of 95 on the images it was trained on: boxes, scales and labels go the whole way."""
     train = images.voc(voc_zip, "trainval")
     protocol = replace(
-        training.PROTOCOLS["small"], steps=450, batch=4, lr=0.02, short_sides=(96,), max_side=160, smallest_anchor=8, precise_batches=20,
-        pyramid_channels=32, head_dim=64, regions=64,
-    )  # fmt: skip
+        training.PROTOCOLS["small"], steps=250, batch=4, lr=0.02, short_sides=(96,), max_side=160, precise_batches=20, pyramid_channels=32,
+        head_dim=64, regions=64,
+    )  # fmt: skip  # objects of 19 to 37 pixels: anchors of 16 and 32 lie densely there, those of 8 put 32 on every 16th pixel
     numbers, losses = command.one(run, train, train, protocol, "random", 0)
     assert numbers["AP50"] >= 95, (numbers, losses[::25])
 
