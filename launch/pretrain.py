@@ -74,11 +74,18 @@ def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def pretrain_and_evaluate(config: RunConfig, path: str, overrides: Sequence[str]) -> tuple[int, dict[str, float]]:
-    """(exit status, seconds by phase). A run that stopped before its end is not evaluated."""
+def pretrain_and_evaluate(
+    config: RunConfig, path: str, overrides: Sequence[str], options: dict[str, list[str]] | None = None
+) -> tuple[int, dict[str, float]]:
+    """(exit status, seconds by phase). A run that stopped before its end is not evaluated.
+
+    Args:
+        options: of evaluations by name, such as {"linear": ["--rows", "pretrained"]}.
+    """
     seconds: dict[str, float] = {}
     phases = [("pretraining", local.train_command(path, overrides, local.ranks_here(config), config.launch.max_restarts))]
-    phases += [(name, [sys.executable, "-m", f"eval.{name}", config.output]) for name in config.evaluation.at_end]
+    for name in config.evaluation.at_end:
+        phases.append((name, [sys.executable, "-m", f"eval.{name}", config.output, *(options or {}).get(name, [])]))
     for name, command in phases:
         print(f"--- {name}", flush=True)
         start = time.monotonic()

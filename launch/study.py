@@ -18,6 +18,7 @@ from launch import methods, pretrain
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
 
+BESIDE = ("raw pixels", results.BETTER)
 ACCURACY, SHARE = "linear, %", "top-5 of all, %"
 COLUMNS = {  # column -> (evaluation, its column)
     ACCURACY: ("linear", "all labels"),
@@ -95,14 +96,21 @@ def plan(study: Study, path: str | Path, base: str | None, overrides: Sequence[s
 
 
 def run_all(planned: Sequence[Planned], base: str) -> list[str]:
-    """Pretrains and evaluates what is not done; the folders of those that failed."""
+    """Pretrains and evaluates what is not done; the folders of those that failed.
+
+    Raw pixels and the random backbone are judged once, of the first run of each seed: they are the same in all.
+    """
     failed = []
+    compared = {config.seed for _, config, _ in planned if done(config) and BESIDE[0] in read(Path(config.output))}
     for number, (name, config, overrides) in enumerate(planned, start=1):
         if done(config):
             continue
         print(f"=== {number} of {len(planned)}: {name}, seed {config.seed}", flush=True)
-        if pretrain.pretrain_and_evaluate(config, base, overrides)[0]:
+        options = {"linear": ["--rows", "pretrained"]} if config.seed in compared else {}
+        if pretrain.pretrain_and_evaluate(config, base, overrides, options)[0]:
             failed.append(config.output)
+        else:
+            compared.add(config.seed)
     return failed
 
 
@@ -132,12 +140,12 @@ def write(study: Study, planned: Sequence[Planned], command: str, table: Path) -
 
 
 def about(config: RunConfig, rows: dict[str, list[dict[str, float]]]) -> list[str]:
-    first = next(iter(rows.values()))[0]
+    beside = {row: seed[row] for seeds in rows.values() for seed in seeds for row in BESIDE if row in seed}
     images = f"{config.data.subset:,} images of {config.data.source}" if config.data.subset else config.data.source
     return [
         f"{config.backbone.name}, {images}, batch {config.global_batch_size}, {config.epochs} epochs. {ACCURACY}: a linear classifier on "
         f"frozen features, learning rate chosen on held-out training images, accuracy on the test images; raw pixels reach "
-        f"{first['raw pixels']:.1f}, the random backbone {first[results.BETTER]:.1f}. {SHARE}: of the covariance of embeddings scaled to "
+        f"{beside['raw pixels']:.1f}, the random backbone {beside[results.BETTER]:.1f}. {SHARE}: of the covariance of embeddings scaled to "
         "length 1, the share of the five largest eigenvalues in the sum of all; effective rank: exp of the entropy of the eigenvalues' "
         "shares; variance: the sum itself, 100 for embeddings all over the sphere, 0 for one point. The same of features in the last two "
         "columns. ± is the deviation over seeds."
@@ -145,10 +153,10 @@ def about(config: RunConfig, rows: dict[str, list[dict[str, float]]]) -> list[st
 
 
 def read(run: Path) -> dict[str, float]:
-    """The numbers of a run's row, and linear accuracy of raw pixels and the random backbone."""
+    """The numbers of a run's row, and linear accuracy of raw pixels and the random backbone where this run judged them."""
     found = {result["name"]: {row["features"]: row["metrics"] for row in result["rows"]} for result in results.load(run)}
     numbers = {column: found[name]["pretrained"][key] for column, (name, key) in COLUMNS.items()}
-    return numbers | {row: found["linear"][row]["all labels"] for row in ("raw pixels", results.BETTER)}
+    return numbers | {row: found["linear"][row]["all labels"] for row in BESIDE if row in found["linear"]}
 
 
 def cell(seeds: Sequence[dict[str, float]], column: str) -> str:
