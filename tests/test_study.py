@@ -65,6 +65,24 @@ def test_the_table_has_means_over_seeds_and_says_what_is_missing(path, tmp_path,
         assert plot.width > 900 and len(set(plot.convert("RGB").reduce(8).getdata())) > 20  # not empty
 
 
+def test_what_all_runs_share_is_judged_once_a_seed(tmp_path, monkeypatch):
+    found = study.load(STUDIES[0])
+    planned = study.plan(found, STUDIES[0], str(ROOT / found.base), ["seed=0,1", f"output={tmp_path}"])[:4]
+    asked = []
+
+    def run(config, _base, _overrides, options):
+        asked.append((config.seed, options))
+        written(Path(config.output), 90, 30)
+        return 0, {}
+
+    monkeypatch.setattr(study.pretrain, "pretrain_and_evaluate", run)
+    alone = {"linear": ["--rows", "pretrained"]}
+    assert study.run_all(planned[:3], "base.yaml") == []
+    assert asked == [(0, {}), (1, {}), (0, alone)]
+    study.run_all(planned, "base.yaml")
+    assert asked[3:] == [(1, alone)]
+
+
 def test_mistakes_are_one_line(tmp_path, capsys):
     path = tmp_path / "study.yaml"
     path.write_text("title: x\nruns: []\n")
