@@ -42,6 +42,11 @@ def recompute(block: nn.Module, selective: bool) -> None:
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
+def keep_again(block: nn.Module) -> None:
+    """Undoes `recompute`, and what else was put over the block's own forward."""
+    del block.forward
+
+
 def _keep(context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_pretrain import backbones, batch_norm, blocks, communication, distributed, optim, parallel, trace
+from ssl_pretrain import backbones, batch_norm, communication, distributed, optim, parallel, trace
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.communication import Cluster, Message, Unit
 from ssl_pretrain.config import RunConfig
@@ -106,13 +106,6 @@ class Program:
     def _there(self, method: Method) -> Any:
         return trace.without_memory(method, self.dtype, self.run.parallel.channels_last)
 
-    def _recompute(self, method: Any) -> None:
-        """As `parallel.wrap` does."""
-        how = self.run.parallel.activation_checkpointing
-        for _, block in backbones.blocks(method) if how != "none" else ():
-            if any(parameter.requires_grad for parameter in block.parameters()):
-                blocks.recompute(block, how == "selective")
-
     def _traced(self, images: int) -> Trace:
         method = self.on_meta()
 
@@ -126,7 +119,7 @@ class Program:
             for name, module in there.named_modules():
                 if isinstance(module, backbones.Backbone):
                     module.register_forward_pre_hook(lambda *_, name=name: self.calls.update({name: self.calls.get(name, 0) + 1}))
-            self._recompute(there)
+            parallel.recompute(there, self.run.parallel)
             return there, Batch(views, numbers, numbers)
 
         def embed(there: Any, mark: Any) -> Any:

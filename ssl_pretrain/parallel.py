@@ -121,10 +121,7 @@ def wrap(
     repeated = [block for _, block in backbones.blocks(method)]
     if config.compile:
         blocks.compile_each(repeated, blocks.drops(method), config.cuda_graphs)
-    if config.activation_checkpointing != "none":
-        for block in repeated:
-            if any(parameter.requires_grad for parameter in block.parameters()):  # a teacher's have no backward
-                blocks.recompute(block, config.activation_checkpointing == "selective")
+    recompute(method, config)
     if distributed.world_size() == 1:
         return method
     one_part = images * distributed.world_size() == global_batch_size
@@ -133,6 +130,15 @@ def wrap(
     for _ in range(2 if whole and one_part else 1):
         rehearse(model, config, device, example)
     return model
+
+
+def recompute(method: nn.Module, config: ParallelConfig) -> list[nn.Module]:
+    """Has the blocks compute their activations again as `config.activation_checkpointing` says; those that now do."""
+    chosen = [block for _, block in backbones.blocks(method)] if config.activation_checkpointing != "none" else []
+    chosen = [block for block in chosen if any(parameter.requires_grad for parameter in block.parameters())]  # a teacher's have no backward
+    for block in chosen:
+        blocks.recompute(block, config.activation_checkpointing == "selective")
+    return chosen
 
 
 def _replicated(method: nn.Module, config: ParallelConfig, static_graph: bool) -> DistributedDataParallel:

@@ -20,6 +20,7 @@ from torch import nn
 from ssl_pretrain import (
     backbones,
     batch_norm,
+    blocks,
     checkpoint,
     distributed,
     draws,
@@ -131,6 +132,8 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
 def images_at_once(method: Method, config: RunConfig, device: torch.device) -> int:
     """Images a rank feeds at once: as the config says, or the most that fits, measured here and printed.
 
+    What is measured has whole weights: shards leave room for more.
+
     Raises:
         ValueError: not even the smallest part fits, or parts would train another loss.
     """
@@ -140,12 +143,15 @@ def images_at_once(method: Method, config: RunConfig, device: torch.device) -> i
         group = parallel.group_images(config.parallel, config.global_batch_size)
         multiple = 1 if not batch_norm.statistics(method) else min(group, share)
         moved = parallel.to_device(method, config.parallel, device)
+        again = parallel.recompute(moved, config.parallel)
 
         def cost(images: int) -> int:
             example = blank_batch(config, images, device)
             return memory.peak(lambda: parallel.rehearse(moved, config.parallel, device, example), device)
 
         images, measured = memory.largest_part(share, multiple, cost, memory.available(device))
+        for block in again:  # `wrap` converts their norms first
+            blocks.keep_again(block)
         if distributed.is_main():
             print(f"local_batch_size: auto took {images} of {share} images at once ({measured})", flush=True)
     if images < share:

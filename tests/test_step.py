@@ -10,7 +10,7 @@ import torch
 from conftest import run_ranks
 from torch import nn
 
-from ssl_pretrain import batch_norm, config, distributed, memory, optim, parallel
+from ssl_pretrain import backbones, batch_norm, config, distributed, memory, optim, parallel
 from ssl_pretrain.data import loader
 from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.parallel import ParallelConfig
@@ -114,6 +114,18 @@ def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
         "local_batch_size: auto: a part of 4 images does not fit (20.00 GiB + 10240.00 MiB an image, 60.0 GiB free); "
         "take a smaller crop size or backbone, a smaller parallel.bn_group_images, or more ranks"
     )
+
+
+def test_auto_measures_blocks_that_compute_again(tmp_path, monkeypatch):
+    asked = ["parallel.bn_group_images=4", "local_batch_size=auto", "parallel.activation_checkpointing=blocks"]
+    settings = config.load(tiny.config(tmp_path), asked)
+    method, forwards = build_method(settings), []
+    (_, block), *_ = backbones.blocks(method)
+    next(child for child in block.modules() if isinstance(child, torch.nn.Conv2d)).register_forward_hook(lambda *_: forwards.append(1))
+    monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
+    assert images_at_once(method, settings, CPU) == 24
+    assert len(forwards) == 2 * 3  # of three measurements
+    assert "forward" not in vars(block)
 
 
 def test_a_peak_is_what_was_held_at_once():
