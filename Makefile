@@ -21,11 +21,11 @@ test-slurm: env  ## a run on a real SLURM of two nodes on this machine, pre-empt
 
 test-reliability: env  ## every fault case, on a real SLURM too: about a quarter of an hour; writes the table of docs/reliability.md
 	@bash tests/slurm/cluster.sh install
-	@$(python) -m pytest tests/slurm tests -m case -n 2 --dist loadfile --table=docs/reliability.md
+	@$(python) -m pytest tests/slurm tests -m case -n 2 --dist loadfile --no-loadscope-reorder --table=docs/reliability.md
 
 test-full: env  ## all of these and the long tests, marked `full`; writes the table, too
 	@bash tests/slurm/cluster.sh install
-	@$(python) -m pytest tests/slurm tests -m "full or not full" -n 2 --dist loadfile --table=docs/reliability.md
+	@$(python) -m pytest tests/slurm tests -m "full or not full" -n 2 --dist loadfile --no-loadscope-reorder --table=docs/reliability.md
 
 lint: env  ## ruff, and mypy's type check
 	@$(python) -m ruff check .
