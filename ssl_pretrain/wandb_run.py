@@ -91,12 +91,14 @@ class WandbRun:
 
 def unsent(run: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(key, hash, result) of those in RUN/eval/ that `note_sent` was not told of."""
+    sent = _sent(run)
     for found in sorted([*run.glob("eval/*.json"), *run.glob("eval/step_*/*.json")]):
         with suppress(OSError, ValueError, KeyError, TypeError):  # written by someone else, perhaps at this moment
             written = json.loads(found.read_text())
             key = f"{written['name']} of step {written['step']}"
             content = hashlib.sha256(json.dumps(written["rows"]).encode()).hexdigest()[:16]  # the newest is in two places
-            if _sent(run).get(key) != content:
+            if sent.get(key) != content:
+                sent[key] = content
                 yield key, content, written
 
 
