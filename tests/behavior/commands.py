@@ -1,0 +1,104 @@
+"""Run the product's commands as a user types them, on images and a configuration that take seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Every key that is not here has its shipped default.
+CONFIG = """
+method: {name: simclr, temperature: 0.2, projector_dims: [16, 8]}
+backbone: {name: test_resnet, stem: no_pool}
+data: {source: folder, num_workers: 0}
+views: {crops: {global: {count: 2, size: 16, scale: [0.3, 1.0]}}}
+optim: {name: lars, base_lr: 4.0, warmup_epochs: 0}
+parallel: {threads: 1}
+log: {every_steps: 1, wandb: "off"}
+online: {knn_every_epochs: 0}
+evaluation: {crop_ratio: 1.0, k: 3}
+global_batch_size: 8
+epochs: 1
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Exit status and output of a command."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def text(self) -> str:
+        return self.stdout + self.stderr
+
+
+def noise(number: int, size: tuple[int, int] = (20, 20)) -> Image.Image:
+    """Seeded color noise, a different image for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write_images(folder: Path, names: list[str], first: int = 0) -> Path:
+    """Write one small image per name, such as `train/cat/1.png`, below the folder."""
+    for number, name in enumerate(names, first):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(number).save(path)
+    return folder
+
+
+def class_folders(folder: Path, split: str, classes: int = 2, per_class: int = 8, first: int = 0) -> Path:
+    """Write `<split>/class_<c>/<n>.png`, the layout of torchvision's ImageFolder."""
+    names = [f"{split}/class_{c}/{n}.png" for c in range(classes) for n in range(per_class)]
+    return write_images(folder, names, first)
+
+
+def write_config(folder: Path, root: Path, text: str = CONFIG) -> Path:
+    """Write the configuration with its `data.root` and an `output` beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = text.replace("data: {", f"data: {{root: {root}, cache_dir: {folder / 'cache'}, ")
+    path = folder / "config.yaml"
+    path.write_text(f"{text}output: {folder / 'run'}\n")
+    return path
+
+
+def start(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
+    """Start `python ARGUMENTS` in a process group of its own, with the checkout on the path."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
+    """Wait for a started command. A process that outlives the timeout is killed, with its children."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{out}\n{err}") from None
+    return Finished(process.returncode, out, err)
+
+
+def run(*arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **environment: str) -> Finished:
+    """Run `python ARGUMENTS` to its end, for example `run("-m", "ssl_pretrain.train", config)`."""
+    return finish(start(*arguments, cwd=cwd, **environment), timeout)
