@@ -112,8 +112,9 @@ class _Synchronized(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         slope = -scale * inverse * mean_product
         offset = -scale * mean_grad - slope * mean
-        own = F.batch_norm(wide, torch.zeros_like(mean), torch.ones_like(mean), slope, offset, False, 0.0, 0.0)
-        own = torch.addcmul(own, grad, scale.view(1, -1, *[1] * (x.ndim - 2)))
+        channels = (1, -1, *[1] * (x.ndim - 2))
+        own = torch.addcmul(offset.view(channels), wide, slope.view(channels))
+        own = torch.addcmul(own, grad, scale.view(channels))
         # Weight and bias get this rank's sums: DDP averages them over ranks like every other gradient.
         return own.to(x.dtype), sum_product if weight is not None else None, sum_grad if ctx.has_bias else None, None, None
 

@@ -193,7 +193,7 @@ class State:
         for key, value in load_file(path / "optimizer.safetensors").items():
             name, _, entry = key.rpartition("::")
             parameter = self._parameter(name)
-            self.optimizer.state[parameter][entry] = value.to(parameter.device)
+            self.optimizer.state[parameter][entry] = _state_tensor(parameter, value.shape, value.dtype).copy_(value)
 
     def _load_shards(self, path: Path) -> None:
         """Each rank reads the slices that it holds, whatever shards they were written in.
@@ -209,10 +209,8 @@ class State:
         for key in stored.keys() - weights:
             name, _, entry = key.rpartition("::")
             parameter = self._parameter(name)
-            size, dtype = stored[key].size, stored[key].properties.dtype
-            like_it = size == parameter.shape
-            empty = torch.zeros_like(parameter) if like_it else torch.zeros(size, dtype=dtype, device=parameter.device)
-            self.optimizer.state[parameter][entry] = wanted[key] = empty.detach()
+            value = _state_tensor(parameter, stored[key].size, stored[key].properties.dtype)
+            self.optimizer.state[parameter][entry] = wanted[key] = value
         _fill(path, wanted, self._group)
 
     def _machine(self) -> dict[str, Any]:
@@ -224,6 +222,17 @@ class State:
             if name in group["names"]:
                 return group["params"][group["names"].index(name)]
         raise ValueError(f"the checkpoint's optimizer has a state for {name!r}, which this method does not train")
+
+
+def _state_tensor(parameter: nn.Parameter, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return zeros for an entry of the optimizer's state, on the parameter's device.
+
+    An entry of the parameter's shape also gets its memory layout and its sharding. The fused optimizer kernels walk
+    raw memory, so a moment in another layout than its weight would be applied to the wrong elements.
+    """
+    if shape == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
 
 def _write(final: Path, writing: Path, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any]) -> None:

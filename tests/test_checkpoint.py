@@ -42,6 +42,32 @@ def test_a_state_comes_back(run):
     assert all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in zip(fresh.optimizer.state.values(), want))
 
 
+@pytest.mark.parametrize("name", ["lars", "larc", "sgd", "adamw", "adam"])
+def test_moments_are_loaded_in_the_memory_layout_of_their_weights(name, tmp_path):
+    def stepped(seed):
+        torch.manual_seed(seed)
+        method = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, (1, 3))).to(memory_format=torch.channels_last)
+        optimizer = optim.build(OptimConfig(name=name), method)
+        step(method, optimizer)
+        return State(method, optimizer, {}, {})
+
+    def step(method, optimizer):
+        method.zero_grad()
+        method(torch.arange(192.0).view(1, 3, 8, 8)).square().sum().backward()
+        optim.set_rates(optimizer, OptimConfig(name=name, base_lr=0.01), 0.5, 10, 256)
+        optim.guarded_step(optimizer)
+
+    saved, fresh = stepped(0), stepped(1)
+    saved.save(tmp_path, 1, CheckpointConfig(), 1)
+    fresh.resume(tmp_path, CheckpointConfig(), lambda manifest: None)
+    for parameter in fresh.method.parameters():
+        moments = [value for value in fresh.optimizer.state[parameter].values() if value.shape == parameter.shape]
+        assert moments and all(value.stride() == parameter.stride() for value in moments)
+    step(saved.method, saved.optimizer)
+    step(fresh.method, fresh.optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.method.parameters(), saved.method.parameters()))
+
+
 def test_no_pickle_is_written(run):
     kinds = {path.suffix for path in run.rglob("*") if path.is_file()}
     assert kinds == {".json", ".safetensors"}

@@ -104,7 +104,8 @@ def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
         box: inside the image.
         crop: the recipe that gives size and interpolation.
     """
-    view = F.resized_crop(image, box.top, box.left, box.height, box.width, [crop.size, crop.size], crop.interpolation, antialias=True)
+    mode = F.InterpolationMode(crop.interpolation)
+    view = F.resized_crop(image, box.top, box.left, box.height, box.width, [crop.size, crop.size], mode, antialias=True)
     return view.flip(-1) if box.flip else view
 
 
@@ -168,5 +169,6 @@ def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation:
     """
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crops.evaluate: crop_ratio must be in (0, 1], got {crop_ratio}")
-    resized = F.resize(image, [round(size / crop_ratio)], interpolation, antialias=True)
+    mode = F.InterpolationMode(interpolation)
+    resized = F.resize(image, [round(size / crop_ratio)], mode, antialias=True)
     return F.center_crop(resized, [size, size])

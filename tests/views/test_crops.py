@@ -23,7 +23,7 @@ def image(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
     pixels, box = image(70, 90), Box(5, 11, 41, 53, flip)
-    expected = F.resized_crop(pixels, 5, 11, 41, 53, [size, size], interpolation, antialias=True)
+    expected = F.resized_crop(pixels, 5, 11, 41, 53, [size, size], F.InterpolationMode(interpolation), antialias=True)
     view = crops.apply(pixels, box, Crop(size=size, interpolation=interpolation))
     assert view.dtype == torch.uint8
     assert torch.equal(view, F.horizontal_flip(expected) if flip else expected)

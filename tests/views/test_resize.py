@@ -38,7 +38,8 @@ BOXES = [
 @pytest.mark.parametrize(("shape", "box", "size"), BOXES)
 def test_a_view_is_torchs_within_one_grey_level(shape, box, size, flip, interpolation, kind):
     image = picture(*shape, kind)
-    expected = F.resized_crop(torch.from_numpy(image).permute(2, 0, 1), *box, [size, size], interpolation, antialias=True).numpy()
+    mode = F.InterpolationMode(interpolation)
+    expected = F.resized_crop(torch.from_numpy(image).permute(2, 0, 1), *box, [size, size], mode, antialias=True).numpy()
     view = ours(image, (*box, flip), size, interpolation == "bicubic").astype(int)
     difference = np.abs(view - (expected[..., ::-1] if flip else expected))
     assert difference.max() <= 1
