@@ -6,16 +6,18 @@ for softmax). Everything is float32, or float64 where the embeddings are, whatev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ssl_pretrain import distributed
 
+T = TypeVar("T")
 TILE = {"cpu": (512, 1024), "cuda": (8192, 8192)}  # rows x columns; on CPU a tile stays in the cache
 FUSED_ON = ("cuda",)  # devices whose sums are the kernels of tiles_triton
 SAFE = 40.0  # exp of logits up to here, and sums of 2**30 of them, are normal float32 numbers: no maximum is needed
@@ -76,9 +78,8 @@ def log_sum_exp_among(z: Tensor, *, scale: float, excluded: Sequence[int] = (0,)
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, candidates: Tensor, bounded: bool, own: int, excluded: tuple[int, ...]) -> Tensor:
-        if (kernels := _kernels(anchors)) is not None:
-            lse = kernels.log_sum_exp(anchors, candidates, own, excluded)
-        else:
+        lse = _fused(anchors, lambda kernels: kernels.log_sum_exp(anchors, candidates, own, excluded))
+        if lse is None:
             accumulate = _Sums(len(anchors), anchors, bounded)
             for tile, logits in _logits(anchors, candidates, own, excluded):
                 accumulate.rows(tile, logits)
@@ -91,8 +92,9 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         anchors, candidates, lse = ctx.saved_tensors
         own, excluded = ctx.arguments
-        if (kernels := _kernels(anchors)) is not None:
-            return *_by_kernels(kernels, ctx, grad), None, None, None
+        fused = _fused(anchors, lambda kernels: _by_kernels(kernels, ctx, grad))
+        if fused is not None:
+            return *fused, None, None, None
         for_anchors = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
         for_candidates = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
@@ -109,9 +111,8 @@ class _LogSumExpAmong(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: float, excluded: tuple[int, ...], labels: Tensor | None) -> tuple[Tensor, Tensor]:
         everyone, own, bounded = distributed.gather(z), distributed.rank() * len(z), scale <= SAFE
-        if (kernels := _kernels(z)) is not None:
-            lse = kernels.log_sum_exp(z * scale, everyone, own, excluded)
-        else:
+        lse = _fused(z, lambda kernels: kernels.log_sum_exp(z * scale, everyone, own, excluded))
+        if lse is None:
             accumulate = _Sums(len(z), z, bounded)
             for tile, logits in _logits(z * scale, everyone, own, excluded, halved=bounded):
                 accumulate.rows(tile, logits)
@@ -133,11 +134,9 @@ class _LogSumExpAmong(torch.autograd.Function):
         scale, own, excluded, _ = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
             all_lse, all_grad, all_positives = distributed.gather(torch.stack([lse, grad, grad_positives], dim=1)).unbind(1)
-            if (kernels := _kernels(z)) is not None:
-                total = kernels.weighted_sum(
-                    z * scale, everyone, own=own, excluded=excluded, of_anchors=(lse, grad), of_candidates=(all_lse, all_grad)
-                )
-            else:
+            weights = {"own": own, "excluded": excluded, "of_anchors": (lse, grad), "of_candidates": (all_lse, all_grad)}
+            total = _fused(z, lambda kernels: kernels.weighted_sum(z * scale, everyone, **weights))
+            if total is None:
                 total = _by_tiles(ctx.arguments, z, everyone, all_lse, all_grad)
             if classes is not None:  # sum_p of s_ip is symmetric, too
                 mine, share = classes[own : own + len(z)], (all_positives / (_class_sizes(classes) - 1).clamp(min=1))[:, None]
@@ -176,13 +175,23 @@ def _by_tiles(arguments: Any, z: Tensor, everyone: Tensor, all_lse: Tensor, all_
     return total
 
 
-def _kernels(anchors: Tensor) -> Any:
-    """The fused kernels where they are for these embeddings: on CUDA, in float32, where Triton is; else None."""
+def _fused(anchors: Tensor, compute: Callable[[ModuleType], T]) -> T | None:
+    """Return `compute(kernels)` where the fused kernels take these embeddings, else None.
+
+    They run on CUDA, in float32, where Triton is installed. A device on which a launch does not fit is left to the plain
+    tiles from then on, with one warning.
+    """
     if anchors.device.type not in FUSED_ON or find_spec("triton") is None:
         return None
     from ssl_pretrain.losses import tiles_triton
 
-    return tiles_triton if tiles_triton.fits(anchors) else None
+    if not tiles_triton.fits(anchors):
+        return None
+    try:
+        return compute(tiles_triton)
+    except tiles_triton.OutOfResources as error:
+        tiles_triton.refuse(anchors.device, error)
+        return None
 
 
 class _Sums:

@@ -7,21 +7,67 @@ float32 in and out, products as three TF32 ones (about float32's precision) on t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-MAX_DIM = 256  # of an embedding: a block of them has to fit into shared memory
-_ROWS = 64  # of a block
+__all__ = ["OutOfResources", "fits", "log_sum_exp", "refuse", "weighted_sum"]
+
+MAX_DIM = 256  # largest embedding whose blocks fit into shared memory
 _PROGRAMS = 264  # twice the multiprocessors of an H100
 _NEVER = 2**30  # an offset that excludes nothing
 
 
+class Blocks(NamedTuple):
+    """Sizes with which a kernel is compiled."""
+
+    rows: int  # anchors per program
+    columns: int  # candidates per turn of its loop
+    num_warps: int
+    num_stages: int  # turns whose loads are under way at once
+
+
+# Bytes of shared memory that one program may use, then the blocks by padded dimension. Each entry was compiled for an
+# architecture with that limit (tests/losses/test_tiles_compile.py does so again) and spills least among those that fit.
+_BLOCKS: dict[int, dict[int, Blocks]] = {
+    232_448: {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 4, 1)},  # sm_90
+    166_912: {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 16, 4, 2)},  # sm_80
+    101_376: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(16, 16, 4, 2)},  # sm_86, sm_89
+}
+_refused_on: set[torch.device] = set()  # devices on which a launch did not fit
+
+
 def fits(anchors: Tensor) -> bool:
-    return anchors.dtype == torch.float32 and anchors.shape[1] <= MAX_DIM
+    """Return True if the kernels take these embeddings on their device."""
+    return anchors.dtype == torch.float32 and anchors.shape[1] <= MAX_DIM and anchors.device not in _refused_on
+
+
+def blocks_for(padded: int, shared_memory: int) -> Blocks:
+    """Return the block sizes for embeddings padded to `padded` numbers.
+
+    Args:
+        padded: Power of two, at least 16 and at most `MAX_DIM`.
+        shared_memory: Bytes of shared memory that one program may use on the device.
+    """
+    limit = next((limit for limit in _BLOCKS if limit <= shared_memory), min(_BLOCKS))
+    return next(blocks for dim, blocks in _BLOCKS[limit].items() if padded <= dim)
+
+
+def refuse(device: torch.device, error: Exception) -> None:
+    """Take the plain tiles on this device from now on, and say so once."""
+    _refused_on.add(device)
+    warnings.warn(
+        f"the fused loss kernels do not fit {torch.cuda.get_device_name(device)} ({error}); the loss is computed by plain tiles, "
+        "with the same result but slower",
+        stacklevel=2,
+    )
 
 
 def log_sum_exp(anchors: Tensor, candidates: Tensor, own: int, excluded: Sequence[int]) -> Tensor:
@@ -31,12 +77,14 @@ def log_sum_exp(anchors: Tensor, candidates: Tensor, own: int, excluded: Sequenc
     this rank's, and only they are excluded.
     """
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
-    width, splits, per_split = _split(anchors, candidates)
+    blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
+    splits, per_split = _split(anchors, candidates, blocks)
     parts = anchors.new_empty(splits, len(anchors))
-    grid = (triton.cdiv(len(anchors), _ROWS), splits)
+    grid = (triton.cdiv(len(anchors), blocks.rows), splits)
     _log_sum_exp[grid](
         anchors, candidates, parts, len(anchors), len(candidates), per_split, own, len(anchors), *_offsets(excluded), False,
-        DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=_ROWS, COLUMNS=width, PRECISION=_precision(anchors),
+        DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=blocks.rows, COLUMNS=blocks.columns, PRECISION=_precision(anchors),
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return parts[0] if splits == 1 else torch.logsumexp(parts, dim=0)
 
@@ -53,27 +101,37 @@ def weighted_sum(
     """
     assert of_anchors is not None or of_candidates is not None, "something has to weigh"
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
-    width, splits, per_split = _split(anchors, candidates)
+    blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
+    splits, per_split = _split(anchors, candidates, blocks)
     parts = anchors.new_empty(splits, *anchors.shape)
     rows = tuple(x.contiguous() for x in of_anchors) if of_anchors else (anchors, anchors)  # never read
     columns = tuple(x.contiguous() for x in of_candidates) if of_candidates else (anchors, anchors)
-    grid = (triton.cdiv(len(anchors), _ROWS), splits)
+    grid = (triton.cdiv(len(anchors), blocks.rows), splits)
     _weighted_sum[grid](
         anchors, candidates, parts, *rows, *columns, len(anchors), len(candidates), per_split,
         own, len(candidates if swapped else anchors), *_offsets(excluded), swapped,
-        DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=_ROWS, COLUMNS=width, PRECISION=_precision(anchors),
+        DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=blocks.rows, COLUMNS=blocks.columns, PRECISION=_precision(anchors),
         BY_ROW=of_anchors is not None, BY_COLUMN=of_candidates is not None,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0)
 
 
-def _split(anchors: Tensor, candidates: Tensor) -> tuple[int, int, int]:
-    """Columns of a block; into how many parts the candidates are split, and how many of them each has."""
-    width = 64 if _padded(anchors) <= 128 else 32
-    blocks = triton.cdiv(len(candidates), width)
-    wanted = max(1, min(_PROGRAMS // triton.cdiv(len(anchors), _ROWS), blocks))
-    per_split = triton.cdiv(blocks, wanted) * width
-    return width, triton.cdiv(len(candidates), per_split), per_split
+def _split(anchors: Tensor, candidates: Tensor, blocks: Blocks) -> tuple[int, int]:
+    """Return the number of programs that share the candidates, and the candidates of each."""
+    turns = triton.cdiv(len(candidates), blocks.columns)
+    wanted = max(1, min(_PROGRAMS // triton.cdiv(len(anchors), blocks.rows), turns))
+    per_split = triton.cdiv(turns, wanted) * blocks.columns
+    return triton.cdiv(len(candidates), per_split), per_split
+
+
+@lru_cache(maxsize=16)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory per program. Triton's interpreter on a CPU has no limit and takes the blocks of sm_90."""
+    if device.type != "cuda":
+        return max(_BLOCKS)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _padded(anchors: Tensor) -> int:

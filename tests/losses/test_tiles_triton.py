@@ -28,8 +28,37 @@ def test_the_kernels_compute_what_the_tiles_do():
 
 
 def test_they_are_for_cuda_and_float32_alone():
-    assert tiles._kernels(torch.zeros(4, 8)) is None  # on a CPU
+    assert tiles._fused(torch.zeros(4, 8), lambda kernels: kernels) is None  # on a CPU
     from ssl_pretrain.losses import tiles_triton
 
     assert tiles_triton.fits(torch.zeros(4, 8)) and tiles_triton.fits(torch.zeros(4, 256))
     assert not tiles_triton.fits(torch.zeros(4, 257)) and not tiles_triton.fits(torch.zeros(4, 8, dtype=torch.float64))
+
+
+def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(monkeypatch):
+    from ssl_pretrain.losses import tiles_triton
+
+    monkeypatch.setattr(tiles, "FUSED_ON", ("cpu",))
+    monkeypatch.setattr(tiles_triton, "_refused_on", set())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of a test")
+
+    def launch(*arguments, **keywords):
+        raise tiles_triton.OutOfResources(262_144, 232_448, "shared memory")
+
+    monkeypatch.setattr(tiles_triton, "log_sum_exp", launch)
+    monkeypatch.setattr(tiles_triton, "weighted_sum", launch)
+    z = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
+
+    def loss_and_gradient():
+        lse, _ = tiles.log_sum_exp_among(z, scale=5.0)
+        return lse.detach(), torch.autograd.grad(lse.sum(), z)[0]
+
+    with pytest.warns(UserWarning) as warned:
+        fallen_back = loss_and_gradient()
+        loss_and_gradient()
+    assert [str(warning.message) for warning in warned] == [
+        "the fused loss kernels do not fit GPU of a test (out of resource: shared memory, Required: 262144, Hardware limit: 232448. "
+        "Reducing block sizes or `num_stages` may help.); the loss is computed by plain tiles, with the same result but slower"
+    ]
+    monkeypatch.setattr(tiles, "FUSED_ON", ())
+    torch.testing.assert_close(fallen_back, loss_and_gradient(), rtol=0, atol=0)

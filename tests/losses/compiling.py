@@ -1,0 +1,47 @@
+"""Compile the loss kernels for architectures that this machine does not have, with the `ptxas` of Triton's wheel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ssl_pretrain.losses import tiles_triton
+
+# Compute capability -> bytes of shared memory that one program may use (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"): A100, RTX 4090 and L40S, H100 and H200.
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
+KERNELS = {
+    "log_sum_exp": (tiles_triton._log_sum_exp, {}),
+    "weighted_sum, by row": (tiles_triton._weighted_sum, {"BY_ROW": True, "BY_COLUMN": False}),
+    "weighted_sum, by column": (tiles_triton._weighted_sum, {"BY_ROW": False, "BY_COLUMN": True}),
+    "weighted_sum, by both": (tiles_triton._weighted_sum, {"BY_ROW": True, "BY_COLUMN": True}),
+}
+_POINTERS = ("anchors", "candidates", "parts", "row_lse", "row_gradient", "column_lse", "column_gradient")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Resources of a compiled kernel."""
+
+    shared: int  # bytes of shared memory
+    registers: int
+
+
+def compile_kernel(name: str, dim: int, capability: int, blocks: tiles_triton.Blocks | None = None) -> Compiled:
+    """Compile one kernel with the blocks of the product, or with others."""
+    padded = max(16, triton.next_power_of_2(dim))
+    blocks = blocks or tiles_triton.blocks_for(padded, SHARED_MEMORY[capability])
+    kernel, flags = KERNELS[name]
+    constants = {
+        "SWAPPED": False, "DIM": dim, "PADDED": padded, "ROWS": blocks.rows, "COLUMNS": blocks.columns, "PRECISION": "tf32x3", **flags,
+    }  # fmt: skip
+    signature = {
+        argument: "constexpr" if argument in constants else "*fp32" if argument in _POINTERS else "i32" for argument in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, constants)
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return Compiled(compiled.metadata.shared, getattr(compiled, "n_regs", 0) or 0)

@@ -1,0 +1,51 @@
+"""The loss kernels fit the shared memory of every GPU generation, found by compiling them for it here."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+
+import compiling
+from compiling import KERNELS, SHARED_MEMORY, compile_kernel
+
+from ssl_pretrain.losses.tiles_triton import Blocks, blocks_for
+
+# One dimension per shape class. 128 is SimCLR's, 256 MoCo v3's and NNCLR's.
+QUICK = [(capability, dim) for capability in SHARED_MEMORY for dim in (128, 256)]
+ALL = [
+    (capability, dim, name)
+    for capability in SHARED_MEMORY
+    for dim in (8, 16, 33, 64, 100, 128, 129, 200, 256)
+    for name in KERNELS
+    if (capability, dim) not in QUICK or name not in ("log_sum_exp", "weighted_sum, by both")
+]
+
+
+def assert_fits(name: str, dim: int, capability: int) -> None:
+    compiled = compile_kernel(name, dim, capability)
+    assert compiled.shared <= SHARED_MEMORY[capability], f"{name} at {dim}: {compiled.shared} bytes on sm_{capability}"
+
+
+@pytest.mark.parametrize("name", ["log_sum_exp", "weighted_sum, by both"])
+@pytest.mark.parametrize("capability, dim", QUICK)
+def test_a_kernel_fits(name, capability, dim):
+    assert_fits(name, dim, capability)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability, dim, name", ALL)
+def test_every_kernel_of_every_shape_fits(capability, dim, name):
+    assert_fits(name, dim, capability)
+
+
+def test_blocks_that_once_failed_to_launch_are_seen_not_to_fit():
+    """64 x 32 in three stages, as for 256 numbers before: 256 KiB, where an H100 has 227."""
+    compiled = compile_kernel("log_sum_exp", 256, 90, Blocks(64, 32, 4, 3))
+    assert compiled.shared == 262_144 > SHARED_MEMORY[90]
+
+
+def test_an_unknown_device_takes_blocks_of_the_next_smaller_limit():
+    assert blocks_for(128, 300_000) == blocks_for(128, compiling.SHARED_MEMORY[90])
+    assert blocks_for(128, 150_000) == blocks_for(128, compiling.SHARED_MEMORY[89])
+    assert blocks_for(256, 48_000) == blocks_for(256, compiling.SHARED_MEMORY[89])
