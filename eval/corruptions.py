@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from PIL import Image
 from scipy import ndimage, special, stats
 
 from ssl_pretrain import draws
 from ssl_pretrain.draws import Purpose
+from ssl_pretrain.jit import njit
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL = 64

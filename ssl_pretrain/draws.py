@@ -12,7 +12,8 @@ The hash and the numbers of `Purpose` are a contract: a change gives resumed run
 from enum import IntEnum
 
 import numpy as np
-from numba import njit
+
+from ssl_pretrain.jit import njit
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 FIRST_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)

@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ssl_pretrain import draws
 from ssl_pretrain.data.beton_file import RAW, Samples
+from ssl_pretrain.jit import njit
 from ssl_pretrain.views import crops, resize
 from ssl_pretrain.views.recipe import Crop
 

@@ -235,7 +235,7 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
     if stored is not None:
         beton = Beton(beton_file.read(stored))
         return _subset(beton, config.subset) if split == "train" else beton
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else Path.home() / ".cache" / "ssl_pretrain"
+    cache = Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache()
     root = _root(config, cache)
     if split == "train":
         where, files, written = _train(config, root, cache)
@@ -250,6 +250,12 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
     where, files, written = found
     _check_not_empty(where, files)
     return Files(where, files, *parts.labels(where, files, written, _classes(config, root, cache)))
+
+
+def _user_cache() -> Path:
+    """Folder for lists of files. A user without a home gets one that cannot be written to, and no lists are kept."""
+    home = os.path.expanduser("~")
+    return Path(home if os.path.isabs(home) else os.devnull) / ".cache" / "ssl_pretrain"
 
 
 def _stored(config: DataConfig, split: str) -> Path | None:

@@ -7,7 +7,8 @@ The arithmetic is `colour`'s, in float32; sums are taken in another order, which
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from numba import njit
+
+from ssl_pretrain.jit import njit
 
 _CONTRACT = {"contract"}  # a product and a sum may be rounded once: twice the speed, and nearer to the truth
 _SUM = {"contract", "reassoc", "nsz"}  # sums in lanes

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from ssl_pretrain import draws
 from ssl_pretrain.draws import Purpose
+from ssl_pretrain.jit import njit
 from ssl_pretrain.views.recipe import Crop, Interpolation
 from ssl_pretrain.views.upload import upload
 
