@@ -10,6 +10,7 @@ number of ranks, sharded or not.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import shutil
 import threading
@@ -24,16 +25,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssl_pretrain import distributed, provenance
+from ssl_pretrain import disk, distributed, provenance
 from ssl_pretrain import manifest as manifests
-from ssl_pretrain.manifest import MANIFEST, WRITING, checkpoints, newest, prune, verify
+from ssl_pretrain.disk import SaveError
+from ssl_pretrain.manifest import FORMAT, MANIFEST, READABLE, WRITING, checkpoints, newest, prune, verify
 
-FORMAT = 1
 WHOLE = "method.safetensors"
-
-
-class SaveError(OSError):
-    """The disk refused a checkpoint; older ones are untouched."""
 
 
 @dataclass
@@ -324,11 +321,15 @@ def prepare(run: Path) -> None:
     """Removes what an interrupted save left, and writes a little, as a save would: for the start of a run, on every rank.
 
     Raises:
-        ValueError: nothing can be written there; names the place and the system's reason.
+        ValueError: nothing can be written there; names the place, what failed and the system's reason.
+        SaveError: the same where the disk is full or failing, which may pass.
     """
     problem = distributed.broadcast_object(manifests.probe(run) if distributed.is_main() else None)
-    if problem:
-        raise ValueError(problem)
+    if problem is None:
+        return
+    if disk.is_trouble(problem) and problem.errno != errno.EROFS:
+        raise SaveError(problem.strerror)
+    raise ValueError(problem.strerror)
 
 
 def opened(path: Path, verified: bool = False) -> dict[str, Any]:
@@ -338,7 +339,7 @@ def opened(path: Path, verified: bool = False) -> dict[str, Any]:
         ValueError: a file is damaged, or the checkpoint is of another format than this version's.
     """
     manifest = manifests.load(path) if verified else verify(path)
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in READABLE:
         made_by = manifest.get("versions", {})
         raise ValueError(
             f"{path} has checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}; it was written by ssl_pretrain "

@@ -1,6 +1,7 @@
 """A checkpoint's folder: written beside and renamed, its manifest, whether it is whole, and which of a run's to take or drop.
 
-The manifest holds the size and SHA-256 of every file, so a damaged checkpoint is known by name and the one before it is used.
+The manifest holds the size and SHA-256 of every file and ends in a SHA-256 of its own, so a damaged checkpoint is known by
+name and the one before it is used. Format 1 had no hash of its own: such manifests are read, with every other check.
 """
 
 from __future__ import annotations
@@ -16,8 +17,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ssl_pretrain import disk
+
+FORMAT = 2
+READABLE = (1, FORMAT)
 MANIFEST = "manifest.json"
+HASH = "manifest_sha256"  # the manifest's last entry: the SHA-256 of all that comes before it
 WRITING = ".writing-"
+WHOLE_FILES = ("method.safetensors", "optimizer.safetensors")
+SHARD = "shard-"
+KIND_NAMES = {int: "number", dict: "object", str: "text"}
 
 
 def folder(run: Path) -> Path:
@@ -33,34 +42,56 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def probe(run: Path) -> str | None:
-    """Removes what an interrupted save left, and writes a little; why that failed, if it did."""
+def probe(run: Path) -> OSError | None:
+    """Remove what an interrupted save left, and try what a save does: write, fsync, rename. Return the failure, if any."""
     place = folder(run)
-    probe = place / f"{WRITING}probe-{uuid.uuid4().hex[:8]}"
+    beside = place / f"{WRITING}probe-{uuid.uuid4().hex[:8]}"
+    renamed = beside.with_name(f"{beside.name}-renamed")
+    doing = "make a folder"
     try:
         place.mkdir(parents=True, exist_ok=True)
         for path in place.glob(f"{WRITING}*"):
             shutil.rmtree(path, ignore_errors=True)
-        probe.mkdir()
-        (probe / "probe").write_bytes(bytes(4096))
-        _fsync(probe / "probe")
-        shutil.rmtree(probe)
+        beside.mkdir()
+        doing = "write a file"
+        (beside / "probe").write_bytes(bytes(4096))
+        doing = "fsync a file"
+        disk.sync(beside / "probe")
+        doing = "fsync a folder"
+        disk.sync_folder(beside)
+        doing = "rename a folder"
+        os.rename(beside, renamed)
+        disk.sync_folder(place)
+        doing = "remove a folder"
+        shutil.rmtree(renamed)
     except OSError as error:
-        return (
-            f"output: no checkpoint can be written to {place}: {error.strerror or error}; "
+        for path in (beside, renamed):
+            shutil.rmtree(path, ignore_errors=True)
+        text = (
+            f"output: no checkpoint can be written to {place}: {disk.reason(error)} ({doing}); "
             "make room or give the right to write there, or give another output"
         )
+        return OSError(error.errno, text)
     return None
 
 
 def is_there(final: Path) -> bool:
-    """Whether that checkpoint is: resumed from it, or saved by the same step. A damaged one, reached again from the one before, goes."""
-    if not final.exists():
+    """Return True if the checkpoint exists and is whole. Whatever else lies under its name is removed, as it is written anew.
+
+    A link there loses its name and not its target.
+    """
+    if not os.path.lexists(final):
+        return False
+    if not final.is_dir():
+        final.unlink()
         return False
     with suppress(ValueError):
         verify(final)
         return True
-    shutil.rmtree(final)
+    if final.is_symlink():
+        final.unlink()
+    else:
+        shutil.rmtree(final)
     return False
 
 
@@ -91,32 +122,97 @@ def newest(run: str | Path) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """As it is written, its files not looked at. Raises ValueError where it cannot be read."""
+    """The manifest as it was written. The files that it lists are not looked at.
+
+    Raises:
+        ValueError: it cannot be read, a bit of it has changed, or it is not the manifest of this folder.
+    """
+    name = f"{path.name}/{MANIFEST}"
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path.name}/{MANIFEST} cannot be read ({type(error).__name__})") from None
+        text = (path / MANIFEST).read_bytes().decode()
+        manifest = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{name} cannot be read: it is no JSON object")
+    if not _has_its_hash(text) and not _is_of_another_format(manifest, text):
+        raise ValueError(f"{name} is damaged: its SHA-256 is not the one at its end")
+    problem = _shape_problem(manifest) or _folder_problem(path, manifest)
+    if problem:
+        raise ValueError(f"{name} cannot be read: {problem}")
     return manifest
+
+
+def dumps(manifest: dict[str, Any]) -> str:
+    """The manifest as text that ends in the SHA-256 of the rest."""
+    body = json.dumps({key: value for key, value in manifest.items() if key != HASH}, indent=1).removesuffix("\n}")
+    return f'{body},\n "{HASH}": "{_digest(body)}"\n}}'
+
+
+def _has_its_hash(text: str) -> bool:
+    body, comma, end = text.rpartition(",\n")
+    return comma != "" and end == f' "{HASH}": "{_digest(body)}"\n}}'
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _is_of_another_format(manifest: dict[str, Any], text: str) -> bool:
+    """Return True for format 1, which had no hash, and for a format that is not known, written in another way than ours.
+
+    A flipped bit makes neither of a manifest of this format: 1 and 2 differ in two bits, and the way of writing stays.
+    """
+    if manifest.get("format") == 1:
+        return HASH not in manifest
+    return manifest.get("format") not in READABLE and f',\n "{HASH}": "' not in text
+
+
+def _shape_problem(manifest: dict[str, Any]) -> str | None:
+    """The first thing that is missing or of another type, for a manifest that no save of ours has written."""
+    kinds = {"step": int, "files": dict, "config": dict, "machine": dict, "versions": dict, "evaluated": str, "network": str}
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
+            return f"{key} is missing or is no {KIND_NAMES[kind]}"
+    files = manifest["files"]
+    for name, entry in files.items():
+        if not name or Path(name).name != name or name == MANIFEST:
+            return f"files: {name!r} is not the name of a file in that folder"
+        if not (isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)):
+            return f"files: {name!r} has no bytes or no sha256"
+    if not set(WHOLE_FILES) <= files.keys() and not any(name.startswith(SHARD) for name in files):
+        return f"files: lists neither {' and '.join(WHOLE_FILES)} nor a {SHARD}* file"
+    return None
+
+
+def _folder_problem(path: Path, manifest: dict[str, Any]) -> str | None:
+    number = path.name.removeprefix("step_")
+    if path.name.startswith("step_") and number.isdecimal() and int(number) != manifest["step"]:
+        return f"step {manifest['step']} is not that of the folder"
+    unlisted = sorted(file.name for file in path.glob("*.safetensors") if file.name not in manifest["files"])
+    return f"files: {unlisted[0]} is in the folder and not in the list" if unlisted else None
 
 
 def verify(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint, once every file has the size and SHA-256 it says.
 
     Raises:
-        ValueError: names the file that is missing, truncated or changed.
+        ValueError: names the file that is missing, truncated, changed or unreadable.
     """
     manifest = load(path)
     files = manifest["files"]
     for name, expected in files.items():
         file = path / name
-        size = file.stat().st_size if file.exists() else -1
-        if size < 0:
-            raise ValueError(f"{path.name}/{name} is missing")
-        if size != expected["bytes"]:
-            raise ValueError(f"{path.name}/{name} is truncated: {size} bytes of {expected['bytes']}")
-        if _sha256(file) != expected["sha256"]:
-            raise ValueError(f"{path.name}/{name} is damaged: its SHA-256 is not the manifest's")
+        try:
+            size = file.stat().st_size if file.exists() else -1
+            if size < 0:
+                raise ValueError(f"{path.name}/{name} is missing")
+            if size != expected["bytes"]:
+                raise ValueError(f"{path.name}/{name} is truncated: {size} bytes of {expected['bytes']}")
+            if _sha256(file) != expected["sha256"]:
+                raise ValueError(f"{path.name}/{name} is damaged: its SHA-256 is not the manifest's")
+        except OSError as error:
+            raise ValueError(f"{path.name}/{name} cannot be read: {disk.reason(error)}") from None
     return manifest
 
 
@@ -126,12 +222,14 @@ def described(paths: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def finish(final: Path, writing: Path, manifest: dict[str, Any], files: dict[str, Any]) -> None:
-    """The last of a save: the manifest, everything on the disk for good, and the name that makes it count."""
-    (writing / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))
-    for path in [*writing.iterdir(), writing]:
-        _fsync(path)
+    """The last of a save: the manifest, the usual modes, everything on the disk for good, and the name that makes it count."""
+    (writing / MANIFEST).write_text(dumps(manifest | {"files": files}), encoding="utf-8")
+    for path in writing.iterdir():
+        disk.allow_as_usual(path, like=writing / MANIFEST)  # safetensors makes 0600
+        disk.sync(path)
+    disk.sync_folder(writing)
     os.rename(writing, final)
-    _fsync(final.parent)
+    disk.sync_folder(final.parent)
 
 
 def prune(written: Path, keep_last: int, keeps: Callable[[int], bool]) -> None:
@@ -146,11 +244,3 @@ def prune(written: Path, keep_last: int, keeps: Callable[[int], bool]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from made_run import edit_manifest, make_run
 from eval import results, runs, sections
 from launch import dashboard, evaluate, local
 from ssl_pretrain import checkpoint, wandb_file
+from ssl_pretrain import manifest as manifests
 from ssl_pretrain.lock import Lock
 
 LOCAL = ["--cluster", "local"]
@@ -39,7 +40,7 @@ def made(tmp_path_factory):
     make_run(run, "log.wandb=offline", step=10, weights_seed=2)
     for path in checkpoint.checkpoints(run):
         manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-        (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"last_step": 10, "wandb_id": "abc12345"}))
+        (path / checkpoint.MANIFEST).write_text(manifests.dumps(manifest | {"last_step": 10, "wandb_id": "abc12345"}))
     return run
 
 
@@ -183,6 +184,6 @@ def test_mistakes_are_one_line(run, capsys):
 
 
 def test_a_damaged_checkpoint_fails_and_the_others_go_on(run, capsys):
-    edit_manifest(run, files={"method.safetensors": {"bytes": 1, "sha256": ""}})  # the newest
+    edit_manifest(run, files={name: {"bytes": 1, "sha256": ""} for name in manifests.WHOLE_FILES})  # the newest
     assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 1
     assert "failed: knn of step_00000010" in capsys.readouterr().err and (run / "eval/step_00000005/knn.json").exists()

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ssl_pretrain import checkpoint, config, draws, optim, train
+from ssl_pretrain import manifest as manifests
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ["backbone.stem=imagenet", "method.projector_dims=[16,8]", "data.num_workers=0"]
@@ -38,7 +39,13 @@ def edit_manifest(run: Path, **entries: object) -> None:
         for section in sections:
             place = place[section]
         place[key] = value
-    path.write_text(json.dumps(manifest))
+    path.write_text(manifests.dumps(manifest))
+
+
+def describe_again(run: Path) -> None:
+    """Make the newest checkpoint whole again after its tensors were changed."""
+    folder = checkpoint_of(run)
+    edit_manifest(run, files=manifests.described(sorted(folder.glob("*.safetensors"))))
 
 
 def write_images(root: Path, names: list[str], size: int = 12) -> Path:

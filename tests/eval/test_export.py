@@ -16,6 +16,7 @@ from torch import nn
 
 from eval import export, knn, onnx_model, runs
 from ssl_pretrain import checkpoint, config, train
+from ssl_pretrain import manifest as manifests
 
 RESNET = ("backbone.name=resnet18", "views.crops.global.size=32")
 VIT = ("backbone.name=vit_small_patch16_224", "views.crops.global.size=32", "backbone.args={num_heads: 12, depth: 2}")
@@ -46,7 +47,7 @@ def resave(run: Path, rename, **entries):
     edit_manifest(run, **entries)
     manifest = json.loads((checkpoint_of(run) / checkpoint.MANIFEST).read_text())
     manifest["files"]["method.safetensors"] = digest
-    (checkpoint_of(run) / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint_of(run) / checkpoint.MANIFEST).write_text(manifests.dumps(manifest))
 
 
 def compiled_names(run: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from made_run import checkpoint_of, edit_manifest, make_run, write_images
+from made_run import checkpoint_of, describe_again, edit_manifest, make_run, write_images
 from safetensors.torch import load_file, save_file
 
 from eval import features, parts, runs
@@ -42,7 +42,7 @@ def test_understands_the_names_that_wrappers_give(copy, prefix):
     expected = runs.load_run(copy, device="cpu").backbone.state_dict()
     weights = checkpoint_of(copy) / "method.safetensors"
     save_file({f"{prefix}{key.replace('.model.', f'.{prefix}model.')}": value for key, value in load_file(weights).items()}, weights)
-    edit_manifest(copy, files={})
+    describe_again(copy)
     torch.testing.assert_close(runs.load_run(copy, device="cpu").backbone.state_dict(), expected, rtol=0, atol=0)
 
 
@@ -66,6 +66,7 @@ def test_a_truncated_checkpoint_is_named(copy):
 
 def test_the_newest_whole_checkpoint_is_judged_when_a_later_one_is_broken(copy):
     later = shutil.copytree(checkpoint_of(copy), checkpoint_of(copy).with_name("step_00000009"))
+    edit_manifest(copy, step=9)
     (later / "method.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="step_00000009/method.safetensors is truncated"):
         assert runs.load_run(copy, device="cpu").checkpoint_path.name == "step_00000007"
@@ -76,7 +77,7 @@ def test_a_missing_and_an_unexpected_key_are_listed(copy):
     tensors = load_file(weights)
     tensors["backbone.model.another"] = tensors.pop("backbone.model.bn1.weight")
     save_file(tensors, weights)
-    edit_manifest(copy, files={})
+    describe_again(copy)
     told = message(copy)
     assert "1 missing (model.bn1.weight)" in told and "1 unexpected (model.another)" in told and "test_resnet" in told
 

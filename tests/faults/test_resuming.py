@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 
 from ssl_pretrain import checkpoint, config, distributed, optim, step, train
+from ssl_pretrain import manifest as manifests
 from ssl_pretrain.data import preflight
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
@@ -191,7 +192,7 @@ def rewritten(folder, file, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     content = (folder / file).read_bytes()
     manifest["files"][file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(manifests.dumps(manifest))
 
 
 @pytest.mark.case(32)
