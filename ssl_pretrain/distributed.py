@@ -57,6 +57,7 @@ def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float 
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not deterministic  # shapes never change, so the search pays within an epoch
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         _meet("nccl" if cuda else "gloo", timeout, device if cuda else None)

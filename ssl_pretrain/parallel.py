@@ -92,9 +92,14 @@ def autocast(config: ParallelConfig, device: torch.device) -> AbstractContextMan
     return torch.autocast(device.type, torch.bfloat16) if precision(config, device) == torch.bfloat16 else nullcontext()
 
 
+def view_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of the views that leave the loader. Autocast would round them to bfloat16 in the first layer anyway."""
+    return torch.bfloat16 if device.type == "cuda" and precision(config, device) == torch.bfloat16 else torch.float32
+
+
 def place(views: list[Tensor], config: ParallelConfig, device: torch.device) -> list[Tensor]:
-    """The views as the wrapped model wants them: precision and memory format."""
-    dtype = torch.float64 if precision(config, device) == torch.float64 else torch.float32
+    """Return the views in the precision and memory format of the wrapped model."""
+    dtype = torch.float64 if precision(config, device) == torch.float64 else view_dtype(config, device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return [view.to(dtype=dtype, memory_format=layout) for view in views]
 

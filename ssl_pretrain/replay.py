@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssl_pretrain import checkpoint, distributed, optim
+from ssl_pretrain import checkpoint, distributed, optim, parallel
 from ssl_pretrain import config as configuration
 from ssl_pretrain.data import loader
 from ssl_pretrain.step import Stepper
@@ -36,7 +36,10 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     manifest = checkpoint.opened(start)
     config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
     device = distributed.start(config.parallel.threads, config.parallel.deterministic)
-    with loader.build(config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device) as batches:
+    with loader.build(
+        config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device,
+        view_dtype=parallel.view_dtype(config.parallel, device),
+    ) as batches:  # fmt: skip
         method = build_method(config, batches.source)
         method.num_steps, method.steps_per_epoch = manifest["last_step"], batches.steps_per_epoch
         images = images_at_once(method, config, device)

@@ -57,7 +57,10 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
     """
     run = Path(config.output)
     configuration.check(config, distributed.world_size())
-    made = partial(loader.build, config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device)
+    made = partial(
+        loader.build, config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device,
+        view_dtype=parallel.view_dtype(config.parallel, device),
+    )  # fmt: skip
     with Lock(run), made() as batches, distributed.StopRequest(pretend_at=fake_preempt) as stop, ExitStack() as closing:
         return _train(config, device, run, batches, stop, stop_after, closing)
 

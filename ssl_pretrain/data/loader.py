@@ -48,7 +48,7 @@ class Maker(Protocol):
 class Batch:
     """One rank's images of one step, on the device.
 
-    views: each float32 (local_batch, 3, height, width), normalized, global views first. labels: int64 (local_batch,), -1 for none.
+    views: each (local_batch, 3, height, width), float32 or, on a GPU that computes in bfloat16, that; normalized, global views first. labels: int64 (local_batch,), -1 for none.
     indices: int64 (local_batch,), numbers of the images in the source; where one was unreadable it keeps its number, and
     pixels and label are those of the image that took its place.
     """
@@ -94,6 +94,7 @@ class Loader:
         how: How = "folder",
         window: int = 0,
         finish: Finish | None = None,
+        view_dtype: torch.dtype = torch.float32,
     ):
         recipe.check(views)
         order.check_divides(global_batch_size, world_size)
@@ -103,6 +104,7 @@ class Loader:
         self.num_replaced, self.num_made, self.seconds = 0, 0, 0.0
         self._warned: set[str] = set()
         self._views, self._crops, self._device = views, recipe.each(views), torch.device(device)
+        self._view_dtype = view_dtype
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         local_batch = global_batch_size // world_size
         self._chunk = _chunk_size(local_batch, num_workers) if how == "folder" else local_batch
@@ -167,11 +169,13 @@ class Loader:
             made = [self._received(chunk) for chunk in itertools.islice(chunks, -(-len(indices) // self._chunk))]
             if not made:
                 return
-            views = []
-            for number, (crop, *blocks) in enumerate(zip(self._crops, *(chunk.views() for chunk in made))):
-                pixels = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-                parameters = colour.draw(crop, self.plan.seed, self.plan.epoch(step), indices, number).to(self._device)
-                views.append(colour.apply(pixels, parameters, crop, self._views.mean, self._views.std))
+            pixels = [torch.cat(blocks) if len(blocks) > 1 else blocks[0] for blocks in zip(*(chunk.views() for chunk in made))]
+            views: list[Tensor] = []
+            for crop in self._views.crops.values():
+                numbers = range(len(views), len(views) + crop.count)
+                drawn = [colour.draw(crop, self.plan.seed, self.plan.epoch(step), indices, number) for number in numbers]
+                group = [pixels[number] for number in numbers]
+                views += colour.apply_to_group(group, drawn, crop, self._views.mean, self._views.std, self._view_dtype)
             labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in made]))
             yield Batch(views, upload(labels, self._device), upload(torch.from_numpy(indices.copy()), self._device))
 
@@ -204,7 +208,15 @@ class Loader:
         return chunk
 
 
-def build(data: DataConfig, views: ViewsConfig, *, seed: int, global_batch_size: int, device: torch.device | str) -> Loader:
+def build(
+    data: DataConfig,
+    views: ViewsConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    device: torch.device | str,
+    view_dtype: torch.dtype = torch.float32,
+) -> Loader:
     """The training batches of this rank. Lists of files are made by one rank a machine, the others find them on disk.
 
     Args:
@@ -213,6 +225,7 @@ def build(data: DataConfig, views: ViewsConfig, *, seed: int, global_batch_size:
         seed: of the order, and of every choice about a view.
         global_batch_size: images per step, over all ranks.
         device: where the batches are to be.
+        view_dtype: Of the views on a GPU, from `parallel.view_dtype`.
 
     Raises:
         ValueError: a bad key of `data` or `views`, fewer images than the batch, or a batch that does not divide over the ranks.
@@ -237,6 +250,7 @@ def build(data: DataConfig, views: ViewsConfig, *, seed: int, global_batch_size:
         world_size=distributed.world_size(),
         how=how,
         window=data.quasi_random_window if data.order == "quasi_random" else 0,
+        view_dtype=view_dtype,
     )
 
 

@@ -12,6 +12,7 @@ channel, torchvision's with the mean grey.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ssl_pretrain.views.recipe import Crop, blur_taps
 from ssl_pretrain.views.upload import upload
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)    # the operations of colour jitter, numbered as torchvision does
+FUSED_ON = ("cuda",)    # devices whose colors are the kernels of color_triton
 LUMA = (0.2989, 0.587, 0.114)    # torchvision's weights of red, green and blue (ITU-R BT.601)
 
 
@@ -110,6 +112,51 @@ def apply(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float],
     if pixels.device.type == "cpu":
         return _on_cpu(pixels, parameters, crop, mean, std)
     return apply_in_batches(pixels, parameters, crop, mean, std)
+
+
+def apply_to_group(
+    pixels: list[Tensor],
+    parameters: list[Parameters],
+    crop: Crop,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Return the finished views of one kind of crop: on CUDA in a handful of launches for all of them, else view by view.
+
+    Args:
+        pixels: Crops of each view, uint8 (n, 3, size, size).
+        parameters: Drawn for each view.
+        crop: The recipe that all of them were drawn with.
+        mean: Of red, green and blue in [0, 1].
+        std: Likewise.
+        dtype: Of the views on CUDA, which are channels_last; float32 elsewhere.
+    """
+    if not _fused(pixels[0]):
+        return [apply(view, drawn, crop, mean, std) for view, drawn in zip(pixels, parameters)]
+    for view, drawn in zip(pixels, parameters):
+        _check(view, len(drawn.jitter))
+    from ssl_pretrain.views import color_triton
+
+    strengths = np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
+    order = np.concatenate([drawn.order for drawn in parameters])
+    jitter = np.concatenate([drawn.jitter for drawn in parameters])
+    codes = np.where(jitter[:, None] & (strengths[order] > 0), order, -1)
+    factors = np.take_along_axis(np.concatenate([drawn.factors for drawn in parameters]), order, axis=1)
+    sigma, grayscale, blur, solarize = (
+        np.concatenate([getattr(drawn, name) for drawn in parameters]) for name in ("sigma", "grayscale", "blur", "solarize")
+    )
+    views = color_triton.apply(
+        torch.cat(pixels) if len(pixels) > 1 else pixels[0],
+        color_triton.pack(codes, factors, sigma, grayscale, blur, solarize),
+        int(blur.sum()),
+        taps=blur_taps(crop), threshold=crop.solarize_threshold, mean=mean, std=std, adds=crop.brightness_mode == "add", dtype=dtype,
+    )  # fmt: skip
+    return list(views.chunk(len(pixels)))
+
+
+def _fused(pixels: Tensor) -> bool:
+    return pixels.device.type in FUSED_ON and find_spec("triton") is not None
 
 
 def _on_cpu(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float], std: list[float]) -> Tensor:

@@ -8,13 +8,16 @@ same on small networks and any device, to see that this file works.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +31,7 @@ from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.estimate import Program
 from ssl_pretrain.step import Stepper
 from ssl_pretrain.train import build_method
-from ssl_pretrain.views import recipe
+from ssl_pretrain.views import colour, recipe
 
 PEAK = 790e12  # TFLOP/s of bfloat16 products on an H100 or H200
 CONFIGS = {  # name -> YAML, overrides
@@ -38,7 +41,16 @@ CONFIGS = {  # name -> YAML, overrides
     "moco_v3_vit_base": ("moco_v3_vit_imagenet", ["backbone.name=vit_base_patch16_224"]),
     "dino_vit_small": ("dino_imagenet", []),
     "dino_vit_base": ("dino_imagenet", ["backbone.name=vit_base_patch16_224"]),
+    "barlow_twins_vit_small": (
+        "barlow_twins_imagenet",
+        ["backbone.name=vit_small_patch16_224", "backbone.zero_init_residual=false", "optim.name=adamw", "optim.base_lr=1e-3"],
+    ),
+    "vit_large_simclr": (
+        "simclr_imagenet",
+        ["backbone.name=vit_large_patch16_224", "backbone.zero_init_residual=false", "optim.name=adamw", "optim.base_lr=1e-3"],
+    ),
 }
+BATCH = {"barlow_twins_vit_small": 256, "vit_large_simclr": 384}  # of a published row; the others take the largest that fits
 SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
 
 
@@ -55,15 +67,34 @@ def run_of(name: str, tiny: bool, compiled: bool) -> RunConfig:
     return run
 
 
-def batch_of(run: RunConfig, images: int, device: torch.device) -> Batch:
-    views = [torch.randn(images, 3, crop.size, crop.size, device=device) for crop in recipe.each(run.views)]
-    numbers = torch.arange(images, device=device)
-    return Batch(parallel.place(views, run.parallel, device), numbers % 10, numbers)
+def crops_of(run: RunConfig, images: int) -> list[torch.Tensor]:
+    """Return uint8 crops of random pixels in pinned host memory, as a loader hands them over: one tensor per view."""
+    generator = np.random.default_rng(0)
+    crops = [generator.integers(0, 256, (images, 3, crop.size, crop.size), dtype=np.uint8) for crop in recipe.each(run.views)]
+    return [torch.from_numpy(pixels).pin_memory() if torch.cuda.is_available() else torch.from_numpy(pixels) for pixels in crops]
+
+
+def colored(run: RunConfig, crops: list[torch.Tensor], epoch: int, device: torch.device) -> list[torch.Tensor]:
+    """Send the crops, draw their colors and apply them, as the loader does for every step."""
+    numbers, views = np.arange(len(crops[0])), []
+    for crop in run.views.crops.values():
+        places = range(len(views), len(views) + crop.count)
+        drawn = [colour.draw(crop, 0, epoch, numbers, place) for place in places]
+        pixels = [crops[place].to(device, non_blocking=True) for place in places]
+        dtype = parallel.view_dtype(run.parallel, device)
+        views += colour.apply_to_group(pixels, drawn, crop, run.views.mean, run.views.std, dtype)
+    return views
+
+
+def batch_of(run: RunConfig, views: list[torch.Tensor], device: torch.device) -> Batch:
+    numbers = torch.arange(len(views[0]), device=device)
+    return Batch(views, numbers % 10, numbers)
 
 
 def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepper, Batch]:
     run = replace(run, global_batch_size=images, parallel=replace(run.parallel, bn_group_images="global"))
-    method, batch = build_method(run), batch_of(run, images, device)
+    views = [torch.randn(images, 3, crop.size, crop.size, device=device) for crop in recipe.each(run.views)]
+    method, batch = build_method(run), batch_of(run, parallel.place(views, run.parallel, device), device)
     method.num_steps, method.steps_per_epoch = 100_000, 1_000
     model = parallel.wrap(method, run.parallel, images=images, global_batch_size=images, device=device, example=batch)
     optimizer = optim.build(run.optim, method)
@@ -124,16 +155,50 @@ def lightlys_step(name: str, images: int, size: int, device: torch.device) -> Ca
     return run
 
 
-def measured(name: str, device: torch.device, tiny: bool, compiled: bool, repeats: int) -> dict[str, Any]:
+def bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object]:
+    """The same backbone alone in a loop as short as can be: forward of the student's views, backward, fused SGD."""
+    method: Any = parallel.unwrap(stepper.model)
+    backbone = method.backbone
+    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, fused=stepper.device.type == "cuda")
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with parallel.autocast(stepper.config, stepper.device):
+            features = [backbone(view) for view in batch.views[:views]]
+        torch.autograd.backward(features, [torch.ones_like(feature) for feature in features])
+        optimizer.step()
+
+    return run
+
+
+def measured(
+    name: str, device: torch.device, tiny: bool, compiled: bool, repeats: int, images: int = 0, trace: Path | None = None
+) -> dict[str, Any]:
     run = run_of(name, tiny, compiled)
-    sizes = (8,) if tiny else SIZES
+    wanted = images or BATCH.get(name, 0)
+    sizes = (8,) if tiny else tuple(size for size in SIZES if size <= wanted) or (wanted,) if wanted else SIZES
+    began = time.perf_counter()
     images, stepper, batch = largest(run, device, sizes)
-    steps: dict[str, Callable[[], object]] = {"step": lambda: stepper(50_000, 0.5, batch), "alone": backbone_alone(stepper, batch)}
     found: dict[str, Any] = {"versions": versions("timm"), "images": images, "compiled": compiled}
-    crops = recipe.each(run.views)
+    found["seconds_to_first_step"] = time.perf_counter() - began
+    crops, kinds = crops_of(run, images), recipe.each(run.views)
+    epochs = itertools.count()
+
+    def whole() -> None:
+        views = colored(run, crops, next(epochs), device)
+        stepper(50_000, 0.5, Batch(views, batch.labels, batch.indices))
+
+    steps: dict[str, Callable[[], object]] = {
+        "whole": whole,
+        "step": lambda: stepper(50_000, 0.5, batch),
+        "color": lambda: colored(run, crops, next(epochs), device),
+        "alone": backbone_alone(stepper, batch),
+        "bare": bare_step(stepper, batch, len(kinds)),
+    }
     if name == "simclr_resnet50" and not compiled:
         try:
-            steps["lightly"] = lightlys_step(run.backbone.name, images, crops[0].size, device)
+            steps["lightly"] = lightlys_step(run.backbone.name, images, kinds[0].size, device)
             steps["lightly"]()
         except ImportError:
             found["lightly"] = "not installed"
@@ -151,16 +216,35 @@ def measured(name: str, device: torch.device, tiny: bool, compiled: bool, repeat
     program = Program(replace(run, global_batch_size=images), Cluster(1, 1), on or hardware.MACHINES["H100"])
     part = program.part.at(images)
     found |= {
-        "ms": seconds["step"] * 1e3,
-        "images_per_second": images / seconds["step"],
-        "views_per_second": len(crops) * images / seconds["step"],
+        "ms": seconds["whole"] * 1e3,
+        "ms_without_color": seconds["step"] * 1e3,
+        "ms_color": seconds["color"] * 1e3,
+        "images_per_second": images / seconds["whole"],
+        "views_per_second": len(kinds) * images / seconds["whole"],
         "loss_and_optimizer": 1 - seconds["alone"] / seconds["step"],
-        "of_790_tflops": float(part.flops.sum()) / seconds["step"] / PEAK,
+        "bare_over_whole": seconds["bare"] / seconds["whole"],
+        "of_790_tflops": float(part.flops.sum()) / seconds["whole"] / PEAK,
         "of_roofline": sum(program.machine.bounds(part)) / seconds["step"] if on else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
     if "lightly" in seconds:
         found["lightly"] = {"images_per_second": images / seconds["lightly"], "ours_over_theirs": seconds["lightly"] / seconds["step"]}
+    if trace is not None and device.type == "cuda":
+        found["kernels"] = traced(whole, trace)
     return found
+
+
+def traced(step: Callable[[], object], path: Path) -> list[str]:
+    """Profile five steps, write the table of kernels, and return its costliest lines."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(5):
+            step()
+        torch.cuda.synchronize()
+    averages = profiler.key_averages()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(averages.table(sort_by="self_cuda_time_total", row_limit=60))
+    costly = sorted((event for event in averages if event.self_device_time_total > 0), key=lambda event: -event.self_device_time_total)
+    return [f"{event.self_device_time_total / 5e3:.2f} ms {event.count / 5:.0f} x {event.key[:70]}" for event in costly[:25]]
 
 
 def main() -> None:
@@ -168,10 +252,14 @@ def main() -> None:
     parser.add_argument("name", choices=list(CONFIGS))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--images", type=int, default=0, help="try no more than these at once")
+    parser.add_argument("--trace", type=Path, help="write the profile of five steps there")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps(measured(options.name, device, options.tiny, options.compile, options.repeats)))
+    torch.backends.cudnn.benchmark = True  # as distributed.start sets it
+    found = measured(options.name, device, options.tiny, options.compile, options.repeats, options.images, options.trace)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,23 @@ def test_colours_are_those_of_a_cpu_and_nobody_waits(size, cuda, never_waited_fo
     torch.testing.assert_close(views.cpu(), expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_the_fused_colors_of_a_group_are_those_of_a_cpu_and_nobody_waits(size, dtype, cuda, never_waited_for):
+    crop = Crop(size=size, count=2, **EVERYTHING)
+    generator = np.random.default_rng(0)
+    pixels = [torch.from_numpy(generator.integers(0, 256, (32, 3, size, size), dtype=np.uint8)) for _ in range(2)]
+    drawn = [colour.draw(crop, 1, 2, np.arange(32), view) for view in range(2)]
+    expected = colour.apply_to_group(pixels, drawn, crop, MEAN, STD)
+    there = [view.to(cuda) for view in pixels]
+    colour.apply_to_group(there, drawn, crop, MEAN, STD, dtype)  # compiles
+    with never_waited_for():
+        views = colour.apply_to_group(there, drawn, crop, MEAN, STD, dtype)
+    for view, wanted in zip(views, expected):
+        assert view.dtype == dtype and view.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(view.float().cpu(), wanted, rtol=0, atol=2e-5 if dtype == torch.float32 else 2**-8)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_crops_are_those_of_a_cpu_within_one_grey_level_and_nobody_waits(interpolation, cuda, never_waited_for):
     crop = Crop(size=24, interpolation=interpolation, scale=[0.05, 1.0])

@@ -1,0 +1,309 @@
+"""Color on CUDA in four launches: uint8 crops in, normalized views out, for a whole group of views at once.
+
+`colour.apply_in_batches` touches one operation of one stage at a time, which is 289 kernels per view and 66 MiB moved per
+224-pixel view. Here one program walks through all operations of a tile of pixels in registers. Contrast needs the mean
+of its image, so a first kernel computes the operations before it and reduces. Blurred images pass through two buffers,
+one for the rows and one for the columns. The arithmetic is that of `colour`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssl_pretrain.views.upload import upload
+
+_PIXELS = 1024  # per program
+_MEAN_PIXELS = 2048  # per turn of the loop over an image
+_COLUMNS = 13  # of the table of parameters: see `pack`
+
+
+def pack(
+    codes: np.ndarray, factors: np.ndarray, sigma: np.ndarray, grayscale: np.ndarray, blur: np.ndarray, solarize: np.ndarray
+) -> np.ndarray:
+    """Return the parameters of n views as one float32 table (n, 13), so that they travel in one copy.
+
+    Args:
+        codes: Operation of each stage of the color jitter, -1 for none, (n, 4).
+        factors: Factor of each stage, (n, 4).
+        sigma: Blur in pixels, (n,).
+        grayscale: Views turned gray, (n,) bool.
+        blur: Blurred views, (n,) bool.
+        solarize: Solarized views, (n,) bool.
+    """
+    table = np.zeros((len(codes), _COLUMNS), np.float32)
+    table[:, :4], table[:, 4:8], table[:, 8] = codes, factors, sigma
+    table[:, 9], table[:, 10] = grayscale, solarize
+    rows = np.flatnonzero(blur)
+    table[:, 11] = -1
+    table[rows, 11] = np.arange(len(rows))  # a blurred view's place in the buffers
+    table[: len(rows), 12] = rows  # and back
+    return table
+
+
+def apply(
+    pixels: Tensor,
+    table: np.ndarray,
+    num_blurred: int,
+    *,
+    taps: int,
+    threshold: float,
+    mean: list[float],
+    std: list[float],
+    adds: bool,
+    hsv: bool = False,
+    channel_mean: bool = False,
+    zero_border: bool = False,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> Tensor:
+    """Return the finished views (n, 3, height, width), without the host waiting.
+
+    Args:
+        pixels: Crops, uint8 (n, 3, height, width).
+        table: Parameters of the n views, from `pack`, on the host.
+        num_blurred: Blurred views among them.
+        taps: Width of the blur's kernel in pixels, odd.
+        threshold: Values in [0, 1] from here up are inverted by solarization.
+        mean: Of red, green and blue in [0, 1], subtracted at the end.
+        std: Divisor of red, green and blue.
+        adds: Brightness is added instead of multiplied.
+        hsv: Saturation scales HSV's S at constant value instead of blending with gray.
+        channel_mean: Contrast blends with the mean of each channel instead of the mean gray.
+        zero_border: The blur's border is zero instead of reflected.
+        dtype: Of the views: float32 or bfloat16.
+        channels_last: Memory format of the views.
+    """
+    n, _, height, width = pixels.shape
+    area = height * width
+    pixels = pixels.contiguous()
+    parameters = upload(torch.from_numpy(table), pixels.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    views = torch.empty(pixels.shape, dtype=dtype, device=pixels.device, memory_format=layout)
+    means = torch.empty(n, 3, device=pixels.device)
+    buffers = torch.empty(2, num_blurred, 3, area, device=pixels.device)
+    strides = (3, 1) if channels_last else (1, area)  # from pixel to pixel, from channel to channel
+    normalization = (*mean, *(1 / value for value in std))
+    _means[(n,)](
+        pixels, parameters, means, area,
+        COLUMNS=_COLUMNS, ADDS=adds, HSV=hsv, CHANNEL_MEAN=channel_mean, PIXELS=_MEAN_PIXELS, num_warps=8,
+    )  # fmt: skip
+    _colors[(n, triton.cdiv(area, _PIXELS))](
+        pixels, parameters, means, buffers, views, area, *strides, threshold, *normalization,
+        COLUMNS=_COLUMNS, ADDS=adds, HSV=hsv, PIXELS=_PIXELS, num_warps=4,
+    )  # fmt: skip
+    if num_blurred:
+        grid = (num_blurred, 3, triton.cdiv(area, _PIXELS))
+        _blur_rows[grid](
+            buffers[0], buffers[1], parameters, height, width,
+            COLUMNS=_COLUMNS, TAPS=taps, ZERO_BORDER=zero_border, PIXELS=_PIXELS, num_warps=4,
+        )  # fmt: skip
+        _blur_columns[grid](
+            buffers[1], views, parameters, height, width, *strides, threshold, *normalization,
+            COLUMNS=_COLUMNS, TAPS=taps, ZERO_BORDER=zero_border, PIXELS=_PIXELS, num_warps=4,
+        )  # fmt: skip
+    return views
+
+
+@triton.jit
+def _clamp(x):
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@triton.jit
+def _gray(red, green, blue):
+    return red * 0.2989 + green * 0.587 + blue * 0.114
+
+
+@triton.jit
+def _load(pixels, image, place, mask, area):
+    """Red, green and blue of some pixels of an image, in [0, 1]."""
+    at = pixels + image.to(tl.int64) * 3 * area + place
+    red = tl.load(at, mask=mask, other=0).to(tl.float32) / 255.0
+    green = tl.load(at + area, mask=mask, other=0).to(tl.float32) / 255.0
+    blue = tl.load(at + 2 * area, mask=mask, other=0).to(tl.float32) / 255.0
+    return red, green, blue
+
+
+@triton.jit
+def _saturate(red, green, blue, factor, HSV: tl.constexpr):
+    if HSV:
+        value = tl.maximum(tl.maximum(red, green), blue)
+        chroma = value - tl.minimum(tl.minimum(red, green), blue)
+        # S = chroma / value is scaled and stays at most 1, so chroma grows at most to value. Gray stays gray.
+        ratio = tl.minimum(factor, value / tl.maximum(chroma, 1.1754944e-38))
+        return value - (value - red) * ratio, value - (value - green) * ratio, value - (value - blue) * ratio
+    else:
+        rest = _gray(red, green, blue) * (1.0 - factor)
+        return _clamp(red * factor + rest), _clamp(green * factor + rest), _clamp(blue * factor + rest)
+
+
+@triton.jit
+def _turn_hue(red, green, blue, shift):
+    """Turn HSV's hexagon by `shift` turns, with value and chroma kept."""
+    low = tl.minimum(tl.minimum(red, green), blue)
+    high = tl.maximum(tl.maximum(red, green), blue)
+    chroma = high - low
+    safe = tl.maximum(chroma, 1.1754944e-38)  # gray has no hue: 0 / tiny, and chroma 0 hides it
+    sixths = tl.where(
+        high == red, (green - blue) / safe, tl.where(high == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0)
+    )
+    sixths = sixths + 6.0 * shift
+    sixths = sixths - 6.0 * tl.floor(sixths / 6.0)
+    red = _clamp(tl.abs(sixths - 3.0) - 1.0) * chroma + low
+    green = _clamp(2.0 - tl.abs(sixths - 2.0)) * chroma + low
+    blue = _clamp(2.0 - tl.abs(sixths - 4.0)) * chroma + low
+    return red, green, blue
+
+
+@triton.jit
+def _adjust(red, green, blue, code, factor, mean_red, mean_green, mean_blue, ADDS: tl.constexpr, HSV: tl.constexpr):
+    """One stage of the color jitter: brightness, contrast, saturation or hue, or nothing for -1."""
+    if code == 0:
+        if ADDS:
+            red, green, blue = _clamp(red + factor), _clamp(green + factor), _clamp(blue + factor)
+        else:
+            red, green, blue = _clamp(red * factor), _clamp(green * factor), _clamp(blue * factor)
+    elif code == 1:
+        rest = 1.0 - factor
+        red = _clamp(red * factor + mean_red * rest)
+        green = _clamp(green * factor + mean_green * rest)
+        blue = _clamp(blue * factor + mean_blue * rest)
+    elif code == 2:
+        red, green, blue = _saturate(red, green, blue, factor, HSV)
+    elif code == 3:
+        red, green, blue = _turn_hue(red, green, blue, factor)
+    return red, green, blue
+
+
+@triton.jit
+def _means(
+    pixels, parameters, means, area,
+    COLUMNS: tl.constexpr, ADDS: tl.constexpr, HSV: tl.constexpr, CHANNEL_MEAN: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """The mean that each image's contrast blends with, after the stages before it. Nothing where there is no contrast."""
+    image = tl.program_id(0)
+    row = parameters + image * COLUMNS
+    stage = 4
+    for k in tl.static_range(4):
+        stage = tl.where(tl.load(row + k) == 1.0, k, stage)
+    if stage < 4:
+        red_sum = tl.zeros([PIXELS], tl.float32)
+        green_sum = tl.zeros([PIXELS], tl.float32)
+        blue_sum = tl.zeros([PIXELS], tl.float32)
+        for start in range(0, area, PIXELS):
+            place = start + tl.arange(0, PIXELS)
+            mask = place < area
+            red, green, blue = _load(pixels, image, place, mask, area)
+            for k in tl.static_range(3):
+                code = tl.where(k < stage, tl.load(row + k), -1.0).to(tl.int32)
+                red, green, blue = _adjust(red, green, blue, code, tl.load(row + 4 + k), 0.0, 0.0, 0.0, ADDS, HSV)
+            red_sum += tl.where(mask, red, 0.0)
+            green_sum += tl.where(mask, green, 0.0)
+            blue_sum += tl.where(mask, blue, 0.0)
+        red_mean, green_mean, blue_mean = tl.sum(red_sum) / area, tl.sum(green_sum) / area, tl.sum(blue_sum) / area
+        if not CHANNEL_MEAN:
+            gray = _gray(red_mean, green_mean, blue_mean)
+            red_mean, green_mean, blue_mean = gray, gray, gray
+        tl.store(means + image * 3, red_mean)
+        tl.store(means + image * 3 + 1, green_mean)
+        tl.store(means + image * 3 + 2, blue_mean)
+
+
+@triton.jit
+def _colors(
+    pixels, parameters, means, buffer, views, area, pixel_stride, channel_stride, threshold,
+    mean_red, mean_green, mean_blue, over_red, over_green, over_blue,
+    COLUMNS: tl.constexpr, ADDS: tl.constexpr, HSV: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """Jitter and grayscale of a tile; then it is finished, or goes into the buffer of images to be blurred."""
+    image = tl.program_id(0)
+    row = parameters + image * COLUMNS
+    place = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    mask = place < area
+    red, green, blue = _load(pixels, image, place, mask, area)
+    for k in tl.static_range(4):
+        code = tl.load(row + k).to(tl.int32)
+        first = tl.load(means + image * 3, mask=code == 1, other=0.0)
+        second = tl.load(means + image * 3 + 1, mask=code == 1, other=0.0)
+        third = tl.load(means + image * 3 + 2, mask=code == 1, other=0.0)
+        red, green, blue = _adjust(red, green, blue, code, tl.load(row + 4 + k), first, second, third, ADDS, HSV)
+    if tl.load(row + 9) > 0.0:
+        gray = _gray(red, green, blue)
+        red, green, blue = gray, gray, gray
+    slot = tl.load(row + 11).to(tl.int64)
+    if slot >= 0:
+        kept = buffer + slot * 3 * area + place
+        tl.store(kept, red, mask=mask)
+        tl.store(kept + area, green, mask=mask)
+        tl.store(kept + 2 * area, blue, mask=mask)
+    else:
+        if tl.load(row + 10) > 0.0:
+            red = tl.where(red >= threshold, 1.0 - red, red)
+            green = tl.where(green >= threshold, 1.0 - green, green)
+            blue = tl.where(blue >= threshold, 1.0 - blue, blue)
+        to = views + image.to(tl.int64) * 3 * area + place * pixel_stride
+        tl.store(to, ((red - mean_red) * over_red).to(views.dtype.element_ty), mask=mask)
+        tl.store(to + channel_stride, ((green - mean_green) * over_green).to(views.dtype.element_ty), mask=mask)
+        tl.store(to + 2 * channel_stride, ((blue - mean_blue) * over_blue).to(views.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _blurred(source, along, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr):
+    """The Gaussian mean along one axis. `along` is a pixel's place on it, `source` points at the axis' start."""
+    radius: tl.constexpr = TAPS // 2
+    total = tl.zeros(along.shape, tl.float32)
+    weights = 0.0
+    for tap in range(TAPS):
+        away = (tap - radius) / sigma
+        weight = tl.exp(-0.5 * away * away)
+        weights += weight
+        at = along + tap - radius
+        if ZERO_BORDER:
+            values = tl.load(source + at * step, mask=mask & (at >= 0) & (at < length), other=0.0)
+        else:
+            at = tl.abs(at)
+            at = tl.where(at < length, at, 2 * length - 2 - at)
+            values = tl.load(source + at * step, mask=mask, other=0.0)
+        total += values * weight
+    return total / weights
+
+
+@triton.jit
+def _blur_rows(
+    buffer, blurred, parameters, height, width,
+    COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    slot, channel = tl.program_id(0), tl.program_id(1)
+    image = tl.load(parameters + slot * COLUMNS + 12).to(tl.int32)
+    sigma = tl.load(parameters + image * COLUMNS + 8)
+    place = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
+    mask = place < height * width
+    start = (slot.to(tl.int64) * 3 + channel) * height * width
+    x = place % width
+    values = _blurred(buffer + start + (place - x), x, width, 1, mask, sigma, TAPS, ZERO_BORDER)
+    tl.store(blurred + start + place, values, mask=mask)
+
+
+@triton.jit
+def _blur_columns(
+    blurred, views, parameters, height, width, pixel_stride, channel_stride, threshold,
+    mean_red, mean_green, mean_blue, over_red, over_green, over_blue,
+    COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    slot, channel = tl.program_id(0), tl.program_id(1)
+    image = tl.load(parameters + slot * COLUMNS + 12).to(tl.int32)
+    sigma = tl.load(parameters + image * COLUMNS + 8)
+    place = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
+    mask = place < height * width
+    start = (slot.to(tl.int64) * 3 + channel) * height * width
+    values = _blurred(blurred + start + place % width, place // width, height, width, mask, sigma, TAPS, ZERO_BORDER)
+    if tl.load(parameters + image * COLUMNS + 10) > 0.0:
+        values = tl.where(values >= threshold, 1.0 - values, values)
+    mean = tl.where(channel == 0, mean_red, tl.where(channel == 1, mean_green, mean_blue))
+    over = tl.where(channel == 0, over_red, tl.where(channel == 1, over_green, over_blue))
+    to = views + image.to(tl.int64) * 3 * height * width + place * pixel_stride + channel * channel_stride
+    tl.store(to, ((values - mean) * over).to(views.dtype.element_ty), mask=mask)
