@@ -48,9 +48,9 @@ class Maker(Protocol):
 class Batch:
     """One rank's images of one step, on the device.
 
-    views: each (local_batch, 3, height, width), float32 or, on a GPU that computes in bfloat16, that; normalized, global views first. labels: int64 (local_batch,), -1 for none.
-    indices: int64 (local_batch,), numbers of the images in the source; where one was unreadable it keeps its number, and
-    pixels and label are those of the image that took its place.
+    views: each (local_batch, 3, height, width), normalized, global views first; float32, or bfloat16 on a GPU that computes in it.
+    labels: int64 (local_batch,), -1 for none. indices: int64 (local_batch,), numbers of the images in the source; where one was
+    unreadable it keeps its number, and pixels and label are those of the image that took its place.
     """
 
     views: list[Tensor]
