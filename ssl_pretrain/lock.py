@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
 import socket
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain import distributed
+from ssl_pretrain import disk, distributed
 
 BEAT_SECONDS = 30.0
 STALE_SECONDS = 180.0  # of silence from another machine
+UNREADABLE_SECONDS = 3.0  # a lock may be empty for a moment, between its creation and its content
+DYING_SECONDS = 10.0  # for the kernel to close the files of a process that was killed
+NO_LINKS = disk.UNSUPPORTED | {errno.EPERM, errno.EMLINK, errno.EXDEV}  # answers of a file system without hard links
 
 
 class Lock:
     """Held by rank 0 while the run lasts: `with Lock(run): ...` on every rank.
 
-    A lock is stale, and taken over, if its process has gone from this machine, if it is of this very SLURM job (requeued),
-    or if another machine has not touched it for three minutes by the file system's own clock; that is waited for.
+    The lock is the file lock.json, which names its holder. It is made by a hard link or, where there are none, by an exclusive
+    creation. Where the file system can, the folder is held by flock as well, which ends with its process, so that containers
+    with one host name and process ids of their own exclude each other.
+
+    A lock is stale, and taken over, if its process has exited, if it is of this very SLURM job (requeued), or if another machine
+    or container of which nothing else is known has not touched it for three minutes by the file system's own clock. That is
+    waited for.
 
     Raises:
         ValueError: another run has the folder; names its process, machine and job.
+        SaveError: the disk is full or failing.
     """
 
     def __init__(self, run: Path):
         self.run, self.path = run, run / "lock.json"
         self._ended = threading.Event()
+        self._flock = _Flock(run)
         self._own = {
             "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "boot": _boot(),
-            "job": os.environ.get("SLURM_JOB_ID", ""),
+            "namespace": _namespace(), "flock": "", "job": os.environ.get("SLURM_JOB_ID", ""),
         }  # fmt: skip
 
     def __enter__(self) -> Lock:
         problem = self._take() if distributed.is_main() else None
         problem = distributed.broadcast_object(problem)
         if problem:
-            raise ValueError(problem)
+            raise problem
         if distributed.is_main():
             threading.Thread(target=self._beat, daemon=True).start()
         return self
@@ -48,42 +61,83 @@ class Lock:
     def __exit__(self, *_exception: object) -> None:
         self._ended.set()
         if distributed.is_main() and self._holder() == self._own:
-            self.path.unlink(missing_ok=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:  # must not hide why the run ended
+                warnings.warn(f"{self.path} could not be removed: {disk.reason(error)}", stacklevel=2)
+        self._flock.release()
 
-    def _take(self) -> str | None:
+    def _take(self) -> Exception | None:
         """None once it is ours, else what to tell the user."""
         mine = self.path.with_name(f".lock-{os.getpid()}-{time.monotonic_ns()}")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            mine.write_text(json.dumps(self._own))
+            problem = self._wait_and_take(mine)
         except OSError as error:
-            return f"output: {self.run} cannot be written to: {error.strerror or error}; give another output"
-        try:
-            os.link(mine, self.path)  # as O_EXCL, with the content already there
-            return None
-        except FileExistsError:
-            problem = self._held(mine)
-            if problem is None:
-                os.replace(mine, self.path)
-            return problem
+            self._flock.release()
+            text = f"output: {self.run} cannot be written to: {disk.reason(error)}; give another output"
+            if disk.is_trouble(error) and error.errno != errno.EROFS:
+                return disk.SaveError(text)
+            return ValueError(text)
         finally:
-            mine.unlink(missing_ok=True)
+            with suppress(OSError):
+                mine.unlink()
+        if problem:
+            self._flock.release()
+            return ValueError(problem)
+        return None
 
-    def _held(self, mine: Path) -> str | None:
-        """Who has the folder; None where its lock is stale. Another machine's is waited for, until it is heard of or too long silent."""
-        first_heard = self._heard()
+    def _wait_and_take(self, mine: Path) -> str | None:
+        """None once lock.json is ours; who has the folder. Another machine's is waited for, until it is heard of or too long silent.
+
+        Args:
+            mine: a temporary file beside lock.json, which becomes it. Its time of change is read from the file system's clock.
+        """
+        first_heard, end = self._heard(), time.monotonic() + DYING_SECONDS
         while True:
-            os.utime(mine)
-            holder, silence = self._holder(), mine.stat().st_mtime - self._heard()  # one clock, whatever the machines' say
-            if holder is None or self._stale(holder, silence):
+            if self._flock.take():
+                self._own["flock"] = self._flock.name
+            mine.write_text(json.dumps(self._own))
+            if not self._flock.refused and self._create(mine):
                 return None
-            if self._is_here(holder) or self._heard() > first_heard:
-                job = f", SLURM job {holder['job']}" if holder.get("job") else ""
-                return (
-                    f"output: {self.run} is in use by process {holder.get('pid')} on {holder.get('host')}{job}, "
-                    f"heard of {max(0, silence):.0f} s ago; give another output, or end that run"
-                )
+            holder, silence = self._holder(), mine.stat().st_mtime - self._heard()  # one clock, whatever the machines' say
+            stale = self._stale(holder, silence)
+            if self._flock.refused:  # by a process of this machine, which may be closing its files
+                requeued = holder is not None and self._is_same_job(holder)
+                if not stale or (time.monotonic() > end and not requeued):
+                    return self._in_use(holder, silence)
+                stale = time.monotonic() > end
+            if stale:
+                os.replace(mine, self.path)
+                return None
+            if holder and not self._flock.refused and (self._is_here(holder) or self._heard() > first_heard):
+                return self._in_use(holder, silence)
             time.sleep(0.5)
+
+    def _create(self, mine: Path) -> bool:
+        """Make lock.json unless there is one: by a link, with the content already there, or where there are no links, alone."""
+        try:
+            os.link(mine, self.path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+        try:
+            with self.path.open("x") as file:
+                file.write(mine.read_text())
+            return True
+        except FileExistsError:
+            return False
+
+    def _in_use(self, holder: dict[str, Any] | None, silence: float) -> str:
+        found = holder or {"pid": "unknown", "host": self._own["host"]}
+        job = f", SLURM job {found['job']}" if found.get("job") else ""
+        return (
+            f"output: {self.run} is in use by process {found.get('pid')} on {found.get('host')}{job}, "
+            f"heard of {max(0, silence):.0f} s ago; give another output, or end that run"
+        )
 
     def _heard(self) -> float:
         with suppress(FileNotFoundError):  # it has just ended
@@ -91,25 +145,87 @@ class Lock:
         return -math.inf
 
     def _is_here(self, holder: dict[str, Any]) -> bool:
-        return holder.get("host") == self._own["host"] and holder.get("boot") == self._own["boot"]
+        """Return True if the holder's process id means the same process here: one host, one start of it, one PID namespace."""
+        return _is_same_host(holder, self._own) and holder.get("namespace", self._own["namespace"]) == self._own["namespace"]
 
-    def _stale(self, holder: dict[str, Any], silence: float) -> bool:
-        if holder.get("job") and holder["job"] == self._own["job"]:
+    def _is_same_job(self, holder: dict[str, Any]) -> bool:
+        return bool(holder.get("job")) and holder["job"] == self._own["job"]
+
+    def _stale(self, holder: dict[str, Any] | None, silence: float) -> bool:
+        if holder is None:
+            return silence > UNREADABLE_SECONDS
+        if self._is_same_job(holder):
             return True
+        if self._flock.held and holder.get("flock") == self._flock.name and holder.get("boot") == self._own["boot"]:
+            return True  # its flock would have kept us from ours
         if self._is_here(holder):
             return _born(holder.get("pid", -1)) != holder.get("born")
         return silence > STALE_SECONDS
 
     def _holder(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self.path.read_text())
+            content = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return None
+        return content if isinstance(content, dict) else None
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with suppress(OSError):
                 os.utime(self.path)
+
+
+class _Flock:
+    """An flock on a run's folder, which leaves no file behind and ends with its process, however that ends.
+
+    `held` and `refused` say how the last attempt went. Neither is true on a file system that has no flock for folders.
+    `name` is the folder's device and inode: two mounts of one network file system may have separate locks.
+    """
+
+    def __init__(self, run: Path):
+        self.run, self.name = run, ""
+        self.held = self.refused = False
+        self._descriptor: int | None = None
+
+    def take(self) -> bool:
+        """Try to take it, without waiting."""
+        if not self.held:
+            self._try(fcntl.LOCK_EX)
+        return self.held
+
+    def is_free(self) -> bool:
+        """Return True if nobody has it. It is taken for a moment, which a lock that starts just then waits for."""
+        self._try(fcntl.LOCK_SH)
+        free = self.held
+        self.release()
+        return free
+
+    def _try(self, kind: int) -> None:
+        self.refused = False
+        try:
+            descriptor = os.open(self.run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            self.refused = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            return
+        entry = os.fstat(descriptor)
+        self.held, self.name, self._descriptor = True, f"{entry.st_dev}:{entry.st_ino}", descriptor
+        if kind == fcntl.LOCK_EX:
+            os.register_at_fork(after_in_child=self._forget)  # a worker that outlives the run must not hold it
+
+    def release(self) -> None:
+        self._forget()
+        self.held = False
+
+    def _forget(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with suppress(OSError):
+                os.close(descriptor)
 
 
 def holder(run: Path) -> dict[str, Any] | None:
@@ -118,12 +234,30 @@ def holder(run: Path) -> dict[str, Any] | None:
     found = lock._holder()
     if found is None:
         return None
-    here = found.get("host") == lock._own["host"] and found.get("boot") == lock._own["boot"]
+    free = lock._flock.is_free()
     try:
-        alive = _born(found.get("pid", -1)) == found.get("born") if here else time.time() - lock.path.stat().st_mtime <= STALE_SECONDS
+        if lock._flock.refused:
+            alive = True
+        elif free and found.get("flock") == lock._flock.name and found.get("boot") == lock._own["boot"]:
+            alive = False
+        elif lock._is_here(found):
+            alive = _born(found.get("pid", -1)) == found.get("born")
+        else:
+            alive = time.time() - lock.path.stat().st_mtime <= STALE_SECONDS
     except OSError:
         return None  # it ended meanwhile
-    return found | {"here": here} if alive else None
+    return found | {"here": _is_same_host(found, lock._own)} if alive else None
+
+
+def _is_same_host(holder: dict[str, Any], own: dict[str, Any]) -> bool:
+    return holder.get("host") == own["host"] and holder.get("boot") == own["boot"]
+
+
+def _namespace() -> str:
+    """The PID namespace: process ids of another container are not ours, though host name and kernel are."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _born(pid: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -92,6 +94,114 @@ def test_an_unreadable_lock_is_taken_over(tmp_path):
     (tmp_path / "lock.json").write_text("{")
     with Lock(tmp_path):
         pass
+
+
+@pytest.fixture
+def without_links(monkeypatch):
+    def link(*_arguments, **_named):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.fixture
+def without_flock(monkeypatch):
+    def flock(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_without_hard_links_and_flock_a_second_run_is_refused_all_the_same(tmp_path, without_links, without_flock):
+    with Lock(tmp_path):
+        assert "is in use by process" in _refused(tmp_path)
+    _write(tmp_path, born="1")
+    with Lock(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_just_being_written_is_not_taken(tmp_path, without_links, without_flock):
+    """Without links there is a moment in which the file is there and empty."""
+    (tmp_path / "lock.json").touch()
+    content = json.dumps(Lock(tmp_path)._own)
+    writer = threading.Timer(1.0, lambda: (tmp_path / "lock.json").write_text(content))
+    writer.start()
+    assert f"is in use by process {os.getpid()}" in _refused(tmp_path)
+    writer.join()
+
+
+HOLD = """
+import json, os, sys, time
+from pathlib import Path
+from ssl_pretrain import lock
+lock._namespace = lambda: "pid:[1]"  # a container's
+held = lock.Lock(Path(sys.argv[1])).__enter__()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def container(tmp_path):
+    """A process that holds the folder, with this host's name and process ids of its own."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        written = json.loads((tmp_path / "lock.json").read_text())
+        (tmp_path / "lock.json").write_text(json.dumps(written | {"pid": 1, "born": "1"}))  # as it sees itself
+        yield process
+        process.kill()
+
+
+def test_another_container_that_lives_is_refused_and_a_dead_one_is_taken_over_at_once(tmp_path, container):
+    assert "is in use by process 1 on" in _refused(tmp_path)
+    assert lock.holder(tmp_path)["pid"] == 1
+    container.kill()
+    container.wait()
+    assert lock.holder(tmp_path) is None
+    began = time.monotonic()
+    with Lock(tmp_path):
+        assert time.monotonic() - began < lock.DYING_SECONDS
+
+
+def test_without_flock_another_container_is_waited_for_as_another_machine_is(tmp_path, without_flock, monkeypatch):
+    _write(tmp_path, namespace="pid:[1]", born="1", pid=1)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    began = time.monotonic()
+    with Lock(tmp_path):
+        assert 1.5 < time.monotonic() - began < 60
+
+
+def test_a_flock_of_another_mount_says_nothing_about_its_holder(tmp_path, monkeypatch):
+    """Two containers may have mounted one network folder each by itself: their flocks do not meet."""
+    _write(tmp_path, namespace="pid:[1]", flock="1:2")
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    began = time.monotonic()
+    with Lock(tmp_path):
+        assert time.monotonic() - began > 1.5
+
+
+def test_a_lock_of_the_version_before_is_understood(tmp_path):
+    own = Lock(tmp_path)._own
+    older = {key: value for key, value in own.items() if key not in ("namespace", "flock")}
+    (tmp_path / "lock.json").write_text(json.dumps(older))
+    assert "is in use by process" in _refused(tmp_path)
+    (tmp_path / "lock.json").write_text(json.dumps(older | {"born": "1"}))
+    with Lock(tmp_path):
+        pass
+
+
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    code = (
+        "import os, sys, time; from pathlib import Path; from ssl_pretrain.lock import Lock; Lock(Path(sys.argv[1])).__enter__(); "
+        "child = os.fork(); child or (print(os.getpid(), flush=True), time.sleep(600)); time.sleep(0.5); os.kill(os.getpid(), 9)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        process.wait()
+    with Lock(tmp_path):
+        pass
+    os.kill(worker, 9)
 
 
 def _on_a_rank(run):

@@ -1,0 +1,48 @@
+/* LD_PRELOAD: a file system that lacks what LACKS names, separated by spaces: link, fsync, folder_fsync, folder_rename, flock. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static int lacks(const char *what) {
+  char all[256];
+  const char *given = getenv("LACKS");
+  if (!given || strlen(given) >= sizeof all) return 0;
+  strcpy(all, given);
+  for (char *save, *word = strtok_r(all, " ", &save); word; word = strtok_r(NULL, " ", &save))
+    if (!strcmp(word, what)) return 1;
+  return 0;
+}
+
+static int refuse(int number) { errno = number; return -1; }
+
+int link(const char *from, const char *to) {
+  if (lacks("link")) return refuse(EPERM);
+  return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "link"))(from, to);
+}
+
+int linkat(int a, const char *from, int b, const char *to, int flags) {
+  if (lacks("link")) return refuse(EPERM);
+  return ((int (*)(int, const char *, int, const char *, int))dlsym(RTLD_NEXT, "linkat"))(a, from, b, to, flags);
+}
+
+int fsync(int descriptor) {
+  struct stat entry;
+  int folder = !fstat(descriptor, &entry) && S_ISDIR(entry.st_mode);
+  if (folder ? lacks("folder_fsync") : lacks("fsync")) return refuse(EINVAL);
+  return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(descriptor);
+}
+
+int rename(const char *from, const char *to) {
+  struct stat entry;
+  if (lacks("folder_rename") && !stat(from, &entry) && S_ISDIR(entry.st_mode)) return refuse(ENOSYS);
+  return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename"))(from, to);
+}
+
+int flock(int descriptor, int operation) {
+  if (lacks("flock")) return refuse(ENOLCK);
+  return ((int (*)(int, int))dlsym(RTLD_NEXT, "flock"))(descriptor, operation);
+}
