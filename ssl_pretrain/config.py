@@ -218,6 +218,8 @@ def check(config: RunConfig, world_size: int) -> None:
             f"set local_batch_size={share}, or parallel.bn_group_images={part}, "
             f"which departs from the recipe's {config.parallel.bn_group_images}"
         )
+    if not config.optim.eps > 0:
+        raise ConfigError(f"optim.eps: {config.optim.eps} divides where a gradient is 0; give a number > 0, as 1e-8")
     if config.epochs <= 0:
         raise ConfigError(f"epochs: {config.epochs} must be positive")
     if config.online.knn_every_epochs < 0 or config.log.every_steps < 1:
@@ -258,6 +260,10 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
     old, new = _flat(saved), _flat(to_dict(config))
     defaults = _flat(to_dict(from_dict({"method": {"name": config.method.name}})))
     later = [key for key in new.keys() - old.keys() if key in defaults and not key.startswith("views.crops")]
+    for name in config.views.crops.keys() & saved.get("views", {}).get("crops", {}).keys():
+        options = {f"views.crops.{name}.{option}": value for option, value in dataclasses.asdict(recipe.Crop()).items()}
+        defaults |= options
+        later += options.keys() - old.keys()
     old |= {key: defaults[key] for key in later}  # the version that saved it did not know these, and did as their default says
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
     refused = [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in differing if key not in WARNED]

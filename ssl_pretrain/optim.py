@@ -42,6 +42,7 @@ class OptimConfig:
     trust_coefficient: float = 0.001  # eta of LARS and LARC
     larc_clip: bool = False  # larc only: no tensor's rate above lr (solo-learn: true; SwAV: false)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adamw and adam
+    eps: float = 1e-8  # adamw and adam; added to the root of the second moment
     exclude_by: Literal["ndim", "name", "none"] = "ndim"  # from weight decay and from LARS's adaptation: biases and norms by ndim <= 1
     exclude_names: list[str] = field(default_factory=list)  # parts of names, for exclude_by: name
     clip_norm: float = 0.0  # 0: none
@@ -97,7 +98,7 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     if config.name == "sgd":
         return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), fused=True)
+    return kind(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
 
 
 def rates(config: OptimConfig, progress: float, epochs: float, global_batch_size: int) -> dict[str, float]:

@@ -149,3 +149,36 @@ def test_a_key_that_the_saved_version_did_not_know_was_at_its_default(tmp_path):
     other = config.load(tmp_path / "tiny.yaml", ["method.without_projector=true"])
     with pytest.raises(config.ConfigError, match=r"method\.without_projector: False then, True now"):
         config.compare_for_resume(saved, other, "run/checkpoints/step_00000003")
+
+
+def test_a_crops_option_that_the_saved_version_did_not_know_was_at_its_default(tmp_path):
+    run = config.load(tiny.config(tmp_path))
+    saved = config.to_dict(run)
+    for crop in saved["views"]["crops"].values():
+        del crop["crop_sampler"], crop["antialias"]
+    config.compare_for_resume(saved, run, "run/checkpoints/step_00000003")
+    name = next(iter(saved["views"]["crops"]))
+    other = config.load(tmp_path / "tiny.yaml", [f"views.crops.{name}.antialias=false"])
+    with pytest.raises(config.ConfigError, match=rf"views\.crops\.{name}\.antialias: True then, False now"):
+        config.compare_for_resume(saved, other, "run/checkpoints/step_00000003")
+    more = config.load(tmp_path / "tiny.yaml", ["views.crops.extra.size=4"])
+    with pytest.raises(config.ConfigError, match=r"views\.crops\.extra\.size: None then, 4 now"):
+        config.compare_for_resume(saved, more, "run/checkpoints/step_00000003")
+
+
+@pytest.mark.parametrize("eps", ["0", "-1e-8", ".nan"])
+def test_an_eps_that_divides_by_nothing_is_refused(tmp_path, eps):
+    run = config.load(tiny.config(tmp_path), [f"optim.eps={eps}"])
+    with pytest.raises(ConfigError) as error:
+        config.check(run, 1)
+    assert str(error.value) == f"optim.eps: {float(eps.strip('.'))} divides where a gradient is 0; give a number > 0, as 1e-8"
+
+
+@pytest.mark.parametrize("name", ["dino", "moco_v3_vit"])
+def test_the_authors_first_weights_do_not_replace_loaded_ones(name):
+    run = config.load(Path(__file__).parents[1] / f"configs/{name}_imagenet.yaml", ["data.root=/data", "backbone.init=runs/a"])
+    with pytest.raises(ConfigError) as error:
+        config.check(run, 1)
+    assert str(error.value) == (
+        "method.vit_starts: authors would replace weights that backbone.init=runs/a loads; set method.vit_starts=as_built"
+    )

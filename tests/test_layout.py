@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "ssl_pretrain/views/recipe.py": "",
     "ssl_pretrain/views/resize.py": "jit",
     "ssl_pretrain/views/upload.py": "",
-    "ssl_pretrain/views/crops.py": "views/recipe views/upload draws jit",
+    "ssl_pretrain/views/crops.py": "views/recipe views/resize views/upload draws jit",
     "ssl_pretrain/views/colour_cpu.py": "jit",
     "ssl_pretrain/views/describe.py": "views/colour views/crops views/recipe",
     "ssl_pretrain/views/color_triton.py": "views/upload",

@@ -96,6 +96,23 @@ def test_a_zero_weight_moves_with_trust_one():
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_takes_betas_and_eps_from_the_configuration(name):
+    weight = nn.Parameter(torch.full((2, 2), 0.5, dtype=torch.float64))
+    config = OptimConfig(name=name, betas=[0.8, 0.99], eps=0.1, weight_decay=0.0, base_lr=1.0, lr_scaling="none", warmup_epochs=0)
+    module = nn.Module()
+    module.weight = weight
+    optimizer = optim.build(config, module)
+    optim.set_rates(optimizer, config, 0.0, 1, 1)
+    expected, first, second = weight.detach().clone(), torch.zeros(2, 2), torch.zeros(2, 2)
+    for step in (1, 2):
+        weight.grad = torch.full((2, 2), 0.3 * step, dtype=torch.float64)
+        first, second = 0.8 * first + 0.2 * weight.grad, 0.99 * second + 0.01 * weight.grad**2
+        expected -= first / (1 - 0.8**step) / ((second / (1 - 0.99**step)).sqrt() + 0.1)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
 @pytest.mark.parametrize("name", ["lars", "larc", "adamw", "adam", "sgd"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_gradient_changes_nothing(name, bad):

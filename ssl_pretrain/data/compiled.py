@@ -53,9 +53,10 @@ class Stored(NamedTuple):
 class Views(NamedTuple):
     """The recipe of every view, for compiled code. chances: `crops.chances` of each. begins: where its bytes begin in a batch."""
 
-    chances: np.ndarray  # float64 (views, 5)
+    chances: np.ndarray  # float64 (views, 6)
     sizes: np.ndarray  # int64 (views,)
     bicubic: np.ndarray  # bool (views,)
+    antialias: np.ndarray  # bool (views,)
     begins: np.ndarray  # int64 (views,)
 
 
@@ -120,7 +121,8 @@ def views_of(each: list[Crop], batch: int) -> Views:
     sizes = np.array([crop.size for crop in each], np.int64)
     ends = np.cumsum(batch * 3 * sizes**2)
     chances = np.array([crops.chances(crop) for crop in each])
-    return Views(chances, sizes, np.array([crop.interpolation == "bicubic" for crop in each]), ends - batch * 3 * sizes**2)
+    bicubic, antialias = np.array([crop.interpolation == "bicubic" for crop in each]), np.array([crop.antialias for crop in each])
+    return Views(chances, sizes, bicubic, antialias, ends - batch * 3 * sizes**2)
 
 
 def scratch_for(samples: Samples, each: list[Crop]) -> Scratch:
@@ -204,15 +206,17 @@ def _compiled(sources: str):
             tall = resize.padded(height)
             resize.turn(scratch.image, resize.padded(3 * width), height, 3 * width, scratch.turned, tall)
             for view in range(len(views.sizes)):
-                low, high, low_ratio, high_ratio, flip = views.chances[view]
-                box = crops.box_at(low, high, low_ratio, high_ratio, flip, seed, epoch, indices[row], view, height, width)
+                low, high, low_ratio, high_ratio, flip, sampler = views.chances[view]
+                box = crops.box_at(low, high, low_ratio, high_ratio, flip, sampler, seed, epoch, indices[row], view, height, width)
                 top, left, box_height, box_width, flipped = box
                 size = views.sizes[view]
                 place = views.begins[view] + (first_row + row) * 3 * size * size
                 out = batch[place : place + 3 * size * size]
-                resize.write_view(
-                    scratch.turned, tall, top, left, box_height, box_width, flipped, size, views.bicubic[view], scratch.room, out
-                )  # fmt: skip
+                bicubic = views.bicubic[view]
+                if views.antialias[view]:
+                    resize.write_view(scratch.turned, tall, top, left, box_height, box_width, flipped, size, bicubic, scratch.room, out)
+                else:
+                    resize.write_plain_view(scratch.turned, tall, top, left, box_height, box_width, flipped, size, bicubic, out)
 
     return make
 

@@ -113,3 +113,12 @@ def by_size(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
 def wide(z: Tensor) -> Tensor:
     """`z` in float32, or float64 as it is: losses are not computed in bfloat16."""
     return z if z.dtype == torch.float64 else z.float()
+
+
+def refuse_init(vit_starts: str, run: Any) -> None:
+    """Raise ValueError if the weights that `backbone.init` loads would be replaced by the authors' first ones."""
+    if vit_starts == "authors" and run.backbone.init != "random":
+        raise ValueError(
+            f"method.vit_starts: authors would replace weights that backbone.init={run.backbone.init} loads; "
+            "set method.vit_starts=as_built"
+        )

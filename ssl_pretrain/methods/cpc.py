@@ -30,7 +30,7 @@ class Config(MethodConfig):
     context_dim: int = 256
     num_blocks: int = 5
     num_directions: int = 4  # down, up, right, left: the first so many
-    rows_ahead: list[int] = field(default_factory=lambda: [2, 3, 4])  # which are predicted; the next one overlaps by half
+    rows_ahead: list[int] = field(default_factory=lambda: [3, 4, 5])  # which are predicted; the first two are ignored
     target_dim: int = 64
     scale: float = 0.1
 

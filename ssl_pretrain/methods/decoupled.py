@@ -1,6 +1,7 @@
 """Decoupled contrastive learning (Yeh et al., ECCV 2022, arXiv:2110.06848): SimCLR without the positive in the denominator.
 
-The loss follows the authors' dcl.py, which sums both directions: DCL, or with `sigma` the weighted DCLW. SimCLR's head.
+The loss sums both directions, as the dcl.py that circulates as the authors' (raindrop313/DCL) and its copies do: DCL, or with
+`sigma` the weighted DCLW, whose weights carry a gradient there and here; lightly's do not. SimCLR's head.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain import distributed, schedules
 from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, by_size, wide
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, by_size, refuse_init, wide
 from ssl_pretrain.momentum import Teacher, to_one
 
 SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freeze_last_layer_epochs": 0, "head_batch_norm": True,
@@ -39,6 +40,10 @@ class Config(MethodConfig):
     momentum: float = 0.996  # ends at 1
     centre_momentum: float = 0.9
     freeze_last_layer_epochs: int = 1
+    vit_starts: Literal["as_built", "authors"] = "as_built"  # authors: a class token of deviation 0.02, timm's has 1e-6
+
+    def check(self, run: Any, world_size: int) -> None:
+        refuse_init(self.vit_starts, run)
 
     def build(self, backbone: Backbone) -> DINO:
         return DINO(self, backbone)
@@ -87,6 +92,9 @@ class DINO(Method):
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
+        class_token = getattr(backbone.model, "cls_token", None)
+        if class_token is not None and config.vit_starts == "authors":
+            nn.init.trunc_normal_(class_token, std=0.02)  # the rest of timm's ViT starts as the authors' does
         self.head = Head(backbone.feature_dim, config)
         self.teacher = Teacher(backbone=backbone, head=self.head)
         self.register_buffer("centre", torch.zeros(config.num_prototypes))

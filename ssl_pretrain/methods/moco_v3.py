@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_pretrain.backbones import Backbone
 from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.contrastive import info_nce
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
+from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, refuse_init, two_views
 from ssl_pretrain.momentum import Teacher, to_one
 
 SMALL = {"hidden_dim": 512, "dim": 128, "temperature": 0.2}
@@ -35,6 +35,9 @@ class Config(MethodConfig):
     momentum: float = 0.99  # 0.996 for 1,000 epochs; it ends at 1
     freeze_patch_embed: bool = True  # ViT only: a random patch embedding, which is what keeps large batches stable
     vit_starts: Literal["as_built", "authors"] = "as_built"  # authors: their initialization, fixed positions; not with backbone.init
+
+    def check(self, run: Any, world_size: int) -> None:
+        refuse_init(self.vit_starts, run)
 
     def build(self, backbone: Backbone) -> MoCoV3:
         return MoCoV3(self, backbone)

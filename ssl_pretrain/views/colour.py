@@ -5,9 +5,12 @@ four operations in an order of its own per sample), grayscale, blur, solarize, t
 (x - mean) / std. An operation touches only the samples it was drawn for; which ones they
 are is known on the host, so a GPU is never waited for.
 
-The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1]. SimCLR's
-and BYOL's TensorFlow differs in one place: its contrast blends with the mean of each
-channel, torchvision's with the mean grey.
+The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1], unless the
+recipe asks for that of SimCLR's and BYOL's code (TensorFlow and JAX): contrast around the mean
+of each channel instead of the mean gray (contrast_mean: channel), saturation scaled in HSV at
+constant value instead of blended with gray (saturation_mode: hsv), a blur that pads with zeros
+instead of a reflection (blur_border: zero), and brightness that is added (brightness_mode: add).
+Hue, grayscale and solarize are the same in both.
 """
 
 from dataclasses import dataclass, replace
@@ -162,8 +165,9 @@ def _fused(pixels: Tensor) -> bool:
 def _on_cpu(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float], std: list[float]) -> Tensor:
     views = torch.empty(pixels.shape)
     strengths = np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
+    modes = (crop.brightness_mode == "add", crop.contrast_mean == "channel", crop.saturation_mode == "hsv", crop.blur_border == "zero")
     colour_cpu.apply(
-        pixels.contiguous().numpy(), parameters.jitter, parameters.order, parameters.factors, crop.brightness_mode == "add", strengths,
+        pixels.contiguous().numpy(), parameters.jitter, parameters.order, parameters.factors, modes, strengths,
         parameters.grayscale, parameters.blur, parameters.sigma, blur_taps(crop), parameters.solarize, crop.solarize_threshold,
         mean, std, torch.get_num_threads(), views.numpy(),
     )
@@ -176,9 +180,11 @@ def apply_in_batches(pixels: Tensor, parameters: Parameters, crop: Crop, mean: l
     images = pixels.to(torch.float32).div_(255)
     rows = parameters.rows.split(parameters.counts)
     brighten = _add if crop.brightness_mode == "add" else _brightness
+    contrast = _contrast_by_channel if crop.contrast_mean == "channel" else _contrast
+    saturate = _saturation_in_hsv if crop.saturation_mode == "hsv" else _saturation
 
     for stage in range(4):
-        for operation, adjust in enumerate((brighten, _contrast, _saturation, _hue)):
+        for operation, adjust in enumerate((brighten, contrast, saturate, _hue)):
             chosen = rows[4 * stage + operation]
             if len(chosen):
                 factor = parameters.values[:, operation].index_select(0, chosen).view(-1, 1, 1, 1)
@@ -188,7 +194,7 @@ def apply_in_batches(pixels: Tensor, parameters: Parameters, crop: Crop, mean: l
         images.index_copy_(0, grayscale, _grey(images.index_select(0, grayscale)).expand(-1, 3, -1, -1))
     if len(blur):
         sigma = parameters.values[:, 4].index_select(0, blur)
-        images.index_copy_(0, blur, _blur(images.index_select(0, blur), sigma, blur_taps(crop)))
+        images.index_copy_(0, blur, _blur(images.index_select(0, blur), sigma, blur_taps(crop), crop.blur_border))
     if len(solarize):
         images.index_copy_(0, solarize, _solarize(images.index_select(0, solarize), crop.solarize_threshold))
     return _standardize(images, mean, std)
@@ -222,9 +228,26 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
+def _contrast_by_channel(images: Tensor, factor: Tensor) -> Tensor:
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
 def _saturation(images: Tensor, factor: Tensor) -> Tensor:
     grey = _grey(images).mul_(1 - factor)
     return images.mul_(factor).add_(grey).clamp_(0, 1)
+
+
+def _saturation_in_hsv(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply HSV's saturation at constant hue and value, and cut it at 1.
+
+    Saturation is chroma / value. Hue and value stay when the distance of every channel to the
+    largest one is multiplied by the same number, here the factor, or what makes the smallest channel 0.
+    """
+    low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
+    chroma = (high - low).clamp_min_(torch.finfo(torch.float32).tiny)
+    scale = torch.minimum(factor, high / chroma)
+    return torch.sub(high, (high - images).mul_(scale)).clamp_(0, 1)
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -252,8 +275,8 @@ def _solarize(images: Tensor, threshold: float) -> Tensor:
     return torch.where(images >= threshold, 1 - images, images)
 
 
-def _blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Gaussian blur with a sigma (m,) per image and reflected borders.
+def _blur(images: Tensor, sigma: Tensor, taps: int, border: str = "reflect") -> Tensor:
+    """Gaussian blur with a sigma (m,) per image; the border is reflected, or black for "zero".
 
     Every channel of every image is a channel of one depthwise convolution, along the rows and
     then along the columns: 2 * taps products a pixel where torchvision's square kernel has taps^2.
@@ -262,7 +285,7 @@ def _blur(images: Tensor, sigma: Tensor, taps: int) -> Tensor:
     radius = taps // 2
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=images.device)
     kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1).repeat_interleave(channels, dim=0)    # (3m, taps)
-    padded = torch.nn.functional.pad(images, (radius, radius, radius, radius), mode="reflect")
+    padded = torch.nn.functional.pad(images, (radius, radius, radius, radius), mode="constant" if border == "zero" else "reflect")
     stack = padded.reshape(1, m * channels, height + 2 * radius, width + 2 * radius)
     stack = torch.nn.functional.conv2d(stack, kernel[:, None, None, :], groups=m * channels)
     stack = torch.nn.functional.conv2d(stack, kernel[:, None, :, None], groups=m * channels)

@@ -17,8 +17,11 @@ ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(number) for number in (0, 1, 2, 3
 TINY = np.finfo(np.float32).tiny
 
 
-def apply(pixels, jitter, order, factors, adds, strengths, grayscale, blur, sigma, taps, solarize, threshold, mean, std, num_threads, out):
-    """Writes the finished views to `out`, float32 (n, 3, height, width); see `colour.apply`. Rows are shared by `num_threads` threads."""
+def apply(pixels, jitter, order, factors, modes, strengths, grayscale, blur, sigma, taps, solarize, threshold, mean, std, num_threads, out):
+    """Write the finished views to `out`, float32 (n, 3, height, width); see `colour.apply`. `num_threads` threads share the rows.
+
+    modes: whether brightness is added, contrast keeps each channel's mean, saturation is HSV's, and the blur pads with zeros.
+    """
     n = len(pixels)
     rows = max(1, -(-n // num_threads))
     scaled = (np.asarray(mean, np.float32), np.asarray(std, np.float32))
@@ -26,7 +29,7 @@ def apply(pixels, jitter, order, factors, adds, strengths, grayscale, blur, sigm
 
     def part(rows):
         _apply(
-            pixels[rows], jitter[rows], order[rows], factors[rows], adds, strengths, grayscale[rows], blur[rows], sigma[rows], taps,
+            pixels[rows], jitter[rows], order[rows], factors[rows], modes, strengths, grayscale[rows], blur[rows], sigma[rows], taps,
             solarize[rows], np.float32(threshold), *scaled, out[rows],
         )  # fmt: skip
 
@@ -39,11 +42,12 @@ def apply(pixels, jitter, order, factors, adds, strengths, grayscale, blur, sigm
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _apply(pixels, jitter, order, factors, adds, strengths, grayscale, blur, sigma, taps, solarize, threshold, mean, std, out):
+def _apply(pixels, jitter, order, factors, modes, strengths, grayscale, blur, sigma, taps, solarize, threshold, mean, std, out):
+    adds, by_channel, in_hsv, zero_border = modes
     _, _, height, width = pixels.shape
     kernel = np.empty(taps, np.float32)
     padded = np.empty(width + taps, np.float32)
-    rows = np.empty((height, width), np.float32)
+    rows = np.zeros((height + 1, width), np.float32)  # the last one stays zero: what lies outside, for a zero border
     for number in range(len(pixels)):
         image = out[number].reshape(3, height * width)
         source = pixels[number].reshape(3, height * width)
@@ -59,8 +63,13 @@ def _apply(pixels, jitter, order, factors, adds, strengths, grayscale, blur, sig
                     _shift(image.reshape(-1), factor)
                 elif operation == 0:
                     _scale(image.reshape(-1), factor)
+                elif operation == 1 and by_channel:
+                    for channel in range(3):
+                        _blend_with_mean(image[channel], factor, _mean(image[channel]))
                 elif operation == 1:
                     _blend_with_mean(image.reshape(-1), factor, _mean_grey(image[0], image[1], image[2]))
+                elif operation == 2 and in_hsv:
+                    _scale_saturation(image[0], image[1], image[2], factor)
                 elif operation == 2:
                     _blend_with_grey(image[0], image[1], image[2], factor)
                 else:
@@ -70,7 +79,7 @@ def _apply(pixels, jitter, order, factors, adds, strengths, grayscale, blur, sig
         if blur[number]:
             _fill_kernel(kernel, sigma[number])
             for channel in range(3):
-                _blur(out[number, channel], kernel, padded, rows)
+                _blur(out[number, channel], kernel, padded, rows, zero_border)
         for channel in range(3):
             _finish(image[channel], solarize[number], threshold, mean[channel], std[channel])
 
@@ -104,6 +113,17 @@ def _mean_grey(red, green, blue):
     return np.float32(total / len(red))
 
 
+@njit(nogil=True, fastmath=_SUM)
+def _mean(channel):
+    total = 0.0
+    for first in range(0, len(channel), 1024):
+        part = ZERO
+        for i in range(first, min(first + 1024, len(channel))):
+            part += channel[i]
+        total += np.float64(part)
+    return np.float32(total / len(channel))
+
+
 @njit(nogil=True, fastmath=_CONTRACT)
 def _blend_with_mean(image, factor, mean):
     other = mean * (ONE - factor)
@@ -119,6 +139,19 @@ def _blend_with_grey(red, green, blue, factor):
         red[i] = min(max(red[i] * factor + grey, ZERO), ONE)
         green[i] = min(max(green[i] * factor + grey, ZERO), ONE)
         blue[i] = min(max(blue[i] * factor + grey, ZERO), ONE)
+
+
+@njit(nogil=True, error_model="numpy")
+def _scale_saturation(red, green, blue, factor):
+    """`colour._saturation_in_hsv`: the distances to the largest channel grow by one factor, until the smallest channel is 0."""
+    for i in range(len(red)):
+        r, g, b = red[i], green[i], blue[i]
+        high = max(max(r, g), b)
+        chroma = max(high - min(min(r, g), b), TINY)
+        scale = min(factor, high / chroma)
+        red[i] = min(max(high - (high - r) * scale, ZERO), ONE)
+        green[i] = min(max(high - (high - g) * scale, ZERO), ONE)
+        blue[i] = min(max(high - (high - b) * scale, ZERO), ONE)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -156,12 +189,15 @@ def _fill_kernel(kernel, sigma):
 
 
 @njit(nogil=True)
-def _blur(image, kernel, padded, rows):
-    """Along the rows, then along the columns; the borders are reflected."""
+def _blur(image, kernel, padded, rows, zero_border):
+    """Along the rows, then along the columns. `rows` has one row more than the image, of zeros."""
     height, width = image.shape
     radius = len(kernel) // 2
     for y in range(height):
-        for x in range(radius):
+        if zero_border:
+            padded[:radius] = ZERO
+            padded[radius + width :] = ZERO
+        for x in range(0 if zero_border else radius):
             padded[radius - 1 - x] = image[y, x + 1]
             padded[radius + width + x] = image[y, width - 2 - x]
         padded[radius : radius + width] = image[y]
@@ -174,17 +210,20 @@ def _blur(image, kernel, padded, rows):
         image[y] = ZERO
         for tap in range(0, len(kernel) - 2, 3):
             a, b, c = (
-                rows[_reflected(y + tap - radius, height)],
-                rows[_reflected(y + tap + 1 - radius, height)],
-                rows[_reflected(y + tap + 2 - radius, height)],
+                rows[_inside(y + tap - radius, height, zero_border)],
+                rows[_inside(y + tap + 1 - radius, height, zero_border)],
+                rows[_inside(y + tap + 2 - radius, height, zero_border)],
             )
             _add_three(image[y], a, b, c, kernel[tap], kernel[tap + 1], kernel[tap + 2])
         for tap in range(len(kernel) // 3 * 3, len(kernel)):
-            _add_one(image[y], rows[_reflected(y + tap - radius, height)], kernel[tap])
+            _add_one(image[y], rows[_inside(y + tap - radius, height, zero_border)], kernel[tap])
 
 
 @njit(nogil=True)
-def _reflected(place, length):
+def _inside(place, length, zero_border):
+    """The row that stands at `place`: its reflection, or row `length`, of zeros, where it lies outside."""
+    if zero_border:
+        return place if 0 <= place < length else length
     place = abs(place)
     return place if place < length else 2 * length - 2 - place
 

@@ -17,11 +17,20 @@ def text(crop: Crop, box: Box, parameters: Parameters, row: int) -> str:
     if parameters.jitter[row]:
         strengths = (crop.brightness, crop.contrast, crop.saturation, crop.hue)
         chosen = [int(operation) for operation in parameters.order[row] if strengths[int(operation)] > 0]
-        words += [f"{OPERATIONS[operation]} {parameters.factors[row, operation]:.2f}" for operation in chosen]
+        words += [_adjustment(crop, operation, parameters.factors[row, operation]) for operation in chosen]
     if parameters.grayscale[row]:
         words.append("grey")
     if parameters.blur[row]:
-        words.append(f"blur sigma {parameters.sigma[row]:.2f}")
+        words.append(f"blur sigma {parameters.sigma[row]:.2f}" + (", black outside" if crop.blur_border == "zero" else ""))
     if parameters.solarize[row]:
         words.append("solarized")
     return ", ".join(words)
+
+
+def _adjustment(crop: Crop, operation: int, factor: float) -> str:
+    manner = {
+        BRIGHTNESS: " added" if crop.brightness_mode == "add" else "",
+        CONTRAST: " by channel" if crop.contrast_mean == "channel" else "",
+        SATURATION: " in HSV" if crop.saturation_mode == "hsv" else "",
+    }
+    return f"{OPERATIONS[operation]} {factor:.2f}{manner.get(operation, '')}"

@@ -3,6 +3,10 @@
 Covers the views of SimCLR (arXiv:2002.05709), BYOL (arXiv:2006.07733), SwAV's multi-crop
 (arXiv:2006.09882) and DINO (arXiv:2104.14294). Each view is drawn in this order: crop,
 flip, jitter, grayscale, blur, solarize.
+
+The defaults are torchvision's functions. SimCLR and BYOL were written for TensorFlow and JAX,
+whose functions of the same names differ. Their recipes set saturation_mode: hsv,
+contrast_mean: channel, blur_border: zero, antialias: false and their own crop_sampler.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +15,20 @@ from typing import Literal, get_args
 
 Interpolation = Literal["bilinear", "bicubic"]
 BrightnessMode = Literal["multiply", "add"]
+SaturationMode = Literal["blend", "hsv"]
+ContrastMean = Literal["gray", "channel"]
+BlurBorder = Literal["reflect", "zero"]
+CropSampler = Literal["torchvision", "tensorflow", "clipped"]
+
+
+CHOICES = {
+    "crop_sampler": get_args(CropSampler),
+    "interpolation": get_args(Interpolation),
+    "brightness_mode": get_args(BrightnessMode),
+    "contrast_mean": get_args(ContrastMean),
+    "saturation_mode": get_args(SaturationMode),
+    "blur_border": get_args(BlurBorder),
+}
 
 
 @dataclass
@@ -21,7 +39,9 @@ class Crop:
     size: int = 224                 # pixels, height and width
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])             # of the image's area
     ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])    # width / height before resizing
-    interpolation: Interpolation = "bilinear"    # antialiased always
+    crop_sampler: CropSampler = "torchvision"    # tensorflow: SimCLR's; clipped: BYOL's (views/crops.py)
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = True          # false: a shrunken crop is sampled without a low-pass filter, as by tf.image.resize
     flip: float = 0.5
     jitter: float = 0.0
     brightness: float = 0.0         # factors are uniform in [max(0, 1 - x), 1 + x]
@@ -29,10 +49,13 @@ class Crop:
     saturation: float = 0.0
     hue: float = 0.0                # shift, uniform in [-x, x] turns of the colour circle
     brightness_mode: BrightnessMode = "multiply"    # add: pixel + uniform[-x, x], of SimCLR v1 and BYOL
+    contrast_mean: ContrastMean = "gray"    # channel: each channel keeps its own mean, as by tf.image.adjust_contrast
+    saturation_mode: SaturationMode = "blend"    # hsv: scale S at constant hue and value, as tf.image.adjust_saturation
     grayscale: float = 0.0
     blur: float = 0.0
     blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])         # pixels
     blur_kernel: int = 0            # pixels; 0: size // 10 made odd, at least 3 (SimCLR: 224 -> 23)
+    blur_border: BlurBorder = "reflect"    # zero: black around the view, TensorFlow's SAME padding
     solarize: float = 0.0
     solarize_threshold: float = 0.5    # pixels in [0, 1] from here up are inverted
 
@@ -79,7 +102,7 @@ def _check_crop(key: str, crop: Crop) -> None:
     _check_range(f"{key}.scale", crop.scale, highest=1.0)
     _check_range(f"{key}.ratio", crop.ratio)
     _check_range(f"{key}.blur_sigma", crop.blur_sigma)
-    for name, choices in (("interpolation", get_args(Interpolation)), ("brightness_mode", get_args(BrightnessMode))):
+    for name, choices in CHOICES.items():
         if getattr(crop, name) not in choices:
             raise ValueError(f"{key}.{name}: {getattr(crop, name)!r} is not known; choose one of: {', '.join(choices)}")
     for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
@@ -109,7 +132,7 @@ def _check_blur(key: str, crop: Crop) -> None:
     if crop.blur_kernel and (crop.blur_kernel < 3 or crop.blur_kernel % 2 == 0):
         raise ValueError(f"{key}.blur_kernel: {crop.blur_kernel} has no middle pixel; give an odd number >= 3, or 0 for size // 10")
     largest = 2 * crop.size - 1    # reflection pads by half the kernel, less than the image itself
-    if crop.blur and blur_taps(crop) > largest:
+    if crop.blur and crop.blur_border == "reflect" and blur_taps(crop) > largest:
         remedy = f"give at most {largest}" if largest >= 3 else "set blur to 0"
         raise ValueError(f"{key}.blur_kernel: {blur_taps(crop)} is too wide to reflect an image of size {crop.size}; {remedy}")
 

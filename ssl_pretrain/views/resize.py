@@ -7,6 +7,9 @@ number of views an image has, its decoding and first turn are shared.
 The arithmetic is that of torch's uint8 kernels (aten/native/cpu/UpSampleKernel.cpp, after Pillow): weights of the
 triangle or of Keys' cubic with a = -0.5, widened by the scale where the image shrinks, rounded to 16 bits with as many
 of them behind the point as the largest allows; sums in 32 bits; rounded and clamped to a byte after each pass.
+
+`write_plain_view` resizes without antialiasing, as tf.image.resize does: the filter is never widened, so that a pixel
+depends on at most 4 x 4 others however much the image shrinks. Its sums are float32, rounded to a byte once.
 """
 
 import math
@@ -196,6 +199,62 @@ def write_view(turned, pitch, top, left, height, width, flip, size, bicubic, roo
         for y in range(size):
             place = (channel * size + y) * size
             _blend(out[place : place + size], back, starts[y] * wide, wide, counts[y], weights[y], size, bits, at, sums)
+
+
+@njit(nogil=True)
+def write_plain_view(turned, pitch, top, left, height, width, flip, size, bicubic, out):
+    """Write one view without antialiasing; the arguments are those of `write_view`.
+
+    Where the filter reaches over the edge of the box, the pixels that exist share its weight
+    (TensorFlow's half_pixel_centers). For the triangle this is the same as repeating the edge.
+    """
+    along_x, along_y = np.zeros((size, 4), np.float32), np.zeros((size, 4), np.float32)
+    first_x, first_y = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    _plain_axis(width, size, bicubic, flip, first_x, along_x)
+    _plain_axis(height, size, bicubic, False, first_y, along_y)
+    column = np.zeros(height + 3, np.float32)  # room for taps without weight
+    for channel in range(3):
+        for x in range(size):
+            column[:] = 0
+            for tap in range(4):
+                weight = along_x[x, tap]
+                if weight != 0:
+                    place = (3 * (left + first_x[x] + tap) + channel) * pitch + top
+                    _add_weighted(column, turned[place : place + height], weight)
+            for y in range(size):
+                at = first_y[y]
+                total = column[at] * along_y[y, 0] + column[at + 1] * along_y[y, 1]
+                total += column[at + 2] * along_y[y, 2] + column[at + 3] * along_y[y, 3]
+                out[(channel * size + y) * size + x] = np.uint8(min(max(total + np.float32(0.5), np.float32(0)), np.float32(255)))
+
+
+@njit(nogil=True)
+def _plain_axis(length, size, bicubic, mirrored, first, weights):
+    """Fill, for each of `size` pixels, the first of `length` pixels it depends on and the weights of it and the next three."""
+    reach = 2 if bicubic else 1
+    for pixel in range(size):
+        center = length / size * (pixel + 0.5)
+        start = max(math.floor(center - reach + 0.5), 0)
+        count = min(math.floor(center + reach + 0.5), length) - start
+        row = size - 1 - pixel if mirrored else pixel
+        first[row] = start
+        total = 0.0
+        for tap in range(count):
+            total += _filter(tap + start - center + 0.5, bicubic)
+        for tap in range(count):
+            weights[row, tap] = _filter(tap + start - center + 0.5, bicubic) / total
+
+
+@njit(nogil=True)
+def _add_weighted(sums, source, weight):
+    for i in range(len(source)):
+        sums[i] += np.float32(source[i]) * weight
+
+
+@njit(nogil=True, cache=True)
+def write_plain_cut(turned, height, width, flip, size, bicubic, out):
+    """`write_plain_view` of a whole image, compiled once and kept on disk, for callers that are not compiled."""
+    write_plain_view(turned, height, 0, 0, height, width, flip, size, bicubic, out)
 
 
 def room_for(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:

@@ -129,6 +129,22 @@ def test_a_batch_larger_than_a_threads_share_is_whole(stored):
     assert rows == digests(loader(stored, 0, global_batch_size=50, views=views, how="folder"), 0, 2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop_sampler": "tensorflow", "antialias": False, "interpolation": "bicubic"},
+        {"crop_sampler": "clipped", "antialias": False},
+        {"crop_sampler": "tensorflow", "scale": [0.2, 0.6]},
+    ],
+)
+def test_samplers_and_plain_resizes_are_those_of_the_folder_loader(options, stored):
+    views = ViewsConfig(crops={"global": Crop(count=2, size=24, **options), "local": Crop(count=1, size=10, **options)})
+    rows = digests(loader(stored, views=views), 0, 3)
+    assert rows == digests(loader(stored, 0, views=views, how="folder"), 0, 3)
+    plain = ViewsConfig(crops={"global": Crop(count=2, size=24), "local": Crop(count=1, size=10)})
+    assert not set(rows) & set(digests(loader(stored, views=plain), 0, 3))
+
+
 def test_raw_pixels_are_read_as_they_are(tmp_path):
     from ssl_pretrain.data import beton_writer
     from ssl_pretrain.data.sources import open_source

@@ -5,11 +5,15 @@ https://github.com/facebookresearch/barlowtwins/blob/8e8d284c/main.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import contract
 import pytest
 import torch
 from conftest import run_ranks
 
+from ssl_pretrain.config import load
 from ssl_pretrain.optim import OptimConfig
 
 METHOD = {"projector_dims": [8, 8, 5]}
@@ -53,6 +57,25 @@ def test_the_authors_gradient_is_one_over_the_ranks_of_the_true_one():
             rank["gradients"]["projector.0.weight"], true["gradients"]["projector.0.weight"] / 3, rtol=1e-9, atol=1e-12
         )
         assert rank["losses"] == pytest.approx(true["losses"])
+
+
+def test_the_true_gradient_takes_the_authors_step_with_their_ranks_in_decay_and_rate():
+    """The recipe's way to the authors' run: their decay times their ranks, their rate of biases over their ranks."""
+    ranks, theirs = 16, replace(OPTIM, weight_decay=0.05)
+    ours = replace(theirs, weight_decay=0.05 * ranks, excluded_lr_ratio=0.024 / ranks)
+    method, images = contract.build("barlow_twins"), contract.batch("barlow_twins")
+    expected, decayed = contract.twin(method), contract.twin(method)
+    contract.one_step(method, ours, images)
+    contract.plain_step(expected, theirs, plain_loss(expected, images) / ranks, 20 * contract.ROWS / 256)
+    contract.assert_same(method, expected)
+    contract.one_step(decayed, replace(ours, weight_decay=0.05), images)
+    assert contract.largest_error(decayed, expected) > 1e-5  # LARS does not hide the decay
+
+
+def test_the_recipe_has_the_authors_decay_and_rate_of_biases_at_sixteen_ranks():
+    recipe = load(Path(__file__).parents[2] / "configs/barlow_twins_imagenet.yaml", ["data.root=/data"]).optim
+    assert recipe.weight_decay == pytest.approx(16 * 1e-6)
+    assert recipe.excluded_lr_ratio * recipe.base_lr == pytest.approx(0.0048 / 16)
 
 
 def test_no_linear_of_the_projector_has_a_bias():

@@ -72,6 +72,19 @@ def test_one_step_is_the_authors(step):
     contract.assert_same(method, expected)
 
 
+def test_a_class_token_starts_as_the_authors():
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig(name="vit_tiny_patch16_224"), 32)
+    before = {name: p.clone() for name, p in backbone.model.named_parameters()}
+    assert before["cls_token"].std() < 1e-5  # timm's
+    method = Config(num_prototypes=9, vit_starts="authors").build(backbone)
+    token = method.backbone.model.cls_token
+    assert token.std().item() == pytest.approx(0.02, rel=0.15)
+    changed = [name for name, p in method.backbone.model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == ["cls_token"]
+    assert torch.equal(token, method.teacher.get_parameter("backbone.model.cls_token"))
+
+
 def test_the_teachers_temperature_by_epoch():
     config = Config(teacher_temperature=0.07, teacher_temperature_warmup_epochs=30)
     assert [temperature_at(config, epoch) for epoch in (0, 1, 29, 30, 99)] == pytest.approx([0.04, 0.04 + 0.03 / 29, 0.07, 0.07, 0.07])

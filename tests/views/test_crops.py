@@ -120,8 +120,9 @@ def test_a_box_depends_on_its_name_alone():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [8, 32])
-def test_a_batch_is_cut_as_its_images_one_by_one(interpolation, size, device):
-    crop = Crop(size=size, interpolation=interpolation, scale=[0.05, 1.0])
+@pytest.mark.parametrize("options", [{}, {"antialias": False, "crop_sampler": "tensorflow"}, {"antialias": False, "crop_sampler": "clipped"}])
+def test_a_batch_is_cut_as_its_images_one_by_one(interpolation, size, device, options):
+    crop = Crop(size=size, interpolation=interpolation, scale=[0.05, 1.0], **options)
     sizes = np.array([[32, 32], [20, 31], [32, 9], [1, 1], [13, 32]] * 8)
     images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
     expected = []
@@ -133,7 +134,7 @@ def test_a_batch_is_cut_as_its_images_one_by_one(interpolation, size, device):
     assert drawn[:, 4].min() == 0 and drawn[:, 4].max() == 1
     views = crops.apply_to_batch(images.to(device), drawn, crop).cpu()
     difference = (views.int() - torch.stack(expected).int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.001
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002  # halves are rounded either way
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

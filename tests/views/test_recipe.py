@@ -31,6 +31,7 @@ def test_the_blur_kernel_follows_the_size_as_in_simclr(size, taps):
         Crop(jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale=0.2, blur=0.5),    # SimCLR
         Crop(jitter=0.8, brightness=0.4, brightness_mode="add", hue=0.5, blur=1.0, solarize=0.2, interpolation="bicubic"),    # BYOL
         Crop(size=4, blur=1.0, blur_kernel=7),    # the widest kernel that 4 pixels can reflect
+        Crop(size=4, blur=1.0, blur_kernel=23, blur_border="zero"),    # black has no end
         Crop(size=1),
         Crop(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=0.0),
     ],
@@ -52,6 +53,13 @@ def test_good_recipes_pass(crop):
         (views(blur_sigma=[0, 2]), "views.crops.global.blur_sigma: [0, 2] is not a range; give [low, high] with 0 < low <= high"),
         (views(interpolation="nearest"), "views.crops.global.interpolation: 'nearest' is not known; choose one of: bilinear, bicubic"),
         (views(brightness_mode="sub"), "views.crops.global.brightness_mode: 'sub' is not known; choose one of: multiply, add"),
+        (views(saturation_mode="hsl"), "views.crops.global.saturation_mode: 'hsl' is not known; choose one of: blend, hsv"),
+        (views(contrast_mean="grey"), "views.crops.global.contrast_mean: 'grey' is not known; choose one of: gray, channel"),
+        (views(blur_border="black"), "views.crops.global.blur_border: 'black' is not known; choose one of: reflect, zero"),
+        (
+            views(crop_sampler="byol"),
+            "views.crops.global.crop_sampler: 'byol' is not known; choose one of: torchvision, tensorflow, clipped",
+        ),
         (views(flip=1.5), "views.crops.global.flip: 1.5 is not a probability; give a number in [0, 1]"),
         (views(jitter=math.nan, hue=0.1), "views.crops.global.jitter: nan is not a probability; give a number in [0, 1]"),
         (views(grayscale=-0.2), "views.crops.global.grayscale: -0.2 is not a probability; give a number in [0, 1]"),

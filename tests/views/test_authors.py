@@ -1,0 +1,212 @@
+"""The options of SimCLR's and BYOL's recipes against their authors' functions (tests/views/authors.py), on the same draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import authors
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ssl_pretrain.config import load
+from ssl_pretrain.views import colour, crops, describe, recipe, resize
+from ssl_pretrain.views.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from ssl_pretrain.views.crops import Box
+from ssl_pretrain.views.recipe import Crop, blur_taps
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+LEVEL = 1 / 255
+ROUNDING = 0.01 * LEVEL  # float32 against float64
+TENSORFLOW = {
+    "contrast_mean": "channel",
+    "saturation_mode": "hsv",
+    "blur_border": "zero",
+    "antialias": False,
+}
+SIMCLR = TENSORFLOW | {"crop_sampler": "tensorflow", "interpolation": "bicubic", "jitter": 0.8, "brightness": 0.8, "contrast": 0.8,
+                       "saturation": 0.8, "hue": 0.2, "grayscale": 0.2, "blur": 0.5}  # fmt: skip
+BYOL = TENSORFLOW | {"crop_sampler": "clipped", "interpolation": "bicubic", "jitter": 0.8, "brightness": 0.4, "brightness_mode": "add",
+                     "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grayscale": 0.2, "blur": 1.0, "solarize": 0.2}  # fmt: skip
+ON_EACH = pytest.mark.parametrize("apply", [colour.apply, colour.apply_in_batches], ids=["compiled", "batches"])
+
+
+def images(n: int, size: int) -> torch.Tensor:
+    """Noise, and before it the corners of the color cube, a gray image and a black one."""
+    noise = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    corners = [[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)] + [[1, 0, 0], [255, 254, 254]]
+    noise[0].view(3, -1)[:, :10] = torch.tensor(corners, dtype=torch.uint8).T
+    noise[1] = noise[1, :1]
+    noise[2] = 0
+    return noise
+
+
+def floats(pixels: torch.Tensor) -> np.ndarray:
+    return pixels.movedim(0, -1).numpy().astype(np.float64) / 255
+
+
+def largest_difference(view: torch.Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(view.movedim(0, -1).numpy() - expected).max())
+
+
+@ON_EACH
+@pytest.mark.parametrize(
+    ("options", "operation", "theirs"),
+    [
+        ({"contrast": 0.8, "contrast_mean": "channel"}, CONTRAST, authors.adjust_contrast),
+        ({"saturation": 0.8, "saturation_mode": "hsv"}, SATURATION, authors.adjust_saturation),
+        ({"saturation": 3.0, "saturation_mode": "hsv"}, SATURATION, authors.adjust_saturation),
+    ],
+)
+def test_an_adjustment_is_the_authors(apply, options, operation, theirs):
+    crop = Crop(size=40, jitter=1.0, **options)
+    pixels, parameters = images(24, 40), colour.draw(crop, 0, 0, np.arange(24), 0)
+    for view, image, factors in zip(apply(pixels, parameters, crop, *PLAIN), pixels, parameters.factors):
+        expected = np.clip(theirs(floats(image), float(factors[operation])), 0, 1)
+        assert largest_difference(view, expected) < ROUNDING
+
+
+@ON_EACH
+@pytest.mark.parametrize(("size", "kernel"), [(224, 23), (32, 0), (9, 23), (1, 3)])
+def test_a_blur_has_black_around_it_as_the_authors(apply, size, kernel):
+    crop = Crop(size=size, blur=1.0, blur_kernel=kernel, blur_border="zero")
+    recipe.check(recipe.ViewsConfig({"global": crop}))
+    pixels = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+    parameters = colour.draw(crop, 0, 0, np.arange(3), 0)
+    for view, image, sigma in zip(apply(pixels, parameters, crop, *PLAIN), pixels, parameters.sigma):
+        assert largest_difference(view, authors.gaussian_blur(floats(image), float(sigma), blur_taps(crop))) < ROUNDING
+
+
+@ON_EACH
+@pytest.mark.parametrize("options", [SIMCLR, BYOL], ids=["simclr", "byol"])
+def test_the_whole_chain_is_the_authors_in_the_drawn_order(apply, options):
+    crop = Crop(size=32, **options)
+    pixels, parameters = images(64, 32), colour.draw(crop, 0, 0, np.arange(64), 0)
+    for row, view in enumerate(apply(pixels, parameters, crop, *PLAIN)):
+        assert largest_difference(view, colored_by_authors(floats(pixels[row]), parameters, row, crop)) < 0.1 * LEVEL
+
+
+def colored_by_authors(image: np.ndarray, parameters: colour.Parameters, row: int, crop: Crop) -> np.ndarray:
+    for operation in parameters.order[row] if parameters.jitter[row] else ():
+        factor = float(parameters.factors[row, operation])
+        if operation == BRIGHTNESS:
+            image = image + factor if crop.brightness_mode == "add" else image * factor
+        elif operation == CONTRAST:
+            image = authors.adjust_contrast(image, factor)
+        elif operation == SATURATION:
+            image = authors.adjust_saturation(image, factor)
+        elif operation == HUE:
+            hue, saturation, value = authors.rgb_to_hsv(image)
+            image = authors.hsv_to_rgb((hue + factor) % 1, saturation, value)
+        image = np.clip(image, 0, 1)
+    if parameters.grayscale[row]:
+        image = np.repeat(image @ np.array([[0.2989], [0.587], [0.114]]), 3, axis=2)
+    if parameters.blur[row]:
+        image = authors.gaussian_blur(image, float(parameters.sigma[row]), blur_taps(crop))
+    if parameters.solarize[row]:
+        image = np.where(image < 0.5, image, 1 - image)
+    return image
+
+
+def picture(height: int, width: int, kind: str) -> np.ndarray:
+    noise = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return noise if kind == "noise" else np.where(noise > 127, 255, 0).astype(np.uint8)  # where the cubic overshoots most
+
+
+BOXES = [
+    ((70, 90), (5, 11, 41, 53), 16), ((70, 90), (5, 11, 41, 53), 96), ((375, 500), (10, 20, 300, 400), 224), ((33, 21), (0, 0, 33, 21), 7),
+    ((1, 1), (0, 0, 1, 1), 16), ((3, 2), (0, 0, 3, 2), 5), ((17, 640), (3, 100, 2, 500), 20), ((640, 17), (100, 3, 500, 2), 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["noise", "black and white"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("shape", "box", "size"), BOXES)
+def test_a_resize_without_antialias_is_the_authors_within_one_level(shape, box, size, flip, interpolation, kind):
+    image, (top, left, height, width) = picture(*shape, kind), box
+    expected = authors.resize(image[top : top + height, left : left + width].astype(float), size, interpolation).clip(0, 255)
+    expected = np.moveaxis(expected[:, ::-1] if flip else expected, -1, 0)
+    crop = Crop(size=size, interpolation=interpolation, antialias=False)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    one = crops.apply(pixels, Box(*box, flip), crop).numpy()
+    together = crops.apply_to_batch(pixels[None].contiguous(), np.array([[*box, flip]]), crop)[0].numpy()
+    assert np.abs(one - expected).max() < 0.51
+    assert np.abs(together - expected).max() < 0.51
+    assert np.array_equal(compiled(image, (*box, flip), size, interpolation == "bicubic"), one)
+
+
+def compiled(image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool) -> np.ndarray:
+    """As the loader of .beton files calls it: a box inside an image that was turned as a whole."""
+    height, width, _ = image.shape
+    tall, wide = (-(-side // resize.TILE) * resize.TILE for side in (height, 3 * width))
+    stored, turned = np.zeros((tall, wide), np.uint8), np.zeros(wide * tall, np.uint8)
+    stored[:height, : 3 * width] = image.reshape(height, -1)
+    resize.turn(stored.reshape(-1), wide, height, 3 * width, turned, tall)
+    out = np.full(3 * size * size, 77, np.uint8)
+    resize.write_plain_view(turned, tall, *box, size, bicubic, out)
+    return out.reshape(3, size, size)
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (224, 224)])
+@pytest.mark.parametrize(("sampler", "theirs"), [("tensorflow", authors.simclr_boxes), ("clipped", authors.byol_boxes)])
+def test_boxes_are_spread_as_the_authors(sampler, theirs, height, width):
+    n = 100_000
+    sizes = np.full((n, 2), [height, width])
+    ours, expected = crops.boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(n), 0, sizes), theirs(n, height, width, seed=1)
+    measures = {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "ratio": lambda b: b[:, 3] / b[:, 2],
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+    }
+    for name, measure in measures.items():
+        assert stats.ks_2samp(measure(ours), measure(expected)).statistic < 0.01, name
+    torchvisions = crops.boxes(Crop(), 0, 0, np.arange(n), 0, sizes)
+    assert stats.ks_2samp(measures["area"](ours), measures["area"](torchvisions)).statistic > 0.09
+
+
+@pytest.mark.parametrize("sampler", ["tensorflow", "clipped"])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (1, 1), (2, 50), (50, 3), (375, 500)])
+@pytest.mark.parametrize("options", [{}, {"scale": [0.05, 0.3]}, {"scale": [1.0, 1.0]}, {"ratio": [0.5, 3.0]}])
+def test_a_box_is_inside_the_image(sampler, height, width, options):
+    n = 500
+    top, left, tall, wide, _ = crops.boxes(Crop(crop_sampler=sampler, **options), 0, 0, np.arange(n), 0, np.full((n, 2), [height, width])).T
+    assert min(top.min(), left.min()) >= 0
+    assert min(tall.min(), wide.min()) >= 1
+    assert (top + tall).max() <= height
+    assert (left + wide).max() <= width
+
+
+def test_tensorflow_takes_the_whole_image_where_no_box_fits():
+    assert crops.draw(Crop(crop_sampler="tensorflow"), 0, 0, 0, 0, 10, 1000)[:4] == (0, 0, 10, 1000)
+
+
+@pytest.mark.parametrize("sampler", ["tensorflow", "clipped"])
+def test_one_box_is_that_of_the_batch(sampler):
+    crop = Crop(crop_sampler=sampler)
+    together = crops.boxes(crop, 1, 2, np.arange(20), 3, np.full((20, 2), [90, 130]))
+    assert [tuple(row) for row in together.tolist()] == [crops.draw(crop, 1, 2, index, 3, 90, 130) for index in range(20)]
+
+
+def test_a_view_says_which_functions_made_it():
+    crop = Crop(size=8, **(SIMCLR | {"jitter": 1.0, "blur": 1.0, "grayscale": 0.0}))
+    text = describe.text(crop, Box(0, 0, 8, 8, False), colour.draw(crop, 0, 0, np.arange(1), 0), 0)
+    assert " by channel" in text
+    assert " in HSV" in text
+    assert text.endswith(", black outside")
+    plain = Crop(size=8, jitter=1.0, contrast=0.8, saturation=0.8, blur=1.0)
+    text = describe.text(plain, Box(0, 0, 8, 8, False), colour.draw(plain, 0, 0, np.arange(1), 0), 0)
+    assert not any(word in text for word in ("channel", "HSV", "outside"))
+
+
+ON_SIMCLR = ["simclr", "decoupled", "debiased", "hard_negative", "supcon", "pairwise", "triplet", "n_pair"]
+
+
+@pytest.mark.parametrize(("name", "sampler"), [*((name, "tensorflow") for name in ON_SIMCLR), ("byol", "clipped")])
+def test_recipes_written_for_tensorflow_take_its_functions(name, sampler):
+    for crop in load(CONFIGS / f"{name}_imagenet.yaml", ["data.root=/data"]).views.crops.values():
+        assert {key: getattr(crop, key) for key in TENSORFLOW} == TENSORFLOW
+        assert crop.crop_sampler == sampler
