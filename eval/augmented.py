@@ -108,7 +108,7 @@ def evaluate(run: Run, settings: Settings, rows: Sequence[str] = ("pretrained",)
         _judged(name, Feature(backbone, chosen_feature), grid, protocol, len(train.classes), run.device)
         for name, backbone in features.networks(run, train, rows)
     ]
-    view = train_views(run, protocol.interpolation)
+    view = train_views(run, protocol.interpolation, protocol.crop_sampler, protocol.antialias)
     train_all(judged, run, source, view, protocol)
     choosing = Part(run, train.source, held_out) if settings.select == "held-out" else test
     table, tried = [], []
@@ -123,6 +123,8 @@ def evaluate(run: Run, settings: Settings, rows: Sequence[str] = ("pretrained",)
         "source": published.source,
         "classifier": describe(protocol, published, len(source)),
         "views": f"random crops of {view.scale[0]:g} to {view.scale[1]:g} of the area, {view.interpolation}"
+        + ("" if view.crop_sampler == "torchvision" else f", {view.crop_sampler} sampler")
+        + ("" if view.antialias else ", not antialiased")
         + (", flipped in half of the cases" if view.flip else ", not flipped, as the run's own views are not"),
         "selection": _selection(settings, len(held_out)),
     }
@@ -133,9 +135,9 @@ def evaluate(run: Run, settings: Settings, rows: Sequence[str] = ("pretrained",)
     return results.save(run.path, name, about, results.with_better_random(table), run.about(), seconds)
 
 
-def train_views(run: Run, interpolation: Any) -> Crop:
+def train_views(run: Run, interpolation: Any, crop_sampler: Any = "torchvision", antialias: bool = True) -> Crop:
     flips = any(crop.flip > 0 for crop in run.config.views.crops.values())
-    return protocols.train_view(run.image_size, interpolation, flips)
+    return protocols.train_view(run.image_size, interpolation, flips, crop_sampler, antialias)
 
 
 def batches(run: Run, source: Source, view: Crop, batch_size: int, finish: loader.Finish | None = None) -> loader.Loader:
@@ -168,7 +170,8 @@ def _judged(name: str, feature: Feature, grid: list[tuple[float, float]], protoc
     decays = [weight_decay for _, weight_decay in grid]
     heads = Classifiers(
         feature.feature_dim, classes, rates, decays, like=like,
-        nesterov=protocol.nesterov, momentum=protocol.momentum, init_std=protocol.init_std,
+        nesterov=protocol.nesterov, momentum=protocol.momentum, start=protocol.start, init_std=protocol.init_std,
+        affine=protocol.batch_norm, trust=protocol.trust,
     )  # fmt: skip
     return Judged(name, feature, heads, FeatureNorm(feature.feature_dim, like) if protocol.batch_norm else None)
 
@@ -205,9 +208,19 @@ def describe(protocol: LinearProtocol, published: LinearProtocol, num_images: in
         f"{protocol.epochs} epochs" + _published(published.epochs, protocol.epochs),
         schedule,
         f"weight decay {protocol.weight_decay:g}",
-        "from zero" if not protocol.init_std else f"from normal weights of deviation {protocol.init_std:g}",
+        _start(protocol),
     ]
-    return ", ".join([*parts_, *(["features through a batch norm without scale and shift"] if protocol.batch_norm else [])])
+    if protocol.trust:
+        parts_.insert(1, f"LARC of {protocol.trust:g} without clipping")
+    return ", ".join([*parts_, *(["features through a batch norm with a trained scale and shift"] if protocol.batch_norm else [])])
+
+
+def _start(protocol: LinearProtocol) -> str:
+    if protocol.start == "uniform":
+        return "from nn.Linear's default weights"
+    if protocol.start == "truncated":
+        return "from Haiku's default weights"
+    return f"from normal weights of deviation {protocol.init_std:g}" if protocol.init_std else "from zero"
 
 
 def _published(value: int, here: int, why: str = "") -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pretrain import distributed, draws
 
 SMALLEST = 1e-5  # batch norm's epsilon
+LARC_EPS = 1e-8  # apex's
+Start = Literal["normal", "uniform", "truncated"]
 
 
 class Classifiers:
@@ -17,7 +21,12 @@ class Classifiers:
 
     Args:
         lrs, weight_decays: of each classifier; the decay is of biases too.
-        init_std: of the weights, the same draw for every classifier; 0: they begin at zero, as the biases do.
+        start: Distribution of the first weights, the same draw for every classifier. "normal": deviation `init_std`, biases 0,
+            all at zero if it is 0. "uniform": nn.Linear's default, biases too. "truncated": Haiku's default, biases 0.
+        affine: Give each classifier a trained scale and shift of its features, without weight decay, as the batch norm
+            before a linear layer has them.
+        trust: LARC's coefficient, without clipping: a gradient is scaled to this share of its weights' norm, weights and
+            biases apart. 0: plain SGD.
         like: gives the features' type and device.
     """
 
@@ -31,17 +40,29 @@ class Classifiers:
         like: Tensor,
         nesterov: bool = True,
         momentum: float = 0.9,
+        start: Start = "normal",
         init_std: float = 0.0,
+        affine: bool = False,
+        trust: float = 0.0,
     ):
         heads = len(lrs)
-        self.momentum, self.nesterov = momentum, nesterov
+        self.momentum, self.nesterov, self.trust = momentum, nesterov, trust
         self.lr, self.decay = (like.new_tensor(values).view(1, heads, 1) for values in (lrs, weight_decays))
-        self.weights = like.new_zeros(dim + 1, heads, num_classes)  # the last row is the bias
-        self._velocity, self._gradient = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        if init_std:
-            generator = torch.Generator().manual_seed(draws.seed_of(0, 0, 0))
-            drawn = torch.randn(dim, 1, num_classes, generator=generator, dtype=torch.float64) * init_std
-            self.weights[:-1] = drawn.to(like)
+        self._weights = like.new_zeros(dim + 1, heads, num_classes)  # the last row is the bias
+        self._weights.copy_(first_weights(dim, num_classes, start, init_std))
+        self._velocity, self._gradient = torch.zeros_like(self._weights), torch.zeros_like(self._weights)
+        self._affine = like.new_zeros(2, dim, heads, 1) if affine else None  # scale and shift
+        if self._affine is not None:
+            self._affine[0] = 1
+            self._affine_velocity = torch.zeros_like(self._affine)
+
+    @property
+    def weights(self) -> Tensor:
+        """(dim + 1, heads, classes): what multiplies the features, scale and shift included; the last row is the bias."""
+        if self._affine is None:
+            return self._weights
+        scale, shift = self._affine
+        return torch.cat([scale * self._weights[:-1], self._weights[-1:] + (shift * self._weights[:-1]).sum(0, keepdim=True)])
 
     def logits(self, found: Tensor) -> Tensor:
         """(n, heads, classes) of features (n, dim)."""
@@ -63,16 +84,57 @@ class Classifiers:
         torch.mm(found.T, errors, out=gradient[:-1])
         torch.sum(errors, dim=0, out=gradient[-1])
         summed = distributed.reduce_sum(self._gradient)
-        summed.addcmul_(self.weights, self.decay)
-        self._velocity.mul_(self.momentum).add_(summed)
-        if self.nesterov:
-            self.weights.addcmul_(summed.add_(self._velocity, alpha=self.momentum), self.lr, value=-factor)
+        of_affine = self._through_affine(summed) if self._affine is not None else None
+        if self.trust:
+            self._adapt(summed[:-1], self._weights[:-1])
+            self._adapt(summed[-1:], self._weights[-1:])
         else:
-            self.weights.addcmul_(self._velocity, self.lr, value=-factor)
+            summed.addcmul_(self._weights, self.decay)
+        self._descend(self._weights, self._velocity, summed, factor)
+        if self._affine is not None and of_affine is not None:
+            self._descend(self._affine, self._affine_velocity, of_affine, factor)
+
+    def _through_affine(self, gradient: Tensor) -> Tensor:
+        """Turn the gradient of `weights` into that of the weights behind scale and shift, and return that of those two."""
+        assert self._affine is not None, "called with an affine norm alone"
+        scale, shift = self._affine
+        of_bias = gradient[-1:]
+        of_affine = torch.stack([(gradient[:-1] * self._weights[:-1]).sum(2, True), (of_bias * self._weights[:-1]).sum(2, True)])
+        gradient[:-1].mul_(scale).addcmul_(shift, of_bias)
+        return of_affine
+
+    def _adapt(self, gradient: Tensor, weights: Tensor) -> None:
+        """LARC of apex: leaves gradients of zero weights, and those that are zero, as they are, and does not decay them."""
+        of_weights, of_gradient = (torch.linalg.vector_norm(each, dim=(0, 2), keepdim=True) for each in (weights, gradient))
+        adapted = self.trust * of_weights / (of_gradient + of_weights * self.decay + LARC_EPS)
+        moves = (of_weights > 0) & (of_gradient > 0)
+        gradient.addcmul_(weights, self.decay * moves).mul_(torch.where(moves, adapted, 1.0))
+
+    def _descend(self, weights: Tensor, velocity: Tensor, gradient: Tensor, factor: float) -> None:
+        velocity.mul_(self.momentum).add_(gradient)
+        step = gradient.add_(velocity, alpha=self.momentum) if self.nesterov else velocity
+        weights.addcmul_(step, self.lr, value=-factor)
+
+
+def first_weights(dim: int, num_classes: int, start: Start, init_std: float) -> Tensor:
+    """float64 (dim + 1, 1, classes): the weights before the first step, always the same draw; see `Classifiers`."""
+    generator = torch.Generator().manual_seed(draws.seed_of(0, 0, 0))
+    weights = torch.zeros(dim + 1, 1, num_classes, dtype=torch.float64)
+    if start == "uniform":
+        return (2 * torch.rand(weights.shape, generator=generator, dtype=torch.float64) - 1) / dim**0.5
+    if start == "truncated":
+        std = 1 / dim**0.5  # before the cut at two deviations
+        nn.init.trunc_normal_(weights[:-1], std=std, a=-2 * std, b=2 * std, generator=generator)
+    elif init_std:
+        weights[:-1] = torch.randn(dim, 1, num_classes, generator=generator, dtype=torch.float64) * init_std
+    return weights
 
 
 class FeatureNorm:
-    """Batch norm of features over the global batch, without scale and shift; running statistics for evaluation (VISSL's eval_mlp)."""
+    """Batch norm of features over the global batch; running statistics for evaluation.
+
+    Scale and shift, which VISSL's eval_mlp trains, are the classifiers' (`affine`), as each has its own.
+    """
 
     def __init__(self, dim: int, like: Tensor, momentum: float = 0.1):
         self.mean, self.variance, self.momentum = like.new_zeros(dim), like.new_ones(dim), momentum

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ssl_pretrain.views.recipe import Crop, Interpolation
+from eval.classifiers import Start
+from ssl_pretrain.views.recipe import Crop, CropSampler, Interpolation
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,14 @@ class LinearProtocol:
     momentum: float = 0.9
     milestones: tuple[int, ...] = ()  # epochs at which the rate becomes a tenth; none: cosine to 0
     by_epoch: bool = True  # the rate changes between epochs; false: with every step
-    init_std: float = 0.01  # of the weights; biases begin at 0
-    batch_norm: bool = False  # features through a batch norm without scale and shift, over the global batch
+    start: Start = "normal"  # distribution of the first weights (eval/classifiers.py)
+    init_std: float = 0.01  # deviation of normal first weights; biases begin at 0
+    batch_norm: bool = False  # features through a batch norm over the global batch, whose scale and shift are trained without decay
+    trust: float = 0.0  # LARC's coefficient; 0: plain SGD
     dinos_feature: bool = False  # of a ViT's tokens, else the pooled output
-    interpolation: Interpolation = "bilinear"  # of the training views
+    crop_sampler: CropSampler = "torchvision"  # crop_sampler, interpolation and antialias are of the training views
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = True
     test_interpolation: Interpolation = "bilinear"
 
     def rate(self, epoch: float) -> float:
@@ -41,7 +46,7 @@ LINEAR = {
     "simclr": LinearProtocol(
         "SimCLR, the linear command of its README: google-research/simclr at 0075cc07",
         base_lr=0.1, batch_size=4096, epochs=90, weight_decay=1e-6, nesterov=True, by_epoch=False, init_std=0.0,
-        interpolation="bicubic", test_interpolation="bicubic",
+        crop_sampler="tensorflow", interpolation="bicubic", antialias=False, test_interpolation="bicubic",
     ),
     "moco": LinearProtocol(
         "MoCo, main_lincls.py: facebookresearch/moco at 010242b7",
@@ -52,12 +57,34 @@ LINEAR = {
         base_lr=0.001, batch_size=1024, epochs=100, weight_decay=0.0, dinos_feature=True, test_interpolation="bicubic",
     ),
     "swav": LinearProtocol(
-        "SwAV, eval_linear.py: facebookresearch/swav at 04b8f431; Barlow Twins and VICReg differ in the rate alone",
+        "SwAV, eval_linear.py: facebookresearch/swav at 04b8f431; Barlow Twins' numbers are the same",
         base_lr=0.3, batch_size=256, epochs=100, weight_decay=1e-6,
+    ),
+    "vicreg": LinearProtocol(
+        "VICReg, the linear command of its README, evaluate.py: facebookresearch/vicreg at 4e12602f",
+        base_lr=0.02, batch_size=256, epochs=100, weight_decay=1e-6,
+    ),
+    "simsiam": LinearProtocol(
+        "SimSiam, main_lincls.py --lars: facebookresearch/simsiam at a7bc1772",
+        base_lr=0.1, batch_size=4096, epochs=90, weight_decay=0.0, trust=0.001,
+    ),
+    "moco_v3": LinearProtocol(
+        "MoCo v3, main_lincls.py, ResNet-50: facebookresearch/moco-v3 at c349e6e2",
+        base_lr=0.1, batch_size=1024, epochs=90, weight_decay=0.0,
+    ),
+    "moco_v3_vit": LinearProtocol(
+        "MoCo v3, main_lincls.py --lr=3 for its ViTs: facebookresearch/moco-v3 at c349e6e2",
+        base_lr=3.0, batch_size=1024, epochs=90, weight_decay=0.0,
+    ),
+    "byol": LinearProtocol(
+        "BYOL, eval_experiment.py and configs/eval.py: google-deepmind/deepmind-research at f5de0ede; no rate is swept over",
+        base_lr=0.2, batch_size=4096, epochs=80, weight_decay=0.0, nesterov=True, by_epoch=False, start="truncated",
+        crop_sampler="clipped", interpolation="bicubic", antialias=False, test_interpolation="bicubic",
     ),
     "vissl": LinearProtocol(
         "VISSL, eval_resnet_8gpu_transfer_in1k_linear.yaml: facebookresearch/vissl at b6e26383; its head of res5, on the pooled output",
         base_lr=0.01, batch_size=256, epochs=28, weight_decay=5e-4, nesterov=True, milestones=(8, 16, 24), batch_norm=True,
+        start="uniform",
     ),
 }  # fmt: skip
 
@@ -112,9 +139,12 @@ TUNING = {
 }  # fmt: skip
 
 
-def train_view(size: int, interpolation: Interpolation, flips: bool) -> Crop:
+def train_view(
+    size: int, interpolation: Interpolation, flips: bool, crop_sampler: CropSampler = "torchvision", antialias: bool = True
+) -> Crop:
     """One random resized crop of 8 to 100 % of the area and, where mirrored images stay what they were, a flip."""
-    return Crop(count=1, size=size, interpolation=interpolation, flip=0.5 if flips else 0.0)
+    flip = 0.5 if flips else 0.0
+    return Crop(count=1, size=size, interpolation=interpolation, flip=flip, crop_sampler=crop_sampler, antialias=antialias)
 
 
 def batch_that_fits(published: int, num_images: int, world_size: int, steps: int = 10) -> int:

@@ -29,11 +29,15 @@ def made(tmp_path_factory):
 
 def by_torch(protocol, batches, lr, weight_decay, start):
     layer = nn.Linear(5, 3).double()
-    norm = nn.BatchNorm1d(5, affine=False).double() if protocol.batch_norm else nn.Identity()
+    norm = nn.BatchNorm1d(5).double() if protocol.batch_norm else nn.Identity()
     with torch.no_grad():
         layer.weight.copy_(start[:-1].T)
-        layer.bias.zero_()
-    optimizer = torch.optim.SGD(layer.parameters(), lr, momentum=protocol.momentum, nesterov=protocol.nesterov, weight_decay=weight_decay)
+        layer.bias.copy_(start[-1])
+    groups = [
+        {"params": list(layer.parameters()), "weight_decay": 0.0 if protocol.trust else weight_decay},
+        {"params": list(norm.parameters()), "weight_decay": 0.0},  # VISSL's regularize_bn is false
+    ]
+    optimizer = torch.optim.SGD([group for group in groups if group["params"]], lr, momentum=protocol.momentum, nesterov=protocol.nesterov)
     if protocol.milestones:
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(protocol.milestones))
     else:
@@ -41,10 +45,26 @@ def by_torch(protocol, batches, lr, weight_decay, start):
     for step, (found, labels) in enumerate(batches):
         optimizer.zero_grad()
         F.cross_entropy(layer(norm(found)), labels).backward()
+        if protocol.trust:
+            larc(layer, protocol.trust, weight_decay)
         optimizer.step()
         if not protocol.by_epoch or (step + 1) % STEPS == 0:
             schedule.step()
+    if protocol.batch_norm:  # what multiplies the normalized features
+        with torch.no_grad():
+            layer.bias += layer.weight @ norm.bias
+            layer.weight *= norm.weight
     return torch.cat([layer.weight.T, layer.bias[None]]).detach(), norm
+
+
+@torch.no_grad()
+def larc(layer, trust, weight_decay):
+    """apex.parallel.LARC, clip=False, around SGD."""
+    for parameter in layer.parameters():
+        norm, of_gradient = parameter.norm(), parameter.grad.norm()
+        if norm != 0 and of_gradient != 0:
+            parameter.grad += weight_decay * parameter
+            parameter.grad *= trust * norm / (of_gradient + norm * weight_decay + 1e-8)
 
 
 @pytest.mark.parametrize("name", protocols.LINEAR)
@@ -53,7 +73,11 @@ def test_each_protocol_is_what_torchs_optimizer_and_schedule_make_of_it(name):
     generator = torch.Generator().manual_seed(0)
     batches = [(3 + torch.randn(16, 5, generator=generator).double(), torch.randint(3, (16,), generator=generator)) for _ in range(7 * STEPS)]
     lrs, decays = [0.03, 0.3, 0.3], [0.0, protocol.weight_decay, 0.1]
-    heads = Classifiers(5, 3, lrs, decays, like=batches[0][0], nesterov=protocol.nesterov, init_std=protocol.init_std)
+    lrs = [lr * (300 if protocol.trust else 1) for lr in lrs]  # so that a step adapted to 1 / 1,000 of the weights' norm is seen
+    heads = Classifiers(
+        5, 3, lrs, decays, like=batches[0][0], nesterov=protocol.nesterov, start=protocol.start, init_std=protocol.init_std,
+        affine=protocol.batch_norm, trust=protocol.trust,
+    )  # fmt: skip
     norm = FeatureNorm(5, batches[0][0]) if protocol.batch_norm else None
     start = heads.weights[:, 0].clone()
     for step, (found, labels) in enumerate(batches):
@@ -62,7 +86,20 @@ def test_each_protocol_is_what_torchs_optimizer_and_schedule_make_of_it(name):
         expected, their_norm = by_torch(protocol, batches, lr, decay, start)
         torch.testing.assert_close(head, expected)
         if norm:
-            torch.testing.assert_close(norm(batches[0][0]), their_norm.eval()(batches[0][0]))
+            scale, shift = their_norm.weight.detach(), their_norm.bias.detach()
+            assert (scale - 1).abs().max() > 0.01 and shift.abs().max() > 0.01  # trained
+            torch.testing.assert_close(norm(batches[0][0]) * scale + shift, their_norm.eval()(batches[0][0]).detach())
+
+
+def test_first_weights_are_drawn_as_the_authors_draw_them():
+    dim, classes = 64, 4000
+    normal, uniform, truncated = (classifiers.first_weights(dim, classes, start, 0.01)[:, 0] for start in ("normal", "uniform", "truncated"))
+    assert normal[:-1].std().item() == pytest.approx(0.01, rel=0.01) and not normal[-1].any()
+    assert uniform.abs().max().item() == pytest.approx(1 / 8, rel=1e-3)  # nn.Linear: below 1 / sqrt(inputs), biases too
+    assert uniform.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.01) and uniform[-1].std().item() > 0.07
+    assert truncated[:-1].abs().max().item() == pytest.approx(2 / 8, rel=1e-3) and not truncated[-1].any()
+    assert truncated[:-1].std().item() == pytest.approx(0.8796 / 8, rel=0.01)  # a normal's deviation when cut at two
+    assert not classifiers.first_weights(dim, classes, "normal", 0.0).any()
 
 
 def trained(path, name, **settings):
@@ -115,7 +152,7 @@ def test_judges_digits_end_to_end(made, capsys):
     about = found["protocol"]
     assert about["selection"] == "on 20 training images held out, by accuracy; not trained on them afterwards"
     assert "batch 16 (published: 4096, 180 images), 2 epochs (published: 90)" in about["classifier"]
-    assert about["views"].endswith("bicubic, not flipped, as the run's own views are not")
+    assert about["views"].endswith("bicubic, tensorflow sampler, not antialiased, not flipped, as the run's own views are not")
     assert about["transform"].endswith("bicubic, nothing random") and "google-research/simclr" in printed
 
 
@@ -187,7 +224,18 @@ def test_published_numbers_stay_published():
         "dino": (0.001, 1024, 100, 0.0, False, ()),
         "swav": (0.3, 256, 100, 1e-6, False, ()),
         "vissl": (0.01, 256, 28, 5e-4, True, (8, 16, 24)),
+        "vicreg": (0.02, 256, 100, 1e-6, False, ()),
+        "simsiam": (0.1, 4096, 90, 0.0, False, ()),
+        "moco_v3": (0.1, 1024, 90, 0.0, False, ()),
+        "moco_v3_vit": (3.0, 1024, 90, 0.0, False, ()),
+        "byol": (0.2, 4096, 80, 0.0, True, ()),
     }
+    apart = {"simclr": "tensorflow", "byol": "clipped"}  # written for TensorFlow
+    for name, protocol in protocols.LINEAR.items():
+        assert protocol.trust == (0.001 if name == "simsiam" else 0.0)
+        assert protocol.batch_norm == (name == "vissl")
+        assert protocol.start == {"vissl": "uniform", "byol": "truncated"}.get(name, "normal")
+        assert (protocol.crop_sampler, protocol.antialias) == (apart.get(name, "torchvision"), name not in apart)
     moco, simclr = protocols.LINEAR["moco"], protocols.LINEAR["simclr"]
     assert [round(moco.rate(epoch), 6) for epoch in (0, 59.9, 60, 80)] == [1, 1, 0.1, 0.01]
     assert simclr.rate(45.5) == pytest.approx((1 + math.cos(math.pi * 45.5 / 90)) / 2)

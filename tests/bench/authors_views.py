@@ -1,0 +1,187 @@
+"""The views of SimCLR's and BYOL's recipes beside their authors' functions: the tables of docs/methods.md.
+
+    PYTHONPATH=. python tests/bench/authors_views.py --data ../shared/data/imagenet_sample.zip
+
+Each operation on the same images and draws, in levels of 255, first with torchvision's functions (the defaults of a crop),
+then with the options of the two recipes; the reference is tests/views/authors.py. Below it, what whole views look like: the
+luminance of the outermost 11 pixels over that of the whole view, and the detail, the mean absolute Laplacian of luminance in
+[0, 1]; the mean area of a crop over the image's, and the Kolmogorov-Smirnov distance of its distribution over 100,000 draws
+from the authors'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "views"))
+import authors
+
+from ssl_pretrain.config import load
+from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.views import colour, crops, recipe
+from ssl_pretrain.views.crops import Box
+from ssl_pretrain.views.recipe import Crop, blur_taps
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHVISION = {
+    "contrast_mean": "gray",
+    "saturation_mode": "blend",
+    "blur_border": "reflect",
+    "antialias": True,
+    "crop_sampler": "torchvision",
+}
+TENSORFLOW = {"contrast_mean": "channel", "saturation_mode": "hsv", "blur_border": "zero", "antialias": False}
+PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+BORDER = 11  # pixels: half of the blur's 23 taps
+SHAPES = ((375, 500), (500, 333), (224, 224))
+DRAWS = 100_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
+    parser.add_argument("--data", type=Path, default=shared / "imagenet_sample.zip")
+    parser.add_argument("--images", type=int, default=32, help="for single operations")
+    parser.add_argument("--views", type=int, default=200, help="images, for whole views")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(DataConfig(root=str(given.data), cache_dir=folder), "train")
+        chosen = np.linspace(0, len(source) - 1, given.views).astype(int).tolist()
+        images = [np.ascontiguousarray(source.read(index)) for index in chosen]
+    few = images[:: max(1, len(images) // given.images)][: given.images]
+    before, after = operations(few)
+    frame, detail = whole_views(images)
+    distances = areas()
+    print(
+        f"ratios: saturation_before={before['saturation']:.2f} saturation_after={after['saturation']:.4f} "
+        f"contrast_before={before['contrast']:.2f} contrast_after={after['contrast']:.4f} "
+        f"blur_border_before={before['blur, outermost 11 pixels']:.2f} blur_border_after={after['blur, outermost 11 pixels']:.4f} "
+        f"resize_after_max={after['largest resize']:.2f} byol_frame={frame:.3f} byol_detail_over_torchvision={detail:.2f} "
+        f"crop_area_ks={max(distances):.4f}"
+    )
+
+
+def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean differences from the authors' functions, with torchvision's functions and with the recipes' options."""
+    resized = torch.stack([crops.apply(pixels(image), Box(0, 0, *image.shape[:2], False), Crop(size=224)) for image in images])
+    floats = resized.permute(0, 2, 3, 1).numpy() / 255.0
+    means: list[dict[str, float]] = [{}, {}]
+    print(f"| operation, {len(images)} images | torchvision's: mean, max, share > 10 | the recipes': mean, max, share > 10 |")
+    print("|---|---|---|")
+    for name, crop in {
+        "contrast": Crop(size=224, jitter=1.0, contrast=0.8),
+        "saturation": Crop(size=224, jitter=1.0, saturation=0.8),
+        "blur, inside": Crop(size=224, blur=1.0, blur_kernel=23),
+        "blur, outermost 11 pixels": Crop(size=224, blur=1.0, blur_kernel=23),
+    }.items():
+        drawn = colour.draw(crop, 0, 0, np.arange(len(images)), 0)
+        expected = np.stack([_theirs(name, floats[row], drawn, row, crop) for row in range(len(images))])
+        cells = []
+        for found, options in zip(means, (TORCHVISION, TENSORFLOW)):
+            view = colour.apply(resized, drawn, replace(crop, **options), *PLAIN).permute(0, 2, 3, 1).numpy()
+            difference = 255 * np.abs(view - expected)
+            if name.startswith("blur"):
+                inside = np.zeros((224, 224), bool)
+                inside[BORDER:-BORDER, BORDER:-BORDER] = True
+                difference = difference[:, inside if name == "blur, inside" else ~inside]
+            found[name] = float(difference.mean())
+            cells.append(_cell(difference))
+        print(f"| {name} | {cells[0]} | {cells[1]} |")
+    for name, (low, high) in {"bicubic resize, box 1 to 2 times the view": (1, 2), "2 to 4 times": (2, 4)}.items():
+        cells = []
+        for found, options in zip(means, (TORCHVISION, TENSORFLOW)):
+            differences = []
+            for number, image in enumerate(images):
+                side = min(image.shape[:2])
+                size = max(8, int(side / (low + (high - low) * (number + 0.5) / len(images))))
+                crop = replace(Crop(size=size, interpolation="bicubic"), **options)
+                box = Box((image.shape[0] - side) // 2, (image.shape[1] - side) // 2, side, side, False)
+                cut = image[box.top : box.top + side, box.left : box.left + side].astype(np.float64)
+                view = crops.apply(pixels(image), box, crop).permute(1, 2, 0).numpy()
+                differences.append(np.abs(view - authors.resize(cut, size, "bicubic").clip(0, 255)).ravel())
+            difference = np.concatenate(differences)
+            found[name] = float(difference.mean())
+            found["largest resize"] = max(found.get("largest resize", 0.0), float(difference.max()))
+            cells.append(_cell(difference))
+        print(f"| {name} | {cells[0]} | {cells[1]} |")
+    return means[0], means[1]
+
+
+def _theirs(name: str, image: np.ndarray, drawn: colour.Parameters, row: int, crop: Crop) -> np.ndarray:
+    if name == "contrast":
+        return authors.adjust_contrast(image, float(drawn.factors[row, colour.CONTRAST])).clip(0, 1)
+    if name == "saturation":
+        return authors.adjust_saturation(image, float(drawn.factors[row, colour.SATURATION]))
+    return authors.gaussian_blur(image, float(drawn.sigma[row]), blur_taps(crop))
+
+
+def _cell(difference: np.ndarray) -> str:
+    return f"{difference.mean():.3g}, {difference.max():.3g}, {100 * (difference > 10).mean():.1f} %"
+
+
+def pixels(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
+    """BYOL's first view: its border's share of luminance, and its detail over that of torchvision's functions."""
+    print("| whole views | border over whole, torchvision's | the recipe's | detail, torchvision's | the recipe's |")
+    print("|---|---|---|---|---|")
+    result = (0.0, 0.0)
+    for name in ("simclr", "byol"):
+        config = load(ROOT / f"configs/{name}_imagenet.yaml", ["data.root=/data"])
+        for number, crop in enumerate(recipe.each(config.views)):
+            frames, details = zip(*(_statistics(images, replace(crop, **options), number) for options in (TORCHVISION, {})))
+            print(f"| {name}, view {number + 1} | {frames[0]:.3f} | {frames[1]:.3f} | {details[0]:.4f} | {details[1]:.4f} |")
+            if name == "byol" and number == 0:
+                result = frames[1], details[1] / details[0]
+    return result
+
+
+def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[float, float]:
+    frames, details = [], []
+    for epoch in range(4):
+        drawn = colour.draw(crop, 0, epoch, np.arange(len(images)), number)
+        boxes = [crops.draw(crop, 0, epoch, index, number, *image.shape[:2]) for index, image in enumerate(images)]
+        cut = torch.stack([crops.apply(pixels(image), box, crop) for image, box in zip(images, boxes)])
+        views = colour.apply(cut, drawn, crop, *PLAIN)
+        luminance = (views * torch.tensor(colour.LUMA)[:, None, None]).sum(1)
+        inside = luminance[:, BORDER:-BORDER, BORDER:-BORDER]
+        border = (luminance.sum((1, 2)) - inside.sum((1, 2))) / (luminance[0].numel() - inside[0].numel())
+        frames.append(border / luminance.mean((1, 2)).clamp_min(1e-3))
+        around = luminance[:, 2:, 1:-1] + luminance[:, :-2, 1:-1] + luminance[:, 1:-1, 2:] + luminance[:, 1:-1, :-2]
+        details.append((around - 4 * luminance[:, 1:-1, 1:-1]).abs().mean((1, 2)))
+    return float(torch.cat(frames).mean()), float(torch.cat(details).mean())
+
+
+def areas() -> list[float]:
+    """Distances of the areas' distributions from the authors', of both samplers at every shape."""
+    print("| image | mean area, torchvision | SimCLR | BYOL | KS of torchvision from SimCLR, BYOL | KS of ours from SimCLR, BYOL |")
+    print("|---|---|---|---|---|---|")
+    distances = []
+    for height, width in SHAPES:
+        sizes, numbers = np.full((DRAWS, 2), [height, width]), np.arange(DRAWS)
+        drawn = {name: crops.boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes) for name in crops.SAMPLERS}
+        found = {name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in drawn.items()}
+        theirs = {"tensorflow": authors.simclr_boxes, "clipped": authors.byol_boxes}
+        expected = {name: draw(DRAWS, height, width, seed=1) for name, draw in theirs.items()}
+        expected = {name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in expected.items()}
+        before = [stats.ks_2samp(found["torchvision"], area).statistic for area in expected.values()]
+        after = [stats.ks_2samp(found[name], area).statistic for name, area in expected.items()]
+        distances += after
+        means = " | ".join(f"{area.mean():.3f}" for area in found.values())
+        print(f"| {height}x{width} | {means} | {before[0]:.3f}, {before[1]:.3f} | {after[0]:.4f}, {after[1]:.4f} |")
+    return distances
+
+
+if __name__ == "__main__":
+    main()
