@@ -154,6 +154,7 @@ def apply_to_group(
         color_triton.pack(codes, factors, sigma, grayscale, blur, solarize),
         int(blur.sum()),
         taps=blur_taps(crop), threshold=crop.solarize_threshold, mean=mean, std=std, adds=crop.brightness_mode == "add", dtype=dtype,
+        hsv=crop.saturation_mode == "hsv", channel_mean=crop.contrast_mean == "channel", zero_border=crop.blur_border == "zero",
     )  # fmt: skip
     return list(views.chunk(len(pixels)))
 

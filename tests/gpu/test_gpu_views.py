@@ -32,13 +32,15 @@ EVERYTHING = {
     "blur": 0.5,
     "solarize": 0.3,
 }
+TENSORFLOW = {"contrast_mean": "channel", "saturation_mode": "hsv", "blur_border": "zero"}  # of SimCLR's and BYOL's code
 SIMCLR = ViewsConfig(crops={"global": Crop(count=2, size=32, **EVERYTHING)})
 CIFAR10 = os.environ.get("CIFAR10", "../shared/data/cifar10.zip")  # a zip or folder with train/CLASS and test/CLASS
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_colours_are_those_of_a_cpu_and_nobody_waits(size, cuda, never_waited_for):
-    crop = Crop(size=size, **EVERYTHING)
+@pytest.mark.parametrize("options", [{}, TENSORFLOW], ids=["torchvision", "tensorflow"])
+def test_colours_are_those_of_a_cpu_and_nobody_waits(size, options, cuda, never_waited_for):
+    crop = Crop(size=size, **EVERYTHING, **options)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (32, 3, size, size), dtype=np.uint8))
     parameters = colour.draw(crop, 1, 2, np.arange(32), 0)
     expected = colour.apply(pixels, parameters, crop, MEAN, STD)
@@ -51,8 +53,9 @@ def test_colours_are_those_of_a_cpu_and_nobody_waits(size, cuda, never_waited_fo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [32, 96, 224])
-def test_the_fused_colors_of_a_group_are_those_of_a_cpu_and_nobody_waits(size, dtype, cuda, never_waited_for):
-    crop = Crop(size=size, count=2, **EVERYTHING)
+@pytest.mark.parametrize("options", [{}, TENSORFLOW, TENSORFLOW | {"brightness_mode": "add"}], ids=["torchvision", "simclr", "byol"])
+def test_the_fused_colors_of_a_group_are_those_of_a_cpu_and_nobody_waits(size, dtype, options, cuda, never_waited_for):
+    crop = Crop(size=size, count=2, **EVERYTHING, **options)
     generator = np.random.default_rng(0)
     pixels = [torch.from_numpy(generator.integers(0, 256, (32, 3, size, size), dtype=np.uint8)) for _ in range(2)]
     drawn = [colour.draw(crop, 1, 2, np.arange(32), view) for view in range(2)]
@@ -67,8 +70,9 @@ def test_the_fused_colors_of_a_group_are_those_of_a_cpu_and_nobody_waits(size, d
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_crops_are_those_of_a_cpu_within_one_grey_level_and_nobody_waits(interpolation, cuda, never_waited_for):
-    crop = Crop(size=24, interpolation=interpolation, scale=[0.05, 1.0])
+@pytest.mark.parametrize("options", [{}, {"antialias": False, "crop_sampler": "tensorflow"}], ids=["torchvision", "tensorflow"])
+def test_crops_are_those_of_a_cpu_within_one_grey_level_and_nobody_waits(interpolation, options, cuda, never_waited_for):
+    crop = Crop(size=24, interpolation=interpolation, scale=[0.05, 1.0], **options)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8))
     boxes = crops.boxes(crop, 1, 2, np.arange(40), 0, np.full((40, 2), 32))
     expected, there = crops.apply_to_batch(images, boxes, crop), images.to(cuda)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import authors
@@ -16,7 +19,8 @@ from ssl_pretrain.views.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from ssl_pretrain.views.crops import Box
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
 PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
 LEVEL = 1 / 255
 ROUNDING = 0.01 * LEVEL  # float32 against float64
@@ -86,6 +90,19 @@ def test_the_whole_chain_is_the_authors_in_the_drawn_order(apply, options):
     pixels, parameters = images(64, 32), colour.draw(crop, 0, 0, np.arange(64), 0)
     for row, view in enumerate(apply(pixels, parameters, crop, *PLAIN)):
         assert largest_difference(view, colored_by_authors(floats(pixels[row]), parameters, row, crop)) < 0.1 * LEVEL
+
+
+def test_the_kernels_for_cuda_take_every_option():
+    """Triton's interpreter runs them, in a process that asks for it before Triton is imported."""
+    pytest.importorskip("triton", reason="no Triton for this platform")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "tests/views/fused.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    errors = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    assert set(errors) == {"torchvision", "byol"}
+    assert max(errors.values()) < 2e-5, done.stdout
 
 
 def colored_by_authors(image: np.ndarray, parameters: colour.Parameters, row: int, crop: Crop) -> np.ndarray:
