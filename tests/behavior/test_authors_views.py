@@ -1,0 +1,43 @@
+"""A run takes the view functions of SimCLR's and BYOL's code, and says for each view what was done."""
+
+from __future__ import annotations
+
+import json
+
+from commands import CONFIG, class_folders, run, write_config
+
+OPTIONS = (
+    "jitter: 1.0, brightness: 0.4, contrast: 0.4, saturation: 0.4, blur: 1.0, "
+    "contrast_mean: channel, saturation_mode: hsv, blur_border: zero, antialias: false"
+)
+
+
+def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
+    root = class_folders(tmp_path / "data", "train", per_class=4)
+    class_folders(tmp_path / "data", "val", per_class=4)
+    crops = (
+        f"crops: {{first: {{count: 1, size: 16, crop_sampler: tensorflow, {OPTIONS}}}, "
+        f"second: {{count: 1, size: 16, crop_sampler: clipped, {OPTIONS}}}}}"
+    )
+    text = CONFIG.replace("crops: {global: {count: 2, size: 16, scale: [0.3, 1.0]}}", crops)
+    assert text != CONFIG
+    config = write_config(tmp_path, root, text)
+    done = run("-m", "ssl_pretrain.train", config)
+    assert done.status == 0, done.text
+    described = json.loads((tmp_path / "run" / "views.json").read_text())
+    assert len(described) == 8
+    for views in described:
+        assert len(views) == 2
+        for view in views:
+            assert " by channel" in view
+            assert " in HSV" in view
+            assert "black outside" in view
+
+
+def test_an_option_that_does_not_exist_is_refused_by_name(tmp_path):
+    text = CONFIG.replace("size: 16,", "size: 16, crop_sampler: inception,")
+    done = run("-m", "ssl_pretrain.train", write_config(tmp_path, class_folders(tmp_path / "data", "train"), text))
+    assert done.status == 2
+    assert done.stderr.endswith(
+        "views.crops.global.crop_sampler: Invalid value 'inception', expected one of ['torchvision', 'tensorflow', 'clipped']\n"
+    )
