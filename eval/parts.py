@@ -10,10 +10,11 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.results import Unlabelled
 from eval.runs import Run
 from ssl_pretrain import distributed, draws
 from ssl_pretrain.data import loader
-from ssl_pretrain.data.sources import Source, open_source, require_labels
+from ssl_pretrain.data.sources import DataConfig, NoSuchSplit, Source, open_source, require_labels
 from ssl_pretrain.draws import Purpose
 from ssl_pretrain.views import crops
 
@@ -60,14 +61,14 @@ def labelled_parts(run: Run, what: str, split: str = "val") -> tuple[Part, Part]
     """
     train = labelled(run, "train", what)
     if len(train.classes) < 2:
-        raise ValueError(
+        raise Unlabelled(
             f"data.root: {what} needs two classes or more, and {train.where} has {len(train.classes)}"
             f" ({', '.join(train.classes)}): every answer would be right; put the images in one folder per class"
         )
     if split == "val":
         test = labelled(run, "val", what)
         if not len(test):
-            raise ValueError(f"data.val: {test.where} holds no image, so there is nothing to test; name the part that has them")
+            raise Unlabelled(f"data.val: {test.where} holds no image, so there is nothing to test; name the part that has them")
         _check_classes(train, test)
         return Part(run, train), Part(run, test)
     fit, held_out = hold_out(len(train))
@@ -75,13 +76,30 @@ def labelled_parts(run: Run, what: str, split: str = "val") -> tuple[Part, Part]
 
 
 def labelled(run: Run, split: Literal["train", "val"], what: str) -> Source:
+    """Open a part of the data whose images all have labels.
+
+    Raises:
+        Unlabelled: An image has no label, or there is no validation part and none was named.
+    """
     if distributed.local_rank() == 0:  # lists of files are made by one rank a machine, the others find them on disk
-        source = open_source(run.config.data, split)
+        source = _opened(run, split)
     distributed.barrier()
     if distributed.local_rank() != 0:
-        source = open_source(run.config.data, split)
-    require_labels(source, what)
+        source = _opened(run, split)
+    try:
+        require_labels(source, what)
+    except ValueError as error:
+        raise Unlabelled(str(error)) from None
     return source
+
+
+def _opened(run: Run, split: Literal["train", "val"]) -> Source:
+    try:
+        return open_source(run.config.data, split)
+    except NoSuchSplit as error:
+        if run.config.data.val != DataConfig().val:  # named, and not there: a mistake
+            raise
+        raise Unlabelled(str(error)) from None
 
 
 def _check_classes(train: Source, test: Source) -> None:

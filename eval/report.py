@@ -43,7 +43,7 @@ def write(run: Run) -> Path:
     parts = [
         header(run, records),
         sections.alarms(run.path),
-        evaluations(run),
+        evaluations(run, labelled=bool((bank.labels >= 0).any())),
         sections.training(run.path, records),
         sections.views(run.path, run.view_size),
         sections.neighbours_over_steps(run.path),
@@ -77,8 +77,10 @@ def header(run: Run, records: list[dict[str, Any]]) -> str:
     )
 
 
-def evaluations(run: Run) -> str:
+def evaluations(run: Run, labelled: bool) -> str:
     found = results.load(run.path)
+    if not found and not labelled:
+        return page.section("Evaluation", page.paragraph("Accuracies need labels, and these images have none."))
     if not found:
         return page.section("Evaluation", page.paragraph(f"Nothing measured yet: python -m eval.knn {run.path}, and eval.linear."))
     stale = sorted({result["checkpoint"] for result in found} - {run.checkpoint_path.name})
@@ -118,8 +120,9 @@ def projection(run: Run, queries: pictures.Part, kind: str) -> str:
         for caption, values in (("Raw pixels, centred", pixels - pixels.mean(dim=0)), ("Features", embedded))
     ]
     how = "t-SNE of vectors scaled to length 1 (scikit-learn, perplexity 30, PCA start, fixed seed)"
-    about = f"{len(queries):,} {kind}, a colour a class, by {how}."
-    shown = queries.classes[:20] if bool(torch.any(labels >= 0)) else []
+    labelled = bool(torch.any(labels >= 0))
+    about = f"{len(queries):,} {kind}{', one color per class' if labelled else ''}, by {how}."
+    shown = queries.classes[:20] if labelled else []
     total = len(queries.classes)
     more = f"<span>and {total - 20} more</span>" if total > 20 and shown else ""
     legend = page.legend([(name, charts.colour(i, total)) for i, name in enumerate(shown)]) + more

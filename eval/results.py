@@ -12,7 +12,12 @@ from typing import Any
 
 from ssl_pretrain import distributed
 
+SKIPPED = 77  # exit status of an evaluation that had nothing to measure with and was told to pass over that
 BETTER = "random (better of two)"
+
+
+class Unlabelled(ValueError):
+    """The images have no labels to measure with, or there are none to test on."""
 
 
 @dataclass
@@ -138,6 +143,10 @@ def command(main: Callable[[list[str]], None], name: str) -> None:
     """Runs `main` on the command line's arguments; a user's mistake ends in one line and exit code 2."""
     try:
         main(sys.argv[1:])
+    except Unlabelled as error:
+        skipping = "--skip-unlabelled" in sys.argv[1:]
+        print(f"{name}: {'skipped: ' if skipping else ''}{error}", file=sys.stdout if skipping else sys.stderr)
+        sys.exit(SKIPPED if skipping else 2)
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -106,5 +106,7 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
     made.add_argument("run", metavar="RUN", help="folder of the run")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="for data.* and evaluation.* only, such as data.root=/new/place")
     made.add_argument("--checkpoint", metavar="FOLDER", help="judge this one (default: the newest whole one)")
+    skipping = "where labels are needed and there are none, end with one line and status 77"
+    made.add_argument("--skip-unlabelled", action="store_true", help=skipping)
     made.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     return made

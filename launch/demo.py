@@ -16,6 +16,11 @@ RUN = "runs/demo"
 
 
 def main() -> int:
+    with local.stoppable():
+        return _main()
+
+
+def _main() -> int:
     print(f"Pretraining with {CONFIG} into {RUN}: SimCLR on 1,297 real 8 x 8 digits, without their labels. A few minutes.", flush=True)
     start = time.monotonic()
     status = local.run([sys.executable, "-m", "ssl_pretrain.train", CONFIG, f"output={RUN}"])

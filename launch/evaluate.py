@@ -14,19 +14,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
 
-from launch import dashboard, local, slurm
+from eval import results
+from launch import dashboard, held_checkpoints, local, slurm
 from launch.pretrain import EVALUATIONS
 from ssl_pretrain import checkpoint, lock
 from ssl_pretrain import config as configuration
+from ssl_pretrain.restarts import STOPPED
+
+HELD = ".held"  # folder in RUN/eval of the checkpoints that are being evaluated
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    with local.stoppable():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parse(arguments)
     try:
         check(options)
         run = options.run
         while options.watch and not (run / "config.yaml").is_file():  # started before the training
-            time.sleep(options.every_seconds)
+            local.wait(options.every_seconds)
+            if local.stop_requested():
+                return _stopped()
+        held_checkpoints.release_abandoned(run / "eval" / HELD)
         jobs = Jobs(run, options)
         if options.after:
             print(f"submitted to SLURM, after {options.after}: {', '.join(jobs.submit_after(options.after))}")
@@ -35,8 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+
+
+def _stopped() -> int:
+    print("stopped; the same command goes on with what is not done", flush=True)
+    return STOPPED
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -117,25 +132,33 @@ class Jobs:
             return self._submit(due)
         for path, name in due:
             self.judge(path, name)
+            if local.stop_requested():
+                return _stopped()
         if due:
             dashboard.send(self.run)
         if self.report and (due or not self.names):
-            local.run([sys.executable, "-m", "eval.report", str(self.run), "--device", self.device(), *self.options.overrides])
+            command = [sys.executable, "-m", "eval.report", str(self.run), "--device", self.device(), *self.options.overrides]
+            if local.run(command) and not local.stop_requested():
+                self.failed.append("report")
         if self.failed:
             print(f"error: failed: {', '.join(self.failed)}", file=sys.stderr)
+        if local.stop_requested():
+            return _stopped()
         return 1 if self.failed else 0
 
     def judge(self, path: Path, name: str) -> None:
         """One evaluation of one checkpoint, in a process of its own; a checkpoint pruned before its turn is passed over with a line."""
         self.tried.add((path.name, name))
-        with held(path, self.run / "eval" / ".held") as kept:
+        with held(path, self.run / "eval" / HELD) as kept:
             if kept is None:
                 print(f"skipped {name} of {path.name}: pruned before its turn; checkpoint.keep_last keeps more", flush=True)
                 return
             print(f"--- {name} of {path.name}", flush=True)
-            where = ["--checkpoint", str(kept), "--device", self.device()]
+            where = ["--skip-unlabelled", "--checkpoint", str(kept), "--device", self.device()]
             patience = ["nice", "-n", "10"] if where[-1] == "cpu" and shutil.which("nice") else []
             status = local.run([*patience, sys.executable, "-m", f"eval.{name}", str(self.run), *where, *self.options.overrides])
+        if status == results.SKIPPED or local.stop_requested():
+            return
         if status == 0:
             folder = self.run / "eval" / path.name
             folder.mkdir(parents=True, exist_ok=True)
@@ -158,10 +181,8 @@ class Jobs:
 
     def submit_after(self, job: str) -> list[str]:
         """Submits every evaluation of the newest checkpoint, one after the other, the first once `job` has ended well."""
-        ids = [job]
-        for name in [*self.names, *(["report"] if self.report else [])]:
-            ids += slurm.submit_evaluations(self.config, [slurm.Evaluation(name, str(self.run))], after=ids[-1])
-        return ids[1:]
+        names = [*self.names, *(["report"] if self.report else [])]
+        return slurm.submit_chain(self.config, [slurm.Evaluation(name, str(self.run)) for name in names], job)
 
     def _submit(self, due: list[tuple[Path, str]]) -> int:
         note = self.run / "slurm" / "evaluations.json"
@@ -174,7 +195,8 @@ class Jobs:
             note.write_text(json.dumps(known | {f"{path.name}/{name}": job for (path, name), job in zip(new, ids)}, indent=1))
             print(f"submitted to SLURM: {', '.join(f'{name} of {path.name}: {job}' for (path, name), job in zip(new, ids))}", flush=True)
         if self.report and (ids or not self.names):
-            slurm.submit_evaluations(self.config, [slurm.Evaluation("report", str(self.run))], after=":".join(ids))
+            after = f"afterany:{':'.join(ids)}" if ids else ""  # whether they failed or not
+            slurm.submit_evaluations(self.config, [slurm.Evaluation("report", str(self.run))], after)
         return 0
 
 
@@ -184,13 +206,8 @@ def held(path: Path, folder: Path) -> Iterator[Path | None]:
 
     Where the file system has no hard links, the checkpoint itself.
     """
-    own = folder / str(os.getpid())
-    try:
+    with held_checkpoints.claim(folder) as own:
         yield linked(path, own / path.name)
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-        with suppress(OSError):
-            folder.rmdir()  # once it is empty
 
 
 def linked(path: Path, to: Path) -> Path | None:
@@ -216,6 +233,8 @@ def watch(jobs: Jobs, options: argparse.Namespace) -> int:
     alone_since = None
     while True:
         status = jobs.once()
+        if local.stop_requested():
+            return status
         if ended(jobs.run) and not jobs.due():
             return status
         alone_since = None if lock.holder(jobs.run) else alone_since or time.monotonic()
@@ -225,7 +244,9 @@ def watch(jobs: Jobs, options: argparse.Namespace) -> int:
                 flush=True,
             )
             return status
-        time.sleep(options.every_seconds)
+        local.wait(options.every_seconds)
+        if local.stop_requested():
+            return _stopped()
 
 
 def ended(run: Path) -> bool:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ssl_pretrain.config import RunConfig
+from ssl_pretrain.restarts import STOP_SIGNALS, STOPPED
+
+ROOT = Path(__file__).resolve().parents[1]
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def ranks_here(config: RunConfig) -> int:
@@ -24,10 +34,12 @@ def train_command(
     path: str, overrides: Sequence[str], ranks: int, max_restarts: int = 0, rendezvous: Sequence[str] = ("--standalone",)
 ) -> list[str]:
     """The command that trains on `ranks` processes: python alone for one, torchrun for more, which starts all again after one was lost."""
-    if ranks == 1 and rendezvous == ("--standalone",):
+    standalone = tuple(rendezvous) == ("--standalone",)
+    if ranks == 1 and standalone:
         return [sys.executable, "-m", "ssl_pretrain.train", path, *overrides]
+    module = "launch.torchrun" if standalone else "torch.distributed.run"
     return [
-        sys.executable, "-m", "torch.distributed.run", *rendezvous, "--max-restarts", str(max_restarts), "--nproc-per-node", str(ranks),
+        sys.executable, "-m", module, *rendezvous, "--max-restarts", str(max_restarts), "--nproc-per-node", str(ranks),
         "-m", "ssl_pretrain.train", path, *overrides,
     ]  # fmt: skip
 
@@ -52,12 +64,86 @@ def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> lis
     return lines
 
 
+class Stop:
+    """Requests to stop this launcher, and the command that they are forwarded to."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def receive(self, number: int, frame: Any) -> None:
+        self.requested = True
+        self.forward()
+
+    def forward(self) -> None:
+        """Ask the running command to stop. A second request ends the ranks at once."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+
+
+_stop = Stop()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Forward requests to stop to the command that `run` waits for, and start no further one.
+
+    The handlers are set explicitly, as process 1 of a container has no default ones. SIGHUP stays
+    ignored under nohup. Python hands signals to the main thread alone: in another, nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in previous.items():
+        if number != signal.SIGHUP or handler != signal.SIG_IGN:
+            signal.signal(number, _stop.receive)
+    try:
+        yield
+    finally:
+        _stop.requested = False
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def stop_requested() -> bool:
+    """Return True if this launcher was asked to stop."""
+    return _stop.requested
+
+
+def wait(seconds: float) -> None:
+    """Sleep until the time is over or this launcher is asked to stop."""
+    end = time.monotonic() + seconds
+    while not _stop.requested and (left := end - time.monotonic()) > 0:
+        time.sleep(min(0.2, left))
+
+
+def _end_with_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the launcher dies, so that a SIGKILL leaves no ranks behind."""
+    if _LIBC is not None:
+        _LIBC.prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+
+
 def run(command: Sequence[str]) -> int:
-    """Runs to the end with this process's output, and passes Ctrl-C on; returns the exit status."""
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if "torch.distributed.run" in command else None
-    process = subprocess.Popen(command, env=environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the ranks got it too: they save and leave
+    """Run a command to its end and return its exit status, as a shell gives it.
+
+    The command has a session of its own, so that a Ctrl-C in the terminal reaches it once, from
+    here. After a request to stop nothing is started.
+    """
+    if _stop.requested:
+        return STOPPED
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"PYTHONPATH": path}  # what is started is of this checkout, too
+    if "launch.torchrun" in command:
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    _stop.process = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher
+    )
+    if _stop.requested:  # meanwhile
+        _stop.forward()
+    try:
+        status = _stop.process.wait()
+    finally:
+        _stop.process = None
+    return 128 - status if status < 0 else status

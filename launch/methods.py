@@ -14,15 +14,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed, too
 
 from eval import results
-from launch import pretrain
+from launch import local, pretrain, slurm
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods
+from ssl_pretrain.config import RunConfig
+from ssl_pretrain.restarts import STOPPED
 
 CONFIG = "configs/methods_cifar10_cpu.yaml"
 MARGIN = 3.0  # points above the random backbone that a method should reach
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    with local.stoppable():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python launch/methods.py",
         description=f"Pretrains with every method as {CONFIG} says, one after the other, judges each by k-NN and writes one table. "
@@ -30,39 +37,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="""examples:
   python launch/methods.py data.root=cifar10.zip                                  one seed: about an hour on two CPU cores
   python launch/methods.py data.root=cifar10.zip --methods byol vicreg --seeds 0 1 2
-  python launch/methods.py --table-only                                           the table of the runs that are there""",
+  python launch/methods.py --table-only                                           the table of the runs that are there
+  python launch/methods.py --table-only --table docs/results/methods_cpu.md       the table of the documentation""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, for all methods")
     parser.add_argument("--methods", nargs="+", choices=methods.names(), default=methods.names(), metavar="NAME", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="where the runs are kept")
-    parser.add_argument("--table", type=Path, default=ROOT / "docs/results/methods_cpu.md")
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="where the table goes (default: methods.md beside the runs)")
     parser.add_argument("--table-only", action="store_true", help="train nothing")
     options = parser.parse_intermixed_args(arguments)
-    failed = []
-    for seed in options.seeds:
-        for name in [] if options.table_only else options.methods:
-            run = options.runs / f"{name}_{seed}"
-            if not (run / "eval/knn.json").exists() and _pretrain(name, seed, run, options.overrides):
-                failed.append(run.name)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(table(options.runs))
-    print(f"{options.table}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    failed: list[str] = []
+    try:
+        due = [] if options.table_only else _due(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for number, (config, every) in enumerate(due, start=1):
+        print(f"=== {config.method.name}, seed {config.seed}", flush=True)
+        status = pretrain.pretrain_and_evaluate(config, str(ROOT / CONFIG), every)[0]
+        if status == STOPPED:
+            print(f"stopped in run {number} of {len(due)}; the same command goes on from there", flush=True)
+            return STOPPED
+        if status:
+            failed.append(Path(config.output).name)
+    if not list(options.runs.glob("*_*/eval/knn.json")):
+        print(f"error: {options.runs}: no run there has been evaluated, so no table was written", file=sys.stderr)
+        return 1 if failed else 2
+    page = options.table or options.runs / "methods.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(table(options.runs))
+    print(f"{page}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
+
+
+def _due(options: argparse.Namespace) -> list[tuple[RunConfig, list[str]]]:
+    """The runs that have no k-NN yet, each with the overrides that make it of the preset."""
+    due = []
+    for seed in options.seeds:
+        for name in options.methods:
+            run = options.runs / f"{name}_{seed}"
+            if not (run / "eval/knn.json").exists():
+                every = [*overrides_of(name), *options.overrides, f"seed={seed}", f"output={run}"]
+                config = configuration.load(str(ROOT / CONFIG), every)
+                slurm.check_here(config, every)
+                due.append((config, every))
+    return due
 
 
 def overrides_of(name: str) -> list[str]:
     """What one method changes in the preset: its head for small networks, and its exceptions."""
     module = methods.find(name)
     return [f"method.name={name}", *(f"method.{key}={value}" for key, value in module.SMALL.items()), *getattr(module, "PRESET", [])]
-
-
-def _pretrain(name: str, seed: int, run: Path, overrides: Sequence[str]) -> int:
-    print(f"=== {name}, seed {seed}", flush=True)
-    every = [*overrides_of(name), *overrides, f"seed={seed}", f"output={run}"]
-    path = str(ROOT / CONFIG)
-    return pretrain.pretrain_and_evaluate(configuration.load(path, every), path, every)[0]
 
 
 def table(runs: Path) -> str:
@@ -76,8 +103,6 @@ def table(runs: Path) -> str:
         f"Made by `python launch/methods.py data.root=CIFAR10.zip` from {CONFIG}: {_settings(runs)}",
         "",
     ]
-    if not found:
-        return "\n".join([*lines, "Not run."]) + "\n"
     baseline = next(iter(found.values()))[0]["rows"]
     lines += [
         "| features | seeds | k-NN, % | above random | effective rank | minutes | k-NN in the run, % |",

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
 
+from eval import results
 from launch import dashboard, local, slurm
 from ssl_pretrain import checkpoint, plan
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
+from ssl_pretrain.restarts import STOPPED
 
 EVALUATIONS = ("knn", "linear", "spectrum", "retrieval", "robustness", "semi", "finetune", "export", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    with local.stoppable():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python launch/pretrain.py",
         description="Pretrains, then runs the evaluations of evaluation.at_end. On a SLURM cluster it submits both and returns; elsewhere "
@@ -44,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             raise ConfigError(f"evaluation.at_end: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}")
         submitting = config.launch.cluster == "slurm" or (config.launch.cluster == "auto" and slurm.here() and not config.launch.hosts)
+        if not submitting:
+            slurm.check_here(config, options.overrides)
         hosts = max(1, len([host for host in config.launch.hosts.split(",") if host.strip()]))
         ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * hosts
         if options.plan:
@@ -77,33 +89,100 @@ def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
 def pretrain_and_evaluate(
     config: RunConfig, path: str, overrides: Sequence[str], options: dict[str, list[str]] | None = None
 ) -> tuple[int, dict[str, float]]:
-    """(exit status, seconds by phase). A run that stopped before its end is not evaluated.
+    """Pretrain, then run each evaluation of `evaluation.at_end` that the last checkpoint does not have yet.
+
+    One that fails keeps none of the others from running.
 
     Args:
-        options: of evaluations by name, such as {"linear": ["--rows", "pretrained"]}.
+        options: Options of evaluations by name, such as {"linear": ["--rows", "pretrained"]}.
+
+    Returns:
+        The exit status and the seconds by phase. The status is 0 for a finished run, 75 for one that
+        was asked to stop, 1 if an evaluation failed, and the training's own if that failed.
     """
     seconds: dict[str, float] = {}
-    phases = [("pretraining", local.train_command(path, overrides, local.ranks_here(config), config.launch.max_restarts))]
-    for name in config.evaluation.at_end:
-        phases.append((name, [sys.executable, "-m", f"eval.{name}", config.output, *(options or {}).get(name, [])]))
-    for name, command in phases:
+
+    def phase(name: str, command: Sequence[str]) -> int:
         print(f"--- {name}", flush=True)
         start = time.monotonic()
         status = local.run(command)
         seconds[name] = time.monotonic() - start
-        if status:
-            return status, seconds
-        if name == "pretraining" and not _finished(config):
-            print(f"stopped before its end; start it again to go on from {checkpoint.newest(config.output).name}", flush=True)
-            return 0, seconds
-    dashboard.send(Path(config.output))
-    return 0, seconds
+        return status
+
+    train = local.train_command(path, overrides, local.ranks_here(config), config.launch.max_restarts)
+    status = _status_of_training(config, phase("pretraining", train))
+    if status:
+        return status, seconds
+    failed: list[str] = []
+    for due in _due_evaluations(config, options or {}):
+        status = phase(due.name, due.command)
+        if local.stop_requested():
+            print(f"stopped in {due.name}, after the pretraining: the same command goes on with it", flush=True)
+            return STOPPED, seconds
+        if status == 0:
+            due.note()
+        elif status != results.SKIPPED:
+            failed.append(f"{due.name} (status {status})")
+    if seconds.keys() > {"pretraining"}:
+        dashboard.send(Path(config.output))
+    if failed:
+        print(f"error: failed: {', '.join(failed)}; the other evaluations were run", file=sys.stderr, flush=True)
+    return 1 if failed else 0, seconds
+
+
+def _status_of_training(config: RunConfig, status: int) -> int:
+    """Return 0 for a finished training, 75 for a stopped one, and the status of one that failed."""
+    if status == 0 and _finished(config):
+        return 0
+    killed = local.stop_requested() and status >= 128  # before it could heed the request
+    if status not in (0, STOPPED) and not killed:
+        return status
+    saved = checkpoint.checkpoints(config.output)
+    where = f"goes on from {saved[-1].name}" if saved else "starts it anew, as nothing was saved yet"
+    print(f"stopped before its end, and so not evaluated: the same command {where}", flush=True)
+    return STOPPED
 
 
 def _finished(config: RunConfig) -> bool:
-    """Whether the newest checkpoint is the run's last: the training wrote it only if it saw the end."""
+    """Return True if the newest checkpoint is the run's last: the training wrote it only if it saw the end."""
     manifest = checkpoint.verify(checkpoint.newest(config.output))
     return manifest["step"] >= manifest["last_step"]
+
+
+@dataclass
+class Evaluation:
+    """An evaluation of the last checkpoint, and the note that it was made with these settings."""
+
+    name: str
+    command: list[str]
+    place: Path
+    settings: str
+
+    def is_done(self) -> bool:
+        with suppress(OSError):
+            return self.place.read_text() == self.settings
+        return False
+
+    def note(self) -> None:
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        self.place.write_text(self.settings)
+
+
+def _due_evaluations(config: RunConfig, options: dict[str, list[str]]) -> Iterator[Evaluation]:
+    """Evaluations that were not made of the last checkpoint with these settings, and the report if one was made now."""
+    written = configuration.to_dict(config)
+    folder = Path(config.output) / "eval" / checkpoint.newest(config.output).name
+    made = False
+    for name in config.evaluation.at_end:
+        arguments = options.get(name, [])
+        settings = json.dumps({"data": written["data"], "evaluation": written["evaluation"], "arguments": arguments}, indent=1)
+        command = [sys.executable, "-m", f"eval.{name}", config.output, "--skip-unlabelled", *arguments]
+        due = Evaluation(name, command, folder / f".{name}.done", settings)
+        if due.is_done() and not (made and name == "report"):
+            print(f"--- {name}: done before; python -m eval.{name} {config.output} does it again", flush=True)
+            continue
+        yield due
+        made = made or due.is_done()
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from typing import Any
 
 from launch import local
 from ssl_pretrain import checkpoint, distributed, train
-from ssl_pretrain.config import ConfigError, RunConfig
+from ssl_pretrain.config import ConfigError, RunConfig, check_slurm_keys
+from ssl_pretrain.restarts import STOPPED
 
 ROOT = Path(__file__).resolve().parents[1]
-UNFINISHED = 75  # EX_TEMPFAIL: saved, to be continued; no rank says 0 before the run has ended
+UNFINISHED = STOPPED  # no rank says 0 before the run has ended
 PLACES = ("partition", "account", "qos", "constraint")
 LOST = -1  # how a rank's part ended that lost the others
 GRACE_SECONDS = 120  # between the requeue and SLURM's end of the ranks that asked for it
@@ -35,6 +36,39 @@ def here() -> bool:
         return subprocess.run(["scontrol", "ping"], capture_output=True, timeout=20).returncode == 0
     except (OSError, subprocess.SubprocessError):
         return False
+
+
+def check_here(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Refuse what only SLURM could do, before anything is started on this machine.
+
+    Raises:
+        ConfigError: Names the keys.
+    """
+    reason = "SLURM does not answer on this machine"
+    if "SLURM_JOB_ID" in os.environ:
+        reason = f"this is inside its job {os.environ['SLURM_JOB_ID']} already"
+    elif shutil.which("sbatch") is None:
+        reason = "this machine has no sbatch"
+    elif config.launch.cluster == "local":
+        reason = "launch.cluster is local"
+    check_slurm_keys(
+        config,
+        overrides,
+        reason,
+        "leave it out to train here (launch.ranks: processes per machine, launch.hosts: several machines), "
+        "or add launch.cluster=slurm --plan to see what would be submitted",
+        typed_only=config.launch.cluster == "local",
+    )
+
+
+def check_submission() -> None:
+    """Raise ConfigError where nothing can be submitted."""
+    missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
+    if missing:
+        raise ConfigError(
+            f"launch.cluster: slurm, and this machine has no {missing[0]}; "
+            "submit from a machine of the cluster, or set launch.cluster=local"
+        )
 
 
 def ranks(config: RunConfig) -> int:
@@ -95,7 +129,11 @@ def describe(config: RunConfig) -> list[str]:
         f"{asked['cpus_per_task']} CPUs a task{gpus}{memory}, {asked['timeout_min']} min, SIGUSR2 {launch.signal_seconds} s before, "
         + ", ".join([again, *where])
     ]
-    return lines + [f"SLURM job: {name}, 1 task, after the pretraining has ended well" for name in config.evaluation.at_end]
+    return lines + [
+        f"SLURM job: {name}, 1 task, after the pretraining has ended well"
+        + ("" if number == 0 else f" and {config.evaluation.at_end[number - 1]} has ended")
+        for number, name in enumerate(config.evaluation.at_end)
+    ]
 
 
 def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
@@ -112,22 +150,34 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
             executor.update_parameters(**(wanted | {"slurm_additional_parameters": more}))
             run = Pretraining(str(Path(path).absolute()), (*overrides, f"output={config.output}"), config.launch.requeue)
             jobs.append(executor.submit(run).job_id)
-    for name in config.evaluation.at_end:  # one after the other: the report comes last and reads what the others found
-        jobs += submit_evaluations(config, [Evaluation(name, config.output)], after=jobs[-1])
+    return jobs + submit_chain(config, [Evaluation(name, config.output) for name in config.evaluation.at_end], jobs[-1])
+
+
+def submit_chain(config: RunConfig, evaluations: Sequence[Evaluation], pretraining: str) -> list[str]:
+    """Submit evaluations one after the other, once the pretraining has ended well; return their job ids.
+
+    The report comes last and reads what the others found, whether they failed or not.
+    """
+    jobs: list[str] = []
+    for evaluation in evaluations:
+        after = f"afterok:{pretraining}" + (f",afterany:{jobs[-1]}" if jobs else "")
+        jobs += submit_evaluations(config, [evaluation], after)
     return jobs
 
 
 def submit_evaluations(config: RunConfig, jobs: Sequence[Evaluation], after: str = "") -> list[str]:
     """Submits evaluations, each as a job on one GPU or CPU node.
 
-    With `after` they begin once that job, or all of those joined by colons, ended well.
+    Args:
+        after: what they wait for, in SLURM's words, such as afterok:12. A job whose condition can no longer come true is
+            cancelled: it does not wait for ever.
 
     Raises:
         ConfigError: as `submit`.
     """
     dropped = ("slurm_signal_delay_s", "slurm_srun_args", "slurm_additional_parameters")
     wanted = {key: value for key, value in request(config).items() if key not in dropped}
-    more: dict[str, Any] = {"open_mode": "append"} | ({"dependency": f"afterok:{after}"} if after else {})
+    more: dict[str, Any] = {"open_mode": "append"} | ({"dependency": after, "kill_on_invalid_dep": "yes"} if after else {})
     if config.launch.gpus_per_node:
         more["gpus_per_node"] = "1"
     submitted = []
@@ -169,6 +219,7 @@ def _private(output: str) -> Iterator[Any]:
         import submitit
     except ImportError:
         raise ConfigError("launch.cluster: slurm needs submitit; pip install submitit, or set launch.cluster=local") from None
+    check_submission()
     folder = Path(output).absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -192,7 +243,8 @@ class Evaluation:
 
     def __call__(self) -> int:
         here = ["--cluster", "local", "--jobs", self.name, *(self.arguments or ("--newest",))]
-        status = local.run([sys.executable, str(ROOT / "launch/evaluate.py"), self.run, *here])
+        with local.stoppable():
+            status = local.run([sys.executable, str(ROOT / "launch/evaluate.py"), self.run, *here])
         if status:
             raise SystemExit(status)
         return status
@@ -220,9 +272,9 @@ class Pretraining:
             if status == UNFINISHED and self.requeue:
                 _requeue_and_wait(delay=3.0 * int(os.environ["RANK"]))
             os._exit(status)  # a rank may still hang in a collective with the lost one
-        if status:
+        if status not in (0, STOPPED):
             os._exit(status)
-        if not _finished(run):
+        if status == STOPPED or not _finished(run):
             if self.requeue:
                 _requeue_and_wait(delay=0.0 if os.environ["RANK"] == "0" else GRACE_SECONDS / 2)
             os._exit(UNFINISHED)

@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval import results
-from launch import methods, pretrain
+from launch import methods, pretrain, slurm
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
+from ssl_pretrain.restarts import STOPPED
 
 BESIDE = ("raw pixels", results.BETTER)
 ACCURACY, SHARE = "linear, %", "top-5 of all, %"
@@ -95,8 +96,15 @@ def plan(study: Study, path: str | Path, base: str | None, overrides: Sequence[s
     return planned
 
 
+class Stopped(Exception):
+    """The study was asked to stop."""
+
+
 def run_all(planned: Sequence[Planned], base: str) -> list[str]:
     """Pretrains and evaluates what is not done; the folders of those that failed.
+
+    Raises:
+        Stopped: a run was asked to stop, and so no further one is started.
 
     Raw pixels and the random backbone are judged once, of the first run of each seed: they are the same in all.
     """
@@ -107,7 +115,10 @@ def run_all(planned: Sequence[Planned], base: str) -> list[str]:
             continue
         print(f"=== {number} of {len(planned)}: {name}, seed {config.seed}", flush=True)
         options = {"linear": ["--rows", "pretrained"]} if config.seed in compared else {}
-        if pretrain.pretrain_and_evaluate(config, base, overrides, options)[0]:
+        status = pretrain.pretrain_and_evaluate(config, base, overrides, options)[0]
+        if status == STOPPED:
+            raise Stopped(f"stopped in run {number} of {len(planned)}; the same command goes on from there")
+        if status:
             failed.append(config.output)
         else:
             compared.add(config.seed)
@@ -123,9 +134,7 @@ def write(study: Study, planned: Sequence[Planned], command: str, table: Path) -
     finished = [(name, config, read(Path(config.output))) for name, config, _ in planned if done(config)]
     table.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {study.title}", "", f"Command: `{command}`", ""]
-    if not finished:
-        table.write_text("\n".join([*lines, "Not run."]) + "\n")
-        return
+    assert finished, "a table without rows is not written"
     rows: dict[str, list[dict[str, float]]] = {}
     for name, _, numbers in finished:
         rows.setdefault(name, []).append(numbers)
@@ -208,13 +217,30 @@ def value_at(config: RunConfig, key: str) -> Any:
     return found
 
 
+def check_local(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for keys of a cluster: the runs of a study follow each other on this machine."""
+    if config.launch.cluster == "slurm":
+        raise ConfigError("launch.cluster: slurm: these runs follow each other on this machine; leave it out")
+    slurm.check_here(config, overrides)
+
+
 def main(study: Study, path: str, base: str | None, overrides: Sequence[str], table: Path | None, only: str) -> int:
     """`only`: "" runs all, "list" names the runs, "table" writes the table of those that are there."""
     planned = plan(study, path, base, overrides)
+    for _, config, every in planned:
+        check_local(config, every)
     if only == "list":
         print("\n".join(config.output for _, config, _ in planned))
         return 0
-    failed = [] if only == "table" else run_all(planned, base or study.base)
+    try:
+        failed = [] if only == "table" else run_all(planned, base or study.base)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return STOPPED
+    if not any(done(config) for _, config, _ in planned):
+        place = Path(planned[0][1].output).parent
+        print(f"error: {place}: no run of this study has been evaluated, so no table was written; run it first", file=sys.stderr)
+        return 2 if only == "table" else 1
     table = table or Path(planned[0][1].output).parent / f"{Path(path).stem}.md"
     shown = [override for override in overrides if not override.startswith(("output=", "launch.", "log."))]
     command = " ".join(["python launch/sweep.py", path, *(["--base", base] if base else []), *(_plain(override) for override in shown)])

@@ -16,9 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from launch import local, pretrain, slurm, study
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
+from ssl_pretrain.restarts import STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    with local.stoppable():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python launch/sweep.py",
         description="Pretrains once for each combination of the values given, each run in a folder of its own below `output`. On a SLURM "
@@ -49,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (configuration.load(options.config, overrides), overrides) for overrides in combinations(options.config, options.overrides)
         ]
         submitting = _submitting(runs[0][0])
-        for run, _ in runs:
+        for run, overrides in runs:
+            if not submitting:
+                slurm.check_here(run, overrides)
             configuration.check(run, slurm.ranks(run) if submitting else local.ranks_here(run))
         if options.list:
             print("\n".join(run.output for run, _ in runs))
@@ -63,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = []
     for number, (run, overrides) in enumerate(runs, start=1):
         print(f"=== {number} of {len(runs)}: {run.output}", flush=True)
-        if pretrain.pretrain_and_evaluate(run, options.config, overrides)[0]:
+        status = pretrain.pretrain_and_evaluate(run, options.config, overrides)[0]
+        if status == STOPPED:
+            print(f"stopped in run {number} of {len(runs)}; the same command goes on from there", flush=True)
+            return STOPPED
+        if status:
             failed.append(run.output)
     if failed:
         print(f"error: failed: {', '.join(failed)}", file=sys.stderr)

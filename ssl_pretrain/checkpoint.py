@@ -41,7 +41,8 @@ class CheckpointConfig:
     keep_last: int = 2
     keep_every_epochs: float = 0.0  # these are never pruned; 0: none
     asynchronous: bool = True  # written to disk while the training goes on; a step waits for the copy to host memory alone
-    on_failure: Literal["stop", "warn"] = "stop"  # where the disk refuses: end the run, or say so and try again at the next save
+    # where the disk refuses: end the run, or say so and try again at the next save; the last save of a run has no next
+    on_failure: Literal["stop", "warn"] = "stop"
     resume: bool = True  # go on from the newest checkpoint of `output`; false refuses an output that has one
 
 
@@ -79,9 +80,10 @@ class State:
 
         Raises:
             SaveError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
+                With `wait`, whatever `on_failure` says: these weights are nowhere else.
         """
-        problem = self._written()
-        final = manifests.folder(run) / f"step_{step:08d}"
+        earlier, problem = self._written(), None
+        final = folder_of(run, step)
         name = f"{WRITING}{final.name}-{uuid.uuid4().hex[:8]}"
         if self.sharded:  # the ranks write one folder
             name = distributed.broadcast_object(name)
@@ -90,12 +92,15 @@ class State:
             self._writer = threading.Thread(target=self._write_and_prune, args=arguments)
             self._writer.start()
         if wait or not settings.asynchronous:
-            problem = self._written() or problem
-        problem = distributed.broadcast_object(problem)
-        if problem and settings.on_failure == "stop":
+            problem = self._written()
+        earlier, problem = distributed.broadcast_object((earlier, problem))
+        if problem and wait:  # no later save makes up for it
             raise SaveError(problem)
-        if problem and distributed.is_main():
-            warnings.warn(problem, stacklevel=2)
+        if (problem or earlier) and settings.on_failure == "stop":
+            raise SaveError(problem or earlier)
+        for text in filter(None, (earlier, problem)):
+            if distributed.is_main():
+                warnings.warn(text, stacklevel=2)
 
     def _written(self) -> str | None:
         """Waits for the save under way; what went wrong with it, if anything."""
@@ -330,6 +335,32 @@ def prepare(run: Path) -> None:
     if disk.is_trouble(problem) and problem.errno != errno.EROFS:
         raise SaveError(problem.strerror)
     raise ValueError(problem.strerror)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Return the folder of the run's checkpoint of that step, whether it exists or not."""
+    return manifests.folder(run) / f"step_{step:08d}"
+
+
+def last_that_reached(run: Path, epochs: int) -> Path | None:
+    """Return the newest whole checkpoint if it has all steps of so many epochs, else None.
+
+    Files are read and hashed only where the newest manifest promises such a checkpoint.
+    """
+
+    def reached(path: Path) -> bool:
+        try:
+            manifest = manifests.load(path)
+            steps_per_epoch = manifest["last_step"] / manifest["config"]["epochs"]
+            return bool(manifest["step"] >= round(epochs * steps_per_epoch))
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            return False
+
+    found = checkpoints(run)
+    if not found or not reached(found[-1]):
+        return None
+    path = newest(run)
+    return path if reached(path) else None
 
 
 def opened(path: Path, verified: bool = False) -> dict[str, Any]:

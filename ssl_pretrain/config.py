@@ -107,6 +107,12 @@ FREE_PARALLEL = tuple(
 # ... and these do, knowingly.
 WARNED = ("epochs",)
 
+# keys of launch that only a submission to SLURM heeds
+SLURM_KEYS = (
+    "nodes", "gpus_per_node", "cpus_per_rank", "memory_gb", "hours", "signal_seconds", "requeue", "chain",
+    "partition", "account", "qos", "constraint",
+)  # fmt: skip
+
 NOTHING_INTERPOLATED = "nothing is interpolated, so that no secret of the environment enters a logged config"
 
 
@@ -227,6 +233,28 @@ def check(config: RunConfig, world_size: int) -> None:
             f"log.every_steps: {config.log.every_steps} must be at least 1, "
             f"online.knn_every_epochs: {config.online.knn_every_epochs} at least 0"
         )
+
+
+def check_slurm_keys(
+    config: RunConfig, overrides: Sequence[str], reason: str, remedy: str, *, typed_only: bool
+) -> None:
+    """Refuse keys that ask something of SLURM where nothing is submitted to it.
+
+    Args:
+        reason: Why nothing is submitted, for the message.
+        remedy: What to do instead.
+        typed_only: Look at the command line alone: a YAML made for a cluster may hold them.
+
+    Raises:
+        ConfigError: Names each such key and its value.
+    """
+    default, typed = LaunchConfig(), {override.partition("=")[0] for override in overrides}
+    given = [key for key in SLURM_KEYS if getattr(config.launch, key) != getattr(default, key)]
+    if typed_only:
+        given = [key for key in given if f"launch.{key}" in typed]
+    if given:
+        named = ", ".join(f"launch.{key}: {getattr(config.launch, key)}" for key in given)
+        raise ConfigError(f"{named}: {'this is' if len(given) == 1 else 'these are'} for SLURM, and {reason}; {remedy}")
 
 
 def _does_not_divide(batch: int, ranks: int) -> str:

@@ -11,6 +11,7 @@ import faulthandler
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _timeout_seconds = 600.0
 _cpu_group: Any = None  # gloo, for objects and stop requests: never on the accelerator's stream
 _signalled = False  # a stop was asked for before anybody could answer; see `note_signals`
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)  # the last: a terminal was closed
 
 
 class RendezvousError(RuntimeError):
@@ -274,8 +275,33 @@ def note_signals() -> None:
 
     It takes the place of handlers that would act at once, in the middle of a step, such as a scheduler's.
     """
-    for number in (*STOP_SIGNALS, signal.SIGCONT):  # the last comes with SLURM's SIGTERM, and asks for nothing
+    for number in (*_heeded(STOP_SIGNALS), signal.SIGCONT):  # the last comes with SLURM's SIGTERM, and asks for nothing
         signal.signal(number, _note)
+
+
+@contextmanager
+def signals_noted() -> Iterator[None]:
+    """Remember requests to stop from now on, as `note_signals`, and give the signals back at the end.
+
+    Python hands signals to the main thread alone: in any other, nothing is changed.
+    """
+    global _signalled
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT)}
+    note_signals()
+    try:
+        yield
+    finally:
+        _signalled = False
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _heeded(signals: Iterable[int]) -> list[int]:
+    """The signals without SIGHUP where `nohup` has it ignored."""
+    return [number for number in signals if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _note(number: int, frame: Any) -> None:
@@ -296,7 +322,7 @@ class StopRequest:
         self._pretend_at = pretend_at  # after this step rank 0 sends itself SIGUSR2, as a scheduler would
         self._pending: tuple[Tensor, Any] | None = None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the loader's processes block them, and so do those forked there
-        self._previous = {number: signal.signal(number, self._set) for number in signals}
+        self._previous = {number: signal.signal(number, self._set) for number in _heeded(signals)}
 
     def _set(self, number: int, frame: Any) -> None:
         self.requested = True

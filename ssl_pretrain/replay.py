@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         ValueError: the run has no checkpoint before that step, or the data set now gives other images than were skipped.
     """
     skipped = _noted(run, step)
+    _check_step(run, step)
     start, first = _where_to_start(run, step, skipped)
     manifest = checkpoint.opened(start)
     config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
@@ -75,6 +77,34 @@ def _noted(run: Path, step: int) -> dict[str, Any]:
     """What the run noted of a step that it skipped; empty where it did not."""
     note = run / "skipped" / f"step_{step:08d}.json"
     return json.loads(note.read_text()) if note.exists() else {}
+
+
+def _check_step(run: Path, step: int) -> None:
+    """Raise ValueError for a step that the run cannot have done."""
+    if step < 1:
+        raise ValueError(f"STEP: {step} is no step; they are counted from 1")
+    found = checkpoint.checkpoints(run)
+    if not found:
+        return  # said by `_where_to_start`
+    manifest = checkpoint.opened(checkpoint.newest(run), verified=True)
+    last = manifest["last_step"]
+    if step > last:
+        raise ValueError(f"STEP: {step} is after the last step of {run}, {last}; give one from 1 to {last}")
+    reached = max(manifest["step"], *_steps_seen(run))
+    if step > reached + manifest["config"]["log"]["every_steps"]:  # a step that ended the run is not logged
+        raise ValueError(f"STEP: {run} has come to step {reached} of {last}, not to {step}; give one from 1 to {reached}")
+
+
+def _steps_seen(run: Path) -> list[int]:
+    """Return the steps that metrics.jsonl and skipped/ tell of, at least 0."""
+    seen = [0]
+    for path in run.glob("skipped/step_*.json"):
+        seen.append(int(path.stem.removeprefix("step_")))
+    with suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # cut off by a kill
+                seen.append(int(json.loads(line)["step"]))
+    return seen
 
 
 def _where_to_start(run: Path, step: int, skipped: dict[str, Any]) -> tuple[Path, int]:

@@ -1,30 +1,53 @@
-"""torchrun starts all ranks again when one ended badly: right for a lost rank, useless for a mistake, which would only come again.
+"""How a run ends, and what torchrun must not start again.
 
-So the first rank that ends with a mistake leaves a note in the folder that torchrun made for this start, and ranks started again end at
-once where there is one.
+torchrun starts all ranks again when one of them ends with another status than 0. That is right for
+a lost rank and useless for a mistake, which would only come again, or for a run that was asked to
+stop. So the first rank that ends in one of these ways leaves a note in the folder that torchrun
+made for this start, and ranks that are started again end at once where there is one.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 
+STOPPED = 75  # EX_TEMPFAIL: asked to stop, saved; the same command goes on
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)  # a launcher's requests
 
-def note_mistake() -> None:
-    """To be called before ending with a mistake of the user's or of the run itself, such as a diverged loss."""
+
+def note_end(status: int) -> None:
+    """Note the exit status that ranks which torchrun starts again have to repeat."""
     if (note := _note()) is not None:
         with suppress(OSError):
-            note.touch()
+            note.write_text(str(status))
 
 
-def after_a_mistake() -> bool:
-    """Whether these ranks were started again by torchrun after a mistake."""
+def status_to_repeat() -> int | None:
+    """Return the noted status if torchrun started these ranks again after it, else None."""
     note = _note()
-    return note is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and note.exists()
+    if note is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    with suppress(OSError, ValueError):
+        return int(note.read_text())
+    return None
+
+
+def stopped_status() -> int:
+    """Return the exit status of a rank that was asked to stop.
+
+    Agents on several hosts would wait for each other to start the ranks again after anything but 0.
+    """
+    agents = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return 0 if agents > 1 and restarts > 0 else STOPPED
 
 
 def _note() -> Path | None:
-    """The note of this torchrun, on this machine; None without torchrun. The error file is FOLDER/attempt_N/<rank>/error.json."""
+    """Path of the note of this torchrun on this machine, None without torchrun.
+
+    torchrun's error file is FOLDER/attempt_N/<rank>/error.json.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    return Path(file).parents[2] / "mistake" if file.count("/") > 3 else None
+    return Path(file).parents[2] / "ended" if file.count("/") > 3 else None

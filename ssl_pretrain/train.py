@@ -7,11 +7,13 @@ torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml d
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ from ssl_pretrain.guard import Guard
 from ssl_pretrain.lock import Lock
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.online import OnlineKNN
-from ssl_pretrain.restarts import after_a_mistake, note_mistake
+from ssl_pretrain.restarts import STOPPED, note_end, status_to_repeat, stopped_status
 from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import colour, crops, recipe
 
@@ -50,13 +52,92 @@ from ssl_pretrain.views import colour, crops, recipe
 STATUS: dict[type[Exception], int] = {distributed.RendezvousError: 69, checkpoint.SaveError: 74}
 
 
-def train(config: RunConfig, device: torch.device, stop_after: int | None = None, fake_preempt: int | None = None) -> int:
-    """Trains to the end, to a stop request, or for `stop_after` steps, whichever comes first; returns the steps done.
+class Outcome(NamedTuple):
+    """How far a run has come."""
 
-    The run is in `config.output`: config.yaml, metrics.jsonl, views.png and checkpoints, from which it goes on.
+    step: int  # optimizer steps done
+    last_step: int  # optimizer steps of the whole run
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.last_step
+
+
+def train(
+    config: RunConfig,
+    device: torch.device,
+    stop_after: int | None = None,
+    fake_preempt: int | None = None,
+) -> Outcome:
+    """Train to the end, to a stop request, or for `stop_after` steps, whichever comes first.
+
+    The run is in `config.output`: config.yaml, metrics.jsonl, views.png and checkpoints, from which
+    it goes on. A run that has finished is left as it is.
     """
     run = Path(config.output)
     configuration.check(config, distributed.world_size())
+    if (earlier := _finished_before(config, run)) is not None:
+        _say(
+            f"finished before: {run} has done its {earlier.last_step} steps, the last in "
+            f"{checkpoint.folder_of(run, earlier.step)}. Nothing was trained or changed; "
+            "give a new output for another run"
+        )
+        return earlier
+    outcome = _train_in(config, device, run, stop_after, fake_preempt)
+    done = f"{outcome.step} of {outcome.last_step} steps, saved in {checkpoint.folder_of(run, outcome.step)}"
+    if outcome.finished:
+        _say(f"finished: {done}. Evaluate it: python -m eval.knn {run}")
+    else:
+        _say(f"stopped: {done}. The same command goes on from there")
+    return outcome
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def _finished_before(config: RunConfig, run: Path) -> Outcome | None:
+    """Return the outcome of a run that has nothing left to train, None for any other.
+
+    Nothing is written, and rank 0 alone reads.
+
+    Raises:
+        ValueError: The run has done these epochs already and was configured otherwise.
+    """
+    found: Outcome | None = None
+    problem: str | None = None
+    if distributed.is_main() and config.checkpoint.resume:
+        try:
+            found = _done_already(config, run)
+        except ValueError as error:
+            problem = str(error)
+    found, problem = distributed.broadcast_object((found, problem))
+    if problem:
+        raise ValueError(problem)
+    return found
+
+
+def _done_already(config: RunConfig, run: Path) -> Outcome | None:
+    """Return the outcome of a run whose newest whole checkpoint has all steps of `config.epochs`."""
+    path = checkpoint.last_that_reached(run, config.epochs)
+    if path is None:
+        return None
+    manifest = checkpoint.opened(path, verified=True)
+    epochs, step = manifest["config"]["epochs"], manifest["step"]
+    if epochs != config.epochs:
+        raise ValueError(
+            f"epochs: {config.epochs} leaves nothing to train: {run} has reached step {step} with epochs={epochs}. "
+            f"Nothing was changed; give epochs={epochs} or more, or a new output"
+        )
+    configuration.compare_for_resume(manifest["config"], config, str(path))
+    return Outcome(step, manifest["last_step"])
+
+
+def _train_in(
+    config: RunConfig, device: torch.device, run: Path, stop_after: int | None, fake_preempt: int | None
+) -> Outcome:
+    """Train in the run's folder, which is locked meanwhile."""
     made = partial(
         loader.build, config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device,
         view_dtype=parallel.view_dtype(config.parallel, device),
@@ -73,7 +154,7 @@ def _train(
     stop: distributed.StopRequest,
     stop_after: int | None,
     closing: ExitStack,
-) -> int:
+) -> Outcome:
     last_step = round(config.epochs * batches.steps_per_epoch)
     method = build_method(config, batches.source)
     method.num_steps, method.steps_per_epoch = last_step, batches.steps_per_epoch
@@ -111,7 +192,7 @@ def _train(
             state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
         if stopping:
             break
-    return step
+    return Outcome(step, last_step)
 
 
 def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
@@ -247,27 +328,53 @@ methods: """
     )
     parser.add_argument("--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once")
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
-    if after_a_mistake():
-        return 2
+    if (repeated := status_to_repeat()) is not None:
+        return repeated
+    with distributed.signals_noted():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Plan or train as the command line says, and return the exit status."""
     try:
         config = configuration.load(options.config, options.overrides)
+        if "SLURM_JOB_ID" not in os.environ:
+            configuration.check_slurm_keys(
+                config,
+                options.overrides,
+                "this command submits nothing",
+                "start the run with python launch/pretrain.py, or leave it out",
+                typed_only=True,
+            )
         if options.plan:
             print(plan.describe(config, plan.ranks(config, here=1)))
             return 0
         settings = config.parallel
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
-        train(config, device, options.stop_after, options.fake_preempt)
+        if not train(config, device, options.stop_after, options.fake_preempt).finished:
+            return _leave_together(stopped_status())
     except (ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError, distributed.RendezvousError) as error:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise
         print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
         status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 2)
         if status == 2:
-            note_mistake()
+            note_end(status)
         return status
     finally:
         distributed.stop()
     return 0
+
+
+def _leave_together(status: int) -> int:
+    """Return the status once all ranks have closed their files.
+
+    torchrun ends the other ranks at once when it sees the first of them end with it.
+    """
+    if status == STOPPED:
+        note_end(status)
+    distributed.barrier()
+    return status
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def lines(patience: float) -> Iterator[dict[str, Any] | None]:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # meant for the training, which says when it ends
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):  # meant for the training, which says when it ends
         signal.signal(number, signal.SIG_IGN)
     first = first_message()
     client = Client(first)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ssl_pretrain import checkpoint, optim
-from ssl_pretrain.checkpoint import CheckpointConfig, State
+from ssl_pretrain.checkpoint import CheckpointConfig, SaveError, State
 from ssl_pretrain.optim import OptimConfig
 
 
@@ -172,6 +172,8 @@ def test_a_full_disk_can_be_a_warning(run, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "save_file", full)
+        with pytest.raises(SaveError, match=r"^checkpoint of step 5 could not be written to "):  # the last of a run
+            state().save(run, 5, CheckpointConfig(on_failure="warn"), 1, wait=True)
         saving, lenient = state(), CheckpointConfig(on_failure="warn")
         saving.save(run, 6, lenient, 1, wait=False)  # heard of at the next save
         saving._writer.join()

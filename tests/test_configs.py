@@ -70,7 +70,7 @@ def _reduced(path, folder):
     "path", [path if path in FIRST else pytest.param(path, marks=pytest.mark.full) for path in FILES], ids=lambda path: path.stem
 )
 def test_it_takes_a_reduced_step(path, tmp_path):
-    assert train(_reduced(path, tmp_path), torch.device("cpu"), stop_after=1) == 1
+    assert train(_reduced(path, tmp_path), torch.device("cpu"), stop_after=1).step == 1
 
 
 def test_every_method_has_its_recipes():

@@ -134,19 +134,16 @@ def test_watching_takes_new_checkpoints_and_ends_with_the_training(run, monkeypa
         fake_result(run, path)
         return 0
 
-    naps, real = [], evaluate.time.sleep
+    naps = []
 
-    def sleep(seconds):
-        if seconds != 7:  # who waits for the end of W&B's client
-            real(seconds)
-            return
+    def wait(seconds):
         naps.append(seconds)
         if len(naps) == 2:
             aside.rename(last)
         assert len(naps) < 5, "watched on after the end"
 
     monkeypatch.setattr(local, "run", judge)
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(local, "wait", wait)
     assert evaluate.main([str(run), *LOCAL, "--jobs", "knn", "--watch", "--every-seconds", "7"]) == 0
     assert judged == ["step_00000005", "step_00000010"] and naps == [7.0, 7.0]
 
@@ -155,7 +152,7 @@ def test_watching_gives_up_when_nobody_trains(run, monkeypatch, capsys):
     shutil.rmtree(checkpoint.checkpoints(run)[-1])
     fake_result(run, checkpoint.checkpoints(run)[0])
     clock = iter(range(0, 100000, 40))
-    monkeypatch.setattr(evaluate.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(local, "wait", lambda _seconds: None)
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
     assert evaluate.main([str(run), *LOCAL, "--jobs", "knn", "--watch", "--give-up-minutes", "2"]) == 0
     assert capsys.readouterr().out == f"nobody has trained in {run} for 2 minutes and it has not reached its end: gave up\n"

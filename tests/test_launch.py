@@ -121,7 +121,7 @@ def test_a_plan_shows_what_is_asked_of_slurm(tmp_path, capsys):
 
 def test_a_pretended_preemption_saves_and_the_run_goes_on(tmp_path, capsys):
     path = tiny.config(tmp_path)
-    for _ in range(2):
-        assert main([str(path), "epochs=3", "--fake-preempt", "4"]) == 0
+    for status in (75, 0):
+        assert main([str(path), "epochs=3", "--fake-preempt", "4"]) == status
     assert [found.name for found in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000004", "step_00000009"]
     assert "resumed" in capsys.readouterr().out

@@ -100,7 +100,7 @@ AFTER = {
 
 # outside packages that only some files touch; the optional ones only inside a function, so that a missing one is a message
 ONLY_IN = {
-    "torch.distributed": ("ssl_pretrain/distributed.py", "ssl_pretrain/parallel.py", "ssl_pretrain/checkpoint.py"),
+    "torch.distributed": ("ssl_pretrain/distributed.py", "ssl_pretrain/parallel.py", "ssl_pretrain/checkpoint.py", "launch/torchrun.py"),
     "wandb": ("ssl_pretrain/wandb_process.py", "ssl_pretrain/wandb_file.py", "launch/dashboard.py"),
     "wandb_workspaces": ("launch/dashboard.py",),
     "ffcv": ("ssl_pretrain/data/compiled.py",),

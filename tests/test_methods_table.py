@@ -38,8 +38,21 @@ def test_the_table_has_the_means_the_margin_and_the_curve(tmp_path):
     assert "| barlow_twins | 1 | 29.0 | +1.0 (under 3) | 12.5 | 1.0 | 28 29 |" in lines
 
 
-def test_without_runs_it_says_so(tmp_path):
-    assert "Not run." in table_of_methods.table(tmp_path)
+def test_a_table_without_rows_is_not_written(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("numbers of many hours\n")
+    arguments = ["--table-only", "--runs", str(tmp_path / "runs")]
+    assert table_of_methods.main([*arguments, "--table", str(page)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'runs'}: no run there has been evaluated, so no table was written\n"
+    )
+    assert page.read_text() == "numbers of many hours\n"
+
+
+def test_the_table_goes_beside_the_runs(tmp_path, capsys):
+    made_run(tmp_path / "byol_0", 40.0, [0.2, 0.4])
+    assert table_of_methods.main(["--table-only", "--runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'methods.md'}\n" and "| byol | 1 |" in (tmp_path / "methods.md").read_text()
 
 
 @pytest.mark.full

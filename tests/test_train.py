@@ -26,7 +26,7 @@ def _train(path, overrides=(), stop_after=None):
     """One run in this process or rank; (steps done, final weights)."""
     settings = config.load(path, overrides)
     device = torch.device("cpu")
-    done = train(settings, device, stop_after)
+    done = train(settings, device, stop_after).step
     return done, checkpoint.read(checkpoint.newest(settings.output))[1]
 
 
@@ -39,7 +39,7 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
     path = tiny.config(tmp_path)
     _, alone = _train(path, [f"output={tmp_path / 'one'}"], stop_after=20)
     result = _trained_by_torchrun(path, 2, f"output={tmp_path / 'two'}", "--stop-after", "20")
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 1, result.stderr[-3000:]  # torchrun's for ranks that stopped before the end
     manifest, together = checkpoint.read(checkpoint.newest(tmp_path / "two"))
     assert manifest["step"] == 20 and manifest["machine"]["world_size"] == 2
     moved = checkpoint.read(checkpoint.newest(tmp_path / "one"))[1]
@@ -153,7 +153,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(tmp_path):
             break
     process.terminate()
     process.stdout.read()
-    assert process.wait(60) == 0
+    assert process.wait(60) == 75
     assert checkpoint.verify(checkpoint.newest(tmp_path / "run"))["step"] >= 1
 
 
@@ -205,5 +205,5 @@ def test_a_diverged_run_stops_and_says_so(tmp_path, capsys):
 
 def test_distributed_is_left_after_main(tmp_path):
     path = tiny.config(tmp_path)
-    assert main([str(path), "--stop-after", "1"]) == 0
+    assert main([str(path), "--stop-after", "1"]) == 75
     assert distributed.world_size() == 1

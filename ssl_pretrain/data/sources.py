@@ -218,6 +218,10 @@ class Beton(Source):
         return str(samples.manifest.get("fingerprint")).encode() + self._chosen + entries
 
 
+class NoSuchSplit(ValueError):
+    """The data set has no folder or list of that name."""
+
+
 def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
     """The images of one part. Class numbers are those of the training part, in both.
 
@@ -243,7 +247,7 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
     name = "test" if config.source == "cifar10" else config.val
     found = parts.find(root if root.suffix != ".beton" else root.parent, name, cache)
     if found is None:
-        raise ValueError(
+        raise NoSuchSplit(
             f"data.val: {root} has no folder or list {name!r}; name the one that holds the validation images,"
             " or leave out what needs a validation part"
         )

@@ -21,7 +21,7 @@ from ssl_pretrain.data.sources import Source
 
 Job = tuple[int, np.ndarray]  # the epoch, and the images to read in it
 # macOS cannot tell who sent a signal, so workers obey all of them there
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2} if hasattr(signal, "sigtimedwait") else set()
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP} if hasattr(signal, "sigtimedwait") else set()
 Make = Callable[[Tensor, int, int], list[Tensor]]  # (uint8 (3, height, width), epoch, index) -> uint8 (3, size, size) for each view
 
 

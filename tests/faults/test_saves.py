@@ -17,6 +17,7 @@ from ranks import Ranks
 from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 
 from ssl_pretrain import checkpoint
+from ssl_pretrain.restarts import STOPPED
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -50,11 +51,11 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing
     asked.until("writing")
     asked.send(signal.SIGUSR2)
     asked.send(signal.SIGTERM)
-    assert asked.end() == [0, 0, 0], asked.said()
+    assert asked.end() == [STOPPED] * 3, asked.said()
     assert asked.said(0).count("writing") == 1
     (step,) = saved(run)
     goes_on()
-    seen(f"{name} to rank 1 at step 5, SIGUSR2 and SIGTERM to all in the save of step {step}: statuses 0, the same bits")
+    seen(f"{name} to rank 1 at step 5, SIGUSR2 and SIGTERM to all in the save of step {step}: statuses {STOPPED}, the same bits")
 
 
 @pytest.mark.case(5)
@@ -93,7 +94,7 @@ def test_a_full_disk(place, small_disk, seen, policy):
     assert not list(small_disk.glob(".writing-*")) and 0 < len(kept) < 4
     for step in kept:
         checkpoint.verify(small_disk / f"step_{step:08d}")
-    assert statuses == ([74, 74, 74] if policy == "stop" else [0, 0, 0]), said[-2000:]
+    assert statuses == [74, 74, 74], said[-2000:]  # with `warn` at the last save, which has no next
     seen(f"a real disk of 16 MiB, {policy}: statuses {statuses}, checkpoints {kept} whole, no debris")
 
 
@@ -156,7 +157,7 @@ def test_a_damaged_checkpoint_is_named_and_written_anew(place, goes_on, seen, ki
 @pytest.mark.case(10)
 def test_what_lies_among_the_checkpoints_does_not_matter(place, goes_on, seen):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0, 0, 0]
+    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [STOPPED] * 3
     folder = run / "checkpoints"
     (folder / "latest").symlink_to("step_00000099")
     (folder / "step_00000098").symlink_to("nowhere")
@@ -175,7 +176,7 @@ def test_what_lies_among_the_checkpoints_does_not_matter(place, goes_on, seen):
 @pytest.mark.parametrize("written", [0, 99])
 def test_another_format_is_refused_with_the_version_that_wrote_it(place, seen, written):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0, 0, 0]
+    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [STOPPED] * 3
     file = run / "checkpoints" / "step_00000004" / "manifest.json"
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps(manifest | {"format": written, "versions": {"ssl_pretrain": "0.0.9", "revision": "abc"}}))
