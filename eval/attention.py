@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from eval import features, results, runs
 from eval.runs import Run
 from ssl_pretrain.data.images import decode
+from ssl_pretrain.schema import FROM_ZERO
 from ssl_pretrain.views import crops
 
 MASS = 0.6  # of a head's attention that its mask keeps, as in the paper's figure 1
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m eval.attention", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="image files")
-    parser.add_argument("--size", type=int, default=0, help="of the images, in pixels (default: the run's evaluation size)")
+    parser.add_argument("--size", type=FROM_ZERO, default=0, help="of the images, in pixels (default: the run's evaluation size)")
     parser.add_argument("--output", type=Path, help="folder (default: RUN/attention)")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="look at this one (default: the newest whole one)")
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from eval import charts, page, results, sections
 from ssl_pretrain import curves
@@ -64,7 +64,7 @@ def _legend(names: list[str]) -> str:
 
 def differences(runs: dict[str, Path]) -> dict[str, list[str]]:
     """Each key of the configs whose value is not the same in all runs: its value in each, `-` where there is no such key."""
-    configs = [_flat(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))) for run in runs.values()]
+    configs = [_flat(yaml.safe_load((run / "config.yaml").read_text())) for run in runs.values()]
     keys = list(dict.fromkeys(key for values in configs for key in values))
     shown = {key: [str(values.get(key, "-")) for values in configs] for key in keys if key not in SAME}
     return {key: values for key, values in shown.items() if len(set(values)) > 1}

@@ -15,6 +15,7 @@ from eval.parts import Part
 from eval.results import Row
 from eval.runs import Run
 from ssl_pretrain import distributed, memory, online
+from ssl_pretrain.schema import COUNT, FROM_ZERO, POSITIVE
 
 KS = (10, 20, 100, 200)  # DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino)
 TEMPERATURES = (0.07, 0.1)  # DINO's and InstDisc's; the one usual for CIFAR-10
@@ -36,10 +37,10 @@ temperatures of 0.07 and 0.1, with nothing chosen among them either.
 
 def main(arguments: list[str]) -> None:
     parser = runs.parser("eval.knn", HELP)
-    parser.add_argument("--k", type=int, help="neighbours that vote (default: evaluation.k of the run)")
-    parser.add_argument("--temperature", type=float, help="divides their similarities (default: evaluation.temperature)")
+    parser.add_argument("--k", type=COUNT, help="neighbours that vote (default: evaluation.k of the run)")
+    parser.add_argument("--temperature", type=POSITIVE, help="divides their similarities (default: evaluation.temperature)")
     shifts = "move the test images by N original pixels (default: 1 2 for images under 32 pixels, else none)"
-    parser.add_argument("--shifts", type=int, nargs="*", metavar="N", help=shifts)
+    parser.add_argument("--shifts", type=FROM_ZERO, nargs="*", metavar="N", help=shifts)
     parser.add_argument("--split", choices=["val", "train"], default="val", help="queries: test images, or a tenth of the training images")
     parser.add_argument("--backend", choices=["auto", "faiss", "torch"], default="auto", help="both exact; auto: faiss if installed")
     parser.add_argument("--rows", nargs="+", choices=features.ROWS, default=features.ROWS, help="what is judged (default: all three)")

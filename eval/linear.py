@@ -17,6 +17,7 @@ from eval.protocols import LINEAR
 from eval.results import Row
 from eval.runs import Run
 from ssl_pretrain import distributed, draws
+from ssl_pretrain.schema import COUNT, NOT_NEGATIVE, POSITIVE
 
 LEARNING_RATES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-6)  # DINO's and MoCo's; SimCLR's
@@ -46,15 +47,17 @@ The numbers and their protocol are printed and kept in RUN/eval/linear.json or l
 def main(arguments: list[str]) -> None:
     parser = runs.parser("eval.linear", HELP)
     parser.add_argument("--protocol", choices=["cached", *LINEAR], default="cached", help="see above (default: cached)")
-    parser.add_argument("--epochs", type=int, help="passes over the images (default: 50, or the protocol's)")
+    parser.add_argument("--epochs", type=COUNT, help="passes over the images (default: 50, or the protocol's)")
     few = "cached: and with N labels of each class, by logistic regression: mean over 10 draws"
-    parser.add_argument("--labels-per-class", type=int, nargs="*", default=[], metavar="N", help=few)
+    parser.add_argument("--labels-per-class", type=COUNT, nargs="*", default=[], metavar="N", help=few)
     parser.add_argument("--rows", nargs="+", choices=features.ROWS, help="what is judged (default: all; published protocols: pretrained)")
     lrs = "a published protocol's: learning rates to try, at a batch of 256 (default: the published one times 0.1, 0.3, 1, 3, 10)"
-    parser.add_argument("--lrs", type=float, nargs="+", metavar="LR", help=lrs)
+    parser.add_argument("--lrs", type=POSITIVE, nargs="+", metavar="LR", help=lrs)
     decays = "a published protocol's: weight decays to try (default: the published one and 0)"
-    parser.add_argument("--weight-decays", type=float, nargs="+", metavar="WD", help=decays)
-    parser.add_argument("--batch-size", type=int, help="a published protocol's: images a step, over all ranks (default: the published one)")
+    parser.add_argument("--weight-decays", type=NOT_NEGATIVE, nargs="+", metavar="WD", help=decays)
+    parser.add_argument(
+        "--batch-size", type=COUNT, help="a published protocol's: images a step, over all ranks (default: the published one)"
+    )
     feature = "a published protocol's: pooled output, a ViT's last four class tokens, or class token and mean patch"
     parser.add_argument("--feature", choices=["pooled", "last4", "cls_mean"], help=feature)
     select = "a published protocol's: choose on held-out training images, or train on all and choose nothing, or on the test images"

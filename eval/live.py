@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from eval import page, results, sections
-from ssl_pretrain import config
+from ssl_pretrain import config, schema
 from ssl_pretrain.views import recipe
 
 REFRESH_SECONDS = 3
@@ -35,10 +35,11 @@ refresh();
 def content(run: Path) -> str:
     """The page's sections as the run's files are now: what the report has, without what needs the network's weights."""
     records = sections.read_metrics(run)
-    settings = OmegaConf.load(run / "config.yaml") if (run / "config.yaml").is_file() else OmegaConf.create({})
+    path = run / "config.yaml"
+    settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
     last: dict[str, Any] = records[-1] if records else {}
-    pairs = [("method", str(OmegaConf.select(settings, "method.name", default="-"))), ("step", f"{last.get('step', 0):,}")]
-    pairs += [("epoch", f"{last['epoch']:.2f} of {OmegaConf.select(settings, 'epochs', default='?')}")] if "epoch" in last else []
+    pairs = [("method", str(schema.at(settings, "method.name") or "-")), ("step", f"{last.get('step', 0):,}")]
+    pairs += [("epoch", f"{last['epoch']:.2f} of {settings.get('epochs', '?')}")] if "epoch" in last else []
     pairs += [("loss", f"{last['loss']:.4f}")] if isinstance(last.get("loss"), float) else []
     pairs += [("images per second", f"{last['images_per_second']:,.0f}")] if "images_per_second" in last else []
     found = [page.result(steps[max(steps)]) for steps in results.by_step(run).values()]
@@ -53,10 +54,10 @@ def content(run: Path) -> str:
     return "\n".join(filter(None, parts))
 
 
-def _view_size(settings: Any) -> int:
-    if OmegaConf.select(settings, "views.crops") is None:
+def _view_size(settings: dict[str, Any]) -> int:
+    if schema.at(settings, "views.crops") is None:
         return 0
-    return recipe.each(config.from_dict(OmegaConf.to_container(settings)).views)[0].size  # type: ignore[arg-type]
+    return recipe.each(config.from_dict(settings).views)[0].size
 
 
 def server(run: Path, port: int = 0) -> ThreadingHTTPServer:

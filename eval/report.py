@@ -11,6 +11,7 @@ import torch
 from eval import charts, features, live, page, pictures, results, runs, sections
 from eval.pictures import Neighbours
 from eval.runs import Run
+from ssl_pretrain.schema import PORT
 
 HELP = """Writes RUN/report.html: one page that needs nothing else, neither network nor other files.
 
@@ -26,7 +27,7 @@ the features, and the config.
 def main(arguments: list[str]) -> None:
     parser = runs.parser("eval.report", HELP)
     parser.add_argument("--follow", action="store_true", help="serve the page of a run that goes on, on this machine alone")
-    parser.add_argument("--port", type=int, default=0, help="for --follow (default: a free one, which is printed)")
+    parser.add_argument("--port", type=PORT, default=0, help="for --follow (default: a free one, which is printed)")
     options = parser.parse_intermixed_args(arguments)
     if options.follow:
         live.follow(Path(options.run), options.port)

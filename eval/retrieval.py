@@ -17,6 +17,7 @@ from eval.parts import Part
 from eval.results import Row
 from eval.runs import Run
 from ssl_pretrain import online
+from ssl_pretrain.schema import COSINE
 
 RECALLS = (1, 5, 10)
 MOST_PAIRS = 1000
@@ -34,7 +35,7 @@ their files in RUN/eval/near_duplicates.csv, the nearest {MOST_PAIRS} at most.
 
 def main(arguments: list[str]) -> None:
     parser = runs.parser("eval.retrieval", HELP)
-    parser.add_argument("--duplicates", type=float, default=0.995, metavar="COSINE", help="of a pair to be listed (default: 0.995)")
+    parser.add_argument("--duplicates", type=COSINE, default=0.995, metavar="COSINE", help="of a pair to be listed (default: 0.995)")
     options = parser.parse_intermixed_args(arguments)
     run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
     result = evaluate(run, options.duplicates)

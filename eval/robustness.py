@@ -15,6 +15,7 @@ from eval.parts import Part
 from eval.results import Row
 from eval.runs import Run
 from ssl_pretrain import draws, online
+from ssl_pretrain.schema import FROM_ZERO
 
 HELP = f"""k-NN accuracy of a run's frozen features on test images under common corruptions, at five severities.
 
@@ -30,7 +31,7 @@ RUN/eval/robustness.json; the row `pretrained` is the mean over corruptions.
 def main(arguments: list[str]) -> None:
     parser = runs.parser("eval.robustness", HELP)
     parser.add_argument("--corruptions", nargs="+", default=list(NAMES), metavar="NAME", help="default: all")
-    parser.add_argument("--max-images", type=int, default=2000, help="test images, a fixed random choice (default: 2000; 0: all)")
+    parser.add_argument("--max-images", type=FROM_ZERO, default=2000, help="test images, a fixed random choice (default: 2000; 0: all)")
     options = parser.parse_intermixed_args(arguments)
     run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
     result = evaluate(run, options.corruptions, options.max_images)

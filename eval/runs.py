@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from torch import nn
 
-from ssl_pretrain import backbones, checkpoint, config
+from ssl_pretrain import backbones, checkpoint, config, schema
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.views import recipe
 
@@ -80,12 +79,7 @@ def _with(written: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         key, equals, _ = override.partition("=")
         if not equals or key.split(".")[0] not in FREE:
             raise ValueError(f"{override!r}: an evaluation takes key=value of {' and '.join(FREE)} only, such as data.root=/new/place")
-    try:
-        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(written), OmegaConf.from_dotlist(overrides)))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
-    assert isinstance(merged, dict), "a config is a mapping"
-    return {str(key): value for key, value in merged.items()}
+    return config.override(written, overrides, "the run's config")
 
 
 def _check_architecture(path: Path, run_config: RunConfig, found: Path) -> None:
@@ -93,10 +87,10 @@ def _check_architecture(path: Path, run_config: RunConfig, found: Path) -> None:
     written = path / "config.yaml"
     if not written.is_file():
         return
-    described = OmegaConf.load(written)
+    described = yaml.safe_load(written.read_text())
     for key, value in (("name", run_config.backbone.name), ("stem", run_config.backbone.stem)):
-        other = OmegaConf.select(described, f"backbone.{key}", default=value)
-        if other != value:
+        other = schema.at(described, f"backbone.{key}")
+        if other not in (None, value):
             raise ValueError(f"{found}: has backbone.{key} {value}, and {written} says {other}; give a checkpoint of this run")
 
 

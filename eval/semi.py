@@ -14,6 +14,7 @@ from eval.runs import Run
 from eval.tuned import Column, Settings
 from ssl_pretrain import distributed
 from ssl_pretrain.draws import Purpose, permutation
+from ssl_pretrain.schema import FROM_ZERO, PERCENT
 
 HELP = """Accuracy of the whole network, trained on few labelled images from a run's weights: 1 % and 10 % of them.
 
@@ -28,9 +29,9 @@ without it, as many of each class, drawn by --subset-seed. The numbers and their
 
 def main(arguments: list[str]) -> None:
     parser = runs.parser("eval.semi", HELP)
-    parser.add_argument("--percent", type=float, nargs="+", default=[1, 10], help="of the training images, labelled (default: 1 10)")
+    parser.add_argument("--percent", type=PERCENT, nargs="+", default=[1, 10], help="of the training images, labelled (default: 1 10)")
     parser.add_argument("--subset", nargs="+", metavar="FILE", help="lists of file names, one a line, instead of --percent")
-    parser.add_argument("--subset-seed", type=int, default=0, help="of the class-balanced choice (default: 0)")
+    parser.add_argument("--subset-seed", type=FROM_ZERO, default=0, help="of the class-balanced choice (default: 0)")
     tuned.add_options(parser)
     options = parser.parse_intermixed_args(arguments)
     with shards.ranks(options.device) as device:

@@ -18,6 +18,7 @@ from eval.results import Row
 from eval.runs import Run
 from ssl_pretrain import distributed
 from ssl_pretrain.data import order
+from ssl_pretrain.schema import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 
 ROWS = ("random", "pretrained")
 
@@ -48,15 +49,19 @@ class Column:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     lrs = "learning rates to try, chosen on a tenth of the labelled images held out (default: the published one)"
-    parser.add_argument("--lrs", type=float, nargs="+", metavar="LR", help=lrs)
-    parser.add_argument("--weight-decays", type=float, nargs="+", metavar="WD", help="the same for weight decays")
-    parser.add_argument("--epochs", type=float, help="passes over the labelled images (default: the protocol's)")
-    parser.add_argument("--batch-size", type=int, help="images a step, over all ranks (default: the protocol's, where it fits the images)")
+    parser.add_argument("--lrs", type=POSITIVE, nargs="+", metavar="LR", help=lrs)
+    parser.add_argument("--weight-decays", type=NOT_NEGATIVE, nargs="+", metavar="WD", help="the same for weight decays")
+    parser.add_argument("--epochs", type=POSITIVE, help="passes over the labelled images (default: the protocol's)")
+    parser.add_argument(
+        "--batch-size", type=COUNT, help="images a step, over all ranks (default: the protocol's, where it fits the images)"
+    )
     decay = "the rate of each block, as a share of that of the block after it (default: the protocol's; BEiT and MAE take 0.65 to 0.75)"
-    parser.add_argument("--layer-decay", type=float, help=decay)
-    parser.add_argument("--mixup", type=float, metavar="ALPHA", help="0 turns it off (default: the protocol's)")
-    parser.add_argument("--cutmix", type=float, metavar="ALPHA", help="0 turns it off (default: the protocol's)")
-    parser.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="judge the moving average of the weights, such as 0.9999")
+    parser.add_argument("--layer-decay", type=SHARE, help=decay)
+    parser.add_argument("--mixup", type=NOT_NEGATIVE, metavar="ALPHA", help="0 turns it off (default: the protocol's)")
+    parser.add_argument("--cutmix", type=NOT_NEGATIVE, metavar="ALPHA", help="0 turns it off (default: the protocol's)")
+    parser.add_argument(
+        "--ema", type=BELOW_ONE, default=0.0, metavar="DECAY", help="judge the moving average of the weights, such as 0.9999"
+    )
     rows = "random: the same network trained from its own first weights (default: pretrained)"
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["pretrained"], help=rows)
 

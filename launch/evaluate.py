@@ -20,6 +20,7 @@ from launch.pretrain import EVALUATIONS
 from ssl_pretrain import checkpoint, lock
 from ssl_pretrain import config as configuration
 from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.schema import POSITIVE
 
 HELD = ".held"  # folder in RUN/eval of the checkpoints that are being evaluated
 
@@ -77,9 +78,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--share-gpu", action="store_true", help="use the GPU while RUN trains on this machine")
     parser.add_argument("--cluster", choices=["auto", "local", "slurm"], help="where the jobs run (default: launch.cluster of the run)")
     parser.add_argument("--after", default="", metavar="JOB", help="on SLURM: begin once this job, the training, has ended well")
-    parser.add_argument("--every-seconds", type=float, default=30.0, help="between two looks of --watch (default: 30)")
+    parser.add_argument("--every-seconds", type=POSITIVE, default=30.0, help="between two looks of --watch (default: 30)")
     parser.add_argument(
-        "--give-up-minutes", type=float, default=60.0, help="--watch ends when nobody has trained for so long (default: 60)"
+        "--give-up-minutes", type=POSITIVE, default=60.0, help="--watch ends when nobody has trained for so long (default: 60)"
     )
     return parser.parse_intermixed_args(arguments)
 

@@ -19,6 +19,7 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain import methods
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.schema import FROM_ZERO
 
 CONFIG = "configs/methods_cifar10_cpu.yaml"
 MARGIN = 3.0  # points above the random backbone that a method should reach
@@ -43,7 +44,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, for all methods")
     parser.add_argument("--methods", nargs="+", choices=methods.names(), default=methods.names(), metavar="NAME", help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=FROM_ZERO, default=[0], metavar="N")
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="where the runs are kept")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="where the table goes (default: methods.md beside the runs)")
     parser.add_argument("--table-only", action="store_true", help="train nothing")

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from eval import results
 from launch import methods, pretrain, slurm
 from ssl_pretrain import config as configuration
+from ssl_pretrain import schema
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.restarts import STOPPED
 
@@ -62,14 +60,13 @@ def load(path: str | Path) -> Study | None:
     """
     if not Path(path).is_file():
         return None
-    written = OmegaConf.load(path)
-    if "runs" not in written:
+    tree = configuration.read_yaml(Path(path))
+    if "runs" not in tree:
         return None
     try:
-        study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), written))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key}: {str(error.msg).splitlines()[0]}") from None
-    assert isinstance(study, Study), "the schema is Study"
+        study: Study = schema.build(Study, tree)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not study.runs:
         raise ConfigError(f"{path}: runs: is empty; give each a name and what it sets")
     return study

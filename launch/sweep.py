@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def combinations(path: str, overrides: Sequence[str]) -> list[list[str]]:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r}: an override is key=value, such as optim.base_lr=0.2,0.3")
-        choices.append((key, [value] if value.startswith(("[", "{")) else value.split(",")))
+        choices.append((key, _values(key, value)))
     folder = next((values[0] for key, values in choices if key == "output"), f"runs/{Path(path).stem}_sweep")
     varying = [key for key, values in choices if len(values) > 1]
     found = []
@@ -102,6 +103,13 @@ def combinations(path: str, overrides: Sequence[str]) -> list[list[str]]:
         name = ",".join(f"{key.rpartition('.')[2]}={chosen[key]}" for key in varying) or "run"
         found.append([f"{key}={value}" for key, value in chosen.items() if key != "output"] + [f"output={folder}/{name}"])
     return found
+
+
+def _values(key: str, text: str) -> list[str]:
+    """The values to try. A list, a mapping and `output` are one value; `\\,` is a comma inside a value."""
+    if key == "output" or text.startswith(("[", "{")):
+        return [text]
+    return [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", text)]
 
 
 def _submitting(config: RunConfig) -> bool:

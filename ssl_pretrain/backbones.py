@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ssl_pretrain.schema import below
+
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
 
 
@@ -22,7 +24,7 @@ class BackboneConfig:
         "imagenet"  # for small images: no max-pooling before the stages; small: stride 1 there too
     )
     init: str = "random"  # random | timm:<tag> | <file.safetensors or .pth> | <run folder>; loaded strictly
-    drop_path: float = 0.0  # stochastic depth
+    drop_path: float = field(default=0.0, metadata=below(1))  # stochastic depth
     args: dict[str, Any] = field(default_factory=dict)  # further arguments of the timm model (patch_size, channels, ...)
 
 

@@ -31,6 +31,7 @@ from ssl_pretrain.data import loader, sources
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.estimate import backbone_step
 from ssl_pretrain.hardware import MACHINES, Machine
+from ssl_pretrain.schema import FROM_ZERO
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 _STEPS = (("resnet18", 96, 16), ("vit_tiny_patch16_224", 224, 4))  # backbone, pixels, images on a CPU
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m ssl_pretrain.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/calibration.json"), help="what plan.calibration names")
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: all cores")
+    parser.add_argument("--threads", type=FROM_ZERO, default=0, help="of the CPU; 0: all cores")
     parser.add_argument("--links", action="store_true", help=argparse.SUPPRESS)  # of the ranks that `links` starts
     options = parser.parse_args(arguments)
     if options.links:

@@ -6,15 +6,12 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from ssl_pretrain import methods, parallel
+from ssl_pretrain import methods, parallel, schema
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.checkpoint import CheckpointConfig
 from ssl_pretrain.data.sources import DataConfig
@@ -26,6 +23,7 @@ from ssl_pretrain.methods.base import MethodConfig
 from ssl_pretrain.online import OnlineConfig
 from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.schema import Bounds, Scalar
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.recipe import ViewsConfig
 
@@ -63,7 +61,7 @@ class EvaluationConfig:
 
     at_end: list[str] = field(default_factory=lambda: ["knn", "linear", "report"])  # after launch/pretrain.py's training
     image_size: int = 0  # of the evaluated images; 0: the first crop's size
-    crop_ratio: float = 0.875  # of the resized image that its centre crop keeps; 1: all
+    crop_ratio: float = field(default=0.875, metadata=schema.above_zero(1))  # of the resized image that its centre crop keeps; 1: all
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     k: int = 20  # neighbours
     temperature: float = 0.07
@@ -87,7 +85,7 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
-    seed: int = 0
+    seed: int = field(default=0, metadata={"bounds": Bounds(0, 2**63 - 1)})
     epochs: int = 100
     global_batch_size: int = 4096  # images an optimizer step, all ranks and parts
     local_batch_size: int | str = 0  # images a rank feeds at once; 0: its whole share of the global batch; auto: the most that fits
@@ -117,26 +115,20 @@ NOTHING_INTERPOLATED = "nothing is interpolated, so that no secret of the enviro
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a YAML file with `key=value` overrides.
+    """Read the configuration of a YAML file with `key=value` overrides.
 
     Raises:
-        ConfigError: names the file, the key, the bad value and the allowed ones.
+        ConfigError: Names the file, the key, the bad value and the allowed ones.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override!r}: an override is key=value, such as optim.base_lr=0.3")
-        if "${" in override:
-            raise ConfigError(f"{override.partition('=')[0]}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
-    written = OmegaConf.merge(_read_yaml(Path(path)), OmegaConf.from_dotlist(list(overrides)))
-    assert isinstance(written, DictConfig), "a mapping merged with a mapping is one"
-    if not OmegaConf.select(written, "output"):
-        written.output = f"runs/{Path(path).stem}"
-    return _build(written, str(path))
+    tree = override(read_yaml(Path(path)), overrides, str(path))
+    if not schema.at(tree, "output") or schema.at(tree, "output") == Scalar(""):
+        tree["output"] = f"runs/{Path(path).stem}"
+    return _build(tree, str(path))
 
 
-def from_dict(values: dict[str, Any]) -> RunConfig:
-    """The configuration that a checkpoint's manifest holds."""
-    return _build(OmegaConf.create(values), "the checkpoint's config")
+def from_dict(values: dict[str, Any], source: str = "the checkpoint's config") -> RunConfig:
+    """Build the configuration that a checkpoint's manifest holds."""
+    return _build(values, source)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -148,48 +140,96 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    """The values of a YAML or of a manifest with `key=value` overrides, each read by its key's type.
+
+    Raises:
+        ConfigError: An override is not key=value, or its key does not exist.
+    """
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text!r}: an override is key=value, such as optim.base_lr=0.3")
+        if "${" in text:
+            raise ConfigError(f"{key}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
+        pairs.append((key, value))
+    try:
+        chosen = schema.merge(values, {})
+        for key, value in pairs:  # the method first: the types of its keys are those of its own Config
+            if key in ("method", "method.name"):
+                chosen = schema.merge(chosen, schema.override(RunConfig, key, value, {"method": dict[str, str]}))
+        instead = _types(chosen, source)
+        for key, value in pairs:
+            values = schema.merge(values, schema.override(RunConfig, key, value, instead))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file. Its scalars stay as they are written until their keys' types are known.
+
+    Raises:
+        ConfigError: There is no such file, or it is not a YAML mapping in UTF-8.
+    """
     if not path.is_file():
         known = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(
             f"{path}: no such file. "
             + (f"There are: {', '.join(known)}" if known else "Give the path of a YAML, such as configs/simclr_digits.yaml")
         )
-    text = path.read_text()
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}: not UTF-8 text: byte 0x{content[error.start]:02x} at line {line}. Save the file as UTF-8"
+        ) from None
     if "${" in text:
         raise ConfigError(f"{path}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
     try:
-        written = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+        tree = schema.parse_yaml(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{path}: not valid YAML{where}: {getattr(error, 'problem', None) or error}. Write each key once, as 'key: value'"
-        ) from None
-    if not isinstance(written, DictConfig):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, got a {type(written).__name__}")
-    return written
+        raise ConfigError(f"{path}: not valid YAML{_yaml_problem(error, text)}. Write each key once, as 'key: value'") from None
+    if tree == Scalar(""):
+        return {}
+    if not isinstance(tree, dict):
+        found = "a list" if isinstance(tree, list) else f"the text {tree.text!r}"
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, got {found}")
+    return tree
 
 
-def _build(written: DictConfig, source: str) -> RunConfig:
-    schema = OmegaConf.structured(RunConfig)
-    if OmegaConf.select(written, "log.wandb") is False:  # YAML 1.1 reads a plain `off` as false
-        written.log.wandb = "off"
-    name = OmegaConf.select(written, "method.name")
-    if not name:
+def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
+    """` at line N: PROBLEM` of PyYAML's errors, which keep the two in different attributes."""
+    if isinstance(error, yaml.reader.ReaderError):
+        character = text.find(chr(error.character)) if isinstance(error.character, int) else text.find(str(error.character))
+        return f" at line {text.count(chr(10), 0, max(0, character)) + 1}: {error.reason}"
+    mark = getattr(error, "problem_mark", None)
+    where = f" at line {mark.line + 1}" if mark else ""
+    return f"{where}: {getattr(error, 'problem', None) or error}"
+
+
+def _types(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """The type of `method`, which is the Config of the method that the tree names."""
+    name = schema.at(tree, "method.name")
+    name = name.text if isinstance(name, Scalar) else name
+    if not name or name == "???":
         raise ConfigError(f"{source}: method.name is missing; choose one of: {', '.join(methods.names())}")
+    return {"method": methods.find(str(name)).Config}
+
+
+def _build(tree: dict[str, Any], source: str) -> RunConfig:
+    if "${" in str(tree):
+        raise ConfigError(f"{source}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
     try:
-        schema.method = OmegaConf.structured(methods.find(name).Config)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, written))
-    except ConfigKeyError as error:
-        key = error.full_key or str(error.key)
-        section = key.rpartition(".")[0]
-        allowed = [str(known) for known in (OmegaConf.select(schema, section) if section else schema)]
-        close = get_close_matches(key.rpartition(".")[2], allowed, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"{source}: {key}: no such key.{hint} Allowed: {', '.join(allowed)}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error.full_key}: {str(error.msg or error).splitlines()[0]}") from None
+        config = schema.build(RunConfig, tree, _types(tree, source))
+        schema.check(config)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
     assert isinstance(config, RunConfig), "the schema is RunConfig"
@@ -203,6 +243,7 @@ def check(config: RunConfig, world_size: int) -> None:
         ConfigError: names the keys, their values and the nearest that would do.
     """
     try:
+        schema.check(config)
         recipe.check(config.views)
         group = parallel.group_images(config.parallel, config.global_batch_size)
         parallel.check(config.parallel)

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_pretrain import backbones, batch_norm, blocks, distributed
+from ssl_pretrain.schema import above_zero
 
 # Ranks keep their own buffers in a forward; torch 2.13 renamed the argument.
 _BUFFERS_STAY: dict[str, Any] = {
@@ -45,7 +46,7 @@ class ParallelConfig:
     threads: int = 0  # CPU threads a rank; 0 shares the cores among the ranks of a machine
     accumulation: Literal["auto", "one_pass", "two_passes"] = "auto"  # auto: two passes where a loss couples the batch's images
     deterministic: bool = False  # bit-for-bit runs on a GPU, slower
-    timeout_seconds: float = 600.0  # a collective that waits longer ends the run
+    timeout_seconds: float = field(default=600.0, metadata=above_zero(1e9))  # a collective that waits longer ends the run
 
 
 def check(config: ParallelConfig) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ssl_pretrain import checkpoint, distributed, optim, parallel
 from ssl_pretrain import config as configuration
 from ssl_pretrain.data import loader
+from ssl_pretrain.schema import COUNT
 from ssl_pretrain.step import Stepper
 from ssl_pretrain.train import build_method, images_at_once, wrap
 
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m ssl_pretrain.replay", description=__doc__, formatter_class=raw)
     parser.add_argument("run", type=Path, help="the output folder of a run")
-    parser.add_argument("step", type=int, help="the step to repeat, as metrics.jsonl and skipped/ number them")
+    parser.add_argument("step", type=COUNT, help="the step to repeat, as metrics.jsonl and skipped/ number them")
     parser.add_argument("--from-checkpoint", action="store_true", help="with the checkpoint's own weights")
     options = parser.parse_args(arguments)
     try:

@@ -45,6 +45,7 @@ from ssl_pretrain.lock import Lock
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.online import OnlineKNN
 from ssl_pretrain.restarts import STOPPED, note_end, status_to_repeat, stopped_status
+from ssl_pretrain.schema import COUNT
 from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import colour, crops, recipe
 
@@ -324,9 +325,9 @@ methods: """
         "--plan", action="store_true", help="print the resolved config, the learning rate and the sizes of everything, then exit"
     )
     parser.add_argument(
-        "--stop-after", type=int, metavar="STEPS", help="stop as a pre-empted run would, after so many more steps, saved and resumable"
+        "--stop-after", type=COUNT, metavar="STEPS", help="stop as a pre-empted run would, after so many more steps, saved and resumable"
     )
-    parser.add_argument("--fake-preempt", type=int, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once")
+    parser.add_argument("--fake-preempt", type=COUNT, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once")
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     if (repeated := status_to_repeat()) is not None:
         return repeated

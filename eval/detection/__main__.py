@@ -19,6 +19,7 @@ from eval.detection.training import PROTOCOLS, Protocol
 from eval.results import Row
 from eval.runs import Run
 from ssl_pretrain import backbones, distributed, draws
+from ssl_pretrain.schema import COUNT, FROM_ZERO
 
 HELP = f"""Detection, or instance segmentation, by torchvision's Faster and Mask R-CNN on a run's backbone, trained further.
 
@@ -44,15 +45,17 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--protocol", choices=list(PROTOCOLS), default="small")
     made.add_argument("--init", nargs="+", choices=["random", "pretrained"], default=["random", "pretrained"], help="backbones compared")
-    made.add_argument("--seeds", nargs="+", type=int, default=[0])
-    made.add_argument("--subset", type=int, default=0, metavar="N", help="train and test on the first N training images: to see it overfit")
+    made.add_argument("--seeds", nargs="+", type=FROM_ZERO, default=[0])
+    made.add_argument(
+        "--subset", type=FROM_ZERO, default=0, metavar="N", help="train and test on the first N training images: to see it overfit"
+    )
     made.add_argument("--export-detectron2", type=Path, metavar="FILE.pkl", help="write the backbone for Detectron2 and train nothing")
     for setting in ("steps", "warmup_steps", "batch", "lr", "metric", "norm", "precise_batches", "max_side"):
         kind = next(type(getattr(PROTOCOLS["small"], field.name)) for field in fields(Protocol) if field.name == setting)
         made.add_argument(
             f"--{setting.replace('_', '-')}", type=kind, help=f"of the protocol (small: {getattr(PROTOCOLS['small'], setting)})"
         )
-    made.add_argument("--short-sides", nargs="+", type=int, metavar="PIXELS", help="of the protocol; in evaluation the last")
+    made.add_argument("--short-sides", nargs="+", type=COUNT, metavar="PIXELS", help="of the protocol; in evaluation the last")
     return made
 
 

@@ -18,6 +18,7 @@ from ssl_pretrain.data import beton_file, beton_writer, compiled, progress
 from ssl_pretrain.data.beton_file import Samples
 from ssl_pretrain.data.beton_writer import Settings
 from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
 
 _SHOWN = 100  # problems
 
@@ -46,20 +47,22 @@ def main(arguments: list[str] | None = None) -> int:
     writing.add_argument("--source", default="folder", help="digits, cifar10 or folder (default: folder)")
     writing.add_argument("--part", choices=("train", "val"), default="train", help="(default: train)")
     writing.add_argument(
-        "--max-side", type=int, default=Settings.max_side, help="larger images are made so; 0: none is (default: %(default)s)"
+        "--max-side", type=FROM_ZERO, default=Settings.max_side, help="larger images are made so; 0: none is (default: %(default)s)"
     )
-    writing.add_argument("--quality", type=int, default=Settings.quality, help="of the JPEGs that are made (default: %(default)s)")
-    writing.add_argument("--page-size", type=int, default=Settings.page_size, help="bytes, a power of two (default: %(default)s)")
+    writing.add_argument("--quality", type=QUALITY, default=Settings.quality, help="of the JPEGs that are made (default: %(default)s)")
+    writing.add_argument("--page-size", type=COUNT, default=Settings.page_size, help="bytes, a power of two (default: %(default)s)")
     writing.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s, the cores here)"
+        "--workers", type=THREADS, default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s, the cores here)"
     )
-    writing.add_argument("--shards", type=int, default=1, help="write so many files, read as one (default: 1)")
-    writing.add_argument("--shard", type=int, help="only this one, from 0; default: SLURM_ARRAY_TASK_ID, else all")
+    writing.add_argument("--shards", type=COUNT, default=1, help="write so many files, read as one (default: 1)")
+    writing.add_argument("--shard", type=FROM_ZERO, help="only this one, from 0; default: SLURM_ARRAY_TASK_ID, else all")
     for name, text in (("check", "decodes every image of a .beton"), ("info", "what a .beton holds")):
         reading = commands.add_parser(name, help=text)
         reading.add_argument("path", type=Path, help="a .beton; of a set of shards, any")
         if name == "check":
-            reading.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: %(default)s, the cores here)")
+            reading.add_argument(
+                "--threads", type=THREADS, default=len(os.sched_getaffinity(0)), help="(default: %(default)s, the cores here)"
+            )
     given = parser.parse_args(arguments)
     try:
         return {"write": _write, "check": _check, "info": _info}[given.command](given)

@@ -12,6 +12,7 @@ import numpy as np
 from ssl_pretrain.data import progress
 from ssl_pretrain.data.images import UnreadableImage, header
 from ssl_pretrain.data.sources import DataConfig, Files, Source, open_source
+from ssl_pretrain.schema import FROM_ZERO, THREADS
 
 _SAMPLE = 10_000
 _SHOWN = 20  # lines of a long table
@@ -50,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("root", nargs="?", default="", help="a folder, a .zip, a .beton or a list (.txt, .csv); none for the digits")
     parser.add_argument("--source", default="folder", help="digits, cifar10 or folder (default: folder)")
-    parser.add_argument("--sample", type=int, default=_SAMPLE, help=f"images to read, evenly spaced; 0: all (default: {_SAMPLE})")
-    parser.add_argument("--threads", type=int, default=4, help="that read and decode (default: 4)")
+    parser.add_argument("--sample", type=FROM_ZERO, default=_SAMPLE, help=f"images to read, evenly spaced; 0: all (default: {_SAMPLE})")
+    parser.add_argument("--threads", type=THREADS, default=4, help="that read and decode (default: 4)")
     parser.add_argument("--all-classes", action="store_true", help=f"list every class, not only {_SHOWN} of them")
     given = parser.parse_args(arguments)
     config = DataConfig(source=given.source, root=given.root)
