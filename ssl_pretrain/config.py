@@ -265,8 +265,6 @@ def check(config: RunConfig, world_size: int) -> None:
             f"set local_batch_size={share}, or parallel.bn_group_images={part}, "
             f"which departs from the recipe's {config.parallel.bn_group_images}"
         )
-    if not config.optim.eps > 0:
-        raise ConfigError(f"optim.eps: {config.optim.eps} divides where a gradient is 0; give a number > 0, as 1e-8")
     if config.epochs <= 0:
         raise ConfigError(f"epochs: {config.epochs} must be positive")
     if config.online.knn_every_epochs < 0 or config.log.every_steps < 1:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain import distributed, schedules
 from ssl_pretrain.larc import LARC, move
-from ssl_pretrain.schema import below
+from ssl_pretrain.schema import above_zero, below
 
 
 @dataclass
@@ -43,7 +43,7 @@ class OptimConfig:
     trust_coefficient: float = 0.001  # eta of LARS and LARC
     larc_clip: bool = False  # larc only: no tensor's rate above lr (solo-learn: true; SwAV: false)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata=below(1))  # adamw and adam
-    eps: float = 1e-8  # adamw and adam; added to the root of the second moment
+    eps: float = field(default=1e-8, metadata=above_zero())  # adamw and adam; added to the root of the second moment
     exclude_by: Literal["ndim", "name", "none"] = "ndim"  # from weight decay and from LARS's adaptation: biases and norms by ndim <= 1
     exclude_names: list[str] = field(default_factory=list)  # parts of names, for exclude_by: name
     clip_norm: float = 0.0  # 0: none

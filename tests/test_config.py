@@ -166,12 +166,11 @@ def test_a_crops_option_that_the_saved_version_did_not_know_was_at_its_default(t
         config.compare_for_resume(saved, more, "run/checkpoints/step_00000003")
 
 
-@pytest.mark.parametrize("eps", ["0", "-1e-8", ".nan"])
+@pytest.mark.parametrize("eps", ["0", "-1e-8"])
 def test_an_eps_that_divides_by_nothing_is_refused(tmp_path, eps):
-    run = config.load(tiny.config(tmp_path), [f"optim.eps={eps}"])
     with pytest.raises(ConfigError) as error:
-        config.check(run, 1)
-    assert str(error.value) == f"optim.eps: {float(eps.strip('.'))} divides where a gradient is 0; give a number > 0, as 1e-8"
+        config.load(tiny.config(tmp_path), [f"optim.eps={eps}"])
+    assert str(error.value).endswith(f": optim.eps: {float(eps)} is out of range; give a finite number > 0")
 
 
 @pytest.mark.parametrize("name", ["dino", "moco_v3_vit"])
