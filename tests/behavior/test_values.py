@@ -48,7 +48,7 @@ TEXTS = ["010", "1e5", "1_000", "0x1F", "1:30", "true", "no", "null", "2026-01-0
 TEXTS += ["/data/photos #1", "/data/a: b", "@x", "*x", "runs/a=b", "{a", "[a]", "a ", "~", ".nan"]
 
 
-KEYS = ["output", "data.root", "data.cache_dir", "log.name", "log.project", "launch.account", "launch.qos", "launch.partition"]
+KEYS = ["output", "data.root", "data.cache_dir", "log.name", "log.project", "plan.calibration", "data.train", "data.val"]
 
 
 def test_text_keys_take_the_text_of_an_override_as_it_is(config):
@@ -64,10 +64,10 @@ def test_text_keys_take_the_text_of_a_yaml_as_it_is(config):
     written = config.with_name("plain.yaml")
     text = config.read_text().replace('wandb: "off"', "wandb: off, project: 1e3, name: null, tags: [010, no, 2026-01-01]")
     written.write_text(text.replace(f"output: {config.parent / 'run'}", "output: 010"))
-    found = plan(written, "optim.final_weight_decay=null", "launch.account=007", "views.crops.global.size=24")
+    found = plan(written, "optim.final_weight_decay=null", "plan.calibration=007", "views.crops.global.size=24")
     assert (found["output"], found["log"]["wandb"], found["log"]["project"]) == ("010", "off", "1e3")
     assert (found["log"]["name"], found["log"]["tags"]) == ("null", ["010", "no", "2026-01-01"])
-    assert (found["optim"]["final_weight_decay"], found["launch"]["account"]) == (None, "007")
+    assert (found["optim"]["final_weight_decay"], found["plan"]["calibration"]) == (None, "007")
     assert (found["views"]["crops"]["global"]["size"], found["optim"]["base_lr"]) == (24, 4.0)
 
 
