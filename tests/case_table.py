@@ -19,7 +19,7 @@ CASES = {  # number: (case, what must happen)
     1: ("one rank killed in a step", "the others end, non-zero; resumed: the same bits"),
     2: ("all ranks killed, 20 times at random moments", "nothing that was saved is lost, every time; the end has the same bits"),
     3: ("killed while a checkpoint is written: tensors, manifest, before the rename, after it", "the newest whole one is used, no debris"),
-    4: ("SIGUSR2, SIGTERM to one rank; a second signal during the save", "all save the same step, status 0; the second changes nothing"),
+    4: ("SIGUSR2, SIGTERM to one rank; a second signal during the save", "all save the same step, status 75; the second changes nothing"),
     5: ("SIGTERM with less grace than a save takes", "nothing is damaged, the checkpoint before is used"),
     6: ("the disk is full while saving", "stop (status 74) or warn, by checkpoint.on_failure; older ones whole, no debris"),
     7: ("input/output error, read-only, no right to write", "as 6; refused at the start, before anything is loaded"),
@@ -86,7 +86,8 @@ def pytest_sessionfinish(session):
     file = session.config.getoption("--table")
     if file and not hasattr(session.config, "workerinput"):
         path = Path(file)
-        before, _, rest = path.read_text().partition(BEGIN)
+        before, _, rest = (path.read_text() if path.exists() else "").partition(BEGIN)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{before}{BEGIN}\n{table(_results)}\n{END}{rest.partition(END)[2]}")
 
 
