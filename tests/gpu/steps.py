@@ -43,11 +43,11 @@ CONFIGS = {  # name -> YAML, overrides
     "dino_vit_base": ("dino_imagenet", ["backbone.name=vit_base_patch16_224"]),
     "barlow_twins_vit_small": (
         "barlow_twins_imagenet",
-        ["backbone.name=vit_small_patch16_224", "backbone.zero_init_residual=false", "optim.name=adamw", "optim.base_lr=1e-3"],
+        ["backbone.name=vit_small_patch16_224", "backbone.args={}", "optim.name=adamw", "optim.base_lr=1e-3"],
     ),
     "vit_large_simclr": (
         "simclr_imagenet",
-        ["backbone.name=vit_large_patch16_224", "backbone.zero_init_residual=false", "optim.name=adamw", "optim.base_lr=1e-3"],
+        ["backbone.name=vit_large_patch16_224", "backbone.args={}", "optim.name=adamw", "optim.base_lr=1e-3"],
     ),
 }
 BATCH = {"barlow_twins_vit_small": 256, "vit_large_simclr": 384}  # of a published row; the others take the largest that fits
