@@ -3,7 +3,7 @@
 setup := bash docker/setup.sh
 python := .venv/bin/python
 
-.PHONY: help demo test test-slurm test-reliability test-full lint env ffcv requirements clean
+.PHONY: help demo test test-slurm test-reliability test-full gpu-kit lint env ffcv requirements clean
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -26,6 +26,9 @@ test-reliability: env  ## every fault case, on a real SLURM too: about a quarter
 test-full: env  ## all of these and the long tests, marked `full`; writes the table, too
 	@bash tests/slurm/cluster.sh install
 	@$(python) -m pytest tests/slurm tests -m "full or not full" -n 2 --dist loadfile --no-loadscope-reorder --table=docs/reliability.md
+
+gpu-kit: env  ## packs what a GPU machine without a network needs into .gpu-kit, and prints the calls
+	@$(python) tests/gpu/kit.py
 
 lint: env  ## ruff, and mypy's type check
 	@$(python) -m ruff check .

@@ -99,10 +99,19 @@ def view_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
 
 
 def place(views: list[Tensor], config: ParallelConfig, device: torch.device) -> list[Tensor]:
-    """Return the views in the precision and memory format of the wrapped model."""
-    dtype = torch.float64 if precision(config, device) == torch.float64 else view_dtype(config, device)
+    """Return the views in the memory format of the wrapped model and in a dtype that it takes.
+
+    Views that the loader made in bfloat16 stay so. Others are float32, or float64 where the model is: evaluations run
+    without autocast and hand over float32.
+    """
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return [view.to(dtype=dtype, memory_format=layout) for view in views]
+
+    def dtype(view: Tensor) -> torch.dtype:
+        if precision(config, device) == torch.float64:
+            return torch.float64
+        return view.dtype if view.dtype == view_dtype(config, device) else torch.float32
+
+    return [view.to(dtype=dtype(view), memory_format=layout) for view in views]
 
 
 def wrap(

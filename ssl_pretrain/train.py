@@ -252,7 +252,8 @@ def wrap(method: Method, config: RunConfig, images: int, device: torch.device) -
 
 def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.Batch:
     labels = torch.zeros(images, dtype=torch.int64, device=device)
-    blank = [torch.zeros(images, 3, crop.size, crop.size, device=device) for crop in recipe.each(config.views)]
+    dtype = parallel.view_dtype(config.parallel, device)
+    blank = [torch.zeros(images, 3, crop.size, crop.size, dtype=dtype, device=device) for crop in recipe.each(config.views)]
     return loader.Batch(parallel.place(blank, config.parallel, device), labels, labels)
 
 

@@ -268,3 +268,15 @@ def test_a_torch_without_safetensors_shards_is_refused(monkeypatch):
         "parallel.strategy: sharded checkpoints need torch.distributed.checkpoint's safetensors storage, which torch "
         f"{torch.__version__} has not; install torch>=2.13, or train with parallel.strategy=ddp"
     )
+
+
+def test_evaluations_keep_float32_where_training_views_are_bfloat16():
+    """On a GPU the loader makes bfloat16 views for autocast; an evaluation runs without it and its views must stay float32."""
+    device, config = torch.device("cuda"), ParallelConfig()
+    assert parallel.view_dtype(config, device) == torch.bfloat16
+    training, evaluation = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), torch.zeros(1, 3, 4, 4)
+    placed = parallel.place([training, evaluation], config, device)
+    assert [view.dtype for view in placed] == [torch.bfloat16, torch.float32]
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in placed)
+    assert parallel.view_dtype(config, torch.device("cpu")) == torch.float32
+    assert parallel.place([evaluation], ParallelConfig(precision="float64"), device)[0].dtype == torch.float64

@@ -44,19 +44,22 @@ STAGES = ("sanitizer", "tests", *STEPS, "cifar10", *LATER)
 COMMAND = "python tests/gpu/run.py --data ../shared/data/cifar10.zip"
 LEAST = {"tests": 90.0, "cifar10": 120.0}  # seconds without which a stage is not begun
 MOST = {"sanitizer": 120.0}  # seconds that a stage may take; a step's is 150, or 300 where it compiles
+STOPPED = 75  # exit status of a training that was asked to stop and has saved
+GRACE = 30.0  # seconds between SIGTERM and SIGKILL, part of what a stage may take
 EVALUATIONS = 100.0  # seconds kept for k-NN and the linear evaluation after a training's last epoch
 
 
 def run(command: list[str], seconds: float) -> tuple[int, str, str]:
-    """Status, output and errors; asked to stop after `seconds`, as a scheduler asks, and killed half a minute later."""
+    """Return status, output and errors of a command that takes at most `seconds`: it is asked to stop before, as by a scheduler."""
+    grace = min(GRACE, seconds / 2)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        out, err = process.communicate(timeout=seconds)
+        out, err = process.communicate(timeout=seconds - grace)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         try:
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=grace)
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
@@ -96,18 +99,20 @@ def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
     folder = ROOT / "runs" / "gpu" / f"simclr_cifar10_{epochs}"
     began = time.monotonic()
     overrides = [f"data.root={data}", "data.cache=device", f"epochs={epochs}", f"output={folder}", "log.wandb=off", "log.every_steps=100"]
-    status, _, err = run([sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml", *overrides], seconds - EVALUATIONS)
+    status, out, err = run([sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml", *overrides], seconds - EVALUATIONS)
     records = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if (folder / "metrics.jsonl").exists() else []
     )
-    if status not in (0, 75) or not records:  # 75: stopped at its time limit, saved
+    if status not in (0, STOPPED) or not records:
         return {"done": False, "error": err.strip()[-1500:]}
     last = records[-1]
     found = {"done": last["epoch"] >= epochs - 1e-6, "epochs": last["epoch"], "images_per_second": last["images_per_second"],
-             "data_wait": last["data_wait"], "seconds": time.monotonic() - began}  # fmt: skip
+             "data_wait": last["data_wait"], "seconds": time.monotonic() - began, "warnings": err.strip()[-800:],
+             "online": {record["epoch"]: record["knn"] for record in records if "knn" in record}}  # fmt: skip
     if found["done"]:
         for kind in ("knn", "linear"):
-            status, out, err = run([sys.executable, "-m", f"eval.{kind}", str(folder)], max(5.0, (seconds - (time.monotonic() - began)) / (2 if kind == "knn" else 1)))
+            left = max(2.0, seconds - (time.monotonic() - began))
+            status, out, err = run([sys.executable, "-m", f"eval.{kind}", str(folder)], left / 2 if kind == "knn" else left)
             found[kind] = (out if status == 0 else f"failed: {err}").strip()[-800:]
     return found
 
@@ -163,7 +168,7 @@ def page(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="of this call")
-    parser.add_argument("--copy", type=Path, help="a folder into which results.json, the profiles and the page are copied at the end")
+    parser.add_argument("--copy", type=Path, help="a folder into which results, profiles and the page are copied after every stage")
     parser.add_argument("--page", type=Path, default=RESULTS.with_name("gpu.md"), help="where the table goes, such as docs/results/gpu.md")
     parser.add_argument("--data", default="../shared/data/cifar10.zip", help="CIFAR-10: a zip or folder with train/CLASS and test/CLASS")
     parser.add_argument("--epochs", type=int, default=200)
@@ -196,10 +201,10 @@ def main() -> int:
             results[name] = step(name, min(left, 300.0 if "compiled" in name else 150.0), int(eager.get("images", 0)))
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         options.page.write_text(page(results))
+        if options.copy:  # after every stage: what comes later may be cut off
+            for path in {options.page, *RESULTS.parent.glob("*.*"), *RESULTS.parent.glob("*/metrics.jsonl")}:
+                shutil.copy(path, options.copy)
         print(json.dumps(results[name])[:600], flush=True)
-    if options.copy:
-        for path in {options.page, *RESULTS.parent.glob("*.*")}:
-            shutil.copy(path, options.copy)
     left = [name for name in options.only if not results.get(name, {"done": False}).get("done", True)]
     print("all is done" if not left else f"not done yet: {', '.join(left)}; call again")
     return 0

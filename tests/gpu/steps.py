@@ -93,7 +93,8 @@ def batch_of(run: RunConfig, views: list[torch.Tensor], device: torch.device) ->
 
 def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepper, Batch]:
     run = replace(run, global_batch_size=images, parallel=replace(run.parallel, bn_group_images="global"))
-    views = [torch.randn(images, 3, crop.size, crop.size, device=device) for crop in recipe.each(run.views)]
+    dtype = parallel.view_dtype(run.parallel, device)
+    views = [torch.randn(images, 3, crop.size, crop.size, device=device).to(dtype) for crop in recipe.each(run.views)]
     method, batch = build_method(run), batch_of(run, parallel.place(views, run.parallel, device), device)
     method.num_steps, method.steps_per_epoch = 100_000, 1_000
     model = parallel.wrap(method, run.parallel, images=images, global_batch_size=images, device=device, example=batch)

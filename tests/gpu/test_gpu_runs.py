@@ -1,7 +1,8 @@
-"""A run on a GPU that is stopped and resumed ends with the weights of one that was not, with the shipped defaults."""
+"""Runs on a GPU by the command that users type: resumed bit for bit, and measured on the way."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,11 @@ def test_a_resumed_run_has_the_bits_of_a_straight_one(optimizer, tmp_path):
     straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "resumed")
     differing = [name for name, value in straight.items() if not value.equal(resumed[name])]
     assert differing == []
+
+
+def test_the_online_evaluation_is_measured(tmp_path):
+    command = [sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_digits.yaml", f"output={tmp_path / 'run'}", "epochs=1"]
+    done = subprocess.run([*command, "log.wandb=off", "online.on_failure=stop"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["knn"] > 0.5 and last["probe"] > 0.5
