@@ -197,6 +197,15 @@ def test_a_box_is_inside_the_image(sampler, height, width, options):
     assert (left + wide).max() <= width
 
 
+def test_a_smaller_box_of_tensorflow_never_touches_the_bottom_or_right_edge():
+    """Its kernel draws a place below height - box height, so the last one is never taken; torchvision's is."""
+    sizes = np.full((4000, 2), [24, 30])
+    for sampler, reaches in (("tensorflow", False), ("clipped", True), ("torchvision", True)):
+        top, left, tall, wide, _ = crops.boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(4000), 0, sizes).T
+        assert ((tall < 24) & (top + tall == 24)).any() == reaches, sampler
+        assert ((wide < 30) & (left + wide == 30)).any() == reaches, sampler
+
+
 def test_tensorflow_takes_the_whole_image_where_no_box_fits():
     assert crops.draw(Crop(crop_sampler="tensorflow"), 0, 0, 0, 0, 10, 1000)[:4] == (0, 0, 10, 1000)
 

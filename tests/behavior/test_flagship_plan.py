@@ -1,0 +1,25 @@
+"""The flagship recipe fits the GPUs that its header names, as `--plan` computes it."""
+
+from __future__ import annotations
+
+import pytest
+from commands import run
+
+CONFIG = "configs/simclr_imagenet.yaml"
+
+
+@pytest.mark.full  # tracing a step of ResNet-50 takes half a minute
+@pytest.mark.parametrize(
+    ("gpu", "overrides", "fits"),
+    [
+        ("H100", [], True),
+        ("H100", ["parallel.activation_checkpointing=none"], False),
+        ("H200", ["parallel.activation_checkpointing=none"], True),
+    ],
+)
+def test_eight_gpus_hold_the_flagship(gpu, overrides, fits):
+    arguments = ["data.root=/data/imagenet", "--plan", f"plan.gpu={gpu}", "launch.gpus_per_node=8", *overrides]
+    done = run("-m", "ssl_pretrain.train", CONFIG, *arguments, timeout=300)
+    assert done.status == 0, done.text
+    memory = next(line for line in done.stdout.splitlines() if line.startswith("memory of each, 1,024 images at once"))
+    assert memory.endswith("; fits") == fits, memory
