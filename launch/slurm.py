@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import local
-from ssl_pretrain import checkpoint, distributed, train
+from ssl_pretrain import checkpoint, distributed, stop_signals, train
 from ssl_pretrain.config import ConfigError, RunConfig, check_slurm_keys
 from ssl_pretrain.restarts import STOPPED
 
@@ -259,7 +259,7 @@ class Pretraining:
     requeue: bool = True
 
     def __call__(self) -> int:
-        distributed.note_signals()  # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step
+        stop_signals.note_signals()  # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step
         _become_a_rank()
         run = Path(next(value for key, _, value in (o.partition("=") for o in reversed(self.overrides)) if key == "output"))
         try:

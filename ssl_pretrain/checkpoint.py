@@ -13,7 +13,9 @@ from __future__ import annotations
 import errno
 import inspect
 import shutil
+import sys
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable
@@ -29,7 +31,10 @@ from ssl_pretrain import disk, distributed, provenance
 from ssl_pretrain import manifest as manifests
 from ssl_pretrain.disk import SaveError
 from ssl_pretrain.manifest import FORMAT, MANIFEST, READABLE, WRITING, checkpoints, newest, prune, verify
+from ssl_pretrain.watchdog import watchdog
 
+DISK_PATIENCE = 10.0  # multiple of parallel.timeout_seconds after which a disk that takes a checkpoint is dead, not slow
+EX_IOERR = 74
 WHOLE = "method.safetensors"
 
 
@@ -61,14 +66,24 @@ class State:
     Args:
         config: the resolved configuration, as plain values, for the manifest.
         facts: further entries of the manifest, such as the W&B run id and the part size.
+        check_lock: raises where the run's folder is no longer this run's; called before every save.
     """
 
-    def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], facts: dict[str, Any]):
+    def __init__(
+        self,
+        method: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        facts: dict[str, Any],
+        check_lock: Callable[[], None] = lambda: None,
+    ):
         self.method, self.optimizer, self.config, self.facts = method, optimizer, config, facts
+        self._check_lock = check_lock
         self.sharded = any(distributed.is_sharded(parameter) for parameter in method.parameters())
         if self.sharded:
             _storage()
-        self._group = distributed.new_cpu_group() if self.sharded else None
+        self._group = distributed.new_cpu_group(DISK_PATIENCE) if self.sharded else None
+        self._writing = ""
         self._writer: threading.Thread | None = None
         self._problem: str | None = None
 
@@ -82,6 +97,7 @@ class State:
             SaveError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
                 With `wait`, whatever `on_failure` says: these weights are nowhere else.
         """
+        self._check_lock()
         earlier, problem = self._written(), None
         final = folder_of(run, step)
         name = f"{WRITING}{final.name}-{uuid.uuid4().hex[:8]}"
@@ -89,6 +105,7 @@ class State:
             name = distributed.broadcast_object(name)
         if self.sharded or distributed.is_main():
             arguments = (final, final.with_name(name), self._snapshot(step), settings, steps_per_epoch)
+            self._writing = f"the checkpoint of step {step} in {final.parent}"
             self._writer = threading.Thread(target=self._write_and_prune, args=arguments)
             self._writer.start()
         if wait or not settings.asynchronous:
@@ -103,11 +120,29 @@ class State:
                 warnings.warn(text, stacklevel=2)
 
     def _written(self) -> str | None:
-        """Waits for the save under way; what went wrong with it, if anything."""
-        if self._writer is not None:
-            self._writer.join()
+        """Waits for the save under way on any rank; what went wrong with this rank's, if anything."""
+        self._wait_for_disk()
         problem, self._writer, self._problem = self._problem, None, None
         return problem
+
+    def _wait_for_disk(self) -> None:
+        """Wait until no rank writes, however slow the disk is; say so now and then, and end where it looks dead."""
+        limit, began = distributed.timeout_seconds(), time.monotonic()
+        told, armed, doing = 0.0, False, f"waiting for the disk to take {self._writing}"
+        advice = "the disk is slow or does not answer; see whether it can be written to, then start the run again"
+        while True:
+            if self._writer is not None:
+                self._writer.join(min(5.0, limit / 4))
+            busy = self._writer is not None and self._writer.is_alive()
+            if not any(distributed.gather_objects(busy)):
+                return
+            if not armed:
+                armed = True
+                watchdog.beat(DISK_PATIENCE * limit, doing, advice, EX_IOERR)
+            waited = time.monotonic() - began
+            if waited - told > limit and distributed.is_main():
+                told = waited
+                print(f"still {doing}, for {waited:.0f} s so far: a slow disk; the run goes on", file=sys.stderr, flush=True)
 
     def _snapshot(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The tensors of each file, on the host and no longer the training's; and the manifest."""
@@ -129,6 +164,7 @@ class State:
 
     def _write_and_prune(self, final: Path, writing: Path, snapshot: Any, settings: CheckpointConfig, steps_per_epoch: int) -> None:
         try:
+            self._check_lock()
             if self.sharded:
                 _write_shards(final, writing, *snapshot, group=self._group)
             else:

@@ -7,33 +7,79 @@ average is exactly dL/dparams of one process on the whole batch.
 
 from __future__ import annotations
 
-import faulthandler
+import itertools
 import os
+import re
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ssl_pretrain.stop_signals import STOP_SIGNALS, StopSignals
+from ssl_pretrain.watchdog import place, watchdog
+
 # torch 2.13 renamed both; 2.11 has the old names only
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+Batch = TypeVar("Batch")
 _timeout_seconds = 600.0
 _cpu_group: Any = None  # gloo, for objects and stop requests: never on the accelerator's stream
-_signalled = False  # a stop was asked for before anybody could answer; see `note_signals`
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)  # the last: a terminal was closed
+MEETING_GRACE_SECONDS = 3.0  # for the message of torch's own timeout, which says more than the watchdog's
+# Words of gloo, NCCL and the store for a rank that ended or that is silent.
+_LOST = re.compile(
+    r"connection (was )?(closed|reset|refused)|timed? ?out|timeout|broken pipe|remote process exited"
+    r"|failed to recv|recvvalue failed|sendbytes failed|connect.*failed|no route to host",
+    re.IGNORECASE | re.DOTALL,
+)
+_BACKENDS = re.compile(r"gloo|nccl|tcpstore|store->|socket|\[c10d", re.IGNORECASE)
+
+
+_NO_IMAGES = (
+    "the disk or a worker that reads images does not answer; see whether data.root can be read, whether /dev/shm has room "
+    "(docker --shm-size or --ipc=host), set data.num_workers lower, or raise parallel.timeout_seconds where it is only slow"
+)
+_NO_STEP = (
+    "another rank or the device does not answer, or this machine is too slow; the stacks above say where; see the other ranks' "
+    "outputs, or raise parallel.timeout_seconds where a step takes that long"
+)
 
 
 class RendezvousError(RuntimeError):
     """The ranks did not find each other; the message names the place, how long was waited, and what to look at."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank ended or did not answer; the message names this rank, its activity and what to look at."""
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Turn the errors of a collective that another rank left into one message.
+
+    Raises:
+        LostRankError: Another rank ended, or did not answer within the time given to `start`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        network = isinstance(error, dist.DistNetworkError | dist.DistStoreError) or _BACKENDS.search(text)
+        if isinstance(error, RendezvousError) or world_size() == 1 or not (network and _LOST.search(text)):
+            raise
+        reason = text.strip().splitlines()[0]
+        raise LostRankError(
+            f"{place()}: another rank ended or did not answer within {_timeout_seconds:g} s (parallel.timeout_seconds) "
+            f"while {watchdog.doing}: {reason}; look for the first error among the ranks' outputs, mend that, and start all "
+            "ranks again: the run goes on from its newest checkpoint"
+        ) from error
 
 
 def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float = 600.0) -> torch.device:
@@ -61,9 +107,18 @@ def start(threads: int = 0, deterministic: bool = False, timeout_seconds: float 
         torch.backends.cudnn.benchmark = not deterministic  # shapes never change, so the search pays within an epoch
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        _meet("nccl" if cuda else "gloo", timeout, device if cuda else None)
-        _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
+        waiting = f"waiting for the other ranks at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        watchdog.beat(timeout_seconds + MEETING_GRACE_SECONDS, waiting, _MISSING)
+        try:
+            _meet("nccl" if cuda else "gloo", timeout, device if cuda else None)
+            _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
+        finally:
+            watchdog.rest()
+        watchdog.doing = "making the run ready"
     return device
+
+
+_MISSING = "see whether every rank was started, and whether the first one's machine lets that port be reached"
 
 
 def _meet(backend: str, timeout: timedelta, device: torch.device | None) -> None:
@@ -84,7 +139,7 @@ def _meet(backend: str, timeout: timedelta, device: torch.device | None) -> None
         reason = str(error).strip().splitlines()[0]
         remedy = "another process has that port; give another (launch.port, torchrun --master-port)"
         if "EADDRINUSE" not in str(error):
-            remedy = "see whether every rank was started, and whether the first one's machine lets that port be reached"
+            remedy = _MISSING
         waited = f"after {time.monotonic() - began:.0f} s (parallel.timeout_seconds {timeout.total_seconds():g})"
         raise RendezvousError(f"{where}: the ranks did not meet {waited}: {reason}; {remedy}") from None
 
@@ -162,9 +217,13 @@ def new_groups(ranks_per_group: int) -> Any:
     return group
 
 
-def new_cpu_group() -> Any:
-    """A group of all ranks for what runs beside the training, on CPU: its messages never meet the training's. None for one process."""
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=_timeout_seconds)) if world_size() > 1 else None
+def new_cpu_group(patience: float = 1.0) -> Any:
+    """A group of all ranks for what runs beside the training, on CPU: its messages never meet the training's. None for one process.
+
+    Args:
+        patience: Its timeout, as a multiple of the one given to `start`.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=patience * _timeout_seconds)) if world_size() > 1 else None
 
 
 def group_size(group: Any = None) -> int:
@@ -252,6 +311,11 @@ def broadcast_object(value: Any, group: Any = None) -> Any:
     return box[0]
 
 
+def timeout_seconds() -> float:
+    """The time given to `start` for a step, a wait for images or a collective."""
+    return _timeout_seconds
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier(group=_cpu_group)
@@ -270,69 +334,44 @@ def straggler(step: int, every_steps: int) -> dict[str, float]:
     return {"straggler": waited.index(min(waited)), "straggler_seconds": max(waited) - min(waited)}
 
 
-def note_signals() -> None:
-    """From now on a request to stop is remembered until a `StopRequest` answers it: for the time in which a run is made ready.
-
-    It takes the place of handlers that would act at once, in the middle of a step, such as a scheduler's.
-    """
-    for number in (*_heeded(STOP_SIGNALS), signal.SIGCONT):  # the last comes with SLURM's SIGTERM, and asks for nothing
-        signal.signal(number, _note)
-
-
-@contextmanager
-def signals_noted() -> Iterator[None]:
-    """Remember requests to stop from now on, as `note_signals`, and give the signals back at the end.
-
-    Python hands signals to the main thread alone: in any other, nothing is changed.
-    """
-    global _signalled
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT)}
-    note_signals()
-    try:
-        yield
-    finally:
-        _signalled = False
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def _heeded(signals: Iterable[int]) -> list[int]:
-    """The signals without SIGHUP where `nohup` has it ignored."""
-    return [number for number in signals if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-
-
-def _note(number: int, frame: Any) -> None:
-    global _signalled
-    _signalled |= number in STOP_SIGNALS
-
-
 class StopRequest:
     """A signal sets a flag; all ranks agree on it once a step, and the answer is used one step later.
 
-    Being asked is also the rank's sign of life: where the next question does not come within the time given to `start`, the
-    stacks of all threads are written and the rank ends, so that the others, and the scheduler, do not wait for it.
-    The reduction of one step travels on a CPU group while the next step computes, so asking costs nothing.
+    The reduction of one step travels on a CPU group while the next step computes, so asking costs nothing. A second
+    signal ends this process at once. `watched` and `agreed` are also the rank's signs of life: where the next one does
+    not come within the time given to `start`, the process ends with a message, so that the others, and the scheduler,
+    do not wait for it.
     """
 
     def __init__(self, signals: tuple[int, ...] = STOP_SIGNALS, pretend_at: int | None = None):
-        self.requested = _signalled
         self._pretend_at = pretend_at  # after this step rank 0 sends itself SIGUSR2, as a scheduler would
         self._pending: tuple[Tensor, Any] | None = None
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the loader's processes block them, and so do those forked there
-        self._previous = {number: signal.signal(number, self._set) for number in _heeded(signals)}
+        self._signals = StopSignals(signals)
 
-    def _set(self, number: int, frame: Any) -> None:
-        self.requested = True
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._signals.requested
+
+    def watched(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
+        """The batches, the wait for each of them and the step that follows under the watchdog."""
+        iterator = iter(batches)
+        for step in itertools.count(first_step + 1):
+            first = step == first_step + 1
+            watchdog.beat(_timeout_seconds, f"waiting for the images of step {step}", _NO_IMAGES, compiles=first)
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            watchdog.beat(_timeout_seconds, f"training step {step}", _NO_STEP, compiles=first)
+            yield batch
 
     def agreed(self, step: int = -1) -> bool:
         """Whether any rank had been asked to stop when the previous step ended; the same answer on all ranks."""
-        with suppress(ValueError, OSError, AttributeError):  # a stderr without a file has nowhere to write stacks
-            faulthandler.dump_traceback_later(_timeout_seconds, exit=True)
+        watchdog.beat(_timeout_seconds, f"ending step {step}", _NO_STEP)
         if step == self._pretend_at and rank() == 0:
-            os.kill(os.getpid(), signal.SIGUSR2)
+            if self._signals.handled:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            self._signals.requested = True
         if world_size() == 1:
             return self.requested
         answer = self._wait()
@@ -362,6 +401,5 @@ class StopRequest:
         self._rest()
 
     def _rest(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        watchdog.rest()
+        self._signals.close()

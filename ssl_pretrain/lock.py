@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -22,6 +23,7 @@ STALE_SECONDS = 180.0  # of silence from another machine
 UNREADABLE_SECONDS = 3.0  # a lock may be empty for a moment, between its creation and its content
 DYING_SECONDS = 10.0  # for the kernel to close the files of a process that was killed
 NO_LINKS = disk.UNSUPPORTED | {errno.EPERM, errno.EMLINK, errno.EXDEV}  # answers of a file system without hard links
+MISTAKE = 2  # exit status, as for a folder that is in use at the start
 
 
 class Lock:
@@ -42,7 +44,8 @@ class Lock:
 
     def __init__(self, run: Path):
         self.run, self.path = run, run / "lock.json"
-        self._ended = threading.Event()
+        self._ended, self._checked = threading.Event(), time.monotonic()
+        self._checking = threading.Lock()
         self._flock = _Flock(run)
         self._own = {
             "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "boot": _boot(),
@@ -60,12 +63,13 @@ class Lock:
 
     def __exit__(self, *_exception: object) -> None:
         self._ended.set()
-        if distributed.is_main() and self._holder() == self._own:
-            try:
-                self.path.unlink(missing_ok=True)
-            except OSError as error:  # must not hide why the run ended
-                warnings.warn(f"{self.path} could not be removed: {disk.reason(error)}", stacklevel=2)
-        self._flock.release()
+        with self._checking:
+            if distributed.is_main() and self._holder() == self._own:
+                try:
+                    self.path.unlink(missing_ok=True)
+                except OSError as error:  # must not hide why the run ended
+                    warnings.warn(f"{self.path} could not be removed: {disk.reason(error)}", stacklevel=2)
+            self._flock.release()
 
     def _take(self) -> Exception | None:
         """None once it is ours, else what to tell the user."""
@@ -169,10 +173,65 @@ class Lock:
             return None
         return content if isinstance(content, dict) else None
 
+    def check(self) -> None:
+        """Look after a silence whether the folder is still this run's; for the start of a step and of a save.
+
+        A process that was suspended, or a file system that did not answer, may have lost the folder to another run.
+
+        Raises:
+            ValueError: Another run holds the lock.
+        """
+        if distributed.is_main() and time.monotonic() - self._checked > BEAT_SECONDS:
+            problem = self._lost()
+            if problem:
+                raise ValueError(problem)
+
+    def _lost(self) -> str | None:
+        """Name the run that holds the lock now, if it is another one; a lock that was removed is written again."""
+        with self._checking:
+            try:
+                text = self.path.read_text()
+            except FileNotFoundError:
+                return None if self._ended.is_set() else self._take_again()
+            except OSError:  # the file system does not answer, which is no sign of another run
+                return None
+            with suppress(ValueError):
+                found = json.loads(text)
+                if found != self._own:
+                    return _taken_over(self.run, found)
+                self._checked = time.monotonic()
+                with suppress(OSError):
+                    os.utime(self.path)
+                return None
+            return self._take_again()  # damaged
+
+    def _take_again(self) -> str | None:
+        print(f"warning: {self.path} was removed while this run holds its folder; written again", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            entry = self.run.stat()
+            if f"{entry.st_dev}:{entry.st_ino}" != self._flock.name:  # a new folder has a new flock
+                self._flock.release()
+        self._take()
+        self._checked = time.monotonic()
+        found = self._holder()  # a disk that refuses the lock is no other run
+        return None if found in (None, self._own) else _taken_over(self.run, found)
+
     def _beat(self) -> None:
+        """Touch the lock; end the process where it is another's, as the training may be waiting in a collective."""
         while not self._ended.wait(BEAT_SECONDS):
-            with suppress(OSError):
-                os.utime(self.path)
+            problem = self._lost()
+            if problem and not self._ended.is_set():
+                with suppress(OSError):
+                    os.write(2, f"error: {problem}\n".encode())
+                os._exit(MISTAKE)
+
+
+def _taken_over(run: Path, found: Any) -> str:
+    named = found if isinstance(found, dict) else {}
+    return (
+        f"output: {run} was taken over by process {named.get('pid')} on {named.get('host')} while this run was silent; "
+        "this one ends and writes nothing more"
+    )
 
 
 class _Flock:

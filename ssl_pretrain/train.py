@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from ssl_pretrain import (
+    agreement,
     backbones,
     batch_norm,
     blocks,
@@ -36,10 +36,12 @@ from ssl_pretrain import (
     parallel,
     pictures,
     plan,
+    stop_signals,
 )
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import loader, preflight, sources
+from ssl_pretrain.data import loader, preflight, sources, workers
+from ssl_pretrain.distributed import LostRankError, RendezvousError
 from ssl_pretrain.guard import Guard
 from ssl_pretrain.lock import Lock
 from ssl_pretrain.methods.base import Method
@@ -50,14 +52,29 @@ from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import colour, crops, recipe
 
 # how `main` ends where it is not the user's mistake, from sysexits.h: EX_UNAVAILABLE, EX_IOERR
-STATUS: dict[type[Exception], int] = {distributed.RendezvousError: 69, checkpoint.SaveError: 74}
+STATUS: dict[type[Exception], int] = {
+    RendezvousError: 69,
+    LostRankError: 69,
+    checkpoint.SaveError: 74,
+}
 
 
-class Outcome(NamedTuple):
-    """How far a run has come."""
+class Outcome(int):
+    """How far a run has come: the optimizer steps done, and those of the whole run."""
 
-    step: int  # optimizer steps done
-    last_step: int  # optimizer steps of the whole run
+    last_step: int
+
+    def __new__(cls, step: int, last_step: int) -> Outcome:
+        outcome = super().__new__(cls, step)
+        outcome.last_step = last_step
+        return outcome
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        return int(self), self.last_step
+
+    @property
+    def step(self) -> int:
+        return int(self)
 
     @property
     def finished(self) -> bool:
@@ -76,6 +93,15 @@ def train(
     it goes on. A run that has finished is left as it is.
     """
     run = Path(config.output)
+    workers.refuse_in_worker()
+    with distributed.naming_lost_ranks():
+        agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
+        return _train_unless_finished(config, device, run, stop_after, fake_preempt)
+
+
+def _train_unless_finished(
+    config: RunConfig, device: torch.device, run: Path, stop_after: int | None, fake_preempt: int | None
+) -> Outcome:
     configuration.check(config, distributed.world_size())
     if (earlier := _finished_before(config, run)) is not None:
         _say(
@@ -143,8 +169,13 @@ def _train_in(
         loader.build, config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device,
         view_dtype=parallel.view_dtype(config.parallel, device),
     )  # fmt: skip
-    with Lock(run), made() as batches, distributed.StopRequest(pretend_at=fake_preempt) as stop, ExitStack() as closing:
-        return _train(config, device, run, batches, stop, stop_after, closing)
+    with ExitStack() as closing:
+        lock = closing.enter_context(Lock(run))
+        batches = closing.enter_context(made())
+        source = batches.source
+        agreement.check_data(source.fingerprint, len(source), config.data.root)
+        stop = closing.enter_context(distributed.StopRequest(pretend_at=fake_preempt))
+        return _train(config, device, run, batches, stop, stop_after, closing, lock.check)
 
 
 def _train(
@@ -155,6 +186,7 @@ def _train(
     stop: distributed.StopRequest,
     stop_after: int | None,
     closing: ExitStack,
+    check_lock: Callable[[], None] = lambda: None,
 ) -> Outcome:
     last_step = round(config.epochs * batches.steps_per_epoch)
     method = build_method(config, batches.source)
@@ -164,7 +196,7 @@ def _train(
     optimizer = optim.build(config.optim, method)
     stepper = Stepper(model, optimizer, config.parallel, config.seed, images, config.global_batch_size, config.optim, device)
     facts = {"last_step": last_step, "local_batch_size": images, "data": batches.source.fingerprint, "wandb_id": None}
-    state = checkpoint.State(method, optimizer, configuration.to_dict(config), facts)
+    state = checkpoint.State(method, optimizer, configuration.to_dict(config), facts, check_lock)
     first_step = resume(state, config, run, batches.source.fingerprint)
     logger = closing.enter_context(log.Logger(
         config.log, run, first_step=first_step, last_step=last_step, steps_per_epoch=batches.steps_per_epoch,
@@ -178,7 +210,9 @@ def _train(
     end = min(last_step, first_step + stop_after) if stop_after else last_step
     step = first_step
 
-    for step, batch in zip(range(first_step + 1, end + 1), logger.waits(preflight.watched(batches, first_step, device))):
+    watched = stop.watched(preflight.watched(batches, first_step, device), first_step)
+    for step, batch in zip(range(first_step + 1, end + 1), logger.waits(watched)):
+        check_lock()
         logger.views(step, batch.views, config.views.mean, config.views.std, partial(batches.described, step - 1, pictures.NUM_IMAGES))
         progress = (step - 1) / last_step
         rates = optim.set_rates(optimizer, config.optim, progress, config.epochs, config.global_batch_size)
@@ -266,6 +300,7 @@ def flops_per_image(config: RunConfig) -> float:
 def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:
     """Prepares the run's folder, loads its newest checkpoint and returns the steps done; 0 for a fresh run."""
     checkpoint.prepare(run)
+    agreement.check_checkpoints(run, lambda: [path / checkpoint.MANIFEST for path in checkpoint.checkpoints(run)])
 
     def compare(manifest: dict) -> None:
         configuration.compare_for_resume(manifest["config"], config, str(run / "checkpoints" / f"step_{manifest['step']:08d}"))
@@ -332,7 +367,7 @@ methods: """
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     if (repeated := status_to_repeat()) is not None:
         return repeated
-    with distributed.signals_noted():
+    with stop_signals.signals_noted():
         return _run(options)
 
 
@@ -355,7 +390,7 @@ def _run(options: argparse.Namespace) -> int:
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
         if not train(config, device, options.stop_after, options.fake_preempt).finished:
             return _leave_together(stopped_status())
-    except (ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError, distributed.RendezvousError) as error:
+    except (ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError, LostRankError, RendezvousError) as error:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise
         print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)

@@ -217,3 +217,67 @@ def test_every_rank_hears_of_it(tmp_path):
         answers = run_ranks(_on_a_rank, tmp_path, world_size=2)
     assert len(set(answers)) == 1 and "is in use by process" in answers[0]
     assert run_ranks(_on_a_rank, tmp_path, world_size=2) == ["free", "free"]
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from ssl_pretrain import lock
+lock.BEAT_SECONDS = 0.3
+with lock.Lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def _holding(run, seconds):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run), str(seconds)],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_run_that_lost_its_folder_ends_itself(tmp_path):
+    """The machine was suspended, another one took over, and the first one wakes."""
+    process = _holding(tmp_path, 60)
+    _write(tmp_path, host="elsewhere", pid=7)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert err == (
+        f"error: output: {tmp_path} was taken over by process 7 on elsewhere while this run was silent; this one ends and writes nothing more\n"
+    )
+    assert json.loads((tmp_path / "lock.json").read_text())["host"] == "elsewhere"
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "with its folder"])
+def test_a_lock_that_vanishes_is_written_again(tmp_path, how):
+    run = tmp_path / "run"
+    process = _holding(run, 7)
+    if how == "emptied":
+        os.truncate(run / "lock.json", 0)
+    else:
+        (run / "lock.json").unlink()
+    if how == "with its folder":
+        run.rmdir()
+    time.sleep(5)
+    assert json.loads((run / "lock.json").read_text())["pid"] == process.pid
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and not (run / "lock.json").exists()
+    assert err == f"warning: {run / 'lock.json'} was removed while this run holds its folder; written again\n"
+
+
+def test_a_step_and_a_save_look_after_a_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 1000.0)
+    with Lock(tmp_path) as held:
+        _write(tmp_path, host="elsewhere", pid=7)
+        held.check()  # it was heard of a moment ago
+        held._checked -= 1001
+        with pytest.raises(ValueError, match="was taken over by process 7 on elsewhere"):
+            held.check()
+        (tmp_path / "lock.json").write_text(json.dumps(held._own))
+        held.check()

@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -77,7 +77,7 @@ class Loader:
 
     steps_per_epoch: whole global batches in an epoch. source: the training images. how: ffcv, folder or device. num_replaced:
     unreadable images met so far in the batches taken here; each file is warned of once. num_made, seconds: images in those
-    batches, and how long their makers took for them, one after the other.
+    batches, and how long their makers took for them, one after the other. note: what a user should know, or empty.
     """
 
     def __init__(
@@ -108,6 +108,8 @@ class Loader:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         local_batch = global_batch_size // world_size
         self._chunk = _chunk_size(local_batch, num_workers) if how == "folder" else local_batch
+        self._copied = False
+        self.note = ""
         self._maker: Maker
         if how == "ffcv":
             assert isinstance(source, Beton) and finish is None, "`choose` gives ffcv to a .beton alone, and only processes finish a view"
@@ -118,6 +120,13 @@ class Loader:
         else:
             chunks = Chunks(source, partial(_cut, self._crops, seed, finish))
             num_ahead = _AHEAD * -(-local_batch // self._chunk)
+            wanted, image_bytes = self._chunk, sum(3 * crop.size**2 for crop in self._crops)
+            ranks = distributed.local_world_size()
+            chosen = workers.sending(image_bytes, wanted, num_workers, num_ahead, 2 * local_batch, ranks)
+            self._chunk, self._copied = chosen.chunk, chosen.copied
+            if chosen.copied:
+                num_ahead = 0
+                self.note = workers.little_room(wanted, self._chunk)
             self._maker = workers.Processes(chunks, num_workers, num_ahead, pinned=self._device.type == "cuda")
         self._jobs = _Jobs(self.plan, self._chunk, self._maker.expect if isinstance(self._maker, Threads) else None)
         weakref.finalize(self, self._maker.close)  # a loader that is forgotten, or alive at exit, leaves nothing either
@@ -194,6 +203,8 @@ class Loader:
                 "the file is damaged, as all of them did when it was written; `python -m ssl_pretrain.data.beton check` names them; "
                 "copy or write it again"
             )
+        if self._copied:
+            chunk = replace(chunk, pixels=chunk.pixels.clone())
         return self._sent(chunk)
 
     def _sent(self, chunk: Chunk) -> Chunk:
@@ -239,7 +250,7 @@ def build(
     how, why = choose(data, source)
     if distributed.is_main():
         print(f"data.loader: {how}: {why}", file=sys.stderr, flush=True)
-    return Loader(
+    batches = Loader(
         source,
         views,
         seed=seed,
@@ -252,6 +263,9 @@ def build(
         window=data.quasi_random_window if data.order == "quasi_random" else 0,
         view_dtype=view_dtype,
     )
+    if batches.note and distributed.is_main():
+        print(batches.note, file=sys.stderr, flush=True)
+    return batches
 
 
 def choose(data: DataConfig, source: Source) -> tuple[How, str]:
@@ -295,13 +309,27 @@ def images(
         replaced as in training, label and all, and warned of.
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    jobs = [(0, chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
-    processes = workers.Processes(Chunks(source, partial(_one_view, transform)), min(num_workers, len(jobs)), 2 * num_workers, pinned=False)
+    batches = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    num_workers = min(num_workers, len(batches))
+    chunks = Chunks(source, partial(_one_view, transform))
+    size = batch_size
+    if num_workers:
+        image_bytes = chunks[0, chosen[:1]].pixels.numel()
+        held, ranks = 2 * batch_size, distributed.local_world_size()
+        size = workers.sending(image_bytes, batch_size, num_workers, 2 * num_workers, held, ranks).chunk
+    jobs = [[(0, batch[start : start + size]) for start in range(0, len(batch), size)] for batch in batches]
+    processes = workers.Processes(chunks, num_workers, 2 * num_workers, pinned=False)
     try:
-        for chunk in processes.take(jobs):
-            for _, message in chunk.replaced:
-                warnings.warn(message, stacklevel=2)
-            yield chunk.views()[0], torch.from_numpy(chunk.labels)
+        taken = processes.take(itertools.chain.from_iterable(jobs))
+        for parts in jobs:
+            pixels, labels = [], []
+            for chunk in itertools.islice(taken, len(parts)):
+                for _, message in chunk.replaced:
+                    warnings.warn(message, stacklevel=2)
+                views = chunk.views()[0]
+                pixels.append(views if len(parts) == 1 else views.clone())
+                labels.append(chunk.labels)
+            yield torch.cat(pixels) if len(parts) > 1 else pixels[0], torch.from_numpy(np.concatenate(labels))
     finally:
         processes.close()
 

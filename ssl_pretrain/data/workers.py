@@ -3,13 +3,17 @@
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, queues, resource_tracker
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +25,12 @@ from ssl_pretrain.data.sources import Source
 
 Job = tuple[int, np.ndarray]  # the epoch, and the images to read in it
 # macOS cannot tell who sent a signal, so workers obey all of them there
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP} if hasattr(signal, "sigtimedwait") else set()
+_HANDLED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+_STOP_SIGNALS = _HANDLED if hasattr(signal, "sigtimedwait") else set()
+_NO_GUARD = 78  # exit status of a worker that imports a script which trains wherever it is imported
+PREFETCH = 2  # chunks that each worker makes ahead, at least
+SHARED_MEMORY = Path("/dev/shm")
+_USABLE_SHARE = 0.8  # of the shared memory that is free when the workers start
 Make = Callable[[Tensor, int, int], list[Tensor]]  # (uint8 (3, height, width), epoch, index) -> uint8 (3, size, size) for each view
 
 
@@ -71,11 +80,13 @@ class Chunks(Dataset[Chunk]):
                 views = self.make(torch.from_numpy(pixels).permute(2, 0, 1), epoch, index)
                 if row == 0:
                     shapes = [view.shape for view in views]
-                    pixels_of_all = torch.empty(len(indices) * sum(shape.numel() for shape in shapes), dtype=torch.uint8)
+                    pixels_of_all = _room_to_send(len(indices) * sum(shape.numel() for shape in shapes))
                     chunk = Chunk(pixels_of_all, shapes, labels, replaced)
                     blocks = chunk.views()
                 for view, block in zip(views, blocks):
                     block[row] = view
+            except SharedMemoryFull:
+                raise
             except Exception as error:
                 raise RuntimeError(f"image {index}, {self.source.name(taken)}: {type(error).__name__}: {error}") from error
         return replace(chunk, seconds=time.perf_counter() - began)
@@ -99,19 +110,91 @@ class Chunks(Dataset[Chunk]):
         raise RuntimeError(f"none of the {n} images of {self.source.where} can be read; one of them: {first}")
 
 
+class SharedMemoryFull(RuntimeError):
+    """A worker found no room in shared memory for its chunk."""
+
+
+def _room_to_send(size: int) -> Tensor:
+    """An empty tensor of `size` bytes; in a worker in shared memory, where a failure is the trainer's to hear.
+
+    The queue would move it there later, in a thread that prints its error and drops the chunk.
+    """
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    try:
+        storage = torch.UntypedStorage._new_shared(size)
+    except RuntimeError as error:
+        raise SharedMemoryFull(f"{size / 2**20:.1f} MiB of shared memory: {error}") from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+@dataclass(frozen=True)
+class Sending:
+    """How workers hand over their images: per chunk, and whether the trainer copies each chunk to memory of its own at once."""
+
+    chunk: int
+    copied: bool
+
+
+def sending(image_bytes: int, chunk: int, num_workers: int, num_ahead: int, held: int, ranks: int) -> Sending:
+    """Choose the size of chunks so that all that are under way fit the shared memory that is free on this machine.
+
+    Args:
+        image_bytes: All views of one image.
+        chunk: Images per chunk where there is room.
+        num_workers: Processes per rank.
+        num_ahead: Chunks that are made before they are asked for.
+        held: Images that the trainer still uses where it does not copy them.
+        ranks: Ranks on this machine.
+
+    Raises:
+        ValueError: Not even chunks of one image fit; names the place and the remedies.
+    """
+    if num_workers == 0 or not SHARED_MEMORY.is_dir():
+        return Sending(chunk, copied=False)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    images = _USABLE_SHARE * free / (image_bytes * ranks)  # room for so many on this rank
+    if _prefetch(num_ahead, num_workers) * num_workers * chunk + held <= images:
+        return Sending(chunk, copied=False)
+    under_way = PREFETCH * num_workers + 1
+    if images < under_way:
+        raise ValueError(
+            f"data.num_workers: {num_workers} workers for each of {ranks} ranks here have at least {ranks * under_way} images of "
+            f"{image_bytes / 2**20:.2f} MiB under way, and {SHARED_MEMORY} has {free / 2**20:.1f} MiB free; {_ROOM}"
+        )
+    return Sending(min(chunk, int(images / under_way)), copied=True)
+
+
+def little_room(wanted: int, chunk: int) -> str:
+    """The line that tells a user of smaller chunks than there could be."""
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    return (
+        f"data.num_workers: {SHARED_MEMORY} has {free / 2**20:.0f} MiB free, so workers send {chunk} images at a time instead of "
+        f"{wanted}, which is slower; {_ROOM}"
+    )
+
+
+def _prefetch(num_ahead: int, num_workers: int) -> int:
+    return max(PREFETCH, -(-num_ahead // num_workers))
+
+
+_ROOM = "give the container more shared memory (--shm-size=8g or --ipc=host), or set data.num_workers lower (0 needs none)"
+
+
 class Processes:
     """`num_workers` processes (0: this one) that make the chunk of each job, `num_ahead` of them before they are asked for."""
 
     def __init__(self, chunks: Chunks, num_workers: int, num_ahead: int, pinned: bool):
         self._jobs = _Jobs()
         self._num_workers = num_workers
+        self._chunks = chunks
         self._loader = DataLoader(
             chunks,
             sampler=self._jobs,
             batch_size=None,  # a job is what one worker does at a time
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=num_workers,
-            prefetch_factor=max(2, -(-num_ahead // num_workers)) if num_workers else None,
+            prefetch_factor=_prefetch(num_ahead, num_workers) if num_workers else None,
             persistent_workers=num_workers > 0,
             multiprocessing_context="forkserver" if num_workers else None,
             worker_init_fn=_obey_trainer_only,
@@ -121,10 +204,18 @@ class Processes:
 
     def take(self, jobs: Iterable[Job]) -> Iterator[Chunk]:
         """The chunks, from the first job on; the workers begin at once. Raises RuntimeError where a worker was killed."""
-        if self._num_workers:
-            _start_forkserver()
         self._jobs.jobs = jobs
-        return _taken(iter(self._loader))
+        if self._num_workers == 0:
+            return iter(self._loader)
+        refuse_in_worker()
+        needs_main = b"__main__" in bytes(ForkingPickler.dumps(self._chunks))
+        _start_forkserver(needs_main)
+        with nullcontext() if needs_main else _without_main():
+            try:
+                iterator = iter(self._loader)
+            except (BrokenPipeError, EOFError, ConnectionError):  # a worker ended while it was started
+                raise (_no_guard() if needs_main else RuntimeError("a worker ended while it was started")) from None
+        return _taken(iterator)
 
     def close(self) -> None:
         """Ends the processes and waits for them. Idempotent."""
@@ -147,24 +238,70 @@ class _Jobs:
         return iter(self.jobs)
 
 
+def refuse_in_worker() -> None:
+    """End a worker process that imports a script which trains wherever it is imported; the trainer names the remedy."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_NO_GUARD)
+
+
+def _no_guard() -> ValueError:
+    return ValueError(
+        f"data.num_workers: each worker process imports {getattr(sys.modules['__main__'], '__file__', 'the main module')}, which "
+        "starts to train wherever it is imported; put that below `if __name__ == \"__main__\":`, or set data.num_workers=0"
+    )
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not import the program's main module.
+
+    They need nothing of it, and a script without `if __name__ == "__main__":` would train in each of them.
+    """
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
 def _taken(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     try:
         yield from chunks
+    except SharedMemoryFull as error:
+        first = next((line for line in reversed(str(error).splitlines()) if "shared memory" in line), str(error))
+        raise ValueError(f"a worker's images do not fit {SHARED_MEMORY}: {first.partition(': ')[2] or first}; {_ROOM}") from None
+    except RuntimeError as error:
+        statuses = [worker.exitcode for worker in chunks._workers]  # type: ignore[attr-defined]
+        if _NO_GUARD in statuses:
+            raise _no_guard() from None
+        if "shared memory" in str(error) or -signal.SIGBUS in statuses:
+            raise ValueError(f"a worker's images do not fit {SHARED_MEMORY}: {str(error).splitlines()[0]}; {_ROOM}") from None
+        raise
     except (EOFError, ConnectionError) as error:  # torch's own message covers the workers that die between two sendings
         raise RuntimeError("a worker was killed while it sent images; if that was for memory, set data.num_workers lower") from error
 
 
-def _start_forkserver() -> None:
+def _start_forkserver(needs_main: bool) -> None:
     """Workers fork from a process that has imported everything and runs no threads: safe beside numba's and torch's, and quick.
 
     It and they are deaf to the signals that stop a run: a scheduler sends those to every process, and the trainer,
     which then saves a checkpoint, needs its workers until it ends them.
     """
-    main = getattr(sys.modules["__main__"].__spec__, "name", None)  # each worker imports the main module anew: keep what it imports
-    if main:  # runpy would warn in every worker of exactly that
+    main = getattr(sys.modules["__main__"].__spec__, "name", None) if needs_main else None
+    if main:  # each worker imports it anew, so what it imports is kept; runpy would warn in every worker of exactly that
         sys.warnoptions.append("ignore::RuntimeWarning:runpy")
-    multiprocessing.set_forkserver_preload(["__main__", "ssl_pretrain.data.loader", *([main] if main else [])])
-    resource_tracker.ensure_running()  # before the mask, which starting it would clear
+    multiprocessing.set_forkserver_preload(["ssl_pretrain.data.loader", *([main] if main else [])])
+    hangup = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS & {signal.SIGHUP})
+    try:  # a closed terminal would end the tracker, which then leaves semaphores behind
+        resource_tracker.ensure_running()  # before the mask, which starting it would clear
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, hangup)
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         forkserver.ensure_running()
@@ -181,6 +318,8 @@ def _obey_trainer_only(_worker: int) -> None:
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "runs in a worker"
 
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
+
     def watch() -> None:
         if not _STOP_SIGNALS:
             trainer.join()
@@ -191,6 +330,12 @@ def _obey_trainer_only(_worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_unsent(error: Exception, _object: object) -> None:
+    """End a worker that could not send its chunk: the trainer would wait for it in vain."""
+    os.write(2, f"error: a worker process could not send its images: {type(error).__name__}: {error}\n".encode())
+    os._exit(1)
 
 
 def _as_it_is(chunk: Chunk) -> Chunk:

@@ -1,0 +1,91 @@
+"""Train from a program: a script without a guard, a thread, an event loop, a notebook's cell."""
+
+from __future__ import annotations
+
+import commands
+import pytest
+
+BODY = """
+import torch
+from ssl_pretrain import config, train
+
+def go(name, workers):
+    overrides = [f"output=FOLDER/{name}", f"data.num_workers={workers}"]
+    loaded = config.load("FOLDER/config.yaml", overrides)
+    print(name, "steps", train.train(loaded, torch.device("cpu")), flush=True)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    root = commands.class_folders(tmp_path / "images", "train")
+    commands.write_config(tmp_path, root)
+
+    def write(text: str):
+        path = tmp_path / "program.py"
+        path.write_text(BODY.replace("FOLDER", str(tmp_path)) + text)
+        return path
+
+    return write
+
+
+def test_a_script_without_a_guard_trains_once(script):
+    done = commands.run(script("print('imported', flush=True)\ngo('plain', 2)\n"))
+    assert (done.status, done.stdout.count("imported")) == (0, 1), done.text
+    assert done.stdout.count("plain steps 2") == 1
+
+
+def test_a_thread_and_an_event_loop_train(script):
+    text = """
+import asyncio, signal, threading
+
+async def main():
+    go("coroutine", 0)
+    await asyncio.to_thread(go, "executor", 2)
+
+if __name__ == "__main__":
+    handler = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=go, args=("thread", 2))
+    thread.start()
+    thread.join()
+    asyncio.run(main())
+    assert signal.getsignal(signal.SIGTERM) is handler
+"""
+    done = commands.run(script(text))
+    assert done.status == 0, done.text
+    for name in ("thread", "coroutine", "executor"):
+        assert f"{name} steps 2" in done.stdout
+
+
+@pytest.mark.full
+def test_a_cell_without_a_file_trains(script):
+    """A notebook's kernel has a main module without a file or a spec; its loop is running."""
+    path = script("async def cell():\n    go('cell', 2)\nimport asyncio\nasyncio.run(cell())\n")
+    done = commands.run("-c", path.read_text())
+    assert done.status == 0 and "cell steps 2" in done.stdout, done.text
+
+
+@pytest.mark.full
+def test_a_transform_of_the_script_itself_needs_the_guard_and_a_message_says_so(script, tmp_path):
+    """Workers import the script where they need what is defined in it."""
+    text = """
+from ssl_pretrain.data import loader, sources
+
+class Half:
+    def __call__(self, image):
+        return image[:, ::2, ::2].contiguous()
+
+source = sources.open_source(sources.DataConfig(source="digits"), "val")
+GUARD
+    shapes = [tuple(pixels.shape) for pixels, labels in loader.images(source, range(5), Half(), 4, 2)]
+    print(shapes)
+"""
+    guarded = script(text.replace("GUARD", 'if __name__ == "__main__":'))
+    done = commands.run(guarded)
+    assert done.status == 0 and done.stdout == "[(4, 3, 4, 4), (1, 3, 4, 4)]\n", done.text
+    done = commands.run(script(text.replace("GUARD", "if True:")))
+    assert done.status == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ValueError: data.num_workers: each worker process imports {tmp_path / 'program.py'}, which starts to train wherever it is "
+        'imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
+    )

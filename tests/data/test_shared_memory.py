@@ -1,0 +1,114 @@
+"""What workers send fits the shared memory that there is, or a message names it."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_pretrain.data import loader, workers
+from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.views import crops
+from ssl_pretrain.views.recipe import Crop, ViewsConfig
+
+MIB = 2**20
+VIEWS = ViewsConfig(crops={"global": Crop(count=2, size=32)})
+IMAGE = 2 * 3 * 32 * 32
+
+
+def room(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=free, used=0, free=free))
+
+
+@pytest.mark.parametrize(
+    ("free", "num_workers", "ranks", "chunk", "copied"),
+    [
+        (64 * MIB, 2, 1, 32, False),  # 4 chunks ahead and 2 batches of 64 held: 256 images of 0.1 MiB
+        (16 * MIB, 2, 1, 25, True),
+        (16 * MIB, 2, 4, 6, True),
+        (16 * MIB, 16, 1, 3, True),
+        (1 * MIB, 0, 1, 32, False),  # nothing is sent
+    ],
+)
+def test_chunks_shrink_with_the_room(monkeypatch, free, num_workers, ranks, chunk, copied):
+    room(monkeypatch, free)
+    assert workers.sending(MIB // 10, 32, num_workers, 4, 128, ranks) == workers.Sending(chunk, copied)
+
+
+def test_no_room_at_all_is_refused_by_name(monkeypatch):
+    room(monkeypatch, MIB)
+    with pytest.raises(ValueError) as error:
+        workers.sending(MIB, 32, 4, 4, 128, 2)
+    assert str(error.value) == (
+        "data.num_workers: 4 workers for each of 2 ranks here have at least 18 images of 1.00 MiB under way, and /dev/shm has 1.0 MiB "
+        "free; give the container more shared memory (--shm-size=8g or --ipc=host), or set data.num_workers lower (0 needs none)"
+    )
+
+
+def batches(num_workers: int, count: int = 4) -> list[loader.Batch]:
+    source = open_source(DataConfig(source="digits"), "train")
+    with loader.Loader(source, VIEWS, seed=3, global_batch_size=64, num_workers=num_workers) as made:
+        return [batch for batch, _ in zip(made.starting_at(0), range(count))]
+
+
+def test_small_chunks_give_the_same_batches(monkeypatch):
+    expected = batches(0)
+    room(monkeypatch, 20 * IMAGE)
+    for here, there in zip(batches(2), expected):
+        assert torch.equal(here.indices, there.indices) and torch.equal(here.labels, there.labels)
+        assert all(torch.equal(*pair) for pair in zip(here.views, there.views))
+
+
+def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
+    source = open_source(DataConfig(source="digits"), "val")
+    numbers, transform = np.arange(5, 105), partial(crops.evaluate, size=32, crop_ratio=1.0, interpolation="bilinear")
+    expected = list(loader.images(source, numbers, transform, 32, 0))
+    room(monkeypatch, 20 * 3 * 32 * 32)
+    found = list(loader.images(source, numbers, transform, 32, 2))
+    assert [len(labels) for _, labels in found] == [32, 32, 32, 4]
+    for here, there in zip(found, expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(here, there))
+
+
+class NoRoom:
+    """A transform in whose process shared memory is full."""
+
+    def __call__(self, image):
+        def refuse(size):
+            raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
+
+        torch.UntypedStorage._new_shared = refuse
+        return image[:, :8, :8].contiguous()
+
+
+class Unsendable:
+    """A transform in whose process the queue cannot send."""
+
+    def __call__(self, image):
+        def refuse(size):
+            return torch.UntypedStorage(size)
+
+        def fail(storage):
+            raise OSError(24, "Too many open files")
+
+        torch.UntypedStorage._new_shared = refuse
+        torch.UntypedStorage._share_fd_cpu_ = fail
+        return image[:, :8, :8].contiguous()
+
+
+def test_a_worker_without_room_is_heard_in_the_trainer():
+    source = open_source(DataConfig(source="digits"), "val")
+    with pytest.raises(ValueError) as error:
+        list(loader.images(source, None, NoRoom(), 64, 2))
+    assert str(error.value).startswith("a worker's images do not fit /dev/shm: ")
+    assert "No space left on device" in str(error.value) and "--shm-size=8g or --ipc=host" in str(error.value)
+
+
+def test_a_worker_that_cannot_send_is_heard_in_the_trainer():
+    source = open_source(DataConfig(source="digits"), "val")
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(loader.images(source, None, Unsendable(), 64, 2))
