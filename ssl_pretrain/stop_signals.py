@@ -30,22 +30,12 @@ def note_signals() -> None:
 
 @contextmanager
 def signals_noted() -> Iterator[None]:
-    """Remember requests to stop from now on, as `note_signals`, and give the signals back at the end.
-
-    Python hands signals to the main thread alone: in any other, nothing is changed.
-    """
-    global _noted, _asked_at
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT)}
-    note_signals()
+    """Remember requests to stop until a run answers them, and give the signals back at the end."""
+    signals = StopSignals()
     try:
         yield
     finally:
-        _noted, _asked_at = False, None
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signals.close()
 
 
 def _note(number: int, frame: Any) -> None:
@@ -101,9 +91,13 @@ class StopSignals:
         self._previous = {number: signal.signal(number, self._set) for number in chosen}
 
     def _set(self, number: int, frame: Any) -> None:
-        self.requested = True
+        self._remember()
         if number == signal.SIGHUP:
             self._leave_terminals()
+
+    def _remember(self) -> None:
+        global _noted
+        self.requested = _noted = True
 
     def _leave_terminals(self) -> None:
         """Replace output to a terminal that is closed, which would raise at every line."""
@@ -118,7 +112,7 @@ class StopSignals:
             for number in os.read(self._reading, 16):
                 if number not in STOP_SIGNALS:
                     continue
-                self.requested = True
+                self._remember()
                 if number in IMPATIENT and not told and os.environ.get("RANK", "0") == "0":
                     told = True
                     name = signal.Signals(number).name
@@ -129,10 +123,10 @@ class StopSignals:
 
     def close(self) -> None:
         """Give the signals back to whoever had them. Idempotent."""
-        global _asked_at
+        global _asked_at, _noted
         if not self.handled or self._closed:
             return
-        self._closed, _asked_at = True, None
+        self._closed, _asked_at, _noted = True, None, False
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
