@@ -13,7 +13,8 @@ set -euo pipefail
 image=${IMAGE:-$PWD/ssl_pretrain.sqsh} mounts=${MOUNTS:-/data:/data,/runs:/runs}
 [ $# -ge 1 ] || { echo "error: no config; usage: sbatch docker/job.sh CONFIG [key=value ...]" >&2; exit 2; }
 [ -e "$image" ] || { echo "error: no image at $image; IMAGE names it, docker/README.md makes it" >&2; exit 2; }
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${MASTER_ADDR%%$'\n'*}
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) OMP_NUM_THREADS=1
 
 # what torchrun would set; exec, so that signals reach Python

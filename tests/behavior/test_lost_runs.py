@@ -1,0 +1,132 @@
+"""Failures that nobody would hear of: ranks that differ, little shared memory, a lost folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import commands
+import pytest
+
+TRAIN = ("-m", "ssl_pretrain.train")
+
+
+def free_port() -> str:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return str(bound.getsockname()[1])
+
+
+def two_ranks(config, first: str, second: str) -> list[commands.Finished]:
+    """Run two ranks as two machines would start them, each with an argument of its own."""
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [
+        commands.start(*TRAIN, config, own, RANK=str(rank), **meeting)
+        for rank, own in enumerate((first, second))
+    ]
+    return [commands.finish(process, 300) for process in processes]
+
+
+def test_ranks_with_other_settings_do_not_train(tmp_path):
+    root = commands.class_folders(tmp_path / "images", "train")
+    config = commands.write_config(tmp_path, root)
+    for done in two_ranks(config, "seed=0", "seed=1"):
+        assert done.status == 2, done.text
+        host = socket.gethostname()
+        assert done.stderr.splitlines()[-1] == (
+            f"error: the ranks disagree: seed: 0 on rank 0 ({host}), 1 on rank 1 ({host}); "
+            "start every rank with the same configuration and the same key=value"
+        )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.full
+def test_ranks_with_other_images_do_not_train(tmp_path):
+    roots = [commands.class_folders(tmp_path / name, "train") for name in ("x", "y")]
+    (roots[1] / "train" / "class_0" / "0.png").unlink()
+    config = commands.write_config(tmp_path, roots[0])
+    for done in two_ranks(config, f"data.root={roots[0]}", f"data.root={roots[1]}"):
+        assert done.status == 2, done.text
+        assert "data.root: training images: 16 on rank 0" in done.stderr
+        assert "15 on rank 1" in done.stderr and "the same copy of the data set" in done.stderr
+
+
+@pytest.mark.full
+def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
+    """A container has 64 MiB of /dev/shm; here 1 MiB, and chunks of 16 images of 0.3 MiB."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("a mount of its own needs root")
+    root = commands.class_folders(tmp_path / "images", "train")
+    config = commands.write_config(tmp_path, root)
+    more = ["data.num_workers=1", "views.crops.global.size=160", "global_batch_size=16"]
+    mount = 'mount -t tmpfs -o size=SIZE tmpfs /dev/shm && exec "$@"'
+
+    def run(size: str) -> commands.Finished:
+        command = ["unshare", "-m", "bash", "-c", mount.replace("SIZE", size), "-"]
+        command += [sys.executable, *TRAIN, str(config), *more]
+        done = subprocess.run(
+            command, cwd=commands.ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+        return commands.Finished(done.returncode, done.stdout, done.stderr)
+
+    done = run("1m")
+    assert done.status == 0 and "so workers send 1 images at a time instead of 16" in done.text
+    shutil.rmtree(tmp_path / "run")
+    done = run("256k")
+    assert done.status == 2, done.text
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: data.num_workers: 1 workers") and "/dev/shm has 0.2 MiB" in last
+    assert "--shm-size=8g or --ipc=host" in last
+
+
+@pytest.mark.full
+def test_a_suspended_run_that_lost_its_folder_ends_when_it_wakes(tmp_path):
+    root = commands.class_folders(tmp_path / "images", "train")
+    config = commands.write_config(tmp_path, root)
+    run = tmp_path / "run"
+    process = commands.start(*TRAIN, config, "epochs=100000", "checkpoint.every_epochs=0")
+    try:
+        end = time.monotonic() + 200
+        while not (run / "metrics.jsonl").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.2)
+        process.send_signal(signal.SIGSTOP)
+        lock = run / "lock.json"
+        lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "elsewhere", "pid": 7}))
+        time.sleep(31)  # longer than a heartbeat
+    finally:
+        process.send_signal(signal.SIGCONT)
+    done = commands.finish(process, 60)
+    assert done.status == 2
+    assert f"error: output: {run} was taken over by process 7 on elsewhere" in done.stderr
+    assert json.loads(lock.read_text())["host"] == "elsewhere"
+
+
+@pytest.mark.full
+def test_a_save_slower_than_the_watchdog_is_waited_for(tmp_path):
+    program = tmp_path / "slow.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from ssl_pretrain import train\n"
+        "real = os.fsync\n"
+        "def fsync(descriptor):\n"
+        "    if '.writing-step' in os.readlink(f'/proc/self/fd/{descriptor}'):\n"
+        "        time.sleep(4)\n"
+        "    return real(descriptor)\n"
+        "os.fsync = fsync\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    root = commands.class_folders(tmp_path / "images", "train")
+    config = commands.write_config(tmp_path, root)
+    done = commands.run(program, config, "parallel.timeout_seconds=5", timeout=300)
+    assert done.status == 0, done.text
+    assert "still waiting for the disk to take the checkpoint of step 2 in " in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
