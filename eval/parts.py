@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from eval.results import Unlabelled
 from eval.runs import Run
 from ssl_pretrain import distributed, draws
 from ssl_pretrain.data import loader
-from ssl_pretrain.data.sources import DataConfig, NoSuchSplit, Source, open_source, require_labels
+from ssl_pretrain.data.sources import DataConfig, NoSuchSplit, Source, layout_lines, open_source, require_labels
 from ssl_pretrain.draws import Purpose
 from ssl_pretrain.views import crops
 
@@ -76,16 +77,21 @@ def labelled_parts(run: Run, what: str, split: str = "val") -> tuple[Part, Part]
 
 
 def labelled(run: Run, split: Literal["train", "val"], what: str) -> Source:
-    """Open a part of the data whose images all have labels.
+    """Open the images of a split that have a label. Those without one are counted in the lines about the data, and left out.
 
     Raises:
-        Unlabelled: An image has no label, or there is no validation part and none was named.
+        Unlabelled: No image has a label, or there is no validation split and none was named.
     """
     if distributed.local_rank() == 0:  # lists of files are made by one rank a machine, the others find them on disk
         source = _opened(run, split)
     distributed.barrier()
     if distributed.local_rank() != 0:
         source = _opened(run, split)
+    if split == "train" and distributed.is_main():
+        print(*layout_lines(run.config.data, source), sep="\n", file=sys.stderr, flush=True)
+    known = np.flatnonzero(source.labels >= 0)
+    if 0 < len(known) < len(source):
+        source = source.take(known)
     try:
         require_labels(source, what)
     except ValueError as error:
@@ -97,7 +103,7 @@ def _opened(run: Run, split: Literal["train", "val"]) -> Source:
     try:
         return open_source(run.config.data, split)
     except NoSuchSplit as error:
-        if run.config.data.val != DataConfig().val:  # named, and not there: a mistake
+        if run.config.data.val not in (DataConfig().val, "none"):  # named, and not there: a mistake
             raise
         raise Unlabelled(str(error)) from None
 

@@ -93,7 +93,7 @@ class RunConfig:
 
 
 # What may change when a run goes on: these do not change what is computed ...
-FREE = ("data.root", "data.num_workers", "data.loader", "data.cache_dir", "local_batch_size", "output")
+FREE = ("data.root", "data.train", "data.val", "data.num_workers", "data.loader", "data.cache_dir", "local_batch_size", "output")
 FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard", "plan")
 FREE_PARALLEL = tuple(
     f"parallel.{key}"

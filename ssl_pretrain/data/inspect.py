@@ -11,7 +11,7 @@ import numpy as np
 
 from ssl_pretrain.data import progress
 from ssl_pretrain.data.images import UnreadableImage, header
-from ssl_pretrain.data.sources import DataConfig, Files, Source, open_source
+from ssl_pretrain.data.sources import DataConfig, Files, Source, layout_lines, open_source
 from ssl_pretrain.schema import FROM_ZERO, THREADS
 
 _SAMPLE = 10_000
@@ -50,19 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("root", nargs="?", default="", help="a folder, a .zip, a .beton or a list (.txt, .csv); none for the digits")
+    parser.add_argument("--train", default="", help="where the training images are, in root or absolute; .: all of root (default: by name)")
+    parser.add_argument("--val", default="", help="the same for validation; none: there is none")
     parser.add_argument("--source", default="folder", help="digits, cifar10 or folder (default: folder)")
     parser.add_argument("--sample", type=FROM_ZERO, default=_SAMPLE, help=f"images to read, evenly spaced; 0: all (default: {_SAMPLE})")
     parser.add_argument("--threads", type=THREADS, default=4, help="that read and decode (default: 4)")
     parser.add_argument("--all-classes", action="store_true", help=f"list every class, not only {_SHOWN} of them")
     given = parser.parse_args(arguments)
-    config = DataConfig(source=given.source, root=given.root)
+    config = DataConfig(source=given.source, root=given.root, train=given.train, val=given.val)
     try:
         source = open_source(config, "train")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"training: {source.where}: {_counts(source)}")
-    print(f"validation: {_validation(config)}")
+    print(*layout_lines(config, source), sep="\n")
     print(*_classes(source, given.all_classes), sep="\n")
     findings = examine(source, given.sample, given.threads)
     print(*_report(findings, len(source)), sep="\n")
@@ -135,7 +136,7 @@ backbone:
   stem: {stem}    # {stem_reason}
 data:
   source: {config.source}
-  root: {json.dumps(config.root)}
+  root: {json.dumps(config.root)}{_split_keys(config)}
   num_workers: {0 if config.source == "digits" else config.num_workers}    # processes of each rank{
     "; none: the images are tiny and in memory" if config.source == "digits" else "; as many as cores per GPU"}
 views:
@@ -161,23 +162,13 @@ global_batch_size: {batch}    # {n // batch} steps an epoch; its other images ar
 epochs: {epochs}    # {epochs * n:,} images seen; ImageNet's 100 epochs are 128,000,000, CIFAR-10's 800 are 40,000,000"""
 
 
+def _split_keys(config: DataConfig) -> str:
+    given = {"train": config.train, "val": config.val}
+    return "".join(f"\n  {key}: {json.dumps(value)}" for key, value in given.items() if value)
+
+
 def _three(values: np.ndarray) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
-
-
-def _counts(source: Source) -> str:
-    unlabelled = int((source.labels < 0).sum())
-    if unlabelled == len(source):
-        return f"{len(source):,} images, no labels (they are not all in <class>/<file>)"
-    return f"{len(source):,} images, {len(source.classes):,} classes" + (f", {unlabelled:,} without a label" if unlabelled else "")
-
-
-def _validation(config: DataConfig) -> str:
-    try:
-        source = open_source(config, "val")
-    except ValueError as error:
-        return f"none ({error})"
-    return f"{source.where}: {_counts(source)}"
 
 
 def _classes(source: Source, all_classes: bool) -> list[str]:

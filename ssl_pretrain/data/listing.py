@@ -1,10 +1,18 @@
-"""Which images a folder, a zip or a list file holds: sorted, packed, and kept on disk so that the next start takes seconds."""
+"""Which images a folder or a zip holds: sorted, packed, and kept on disk so that the next start takes seconds.
+
+One rule says what is skipped, in folders and archives alike: hidden entries and what operating systems and storage
+servers leave beside the data. Everything else that is not read is counted by its reason, with one example.
+"""
 
 import contextlib
-import csv
+import functools
 import hashlib
+import heapq
 import itertools
+import json
 import os
+import re
+import stat
 import sys
 import tempfile
 import time
@@ -14,10 +22,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import PIL
+from PIL import Image
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_FORMAT = 1  # of the cache files; raise it when their content changes
+TABLES = (".csv", ".tsv", ".txt", ".lst")  # suffixes of lists of images and of tables of labels
+_FORMAT = 2  # of the cache files; raise it when their content changes
 _SETTLED_NS = 2_000_000_000  # a folder changed more recently may change again within the same tick of its file system's clock
+_SYSTEM = frozenset(  # names in lower case
+    {"__macosx", "icon\r"}  # macOS
+    | {"thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information"}  # Windows
+    | {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}  # Synology, QNAP
+    | {"lost+found", "__pycache__"}
+)
+_NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})  # Pillow needs another program or a plugin for these
+_UNFINISHED = frozenset({".part", ".partial", ".crdownload", ".download", ".tmp", ".filepart", ".aria2", ".bak", ".swp"})
+_MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL)
+_MAGIC_BYTES = 16
+_SAMPLE = 8  # files of an unknown suffix whose first bytes are read before all of them are
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files that are not read, for one reason."""
+
+    reason: str
+    count: int
+    first: str  # the first of them by name
 
 
 @dataclass(frozen=True)
@@ -29,6 +59,8 @@ class Listing:
     ends: np.ndarray       # int64 (n,), where each path ends
     spans: np.ndarray      # int64 (n, 3) for a zip: offset of the local header, stored bytes, compression method; (0, 3) for files
     within: str = ""       # the paths are relative to this folder of the zip
+    left_out: tuple[LeftOut, ...] = ()
+    tables: tuple[str, ...] = ()    # for a zip: its members that may be lists or tables of labels
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -45,7 +77,40 @@ class Listing:
         """The images at `indices`, all of them below `within`, and their paths relative to it."""
         paths, cut = self.paths(), len(within) + 1 if within else 0
         files = pack(self.root, [paths[index][cut:] for index in indices], self.spans[indices] if len(self.spans) else self.spans)
-        return replace(files, within=within or self.within)
+        return replace(files, within=within or self.within, left_out=self.left_out, tables=self.tables)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of the formats that the installed Pillow decodes by itself, in lower case."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    decoded = {"MPO", *Image.OPEN} - _NOT_DECODED  # a multi-picture file is opened as the JPEG that it begins with
+    return frozenset(suffix for suffix, name in known if name in decoded)
+
+
+def is_skipped(name: str) -> bool:
+    """Return True for a hidden file or folder, and for what operating systems and storage servers leave beside the data."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def is_image(name: str) -> bool:
+    """Return True if the suffix is that of a format that the installed Pillow decodes."""
+    return os.path.splitext(name)[1].lower() in suffixes()
+
+
+class _Tally:
+    """Counts what is left out, by reason."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[int, str]] = {}
+
+    def add(self, reason: str, path: str) -> None:
+        count, first = self._counts.get(reason, (0, path))
+        self._counts[reason] = (count + 1, min(first, path))
+
+    def result(self) -> tuple[LeftOut, ...]:
+        return tuple(LeftOut(reason, *self._counts[reason]) for reason in sorted(self._counts))
 
 
 _Built = tuple[Listing, list[str], list[int]]  # a listing, the folders it came from, and the stamps of each
@@ -60,7 +125,7 @@ def pack(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Li
 
 
 def of_folder(root: str | Path, cache: Path) -> Listing:
-    """All images below a folder, at any depth; symlinks are followed, names that start with a dot are skipped.
+    """All images below a folder, at any depth. Links are followed, and what `is_skipped` names is skipped.
 
     The list is kept in `cache` with the times at which each folder last changed, and made anew when one of them differs.
     Raises ValueError, naming a folder that cannot be listed.
@@ -78,77 +143,176 @@ def of_zip(path: str | Path, cache: Path) -> Listing:
     return _kept(root, cache, lambda: _central_directory(root))
 
 
-def of_file(path: str | Path) -> tuple[Listing, list[str]]:
-    """A text or CSV list, one `path` or `path,label` a line, relative to the list's folder; a first line `path,label` is skipped.
-
-    Returns:
-        The listing in the list's own order, and each label as written ("" where there is none).
-
-    Raises:
-        ValueError: the list is no text, or its first image does not exist (the others are met when they are read).
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        with open(path, newline="", encoding="utf-8") as lines:
-            rows = [row for row in csv.reader(lines, skipinitialspace=True) if row and row[0].strip()]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"data.root: {path} is not a list of paths: {error}") from None
-    if rows and rows[0][0].strip().lower() in ("path", "file", "filename", "image"):
-        del rows[0]
-    paths = [row[0].strip() for row in rows]
-    if paths and not os.path.exists(os.path.join(folder, paths[0])):
-        raise ValueError(f"data.root: {path} begins with {paths[0]!r}, which is not in {folder}; paths are relative to the list's folder")
-    return pack(folder, paths), [row[1].strip() if len(row) > 1 else "" for row in rows]
-
-
 def _walk(root: str) -> _Built:
-    """Each folder's time is read before its content, so that a change in between makes the list stale."""
+    """Each folder's time is read before its content, so that a change in between makes the list stale.
+
+    Folders behind links come last, in the order of their names. One that was listed already, or that contains the
+    root, is left out: its images would be in the list twice.
+    """
     images: list[str] = []
+    others: list[str] = []
     folders: list[str] = []
     stamps: list[int] = []
+    tally = _Tally()
     reported = time.monotonic()
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]  # and the folders above, against symlink loops
-    while waiting:
-        folder, above = waiting.pop()
+    seen = _identities_above(root)
+    waiting, links = [("", False)], list[str]()
+    while waiting or links:
+        folder, linked = waiting.pop() if waiting else (heapq.heappop(links), True)
         try:
             status = os.stat(os.path.join(root, folder))
-            if (status.st_dev, status.st_ino) in above:
+            identity = (status.st_dev, status.st_ino)
+            if linked and status.st_ino and identity in seen:
+                tally.add("links to folders that are listed already", folder)
                 continue
+            seen.add(identity)
             folders.append(folder)
             stamps.extend(_stamp(status))
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        waiting.append((os.path.join(folder, entry.name), above | {(status.st_dev, status.st_ino)}))
-                    elif entry.name.lower().endswith(SUFFIXES):
-                        images.append(os.path.join(folder, entry.name))
+                    path = os.path.join(folder, entry.name)
+                    kind = kind_of(entry)
+                    if kind == "folder" and entry.is_symlink():
+                        heapq.heappush(links, path)
+                    elif kind == "folder":
+                        waiting.append((path, linked))
+                    elif kind == "file":
+                        (images if is_image(entry.name) else others).append(path)
+                    else:
+                        tally.add(kind, path)
         except OSError as error:
             raise ValueError(f"data.root: {os.path.join(root, folder)} cannot be listed: {error.strerror}") from None
         if time.monotonic() - reported > 5:
             reported = time.monotonic()
             print(f"listing {root}: {len(images):,} images so far", file=sys.stderr, flush=True)
-    return pack(root, sorted(images, key=os.fsencode)), folders, stamps
+    images += _images_by_content(others, lambda path: _first_bytes(os.path.join(root, path)), tally)
+    return replace(pack(root, sorted(images, key=os.fsencode)), left_out=tally.result()), folders, stamps
+
+
+def _identities_above(root: str) -> set[tuple[int, int]]:
+    """Device and inode of each folder that contains the root."""
+    identities = set()
+    for above in Path(os.path.realpath(root)).parents:
+        with contextlib.suppress(OSError):
+            status = above.stat()
+            identities.add((status.st_dev, status.st_ino))
+    return identities
+
+
+def kind_of(entry: "os.DirEntry[str]") -> str:
+    """Return "folder", "file", or the reason to leave the entry out."""
+    if is_skipped(entry.name):
+        return "hidden or system entries"
+    with contextlib.suppress(OSError):  # a link to itself
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        if not entry.is_symlink() or os.path.exists(entry.path):
+            return "pipes, sockets or devices"
+    return "links to nothing"
+
+
+def holds_images_by_content(folder: str | Path, names: Sequence[str]) -> bool:
+    """Return True if one of some files of a folder is an image by its first bytes, whatever its name."""
+    paths = [os.path.join(folder, name) for name in names[:: max(1, len(names) // _SAMPLE)]]
+    return any(_MAGIC.match(_first_bytes(path)) for path in paths if os.path.isfile(path))
+
+
+def read_member(path: str | Path, name: str) -> bytes:
+    """The bytes of a zip's member, by its path with slashes."""
+    with zipfile.ZipFile(path) as archive:
+        member = next(each for each in archive.infolist() if member_name(each).removeprefix("./") == name)
+        return archive.read(member)
+
+
+def _first_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MAGIC_BYTES)
+    except OSError:
+        return b""
+
+
+def _images_by_content(paths: list[str], first_bytes: Callable[[str], bytes], tally: _Tally) -> list[str]:
+    """The images among files of other suffixes, or of none. All files of a suffix are tried where one of a sample is an image."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(paths, key=os.fsencode):
+        groups.setdefault(os.path.splitext(path)[1].lower(), []).append(path)
+    images = []
+    for suffix, group in groups.items():
+        reason = f"{suffix} files" if suffix else "files without a suffix"
+        sample = group[:: max(1, len(group) // _SAMPLE)]
+        readable = suffix not in _UNFINISHED and not suffix.endswith("~")
+        tried = readable and any(_MAGIC.match(first_bytes(path)) for path in sample)
+        for path in group:
+            if tried and _MAGIC.match(first_bytes(path)):
+                images.append(path)
+            else:
+                tally.add(reason, path)
+    return images
 
 
 def _central_directory(root: str) -> _Built:
     status = os.stat(root)
+    tally = _Tally()
     try:
         with zipfile.ZipFile(root) as archive:
-            members = [member for member in archive.infolist() if _is_image(member.filename)]
+            members, others = _members(archive, tally)
+
+            def first_bytes(path: str) -> bytes:
+                try:
+                    with archive.open(others[path]) as file:
+                        return file.read(_MAGIC_BYTES)
+                except (RuntimeError, NotImplementedError, OSError, zipfile.BadZipFile, EOFError, ValueError):
+                    return b""
+
+            members |= {path: others[path] for path in _images_by_content(list(others), first_bytes, tally)}
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
-    for member in members:
+    for path, member in members.items():
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"data.root: {root} holds {member.filename}, encrypted or of a rare compression; repack it with `zip -r -0`")
-    members.sort(key=lambda member: os.fsencode(member.filename))
-    spans = np.array([(member.header_offset, member.compress_size, member.compress_type) for member in members], np.int64).reshape(-1, 3)
-    return pack(root, [member.filename for member in members], spans), [""], _stamp(status)
+            raise ValueError(f"data.root: {root} holds {path}, encrypted or of a rare compression; repack it with `zip -r -0`")
+    paths = sorted(members, key=os.fsencode)
+    chosen = [members[path] for path in paths]
+    spans = np.array([(member.header_offset, member.compress_size, member.compress_type) for member in chosen], np.int64).reshape(-1, 3)
+    tables = tuple(path for path in sorted(others) if path.lower().endswith(TABLES))
+    return replace(pack(root, paths, spans), left_out=tally.result(), tables=tables[:1000]), [""], _stamp(status)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def _members(archive: zipfile.ZipFile, tally: _Tally) -> tuple[dict[str, zipfile.ZipInfo], dict[str, zipfile.ZipInfo]]:
+    """(images, other files) of an archive, by path with slashes, as if it had been unpacked into a folder."""
+    images: dict[str, zipfile.ZipInfo] = {}
+    others: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member_name(member)
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if not parts or name.endswith("/"):
+            continue
+        path = "/".join(parts)
+        if any(is_skipped(part) for part in parts if part != ".."):
+            tally.add("hidden or system entries", path)
+        elif name.startswith("/") or re.match("[A-Za-z]:/", name):
+            tally.add("members with absolute paths", name)
+        elif ".." in parts:
+            tally.add("members outside the archive", name)
+        elif stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+            tally.add("links, pipes or devices", path)
+        else:
+            found = images if is_image(path) else others
+            if path in found:
+                tally.add("earlier members of the same name", path)
+            found[path] = member
+    return images, others
+
+
+def member_name(member: zipfile.ZipInfo) -> str:
+    """The member's path with slashes. Windows writes backslashes, and macOS writes UTF-8 without saying so."""
+    name = member.filename
+    if not member.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
 
 
 def _stamp(status: os.stat_result) -> list[int]:
@@ -162,9 +326,11 @@ def _kept(root: str, cache: Path, build: Callable[[], _Built]) -> Listing:
     with contextlib.suppress(Exception):  # absent, damaged, of another format, or a folder is gone: build anew
         with np.load(path, allow_pickle=False) as file:
             kept = {name: file[name] for name in file.files}
-        listing = Listing(root, kept["packed"], kept["ends"], kept["spans"])
+        more = json.loads(kept["more"].tobytes())
+        left_out = tuple(LeftOut(*each) for each in more["left_out"])
+        listing = Listing(root, kept["packed"], kept["ends"], kept["spans"], left_out=left_out, tables=tuple(more["tables"]))
         folders = Listing(root, kept["folders"], kept["folder_ends"], listing.spans)
-        same = int(kept["format"]) == _FORMAT and kept["root"].tobytes() == os.fsencode(root)
+        same = int(kept["format"]) == _FORMAT and kept["root"].tobytes() == os.fsencode(root) and more["pillow"] == PIL.__version__
         now = [number for folder in folders.paths() for number in _stamp(os.stat(os.path.join(root, folder) if folder else root))]
         if same and now == kept["stamps"].tolist():
             return listing
@@ -179,6 +345,8 @@ def _kept(root: str, cache: Path, build: Callable[[], _Built]) -> Listing:
 
 def _write(path: Path, listing: Listing, folders: Listing, stamps: list[int]) -> None:
     """Written beside and renamed, so that a reader on another rank never sees half a file."""
+    left_out = [(each.reason, each.count, each.first) for each in listing.left_out]
+    more = {"left_out": left_out, "tables": listing.tables, "pillow": PIL.__version__}
     handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -192,6 +360,7 @@ def _write(path: Path, listing: Listing, folders: Listing, stamps: list[int]) ->
                 folders=folders.packed,
                 folder_ends=folders.ends,
                 stamps=np.array(stamps, np.int64),
+                more=np.frombuffer(json.dumps(more).encode(), np.uint8),  # ASCII: bytes that are no UTF-8 are escaped
             )
         os.replace(beside, path)
     except BaseException:

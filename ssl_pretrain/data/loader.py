@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssl_pretrain import distributed
 from ssl_pretrain.data import compiled, device_cache, order, workers
-from ssl_pretrain.data.sources import Beton, DataConfig, Source, UnreadableImage, open_source
+from ssl_pretrain.data.sources import Beton, DataConfig, Source, UnreadableImage, layout_lines, open_source
 from ssl_pretrain.data.threads import Threads
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
 from ssl_pretrain.views import colour, crops, describe, recipe
@@ -249,7 +249,7 @@ def build(
         source = open_source(data, "train")
     how, why = choose(data, source)
     if distributed.is_main():
-        print(f"data.loader: {how}: {why}", file=sys.stderr, flush=True)
+        print(*layout_lines(data, source), f"data.loader: {how}: {why}", sep="\n", file=sys.stderr, flush=True)
     batches = Loader(
         source,
         views,

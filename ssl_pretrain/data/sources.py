@@ -1,22 +1,24 @@
 """Where images come from: scikit-learn's digits, CIFAR-10, or any folder, zip or list of files.
 
-A class-per-folder tree (ImageNet's layout) is one whose images all lie in <class>/<file>, with two classes or more;
-in any other tree the images have no labels (-1), and only what needs labels or a validation part says so.
+The class of an image is its first folder, as torchvision's ImageFolder has it. An image beside the class folders has no
+label (-1); so have all images where there is one folder or none. Only evaluations and supervised methods need labels.
 
     source: digits                                   1,797 embedded images, nothing to download
     source: cifar10   root: "" | folder | .zip       train/<class>/, test/<class>/; "" downloads
     source: folder    root: /data/imagenet           train/<class>/, val/<class>/
-                      root: /data/photos             no train/ in it: everything below is for training
+                      root: /data/photos             nothing in it looks like a split: everything below is for training
                       root: /data/sample.zip         either layout, read in place
-                      root: /data/train.csv          lines of path or path,label
+                      root: /data/train.csv          a list of paths, with labels or without
                       root: /data/train.beton        written by `python -m ssl_pretrain.data.beton write`,
                                                      or a folder with train.beton and val.beton, or with their shards
 """
 
 import copy
+import errno
 import hashlib
 import importlib.util
 import os
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +27,24 @@ from typing import Any, Literal
 import numpy as np
 
 from ssl_pretrain import draws
-from ssl_pretrain.data import beton_file, cifar10, listing, parts
+from ssl_pretrain.data import beton_file, cifar10, labels, listing, splits
 from ssl_pretrain.data.beton_file import Samples
+from ssl_pretrain.data.file_lists import role
 from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.listing import Listing
 
 _DIGITS_PER_CLASS = 50  # held out; 10 classes
-_KINDS = "give a folder, a .zip, a .beton, or a list of files (.csv, .txt)"
+_KINDS = "give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
+_SHOWN = 8  # reasons to leave files out that are named
+_TABLES_NOT_READ = (".parquet", ".feather", ".xlsx", ".xls", ".ods", ".json", ".jsonl", ".pkl", ".npy", ".npz", ".h5", ".mat")
 
 
 @dataclass
 class DataConfig:
     source: Literal["digits", "cifar10", "folder"] = "folder"
     root: str = ""               # a folder, a .zip, a list of files, or a .beton
-    train: str = "train"         # sub-folder or list file in root; where root has no train/, root itself
-    val: str = "val"             # the same for validation; cifar10 has test/
+    train: str = ""              # folder, list, .zip or .beton of the training images, absolute or in root; .: root; "": found by its name
+    val: str = ""                # the same for validation; none: there is none
     subset: int = 0              # use this many training images, a fixed random choice; 0: all
     num_workers: int = 4         # per rank: threads (ffcv) or processes (folder) that decode and crop; 0: one thread, or no process
     loader: Literal["auto", "ffcv", "folder"] = "auto"       # auto: ffcv for a .beton where FFCV is installed; the run says which and why
@@ -59,6 +64,7 @@ class Source:
         self.where = where
         self.labels = labels.astype(np.int64)
         self.classes = classes
+        self.notes: list[str] = []  # how the layout was read, and what was left out
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -140,7 +146,7 @@ class Files(Source):
     def content(self, index: int) -> bytes:
         """The file's bytes as they are stored. Raises UnreadableImage."""
         try:
-            return self._from_zip(index) if len(self.files.spans) else Path(self.files.root, self.files.path(index)).read_bytes()
+            return self._from_zip(index) if len(self.files.spans) else _read_regular(os.path.join(self.files.root, self.files.path(index)))
         except (OSError, zlib.error) as error:
             raise UnreadableImage(f"{self.name(index)}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -222,14 +228,19 @@ class NoSuchSplit(ValueError):
     """The data set has no folder or list of that name."""
 
 
-def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
-    """The images of one part. Class numbers are those of the training part, in both.
+def open_source(config: DataConfig, split: Literal["train", "val"], classes: list[str] | None = None) -> Source:
+    """The images of one split. Class numbers are those of the training split, in both.
+
+    Args:
+        config: The data set.
+        split: Which of its splits.
+        classes: Those of the training split, where it is open already.
 
     Raises:
-        ValueError: the folder is absent, empty, or has no such part; names the key, the value and a remedy.
+        ValueError: the folder is absent, empty, or has no such split; names the key, the value and a remedy.
     """
     if split not in ("train", "val"):
-        raise ValueError(f"split: {split!r} is not a part of a data set; choose one of: train, val")
+        raise ValueError(f"split: {split!r} is not a split of a data set; choose one of: train, val")
     if config.source not in ("digits", "cifar10", "folder"):
         raise ValueError(f"data.source: {config.source!r} is not a source; choose one of: digits, cifar10, folder")
     if config.source == "digits":
@@ -239,21 +250,109 @@ def open_source(config: DataConfig, split: Literal["train", "val"]) -> Source:
     if stored is not None:
         beton = Beton(beton_file.read(stored))
         return _subset(beton, config.subset) if split == "train" else beton
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache()
-    root = _root(config, cache)
-    if split == "train":
-        where, files, written = _train(config, root, cache)
-        return _subset(Files(where, files, *parts.labels(where, files, written, None)), config.subset)
-    name = "test" if config.source == "cifar10" else config.val
-    found = parts.find(root if root.suffix != ".beton" else root.parent, name, cache)
-    if found is None:
-        raise NoSuchSplit(
-            f"data.val: {root} has no folder or list {name!r}; name the one that holds the validation images,"
-            " or leave out what needs a validation part"
-        )
-    where, files, written = found
-    _check_not_empty(where, files)
-    return Files(where, files, *parts.labels(where, files, written, _classes(config, root, cache)))
+    opened = _Opened(config, classes)
+    return _subset(opened.files("train"), config.subset) if split == "train" else opened.files("val")
+
+
+def layout_lines(config: DataConfig, train: Source) -> list[str]:
+    """Lines for the start of a run: which folder is which split, how many images and labels, and what was left out.
+
+    Args:
+        config: The data set.
+        train: Its training images, opened.
+    """
+    notes = list(train.notes)
+    try:
+        val = open_source(config, "val", train.classes)
+        validation = f"{val.where}: {counts(val)}"
+        notes += [note for note in val.notes if note not in notes]
+    except (ValueError, OSError) as error:
+        validation = f"none ({error})"
+    return [f"data: training {train.where}: {counts(train)}; validation {validation}", *(f"data: {note}" for note in notes)]
+
+
+def counts(source: Source) -> str:
+    """How many images, classes and images without a label a source has."""
+    images = f"{len(source):,} image" + ("s" if len(source) != 1 else "")
+    missing = int((source.labels < 0).sum())
+    if missing == len(source):
+        return f"{images}, no labels"
+    present = np.unique(source.labels[source.labels >= 0])
+    names = ", ".join(source.classes[label] for label in present[:3]) + (", ..." if len(present) > 3 else "")
+    of_all = f" of {len(source.classes):,}" if len(present) < len(source.classes) else ""
+    return f"{images}, {len(present):,}{of_all} classes ({names})" + (f", {missing:,} without a label" if missing else "")
+
+
+class _Opened:
+    """A data set of image files: its root, its splits, and their labels."""
+
+    def __init__(self, config: DataConfig, classes: list[str] | None = None):
+        self.config, self.known = config, classes
+        self.cache = Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache()
+        self.root = _root(config, self.cache)
+        names = ("train", "test") if config.source == "cifar10" else ("", "")
+        train, val = config.train or names[0], config.val or names[1]
+        if _is_stored(config, "train"):  # beside a .beton for training lie the folders of other splits
+            self.root = self.root if self.root.is_dir() else self.root.parent
+            train = ""
+        self.splits = splits.locate(self.root, train, val, self.cache)
+
+    def files(self, split: Literal["train", "val"]) -> Files:
+        """The images of a split with their labels."""
+        place = self.splits.train if split == "train" else self.splits.val
+        if place is None:
+            raise (ValueError if split == "train" or self.splits.train_error else NoSuchSplit)(self._absent(split))
+        role = "train" if split == "train" else self.splits.val_role
+        key = f"data.{split}" if place.path != self.root or place.within else "data.root"
+        content = splits.content(place, role, self.cache, key)
+        where = place.where
+        if not len(content.files):
+            raise ValueError(_empty(where, content.files))
+        classes = None if split == "train" else self._classes()
+        root = splits.tree(self.root, self.cache)
+        tree = splits.tree(place.path, self.cache)
+        tree = tree if not place.within else splits.inner(tree, place.within)
+        labelled = labels.assign(where, content, classes, labels.table_names(where, role), tree, root)
+        source = Files(where, content.files, labelled.numbers, labelled.classes)
+        source.notes = [*(self.splits.notes if split == "train" else ()), *content.notes, *labelled.notes, *_left_out(content.files)]
+        return source
+
+    def _absent(self, split: str) -> str:
+        if split == "train" and self.config.source == "cifar10":
+            return f"data.root: {self.root} has no folder 'train'; CIFAR-10 is train/<class>/ and test/<class>/, in a folder or a .zip"
+        if self.splits.train_error and (split == "train" or not _is_stored(self.config, "train")):
+            return self.splits.train_error
+        return self.splits.val_error
+
+    def _classes(self) -> list[str]:
+        """Those of the training split, whose numbers the validation split has too."""
+        if self.known is not None:
+            return self.known
+        stored = _stored(self.config, "train")
+        if stored is not None:
+            return Beton(beton_file.read(stored)).classes
+        return self.files("train").classes
+
+
+def _left_out(files: Listing) -> list[str]:
+    """A note on what is not read, the most frequent reason first."""
+    reasons = sorted(files.left_out, key=lambda each: -each.count)
+    shown = [f"{each.count:,} {each.reason} (first: {each.first})" for each in reasons[:_SHOWN]]
+    more = sum(each.count for each in reasons[_SHOWN:])
+    return [f"left out in {files.root}: {', '.join(shown)}" + (f", and {more:,} more" if more else "")] if shown else []
+
+
+def _empty(where: str, files: Listing) -> str:
+    return "; ".join([f"data.root: {where} holds no image that Pillow decodes, at any depth", *_left_out(files)])
+
+
+def _read_regular(path: str) -> bytes:
+    """The bytes of a regular file. A pipe, which a list may name, is refused and not waited for."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return file.read()
 
 
 def _user_cache() -> Path:
@@ -263,40 +362,60 @@ def _user_cache() -> Path:
 
 
 def _stored(config: DataConfig, split: str) -> Path | None:
-    """The .beton of a part: `root` itself, or what lies in it or beside it under the part's name."""
+    """The .beton of a split: `root` itself, what `data.train` or `data.val` names, or what lies in root under the split's name."""
+    named = config.train if split == "train" else config.val
+    if named.lower().endswith(".beton"):
+        return _folder_of(config) / Path(named).expanduser()
     if not config.root:
         return None
     root = Path(config.root).expanduser()
     if split == "train" and root.suffix.lower() == ".beton":
         return root
-    names = [config.train] if split == "train" else ["test", "val"] if config.source == "cifar10" else [config.val]
-    found = [beton_file.find(root if root.is_dir() else root.parent, name) for name in names if _prefers_stored(config, root, name)]
+    if named:
+        names = [named]
+    elif split == "train":
+        names = ["train"]
+    else:
+        names = ["test", "val"] if config.source == "cifar10" else ["val", "test"]
+    found = [_beton(_folder_of(config), name) for name in names if _prefers_stored(config, root, name)]
     return next((path for path in found if path is not None), None)
 
 
-def _prefers_stored(config: DataConfig, root: Path, part: str) -> bool:
+def _beton(folder: Path, name: str) -> Path | None:
+    """The .beton of a split by its name, or by another usual spelling of it."""
+    exact = beton_file.find(folder, name)
+    if exact is not None or role(name) is None:
+        return exact
+    spellings = sorted({path.name.split(".")[0].split("-0")[0] for path in folder.glob("*.beton")})
+    found = [beton_file.find(folder, stem) for stem in spellings if role(stem) == role(name)]
+    return next((path for path in found if path is not None), None)
+
+
+def _folder_of(config: DataConfig) -> Path:
+    root = Path(config.root).expanduser()
+    return root if root.is_dir() else root.parent
+
+
+def _is_stored(config: DataConfig, split: str) -> bool:
+    return _stored(config, split) is not None
+
+
+def _prefers_stored(config: DataConfig, root: Path, name: str) -> bool:
     """A folder of images beside the .beton is taken where FFCV is absent, or where the config asks for folders."""
-    if not (root / part).is_dir() or config.loader == "ffcv":
+    folders = [each for each in root.iterdir() if role(each.name) == role(name) and each.is_dir()] if root.is_dir() and role(name) else []
+    if not (folders or (root / name).is_dir()) or config.loader == "ffcv":
         return root.is_dir() or root.suffix.lower() == ".beton"
     return config.loader == "auto" and importlib.util.find_spec("ffcv") is not None
 
 
-def _classes(config: DataConfig, root: Path, cache: Path) -> list[str]:
-    """Those of the training part, whose numbers the validation part has too."""
-    stored = _stored(config, "train")
-    if stored is not None:
-        return Beton(beton_file.read(stored)).classes
-    where, files, written = _train(config, root, cache)
-    return parts.labels(where, files, written, None)[1]
-
-
 def require_labels(source: Source, what: str) -> None:
     """Nothing if every image has a label; else ValueError saying that `what` needs them and how to give them."""
-    missing = int((source.labels < 0).sum())
-    if missing:
-        number = "no" if missing == len(source) else f"{len(source) - missing} of {len(source)}"
+    missing = np.flatnonzero(source.labels < 0)
+    if len(missing):
+        number = "no" if len(missing) == len(source) else f"{len(source) - len(missing)} of {len(source)}"
+        first = "" if len(missing) == len(source) else f" (the first without a label: {source.name(int(missing[0]))})"
         raise ValueError(
-            f"data.root: {what} needs labels, and {source.where} has {number} labelled images;"
+            f"data.root: {what} needs labels, and {source.where} has {number} labelled images{first};"
             " put the images in one folder per class (<class>/<file>), or list them in a CSV as path,label"
         )
 
@@ -305,30 +424,17 @@ def _root(config: DataConfig, cache: Path) -> Path:
     root = Path(config.root).expanduser()
     if config.source == "cifar10" and (not config.root or (root / "cifar-10-batches-py").is_dir()):
         return cifar10.packed(config.root, cache)
+    if not config.root and os.path.isabs(os.path.expanduser(config.train)):
+        return Path(config.train).expanduser()
     if not config.root:
         raise ValueError(f"data.root: not set; {_KINDS}, as in data.root=/data/imagenet")
     if not root.exists():
         raise ValueError(f"data.root: {root} does not exist; {_KINDS}")
-    if root.is_file() and root.suffix.lower() not in (".zip", ".csv", ".txt", ".beton"):
+    if root.suffix.lower() in _TABLES_NOT_READ and root.is_file():
+        raise ValueError(f"data.root: {root} is a table of a kind that is not read; save it as .csv, with the columns path and label")
+    if not root.is_dir() and (not root.is_file() or root.suffix.lower() not in (".zip", *listing.TABLES, ".beton")):
         raise ValueError(f"data.root: {root} is a file of a kind that is not read; {_KINDS}")
     return root
-
-
-def _train(config: DataConfig, root: Path, cache: Path) -> tuple[str, Listing, list[str] | None]:
-    is_list = root.is_file() and root.suffix.lower() != ".zip"
-    found = None if is_list else parts.find(root, config.train, cache)
-    if found is None and config.source == "cifar10":
-        raise ValueError(f"data.root: {root} has no folder 'train'; CIFAR-10 is train/<class>/ and test/<class>/, in a folder or a .zip")
-    if found is None and config.train != DataConfig.train and not is_list:
-        raise ValueError(f"data.train: {root} has no folder or list {config.train!r}; name the one that holds the training images")
-    where, files, written = found or parts.whole(root, config.val, cache)
-    _check_not_empty(where, files)
-    return where, files, written
-
-
-def _check_not_empty(where: str, files: Listing) -> None:
-    if not len(files):
-        raise ValueError(f"data.root: {where} holds no image; looked at every depth for {' '.join(listing.SUFFIXES)}")
 
 
 def _subset(source: Source, size: int) -> Source:

@@ -33,8 +33,7 @@ def test_counts_sizes_modes_and_colours(root, capsys):
     assert inspect.main([str(root)]) == 0
     printed = capsys.readouterr().out
     for line in (
-        f"training: {root}/train: 8 images, 2 classes",
-        f"validation: none (data.val: {root} has no folder or list 'val';",
+        f"data: training {root}/train: 8 images, 2 classes (a, b); validation none (data.val: {root} has no folder or list for validation,",
         "images per class: min 2, median 4, max 6",
         "          2  b",
         "          6  a",

@@ -70,7 +70,7 @@ def test_class_folders_without_train(tmp_path, opened):
     assert names(source) == ["cat/1.png", "dog/2.png"] and source.classes == ["cat", "dog"]
 
 
-TREES = {"flat": "1.png 2.png", "mixed": "a/1.png a/b/2.png 3.png", "deep": "a/b/1.png a/c/2.png", "one folder": "only/1.png only/2.png"}
+TREES = {"flat": "1.png 2.png", "mixed": "a/1.png a/b/2.png 3.png", "one folder": "only/1.png only/2.png"}
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -79,6 +79,11 @@ def test_other_trees_have_no_labels(tree, tmp_path, opened):
     source = opened(plant(tmp_path / "data", *files))
     assert names(source) == sorted(files)
     assert source.labels.tolist() == [-1] * len(files) and source.classes == []
+
+
+def test_folders_around_the_class_folders_are_no_classes(tmp_path, opened):
+    source = opened(plant(tmp_path / "data", "a/b/1.png", "a/c/2.png"))
+    assert (source.classes, source.labels.tolist()) == (["b", "c"], [0, 1])
 
 
 def test_a_wrapping_folder_is_seen_through(tmp_path, opened):
@@ -294,36 +299,33 @@ class TestList:
 class TestMessages:
     def test_what_to_open(self, tmp_path, opened):
         assert message(opened, "") == (
-            "data.root: not set; give a folder, a .zip, a .beton, or a list of files (.csv, .txt), as in data.root=/data/imagenet"
+            "data.root: not set; give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
         )
         assert message(opened, tmp_path / "absent") == (
-            f"data.root: {tmp_path}/absent does not exist; give a folder, a .zip, a .beton, or a list of files (.csv, .txt)"
+            f"data.root: {tmp_path}/absent does not exist; give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
         )
         (tmp_path / "a.tar").write_text("")
         assert message(opened, tmp_path / "a.tar") == (
-            f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a folder, a .zip, a .beton, or a list of files (.csv, .txt)"
+            f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
         )
         assert message(opened, tmp_path, source="cifar") == "data.source: 'cifar' is not a source; choose one of: digits, cifar10, folder"
 
     def test_empty(self, tmp_path, opened):
         (tmp_path / "empty").mkdir()
-        suffixes = ".bmp .gif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp"
-        assert message(opened, tmp_path / "empty") == (
-            f"data.root: {tmp_path}/empty holds no image; looked at every depth for {suffixes}"
-        )
+        assert message(opened, tmp_path / "empty") == f"data.root: {tmp_path}/empty holds no image that Pillow decodes, at any depth"
         (tmp_path / "empty.csv").write_text("path,label\n")
         assert message(opened, tmp_path / "empty.csv").startswith(f"data.root: {tmp_path}/empty.csv holds no image")
 
     def test_parts(self, tmp_path, opened):
         root = plant(tmp_path / "data", "a/1.png", "b/2.png")
         assert message(opened, root, "val") == (
-            f"data.val: {root} has no folder or list 'val'; name the one that holds the validation images,"
-            " or leave out what needs a validation part"
+            f"data.val: {root} has no folder or list for validation, such as val/; it has a/, b/;"
+            " name the one that holds the validation images, or leave out what needs a validation split"
         )
         assert message(opened, root, train="trian") == (
-            f"data.train: {root} has no folder or list 'trian'; name the one that holds the training images"
+            f"data.train: {root} has no folder or list 'trian'; it has a/, b/; name the one that holds the training images"
         )
-        assert message(opened, root, "test") == "split: 'test' is not a part of a data set; choose one of: train, val"
+        assert message(opened, root, "test") == "split: 'test' is not a split of a data set; choose one of: train, val"
         assert message(opened, root, source="cifar10") == (
             f"data.root: {root} has no folder 'train'; CIFAR-10 is train/<class>/ and test/<class>/, in a folder or a .zip"
         )
@@ -332,7 +334,7 @@ class TestMessages:
     def test_classes(self, tmp_path, opened):
         root = plant(tmp_path / "data", "train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png")
         assert message(opened, root, "val") == (
-            f"data.val: {root}/val has the class 'c', which the training part has not; it has a, b"
+            f"data.val: {root}/val has the class 'c', which the training split has not; it has a, b"
         )
 
     def test_lists(self, tmp_path, opened):
@@ -370,7 +372,7 @@ class TestMessages:
         )
         (tmp_path / "data" / "list.csv").write_text("1.png,x\n2.png\n")
         partly = opened(tmp_path / "data" / "list.csv")
-        assert "has 1 of 2 labelled images;" in message(require_labels, partly, "k-NN")
+        assert f"has 1 of 2 labelled images (the first without a label: {tmp_path}/data/2.png);" in message(require_labels, partly, "k-NN")
         require_labels(open_source(DataConfig("digits"), "train"), "k-NN")
 
     def test_images(self, tmp_path, opened):

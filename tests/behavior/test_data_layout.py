@@ -1,0 +1,341 @@
+"""How a data set on disk is read: which images are trained on, which are held out, and what their labels are.
+
+The commands run in this process, as a start costs seconds and there are many layouts. Two tests start a real run.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import runpy
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import commands
+import pytest
+
+Inspect = Callable[..., "Seen"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a command says about a data set: its exit status and its output, with ROOT for the data set's path."""
+
+    status: int
+    text: str
+
+    @property
+    def first(self) -> str:
+        return self.text.partition("\n")[0]
+
+
+@pytest.fixture
+def inspect(tmp_path, monkeypatch, capsys) -> Inspect:
+    """Run `python -m ssl_pretrain.data.inspect ROOT ...`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def call(root: Path, *arguments: str) -> Seen:
+        monkeypatch.setattr(sys, "argv", ["inspect", str(root), *arguments])
+        with pytest.raises(SystemExit) as caught, pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, "ssl_pretrain.data.inspect", raising=False)
+            runpy.run_module("ssl_pretrain.data.inspect", run_name="__main__")
+        out, err = capsys.readouterr()
+        return Seen(int(caught.value.code or 0), (out + err).replace(str(root), "ROOT"))
+
+    return call
+
+
+def tree(folder: Path, names: str) -> Path:
+    return commands.write_images(folder / "data", names.split())
+
+
+def archive(folder: Path, members: list[str]) -> Path:
+    """A zip with these member names as they are, as other systems write them."""
+    image = io.BytesIO()
+    commands.noise(0).save(image, "PNG")
+    with zipfile.ZipFile(folder / "data.zip", "w") as file:
+        for name in members:
+            member = zipfile.ZipInfo()
+            member.filename = name
+            file.writestr(member, image.getvalue())
+    return folder / "data.zip"
+
+
+SPLITS = {
+    "other case, flat": (
+        "Train/1.png Train/2.png Val/3.png",
+        "data: training ROOT/Train: 2 images, no labels; validation ROOT/Val: 1 image, no labels",
+    ),
+    "longer names, sorted": (
+        "training/a/1.png training/b/2.png validation/b/3.png",
+        "data: training ROOT/training: 2 images, 2 classes (a, b); validation ROOT/validation: 1 image, 1 of 2 classes (b)",
+    ),
+    "test images alone": (
+        "TRAIN/a/1.png TRAIN/b/2.png TEST/3.png",
+        "data: training ROOT/TRAIN: 2 images, 2 classes (a, b); validation ROOT/TEST: 1 image, no labels",
+    ),
+    "held out beside class folders": (
+        "a/1.png b/2.png test/3.png dev/a/4.png",
+        "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT/dev: 1 image, 1 of 2 classes (a)",
+    ),
+    "below folders that wrap them": (
+        "ILSVRC/Data/CLS-LOC/train/n1/1.png ILSVRC/Data/CLS-LOC/train/n2/2.png ILSVRC/Data/CLS-LOC/val/n1/3.png",
+        "data: training ROOT/ILSVRC/Data/CLS-LOC/train: 2 images, 2 classes (n1, n2);"
+        " validation ROOT/ILSVRC/Data/CLS-LOC/val: 1 image, 1 of 2 classes (n1)",
+    ),
+    "a folder between": (
+        "train/a/1.png train/b/2.png val/more/a/3.png val/more/b/4.png",
+        "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 images, 2 classes (a, b)",
+    ),
+    "a class is missing in val": (
+        "train/a/1.png train/b/2.png train/c/3.png val/c/4.png val/b/5.png",
+        "data: training ROOT/train: 3 images, 3 classes (a, b, c); validation ROOT/val: 2 images, 2 of 3 classes (b, c)",
+    ),
+    "classes in val alone": (
+        "train/1.png train/2.png val/a/3.png val/b/4.png",
+        "data: training ROOT/train: 2 images, no labels; validation ROOT/val: 2 images, 2 classes (a, b)",
+    ),
+    "deeper class folders": (
+        "train/n1/images/1.png train/n2/images/2.png train/n2/3.png val/n1/images/4.png",
+        "data: training ROOT/train: 3 images, 2 classes (n1, n2); validation ROOT/val: 1 image, 1 of 2 classes (n1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SPLITS)
+def test_first_line_says_which_folder_is_which_split(layout, tmp_path, inspect):
+    names, expected = SPLITS[layout]
+    seen = inspect(tree(tmp_path, names))
+    assert (seen.first, seen.status) == (expected, 0)
+
+
+ALL = "or give data.train=. if all images there are for training\n"
+REFUSED = {
+    "years": (
+        "train2017/1.png val2017/2.png",
+        "ROOT holds train2017/, val2017/, which are called like splits; say which is which, as in data.train=train2017 data.val=val2017",
+    ),
+    "words": (
+        "cat/1.png dog/2.png test_images/3.png",
+        "ROOT holds test_images/, which are called like splits; say which is which, as in data.val=test_images",
+    ),
+    "splits inside classes": (
+        "bottle/train/1.png bottle/test/2.png cable/train/3.png cable/test/4.png",
+        "ROOT has splits inside its folders (bottle/train/, bottle/test/); name them, or a list of the training images,"
+        " as in data.train=bottle/train data.val=bottle/test",
+    ),
+    "held-out images alone": (
+        "val/a/1.png test/b/2.png",
+        "ROOT holds test/, val/ and no training images; say where they are, as in data.train=FOLDER",
+    ),
+    "a class called train": (
+        "bus/1.png car/2.png train/3.png",
+        "ROOT holds train/ beside bus/, car/, so it may be the training split or one class of several; say which, as in data.train=train",
+    ),
+    "two training splits": (
+        "train/1.png Training/2.png val/3.png",
+        "ROOT holds Training and train; say which has the training images, as in data.train=Training",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_what_may_be_splits_is_refused(layout, tmp_path, inspect):
+    names, expected = REFUSED[layout]
+    assert inspect(tree(tmp_path, names)) == Seen(2, f"data.train: {expected}, {ALL}")
+
+
+def test_keys_name_the_splits(tmp_path, inspect):
+    root = tree(tmp_path, "train2017/1.png val2017/2.png val2017/3.png extra/4.png")
+    named = inspect(root, "--train", "train2017", "--val", str(root / "val2017"))
+    assert named.first == "data: training ROOT/train2017: 1 image, no labels; validation ROOT/val2017: 2 images, no labels"
+    assert inspect(root, "--train", ".").first.startswith("data: training ROOT: 4 images, 3 classes (extra, train2017, val2017); validation none (")
+    rest = inspect(root, "--train", ".", "--val", "val2017")
+    assert rest.first == "data: training ROOT: 2 images, 2 classes (extra, train2017); validation ROOT/val2017: 2 images, no labels"
+    assert inspect(root, "--train", "trian") == Seen(
+        2,
+        "data.train: ROOT has no folder or list 'trian'; it has extra/, train2017/, val2017/; name the one that holds the training images\n",
+    )
+
+
+def test_a_stray_image_costs_no_other_label(tmp_path, inspect):
+    seen = inspect(tree(tmp_path, "train/a/1.png train/b/2.png train/logo.png val/a/3.png val/b/4.png val/sheet.png"))
+    lines = seen.text.splitlines()
+    assert lines[:3] == [
+        "data: training ROOT/train: 3 images, 2 classes (a, b), 1 without a label;"
+        " validation ROOT/val: 3 images, 2 classes (a, b), 1 without a label",
+        "data: 1 of 3 images in ROOT/train have no label (first: logo.png)",
+        "data: 1 of 3 images in ROOT/val have no label (first: sheet.png)",
+    ]
+
+
+FOREIGN = (
+    ".hidden/1.png __MACOSX/a/2.png @eaDir/3.png lost+found/4.png $RECYCLE.BIN/5.png .ipynb_checkpoints/6.png"
+    " train/.ipynb_checkpoints/7.png train/a/._1.png train/a/@eaDir/8.png val/a/Thumbs.db.png"
+)
+
+
+def test_folders_and_archives_skip_the_same(tmp_path, inspect):
+    names = f"{FOREIGN} train/a/1.png train/b/2.png val/a/3.png"
+    root = tree(tmp_path, names)
+    expected = "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 images, 1 of 2 classes (a)"
+    assert inspect(root).first == expected
+    assert inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root))).first == expected
+
+
+ARCHIVES = {
+    "Windows": [r"train\a\1.png", r"train\b\2.png", r"val\a\3.png", r"val\a\Thumbs.db"],
+    "macOS": ["d/train/a/1.png", "d/train/b/2.png", "d/val/a/3.png", "__MACOSX/d/train/a/._1.png", "d/.DS_Store"],
+    "leading dots": ["./train/a/1.png", "./train/b/2.png", "./val/a/3.png"],
+    "outside": ["train/a/1.png", "train/b/2.png", "val/a/3.png", "/train/c/4.png", "../train/c/5.png", "C:/train/c/6.png", "train/../x.png"],
+}
+
+
+@pytest.mark.parametrize("system", ARCHIVES)
+def test_archives_of_other_systems(system, tmp_path, inspect):
+    seen = inspect(archive(tmp_path, ARCHIVES[system]))
+    below = "ROOT/d" if system == "macOS" else "ROOT"
+    assert seen.first == (
+        f"data: training {below}/train: 2 images, 2 classes (a, b); validation {below}/val: 1 image, 1 of 2 classes (a)"
+    )
+    if system == "outside":
+        assert "left out in ROOT: 2 members outside the archive (first: ../train/c/5.png), 2 members with absolute paths (first: /train" in seen.text
+
+
+def test_what_is_not_read_is_counted_and_named(tmp_path, inspect):
+    root = tree(tmp_path, "train/a/1.png train/b/2.png")
+    folder = root / "train" / "a"
+    image = (folder / "1.png").read_bytes()
+    for name in ("2.jfif", "3.unknown", "without"):  # what Pillow decodes, whatever its name
+        (folder / name).write_bytes(image)
+    (folder / "4.jpg.part").write_bytes(image)
+    (folder / "notes.txt").write_text("no image")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "itself.png").symlink_to("itself.png")
+    (folder / "up").symlink_to("../..")
+    (root / "train" / "c").symlink_to("b")
+    seen = inspect(root)
+    assert seen.status == 0
+    assert seen.first.startswith("data: training ROOT/train: 5 images, 2 classes (a, b); validation none (")
+    assert seen.text.splitlines()[1] == (
+        "data: left out in ROOT/train: 2 links to folders that are listed already (first: a/up), 2 links to nothing (first: a/gone.png),"
+        " 1 .part files (first: a/4.jpg.part), 1 .txt files (first: a/notes.txt), 1 pipes, sockets or devices (first: a/pipe.png)"
+    )
+
+
+def ground_truth(root: Path) -> None:
+    (root / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
+    (root / "map_clsloc.txt").write_text("n2 1 cat\nn1 2 dog\n")
+
+
+TABLES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "Tiny ImageNet": (
+        "val/images/val_0.png val/images/val_1.png",
+        lambda root: (root / "val" / "val_annotations.txt").write_text("val_0.png\tn1\t0\t0\t9\t9\nval_1.png\tn2\t0\t0\t9\t9\n"),
+    ),
+    "LOC_val_solution": (
+        "val/ILSVRC2012_val_1.png val/ILSVRC2012_val_2.png",
+        lambda root: (root / "LOC_val_solution.csv").write_text(
+            "ImageId,PredictionString\nILSVRC2012_val_2,n2 85 1 49 27 n2 1 2 3 4 \nILSVRC2012_val_1,n1 5 1 9 2 \n"
+        ),
+    ),
+    "val.csv": ("val/x.png val/y.png", lambda root: (root / "val.csv").write_text("name;class\ny.png;n2\nx.png;n1\n")),
+    "ILSVRC2012's ground truth": ("val/ILSVRC2012_val_00000001.png val/ILSVRC2012_val_00000002.png", ground_truth),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_unsorted_validation_images_get_labels_from_a_table(table, tmp_path, inspect):
+    names, write = TABLES[table]
+    root = tree(tmp_path, f"train/n1/images/1.png train/n2/images/2.png train/n3/images/3.png {names}")
+    write(root)
+    seen = inspect(root)
+    assert "; validation ROOT/val: 2 images, 2 of 3 classes (n1, n2)" in seen.first
+    assert "data: labels of ROOT/val from ROOT/" in seen.text
+
+
+def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
+    root = tree(tmp_path, "train/n1/1.png train/n2/2.png val/x.png val/y.png")
+    (root / "val.txt").write_text("x.png 0\ny.png 1\n")  # numbers of classes in an order that nobody states
+    (root / "val_submission.csv").write_text("id,label\nx,n1\ny,n1\n")
+    seen = inspect(root)
+    assert "; validation ROOT/val: 2 images, no labels" in seen.first
+    assert "data: ROOT/val.txt gives no labels: '0' is no class of the training split, which has n1, n2" in seen.text
+
+
+LISTS: dict[str, tuple[str, bytes, str]] = {
+    "a spreadsheet's": ("l.csv", '\ufeffpath;label\r\n"images/1.png";"b; c"\r\nimages/2.png;a\r\n'.encode(), "2 images, 2 classes (a, b; c)"),
+    "UTF-16 of a spreadsheet": (
+        "l.txt", "path\tlabel\r\nimages\\1.png\tä\r\nimages\\2.png\tb\r\n".encode("utf-16"), "2 images, 2 classes (b, ä)",
+    ),
+    "a data frame's, a label missing": (
+        "l.csv", b",Image Name,Target\n0,images/1.png,10.0\n1,images/2.png,2.0\n2,images/3.png,\n",
+        "3 images, 2 classes (2, 10), 1 without a label",
+    ),
+    "another machine's paths": ("l.tsv", b"C:\\d\\images\\1.png\ta\nC:\\d\\images\\2.png\tb\n", "2 images, 2 classes (a, b)"),
+    "names alone": ("l.csv", b"id,breed\n1,a\n2,b\n", "2 images, 2 classes (a, b)"),
+    "separated by a space": ("l.txt", b"images/1.png a\nimages/2.png b\n", "2 images, 2 classes (a, b)"),
+    "numbers first": ("l.csv", b"1,images/1.png,a\n2,images/2.png,b\n", "2 images, 2 classes (a, b)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", LISTS)
+def test_lists_as_programs_write_them(written, tmp_path, inspect):
+    name, content, expected = LISTS[written]
+    root = tree(tmp_path, "images/1.png images/2.png images/3.png")
+    (root / name).write_bytes(content)
+    assert inspect(root / name).first.startswith(f"data: training ROOT: {expected}; validation none (")
+
+
+def test_a_list_that_names_its_splits(tmp_path, inspect):
+    root = tree(tmp_path, "images/1.png images/2.png images/3.png")
+    (root / "all.csv").write_text("path,label,split\nimages/1.png,a,train\nimages/2.png,b,train\nimages/3.png,a,valid\n")
+    seen = inspect(root / "all.csv")
+    assert seen.first == "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT: 1 image, 1 of 2 classes (a)"
+
+
+def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
+    root = tree(tmp_path, "images/1.png images/2.png images/3.png")
+    (root / "train.csv").write_text("image,label\n1,a\n2,b\n")
+    (root / "test.csv").write_text("image\n3\n")
+    seen = inspect(root)
+    assert seen.first == "data: training ROOT/train.csv: 2 images, 2 classes (a, b); validation ROOT/test.csv: 1 image, no labels"
+
+
+def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
+    root = tree(tmp_path, "1.png 2.png")
+    (root / "l.csv").write_text("path,width,height\n1.png,20,20\n2.png,20,21\n")
+    seen = inspect(root / "l.csv")
+    assert seen.first.startswith("data: training ROOT: 2 images, no labels;")
+    assert "data: of the columns 'path', 'width', 'height' none is called label, so the images have no labels\n" in seen.text
+
+
+def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    assert inspect(tmp_path / "train.parquet") == Seen(
+        2, "data.root: ROOT is a table of a kind that is not read; save it as .csv, with the columns path and label\n"
+    )
+
+
+def test_training_and_knn_go_on_without_the_stray_images(tmp_path):
+    """A pipe, a stray image in each split and one in an unknown place stop neither the run nor its evaluation."""
+    root = tree(tmp_path, " ".join(f"Train/{c}/{n}.png" for c in "ab" for n in range(6)) + " Train/logo.png Val/a/1.png Val/b/2.png Val/x.png")
+    os.mkfifo(root / "Train" / "a" / "pipe.png")
+    config = commands.write_config(tmp_path / "run", root)
+    trained = commands.run("-m", "ssl_pretrain.train", config)
+    assert trained.status == 0, trained.text
+    line = (
+        f"data: training {root}/Train: 13 images, 2 classes (a, b), 1 without a label;"
+        f" validation {root}/Val: 3 images, 2 classes (a, b), 1 without a label"
+    )
+    assert trained.stderr.splitlines()[0] == line
+    assert "1 pipes, sockets or devices (first: a/pipe.png)" in trained.stderr
+    judged = commands.run("-m", "eval.knn", tmp_path / "run" / "run", "--device", "cpu")
+    assert judged.status == 0, judged.text
+    assert judged.stderr.splitlines()[0] == line
+    assert "12 training, 2 test images, 2 classes" in judged.text
