@@ -184,11 +184,13 @@ def _numbered_classes(folder: Tree, classes: list[str]) -> tuple[dict[str, str],
         if not name.lower().endswith(listing.TABLES):
             continue
         rows = [line.split() for line in folder.read(name).decode("utf-8", "replace").splitlines() if line.strip()]
-        if not rows or {row[0] for row in rows} < set(classes) or not {row[0] for row in rows} & set(classes):
+        if not {row[0] for row in rows} & set(classes):
             continue
         if all(len(row) > 1 and row[1].isdecimal() for row in rows):
             return {row[1]: row[0] for row in rows if row[0] in set(classes)}, ""
         order = [row[0] for row in rows]
+        if not set(classes) <= set(order):
+            continue
         if order != sorted(order):
             return {str(number): synset for number, synset in enumerate(order, 1)}, ""
         missing = f"it numbers the classes, and {name} lists them in alphabetical order, which is not that of ILSVRC2012's numbers"

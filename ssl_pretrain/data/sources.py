@@ -372,7 +372,7 @@ def _stored(config: DataConfig, split: str) -> Path | None:
     if split == "train" and root.suffix.lower() == ".beton":
         return root
     if named:
-        names = [named]
+        names = [named] if named == os.path.basename(named) else []
     elif split == "train":
         names = ["train"]
     else:
