@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ssl_pretrain import backbones, config, hardware, optim, parallel
 from ssl_pretrain.communication import Cluster
 from ssl_pretrain.config import RunConfig
@@ -152,11 +154,15 @@ def _parameters(run: RunConfig, method: Method) -> list[str]:
 
 def _steps(run: RunConfig) -> list[str]:
     try:
-        num_images = len(sources.open_source(run.data, "train"))
+        source = sources.open_source(run.data, "train")
     except (ValueError, OSError) as error:
+        if run.data.root and os.path.exists(os.path.expanduser(run.data.root)):
+            raise  # the run would be refused as well
         return [f"steps per epoch: unknown, as the data cannot be read here: {error}"]
+    num_images = len(source)
     steps = order.steps_per_epoch(num_images, run.global_batch_size)
     return [
+        *sources.layout_lines(run.data, source),
         f"steps per epoch: {steps} ({num_images:,} images, the last incomplete batch dropped); "
         f"{round(steps * run.epochs):,} in {run.epochs} epochs"
     ]

@@ -209,10 +209,11 @@ def _form(text: str, exists: Callable[[str], bool]) -> _Form:
         body = body[:: max(1, len(body) // _SAMPLE)]
         for column in range(min(_MAX_COLUMNS, max(map(len, body), default=0))):
             cells = [row[column].strip() for row in body if len(row) > column]
-            share = sum(bool(cell) and exists(cell) for cell in cells) / len(body)
+            first = rows[0][column].strip() if len(rows[0]) > column else ""
+            is_first = bool(first) and exists(first)
+            share = (sum(bool(cell) and exists(cell) for cell in cells) + is_first) / (len(body) + is_first)
             if share > best.share:
-                first = rows[0][column].strip() if len(rows[0]) > column else ""
-                best = _Form(delimiter, column, len(rows) > 1 and not exists(first) and not listing.is_image(first), share)
+                best = _Form(delimiter, column, len(rows) > 1 and not is_first and not listing.is_image(first), share)
         if best.share == 1:
             break
     return best

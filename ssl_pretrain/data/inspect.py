@@ -23,7 +23,8 @@ examples:
   python -m ssl_pretrain.data.inspect /data/imagenet            train/<class>/*, val/<class>/*
   python -m ssl_pretrain.data.inspect /data/photos              any tree of images, labels or not
   python -m ssl_pretrain.data.inspect photos.zip --sample 0     a zip, read in place; every image
-  python -m ssl_pretrain.data.inspect train.csv                 lines of path or path,label
+  python -m ssl_pretrain.data.inspect train.csv                 a list of paths, with labels or without
+  python -m ssl_pretrain.data.inspect /data/coco --train train2017 --val val2017
   python -m ssl_pretrain.data.inspect --source digits           the embedded data set
 
 The configuration at the end is a start, not an optimum: each line says why. Save it as YAML and train with

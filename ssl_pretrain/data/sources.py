@@ -280,7 +280,8 @@ def counts(source: Source) -> str:
     present = np.unique(source.labels[source.labels >= 0])
     names = ", ".join(source.classes[label] for label in present[:3]) + (", ..." if len(present) > 3 else "")
     of_all = f" of {len(source.classes):,}" if len(present) < len(source.classes) else ""
-    return f"{images}, {len(present):,}{of_all} classes ({names})" + (f", {missing:,} without a label" if missing else "")
+    kinds = "class" if len(present) == 1 and not of_all else "classes"
+    return f"{images}, {len(present):,}{of_all} {kinds} ({names})" + (f", {missing:,} without a label" if missing else "")
 
 
 class _Opened:

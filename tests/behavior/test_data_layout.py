@@ -292,6 +292,20 @@ def test_lists_as_programs_write_them(written, tmp_path, inspect):
     assert inspect(root / name).first.startswith(f"data: training ROOT: {expected}; validation none (")
 
 
+def test_a_list_may_name_images_that_are_gone(tmp_path, inspect):
+    root = tree(tmp_path, "1.png")
+    (root / "l.csv").write_text("1.png,a\ngone.png,b\n")
+    seen = inspect(root / "l.csv")
+    assert seen.first.startswith("data: training ROOT: 2 images, 2 classes (a, b);")
+    assert (seen.status, f"{root}/gone.png: No such file or directory" in seen.text) == (1, True)
+
+
+def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
+    config = commands.write_config(tmp_path / "run", tree(tmp_path, "train2017/1.png val2017/2.png"))
+    planned = commands.run("-m", "ssl_pretrain.train", config, "--plan")
+    assert (planned.status, planned.stderr.partition(" holds ")[0]) == (2, f"error: data.train: {tmp_path}/data")
+
+
 def test_a_list_that_names_its_splits(tmp_path, inspect):
     root = tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / "all.csv").write_text("path,label,split\nimages/1.png,a,train\nimages/2.png,b,train\nimages/3.png,a,valid\n")
