@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from eval import charts, page, results, sections
-from ssl_pretrain import curves
+from ssl_pretrain import curves, disk
 
 HELP = """Writes one page that compares runs, with nothing fetched: the keys of their configs that differ, their last numbers and
 their evaluations side by side, their curves in common frames, and what their monitors rang for.
@@ -48,7 +48,7 @@ def write(runs: list[Path], output: Path | None = None) -> Path:
         *(sections.alarms(run, f"Alarms of {name}") for name, run in zip(names, runs)),
     ]
     path = output or runs[0].parent / "compare.html"
-    path.write_text(page.page("comparison", parts), encoding="utf-8")
+    disk.replace(path, page.page("comparison", parts))
     return path
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from eval import card, features, onnx_model, results, runs, spectrum
 from eval.parts import Part
 from eval.runs import Run
-from ssl_pretrain import backbones, draws
+from ssl_pretrain import backbones, disk, draws
 from ssl_pretrain.backbones import Backbone, BackboneConfig
 from ssl_pretrain.data.sources import open_source
 
@@ -90,6 +90,9 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     save_file({"images": images, "features": found}, folder / REFERENCE)
+    (folder / ARGUMENTS).touch()
+    for file in (WEIGHTS, REFERENCE):  # safetensors makes 0600
+        disk.allow_as_usual(folder / file, like=folder / ARGUMENTS)
     written = arguments_of(run) | {"sha256": _sha256(folder / WEIGHTS), "formats": formats}
     (folder / ARGUMENTS).write_text(json.dumps(written, indent=1) + "\n")
     load(folder)

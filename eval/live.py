@@ -60,8 +60,17 @@ def _view_size(settings: dict[str, Any]) -> int:
     return recipe.each(config.from_dict(settings).views)[0].size
 
 
+def is_own_host(host: str) -> bool:
+    """Return True for a Host header that names this machine, with any port, as a tunnel may have another.
+
+    A page of another site can have its own name point here (DNS rebinding). Its requests then come with that name.
+    """
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() and not host.endswith("]") else host
+    return name.lower() in ("127.0.0.1", "localhost", "[::1]")
+
+
 def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
-    """Serves the run's page on the loopback address; port 0: a free one, which `server_port` says.
+    """Serves the run's page on the loopback address, to requests for it alone; port 0: a free one, which `server_port` says.
 
     Raises:
         OSError: the port is taken.
@@ -69,7 +78,15 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == "/":
+            try:
+                self._route()
+            except ValueError as error:  # a config.yaml that is not to be read
+                self._answer(500, escape(str(error)))
+
+        def _route(self) -> None:
+            if not is_own_host(self.headers.get("Host", "")):
+                self._answer(403, "this page answers at http://127.0.0.1 and http://localhost alone")
+            elif self.path == "/":
                 self._answer(200, page.page(run.resolve().name, [content(run)], SCRIPT))
             elif self.path == "/main":
                 body = content(run)
@@ -89,6 +106,8 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
                 self.send_header("ETag", tag)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Cache-Control", "no-cache")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
             if status not in (204, 304):
                 self.send_header("Content-Length", str(len(body.encode())))
             self.end_headers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from eval import charts, features, live, page, pictures, results, runs, sections
 from eval.pictures import Neighbours
 from eval.runs import Run
+from ssl_pretrain import disk
 from ssl_pretrain.schema import PORT
 
 HELP = """Writes RUN/report.html: one page that needs nothing else, neither network nor other files.
@@ -53,7 +55,7 @@ def write(run: Run) -> Path:
         page.section("Config", f"<details><summary>Every key of this run</summary><pre>{escape(config_text(run))}</pre></details>"),
     ]
     path = run.path / "report.html"
-    path.write_text(page.page(f"{run.path.name} · {run.config.method.name}", list(filter(None, parts))), encoding="utf-8")
+    disk.replace(path, page.page(f"{run.path.name} · {run.config.method.name}", list(filter(None, parts))))
     return path
 
 
@@ -70,7 +72,8 @@ def header(run: Run, records: list[dict[str, Any]]) -> str:
     ]
     if len(records) > 1 and "time" in records[0]:
         pairs.append(("wall time", sections.duration(records[-1]["time"] - records[0]["time"])))
-    command = f"python -m ssl_pretrain.train {run.path / 'config.yaml'} output=<new folder>"
+    config_path = shlex.quote(str(run.path / "config.yaml"))
+    command = f"python -m ssl_pretrain.train {config_path} output=<new folder>"
     return (
         f"<header><h1>{escape(run.path.name)}</h1>"
         f'<p class="soft">The {escape(run.network)} of {escape(run.checkpoint_path.name)}. Accuracies are of frozen features.</p>'
@@ -83,7 +86,8 @@ def evaluations(run: Run, labelled: bool) -> str:
     if not found and not labelled:
         return page.section("Evaluation", page.paragraph("Accuracies need labels, and these images have none."))
     if not found:
-        return page.section("Evaluation", page.paragraph(f"Nothing measured yet: python -m eval.knn {run.path}, and eval.linear."))
+        command = f"python -m eval.knn {shlex.quote(str(run.path))}"
+        return page.section("Evaluation", page.paragraph(f"Nothing measured yet: {command}, and eval.linear."))
     stale = sorted({result["checkpoint"] for result in found} - {run.checkpoint_path.name})
     note = [page.paragraph(f"Some numbers are of another checkpoint than the pictures: {', '.join(stale)}.")] if stale else []
     return page.section("Evaluation", *note, sections.evaluations_over_steps(run.path), *(page.result(result) for result in found))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain import distributed
+from ssl_pretrain import disk, distributed
 
 SKIPPED = 77  # exit status of an evaluation that had nothing to measure with and was told to pass over that
 BETTER = "random (better of two)"
@@ -72,9 +71,7 @@ def save(
 
 def _replace(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(unfinished, path)
+    disk.replace(path, json.dumps(result, indent=1) + "\n")
 
 
 def load(run: Path) -> list[dict[str, Any]]:
@@ -140,7 +137,7 @@ def say(line: str) -> None:
 
 
 def command(main: Callable[[list[str]], None], name: str) -> None:
-    """Runs `main` on the command line's arguments; a user's mistake ends in one line and exit code 2."""
+    """Runs `main` on the command line's arguments; a user's mistake ends in one line and exit code 2, a disk's trouble in 74."""
     try:
         main(sys.argv[1:])
     except Unlabelled as error:
@@ -149,6 +146,6 @@ def command(main: Callable[[list[str]], None], name: str) -> None:
         sys.exit(SKIPPED if skipping else 2)
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(74 if disk.is_trouble(error) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -100,6 +100,8 @@ def create(project: str, entity: str = "") -> str:
     """
     if not wandb_run.has_key():
         raise ValueError("W&B has no key here: run `wandb login`, or set WANDB_API_KEY; --dry-run needs none")
+    if wandb_run.mode_of("online")[0] != "online":
+        raise ValueError("W&B was told to send nothing (WANDB_MODE, WANDB_DISABLED or `wandb offline`); undo that, or give --dry-run")
     try:
         return str(build(project, entity or _own_entity()).save().url)
     except Exception as error:  # whatever the client raises: no network, no such project, no rights
@@ -127,7 +129,12 @@ def send_evaluations(run: Path) -> None:
     if next(wandb_run.unsent(run), None) is None:
         return
     settings = manifest["config"]["log"]
-    mode = settings["wandb"] if settings["wandb"] in ("online", "offline") else "online" if wandb_run.has_key() else "offline"
+    asked = settings["wandb"] if settings["wandb"] in ("online", "offline") else "online" if wandb_run.has_key() else "offline"
+    mode, line = wandb_run.mode_of(asked)
+    if line:
+        print(line, flush=True)
+    if mode == "off":
+        return
     wandb_run.WandbRun(
         run, mode=mode, project=settings["project"], name=settings["name"] or run.resolve().name, run_id=manifest["wandb_id"],
         config=manifest["config"], tags=list(settings["tags"]),

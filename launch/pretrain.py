@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,8 @@ def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
     print(f"submitted to SLURM: pretraining {', '.join(jobs[:chain])} on {slurm.ranks(config)} ranks")
     for name, job in zip(config.evaluation.at_end, jobs[chain:]):
         print(f"  then {name}: {job}")
-    print(f"follow it: tail -f {config.output}/slurm/{jobs[0]}_0_log.out\nstop it:   scancel {' '.join(jobs)}")
+    log = f"{config.output}/slurm/{jobs[0]}_0_log.out"
+    print(f"follow it: {shlex.join(['tail', '-f', log])}\nstop it:   {shlex.join(['scancel', *jobs])}")
     return 0
 
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,8 @@ from ssl_pretrain.restarts import STOPPED
 ROOT = Path(__file__).resolve().parents[1]
 UNFINISHED = STOPPED  # no rank says 0 before the run has ended
 PLACES = ("partition", "account", "qos", "constraint")
+MARKS = "_.,:+@&|*!=/()[]-"  # of names, lists of them, and constraints
+NAME = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(MARKS)}]*")
 LOST = -1  # how a rank's part ended that lost the others
 GRACE_SECONDS = 120  # between the requeue and SLURM's end of the ranks that asked for it
 
@@ -87,6 +91,15 @@ def request(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(
             f"launch.nodes: {asked.nodes} and launch.chain: {asked.chain} must be at least 1, launch.hours: {asked.hours:g} more than 0"
         )
+    for key in PLACES:
+        if not NAME.fullmatch(getattr(asked, key)):
+            raise ConfigError(
+                f"launch.{key}: {getattr(asked, key)!r} is not a name that SLURM has; give letters, digits and any of {MARKS}"
+            )
+    if not config.output.isprintable() or "%" in config.output:
+        raise ConfigError(
+            f"output: {config.output!r} holds a control character or %, which mean something in a job script; give another"
+        )
     minutes = math.ceil(asked.hours * 60)
     if asked.signal_seconds >= minutes * 60:
         raise ConfigError(f"launch.signal_seconds: {asked.signal_seconds} leaves nothing of launch.hours: {asked.hours:g}; give less")
@@ -97,7 +110,7 @@ def request(config: RunConfig) -> dict[str, Any]:
         "cpus_per_task": asked.cpus_per_rank or max(1, config.data.num_workers if asked.gpus_per_node else 1),
         "timeout_min": minutes,
         "slurm_signal_delay_s": asked.signal_seconds,
-        "slurm_setup": [f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}", "export SLURM_OPEN_MODE=append"],
+        "slurm_setup": [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}", "export SLURM_OPEN_MODE=append"],
         # a step that loses a task is ended by SLURM only through us: a lost node is answered with a requeue
         "slurm_srun_args": ["--kill-on-bad-exit=0"],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -240,7 +241,9 @@ def main(study: Study, path: str, base: str | None, overrides: Sequence[str], ta
         return 2 if only == "table" else 1
     table = table or Path(planned[0][1].output).parent / f"{Path(path).stem}.md"
     shown = [override for override in overrides if not override.startswith(("output=", "launch.", "log."))]
-    command = " ".join(["python launch/sweep.py", path, *(["--base", base] if base else []), *(_plain(override) for override in shown)])
+    command = shlex.join(
+        ["python", "launch/sweep.py", path, *(["--base", base] if base else []), *(_plain(override) for override in shown)]
+    )
     write(study, planned, command, table)
     print(f"{table} and {table.with_suffix('.png').name}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     if failed:

@@ -42,9 +42,11 @@ def replace(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             beside.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, reason(error), str(path)) from None  # a write's error has no name
         raise
     sync_folder(path.parent)
 

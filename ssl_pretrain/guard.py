@@ -9,6 +9,8 @@ which every draw is a function, and the checkpoint whose weights they met.
 from __future__ import annotations
 
 import json
+import shlex
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssl_pretrain import distributed
+from ssl_pretrain import disk, distributed
 
 
 @dataclass
@@ -71,9 +73,10 @@ class Guard:
         what += f"; not finite embeddings: {where}" if where else ""
         restored = self.roll_back() if self.rollbacks < self.config.max_rollbacks else None
         if restored is None:
+            command = shlex.join(["python", "-m", "ssl_pretrain.replay", str(self.run), str(step)])
             raise FloatingPointError(
                 f"{what}; the weights are those of the last finite step. Lower optim.base_lr, lengthen optim.warmup_epochs, or train in "
-                f"float32; resuming goes on from the last checkpoint. `python -m ssl_pretrain.replay {self.run} {step}` repeats that step"
+                f"float32; resuming goes on from the last checkpoint. `{command}` repeats that step"
             )
         self.rollbacks += 1
         self._streak = 0
@@ -84,8 +87,11 @@ class Guard:
     def _record(self, step: int, indices: Tensor) -> None:
         numbers = distributed.gather(indices).tolist()
         if distributed.is_main():
-            folder = self.run / "skipped"
-            folder.mkdir(exist_ok=True)
+            path = self.run / "skipped" / f"step_{step:08d}.json"
             epoch = (step - 1) // self.drawn["steps_per_epoch"]
             facts = {"step": step, "seed": self.drawn["seed"], "epoch": epoch, **self._went_back, "indices": numbers}
-            (folder / f"step_{step:08d}.json").write_text(json.dumps(facts))
+            try:
+                path.parent.mkdir(exist_ok=True)
+                disk.replace(path, json.dumps(facts))
+            except OSError as error:  # the run is worth more than the note
+                warnings.warn(f"{path} could not be written: {disk.reason(error)}; that step cannot be replayed", stacklevel=2)

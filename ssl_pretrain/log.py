@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from ssl_pretrain import distributed, pictures, wandb_run
+from ssl_pretrain import disk, distributed, pictures, records, wandb_run
 from ssl_pretrain.console import Console, Warnings
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ KEEP_PLOTS = 500  # steps between two sets of plots sent to W&B, at least; plots
 
 @dataclass
 class LogConfig:
-    """Where numbers go. W&B's `auto` is online where there is a key, else off."""
+    """Where numbers go. W&B's `auto` is online where there is a key, else off; WANDB_MODE and WANDB_DISABLED are obeyed."""
 
     every_steps: int = 10
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
@@ -45,6 +45,10 @@ class Logger:
         facts: manifest entries; `wandb_id` is filled here, so that a resumed run goes on in the same W&B run.
         flops_per_image: floating-point operations of a training step for each image; 0: unknown.
         peak_tflops: of a rank's device; 0: unknown.
+        on_failure: where the disk refuses a record: `stop` asks for an end (`must_stop`), `warn` says so and keeps the record.
+
+    Raises:
+        SaveError: the records of a run that goes on could not be trimmed, and `on_failure` is `stop`.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Logger:
         facts: dict[str, Any],
         flops_per_image: float = 0.0,
         peak_tflops: float = 0.0,
+        on_failure: str = "stop",
     ):
         self.settings, self.run, self.last_step = settings, run, last_step
         self.steps_per_epoch, self.global_batch_size = steps_per_epoch, global_batch_size
@@ -70,13 +75,21 @@ class Logger:
         self._plotted, self._skipping = -KEEP_PLOTS, False
         self._plots: dict[str, list[float]] | None = None  # for the next record sent to W&B
         self._wandb: wandb_run.WandbRun | None = None
+        self.on_failure, self.must_stop = on_failure, False
+        self._problem: str | None = None
         self.past: list[dict[str, Any]] = []
+        problem = None
         if distributed.is_main():
-            _keep_records(run / "plots.jsonl", first_step)
-            self.past = _keep_records(run / "metrics.jsonl", first_step)
+            try:
+                _keep_records(run / "plots.jsonl", first_step)
+                self.past = _keep_records(run / "metrics.jsonl", first_step)
+            except OSError as error:
+                problem = records.refused(Path(error.filename or run / "metrics.jsonl"), error)
+        records.settle(problem, on_failure)
         self.console = Console(last_step, self.past)
         self._warnings = Warnings(self.console.warn if distributed.is_main() else None)
         self._warnings.install()
+        self._files = records.Writer(self.console.say)
         if distributed.is_main():
             self._wandb = _start_wandb(settings, run, config, facts, self.console.say)
 
@@ -115,12 +128,16 @@ class Logger:
     def _record(self, step: int, rates: dict[str, float]) -> dict[str, Any]:
         steps = max(1, step - self._since_step)
         seconds = max(time.monotonic() - self._since, 1e-9)
-        own = torch.tensor([self._waited / seconds, _memory_gib(), float(len(self._warnings.waiting))])
+        own = torch.tensor(
+            [self._waited / seconds, _memory_gib(), float(len(self._warnings.waiting)), float(self._files.has_news())]
+        )
         sums = torch.stack([value.double() if value.device.type == "cpu" else value.float() for value in self._sums.values()])
         by_rank = distributed.gather(torch.cat([sums, own.to(sums)])[None]).cpu()  # the one read of the device
         means, largest = by_rank[:, : len(sums)].sum(0) / len(by_rank), by_rank[:, len(sums) :].amax(0).tolist()
         if largest[2] > 0:  # the same on every rank
             self._warnings.others(distributed.gather_objects(self._warnings.collected()))
+        if largest[3] > 0:
+            self._answer_files()
         measured = {name: total if name == "skipped_steps" else total / steps for name, total in zip(self._sums, means.tolist())}
         speed = steps * self.global_batch_size / seconds
         record = {
@@ -146,8 +163,8 @@ class Logger:
         return {"model_tflops": tflops} | ({"flops_utilization": tflops / self._peak} if self._peak else {})
 
     def _write(self, record: dict[str, Any]) -> None:
-        with (self.run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({key: _json_number(value) for key, value in record.items()}) + "\n")
+        line = json.dumps({key: _json_number(value) for key, value in record.items()})
+        self._files.append(self.run / "metrics.jsonl", line)
         self._send("record", record=record, plots=self._plots)
         self._plots = None
         self.console.progress(record)
@@ -161,14 +178,15 @@ class Logger:
         if not distributed.is_main():
             return
         if plots is not None:
-            with (self.run / "plots.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "epoch": step / self.steps_per_epoch, **plots}) + "\n")
+            line = json.dumps({"step": step, "epoch": step / self.steps_per_epoch, **plots})
+            self._files.append(self.run / "plots.jsonl", line)
             if step - self._plotted >= KEEP_PLOTS:
                 self._plotted, self._plots = step, plots
         if neighbours is not None:
-            path = pictures.save(neighbours, self.run / "neighbours" / f"step_{step:08d}.png")
+            path = self.run / "neighbours" / f"step_{step:08d}.png"
             caption = "left: the query; then its nearest training images; green: of its class"
-            self._send("image", key="Pictures/nearest neighbours", path=str(path), caption=caption, step=step)
+            if self._files.attempt(path, partial(pictures.save, neighbours, path)):
+                self._send("image", key="Pictures/nearest neighbours", path=str(path), caption=caption, step=step)
 
     def views(
         self, step: int, views: list[Tensor], mean: list[float], std: list[float], drawn: Callable[[], list[list[str]]] = list
@@ -177,19 +195,19 @@ class Logger:
         images; and `views.json`, what was drawn for each of them, (images, views)."""
         if step > 1 or not distributed.is_main():
             return
-        path = pictures.save(pictures.views(views, mean, std), self.run / "views.png")
-        parameters = drawn()
-        (self.run / "views.json").write_text(json.dumps(parameters, indent=1) + "\n")
+        path, words_path, parameters = self.run / "views.png", self.run / "views.json", drawn()
+        there = self._files.attempt(path, partial(pictures.save, pictures.views(views, mean, std), path))
+        self._files.attempt(words_path, partial(disk.replace, words_path, json.dumps(parameters, indent=1) + "\n"))
         words = [f"image {row + 1}, view {view + 1}: {text}" for row, texts in enumerate(parameters) for view, text in enumerate(texts)]
-        self._send("image", key="Pictures/views", path=str(path), caption="\n".join(words), step=step)
+        if there:
+            self._send("image", key="Pictures/views", path=str(path), caption="\n".join(words), step=step)
 
     def alert(self, title: str, text: str, tag: str = "") -> None:
         """On rank 0: says it, keeps it in alarms.jsonl, alerts in W&B and marks the run there."""
         if not distributed.is_main():
             return
         self.console.warn(f"{title}: {text}")
-        with (self.run / "alarms.jsonl").open("a") as file:
-            file.write(json.dumps({"title": title, "text": text, "time": time.time()}) + "\n")
+        self._files.append(self.run / "alarms.jsonl", json.dumps({"title": title, "text": text, "time": time.time()}))
         self._send("alert", title=title, text=text, tag=tag or title.replace(" ", "-"))
 
     def _send(self, kind: str, **message: Any) -> None:
@@ -197,7 +215,8 @@ class Logger:
             self._wandb.send(kind, **message)
 
     def close(self, ended_well: bool = True) -> None:
-        """Ends the run in W&B, as crashed where it did not end well."""
+        """Puts the last records on the disk and ends the run in W&B, as crashed where it did not end well."""
+        self._files.close()
         self._warnings.remove()
         if self._wandb is not None:
             self._wandb.close(ended_well)
@@ -207,24 +226,36 @@ class Logger:
         return self
 
     def __exit__(self, kind: object, *_exception: object) -> None:
+        """As `close`. Raises SaveError where a file could not be written and `on_failure` is `stop`."""
         self.close(kind is None)
+        if kind is None:
+            records.settle(self._problem or self._files.take_news(), self.on_failure)
+
+    def _answer_files(self) -> None:
+        """On every rank at one step: stop soon, or say which files could not be written."""
+        problem = self._files.take_news()
+        if self.on_failure == "stop":
+            self.must_stop, self._problem = True, problem
+        elif problem:
+            self.console.warn(f"{problem}. The training goes on, as checkpoint.on_failure is warn")
 
 
 def _keep_records(path: Path, first_step: int) -> list[dict[str, Any]]:
     """Drops the records after `first_step`, as a run that lost steps writes them again; returns those that stay."""
     if not path.exists():
         return []
-    lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step and first_step > 0]
-    beside = path.with_suffix(".writing")
-    beside.write_text("".join(f"{line}\n" for line in lines))
-    os.replace(beside, path)
+    content = path.read_text(errors="replace")
+    lines = [line for line in content.splitlines() if _step_of(line) <= first_step and first_step > 0]
+    remaining = "".join(f"{line}\n" for line in lines)
+    if remaining != content:  # written anew beside it and fsynced: what stays is on the disk all the time
+        disk.replace(path, remaining)
     return [json.loads(line) for line in lines]
 
 
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf  # cut short by a kill
 
 
@@ -243,13 +274,17 @@ def _memory_gib() -> float:
 def _start_wandb(
     settings: LogConfig, run: Path, config: dict[str, Any], facts: dict[str, Any], say: Callable[[str], None]
 ) -> wandb_run.WandbRun | None:
-    mode = settings.wandb
-    if mode == "auto":
-        mode = "online" if wandb_run.has_key() else "off"
+    mode, line = wandb_run.mode_of(settings.wandb)
+    if line:
+        say(line)
     if mode == "off":
         return None
     facts["wandb_id"] = facts.get("wandb_id") or wandb_run.new_id()
-    return wandb_run.WandbRun(
-        run, mode=mode, project=settings.project, name=settings.name or run.name, run_id=facts["wandb_id"], config=config,
-        tags=list(settings.tags), say=say, stall_seconds=settings.stall_seconds,
-    )  # fmt: skip
+    try:
+        return wandb_run.WandbRun(
+            run, mode=mode, project=settings.project, name=settings.name or run.name, run_id=facts["wandb_id"], config=config,
+            tags=list(settings.tags), say=say, stall_seconds=settings.stall_seconds,
+        )  # fmt: skip
+    except OSError as error:
+        say(f"W&B: {run / 'wandb'} could not be written: {disk.reason(error)}; the run goes on without it")
+        return None

@@ -24,6 +24,7 @@ from ssl_pretrain import (
     batch_norm,
     blocks,
     checkpoint,
+    disk,
     distributed,
     draws,
     estimate,
@@ -36,6 +37,7 @@ from ssl_pretrain import (
     parallel,
     pictures,
     plan,
+    records,
     stop_signals,
 )
 from ssl_pretrain import config as configuration
@@ -202,6 +204,7 @@ def _train(
         config.log, run, first_step=first_step, last_step=last_step, steps_per_epoch=batches.steps_per_epoch,
         global_batch_size=config.global_batch_size, config=state.config, facts=state.facts,
         flops_per_image=flops_per_image(config), peak_tflops=flops.peak_tflops(device),
+        on_failure=config.checkpoint.on_failure,
     ))  # fmt: skip
     drawn = {"seed": config.seed, "steps_per_epoch": batches.steps_per_epoch}
     guard = Guard(config.guard, run, config.log.every_steps, stepper.broken_embeddings, partial(state.roll_back, run), drawn)
@@ -221,7 +224,7 @@ def _train(
         measured = monitor.at(step, embeddings) | knn.at(step, method.get_submodule(method.evaluated))
         logger.step(step, logs, rates, measured | straggler)
         guard.after(step, batch.indices, logs)
-        stopping = stop.agreed(step) or step == end
+        stopping = stop.agreed(step) or step == end or logger.must_stop
         if stopping or checkpoint.due(config.checkpoint, step, last_step, batches.steps_per_epoch):
             parallel.check_copies(model)
             state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
@@ -311,11 +314,25 @@ def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: s
             )
 
     first_step = state.resume(run, config.checkpoint, compare)
-    if distributed.is_main():
-        (run / "config.yaml").write_text(configuration.to_yaml(config))
-        if first_step:
-            print(f"resumed {run} after step {first_step}", flush=True)
+    write_config(config, run / "config.yaml")
+    if first_step and distributed.is_main():
+        print(f"resumed {run} after step {first_step}", flush=True)
     return first_step
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration on rank 0, whole or not at all.
+
+    Raises:
+        SaveError: the disk refuses, and `checkpoint.on_failure` is `stop`.
+    """
+    problem = None
+    if distributed.is_main():
+        try:
+            disk.replace(path, configuration.to_yaml(config))
+        except OSError as error:
+            problem = records.refused(path, error)
+    records.settle(problem, config.checkpoint.on_failure)
 
 
 def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) -> OnlineKNN:
@@ -394,7 +411,7 @@ def _run(options: argparse.Namespace) -> int:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise
         print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
-        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 2)
+        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 74 if disk.is_trouble(error) else 2)
         if status == 2:
             note_end(status)
         return status

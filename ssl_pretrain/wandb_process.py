@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from typing import Any, NoReturn
 from ssl_pretrain import curves, wandb_file, wandb_run
 
 START_SECONDS = 20  # to reach the server, before the run is kept offline
+TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # from a process to the one that it becomes in `start_over`
 FINISH_SECONDS = 300  # for what is still on its way at the end
 
 
@@ -41,7 +44,8 @@ class Client:
             if not self.online:
                 raise
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            say(f"W&B: not reached ({reason}); the run is kept offline, `wandb sync {self.folder / 'wandb'}` sends it later")
+            command = shlex.join(["wandb", "sync", str(self.folder / "wandb")])
+            say(f"W&B: not reached ({reason}); the run is kept offline, `{command}` sends it later")
             start_over(settings | {"mode": "offline"})
         if self.online:
             say(f"W&B: {self.run.url}")
@@ -102,6 +106,13 @@ class Client:
             }
 
 
+def use_own_temporary_folder() -> Path:
+    """Make W&B's library keep its temporary files in one folder, which goes with this process: it ends too early to do that."""
+    folder = os.environ.get(TEMPORARY) or tempfile.mkdtemp(prefix="ssl_pretrain-wandb-")
+    os.environ[TEMPORARY] = os.environ["TMPDIR"] = tempfile.tempdir = folder
+    return Path(folder)
+
+
 def start_over(settings: dict[str, Any]) -> NoReturn:
     """This process anew, with the messages not read yet. What an attempt left behind in W&B's library and service, which may hold
     the run's id for as long as their requests take, cannot reach into the next one."""
@@ -155,7 +166,15 @@ def lines(patience: float) -> Iterator[dict[str, Any] | None]:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):  # meant for the training, which says when it ends
         signal.signal(number, signal.SIG_IGN)
-    first = first_message()
+    temporary = use_own_temporary_folder()
+    try:
+        serve(first_message(), temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def serve(first: dict[str, Any], temporary: Path) -> None:
+    """Passes the messages on until they end, and ends this process."""
     client = Client(first)
     closed, stalled = False, False
     for message in lines(first["stall_seconds"]):
@@ -170,10 +189,16 @@ def main() -> None:
         else:
             getattr(client, kind)(**message)
     client.rest()
-    threading.Timer(FINISH_SECONDS, lambda: os._exit(1)).start()
+    threading.Timer(FINISH_SECONDS, lambda: leave(1, temporary)).start()
     client.run.finish(exit_code=0 if closed else 1)
     say("W&B: finished")
-    os._exit(0)
+    leave(0, temporary)
+
+
+def leave(status: int, temporary: Path) -> NoReturn:
+    """End at once, without waiting for the library's threads."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    os._exit(status)
 
 
 if __name__ == "__main__":

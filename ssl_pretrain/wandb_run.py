@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import importlib.util
 import json
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from ssl_pretrain import disk
 
 SENT = "wandb/evaluations_sent.json"
 WAIT_SECONDS = 4.0  # at the end, for a client that talks to a server; it goes on alone after that
@@ -103,7 +106,8 @@ def unsent(run: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def note_sent(run: Path, key: str, content: str) -> None:
-    (run / SENT).write_text(json.dumps(_sent(run) | {key: content}))
+    with suppress(OSError):  # it would be sent twice, to the same step
+        disk.replace(run / SENT, json.dumps(_sent(run) | {key: content}))
 
 
 def _sent(run: Path) -> dict[str, str]:
@@ -112,6 +116,44 @@ def _sent(run: Path) -> dict[str, str]:
 
 def new_id() -> str:
     return os.urandom(5).hex()[:8]
+
+
+def mode_of(asked: str) -> tuple[str, str]:
+    """(mode, a line for people or nothing) of a run whose `log.wandb` is `asked`: never more than W&B itself was told.
+
+    `auto` is online where there is a key, else off. WANDB_MODE, WANDB_DISABLED and W&B's settings files (`wandb offline`)
+    lower it, and an explicit `online` or `offline` as well, which is said.
+    """
+    told, by = _told()
+    if asked == "auto":
+        if not has_key():
+            hint = f"W&B: off, as there is no key here; {by} asks for offline: log.wandb=offline does that without a key"
+            return "off", hint if told == "offline" else ""
+        return told or "online", ""
+    order = ["off", "offline", "online"]
+    if told and order.index(told) < order.index(asked):
+        return told, f"W&B: {told}, as {by} says, although log.wandb is {asked}; nothing is sent"
+    return asked, ""
+
+
+def _told() -> tuple[str, str]:
+    """(off, offline, online or nothing, who says so): the environment first, then the settings files, the nearest first."""
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "t", "yes", "y", "on"):
+        return "off", f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}"
+    modes = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
+    if mode := os.environ.get("WANDB_MODE", "").strip():
+        return modes.get(mode.lower(), "off"), f"WANDB_MODE={mode}"
+    near = Path(os.environ.get("WANDB_DIR") or ".")
+    home = Path(os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb"))
+    for path in (near / ".wandb" / "settings", near / "wandb" / "settings", home / "settings"):
+        settings = configparser.ConfigParser(interpolation=None)
+        with suppress(OSError, configparser.Error, UnicodeDecodeError):
+            settings.read(path)
+            if settings.get("default", "disabled", fallback="false").lower() == "true":
+                return "off", f"disabled in {path}"
+            if mode := settings.get("default", "mode", fallback=""):
+                return modes.get(mode.lower(), "off"), f"mode = {mode} in {path}"
+    return "", ""
 
 
 def has_key() -> bool:
@@ -123,5 +165,5 @@ def has_key() -> bool:
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     with suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators(host) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     return False

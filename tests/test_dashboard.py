@@ -76,6 +76,10 @@ def test_bad_input_is_said(capsys, monkeypatch, tmp_path):
 def test_the_saved_workspace_is_the_one_that_was_built(monkeypatch):
     sent = []
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(ValueError, match="W&B was told to send nothing"):
+        dashboard.create("digits", "team")
+    monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(workspaces.Workspace, "save", lambda self: sent.append(self) or SimpleNamespace(url="its address"))
     assert dashboard.create("digits", "team") == "its address"
     assert shown(sent[0]) == shown(dashboard.build("digits", "team"))

@@ -125,3 +125,62 @@ def test_a_pretended_preemption_saves_and_the_run_goes_on(tmp_path, capsys):
         assert main([str(path), "epochs=3", "--fake-preempt", "4"]) == status
     assert [found.name for found in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000004", "step_00000009"]
     assert "resumed" in capsys.readouterr().out
+
+
+SLURM = ["launch.cluster=slurm", "launch.hours=1"]
+COMMANDS = {  # key -> a value that would be a command of the job script, if it got there as it is
+    "launch.partition": "gpu\ntouch PWNED\n#",
+    "launch.account": "a'; touch PWNED; '",
+    "launch.qos": "$(touch PWNED)",
+    "launch.constraint": "`touch PWNED`",
+    "output": "runs/x\ntouch PWNED\n#",
+}
+
+
+@pytest.mark.parametrize("key", COMMANDS)
+def test_no_value_becomes_a_command_of_a_job_script(tmp_path, key):
+    run = config.load(tiny.config(tmp_path), SLURM)
+    section, _, name = key.rpartition(".")
+    setattr(run.launch if section else run, name, COMMANDS[key])
+    with pytest.raises(config.ConfigError) as error:
+        slurm.request(run)
+    assert str(error.value).startswith(f"{key}: {COMMANDS[key]!r} ")
+
+
+def test_names_that_slurm_has_are_taken(tmp_path):
+    run = config.load(tiny.config(tmp_path), [*SLURM, "launch.partition=gpu,gpu-long"])
+    run.launch.constraint = "[a100*2&h100*1]"
+    run.launch.account = "my_project.2026"
+    assert slurm.request(run)["slurm_constraint"] == "[a100*2&h100*1]"
+
+
+def test_the_job_script_of_a_checkout_and_a_run_with_strange_names_runs_nothing_else(tmp_path, monkeypatch):
+    """The script that submitit writes is run by bash, with an srun that shows what it is given."""
+    pytest.importorskip("submitit")
+    root, work = tmp_path / "a $(touch PWNED) 'check' out", tmp_path / "work"
+    work.mkdir()
+    (work / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
+    (work / "srun").chmod(0o755)
+    monkeypatch.setattr(slurm, "ROOT", root)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    run = config.load(tiny.config(tmp_path), SLURM)
+    run.output = str(tmp_path / "it's; touch PWNED; $(touch PWNED) `touch PWNED` \"x\" & run")
+    monkeypatch.setenv("PATH", f"{work}:/usr/bin:/bin")
+    (work / "sbatch").symlink_to("/bin/true")  # submitit looks for it
+    with slurm._private(run.output) as executor:
+        executor.update_parameters(**slurm.request(run))
+        inner = executor._executor
+        text = inner._make_submission_file_text(inner._submitit_command_str, "1")
+    script = work / "script.sh"
+    script.write_text(text)
+    shown = subprocess.run(["bash", script], cwd=work, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert shown[0] == str(root) and f"{run.output}/slurm" in shown
+    assert not list(tmp_path.rglob("PWNED"))
+
+
+def test_printed_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
+    path = tiny.config(tmp_path / "a b")
+    monkeypatch.setattr(slurm, "submit", lambda *_arguments: ["7"])
+    pretrain._submit(config.load(path, ["evaluation.at_end=[]"]), str(path), [])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [f"follow it: tail -f '{tmp_path}/a b/run/slurm/7_0_log.out'", "stop it:   scancel 7"]

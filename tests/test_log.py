@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from conftest import run_ranks
 from PIL import Image
 
-from ssl_pretrain import config, curves, distributed, estimate, flops, log, train, wandb_run
+from ssl_pretrain import config, curves, disk, distributed, estimate, flops, log, train, wandb_run
 
 
 def logger(run: Path, first_step=0, every_steps=2, **named):
@@ -137,3 +140,113 @@ def test_without_a_key_wandb_is_off(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert not wandb_run.has_key()
     assert log._start_wandb(log.LogConfig(wandb="auto"), tmp_path, {}, {}, print) is None
+
+
+def full(*_arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def taken(made, steps):
+    for step in steps:
+        made.step(step, {"loss": torch.tensor(1.0)}, {"lr": 0.1})
+        while not made._files._waiting.empty():
+            time.sleep(0.01)
+        time.sleep(0.05)
+
+
+def test_records_that_a_full_disk_refused_are_written_when_there_is_room(tmp_path, monkeypatch, capsys):
+    with logger(tmp_path, every_steps=1, on_failure="warn") as made:
+        taken(made, [1])
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "append", full)
+            taken(made, [2, 3, 4])
+            assert not made.must_stop
+        assert [r["step"] for r in records(tmp_path)] == [1]
+        taken(made, [5])
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5]
+    out, path = capsys.readouterr().out, tmp_path / "metrics.jsonl"
+    assert out.count(f"warning: {path} could not be written: No space left on device.") == 1
+    assert f"{path} is written again, with what was missing" in out
+
+
+def test_a_full_disk_asks_for_a_stop_and_ends_as_a_disk_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "append", full)
+    with pytest.raises(disk.SaveError) as error, logger(tmp_path, every_steps=1) as made:
+        taken(made, [1])
+        assert not made.must_stop
+        taken(made, [2])
+        assert made.must_stop
+    assert str(error.value) == (
+        f"{tmp_path / 'metrics.jsonl'} could not be written: No space left on device. What was written before is whole; free space and resume"
+    )
+
+
+def test_a_slow_disk_does_not_hold_up_the_steps(tmp_path, monkeypatch):
+    real = disk.append
+
+    def slow(path, text):
+        time.sleep(0.5)
+        real(path, text)
+
+    monkeypatch.setattr(disk, "append", slow)
+    with logger(tmp_path, every_steps=1) as made:
+        began = time.monotonic()
+        for step in range(1, 10):
+            made.step(step, {"loss": torch.tensor(1.0)}, {"lr": 0.1})
+        assert time.monotonic() - began < 1
+    assert [r["step"] for r in records(tmp_path)] == list(range(1, 10))
+
+
+def test_a_record_is_whole_or_absent(tmp_path, monkeypatch):
+    """A disk that fills in the middle of a line."""
+    path = tmp_path / "metrics.jsonl"
+    disk.append(path, "first\n")
+    real = os.write
+
+    def half(descriptor, data):
+        monkeypatch.setattr(os, "write", full)
+        return real(descriptor, bytes(data)[:3])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match="No space left"):
+        disk.append(path, "second\n")
+    assert path.read_text() == "first\n"
+
+
+def test_a_file_takes_its_name_after_its_content_is_on_the_disk(tmp_path, monkeypatch):
+    """A power cut between any two calls leaves the old content or the new, never none."""
+    path, calls = tmp_path / "config.yaml", []
+    path.write_text("old")
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        assert path.read_text() in ("old", "new")
+        fsync(descriptor)
+
+    def renamed(source, target):
+        calls.append(f"rename {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    disk.replace(path, "new")
+    assert calls == ["fsync .config.yaml.part", "rename config.yaml", f"fsync {tmp_path.name}"]
+
+
+def test_a_resume_that_loses_no_step_leaves_the_log_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    before = path.stat().st_ino
+    with logger(tmp_path, first_step=2) as made:
+        assert path.stat().st_ino == before and len(made.past) == 2
+
+
+def test_pictures_that_cannot_be_written_are_named_and_missed(tmp_path, capsys):
+    (tmp_path / "views.png").mkdir()
+    with logger(tmp_path, on_failure="warn") as made:
+        made.views(1, [torch.rand(8, 3, 16, 16)], [0.5] * 3, [0.25] * 3, lambda: [["drawn"]] * 8)
+        for step in (1, 2):
+            made.step(step, {"loss": torch.tensor(1.0)}, {"lr": 0.1})
+    assert f"warning: {tmp_path / 'views.png'} could not be written: Is a directory." in capsys.readouterr().out
+    assert json.loads((tmp_path / "views.json").read_text())[0] == ["drawn"]

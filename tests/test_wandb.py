@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from ssl_pretrain import checkpoint, config, curves, log, wandb_file
+from ssl_pretrain import checkpoint, config, curves, log, wandb_file, wandb_run
 from ssl_pretrain.train import train
 
 pytest.importorskip("wandb", reason="wandb is not installed")
@@ -136,6 +136,79 @@ def server(answer):
     finally:
         for one in (*kept, listening):
             one.close()
+
+
+@pytest.fixture
+def key(monkeypatch, tmp_path):
+    """A machine that knows a key, without settings of W&B."""
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+
+
+MODES = [  # (what W&B was told, log.wandb, the mode, whether it is said)
+    ({}, "auto", "online", False),
+    ({"WANDB_MODE": "disabled"}, "auto", "off", False),
+    ({"WANDB_MODE": "offline"}, "auto", "offline", False),
+    ({"WANDB_MODE": "dryrun"}, "auto", "offline", False),
+    ({"WANDB_MODE": "no"}, "auto", "off", False),
+    ({"WANDB_DISABLED": "true"}, "auto", "off", False),
+    ({"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, "auto", "off", False),
+    ({"WANDB_DISABLED": "false"}, "auto", "online", False),
+    ({"WANDB_MODE": "disabled"}, "online", "off", True),
+    ({"WANDB_MODE": "offline"}, "online", "offline", True),
+    ({"WANDB_DISABLED": "true"}, "offline", "off", True),
+    ({"WANDB_MODE": "online"}, "offline", "offline", False),
+    ({"WANDB_MODE": "online"}, "off", "off", False),
+]
+
+
+@pytest.mark.parametrize(("told", "asked", "mode", "said"), MODES)
+def test_no_more_is_sent_than_wandb_itself_was_told(key, monkeypatch, told, asked, mode, said):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    found, line = wandb_run.mode_of(asked)
+    assert found == mode and bool(line) == said
+    if said:
+        name, value = next(iter(told.items()))
+        assert line == f"W&B: {mode}, as {name}={value} says, although log.wandb is {asked}; nothing is sent"
+
+
+@pytest.mark.parametrize("place", ["wandb", "config"])
+def test_wandb_offline_as_a_command_is_obeyed(key, monkeypatch, tmp_path, place):
+    """`wandb offline` and `wandb disabled` write a settings file, here or in the home."""
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "settings").write_text("[default]\nmode = offline\n")
+    assert wandb_run.mode_of("auto")[0] == "offline"
+    assert wandb_run.mode_of("online") == (
+        "offline", f"W&B: offline, as mode = offline in {wandb_run._told()[1].rpartition(' in ')[2]} says, although log.wandb is online; nothing is sent"
+    )  # fmt: skip
+    monkeypatch.setenv("WANDB_MODE", "online")  # the environment is nearer
+    assert wandb_run.mode_of("auto")[0] == "online"
+
+
+def test_without_a_key_auto_is_off_and_says_what_offline_needs(key, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", "nothing")
+    assert wandb_run.mode_of("auto") == ("off", "")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_run.mode_of("auto") == (
+        "off", "W&B: off, as there is no key here; WANDB_MODE=offline asks for offline: log.wandb=offline does that without a key"
+    )  # fmt: skip
+
+
+def test_the_client_leaves_no_temporary_files(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    made = wandb_run.WandbRun(
+        tmp_path / "run", mode="offline", project="p", name="n", run_id="abcdefgh", config={}, tags=[], say=lambda line: None
+    )  # fmt: skip
+    made.send("record", record={"step": 1, "loss": 1.0}, plots={"deviations": [1.0], "spectrum_index": [1], "spectrum": [1.0]})
+    made.close()
+    assert made._process.wait(60) == 0
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def refusing():

@@ -1,7 +1,9 @@
-/* LD_PRELOAD: a file system that lacks what LACKS names, separated by spaces: link, fsync, folder_fsync, folder_rename, flock. */
+/* LD_PRELOAD: a file system that lacks what LACKS names, separated by spaces: link, fsync, folder_fsync, folder_rename, flock.
+   FULL=name: a write to a file whose path contains that name finds no space. SLOW=name: its fsync takes a second. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -19,6 +21,22 @@ static int lacks(const char *what) {
 
 static int refuse(int number) { errno = number; return -1; }
 
+static int is_named(int descriptor, const char *variable) {
+  char link[64], path[4096];
+  const char *name = getenv(variable);
+  if (!name) return 0;
+  snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
+  ssize_t length = readlink(link, path, sizeof path - 1);
+  if (length <= 0) return 0;
+  path[length] = 0;
+  return strstr(path, name) != NULL;
+}
+
+ssize_t write(int descriptor, const void *data, size_t size) {
+  if (is_named(descriptor, "FULL")) return refuse(ENOSPC);
+  return ((ssize_t (*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write"))(descriptor, data, size);
+}
+
 int link(const char *from, const char *to) {
   if (lacks("link")) return refuse(EPERM);
   return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "link"))(from, to);
@@ -32,6 +50,7 @@ int linkat(int a, const char *from, int b, const char *to, int flags) {
 int fsync(int descriptor) {
   struct stat entry;
   int folder = !fstat(descriptor, &entry) && S_ISDIR(entry.st_mode);
+  if (is_named(descriptor, "SLOW")) sleep(1);
   if (folder ? lacks("folder_fsync") : lacks("fsync")) return refuse(EINVAL);
   return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(descriptor);
 }

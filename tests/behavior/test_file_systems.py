@@ -61,6 +61,71 @@ def test_what_a_checkpoint_cannot_do_without_is_refused_at_the_start(config, lac
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and list(place.iterdir()) == []
 
 
+def test_a_disk_that_is_full_for_the_log_ends_a_run_saved_and_retryable(config, lacking, tmp_path):
+    """Told to stop: the steps done are saved, the status is the one that torchrun and SLURM start again, and the file is named."""
+    finished = commands.run(*TRAIN, config, "epochs=10", LD_PRELOAD=lacking, FULL="metrics.jsonl")
+    assert finished.status == 74, finished.text
+    said = f"error: {tmp_path / 'run' / 'metrics.jsonl'} could not be written: No space left on device. What was written before is whole"
+    assert said in finished.stderr
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    finished = commands.run(*TRAIN, config, "epochs=10", "--stop-after", "1")
+    assert finished.status == 0, finished.text
+    assert records(tmp_path / "run")[-1] == int(saved.name.removeprefix("step_")) + 1
+
+
+def test_a_disk_that_is_slow_or_full_for_the_log_does_not_hold_up_a_run_told_to_warn(config, lacking, tmp_path):
+    run = tmp_path / "run"
+    finished = commands.run(
+        *TRAIN, config, "epochs=4", "checkpoint.on_failure=warn", "health.every_steps=1",
+        LD_PRELOAD=lacking, SLOW="metrics.jsonl", FULL="plots.jsonl",
+    )  # fmt: skip
+    assert finished.status == 0, finished.text
+    assert f"{run / 'plots.jsonl'} could not be written: No space left on device" in finished.text
+    assert finished.text.count("plots.jsonl could not be written") == 1
+    assert records(run) == list(range(1, 9))
+    times = [json.loads(line)["seconds_per_step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert min(times) < 1, times
+
+
+@pytest.mark.full
+def test_records_on_the_disk_survive_a_power_cut_during_a_resumed_run(config, tmp_path):
+    """On an ext4 that does not flush before a rename, as XFS does not. The cut is a copy of the device under the mounted one."""
+    if os.getuid() != 0:
+        pytest.skip("a loop device needs root")
+    for name in ("m", "c"):
+        (tmp_path / name).mkdir()
+    device, cut = tmp_path / "disk", tmp_path / "cut"
+    device.touch()
+    os.truncate(device, 96 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
+    if subprocess.run(["mount", "-o", "loop,noauto_da_alloc", device, tmp_path / "m"], capture_output=True).returncode:
+        pytest.skip("no loop device here")
+    run = tmp_path / "m" / "run"
+    try:
+        first = commands.run(*TRAIN, config, f"output={run}", "epochs=10000", "checkpoint.every_epochs=1", "--stop-after", "5")
+        assert first.status == 0, first.text
+        os.sync()
+        written, saved = (run / "config.yaml").stat().st_size, records(run)
+        going = commands.start(*TRAIN, config, f"output={run}", "epochs=10000", "checkpoint.every_epochs=1")
+        try:
+            end = time.monotonic() + 120
+            while not (run / "checkpoints" / "step_00000010").exists() and time.monotonic() < end:
+                time.sleep(0.05)
+            os.killpg(going.pid, signal.SIGSTOP)
+            shutil.copyfile(device, cut)
+        finally:
+            os.killpg(going.pid, signal.SIGKILL)
+            going.communicate()
+        subprocess.run(["e2fsck", "-p", cut], capture_output=True)
+        subprocess.run(["mount", "-o", "loop", cut, tmp_path / "c"], check=True)
+        kept = tmp_path / "c" / "run"
+        assert [json.loads(line)["step"] for line in (kept / "metrics.jsonl").read_text().splitlines()][: len(saved)] == saved
+        assert (kept / "config.yaml").stat().st_size == written
+    finally:
+        for name in ("m", "c"):
+            subprocess.run(["umount", "-l", tmp_path / name], capture_output=True)
+
+
 @pytest.mark.full
 def test_two_containers_exclude_each_other_and_a_dead_one_is_taken_over(config, tmp_path):
     """The host's name, and process ids of their own: as docker run --network host."""

@@ -1,0 +1,118 @@
+"""What a user told another program, or never meant as a command, is not overruled: W&B, job scripts, pages, manifests."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import json
+import re
+import threading
+
+import commands
+import pytest
+
+from ssl_pretrain import manifest
+
+TRAIN = ("-m", "ssl_pretrain.train")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return commands.write_config(tmp_path, commands.class_folders(tmp_path / "images", "train"))
+
+
+@pytest.fixture
+def server():
+    """A W&B server of this machine that counts what it is asked: (address, the list of requests)."""
+    asked: list[str] = []
+
+    class Count(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.path)
+            self.send_response(500)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Count) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}", asked
+        serving.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "override"),
+    [
+        ("WANDB_MODE", "disabled", "log.wandb=auto"),
+        pytest.param("WANDB_MODE", "offline", "log.wandb=auto", marks=pytest.mark.full),
+        pytest.param("WANDB_DISABLED", "true", "log.wandb=auto", marks=pytest.mark.full),
+        ("WANDB_DISABLED", "true", "log.wandb=online"),
+    ],
+)
+def test_wandb_told_not_to_send_sends_nothing(config, server, tmp_path, monkeypatch, variable, value, override):
+    address, asked = server
+    for name in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    told = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": address, variable: value}
+    finished = commands.run(*TRAIN, config, override, **told)
+    assert finished.status == 0, finished.text
+    assert asked == []
+    if override == "log.wandb=online":
+        assert f"W&B: off, as {variable}={value} says, although log.wandb is online; nothing is sent" in finished.stdout
+    assert (tmp_path / "run" / "wandb").exists() == (value == "offline")
+
+
+def plant(folder, **log):
+    """A checkpoint whose manifest holds other values of `log`, and a hash that fits."""
+    path = folder / "manifest.json"
+    written = json.loads(path.read_text())
+    written["config"]["log"] |= log
+    path.write_text(manifest.dumps(written))
+
+
+def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_yaml(config, tmp_path):
+    """A run folder or a YAML from someone else must not read this user's environment."""
+    refused = "'${' is not allowed: nothing is interpolated"
+    hidden = tmp_path / "hidden.yaml"
+    hidden.write_text(config.read_text().replace("log: {", 'log: {name: "\\x24{oc.env:SECRET}", '))
+    escaped = commands.run(*TRAIN, hidden, SECRET="hunter2")
+    assert escaped.status == 2 and refused in escaped.stderr and "hunter2" not in escaped.text
+    trained = commands.run(*TRAIN, config)
+    assert trained.status == 0, trained.text
+    plant(tmp_path / "run" / "checkpoints" / "step_00000002", name="${oc.env:SECRET}")
+    judged = commands.run("-m", "eval.knn", tmp_path / "run", SECRET="hunter2")
+    assert judged.status == 2, judged.text
+    assert f"the checkpoint's config: {refused}" in judged.stderr and "hunter2" not in judged.text
+
+
+def test_the_live_page_answers_for_its_own_host_alone(tmp_path):
+    """A page of another site, whose name is made to point to this machine, gets nothing of a run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("method: {name: secret_method}\n")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.5, "loss": 1.5}) + "\n")
+    serving = commands.start("-m", "eval.report", run, "--follow")
+    try:
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", serving.stdout.readline())[1])
+
+        def ask(path, host):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.putrequest("GET", path, skip_host=True)
+            if host is not None:
+                connection.putheader("Host", host)
+            connection.endheaders()
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}", "LOCALHOST:9999", "localhost", f"[::1]:{port}"):
+            assert ask("/main", host)[0] == 200, host
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example:1", "", None, "evil@localhost"):
+            status, body = ask("/main", host)
+            assert status == 403 and "secret_method" not in body, host
+            assert ask("/", host)[0] == 403
+    finally:
+        serving.kill()
+        serving.communicate()
