@@ -148,6 +148,7 @@ def batches(run: Run, source: Source, view: Crop, batch_size: int, finish: loade
     return loader.Loader(
         source, views, seed=0, global_batch_size=batch_size, device=run.device, num_workers=workers,
         rank=distributed.rank(), world_size=distributed.world_size(), how=how, finish=finish,
+        max_replaced=run.config.data.max_replaced,
     )  # fmt: skip
 
 

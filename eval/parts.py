@@ -15,6 +15,7 @@ from eval.results import Unlabelled
 from eval.runs import Run
 from ssl_pretrain import distributed, draws
 from ssl_pretrain.data import loader
+from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.sources import DataConfig, NoSuchSplit, Source, layout_lines, open_source, require_labels
 from ssl_pretrain.draws import Purpose
 from ssl_pretrain.views import crops
@@ -46,7 +47,7 @@ class Part:
         keep = len(self) * 3 * self.run.image_size**2 <= KEPT_BYTES
         evaluation, data = self.run.config.evaluation, self.run.config.data
         view = partial(crops.evaluate, size=self.run.image_size, crop_ratio=evaluation.crop_ratio, interpolation=evaluation.interpolation)
-        for images, labels in loader.images(self.source, self.numbers, view, BATCH, data.num_workers):
+        for images, labels in loader.images(self.source, self.numbers, view, BATCH, data.num_workers, data.max_replaced):
             if keep:
                 kept.append((images.clone(), labels))  # out of the workers' shared memory
             yield images, labels
@@ -130,6 +131,16 @@ def hold_out(n: int, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(mixed[aside:]), np.sort(mixed[:aside])
 
 
+def _shorter_side(part: Part) -> int:
+    """Pixels of the shorter side of the first image that can be read."""
+    for number in part.numbers.tolist():
+        try:
+            return min(part.source.read(number).shape[:2])
+        except UnreadableImage:
+            part.source.check_present()
+    raise ValueError(f"data.root: none of the {len(part):,} images of {part.source.where} can be read")
+
+
 def shift(images: Tensor, dx: int, dy: int) -> Tensor:
     """Images (n, channels, height, width) moved dx pixels to the right and dy down; black enters at the edge."""
     if not dx and not dy:
@@ -141,7 +152,7 @@ def shift(images: Tensor, dx: int, dy: int) -> Tensor:
 
 def scale(run: Run, part: Part) -> float:
     """Evaluation pixels per original pixel, from the first image: its shorter side becomes image_size / crop_ratio."""
-    return run.image_size / run.config.evaluation.crop_ratio / min(part.source.read(int(part.numbers[0])).shape[:2])
+    return run.image_size / run.config.evaluation.crop_ratio / _shorter_side(part)
 
 
 def directions(run: Run, part: Part, distance: int) -> list[tuple[int, int]]:
@@ -151,7 +162,7 @@ def directions(run: Run, part: Part, distance: int) -> list[tuple[int, int]]:
 
 
 def default_shifts(part: Part) -> list[int]:
-    return [1, 2] if min(part.source.read(int(part.numbers[0])).shape[:2]) < SMALL else []
+    return [1, 2] if _shorter_side(part) < SMALL else []
 
 
 def describe_shifts(run: Run, part: Part, shifts: list[int]) -> str:

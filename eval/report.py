@@ -72,6 +72,9 @@ def header(run: Run, records: list[dict[str, Any]]) -> str:
     ]
     if len(records) > 1 and "time" in records[0]:
         pairs.append(("wall time", sections.duration(records[-1]["time"] - records[0]["time"])))
+    if any("replaced_images" in record for record in records):
+        replaced = sum(record.get("replaced_images", 0) for record in records)
+        pairs.append(("unreadable images replaced", f"{replaced:,}"))
     config_path = shlex.quote(str(run.path / "config.yaml"))
     command = f"python -m ssl_pretrain.train {config_path} output=<new folder>"
     return (

@@ -14,6 +14,7 @@ import yaml
 from ssl_pretrain import methods, parallel, schema
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.checkpoint import CheckpointConfig
+from ssl_pretrain.data import sources
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.guard import GuardConfig
 from ssl_pretrain.hardware import PlanConfig
@@ -93,7 +94,10 @@ class RunConfig:
 
 
 # What may change when a run goes on: these do not change what is computed ...
-FREE = ("data.root", "data.train", "data.val", "data.num_workers", "data.loader", "data.cache_dir", "local_batch_size", "output")
+FREE = (
+    "data.root", "data.train", "data.val", "data.num_workers", "data.loader", "data.cache_dir", "data.max_replaced",
+    "local_batch_size", "output",
+)  # fmt: skip
 FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard", "plan")
 FREE_PARALLEL = tuple(
     f"parallel.{key}"
@@ -245,6 +249,7 @@ def check(config: RunConfig, world_size: int) -> None:
     try:
         schema.check(config)
         recipe.check(config.views)
+        sources.check(config.data)
         group = parallel.group_images(config.parallel, config.global_batch_size)
         parallel.check(config.parallel)
         config.method.check(config, world_size)

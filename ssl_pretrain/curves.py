@@ -21,6 +21,7 @@ CURVES = {
     "lr": Curve(LEARNING, "learning rate"),
     "weight_decay": Curve(LEARNING, "weight decay"),
     "skipped_steps": Curve(LEARNING, "skipped steps", "whose gradient was not finite, since the record before"),
+    "replaced_images": Curve(LEARNING, "replaced images", "which could not be read, since the record before"),
     "replay_error": Curve(LEARNING, "replay error", "largest difference between the two passes over a part"),
     "rankme": Curve(COLLAPSE, "RankMe", "effective rank of the embeddings, uncentred; 1 is collapsed"),
     "effective_rank_centered": Curve(COLLAPSE, "effective rank, centred", "of what differs between images"),

@@ -222,7 +222,8 @@ def _train(
         straggler = distributed.straggler(step, config.log.every_steps)
         embeddings, logs = stepper(step - 1, progress, batch)
         measured = monitor.at(step, embeddings) | knn.at(step, method.get_submodule(method.evaluated))
-        logger.step(step, logs, rates, measured | straggler)
+        replaced = batches.count_replaced(step, config.log.every_steps, last_step)
+        logger.step(step, logs, rates, measured | straggler | replaced)
         guard.after(step, batch.indices, logs)
         stopping = stop.agreed(step) or step == end or logger.must_stop
         if stopping or checkpoint.due(config.checkpoint, step, last_step, batches.steps_per_epoch):
@@ -342,12 +343,12 @@ def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) 
     transform = partial(crops.evaluate, size=size, crop_ratio=settings.crop_ratio, interpolation=settings.interpolation)
 
     def normalized(numbers: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, labels in loader.images(source, numbers, transform, 256, 0):
+        for pixels, labels in loader.images(source, numbers, transform, 256, 0, config.data.max_replaced):
             views = [colour.normalize(pixels.to(device), config.views.mean, config.views.std)]
             yield parallel.place(views, config.parallel, device)[0], labels
 
     def pixels(numbers: np.ndarray) -> torch.Tensor:
-        return torch.cat([found for found, _ in loader.images(source, numbers, transform, 256, 0)])
+        return torch.cat([found for found, _ in loader.images(source, numbers, transform, 256, 0, config.data.max_replaced)])
 
     order = draws.permutation(config.seed, 0, len(source))
     return OnlineKNN(config.online, normalized, source.labels, order, batches.steps_per_epoch, device, pixels)

@@ -17,7 +17,7 @@ import numpy as np
 from ssl_pretrain.data import beton_file, beton_writer, compiled, progress
 from ssl_pretrain.data.beton_file import Samples
 from ssl_pretrain.data.beton_writer import Settings
-from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.sources import DataConfig, check_range, open_source
 from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
 
 _SHOWN = 100  # problems
@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     writing.add_argument("path", type=Path, help="the .beton to write; name it train.beton or val.beton, and data.root is its folder")
     writing.add_argument("--source", default="folder", help="digits, cifar10 or folder (default: folder)")
     writing.add_argument("--part", choices=("train", "val"), default="train", help="(default: train)")
+    writing.add_argument(
+        "--range", type=float, nargs=2, default=[], metavar=("LOW", "HIGH"), help="data.range: the values that become 0 and 255"
+    )
     writing.add_argument(
         "--max-side", type=FROM_ZERO, default=Settings.max_side, help="larger images are made so; 0: none is (default: %(default)s)"
     )
@@ -80,7 +83,8 @@ def _write(given: argparse.Namespace) -> int:
             "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least 2,097,152 (FFCV's own least)"
         )
     compiled.library()  # or a message, before hours of work
-    source = open_source(DataConfig(source=given.source, root=given.root), given.part)
+    source = open_source(DataConfig(source=given.source, root=given.root, range=list(given.range)), given.part)
+    check_range(source)
     settings = Settings(given.max_side, given.quality, given.page_size)
     num_bad = 0
     for path, first, end in _outputs(given, len(source)):

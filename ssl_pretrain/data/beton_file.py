@@ -9,6 +9,7 @@
 Beside each file lies its manifest, `train.beton.json`: class names, counts, and the fingerprint of the source.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,11 @@ ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("length", "<u8")])
 FIELDS = (("image", 2), ("label", 1))  # name, FFCV's number of the type
 DATA_FIELDS_END = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 _ROWS = ("file", "place", "length", "mode", "height", "width", "label")  # of `Samples`
+MAX_PIXELS = 178_956_970  # of one image, as in `images`: more is a decompression bomb
+_COUNTS = ("num_samples", "kept", "encoded", "raw", "max_side", "quality", "first", "page_size", "crc32")
+_TEXTS = ("written", "of_source", "fingerprint", "source")
+_LISTS = ("bad", "classes")
+_HASHES = ("table_sha256", "manifest_sha256")  # absent from the manifests of earlier versions
 _SHARD = re.compile(r"(?P<part>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.beton")
 
 
@@ -35,10 +41,12 @@ _SHARD = re.compile(r"(?P<part>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.beton"
 class Samples:
     """All images of one file, or of the shards that make one, by number; each array has n rows.
 
-    paths: the files. file: which of them. place, length: where in it. mode: JPEG or RAW. manifest: of the whole.
+    paths: the files. stamps: of each file when it was opened, by which a replaced one is noticed. file: which of them. place, length:
+    where in it. mode: JPEG or RAW. manifest: of the whole.
     """
 
     paths: list[str]
+    stamps: list[tuple[int, int, int]]
     file: np.ndarray  # int32
     place: np.ndarray  # int64
     length: np.ndarray  # int64
@@ -106,33 +114,20 @@ def read(path: Path) -> Samples:
         manifest["bad"] = [line for part in parts for line in part.manifest.get("bad", [])]
         if not manifest["bad"]:
             manifest["fingerprint"] = manifest.get("source")
-    return Samples(
-        [part.paths[0] for part in parts], file=np.repeat(np.arange(len(parts), dtype=np.int32), counts), manifest=manifest, **joined
-    )
+    paths, stamps = [part.paths[0] for part in parts], [part.stamps[0] for part in parts]
+    return Samples(paths, stamps, file=np.repeat(np.arange(len(parts), dtype=np.int32), counts), manifest=manifest, **joined)
 
 
 def _read_one(path: Path) -> Samples:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except FileNotFoundError:
         raise ValueError(f"data.root: {path} does not exist; write it: python -m ssl_pretrain.data.beton write --help") from None
-    cut = f"data.root: {path} is cut short ({size:,} bytes); copy or write it again"
-    if size < DATA_FIELDS_END:
-        raise ValueError(cut if size else f"data.root: {path} is empty; its writing never began, or the disk was full")
-    header = np.fromfile(path, HEADER, 1)[0]
-    if header["version"] != VERSION or not 1 <= header["num_fields"] <= 100:
-        raise ValueError(f"data.root: {path} is not a .beton of format {VERSION}")
-    if header["table"] == 0:
-        raise ValueError(f"data.root: {path} was never finished: its writer was stopped; run the same write again, and it goes on")
-    types = np.fromfile(path, FIELD, int(header["num_fields"]), offset=HEADER.itemsize)
-    found = [(bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace"), int(field["type"])) for field in types]
-    if found != list(FIELDS):
-        raise ValueError(f"data.root: {path} has the fields {found}, and not image and label; write it with ssl_pretrain.data.beton")
-    n, table = int(header["num_samples"]), int(header["table"])
-    if DATA_FIELDS_END + n * SAMPLE.itemsize > size or table + n * ALLOCATION.itemsize > size:
-        raise ValueError(cut)
-    samples = np.fromfile(path, SAMPLE, n, offset=DATA_FIELDS_END)
-    allocations = np.fromfile(path, ALLOCATION, n, offset=table)
+    size = status.st_size
+    header, fields, samples, allocations = _tables(path, size)
+    n, table = len(samples), int(header["table"])
+    manifest = manifest_of(path)
+    _check_manifest(path, manifest, header, fields, samples, allocations)
     allocations = allocations[np.argsort(allocations["place"], kind="stable")]
     image = samples["image"]
     at = np.searchsorted(allocations["place"], image["place"])
@@ -143,17 +138,80 @@ def _read_one(path: Path) -> Samples:
     _check_places(path, image, length, table)
     sizes = {"height": image["height"].astype(np.int32), "width": image["width"].astype(np.int32)}
     arrays = {"place": image["place"].astype(np.int64), "length": length.astype(np.int64), "mode": image["mode"].copy(), **sizes}
-    return Samples([str(path)], np.zeros(n, np.int32), label=samples["label"].copy(), manifest=manifest_of(path), **arrays)
+    return Samples([str(path)], [stamp(status)], np.zeros(n, np.int32), label=samples["label"].copy(), manifest=manifest, **arrays)
+
+
+def _tables(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Header, fields, entries and allocations of a file of `size` bytes. Raises ValueError if it is no finished .beton of ours."""
+    cut = f"data.root: {path} is cut short ({size:,} bytes); copy or write it again"
+    if size < DATA_FIELDS_END:
+        raise ValueError(cut if size else f"data.root: {path} is empty; its writing never began, or the disk was full")
+    header = np.fromfile(path, HEADER, 1)[0]
+    if header["version"] != VERSION or not 1 <= header["num_fields"] <= 100:
+        raise ValueError(f"data.root: {path} is not a .beton of format {VERSION}")
+    if header["table"] == 0:
+        raise ValueError(f"data.root: {path} was never finished: its writer was stopped; run the same write again, and it goes on")
+    fields = np.fromfile(path, FIELD, int(header["num_fields"]), offset=HEADER.itemsize)
+    found = [(bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace"), int(field["type"])) for field in fields]
+    if found != list(FIELDS):
+        raise ValueError(f"data.root: {path} has the fields {found}, and not image and label; write it with ssl_pretrain.data.beton")
+    n, table = int(header["num_samples"]), int(header["table"])
+    if DATA_FIELDS_END + n * SAMPLE.itemsize > size or table + n * ALLOCATION.itemsize > size:
+        raise ValueError(cut)
+    return header, fields, np.fromfile(path, SAMPLE, n, offset=DATA_FIELDS_END), np.fromfile(path, ALLOCATION, n, offset=table)
 
 
 def _check_places(path: Path, image: np.ndarray, length: np.ndarray, table: int) -> None:
-    """No decoder may be sent outside the file, or be given more pixels than the memory it writes to."""
-    raw = image["height"].astype(np.int64) * image["width"] * 3
-    wrong = image["place"] + length > table
-    wrong |= (image["height"] == 0) | (image["width"] == 0) | (image["mode"] > RAW) | (length == 0)
-    wrong |= (image["mode"] == RAW) & (length != raw.astype(length.dtype))
+    """No decoder may be sent outside the file, or be given more pixels than the memory it writes to.
+
+    Sums of 64-bit places and lengths can wrap, so each is compared with what the other leaves of the file.
+    """
+    pixels = image["height"].astype(np.int64) * image["width"]
+    wrong = (image["place"] < DATA_FIELDS_END) | (image["place"] > table)
+    wrong |= length > np.uint64(table) - np.minimum(image["place"], np.uint64(table))
+    wrong |= (pixels == 0) | (image["mode"] > RAW) | (length == 0)
+    wrong |= (image["mode"] == RAW) & (length != (3 * pixels).astype(length.dtype))
     if wrong.any():
         raise ValueError(f"data.root: {path}: the entry of image {int(np.flatnonzero(wrong)[0])} points outside the file; it is damaged")
+    if (large := pixels > MAX_PIXELS).any():
+        index = int(np.flatnonzero(large)[0])
+        raise ValueError(
+            f"data.root: {path}: the entry of image {index} says {int(image['width'][index]):,} x {int(image['height'][index]):,} pixels, "
+            f"more than the {MAX_PIXELS:,} that are decoded; it is damaged"
+        )
+
+
+def _check_manifest(
+    path: Path, manifest: dict[str, Any], header: np.ndarray, fields: np.ndarray, samples: np.ndarray, allocations: np.ndarray
+) -> None:
+    """Raise ValueError unless the manifest describes this very file. A file of FFCV's own writer has none."""
+    if not manifest:
+        return
+    expected = manifest.get("table_sha256", "")
+    if manifest["num_samples"] != len(samples) or expected not in ("", _sha256(header, fields, samples, allocations)):
+        raise ValueError(
+            f"data.root: {path} and {manifest_path(path).name} do not belong together: a table was damaged, or a write was stopped "
+            "between the two; run the same write again, or copy both again"
+        )
+    if (largest := int(samples["label"].max(initial=-1))) >= len(manifest["classes"]):
+        raise ValueError(f"data.root: {path}: a label is {largest}, and its manifest has {len(manifest['classes'])} classes")
+
+
+def table_sha256(path: Path) -> str:
+    """SHA-256 of everything in a file that is no image: header, fields, entries and allocations. Raises ValueError."""
+    return _sha256(*_tables(path, path.stat().st_size))
+
+
+def _sha256(*tables: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for table in tables:
+        digest.update(np.ascontiguousarray(table).tobytes())
+    return digest.hexdigest()
+
+
+def stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """What differs between a file and the one that replaces it."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def pages_begin(num_images: int, page_size: int) -> int:
@@ -186,25 +244,66 @@ def manifest_path(path: Path) -> Path:
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
-    """The manifest beside a file; empty for a file of FFCV's own writer, which has none. Raises ValueError where it cannot be read."""
+    """The manifest beside a file; empty for a file of FFCV's own writer, which has none. Raises ValueError where it is damaged."""
     try:
-        return json.loads(manifest_path(path).read_text())
+        manifest = json.loads(manifest_path(path).read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
-        raise ValueError(f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write again") from None
+    except ValueError:  # no JSON, or no text
+        manifest = None
+    if not _is_whole(manifest):
+        raise ValueError(f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write again")
+    return manifest
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """The text of a manifest, with a hash of all other keys, so that a flipped bit is found."""
+    return json.dumps({**manifest, "manifest_sha256": _seal(manifest)}, indent=1).encode()
+
+
+def _is_whole(manifest: Any) -> bool:
+    """Return True if the manifest has every key with a value of its type, no other key, and the hash that it was written with."""
+    if not isinstance(manifest, dict):
+        return False
+    kinds = {**dict.fromkeys(_COUNTS, int), **dict.fromkeys(_TEXTS, str), **dict.fromkeys(_LISTS, list)}
+    if not all(isinstance(manifest.get(key), kind) and not isinstance(manifest[key], bool) for key, kind in kinds.items()):
+        return False
+    if not all(isinstance(text, str) for key in _LISTS for text in manifest[key]):
+        return False
+    if set(manifest) == set(kinds):  # of an earlier version, without hashes
+        return True
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return set(_HASHES) <= set(manifest) <= {*kinds, *_HASHES, "range"} and manifest["manifest_sha256"] == _seal(rest)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def content(samples: Samples, index: int) -> bytes:
     """The stored bytes of one image, by any process. Raises OSError; EOFError where the file ends before the image does."""
-    handle = os.open(samples.paths[samples.file[index]], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    path = samples.paths[samples.file[index]]
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
+        if stamp(os.fstat(handle)) != samples.stamps[samples.file[index]]:
+            raise OSError("the file was replaced")
         stored = os.pread(handle, int(samples.length[index]), int(samples.place[index]))
     finally:
         os.close(handle)
     if len(stored) != samples.length[index]:
         raise EOFError(f"{samples.name(index)}: the file ends before the image does; it was {samples.length[index]} bytes long when opened")
     return stored
+
+
+def check_present(samples: Samples) -> None:
+    """Raise FileNotFoundError if a file is gone, ValueError if it is not the one that was opened."""
+    for path, opened in zip(samples.paths, samples.stamps):
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"data.root: {path} is gone; it was there when the run began") from None
+        if stamp(status) != opened:
+            raise ValueError(f"data.root: {path} was replaced or changed while it was being read; start the run again")
 
 
 def _some(names: list[str]) -> str:

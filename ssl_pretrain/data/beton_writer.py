@@ -68,9 +68,11 @@ def write(source: Source, path: Path, settings: Settings, num_workers: int, firs
         RuntimeError: a process was killed.
     """
     end = len(source) if end is None else end
-    of_source = _hash(source.fingerprint, asdict(settings), pillow, features.version("libjpeg_turbo"), _FORMAT)
-    if path.exists() and beton_file.manifest_of(path).get("written") == _hash(of_source, first, end):
-        return beton_file.manifest_of(path)  # before the last run was stopped
+    values = [list(source.values)] if isinstance(source, Files) and source.values is not None else []
+    of_source = _hash(source.fingerprint, asdict(settings), pillow, features.version("libjpeg_turbo"), _FORMAT, *values)
+    finished = _finished(path, _hash(of_source, first, end))
+    if finished is not None:
+        return finished
     path.parent.mkdir(parents=True, exist_ok=True)
     data_path, journal_path = path.with_name(f"{path.name}.writing"), path.with_name(f"{path.name}.journal")
     start = beton_file.pages_begin(end - first, settings.page_size)
@@ -88,7 +90,11 @@ def write(source: Source, path: Path, settings: Settings, num_workers: int, firs
             **_manifest(source, settings, np.array(records, _RECORD), first),
         }
         _finish(data, np.array(records, _RECORD), settings.page_size)
-        _replace(beton_file.manifest_path(path), json.dumps(manifest, indent=1).encode())
+        if values:
+            manifest["range"] = values[0]
+        manifest["table_sha256"] = beton_file.table_sha256(data_path)
+        # A kill between the two renames leaves a manifest with another file's hash, which `_finished` and every reader notice.
+        _replace(beton_file.manifest_path(path), beton_file.sealed(manifest))
         os.replace(data_path, path)
         journal_path.unlink()
     return manifest
@@ -193,6 +199,25 @@ def _by_processes(source: Source, settings: Settings, num_workers: int, jobs: li
 
 
 # The file, its journal, and the manifest.
+
+
+def _finished(path: Path, identity: str) -> dict[str, Any] | None:
+    """The manifest of a file that the same write finished earlier; None if there is something left to do.
+
+    A manifest of an earlier version has no hash of its file, so there a journal says that the write was stopped.
+    """
+    journal = path.with_name(f"{path.name}.journal")
+    try:
+        manifest = beton_file.manifest_of(path)
+        if not path.exists() or manifest.get("written") != identity or ("table_sha256" not in manifest and journal.exists()):
+            return None
+        if manifest.get("table_sha256", "") not in ("", beton_file.table_sha256(path)):
+            return None
+    except ValueError:  # one of them is damaged, or no .beton
+        return None
+    journal.unlink(missing_ok=True)  # the last thing that a write does
+    return manifest
+
 
 
 def _opened(journal: Path) -> BinaryIO:

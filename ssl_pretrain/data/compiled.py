@@ -127,11 +127,13 @@ def views_of(each: list[Crop], batch: int) -> Views:
 
 def scratch_for(samples: Samples, each: list[Crop]) -> Scratch:
     """Memory for the largest of these images."""
-    tall, wide = (-(-int(side.max()) // resize.TILE) * resize.TILE for side in (samples.height, samples.width))
-    turned_rows = -(-3 * int(samples.width.max()) // resize.TILE) * resize.TILE
-    room = resize.room_for(max(tall, wide), [crop.size for crop in each] or [1], any(crop.interpolation == "bicubic" for crop in each))
+    tall = -(-samples.height.astype(np.int64) // resize.TILE) * resize.TILE
+    turned_rows = -(-3 * samples.width.astype(np.int64) // resize.TILE) * resize.TILE
+    most = int((tall * turned_rows).max())  # of one image: the tallest and the widest may be two
+    longest = -(-max(int(samples.height.max()), int(samples.width.max())) // resize.TILE) * resize.TILE
+    room = resize.room_for(longest, [crop.size for crop in each] or [1], any(crop.interpolation == "bicubic" for crop in each))
     compressed = np.empty(int(samples.length.max()), np.uint8)
-    return Scratch(compressed, np.zeros(tall * turned_rows, np.uint8), np.zeros(turned_rows * tall, np.uint8), np.zeros(4, np.int32), room)
+    return Scratch(compressed, np.zeros(most, np.uint8), np.zeros(most, np.uint8), np.zeros(4, np.int32), room)
 
 
 def _foreign(result: types.Type, *parameters: types.Type):

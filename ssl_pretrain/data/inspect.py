@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ssl_pretrain.data import progress
-from ssl_pretrain.data.images import UnreadableImage, header
+from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.images import inspect as inspect_file
 from ssl_pretrain.data.sources import DataConfig, Files, Source, layout_lines, open_source
 from ssl_pretrain.schema import FROM_ZERO, THREADS
 
@@ -38,6 +39,8 @@ class Findings:
 
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) as stored
     modes: Counter[str] = field(default_factory=Counter)  # Pillow's names
+    wide: list[tuple[float, float]] = field(default_factory=list)  # values in use, of each image wider than 8 bits
+    frames: int = 0  # images of several frames, of which the first is read
     bad: list[str] = field(default_factory=list)  # file: reason
     mean: np.ndarray = field(default_factory=lambda: np.zeros(3))  # of pixels in [0, 1], each image weighing the same
     std: np.ndarray = field(default_factory=lambda: np.ones(3))
@@ -55,10 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val", default="", help="the same for validation; none: there is none")
     parser.add_argument("--source", default="folder", help="digits, cifar10 or folder (default: folder)")
     parser.add_argument("--sample", type=FROM_ZERO, default=_SAMPLE, help=f"images to read, evenly spaced; 0: all (default: {_SAMPLE})")
+    parser.add_argument("--range", type=float, nargs=2, default=[], metavar=("LOW", "HIGH"), help="read 16-bit images by this data.range")
     parser.add_argument("--threads", type=THREADS, default=4, help="that read and decode (default: 4)")
     parser.add_argument("--all-classes", action="store_true", help=f"list every class, not only {_SHOWN} of them")
     given = parser.parse_args(arguments)
-    config = DataConfig(source=given.source, root=given.root, train=given.train, val=given.val)
+    config = DataConfig(source=given.source, root=given.root, train=given.train, val=given.val, range=list(given.range))
     try:
         source = open_source(config, "train")
     except ValueError as error:
@@ -68,9 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(*_classes(source, given.all_classes), sep="\n")
     findings = examine(source, given.sample, given.threads)
     print(*_report(findings, len(source)), sep="\n")
+    num_bad = len(findings.bad)
+    if findings.wide and not config.range and isinstance(source, Files):
+        source.values = _measured(findings)  # the mean and deviation of the suggestion are those by the range that it proposes
+        print("\nmeasured again with the range that is proposed below")
+        findings = examine(source, given.sample, given.threads)
     if findings.sizes:
         print("\n" + suggestion(config, source, findings))
-    return 1 if findings.bad else 0
+    return 1 if num_bad else 0
 
 
 def examine(source: Source, sample: int = 0, num_threads: int = 4) -> Findings:
@@ -83,10 +92,15 @@ def examine(source: Source, sample: int = 0, num_threads: int = 4) -> Findings:
 
     def read(index: int) -> tuple[str, int, int, np.ndarray, np.ndarray] | str:
         try:
-            pixels = source.read(index)
-            stored = ("RGB", pixels.shape[1], pixels.shape[0])
             if isinstance(source, Files):
-                stored = header(source.content(index), source.name(index))
+                found = inspect_file(source.content(index), source.name(index))
+                stored = found[:3]
+                findings.frames += found.frames > 1
+                if found.low is not None and found.high is not None:
+                    findings.wide.append((found.low, found.high))
+            pixels = source.read(index)
+            if not isinstance(source, Files):
+                stored = ("RGB", pixels.shape[1], pixels.shape[0])
         except UnreadableImage as error:
             return str(error)
         values = pixels.reshape(-1, 3).astype(np.float32) / 255
@@ -138,7 +152,7 @@ backbone:
 data:
   source: {config.source}
   root: {json.dumps(config.root)}{_split_keys(config)}
-  num_workers: {0 if config.source == "digits" else config.num_workers}    # processes of each rank{
+{_range(config, findings)}  num_workers: {0 if config.source == "digits" else config.num_workers}    # processes of each rank{
     "; none: the images are tiny and in memory" if config.source == "digits" else "; as many as cores per GPU"}
 views:
   mean: [{_three(findings.mean)}]    # measured on {len(findings.sizes):,} images; SimCLR itself feeds pixels in [0, 1]
@@ -168,6 +182,31 @@ def _split_keys(config: DataConfig) -> str:
     return "".join(f"\n  {key}: {json.dumps(value)}" for key, value in given.items() if value)
 
 
+def _range(config: DataConfig, findings: Findings) -> str:
+    """The line of `data.range`, where images are wider than 8 bits."""
+    if not findings.wide:
+        return ""
+    low, high = config.range or _measured(findings)
+    return f"  range: [{low:g}, {high:g}]    # the values that become 0 and 255, without the thousandth at either end\n"
+
+
+def _measured(findings: Findings) -> tuple[float, float]:
+    """The range of values in use; one of a single value is widened, so that it is a range."""
+    low, high = min(low for low, _ in findings.wide), max(high for _, high in findings.wide)
+    return (low, high) if low < high else (low, low + 1)
+
+
+def _values(findings: Findings) -> list[str]:
+    """What the values of images wider than 8 bits are, and what becomes of them."""
+    if not findings.wide:
+        return []
+    low, high = _measured(findings)
+    lines = [f"  values  {low:g} to {high:g} in {len(findings.wide):,} images wider than 8 bits (without the thousandth at either end)"]
+    if (high - low) / 257 < 64:
+        lines.append(f"          without data.range, {max(1, round((high - low) / 257))} of 256 gray levels would be left of 16-bit images")
+    return lines
+
+
 def _three(values: np.ndarray) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
 
@@ -193,6 +232,9 @@ def _report(findings: Findings, n: int) -> list[str]:
         lines.append("  modes   " + ", ".join(f"{mode} {count:,}" for mode, count in findings.modes.most_common()))
         for name, values in (("mean", findings.mean), ("std", findings.std)):
             lines.append(f"  {name:<7} {_three(values)} (red, green, blue, in [0, 1]; each image weighs the same)")
+    lines += _values(findings)
+    if findings.frames:
+        lines.append(f"  frames  {findings.frames:,} images have several frames, of which the first is read")
     lines.append(f"  bad     {len(findings.bad):,}")
     return lines + [f"    {message}" for message in findings.bad]
 

@@ -20,13 +20,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
 from PIL import Image
 
 TABLES = (".csv", ".tsv", ".txt", ".lst")  # suffixes of lists of images and of tables of labels
-_FORMAT = 2  # of the cache files; raise it when their content changes
+_FORMAT = 3  # of the cache files; raise it when their content changes
 _SETTLED_NS = 2_000_000_000  # a folder changed more recently may change again within the same tick of its file system's clock
 _SYSTEM = frozenset(  # names in lower case
     {"__macosx", "icon\r"}  # macOS
@@ -50,6 +51,16 @@ class LeftOut:
     first: str  # the first of them by name
 
 
+class Span(NamedTuple):
+    """Where a member of a zip is, as the archive's directory says."""
+
+    offset: int    # of its local header
+    stored: int    # bytes in the archive
+    method: int    # of compression
+    size: int      # bytes of the file
+    crc: int       # CRC-32 of the file
+
+
 @dataclass(frozen=True)
 class Listing:
     """The paths of n images, in a fixed order. Packed: a million reach a worker in tens of milliseconds."""
@@ -57,7 +68,7 @@ class Listing:
     root: str              # the folder, or the zip
     packed: np.ndarray     # uint8, the paths one after the other, in the file system's encoding
     ends: np.ndarray       # int64 (n,), where each path ends
-    spans: np.ndarray      # int64 (n, 3) for a zip: offset of the local header, stored bytes, compression method; (0, 3) for files
+    spans: np.ndarray      # int64 (n, 5) for a zip: see `Span`; (0, 5) for files
     within: str = ""       # the paths are relative to this folder of the zip
     left_out: tuple[LeftOut, ...] = ()
     tables: tuple[str, ...] = ()    # for a zip: its members that may be lists or tables of labels
@@ -121,7 +132,7 @@ def pack(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Li
     encoded = [os.fsencode(path) for path in paths]
     packed = np.frombuffer(b"".join(encoded), np.uint8)
     ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-    return Listing(root, packed, ends, np.zeros((0, 3), np.int64) if spans is None else spans)
+    return Listing(root, packed, ends, np.zeros((0, len(Span._fields)), np.int64) if spans is None else spans)
 
 
 def of_folder(root: str | Path, cache: Path) -> Listing:
@@ -274,8 +285,11 @@ def _central_directory(root: str) -> _Built:
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"data.root: {root} holds {path}, encrypted or of a rare compression; repack it with `zip -r -0`")
     paths = sorted(members, key=os.fsencode)
-    chosen = [members[path] for path in paths]
-    spans = np.array([(member.header_offset, member.compress_size, member.compress_type) for member in chosen], np.int64).reshape(-1, 3)
+    found = [
+        Span(member.header_offset, member.compress_size, member.compress_type, member.file_size, member.CRC)
+        for member in (members[path] for path in paths)
+    ]
+    spans = np.array(found, np.int64).reshape(-1, len(Span._fields))
     tables = tuple(path for path in sorted(others) if path.lower().endswith(TABLES))
     return replace(pack(root, paths, spans), left_out=tally.result(), tables=tables[:1000]), [""], _stamp(status)
 

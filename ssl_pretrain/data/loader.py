@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssl_pretrain import distributed
 from ssl_pretrain.data import compiled, device_cache, order, workers
-from ssl_pretrain.data.sources import Beton, DataConfig, Source, UnreadableImage, layout_lines, open_source
+from ssl_pretrain.data.sources import Beton, DataConfig, Source, UnreadableImage, check_range, layout_lines, open_source
 from ssl_pretrain.data.threads import Threads
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
 from ssl_pretrain.views import colour, crops, describe, recipe
@@ -30,7 +30,7 @@ from ssl_pretrain.views.upload import upload
 
 _CHUNK = 64  # images a worker makes at a time, at most: all workers share the first batch, and little shared memory is held
 _AHEAD = 2  # batches being made while one is used
-_BAD_SHARE = 0.001  # of a .beton's images may fail to decode
+_OF_A_BETON = 0.1  # share of data.max_replaced that a .beton is allowed: all of its images decoded when it was written
 
 How = Literal["ffcv", "folder", "device"]
 Finish = Callable[[Tensor, int, int], Tensor]  # what else is done to a view, uint8 (3, s, s), of (epoch, index); picklable
@@ -76,8 +76,9 @@ class Loader:
     """The training batches of one rank; see `build`. Close it, or use it in a `with`.
 
     steps_per_epoch: whole global batches in an epoch. source: the training images. how: ffcv, folder or device. num_replaced:
-    unreadable images met so far in the batches taken here; each file is warned of once. num_made, seconds: images in those
-    batches, and how long their makers took for them, one after the other. note: what a user should know, or empty.
+    unreadable images met so far in the batches taken here; each file is warned of once. max_replaced: `data.max_replaced`.
+    num_made, seconds: images in those batches, and how long their makers took for them, one after the other. note: what a user
+    should know, or empty.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Loader:
         window: int = 0,
         finish: Finish | None = None,
         view_dtype: torch.dtype = torch.float32,
+        max_replaced: float = DataConfig.max_replaced,
     ):
         recipe.check(views)
         order.check_divides(global_batch_size, world_size)
@@ -102,6 +104,8 @@ class Loader:
         self.plan = order.Plan(seed, len(source), global_batch_size, rank, world_size, window)
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.num_replaced, self.num_made, self.seconds = 0, 0, 0.0
+        self.max_replaced = max_replaced
+        self._replaced_in_epoch, self._num_reported = 0, 0
         self._warned: set[str] = set()
         self._views, self._crops, self._device = views, recipe.each(views), torch.device(device)
         self._view_dtype = view_dtype
@@ -113,12 +117,12 @@ class Loader:
         self._maker: Maker
         if how == "ffcv":
             assert isinstance(source, Beton) and finish is None, "`choose` gives ffcv to a .beton alone, and only processes finish a view"
-            self._maker = Threads(source.samples, self._crops, seed, local_batch, num_workers, _AHEAD, self._device)
+            self._maker = Threads(source.samples, self._crops, self.plan, num_workers, _AHEAD, self._device)
         elif how == "device":
             assert finish is None, "only processes finish a view"
-            self._maker = device_cache.Cache(source, self._crops, seed, self._device)
+            self._maker = device_cache.Cache(source, self._crops, self.plan, self._device)
         else:
-            chunks = Chunks(source, partial(_cut, self._crops, seed, finish))
+            chunks = Chunks(source, partial(_cut, self._crops, seed, finish), self.plan)
             num_ahead = _AHEAD * -(-local_batch // self._chunk)
             wanted, image_bytes = self._chunk, sum(3 * crop.size**2 for crop in self._crops)
             ranks = distributed.local_world_size()
@@ -137,8 +141,8 @@ class Loader:
         The workers begin at once. A new call ends the batches of the one before.
 
         Raises (where a batch is asked for):
-            RuntimeError: an image could not be made into views, and its number and file; or no image of the source can
-                be read; or a worker was killed.
+            RuntimeError: an image could not be made into views, and its number and file; or a worker was killed.
+            ValueError: more images than `data.max_replaced` allows cannot be read, or no image is left to replace one.
             FileNotFoundError: the source's folder or file has gone.
         """
         return self._batches(step, self._maker.take(self._jobs.starting_at(step)))
@@ -175,6 +179,8 @@ class Loader:
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         for step in itertools.count(first_step):
             indices = self.indices(step)
+            if step == first_step or step % self.steps_per_epoch == 0:
+                self._replaced_in_epoch = 0
             made = [self._received(chunk) for chunk in itertools.islice(chunks, -(-len(indices) // self._chunk))]
             if not made:
                 return
@@ -193,19 +199,41 @@ class Loader:
         self.seconds += chunk.seconds
         for file, message in chunk.replaced:
             self.num_replaced += 1
+            self._replaced_in_epoch += 1
             if file not in self._warned:
                 self._warned.add(file)
                 warnings.warn(message, stacklevel=4)
-        allowed = max(1, int(_BAD_SHARE * len(self.source)))
-        if self.how == "ffcv" and len(self._warned) > allowed:
-            raise RuntimeError(
-                f"{len(self._warned)} of {len(self.source):,} images of {self.source.where} do not decode, more than {allowed:,} (0.1 %): "
-                "the file is damaged, as all of them did when it was written; `python -m ssl_pretrain.data.beton check` names them; "
-                "copy or write it again"
-            )
+        if chunk.replaced:
+            check_replaced(self._replaced_in_epoch, len(self.source), self.source, self.max_replaced, chunk.replaced[-1][1])
+        if chunk.error is not None:
+            raise chunk.error
         if self._copied:
             chunk = replace(chunk, pixels=chunk.pixels.clone())
         return self._sent(chunk)
+
+    def count_replaced(self, step: int, every_steps: int, last_step: int) -> dict[str, int]:
+        """Count the replaced images of all ranks, and stop the run where there are too many. A collective on the CPU.
+
+        Args:
+            step: Steps done, the same on every rank.
+            every_steps: Interval of the records.
+            last_step: Of the run, which is recorded too.
+
+        Returns:
+            `replaced_images` since the last record, at the steps that are recorded; else nothing.
+
+        Raises:
+            ValueError: The ranks have replaced more of the epoch's images than `data.max_replaced`.
+        """
+        recorded = step % every_steps == 0 or step == last_step
+        if not recorded and step % self.steps_per_epoch:
+            return {}
+        counts = distributed.gather_objects((self._replaced_in_epoch, self.num_replaced - self._num_reported))
+        check_replaced(sum(in_epoch for in_epoch, _ in counts), len(self.source), self.source, self.max_replaced)
+        if not recorded:
+            return {}
+        self._num_reported = self.num_replaced
+        return {"replaced_images": sum(new for _, new in counts)}
 
     def _sent(self, chunk: Chunk) -> Chunk:
         """The chunk on the device: to a GPU on a stream of its own, beside the step that the GPU is still at."""
@@ -244,6 +272,7 @@ def build(
     order.check_divides(global_batch_size, distributed.world_size())
     if distributed.local_rank() == 0:
         source = open_source(data, "train")
+        check_range(source)
     distributed.barrier()
     if distributed.local_rank() != 0:
         source = open_source(data, "train")
@@ -262,6 +291,28 @@ def build(
         how=how,
         window=data.quasi_random_window if data.order == "quasi_random" else 0,
         view_dtype=view_dtype,
+        max_replaced=data.max_replaced,
+    )
+
+
+def check_replaced(num_replaced: int, num_images: int, source: Source, max_replaced: float, example: str = "") -> None:
+    """Raise ValueError if more of the `num_images` of one pass were replaced than `data.max_replaced` allows.
+
+    One image is always allowed where any is. A .beton is allowed a tenth of the share.
+    """
+    share = max_replaced * (_OF_A_BETON if isinstance(source, Beton) else 1.0)
+    allowed = max(1, int(share * num_images)) if share > 0 else 0
+    if num_replaced <= allowed:
+        return
+    remedy = "restore the files, remove them from the data set, or raise data.max_replaced"
+    if isinstance(source, Beton):
+        remedy = (
+            "all of them could be read when the file was written, so it is damaged now; "
+            "`python -m ssl_pretrain.data.beton check` names them; copy or write it again"
+        )
+    raise ValueError(
+        f"data.max_replaced: {num_replaced:,} of {num_images:,} images of {source.where} could not be read in one pass, more than "
+        f"the {allowed:,} that may be replaced ({share:.3g} of the images)" + (f"; the last: {example}" if example else "") + f"; {remedy}"
     )
     if batches.note and distributed.is_main():
         print(batches.note, file=sys.stderr, flush=True)
@@ -293,7 +344,12 @@ def choose(data: DataConfig, source: Source) -> tuple[How, str]:
 
 
 def images(
-    source: Source, indices: Sequence[int] | np.ndarray | None, transform: Callable[[Tensor], Tensor], batch_size: int, num_workers: int
+    source: Source,
+    indices: Sequence[int] | np.ndarray | None,
+    transform: Callable[[Tensor], Tensor],
+    batch_size: int,
+    num_workers: int,
+    max_replaced: float = DataConfig.max_replaced,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images in the order given, each once, without anything random: for evaluations.
 
@@ -303,10 +359,14 @@ def images(
         transform: uint8 (3, height, width) -> uint8 (3, s, s), and picklable, as `partial(crops.evaluate, size=32)` is.
         batch_size: images at a time; the last batch holds the rest.
         num_workers: processes; 0: this one.
+        max_replaced: `data.max_replaced`, here of the source's images in this one pass.
 
     Returns:
         An iterator of (pixels uint8 (batch, 3, s, s), labels int64 (batch,)), on the CPU. An unreadable image is
-        replaced as in training, label and all, and warned of.
+        replaced by the next one that can be read, label and all, and warned of.
+
+    Raises (where a batch is asked for):
+        ValueError: more images than `max_replaced` allows cannot be read.
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     batches = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
@@ -314,11 +374,14 @@ def images(
     chunks = Chunks(source, partial(_one_view, transform))
     size = batch_size
     if num_workers:
-        image_bytes = chunks[0, chosen[:1]].pixels.numel()
+        first = chunks[Job(0, chosen[:1])]
+        if first.error is not None:
+            raise first.error
         held, ranks = 2 * batch_size, distributed.local_world_size()
-        size = workers.sending(image_bytes, batch_size, num_workers, 2 * num_workers, held, ranks).chunk
-    jobs = [[(0, batch[start : start + size]) for start in range(0, len(batch), size)] for batch in batches]
+        size = workers.sending(first.pixels.numel(), batch_size, num_workers, 2 * num_workers, held, ranks).chunk
+    jobs = [[Job(0, batch[start : start + size]) for start in range(0, len(batch), size)] for batch in batches]
     processes = workers.Processes(chunks, num_workers, 2 * num_workers, pinned=False)
+    num_replaced = 0
     try:
         taken = processes.take(itertools.chain.from_iterable(jobs))
         for parts in jobs:
@@ -326,6 +389,11 @@ def images(
             for chunk in itertools.islice(taken, len(parts)):
                 for _, message in chunk.replaced:
                     warnings.warn(message, stacklevel=2)
+                if chunk.replaced:
+                    num_replaced += len(chunk.replaced)
+                    check_replaced(num_replaced, len(chosen), source, max_replaced, chunk.replaced[-1][1])
+                if chunk.error is not None:
+                    raise chunk.error
                 views = chunk.views()[0]
                 pixels.append(views if len(parts) == 1 else views.clone())
                 labels.append(chunk.labels)
@@ -348,7 +416,7 @@ class _Jobs:
                 self.expect(blocks)
             indices = self.plan.indices(step)
             for start in range(0, len(indices), self.chunk):
-                yield self.plan.epoch(step), indices[start : start + self.chunk]
+                yield Job(self.plan.epoch(step), indices[start : start + self.chunk], step, start)
 
 
 def _chunk_size(local_batch: int, num_workers: int) -> int:

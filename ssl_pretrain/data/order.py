@@ -40,6 +40,11 @@ class Plan:
         n, batch = self.num_images, self.global_batch_size
         return local_indices(self.seed, epoch, step_in_epoch, n, batch, self.rank, self.world_size, self.window)
 
+    def order(self, step: int) -> tuple[np.ndarray, int]:
+        """The order of all images in the step's epoch, int64 (num_images,), and where the step's global batch begins in it."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return _permutation(self.seed, epoch, self.num_images, self.window), step_in_epoch * self.global_batch_size
+
     def blocks_after(self, step: int) -> np.ndarray:
         """The first image of each block of the window after the one in which `step` begins; empty in the random order, and at the end."""
         if not 0 < self.window < self.num_images:

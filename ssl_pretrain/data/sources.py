@@ -17,10 +17,11 @@ import copy
 import errno
 import hashlib
 import importlib.util
+import math
 import os
 import stat
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +31,14 @@ from ssl_pretrain import draws
 from ssl_pretrain.data import beton_file, cifar10, labels, listing, splits
 from ssl_pretrain.data.beton_file import Samples
 from ssl_pretrain.data.file_lists import role
-from ssl_pretrain.data.images import UnreadableImage, decode
-from ssl_pretrain.data.listing import Listing
+from ssl_pretrain.data.images import MAX_BYTES, Range, UnreadableImage, decode, inspect
+from ssl_pretrain.data.listing import Listing, Span
 
 _DIGITS_PER_CLASS = 50  # held out; 10 classes
+_RATIO = 200  # most that a deflated member may grow, if it grows beyond _LARGE bytes
+_LARGE = 1 << 28
+_WIDE_ENOUGH = 0.25  # share of the 16-bit values that have to be in use, where data.range says nothing: 14 bits
+_MEASURED = 32  # images whose values are looked at when a source of 16-bit images is opened
 _KINDS = "give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
 _SHOWN = 8  # reasons to leave files out that are named
 _TABLES_NOT_READ = (".parquet", ".feather", ".xlsx", ".xls", ".ods", ".json", ".jsonl", ".pkl", ".npy", ".npz", ".h5", ".mat")
@@ -51,7 +56,18 @@ class DataConfig:
     cache: Literal["none", "device"] = "none"                # device: all images uploaded once, as for CIFAR-10; cropped there
     order: Literal["random", "quasi_random"] = "random"      # quasi_random: mostly in the order of the disk, for more data than memory
     quasi_random_window: int = 16384                         # images mixed with each other in that order; they have to fit into memory
+    max_replaced: float = 0.01   # share of an epoch's images that may be unreadable and replaced by others; more stop the run
+    range: list[float] = field(default_factory=list)         # [low, high] of 16-bit gray and floats, made 0 and 255; []: 0 to 65535
     cache_dir: str = ""          # for lists of files; "": ~/.cache/ssl_pretrain
+
+
+def check(config: DataConfig) -> None:
+    """Raise ValueError, naming the key, if a value can only be a mistake."""
+    if not 0 <= config.max_replaced <= 1:
+        raise ValueError(f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as 0.01")
+    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in config.range)
+    if config.range and (len(config.range) != 2 or not finite or config.range[0] >= config.range[1]):
+        raise ValueError(f"data.range: {list(config.range)} must be two numbers, the lower one first, such as [0, 4095]")
 
 
 class Source:
@@ -131,17 +147,17 @@ class Digits(Source):
 class Files(Source):
     """Image files in a folder, or in a zip that is read in place."""
 
-    def __init__(self, where: str, files: Listing, labels: np.ndarray, classes: list[str]):
+    def __init__(self, where: str, files: Listing, labels: np.ndarray, classes: list[str], values: Range | None = None):
         super().__init__(where, labels, classes)
         self.files = files
+        self.values = values  # `data.range`
         self._zip: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_zip": None}  # an open file belongs to its process
 
     def read(self, index: int) -> np.ndarray:
-        name = self.name(index)
-        return decode(self.content(index), name)
+        return decode(self.content(index), self.name(index), self.values)
 
     def content(self, index: int) -> bytes:
         """The file's bytes as they are stored. Raises UnreadableImage."""
@@ -154,7 +170,7 @@ class Files(Source):
         return os.path.join(self.files.root, self.files.within, self.files.path(index))
 
     def take(self, indices: np.ndarray) -> "Files":
-        return Files(self.where, self.files.take(indices), self.labels[indices], self.classes)
+        return Files(self.where, self.files.take(indices), self.labels[indices], self.classes, self.values)
 
     def check_present(self) -> None:
         if not os.path.exists(self.files.root):
@@ -163,16 +179,28 @@ class Files(Source):
     def _from_zip(self, index: int) -> bytes:
         if self._zip is None:
             self._zip = os.open(self.files.root, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        offset, size, method = (int(number) for number in self.files.spans[index])
-        local = os.pread(self._zip, 30, offset)  # the local header: its name and extra field may differ in length from the directory's
-        start = offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-        stored = os.pread(self._zip, size, start)
-        if local[:4] != b"PK\3\4" or len(stored) != size:
+        span = Span(*(int(number) for number in self.files.spans[index]))
+        local = os.pread(self._zip, 30, span.offset)  # its name and extra field may differ in length from the directory's
+        start = span.offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        stored = os.pread(self._zip, min(span.stored, MAX_BYTES), start)
+        if local[:4] != b"PK\3\4" or len(stored) != span.stored:
             raise OSError("the zip is damaged here, or was replaced")
-        return zlib.decompress(stored, -15) if method else stored
+        if span.size > MAX_BYTES or span.size > max(_LARGE, _RATIO * span.stored):
+            raise OSError(f"the zip says that it grows from {span.stored:,} to {span.size:,} bytes, more than an image does")
+        content = _inflated(stored, span.size) if span.method else stored
+        if len(content) != span.size:
+            raise OSError(f"the zip says that it has {span.size:,} bytes, and it has {'more' if len(content) > span.size else 'fewer'}")
+        if zlib.crc32(content) != span.crc:
+            raise OSError("its checksum in the zip differs; the zip is damaged")
+        return content
 
     def _identity(self) -> bytes:
         return self.files.packed.tobytes() + self.files.ends.tobytes()
+
+
+def _inflated(stored: bytes, size: int) -> bytes:
+    """A deflated member, at most one byte more than its size, which is enough to tell."""
+    return zlib.decompressobj(-15).decompress(stored, size + 1)
 
 
 class Beton(Source):
@@ -190,7 +218,11 @@ class Beton(Source):
         stored = self.content(index)
         if self.samples.mode[index] == beton_file.RAW:
             return np.frombuffer(stored, np.uint8).reshape(self.samples.height[index], self.samples.width[index], 3).copy()
-        return decode(stored, self.name(index))
+        pixels = decode(stored, self.name(index), jpeg=True)
+        expected = (int(self.samples.height[index]), int(self.samples.width[index]))
+        if pixels.shape[:2] != expected:
+            raise UnreadableImage(f"{self.name(index)}: the JPEG has another size than its entry")
+        return pixels
 
     def content(self, index: int) -> bytes:
         """The image's bytes as they are stored. Raises UnreadableImage."""
@@ -208,9 +240,7 @@ class Beton(Source):
         return taken
 
     def check_present(self) -> None:
-        for path in self.samples.paths:
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"data.root: {path} is gone; it was there when the run began")
+        beton_file.check_present(self.samples)
 
     @property
     def fingerprint(self) -> str:
@@ -241,6 +271,7 @@ def open_source(config: DataConfig, split: Literal["train", "val"], classes: lis
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: {split!r} is not a split of a data set; choose one of: train, val")
+    check(config)
     if config.source not in ("digits", "cifar10", "folder"):
         raise ValueError(f"data.source: {config.source!r} is not a source; choose one of: digits, cifar10, folder")
     if config.source == "digits":
@@ -314,7 +345,7 @@ class _Opened:
         tree = splits.tree(place.path, self.cache)
         tree = tree if not place.within else splits.inner(tree, place.within)
         labelled = labels.assign(where, content, classes, labels.table_names(where, role), tree, root)
-        source = Files(where, content.files, labelled.numbers, labelled.classes)
+        source = Files(where, content.files, labelled.numbers, labelled.classes, _values(self.config))
         source.notes = [*(self.splits.notes if split == "train" else ()), *content.notes, *labelled.notes, *_left_out(content.files)]
         return source
 
@@ -348,12 +379,50 @@ def _empty(where: str, files: Listing) -> str:
 
 
 def _read_regular(path: str) -> bytes:
-    """The bytes of a regular file. A pipe, which a list may name, is refused and not waited for."""
+    """Return the bytes of a regular file. Raises OSError, also for a pipe or a device, which could be read without end."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes are more than an image has")
         return file.read()
+
+
+def _values(config: DataConfig) -> Range | None:
+    return (float(config.range[0]), float(config.range[1])) if config.range else None
+
+
+def check_range(source: Source) -> None:
+    """Raise ValueError if the 16-bit images of a source would become a few dark levels, because `data.range` is not set.
+
+    Some images are measured, and only where the first of them is wider than 8 bits.
+    """
+    if not isinstance(source, Files) or source.values is not None:
+        return
+    files = source
+    used = []
+    for index in np.linspace(0, len(files) - 1, min(_MEASURED, len(files))).astype(np.int64).tolist():
+        try:
+            stored = inspect(files.content(index), files.name(index))
+        except UnreadableImage:
+            continue
+        if stored.low is None or stored.high is None or stored.mode == "F":
+            return
+        used.append((stored.low, stored.high))
+    if not used:
+        return
+    low, high = min(low for low, _ in used), max(high for _, high in used)
+    if high - low >= _WIDE_ENOUGH * 65536:
+        return
+    levels = max(1, round((high - low) / 257))
+    raise ValueError(
+        f"data.range: not set, and the 16-bit images of {files.where} use values from {low:,.0f} to {high:,.0f} ({len(used)} of them "
+        f"measured), which would leave {levels} of 256 gray levels; give the values that are to be black and white, such as "
+        f"data.range=[{low:.0f},{high:.0f}] (python -m ssl_pretrain.data.inspect measures them), or data.range=[0,65535] to leave them as "
+        "they are"
+    )
 
 
 def _user_cache() -> Path:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.data import compiled
+from ssl_pretrain.data import compiled, replacement
 from ssl_pretrain.data.beton_file import Samples
-from ssl_pretrain.data.order import BLOCK
-from ssl_pretrain.data.workers import Chunk, Job
+from ssl_pretrain.data.order import BLOCK, Plan
+from ssl_pretrain.data.workers import Chunk, Job, irreplaceable
 from ssl_pretrain.views.recipe import Crop
 
 _ROWS = 16  # images that a thread makes at a time, at most: some tens of milliseconds, in which it hears nothing
@@ -36,6 +36,7 @@ class _Batch:
     free_after: Any  # an event: what the slot held before has left for the GPU
     epoch: int
     indices: np.ndarray
+    step: int
     labels: np.ndarray
     rows_taken: int = 0
     rows_made: int = 0
@@ -51,18 +52,15 @@ class Threads:
     Args:
         samples: the stored images.
         each: the recipe of every view.
-        seed: of the run.
-        batch_size: images in each job.
+        plan: the order of the run; each job is a batch of it.
         num_threads: at least one.
         num_ahead: batches made before they are asked for.
         device: where the pixels are to be.
     """
 
-    def __init__(
-        self, samples: Samples, each: list[Crop], seed: int, batch_size: int, num_threads: int, num_ahead: int, device: torch.device
-    ):
-        self._samples, self._each, self._seed, self._device = samples, each, seed, device
-        self._batch_size = batch_size
+    def __init__(self, samples: Samples, each: list[Crop], plan: Plan, num_threads: int, num_ahead: int, device: torch.device):
+        self._samples, self._each, self._plan, self._device = samples, each, plan, device
+        self._batch_size = batch_size = plan.global_batch_size // plan.world_size
         self._num_threads = max(1, num_threads)
         self._rows = max(1, min(_ROWS, -(-batch_size // self._num_threads)))
         self._functions = compiled.functions(compiled.library())
@@ -201,7 +199,8 @@ class _Run:
                     job = next(self.jobs, None)
                     if job is None:
                         return None
-                    batch = _Batch(*self.free.popleft(), *job, labels=np.empty(len(job[1]), np.int64))
+                    labels = np.empty(len(job.indices), np.int64)
+                    batch = _Batch(*self.free.popleft(), job.epoch, job.indices, job.step, labels)
                     assert len(batch.indices) == self.owner._batch_size, "every job fills a slot"
                     self.batches.append(batch)
                 first = batch.rows_taken
@@ -232,28 +231,34 @@ class _Run:
 
     def _call(self, batch: _Batch, numbers, indices, first: int, decoder: compiled.Decoder, scratch: compiled.Scratch, status) -> None:
         compiled.make(
-            self.owner._functions, self.stored, self.owner._views, numbers, indices, first, self.owner._seed, batch.epoch,
+            self.owner._functions, self.stored, self.owner._views, numbers, indices, first, self.owner._plan.seed, batch.epoch,
             decoder.handle, scratch, batch.slot.numpy(), status,
         )  # fmt: skip
 
     def _replace(
         self, batch: _Batch, row: int, reason: int, numbers: np.ndarray, first: int, decoder: compiled.Decoder, scratch: compiled.Scratch
     ) -> tuple[int, str, str]:
-        """The next image that can be decoded takes the place of one that cannot, as the folder loader does; (row, file, message)."""
+        """Puts another image in the place of one that cannot be decoded, the one that the folder loader takes; (row, file, message)."""
         samples, index = self.owner._samples, batch.indices[row : row + 1].astype(np.int64)
-        wanted, status = int(index[0]), np.array([reason], np.int8)
-        for offset in range(len(samples)):
-            taken = np.array([(wanted + offset) % len(samples)])
-            if offset:
-                self._call(batch, taken, index, row, decoder, scratch, status)
-            if status[0] == compiled.CUT:
-                self._explain_cut(int(taken[0]))
-            if status[0] == compiled.DONE:
-                numbers[row - first] = taken[0]
-                message = f"{samples.name(wanted)}: {compiled.REASONS[reason]}; {samples.name(int(taken[0]))} takes its place"
-                return row, samples.name(wanted), message
-        where = samples.paths[0]
-        raise RuntimeError(f"none of the {len(samples)} images of {where} can be decoded; image {wanted}: {compiled.REASONS[reason]}")
+        unreadable = int(index[0])
+        if reason == compiled.CUT:
+            self._explain_cut(unreadable)
+
+        def readable(number: int) -> bool:
+            became = compiled.decode(self.owner._functions, self.stored, number, decoder.handle, scratch)
+            if became == compiled.CUT:
+                self._explain_cut(number)
+            return bool(became == compiled.DONE)
+
+        message = f"{samples.name(unreadable)}: {compiled.REASONS[reason]}"
+        taken = replacement.spare(self.owner._plan, batch.step, row, readable)
+        if taken is None:
+            raise ValueError(irreplaceable(message, samples.paths[0], len(samples)))
+        status = np.zeros(1, np.int8)
+        self._call(batch, np.array([taken]), index, row, decoder, scratch, status)
+        assert status[0] == compiled.DONE, "it could be decoded a moment ago"
+        numbers[row - first] = taken
+        return row, samples.name(unreadable), f"{message}; {samples.name(taken)} takes its place"
 
     def _explain_cut(self, number: int) -> None:
         """Raises what reading this image by hand raises: the file has become shorter, or the disk does not answer."""

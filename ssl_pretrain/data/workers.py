@@ -1,6 +1,5 @@
 """The processes that read images and cut them: started fast, heard when they fail, gone when the run is."""
 
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -14,16 +13,18 @@ from dataclasses import dataclass, replace
 from multiprocessing import forkserver, queues, resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ssl_pretrain.data import replacement
 from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.order import Plan
 from ssl_pretrain.data.sources import Source
 
-Job = tuple[int, np.ndarray]  # the epoch, and the images to read in it
 # macOS cannot tell who sent a signal, so workers obey all of them there
 _HANDLED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 _STOP_SIGNALS = _HANDLED if hasattr(signal, "sigtimedwait") else set()
@@ -34,12 +35,26 @@ _USABLE_SHARE = 0.8  # of the shared memory that is free when the workers start
 Make = Callable[[Tensor, int, int], list[Tensor]]  # (uint8 (3, height, width), epoch, index) -> uint8 (3, size, size) for each view
 
 
+class Job(NamedTuple):
+    """Images to be made into one chunk.
+
+    epoch: passes over the data before this one. indices: the images. step, first_row: the rank's batch that they belong to,
+    and the row of the first of them in it.
+    """
+
+    epoch: int
+    indices: np.ndarray
+    step: int = 0
+    first_row: int = 0
+
+
 @dataclass(frozen=True)
 class Chunk:
     """The views of a few images on their way to the trainer.
 
     pixels: uint8, flat, all images' view 0, then view 1, ...: one piece of shared memory and one copy to the device. shapes: of each
     view. labels: int64 (n,). replaced: (file, what happened) of each image that could not be read. seconds: that making it took.
+    error: why there are no pixels, raised by the trainer so that a user reads the message and not a worker's traceback.
     """
 
     pixels: Tensor
@@ -47,6 +62,7 @@ class Chunk:
     labels: np.ndarray
     replaced: list[tuple[str, str]]
     seconds: float = 0.0
+    error: Exception | None = None
 
     def pin_memory(self) -> "Chunk":
         return replace(self, pixels=self.pixels.pin_memory())
@@ -62,25 +78,32 @@ class Chunk:
 
 
 class Chunks(Dataset[Chunk]):
-    """A job -> its chunk, in whichever process. Each image is read once, however many views are made of it."""
+    """A job -> its chunk, in whichever process. Each image is read once, however many views are made of it.
 
-    def __init__(self, source: Source, make: Make):
+    plan: the order of the run, from which an unreadable image gets its replacement; None for a pass over a list of images, where
+    the next image of the source replaces it.
+    """
+
+    def __init__(self, source: Source, make: Make, plan: Plan | None = None):
         self.source = source
         self.make = make
+        self.plan = plan
 
     def __getitem__(self, job: Job) -> Chunk:
-        epoch, indices = job
         began = time.perf_counter()
-        labels = np.empty(len(indices), np.int64)
+        labels = np.empty(len(job.indices), np.int64)
         replaced: list[tuple[str, str]] = []
-        for row, index in enumerate(indices.tolist()):
-            pixels, taken = self._read(index, replaced)
+        for row, index in enumerate(job.indices.tolist()):
+            try:
+                pixels, taken = self._read(job, row, replaced)
+            except (FileNotFoundError, ValueError) as error:
+                return Chunk(torch.empty(0, dtype=torch.uint8), [], labels, replaced, error=error)
             labels[row] = self.source.label(taken)
             try:
-                views = self.make(torch.from_numpy(pixels).permute(2, 0, 1), epoch, index)
+                views = self.make(torch.from_numpy(pixels).permute(2, 0, 1), job.epoch, index)
                 if row == 0:
                     shapes = [view.shape for view in views]
-                    pixels_of_all = _room_to_send(len(indices) * sum(shape.numel() for shape in shapes))
+                    pixels_of_all = _room_to_send(len(labels) * sum(shape.numel() for shape in shapes))
                     chunk = Chunk(pixels_of_all, shapes, labels, replaced)
                     blocks = chunk.views()
                 for view, block in zip(views, blocks):
@@ -91,23 +114,61 @@ class Chunks(Dataset[Chunk]):
                 raise RuntimeError(f"image {index}, {self.source.name(taken)}: {type(error).__name__}: {error}") from error
         return replace(chunk, seconds=time.perf_counter() - began)
 
-    def _read(self, index: int, replaced: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
-        """The pixels of an image, or of the next one that can be read (the same in every run), and the number of the one taken."""
-        n = len(self.source)
-        first: UnreadableImage | None = None
-        for taken in itertools.chain(range(index, n), range(index)):
-            try:
-                pixels = self.source.read(taken)
-            except UnreadableImage as error:
-                self.source.check_present()
-                first = first or error
-                continue
-            except Exception as error:
-                raise RuntimeError(f"image {taken}, {self.source.name(taken)}: {type(error).__name__}: {error}") from error
-            if first is not None:
-                replaced.append((self.source.name(index), f"{first}; {self.source.name(taken)} takes its place"))
-            return pixels, taken
-        raise RuntimeError(f"none of the {n} images of {self.source.where} can be read; one of them: {first}")
+    def _read(self, job: Job, row: int, replaced: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
+        """The pixels of the image in a row, or of the one that replaces it, and the number of the image they are of.
+
+        Raises:
+            ValueError: no image is left that could replace it.
+            FileNotFoundError: the source is gone.
+        """
+        index = int(job.indices[row])
+        found = self._attempt(index)
+        if not isinstance(found, UnreadableImage):
+            return found, index
+        last: list[np.ndarray] = []
+
+        def readable(number: int) -> bool:
+            pixels = self._attempt(number)
+            if isinstance(pixels, UnreadableImage):
+                return False
+            last[:] = [pixels]
+            return True
+
+        if self.plan is not None:
+            taken = replacement.spare(self.plan, job.step, job.first_row + row, readable)
+        else:
+            taken = self._next(index, job.indices, readable)
+        if taken is None:
+            replaced.append((self.source.name(index), str(found)))
+            raise ValueError(irreplaceable(str(found), self.source.where, len(self.source)))
+        replaced.append((self.source.name(index), f"{found}; {self.source.name(taken)} takes its place"))
+        return last[0], taken
+
+    def _attempt(self, number: int) -> np.ndarray | UnreadableImage:
+        """The pixels of an image, or why it cannot be read."""
+        try:
+            return self.source.read(number)
+        except UnreadableImage as error:
+            self.source.check_present()
+            return error
+        except Exception as error:
+            raise RuntimeError(f"image {number}, {self.source.name(number)}: {type(error).__name__}: {error}") from error
+
+    def _next(self, index: int, chunk: np.ndarray, readable: Callable[[int], bool]) -> int | None:
+        """The next readable image of the source, one outside the chunk where there is one."""
+        n, used = len(self.source), set(chunk.tolist())
+        numbers = [(index + offset) % n for offset in range(1, n)]
+        outside = (number for number in numbers if number not in used)
+        inside = (number for number in numbers if number in used)
+        return next((number for numbers in (outside, inside) for number in numbers if readable(number)), None)
+
+
+def irreplaceable(reason: str, where: str, num_images: int) -> str:
+    """The message for an unreadable image in whose place no other image can be put."""
+    return (
+        f"data.root: {reason}; no other readable image of the {num_images:,} in {where} is left outside its batch to take its place; "
+        "repair or remove the unreadable images, or give a smaller global_batch_size"
+    )
 
 
 class SharedMemoryFull(RuntimeError):

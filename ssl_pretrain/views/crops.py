@@ -30,6 +30,7 @@ from ssl_pretrain.views import resize
 from ssl_pretrain.views.recipe import Crop, Interpolation
 from ssl_pretrain.views.upload import upload
 
+LONGEST = 4  # times the shorter side: what of a long thin image an evaluation resizes
 TRIES = 10    # torchvision's
 TENSORFLOW_TRIES = 100    # SimCLR's max_attempts
 TENSORFLOW_COVERED = 0.1    # SimCLR's min_object_covered: the least share of the image inside a box
@@ -230,6 +231,8 @@ def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation:
 
     The shorter side is resized to round(size / crop_ratio) pixels, keeping the aspect
     ratio, and the central square is cut out: 256 and 224 for the usual ImageNet protocol.
+    Of an image more than four times as long as wide, only the middle is resized, so that memory
+    depends on the view and not on the file.
 
     Args:
         image: decoded, uint8 (3, height, width).
@@ -243,5 +246,10 @@ def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation:
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crops.evaluate: crop_ratio must be in (0, 1], got {crop_ratio}")
     mode = F.InterpolationMode(interpolation)
+    height, width = image.shape[-2:]
+    longest = LONGEST * min(height, width)
+    if max(height, width) > longest:
+        longest += (max(height, width) - longest) % 2  # as much is cut off at either end
+        image = F.center_crop(image, [min(height, longest), min(width, longest)])
     resized = F.resize(image, [round(size / crop_ratio)], mode, antialias=True)
     return F.center_crop(resized, [size, size])

@@ -37,8 +37,10 @@ sys.path[:0] = [str(Path(__file__).parent)]
 import colour as colour_bench
 
 from ssl_pretrain.data import beton_writer
+from ssl_pretrain.data.order import Plan
 from ssl_pretrain.data.sources import Beton, DataConfig, open_source
 from ssl_pretrain.data.threads import Threads
+from ssl_pretrain.data.workers import Job
 from ssl_pretrain.views.recipe import Crop
 
 BATCH = 100
@@ -60,8 +62,8 @@ def cpu_seconds(processes: list[int]) -> float:
 
 class Ours:
     def __init__(self, source: Beton, each: list[Crop], threads: int):
-        jobs = ((step, np.random.default_rng(step).integers(0, len(source), BATCH)) for step in itertools.count())
-        self.maker = Threads(source.samples, each, 0, BATCH, threads, 2, torch.device("cpu"))
+        jobs = (Job(step, np.random.default_rng(step).integers(0, len(source), BATCH)) for step in itertools.count())
+        self.maker = Threads(source.samples, each, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu"))
         self.chunks = self.maker.take(jobs)
         self.processes: list[int] = []
         self.ahead = 4 * BATCH

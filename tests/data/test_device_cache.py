@@ -46,9 +46,14 @@ def test_an_unreadable_image_is_replaced_and_counted(tmp_path):
     root = tree(tmp_path / "data", n=12)
     source = opened(root, loader="folder")
     (root / "train" / "class_0" / "0003.jpg").write_bytes(b"")
-    with Loader(source, PLAIN, seed=3, global_batch_size=12, how="device") as cached, pytest.warns(UserWarning, match="the file is empty"):
-        next(cached.starting_at(0))
+    options = {"seed": 3, "global_batch_size": 6, "max_replaced": 1.0}
+    with Loader(source, PLAIN, **options, how="device") as cached, pytest.warns(UserWarning, match="the file is empty"):
+        ours = list(itertools.islice(cached.starting_at(0), 2))
     assert cached.num_replaced == 1
+    with Loader(source, PLAIN, **options) as read:
+        for batch, theirs in zip(ours, read.starting_at(0)):
+            assert torch.equal(batch.labels, theirs.labels)
+            assert all((view - other).abs().max() * 255 < 1.01 for view, other in zip(batch.views, theirs.views))
 
 
 def test_more_than_the_device_holds_is_refused(monkeypatch):

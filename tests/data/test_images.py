@@ -139,7 +139,124 @@ def test_one_pixel():
 
 def test_first_of_several_frames():
     frames = [Image.new("L", (3, 2), value) for value in (10, 200)]
-    assert (decode(encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]), "a.tif") == 10).all()
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert (decode(content, "a.gif") == 10).all() and images.inspect(content, "a.gif").frames == 2
+
+
+def test_smaller_copies_of_a_tiff_are_passed_over():
+    large, small = Image.new("L", (8, 6), 10), Image.new("L", (4, 3), 200)
+    small.encoderinfo = {"tiffinfo": {254: 1}}  # a reduced copy
+    assert (decode(encoded(large, "TIFF", save_all=True, append_images=[small]), "a.tif") == 10).all()
+
+
+@pytest.mark.parametrize("values", [(200.0, 3000.0), (-5.0, 4095.0), (0.5, 10.0)])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, ">u2"])
+def test_a_range_maps_low_to_0_and_high_to_255(values, kind):
+    stored = RANDOM.integers(0, 4096, (6, 8)).astype(kind)
+    expected = np.rint(255 * ((stored.astype(float) - values[0]) / (values[1] - values[0])).clip(0, 1))
+    image = Image.fromarray(stored) if kind != ">u2" else Image.frombytes("I;16B", (8, 6), stored.tobytes())
+    np.testing.assert_array_equal(decode(encoded(image, "TIFF"), "a.tif", values)[..., 0], expected)
+
+
+def test_a_range_leaves_8_bits_as_they_are():
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(GREY), "PNG"), "a.png", (10.0, 20.0))[..., 0], GREY)
+
+
+def test_16_bits_whose_zero_is_white_are_inverted():
+    content = encoded(Image.fromarray(np.array([[0, 65535]], np.uint16)), "TIFF")
+    tag = struct.pack("<HHIHH", 262, 3, 1, 1, 0)  # photometric interpretation: black is zero
+    assert content.count(tag) == 1
+    inverted = content.replace(tag, struct.pack("<HHIHH", 262, 3, 1, 0, 0))
+    assert decode(inverted, "a.tif")[..., 0].tolist() == [[255, 0]]
+
+
+def test_inspect_measures_values_without_the_thousandth_at_either_end():
+    stored = RANDOM.integers(200, 3000, (100, 100)).astype(np.uint16)
+    stored[0, 0], stored[0, 1] = 65535, 0  # a hot and a dead pixel
+    found = images.inspect(encoded(Image.fromarray(stored), "TIFF"), "a.tif")
+    assert found[:4] == ("I;16", 100, 100, 1)
+    assert found.low is not None and 200 <= found.low < 210 and found.high is not None and 2985 < found.high < 3000
+
+
+def png_of_16_bits(values: np.ndarray) -> bytes:
+    """A color PNG by hand, as Pillow writes none."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def block(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    start = block(b"IHDR", struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + start + block(b"IDAT", zlib.compress(rows)) + block(b"IEND", b"")
+
+
+def refused(content: bytes, name: str = "a", **options) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        decode(content, name, **options)
+    return str(caught.value)
+
+
+class TestTakenForSomethingElse:
+    def test_dark_16_bit_color(self):
+        content = png_of_16_bits(RANDOM.integers(0, 4096, (4, 6, 3)).astype(np.uint16))
+        assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(content)
+
+    def test_a_range_for_16_bit_color(self):
+        content = png_of_16_bits(RANDOM.integers(0, 65536, (4, 6, 3)).astype(np.uint16))
+        assert "a: data.range is for gray images" in refused(content, values=(0.0, 4095.0))
+
+    def test_a_fourth_band_of_a_tiff(self):
+        content = encoded(Image.fromarray(np.dstack([COLOUR, GREY]), "RGBX"), "TIFF")
+        assert "a: 4 bands, of which the last is not said to be alpha" in refused(content)
+
+    def test_a_fourth_band_of_a_jpeg_2000(self):
+        content = encoded(Image.fromarray(np.dstack([COLOUR, GREY]), "RGBA"), "JPEG2000")
+        assert "a: a JPEG 2000 of four bands does not say" in refused(content)
+
+    def test_a_jpeg_of_four_bands_that_are_not_said_to_be_inks(self):
+        content = encoded(Image.new("CMYK", (8, 8)), "JPEG")
+        marker = content.index(b"\xff\xee")  # Adobe's
+        length = int.from_bytes(content[marker + 2 : marker + 4])
+        assert "a: four bands that are not said to be inks" in refused(content[:marker] + content[marker + 2 + length :])
+
+    def test_pages_of_a_tiff(self):
+        pages = [Image.new("L", (3, 2), value) for value in (10, 20, 30)]
+        content = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+        assert refused(content) == "a: 3 pages, of which only one would be seen; save each page as a file of its own"
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA"])
+    def test_alpha_that_is_0_everywhere(self, mode):
+        assert "a: its alpha is 0 everywhere" in refused(encoded(Image.new(mode, (4, 4)), "PNG"))
+
+    def test_a_tiff_that_pillow_does_not_read(self):
+        content = encoded(Image.fromarray(COLOUR), "TIFF").replace(struct.pack("<HHIHH", 262, 3, 1, 2, 0), struct.pack("<HHIHH", 262, 3, 1, 9, 0))
+        assert refused(content) == (
+            "a: Pillow reads no TIFF of this number of bands, bits or compression; convert it to grey or RGB of 8 or 16 bits"
+        )
+
+
+class TestTrust:
+    @pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "WEBP"])
+    def test_a_bomb_is_refused_before_it_is_decoded(self, format, monkeypatch):
+        monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+        message = refused(encoded(Image.new("RGB", (40, 30)), format), "a.jpg")
+        assert message.startswith("a.jpg: 40 x 30 pixels are more than the 1,000 that are decoded")
+
+    def test_a_jpeg_of_a_large_size_in_its_header_is_refused(self):
+        content = bytearray(encoded(Image.new("L", (16, 16)), "JPEG"))
+        frame = content.index(b"\xff\xc0")
+        content[frame + 5 : frame + 9] = (60000).to_bytes(2) + (60000).to_bytes(2)
+        assert refused(bytes(content), "a.jpg").startswith("a.jpg: 60,000 x 60,000 pixels are more than the 178,956,970")
+
+    def test_no_other_program_is_started(self):
+        eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+        assert refused(eps, "a.jpg") == "a.jpg: no known image format"
+        assert "EPS" not in images.formats() and ".eps" not in images.suffixes()
+
+    def test_what_begins_as_a_jpeg_goes_to_no_other_decoder(self):
+        png = encoded(Image.fromarray(COLOUR), "PNG")
+        assert refused(png, "a.beton, image 0", jpeg=True) == "a.beton, image 0: not a JPEG"
+        assert refused(b"\xff\xd8" + png, "a.jpg").startswith("a.jpg: ")
+        np.testing.assert_array_equal(decode(png, "a.jpg"), COLOUR)  # ImageNet has PNGs of that name
 
 
 def damaged() -> dict[str, tuple[bytes, str]]:
@@ -165,6 +282,6 @@ def test_what_cannot_be_read_is_named(case):
     assert str(caught.value).startswith(message)
 
 
-def test_header_reads_no_pixels():
+def test_inspect_reads_no_pixels_of_8_bits():
     content = encoded(Image.fromarray(COLOUR), "PNG")
-    assert images.header(content[:60], "a.png") == ("RGB", 7, 5)
+    assert images.inspect(content[:60], "a.png") == ("RGB", 7, 5, 1, None, None)

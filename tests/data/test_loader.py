@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from ssl_pretrain.data import workers
+from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.loader import Batch, Loader, build, images
 from ssl_pretrain.data.sources import DataConfig, Source, open_source
 from ssl_pretrain.views import crops
@@ -61,9 +62,24 @@ def source(tmp_path_factory) -> Source:
     return open_source(plant(tmp_path_factory.mktemp("loader") / "data", 50), "train")
 
 
-def loader(source: Source, num_workers: int = 0, rank: int = 0, world_size: int = 1, seed: int = 3, global_batch_size: int = 12) -> Loader:
+def loader(
+    source: Source,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 3,
+    global_batch_size: int = 12,
+    max_replaced: float = DataConfig.max_replaced,
+) -> Loader:
     return Loader(
-        source, VIEWS, seed=seed, global_batch_size=global_batch_size, num_workers=num_workers, rank=rank, world_size=world_size
+        source,
+        VIEWS,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        num_workers=num_workers,
+        rank=rank,
+        world_size=world_size,
+        max_replaced=max_replaced,
     )
 
 
@@ -207,40 +223,73 @@ class Bad:
 
 class TestUnreadable(Bad):
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_the_next_one_takes_its_place(self, num_workers, source):
+    def test_an_image_outside_the_batch_takes_its_place(self, num_workers, source):
         plain = ViewsConfig(crops={"global": Crop(count=1, size=6)})
-        with Loader(source, plain, seed=0, global_batch_size=24, num_workers=num_workers) as batches:
-            steps = batches.starting_at(0)
+        with Loader(source, plain, seed=0, global_batch_size=8, num_workers=num_workers, max_replaced=1.0) as batches:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                first, _ = next(steps), next(steps)
+                steps = list(itertools.islice(batches.starting_at(0), 6))
             assert batches.num_replaced == 6  # three images, in each of two epochs
-        file, next_one = source.name(3), source.name(5)
         messages = [str(warning.message) for warning in caught if "takes its place" in str(warning.message)]
         assert len(messages) == 3  # each once
-        assert f"{file}: the file is empty; {next_one} takes its place" in messages
-        assert f"{source.name(23)}: No such file or directory; {source.name(0)} takes its place" in messages
-        taken = {3: 5, 4: 5, 23: 0}
-        for row, index in enumerate(first.indices.tolist()):
-            shown = taken.get(index, index)
-            image = torch.from_numpy(source.read(shown)).permute(2, 0, 1)
-            box = crops.draw(plain.crops["global"], 0, 0, index, 0, *image.shape[1:])
-            torch.testing.assert_close(first.views[0][row], crops.apply(image, box, plain.crops["global"]) / 255)
-            assert first.labels[row] == source.label(shown)
-        assert sorted(first.indices.tolist()) == list(range(24))
+        assert any(message.startswith(f"{source.name(3)}: the file is empty; ") for message in messages)
+        assert any(message.startswith(f"{source.name(23)}: No such file or directory; ") for message in messages)
+        for step, batch in enumerate(steps):
+            shown = [number_of(source, plain.crops["global"], step // 3, batch, row) for row in range(8)]
+            assert len(set(shown)) == 8 and not set(shown) & {3, 4, 23}
+            indices = batch.indices.tolist()
+            assert all(number == index or number not in indices for number, index in zip(shown, indices))
+            assert batch.labels.tolist() == [source.label(number) for number in shown]
 
-    def test_replacement_is_the_same_for_any_workers(self, source):
+    def test_replacement_is_the_same_for_any_workers_and_ranks(self, source):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert digests(loader(source), 0, 4) == digests(loader(source, 2), 0, 4)
+            one = list(itertools.islice(loader(source, max_replaced=1.0).starting_at(0), 4))
+            assert [digest(batch) for batch in one] == digests(loader(source, 2, max_replaced=1.0), 0, 4)
+            ranks = [itertools.islice(loader(source, 0, rank, 3, max_replaced=1.0).starting_at(0), 4) for rank in range(3)]
+            for batch, *parts in zip(one, *ranks):
+                assert all(torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v]) for v in range(3))
+
+    def test_a_batch_that_leaves_none_outside_is_refused(self, source):
+        batches = loader(source, global_batch_size=24, max_replaced=1.0)
+        with batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
+            warnings.simplefilter("ignore")
+            next(batches.starting_at(0))
+        assert "no other readable image of the 24" in str(caught.value) and "give a smaller global_batch_size" in str(caught.value)
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_more_than_the_ceiling_stop_the_run(self, num_workers, source):
+        with loader(source, num_workers) as batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
+            warnings.simplefilter("ignore")
+            list(itertools.islice(batches.starting_at(0), 2))
+        message = re.sub("^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value))  # as many as the chunk has
+        assert message.startswith(
+            f"data.max_replaced: 2 of 24 images of {source.where} could not be read in one pass, more than the 1 that may be replaced "
+            "(0.01 of the images); the last: "
+        )
+        assert message.endswith("; restore the files, remove them from the data set, or raise data.max_replaced")
+
+    def test_an_epoch_with_fewer_than_the_ceiling_goes_on(self, source):
+        with loader(source, max_replaced=0.13) as batches, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            list(itertools.islice(batches.starting_at(0), 8))  # three of 24 in each of four epochs
+        assert batches.num_replaced == 12
+
+    def test_none_may_be_replaced_where_the_share_is_zero(self, source):
+        for index in (3, 4):
+            Path(source.name(index)).write_bytes(Path(source.name(5)).read_bytes())
+        with loader(source, max_replaced=0.0) as batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
+            warnings.simplefilter("ignore")
+            list(itertools.islice(batches.starting_at(0), 2))
+        assert "more than the 0 that may be replaced" in str(caught.value)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_none_readable(self, num_workers, source):
         for index in range(23):
             Path(source.name(index)).write_bytes(b"")
-        with loader(source, num_workers) as batches, pytest.raises(RuntimeError) as caught:
+        with loader(source, num_workers, max_replaced=1.0) as batches, pytest.raises(ValueError) as caught:
             next(batches.starting_at(0))
-        assert f"none of the 24 images of {source.where} can be read; one of them: " in str(caught.value)
+        assert f"no other readable image of the 24 in {source.where} is left outside its batch" in str(caught.value)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_the_folder_goes(self, num_workers, source):
@@ -249,6 +298,20 @@ class TestUnreadable(Bad):
             with pytest.raises(FileNotFoundError, match=re.escape(f"data.root: {source.where} is gone; it was there when the run began")):
                 for _ in batches.starting_at(0):
                     pass
+
+
+def number_of(source: Source, crop: Crop, epoch: int, batch: Batch, row: int) -> int:
+    """The image whose view is in a row of a batch, found by making the view of every image of the source."""
+    index = int(batch.indices[row])
+    for number in range(len(source)):
+        try:
+            image = torch.from_numpy(source.read(number)).permute(2, 0, 1)
+        except UnreadableImage:
+            continue
+        view = crops.apply(image, crops.draw(crop, 0, epoch, index, 0, *image.shape[1:]), crop)
+        if torch.equal((batch.views[0][row] * 255).round().to(torch.uint8), view):
+            return number
+    raise AssertionError("the row shows no image of the source")
 
 
 class Failing(Source):
@@ -434,6 +497,14 @@ class TestUnreadableInEvaluation(Bad):
         with pytest.warns(UserWarning, match="the file is empty; .* takes its place"):
             ((_, labels),) = images(source, [2, 3], partial(crops.evaluate, size=8), batch_size=4, num_workers=0)
         assert labels.tolist() == [source.label(2), source.label(5)]
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_more_than_the_ceiling_end_the_pass(self, num_workers, source):
+        passes = images(source, None, partial(crops.evaluate, size=8), 4, num_workers)
+        with warnings.catch_warnings(), pytest.raises(ValueError) as caught:
+            warnings.simplefilter("ignore")
+            list(passes)
+        assert f" of 24 images of {source.where} could not be read in one pass" in str(caught.value)
 
 
 class TestMessages:

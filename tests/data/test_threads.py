@@ -251,40 +251,56 @@ class TestFaultsOfFFCV:
         """FFCV gives a black image, or that of an earlier batch, and says nothing."""
         ruin(damageable, 5, damage)
         plain = ViewsConfig(crops={"global": Crop(count=1, size=8)})
-        with loader(damageable, global_batch_size=24, views=plain) as batches, warnings.catch_warnings(record=True) as caught:
+        with loader(damageable, global_batch_size=12, views=plain) as batches, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            batch = next(batches.starting_at(0))
+            two = list(itertools.islice(((batch.indices, batch.labels, batch.views[0].clone()) for batch in batches.starting_at(0)), 2))
         reason = {"header": "not a JPEG", "scan": "the JPEG is damaged", "no jpeg": "not a JPEG"}.get(
             damage, "the JPEG has another size than its entry"
         )
         path = damageable.where
-        assert [str(warning.message) for warning in caught] == [f"{path}, image 5: {reason}; {path}, image 6 takes its place"]
-        assert batches.num_replaced == 1
-        row = batch.indices.tolist().index(5)
-        assert batch.labels[row] == damageable.label(6)
-        whole = loader(written(Path(path).parent / "again" / "data", n=24), 0, how="folder", global_batch_size=24, views=plain)
+        (message,) = [str(warning.message) for warning in caught]
+        found = re.fullmatch(re.escape(f"{path}, image 5: {reason}; {path}, image ") + r"(\d+) takes its place", message)
+        assert found is not None and batches.num_replaced == 1
+        taken = int(found[1])
+        indices, labels, views = next(batch for batch in two if 5 in batch[0].tolist())
+        assert taken not in indices.tolist()
+        assert labels[indices.tolist().index(5)] == damageable.label(taken)
+        whole = loader(written(Path(path).parent / "again" / "data", n=24), 0, how="folder", global_batch_size=12, views=plain)
         source = whole.source
         read = source.read
-        source.read = lambda index: read(6 if index == 5 else index)
-        assert torch.equal(next(whole.starting_at(0)).views[0], batch.views[0])    # all others are their own
+        source.read = lambda index: read(taken if index == 5 else index)
+        expected = next(batch for batch in whole.starting_at(0) if 5 in batch.indices.tolist())
+        assert torch.equal(expected.views[0], views)    # all others are their own
+
+    @pytest.mark.case(14)
+    def test_4_the_folder_loader_takes_the_same_image_in_its_place(self, damageable):
+        ruin(damageable, 5, "no jpeg")
+        ruin(damageable, 9, "no jpeg")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            by_threads = digests(loader(damageable, global_batch_size=10, max_replaced=10.0), 0, 4)
+            assert by_threads == digests(loader(damageable, 0, how="folder", global_batch_size=10, max_replaced=10.0), 0, 4)
 
     @pytest.mark.case(14)
     def test_4_more_than_a_few_damaged_images_stop_the_run(self, damageable):
         for index in (5, 9):
             ruin(damageable, index, "no jpeg")
-        with loader(damageable) as batches, warnings.catch_warnings(), pytest.raises(RuntimeError) as caught:
+        with loader(damageable) as batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
             warnings.simplefilter("ignore")
             for _ in batches.starting_at(0):
                 pass
+        last = re.search(r"the last: (.* takes its place); ", str(caught.value))[1]
         assert str(caught.value) == (
-            f"2 of 24 images of {damageable.where} do not decode, more than 1 (0.1 %): the file is damaged, as all of them did when it was "
-            "written; `python -m ssl_pretrain.data.beton check` names them; copy or write it again"
+            f"data.max_replaced: 2 of 24 images of {damageable.where} could not be read in one pass, more than the 1 that may be replaced "
+            f"(0.001 of the images); the last: {last}; all of them could be read when the file was written, so it is damaged now; "
+            "`python -m ssl_pretrain.data.beton check` names them; copy or write it again"
         )
 
     def test_4_a_file_without_a_good_image_is_an_error(self, damageable):
         for index in range(24):
             ruin(damageable, index, "no jpeg")
-        with loader(damageable) as batches, pytest.raises(RuntimeError, match=r"none of the 24 images of .*train.beton can be decoded"):
+        message = r"not a JPEG; no other readable image of the 24 in .*train.beton is left outside its batch"
+        with loader(damageable) as batches, pytest.raises(ValueError, match=message):
             next(batches.starting_at(0))
 
     @pytest.mark.case(15)
