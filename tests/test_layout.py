@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "ssl_pretrain/data/splits.py": "data/file_lists data/listing",
     "ssl_pretrain/data/labels.py": "data/file_lists data/listing data/splits",
     "ssl_pretrain/data/beton_file.py": "",
-    "ssl_pretrain/data/sources.py": "data/beton_file data/cifar10 data/file_lists data/images data/labels data/listing data/splits draws",
+    "ssl_pretrain/data/sources.py": "schema data/beton_file data/cifar10 data/file_lists data/images data/labels data/listing data/splits draws",
     "ssl_pretrain/data/compiled.py": "data/beton_file views draws jit",
     "ssl_pretrain/data/progress.py": "",
     "ssl_pretrain/data/beton_writer.py": "data/beton_file data/compiled data/images data/progress data/sources",

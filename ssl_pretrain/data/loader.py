@@ -293,6 +293,9 @@ def build(
         view_dtype=view_dtype,
         max_replaced=data.max_replaced,
     )
+    if batches.note and distributed.is_main():
+        print(batches.note, file=sys.stderr, flush=True)
+    return batches
 
 
 def check_replaced(num_replaced: int, num_images: int, source: Source, max_replaced: float, example: str = "") -> None:
@@ -314,9 +317,6 @@ def check_replaced(num_replaced: int, num_images: int, source: Source, max_repla
         f"data.max_replaced: {num_replaced:,} of {num_images:,} images of {source.where} could not be read in one pass, more than "
         f"the {allowed:,} that may be replaced ({share:.3g} of the images)" + (f"; the last: {example}" if example else "") + f"; {remedy}"
     )
-    if batches.note and distributed.is_main():
-        print(batches.note, file=sys.stderr, flush=True)
-    return batches
 
 
 def choose(data: DataConfig, source: Source) -> tuple[How, str]:

@@ -33,6 +33,7 @@ from ssl_pretrain.data.beton_file import Samples
 from ssl_pretrain.data.file_lists import role
 from ssl_pretrain.data.images import MAX_BYTES, Range, UnreadableImage, decode, inspect
 from ssl_pretrain.data.listing import Listing, Span
+from ssl_pretrain.schema import Bounds
 
 _DIGITS_PER_CLASS = 50  # held out; 10 classes
 _RATIO = 200  # most that a deflated member may grow, if it grows beyond _LARGE bytes
@@ -56,8 +57,10 @@ class DataConfig:
     cache: Literal["none", "device"] = "none"                # device: all images uploaded once, as for CIFAR-10; cropped there
     order: Literal["random", "quasi_random"] = "random"      # quasi_random: mostly in the order of the disk, for more data than memory
     quasi_random_window: int = 16384                         # images mixed with each other in that order; they have to fit into memory
-    max_replaced: float = 0.01   # share of an epoch's images that may be unreadable and replaced by others; more stop the run
-    range: list[float] = field(default_factory=list)         # [low, high] of 16-bit gray and floats, made 0 and 255; []: 0 to 65535
+    # share of an epoch's images that may be unreadable and replaced by others; more stop the run
+    max_replaced: float = field(default=0.01, metadata={"bounds": Bounds(0, 1)})
+    # [low, high] of 16-bit gray and floats, made 0 and 255; []: 0 to 65535
+    range: list[float] = field(default_factory=list, metadata={"bounds": Bounds(-1e12, 1e12)})
     cache_dir: str = ""          # for lists of files; "": ~/.cache/ssl_pretrain
 
 

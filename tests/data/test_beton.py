@@ -17,9 +17,9 @@ from betons import jpeg, needs_ffcv, opened, tree, written
 from conftest import _context
 from PIL import Image
 
-from ssl_pretrain.data import beton, beton_file, beton_writer, progress
+from ssl_pretrain.data import beton, beton_file, beton_writer, compiled, progress
 from ssl_pretrain.data.beton_writer import ENCODED, KEPT, STORED_RAW, Settings
-from ssl_pretrain.data.images import decode
+from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.sources import Beton, DataConfig, open_source
 
 pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
@@ -275,6 +275,7 @@ class TestMessages:
     @pytest.mark.parametrize("field", ["place", "width", "mode"])
     def test_entries_that_point_elsewhere(self, field, stored):
         path = Path(stored.where)
+        beton_file.manifest_path(path).unlink()  # which would notice first
         content = bytearray(path.read_bytes())
         samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
         samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
@@ -315,6 +316,135 @@ class TestMessages:
         monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
         assert list(progress.report("abcd", 4, "wrote")) == list("abcd")
         assert "wrote 3 of 4 images, about " in capsys.readouterr().err
+
+
+class TestDamage:
+    """What a bad disk, a careless copy or an attacker makes of a file is found before a decoder sees it."""
+
+    @pytest.fixture
+    def stored(self, tmp_path) -> Beton:
+        return written(tmp_path / "data", n=12)
+
+    def test_every_flipped_bit_of_the_tables_is_found(self, stored):
+        path = Path(stored.where)
+        content = path.read_bytes()
+        table = int(np.frombuffer(content, beton_file.HEADER, 1)[0]["table"])
+        entries = beton_file.DATA_FIELDS_END + 12 * beton_file.SAMPLE.itemsize
+        places = [*range(beton_file.HEADER.itemsize), *range(beton_file.DATA_FIELDS_END, entries), *range(table, len(content))]
+        for number, place in enumerate(places[::5]):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << number % 8
+            path.write_bytes(flipped)
+            refused(beton_file.read, path)
+        path.write_bytes(content)
+        assert len(beton_file.read(path)) == 12
+
+    def test_every_flipped_bit_of_the_manifest_is_found(self, stored):
+        path = beton_file.manifest_path(Path(stored.where))
+        content = path.read_bytes()
+        for place in range(0, len(content), 3):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << place % 7
+            path.write_bytes(flipped)
+            assert refused(beton_file.read, Path(stored.where)) == (
+                f"data.root: {path} is damaged; copy it again, or run the same write again"
+            )
+
+    @pytest.mark.parametrize("text", ["[]", "null", "5", '"text"', "{}", "\xff"])
+    def test_a_manifest_of_another_kind_is_damaged(self, text, stored, capsys):
+        path = beton_file.manifest_path(Path(stored.where))
+        path.write_text(text, encoding="latin-1")
+        expected = f"error: data.root: {path} is damaged; copy it again, or run the same write again\n"
+        for command in ("check", "info"):
+            assert beton.main([command, stored.where]) == 2
+            assert capsys.readouterr().err == expected
+
+    def test_a_manifest_that_lacks_a_key_or_has_another_type_is_damaged(self, stored):
+        path = beton_file.manifest_path(Path(stored.where))
+        manifest = json.loads(path.read_text())
+        for key in manifest:
+            for other in ({}, {key: None}, {key: [5]}):
+                path.write_text(json.dumps({name: value for name, value in manifest.items() if name != key} | other))
+                assert "is damaged" in refused(beton_file.read, Path(stored.where))
+
+    def test_a_manifest_of_an_earlier_version_is_read(self, stored):
+        path = beton_file.manifest_path(Path(stored.where))
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in manifest.items() if not key.endswith("_sha256")}))
+        assert len(beton_file.read(Path(stored.where))) == 12
+
+    @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
+    def test_a_length_that_wraps_is_refused(self, length, stored):
+        path = Path(stored.where)
+        beton_file.manifest_path(path).unlink()
+        content = bytearray(path.read_bytes())
+        table = int(np.frombuffer(content, beton_file.HEADER, 1)[0]["table"])
+        np.frombuffer(content, beton_file.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(length)
+        path.write_bytes(content)
+        assert refused(beton_file.read, path).endswith("the entry of image 3 points outside the file; it is damaged")
+
+    def test_an_entry_of_too_many_pixels_is_refused(self, stored):
+        path = Path(stored.where)
+        beton_file.manifest_path(path).unlink()
+        content = bytearray(path.read_bytes())
+        samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
+        samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
+        path.write_bytes(content)
+        assert "the entry of image 2 says 65,535 x 65,535 pixels, more than the 178,956,970" in refused(beton_file.read, path)
+
+    def test_tall_and_wide_images_do_not_add_up(self, stored):
+        samples = beton_file.replace(stored.samples, height=np.array([1, 60000] * 6), width=np.array([60000, 1] * 6))
+        assert compiled.scratch_for(samples, []).image.nbytes < 20_000_000
+
+    def test_a_replaced_file_is_noticed(self, stored, tmp_path):
+        other = written(tmp_path / "other" / "data", n=12, max_side=30)
+        stored.read(0)
+        os.replace(other.where, stored.where)
+        with pytest.raises(UnreadableImage, match="the file was replaced"):
+            stored.read(0)
+        assert refused(stored.check_present) == (
+            f"data.root: {stored.where} was replaced or changed while it was being read; start the run again"
+        )
+
+    def test_an_entry_that_is_no_jpeg_reaches_no_other_decoder(self, stored):
+        path, samples = Path(stored.where), stored.samples
+        content = bytearray(path.read_bytes())
+        place = int(samples.place[4])
+        eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+        content[place : place + len(eps)] = eps
+        path.write_bytes(content)
+        with pytest.raises(UnreadableImage) as caught:
+            opened(path).read(4)
+        assert str(caught.value) == f"{path}, image 4: not a JPEG"
+
+
+@pytest.mark.parametrize("moment", ["before the manifest", "between manifest and data", "before the journal goes"])
+def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_path, monkeypatch):
+    source = opened(tree(tmp_path / "data", n=12), loader="folder")
+    path, whole = tmp_path / "train.beton", tmp_path / "whole" / "train.beton"
+    beton_writer.write(source, path, Settings(max_side=30), num_workers=1)
+    beton_writer.write(source, whole, Settings(max_side=60), num_workers=1)
+    with monkeypatch.context() as patch:
+
+        def killed(*_arguments):
+            raise KeyboardInterrupt
+
+        real = os.replace
+        steps = {
+            "before the manifest": lambda: patch.setattr(beton_writer, "_replace", killed),
+            "between manifest and data": lambda: patch.setattr(
+                beton_writer.os, "replace", lambda old, new: killed() if new == path else real(old, new)
+            ),
+            "before the journal goes": lambda: patch.setattr(Path, "unlink", killed),
+        }
+        steps[moment]()
+        with pytest.raises(KeyboardInterrupt):
+            beton_writer.write(source, path, Settings(max_side=60), num_workers=1)
+    if moment == "between manifest and data":
+        assert "do not belong together" in refused(beton_file.read, path)
+    beton_writer.write(source, path, Settings(max_side=60), num_workers=1)
+    assert sha(path) == sha(whole)
+    assert sorted(found.name for found in tmp_path.glob("train.beton*")) == ["train.beton", "train.beton.json"]
 
 
 def test_a_stored_image_is_its_own_jpeg(tmp_path):

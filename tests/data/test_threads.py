@@ -276,6 +276,7 @@ class TestFaultsOfFFCV:
     def test_4_the_folder_loader_takes_the_same_image_in_its_place(self, damageable):
         ruin(damageable, 5, "no jpeg")
         ruin(damageable, 9, "no jpeg")
+        damageable = opened(Path(damageable.where))  # as it is now
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             by_threads = digests(loader(damageable, global_batch_size=10, max_replaced=10.0), 0, 4)
