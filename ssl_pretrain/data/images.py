@@ -22,7 +22,7 @@ program (EPS) or decode nothing are left out, and what begins as a JPEG is given
 
 import functools
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -254,8 +254,8 @@ def _levels(stored: np.ndarray, mode: str, values: Range | None) -> np.ndarray:
 
 def _raw_mode(image: Image.Image) -> str:
     """Pillow's name of how the pixels are stored, such as RGB;16L, known only before they are loaded; "" where it has none."""
-    tile = image.tile[0] if getattr(image, "tile", None) else ()
-    arguments = tile[3] if len(tile) > 3 else ""
+    tiles: list[Any] = getattr(image, "tile", [])
+    arguments: Any = tiles[0][3] if tiles and len(tiles[0]) > 3 else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 
