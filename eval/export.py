@@ -116,7 +116,7 @@ def load(folder: str | Path) -> Backbone:
         raise ValueError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not that of {ARGUMENTS}; copy or export it again")
     config = BackboneConfig(written["architecture"], written["stem"], args=written["args"])
     backbone = backbones.build(config, written["built_for"])
-    backbones.load_strict(backbone, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    backbones.load_strict(backbone, load_file(folder / WEIGHTS), str(folder / WEIGHTS), exact=True)
     check(backbone, folder)
     return backbone.eval()
 
@@ -148,8 +148,7 @@ def arguments_of(run: Run) -> dict[str, Any]:
     config, evaluation = run.config, run.config.evaluation
     args = dict(config.backbone.args)
     call = {"num_classes": 0, **args}
-    if backbones.takes_image_size(config.backbone.name):
-        call |= {"img_size": run.view_size, "dynamic_img_size": args.get("dynamic_img_size", True)}
+    call = backbones.size_arguments(config.backbone.name, run.view_size) | call
     return {
         "architecture": config.backbone.name,
         "stem": config.backbone.stem,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from eval import features, parts, results, runs
 from eval.results import Row
 from eval.runs import Run
-from ssl_pretrain import backbones, checkpoint, draws
+from ssl_pretrain import backbones, checkpoint, config, draws
 
 TOP = 5  # eigenvalues
 MAX_IMAGES = 10000
@@ -66,6 +66,10 @@ def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
     Raises:
         ValueError: the method has no projector, or its weights do not fit.
     """
+    if run.config.method.name == config.NO_METHOD:
+        raise ValueError(
+            f"{run.checkpoint_path}: weights without a run have no projector, whose output this measures; see eval.knn, eval.linear"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draws.seed_of(run.config.seed, 0, 0))  # as the trainer does
         method = run.config.method.build(backbones.build(run.config.backbone, run.view_size))
@@ -75,7 +79,7 @@ def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
         )
     if trained:
         _, tensors = checkpoint.read(run.checkpoint_path)
-        backbones.load_strict(method, tensors, str(run.checkpoint_path))
+        backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
     # the student's heads on the student's backbone, whatever network the other evaluations judge
     return runs.place(method.backbone, run.device), method.get_submodule("projector").eval().to(run.device)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import timm
 import torch
+import yaml
 from torch import Tensor, nn
 
+from ssl_pretrain import published
 from ssl_pretrain.schema import below
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
@@ -23,18 +28,24 @@ class BackboneConfig:
     stem: Literal["imagenet", "no_pool", "small"] = (
         "imagenet"  # for small images: no max-pooling before the stages; small: stride 1 there too
     )
-    init: str = "random"  # random | timm:<tag> | <file.safetensors or .pth> | <run folder>; loaded strictly
+    init: str = (
+        "random"  # random | timm:<tag> | <file.safetensors or .pth> | <run folder>; loaded strictly
+    )
+    init_key: str = ""  # where a file keeps its weights, such as teacher; empty: found
+    init_prefix: str = ""  # of the backbone's names in it, such as module.encoder_q.; empty: found
     drop_path: float = field(default=0.0, metadata=below(1))  # stochastic depth
-    args: dict[str, Any] = field(default_factory=dict)  # further arguments of the timm model (patch_size, channels, ...)
+    args: dict[str, Any] = field(
+        default_factory=dict
+    )  # further arguments of the timm model (patch_size, channels, ...)
 
 
 class Backbone(nn.Module):
     """A timm model that maps images (rows, 3, height, width) to pooled features (rows, feature_dim)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, feature_dim: int | None = None):
         super().__init__()
         self.model = model
-        self.feature_dim: int = model.num_features  # type: ignore[assignment]
+        self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -43,43 +54,262 @@ class Backbone(nn.Module):
 def build(config: BackboneConfig, image_size: int) -> Backbone:
     """The backbone of `config` for views of `image_size` pixels, with random weights or those of `timm:<tag>`.
 
-    Weights from a file or a run are loaded by `checkpoint.initialize`, which knows both formats.
+    Weights from a file or a run are loaded by `load_strict`.
 
     Raises:
-        ValueError: timm has no such model, no such weights, refuses an argument, or the stem cannot be made small.
+        ValueError: timm has no such model, no such weights, refuses an argument, the stem cannot be made small, or the
+            network does not give one vector per image of that size.
     """
-    if not timm.is_model(config.name):
-        close = get_close_matches(config.name, timm.list_models(), n=3)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    width = feature_dim(config, image_size, image_size)
+    return Backbone(_create(config, image_size), width)
+
+
+def _create(config: BackboneConfig, image_size: int) -> nn.Module:
+    _check_name(config.name)
+    given = dict(config.args)
+    if given.get("in_chans", 3) != 3:
         raise ValueError(
-            f"backbone.name: {config.name!r} is not a timm model.{hint} Names: python -c 'import timm; print(timm.list_models())'"
+            f"backbone.args.in_chans: {given['in_chans']} does not fit the images, which have three channels (red, green and blue); "
+            "leave it out"
         )
-    args = dict(config.args)
     if config.drop_path:
-        args["drop_path_rate"] = config.drop_path
+        given["drop_path_rate"] = config.drop_path
     tag = config.init.removeprefix("timm:") if config.init.startswith("timm:") else ""
     name = f"{config.name}.{tag}" if tag else config.name
-    if takes_image_size(config.name):
-        args.setdefault("img_size", image_size)
-        args.setdefault("dynamic_img_size", True)  # local crops are smaller than the global ones
+    model = _construct(
+        config, name, bool(tag), {**size_arguments(config.name, image_size), **given}
+    )
+    if config.stem != "imagenet":
+        _shrink_stem(model, config.name, stride_too=config.stem == "small")
+    return model
+
+
+def _construct(
+    config: BackboneConfig, name: str, pretrained: bool, args: dict[str, Any]
+) -> nn.Module:
     try:
-        model = timm.create_model(name, pretrained=bool(tag), num_classes=0, **args)
-    except TypeError as error:
-        raise ValueError(f"backbone.args: {config.name} refuses {dict(config.args)}: {error}") from None
-    except Exception as error:
-        if not tag:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
+    except Exception as error:  # a network's constructor may fail in any way
+        text = (
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            if str(error)
+            else type(error).__name__
+        )
+        if "drop_path_rate" in str(error) and config.drop_path:
+            raise ValueError(
+                f"backbone.drop_path: {config.drop_path} is not for {config.name}, which takes none; set it to 0"
+            ) from None
+        if isinstance(error, TypeError) or (config.args and not pretrained):
+            raise ValueError(
+                f"backbone.args: {config.name} refuses {dict(config.args)}: {text if config.args else error}"
+            ) from None
+        if not pretrained:
             raise
         raise ValueError(
             f"backbone.init: {config.init!r} cannot be loaded ({type(error).__name__}). It needs a network and a tag of "
             f"timm.list_pretrained({config.name + '*'!r}); or give the weights as a file"
         ) from None
-    if config.stem != "imagenet":
-        _shrink_stem(model, config.name, stride_too=config.stem == "small")
-    return Backbone(model)
+
+
+def size_arguments(name: str, image_size: int) -> dict[str, Any]:
+    """The arguments that make a network take views of `image_size` pixels, and smaller ones beside them where it can."""
+    wanted = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
+    return {key: value for key, value in wanted.items() if key in constructor_arguments(name)}
+
+
+@cache
+def constructor_arguments(name: str) -> frozenset[str]:
+    """The names of what the constructor of a timm network's class takes, and its entry point does not fix."""
+    model = _without_memory(lambda: timm.create_model(name, num_classes=0))
+    names: set[str] = set()
+    for kind in type(model).__mro__:  # a class that takes **kwargs hands them to the next
+        parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+        names |= set(parameters)
+        if all(each.kind != each.VAR_KEYWORD for each in parameters.values()):
+            break
+    entry = set(inspect.signature(timm.models.model_entrypoint(name)).parameters)
+    return frozenset(names if "kwargs" in entry else names & entry)
 
 
 def takes_image_size(name: str) -> bool:
-    return timm.models.model_entrypoint(name).__module__.rpartition(".")[2] in {"vision_transformer", "deit", "vision_transformer_hybrid"}
+    return "img_size" in constructor_arguments(name)
+
+
+def _without_memory(create: Callable[[], nn.Module]) -> nn.Module:
+    """The network on the meta device, or on CPU where its constructor needs values. No random state moves."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return create()
+        except (NotImplementedError, RuntimeError) as error:
+            if not _of_meta(error):
+                raise
+            return create()
+
+
+def _of_meta(error: BaseException) -> bool:
+    """Return True for an operation that the meta device does not have, rather than a mistake."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+
+
+def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
+    """The width of the features, from the output of the network itself for images of `size` pixels.
+
+    Raises:
+        ValueError: The network cannot be built, cannot take the size, or does not give one vector per image.
+    """
+    plain = BackboneConfig(config.name, config.stem, drop_path=config.drop_path, args=config.args)
+    return _measured(yaml.safe_dump(asdict(plain)), built_for, size)
+
+
+@lru_cache(maxsize=256)
+def _measured(config: str, built_for: int, size: int) -> int:
+    settings = BackboneConfig(**yaml.safe_load(config))
+    try:
+        return _width(settings, built_for, size)
+    except _WrongSizeError as error:
+        raise ValueError(_about_size(settings, built_for, size, str(error))) from None
+
+
+class _WrongSizeError(Exception):
+    """A network that cannot take images of a size."""
+
+
+def _width(config: BackboneConfig, built_for: int, size: int) -> int:
+    try:
+        model = _without_memory(lambda: _create(config, built_for))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise _WrongSizeError(_first_line(error)) from None
+    try:
+        widths = _try(model, size)
+    except Exception as error:
+        if not _of_meta(error) or next(model.parameters()).device.type != "meta":
+            raise _WrongSizeError(_first_line(error)) from None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                widths = _try(_create(config, built_for), size)
+        except Exception as problem:
+            raise _WrongSizeError(_first_line(problem)) from None
+    if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
+        found = " and ".join(sorted(map(str, widths)))
+        raise ValueError(
+            f"backbone.args: {config.name} with {dict(config.args)} gives {found} for an image, and one vector is needed; "
+            "leave out global_pool, features_only and whatever else changes the output"
+        )
+    (width,) = widths
+    return int(width)
+
+
+def _try(model: nn.Module, size: int) -> set[int | str]:
+    """The widths of the output, or what it is instead, in evaluation and in training."""
+    device = next(model.parameters()).device
+    found: set[int | str] = set()
+    for training in (False, True):
+        model.train(training)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = model(torch.zeros(2, 3, size, size, device=device))
+        shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        if shape is None:
+            found.add(f"a {type(output).__name__}")
+        else:
+            found.add(shape[1] if len(shape) == 2 and shape[0] == 2 else f"shape {shape[1:]}")
+    return found
+
+
+def _about_size(config: BackboneConfig, built_for: int, size: int, reason: str) -> str:
+    """What is wrong with a size, and the nearest that would do."""
+    patch = _patch(config)
+    step = patch or 32
+    native = native_size(config.name)
+    below = range(size // step * step - (0 if size % step else step), 0, -step)
+    above = range((size // step + 1) * step, size + 8 * step, step)
+    sizes = {
+        _first_that_fits(config, built_for, size, tried)
+        for tried in (list(below)[:8], above, [native])
+    } - {0}
+    do = f"sizes that do: {', '.join(map(str, sorted(sizes)))}" if sizes else "no size near it does"
+    about = f" (patches of {patch})" if patch else ""
+    return f"{size} pixels do not fit backbone.name {config.name}{about}: {reason}; {do}"
+
+
+def _first_that_fits(
+    config: BackboneConfig, built_for: int, size: int, tried: Iterable[int]
+) -> int:
+    for other in tried:
+        try:
+            _width(config, other if built_for == size else built_for, other)
+        except (_WrongSizeError, ValueError):
+            continue
+        return other
+    return 0
+
+
+def _patch(config: BackboneConfig) -> int:
+    try:
+        model = _without_memory(lambda: _create(config, native_size(config.name)))
+    except Exception:
+        return 0
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 0)
+    return int(patch[0]) if isinstance(patch, (tuple, list)) else int(patch or 0)
+
+
+def native_size(name: str) -> int:
+    """The image size that the network was designed for."""
+    return int(pretrained_cfg(name).input_size[-1])
+
+
+def pretrained_cfg(name: str) -> Any:
+    """What timm knows of the network's published weights: input size, mean, standard deviation, classifier.
+
+    Raises:
+        ValueError: timm has no such model.
+    """
+    _check_name(name)
+    return timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        close = get_close_matches(name, timm.list_models(), n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(
+            f"backbone.name: {name!r} is not a timm model.{hint} "
+            "Names: python -c 'import timm; print(timm.list_models())'"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
+    """Try the network once on images of every size, without computing anything.
+
+    Args:
+        config: The backbone. It is built for the first size.
+        sizes: Image sizes in pixels by the keys that set them.
+
+    Raises:
+        ValueError: Names the key, the size and the sizes that would do.
+    """
+    built_for = next(iter(sizes.values()))
+    if (config.init_key or config.init_prefix) and (
+        config.init == "random" or config.init.startswith("timm:")
+    ):
+        key = "init_key" if config.init_key else "init_prefix"
+        raise ValueError(
+            f"backbone.{key}: {getattr(config, key)!r} is for a file of weights, and backbone.init is {config.init!r}"
+        )
+    for key, size in sizes.items():
+        try:
+            feature_dim(config, built_for, size)
+        except ValueError as error:
+            raise ValueError(
+                f"{key}: {error}" if str(error).startswith(f"{size} pixels") else str(error)
+            ) from None
 
 
 def _shrink_stem(model: nn.Module, name: str, stride_too: bool) -> None:
@@ -92,7 +322,9 @@ def _shrink_stem(model: nn.Module, name: str, stride_too: bool) -> None:
     model.maxpool = nn.Identity()
     if not stride_too:
         return
-    if isinstance(stem, nn.Conv2d):  # 7x7 stride 2 becomes 3x3 stride 1, as in SimCLR's CIFAR runs (appendix B.9)
+    if isinstance(
+        stem, nn.Conv2d
+    ):  # 7x7 stride 2 becomes 3x3 stride 1, as in SimCLR's CIFAR runs (appendix B.9)
         small = nn.Conv2d(3, stem.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
         model.conv1 = small
@@ -112,32 +344,58 @@ def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def load_strict(backbone: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Loads 100 % of the backbone's keys from `weights`, or changes nothing.
+def load_strict(
+    backbone: nn.Module,
+    weights: dict[str, Tensor],
+    source: str,
+    prefix: str = "",
+    exact: bool = False,
+) -> list[str]:
+    """Load 100 % of the backbone's keys from `weights`, or change nothing. Returns what was left out or changed.
+
+    Args:
+        backbone: The network. Weights of other networks and of a classifier beside its own are left out.
+        weights: Tensors under the names of this project, of timm, or of the code that published them.
+        source: What messages call the weights.
+        prefix: Of the backbone's names in `weights`. Empty: it is found.
+        exact: Nothing may be left out or converted, as in a checkpoint of this project.
 
     Raises:
-        ValueError: a key is missing, unexpected or of another shape; the message lists them and names `source`.
+        ValueError: A key is missing, unexpected or of another shape. The message lists them and names `source`.
     """
     weights, own = plain_keys(weights), backbone.state_dict()
+    prefix = next(iter(plain_keys({prefix: torch.empty(0)})))
+    if prefix and not any(key.startswith(prefix) for key in weights):
+        some = ", ".join(list(weights)[:3])
+        raise ValueError(
+            f"{source}: backbone.init_prefix: no name in it starts with {prefix!r}; it has {some}, ..."
+        )
+    if not exact and isinstance(backbone, Backbone):
+        found = published.match(backbone.model, weights, prefix or None)
+        if isinstance(found, published.Match):
+            backbone.model.load_state_dict(found.weights, strict=True)
+            return [note for note in found.notes if note != "prefix 'model.'"]
+        if prefix or "several networks" in found:
+            raise ValueError(
+                f"{source}: not the weights of this backbone: {found}. Nothing was loaded"
+            )
     if weights and not set(weights) & set(own):  # timm's own names, without ours in front
         weights = {f"model.{key}": value for key, value in weights.items()}
-    missing, unexpected = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    reshaped = sorted(
+    reshaped = [
         f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
         for key in set(own) & set(weights)
         if weights[key].shape != own[key].shape
+    ]
+    problems = published.listed(
+        sorted(set(own) - set(weights)), sorted(set(weights) - set(own)), sorted(reshaped)
     )
-    if missing or unexpected or reshaped:
-        found = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-            if keys
-        ]
+    if problems:
         raise ValueError(
-            f"{source}: not the weights of this backbone: {'; '.join(found)}. "
+            f"{source}: not the weights of this backbone: {problems}. "
             "Nothing was loaded; give backbone.name, stem and args of the run that made them"
         )
     backbone.load_state_dict(weights, strict=True)
+    return []
 
 
 def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -148,7 +406,10 @@ def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
         stacks = backbone.model.named_children() if isinstance(backbone, Backbone) else ()
         for key, stack in stacks:
             if key.rstrip("0123456789") in ("blocks", "layer", "stages"):
-                found += [(f"{name}.model.{key}.{number}".lstrip("."), block) for number, block in stack.named_children()]
+                found += [
+                    (f"{name}.model.{key}.{number}".lstrip("."), block)
+                    for number, block in stack.named_children()
+                ]
     return found
 
 

@@ -27,8 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ssl_pretrain import disk, distributed, provenance
+from ssl_pretrain import backbones, disk, distributed, provenance, published
 from ssl_pretrain import manifest as manifests
+from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.disk import SaveError
 from ssl_pretrain.manifest import FORMAT, MANIFEST, READABLE, WRITING, checkpoints, newest, prune, verify
 from ssl_pretrain.watchdog import watchdog
@@ -437,27 +438,36 @@ def evaluated_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return manifest, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def weights_to_start_from(init: str) -> dict[str, Tensor] | None:
-    """The weights that `backbone.init` names: a run folder, a .safetensors file, or a .pth file of tensors alone.
+def weights_to_start_from(init: str, key: str = "") -> dict[str, Tensor] | None:
+    """The weights that `backbone.init` names: a run folder, a .safetensors file, or a torch file of tensors.
 
     None for `random` and `timm:<tag>`, which the backbone's constructor knows.
 
     Raises:
-        ValueError: no such file or run, or a file of another kind.
+        ValueError: There is no such file or run, or a file of another kind.
     """
+    return _initial_weights(init, key)[0]
+
+
+def _initial_weights(init: str, key: str) -> tuple[dict[str, Tensor] | None, list[str]]:
     if init == "random" or init.startswith("timm:"):
-        return None
+        return None, []
     path = Path(init)
     if path.is_dir():
         folder = path if (path / MANIFEST).exists() else newest(path)
-        return evaluated_weights(folder)[1]
+        return evaluated_weights(folder)[1], []
     if not path.exists():
         raise ValueError(f"backbone.init: {init!r} does not exist; give random, timm:<tag>, a weights file or the folder of a run")
-    try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling arbitrary bytes raises anything
-        raise ValueError(
-            f"backbone.init: {init!r} is not a readable weights file ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from None
-    inner = weights.get("state_dict")
-    return inner if isinstance(inner, dict) else weights
+    return published.read_file(path, f"backbone.init: {init!r}", key)
+
+
+def initialize(backbone: nn.Module, config: BackboneConfig) -> list[str]:
+    """Load the weights that `backbone.init` names. Returns what was left out or converted, for the user.
+
+    Raises:
+        ValueError: They cannot be read, or are not this backbone's.
+    """
+    weights, notes = _initial_weights(config.init, config.init_key)
+    if weights is None:
+        return []
+    return notes + backbones.load_strict(backbone, weights, f"backbone.init: {config.init!r}", config.init_prefix)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ssl_pretrain import methods, parallel, schema
+from ssl_pretrain import backbones, methods, parallel, schema
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.checkpoint import CheckpointConfig
 from ssl_pretrain.data import sources
@@ -115,6 +115,7 @@ SLURM_KEYS = (
     "partition", "account", "qos", "constraint",
 )  # fmt: skip
 
+NO_METHOD = "none"  # the name of the method of weights that were not trained here
 NOTHING_INTERPOLATED = "nothing is interpolated, so that no secret of the environment enters a logged config"
 
 
@@ -133,6 +134,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def from_dict(values: dict[str, Any], source: str = "the checkpoint's config") -> RunConfig:
     """Build the configuration that a checkpoint's manifest holds."""
     return _build(values, source)
+
+
+def without_method(overrides: Sequence[str], source: str) -> RunConfig:
+    """The configuration of weights that no method of ours trained, for evaluations.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    tree = override({"method": {"name": NO_METHOD}}, overrides, source)
+    return _build(tree, source)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -223,7 +234,7 @@ def _types(tree: dict[str, Any], source: str) -> dict[str, Any]:
     name = name.text if isinstance(name, Scalar) else name
     if not name or name == "???":
         raise ConfigError(f"{source}: method.name is missing; choose one of: {', '.join(methods.names())}")
-    return {"method": methods.find(str(name)).Config}
+    return {"method": MethodConfig if name == NO_METHOD else methods.find(str(name)).Config}
 
 
 def _build(tree: dict[str, Any], source: str) -> RunConfig:
@@ -252,6 +263,7 @@ def check(config: RunConfig, world_size: int) -> None:
         sources.check(config.data)
         group = parallel.group_images(config.parallel, config.global_batch_size)
         parallel.check(config.parallel)
+        backbones.check(config.backbone, _image_sizes(config))
         config.method.check(config, world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -299,6 +311,12 @@ def check_slurm_keys(
     if given:
         named = ", ".join(f"launch.{key}: {getattr(config.launch, key)}" for key in given)
         raise ConfigError(f"{named}: {'this is' if len(given) == 1 else 'these are'} for SLURM, and {reason}; {remedy}")
+
+
+def _image_sizes(config: RunConfig) -> dict[str, int]:
+    """The sizes of the images that the backbone sees, by the keys that set them."""
+    sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
+    return sizes | ({"evaluation.image_size": config.evaluation.image_size} if config.evaluation.image_size else {})
 
 
 def _does_not_divide(batch: int, ranks: int) -> str:

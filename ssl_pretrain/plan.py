@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ssl_pretrain import backbones, config, hardware, optim, parallel
+from ssl_pretrain import backbones, checkpoint, config, hardware, optim, parallel
 from ssl_pretrain.communication import Cluster
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import order, sources
@@ -31,10 +31,12 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     """
     config.check(run, world_size)
     method = method_on_meta(run)
+    notes = checkpoint.initialize(method.backbone, run.backbone)
     lines = ["# resolved configuration", config.to_yaml(run), "# plan"]
     lines += _rates(run)
     lines += _parameters(run, method)
     lines += _steps(run)
+    lines += [f"weights: {run.backbone.init}: {'; '.join(notes)}"] if notes else []
     views = recipe.each(run.views)
     lines.append(f"views of an image: {', '.join(f'{view.size} px' for view in views)}")
     couples = "every other embedding of the batch" if method.couples_batch else "none: images do not couple"

@@ -243,9 +243,9 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
     image_size = recipe.each(config.views)[0].size
     torch.manual_seed(draws.seed_of(config.seed, 0, 0))
     backbone = backbones.build(config.backbone, image_size)
-    weights = checkpoint.weights_to_start_from(config.backbone.init)
-    if weights is not None:
-        backbones.load_strict(backbone, weights, f"backbone.init: {config.backbone.init!r}")
+    notes = checkpoint.initialize(backbone, config.backbone)
+    if notes and distributed.is_main():
+        print(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}", flush=True)
     method: Method = config.method.build(backbone)
     if method.needs_labels and source is not None:
         sources.require_labels(source, f"method {config.method.name}")

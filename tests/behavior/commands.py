@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -102,3 +103,24 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
 def run(*arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **environment: str) -> Finished:
     """Run `python ARGUMENTS` to its end, for example `run("-m", "ssl_pretrain.train", config)`."""
     return finish(start(*arguments, cwd=cwd, **environment), timeout)
+
+
+# Runs `python -m MODULE ARGUMENTS` for each list of arguments, in one process, and prints what came of it.
+EACH = """
+import contextlib, io, json, runpy, sys
+for line in json.loads(sys.argv[1]):
+    sys.argv, out, err, status = line, io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module(line[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+
+
+def each(commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Run `python -m NAME ARGUMENTS` for every list, in one process. Returns status, stdout and stderr."""
+    done = run("-c", EACH, json.dumps(commands))
+    assert done.status == 0, done.text
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import class_folders, run, write_config
-
-# Runs `python -m MODULE ARGUMENTS` for each list of arguments, in one process, and prints what came of it.
-EACH = """
-import contextlib, io, json, runpy, sys
-for line in json.loads(sys.argv[1]):
-    sys.argv, out, err, status = line, io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_module(line[0], run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-    print(json.dumps([status, out.getvalue(), err.getvalue()]))
-"""
-
-
-def each(commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Status, stdout and stderr of every command."""
-    done = run("-c", EACH, json.dumps(commands))
-    assert done.status == 0, done.text
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+from commands import class_folders, each, run, write_config
 
 
 def plan(config: Path, *overrides: str) -> dict:

@@ -1,0 +1,312 @@
+"""Weights that others published: which tensors of a file belong to a network, and what is left out.
+
+All of the network's own keys have to be there, under one common prefix, in their shapes. Everything
+beside them is left out and reported: other networks of the same file, a classifier, a decoder. Names
+of other code bases are converted, and positions of another image size are resampled, by the
+converter that timm ships with each of its models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+# Where files keep their weights, in the order of preference. A teacher is what its authors evaluate.
+NESTED = (
+    "teacher",
+    "target_encoder",
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "student",
+    "module",
+    "network",
+    "encoder",
+)
+NESTED += ("model_ema", "state_dict_ema", "backbone")
+# Which network is meant where several of a file would fit, by the words of its prefix.
+PREFERRED = (
+    "",
+    "backbone",
+    "teacher",
+    "encoder_q",
+    "base_encoder",
+    "online",
+    "student",
+    "model",
+    "module",
+)
+CLASSIFIERS = ("fc", "head", "head_dist", "classifier", "heads", "linear", "last_linear")
+BESIDE = ("mask_token", "masked_embed", "decoder")  # of pretraining alone: MAE, iBOT, DINOv2
+CONVERTERS = (
+    "checkpoint_filter_fn",
+    "_filter_fn",
+    "_filter_torchvision_pretrained",
+)  # what timm calls them
+DEPTH = 4  # parts of a prefix at most: module.teacher.backbone.model
+
+
+@dataclass
+class Match:
+    """The tensors of a network under its own names, and what was done to find them."""
+
+    weights: Weights
+    notes: list[str]
+
+
+def read_file(path: Path, source: str, key: str = "") -> tuple[Weights, list[str]]:
+    """The tensors of a .safetensors or a torch file, and a note on where they were found in it.
+
+    Args:
+        path: The file.
+        source: What messages call it, such as `backbone.init: 'dino.pth'`.
+        key: Dotted key of the weights in the file. Empty: the usual ones are tried.
+
+    Raises:
+        ValueError: The file cannot be read, holds more than tensors, or has no weights at that key.
+    """
+    content = load_tensors(path, source)
+    if key:
+        for name in key.split("."):
+            content = content.get(name) if isinstance(content, Mapping) else None
+        if not _weights(content):
+            raise ValueError(
+                f"{source}: backbone.init_key: {key!r} holds no tensors; the file has: {_outline(path, source)}"
+            )
+        return _weights(content), [f"read at {key!r}"]
+    found, where = _search(content)
+    if not found:
+        raise ValueError(
+            f"{source}: no tensors in it; the file has: {_outline(path, source)}. Name them with backbone.init_key"
+        )
+    return found, [f"read at {where!r}"] if where else []
+
+
+def load_tensors(path: Path, source: str) -> Any:
+    """What a weights file holds. Nothing in it is executed.
+
+    Raises:
+        ValueError: It is damaged, or a pickle of more than tensors and plain values.
+    """
+    arrays: Any = np._core.multiarray  # type: ignore[attr-defined]
+    harmless: list[Any] = [
+        argparse.Namespace,
+        np.dtype,
+        np.ndarray,
+        arrays.scalar,
+        arrays._reconstruct,
+    ]
+    harmless += [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(harmless):  # results and arguments beside the weights
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling arbitrary bytes raises anything
+        text = str(error)
+        if "Unsupported global" in text or "Weights only load failed" in text:
+            named = text.partition("GLOBAL ")[2].split(" ")[0].rstrip(".,")
+            holds = f"Python objects ({named})" if named else "Python objects"
+            raise ValueError(
+                f"{source} holds {holds} beside its tensors, and unpickling those can run any program. Where you trust the file, "
+                f'keep its tensors alone: python -c "import torch; torch.save(torch.load({str(path)!r}, weights_only=False)'
+                "['state_dict'], 'weights.pth')\", with the key that it has, and give weights.pth"
+            ) from None
+        raise ValueError(
+            f"{source} is not a readable weights file ({type(error).__name__}: {text.splitlines()[0] if text else ''})"
+        ) from None
+
+
+def _weights(content: Any) -> Weights:
+    if not isinstance(content, Mapping):
+        return {}
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _search(content: Any, depth: int = 3) -> tuple[Weights, str]:
+    """The first weights among the usual keys, and their dotted key. A mapping of tensors is taken as it is."""
+    own = _weights(content)
+    if len(own) > 1 or (own and depth < 3) or not isinstance(content, Mapping) or not depth:
+        return own, ""
+    for name in sorted(
+        content, key=lambda name: NESTED.index(name) if name in NESTED else len(NESTED)
+    ):
+        found, where = (
+            _search(content[name], depth - 1)
+            if isinstance(content[name], Mapping) and name in NESTED
+            else ({}, "")
+        )
+        if found:
+            return found, f"{name}.{where}".rstrip(".")
+    return own, ""
+
+
+def _outline(path: Path, source: str) -> str:
+    content = load_tensors(path, source)
+    return (
+        ", ".join(map(str, list(content)[:12]))
+        if isinstance(content, Mapping)
+        else f"a {type(content).__name__}"
+    )
+
+
+def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Match | str:
+    """The model's own tensors in `weights`, or what is wrong as text.
+
+    Args:
+        model: A timm model. Its state dict says which keys are wanted.
+        weights: Tensors of any names.
+        prefix: The prefix of the model's keys, if it is known.
+    """
+    candidates = [prefix] if prefix is not None else prefixes(weights, model)
+    failure = ""
+    for convert in (False, True):
+        fitting: dict[str, Match] = {}
+        for each in candidates:
+            found = _under(model, weights, each, convert)
+            if isinstance(found, Match):
+                fitting[each] = found
+            elif each == "" or not failure or (prefix is not None):
+                failure = found
+        if fitting:
+            return _choose(fitting)
+    return failure or "none of its tensors"
+
+
+def prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
+    """Every prefix under which half as many keys lie as the model has, the preferred ones first."""
+    counts: dict[str, int] = {}
+    for key in weights:
+        parts = key.split(".")
+        for depth in range(min(DEPTH, len(parts) - 1) + 1):
+            prefix = "".join(f"{part}." for part in parts[:depth])
+            counts[prefix] = counts.get(prefix, 0) + 1
+    enough = len(model.state_dict()) / 2
+    return sorted(
+        (prefix for prefix, count in counts.items() if count >= enough or not prefix), key=_rank
+    )
+
+
+def _rank(prefix: str) -> tuple[int, str]:
+    words = [word for word in prefix.split(".") if word]
+    ranks = [PREFERRED.index(word) for word in words if word in PREFERRED]
+    known = len(ranks) == len(words)
+    decisive = [rank for rank in ranks if PREFERRED[rank] not in ("backbone", "model", "module")]
+    return (min(decisive, default=0) if known else len(PREFERRED), prefix)
+
+
+def _choose(fitting: dict[str, Match]) -> Match | str:
+    names = sorted(fitting, key=_rank)
+    best = names[0]
+    if (
+        len(names) > 1
+        and _rank(names[1])[0] == _rank(best)[0]
+        and not _equal(fitting[best], fitting[names[1]])
+    ):
+        return f"several networks in it fit, under {', '.join(map(repr, names))}; choose one with backbone.init_prefix"
+    others = [f"another network under {name!r} left out" for name in names[1:]]
+    return Match(fitting[best].weights, [*fitting[best].notes, *others])
+
+
+def _equal(first: Match, second: Match) -> bool:
+    return all(
+        torch.equal(value, second.weights[key])
+        for key, value in first.weights.items()
+        if not value.is_meta
+    )
+
+
+def _under(model: nn.Module, weights: Weights, prefix: str, convert: bool) -> Match | str:
+    own = model.state_dict()
+    inside = {
+        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
+    }
+    notes = [f"prefix {prefix!r}"] if prefix else []
+    outside = len(weights) - len(inside)
+    if outside:
+        notes.append(f"{outside} tensors outside it left out")
+    if convert:
+        converted = _converted(model, inside)
+        if converted is None:
+            return "timm has no converter for it"
+        notes += _changes(inside, converted)
+        inside = converted
+    missing = [key for key in own if key not in inside and not key.endswith("num_batches_tracked")]
+    reshaped = [key for key in own if key in inside and inside[key].shape != own[key].shape]
+    extra = [key for key in inside if key not in own]
+    beside = [key for key in extra if _is_beside(model, key)]
+    unexpected = [key for key in extra if key not in beside]
+    if missing or unexpected or reshaped:
+        shapes = [
+            f"{key} {tuple(inside[key].shape)} for {tuple(own[key].shape)}" for key in reshaped
+        ]
+        return listed(sorted(missing), sorted(unexpected), sorted(shapes))
+    if beside:
+        notes.append(f"left out {_named(sorted(beside))}")
+    counters = {key: own[key] for key in own if key not in inside}
+    return Match({**{key: inside[key] for key in own if key in inside}, **counters}, notes)
+
+
+def _is_beside(model: nn.Module, key: str) -> bool:
+    """Return True for a classifier, a decoder, or a module that the model does not have at all."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    names = cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if any(key == name or key.startswith(f"{name}.") for name in names):
+        return True
+    first, dot, _ = key.partition(".")
+    if first.startswith(BESIDE):
+        return True
+    if first in CLASSIFIERS:
+        return not any(own.startswith(f"{first}.") for own in model.state_dict())
+    return bool(dot) and not hasattr(model, first)
+
+
+def _converted(model: nn.Module, weights: Weights) -> Weights | None:
+    """The weights as timm's own converter for this model gives them. It renames keys and resamples positions."""
+    module = sys.modules[type(model).__module__]
+    convert = next((getattr(module, name) for name in CONVERTERS if hasattr(module, name)), None)
+    if convert is None:
+        return None
+    try:
+        with torch.device("cpu"):
+            arguments = (dict(weights), model)[: len(inspect.signature(convert).parameters)]
+            return _weights(convert(*arguments))
+    except Exception:  # written for the files that timm knows: any other may fail in any way
+        return None
+
+
+def _changes(before: Weights, after: Weights) -> list[str]:
+    resized = [
+        f"{key} resampled from {tuple(before[key].shape)} to {tuple(value.shape)}"
+        for key, value in after.items()
+        if key in before and before[key].shape != value.shape
+    ]
+    renamed = sum(key not in before for key in after)
+    notes = resized[:3] + ([f"and {len(resized) - 3} more"] if len(resized) > 3 else [])
+    return notes + ([f"{renamed} names converted"] if renamed else [])
+
+
+def listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
+    """`2 missing (a, b); 1 of another shape (...)`."""
+    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in groups if keys)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _named(keys: list[str]) -> str:
+    return _some(keys) if len(keys) <= 3 else f"{len(keys)} tensors ({_some(keys)})"

@@ -1,0 +1,77 @@
+"""A network is tried on the views' sizes when the configuration is checked, so the first step can run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import class_folders, each, run, write_config
+
+TRAIN = "ssl_pretrain.train"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("networks")
+    class_folders(folder / "images", "train")
+    path = write_config(folder, folder / "images")
+    path.write_text(path.read_text().replace("stem: no_pool", "stem: imagenet").replace("size: 16", "size: 32"))
+    return path
+
+
+REFUSED = {
+    ("backbone.name=vit_tiny_patch16_224", "views.crops.global.size=40"): (
+        "views.crops.global.size: 40 pixels do not fit backbone.name vit_tiny_patch16_224 (patches of 16): "
+        "Input height (40) should be divisible by patch size (16); sizes that do: 32, 48, 224"
+    ),
+    ("backbone.name=test_resnet", "backbone.args.in_chans=4"): (
+        "backbone.args.in_chans: 4 does not fit the images, which have three channels (red, green and blue); leave it out"
+    ),
+    ("backbone.name=test_resnet", "backbone.args.global_pool=''"): (
+        "backbone.args: test_resnet with {'global_pool': ''} gives shape (96, 2, 2) for an image, and one vector is needed; "
+        "leave out global_pool, features_only and whatever else changes the output"
+    ),
+    ("backbone.name=test_resnet", "backbone.args.features_only=true"): (
+        "backbone.args: test_resnet with {'features_only': True} gives a list for an image, and one vector is needed; "
+        "leave out global_pool, features_only and whatever else changes the output"
+    ),
+    ("backbone.name=test_vit", "evaluation.image_size=36"): (
+        "evaluation.image_size: 36 pixels do not fit backbone.name test_vit (patches of 16): "
+        "Input height (36) should be divisible by patch size (16); sizes that do: 32, 48, 160"
+    ),
+    ("backbone.name=vgg11", "backbone.drop_path=0.1"): (
+        "backbone.drop_path: 0.1 is not for vgg11, which takes none; set it to 0"
+    ),
+}
+
+
+def test_what_the_first_step_cannot_run_is_refused_before_it(config):
+    commands = [[TRAIN, str(config), *keys, *end] for keys in REFUSED for end in (["--plan"], [])]
+    messages = [message for message in REFUSED.values() for _ in range(2)]
+    for message, result in zip(messages, each(commands), strict=True):
+        assert result == (2, "", f"error: {message}\n")
+    assert not (config.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["backbone.name=mobilenetv3_small_050"],  # a layer behind the pooling
+        ["backbone.name=test_resnet", "backbone.args.global_pool=catavgmax"],  # twice as wide
+        ["backbone.name=test_mambaout"],  # a norm and a hidden layer in the head
+    ],
+    ids=["hidden layer", "two poolings", "head"],
+)
+def test_the_width_of_the_features_is_measured(config, tmp_path, keys):
+    done = run("-m", TRAIN, config, *keys, f"output={tmp_path / 'run'}", "--stop-after", "1")
+    assert done.status == 0, done.text
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_network_of_one_size_is_built_for_the_views(config, tmp_path):
+    keys = ["backbone.name=swin_tiny_patch4_window7_224", "backbone.args={embed_dim: 16, depths: [1, 1], num_heads: [2, 2]}"]
+    done = run("-m", TRAIN, config, *keys, f"output={tmp_path / 'run'}", "--stop-after", "1")
+    assert done.status == 0, done.text
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["step"] == 1
