@@ -106,7 +106,7 @@ def _load_weights(weights: str, overrides: list[str], device: str) -> Run:
     path = Path(run_config.output or f"runs/{Path(weights).stem if init == weights else f'{name}.{tag}'}")
     _claim(path, run_config)
     backbone: nn.Module = backbones.build(run_config.backbone, size)
-    notes = checkpoint.initialize(backbone, run_config.backbone)  # type: ignore[arg-type]
+    notes = checkpoint.initialize(backbone, run_config.backbone)
     if distributed.is_main():
         print("; ".join([f"{weights}: {name} at {size} pixels", *notes, f"results in {path}"]), file=sys.stderr, flush=True)
     chosen = _device(device)

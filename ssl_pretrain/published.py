@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
 # Where files keep their weights, in the order of preference. A teacher is what its authors evaluate.
-NESTED = (
+NESTED: tuple[str, ...] = (
     "teacher",
     "target_encoder",
     "state_dict",

@@ -169,7 +169,7 @@ def override(kind: Any, key: str, text: str, instead: Mapping[str, Any]) -> dict
     if (
         dataclasses.is_dataclass(kind)
         or get_origin(kind) in (list, dict)
-        or (kind is Any and text[:1] in ("[", "{"))
+        or (kind is Any and text[:1] in ("[", "{", "'", '"'))
     ):
         try:
             value = parse_yaml(text)

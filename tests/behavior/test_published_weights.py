@@ -124,7 +124,7 @@ def test_weights_of_another_network_are_refused(config, tmp_path):
 def test_a_key_and_a_prefix_say_which_weights_are_meant(config, tmp_path):
     torch.save({"nets": {"deep": below("left.", network()) | below("right.", other())}}, tmp_path / "nested.pth")
     keys = [f"backbone.init={tmp_path / 'nested.pth'}", "backbone.init_key=nets.deep", "backbone.init_prefix=right."]
-    done = run("-m", "ssl_pretrain.train", config, *keys, f"output={tmp_path / 'run'}", "--stop-after", "1")
+    done = run("-m", "ssl_pretrain.train", config, *keys, f"output={tmp_path / 'run'}")
     assert done.status == 0, done.text
     assert "read at 'nets.deep'; prefix 'right.'; " in done.stdout
 
@@ -132,7 +132,7 @@ def test_a_key_and_a_prefix_say_which_weights_are_meant(config, tmp_path):
 def test_positions_of_another_image_size_are_resampled_and_reported(config, tmp_path):
     save_file(network("test_vit", img_size=160), tmp_path / "vit.safetensors")
     keys = [f"backbone.init={tmp_path / 'vit.safetensors'}", "backbone.name=test_vit"]
-    done = run("-m", "ssl_pretrain.train", config, *keys, f"output={tmp_path / 'run'}", "--stop-after", "1")
+    done = run("-m", "ssl_pretrain.train", config, *keys, f"output={tmp_path / 'run'}")
     assert done.status == 0, done.text
     assert "pos_embed resampled from (1, 101, 64) to (1, 5, 64)" in done.stdout
 

@@ -57,7 +57,7 @@ def test_a_number_may_be_written_in_any_decimal_form(config):
 
 
 def test_a_run_and_its_evaluation_find_a_folder_with_a_number_sign(config):
-    trained = run("-m", "ssl_pretrain.train", config, f"output={config.parent}/010", "--stop-after", "1")
+    trained = run("-m", "ssl_pretrain.train", config, f"output={config.parent}/010")
     assert trained.status == 0, trained.text
     root = config.parent / "photos #1"
     knn = run("-m", "eval.knn", config.parent / "010", f"data.root={root}", "evaluation.k=3", "--split", "train", "--rows", "raw")
