@@ -3,7 +3,7 @@
 setup := bash docker/setup.sh
 python := .venv/bin/python
 
-.PHONY: help demo test test-slurm test-reliability test-full gpu-kit lint env ffcv requirements clean
+.PHONY: help demo test test-lowest test-slurm test-reliability test-full gpu-kit lint env ffcv requirements clean
 .DEFAULT_GOAL := help
 
 help:  ## these lines
@@ -14,6 +14,9 @@ demo: env  ## pretrains on real digits here, evaluates, draws the report
 
 test: env  ## the test suite, two tests at a time
 	@$(python) -m pytest -n 2 --dist loadfile
+
+test-lowest: .venv-lowest/.installed  ## tests of the promises with the lowest versions that pyproject.toml declares, on Python 3.12
+	@.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "promise and not full and not slurm"
 
 test-slurm: env  ## a run on a real SLURM of two nodes on this machine, pre-empted once; as root it installs SLURM
 	@bash tests/slurm/cluster.sh install
@@ -43,8 +46,8 @@ ffcv: .venv/.python  ## tries again to build FFCV, the fast image loader
 requirements: .venv/.python  ## pins docker/requirements*.txt anew from pyproject.toml; UPGRADE=--upgrade takes newer versions
 	@$(setup) pin $(UPGRADE)
 
-clean:  ## removes .venv and every cache of this folder; runs/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build ssl_pretrain.egg-info
+clean:  ## removes both environments and every cache of this folder; runs/ stays
+	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache build ssl_pretrain.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.python: docker/setup.sh docker/requirements.txt docker/requirements-uv.txt
@@ -53,6 +56,10 @@ clean:  ## removes .venv and every cache of this folder; runs/ stays
 
 .venv/.package: pyproject.toml .venv/.python
 	@$(setup) package
+	@touch $@
+
+.venv-lowest/.installed: docker/requirements-lowest.txt pyproject.toml .venv/.python
+	@$(setup) lowest
 	@touch $@
 
 .venv/.ffcv: docker/requirements-ffcv.txt docker/system-packages.txt .venv/.python

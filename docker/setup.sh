@@ -3,6 +3,8 @@
 #   python    .venv with uv and everything in docker/requirements.txt, exact versions checked by hash
 #   package   this package itself, editable
 #   ffcv      the system libraries FFCV needs where they are missing, then FFCV, compiled here
+#   lowest    .venv-lowest with Python 3.12 and docker/requirements-lowest.txt, the lowest versions that pyproject.toml
+#             declares, for `make test-lowest`
 #   pin       writes docker/requirements*.txt anew from pyproject.toml; `pin --upgrade` moves to newer versions
 # Nothing outside the checkout changes, except uv's cache and, as root on Debian or Ubuntu, the system packages.
 # Without FFCV everything works: the images are read from folders.
@@ -105,19 +107,47 @@ step_ffcv() {
     printf '%s' "$reason" >"$venv/.ffcv"
 }
 
+# Python 3.12: $PYTHON_LOWEST and nothing else, or the first one on the path, of pyenv or of uv.
+find_python_lowest() {
+    local candidate
+    for candidate in ${PYTHON_LOWEST:-python3.12 python3 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.12.*/bin/python "${XDG_DATA_HOME:-${HOME:-}/.local/share}"/uv/python/cpython-3.12.*/bin/python}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
+            say "$candidate"
+            return
+        fi
+    done
+    fail "The lowest versions are tested on Python 3.12, and ${PYTHON_LOWEST:-none of the Pythons here} is not it." \
+        "Install it with one of: apt-get install python3.12; pyenv install 3.12; $uv python install 3.12." \
+        "Or name one that is here: make test-lowest PYTHON_LOWEST=/path/to/python3.12"
+}
+
+step_lowest() {
+    local lowest=.venv-lowest python quiet=""
+    [ -t 2 ] || quiet=--quiet
+    if ! "$lowest/bin/python" --version >/dev/null 2>&1; then
+        python=$(find_python_lowest)
+        say "Setting up $lowest: on Linux x86_64 about 2.5 GB to download, 5.5 GB installed, where uv has no copy of them."
+        "$uv" venv --quiet --clear --python "$python" "$lowest"
+    fi
+    "$uv" pip install $quiet --python "$lowest/bin/python" --require-hashes --build-constraints docker/requirements.txt -r docker/requirements-lowest.txt
+    "$uv" pip install --quiet --python "$lowest/bin/python" --no-deps --no-build-isolation --editable .
+}
+
 step_pin() {
-    local compile=("$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate "$@") name skip=()
-    "${compile[@]}" pyproject.toml --extra faiss --extra onnx --extra detection --extra dashboard --extra bench --extra dev -o docker/requirements.txt >/dev/null
+    local compile=("$uv" pip compile --quiet --universal --generate-hashes --no-header --no-annotate "$@") name skip=()
+    local newest=("${compile[@]}" --python-version 3.11)
+    "${newest[@]}" pyproject.toml --extra faiss --extra onnx --extra detection --extra dashboard --extra bench --extra dev -o docker/requirements.txt >/dev/null
     while read -r name; do skip+=(--no-emit-package "$name"); done < <(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' docker/requirements.txt | sort -u)
-    "${compile[@]}" - -c docker/requirements.txt "${skip[@]}" -o docker/requirements-ffcv.txt >/dev/null <<<"$(sed -n 's/^ffcv = \["\([^"]*\)".*/\1/p' pyproject.toml)"
-    "${compile[@]}" - -o docker/requirements-uv.txt >/dev/null <<<"uv"
+    "${newest[@]}" - -c docker/requirements.txt "${skip[@]}" -o docker/requirements-ffcv.txt >/dev/null <<<"$(sed -n 's/^ffcv = \["\([^"]*\)".*/\1/p' pyproject.toml)"
+    "${newest[@]}" - -o docker/requirements-uv.txt >/dev/null <<<"uv"
+    "${compile[@]}" pyproject.toml --extra dev --python-version 3.12 --resolution lowest-direct -o docker/requirements-lowest.txt >/dev/null
 }
 
 main() {
     case "${1:-}" in
-        python | package | ffcv) "step_$1" ;;
+        python | package | ffcv | lowest) "step_$1" ;;
         pin) shift; step_pin "$@" ;;
-        *) fail "usage: docker/setup.sh python | package | ffcv | pin [--upgrade]" ;;
+        *) fail "usage: docker/setup.sh python | package | ffcv | lowest | pin [--upgrade]" ;;
     esac
 }
 

@@ -229,6 +229,7 @@ class State:
             self._load_shards(path)
             return
         self.method.load_state_dict(load_file(path / WHOLE), strict=True)
+        self.optimizer.state.clear()  # moments that began after the checkpoint, of parameters that were frozen, are not its
         for key, value in load_file(path / "optimizer.safetensors").items():
             name, _, entry = key.rpartition("::")
             parameter = self._parameter(name)
@@ -245,6 +246,7 @@ class State:
         if weights != wanted.keys():
             differing = ", ".join(sorted(weights ^ wanted.keys())[:3])
             raise ValueError(f"{path}: not the tensors of this method; differing: {differing}. Nothing was loaded")
+        self.optimizer.state.clear()
         for key in stored.keys() - weights:
             name, _, entry = key.rpartition("::")
             parameter = self._parameter(name)

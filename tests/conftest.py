@@ -34,6 +34,13 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread for each test, whatever the run of the test before has set."""
+    yield
+    torch.set_num_threads(1)
+
+
 def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
     """`function(*arguments)` on every rank of a gloo group; its results in rank order. The function must be a module's."""
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,7 @@
-"""Twenty steps of a method on a real timm network, however the ranks compute: for the tests of parallel.py and checkpoint.py."""
+"""Twenty steps of a method on a real timm network, however the ranks compute: for the tests of parallel.py and checkpoint.py.
+
+Keys of `parallel` that a test does not name are as shipped.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def setting_up(name: str, parts: int = 1, rows: int = ROWS, backbone: dict[str, 
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
     method: Any = methods.find(name).Config(**head).build(network)
     method.num_steps, method.steps_per_epoch = NUM_STEPS, STEPS_PER_EPOCH
-    config = ParallelConfig(**{"precision": "float64", "threads": 1, "channels_last": False, **settings})
+    config = ParallelConfig(**settings)
     world = distributed.world_size()
     images = rows // world // parts
     example = batch(0, sizes, rows).part(0, world * parts)

@@ -10,6 +10,8 @@ from torch import nn
 
 from ssl_pretrain import batch_norm, distributed
 
+pytestmark = pytest.mark.promise
+
 IMAGES, CHANNELS = 12, 3
 
 

@@ -14,6 +14,8 @@ from ssl_pretrain import checkpoint, optim
 from ssl_pretrain.checkpoint import CheckpointConfig, SaveError, State
 from ssl_pretrain.optim import OptimConfig
 
+pytestmark = pytest.mark.promise
+
 
 def state(seed=0):
     torch.manual_seed(seed)
@@ -38,8 +40,10 @@ def test_a_state_comes_back(run):
     fresh = state(9)
     assert fresh.resume(run, CheckpointConfig(), lambda manifest: None) == 4
     assert all(torch.equal(a, b) for a, b in zip(fresh.method.parameters(), state(4).method.parameters()))
-    want = state(4).optimizer.state.values()
-    assert all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in zip(fresh.optimizer.state.values(), want))
+    moments = [
+        [one.optimizer.state[parameter]["momentum_buffer"] for parameter in one.method.parameters()] for one in (fresh, state(4))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*moments))
 
 
 @pytest.mark.parametrize("name", ["lars", "larc", "sgd", "adamw", "adam"])
@@ -66,6 +70,47 @@ def test_moments_are_loaded_in_the_memory_layout_of_their_weights(name, tmp_path
     step(saved.method, saved.optimizer)
     step(fresh.method, fresh.optimizer)
     assert all(torch.equal(a, b) for a, b in zip(fresh.method.parameters(), saved.method.parameters()))
+
+
+def test_moments_take_the_layout_that_the_weights_have_now(tmp_path):
+    """A run may go on with another `parallel.channels_last`."""
+
+    def stepped(layout, seed):
+        torch.manual_seed(seed)
+        method = nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        optimizer = optim.build(OptimConfig(name="adamw"), method)
+        method(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        optim.guarded_step(optimizer)
+        return State(method, optimizer, {}, {})
+
+    saved, fresh = stepped(torch.contiguous_format, 0), stepped(torch.channels_last, 1)
+    saved.save(tmp_path, 1, CheckpointConfig(), 1)
+    fresh.resume(tmp_path, CheckpointConfig(), lambda manifest: None)
+    old, new = (state.optimizer.state[state.method.weight]["exp_avg"] for state in (saved, fresh))
+    assert torch.equal(new, old)
+    assert new.stride() == fresh.method.weight.stride() != old.stride()
+
+
+@pytest.mark.parametrize("name", ["lars", "larc", "sgd", "adamw", "adam"])
+def test_a_rollback_forgets_the_moments_of_parameters_that_were_frozen(name, tmp_path):
+    """As of DINO's last layer and SwAV's prototypes, which begin to move after the checkpoint."""
+
+    def step(state, frozen=()):
+        state.method.zero_grad()
+        state.method(torch.arange(8.0).view(2, 4)).square().sum().backward()
+        optim.set_rates(state.optimizer, OptimConfig(name=name, base_lr=0.01), 0.5, 10, 256)
+        optim.guarded_step(state.optimizer, frozen=frozen)
+
+    torch.manual_seed(0)
+    method = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    state = State(method, optim.build(OptimConfig(name=name), method), {}, {})
+    step(state, frozen=list(method[1].parameters()))
+    state.save(tmp_path, 1, CheckpointConfig(), 1)
+    step(state)
+    expected = [parameter.detach().clone() for parameter in method.parameters()]
+    assert state.roll_back(tmp_path) == "step_00000001"
+    step(state)
+    assert all(torch.equal(a, b) for a, b in zip(method.parameters(), expected))
 
 
 def test_no_pickle_is_written(run):

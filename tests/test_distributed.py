@@ -11,6 +11,8 @@ from conftest import run_ranks
 
 from ssl_pretrain import distributed
 
+pytestmark = pytest.mark.promise
+
 
 def _gathered_gradient():
     rank, world = distributed.rank(), distributed.world_size()

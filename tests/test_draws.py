@@ -6,6 +6,8 @@ from scipy import stats
 from ssl_pretrain import draws
 from ssl_pretrain.draws import Purpose
 
+pytestmark = pytest.mark.promise
+
 INDICES = np.arange(2000)
 CHANCE = 1e-4    # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
 

@@ -13,6 +13,8 @@ from torch import nn
 from ssl_pretrain import distributed
 from ssl_pretrain.momentum import Queue, Teacher, check_queue, to_one
 
+pytestmark = pytest.mark.promise
+
 
 class Student(nn.Module):
     def __init__(self):

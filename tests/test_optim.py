@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssl_pretrain import optim
 from ssl_pretrain.optim import LARS, OptimConfig
 
+pytestmark = pytest.mark.promise
+
 
 def network():
     torch.manual_seed(0)

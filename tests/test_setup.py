@@ -217,7 +217,7 @@ def pins(name: str) -> dict[str, str]:
     return {match[1].lower(): match[0] for match in re.finditer(r"^([A-Za-z0-9._-]+)==.*(?:\n    --hash=.*)*", text, re.M)}
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-ffcv.txt", "requirements-uv.txt"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-ffcv.txt", "requirements-uv.txt", "requirements-lowest.txt"])
 def test_every_requirement_is_exact_and_hashed(name):
     entries = pins(name)
     assert entries
@@ -239,3 +239,42 @@ def test_the_pins_cover_pyproject_and_name_nothing_twice():
     assert everything - set(pins("requirements.txt")) == set()
     assert names(extras["ffcv"]) - set(pins("requirements-ffcv.txt")) == set()
     assert set(pins("requirements-ffcv.txt")) & set(pins("requirements.txt")) == set()
+
+
+def test_the_lowest_pins_are_the_lowest_that_pyproject_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {name: re.search(r"==([0-9.]+)", entry)[1] for name, entry in pins("requirements-lowest.txt").items()}
+    parts = [re.match(r"([A-Za-z0-9._-]+)>=([0-9.]+)", requirement) for requirement in project["dependencies"] if ">=" in requirement]
+    declared = {name.lower(): version for name, version in (part.groups() for part in parts)}
+
+    def number(version):
+        numbers = [int(part) for part in version.split(".")]
+        return numbers + [0] * (4 - len(numbers))
+
+    assert (declared["torch"], declared["torchvision"]) == ("2.11", "0.26")
+    assert {name: number(pinned[name]) for name in declared} == {name: number(version) for name, version in declared.items()}
+
+
+def test_without_python_3_12_the_lowest_versions_say_how_to_get_it(machine):
+    machine.has_libraries()
+    machine.make("env")
+    result = machine.make("test-lowest", "PYTHON_LOWEST=python3.10")
+    assert result.returncode != 0
+    assert result.stderr.startswith(
+        "error: The lowest versions are tested on Python 3.12, and python3.10 is not it. Install it with one of: "
+        "apt-get install python3.12; pyenv install 3.12; .venv/bin/uv python install 3.12. "
+        "Or name one that is here: make test-lowest PYTHON_LOWEST=/path/to/python3.12\n"
+    )
+    assert machine.calls() == []
+
+
+def test_the_lowest_versions_have_an_environment_of_their_own(machine):
+    machine.has_libraries()
+    machine.has("python3.12", LOG)
+    machine.has("uv", LOG + 'case "$1" in venv) mkdir -p .venv-lowest/bin && cp "$BIN/python3.12" .venv-lowest/bin/python ;; esac\n')
+    machine.make("env")
+    assert machine.make("test-lowest").returncode == 0
+    calls = machine.calls()
+    assert any(call.startswith("uv venv") and call.endswith("--python python3.12 .venv-lowest") for call in calls)
+    assert any("--require-hashes" in call and call.endswith("-r docker/requirements-lowest.txt") for call in calls)
+    assert any("pytest" in call and "promise" in call for call in calls)

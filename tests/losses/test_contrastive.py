@@ -14,6 +14,8 @@ from ssl_pretrain import distributed
 from ssl_pretrain.losses import contrastive, tiles
 from ssl_pretrain.losses.contrastive import debiased, decoupled, hard_negative, image_text, info_nce, nt_xent, supervised_contrastive
 
+pytestmark = pytest.mark.promise
+
 LOOSE, TIGHT = 0.2, 0.02  # temperatures: logits that need no maximum, and logits up to 50, which do
 
 

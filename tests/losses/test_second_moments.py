@@ -9,6 +9,8 @@ from conftest import run_ranks
 from ssl_pretrain import distributed
 from ssl_pretrain.losses.second_moments import covariance, cross_correlation
 
+pytestmark = pytest.mark.promise
+
 ROWS = 12
 
 

@@ -11,6 +11,8 @@ from ssl_pretrain.views import colour
 from ssl_pretrain.views.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
+pytestmark = pytest.mark.promise
+
 CHANCE = 1e-4    # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}    # of pixels in [0, 1]: a hundred roundings of float32
 PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])    # mean and std that change nothing

@@ -11,6 +11,8 @@ from ssl_pretrain.views import crops
 from ssl_pretrain.views.crops import Box
 from ssl_pretrain.views.recipe import Crop
 
+pytestmark = pytest.mark.promise
+
 CHANCE = 1e-4    # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
 
 

@@ -7,6 +7,8 @@ from torchvision.transforms.v2 import functional as F
 
 from ssl_pretrain.views import resize
 
+pytestmark = pytest.mark.promise
+
 
 def picture(height: int, width: int, kind: str) -> np.ndarray:
     generator = np.random.default_rng(height * 1000 + width)

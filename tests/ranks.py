@@ -6,8 +6,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
+
+from safetensors.torch import load_file
 
 from ssl_pretrain import checkpoint
 
@@ -19,11 +22,11 @@ def free_port() -> int:
 
 
 class Ranks:
-    """`python tests/faults/faulty.py CONFIG ARGUMENTS` on `size` ranks, without an agent that would end the others.
+    """`python -m ssl_pretrain.train CONFIG ARGUMENTS` on `size` ranks, without an agent that would end the others.
 
     Args:
         path: the YAML; the ranks' output and what marks a fault as done lie beside it.
-        fault: as faulty.py has it; empty for none.
+        fault: planted by tests/faults/faulty.py, which says how it is written; empty for none.
         environment: more of it, for all ranks.
     """
 
@@ -86,14 +89,20 @@ def _rank(rank, size, environment, log, arguments, fault, done):
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
     names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ.update((names if size > 1 else {}) | environment)
-    import faulty
+    if fault:
+        sys.path.insert(0, str(Path(__file__).parent / "faults"))
+        import faulty
 
-    raise SystemExit(faulty.main(arguments, fault, done))
+        raise SystemExit(faulty.main(arguments, fault, done))
+    from ssl_pretrain import train
+
+    raise SystemExit(train.main(arguments))
 
 
 def weights(run: Path) -> dict:
     """What the newest checkpoint holds: the method's tensors and the optimizer's."""
-    return checkpoint.read(checkpoint.newest(run))[1]
+    path = checkpoint.newest(run)
+    return checkpoint.read(path)[1] | load_file(path / "optimizer.safetensors")
 
 
 def run(path: Path, *arguments: str, **named) -> tuple[list[int], str]:

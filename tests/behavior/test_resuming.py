@@ -1,0 +1,46 @@
+"""A run that is stopped and started again ends with the weights of one that was not, through the command and with its defaults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from commands import class_folders, run, write_config
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.promise
+
+CASES = {
+    "convolutions": [],
+    "patches": [
+        "backbone.name=test_vit",
+        "backbone.stem=imagenet",
+        "optim.name=adamw",
+        "optim.base_lr=0.001",
+    ],
+}
+
+
+def tensors(folder):
+    """Everything that the newest checkpoint holds."""
+    newest = max((folder / "checkpoints").glob("step_*"))
+    return load_file(newest / "method.safetensors") | load_file(newest / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("case", ["convolutions", pytest.param("patches", marks=pytest.mark.full)])
+def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(case, tmp_path):
+    """With `parallel.channels_last` as shipped, 4-D weights and their moments are not in row-major order."""
+    class_folders(tmp_path / "images", "train", per_class=12)
+    path = write_config(tmp_path, tmp_path / "images")
+
+    def train(name, steps):
+        keys = [*CASES[case], "epochs=4", f"output={tmp_path / name}"]
+        finished = run("-m", "ssl_pretrain.train", path, *keys, "--stop-after", str(steps))
+        assert finished.status == 0, finished.text
+        return finished.text
+
+    train("straight", 6)
+    train("stopped", 3)
+    assert f"resumed {tmp_path / 'stopped'} after step 3" in train("stopped", 3)
+    straight, stopped = tensors(tmp_path / "straight"), tensors(tmp_path / "stopped")
+    assert straight.keys() == stopped.keys()
+    assert [name for name, value in straight.items() if not torch.equal(stopped[name], value)] == []

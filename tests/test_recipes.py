@@ -1,0 +1,212 @@
+"""Every YAML of configs/ resumes bit for bit, with its own optimizer, precision, layout and views.
+
+Each run is the command `python -m ssl_pretrain.train`, on 1 and on 3 ranks. `reduced` makes a
+recipe small enough for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from ssl_pretrain import methods
+from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.parallel import ParallelConfig
+
+pytestmark = pytest.mark.promise
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BATCH, STRAIGHT, STOPPED = 24, 8, 3
+WIDTHS = (
+    "projector_dims",
+    "hidden_dim",
+    "dim",
+    "bottleneck_dim",
+    "predictor_dim",
+    "context_dim",
+    "num_prototypes",
+)
+
+
+def recipes() -> dict[str, tuple[Path, list[str]]]:
+    """File and overrides of every recipe: files of configs/ and the runs of configs/sweeps/."""
+    found: dict[str, tuple[Path, list[str]]] = {
+        path.stem: (path, []) for path in sorted(CONFIGS.glob("*.yaml"))
+    }
+    for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
+        study = yaml.safe_load(path.read_text())
+        for run in study["runs"]:
+            overrides = study.get("set", []) + run["set"]
+            found[f"{path.stem}: {run['name']}"] = (CONFIGS.parent / study["base"], overrides)
+    return found
+
+
+def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Write the recipe, small, into the folder and return its path. The rule for all recipes:
+
+    - Data: 78 images of 3 classes in a folder, unless the recipe's are the digits.
+    - Processor: one thread per rank, which also loads the images, as tests share the cores.
+    - Network: timm's smallest ResNet, or a ViT of 2 blocks and 24 dimensions, with the recipe's
+      arguments. No layer of a head is wider than 32.
+    - Image size: global views have 32 pixels at most, others 16. Patches within them shrink alike.
+    - Batch: 24 images, 3 steps per epoch. Batch norm groups of a number of images get 8.
+    - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
+    - What begins or ends after a number of epochs or steps does so within the first ones: warm-up,
+      queue, frozen prototypes.
+
+    Every other key, written or not, is the recipe's. Nothing is sent to W&B.
+    """
+    written = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    values: Any = OmegaConf.to_container(written)
+    defaults = asdict(methods.find(values["method"]["name"]).Config())
+    method = values["method"] = defaults | values["method"]
+    data, backbone = values["data"], values["backbone"]
+    if data["source"] != "digits":
+        data |= {"source": "folder", "root": str(tiny.images(folder / "images")), "subset": 0}
+    data |= {"cache_dir": str(folder / "cache"), "num_workers": 0}
+    if backbone["name"].startswith("vit"):
+        size = {"depth": 2, "embed_dim": 24, "patch_size": 8}
+        backbone |= {"name": "test_vit", "args": {"num_heads": 6} | backbone.get("args", {}) | size}
+    else:
+        backbone["name"] = "test_resnet"
+    crops = list(values["views"]["crops"].values())
+    global_size = crops[0]["size"]
+    shrink = max(1, global_size // 32)
+    for crop in crops if shrink > 1 else []:
+        crop |= {"size": 32 if crop["size"] == global_size else 16, "blur_kernel": 3}
+    for name in method:
+        if name in WIDTHS:
+            method[name] = _at_most(method[name], 32)
+        elif name.endswith(("_steps", "_epoch")):
+            method[name] = _at_most(method[name], 2)
+        elif name in ("patch_size", "stride"):
+            method[name] //= shrink
+    if method.get("queue_size"):
+        method["queue_size"] = 48
+    parallel = values.setdefault("parallel", {})
+    parallel["threads"] = 1
+    if isinstance(parallel.get("bn_group_images"), int):
+        parallel["bn_group_images"] = 8
+    values["optim"]["warmup_epochs"] = min(1, values["optim"]["warmup_epochs"])
+    values["online"]["k"] = min(20, values["online"].get("k", 20))
+    values.setdefault("log", {})["wandb"] = "off"
+    file = folder / path.name
+    file.write_text(yaml.safe_dump(values | {"global_batch_size": BATCH}, sort_keys=False))
+    return file
+
+
+def _at_most(value: Any, limit: int) -> Any:
+    return [min(entry, limit) for entry in value] if isinstance(value, list) else min(value, limit)
+
+
+def representatives() -> set[str]:
+    """The first recipe of each optimizer and memory layout."""
+    first: dict[tuple[str, bool], str] = {}
+    for name, (path, _) in recipes().items():
+        values = yaml.safe_load(path.read_text())
+        optimizer = values["optim"].get("name", OptimConfig.name)
+        layout = values.get("parallel", {}).get("channels_last", ParallelConfig.channels_last)
+        first.setdefault((optimizer, layout), name)
+    return set(first.values())
+
+
+def differing(got: Path, expected: Path, ignore: str = "nothing") -> list[str]:
+    """Names of the tensors, of the method and of its optimizer, that are not the same bits."""
+    got_tensors, expected_tensors = ranks.weights(got), ranks.weights(expected)
+    assert got_tensors.keys() == expected_tensors.keys()
+    assert any("::" in name for name in got_tensors), "the optimizer has a state"
+    same = {name: torch.equal(got_tensors[name], value) for name, value in expected_tensors.items()}
+    return [name for name, equal in same.items() if not equal and ignore not in name]
+
+
+def succeed(path: Path, *arguments: str, size: int, fault: str = "") -> str:
+    """Run the command on some ranks and return what it said."""
+    statuses, said = ranks.run(path, *arguments, size=size, fault=fault)
+    assert statuses == [0] * size, said
+    return said
+
+
+def assert_resumes(
+    path: Path, folder: Path, steps: tuple[int, int], overrides: list[str], size: int
+) -> None:
+    straight, stopped = folder / "straight", folder / "stopped"
+    succeed(path, *overrides, f"output={straight}", "--stop-after", str(sum(steps)), size=size)
+    for number in steps:
+        said = succeed(
+            path, *overrides, f"output={stopped}", "--stop-after", str(number), size=size
+        )
+    assert f"resumed {stopped} after step {steps[0]}" in said
+    assert differing(stopped, straight) == []
+
+
+QUICK = representatives()
+NAMES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in recipes()
+]
+
+
+@pytest.mark.parametrize("size", [1, 3], ids=["1 rank", "3 ranks"])
+@pytest.mark.parametrize("name", NAMES)
+def test_stopped_and_resumed_it_ends_with_the_bits_of_the_run_that_was_not(name, size, tmp_path):
+    path, overrides = recipes()[name]
+    steps = STOPPED, STRAIGHT - STOPPED
+    assert_resumes(reduced(path, tmp_path, overrides), tmp_path, steps, [], size)
+
+
+DIGITS = ["epochs=4", "online.knn_every_epochs=0", "log.wandb=off"]
+OPTIMIZERS = {
+    "sgd": ["optim.name=sgd", "optim.base_lr=0.1"],
+    "lars": ["optim.name=lars", "optim.base_lr=1.0"],
+    "adamw": [],
+}
+SIZES = {1: [], 3: ["global_batch_size=255"]}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_demo_stopped_after_14_steps_has_the_same_bits_after_20(optimizer, size, tmp_path):
+    """configs/simclr_digits.yaml as it is, at its own size."""
+    overrides = DIGITS + OPTIMIZERS[optimizer] + SIZES[size]
+    assert_resumes(CONFIGS / "simclr_digits.yaml", tmp_path, (14, 6), overrides, size)
+
+
+ROLLED_BACK = [
+    (name, size) if (name, size) == ("sgd", 1) else pytest.param(name, size, marks=pytest.mark.full)
+    for name in OPTIMIZERS
+    for size in SIZES
+]
+
+
+@pytest.mark.parametrize(("optimizer", "size"), ROLLED_BACK)
+def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path):
+    """One run passes over the NaN images of step 15, the other goes back to step 14."""
+    overrides = [
+        *DIGITS,
+        *OPTIMIZERS[optimizer],
+        *SIZES[size],
+        "checkpoint.every_epochs=2",
+        "log.every_steps=1",
+    ]
+    said = {}
+    for kind, limit in (("skipped", 10), ("rolled back", 1)):
+        path = tmp_path / kind / "digits.yaml"
+        path.parent.mkdir()
+        path.write_text((CONFIGS / "simclr_digits.yaml").read_text())
+        keys = [f"guard.max_skipped_steps={limit}", f"output={path.parent / 'run'}"]
+        arguments = [*overrides, *keys, "--stop-after", "20"]
+        said[kind] = succeed(path, *arguments, size=size, fault="nan@0:15")
+    assert "weights and optimizer went back to step_00000014" in said["rolled back"]
+    assert "went back" not in said["skipped"]
+    # Counts of batches, which nothing computes with, differ by the batch that was skipped.
+    pair = tmp_path / "rolled back" / "run", tmp_path / "skipped" / "run"
+    assert differing(*pair, ignore="num_batches_tracked") == []
