@@ -1,0 +1,221 @@
+"""The end of a run: finished, stopped or failed, said in words and by the exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import commands
+import pytest
+
+MANY = "epochs=100000"
+
+
+def labelled(folder: Path) -> Path:
+    """Write two classes of training and validation images and a configuration; return its path."""
+    root = commands.class_folders(folder / "data", "train")
+    commands.class_folders(folder / "data", "val", first=50)
+    return commands.write_config(folder, root)
+
+
+def unlabelled(folder: Path) -> Path:
+    root = commands.write_images(folder / "data", [f"{n:02d}.png" for n in range(16)])
+    return commands.write_config(folder, root)
+
+
+def snapshot(run: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of the last change and content of each file of the run."""
+    files = [path for path in run.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def until(reached, process: subprocess.Popen, seconds: float = 200) -> None:
+    """Wait until `reached()`, while the process runs."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert process.poll() is None, commands.finish(process).text
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.05)
+
+
+def has_trained(run: Path):
+    return lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 0
+
+
+def trainers(run: Path) -> list[int]:
+    """Process ids of what trains in that folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "ssl_pretrain.train" in words and any(str(run.parent) in word for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def newest_step(run: Path) -> int:
+    return max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+
+
+def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
+    config = unlabelled(tmp_path)
+    result = commands.run("launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300)
+    assert result.status == 0, result.text
+    reason = f"data.root: k-NN needs labels, and {tmp_path / 'data'} has no labelled images"
+    assert result.stdout.count(f"eval.knn: skipped: {reason}") == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Accuracies need labels, and these images have none." in page
+    # given again, finished and evaluated: nothing is trained, nothing is changed
+    before = snapshot(tmp_path / "run")
+    again = commands.run("launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300)
+    assert again.status == 0, again.text
+    assert f"finished before: {tmp_path / 'run'} has done its 2 steps" in again.stdout
+    assert "--- report: done before" in again.stdout
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_failing_evaluation_keeps_the_report_from_nothing(tmp_path):
+    """A class of the validation images that was never trained on fails k-NN."""
+    config = labelled(tmp_path)
+    commands.write_images(tmp_path / "data", ["val/class_9/0.png"], first=90)
+    result = commands.run("launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300)
+    assert result.status == 1, result.text
+    assert "class_9" in result.stderr
+    assert "error: failed: knn (status 2); the other evaluations were run" in result.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    config = labelled(tmp_path)
+    first = commands.run("-m", "ssl_pretrain.train", config, "epochs=2", "--stop-after", "3")
+    assert first.status == 75, first.text
+    saved = tmp_path / "run/checkpoints/step_00000003"
+    assert f"stopped: 3 of 4 steps, saved in {saved}. The same command goes on from there\n" in first.stdout
+    second = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
+    assert second.status == 0 and "finished: 4 of 4 steps, saved in " in second.stdout, second.text
+    before = snapshot(tmp_path / "run")
+    third = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
+    assert third.status == 0 and "finished before: " in third.stdout, third.text
+    fewer = commands.run("-m", "ssl_pretrain.train", config, "epochs=1")
+    assert fewer.status == 2 and fewer.stderr.endswith(
+        f"error: epochs: 1 leaves nothing to train: {tmp_path / 'run'} has reached step 4 with epochs=2. "
+        "Nothing was changed; give epochs=2 or more, or a new output\n"
+    )
+    for step, reason in (
+        ("5", f"error: STEP: 5 is after the last step of {tmp_path / 'run'}, 4; give one from 1 to 4\n"),
+        ("0", "argument step: '0' is out of range; give a whole number >= 1 "),
+    ):
+        replayed = commands.run("-m", "ssl_pretrain.replay", tmp_path / "run", step)
+        assert replayed.status == 2 and reason in replayed.stderr, replayed.text
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("SIGTERM", 1), ("SIGINT", 2)])
+def test_the_launcher_forwards_a_signal_and_every_rank_saves(tmp_path, name, ranks):
+    config, run = labelled(tmp_path), tmp_path / "run"
+    process = commands.start("launch/pretrain.py", config, MANY, f"launch.ranks={ranks}")
+    until(has_trained(run), process)
+    assert len(trainers(run)) >= ranks
+    process.send_signal(getattr(signal, name))
+    result = commands.finish(process)
+    assert result.status == 75, result.text
+    step = newest_step(run)
+    assert f"stopped: {step} of 200000 steps, saved in {run / 'checkpoints' / f'step_{step:08d}'}" in result.stdout
+    assert f"so not evaluated: the same command goes on from step_{step:08d}" in result.stdout
+    assert "Traceback" not in result.text and not (run / "report.html").exists()
+    assert not trainers(run) and not (run / "lock.json").exists()
+
+
+def test_a_sweep_stops_with_its_run(tmp_path):
+    config, sweep = labelled(tmp_path), tmp_path / "sweep"
+    values = ["seed=0,1", MANY, "evaluation.at_end=[]", f"output={sweep}"]
+    process = commands.start("launch/sweep.py", config, *values)
+    until(has_trained(sweep / "seed=0"), process)
+    process.send_signal(signal.SIGTERM)
+    result = commands.finish(process)
+    assert result.status == 75, result.text
+    assert "stopped in run 1 of 2; the same command goes on from there" in result.stdout
+    assert "=== 2 of 2" not in result.stdout and not (sweep / "seed=1").exists()
+
+
+def test_a_closed_terminal_saves_the_run(tmp_path):
+    config, run = labelled(tmp_path), tmp_path / "run"
+    process = commands.start("-m", "ssl_pretrain.train", config, MANY)
+    until(has_trained(run), process)
+    process.send_signal(signal.SIGHUP)
+    result = commands.finish(process)
+    assert result.status == 75 and newest_step(run) > 0, result.text
+
+
+@pytest.mark.full
+def test_the_launcher_stops_as_process_1_of_a_container(tmp_path):
+    """The kernel ignores signals to process 1 that it has no handler for."""
+    if subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespace can be made here")
+    config, run = labelled(tmp_path), tmp_path / "run"
+    shell = f"exec unshare --pid --fork --mount-proc {commands.sys.executable} launch/pretrain.py {config} {MANY}"
+    process = subprocess.Popen(
+        ["bash", "-c", shell], cwd=commands.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
+    )  # fmt: skip
+    until(has_trained(run), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    result = commands.finish(process)
+    assert result.status == 75 and newest_step(run) > 0, result.text
+
+
+def test_the_last_save_must_not_fail(tmp_path):
+    """With checkpoint.on_failure=warn, too: these weights are nowhere else."""
+    config, run = labelled(tmp_path), tmp_path / "run"
+    process = commands.start("-m", "ssl_pretrain.train", config, MANY, "checkpoint.on_failure=warn", "checkpoint.every_epochs=0")
+    until(has_trained(run), process)
+    (run / "checkpoints").rmdir()
+    (run / "checkpoints").write_text("no folder")
+    process.send_signal(signal.SIGTERM)
+    result = commands.finish(process)
+    assert result.status == 74, result.text
+    assert re.search(r"error: checkpoint of step \d+ could not be written to ", result.stderr)
+
+
+@pytest.mark.parametrize("command", ["launch/pretrain.py", "launch/sweep.py", "-m ssl_pretrain.train"])
+def test_keys_of_slurm_are_refused_where_nothing_is_submitted(tmp_path, command):
+    config = labelled(tmp_path)
+    keys = ["launch.partition=gpu", "seed=0", "launch.hours=2"]
+    result = commands.run(*command.split(), config, *keys, PATH=str(tmp_path))
+    assert result.status == 2, result.text
+    assert "error: launch.hours: 2.0, launch.partition: gpu: these are for SLURM, and this " in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurm_without_slurm_is_one_line(tmp_path):
+    config = labelled(tmp_path)
+    result = commands.run("launch/pretrain.py", config, "launch.cluster=slurm", PATH=str(tmp_path))
+    assert result.status == 2 and "Traceback" not in result.text
+    assert result.stderr.endswith(
+        "error: launch.cluster: slurm, and this machine has no sbatch; "
+        "submit from a machine of the cluster, or set launch.cluster=local\n"
+    )
+
+
+def test_what_a_killed_evaluation_held_is_released_by_the_next(tmp_path):
+    config, run = labelled(tmp_path), tmp_path / "run"
+    assert commands.run("-m", "ssl_pretrain.train", config).status == 0
+    arguments = ("launch/evaluate.py", run, "--jobs", "knn", "--device", "cpu", "--cluster", "local")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = commands.start(*arguments)
+        until(lambda: list((run / "eval").rglob("*.safetensors")), process)
+        process.send_signal(number)
+        result = commands.finish(process)
+        assert result.status == (75 if number == signal.SIGTERM else -signal.SIGKILL), result.text
+        assert bool(list((run / "eval").rglob("*.safetensors"))) == (number == signal.SIGKILL)
+    assert commands.run(*arguments).status == 0
+    assert not (run / "eval" / ".held").exists()
+    assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 2
