@@ -74,7 +74,7 @@ def test_a_run_goes_back_to_its_checkpoint_and_stops_when_that_does_not_help(tmp
 
 def test_a_step_repeated_alone_is_the_step_that_was(tmp_path, capsys):
     path = tiny.config(tmp_path)
-    assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "6"]) == 0
+    assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "6"]) == 75
     capsys.readouterr()
     run = tmp_path / "run"
     losses = {r["step"]: r["loss"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}

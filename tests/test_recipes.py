@@ -21,11 +21,13 @@ from omegaconf import OmegaConf
 from ssl_pretrain import methods
 from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.restarts import STOPPED
 
 pytestmark = pytest.mark.promise
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-BATCH, STRAIGHT, STOPPED = 24, 8, 3
+BATCH = 24
+STEPS = 3, 5  # before and after the stop
 WIDTHS = (
     "projector_dims",
     "hidden_dim",
@@ -128,10 +130,11 @@ def differing(got: Path, expected: Path, ignore: str = "nothing") -> list[str]:
     return [name for name, equal in same.items() if not equal and ignore not in name]
 
 
-def succeed(path: Path, *arguments: str, size: int, fault: str = "") -> str:
-    """Run the command on some ranks and return what it said."""
-    statuses, said = ranks.run(path, *arguments, size=size, fault=fault)
-    assert statuses == [0] * size, said
+def train_for(steps: int, path: Path, *arguments: str, size: int, fault: str = "") -> str:
+    """Run the command on some ranks for some steps and return what it said."""
+    stop = ("--stop-after", str(steps))
+    statuses, said = ranks.run(path, *arguments, *stop, size=size, fault=fault)
+    assert statuses == [STOPPED] * size, said
     return said
 
 
@@ -139,11 +142,9 @@ def assert_resumes(
     path: Path, folder: Path, steps: tuple[int, int], overrides: list[str], size: int
 ) -> None:
     straight, stopped = folder / "straight", folder / "stopped"
-    succeed(path, *overrides, f"output={straight}", "--stop-after", str(sum(steps)), size=size)
+    train_for(sum(steps), path, *overrides, f"output={straight}", size=size)
     for number in steps:
-        said = succeed(
-            path, *overrides, f"output={stopped}", "--stop-after", str(number), size=size
-        )
+        said = train_for(number, path, *overrides, f"output={stopped}", size=size)
     assert f"resumed {stopped} after step {steps[0]}" in said
     assert differing(stopped, straight) == []
 
@@ -158,8 +159,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_stopped_and_resumed_it_ends_with_the_bits_of_the_run_that_was_not(name, size, tmp_path):
     path, overrides = recipes()[name]
-    steps = STOPPED, STRAIGHT - STOPPED
-    assert_resumes(reduced(path, tmp_path, overrides), tmp_path, steps, [], size)
+    assert_resumes(reduced(path, tmp_path, overrides), tmp_path, STEPS, [], size)
 
 
 DIGITS = ["epochs=4", "online.knn_every_epochs=0", "log.wandb=off"]
@@ -203,8 +203,7 @@ def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path)
         path.parent.mkdir()
         path.write_text((CONFIGS / "simclr_digits.yaml").read_text())
         keys = [f"guard.max_skipped_steps={limit}", f"output={path.parent / 'run'}"]
-        arguments = [*overrides, *keys, "--stop-after", "20"]
-        said[kind] = succeed(path, *arguments, size=size, fault="nan@0:15")
+        said[kind] = train_for(20, path, *overrides, *keys, size=size, fault="nan@0:15")
     assert "weights and optimizer went back to step_00000014" in said["rolled back"]
     assert "went back" not in said["skipped"]
     # Counts of batches, which nothing computes with, differ by the batch that was skipped.
