@@ -119,6 +119,8 @@ def decode(content: bytes, name: str, values: Range | None = None, jpeg: bool = 
 
 def inspect(content: bytes, name: str) -> Stored:
     """What a file holds; the pixels are decoded only where they are wider than 8 bits. Raises UnreadableImage."""
+    if not content:
+        raise UnreadableImage(f"{name}: the file is empty")
     try:
         with _opened(content) as image:
             _check_pixels(image.width, image.height, name)

@@ -30,7 +30,7 @@ from ssl_pretrain.views import resize
 from ssl_pretrain.views.recipe import Crop, Interpolation
 from ssl_pretrain.views.upload import upload
 
-LONGEST = 4  # times the shorter side: what of a long thin image an evaluation resizes
+LONGEST = 16  # times the shorter side: what of a long thin image an evaluation resizes
 TRIES = 10    # torchvision's
 TENSORFLOW_TRIES = 100    # SimCLR's max_attempts
 TENSORFLOW_COVERED = 0.1    # SimCLR's min_object_covered: the least share of the image inside a box
@@ -231,7 +231,7 @@ def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation:
 
     The shorter side is resized to round(size / crop_ratio) pixels, keeping the aspect
     ratio, and the central square is cut out: 256 and 224 for the usual ImageNet protocol.
-    Of an image more than four times as long as wide, only the middle is resized, so that memory
+    Of an image more than 16 times as long as wide, only the middle is resized, so that memory
     depends on the view and not on the file.
 
     Args:
@@ -246,10 +246,21 @@ def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation:
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crops.evaluate: crop_ratio must be in (0, 1], got {crop_ratio}")
     mode = F.InterpolationMode(interpolation)
+    resized_side = round(size / crop_ratio)
     height, width = image.shape[-2:]
-    longest = LONGEST * min(height, width)
-    if max(height, width) > longest:
-        longest += (max(height, width) - longest) % 2  # as much is cut off at either end
-        image = F.center_crop(image, [min(height, longest), min(width, longest)])
+    if max(height, width) > LONGEST * min(height, width):
+        length = _middle(max(height, width), min(height, width), resized_side)
+        image = F.center_crop(image, [min(height, length), min(width, length)])
     resized = F.resize(image, [round(size / crop_ratio)], mode, antialias=True)
     return F.center_crop(resized, [size, size])
+
+
+def _middle(longer: int, shorter: int, resized_side: int) -> int:
+    """How much of the longer side to resize so that its center falls on the same fraction of a pixel as the whole image's.
+
+    As much is cut off at either end, and the resized lengths differ by a multiple of 4: torchvision rounds half a pixel to even.
+    """
+    whole = resized_side * longer // shorter
+    first = LONGEST * shorter + (longer - LONGEST * shorter) % 2
+    candidates = range(first, min(longer, first + 64) + 1, 2)
+    return next((length for length in candidates if (whole - resized_side * length // shorter) % 4 == 0), first)

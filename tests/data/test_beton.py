@@ -297,7 +297,7 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--quality", "0"], "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least 2,097,152 (FFCV's own least)"),
+            (["--page-size", "3000000"], "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least 2,097,152 (FFCV's own least)"),
             (["--shards", "2", "--shard", "2"], "--shards 2, --shard 2: give 1 to 12 shards, and a shard from 0 to their number less one"),
         ],
     )

@@ -427,3 +427,19 @@ class TestStored:
         assert opened(root / "train.beton", "val", loader="ffcv") == root / "val-00000-of-00002.beton"
         shutil.rmtree(root / "train")
         assert opened(root, loader="folder") == root / "train.beton"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_replaced": 1.5}, "data.max_replaced: 1.5 must be a share between 0 and 1, such as 0.01"),
+        ({"max_replaced": float("nan")}, "data.max_replaced: nan must be a share between 0 and 1, such as 0.01"),
+        ({"range": [9.0, 3.0]}, "data.range: [9.0, 3.0] must be two numbers, the lower one first, such as [0, 4095]"),
+        ({"range": [9.0]}, "data.range: [9.0] must be two numbers, the lower one first, such as [0, 4095]"),
+        ({"range": [0.0, float("inf")]}, "data.range: [0.0, inf] must be two numbers, the lower one first, such as [0, 4095]"),
+    ],
+)
+def test_values_that_can_only_be_mistakes(options, message):
+    with pytest.raises(ValueError) as caught:
+        open_source(DataConfig("digits", **options), "train")
+    assert str(caught.value) == message

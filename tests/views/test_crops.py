@@ -150,13 +150,13 @@ def test_evaluation_sees_the_resized_centre(interpolation, height, width, size, 
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("height", "width"), [(40, 400), (301, 37), (16, 1000), (3, 250)])
+@pytest.mark.parametrize(("height", "width"), [(40, 901), (901, 37), (16, 1000), (3, 250)])
 @pytest.mark.parametrize(("size", "crop_ratio", "resized"), [(32, 0.875, 37), (24, 1.0, 24)])
 def test_evaluation_of_a_long_thin_image_sees_nearly_the_resized_centre(interpolation, height, width, size, crop_ratio, resized):
     smooth = F.resize(image(max(2, height // 8), max(2, width // 8)), [height, width], antialias=True)
     transform = v2.Compose([v2.Resize(resized, interpolation=F.InterpolationMode(interpolation), antialias=True), v2.CenterCrop(size)])
     difference = (crops.evaluate(smooth, size, crop_ratio, interpolation).int() - transform(smooth).int()).abs().float()
-    assert difference.mean() < 2 and difference.max() <= 16  # of 255: the scale along the longer side is rounded
+    assert difference.mean() < 1 and difference.max() <= 8  # of 255: the scale along the longer side is rounded
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 40_000), (30_000, 2), (5, 9_000)])
@@ -164,7 +164,7 @@ def test_memory_of_an_evaluation_view_is_bounded_by_the_view(height, width, monk
     sizes, resize = [], F.resize
     monkeypatch.setattr(F, "resize", lambda pixels, *rest, **options: sizes.append((made := resize(pixels, *rest, **options)).shape) or made)
     assert crops.evaluate(torch.zeros(3, height, width, dtype=torch.uint8), 64).shape == (3, 64, 64)
-    assert max(max(shape[-2:]) for shape in sizes) <= 5 * 73
+    assert max(max(shape[-2:]) for shape in sizes) <= 24 * 73
 
 
 @pytest.mark.parametrize("crop_ratio", [0.0, 1.5])
