@@ -24,7 +24,7 @@ def same(got, expected, rtol=1e-9, atol=1e-10):
 
 WHOLE = {"steps": 2, "precision": "float64"}
 SHIPPED = {"steps": 2}  # in the precision of a run on CPU, float32
-ROUNDING = 1e-3  # of a tensor's largest entry, after two steps in float32; BYOL and VICReg come to 2e-4
+ROUNDING = 5  # times the rounding of one process in float32, which is up to 1e-3 of a tensor's largest entry for SwAV
 
 
 def in_groups(name):
@@ -67,12 +67,13 @@ def test_ranks_agree_with_one_process(name, on_ranks):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_agree_with_one_process_as_shipped(name, on_ranks):
-    one = contract.run(name, **SHIPPED)
+    exact, one = contract.run(name, **WHOLE), contract.run(name, **SHIPPED)
     for size in (2, 3):
         for rank in on_ranks[size]:
             assert not isinstance(rank[name], str), rank[name]
-            assert contract.largest_error(rank[name][1]["gradients"], one["gradients"]) < ROUNDING
-            assert contract.largest_error(rank[name][1]["state"], one["state"]) < ROUNDING
+            for part in ("gradients", "state"):
+                rounding = max(1e-5, contract.largest_error(one[part], exact[part]))
+                assert contract.largest_error(rank[name][1][part], exact[part]) < ROUNDING * rounding
             first = on_ranks[size][0][name][1]["state"]
             assert all(torch.equal(value, first[key]) for key, value in rank[name][1]["state"].items())
 
