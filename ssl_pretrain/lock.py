@@ -106,7 +106,9 @@ class Lock:
                 return None
             holder, silence = self._holder(), mine.stat().st_mtime - self._heard()  # one clock, whatever the machines' say
             stale = self._stale(holder, silence)
-            if self._flock.refused:  # by a process of this machine, which may be closing its files
+            # A suspended machine or container keeps its flock. Its silence counts, and it ends when it wakes (`check`).
+            elsewhere = holder is not None and not _is_same_host(holder, self._own)
+            if self._flock.refused and not elsewhere:  # by a process of this machine, which may be closing its files
                 requeued = holder is not None and self._is_same_job(holder)
                 if not stale or (time.monotonic() > end and not requeued):
                     return self._in_use(holder, silence)
@@ -114,7 +116,7 @@ class Lock:
             if stale:
                 os.replace(mine, self.path)
                 return None
-            if holder and not self._flock.refused and (self._is_here(holder) or self._heard() > first_heard):
+            if holder and (elsewhere or not self._flock.refused) and (self._is_here(holder) or self._heard() > first_heard):
                 return self._in_use(holder, silence)
             time.sleep(0.5)
 

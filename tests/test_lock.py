@@ -281,3 +281,20 @@ def test_a_step_and_a_save_look_after_a_silence(tmp_path, monkeypatch):
             held.check()
         (tmp_path / "lock.json").write_text(json.dumps(held._own))
         held.check()
+
+
+def test_a_suspended_holder_of_another_name_is_taken_over_though_it_keeps_its_flock(tmp_path, monkeypatch):
+    """It ends itself when it wakes. One that is heard of keeps its folder."""
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    _write(tmp_path, host="elsewhere")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        beating = threading.Timer(0.7, os.utime, [tmp_path / "lock.json"])
+        beating.start()
+        assert "is in use by process" in _refused(tmp_path)
+        beating.join()
+        with Lock(tmp_path) as taken:
+            assert json.loads((tmp_path / "lock.json").read_text()) == taken._own
+    finally:
+        os.close(descriptor)
