@@ -29,7 +29,7 @@ REFUSED = {
         "backbone.args.in_chans: 4 does not fit the images, which have three channels (red, green and blue); leave it out"
     ),
     ("backbone.name=test_resnet", "backbone.args.global_pool=''"): (
-        "backbone.args: test_resnet with {'global_pool': ''} gives shape (96, 2, 2) for an image, and one vector is needed; "
+        "backbone.args: test_resnet with {'global_pool': ''} gives shape (96, 1, 1) for an image, and one vector is needed; "
         "leave out global_pool, features_only and whatever else changes the output"
     ),
     ("backbone.name=test_resnet", "backbone.args.features_only=true"): (
