@@ -41,11 +41,11 @@ def test_signs_of_life_and_rest_keep_it_quiet():
 
 
 def test_a_suspension_is_no_silence():
-    code = "w.beat(2.5, 'x', 'y')\nprint('ready', flush=True)\ntime.sleep(1)\nprint('alive', flush=True)\nw.rest()"
+    code = "w.beat(6.0, 'x', 'y')\nprint('ready', flush=True)\ntime.sleep(1)\nprint('alive', flush=True)\nw.rest()"
     process = start(code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(8)
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "alive\n", "")
