@@ -16,7 +16,7 @@ from ssl_pretrain.methods import find, names
 workspaces = pytest.importorskip(
     "wandb_workspaces.workspaces", reason="wandb-workspaces is not installed: pip install 'ssl_pretrain[dashboard]'"
 )
-LOGGED = {"loss", "knn", "probe", "lr", "weight_decay", "gradient_norm", "images_per_second", "seconds_per_step", "data_wait", "memory_gib",
+LOGGED = {"replaced_images", "loss", "knn", "probe", "lr", "weight_decay", "gradient_norm", "images_per_second", "seconds_per_step", "data_wait", "memory_gib",
           "model_tflops", "flops_utilization", "teacher_distance", "straggler", "straggler_seconds"}  # fmt: skip  # tests/test_log.py and test_health.py see them logged
 
 

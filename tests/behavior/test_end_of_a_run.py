@@ -13,6 +13,8 @@ from pathlib import Path
 import commands
 import pytest
 
+pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
+
 MANY = "epochs=100000"
 
 

@@ -16,6 +16,8 @@ import pytest
 from commands import class_folders, finish, run, start, write_config
 from PIL import Image
 
+pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
+
 
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -14,6 +14,8 @@ import time
 import commands
 import pytest
 
+pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
+
 TRAIN = ("-m", "ssl_pretrain.train")
 
 

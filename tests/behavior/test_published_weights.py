@@ -13,6 +13,8 @@ import torch
 from commands import class_folders, each, run, write_config
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
