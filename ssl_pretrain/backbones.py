@@ -90,6 +90,8 @@ def _construct(
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
     except Exception as error:  # a network's constructor may fail in any way
+        if isinstance(error, RuntimeError) and _of_meta(error):
+            raise  # the caller builds it on the CPU instead
         text = (
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
             if str(error)
@@ -144,7 +146,8 @@ def _without_memory(create: Callable[[], nn.Module]) -> nn.Module:
         except (NotImplementedError, RuntimeError) as error:
             if not _of_meta(error):
                 raise
-            return create()
+            with torch.device("cpu"):
+                return create()
 
 
 def _of_meta(error: BaseException) -> bool:
@@ -419,5 +422,11 @@ def count_parameters(module: nn.Module) -> int:
 
 def on_meta(config: BackboneConfig, image_size: int) -> Backbone:
     """The same backbone without memory behind its parameters, to count and to check."""
-    with torch.device("meta"):
-        return build(config, image_size)
+    try:
+        with torch.device("meta"):
+            return build(config, image_size)
+    except RuntimeError as error:  # older timm's drop path needs values, which the meta device has not
+        if not _of_meta(error):
+            raise
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        return build(config, image_size).to("meta")
