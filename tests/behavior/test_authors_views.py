@@ -39,5 +39,5 @@ def test_an_option_that_does_not_exist_is_refused_by_name(tmp_path):
     done = run("-m", "ssl_pretrain.train", write_config(tmp_path, class_folders(tmp_path / "data", "train"), text))
     assert done.status == 2
     assert done.stderr.endswith(
-        "views.crops.global.crop_sampler: Invalid value 'inception', expected one of ['torchvision', 'tensorflow', 'clipped']\n"
+        "views.crops.global.crop_sampler: 'inception' is not known; choose one of: torchvision, tensorflow, clipped\n"
     )
