@@ -273,16 +273,22 @@ def _blurred(source, along, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_
 
 
 @triton.jit
+def _blur_tile(parameters, area, COLUMNS: tl.constexpr, PIXELS: tl.constexpr):
+    """A blur program's image, channel and sigma, where the channel starts in a buffer, and its tile of pixels with a mask."""
+    slot, channel = tl.program_id(0), tl.program_id(1)
+    image = tl.load(parameters + slot * COLUMNS + 12).to(tl.int32)
+    sigma = tl.load(parameters + image * COLUMNS + 8)
+    start = (slot.to(tl.int64) * 3 + channel) * area
+    place = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
+    return image, channel, sigma, start, place, place < area
+
+
+@triton.jit
 def _blur_rows(
     buffer, blurred, parameters, height, width,
     COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    slot, channel = tl.program_id(0), tl.program_id(1)
-    image = tl.load(parameters + slot * COLUMNS + 12).to(tl.int32)
-    sigma = tl.load(parameters + image * COLUMNS + 8)
-    place = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
-    mask = place < height * width
-    start = (slot.to(tl.int64) * 3 + channel) * height * width
+    _, _, sigma, start, place, mask = _blur_tile(parameters, height * width, COLUMNS, PIXELS)
     x = place % width
     values = _blurred(buffer + start + (place - x), x, width, 1, mask, sigma, TAPS, ZERO_BORDER)
     tl.store(blurred + start + place, values, mask=mask)
@@ -294,12 +300,7 @@ def _blur_columns(
     mean_red, mean_green, mean_blue, over_red, over_green, over_blue,
     COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    slot, channel = tl.program_id(0), tl.program_id(1)
-    image = tl.load(parameters + slot * COLUMNS + 12).to(tl.int32)
-    sigma = tl.load(parameters + image * COLUMNS + 8)
-    place = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
-    mask = place < height * width
-    start = (slot.to(tl.int64) * 3 + channel) * height * width
+    image, channel, sigma, start, place, mask = _blur_tile(parameters, height * width, COLUMNS, PIXELS)
     values = _blurred(blurred + start + place % width, place // width, height, width, mask, sigma, TAPS, ZERO_BORDER)
     if tl.load(parameters + image * COLUMNS + 10) > 0.0:
         values = tl.where(values >= threshold, 1.0 - values, values)

@@ -13,7 +13,7 @@ instead of a reflection (blur_border: zero), and brightness that is added (brigh
 Hue, grayscale and solarize are the same in both.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -34,11 +34,7 @@ LUMA = (0.2989, 0.587, 0.114)    # torchvision's weights of red, green and blue 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything drawn for one view of n samples: row i belongs to `indices[i]` of `draw`.
-
-    The arrays are the host's; `rows` and `values` hold the same for the device. `to` moves
-    those two, and `apply` does so itself if need be.
-    """
+    """Everything drawn for one view of n samples: row i belongs to `indices[i]` of `draw`."""
 
     jitter: np.ndarray       # (n,) bool: which samples are jittered
     order: np.ndarray        # (n, 4) int64: the operation of each of the four stages
@@ -47,12 +43,6 @@ class Parameters:
     blur: np.ndarray         # (n,) bool
     sigma: np.ndarray        # (n,) float32, in pixels
     solarize: np.ndarray     # (n,) bool
-    rows: Tensor             # int64: the samples of stage 0's brightness, its contrast, ... (16 lists), grayscale, blur, solarize
-    counts: tuple[int, ...]  # lengths of those 19 lists
-    values: Tensor           # (n, 5) float32: the factors, then sigma
-
-    def to(self, device: torch.device | str) -> "Parameters":
-        return replace(self, rows=upload(self.rows, device), values=upload(self.values, device))
 
 
 def draw(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int) -> Parameters:
@@ -68,7 +58,7 @@ def draw(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int) -> P
     def uniform(purpose: Purpose, count: int) -> np.ndarray:
         return draws.uniform(seed, epoch, indices, view, purpose, count)
 
-    strengths = np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
+    strengths = _strengths(crop)
     low, high = np.maximum(0.0, 1.0 - strengths), 1.0 + strengths
     low[HUE], high[HUE] = -crop.hue, crop.hue
     if crop.brightness_mode == "add":
@@ -83,19 +73,12 @@ def draw(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int) -> P
     sigma = (crop.blur_sigma[0] + (crop.blur_sigma[1] - crop.blur_sigma[0]) * blur_draws[:, 1]).astype(np.float32)
     solarize = uniform(Purpose.SOLARIZE, 1)[:, 0] < crop.solarize
 
-    return listed(jitter, order, factors, grayscale, blur, sigma, solarize, strengths)
+    return Parameters(jitter, order, factors, grayscale, blur, sigma, solarize)
 
 
-def listed(jitter, order, factors, grayscale, blur, sigma, solarize, strengths) -> Parameters:
-    """Parameters with the lists of samples that each operation has to touch. strengths: (4,), 0 for an operation that is off."""
-    chosen = [jitter & (order[:, stage] == operation) & (strengths[operation] > 0) for stage in range(4) for operation in range(4)]
-    lists = [np.flatnonzero(mask) for mask in (*chosen, grayscale, blur, solarize)]
-    return Parameters(
-        jitter, order, factors, grayscale, blur, sigma, solarize,
-        rows=torch.from_numpy(np.concatenate(lists)),
-        counts=tuple(len(rows) for rows in lists),
-        values=torch.from_numpy(np.column_stack([factors, sigma])),
-    )
+def _strengths(crop: Crop) -> np.ndarray:
+    """Strength of each operation of the color jitter, (4,), 0 for one that is off."""
+    return np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
 
 
 def apply(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float], std: list[float]) -> Tensor:
@@ -103,7 +86,7 @@ def apply(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float],
 
     Args:
         pixels: crops, uint8 (n, 3, size, size).
-        parameters: drawn for these n samples; on the device already, or moved there.
+        parameters: drawn for these n samples.
         crop: the recipe they were drawn with.
         mean: of red, green and blue in [0, 1].
         std: likewise.
@@ -141,7 +124,7 @@ def apply_to_group(
         _check(view, len(drawn.jitter))
     from ssl_pretrain.views import color_triton
 
-    strengths = np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
+    strengths = _strengths(crop)
     order = np.concatenate([drawn.order for drawn in parameters])
     jitter = np.concatenate([drawn.jitter for drawn in parameters])
     codes = np.where(jitter[:, None] & (strengths[order] > 0), order, -1)
@@ -165,7 +148,7 @@ def _fused(pixels: Tensor) -> bool:
 
 def _on_cpu(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float], std: list[float]) -> Tensor:
     views = torch.empty(pixels.shape)
-    strengths = np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
+    strengths = _strengths(crop)
     modes = (crop.brightness_mode == "add", crop.contrast_mean == "channel", crop.saturation_mode == "hsv", crop.blur_border == "zero")
     colour_cpu.apply(
         pixels.contiguous().numpy(), parameters.jitter, parameters.order, parameters.factors, modes, strengths,
@@ -177,9 +160,8 @@ def _on_cpu(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float
 
 def apply_in_batches(pixels: Tensor, parameters: Parameters, crop: Crop, mean: list[float], std: list[float]) -> Tensor:
     """`apply` in torch's own operations, on any device: each touches at once all samples it was drawn for."""
-    parameters = parameters.to(pixels.device)
     images = pixels.to(torch.float32).div_(255)
-    rows = parameters.rows.split(parameters.counts)
+    rows, values = _uploaded(parameters, crop, pixels.device)
     brighten = _add if crop.brightness_mode == "add" else _brightness
     contrast = _contrast_by_channel if crop.contrast_mean == "channel" else _contrast
     saturate = _saturation_in_hsv if crop.saturation_mode == "hsv" else _saturation
@@ -188,17 +170,31 @@ def apply_in_batches(pixels: Tensor, parameters: Parameters, crop: Crop, mean: l
         for operation, adjust in enumerate((brighten, contrast, saturate, _hue)):
             chosen = rows[4 * stage + operation]
             if len(chosen):
-                factor = parameters.values[:, operation].index_select(0, chosen).view(-1, 1, 1, 1)
+                factor = values[:, operation].index_select(0, chosen).view(-1, 1, 1, 1)
                 images.index_copy_(0, chosen, adjust(images.index_select(0, chosen), factor))
     grayscale, blur, solarize = rows[16:]
     if len(grayscale):
         images.index_copy_(0, grayscale, _grey(images.index_select(0, grayscale)).expand(-1, 3, -1, -1))
     if len(blur):
-        sigma = parameters.values[:, 4].index_select(0, blur)
+        sigma = values[:, 4].index_select(0, blur)
         images.index_copy_(0, blur, _blur(images.index_select(0, blur), sigma, blur_taps(crop), crop.blur_border))
     if len(solarize):
         images.index_copy_(0, solarize, _solarize(images.index_select(0, solarize), crop.solarize_threshold))
     return _standardize(images, mean, std)
+
+
+def _uploaded(parameters: Parameters, crop: Crop, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return on the device: the rows that each operation touches, and the factors and sigma of every row.
+
+    The 19 lists of rows, int64, are stage 0's brightness, its contrast and so on, then grayscale, blur and solarize.
+    The values are float32 (n, 5).
+    """
+    jitter, order, on = parameters.jitter, parameters.order, _strengths(crop) > 0
+    chosen = [jitter & (order[:, stage] == operation) & on[operation] for stage in range(4) for operation in range(4)]
+    lists = [np.flatnonzero(mask) for mask in (*chosen, parameters.grayscale, parameters.blur, parameters.solarize)]
+    rows = upload(torch.from_numpy(np.concatenate(lists)), device)
+    values = upload(torch.from_numpy(np.column_stack([parameters.factors, parameters.sigma])), device)
+    return rows.split([len(each) for each in lists]), values
 
 
 def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:

@@ -34,7 +34,7 @@ def difference(crop: Crop) -> float:
     generator = np.random.default_rng(0)
     pixels = [generator.integers(0, 256, (10, 3, crop.size, crop.size), dtype=np.uint8) for _ in range(crop.count)]
     for view in pixels:
-        view[0], view[1, 1:] = 255, view[1, :1]  # white all over; gray all over
+        view[0], view[1, 1:], view[2] = 255, view[1, :1], 0  # white all over; gray all over; black all over
     pixels = [torch.from_numpy(view) for view in pixels]
     drawn = [colour.draw(crop, 1, 2, np.arange(10), view) for view in range(crop.count)]
     expected = colour.apply_to_group(pixels, drawn, crop, MEAN, STD)

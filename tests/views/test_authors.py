@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import authors
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from sharp_pictures import picture
 
 from ssl_pretrain.config import load
 from ssl_pretrain.views import colour, crops, describe, recipe, resize
@@ -92,19 +90,6 @@ def test_the_whole_chain_is_the_authors_in_the_drawn_order(apply, options):
         assert largest_difference(view, colored_by_authors(floats(pixels[row]), parameters, row, crop)) < 0.1 * LEVEL
 
 
-def test_the_kernels_for_cuda_take_every_option():
-    """Triton's interpreter runs them, in a process that asks for it before Triton is imported."""
-    pytest.importorskip("triton", reason="no Triton for this platform")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [sys.executable, "tests/views/fused.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    errors = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
-    assert set(errors) == {"torchvision", "byol"}
-    assert max(errors.values()) < 2e-5, done.stdout
-
-
 def colored_by_authors(image: np.ndarray, parameters: colour.Parameters, row: int, crop: Crop) -> np.ndarray:
     for operation in parameters.order[row] if parameters.jitter[row] else ():
         factor = float(parameters.factors[row, operation])
@@ -125,11 +110,6 @@ def colored_by_authors(image: np.ndarray, parameters: colour.Parameters, row: in
     if parameters.solarize[row]:
         image = np.where(image < 0.5, image, 1 - image)
     return image
-
-
-def picture(height: int, width: int, kind: str) -> np.ndarray:
-    noise = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return noise if kind == "noise" else np.where(noise > 127, 255, 0).astype(np.uint8)  # where the cubic overshoots most
 
 
 BOXES = [

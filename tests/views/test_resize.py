@@ -3,17 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from sharp_pictures import picture
 from torchvision.transforms.v2 import functional as F
 
 from ssl_pretrain.views import resize
 
 pytestmark = pytest.mark.promise
-
-
-def picture(height: int, width: int, kind: str) -> np.ndarray:
-    generator = np.random.default_rng(height * 1000 + width)
-    noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return noise if kind == "noise" else np.where(noise > 127, 255, 0).astype(np.uint8)    # where the cubic overshoots most
 
 
 def ours(image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool) -> np.ndarray:
