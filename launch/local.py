@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.restarts import STOP_SIGNALS, STOPPED
+from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.stop_signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

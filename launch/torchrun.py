@@ -20,10 +20,11 @@ from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ssl_pretrain.restarts import STOP_SIGNALS, STOPPED
+from ssl_pretrain.restarts import DISK_REFUSED, MISTAKE, STOPPED
+from ssl_pretrain.stop_signals import STOP_SIGNALS
 
 # Exit statuses that would only come again: asked to stop, a mistake, the disk refused a checkpoint.
-FINAL = (STOPPED, 2, 74)
+FINAL = (STOPPED, MISTAKE, DISK_REFUSED)
 
 
 class Agent:

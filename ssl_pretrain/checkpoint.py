@@ -32,10 +32,10 @@ from ssl_pretrain import manifest as manifests
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.disk import SaveError
 from ssl_pretrain.manifest import FORMAT, MANIFEST, READABLE, WRITING, checkpoints, newest, prune, verify
+from ssl_pretrain.restarts import DISK_REFUSED
 from ssl_pretrain.watchdog import watchdog
 
 DISK_PATIENCE = 10.0  # multiple of parallel.timeout_seconds after which a disk that takes a checkpoint is dead, not slow
-EX_IOERR = 74
 WHOLE = "method.safetensors"
 
 
@@ -139,7 +139,7 @@ class State:
                 return
             if not armed:
                 armed = True
-                watchdog.beat(DISK_PATIENCE * limit, doing, advice, EX_IOERR)
+                watchdog.beat(DISK_PATIENCE * limit, doing, advice, DISK_REFUSED)
             waited = time.monotonic() - began
             if waited - told > limit and distributed.is_main():
                 told = waited

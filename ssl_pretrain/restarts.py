@@ -9,12 +9,14 @@ made for this start, and ranks that are started again end at once where there is
 from __future__ import annotations
 
 import os
-import signal
 from contextlib import suppress
 from pathlib import Path
 
+# Exit statuses, those above 2 from sysexits.h. docs/reliability.md tells users about them.
+MISTAKE = 2  # would come again
+LOST = 69  # EX_UNAVAILABLE: the ranks did not meet, one was lost, or a process was silent for too long
+DISK_REFUSED = 74  # EX_IOERR
 STOPPED = 75  # EX_TEMPFAIL: asked to stop, saved; the same command goes on
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)  # a launcher's requests
 
 
 def note_end(status: int) -> None:

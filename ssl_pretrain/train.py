@@ -48,16 +48,16 @@ from ssl_pretrain.guard import Guard
 from ssl_pretrain.lock import Lock
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.online import OnlineKNN
-from ssl_pretrain.restarts import STOPPED, note_end, status_to_repeat, stopped_status
+from ssl_pretrain.restarts import DISK_REFUSED, LOST, MISTAKE, STOPPED, note_end, status_to_repeat, stopped_status
 from ssl_pretrain.schema import COUNT
 from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import colour, crops, recipe
 
-# how `main` ends where it is not the user's mistake, from sysexits.h: EX_UNAVAILABLE, EX_IOERR
+# how `main` ends where it is not the user's mistake
 STATUS: dict[type[Exception], int] = {
-    RendezvousError: 69,
-    LostRankError: 69,
-    checkpoint.SaveError: 74,
+    RendezvousError: LOST,
+    LostRankError: LOST,
+    checkpoint.SaveError: DISK_REFUSED,
 }
 
 
@@ -412,8 +412,9 @@ def _run(options: argparse.Namespace) -> int:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise
         print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
-        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 74 if disk.is_trouble(error) else 2)
-        if status == 2:
+        otherwise = DISK_REFUSED if disk.is_trouble(error) else MISTAKE
+        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), otherwise)
+        if status == MISTAKE:
             note_end(status)
         return status
     finally:

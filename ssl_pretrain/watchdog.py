@@ -13,11 +13,12 @@ import threading
 import time
 from contextlib import suppress
 
+from ssl_pretrain.restarts import LOST
+
 TICK_SECONDS = 1.0
 COMPILING = 10.0  # multiple of the time given that a first step may take while it computes
 BUSY_SHARE = 0.1  # of a processor, from which on a process computes
 BACKUP_SECONDS = 60.0  # more than the watchdog's own time, before faulthandler acts
-STATUS = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 class Watchdog:
@@ -28,11 +29,11 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._armed = threading.Event()
         self._seconds, self._silence, self._compiling = 0.0, 0.0, 0.0
-        self._remedy, self._status = "", STATUS
+        self._remedy, self._status = "", LOST
         self.doing = "making the run ready"
 
     def beat(
-        self, seconds: float, doing: str, remedy: str, status: int = STATUS, compiles: bool = False
+        self, seconds: float, doing: str, remedy: str, status: int = LOST, compiles: bool = False
     ) -> None:
         """Give a sign of life, and arm the watchdog for what comes next.
 

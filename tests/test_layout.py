@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # file -> what of this project it may import; a folder stands for all its files. `*`: everything.
 MAY_IMPORT = {
     "ssl_pretrain/disk.py": "",
-    "ssl_pretrain/watchdog.py": "",
+    "ssl_pretrain/watchdog.py": "restarts",
     "ssl_pretrain/stop_signals.py": "",
     "ssl_pretrain/distributed.py": "stop_signals watchdog",
     "ssl_pretrain/jit.py": "",
@@ -70,7 +70,7 @@ MAY_IMPORT = {
     "ssl_pretrain/provenance.py": "distributed",
     "ssl_pretrain/agreement.py": "distributed provenance",
     "ssl_pretrain/manifest.py": "disk",
-    "ssl_pretrain/checkpoint.py": "backbones published disk distributed manifest provenance watchdog",
+    "ssl_pretrain/checkpoint.py": "backbones published disk distributed manifest provenance restarts watchdog",
     "ssl_pretrain/measures.py": "",
     "ssl_pretrain/alarms.py": "",
     "ssl_pretrain/health.py": "alarms measures momentum distributed",
