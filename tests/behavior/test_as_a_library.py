@@ -9,8 +9,6 @@ BODY = """
 import torch
 from ssl_pretrain import config, train
 
-pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
-
 def go(name, workers):
     overrides = [f"output=FOLDER/{name}", f"data.num_workers={workers}"]
     loaded = config.load("FOLDER/config.yaml", overrides)
