@@ -62,17 +62,19 @@ STATUS: dict[type[Exception], int] = {
 
 
 class Outcome(int):
-    """How far a run has come: the optimizer steps done, and those of the whole run."""
+    """How far a run has come: the optimizer steps done, those that were asked for, and those of the whole run."""
 
+    end: int
     last_step: int
 
-    def __new__(cls, step: int, last_step: int) -> Outcome:
+    def __new__(cls, step: int, end: int, last_step: int) -> Outcome:
         outcome = super().__new__(cls, step)
+        outcome.end = end
         outcome.last_step = last_step
         return outcome
 
-    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
-        return int(self), self.last_step
+    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]
+        return int(self), self.end, self.last_step
 
     @property
     def step(self) -> int:
@@ -81,6 +83,11 @@ class Outcome(int):
     @property
     def finished(self) -> bool:
         return self.step >= self.last_step
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal or a full disk ended it before the steps that were asked for."""
+        return self.step < self.end
 
 
 def train(
@@ -160,7 +167,7 @@ def _done_already(config: RunConfig, run: Path) -> Outcome | None:
             f"Nothing was changed; give epochs={epochs} or more, or a new output"
         )
     configuration.compare_for_resume(manifest["config"], config, str(path))
-    return Outcome(step, manifest["last_step"])
+    return Outcome(step, step, manifest["last_step"])
 
 
 def _train_in(
@@ -231,7 +238,7 @@ def _train(
             state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
         if stopping:
             break
-    return Outcome(step, last_step)
+    return Outcome(step, end, last_step)
 
 
 def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
@@ -379,7 +386,7 @@ methods: """
         "--plan", action="store_true", help="print the resolved config, the learning rate and the sizes of everything, then exit"
     )
     parser.add_argument(
-        "--stop-after", type=COUNT, metavar="STEPS", help="stop as a pre-empted run would, after so many more steps, saved and resumable"
+        "--stop-after", type=COUNT, metavar="STEPS", help="do so many steps, save, and leave with status 0; the same command goes on"
     )
     parser.add_argument("--fake-preempt", type=COUNT, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once")
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
@@ -406,7 +413,7 @@ def _run(options: argparse.Namespace) -> int:
             return 0
         settings = config.parallel
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
-        if not train(config, device, options.stop_after, options.fake_preempt).finished:
+        if train(config, device, options.stop_after, options.fake_preempt).interrupted:
             return _leave_together(stopped_status())
     except (ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError, LostRankError, RendezvousError) as error:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):

@@ -17,7 +17,6 @@ from ranks import Ranks
 from undisturbed import MORE, goes_on, place, undisturbed
 
 from ssl_pretrain import checkpoint, replay
-from ssl_pretrain.restarts import STOPPED
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -154,7 +153,7 @@ def test_a_gpu_without_memory_ends_with_advice(place, seen):
 @pytest.mark.case(27)
 def test_clocks_do_not_matter(place, goes_on, seen):
     statuses, said = ranks.run(place[0], *MORE, "--stop-after", "8", fault="clock@0:4")
-    assert statuses == [STOPPED] * 3, said
+    assert statuses == [0] * 3, said
     now = time.time()
     for days, folder in zip((3, -1, -2), checkpoint.checkpoints(place[1])):
         for file in [*folder.iterdir(), folder]:
@@ -214,7 +213,7 @@ def test_images_that_are_not_numbers_on_one_rank_move_nothing_and_are_noted(plac
 @pytest.mark.case(19)
 def test_skipping_rolling_back_and_stopping_with_a_replay_that_breaks_at_the_same_place(place, seen):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [STOPPED] * 3
+    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
     more = ["optim.name=sgd", "optim.base_lr=1e300", "optim.lr_scaling=none", "optim.warmup_epochs=0", f"output={run}_wild"]
     more += ["guard.max_skipped_steps=2", "log.every_steps=2", "checkpoint.every_epochs=0.4"]
     statuses, said = ranks.run(path, "epochs=8", *more)

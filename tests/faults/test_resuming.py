@@ -18,7 +18,6 @@ from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 from ssl_pretrain import checkpoint, config, distributed, optim, step, train
 from ssl_pretrain import manifest as manifests
 from ssl_pretrain.data import preflight
-from ssl_pretrain.restarts import STOPPED
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -67,7 +66,7 @@ def test_four_two_and_one_ranks_take_the_same_batches_and_views(tmp_path, seen):
 @pytest.mark.case(11)
 def test_a_world_size_that_does_not_divide_is_refused_by_name(place, seen):
     path, _ = place
-    assert ranks.run(path, *MORE, "--stop-after", "4", size=1)[0] == [STOPPED]
+    assert ranks.run(path, *MORE, "--stop-after", "4", size=1)[0] == [0]
     statuses, said = ranks.run(path, *MORE, size=5)
     assert statuses == [2] * 5
     assert said.count("error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 and 25\n") == 5
@@ -78,7 +77,7 @@ def test_a_world_size_that_does_not_divide_is_refused_by_name(place, seen):
 def test_another_part_size_goes_on_to_rounding(tmp_path, seen):
     path, run, wide = tiny.config(tmp_path), tmp_path / "run", "parallel.precision=float64"
     assert ranks.run(path, *MORE, wide, f"output={tmp_path / 'straight'}", size=1)[0] == [0]
-    assert ranks.run(path, *MORE, wide, "--stop-after", "5", size=1)[0] == [STOPPED]
+    assert ranks.run(path, *MORE, wide, "--stop-after", "5", size=1)[0] == [0]
     statuses, said = ranks.run(path, *MORE, wide, "local_batch_size=8", size=1)
     assert statuses == [0] and "local_batch_size 24 then, 8 now" in said
     tensors, largest = ranks.weights(run), 0.0
@@ -92,7 +91,7 @@ def test_another_part_size_goes_on_to_rounding(tmp_path, seen):
 @pytest.mark.case(13)
 def test_other_images_are_refused(place, goes_on, seen):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [STOPPED] * 3
+    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
     image = sorted((path.parent / "images" / "train").rglob("*.png"))[0]
     image.rename(path.parent / "kept.png")
     statuses, said = ranks.run(path, *MORE)
@@ -106,7 +105,7 @@ def test_other_images_are_refused(place, goes_on, seen):
 @pytest.mark.case(25)
 def test_another_configuration_is_refused_and_a_free_key_is_not(place, goes_on, seen):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [STOPPED] * 3
+    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
     statuses, said = ranks.run(path, *MORE, "optim.base_lr=0.5", "method.temperature=0.5")
     message = f"error: {run}/checkpoints/step_00000004 was made by another configuration: method.temperature: 0.2 then, 0.5 now; "
     message += f"optim.base_lr: 4.0 then, 0.5 now. Give a new output, or start a new run from its weights with backbone.init={run}\n"
@@ -133,7 +132,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_is_taken_ove
 @pytest.mark.parametrize("stopped", [3, STEPS - 1, STEPS])
 def test_resumed_at_an_edge(place, goes_on, seen, stopped):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", str(stopped))[0] == [0 if stopped == STEPS else STOPPED] * 3
+    assert ranks.run(path, *MORE, "--stop-after", str(stopped))[0] == [0] * 3
     records = (run / "metrics.jsonl").read_text()
     assert (f"has done its {STEPS} steps" if stopped == STEPS else f"after step {stopped}") in goes_on()
     after = (run / "metrics.jsonl").read_text()

@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_named_and_written_anew(place, goes_on, seen, ki
 @pytest.mark.case(10)
 def test_what_lies_among_the_checkpoints_does_not_matter(place, goes_on, seen):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [STOPPED] * 3
+    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
     folder = run / "checkpoints"
     (folder / "latest").symlink_to("step_00000099")
     (folder / "step_00000098").symlink_to("nowhere")
@@ -176,7 +176,7 @@ def test_what_lies_among_the_checkpoints_does_not_matter(place, goes_on, seen):
 @pytest.mark.parametrize("written", [0, 99])
 def test_another_format_is_refused_with_the_version_that_wrote_it(place, seen, written):
     path, run = place
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [STOPPED] * 3
+    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
     file = run / "checkpoints" / "step_00000004" / "manifest.json"
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps(manifest | {"format": written, "versions": {"ssl_pretrain": "0.0.9", "revision": "abc"}}))
