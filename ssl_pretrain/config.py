@@ -87,7 +87,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = field(default=0, metadata={"bounds": Bounds(0, 2**63 - 1)})
-    epochs: int = 100
+    epochs: int = field(default=100, metadata=schema.at_least(1))
     global_batch_size: int = 4096  # images an optimizer step, all ranks and parts
     local_batch_size: int | str = 0  # images a rank feeds at once; 0: its whole share of the global batch; auto: the most that fits
     output: str = ""  # the run's folder; empty: runs/<name of the YAML>
@@ -281,13 +281,6 @@ def check(config: RunConfig, world_size: int) -> None:
             f"local_batch_size: {part} splits batch norm's groups of {group} images, which cannot be accumulated exactly; "
             f"set local_batch_size={share}, or parallel.bn_group_images={part}, "
             f"which departs from the recipe's {config.parallel.bn_group_images}"
-        )
-    if config.epochs <= 0:
-        raise ConfigError(f"epochs: {config.epochs} must be positive")
-    if config.online.knn_every_epochs < 0 or config.log.every_steps < 1:
-        raise ConfigError(
-            f"log.every_steps: {config.log.every_steps} must be at least 1, "
-            f"online.knn_every_epochs: {config.online.knn_every_epochs} at least 0"
         )
 
 

@@ -12,20 +12,20 @@ import json
 import shlex
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ssl_pretrain import disk, distributed
+from ssl_pretrain import disk, distributed, schema
 
 
 @dataclass
 class GuardConfig:
     """How much of a run may go wrong before it is rolled back, and how often."""
 
-    max_skipped_steps: int = 10  # in a row, with a gradient that is not finite
+    max_skipped_steps: int = field(default=10, metadata=schema.at_least(1))  # in a row, with a gradient that is not finite
     max_rollbacks: int = 1  # in one process; 0: stop at once
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ssl_pretrain import disk, distributed, pictures, records, wandb_run
+from ssl_pretrain import disk, distributed, pictures, records, schema, wandb_run
 from ssl_pretrain.console import Console, Warnings
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ KEEP_PLOTS = 500  # steps between two sets of plots sent to W&B, at least; plots
 class LogConfig:
     """Where numbers go. W&B's `auto` is online where there is a key, else off; WANDB_MODE and WANDB_DISABLED are obeyed."""
 
-    every_steps: int = 10
+    every_steps: int = field(default=10, metadata=schema.at_least(1))
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     project: str = "ssl_pretrain"
     name: str = ""  # of the W&B run; empty: the output folder's name

@@ -61,11 +61,11 @@ def weighted_knn(
     return torch.cat(predictions) if predictions else train_labels.new_empty(0)
 
 
-def check(k: int, temperature: float, num_train: int) -> None:
+def check(k: int, temperature: float, num_train: int, section: str = "") -> None:
     if not 1 <= k <= num_train:
-        raise ValueError(f"k: {k} neighbours cannot be found among {num_train} training images; give a k from 1 to {num_train}")
+        raise ValueError(f"{section}k: {k} neighbours cannot be found among {num_train} training images; give one from 1 to {num_train}")
     if temperature <= 0:
-        raise ValueError(f"temperature: {temperature} must be > 0; 0.07 is usual")
+        raise ValueError(f"{section}temperature: {temperature} must be > 0; 0.07 is usual")
 
 
 def vote(similarities: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
@@ -115,7 +115,7 @@ class OnlineKNN:
         num_queries = min(config.max_test, len(labelled) // 5)
         self.queries, self.bank = labelled[:num_queries], labelled[num_queries : num_queries + config.max_train]
         if self.enabled:
-            check(config.k, config.temperature, len(self.bank))
+            check(config.k, config.temperature, len(self.bank), "online.")
         elif config.knn_every_epochs > 0 and distributed.is_main():
             print(f"online k-NN: off, as the training images have {len(labelled)} labels", flush=True)
 

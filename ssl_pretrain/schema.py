@@ -392,6 +392,11 @@ def above_zero(high: float = math.inf, open_high: bool = False) -> dict[str, Bou
     return {"bounds": Bounds(0, high, open_low=True, open_high=open_high)}
 
 
+def at_least(low: int) -> dict[str, Bounds]:
+    """The metadata of a field whose whole number is at least `low`."""
+    return {"bounds": Bounds(low, WHOLE)}
+
+
 def below(high: float) -> dict[str, Bounds]:
     """The metadata of a field whose number is at least 0 and smaller than `high`."""
     return {"bounds": Bounds(0, high, open_high=True)}

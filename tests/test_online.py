@@ -69,8 +69,8 @@ def test_queries_are_scored_alike_in_any_chunks(monkeypatch):
 @pytest.mark.parametrize(
     ("k", "temperature", "message"),
     [
-        (0, 0.07, "k: 0 neighbours cannot be found among 10 training images; give a k from 1 to 10"),
-        (11, 0.07, "k: 11 neighbours cannot be found among 10 training images; give a k from 1 to 10"),
+        (0, 0.07, "k: 0 neighbours cannot be found among 10 training images; give one from 1 to 10"),
+        (11, 0.07, "k: 11 neighbours cannot be found among 10 training images; give one from 1 to 10"),
         (5, 0.0, "temperature: 0.0 must be > 0; 0.07 is usual"),
     ],
 )
@@ -165,7 +165,7 @@ def test_only_labelled_images_take_part():
 
 
 def test_a_k_that_does_not_fit_is_refused_before_training():
-    with pytest.raises(ValueError, match="k: 20 neighbours cannot be found among 8 training images"):
+    with pytest.raises(ValueError, match="online.k: 20 neighbours cannot be found among 8 training images"):
         monitor(num_images=10, k=20)
 
 

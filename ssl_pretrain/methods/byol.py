@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ class Config(MethodConfig):
     momentum: float = 0.99  # tau_base: 0.99 for 100 and 300 epochs, 0.996 for 1,000; it ends at 1
     without_predictor: bool = False  # ablation: table 5b's collapse
     teacher_starts: Literal["copied", "redrawn"] = "copied"  # redrawn: weights of its own, as the authors'; not with backbone.init
+
+    def check(self, run: Any, world_size: int) -> None:
+        if self.teacher_starts == "redrawn" and run.backbone.init != "random":
+            raise ValueError(
+                f"method.teacher_starts: redrawn would replace the teacher's weights that backbone.init={run.backbone.init} loads; "
+                "set method.teacher_starts=copied"
+            )
 
     def build(self, backbone: Backbone) -> BYOL:
         return BYOL(self, backbone)

@@ -80,7 +80,9 @@ MISTAKES = {
     "parallel.timeout_seconds=.inf": "parallel.timeout_seconds: '.inf' is not a finite number; give one such as 0.3",
     "seed=99999999999999999999999": "seed: 99999999999999999999999 is out of range; give a whole number >= 0 and <= 9223372036854775807",
     "seed=-1": "seed: -1 is out of range; give a whole number >= 0 and <= 9223372036854775807",
-    "epochs=1000000000000000000000": "epochs: 1000000000000000000000 is out of range; give a whole number >= 0 and <= 2147483647",
+    "epochs=1000000000000000000000": "epochs: 1000000000000000000000 is out of range; give a whole number >= 1 and <= 2147483647",
+    "guard.max_skipped_steps=0": "guard.max_skipped_steps: 0 is out of range; give a whole number >= 1 and <= 2147483647",
+    "log.every_steps=0": "log.every_steps: 0 is out of range; give a whole number >= 1 and <= 2147483647",
     "epochs=1e3": "epochs: '1e3' is not a whole number; write one in decimal digits, such as 100",
     "method.projector_dims=[1000000000000]": "method.projector_dims[0]: 1000000000000 is out of range; "
     "give a whole number >= 1 and <= 1048576",
