@@ -1,9 +1,12 @@
-"""Repeats one step of a run alone and says where it breaks: python -m ssl_pretrain.replay RUN STEP
+"""Repeat one step of a run and say where it breaks: python -m ssl_pretrain.replay RUN STEP
 
-The same images and views, drawn again from (seed, epoch, sample, view), meet the weights that the run had: those of the newest
-checkpoint before STEP, trained on to it. A step that the run skipped is in its folder `skipped/`: its images are those noted there,
-and where the run had rolled back before it, so does this. `--from-checkpoint` leaves the training out, for a first look.
-Nothing is written.
+The images and views are drawn again from the seed, the epoch and the numbers of the images. The weights
+are those of the newest checkpoint before STEP, trained on to that step. With `--from-checkpoint` the
+checkpoint's own weights are taken, for a first look. For a step that the run skipped, the images have to
+be those noted in its folder `skipped/`, and a rollback before that step is repeated. Nothing is written.
+
+The step runs in one process, which feeds the whole global batch at once. A run of several ranks, or one
+that was fed in micro-batches, is therefore repeated to rounding, not bit for bit.
 """
 
 from __future__ import annotations
@@ -28,10 +31,16 @@ from ssl_pretrain.train import build_method, images_at_once, wrap
 
 
 def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
-    """What to tell of step `step`, line by line.
+    """Repeat step `step` and return the lines to print about it.
+
+    Args:
+        run: The run's folder.
+        step: Number of the step, from 1, as metrics.jsonl and skipped/ count.
+        from_checkpoint: Take the checkpoint's weights as they are, without training on to the step.
 
     Raises:
-        ValueError: the run has no checkpoint before that step, or the data set now gives other images than were skipped.
+        ValueError: The run has no checkpoint before that step, has not come to it, or the data set now gives other
+            images than were skipped.
     """
     skipped = _noted(run, step)
     _check_step(run, step)
@@ -75,18 +84,18 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
 
 
 def _noted(run: Path, step: int) -> dict[str, Any]:
-    """What the run noted of a step that it skipped; empty where it did not."""
+    """Return the run's note about a step that it skipped, empty if it did not skip it."""
     note = run / "skipped" / f"step_{step:08d}.json"
     return json.loads(note.read_text()) if note.exists() else {}
 
 
 def _check_step(run: Path, step: int) -> None:
-    """Raise ValueError for a step that the run cannot have done."""
+    """Raise ValueError for a step that the run has not come to, or never will."""
     if step < 1:
         raise ValueError(f"STEP: {step} is no step; they are counted from 1")
     found = checkpoint.checkpoints(run)
     if not found:
-        return  # said by `_where_to_start`
+        return  # `_where_to_start` reports it
     manifest = checkpoint.opened(checkpoint.newest(run), verified=True)
     last = manifest["last_step"]
     if step > last:
@@ -109,7 +118,7 @@ def _steps_seen(run: Path) -> list[int]:
 
 
 def _where_to_start(run: Path, step: int, skipped: dict[str, Any]) -> tuple[Path, int]:
-    """The checkpoint whose weights led to that step, and after which step they went on."""
+    """Return the checkpoint whose weights led to that step, and the step after which training went on from them."""
     found = {int(path.name.removeprefix("step_")): path for path in checkpoint.checkpoints(run)}
     before = [saved for saved in found if saved < step]
     if not before:
@@ -124,7 +133,7 @@ def _where_to_start(run: Path, step: int, skipped: dict[str, Any]) -> tuple[Path
 
 
 class _Watch:
-    """The first module whose output is not finite, and the gradient's norm by the network's parts, before the optimizer has it."""
+    """Hooks that find the first module with a non-finite output and the gradient norm of each part of the network."""
 
     def __init__(self) -> None:
         self.broken = ""

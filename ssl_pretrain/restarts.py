@@ -1,9 +1,9 @@
 """How a run ends, and what torchrun must not start again.
 
-torchrun starts all ranks again when one of them ends with another status than 0. That is right for
-a lost rank and useless for a mistake, which would only come again, or for a run that was asked to
-stop. So the first rank that ends in one of these ways leaves a note in the folder that torchrun
-made for this start, and ranks that are started again end at once where there is one.
+torchrun starts all ranks again when one of them ends with another status than 0. That is right after
+a lost rank. It is useless after a mistake, which would only come again, or for a run that was asked
+to stop. The first rank that ends in one of these two ways leaves a note in the folder that torchrun
+made for this start. Ranks that are started again end at once if they find it.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def test_only_labelled_images_take_part():
 
 
 def test_a_k_that_does_not_fit_is_refused_before_training():
-    with pytest.raises(ValueError, match="online.k: 20 neighbours cannot be found among 8 training images"):
+    with pytest.raises(ValueError, match=r"online.k: 20 neighbours cannot be found among 8 training images"):
         monitor(num_images=10, k=20)
 
 
