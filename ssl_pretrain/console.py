@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 WIDTH = 24  # of the bar, in characters
@@ -77,6 +79,81 @@ class Console:
 
     def _in(self, colour: str, text: str) -> str:
         return f"{colour}{text}{PLAIN}" if self.colours and colour else text
+
+
+class LastingStream:
+    """Standard output or error that never raises, say because `tee` was killed or the log's disk is full.
+
+    Lines that cannot be written are dropped. A stream that nobody reads any more is replaced by
+    the null device, and the other stream says so once.
+    """
+
+    def __init__(self, stream: TextIO, name: str):
+        self._stream, self._name = stream, name
+        self._left = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._answer(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._answer(error)
+
+    def close_if_failing(self) -> None:
+        """Give up lines that cannot be written, so that Python does not fail over them at its exit."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._leave()
+
+    def _answer(self, error: OSError) -> None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN) or self._left:
+            return  # a disk may have room again
+        self._left = True
+        self._leave()
+        other = sys.stderr if self._name == "stdout" else sys.stdout
+        print(f"warning: {self._name} is closed ({error.strerror}); going on without it", file=other, flush=True)
+
+    def _leave(self) -> None:
+        with suppress(OSError, ValueError):
+            _open_null_device(self._stream.fileno())
+            self._stream.flush()
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Keep going whatever happens to standard output and error, which may also be closed from the start."""
+    previous, streams = (sys.stdout, sys.stderr), []
+    for descriptor, name, stream in ((1, "stdout", sys.stdout), (2, "stderr", sys.stderr)):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed, and the next file to be opened would get the messages
+            _open_null_device(descriptor)
+        stream = stream or os.fdopen(descriptor, "w", closefd=False)
+        streams.append(LastingStream(stream, name))
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.close_if_failing()
+        sys.stdout, sys.stderr = previous
+
+
+def _open_null_device(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
 
 
 class Warnings:

@@ -42,6 +42,7 @@ from ssl_pretrain import (
 )
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import RunConfig
+from ssl_pretrain.console import lasting_output
 from ssl_pretrain.data import loader, preflight, sources, workers
 from ssl_pretrain.distributed import LostRankError, RendezvousError
 from ssl_pretrain.guard import Guard
@@ -392,7 +393,7 @@ methods: """
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     if (repeated := status_to_repeat()) is not None:
         return repeated
-    with stop_signals.signals_noted():
+    with stop_signals.signals_noted(), lasting_output():
         return _run(options)
 
 

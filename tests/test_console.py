@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -84,3 +86,35 @@ def _warn_on_ranks():
 def test_each_warning_is_shown_once_and_names_other_ranks():
     found = run_ranks(_warn_on_ranks, world_size=3)
     assert found == [(0, ["everywhere", "here alone on rank 2"]), (1, []), (2, [])]
+
+
+@pytest.mark.parametrize(
+    ("shell", "said"),
+    [
+        ("{command} 2>{err} | true", "warning: stdout is closed (Broken pipe); going on without it"),
+        pytest.param("{command} >/dev/full 2>{err}", "", marks=pytest.mark.full),
+        pytest.param("{command} 2>/dev/full", "", marks=pytest.mark.full),
+        ("{command} >&- 2>&-", ""),
+    ],
+)
+def test_output_that_nobody_takes_ends_nothing(tmp_path, shell, said):
+    """As where `tee` was killed, the log's disk is full, or a daemon has closed the streams."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from ssl_pretrain import console\n"
+        "with console.lasting_output():\n"
+        "    time.sleep(0.5)\n"
+        "    for number in range(3000):\n"
+        "        print('step', number, flush=True)\n"
+        "        print('warning', number, file=sys.stderr, flush=True)\n"
+        "    Path(sys.argv[1]).write_text('the end')\n"
+    )
+    end, err = tmp_path / "end", tmp_path / "err"
+    command = shell.format(command=f"{sys.executable} {program} {end}", err=err)
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False)
+    assert done.returncode == 0 and end.read_text() == "the end"
+    if said:
+        lines = err.read_text().splitlines()
+        assert lines.count(said) == 1 and lines[-1] == "warning 2999"
