@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +31,7 @@ FIELDS = (("image", 2), ("label", 1))  # name, FFCV's number of the type
 DATA_FIELDS_END = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 _ROWS = ("file", "place", "length", "mode", "height", "width", "label")  # of `Samples`
 MAX_PIXELS = 178_956_970  # of one image, as in `images`: more is a decompression bomb
+_MAX_CLASSES = 1_000_000
 _COUNTS = ("num_samples", "kept", "encoded", "raw", "max_side", "quality", "first", "page_size", "crc32")
 _TEXTS = ("written", "of_source", "fingerprint", "source")
 _LISTS = ("bad", "classes")
@@ -123,6 +125,8 @@ def _read_one(path: Path) -> Samples:
         status = path.stat()
     except FileNotFoundError:
         raise ValueError(f"data.root: {path} does not exist; write it: python -m ssl_pretrain.data.beton write --help") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"data.root: {path} is not a regular file; give the .beton itself, or the folder that holds train.beton")
     size = status.st_size
     header, fields, samples, allocations = _tables(path, size)
     n, table = len(samples), int(header["table"])
@@ -136,6 +140,7 @@ def _read_one(path: Path) -> Samples:
         raise ValueError(f"data.root: {path}: the allocation table does not know image {int(np.flatnonzero(bad)[0])}; the file is damaged")
     length = allocations["length"][at]
     _check_places(path, image, length, table)
+    _check_labels(path, samples["label"])
     sizes = {"height": image["height"].astype(np.int32), "width": image["width"].astype(np.int32)}
     arrays = {"place": image["place"].astype(np.int64), "length": length.astype(np.int64), "mode": image["mode"].copy(), **sizes}
     return Samples([str(path)], [stamp(status)], np.zeros(n, np.int32), label=samples["label"].copy(), manifest=manifest, **arrays)
@@ -178,6 +183,17 @@ def _check_places(path: Path, image: np.ndarray, length: np.ndarray, table: int)
         raise ValueError(
             f"data.root: {path}: the entry of image {index} says {int(image['width'][index]):,} x {int(image['height'][index]):,} pixels, "
             f"more than the {MAX_PIXELS:,} that are decoded; it is damaged"
+        )
+
+
+def _check_labels(path: Path, label: np.ndarray) -> None:
+    """Raise ValueError for a label that is no class: every class up to the largest label gets a name in memory."""
+    wrong = (label < -1) | (label >= _MAX_CLASSES)
+    if wrong.any():
+        index = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"data.root: {path}: the label of image {index} is {int(label[index])}, and labels are -1 for none or a class below "
+            f"{_MAX_CLASSES:,}; the file is damaged"
         )
 
 
@@ -249,7 +265,7 @@ def manifest_of(path: Path) -> dict[str, Any]:
         manifest = json.loads(manifest_path(path).read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:  # no JSON, or no text
+    except (OSError, ValueError, RecursionError):  # a folder, no text, no JSON, or lists in lists without end
         manifest = None
     if not _is_whole(manifest):
         raise ValueError(f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write again")

@@ -32,8 +32,8 @@ from torchvision.io import decode_jpeg
 MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS, where Pillow refuses
 MAX_BYTES = 1 << 30  # of a file: no image of so many pixels needs more
 Range = tuple[float, float]  # the values that become black and white
-# These start another program, decode pixels only on one operating system, or know a file without decoding it.
-_NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+# EPS starts another program, and IPTC hands its content to any decoder, EPS too. WMF needs Windows. The others decode nothing.
+_NOT_DECODED = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _DARK = 64  # levels of 256: below, 16-bit colour uses 14 bits or fewer and the high byte leaves little of them
 _ORIENTATION_TAG, _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _BANDS = 0x0112, 338, 262, 254, 277
 _COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # bands of each photometric interpretation of TIFF
@@ -74,10 +74,10 @@ def formats() -> tuple[str, ...]:
 
 
 @functools.cache
-def suffixes() -> tuple[str, ...]:
-    """The suffixes of those formats, in lower case and sorted."""
+def suffixes() -> frozenset[str]:
+    """The suffixes of those formats, in lower case."""
     named = Image.registered_extensions()
-    return tuple(sorted(suffix for suffix, name in named.items() if name in {*formats(), "MPO"}))
+    return frozenset(suffix for suffix, name in named.items() if name in {*formats(), "MPO"})  # MPO begins as a JPEG and is opened as one
 
 
 def decode(content: bytes, name: str, values: Range | None = None, jpeg: bool = False) -> np.ndarray:
@@ -106,9 +106,9 @@ def decode(content: bytes, name: str, values: Range | None = None, jpeg: bool = 
         with _opened(content) as image:
             _check_pixels(image.width, image.height, name)
             _check_bands(image)
-            image.info["_tile"] = _raw_mode(image)
+            is_deep = _has_16_bits(image)
             image.load()
-            pixels = _rgb(image, values)
+            pixels = _rgb(image, values, is_deep)
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)  # after load, where Pillow has turned a TIFF already
     except UnreadableImage:
         raise
@@ -212,7 +212,8 @@ def _is_wide(mode: str) -> bool:
     return mode in ("I", "F") or mode.startswith("I;16")
 
 
-def _rgb(image: Image.Image, values: Range | None) -> np.ndarray:
+def _rgb(image: Image.Image, values: Range | None, is_deep: bool) -> np.ndarray:
+    """The pixels of a loaded image, uint8 (height, width, 3). `is_deep` says that its file has 16 bits per band."""
     if _is_wide(image.mode):
         levels = _levels(np.array(image), image.mode, values)
         if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
@@ -220,16 +221,16 @@ def _rgb(image: Image.Image, values: Range | None) -> np.ndarray:
         return np.repeat(levels[..., None], 3, axis=2)
     if image.mode == "LAB":
         raise ValueError("pixels of mode LAB have no agreed conversion to RGB; convert the image to 8 or 16 bits")
-    if image.mode == "RGB" and "transparency" not in image.info:
-        pixels = np.array(image)
-        _check_high_bytes(image, pixels, values)
+    has_alpha = image.has_transparency_data
+    pixels = np.array(image.convert("RGBA" if has_alpha else "RGB"))
+    if is_deep:
+        _check_high_bytes(pixels[..., :3], values)
+    if not has_alpha:
         return pixels
-    if image.has_transparency_data:
-        pixels = np.array(image.convert("RGBA")).astype(np.uint16)
-        if not pixels[..., 3].any():
-            raise ValueError("its alpha is 0 everywhere, which leaves nothing to see; remove the alpha, or the image")
-        return ((pixels[..., :3] * pixels[..., 3:] + 127) // 255).astype(np.uint8)
-    return np.array(image.convert("RGB"))
+    if not pixels[..., 3].any():
+        raise ValueError("its alpha is 0 everywhere, which leaves nothing to see; remove the alpha, or the image")
+    wide = pixels.astype(np.uint16)
+    return ((wide[..., :3] * wide[..., 3:] + 127) // 255).astype(np.uint8)
 
 
 def _levels(stored: np.ndarray, mode: str, values: Range | None) -> np.ndarray:
@@ -254,23 +255,29 @@ def _levels(stored: np.ndarray, mode: str, values: Range | None) -> np.ndarray:
     return ((whole + 128) // 257).astype(np.uint8)
 
 
-def _raw_mode(image: Image.Image) -> str:
-    """Pillow's name of how the pixels are stored, such as RGB;16L, known only before they are loaded; "" where it has none."""
+def _has_16_bits(image: Image.Image) -> bool:
+    """Return True if a file has bands of 16 bits. Known from its tiles, which Pillow drops when it loads the pixels."""
     tiles: list[Any] = getattr(image, "tile", [])
-    arguments: Any = tiles[0][3] if tiles and len(tiles[0]) > 3 else ""
-    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
-    return first if isinstance(first, str) else ""
+    if not tiles or len(tiles[0]) < 4:
+        return False
+    codec, arguments = tiles[0][0], tiles[0][3]
+    arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+    if codec == "ppm":
+        return len(arguments) > 1 and arguments[1] > 255  # the largest value
+    if codec == "sgi_rle":
+        return arguments[-1] == 2  # bytes per value
+    return codec == "SGI16" or ";16" in str(arguments[0])  # the raw mode, such as RGB;16L
 
 
-def _check_high_bytes(image: Image.Image, pixels: np.ndarray, values: Range | None) -> None:
+def _check_high_bytes(pixels: np.ndarray, values: Range | None) -> None:
     """Raise ValueError where Pillow keeps the high byte of 16-bit color and little of what was stored is in it."""
-    tile = image.info.get("_tile", "")
-    if not tile.startswith("RGB;16"):
-        return
     if values is not None:
-        raise ValueError("data.range is for gray images: of 16-bit color Pillow keeps the high byte; convert the image to 8 bits")
-    if pixels.max() < _DARK:
         raise ValueError(
-            f"16-bit color of which {int(pixels.max()) + 1} of 256 levels would be left, as Pillow keeps the high byte; "
+            "data.range is for gray images without alpha: of 16-bit color Pillow keeps the high byte; convert the image to 8 bits"
+        )
+    brightest = int(np.percentile(pixels, 99.9, method="nearest"))  # without the few values that a sensor saturates
+    if brightest < _DARK:
+        raise ValueError(
+            f"16-bit color of which {brightest + 1} of 256 levels would be left, as Pillow keeps the high byte; "
             "convert the image to 8 bits by its own range"
         )

@@ -179,11 +179,15 @@ def _numbered_classes(folder: Tree, classes: list[str]) -> tuple[dict[str, str],
     missing = "it numbers the classes, and no list of them (meta.mat, map_clsloc.txt) lies beside it"
     for name in folder.files:
         if name == "meta.mat":
-            return _of_meta(folder.read(name), classes), missing
+            return _classes_of_meta(folder, name, classes)
     for name in folder.files:
         if not name.lower().endswith(listing.TABLES):
             continue
-        rows = [line.split() for line in folder.read(name).decode("utf-8", "replace").splitlines() if line.strip()]
+        try:
+            content = folder.read(name)
+        except OSError:
+            continue
+        rows = [line.split() for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
         if not {row[0] for row in rows} & set(classes):
             continue
         if all(len(row) > 1 and row[1].isdecimal() for row in rows):
@@ -197,12 +201,17 @@ def _numbered_classes(folder: Tree, classes: list[str]) -> tuple[dict[str, str],
     return {}, missing
 
 
-def _of_meta(content: bytes, classes: list[str]) -> dict[str, str]:
+def _classes_of_meta(folder: Tree, name: str, classes: list[str]) -> tuple[dict[str, str], str]:
+    """(class by number, why there is none) from ILSVRC2012's `meta.mat`."""
     from scipy.io import loadmat  # only for this file
 
-    synsets = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
+    try:
+        synsets = loadmat(io.BytesIO(folder.read(name)), squeeze_me=True)["synsets"]
+        by_number = {str(int(each["ILSVRC2012_ID"])): str(each["WNID"]) for each in synsets}
+    except Exception as error:  # a damaged file makes scipy raise nearly anything
+        return {}, f"{name} cannot be read: {type(error).__name__}: {error}"
     known = set(classes)
-    return {str(int(each["ILSVRC2012_ID"])): str(each["WNID"]) for each in synsets if str(each["WNID"]) in known}
+    return {number: synset for number, synset in by_number.items() if synset in known}, f"{name} lists no class of the training split"
 
 
 def _some(names: list[str]) -> str:

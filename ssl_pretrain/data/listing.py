@@ -5,7 +5,7 @@ servers leave beside the data. Everything else that is not read is counted by it
 """
 
 import contextlib
-import functools
+import errno
 import hashlib
 import heapq
 import itertools
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,11 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image
 
+from ssl_pretrain.data.images import suffixes
+
+MAX_TABLE_BYTES = 1 << 28  # of a table of labels in a zip, which is read whole
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError)  # RuntimeError: encrypted, or a method that is not read
 TABLES = (".csv", ".tsv", ".txt", ".lst")  # suffixes of lists of images and of tables of labels
 _FORMAT = 3  # of the cache files; raise it when their content changes
 _SETTLED_NS = 2_000_000_000  # a folder changed more recently may change again within the same tick of its file system's clock
@@ -35,7 +39,6 @@ _SYSTEM = frozenset(  # names in lower case
     | {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}  # Synology, QNAP
     | {"lost+found", "__pycache__"}
 )
-_NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})  # Pillow needs another program or a plugin for these
 _UNFINISHED = frozenset({".part", ".partial", ".crdownload", ".download", ".tmp", ".filepart", ".aria2", ".bak", ".swp"})
 _MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL)
 _MAGIC_BYTES = 16
@@ -89,15 +92,6 @@ class Listing:
         paths, cut = self.paths(), len(within) + 1 if within else 0
         files = pack(self.root, [paths[index][cut:] for index in indices], self.spans[indices] if len(self.spans) else self.spans)
         return replace(files, within=within or self.within, left_out=self.left_out, tables=self.tables)
-
-
-@functools.cache
-def suffixes() -> frozenset[str]:
-    """Suffixes of the formats that the installed Pillow decodes by itself, in lower case."""
-    Image.init()
-    known = Image.registered_extensions().items()
-    decoded = {"MPO", *Image.OPEN} - _NOT_DECODED  # a multi-picture file is opened as the JPEG that it begins with
-    return frozenset(suffix for suffix, name in known if name in decoded)
 
 
 def is_skipped(name: str) -> bool:
@@ -231,10 +225,15 @@ def holds_images_by_content(folder: str | Path, names: Sequence[str]) -> bool:
 
 
 def read_member(path: str | Path, name: str) -> bytes:
-    """The bytes of a zip's member, by its path with slashes."""
-    with zipfile.ZipFile(path) as archive:
-        member = next(each for each in archive.infolist() if member_name(each).removeprefix("./") == name)
-        return archive.read(member)
+    """Return the bytes of a zip's member by its path with slashes. Raises OSError, also where it is damaged or too large."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = next(each for each in archive.infolist() if member_name(each).removeprefix("./") == name)
+            if member.file_size > MAX_TABLE_BYTES:
+                raise OSError(errno.EFBIG, f"{member.file_size:,} bytes are more than a table of labels has")
+            return archive.read(member)
+    except _ZIP_ERRORS as error:
+        raise OSError(errno.EIO, str(error)) from None
 
 
 def _first_bytes(path: str) -> bytes:
@@ -275,15 +274,17 @@ def _central_directory(root: str) -> _Built:
                 try:
                     with archive.open(others[path]) as file:
                         return file.read(_MAGIC_BYTES)
-                except (RuntimeError, NotImplementedError, OSError, zipfile.BadZipFile, EOFError, ValueError):
+                except (OSError, *_ZIP_ERRORS):
                     return b""
 
             members |= {path: others[path] for path in _images_by_content(list(others), first_bytes, tally)}
-    except (zipfile.BadZipFile, OSError) as error:
+    except (OSError, *_ZIP_ERRORS) as error:
         raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
     for path, member in members.items():
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"data.root: {root} holds {path}, encrypted or of a rare compression; repack it with `zip -r -0`")
+        if max(member.header_offset, member.compress_size, member.file_size) >= 2**63:
+            raise ValueError(f"data.root: {root} holds {path} with a size that no file has; the zip is damaged")
     paths = sorted(members, key=os.fsencode)
     found = [
         Span(member.header_offset, member.compress_size, member.compress_type, member.file_size, member.CRC)

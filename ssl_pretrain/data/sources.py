@@ -283,6 +283,8 @@ def open_source(config: DataConfig, split: Literal["train", "val"], classes: lis
     stored = _stored(config, split)
     if stored is not None:
         beton = Beton(beton_file.read(stored))
+        if not len(beton):
+            raise ValueError(f"data.root: {stored} holds no image; write it again")
         return _subset(beton, config.subset) if split == "train" else beton
     opened = _Opened(config, classes)
     return _subset(opened.files("train"), config.subset) if split == "train" else opened.files("val")
@@ -400,7 +402,7 @@ def _values(config: DataConfig) -> Range | None:
 def check_range(source: Source) -> None:
     """Raise ValueError if the 16-bit images of a source would become a few dark levels, because `data.range` is not set.
 
-    Some images are measured, and only where the first of them is wider than 8 bits.
+    Some images are looked at, evenly spaced in the source. Those of 8 bits and floats are passed over.
     """
     if not isinstance(source, Files) or source.values is not None:
         return
@@ -411,9 +413,8 @@ def check_range(source: Source) -> None:
             stored = inspect(files.content(index), files.name(index))
         except UnreadableImage:
             continue
-        if stored.low is None or stored.high is None or stored.mode == "F":
-            return
-        used.append((stored.low, stored.high))
+        if stored.low is not None and stored.high is not None and stored.mode != "F":
+            used.append((stored.low, stored.high))
     if not used:
         return
     low, high = min(low for low, _ in used), max(high for _, high in used)

@@ -9,6 +9,7 @@ import io
 import os
 import runpy
 import shutil
+import struct
 import sys
 import zipfile
 from collections.abc import Callable
@@ -204,6 +205,43 @@ def test_archives_of_other_systems(system, tmp_path, inspect):
     )
     if system == "outside":
         assert "left out in ROOT: 2 members outside the archive (first: ../train/c/5.png), 2 members with absolute paths (first: /train" in seen.text
+
+
+def changed(path: Path, fields: dict[int, bytes]) -> Path:
+    """The zip with other bytes in the last entry of its directory, by their place in the entry."""
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    for place, value in fields.items():
+        content[entry + place : entry + place + len(value)] = value
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
+    members = ["train/a/1.png", "train/b/2.png", "val/3.png"]
+    refused = inspect(changed(archive(tmp_path, members), {6: b"\xff"}))
+    assert refused == Seen(2, "data.root: ROOT cannot be read as a zip: zip file version 25.5\n")
+    huge = struct.pack("<HHQQQ", 1, 24, 2**64 - 1, 2**64 - 1, 2**64 - 8)  # the place of an extra field is the name's
+    path = archive(tmp_path, [*members, "val/4.png" + "/" * len(huge)])
+    fields = {20: b"\xff" * 8, 28: struct.pack("<HH", 9, len(huge)), 42: b"\xff" * 4, 46 + 9: huge}
+    assert inspect(changed(path, fields)) == Seen(2, "data.root: ROOT holds val/4.png with a size that no file has; the zip is damaged\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({8: b"\1"}, "is encrypted, password required"),
+        ({16: b"\0\0\0\0"}, "Bad CRC-32"),
+        ({24: struct.pack("<I", 1 << 30)}, "1,073,741,824 bytes are more than a table of labels has"),
+    ],
+)
+def test_a_damaged_table_in_an_archive_gives_no_labels(fields, why, tmp_path, inspect):
+    path = archive(tmp_path, ["train/a/1.png", "train/b/2.png", "val/3.png"])
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("val/val_annotations.txt", "3.png\ta\n")
+    seen = inspect(changed(path, fields))
+    assert "; validation ROOT/val: 1 image, no labels\n" in seen.text
+    assert "data: ROOT/val/val_annotations.txt gives no labels: " in seen.text and why in seen.text
 
 
 def test_what_is_not_read_is_counted_and_named(tmp_path, inspect):

@@ -350,7 +350,7 @@ class TestDamage:
                 f"data.root: {path} is damaged; copy it again, or run the same write again"
             )
 
-    @pytest.mark.parametrize("text", ["[]", "null", "5", '"text"', "{}", "\xff"])
+    @pytest.mark.parametrize("text", ["[]", "null", "5", '"text"', "{}", "\xff", pytest.param("[" * 200_000, id="deep")])
     def test_a_manifest_of_another_kind_is_damaged(self, text, stored, capsys):
         path = beton_file.manifest_path(Path(stored.where))
         path.write_text(text, encoding="latin-1")
@@ -382,6 +382,34 @@ class TestDamage:
         np.frombuffer(content, beton_file.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(length)
         path.write_bytes(content)
         assert refused(beton_file.read, path).endswith("the entry of image 3 points outside the file; it is damaged")
+
+    @pytest.mark.parametrize("label", [-2, 1_000_000, 2**40, -(2**63)])
+    def test_a_label_that_is_no_class_is_refused(self, label, stored):
+        """A file of FFCV's own writer has no class names. One is made for each class, and none of these may fill the memory."""
+        path = Path(stored.where)
+        beton_file.manifest_path(path).unlink()
+        content = bytearray(path.read_bytes())
+        np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)["label"][3] = label
+        path.write_bytes(content)
+        assert refused(beton_file.read, path) == (
+            f"data.root: {path}: the label of image 3 is {label}, and labels are -1 for none or a class below 1,000,000; the file is damaged"
+        )
+
+    def test_a_file_without_images_is_refused(self, stored):
+        path = Path(stored.where)
+        beton_file.manifest_path(path).unlink()
+        content = bytearray(path.read_bytes())
+        np.frombuffer(content, beton_file.HEADER, 1)["num_samples"][0] = 0
+        path.write_bytes(content)
+        assert refused(opened, path) == f"data.root: {path} holds no image; write it again"
+
+    def test_a_folder_in_the_place_of_a_file_is_refused(self, stored):
+        path = Path(stored.where)
+        path.unlink()
+        path.mkdir()
+        assert refused(beton_file.read, path) == (
+            f"data.root: {path} is not a regular file; give the .beton itself, or the folder that holds train.beton"
+        )
 
     def test_an_entry_of_too_many_pixels_is_refused(self, stored):
         path = Path(stored.where)

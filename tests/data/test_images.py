@@ -179,13 +179,14 @@ def test_inspect_measures_values_without_the_thousandth_at_either_end():
 
 
 def png_of_16_bits(values: np.ndarray) -> bytes:
-    """A color PNG by hand, as Pillow writes none."""
+    """A PNG of gray with alpha, RGB or RGBA by hand, as Pillow writes none of 16 bits."""
+    color_type = {2: 4, 3: 2, 4: 6}[values.shape[2]]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
     def block(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    start = block(b"IHDR", struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0))
+    start = block(b"IHDR", struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color_type, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + start + block(b"IDAT", zlib.compress(rows)) + block(b"IEND", b"")
 
 
@@ -200,9 +201,19 @@ class TestTakenForSomethingElse:
         content = png_of_16_bits(RANDOM.integers(0, 4096, (4, 6, 3)).astype(np.uint16))
         assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(content)
 
+    def test_dark_16_bits_with_a_saturated_pixel_with_alpha_and_in_a_ppm(self):
+        dark = RANDOM.integers(0, 3900, (40, 30, 3)).astype(np.uint16)
+        saturated, opaque = dark.copy(), np.full((40, 30), 65535, np.uint16)
+        saturated[0, 0, 0] = 65535
+        ppm = b"P6 30 40 65535\n" + dark.astype(">u2").tobytes()
+        for content in (png_of_16_bits(saturated), png_of_16_bits(np.dstack([dark, opaque])), ppm):
+            assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(content)
+        gray = png_of_16_bits(np.dstack([dark[..., 0], opaque]))
+        assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(gray)
+
     def test_a_range_for_16_bit_color(self):
         content = png_of_16_bits(RANDOM.integers(0, 65536, (4, 6, 3)).astype(np.uint16))
-        assert "a: data.range is for gray images" in refused(content, values=(0.0, 4095.0))
+        assert "a: data.range is for gray images without alpha" in refused(content, values=(0.0, 4095.0))
 
     def test_a_fourth_band_of_a_tiff(self):
         content = encoded(Image.fromarray(np.dstack([COLOUR, GREY]), "RGBX"), "TIFF")
@@ -251,6 +262,12 @@ class TestTrust:
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
         assert refused(eps, "a.jpg") == "a.jpg: no known image format"
         assert "EPS" not in images.formats() and ".eps" not in images.suffixes()
+        fields = {60: b"\1\0", 20: b"\0\12", 30: b"\0\12", 120: b"\0\5", 65: b"\1"}  # IPTC gives its content to any decoder
+        iptc = b"".join(bytes([28, 3, number, 0, len(value)]) + value for number, value in fields.items())
+        iptc += bytes([28, 8, 10, 0, len(eps)]) + eps
+        with Image.open(io.BytesIO(iptc)) as image:
+            assert image.format == "IPTC"
+        assert refused(iptc, "a.jpg") == "a.jpg: no known image format"
 
     def test_what_begins_as_a_jpeg_goes_to_no_other_decoder(self):
         png = encoded(Image.fromarray(COLOUR), "PNG")
