@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "ssl_pretrain/schedules.py": "",
     "ssl_pretrain/schema.py": "",
     "ssl_pretrain/data/images.py": "",
-    "ssl_pretrain/data/listing.py": "",
+    "ssl_pretrain/data/listing.py": "data/images",
     "ssl_pretrain/data/cifar10.py": "",
     "ssl_pretrain/data/file_lists.py": "data/listing",
     "ssl_pretrain/data/splits.py": "data/file_lists data/listing",
