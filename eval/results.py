@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain import disk, distributed
+from ssl_pretrain.data.workers import LostWorkerError
+from ssl_pretrain.restarts import DISK_REFUSED, LOST, MISTAKE
 
 SKIPPED = 77  # exit status of an evaluation that had nothing to measure with and was told to pass over that
 BETTER = "random (better of two)"
@@ -143,9 +145,12 @@ def command(main: Callable[[list[str]], None], name: str) -> None:
     except Unlabelled as error:
         skipping = "--skip-unlabelled" in sys.argv[1:]
         print(f"{name}: {'skipped: ' if skipping else ''}{error}", file=sys.stdout if skipping else sys.stderr)
-        sys.exit(SKIPPED if skipping else 2)
+        sys.exit(SKIPPED if skipping else MISTAKE)
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(74 if disk.is_trouble(error) else 2)
+        sys.exit(DISK_REFUSED if disk.is_trouble(error) else MISTAKE)
+    except LostWorkerError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(LOST)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,7 @@ from ssl_pretrain.views import colour, crops, recipe
 STATUS: dict[type[Exception], int] = {
     RendezvousError: LOST,
     LostRankError: LOST,
+    workers.LostWorkerError: LOST,
     checkpoint.SaveError: DISK_REFUSED,
 }
 
@@ -101,12 +103,39 @@ def train(
 
     The run is in `config.output`: config.yaml, metrics.jsonl, views.png and checkpoints, from which
     it goes on. A run that has finished is left as it is.
+
+    Raises:
+        ValueError: The run cannot begin or go on as configured, or another thread trains already.
+        SaveError: The disk refused a checkpoint or a record.
+        LostRankError: Another rank ended.
+        LostWorkerError: A process that reads images was killed.
     """
     run = Path(config.output)
     workers.refuse_in_worker()
-    with distributed.naming_lost_ranks():
+    with _alone_in_process(), distributed.naming_lost_ranks():
         agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
         return _train_unless_finished(config, device, run, stop_after, fake_preempt)
+
+
+_training = threading.Lock()
+
+
+@contextmanager
+def _alone_in_process() -> Iterator[None]:
+    """Refuse a second training at the same time, which would take random numbers from the same generator.
+
+    Raises:
+        ValueError: Another thread of this process trains.
+    """
+    if not _training.acquire(blocking=False):
+        raise ValueError(
+            "another thread of this process is training, and two at a time would change each other's weights; "
+            "train one after the other, or start each in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 def _train_unless_finished(
@@ -416,7 +445,7 @@ def _run(options: argparse.Namespace) -> int:
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
         if train(config, device, options.stop_after, options.fake_preempt).interrupted:
             return _leave_together(stopped_status())
-    except (ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError, LostRankError, RendezvousError) as error:
+    except (ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError, *STATUS) as error:
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise
         print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)

@@ -264,11 +264,21 @@ class Processes:
         )
 
     def take(self, jobs: Iterable[Job]) -> Iterator[Chunk]:
-        """The chunks, from the first job on; the workers begin at once. Raises RuntimeError where a worker was killed."""
+        """Return the chunks, from the first job on. The workers begin at once.
+
+        Raises:
+            LostWorkerError: When a chunk is asked for and a worker was killed.
+            ValueError: This process may not start workers.
+        """
         self._jobs.jobs = jobs
         if self._num_workers == 0:
             return iter(self._loader)
         refuse_in_worker()
+        if multiprocessing.current_process().daemon:
+            raise ValueError(
+                f"data.num_workers: {self._num_workers} in a daemonic process, as those of multiprocessing.Pool are, which may "
+                "start no other; set data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor"
+            )
         needs_main = b"__main__" in bytes(ForkingPickler.dumps(self._chunks))
         _start_forkserver(needs_main)
         with nullcontext() if needs_main else _without_main():
@@ -331,6 +341,19 @@ def _without_main() -> Iterator[None]:
             main.__file__ = file
 
 
+class LostWorkerError(RuntimeError):
+    """A process that reads images was killed."""
+
+
+def _lost_worker(number: int = 0) -> LostWorkerError:
+    """The error for a worker that ended with the exit status `number`, where it is known."""
+    name = f" by {signal.Signals(-number).name}" if -number in set(signal.Signals) else ""
+    return LostWorkerError(
+        f"data.num_workers: a process that reads images was killed{name}, as it happens where memory runs out; give the job more "
+        "memory or set data.num_workers lower, then start the command again"
+    )
+
+
 def _taken(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     try:
         yield from chunks
@@ -338,14 +361,16 @@ def _taken(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         first = next((line for line in reversed(str(error).splitlines()) if "shared memory" in line), str(error))
         raise ValueError(f"a worker's images do not fit {SHARED_MEMORY}: {first.partition(': ')[2] or first}; {_ROOM}") from None
     except RuntimeError as error:
-        statuses = [worker.exitcode for worker in chunks._workers]  # type: ignore[attr-defined]
+        statuses = [worker.exitcode or 0 for worker in chunks._workers]  # type: ignore[attr-defined]
         if _NO_GUARD in statuses:
             raise _no_guard() from None
         if "shared memory" in str(error) or -signal.SIGBUS in statuses:
             raise ValueError(f"a worker's images do not fit {SHARED_MEMORY}: {str(error).splitlines()[0]}; {_ROOM}") from None
+        if (killed := min(statuses)) < 0:
+            raise _lost_worker(killed) from None
         raise
-    except (EOFError, ConnectionError) as error:  # torch's own message covers the workers that die between two sendings
-        raise RuntimeError("a worker was killed while it sent images; if that was for memory, set data.num_workers lower") from error
+    except (EOFError, ConnectionError):  # it was killed while it sent images
+        raise _lost_worker() from None
 
 
 def _start_forkserver(needs_main: bool) -> None:

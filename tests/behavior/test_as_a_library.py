@@ -39,22 +39,54 @@ def test_a_thread_and_an_event_loop_train(script):
     text = """
 import asyncio, signal, threading
 
+def go_alone(name):
+    try:
+        go(name, 2)
+    except ValueError as error:
+        print("second thread:", error, flush=True)
+
 async def main():
     go("coroutine", 0)
     await asyncio.to_thread(go, "executor", 2)
 
 if __name__ == "__main__":
     handler = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=go, args=("thread", 2))
-    thread.start()
-    thread.join()
+    threads = [threading.Thread(target=go_alone, args=(name,)) for name in ("thread", "thread")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     asyncio.run(main())
     assert signal.getsignal(signal.SIGTERM) is handler
 """
     done = commands.run(script(text))
     assert done.status == 0, done.text
+    assert "second thread: another thread of this process is training, and two at a time" in done.stdout
     for name in ("thread", "coroutine", "executor"):
         assert f"{name} steps 2" in done.stdout
+
+
+@pytest.mark.full
+def test_a_process_that_may_start_no_workers_is_told_of_the_ways_out(script):
+    text = """
+import multiprocessing
+
+def work(workers):
+    try:
+        go(f"pool{workers}", workers)
+    except ValueError as error:
+        print(error, flush=True)
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.map(work, [2, 0])
+"""
+    done = commands.run(script(text))
+    assert done.status == 0 and "pool0 steps 2" in done.stdout, done.text
+    assert (
+        "data.num_workers: 2 in a daemonic process, as those of multiprocessing.Pool are, which may start no other; "
+        "set data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor\n"
+    ) in done.stdout
 
 
 @pytest.mark.full

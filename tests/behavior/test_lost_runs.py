@@ -89,6 +89,28 @@ def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
 
 
 @pytest.mark.full
+def test_a_killed_worker_is_named_and_worth_another_start(tmp_path):
+    """As the kernel does where memory runs out."""
+    root = commands.class_folders(tmp_path / "images", "train")
+    config = commands.write_config(tmp_path, root)
+    process = commands.start(*TRAIN, config, "epochs=100000", "data.num_workers=2")
+    end = time.monotonic() + 200
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.2)
+    server = [child for child in children(process.pid) if children(child)]
+    os.kill(children(server[0])[0], signal.SIGKILL)
+    done = commands.finish(process, 60)
+    assert done.status == 69 and "Traceback" not in done.text, done.text
+    assert "error: data.num_workers: a process that reads images was killed" in done.stderr
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
+@pytest.mark.full
 def test_a_suspended_run_that_lost_its_folder_ends_when_it_wakes(tmp_path):
     root = commands.class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)

@@ -343,9 +343,14 @@ class TestFailures:
             steps = batches.starting_at(0)
             next(steps)
             os.kill(min(children()), signal.SIGKILL)
-            with pytest.raises(RuntimeError, match="worker"):
+            with pytest.raises(workers.LostWorkerError) as caught:
                 for _ in range(100):
                     next(steps)
+        assert re.fullmatch(
+            r"data\.num_workers: a process that reads images was killed( by SIGKILL)?, as it happens where memory runs out; "
+            "give the job more memory or set data.num_workers lower, then start the command again",
+            str(caught.value),
+        )
 
     def test_workers_outlive_the_signals_that_stop_a_run(self):
         """In a process of its own, as a run is: this one may have forked ranks from a server that obeys signals."""
@@ -370,9 +375,8 @@ class TestFailures:
 
         chunks = workers._taken(sending())
         assert next(chunks) == "a chunk"
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(workers.LostWorkerError, match=r"^data.num_workers: a process that reads images was killed, as it"):
             next(chunks)
-        assert str(caught.value) == "a worker was killed while it sent images; if that was for memory, set data.num_workers lower"
 
 
 class TestProcesses:
