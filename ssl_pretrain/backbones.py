@@ -9,13 +9,13 @@ from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import Any, Literal
 
-import timm
 import torch
 import yaml
 from torch import Tensor, nn
 
 from ssl_pretrain import published
 from ssl_pretrain.schema import below
+from ssl_pretrain.timm_alone import timm
 
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
 

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ssl_pretrain import batch_norm
+from ssl_pretrain.timm_alone import timm
 
 # What `selective` keeps: the outputs that cost matrix products; norms, activations and additions are computed again.
 _KEPT = {
@@ -90,5 +90,5 @@ def compile_each(blocks: list[nn.Module], drops: bool, cuda_graphs: bool) -> Non
 def drops(module: nn.Module) -> bool:
     """Whether a layer of `module` drops anything: dropout or drop-path with a rate above 0."""
     dropouts = [child.p for child in module.modules() if isinstance(child, _DropoutNd)]
-    paths = [child.drop_prob or 0.0 for child in module.modules() if isinstance(child, DropPath)]
+    paths = [child.drop_prob or 0.0 for child in module.modules() if isinstance(child, timm.layers.DropPath)]
     return max([0.0, *dropouts, *paths]) > 0

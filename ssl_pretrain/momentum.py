@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain import distributed, schedules
+from ssl_pretrain.timm_alone import timm
 
 
 def to_one(progress: float, start: float) -> float:
@@ -29,7 +29,7 @@ class Teacher(nn.Module):
         for name, part in parts.items():
             self.add_module(name, copy.deepcopy(part).requires_grad_(False))
         for module in self.modules():
-            if isinstance(module, DropPath):
+            if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0
             elif isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -241,3 +243,18 @@ def test_a_server_that_does_not_serve_costs_five_seconds_at_most_and_no_record(t
     rows = [row for file in tmp_path.glob(f"wandb/offline-run-*-{facts['wandb_id']}/*.wandb") for row in wandb_file.history(file)]
     assert [row["step"] for row in rows] == list(range(1, 21)), said
     assert "kept offline" in said
+
+
+ALONE = """
+import sys
+import ssl_pretrain.train
+assert "wandb" not in sys.modules, "it takes a third of the start of every command"
+import timm
+timm.utils.summary.wandb.Settings
+assert "wandb" in sys.modules
+"""
+
+
+def test_a_run_starts_without_wandb_and_timm_finds_it_when_asked():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
