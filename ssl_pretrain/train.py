@@ -445,7 +445,10 @@ def _run(options: argparse.Namespace) -> int:
         device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
         if train(config, device, options.stop_after, options.fake_preempt).interrupted:
             return _leave_together(stopped_status())
-    except (ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError, *STATUS) as error:
+    except (
+        ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError,
+        LostRankError, RendezvousError, workers.LostWorkerError,
+    ) as error:  # fmt: skip
         if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
             raise
         print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
