@@ -18,7 +18,7 @@ from case_table import pytest_addoption, pytest_collection_modifyitems, pytest_r
 os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(1)  # as the CPU presets: the same bits here as in the runs that tests start, and no slower on small tensors
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "ssl_pretrain.train", "pytest"])  # imported once: under a second a test instead of 20
+_context.set_forkserver_preload(["torch", "torch._dynamo", "ssl_pretrain.train", "pytest", "warm"])  # imported once: under a second a test instead of 20
 
 
 @pytest.fixture
