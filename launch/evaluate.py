@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 from eval import results
 from launch import dashboard, held_checkpoints, local, slurm
-from launch.pretrain import EVALUATIONS
+from launch.pretrain import EVALUATIONS, check_evaluations
 from ssl_pretrain import checkpoint, lock
 from ssl_pretrain import config as configuration
 from ssl_pretrain.console import lasting_output
@@ -107,6 +107,8 @@ class Jobs:
     def __init__(self, run: Path, options: argparse.Namespace):
         self.run, self.options = run, options
         self.config = configuration.load(run / "config.yaml", [f"output={run}"])  # it may have moved
+        if not options.jobs:
+            check_evaluations(self.config)
         names = options.jobs or self.config.evaluation.at_end
         self.names, self.report = [name for name in names if name != "report"], "report" in names
         cluster = options.cluster or self.config.launch.cluster

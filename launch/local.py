@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,11 +18,12 @@ from typing import Any
 
 import torch
 
-from ssl_pretrain.config import RunConfig
+from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.restarts import STOPPED
 from ssl_pretrain.stop_signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
+HOST = re.compile(r"(?!-)[A-Za-z0-9._:-]+")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -45,6 +47,32 @@ def train_command(
     ]  # fmt: skip
 
 
+def host_names(config: RunConfig) -> list[str]:
+    """Return the hosts that `launch.hosts` names, none where it is empty.
+
+    Raises:
+        ConfigError: A name that no host has, or one host twice.
+    """
+    if not config.launch.hosts:
+        return []
+    hosts = [host.strip(" ") for host in config.launch.hosts.split(",")]
+    wrong = next((host for host in hosts if not HOST.fullmatch(host) or hosts.count(host) > 1), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"launch.hosts: {wrong!r} of {config.launch.hosts!r} is not the name or address of one more host; give such as a,b,10.0.0.3"
+        )
+    return hosts
+
+
+def check_one_machine(config: RunConfig) -> None:
+    """Raise ConfigError for `launch.hosts` where several runs follow each other on this machine."""
+    if config.launch.hosts:
+        raise ConfigError(
+            f"launch.hosts: {config.launch.hosts!r}, and these runs follow each other on this machine; "
+            "leave it out, or start each run with launch/pretrain.py"
+        )
+
+
 def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     """(host, torchrun line to run there), the first host being where all meet. GPUs are counted on this machine.
 
@@ -52,7 +80,7 @@ def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> lis
     again, and all ranks go on from the newest checkpoint. The static one (--master-addr) cannot be joined again. Without the
     variable, the agents (torch 2.13) would hand the ranks one store in all rounds, with the addresses of ranks that are dead.
     """
-    hosts = [host.strip() for host in config.launch.hosts.split(",") if host.strip()]
+    hosts = host_names(config)
     overrides = [override for override in overrides if not override.startswith("launch.hosts=")]
     lines = []
     for number, host in enumerate(hosts):

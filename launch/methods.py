@@ -83,6 +83,8 @@ def _due(options: argparse.Namespace) -> list[tuple[RunConfig, list[str]]]:
             if not (run / "eval/knn.json").exists():
                 every = [*overrides_of(name), *options.overrides, f"seed={seed}", f"output={run}"]
                 config = configuration.load(str(ROOT / CONFIG), every)
+                pretrain.check_evaluations(config)
+                local.check_one_machine(config)
                 slurm.check_here(config, every)
                 due.append((config, every))
     return due

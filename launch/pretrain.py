@@ -52,14 +52,12 @@ def _main(arguments: Sequence[str] | None) -> int:
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     try:
         config = configuration.load(options.config, options.overrides)
-        unknown = [name for name in config.evaluation.at_end if name not in EVALUATIONS]
-        if unknown:
-            raise ConfigError(f"evaluation.at_end: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}")
+        check_evaluations(config)
         submitting = config.launch.cluster == "slurm" or (config.launch.cluster == "auto" and slurm.here() and not config.launch.hosts)
         if not submitting:
             slurm.check_here(config, options.overrides)
-        hosts = max(1, len([host for host in config.launch.hosts.split(",") if host.strip()]))
-        ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * hosts
+        hosts = local.host_names(config)
+        ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * max(1, len(hosts))
         if options.plan:
             print(plan.describe(config, plan.ranks(config, ranks)))
             if submitting:
@@ -68,7 +66,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         configuration.check(config, ranks)
         if submitting:
             return _submit(config, options.config, options.overrides)
-        if config.launch.hosts:
+        if hosts:
             for host, line in local.host_commands(config, options.config, options.overrides):
                 print(f"# on {host}\n{line}")
             return 0
@@ -76,6 +74,13 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return pretrain_and_evaluate(config, options.config, options.overrides)[0]
+
+
+def check_evaluations(config: RunConfig) -> None:
+    """Raise ConfigError for a name in `evaluation.at_end` that is no evaluation."""
+    unknown = [name for name in config.evaluation.at_end if name not in EVALUATIONS]
+    if unknown:
+        raise ConfigError(f"evaluation.at_end: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}")
 
 
 def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import results
-from launch import methods, pretrain, slurm
+from launch import local, methods, pretrain, slurm
 from ssl_pretrain import config as configuration
 from ssl_pretrain import schema
 from ssl_pretrain.config import ConfigError, RunConfig
@@ -219,6 +219,7 @@ def check_local(config: RunConfig, overrides: Sequence[str]) -> None:
     """Raise ConfigError for keys of a cluster: the runs of a study follow each other on this machine."""
     if config.launch.cluster == "slurm":
         raise ConfigError("launch.cluster: slurm: these runs follow each other on this machine; leave it out")
+    local.check_one_machine(config)
     slurm.check_here(config, overrides)
 
 

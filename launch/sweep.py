@@ -58,6 +58,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         ]
         submitting = _submitting(runs[0][0])
         for run, overrides in runs:
+            pretrain.check_evaluations(run)
+            local.check_one_machine(run)
             if not submitting:
                 slurm.check_here(run, overrides)
             configuration.check(run, slurm.ranks(run) if submitting else local.ranks_here(run))

@@ -178,6 +178,10 @@ def test_mistakes_are_one_line(run, capsys):
     )
     assert evaluate.main([str(run), "--jobs", "knnn"]) == 2
     assert capsys.readouterr().err.startswith("error: --jobs: 'knnn' is not an evaluation; choose among: knn, linear, ")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("- knn\n", "- nearest\n"))
+    assert evaluate.main([str(run), *LOCAL]) == 2
+    assert capsys.readouterr().err.startswith("error: evaluation.at_end: 'nearest' is not an evaluation; choose among: knn, linear, ")
 
 
 def test_a_damaged_checkpoint_fails_and_the_others_go_on(run, capsys):

@@ -43,6 +43,26 @@ def test_hosts_print_the_exact_lines(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["# on a", f"{meet.format(1, 'a')} {train}", "# on b", f"{meet.format(0, 'b')} {train}"]
 
 
+@pytest.mark.parametrize("hosts", ["a\ntouch taken", "a,b,a", ",", "a,-b", "$(id)"])
+def test_hosts_that_would_be_commands_or_no_host_are_refused(tmp_path, capsys, hosts):
+    """The lines are pasted into a shell."""
+    assert pretrain.main([str(tiny.config(tmp_path)), f"launch.hosts={hosts}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: launch.hosts: ")
+    assert err.endswith(f" of {hosts!r} is not the name or address of one more host; give such as a,b,10.0.0.3\n")
+
+
+def test_a_sweep_refuses_hosts_and_evaluations_before_its_first_run(tmp_path, capsys):
+    path = tiny.config(tmp_path)
+    assert sweep.main([str(path), "seed=0,1", "launch.hosts=a"]) == 2
+    assert capsys.readouterr().err == (
+        "error: launch.hosts: 'a', and these runs follow each other on this machine; "
+        "leave it out, or start each run with launch/pretrain.py\n"
+    )
+    assert sweep.main([str(path), "seed=0,1", "evaluation.at_end=[knn,nearest]"]) == 2
+    assert capsys.readouterr().err.startswith("error: evaluation.at_end: 'nearest' is not an evaluation; choose among: knn, ")
+
+
 def test_a_plan_trains_nothing(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert pretrain.main([str(path), "--plan", "launch.ranks=2"]) == 0
