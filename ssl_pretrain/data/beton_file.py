@@ -101,13 +101,15 @@ def read(path: Path) -> Samples:
     """What is in a file, or in all shards of a set.
 
     Raises:
-        ValueError: absent, not a .beton, never finished, cut short, or shards of different sources.
+        ValueError: absent, not a .beton, never finished, cut short, without images, or shards of different sources.
     """
     parts = [_read_one(found) for found in shards(path)]
     identities = {part.manifest.get("of_source") for part in parts}
     if len(identities) > 1:
         raise ValueError(f"data.root: {path} and its other shards come from different sources or settings; write all of them anew")
     counts = [len(part) for part in parts]
+    if not any(counts):
+        raise ValueError(f"data.root: {path} holds no image; write it again")
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ROWS[1:]}
     manifest = dict(parts[0].manifest)
     if len(parts) > 1:

@@ -103,9 +103,11 @@ def open_list(path: Path, split: str, cache: Path, key: str = "data.root", root:
     text, form, base, change = _best_form(texts, bases)
     names: dict[str, str | None] = {}
     if form.share <= 0:
-        names = _names(listing.of_folder(folder, cache).paths())
-        base, change = folder, _same
-        form = _form(text, lambda cell: names.get(_same(cell)) is not None)
+        for base in (folder, *([root] if root else [])):
+            names = _names(listing.of_folder(base, cache).paths())
+            form, change = _form(text, partial(_is_named, names)), _same
+            if form.share > 0:
+                break
     if form.share <= 0:
         first = _first_path(head)
         raise ValueError(f"{key}: {path} begins with {first!r}, which is not in {folder}; paths are relative to the list's folder")
@@ -115,10 +117,12 @@ def open_list(path: Path, split: str, cache: Path, key: str = "data.root", root:
     paths = [change(row[table.column]) for row in rows]
     notes = list(split_notes)
     if names:
-        paths = [names.get(name) or name for name in paths]
-        notes.append(f"{path} names its images without their folders or suffixes; they were found below {folder}")
+        paths = [_look_up(names, name) or name for name in paths]
+        notes.append(f"{path} names its images without their folders or suffixes; they were found below {base}")
     elif base != folder or change(r"a\b/c") != _same(r"a\b/c"):
         notes.append(f"the paths in {path} were found below {base}, as in {paths[0] if paths else ''}")
+    if num_repeated := len(paths) - len(set(paths)):
+        notes.append(f"{num_repeated:,} of {len(paths):,} rows of {path} name an image that an earlier row names, and it is read as often")
     labels, label_note = _labels(table, rows)
     return FileList(listing.pack(str(base), paths), labels, (*notes, *label_note), bool(split_notes))
 
@@ -138,7 +142,7 @@ def label_table(content: bytes, names: Iterable[str]) -> dict[str, str]:
         texts = _texts(content, "")
     except ValueError:
         return {}
-    form = _form(texts[0], lambda cell: _look_up(known, cell) is not None)
+    form = _form(texts[0], partial(_is_named, known))
     if form.share <= 0:
         return {}
     table = _Table(list(_rows(texts[0], form.delimiter)), form.column, form.has_header)
@@ -153,14 +157,18 @@ def _look_up(known: dict[str, str | None], cell: str) -> str | None:
     return known.get(name) or known.get(os.path.basename(name))
 
 
+def _is_named(known: dict[str, str | None], cell: str) -> bool:
+    return _look_up(known, cell) is not None
+
+
 def _names(paths: Iterable[str]) -> dict[str, str | None]:
-    """Path by file name and by file name without suffix; None where two images share it."""
+    """Path by file name, alone or behind its folder, with its suffix and without; None where two images share it."""
     paths = list(paths)
     names: dict[str, str | None] = {}
-    for shorten in (lambda name: name, lambda name: os.path.splitext(name)[0]):
+    for num_parts, has_suffix in itertools.product((1, 2), (True, False)):
         found: dict[str, str | None] = {}
         for path in paths:
-            name = shorten(os.path.basename(path))
+            name = "/".join((path if has_suffix else os.path.splitext(path)[0]).split("/")[-num_parts:])
             found[name] = None if name in found else path
         names = found | names
     return names
@@ -183,7 +191,7 @@ def _texts(content: bytes, what: str) -> list[str]:
 
 def _rows(text: str, delimiter: str, limit: int | None = None) -> Iterable[list[str]]:
     """The non-empty rows; delimiter " " splits at the last white space of a line, "" not at all."""
-    text = re.sub(r"\Asep=.\r?\n", "", text)  # the first line of some spreadsheets' files
+    text = re.sub(r"\A(sep=.\r?\n)?(#[ \t].*\r?\n)*", "", text)  # how some spreadsheets begin, and comments
     if delimiter in ("", " "):
         lines = (line.strip() for line in io.StringIO(text))
         rows: Iterable[list[str]] = (line.rsplit(None, 1) if delimiter else [line] for line in lines)

@@ -12,7 +12,7 @@ import numpy as np
 from ssl_pretrain.data import progress
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.images import inspect as inspect_file
-from ssl_pretrain.data.sources import DataConfig, Files, Source, layout_lines, open_source
+from ssl_pretrain.data.sources import DataConfig, Files, Source, layout_lines, open_source, printable
 from ssl_pretrain.schema import FROM_ZERO, THREADS
 
 _SAMPLE = 10_000
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = DataConfig(source=given.source, root=given.root, train=given.train, val=given.val, range=list(given.range))
     try:
         source = open_source(config, "train")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(*layout_lines(config, source), sep="\n")
@@ -216,7 +216,7 @@ def _classes(source: Source, all_classes: bool) -> list[str]:
         return []
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     ordered = sorted(range(len(counts)), key=lambda label: (counts[label], label))
-    lines = [f"  {counts[label]:>9,}  {source.classes[label]}" for label in (range(len(counts)) if all_classes else ordered)]
+    lines = [f"  {counts[label]:>9,}  {printable(source.classes[label])}" for label in (range(len(counts)) if all_classes else ordered)]
     if len(lines) > _SHOWN and not all_classes:
         lines = [*lines[: _SHOWN // 2], f"        ...  {len(lines) - _SHOWN:,} classes (--all-classes lists them)", *lines[-_SHOWN // 2 :]]
     return [f"images per class: min {counts.min():,}, median {int(np.median(counts)):,}, max {counts.max():,}", *lines]
@@ -236,7 +236,7 @@ def _report(findings: Findings, n: int) -> list[str]:
     if findings.frames:
         lines.append(f"  frames  {findings.frames:,} images have several frames, of which the first is read")
     lines.append(f"  bad     {len(findings.bad):,}")
-    return lines + [f"    {message}" for message in findings.bad]
+    return lines + [f"    {printable(message)}" for message in findings.bad]
 
 
 if __name__ == "__main__":

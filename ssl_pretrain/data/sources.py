@@ -283,8 +283,6 @@ def open_source(config: DataConfig, split: Literal["train", "val"], classes: lis
     stored = _stored(config, split)
     if stored is not None:
         beton = Beton(beton_file.read(stored))
-        if not len(beton):
-            raise ValueError(f"data.root: {stored} holds no image; write it again")
         return _subset(beton, config.subset) if split == "train" else beton
     opened = _Opened(config, classes)
     return _subset(opened.files("train"), config.subset) if split == "train" else opened.files("val")
@@ -301,10 +299,28 @@ def layout_lines(config: DataConfig, train: Source) -> list[str]:
     try:
         val = open_source(config, "val", train.classes)
         validation = f"{val.where}: {counts(val)}"
-        notes += [note for note in val.notes if note not in notes]
+        notes += [note for note in val.notes if note not in notes] + _overlap(train, val)
     except (ValueError, OSError) as error:
         validation = f"none ({error})"
-    return [f"data: training {train.where}: {counts(train)}; validation {validation}", *(f"data: {note}" for note in notes)]
+    lines = [f"training {train.where}: {counts(train)}; validation {validation}", *notes]
+    return [printable(f"data: {line}") for line in lines]
+
+
+def printable(text: str) -> str:
+    """The text with control characters, and bytes of file names that are no text, as escapes such as \\x1b."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _overlap(train: Source, val: Source) -> list[str]:
+    """A note where validation images are training images too. Looked for where one split's folder is in the other's, or the same."""
+    if not isinstance(train, Files) or not isinstance(val, Files):
+        return []
+    roots = [os.path.join(os.path.realpath(source.files.root), source.files.within, "") for source in (train, val)]
+    if not roots[0].startswith(roots[1]) and not roots[1].startswith(roots[0]):
+        return []
+    held_out = {roots[1] + path for path in val.files.paths()}
+    shared = sorted(held_out.intersection(roots[0] + path for path in train.files.paths()))
+    return [f"{len(shared):,} of {len(val):,} validation images are training images too (first: {shared[0]})"] if shared else []
 
 
 def counts(source: Source) -> str:
@@ -341,7 +357,7 @@ class _Opened:
             raise (ValueError if split == "train" or self.splits.train_error else NoSuchSplit)(self._absent(split))
         role = "train" if split == "train" else self.splits.val_role
         key = f"data.{split}" if place.path != self.root or place.within else "data.root"
-        content = splits.content(place, role, self.cache, key)
+        content = splits.content(place, role, self.cache, key, self.root)
         where = place.where
         if not len(content.files):
             raise ValueError(_empty(where, content.files))

@@ -25,14 +25,20 @@ _WORDS = {
     "held out": re.compile(r"(val|valid|validation|dev|test|testing|eval|evaluation|holdout|heldout)(set|imgs?|images?|data)?"),
 }
 _DEEPEST_WRAPPER = 6
-_CHECKED = 50  # folders that are looked into for splits of their own
+_CHECKED = 50  # folders of one folder that are looked into for splits of their own
+_CHECKED_FOLDERS = 500  # the same, of all folders
+_CHECKED_FILES = 1000  # names of images in one folder that are looked at
 _FEW = 10  # one folder in so many may be named like a split by chance, as a class `bullet_train` is
 
 
 def looks_like(name: str) -> str | None:
     """Return "train" or "held out" if a word of the name says so, as in `train2017` or `images_val`."""
-    words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", os.path.splitext(name)[0])
-    return next((kind for kind, pattern in _WORDS.items() if any(pattern.fullmatch(word.lower()) for word in words)), None)
+    return next((kind for kind, pattern in _WORDS.items() if any(map(pattern.fullmatch, _words(name)))), None)
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name without its suffix, in lower case."""
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", os.path.splitext(name)[0])]
 
 
 @dataclass(frozen=True)
@@ -193,10 +199,10 @@ def inner(folder: Tree, within: str) -> Tree:
     return folder
 
 
-def content(place: Place, split: str, cache: Path, key: str) -> Content:
-    """The files of a split."""
+def content(place: Place, split: str, cache: Path, key: str, root: Path) -> Content:
+    """The files of a split. The paths in a list may be relative to `root`, the data set's folder."""
     if place.is_list:
-        found = open_list(place.path, split, cache, key)
+        found = open_list(place.path, split, cache, key, root if root.is_dir() else None)
         return Content(found.files, found.labels, found.notes)
     if not place.path.is_dir() and place.path.suffix.lower() != ".zip":
         raise ValueError(f"{key}: {place.path} is neither a folder, a .zip, nor a list of files (.csv, .tsv, .txt)")
@@ -226,12 +232,20 @@ def locate(root: Path, train: str, val: str, cache: Path) -> Splits:
     elif train:
         place = _named(base, train)
         error = f"data.train: {base.where} has no folder or list {train!r}{_instead(base)}; name the one that holds the training images"
-        splits = Splits(place, None, train_error="" if place else error)
+        splits = Splits(place, None, train_error="" if place else error, notes=[] if val else _inner_note(base, place))
     elif root.is_file() and isinstance(base, Folder):
         splits = Splits(Place(root), None)
     else:
         splits = _found_train(base, val)
     return _with_val(splits, root, base, val, cache)
+
+
+def _inner_note(base: Tree, train: Place | None) -> list[str]:
+    """A note where the folder that is named for training has splits inside."""
+    if train is None or _is_file(train):
+        return []
+    found = _inner_splits(inner(base, train.within) if train.within else Folder(train.path))
+    return [f"{train.where} has splits inside its folders ({found[0]}/, {found[1]}/), and all of them are for training"] if found else []
 
 
 def _with_val(splits: Splits, root: Path, base: Tree, val: str, cache: Path) -> Splits:
@@ -245,7 +259,8 @@ def _with_val(splits: Splits, root: Path, base: Tree, val: str, cache: Path) -> 
         return replace(_apart(splits, place), val=place, val_role=role(Path(val).stem) or "val", val_error="" if place else error)
     if splits.val_error:
         return splits
-    if splits.train and splits.train.is_list and open_list(splits.train.path, "train", cache).by_split:
+    above = root if root.is_dir() else None
+    if splits.train and splits.train.is_list and open_list(splits.train.path, "train", cache, root=above).by_split:
         return replace(splits, val=splits.train)
     top = _top(base)
     prefer_lists = splits.train is not None and splits.train.is_list
@@ -301,13 +316,15 @@ def _holds(folder: Tree) -> Callable[[str], bool]:
 
 
 def _top(base: Tree) -> Tree:
-    """The first folder with the names of splits, behind folders that wrap the data set; the innermost of these where there is none."""
-    folder = base
-    for folder in _wrappers(base):
-        named = any(role(name) or looks_like(name) for name in folder.folders)
-        if named or any(_file_role(name) == "train" for name in folder.files):
-            break
-    return folder
+    """The first folder with a training split, behind folders that wrap the data set, whatever these are called.
+
+    Without one, the first folder with names that look like splits, and else the innermost.
+    """
+    wrappers = list(_wrappers(base))
+    for folder in wrappers:
+        if any(role(name) == "train" for name in folder.folders) or any(_file_role(name) == "train" for name in folder.files):
+            return folder
+    return next((folder for folder in wrappers if any(map(looks_like, folder.folders))), wrappers[-1])
 
 
 def _candidates(top: Tree, wanted: str, prefer_lists: bool) -> list[Place]:
@@ -353,6 +370,8 @@ def _train_folder(base: Tree, top: Tree, train: Place, val: str) -> Splits:
         if beside:
             text = f"{top.where} holds {name}/ beside {_names(beside)}, so it may be the training split or one class of several"
             return _refused(f"{text}; say which", f"data.train={name}")
+    if inner := _inner_splits(top.child(name)):
+        return _refused_inner(top.child(name).where, f"{name}/", inner)
     not_read = [other for other in others if not role(other) and other != val]
     return Splits(train, None, notes=[f"not read: {_names(not_read)} in {top.where}"] if not_read else [])
 
@@ -362,7 +381,7 @@ def _rest(base: Tree, top: Tree, val: str) -> Splits:
     held = [name for name in top.folders if role(name) and name != val]
     looking = [name for name in top.folders if not role(name) and looks_like(name) and name != val]
     if not held and not looking:
-        return _inner_splits(top) or Splits(base.place(), None)
+        return _refused_structure(base, top) or Splits(base.place(), None)
     others = list(filter(_holds(top), (name for name in top.folders if name not in held and name not in looking and name != val)))
     if looking and len(looking) * _FEW > len(others) + len(looking):
         train = [f"data.train={name}" for name in looking if looks_like(name) == "train"][:1]
@@ -378,16 +397,79 @@ def _rest(base: Tree, top: Tree, val: str) -> Splits:
     return Splits(top.place(tuple(held)), None, notes=notes)
 
 
-def _inner_splits(top: Tree) -> Splits | None:
-    """A refusal where folders have splits inside, as in bottle/train/ and bottle/test/."""
-    for name in top.folders[:_CHECKED]:
-        roles = {role(inner): inner for inner in top.child(name).folders}
-        held = roles.get("val") or roles.get("test")
-        if "train" in roles and held:
-            train = f"{name}/{roles['train']}"
-            text = f"{top.where} has splits inside its folders ({train}/, {name}/{held}/); name them, or a list of the training images"
-            return _refused(text, f"data.train={train} data.val={name}/{held}")
+def _refused_structure(base: Tree, top: Tree) -> Splits | None:
+    """A refusal where folders, lists or images look like splits though nothing at the top is called like one."""
+    if inner := _inner_splits(top):
+        return _refused_inner(top.where, "" if top is base else f"{os.path.relpath(top.where, base.where)}/", inner)
+    if alike := _alike(top):
+        folders, shared = alike
+        text = f"{top.where} holds {_names(folders)} with the same folders in each ({_names(shared)}), so they may be splits"
+        return _refused(f"{text}; say which is which", f"data.train={folders[0]} data.val={folders[1]}")
+    for folder in _wrappers(base):
+        for above in (folder, *_without_images(folder)):
+            if lists := _lists(above):
+                train, held_out = (os.path.relpath(os.path.join(above.where, name), base.where) for name in lists)
+                text = f"{above.where} holds lists that are called like splits; say which images are for training"
+                return _refused(text, f"data.train={train} data.val={held_out}" if train != held_out else "data.train=LIST data.val=LIST")
+    kinds: dict[str, str] = {}
+    for name in top.files[:: max(1, len(top.files) // _CHECKED_FILES)]:
+        if (kind := looks_like(name)) and name.lower().endswith(tuple(listing.suffixes())):
+            kinds.setdefault(kind, name)
+    if len(kinds) > 1:
+        text = f"{top.where} holds images that are called like splits ({', '.join(sorted(kinds.values()))}); list those of each split"
+        return _refused(text, "data.train=LIST data.val=LIST")
     return None
+
+
+def _inner_splits(top: Tree) -> tuple[str, str] | None:
+    """The folders of a training and of a held-out split that lie in one folder, which is `top` or any below it."""
+    waiting = [("", top, 0)]
+    for path, folder, depth in waiting:  # grows, so that the folders nearest to the top come first
+        kinds = {looks_like(name): name for name in reversed(folder.folders)}
+        if "train" in kinds and "held out" in kinds and folder.child(kinds["train"]).has_images():
+            return path + kinds["train"], path + kinds["held out"]
+        if depth < _DEEPEST_WRAPPER and len(waiting) < _CHECKED_FOLDERS:
+            waiting += [(f"{path}{name}/", folder.child(name), depth + 1) for name in folder.folders[:_CHECKED]]
+    return None
+
+
+def _refused_inner(where: str, prefix: str, inner: tuple[str, str]) -> Splits:
+    train, held_out = inner
+    text = f"{where} has splits inside its folders ({train}/, {held_out}/); name them, or a list of the training images"
+    return _refused(text, f"data.train={prefix}{train} data.val={prefix}{held_out}")
+
+
+def _alike(top: Tree) -> tuple[list[str], list[str]] | None:
+    """Folders that hold the same folders, as splits hold the same classes, and the names that they share."""
+    if top.has_images_beside or not 2 <= len(top.folders) < _FEW:
+        return None
+    folders = list(filter(_holds(top), top.folders))
+    inner = [set(top.child(name).folders) for name in folders]
+    all_names = max(inner, key=len, default=set())
+    shared = all_names.intersection(*inner)
+    if len(folders) < 2 or len(shared) < 2 or any(names - all_names for names in inner):
+        return None
+    return folders, sorted(shared)
+
+
+def _without_images(folder: Tree) -> Iterator[Tree]:
+    """The folders in a folder, and those in them, that hold no image."""
+    for name in folder.folders[:_CHECKED]:
+        child = folder.child(name)
+        if not child.has_images():
+            yield child
+            yield from (child.child(inner) for inner in child.folders[:_CHECKED])
+
+
+def _lists(folder: Tree) -> tuple[str, str] | None:
+    """The lists of a folder that look like those of the training and of the held-out images; one file may be both."""
+    kinds: dict[str, str] = {}
+    tables = [name for name in folder.files if name.lower().endswith(listing.TABLES)]
+    for name in sorted(tables, key=lambda name: (_file_role(name) is None, name)):
+        for word in _words(name):
+            if kind := looks_like(word):
+                kinds.setdefault(kind, name)
+    return (kinds["train"], kinds["held out"]) if len(kinds) > 1 else None
 
 
 def _refused(text: str, names: str) -> Splits:

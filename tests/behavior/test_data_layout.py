@@ -88,6 +88,10 @@ SPLITS = {
         "data: training ROOT/ILSVRC/Data/CLS-LOC/train: 2 images, 2 classes (n1, n2);"
         " validation ROOT/ILSVRC/Data/CLS-LOC/val: 1 image, 1 of 2 classes (n1)",
     ),
+    "below a folder that is called like a split": (
+        "training_data/train/a/1.png training_data/train/b/2.png training_data/val/a/3.png",
+        "data: training ROOT/training_data/train: 2 images, 2 classes (a, b); validation ROOT/training_data/val: 1 image, 1 of 2 classes (a)",
+    ),
     "a folder between": (
         "train/a/1.png train/b/2.png val/more/a/3.png val/more/b/4.png",
         "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 images, 2 classes (a, b)",
@@ -129,6 +133,26 @@ REFUSED = {
         "ROOT has splits inside its folders (bottle/train/, bottle/test/); name them, or a list of the training images,"
         " as in data.train=bottle/train data.val=bottle/test",
     ),
+    "splits inside the second of two folders": (
+        "samples/1.png ILSVRC/Data/CLS-LOC/train/n1/2.png ILSVRC/Data/CLS-LOC/val/n1/3.png",
+        "ROOT has splits inside its folders (ILSVRC/Data/CLS-LOC/train/, ILSVRC/Data/CLS-LOC/val/); name them, or a list of the training"
+        " images, as in data.train=ILSVRC/Data/CLS-LOC/train data.val=ILSVRC/Data/CLS-LOC/val",
+    ),
+    "splits inside the training split": (
+        "train/train/a/1.png train/train/b/2.png train/test/a/3.png",
+        "ROOT/train has splits inside its folders (train/, test/); name them, or a list of the training images,"
+        " as in data.train=train/train data.val=train/test",
+    ),
+    "names of another language": (
+        "entrenamiento/a/1.png entrenamiento/b/2.png entrenamiento/c/3.png prueba/a/4.png prueba/c/5.png",
+        "ROOT holds entrenamiento/, prueba/ with the same folders in each (a/, c/), so they may be splits; say which is which,"
+        " as in data.train=entrenamiento data.val=prueba",
+    ),
+    "images called like splits": (
+        "train_1.png train_2.png test_1.png",
+        "ROOT holds images that are called like splits (test_1.png, train_1.png); list those of each split,"
+        " as in data.train=LIST data.val=LIST",
+    ),
     "held-out images alone": (
         "val/a/1.png test/b/2.png",
         "ROOT holds test/, val/ and no training images; say where they are, as in data.train=FOLDER",
@@ -161,6 +185,55 @@ def test_keys_name_the_splits(tmp_path, inspect):
         2,
         "data.train: ROOT has no folder or list 'trian'; it has extra/, train2017/, val2017/; name the one that holds the training images\n",
     )
+
+
+LISTS_OF_SPLITS = {
+    "Food-101": ("meta", {"train.txt": "apple/1\npie/3\n", "test.txt": "apple/2\n"}, "meta/train.txt data.val=meta/test.txt"),
+    "VOC": ("ImageSets/Main", {"train.txt": "1\n3\n", "val.txt": "2\n"}, "ImageSets/Main/train.txt data.val=ImageSets/Main/val.txt"),
+    "CUB-200": (".", {"images.txt": "1 apple/1.png\n", "train_test_split.txt": "1 1\n2 0\n"}, "LIST data.val=LIST"),
+}
+
+
+@pytest.mark.parametrize("layout", LISTS_OF_SPLITS)
+def test_lists_that_nobody_named_are_not_passed_over(layout, tmp_path, inspect):
+    folder, lists, names = LISTS_OF_SPLITS[layout]
+    root = tree(tmp_path, "images/apple/1.png images/apple/2.png images/pie/3.png")
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, content in lists.items():
+        (root / folder / name).write_text(content)
+    where = "ROOT" if folder == "." else f"ROOT/{folder}"
+    text = f"{where} holds lists that are called like splits; say which images are for training, as in data.train={names}"
+    assert inspect(root) == Seen(2, f"data.train: {text}, {ALL}")
+    if folder != ".":
+        train, val = names.split(" data.val=")
+        named = inspect(root, "--train", train, "--val", val)
+        assert named.first == f"data: training ROOT/{train}: 2 images, no labels; validation ROOT/{val}: 1 image, no labels"
+
+
+def test_images_of_both_splits_are_counted(tmp_path, inspect):
+    root = tree(tmp_path, "train/a/1.png train/b/2.png")
+    (root / "val").symlink_to("train")
+    (root / "l.csv").write_text("train/a/1.png,a\n")
+    expected = "data: {} validation images are training images too (first: ROOT/train/a/1.png)\n"
+    assert expected.format("2 of 2") in inspect(root).text
+    assert expected.format("2 of 2") in inspect(root, "--train", "train", "--val", ".").text
+    assert expected.format("1 of 1") in inspect(root, "--train", "train", "--val", "l.csv").text
+    shutil.move(root / "train", root / "data" / "train")
+    (root / "val").unlink()
+    (root / "l.csv").unlink()
+    commands.write_images(root, ["data/val/a/3.png"], first=3)
+    named = inspect(root, "--train", "data")
+    assert "data: ROOT/data has splits inside its folders (train/, val/), and all of them are for training\n" in named.text
+    assert "data: 1 of 1 validation images are training images too (first: ROOT/data/val/a/3.png)\n" in named.text
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path, inspect):
+    root = tree(tmp_path, "train/a/1.png train/b/2.png")
+    (root / "train" / "a").rename(root / "train" / os.fsdecode(b"caf\xe9"))
+    (root / "train" / "x\x1b[31m\n.txt").write_text("no image")
+    text = inspect(root).text
+    assert "2 images, 2 classes (b, caf\\udce9)" in text and "        1  caf\\udce9\n" in text
+    assert "1 .txt files (first: x\\x1b[31m\\n.txt)\n" in text
 
 
 def test_a_stray_image_costs_no_other_label(tmp_path, inspect):
@@ -318,6 +391,7 @@ LISTS: dict[str, tuple[str, bytes, str]] = {
     "another machine's paths": ("l.tsv", b"C:\\d\\images\\1.png\ta\nC:\\d\\images\\2.png\tb\n", "2 images, 2 classes (a, b)"),
     "names alone": ("l.csv", b"id,breed\n1,a\n2,b\n", "2 images, 2 classes (a, b)"),
     "separated by a space": ("l.txt", b"images/1.png a\nimages/2.png b\n", "2 images, 2 classes (a, b)"),
+    "comments": ("l.txt", b"# made by a program\n# for 2 images\nimages/1.png a\nimages/2.png b\n", "2 images, 2 classes (a, b)"),
     "numbers first": ("l.csv", b"1,images/1.png,a\n2,images/2.png,b\n", "2 images, 2 classes (a, b)"),
 }  # fmt: skip
 
@@ -328,6 +402,12 @@ def test_lists_as_programs_write_them(written, tmp_path, inspect):
     root = tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / name).write_bytes(content)
     assert inspect(root / name).first.startswith(f"data: training ROOT: {expected}; validation none (")
+
+
+def test_rows_of_the_same_image_are_counted(tmp_path, inspect):
+    root = tree(tmp_path, "1.png 2.png")
+    (root / "l.csv").write_text("path,label\n1.png,a\n1.png,b\n2.png,a\n")
+    assert "data: 1 of 3 rows of ROOT name an image that an earlier row names, and it is read as often\n" in inspect(root / "l.csv").text
 
 
 def test_a_list_may_name_images_that_are_gone(tmp_path, inspect):
