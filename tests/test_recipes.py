@@ -1,4 +1,4 @@
-"""Every YAML of configs/ resumes bit for bit, with its own optimizer, precision, layout and views.
+"""Every YAML of configs/ resumes bit for bit, with its own optimizer, precision, memory format and views.
 
 Each run is the command `python -m ssl_pretrain.train`, on 1 and on 3 ranks. `reduced` makes a
 recipe small enough for that.
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.promise
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH = 24
 STEPS = 3, 5  # before and after the stop
-WIDTHS = (
+WIDTHS = (  # keys of a method that are widths of layers
     "projector_dims",
     "hidden_dim",
     "dim",
@@ -39,7 +39,7 @@ WIDTHS = (
 
 
 def recipes() -> dict[str, tuple[Path, list[str]]]:
-    """File and overrides of every recipe: files of configs/ and the runs of configs/sweeps/."""
+    """Return the file and the overrides of every recipe: files of configs/ and the runs of configs/sweeps/."""
     found: dict[str, tuple[Path, list[str]]] = {
         path.stem: (path, []) for path in sorted(CONFIGS.glob("*.yaml"))
     }
@@ -61,10 +61,10 @@ def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
     - Image size: global views have 32 pixels at most, others 16. Patches within them shrink alike.
     - Batch: 24 images, 3 steps per epoch. Batch norm groups of a number of images get 8.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
-    - What begins or ends after a number of epochs or steps does so within the first ones: warm-up,
-      queue, frozen prototypes.
+    - Warm-up, queue, frozen prototypes and the like begin or end after 2 epochs or steps at most, so
+      that the 8 steps of a test see it.
 
-    Every other key, written or not, is the recipe's. Nothing is sent to W&B.
+    Every other key is the recipe's, its defaults included. Nothing is sent to W&B.
     """
     written = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
     values: Any = OmegaConf.to_container(written)
@@ -110,7 +110,7 @@ def _at_most(value: Any, limit: int) -> Any:
 
 
 def representatives() -> set[str]:
-    """The first recipe of each optimizer and memory layout."""
+    """Return the first recipe of each optimizer and memory format."""
     first: dict[tuple[str, bool], str] = {}
     for name, (path, _) in recipes().items():
         values = yaml.safe_load(path.read_text())
@@ -121,16 +121,16 @@ def representatives() -> set[str]:
 
 
 def differing(got: Path, expected: Path, ignore: str = "nothing") -> list[str]:
-    """Names of the tensors, of the method and of its optimizer, that are not the same bits."""
+    """Return the names of the tensors of two runs, optimizer included, whose bits differ. Names with `ignore` are left out."""
     got_tensors, expected_tensors = ranks.weights(got), ranks.weights(expected)
     assert got_tensors.keys() == expected_tensors.keys()
-    assert any("::" in name for name in got_tensors), "the optimizer has a state"
+    assert any("::" in name for name in got_tensors), "the checkpoint lacks the state of the optimizer"
     same = {name: torch.equal(got_tensors[name], value) for name, value in expected_tensors.items()}
     return [name for name, equal in same.items() if not equal and ignore not in name]
 
 
 def train_for(steps: int, path: Path, *arguments: str, size: int, fault: str = "") -> str:
-    """Run the command on some ranks for some steps and return what it said."""
+    """Train on `size` ranks for a number of steps by the command, expect status 0, and return what it printed."""
     stop = ("--stop-after", str(steps))
     statuses, said = ranks.run(path, *arguments, *stop, size=size, fault=fault)
     assert statuses == [0] * size, said
@@ -140,6 +140,7 @@ def train_for(steps: int, path: Path, *arguments: str, size: int, fault: str = "
 def assert_resumes(
     path: Path, folder: Path, steps: tuple[int, int], overrides: list[str], size: int
 ) -> None:
+    """Compare an uninterrupted run with one that was stopped after `steps[0]` steps and resumed."""
     straight, stopped = folder / "straight", folder / "stopped"
     train_for(sum(steps), path, *overrides, f"output={straight}", size=size)
     for number in steps:
@@ -188,7 +189,7 @@ ROLLED_BACK = [
 
 @pytest.mark.parametrize(("optimizer", "size"), ROLLED_BACK)
 def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path):
-    """One run passes over the NaN images of step 15, the other goes back to step 14."""
+    """Step 15 has NaN images. One run skips it, the other goes back to step 14 and has to have the same bits."""
     overrides = [
         *DIGITS,
         *OPTIMIZERS[optimizer],
@@ -205,6 +206,6 @@ def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path)
         said[kind] = train_for(20, path, *overrides, *keys, size=size, fault="nan@0:15")
     assert "weights and optimizer went back to step_00000014" in said["rolled back"]
     assert "went back" not in said["skipped"]
-    # Counts of batches, which nothing computes with, differ by the batch that was skipped.
+    # Only batch norm's counts of batches, which enter no computation, differ by the skipped batch.
     pair = tmp_path / "rolled back" / "run", tmp_path / "skipped" / "run"
     assert differing(*pair, ignore="num_batches_tracked") == []

@@ -1,8 +1,9 @@
-"""The sums of `tiles` as two fused kernels for CUDA: a tile of logits lives in registers, and none is ever written.
+"""Compute the sums of `tiles` on CUDA by two fused kernels, which never write the matrix of logits to memory.
 
-Forward is an online log-sum-exp over tiles of candidates; backward computes each tile again. Few anchors against many
-candidates would leave most of a GPU idle, so the candidates are split among programs whose results are combined after.
-float32 in and out, products as three TF32 ones (about float32's precision) on tensor cores that have them.
+A tile of logits lives in registers. Forward is an online log-sum-exp over tiles of candidates, and backward computes each
+tile again. Few anchors against many candidates would leave most of a GPU idle, so several programs share the candidates of
+an anchor and their results are combined afterwards. Inputs and outputs are float32. On tensor cores a product is three
+TF32 products, which has about the precision of float32.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from triton.runtime.errors import OutOfResources
 __all__ = ["OutOfResources", "fits", "log_sum_exp", "refuse", "weighted_sum"]
 
 MAX_DIM = 256  # largest embedding whose blocks fit into shared memory
-_PROGRAMS = 264  # twice the multiprocessors of an H100
-_NEVER = 2**30  # an offset that excludes nothing
+_PROGRAMS = 264  # programs to aim for: twice the multiprocessors of an H100
+_NEVER = 2**30  # an offset that excludes no pair
 
 
 class Blocks(NamedTuple):
-    """Sizes with which a kernel is compiled."""
+    """Block sizes with which a kernel is compiled."""
 
     rows: int  # anchors per program
-    columns: int  # candidates per turn of its loop
-    num_warps: int
-    num_stages: int  # turns whose loads are under way at once
+    columns: int  # candidates per iteration of its loop
+    num_warps: int  # groups of 32 threads per program
+    num_stages: int  # iterations whose loads overlap
 
 
-# Bytes of shared memory that one program may use, then the blocks by padded dimension. Each entry was compiled for an
-# architecture with that limit (tests/losses/test_tiles_compile.py does so again) and spills least among those that fit.
+# Blocks by the bytes of shared memory that one program may use, and then by padded dimension. Among the sizes that fit,
+# these spill the fewest registers. tests/losses/test_tiles_compile.py compiles each for an architecture with that limit.
 _BLOCKS: dict[int, dict[int, Blocks]] = {
     232_448: {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 4, 1)},  # sm_90
     166_912: {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 16, 4, 2)},  # sm_80
@@ -45,7 +46,7 @@ _refused_on: set[torch.device] = set()  # devices on which a launch did not fit
 
 
 def fits(anchors: Tensor) -> bool:
-    """Return True if the kernels take these embeddings on their device."""
+    """Return True if the kernels can take these embeddings, shape (num_anchors, dim), on their device."""
     return anchors.dtype == torch.float32 and anchors.shape[1] <= MAX_DIM and anchors.device not in _refused_on
 
 
@@ -61,7 +62,12 @@ def blocks_for(padded: int, shared_memory: int) -> Blocks:
 
 
 def refuse(device: torch.device, error: Exception) -> None:
-    """Take the plain tiles on this device from now on, and say so once."""
+    """Use the plain tiles on this device from now on, and warn about it.
+
+    Args:
+        device: The CUDA device on which a launch failed.
+        error: Why it failed, for the warning.
+    """
     _refused_on.add(device)
     warnings.warn(
         f"the fused loss kernels do not fit {torch.cuda.get_device_name(device)} ({error}); the loss is computed by plain tiles, "
@@ -71,10 +77,16 @@ def refuse(device: torch.device, error: Exception) -> None:
 
 
 def log_sum_exp(anchors: Tensor, candidates: Tensor, own: int, excluded: Sequence[int]) -> Tensor:
-    """log sum_j exp(anchors[i] @ candidates[j]), (num_anchors,).
+    """Return log sum_j exp(anchors[i] @ candidates[j]) for each anchor i, without the excluded pairs.
 
-    Without the pairs (i, own + i + d) for d in `excluded`, three at most; the candidates from `own` on, as many as anchors, are
-    this rank's, and only they are excluded.
+    Args:
+        anchors: Embeddings of this rank with the temperature already in them, shape (num_anchors, dim).
+        candidates: Embeddings of all ranks, shape (num_candidates, dim).
+        own: Index of this rank's first candidate. As many candidates as anchors, from there on, are this rank's.
+        excluded: Up to three offsets d. The pairs (i, own + i + d) are left out if that candidate is this rank's.
+
+    Returns:
+        float32 tensor of shape (num_anchors,).
     """
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
@@ -93,18 +105,29 @@ def weighted_sum(
     anchors: Tensor, candidates: Tensor, *, own: int, excluded: Sequence[int],
     of_anchors: tuple[Tensor, Tensor] | None = None, of_candidates: tuple[Tensor, Tensor] | None = None, swapped: bool = False,
 ) -> Tensor:  # fmt: skip
-    """sum_j weight_ij * candidates[j], (num_anchors, dim), in which an excluded pair has no weight.
+    """Return sum_j weight_ij * candidates[j] for each anchor i, where excluded pairs have no weight.
 
-    swapped: what is called anchors here are candidates, and `own` and `excluded` are of the pairs seen from the other side.
+    With s_ij = anchors[i] @ candidates[j], weight_ij = gradient_i exp(s_ij - lse_i) + gradient_j exp(s_ij - lse_j). The first
+    term is there if `of_anchors` is given, the second if `of_candidates` is.
 
-    weight_ij = gradient_i exp(s_ij - lse_i), of `of_anchors` = (lse, gradient), plus gradient_j exp(s_ij - lse_j), of `of_candidates`.
+    Args:
+        anchors: Shape (num_anchors, dim).
+        candidates: Shape (num_candidates, dim).
+        own: As in `log_sum_exp`.
+        excluded: As in `log_sum_exp`.
+        of_anchors: (lse, gradient) of the anchors, each of shape (num_anchors,).
+        of_candidates: (lse, gradient) of the candidates, each of shape (num_candidates,).
+        swapped: The roles are exchanged: `anchors` are the candidates of `log_sum_exp`, and `own` and `excluded` are as there.
+
+    Returns:
+        float32 tensor of shape (num_anchors, dim).
     """
-    assert of_anchors is not None or of_candidates is not None, "something has to weigh"
+    assert of_anchors is not None or of_candidates is not None, "of_anchors or of_candidates has to be given"
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
     splits, per_split = _split(anchors, candidates, blocks)
     parts = anchors.new_empty(splits, *anchors.shape)
-    rows = tuple(x.contiguous() for x in of_anchors) if of_anchors else (anchors, anchors)  # never read
+    rows = tuple(x.contiguous() for x in of_anchors) if of_anchors else (anchors, anchors)  # the kernel does not read them
     columns = tuple(x.contiguous() for x in of_candidates) if of_candidates else (anchors, anchors)
     grid = (triton.cdiv(len(anchors), blocks.rows), splits)
     _weighted_sum[grid](
@@ -118,7 +141,7 @@ def weighted_sum(
 
 
 def _split(anchors: Tensor, candidates: Tensor, blocks: Blocks) -> tuple[int, int]:
-    """Return the number of programs that share the candidates, and the candidates of each."""
+    """Return the number of programs that share the candidates, and the number of candidates of each."""
     turns = triton.cdiv(len(candidates), blocks.columns)
     wanted = max(1, min(_PROGRAMS // triton.cdiv(len(anchors), blocks.rows), turns))
     per_split = triton.cdiv(turns, wanted) * blocks.columns
@@ -127,7 +150,7 @@ def _split(anchors: Tensor, candidates: Tensor, blocks: Blocks) -> tuple[int, in
 
 @lru_cache(maxsize=16)
 def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory per program. Triton's interpreter on a CPU has no limit and takes the blocks of sm_90."""
+    """Return the bytes of shared memory that a program may use. Triton's interpreter has no limit and takes the blocks of sm_90."""
     if device.type != "cuda":
         return max(_BLOCKS)
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -139,7 +162,7 @@ def _padded(anchors: Tensor) -> int:
 
 
 def _offsets(excluded: Sequence[int]) -> tuple[int, int, int]:
-    assert len(excluded) <= 3, "the kernels know three offsets"
+    assert len(excluded) <= 3, f"the kernels take at most three offsets, got {len(excluded)}"
     first, second, third = (*excluded, *[_NEVER] * (3 - len(excluded)))
     return first, second, third
 
@@ -151,7 +174,7 @@ def _precision(anchors: Tensor) -> str:
 
 @triton.jit
 def _counts(row, column, own, num_own, first, second, third, SWAPPED: tl.constexpr):
-    """Whether a pair counts: anchor i and one of this rank's `num_own` candidates, own + i + d, do not for the three d."""
+    """Return a mask of the pairs that count. Anchor i and candidate own + i + d do not, if that is one of the `num_own` of this rank."""
     if SWAPPED:
         anchor, candidate = column, row - own
     else:
@@ -162,7 +185,7 @@ def _counts(row, column, own, num_own, first, second, third, SWAPPED: tl.constex
 
 @triton.jit
 def _vectors(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of a (count, DIM) matrix, with zeros where there is none and up to PADDED."""
+    """Load rows of a (count, DIM) matrix, padded to PADDED columns. Rows and columns beyond the matrix are 0."""
     at = tl.arange(0, PADDED)
     return tl.load(pointer + rows[:, None] * DIM + at[None, :], mask=(rows < count)[:, None] & (at < DIM)[None, :], other=0.0)
 
@@ -172,7 +195,7 @@ def _tile(
     a, rows, candidates, columns, num_candidates, own, num_own, first, second, third, SWAPPED: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(candidates of a tile, its logits): minus infinity where a pair does not count."""
+    """Return the candidates of a tile and its logits, which are minus infinity where a pair does not count."""
     c = _vectors(candidates, columns, num_candidates, DIM, PADDED)
     logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
     counts = (columns < num_candidates)[None, :] & _counts(rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED)
@@ -184,6 +207,7 @@ def _log_sum_exp(
     anchors, candidates, parts, num_anchors, num_candidates, per_split, own, num_own, first, second, third, SWAPPED: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Store the log-sum-exp of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     a = _vectors(anchors, rows, num_anchors, DIM, PADDED)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -195,7 +219,7 @@ def _log_sum_exp(
             a, rows, candidates, columns, num_candidates, own, num_own, first, second, third, SWAPPED, DIM, PADDED, PRECISION
         )
         now = tl.maximum(largest, tl.max(logits, axis=1))
-        shift = tl.where(now == float("-inf"), 0.0, now)  # a row whose tiles so far are all excluded
+        shift = tl.where(now == float("-inf"), 0.0, now)  # every pair of the row was excluded so far
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         largest = now
     tl.store(parts + tl.program_id(1) * num_anchors + rows, largest + tl.log(total), mask=rows < num_anchors)
@@ -208,6 +232,7 @@ def _weighted_sum(
     DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
+    """Store the weighted sums of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     a = _vectors(anchors, rows, num_anchors, DIM, PADDED)
     if BY_ROW:

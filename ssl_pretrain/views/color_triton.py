@@ -1,9 +1,10 @@
-"""Color on CUDA in four launches: uint8 crops in, normalized views out, for a whole group of views at once.
+"""Color uint8 crops on CUDA and normalize them, in four kernel launches for a whole group of views.
 
-`colour.apply_in_batches` touches one operation of one stage at a time, which is 289 kernels per view and 66 MiB moved per
-224-pixel view. Here one program walks through all operations of a tile of pixels in registers. Contrast needs the mean
-of its image, so a first kernel computes the operations before it and reduces. Blurred images pass through two buffers,
-one for the rows and one for the columns. The arithmetic is that of `colour`.
+`colour.apply_in_batches` runs one operation at a time. That takes 289 kernels per view and moves 66 MiB per 224-pixel
+view. Here one program applies all operations to a tile of pixels in registers. Contrast needs the mean of its image, so
+a first kernel applies the operations before it and computes that mean. The blur is separable. Images to be blurred
+pass through two buffers, one before the blur along the rows and one before that along the columns. The arithmetic is that
+of `colour`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from torch import Tensor
 
 from ssl_pretrain.views.upload import upload
 
-_PIXELS = 1024  # per program
-_MEAN_PIXELS = 2048  # per turn of the loop over an image
-_COLUMNS = 13  # of the table of parameters: see `pack`
+_PIXELS = 1024  # pixels per program
+_MEAN_PIXELS = 2048  # pixels per iteration of the loop over an image in `_means`
+_COLUMNS = 13  # columns of the table that `pack` makes
 
 
 def pack(
     codes: np.ndarray, factors: np.ndarray, sigma: np.ndarray, grayscale: np.ndarray, blur: np.ndarray, solarize: np.ndarray
 ) -> np.ndarray:
-    """Return the parameters of n views as one float32 table (n, 13), so that they travel in one copy.
+    """Return the parameters of n views as one float32 table (n, 13), which takes one copy to the device.
+
+    Columns 0 to 3 have the operations of the four stages, 4 to 7 their factors, 8 the sigma, 9 and 10 whether the view is
+    turned gray and solarized, 11 the view's slot in the blur buffers (-1 for none), and 12, in row k, the view in slot k.
 
     Args:
         codes: Operation of each stage of the color jitter, -1 for none, (n, 4).
@@ -39,8 +43,8 @@ def pack(
     table[:, 9], table[:, 10] = grayscale, solarize
     rows = np.flatnonzero(blur)
     table[:, 11] = -1
-    table[rows, 11] = np.arange(len(rows))  # a blurred view's place in the buffers
-    table[: len(rows), 12] = rows  # and back
+    table[rows, 11] = np.arange(len(rows))
+    table[: len(rows), 12] = rows
     return table
 
 
@@ -60,22 +64,22 @@ def apply(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Tensor:
-    """Return the finished views (n, 3, height, width), without the host waiting.
+    """Return the finished views, shape (n, 3, height, width). The host does not wait for the device.
 
     Args:
         pixels: Crops, uint8 (n, 3, height, width).
         table: Parameters of the n views, from `pack`, on the host.
-        num_blurred: Blurred views among them.
+        num_blurred: Number of blurred views among them.
         taps: Width of the blur's kernel in pixels, odd.
-        threshold: Values in [0, 1] from here up are inverted by solarization.
-        mean: Of red, green and blue in [0, 1], subtracted at the end.
-        std: Divisor of red, green and blue.
+        threshold: Solarization inverts values of at least this, in [0, 1].
+        mean: Mean of red, green and blue in [0, 1], subtracted at the end.
+        std: Standard deviation of red, green and blue, by which the difference is divided.
         adds: Brightness is added instead of multiplied.
         hsv: Saturation scales HSV's S at constant value instead of blending with gray.
         channel_mean: Contrast blends with the mean of each channel instead of the mean gray.
         zero_border: The blur's border is zero instead of reflected.
-        dtype: Of the views: float32 or bfloat16.
-        channels_last: Memory format of the views.
+        dtype: Type of the views, float32 or bfloat16.
+        channels_last: Return the views in channels_last memory format, else in contiguous format.
     """
     n, _, height, width = pixels.shape
     area = height * width
@@ -85,7 +89,7 @@ def apply(
     views = torch.empty(pixels.shape, dtype=dtype, device=pixels.device, memory_format=layout)
     means = torch.empty(n, 3, device=pixels.device)
     buffers = torch.empty(2, num_blurred, 3, area, device=pixels.device)
-    strides = (3, 1) if channels_last else (1, area)  # from pixel to pixel, from channel to channel
+    strides = (3, 1) if channels_last else (1, area)  # elements between pixels, between channels
     normalization = (*mean, *(1 / value for value in std))
     _means[(n,)](
         pixels, parameters, means, area,
@@ -120,7 +124,7 @@ def _gray(red, green, blue):
 
 @triton.jit
 def _load(pixels, image, place, mask, area):
-    """Red, green and blue of some pixels of an image, in [0, 1]."""
+    """Return red, green and blue in [0, 1] of the pixels `place` of an image."""
     at = pixels + image.to(tl.int64) * 3 * area + place
     red = tl.load(at, mask=mask, other=0).to(tl.float32) / 255.0
     green = tl.load(at + area, mask=mask, other=0).to(tl.float32) / 255.0
@@ -130,10 +134,11 @@ def _load(pixels, image, place, mask, area):
 
 @triton.jit
 def _saturate(red, green, blue, factor, HSV: tl.constexpr):
+    """Scale the saturation in HSV, or blend with gray."""
     if HSV:
         value = tl.maximum(tl.maximum(red, green), blue)
         chroma = value - tl.minimum(tl.minimum(red, green), blue)
-        # S = chroma / value is scaled and stays at most 1, so chroma grows at most to value. Gray stays gray.
+        # S = chroma / value is scaled and limited to 1, so chroma is limited to value. Gray stays gray.
         ratio = tl.minimum(factor, value / tl.maximum(chroma, 1.1754944e-38))
         return value - (value - red) * ratio, value - (value - green) * ratio, value - (value - blue) * ratio
     else:
@@ -143,11 +148,11 @@ def _saturate(red, green, blue, factor, HSV: tl.constexpr):
 
 @triton.jit
 def _turn_hue(red, green, blue, shift):
-    """Turn HSV's hexagon by `shift` turns, with value and chroma kept."""
+    """Rotate the hue by `shift` turns of HSV's hexagon, at constant value and chroma."""
     low = tl.minimum(tl.minimum(red, green), blue)
     high = tl.maximum(tl.maximum(red, green), blue)
     chroma = high - low
-    safe = tl.maximum(chroma, 1.1754944e-38)  # gray has no hue: 0 / tiny, and chroma 0 hides it
+    safe = tl.maximum(chroma, 1.1754944e-38)  # gray has no hue: any will do, as chroma is 0
     sixths = tl.where(
         high == red, (green - blue) / safe, tl.where(high == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0)
     )
@@ -161,7 +166,7 @@ def _turn_hue(red, green, blue, shift):
 
 @triton.jit
 def _adjust(red, green, blue, code, factor, mean_red, mean_green, mean_blue, ADDS: tl.constexpr, HSV: tl.constexpr):
-    """One stage of the color jitter: brightness, contrast, saturation or hue, or nothing for -1."""
+    """Apply one stage of the color jitter. Codes: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 nothing."""
     if code == 0:
         if ADDS:
             red, green, blue = _clamp(red + factor), _clamp(green + factor), _clamp(blue + factor)
@@ -184,7 +189,7 @@ def _means(
     pixels, parameters, means, area,
     COLUMNS: tl.constexpr, ADDS: tl.constexpr, HSV: tl.constexpr, CHANNEL_MEAN: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """The mean that each image's contrast blends with, after the stages before it. Nothing where there is no contrast."""
+    """Store the mean with which each image's contrast blends, taken after the stages before it. Skip images without contrast."""
     image = tl.program_id(0)
     row = parameters + image * COLUMNS
     stage = 4
@@ -219,7 +224,7 @@ def _colors(
     mean_red, mean_green, mean_blue, over_red, over_green, over_blue,
     COLUMNS: tl.constexpr, ADDS: tl.constexpr, HSV: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Jitter and grayscale of a tile; then it is finished, or goes into the buffer of images to be blurred."""
+    """Apply jitter and grayscale to a tile. Then finish it, or store it in the buffer of images to be blurred."""
     image = tl.program_id(0)
     row = parameters + image * COLUMNS
     place = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
@@ -253,7 +258,7 @@ def _colors(
 
 @triton.jit
 def _blurred(source, along, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr):
-    """The Gaussian mean along one axis. `along` is a pixel's place on it, `source` points at the axis' start."""
+    """Return the Gaussian mean along one axis. `along` is a pixel's place on the axis, `source` points at its start."""
     radius: tl.constexpr = TAPS // 2
     total = tl.zeros(along.shape, tl.float32)
     weights = 0.0
@@ -274,7 +279,7 @@ def _blurred(source, along, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_
 
 @triton.jit
 def _blur_tile(parameters, area, COLUMNS: tl.constexpr, PIXELS: tl.constexpr):
-    """A blur program's image, channel and sigma, where the channel starts in a buffer, and its tile of pixels with a mask."""
+    """Return a blur program's image, channel, sigma, offset of the channel in a buffer, tile of pixels, and mask of the tile."""
     slot, channel = tl.program_id(0), tl.program_id(1)
     image = tl.load(parameters + slot * COLUMNS + 12).to(tl.int32)
     sigma = tl.load(parameters + image * COLUMNS + 8)
@@ -288,6 +293,7 @@ def _blur_rows(
     buffer, blurred, parameters, height, width,
     COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
+    """Blur a tile of one channel along the rows, from the first buffer into the second."""
     _, _, sigma, start, place, mask = _blur_tile(parameters, height * width, COLUMNS, PIXELS)
     x = place % width
     values = _blurred(buffer + start + (place - x), x, width, 1, mask, sigma, TAPS, ZERO_BORDER)
@@ -300,6 +306,7 @@ def _blur_columns(
     mean_red, mean_green, mean_blue, over_red, over_green, over_blue,
     COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
+    """Blur a tile of one channel along the columns, solarize and normalize it, and store it in the view."""
     image, channel, sigma, start, place, mask = _blur_tile(parameters, height * width, COLUMNS, PIXELS)
     values = _blurred(blurred + start + place % width, place // width, height, width, mask, sigma, TAPS, ZERO_BORDER)
     if tl.load(parameters + image * COLUMNS + 10) > 0.0:

@@ -1,16 +1,18 @@
-"""One decoded image -> its crops, on the CPU, in uint8: the geometry of every view.
+"""Crop a decoded image, on the CPU and in uint8: the geometry of every view.
 
 `draw` chooses a box and `apply` cuts, resizes and flips. By default both are the arithmetic of
 torchvision's RandomResizedCrop (after Inception's "distorted bounding box", Szegedy et al., CVPR
-2015, arXiv:1409.4842, section 6); only the source of random numbers differs. `crop_sampler` chooses
-the box as other official code does, and the boxes are then distributed differently:
+2015, arXiv:1409.4842, section 6). Only the source of random numbers differs. `crop_sampler` chooses
+the distribution of the boxes, by the official code that it follows:
 
-- torchvision: area uniform, ratio log-uniform, both drawn again until the box fits, 10 times at most.
-- tensorflow: ratio uniform, then the height uniform among the whole numbers for which area and image
-  allow it, so that small areas are more frequent. SimCLR's code calls
-  tf.image.sample_distorted_bounding_box so, with min_object_covered = 0.1, which refuses areas below
-  a tenth of the image although its area range begins at 0.08.
-- clipped: area uniform, ratio log-uniform, drawn once; width and height are cut to the image's. BYOL.
+- torchvision: The area is uniform and the ratio log-uniform. Both are drawn again until the box fits,
+  10 times at most.
+- tensorflow, for SimCLR: The ratio is uniform. Then the height is uniform among the integers that the
+  range of areas and the image allow, so that small areas are more frequent. This is
+  tf.image.sample_distorted_bounding_box with min_object_covered = 0.1, as SimCLR's code calls it. It
+  refuses areas below a tenth of the image, although the range of areas begins at 0.08.
+- clipped, for BYOL: The area is uniform and the ratio log-uniform, drawn once. Width and height are
+  clipped to those of the image.
 
 `antialias: false` resizes as tf.image.resize does, without a low-pass filter before shrinking.
 """
@@ -30,12 +32,12 @@ from ssl_pretrain.views import resize
 from ssl_pretrain.views.recipe import Crop, Interpolation
 from ssl_pretrain.views.upload import upload
 
-LONGEST = 16  # times the shorter side: what of a long thin image an evaluation resizes
-TRIES = 10    # torchvision's
-TENSORFLOW_TRIES = 100    # SimCLR's max_attempts
-TENSORFLOW_COVERED = 0.1    # SimCLR's min_object_covered: the least share of the image inside a box
-SAMPLERS = {"torchvision": 0.0, "tensorflow": 1.0, "clipped": 2.0}    # numbers, for jitted code
-_CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)    # jitted code takes no enumeration
+LONGEST = 16  # an evaluation resizes at most so many shorter sides of a long thin image
+TRIES = 10  # attempts of torchvision
+TENSORFLOW_TRIES = 100  # SimCLR's max_attempts
+TENSORFLOW_COVERED = 0.1  # SimCLR's min_object_covered: smallest share of the image in a box
+SAMPLERS = {"torchvision": 0.0, "tensorflow": 1.0, "clipped": 2.0}  # numbers, as jitted code takes no strings
+_CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)  # jitted code takes no enumeration
 
 
 class Box(NamedTuple):
@@ -49,32 +51,32 @@ class Box(NamedTuple):
 
 
 def draw(crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, width: int) -> Box:
-    """The box of one view of one image: a random area and aspect ratio at a random place.
+    """Draw the box of one view of one image, with a random area and aspect ratio at a random place.
 
-    With torchvision's sampler, up to 10 tries of an area uniform in `crop.scale` (of the image's)
-    and a ratio log-uniform in `crop.ratio`; if none fits into the image, the largest central box
-    whose ratio is in range. The module's docstring describes the other samplers.
+    torchvision's sampler makes up to 10 attempts with an area uniform in `crop.scale` (as a share of
+    the image's) and a ratio log-uniform in `crop.ratio`. If no box fits into the image, it takes the
+    largest central box whose ratio is in range. The module's docstring describes the other samplers.
 
     Args:
-        crop: the view's recipe.
-        seed: of the run.
-        epoch: passes over the data before this one.
-        index: of the image in the data set.
-        view: number of the view, as `recipe.each` orders them.
-        height: of the decoded image, in pixels.
-        width: likewise.
+        crop: Recipe of the view.
+        seed: Seed of the run.
+        epoch: Number of passes over the data before this one.
+        index: Number of the image in the data set.
+        view: Number of the view, in the order of `recipe.each`.
+        height: Height of the decoded image, in pixels.
+        width: Width of the decoded image, in pixels.
     """
     return Box(*box_at(*chances(crop), seed, epoch, index, view, height, width))
 
 
 def chances(crop: Crop) -> tuple[float, float, float, float, float, float]:
-    """The numbers of a recipe that `box_at` takes: range of areas, range of ratios, probability of a flip, number of the sampler."""
+    """Return what `box_at` takes of a recipe: ranges of areas and of ratios, probability of a flip, number of the sampler."""
     return (*map(float, crop.scale), *map(float, crop.ratio), float(crop.flip), SAMPLERS[crop.crop_sampler])  # type: ignore[return-value]
 
 
 @njit(nogil=True, cache=True)
 def box_at(low_area, high_area, low_ratio, high_ratio, flip, sampler, seed, epoch, index, view, height, width):
-    """`draw` inside other jitted functions: (top, left, height, width, flip)."""
+    """Draw a box as `draw` does, in jitted code, and return (top, left, height, width, flip)."""
     flipped = draws.uniform_at(seed, epoch, index, view, _FLIP, 0) < flip
     if sampler == 1.0:
         top, left, box_height, box_width = _tensorflow_box(
@@ -104,9 +106,10 @@ def box_at(low_area, high_area, low_ratio, high_ratio, flip, sampler, seed, epoc
 
 @njit(nogil=True, cache=True)
 def _tensorflow_box(low_area, high_area, low_ratio, high_ratio, seed, epoch, index, view, height, width):
-    """(top, left, height, width) as tf.image.sample_distorted_bounding_box draws it; the whole image after 100 tries.
+    """Draw (top, left, height, width) as tf.image.sample_distorted_bounding_box does.
 
-    Like TensorFlow's kernel, a box that is smaller than the image never touches its bottom or right edge.
+    After 100 attempts it is the whole image. As in TensorFlow's kernel, a box that is smaller than the
+    image never touches its bottom or right edge.
     """
     least, most = low_area * height * width, high_area * height * width
     for number in range(TENSORFLOW_TRIES):
@@ -121,7 +124,7 @@ def _tensorflow_box(low_area, high_area, low_ratio, high_ratio, seed, epoch, ind
         spread = draws.uniform_at(seed, epoch, index, view, _CROP, lane + 1)
         box_height = shortest + int(spread * (tallest - shortest + 1))
         box_width = int(np.rint(box_height * ratio))
-        if box_height * box_width < least:  # rounding may miss the range of areas by one row
+        if box_height * box_width < least:  # rounding can leave the range of areas by one row
             box_height += 1
             box_width = int(np.rint(box_height * ratio))
         if box_height * box_width > most:
@@ -137,7 +140,19 @@ def _tensorflow_box(low_area, high_area, low_ratio, high_ratio, seed, epoch, ind
 
 
 def boxes(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int, sizes: np.ndarray) -> np.ndarray:
-    """`draw` for many images: int64 (n, 5), a `Box` a row. sizes: int64 (n, 2), height and width of each."""
+    """Draw the boxes of many images as `draw` does.
+
+    Args:
+        crop: Recipe of the view.
+        seed: Seed of the run.
+        epoch: Number of passes over the data before this one.
+        indices: Numbers of the images in the data set, int64 (n,).
+        view: Number of the view.
+        sizes: Height and width of each image in pixels, int64 (n, 2).
+
+    Returns:
+        int64 array of shape (n, 5), one `Box` per row.
+    """
     drawn = np.empty((len(indices), 5), np.int64)
     _fill_boxes(chances(crop), seed, epoch, indices, view, sizes, drawn)
     return drawn
@@ -152,12 +167,12 @@ def _fill_boxes(chances, seed, epoch, indices, view, sizes, drawn):
 
 
 def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """The view inside `box`: uint8 (3, size, size), resized and flipped if the box says so.
+    """Cut `box` out of an image, resize it, flip it if the box says so, and return it as uint8 (3, size, size).
 
     Args:
-        image: decoded, uint8 (3, height, width), in any memory order.
-        box: inside the image.
-        crop: the recipe that gives size, interpolation and antialiasing.
+        image: Decoded image, uint8 (3, height, width), in any memory format.
+        box: Box inside the image.
+        crop: Recipe, which gives size, interpolation and antialiasing.
     """
     if not crop.antialias:
         return _without_antialias(image, box, crop)
@@ -167,7 +182,10 @@ def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
 
 
 def _without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """`apply` in the arithmetic of the compiled loader; torch's own cubic is another one (a = -0.75) without antialiasing."""
+    """Do what `apply` does without antialiasing, in the arithmetic of the compiled loader.
+
+    torch's cubic without antialiasing is another one (a = -0.75).
+    """
     cut = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
     turned = cut.permute(2, 0, 1).contiguous().flatten().numpy()
     view = torch.empty(3, crop.size, crop.size, dtype=torch.uint8)
@@ -177,14 +195,14 @@ def _without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
 
 
 def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
-    """`apply` for a whole batch on its own device, within one grey level of it: uint8 (n, 3, size, size).
+    """Do what `apply` does for a whole batch on its device, within one gray level: uint8 (n, 3, size, size).
 
-    A resize is a product with one matrix along x and one along y, which differ from image to image with their boxes.
+    A resize is a product with one matrix along x and one along y. Each image has its own, as its box differs.
 
     Args:
-        images: uint8 (n, 3, height, width).
-        boxes: int64 (n, 5), of `boxes`.
-        crop: the recipe that gives size, interpolation and antialiasing.
+        images: Decoded images, uint8 (n, 3, height, width).
+        boxes: Boxes as the function `boxes` returns them, int64 (n, 5).
+        crop: Recipe, which gives size, interpolation and antialiasing.
     """
     at = upload(torch.from_numpy(boxes), images.device)
     along_x = _matrices(at[:, 1], at[:, 3], images.shape[3], crop)
@@ -197,9 +215,16 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
 
 
 def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
-    """float32 (n, size, total): the weights of `resize.axis`, rounded as there, at the box's place in the image.
+    """Return the weights of the pixels of an image for those of a view along one axis, float32 (n, size, total).
 
-    Without antialiasing, those of `resize.write_plain_view`, which are not rounded.
+    They are the weights of `resize.axis`, rounded as there. Without antialiasing they are those of
+    `resize.write_plain_view`, which are not rounded.
+
+    Args:
+        first: First pixel of each box along the axis, int64 (n,).
+        length: Pixels of each box along the axis, int64 (n,).
+        total: Pixels of the image along the axis.
+        crop: Recipe, which gives size, interpolation and antialiasing.
     """
     widest = 2.0 if crop.interpolation == "bicubic" else 1.0
     scale = (length.to(torch.float64) / crop.size)[:, None, None]
@@ -223,25 +248,26 @@ def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
 
 
 def _to_levels(images: Tensor) -> Tensor:
+    """Round to whole gray levels from 0 to 255, in place."""
     return images.add_(0.5).floor_().clamp_(0, 255)
 
 
 def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation: Interpolation = "bilinear") -> Tensor:
-    """The one view that evaluations see: uint8 (3, size, size).
+    """Return the view that evaluations use, uint8 (3, size, size).
 
-    The shorter side is resized to round(size / crop_ratio) pixels, keeping the aspect
-    ratio, and the central square is cut out: 256 and 224 for the usual ImageNet protocol.
-    Of an image more than 16 times as long as wide, only the middle is resized, so that memory
-    depends on the view and not on the file.
+    The shorter side is resized to round(size / crop_ratio) pixels at the same aspect ratio, and the
+    central square is cut out. For the usual ImageNet protocol that is 256 and 224 pixels. Of an image
+    more than 16 times as long as wide only the middle is resized, so that memory depends on the view
+    and not on the file.
 
     Args:
-        image: decoded, uint8 (3, height, width).
-        size: of the view, in pixels.
-        crop_ratio: share of the resized shorter side that is kept; 1.0 keeps all of it.
-        interpolation: antialiased always.
+        image: Decoded image, uint8 (3, height, width).
+        size: Side of the view, in pixels.
+        crop_ratio: Share of the resized shorter side that is kept, 1.0 for all of it.
+        interpolation: Kind of resize, always antialiased.
 
     Raises:
-        ValueError: crop_ratio is outside (0, 1].
+        ValueError: If crop_ratio is outside (0, 1].
     """
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crops.evaluate: crop_ratio must be in (0, 1], got {crop_ratio}")
@@ -256,9 +282,10 @@ def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation:
 
 
 def _middle(longer: int, shorter: int, resized_side: int) -> int:
-    """How much of the longer side to resize so that its center falls on the same fraction of a pixel as the whole image's.
+    """Return how many pixels of the longer side to resize, so that the central crop is that of the whole image.
 
-    As much is cut off at either end, and the resized lengths differ by a multiple of 4: torchvision rounds half a pixel to even.
+    As much is cut off at either end, and the resized lengths differ by a multiple of 4. Otherwise the center would fall
+    on another fraction of a pixel, as torchvision rounds half a pixel to even.
     """
     whole = resized_side * longer // shorter
     first = LONGEST * shorter + (longer - LONGEST * shorter) % 2

@@ -1,12 +1,13 @@
-"""A decoded image -> one view, compiled: torch's antialiased bilinear and bicubic resize, in its own integer arithmetic.
+"""Resize a box of a decoded image to a view, compiled: torch's antialiased bilinear and bicubic resize.
 
-A separable resize multiplies along x, then along y. Both passes here run over bytes that lie one after the other, 32
-at a time: the image is turned once (columns become rows), the result of the first pass is turned back, and whatever
-number of views an image has, its decoding and first turn are shared.
+A separable resize multiplies along x, then along y. Both passes run over consecutive bytes, 32 at a time. For that the
+image is transposed once, and the result of the first pass is transposed back. All views of an image share its decoding
+and the first transposition.
 
-The arithmetic is that of torch's uint8 kernels (aten/native/cpu/UpSampleKernel.cpp, after Pillow): weights of the
-triangle or of Keys' cubic with a = -0.5, widened by the scale where the image shrinks, rounded to 16 bits with as many
-of them behind the point as the largest allows; sums in 32 bits; rounded and clamped to a byte after each pass.
+The arithmetic is that of torch's uint8 kernels (aten/native/cpu/UpSampleKernel.cpp, after Pillow). The filter is the
+triangle or Keys' cubic with a = -0.5, widened by the scale where the image shrinks. Weights are rounded to 16-bit fixed
+point, with as many fractional bits as the largest weight allows. Sums have 32 bits. After each pass they are rounded
+and clamped to a byte.
 
 `write_plain_view` resizes without antialiasing, as tf.image.resize does: the filter is never widened, so that a pixel
 depends on at most 4 x 4 others however much the image shrinks. Its sums are float32, rounded to a byte once.
@@ -21,23 +22,24 @@ from numba.extending import intrinsic
 
 from ssl_pretrain.jit import njit
 
-TILE = 16  # bytes; rows and columns of what is turned are padded to it
+TILE = 16  # side in bytes of the tiles that are transposed; rows and columns are padded to multiples of it
 
 
 @njit(nogil=True)
 def padded(count):
+    """Return `count` rounded up to a multiple of `TILE`."""
     return (count + TILE - 1) // TILE * TILE
 
 
 def most_taps(longest_side: int, size: int, bicubic: bool) -> int:
-    """Pixels that one pixel of a view can depend on along an axis, rounded up to whole groups of 4."""
+    """Return the largest number of pixels on which one pixel of a view depends along an axis, as a multiple of 4."""
     reach = 2 if bicubic else 1
     return -(-(2 * math.ceil(reach * max(1.0, longest_side / size)) + 1) // 4) * 4
 
 
 @intrinsic
 def _turn_tile(_context, source, source_pitch, target, target_pitch):
-    """Writes the 16 x 16 bytes at address `source` to `target`, rows as columns: four rounds of interleaving registers."""
+    """Transpose the 16 x 16 bytes at address `source` to `target`, by four rounds of interleaving vector registers."""
 
     def codegen(context, builder, _signature, arguments):
         source, source_pitch, target, target_pitch = arguments
@@ -64,7 +66,10 @@ def _turn_tile(_context, source, source_pitch, target, target_pitch):
 
 @njit(nogil=True)
 def turn(source, source_pitch, rows, columns, target, target_pitch):
-    """target[column, row] = source[row, column]; flat arrays, with room for whole tiles at every edge."""
+    """Transpose bytes: target[column, row] = source[row, column].
+
+    Both arrays are flat, with rows `source_pitch` and `target_pitch` bytes apart and room for whole tiles at every edge.
+    """
     source_at, target_at = source.ctypes.data, target.ctypes.data
     for column in range(0, columns, TILE):
         for row in range(0, rows, TILE):
@@ -74,6 +79,7 @@ def turn(source, source_pitch, rows, columns, target, target_pitch):
 
 @njit(nogil=True)
 def _filter(x, bicubic):
+    """Return the filter's value at distance x: Keys' cubic with a = -0.5, or the triangle."""
     x = abs(x)
     if not bicubic:
         return max(0.0, 1.0 - x)
@@ -86,9 +92,20 @@ def _filter(x, bicubic):
 
 @njit(nogil=True)
 def axis(length, size, bicubic, mirrored, starts, counts, weights, exact):
-    """Fills, for each of `size` pixels made of `length` ones: the first it depends on, how many, and their weights.
+    """Compute the fixed-point weights for a resize from `length` pixels to `size` along one axis.
 
-    `exact` is room for the weights in float64. Returns how many bits of the weights are behind the point.
+    Args:
+        length: Pixels of the box along the axis.
+        size: Pixels of the view.
+        bicubic: Use the cubic filter instead of the triangle.
+        mirrored: Reverse the order of the view's pixels.
+        starts: Output, int64 (size,): first pixel on which each pixel of the view depends.
+        counts: Output, int64 (size,): number of these pixels.
+        weights: Output, int16 (size, taps): their weights in fixed point, 0 beyond the count.
+        exact: Buffer for the weights, float64 (size, taps).
+
+    Returns:
+        Number of fractional bits of the weights.
     """
     scale = length / size
     reach = (2.0 if bicubic else 1.0) * max(scale, 1.0)
@@ -123,6 +140,7 @@ def axis(length, size, bicubic, mirrored, starts, counts, weights, exact):
 
 @njit(nogil=True)
 def _two(target, source, at, weights, n, bits):
+    """Write the weighted sum of 2 rows of `n` bytes, which begin at `at`, rounded to bytes."""
     first, second = source[at[0] : at[0] + n], source[at[1] : at[1] + n]
     w0, w1, half, shift = np.int32(weights[0]), np.int32(weights[1]), np.int32(1 << (bits - 1)), np.int32(bits)
     for i in range(n):
@@ -132,6 +150,7 @@ def _two(target, source, at, weights, n, bits):
 
 @njit(nogil=True)
 def _four(target, source, at, weights, n, bits):
+    """Write the weighted sum of 4 rows of `n` bytes, which begin at `at`, rounded to bytes."""
     a, b, c, d = source[at[0] : at[0] + n], source[at[1] : at[1] + n], source[at[2] : at[2] + n], source[at[3] : at[3] + n]
     w0, w1, w2, w3 = np.int32(weights[0]), np.int32(weights[1]), np.int32(weights[2]), np.int32(weights[3])
     half, shift = np.int32(1 << (bits - 1)), np.int32(bits)
@@ -143,6 +162,7 @@ def _four(target, source, at, weights, n, bits):
 
 @njit(nogil=True)
 def _add_four(sums, source, at, weights, tap, n):
+    """Add the weighted sum of 4 rows, from number `tap` on, to `sums`, without rounding."""
     a, b = source[at[tap] : at[tap] + n], source[at[tap + 1] : at[tap + 1] + n]
     c, d = source[at[tap + 2] : at[tap + 2] + n], source[at[tap + 3] : at[tap + 3] + n]
     w0, w1, w2, w3 = np.int32(weights[tap]), np.int32(weights[tap + 1]), np.int32(weights[tap + 2]), np.int32(weights[tap + 3])
@@ -153,6 +173,7 @@ def _add_four(sums, source, at, weights, tap, n):
 
 @njit(nogil=True)
 def _rounded(target, sums, n, bits):
+    """Write fixed-point sums as bytes. The half that rounding needs is already in them."""
     shift = np.int32(bits)
     for i in range(n):
         target[i] = np.uint8(min(max(np.int32(sums[i] >> shift), np.int32(0)), np.int32(255)))
@@ -160,10 +181,13 @@ def _rounded(target, sums, n, bits):
 
 @njit(nogil=True)
 def _blend(target, source, first, pitch, count, weights, n, bits, at, sums):
-    """target[i] = the weighted sum of `count` rows of source, which begin `pitch` apart from `first` on."""
+    """Write the weighted sum of `count` rows of `n` bytes of source, rounded to bytes.
+
+    The rows begin at `first`, `pitch` apart. `at` and `sums` are buffers for the beginnings and for int32 sums.
+    """
     groups = (count + 3) // 4 * 4
     for tap in range(groups):
-        at[tap] = first + min(tap, count - 1) * pitch  # what fills up a group has no weight
+        at[tap] = first + min(tap, count - 1) * pitch  # rows that fill up a group of 4 have weight 0
     if count <= 2:
         _two(target, source, at, weights, n, bits)
     elif count <= 4:
@@ -177,13 +201,16 @@ def _blend(target, source, first, pitch, count, weights, n, bits, at, sums):
 
 @njit(nogil=True)
 def write_view(turned, pitch, top, left, height, width, flip, size, bicubic, room, out):
-    """Writes one view, uint8 (3, size, size), from an image that was turned: row 3 * x + channel is a column, `pitch` apart.
+    """Write one view, uint8 (3, size, size), from a transposed image, in which row 3 * x + channel is a column.
 
     Args:
-        turned: flat, of `turn`.
-        top, left, height, width, flip: the box.
-        room: of `room_for`.
-        out: flat, 3 * size * size bytes.
+        turned: The transposed image as `turn` writes it, flat.
+        pitch: Bytes between its rows.
+        top, left, height, width, flip: The box, in pixels of the image.
+        size: Side of the view, in pixels.
+        bicubic: Use the cubic filter instead of the triangle.
+        room: Buffers from `room_for`.
+        out: Output, flat, 3 * size * size bytes.
     """
     middle, back, starts, counts, weights, exact, at, sums = room
     bits = axis(width, size, bicubic, flip, starts, counts, weights, exact)
@@ -203,7 +230,7 @@ def write_view(turned, pitch, top, left, height, width, flip, size, bicubic, roo
 
 @njit(nogil=True)
 def write_plain_view(turned, pitch, top, left, height, width, flip, size, bicubic, out):
-    """Write one view without antialiasing; the arguments are those of `write_view`.
+    """Write one view without antialiasing. The arguments are those of `write_view`, without buffers.
 
     Where the filter reaches over the edge of the box, the pixels that exist share its weight
     (TensorFlow's half_pixel_centers). For the triangle this is the same as repeating the edge.
@@ -212,7 +239,7 @@ def write_plain_view(turned, pitch, top, left, height, width, flip, size, bicubi
     first_x, first_y = np.zeros(size, np.int64), np.zeros(size, np.int64)
     _plain_axis(width, size, bicubic, flip, first_x, along_x)
     _plain_axis(height, size, bicubic, False, first_y, along_y)
-    column = np.zeros(height + 3, np.float32)  # room for taps without weight
+    column = np.zeros(height + 3, np.float32)  # padded for pixels of weight 0 below the box
     for channel in range(3):
         for x in range(size):
             column[:] = 0
@@ -230,7 +257,7 @@ def write_plain_view(turned, pitch, top, left, height, width, flip, size, bicubi
 
 @njit(nogil=True)
 def _plain_axis(length, size, bicubic, mirrored, first, weights):
-    """Fill, for each of `size` pixels, the first of `length` pixels it depends on and the weights of it and the next three."""
+    """Compute, for each of `size` pixels, the first of `length` pixels on which it depends, and the weights of that and the next three."""
     reach = 2 if bicubic else 1
     for pixel in range(size):
         center = length / size * (pixel + 0.5)
@@ -247,18 +274,19 @@ def _plain_axis(length, size, bicubic, mirrored, first, weights):
 
 @njit(nogil=True)
 def _add_weighted(sums, source, weight):
+    """Add a weighted row of bytes to float32 sums."""
     for i in range(len(source)):
         sums[i] += np.float32(source[i]) * weight
 
 
 @njit(nogil=True, cache=True)
 def write_plain_cut(turned, height, width, flip, size, bicubic, out):
-    """`write_plain_view` of a whole image, compiled once and kept on disk, for callers that are not compiled."""
+    """Call `write_plain_view` on a whole image, for callers that are not compiled. The compiled code is cached on disk."""
     write_plain_view(turned, height, 0, 0, height, width, flip, size, bicubic, out)
 
 
 def room_for(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:
-    """Memory that `write_view` works in, for one thread: images up to `longest_side`, views of `sizes`."""
+    """Allocate the buffers of `write_view` for one thread, for images of up to `longest_side` pixels and views of `sizes`."""
     wide, tall = -(-max(sizes) // TILE) * TILE, -(-longest_side // TILE) * TILE
     taps = max(most_taps(longest_side, size, bicubic) for size in sizes)
     longest = max(wide, tall)

@@ -1,12 +1,15 @@
-"""The views of SimCLR's and BYOL's recipes beside their authors' functions: the tables of docs/methods.md.
+"""Compare the views of SimCLR's and BYOL's recipes with their authors' functions, for the tables of docs/methods.md.
 
     PYTHONPATH=. python tests/bench/authors_views.py --data ../shared/data/imagenet_sample.zip
 
-Each operation on the same images and draws, in levels of 255, first with torchvision's functions (the defaults of a crop),
-then with the options of the two recipes; the reference is tests/views/authors.py. Below it, what whole views look like: the
-luminance of the outermost 2 pixels over that of the whole view, and the detail, the mean absolute Laplacian of luminance in
-[0, 1]; the mean area of a crop over the image's, and the Kolmogorov-Smirnov distance of its distribution over 100,000 draws
-from the authors'.
+It prints three tables:
+
+1. Differences of each operation from the authors' (tests/views/authors.py) on the same images and random numbers, in levels
+   of 255, with torchvision's functions (the defaults of a crop) and with the options of the two recipes.
+2. Statistics of whole views: the luminance of the outermost 2 pixels over that of the whole view, and the detail, which is
+   the mean absolute Laplacian of the luminance in [0, 1].
+3. The mean area of a crop over the image's, and the Kolmogorov-Smirnov distance of the distribution of areas from the
+   authors', over 100,000 draws.
 """
 
 from __future__ import annotations
@@ -40,19 +43,19 @@ TORCHVISION = {
     "crop_sampler": "torchvision",
 }
 TENSORFLOW = {"contrast_mean": "channel", "saturation_mode": "hsv", "blur_border": "zero", "antialias": False}
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
-BORDER = 11  # pixels: half of the blur's 23 taps
-FRAME = 2  # pixels that a blur with black around it darkens most
-SHAPES = ((375, 500), (500, 333), (224, 224))
-DRAWS = 100_000
+PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation: no normalization
+BORDER = 11  # pixels from the edge that a blur of 23 taps reads beyond
+FRAME = 2  # outermost pixels, which a blur with black around the view darkens most
+SHAPES = ((375, 500), (500, 333), (224, 224))  # height and width of images in pixels
+DRAWS = 100_000  # boxes per distribution
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=shared / "imagenet_sample.zip")
-    parser.add_argument("--images", type=int, default=32, help="for single operations")
-    parser.add_argument("--views", type=int, default=200, help="images, for whole views")
+    parser.add_argument("--images", type=int, default=32, help="images for single operations (default: %(default)s)")
+    parser.add_argument("--views", type=int, default=200, help="images for whole views (default: %(default)s)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(DataConfig(root=str(given.data), cache_dir=folder), "train")
@@ -72,7 +75,7 @@ def main() -> None:
 
 
 def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean differences from the authors' functions, with torchvision's functions and with the recipes' options."""
+    """Print the first table and return the mean difference by operation, of torchvision's functions and of the recipes' options."""
     resized = torch.stack([crops.apply(pixels(image), Box(0, 0, *image.shape[:2], False), Crop(size=224)) for image in images])
     floats = resized.permute(0, 2, 3, 1).numpy() / 255.0
     means: list[dict[str, float]] = [{}, {}]
@@ -118,6 +121,7 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
 
 
 def _theirs(name: str, image: np.ndarray, drawn: colour.Parameters, row: int, crop: Crop) -> np.ndarray:
+    """Apply the authors' function to an image in [0, 1], shape (height, width, 3), with the parameters of row `row`."""
     if name == "contrast":
         return authors.adjust_contrast(image, float(drawn.factors[row, colour.CONTRAST])).clip(0, 1)
     if name == "saturation":
@@ -126,15 +130,17 @@ def _theirs(name: str, image: np.ndarray, drawn: colour.Parameters, row: int, cr
 
 
 def _cell(difference: np.ndarray) -> str:
+    """Format mean, maximum and share above 10 levels."""
     return f"{difference.mean():.3g}, {difference.max():.3g}, {100 * (difference > 10).mean():.1f} %"
 
 
 def pixels(image: np.ndarray) -> torch.Tensor:
+    """Return an image (height, width, 3) as a tensor (3, height, width)."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
-    """BYOL's first view: its border's share of luminance, and its detail over that of torchvision's functions."""
+    """Print the second table. Return the border over the whole and the detail over torchvision's, of BYOL's first view."""
     print("| whole views | border over whole, torchvision's | the recipe's | detail, torchvision's | the recipe's |")
     print("|---|---|---|---|---|")
     result = (0.0, 0.0)
@@ -149,6 +155,7 @@ def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
 
 
 def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[float, float]:
+    """Return the border over the whole and the detail of view `number`, as means over four views of each image."""
     frames, details = [], []
     for epoch in range(4):
         drawn = colour.draw(crop, 0, epoch, np.arange(len(images)), number)
@@ -165,7 +172,7 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
 
 
 def areas() -> list[float]:
-    """Distances of the areas' distributions from the authors', of both samplers at every shape."""
+    """Print the third table and return the distances of both samplers from the authors', for every shape."""
     print("| image | mean area, torchvision | SimCLR | BYOL | KS of torchvision from SimCLR, BYOL | KS of ours from SimCLR, BYOL |")
     print("|---|---|---|---|---|---|")
     distances = []

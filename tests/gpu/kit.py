@@ -1,7 +1,7 @@
 """Pack what tests/gpu/run.py needs on a GPU machine without a network into .gpu-kit, and print the calls: `make gpu-kit`.
 
-The folder is ignored by git. It holds wheels of the pure-Python packages that such a machine usually lacks, and CIFAR-10 as
-an archive of the very JPEGs of the zip, a third of its size.
+The folder is ignored by git. It holds wheels of the pure-Python packages that such a machine usually lacks, and the JPEGs of
+CIFAR-10's zip in an archive of a third of its size.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Results are in runs/gpu and in the folder that --copy names, which is written af
     . tests/gpu/prepare.sh && python3 tests/gpu/run.py --data .gpu-kit/cifar10 --minutes 9.5 --copy OUT --only cifar10
     . tests/gpu/prepare.sh && python3 tests/gpu/run.py --data .gpu-kit/cifar10 --minutes 8 --copy OUT
 
-CIFAR-10 trains for 200 epochs and takes two calls. Where a call meets a fresh machine, bring runs/gpu along: the training goes
-on from its checkpoint.
+CIFAR-10 trains for 200 epochs and takes two calls. If a call gets a fresh machine, bring runs/gpu along, so that the training
+goes on from its checkpoint.
 """
 
 
 def download_wheels() -> None:
-    """Download the wheels for Python 3.12 on Linux, whatever runs here."""
+    """Download the wheels for Python 3.12 on Linux, whatever Python and system run this script."""
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12",
         "--implementation", "cp", "--platform", "manylinux2014_x86_64", "--dest", str(KIT / "wheels"), *WHEELS,
@@ -42,7 +42,7 @@ def download_wheels() -> None:
 
 
 def pack_cifar10(archive: Path) -> None:
-    """Write the JPEGs of the zip to cifar10.tar.xz: their headers are alike, so xz finds what deflate cannot."""
+    """Write the JPEGs of the zip to cifar10.tar.xz. xz, unlike a zip, stores the headers that they share only once."""
     with zipfile.ZipFile(archive) as source, tarfile.open(KIT / "cifar10.tar.xz", "w:xz", preset=3) as target:
         names = [name for name in source.namelist() if name.startswith(("train/", "test/")) and not name.endswith("/")]
         for name in sorted(names):

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: a reason to skip where there is no CUDA, the device, and a watch for waits of the host."""
+"""Fixtures for the tests of this folder: skip without CUDA, the device, and an error where the host waits for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cuda() -> torch.device:
 
 @pytest.fixture
 def never_waited_for() -> Callable[[], AbstractContextManager[None]]:
-    """Inside, a host that waits for the device is an error."""
+    """Return a context manager in which an operation that makes the host wait for the device raises RuntimeError."""
 
     @contextmanager
     def strict() -> Iterator[None]:

@@ -1,13 +1,14 @@
-"""All that needs a GPU, by one command: python tests/gpu/run.py
+"""Run everything that needs a GPU: python tests/gpu/run.py
 
-Checks the kernels with compute-sanitizer, runs the tests of tests/gpu, measures training steps (tests/gpu/steps.py), then trains
-SimCLR with ResNet-18 on CIFAR-10, the whole set on the device, and evaluates it. The stages come in order of their value. Each
-call takes at most --minutes, and the next one does what it has not reached. Results are kept in runs/gpu/results.json after
-every stage, a training that was stopped goes on from its checkpoint, and the table is written to runs/gpu/gpu.md, or where --page says.
+The stages, most valuable first: check the kernels with compute-sanitizer, run the tests of tests/gpu, measure training
+steps (tests/gpu/steps.py), and train and evaluate SimCLR with ResNet-18 on CIFAR-10, the whole set on the device. Each
+call takes at most --minutes, and the next call goes on with the stages that are missing. After every stage the results
+are written to runs/gpu/results.json, and the table to runs/gpu/gpu.md or to --page. A training that was stopped goes on
+from its checkpoint.
 
-    python tests/gpu/run.py --data ../shared/data/cifar10.zip              as often as needed, until it says that all is done
-    python tests/gpu/run.py --only cifar10 --epochs 1000                   towards the published 1,000 epochs
-    python tests/gpu/run.py --again simclr_resnet50                        measures one stage anew
+    python tests/gpu/run.py --data ../shared/data/cifar10.zip    # repeat until it says that all is done
+    python tests/gpu/run.py --only cifar10 --epochs 1000         # towards the published 1,000 epochs
+    python tests/gpu/run.py --again simclr_resnet50              # measure one stage anew
 
 On a machine without the network, carry what `make gpu-kit` packs: it prints the calls. torch, torchvision, timm, numba, numpy,
 safetensors and pytest have to be there. FFCV, faiss and wandb are not needed (log.wandb is off).
@@ -42,15 +43,15 @@ TARGETS = {  # views per second on an H200; of the published 871 images/s three 
 }  # fmt: skip
 STAGES = ("sanitizer", "tests", *STEPS, "cifar10", *LATER)
 COMMAND = "python tests/gpu/run.py --data ../shared/data/cifar10.zip"
-LEAST = {"tests": 90.0, "cifar10": 120.0}  # seconds without which a stage is not begun
-MOST = {"sanitizer": 120.0}  # seconds that a stage may take; a step's is 150, or 300 where it compiles
+LEAST = {"tests": 90.0, "cifar10": 120.0}  # seconds that have to be left for a stage to begin
+MOST = {"sanitizer": 120.0}  # seconds that a stage may take; a step may take 150, or 300 if it compiles
 STOPPED = 75  # exit status of a training that was asked to stop and has saved
 GRACE = 30.0  # seconds between SIGTERM and SIGKILL, part of what a stage may take
 EVALUATIONS = 100.0  # seconds kept for k-NN and the linear evaluation after a training's last epoch
 
 
 def run(command: list[str], seconds: float) -> tuple[int, str, str]:
-    """Return status, output and errors of a command that takes at most `seconds`: it is asked to stop before, as by a scheduler."""
+    """Return status, output and errors of a command. It gets SIGTERM in time to end within `seconds`, and SIGKILL then."""
     grace = min(GRACE, seconds / 2)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -67,7 +68,7 @@ def run(command: list[str], seconds: float) -> tuple[int, str, str]:
 
 
 def sanitizer(seconds: float) -> dict[str, Any]:
-    """Run the loss kernels under compute-sanitizer, which finds reads and writes beyond their memory."""
+    """Run the loss kernels under compute-sanitizer, which finds reads and writes out of bounds."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return {"error": "compute-sanitizer is not installed"}
@@ -77,6 +78,7 @@ def sanitizer(seconds: float) -> dict[str, Any]:
 
 
 def tests(seconds: float) -> dict[str, Any]:
+    """Run the tests that need a GPU and return the counts of their outcomes."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "tests/views", "tests/data/test_device_cache.py",
                "-k", "gpu or cuda"]  # fmt: skip
     status, out, err = run(command, seconds)
@@ -86,6 +88,7 @@ def tests(seconds: float) -> dict[str, Any]:
 
 
 def step(name: str, seconds: float, images: int = 0) -> dict[str, Any]:
+    """Measure one training step by tests/gpu/steps.py. `images` limits the batch of a compiled one, 0 does not."""
     bare = name.removesuffix(", compiled")
     command = [sys.executable, "tests/gpu/steps.py", bare, "--trace", str(RESULTS.parent / f"{name.replace(', ', '_')}.txt")]
     if bare != name:
@@ -95,7 +98,7 @@ def step(name: str, seconds: float, images: int = 0) -> dict[str, Any]:
 
 
 def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
-    """Trains on, and evaluates when the last epoch is done. `done` says whether it is."""
+    """Go on with the training, and evaluate it after the last epoch, which `done` of the result tells."""
     folder = ROOT / "runs" / "gpu" / f"simclr_cifar10_{epochs}"
     began = time.monotonic()
     overrides = [f"data.root={data}", "data.cache=device", f"epochs={epochs}", f"output={folder}", "log.wandb=off", "log.every_steps=100"]
@@ -118,11 +121,11 @@ def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """docs/results/gpu.md of these results."""
-    lines = ["# On a GPU", "", f"Made by `{COMMAND}`; every figure below is of the stages in `runs/gpu/results.json`.", ""]
+    """Return the text of docs/results/gpu.md for these results."""
+    lines = ["# On a GPU", "", f"Made by `{COMMAND}`. The figures are those of the stages in `runs/gpu/results.json`.", ""]
     if not results:
         return "\n".join(
-            [*lines, "Not run: no GPU was at hand. The command above runs all of it, ten minutes a call, and writes this page.", ""]
+            [*lines, "Not run: no GPU was at hand. The command above runs all of it, in calls of ten minutes, and writes this page.", ""]
         )
     found = results.get("tests")
     if found:
@@ -132,8 +135,8 @@ def page(results: dict[str, Any]) -> str:
     if measured:
         lines += [next(iter(measured.values()))["versions"], ""]
         lines += [
-            "| step | images at once | ms | of it color and copy | images/s | views/s | target | bare loop's time over ours "
-            "| loss and optimizer | of the roofline | of 790 TFLOP/s | peak GiB | seconds to the first step |",
+            "| step | images at once | ms | ms for color and copy | images/s | views/s | target, views/s | bare loop's time over ours "
+            "| share of loss and optimizer | share of the roofline | share of 790 TFLOP/s | peak GiB | seconds to the first step |",
             "|" + "---|" * 13,
         ]
     for name, one in measured.items():
@@ -149,9 +152,9 @@ def page(results: dict[str, Any]) -> str:
         theirs = (
             lightly
             if isinstance(lightly, str)
-            else f"{lightly['images_per_second']:,.0f} images/s, ours {lightly['ours_over_theirs']:.2f} times that"
+            else f"{lightly['images_per_second']:,.0f} images/s. Ours, without color, is {lightly['ours_over_theirs']:.2f} times as fast"
         )
-        lines += ["", f"lightly's step of the same network, in turn with ours: {theirs}."]
+        lines += ["", f"lightly's step of the same network, interleaved with ours: {theirs}."]
     lines += [f"\n{name}: {results[name]['error']}" for name in STAGES if "error" in results.get(name, {})]
     trained = results.get("cifar10", {})
     if "epochs" in trained:
@@ -167,7 +170,7 @@ def page(results: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="of this call")
+    parser.add_argument("--minutes", type=float, default=8.0, help="minutes that this call may take (default: %(default)s)")
     parser.add_argument("--copy", type=Path, help="a folder into which results, profiles and the page are copied after every stage")
     parser.add_argument("--page", type=Path, default=RESULTS.with_name("gpu.md"), help="where the table goes, such as docs/results/gpu.md")
     parser.add_argument("--data", default="../shared/data/cifar10.zip", help="CIFAR-10: a zip or folder with train/CLASS and test/CLASS")

@@ -1,8 +1,8 @@
-"""One training step on a GPU, measured: python tests/gpu/steps.py simclr_resnet50 [--compile]; prints one JSON line.
+"""Measure one training step on a GPU and print one JSON line: python tests/gpu/steps.py simclr_resnet50 [--compile]
 
-The largest batch that fits, images a second, the share of the step that is loss and optimizer, the shares of the roofline and of
-790 TFLOP/s, and for SimCLR with ResNet-50 lightly's step beside it, in turn. tests/gpu/run.py runs all of them. `--tiny` is the
-same on small networks and any device, to see that this file works.
+The line has the largest batch that fits, images per second, the share of loss and optimizer in the step, and the shares of the
+roofline and of 790 TFLOP/s. For SimCLR with ResNet-50 it also has lightly's step, interleaved with ours. tests/gpu/run.py runs
+all of them. `--tiny` takes small networks on any device, to see that this script works.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ssl_pretrain.step import Stepper
 from ssl_pretrain.train import build_method
 from ssl_pretrain.views import colour, recipe
 
-PEAK = 790e12  # TFLOP/s of bfloat16 products on an H100 or H200
+PEAK = 790e12  # FLOP/s of bfloat16 matrix products on an H100 or H200
 CONFIGS = {  # name -> YAML, overrides
     "simclr_resnet50": ("simclr_imagenet", []),
     "swav_resnet50_multicrop": ("swav_imagenet", []),
@@ -50,11 +50,12 @@ CONFIGS = {  # name -> YAML, overrides
         ["backbone.name=vit_large_patch16_224", "backbone.args={}", "optim.name=adamw", "optim.base_lr=1e-3"],
     ),
 }
-BATCH = {"barlow_twins_vit_small": 256, "vit_large_simclr": 384}  # of a published row; the others take the largest that fits
+BATCH = {"barlow_twins_vit_small": 256, "vit_large_simclr": 384}  # as published; the others take the largest that fits
 SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
 
 
 def run_of(name: str, tiny: bool, compiled: bool) -> RunConfig:
+    """Return the configuration of a step, with a small network and quartered views if `tiny`."""
     stem, overrides = CONFIGS[name]
     overrides = [*overrides, "launch.gpus_per_node=0", *(["parallel.compile=true"] if compiled else [])]
     run = config.load(ROOT / "configs" / f"{stem}.yaml", overrides)
@@ -104,7 +105,11 @@ def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepp
 
 
 def largest(run: RunConfig, device: torch.device, sizes: tuple[int, ...]) -> tuple[int, Stepper, Batch]:
-    """The largest of `sizes` of which two steps fit, ready to run."""
+    """Return the first of `sizes`, largest first, of which two steps fit into memory, with its stepper and its batch.
+
+    Raises:
+        RuntimeError: Not even the smallest fits.
+    """
     for images in sizes:
         try:
             stepper, batch = stepper_of(run, images, device)
@@ -118,7 +123,7 @@ def largest(run: RunConfig, device: torch.device, sizes: tuple[int, ...]) -> tup
 
 
 def backbone_alone(stepper: Stepper, batch: Batch) -> Callable[[], object]:
-    """Forward, teacher and backward, with given gradients of the embeddings: what a step is without its loss and optimizer."""
+    """Return a step without loss and optimizer: forward, teacher, and backward from gradients of one."""
     method: Any = parallel.unwrap(stepper.model)
 
     def run() -> None:
@@ -133,7 +138,7 @@ def backbone_alone(stepper: Stepper, batch: Batch) -> Callable[[], object]:
 
 
 def lightlys_step(name: str, images: int, size: int, device: torch.device) -> Callable[[], object]:
-    """SimCLR by lightly's own parts, on the same network, views, precision and memory format."""
+    """Return SimCLR's step built of lightly's parts, on the same network, views, precision and memory format."""
     import timm
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import SimCLRProjectionHead
@@ -157,7 +162,7 @@ def lightlys_step(name: str, images: int, size: int, device: torch.device) -> Ca
 
 
 def bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object]:
-    """The same backbone alone in a loop as short as can be: forward of the student's views, backward, fused SGD."""
+    """Return the shortest step of the same backbone: forward of the student's views, backward, fused SGD."""
     method: Any = parallel.unwrap(stepper.model)
     backbone = method.backbone
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
@@ -176,6 +181,17 @@ def bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object
 def measured(
     name: str, device: torch.device, tiny: bool, compiled: bool, repeats: int, images: int = 0, trace: Path | None = None
 ) -> dict[str, Any]:
+    """Return the figures of one step, as the medians of `repeats` interleaved repetitions.
+
+    Args:
+        name: One of `CONFIGS`.
+        device: Where the step runs.
+        tiny: Take a small network and eight images.
+        compiled: Compile the blocks.
+        repeats: Repetitions of each of the steps that are compared.
+        images: Try no more than these at once, 0 for no limit.
+        trace: File for the profile of five steps, on a GPU.
+    """
     run = run_of(name, tiny, compiled)
     wanted = images or BATCH.get(name, 0)
     sizes = (8,) if tiny else tuple(size for size in SIZES if size <= wanted) or (wanted,) if wanted else SIZES

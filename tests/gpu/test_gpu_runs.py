@@ -1,4 +1,4 @@
-"""Runs on a GPU by the command that users type: resumed bit for bit, and measured on the way."""
+"""Runs on a GPU, by the command that users type, resume bit for bit and measure k-NN and a linear probe."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ OPTIMIZERS = {"lars": [], "sgd": ["optim.name=sgd", "optim.base_lr=0.1"], "adamw
 
 
 def train(output: Path, *overrides: str) -> None:
+    """Train the digits recipe for two epochs, deterministically, without evaluations."""
     command = [sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_digits.yaml", f"output={output}", "epochs=2"]
     quiet = ["online.knn_every_epochs=0", "log.wandb=off", "parallel.deterministic=true"]
     done = subprocess.run([*command, *quiet, *overrides], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -24,6 +25,7 @@ def train(output: Path, *overrides: str) -> None:
 
 
 def weights(run: Path) -> dict:
+    """Return the tensors of the method in the run's newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
     return load_file(newest / "method.safetensors")
 

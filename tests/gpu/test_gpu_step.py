@@ -1,4 +1,4 @@
-"""One optimizer step on a GPU: never waited for, and the same numbers as on a CPU."""
+"""One optimizer step on a GPU makes no host wait and has the numbers of a CPU."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ OPTIM = {"lars": OptimConfig(name="lars"), "adamw": OptimConfig(name="adamw", ba
 
 
 def method_of(name: str, backbone: str = "test_resnet") -> Method:
+    """Build a method with its small heads, always with the same weights."""
     torch.manual_seed(0)
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
@@ -33,6 +34,7 @@ def method_of(name: str, backbone: str = "test_resnet") -> Method:
 
 
 def batch_for(name: str, device: torch.device, images: int = IMAGES) -> Batch:
+    """Return a batch of noise with the views that the method takes, always the same."""
     generator = torch.Generator().manual_seed(1)
     views = [torch.randn(images, 3, size, size, generator=generator) for size in VIEWS.get(name, [SIZE, SIZE])]
     labels = torch.arange(images) % 4
@@ -54,7 +56,7 @@ def test_nothing_in_a_step_waits_for_the_device(name, parts, cuda, never_waited_
     settings = ParallelConfig(bn_group_images=IMAGES // parts)
     step = stepper_for(method, cuda, settings, OPTIM["lars"], IMAGES // parts)
     batch = batch_for(name, cuda)
-    step(10, 0.1, batch)  # what is made once may wait
+    step(10, 0.1, batch)  # the first step may wait, as it allocates and compiles
     with never_waited_for():
         _, logs = step(11, 0.11, batch)
     assert torch.isfinite(logs["loss"]).item()

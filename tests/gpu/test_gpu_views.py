@@ -1,4 +1,4 @@
-"""Views on a GPU: those of a CPU, made without waiting; CIFAR-10 wholly there; what is pinned and sent."""
+"""Views on a GPU equal those of a CPU and make no host wait. Data sets on the device and pinned memory work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_colours_are_those_of_a_cpu_and_nobody_waits(size, options, cuda, never_
     parameters = colour.draw(crop, 1, 2, np.arange(32), 0)
     expected = colour.apply(pixels, parameters, crop, MEAN, STD)
     there = pixels.to(cuda)
-    colour.apply(there, parameters, crop, MEAN, STD)  # makes its constants
+    colour.apply(there, parameters, crop, MEAN, STD)  # the first call uploads constants
     with never_waited_for():
         views = colour.apply(there, parameters, crop, MEAN, STD)
     torch.testing.assert_close(views.cpu(), expected, rtol=0, atol=2e-4)
@@ -92,7 +92,7 @@ def test_digits_from_the_device_come_without_waiting(cuda, never_waited_for):
     with Loader(source, SIMCLR, seed=3, global_batch_size=64) as here:
         _, expected = itertools.islice(here.starting_at(0), 2)
     assert torch.equal(ours.indices.cpu(), expected.indices) and torch.equal(ours.labels.cpu(), expected.labels)
-    for view, wanted in zip(ours.views, expected.views):  # a grey level of the crop, through the colours
+    for view, wanted in zip(ours.views, expected.views):  # color magnifies the one gray level of the crop
         assert ((view.cpu() - wanted).abs() > 8 / 255).float().mean() < 0.001
 
 

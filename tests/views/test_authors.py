@@ -1,4 +1,4 @@
-"""The options of SimCLR's and BYOL's recipes against their authors' functions (tests/views/authors.py), on the same draws."""
+"""The options of SimCLR's and BYOL's recipes equal the authors' functions (tests/views/authors.py) on the same random numbers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ssl_pretrain.views.recipe import Crop, blur_taps
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
-LEVEL = 1 / 255
-ROUNDING = 0.01 * LEVEL  # float32 against float64
+PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation: no normalization
+LEVEL = 1 / 255  # one gray level
+ROUNDING = 0.01 * LEVEL  # of float32 against float64
 TENSORFLOW = {
     "contrast_mean": "channel",
     "saturation_mode": "hsv",
@@ -36,7 +36,7 @@ ON_EACH = pytest.mark.parametrize("apply", [colour.apply, colour.apply_in_batche
 
 
 def images(n: int, size: int) -> torch.Tensor:
-    """Noise, and before it the corners of the color cube, a gray image and a black one."""
+    """Return noise, uint8 (n, 3, size, size). Image 0 has the corners of the color cube, image 1 is gray, image 2 black."""
     noise = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
     corners = [[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)] + [[1, 0, 0], [255, 254, 254]]
     noise[0].view(3, -1)[:, :10] = torch.tensor(corners, dtype=torch.uint8).T
@@ -46,10 +46,12 @@ def images(n: int, size: int) -> torch.Tensor:
 
 
 def floats(pixels: torch.Tensor) -> np.ndarray:
+    """Return uint8 pixels (3, height, width) as float64 (height, width, 3) in [0, 1], as the authors' functions take them."""
     return pixels.movedim(0, -1).numpy().astype(np.float64) / 255
 
 
 def largest_difference(view: torch.Tensor, expected: np.ndarray) -> float:
+    """Return the largest difference of a view (3, height, width) from an array (height, width, 3)."""
     return float(np.abs(view.movedim(0, -1).numpy() - expected).max())
 
 
@@ -91,6 +93,7 @@ def test_the_whole_chain_is_the_authors_in_the_drawn_order(apply, options):
 
 
 def colored_by_authors(image: np.ndarray, parameters: colour.Parameters, row: int, crop: Crop) -> np.ndarray:
+    """Apply the authors' functions in the order and with the parameters that were drawn for row `row`."""
     for operation in parameters.order[row] if parameters.jitter[row] else ():
         factor = float(parameters.factors[row, operation])
         if operation == BRIGHTNESS:
@@ -112,7 +115,7 @@ def colored_by_authors(image: np.ndarray, parameters: colour.Parameters, row: in
     return image
 
 
-BOXES = [
+BOXES = [  # (height, width) of an image, (top, left, height, width) of a box, side of the view
     ((70, 90), (5, 11, 41, 53), 16), ((70, 90), (5, 11, 41, 53), 96), ((375, 500), (10, 20, 300, 400), 224), ((33, 21), (0, 0, 33, 21), 7),
     ((1, 1), (0, 0, 1, 1), 16), ((3, 2), (0, 0, 3, 2), 5), ((17, 640), (3, 100, 2, 500), 20), ((640, 17), (100, 3, 500, 2), 20),
 ]  # fmt: skip
@@ -136,7 +139,7 @@ def test_a_resize_without_antialias_is_the_authors_within_one_level(shape, box, 
 
 
 def compiled(image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool) -> np.ndarray:
-    """As the loader of .beton files calls it: a box inside an image that was turned as a whole."""
+    """Resize a box of an image that was transposed as a whole, as the loader of .beton files does."""
     height, width, _ = image.shape
     tall, wide = (-(-side // resize.TILE) * resize.TILE for side in (height, 3 * width))
     stored, turned = np.zeros((tall, wide), np.uint8), np.zeros(wide * tall, np.uint8)
@@ -178,7 +181,7 @@ def test_a_box_is_inside_the_image(sampler, height, width, options):
 
 
 def test_a_smaller_box_of_tensorflow_never_touches_the_bottom_or_right_edge():
-    """Its kernel draws a place below height - box height, so the last one is never taken; torchvision's is."""
+    """Its kernel draws the place below height - box height, so the last place is never taken. Other samplers take it."""
     sizes = np.full((4000, 2), [24, 30])
     for sampler, reaches in (("tensorflow", False), ("clipped", True), ("torchvision", True)):
         top, left, tall, wide, _ = crops.boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(4000), 0, sizes).T
