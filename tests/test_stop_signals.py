@@ -110,6 +110,7 @@ def test_a_closed_terminal_asks_to_stop_and_its_output_is_dropped(tmp_path):
     main, terminal = pty.openpty()
     code = f"""
 import fcntl, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 os.setsid(); fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 s = stop_signals.StopSignals()
 print("ready", flush=True)

@@ -86,7 +86,13 @@ def start(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subpr
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_hangups,
     )
+
+
+def _heed_hangups() -> None:
+    """A child would ignore SIGHUP where the tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
