@@ -1,11 +1,13 @@
-"""Whole or absent: a run's state on disk, resumed bit for bit. Tensors are safetensors, the rest is JSON; never a pickle.
+"""Saves the state of a run and resumes from it bit for bit.
 
-A checkpoint is the folder `<run>/checkpoints/step_00001000/`, written beside as `.writing-...`, fsynced and renamed.
-Its manifest holds the size and SHA-256 of every file, so a damaged one is known by name and the one before it is used.
+A checkpoint is the folder `<run>/checkpoints/step_00001000/`. It is written as `.writing-...` beside
+that name, fsynced and renamed, so it is complete or absent. Its manifest lists the size and SHA-256
+of every file. Tensors are safetensors files and the rest is JSON. Nothing is a pickle.
 
-Whole tensors are in method.safetensors and optimizer.safetensors, written by rank 0. Sharded ones (FSDP) are in one file a rank,
-by torch.distributed.checkpoint's safetensors storage; optimizer states are `<parameter>::<entry>` there. Either is read on any
-number of ranks, sharded or not.
+Rank 0 writes whole tensors to method.safetensors and optimizer.safetensors. Sharded tensors (FSDP)
+are in one file per rank, in the safetensors storage of torch.distributed.checkpoint, where an entry
+of the optimizer's state is named `<parameter>::<entry>`. Both kinds can be read on any number of
+ranks, sharded or not.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from ssl_pretrain.manifest import FORMAT, MANIFEST, READABLE, WRITING, checkpoin
 from ssl_pretrain.restarts import DISK_REFUSED
 from ssl_pretrain.watchdog import watchdog
 
-DISK_PATIENCE = 10.0  # multiple of parallel.timeout_seconds after which a disk that takes a checkpoint is dead, not slow
+DISK_PATIENCE = 10.0  # a save may take this multiple of parallel.timeout_seconds before the disk counts as dead
 WHOLE = "method.safetensors"
 
 
@@ -53,7 +55,7 @@ class CheckpointConfig:
 
 
 def due(config: CheckpointConfig, step: int, last_step: int, steps_per_epoch: int) -> bool:
-    """Whether to save after `step` steps: at multiples of every_epochs, and at the end."""
+    """Return True if a checkpoint is due after `step` steps: every `every_epochs`, and at the end."""
     return step == last_step or _passed(step, config.every_epochs * steps_per_epoch)
 
 
@@ -62,12 +64,12 @@ def _passed(step: int, interval: float) -> bool:
 
 
 class State:
-    """All that a resumed run needs: the method's tensors, the optimizer's, and the step.
+    """The state that a resumed run needs: the method's tensors, the optimizer's, and the step.
 
     Args:
-        config: the resolved configuration, as plain values, for the manifest.
-        facts: further entries of the manifest, such as the W&B run id and the part size.
-        check_lock: raises where the run's folder is no longer this run's; called before every save.
+        config: The resolved configuration as plain values, for the manifest.
+        facts: Further entries of the manifest, such as the W&B run id and the micro-batch size.
+        check_lock: Called before every save. Raises if another run has taken over the folder.
     """
 
     def __init__(
@@ -89,14 +91,17 @@ class State:
         self._problem: str | None = None
 
     def save(self, run: Path, step: int, settings: CheckpointConfig, steps_per_epoch: int, wait: bool = True) -> None:
-        """Copies everything to host memory, then writes `step` and prunes, on rank 0 and, if asynchronous, beside the training.
+        """Copy the state to host memory, write the checkpoint of `step`, and prune older ones.
+
+        An asynchronous save is written by a thread while the training goes on.
 
         Args:
-            wait: return only once it is on disk, as for the last of a run; without, an asynchronous save goes on behind.
+            wait: Return only when the checkpoint is on disk, as for the last one of a run.
 
         Raises:
-            SaveError: the disk refused, now or at the save before; older checkpoints are untouched, the unfinished one is removed.
-                With `wait`, whatever `on_failure` says: these weights are nowhere else.
+            SaveError: The disk refused this save or the one before. Older checkpoints are untouched
+                and the unfinished one is removed. With `wait` it is raised whatever `on_failure`
+                says, since these weights exist nowhere else.
         """
         self._check_lock()
         earlier, problem = self._written(), None
@@ -121,13 +126,13 @@ class State:
                 warnings.warn(text, stacklevel=2)
 
     def _written(self) -> str | None:
-        """Waits for the save under way on any rank; what went wrong with this rank's, if anything."""
+        """Wait for the current save of every rank. Return the problem of this rank's, or None."""
         self._wait_for_disk()
         problem, self._writer, self._problem = self._problem, None, None
         return problem
 
     def _wait_for_disk(self) -> None:
-        """Wait until no rank writes, however slow the disk is; say so now and then, and end where it looks dead."""
+        """Wait until no rank is writing. Report a slow disk now and then, and end the run at a dead one."""
         limit, began = distributed.timeout_seconds(), time.monotonic()
         told, armed, doing = 0.0, False, f"waiting for the disk to take {self._writing}"
         advice = "the disk is slow or does not answer; see whether it can be written to, then start the run again"
@@ -146,7 +151,7 @@ class State:
                 print(f"still {doing}, for {waited:.0f} s so far: a slow disk; the run goes on", file=sys.stderr, flush=True)
 
     def _snapshot(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """The tensors of each file, on the host and no longer the training's; and the manifest."""
+        """Return copies of each file's tensors in host memory, and the manifest."""
         files = {WHOLE: self.method.state_dict(), "optimizer.safetensors": self._optimizer_tensors()}
 
         def copied(entries: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,13 +191,13 @@ class State:
         }
 
     def resume(self, run: Path, settings: CheckpointConfig, compare: Callable[[dict[str, Any]], None]) -> int:
-        """Loads the newest whole checkpoint of `run` and returns its step; 0 where there is none.
+        """Load the newest intact checkpoint of `run` and return its step, 0 if there is none.
 
         Args:
-            compare: called with the manifest before anything is loaded; raises where the run may not go on.
+            compare: Called with the manifest before anything is loaded. Raises if this run may not resume from it.
 
         Raises:
-            ValueError: there is a checkpoint and resuming is off, or all of them are damaged.
+            ValueError: There is a checkpoint and resuming is off, or all checkpoints are damaged.
         """
         found = checkpoints(run)
         if not found:
@@ -214,7 +219,7 @@ class State:
         return int(manifest["step"])
 
     def roll_back(self, run: Path) -> str | None:
-        """Loads the weights and the optimizer's state of the newest whole checkpoint and returns its name; None where there is none."""
+        """Load the newest intact checkpoint and return its name, None if the run has no checkpoint."""
         self._written()
         distributed.barrier()
         if not checkpoints(run):
@@ -224,22 +229,22 @@ class State:
         return path.name
 
     def load(self, path: Path) -> None:
-        """The method's tensors and the optimizer's state of the checkpoint `path`, as whole or sharded as they are here."""
+        """Load a checkpoint into the method and the optimizer, sharded as they are in this run."""
         if self.sharded or not (path / WHOLE).exists():
             self._load_shards(path)
             return
         self.method.load_state_dict(load_file(path / WHOLE), strict=True)
-        self.optimizer.state.clear()  # moments that began after the checkpoint, of parameters that were frozen, are not its
+        self.optimizer.state.clear()  # it may hold moments of parameters that were still frozen at the checkpoint
         for key, value in load_file(path / "optimizer.safetensors").items():
             name, _, entry = key.rpartition("::")
             parameter = self._parameter(name)
             self.optimizer.state[parameter][entry] = _state_tensor(parameter, value.shape, value.dtype).copy_(value)
 
     def _load_shards(self, path: Path) -> None:
-        """Each rank reads the slices that it holds, whatever shards they were written in.
+        """Read the slices that this rank holds, however the checkpoint was sharded.
 
         Raises:
-            ValueError: other tensors than this method's.
+            ValueError: The checkpoint holds other tensors than this method.
         """
         stored, wanted = _stored(path), self.method.state_dict()
         weights = {key for key in stored if "::" not in key}
@@ -290,10 +295,10 @@ def _write(final: Path, writing: Path, tensors: dict[str, dict[str, Tensor]], ma
 
 
 def _write_shards(final: Path, writing: Path, tensors: dict[str, dict[str, Tensor]], manifest: dict[str, Any], *, group: Any) -> None:
-    """As `_write`, by all ranks: each writes and hashes its own file, rank 0 the manifest. One rank's failure is every rank's.
+    """Write a sharded checkpoint: each rank writes and hashes its own file, and rank 0 the manifest.
 
     Raises:
-        OSError: on every rank, where any could not write.
+        OSError: On every rank, if any of them could not write.
     """
     there = problem = None
     if distributed.is_main():  # before the others begin: a rank that failed alone would leave them waiting
@@ -332,10 +337,10 @@ def _write_shards(final: Path, writing: Path, tensors: dict[str, dict[str, Tenso
 
 
 def _storage() -> Any:
-    """torch.distributed.checkpoint, once it is known to write shards as safetensors: its other storage's metadata is a pickle.
+    """Return torch.distributed.checkpoint if it can write shards as safetensors rather than pickles.
 
     Raises:
-        ValueError: this torch is too old for it.
+        ValueError: This torch is too old for it.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -349,12 +354,12 @@ def _storage() -> Any:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    """The size and type of every tensor in the folder, by name, from the heads of its files."""
+    """Return the size and type of every tensor in the folder by name, from the headers of its files."""
     return _storage().HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
 
 
 def _fill(path: Path, tensors: dict[str, Tensor], group: Any = None) -> None:
-    """Reads `tensors`, whole ones and shards, from the folder. Without a group this process reads alone."""
+    """Fill `tensors`, whole or sharded, from the folder. Without a group this process reads alone."""
     dcp = _storage()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -362,11 +367,13 @@ def _fill(path: Path, tensors: dict[str, Tensor], group: Any = None) -> None:
 
 
 def prepare(run: Path) -> None:
-    """Removes what an interrupted save left, and writes a little, as a save would: for the start of a run, on every rank.
+    """Check at the start of a run, on every rank, that checkpoints can be written.
+
+    The remains of interrupted saves are removed.
 
     Raises:
-        ValueError: nothing can be written there; names the place, what failed and the system's reason.
-        SaveError: the same where the disk is full or failing, which may pass.
+        ValueError: Nothing can be written there. Names the place, the failed call and the reason.
+        SaveError: The same for a disk that is full or failing, which may pass.
     """
     problem = distributed.broadcast_object(manifests.probe(run) if distributed.is_main() else None)
     if problem is None:
@@ -382,9 +389,9 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def last_that_reached(run: Path, epochs: int) -> Path | None:
-    """Return the newest whole checkpoint if it has all steps of so many epochs, else None.
+    """Return the newest intact checkpoint if it has reached the end of that many epochs, else None.
 
-    Files are read and hashed only where the newest manifest promises such a checkpoint.
+    Files are read and hashed only if the newest manifest promises such a checkpoint.
     """
 
     def reached(path: Path) -> bool:
@@ -403,10 +410,13 @@ def last_that_reached(run: Path, epochs: int) -> Path | None:
 
 
 def opened(path: Path, verified: bool = False) -> dict[str, Any]:
-    """The manifest of one checkpoint folder, whose files are whole: looked at here, or `verified` a moment ago.
+    """Return the manifest of an intact checkpoint folder.
+
+    Args:
+        verified: The files were verified a moment ago and are not hashed again.
 
     Raises:
-        ValueError: a file is damaged, or the checkpoint is of another format than this version's.
+        ValueError: A file is damaged, or this version cannot read the checkpoint's format.
     """
     manifest = manifests.load(path) if verified else verify(path)
     if manifest.get("format") not in READABLE:
@@ -419,10 +429,10 @@ def opened(path: Path, verified: bool = False) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(manifest, the method's tensors on CPU, whole) of one checkpoint folder, verified.
+    """Verify a checkpoint folder and return its manifest and the method's whole tensors, on the CPU.
 
     Raises:
-        ValueError: as `opened`.
+        ValueError: As `opened`.
     """
     path = Path(path)
     manifest = opened(path)
@@ -434,16 +444,16 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def evaluated_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(manifest, weights of the network that evaluations judge), names as in a backbone."""
+    """Return the manifest and the weights of the network to evaluate, named as in a backbone."""
     manifest, tensors = read(path)
     prefix = f"{manifest['evaluated']}."
     return manifest, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def weights_to_start_from(init: str, key: str = "") -> dict[str, Tensor] | None:
-    """The weights that `backbone.init` names: a run folder, a .safetensors file, or a torch file of tensors.
+    """Return the weights that `backbone.init` names: of a run, a .safetensors file or a torch file.
 
-    None for `random` and `timm:<tag>`, which the backbone's constructor knows.
+    Return None for `random` and `timm:<tag>`, which the backbone's constructor handles.
 
     Raises:
         ValueError: There is no such file or run, or a file of another kind.
@@ -464,7 +474,7 @@ def _initial_weights(init: str, key: str) -> tuple[dict[str, Tensor] | None, lis
 
 
 def initialize(backbone: nn.Module, config: BackboneConfig) -> list[str]:
-    """Load the weights that `backbone.init` names. Returns what was left out or converted, for the user.
+    """Load the weights that `backbone.init` names. Return notes on what was left out or converted.
 
     Raises:
         ValueError: They cannot be read, or are not this backbone's.

@@ -7,33 +7,33 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-# How a file system says that it does not know the call. Everything else is a real failure.
+# Errors of a file system that does not implement a call. All others are real failures.
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
-# Trouble of the disk and not of the command: starting again later may succeed.
+# Errors of the disk rather than of the command. The same command may succeed later.
 TROUBLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN,
 }  # fmt: skip
 
 
 class SaveError(OSError):
-    """The disk refused a file of the run. What was written before is untouched."""
+    """The disk refused a file of the run. Files written before are untouched."""
 
 
 def is_trouble(error: BaseException) -> bool:
-    """Return True if the error is the disk's: full, read-only, lost. Not a wrong path or a missing right."""
+    """Return True if the disk is at fault (full, read-only, lost) rather than a path or a permission."""
     return isinstance(error, OSError) and error.errno in TROUBLE
 
 
 def reason(error: OSError) -> str:
-    """The system's own words for the error, without the path."""
+    """Return the system's description of the error, without the path."""
     return error.strerror or str(error)
 
 
 def replace(path: Path, text: str) -> None:
-    """Write the whole file or leave the old one: a temporary file beside it, fsynced and renamed.
+    """Replace a file atomically, through a temporary file beside it that is fsynced and renamed.
 
     Raises:
-        OSError: the old file is untouched, and the temporary one is removed.
+        OSError: The old file is untouched and the temporary one is removed.
     """
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -52,10 +52,10 @@ def replace(path: Path, text: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to the end of a file and fsync it. A failure takes back what got through, so that no line is left half written.
+    """Add text to the end of a file and fsync it.
 
     Raises:
-        OSError: the file ends where it ended before.
+        OSError: Nothing was added. A partial write is truncated, so no line is left half written.
     """
     existed = path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -77,7 +77,7 @@ def append(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Put a file's content on the disk for good."""
+    """Fsync a file or a folder by its path."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -86,7 +86,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Put a folder's names on the disk for good, where the file system can. Some network file systems refuse: EINVAL or ENOTSUP."""
+    """Fsync a folder, which makes the names in it durable. Do nothing on file systems that lack this call."""
     try:
         sync(path)
     except OSError as error:
@@ -95,6 +95,6 @@ def sync_folder(path: Path) -> None:
 
 
 def allow_as_usual(path: Path, like: Path) -> None:
-    """Give a file the mode that the umask gave another one. For writers that always make 0600."""
+    """Copy the mode bits that the umask gave another file. For writers that always create 0600."""
     with suppress(OSError):  # a file system without modes
         path.chmod(like.stat().st_mode & 0o777)

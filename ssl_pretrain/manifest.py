@@ -1,7 +1,9 @@
-"""A checkpoint's folder: written beside and renamed, its manifest, whether it is whole, and which of a run's to take or drop.
+"""Folders of checkpoints and their manifests: write, verify, find the newest, prune.
 
-The manifest holds the size and SHA-256 of every file and ends in a SHA-256 of its own, so a damaged checkpoint is known by
-name and the one before it is used. Format 1 had no hash of its own: such manifests are read, with every other check.
+A checkpoint is written under another name beside its final one and renamed when it is complete. The
+manifest lists the size and SHA-256 of every file and ends in a SHA-256 of its own text. A damaged
+checkpoint is therefore detected, named and skipped in favor of the one before it. Format 1 had no
+hash of the manifest itself. Such manifests are still read, with every other check.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ssl_pretrain import disk
 FORMAT = 2
 READABLE = (1, FORMAT)
 MANIFEST = "manifest.json"
-HASH = "manifest_sha256"  # the manifest's last entry: the SHA-256 of all that comes before it
+HASH = "manifest_sha256"  # last entry of the manifest: SHA-256 of the text before it
 WRITING = ".writing-"
 WHOLE_FILES = ("method.safetensors", "optimizer.safetensors")
 SHARD = "shard-"
@@ -34,7 +36,7 @@ def folder(run: Path) -> Path:
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first by their step numbers, whole or not."""
+    """Return the run's checkpoint folders in the order of their steps, damaged ones included."""
     return sorted((path for path in folder(Path(run)).glob("step_*") if path.is_dir() and path.name[5:].isdecimal()), key=_step)
 
 
@@ -43,7 +45,11 @@ def _step(path: Path) -> int:
 
 
 def probe(run: Path) -> OSError | None:
-    """Remove what an interrupted save left, and try what a save does: write, fsync, rename. Return the failure, if any."""
+    """Remove the remains of interrupted saves and try every call that a save needs.
+
+    Returns:
+        The failure, with a message for the user in `strerror`, or None.
+    """
     place = folder(run)
     beside = place / f"{WRITING}probe-{uuid.uuid4().hex[:8]}"
     renamed = beside.with_name(f"{beside.name}-renamed")
@@ -76,9 +82,9 @@ def probe(run: Path) -> OSError | None:
 
 
 def is_there(final: Path) -> bool:
-    """Return True if the checkpoint exists and is whole. Whatever else lies under its name is removed, as it is written anew.
+    """Return True if an intact checkpoint exists. Remove anything else that has its name.
 
-    A link there loses its name and not its target.
+    Of a symbolic link only the link is removed, never its target.
     """
     if not os.path.lexists(final):
         return False
@@ -96,10 +102,10 @@ def is_there(final: Path) -> bool:
 
 
 def newest(run: str | Path) -> Path:
-    """The newest whole checkpoint; a damaged one is named in a warning and passed over.
+    """Return the newest intact checkpoint. Damaged ones are skipped with a warning.
 
     Raises:
-        ValueError: the run has none, or none that is whole.
+        ValueError: The run has no checkpoint, or all of them are damaged.
     """
     found = checkpoints(run)
     if not found:
@@ -122,10 +128,10 @@ def newest(run: str | Path) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The manifest as it was written. The files that it lists are not looked at.
+    """Read and check the manifest of a checkpoint folder, without reading the files it lists.
 
     Raises:
-        ValueError: it cannot be read, a bit of it has changed, or it is not the manifest of this folder.
+        ValueError: It cannot be read, was changed, or belongs to another folder.
     """
     name = f"{path.name}/{MANIFEST}"
     try:
@@ -144,7 +150,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def dumps(manifest: dict[str, Any]) -> str:
-    """The manifest as text that ends in the SHA-256 of the rest."""
+    """Format a manifest as JSON that ends in the SHA-256 of the text before it."""
     body = json.dumps({key: value for key, value in manifest.items() if key != HASH}, indent=1).removesuffix("\n}")
     return f'{body},\n "{HASH}": "{_digest(body)}"\n}}'
 
@@ -159,9 +165,10 @@ def _digest(body: str) -> str:
 
 
 def _is_of_another_format(manifest: dict[str, Any], text: str) -> bool:
-    """Return True for format 1, which had no hash, and for a format that is not known, written in another way than ours.
+    """Return True for format 1, which had no hash, and for an unknown format without our hash line.
 
-    A flipped bit makes neither of a manifest of this format: 1 and 2 differ in two bits, and the way of writing stays.
+    One flipped bit cannot turn a manifest of this format into either: 1 and 2 differ in two bits,
+    and the hash line stays.
     """
     if manifest.get("format") == 1:
         return HASH not in manifest
@@ -169,7 +176,7 @@ def _is_of_another_format(manifest: dict[str, Any], text: str) -> bool:
 
 
 def _shape_problem(manifest: dict[str, Any]) -> str | None:
-    """The first thing that is missing or of another type, for a manifest that no save of ours has written."""
+    """Describe the first entry that is missing or has the wrong type, or return None."""
     kinds = {"step": int, "files": dict, "config": dict, "machine": dict, "versions": dict, "evaluated": str, "network": str}
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
@@ -194,10 +201,10 @@ def _folder_problem(path: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint, once every file has the size and SHA-256 it says.
+    """Check the size and SHA-256 of every file of a checkpoint and return its manifest.
 
     Raises:
-        ValueError: names the file that is missing, truncated, changed or unreadable.
+        ValueError: Names the file that is missing, truncated, changed or unreadable.
     """
     manifest = load(path)
     files = manifest["files"]
@@ -217,12 +224,12 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def described(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """What the manifest says of these files."""
+    """Return the manifest's entry for each file: its size in bytes and its SHA-256."""
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
 
 
 def finish(final: Path, writing: Path, manifest: dict[str, Any], files: dict[str, Any]) -> None:
-    """The last of a save: the manifest, the usual modes, everything on the disk for good, and the name that makes it count."""
+    """Complete a checkpoint: write its manifest, set the modes of its files, fsync and rename it."""
     (writing / MANIFEST).write_text(dumps(manifest | {"files": files}), encoding="utf-8")
     for path in writing.iterdir():
         disk.allow_as_usual(path, like=writing / MANIFEST)  # safetensors makes 0600
@@ -233,8 +240,13 @@ def finish(final: Path, writing: Path, manifest: dict[str, Any], files: dict[str
 
 
 def prune(written: Path, keep_last: int, keeps: Callable[[int], bool]) -> None:
-    """Removes all but the last `keep_last`, at least one, up to the one just written, which is whole, whatever lies there under a
-    higher number; and but those whose step `keeps` says."""
+    """Remove old checkpoints of a run.
+
+    Args:
+        written: The checkpoint just written. It is intact, and folders of later steps are left alone.
+        keep_last: Number of newest checkpoints to keep up to and including `written`, at least 1.
+        keeps: Returns True for a step whose checkpoint is kept forever.
+    """
     found = [path for path in checkpoints(written.parent.parent) if _step(path) <= _step(written)]
     for path in found[: -max(1, keep_last)]:
         if not keeps(_step(path)):

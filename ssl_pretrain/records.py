@@ -1,4 +1,4 @@
-"""The small files of a run, written behind the training: a slow or full disk costs no step and no record."""
+"""Writes the small files of a run in the background, so that a slow or full disk costs no step and no record."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from ssl_pretrain import disk, distributed
 
-CLOSE_SECONDS = 60.0  # for what is not on the disk yet at the end
+CLOSE_SECONDS = 60.0  # longest wait for the last records at the end of a run
 
 
 class Writer:
-    """Appends lines to files in a thread of its own, in order, each fsynced.
+    """Appends lines to files in a thread of its own, in order, with an fsync.
 
-    A line that the disk refuses is kept in memory and written with the next one, or at the end.
+    A line that the disk refuses stays in memory and is written with the next one, or at the end.
 
     Args:
-        say: takes a line for people when a file that could not be written is whole again.
+        say: Prints a message. Called when a file that could not be written is complete again.
     """
 
     def __init__(self, say: Callable[[str], None]):
@@ -31,11 +31,11 @@ class Writer:
         self._thread.start()
 
     def append(self, path: Path, line: str) -> None:
-        """Add a line to a file, later."""
+        """Queue a line for the end of a file."""
         self._waiting.put((path, f"{line}\n"))
 
     def attempt(self, path: Path, work: Callable[[], object]) -> bool:
-        """Write a file now, which is lost if the disk refuses it. Return False in that case."""
+        """Write a file now. Return False if the disk refuses it, in which case it is not tried again."""
         try:
             work()
         except OSError as error:
@@ -48,12 +48,12 @@ class Writer:
         return bool(self._news)
 
     def take_news(self) -> str | None:
-        """What could not be written since the last call."""
+        """Return and forget the messages about files that could not be written, or None."""
         news, self._news = self._news, []
         return "; ".join(dict.fromkeys(news)) or None
 
     def close(self) -> None:
-        """Wait until all is on the disk, within reason, and end the thread."""
+        """Write what is queued, for up to `CLOSE_SECONDS`, and end the thread."""
         self._waiting.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -62,7 +62,7 @@ class Writer:
     def _write_all(self) -> None:
         while True:
             jobs = [self._waiting.get()]
-            while not self._waiting.empty():  # one fsync for all that came meanwhile
+            while not self._waiting.empty():  # one fsync for all lines that are queued
                 jobs.append(self._waiting.get())
             texts = dict(self._kept) if None in jobs else {}  # a last attempt
             for path, text in filter(None, jobs):
@@ -85,15 +85,15 @@ class Writer:
 
 
 def refused(path: Path, error: OSError) -> str:
-    """What to tell of a file that the disk refused."""
+    """Return the message about a file that the disk refused."""
     return f"{path} could not be written: {disk.reason(error)}. What was written before is whole; free space and resume"
 
 
 def settle(problem: str | None, on_failure: str) -> None:
-    """Answer rank 0's trouble with a file as `checkpoint.on_failure` says, on every rank alike.
+    """Warn about rank 0's problem with a file, or stop every rank, as `checkpoint.on_failure` says.
 
     Raises:
-        SaveError: there is a problem and the run has to stop for it.
+        SaveError: There is a problem and `on_failure` is `stop`.
     """
     problem = distributed.broadcast_object(problem)
     if problem and on_failure == "stop":

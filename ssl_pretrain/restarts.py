@@ -1,9 +1,9 @@
-"""How a run ends, and what torchrun must not start again.
+"""Exit statuses of a run, and which of them torchrun must not answer with a restart.
 
-torchrun starts all ranks again when one of them ends with another status than 0. That is right after
-a lost rank. It is useless after a mistake, which would only come again, or for a run that was asked
-to stop. The first rank that ends in one of these two ways leaves a note in the folder that torchrun
-made for this start. Ranks that are started again end at once if they find it.
+torchrun restarts all ranks when one of them exits with a nonzero status. That is right after a lost
+rank. It is useless after a user's mistake, which would only repeat, and wrong for a run that was
+asked to stop. A rank that exits in one of these two ways therefore leaves a note in the folder that
+torchrun made for this launch. Restarted ranks that find a note exit at once with its status.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from contextlib import suppress
 from pathlib import Path
 
 # Exit statuses, those above 2 from sysexits.h. docs/reliability.md tells users about them.
-MISTAKE = 2  # would come again
+MISTAKE = 2  # the same command would fail in the same way
 LOST = 69  # EX_UNAVAILABLE: the ranks did not meet, one was lost, or a process was silent for too long
 DISK_REFUSED = 74  # EX_IOERR
-STOPPED = 75  # EX_TEMPFAIL: asked to stop, saved; the same command goes on
+STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
 
 
 def note_end(status: int) -> None:
-    """Note the exit status that ranks which torchrun starts again have to repeat."""
+    """Write down the exit status that restarted ranks must repeat."""
     if (note := _note()) is not None:
         with suppress(OSError):
             note.write_text(str(status))
 
 
 def status_to_repeat() -> int | None:
-    """Return the noted status if torchrun started these ranks again after it, else None."""
+    """Return the status in the note if torchrun has restarted these ranks, else None."""
     note = _note()
     if note is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
@@ -39,7 +39,8 @@ def status_to_repeat() -> int | None:
 def stopped_status() -> int:
     """Return the exit status of a rank that was asked to stop.
 
-    Agents on several hosts would wait for each other to start the ranks again after anything but 0.
+    With torchrun on several hosts and restarts allowed it is 0. After any other status the agents
+    would wait for each other to restart the ranks.
     """
     agents = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
@@ -47,7 +48,7 @@ def stopped_status() -> int:
 
 
 def _note() -> Path | None:
-    """Path of the note of this torchrun on this machine, None without torchrun.
+    """Return the path of this torchrun's note on this machine, None without torchrun.
 
     torchrun's error file is FOLDER/attempt_N/<rank>/error.json.
     """
