@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from PIL import Image
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,20 +26,23 @@ the part that holds 60 % of it (DINO, arXiv:2104.14294, figures 1, 3 and 8), and
 images' patch features as red, green and blue (as in DINOv2, arXiv:2304.07193, figure 1). A ResNet has only the last: of
 the positions of its last feature map.
 
-    python -m eval.attention runs/dino cat.jpg dog.jpg --size 480 --output attention"""
+    python -m eval.attention runs/dino cat.jpg dog.jpg --size 480 --output attention
+    python -m eval.attention dino.pth cat.jpg backbone.name=vit_small_patch16_224"""
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m eval.attention", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="folder of the run")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="image files")
+    parser.add_argument("run", metavar="RUN", help="folder of the run; or a file of weights, or timm:<tag>, with backbone.name=NAME")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and key=value as of the other evaluations")
     parser.add_argument("--size", type=FROM_ZERO, default=0, help="of the images, in pixels (default: the run's evaluation size)")
     parser.add_argument("--output", type=Path, help="folder (default: RUN/attention)")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="look at this one (default: the newest whole one)")
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
-    options = parser.parse_args(arguments)
-    run = runs.load_run(options.run, options.checkpoint, [], options.device)
-    for path in write(run, options.images, options.output or run.path / "attention", options.size):
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [text for text in options.images if "=" in text and not Path(text).exists()]
+    files = [Path(text) for text in options.images if text not in overrides]
+    run = runs.load_run(options.run, options.checkpoint, overrides, options.device)
+    for path in write(run, files, options.output or run.path / "attention", options.size):
         print(path)
 
 
@@ -80,8 +84,8 @@ def look(run: Run, images: Tensor) -> Look:
     model: Any = run.backbone.get_submodule("model")
     normalized = features.normalize(run, images)
     blocks = getattr(model, "blocks", None)
-    if blocks is None:
-        return Look(None, components(model.forward_features(normalized)))
+    if blocks is None or not isinstance(getattr(blocks[-1], "attn", None), Attention):
+        return Look(None, components(_feature_map(model, normalized)))
     patch = model.patch_embed.patch_size[0]
     if images.shape[-1] % patch or (images.shape[-1] != run.view_size and not getattr(model, "dynamic_img_size", False)):
         raise ValueError(f"--size: {images.shape[-1]} pixels do not fit patches of {patch}; give a multiple of {patch}")
@@ -95,6 +99,21 @@ def look(run: Run, images: Tensor) -> Look:
     weights = attention(blocks[-1].attn, seen[0])[:, :, 0, first:]
     grid = weights.unflatten(2, (rows, rows)) if first else None  # without a class token nobody asks for the image
     return Look(grid, components(tokens[:, first:].transpose(1, 2).unflatten(2, (rows, rows))))
+
+
+def _feature_map(model: Any, images: Tensor) -> Tensor:
+    """The last feature map of a network, (images, dim, rows, columns).
+
+    Raises:
+        ValueError: The network does not take the size, or gives no map.
+    """
+    try:
+        outputs = model.forward_features(images)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--size: the network cannot take {images.shape[-1]} pixels: {str(error).splitlines()[0]}") from None
+    if not isinstance(outputs, Tensor) or outputs.ndim != 4:
+        raise ValueError("the network's features are no map of the image, whose main directions this shows; give a ViT or a CNN")
+    return outputs.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else outputs
 
 
 def attention(layer: nn.Module, tokens: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ PRIVATE = (("data", "root"), ("data", "cache_dir"), ("backbone", "init"))  # whe
 
 def text(run: Run, written: dict[str, Any], doubts: list[str], measured: dict[str, Any] | None) -> str:
     """The whole card, Markdown. `measured`: what `onnx_model.write` returns."""
-    title = f"# {written['architecture']} by {written['method']}"
+    published = written["method"] == configuration.NO_METHOD
+    title = f"# {written['architecture']} {'of ' + written['checkpoint'] if published else 'by ' + written['method']}"
     parts = [title, *warnings(doubts), what(run, written), loading(written), numbers(run)]
     parts += [onnx(measured)] if measured else []
     return "\n\n".join([*parts, checks(written), config_text(run)]) + "\n"
@@ -28,9 +29,11 @@ def warnings(doubts: list[str]) -> list[str]:
 
 def what(run: Run, written: dict[str, Any]) -> str:
     data, source = run.config.data, written["input"]
+    trained = f"The {written['network']}'s backbone of step {written['step']:,}, pretrained by {written['method']} on {data.source}, "
     lines = [
-        f"The {written['network']}'s backbone of step {written['step']:,}, pretrained by {written['method']} on {data.source}, without its"
-        " projector.",
+        "Weights that were not trained by this project, without their classifier."
+        if written["method"] == configuration.NO_METHOD
+        else f"{trained}without its projector.",
         f"Input: float32 (n, 3, {source['size']}, {source['size']}), pixels in [0, 1] minus {source['mean']}, divided by {source['std']};"
         f" shorter side to {round(source['size'] / source['crop_ratio'])} pixels ({source['interpolation']}), central square.",
         f"Output: features (n, {written['facts']['feature_dim']}).",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,18 +172,23 @@ def arguments_of(run: Run) -> dict[str, Any]:
 
 
 def facts(backbone: nn.Module) -> dict[str, Any]:
-    """What weights alone do not tell: heads, epsilon, pooling, positions."""
+    """Facts about the network that its weights do not hold: heads, epsilon, pooling, positions."""
     model: Any = backbone.model
-    found: dict[str, Any] = {"feature_dim": backbone.feature_dim}
-    if hasattr(model, "blocks"):
-        found |= {"num_heads": model.blocks[0].attn.num_heads, "patch_size": list(model.patch_embed.patch_size)}
-        found |= {"positions": list(model.pos_embed.shape) if getattr(model, "pos_embed", None) is not None else None}
-        found |= {"class_token": getattr(model, "cls_token", None) is not None}
+    about: dict[str, Any] = {"feature_dim": backbone.feature_dim}
+    heads = sorted({module.num_heads for module in model.modules() if isinstance(getattr(module, "num_heads", None), int)})
+    if heads:
+        about["num_heads"] = heads[0] if len(heads) == 1 else heads
+    if (patch := getattr(getattr(model, "patch_embed", None), "patch_size", None)) is not None:
+        about["patch_size"] = list(patch) if isinstance(patch, Sequence) else patch
+    if hasattr(model, "pos_embed"):
+        about["positions"] = list(model.pos_embed.shape) if isinstance(model.pos_embed, Tensor) else None
+    if hasattr(model, "cls_token"):
+        about["class_token"] = model.cls_token is not None
     if hasattr(model, "global_pool"):
         pool = model.global_pool
-        found["pooling"] = pool if isinstance(pool, str) else getattr(pool, "pool_type", type(pool).__name__)
-    found["norm_eps"] = sorted({float(module.eps) for module in model.modules() if isinstance(getattr(module, "eps", None), float)})
-    return found
+        about["pooling"] = pool if isinstance(pool, str) else getattr(pool, "pool_type", type(pool).__name__)
+    about["norm_eps"] = sorted({float(module.eps) for module in model.modules() if isinstance(getattr(module, "eps", None), float)})
+    return about
 
 
 def reference_input(size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A finished run, opened to be judged: its config, and its backbone with 100 % of the weights."""
+"""Open what is evaluated: a run of this project, or weights that others published."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ssl_pretrain import backbones, checkpoint, config, distributed, schema
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.views import recipe
 
-FREE = ("data", "evaluation")  # what an evaluation may be told otherwise than the run was
-OF_WEIGHTS = ("backbone", "data", "views", "evaluation", "seed", "output")  # what it may be told of weights without a run
+# Sections that an evaluation may override: of a run, and of weights without a run.
+FREE = ("data", "evaluation")
+OF_WEIGHTS = ("backbone", "data", "views", "evaluation", "seed", "output")
 
 
 @dataclass
 class Run:
-    """A run and the network of it that is judged: `backbone`, in evaluation mode, on `device`."""
+    """A run, and its evaluated network: `backbone`, in evaluation mode, on `device`."""
 
     path: Path
     config: RunConfig
@@ -30,8 +31,8 @@ class Run:
     step: int
     network: str  # student, teacher, ...
     checkpoint_path: Path
-    view_size: int  # of the largest training view, for which the backbone was built, in pixels
-    image_size: int  # of the evaluation views
+    view_size: int  # pixels of the largest training view, for which the backbone was built
+    image_size: int  # pixels of the evaluation views
     device: torch.device
 
     def about(self) -> dict[str, Any]:
@@ -39,16 +40,17 @@ class Run:
 
 
 def load_run(run: str | Path, checkpoint_path: str | Path | None = None, overrides: list[str] | None = None, device: str = "auto") -> Run:
-    """The network of a run that evaluations judge, from the newest whole checkpoint.
+    """Load the network that evaluations measure, from the newest whole checkpoint of a run.
 
     Args:
-        run: the run's folder; or a file of weights, or timm:<tag>, with backbone.name and data.* among the overrides.
-        checkpoint_path: one of its checkpoints; default: the newest whole one.
-        overrides: key=value for `data` and `evaluation`, such as data.root when the images have moved.
-        device: cpu, cuda, ...; auto: cuda where there is one.
+        run: The run's folder. Or a file of weights, or timm:<tag>, with backbone.name and data.* among
+            the overrides.
+        checkpoint_path: One of the run's checkpoints. Default: the newest whole one.
+        overrides: key=value for `data` and `evaluation`, such as data.root if the images have moved.
+        device: cpu, cuda, ...; auto: cuda if there is one.
 
     Raises:
-        ValueError: no run, no whole checkpoint, or its weights are not those of this backbone; the message names both.
+        ValueError: There is no run or no whole checkpoint, or the weights are not of this backbone.
     """
     path = Path(run)
     if path.is_file() or str(run).startswith("timm:"):
@@ -82,10 +84,10 @@ def _device(name: str) -> torch.device:
 
 
 def _load_weights(weights: str, overrides: list[str], device: str) -> Run:
-    """A network that was not trained here, to be judged as a run is. Its results are kept in `output`.
+    """Load a network that was not trained by this project. Its results go to `output`.
 
-    Image size, crop, interpolation, mean and standard deviation are those that timm names for the network, where the
-    overrides do not say otherwise.
+    Image size, crop, interpolation, mean and standard deviation are timm's for this network, unless
+    the overrides set them.
 
     Raises:
         ValueError: The network is not named, or the weights are not its own.
@@ -114,7 +116,7 @@ def _load_weights(weights: str, overrides: list[str], device: str) -> Run:
 
 
 def _as_timm_says(run_config: RunConfig, name: str, given: set[str]) -> None:
-    """The transform that the network was made for."""
+    """Set the mean, standard deviation, crop and interpolation that timm gives for the network."""
     cfg = backbones.pretrained_cfg(name)
     views, evaluation = run_config.views, run_config.evaluation
     if not given & {"views", "views.mean"}:
@@ -128,10 +130,10 @@ def _as_timm_says(run_config: RunConfig, name: str, given: set[str]) -> None:
 
 
 def _claim(path: Path, run_config: RunConfig) -> None:
-    """Write the configuration into the folder of the results, unless they are another network's.
+    """Write the configuration into the folder of the results.
 
     Raises:
-        ValueError: The folder is a run's, or holds the results of other weights.
+        ValueError: The folder is of a run, or has the results of other weights.
     """
     written = path / "config.yaml"
     there = yaml.safe_load(written.read_text()) if written.is_file() else None
@@ -144,7 +146,7 @@ def _claim(path: Path, run_config: RunConfig) -> None:
 
 
 def place(backbone: nn.Module, device: torch.device) -> nn.Module:
-    """In evaluation mode on the device, its convolutions in the memory order that is faster on CPU and GPU alike."""
+    """Put the backbone on the device, in evaluation mode and channels-last, which is faster everywhere."""
     return backbone.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -163,7 +165,7 @@ def _check_keys(overrides: list[str], allowed: tuple[str, ...], of: str) -> None
 
 
 def _check_architecture(path: Path, run_config: RunConfig, found: Path) -> None:
-    """The run's own config.yaml may describe another network than a checkpoint that was given: refused."""
+    """Refuse a checkpoint whose network is not the one that the run's config.yaml describes."""
     written = path / "config.yaml"
     if not written.is_file():
         return
@@ -175,7 +177,7 @@ def _check_architecture(path: Path, run_config: RunConfig, found: Path) -> None:
 
 
 def parser(name: str, text: str) -> argparse.ArgumentParser:
-    """The part of the command line that all evaluations share."""
+    """The command line that all evaluations share."""
     made = argparse.ArgumentParser(f"python -m {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("run", metavar="RUN", help="folder of the run; or a file of weights, or timm:<tag>, with backbone.name=NAME")
     keys = "for data.* and evaluation.* only, such as data.root=/new/place; of weights also backbone, views, seed, output"

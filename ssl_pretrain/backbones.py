@@ -1,4 +1,8 @@
-"""Views to features: any timm ResNet or ViT, by name, without its classifier."""
+"""Backbones: any network of timm that gives one vector per image, by its name, without a classifier.
+
+A network is tried on the meta device for every image size when the configuration is checked. There
+the width of its features is measured too, since `num_features` of timm is not always the output's.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +26,21 @@ PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.comp
 
 @dataclass
 class BackboneConfig:
-    """Which network is pretrained, and where its weights come from."""
+    """The network that is pretrained, and where its first weights come from."""
 
-    name: str = "resnet50"  # any timm name: resnet50, vit_small_patch16_224, ...
-    stem: Literal["imagenet", "no_pool", "small"] = (
-        "imagenet"  # for small images: no max-pooling before the stages; small: stride 1 there too
-    )
-    init: str = (
-        "random"  # random | timm:<tag> | <file.safetensors or .pth> | <run folder>; loaded strictly
-    )
-    init_key: str = ""  # where a file keeps its weights, such as teacher; empty: found
-    init_prefix: str = ""  # of the backbone's names in it, such as module.encoder_q.; empty: found
-    drop_path: float = field(default=0.0, metadata=below(1))  # stochastic depth
-    args: dict[str, Any] = field(
-        default_factory=dict
-    )  # further arguments of the timm model (patch_size, channels, ...)
+    name: str = "resnet50"  # a name of timm: resnet50, vit_small_patch16_224, ...
+    # for small images, ResNets only. no_pool: no max-pooling before the stages. small: stride 1 there too
+    stem: Literal["imagenet", "no_pool", "small"] = "imagenet"
+    init: str = "random"  # random | timm:<tag> | a file, .safetensors or .pth | the folder of a run
+    init_key: str = ""  # key under which a file keeps its weights, such as teacher; empty: searched
+    init_prefix: str = ""  # prefix of the backbone's keys, such as module.encoder_q.; empty: searched
+    drop_path: float = field(default=0.0, metadata=below(1))  # rate of stochastic depth
+    # further arguments of the timm model, such as patch_size
+    args: dict[str, Any] = field(default_factory=dict)
 
 
 class Backbone(nn.Module):
-    """A timm model that maps images (rows, 3, height, width) to pooled features (rows, feature_dim)."""
+    """A timm model that maps images, (batch, 3, height, width), to features, (batch, feature_dim)."""
 
     def __init__(self, model: nn.Module, feature_dim: int | None = None):
         super().__init__()
@@ -52,13 +52,13 @@ class Backbone(nn.Module):
 
 
 def build(config: BackboneConfig, image_size: int) -> Backbone:
-    """The backbone of `config` for views of `image_size` pixels, with random weights or those of `timm:<tag>`.
+    """Build a backbone for views of `image_size` pixels, with random weights or those of `timm:<tag>`.
 
-    Weights from a file or a run are loaded by `load_strict`.
+    Weights from a file or a run are loaded afterwards, by `load_strict`.
 
     Raises:
-        ValueError: timm has no such model, no such weights, refuses an argument, the stem cannot be made small, or the
-            network does not give one vector per image of that size.
+        ValueError: timm has no such model or weights or refuses an argument, the stem cannot be made
+            small, or the network does not give one vector per image of that size.
     """
     width = feature_dim(config, image_size, image_size)
     return Backbone(_create(config, image_size), width)
@@ -114,14 +114,14 @@ def _construct(
 
 
 def size_arguments(name: str, image_size: int) -> dict[str, Any]:
-    """The arguments that make a network take views of `image_size` pixels, and smaller ones beside them where it can."""
+    """Constructor arguments for views of `image_size` pixels, and for other sizes where the network can."""
     wanted = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
     return {key: value for key, value in wanted.items() if key in constructor_arguments(name)}
 
 
 @cache
 def constructor_arguments(name: str) -> frozenset[str]:
-    """The names of what the constructor of a timm network's class takes, and its entry point does not fix."""
+    """Names of the constructor arguments of a timm network that its entry point lets through."""
     model = _without_memory(lambda: timm.create_model(name, num_classes=0))
     names: set[str] = set()
     for kind in type(model).__mro__:  # a class that takes **kwargs hands them to the next
@@ -138,7 +138,10 @@ def takes_image_size(name: str) -> bool:
 
 
 def _without_memory(create: Callable[[], nn.Module]) -> nn.Module:
-    """The network on the meta device, or on CPU where its constructor needs values. No random state moves."""
+    """Create a network on the meta device, or on the CPU if its constructor needs values.
+
+    The random state stays as it is.
+    """
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
@@ -151,12 +154,17 @@ def _without_memory(create: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _of_meta(error: BaseException) -> bool:
-    """Return True for an operation that the meta device does not have, rather than a mistake."""
+    """Return True if the meta device lacks an operation. Any other error is a mistake."""
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
 
 
 def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
-    """The width of the features, from the output of the network itself for images of `size` pixels.
+    """The width of the features, measured on the network's output.
+
+    Args:
+        config: The backbone.
+        built_for: Image size in pixels that the network is built for.
+        size: Image size in pixels that it is tried with.
 
     Raises:
         ValueError: The network cannot be built, cannot take the size, or does not give one vector per image.
@@ -175,7 +183,7 @@ def _measured(config: str, built_for: int, size: int) -> int:
 
 
 class _WrongSizeError(Exception):
-    """A network that cannot take images of a size."""
+    """Raised for a network that cannot take images of a size."""
 
 
 def _width(config: BackboneConfig, built_for: int, size: int) -> int:
@@ -206,7 +214,7 @@ def _width(config: BackboneConfig, built_for: int, size: int) -> int:
 
 
 def _try(model: nn.Module, size: int) -> set[int | str]:
-    """The widths of the output, or what it is instead, in evaluation and in training."""
+    """The width of the output in evaluation and in training, or a description of any other output."""
     device = next(model.parameters()).device
     found: set[int | str] = set()
     for training in (False, True):
@@ -222,7 +230,7 @@ def _try(model: nn.Module, size: int) -> set[int | str]:
 
 
 def _about_size(config: BackboneConfig, built_for: int, size: int, reason: str) -> str:
-    """What is wrong with a size, and the nearest that would do."""
+    """Describe what is wrong with a size, and the nearest sizes that fit."""
     patch = _patch(config)
     step = patch or 32
     native = native_size(config.name)
@@ -264,7 +272,7 @@ def native_size(name: str) -> int:
 
 
 def pretrained_cfg(name: str) -> Any:
-    """What timm knows of the network's published weights: input size, mean, standard deviation, classifier.
+    """timm's facts about a network's weights: input size, mean, standard deviation, classifier.
 
     Raises:
         ValueError: timm has no such model.
@@ -289,7 +297,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
-    """Try the network once on images of every size, without computing anything.
+    """Try the network on images of every size, on the meta device.
 
     Args:
         config: The backbone. It is built for the first size.
@@ -338,7 +346,7 @@ def _shrink_stem(model: nn.Module, name: str, stride_too: bool) -> None:
 
 
 def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under the names of an unwrapped module: `module.`, `_orig_mod.` and `_fsdp_wrapped_module.` removed."""
+    """Rename the weights of a wrapped module: `module.`, `_orig_mod.` and `_fsdp_wrapped_module.` are removed."""
     plain = {}
     for key, value in weights.items():
         for prefix in PREFIXES:
@@ -354,17 +362,22 @@ def load_strict(
     prefix: str = "",
     exact: bool = False,
 ) -> list[str]:
-    """Load 100 % of the backbone's keys from `weights`, or change nothing. Returns what was left out or changed.
+    """Load every key of the backbone from `weights`, or change nothing.
 
     Args:
-        backbone: The network. Weights of other networks and of a classifier beside its own are left out.
+        backbone: The network.
         weights: Tensors under the names of this project, of timm, or of the code that published them.
-        source: What messages call the weights.
-        prefix: Of the backbone's names in `weights`. Empty: it is found.
+            Other networks and a classifier among them are left out.
+        source: Name of the weights in messages.
+        prefix: Prefix of the backbone's keys in `weights`. Empty: it is searched.
         exact: Nothing may be left out or converted, as in a checkpoint of this project.
 
+    Returns:
+        What was left out or converted, one note each.
+
     Raises:
-        ValueError: A key is missing, unexpected or of another shape. The message lists them and names `source`.
+        ValueError: A key is missing, unexpected or of another shape. The message lists them and names
+            `source`.
     """
     weights, own = plain_keys(weights), backbone.state_dict()
     prefix = next(iter(plain_keys({prefix: torch.empty(0)})))
@@ -402,8 +415,11 @@ def load_strict(
 
 
 def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, block) of the repeated blocks of every backbone in `module`: a ViT's `blocks`, a ResNet's in `layer1` to `layer4`,
-    other timm networks' in `stages`. What is sharded, compiled or recomputed as one. Empty where a network has none."""
+    """Names and modules of the repeated blocks of every backbone in `module`.
+
+    They are in `blocks` of a ViT, in `layer1` to `layer4` of a ResNet, and in `stages` of other timm
+    networks. Each is sharded, compiled or recomputed as one. Empty for a network without any.
+    """
     found = []
     for name, backbone in module.named_modules():
         stacks = backbone.model.named_children() if isinstance(backbone, Backbone) else ()
@@ -421,11 +437,11 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def on_meta(config: BackboneConfig, image_size: int) -> Backbone:
-    """The same backbone without memory behind its parameters, to count and to check."""
+    """Build a backbone on the meta device, to count its parameters and operations."""
     try:
         with torch.device("meta"):
             return build(config, image_size)
-    except RuntimeError as error:  # older timm's drop path needs values, which the meta device has not
+    except RuntimeError as error:  # drop path of older timm versions needs values
         if not _of_meta(error):
             raise
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: typed, complete, loud when wrong. After `load` there are only dataclasses."""
+"""The configuration of a run: dataclasses, read from YAML and `key=value` overrides, and checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ssl_pretrain.views.recipe import ViewsConfig
 
 
 class ConfigError(ValueError):
-    """A user's mistake in a configuration: names the file, the key, the value and what is allowed."""
+    """A mistake in a configuration. Its message names the file, the key, the value and what is allowed."""
 
 
 @dataclass
@@ -38,18 +38,18 @@ class LaunchConfig:
     """Where the ranks run, for launch/pretrain.py."""
 
     cluster: Literal["auto", "slurm", "local"] = "auto"  # auto: SLURM where sbatch is found, else this machine
-    ranks: int = 0  # processes on each machine; 0: one a GPU, or one on CPU
-    max_restarts: int = 3  # of all ranks from the newest checkpoint, by torchrun, after one was lost; SLURM requeues instead
-    hosts: str = ""  # a,b: prints the torchrun line of each host instead of starting anything
-    port: int = 29500  # of the first host, where the ranks of several hosts meet
-    nodes: int = 1  # the rest is for SLURM
+    ranks: int = 0  # processes on each machine; 0: one per GPU, or one on CPU
+    max_restarts: int = 3  # torchrun restarts all ranks from the newest checkpoint after one was lost; SLURM requeues instead
+    hosts: str = ""  # a,b: print one torchrun command per host without running it
+    port: int = 29500  # port of the first host, where the ranks of several hosts meet
+    nodes: int = 1  # this key and all below are for SLURM
     gpus_per_node: int = 0  # 0: CPU nodes, with `ranks` on each
     cpus_per_rank: int = 0  # 0: as many as data.num_workers
     memory_gb: int = 0  # of a node; 0: what the cluster gives
-    hours: float = 24.0  # time limit of a job; the run goes on in the same job, requeued, or in the next of the chain
-    signal_seconds: int = 120  # before the limit: the time for one step and one checkpoint
+    hours: float = 24.0  # time limit of a job; the run continues in the same job when requeued, or in the next of the chain
+    signal_seconds: int = 120  # time before the limit at which SLURM signals, enough for one step and one checkpoint
     requeue: bool = True  # after a pre-emption, a time limit or a lost node
-    chain: int = 1  # jobs one after the other, where a cluster does not requeue
+    chain: int = 1  # number of jobs that follow each other, where a cluster does not requeue
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -58,14 +58,14 @@ class LaunchConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What is evaluated, and how the numbers in the tables are made."""
+    """The evaluations after a run, and the settings that they share."""
 
-    at_end: list[str] = field(default_factory=lambda: ["knn", "linear", "report"])  # after launch/pretrain.py's training
-    image_size: int = 0  # of the evaluated images; 0: the first crop's size
-    crop_ratio: float = field(default=0.875, metadata=schema.above_zero(1))  # of the resized image that its centre crop keeps; 1: all
+    at_end: list[str] = field(default_factory=lambda: ["knn", "linear", "report"])  # run by launch/pretrain.py after training
+    image_size: int = 0  # pixels; 0: the size of the first crop in views.crops
+    crop_ratio: float = field(default=0.875, metadata=schema.above_zero(1))  # side of the center crop over the side of the resized image
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    k: int = 20  # neighbours
-    temperature: float = 0.07
+    k: int = 20  # neighbors that vote
+    temperature: float = 0.07  # divides their cosine similarities
 
 
 @dataclass
@@ -88,12 +88,12 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = field(default=0, metadata={"bounds": Bounds(0, 2**63 - 1)})
     epochs: int = field(default=100, metadata=schema.at_least(1))
-    global_batch_size: int = 4096  # images an optimizer step, all ranks and parts
-    local_batch_size: int | str = 0  # images a rank feeds at once; 0: its whole share of the global batch; auto: the most that fits
+    global_batch_size: int = 4096  # images per optimizer step, over all ranks and micro-batches
+    local_batch_size: int | str = 0  # images per forward pass on one rank; 0: its whole share; auto: the largest that fits, found by trial
     output: str = ""  # the run's folder; empty: runs/<name of the YAML>
 
 
-# What may change when a run goes on: these do not change what is computed ...
+# Keys that may change when a run is resumed, since they do not change what is computed.
 FREE = (
     "data.root", "data.train", "data.val", "data.num_workers", "data.loader", "data.cache_dir", "data.max_replaced",
     "local_batch_size", "output",
@@ -106,16 +106,16 @@ FREE_PARALLEL = tuple(
         "strategy", "reshard_after_forward", "activation_checkpointing", "compile", "cuda_graphs",
     )
 )  # fmt: skip
-# ... and these do, knowingly.
+# Keys that change what is computed, and may change with a warning.
 WARNED = ("epochs",)
 
-# keys of launch that only a submission to SLURM heeds
+# Keys of `launch` that only a submission to SLURM uses.
 SLURM_KEYS = (
     "nodes", "gpus_per_node", "cpus_per_rank", "memory_gb", "hours", "signal_seconds", "requeue", "chain",
     "partition", "account", "qos", "constraint",
 )  # fmt: skip
 
-NO_METHOD = "none"  # the name of the method of weights that were not trained here
+NO_METHOD = "none"  # method.name of weights that were not trained by this project
 NOTHING_INTERPOLATED = "nothing is interpolated, so that no secret of the environment enters a logged config"
 
 
@@ -123,7 +123,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the configuration of a YAML file with `key=value` overrides.
 
     Raises:
-        ConfigError: Names the file, the key, the bad value and the allowed ones.
+        ConfigError: A key or a value is not allowed. The message names the file, both, and what is.
     """
     tree = override(read_yaml(Path(path)), overrides, str(path))
     if not schema.at(tree, "output") or schema.at(tree, "output") == Scalar(""):
@@ -132,22 +132,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def from_dict(values: dict[str, Any], source: str = "the checkpoint's config") -> RunConfig:
-    """Build the configuration that a checkpoint's manifest holds."""
+    """Build a configuration from the plain values of a checkpoint's manifest."""
     return _build(values, source)
 
 
 def without_method(overrides: Sequence[str], source: str) -> RunConfig:
-    """The configuration of weights that no method of ours trained, for evaluations.
+    """The configuration for evaluating weights that were not trained by this project.
 
     Raises:
-        ConfigError: As `load`.
+        ConfigError: As in `load`.
     """
     tree = override({"method": {"name": NO_METHOD}}, overrides, source)
     return _build(tree, source)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain values, as in the manifest."""
+    """The configuration as the plain values of a manifest."""
     return dataclasses.asdict(config)
 
 
@@ -156,7 +156,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
-    """The values of a YAML or of a manifest with `key=value` overrides, each read by its key's type.
+    """Set `key=value` overrides in the values of a YAML file or a manifest.
 
     Raises:
         ConfigError: An override is not key=value, or its key does not exist.
@@ -171,7 +171,7 @@ def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> d
         pairs.append((key, value))
     try:
         chosen = schema.merge(values, {})
-        for key, value in pairs:  # the method first: the types of its keys are those of its own Config
+        for key, value in pairs:  # the method's name comes first, since it decides the types of its keys
             if key in ("method", "method.name"):
                 chosen = schema.merge(chosen, schema.override(RunConfig, key, value, {"method": dict[str, str]}))
         instead = _types(chosen, source)
@@ -185,7 +185,7 @@ def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> d
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file. Its scalars stay as they are written until their keys' types are known.
+    """Read a YAML file. Its scalars stay text until the types of their keys are known.
 
     Raises:
         ConfigError: There is no such file, or it is not a YAML mapping in UTF-8.
@@ -219,7 +219,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
-    """` at line N: PROBLEM` of PyYAML's errors, which keep the two in different attributes."""
+    """Format an error of PyYAML as ` at line N: PROBLEM`."""
     if isinstance(error, yaml.reader.ReaderError):
         character = text.find(chr(error.character)) if isinstance(error.character, int) else text.find(str(error.character))
         return f" at line {text.count(chr(10), 0, max(0, character)) + 1}: {error.reason}"
@@ -229,7 +229,7 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
 
 
 def _types(tree: dict[str, Any], source: str) -> dict[str, Any]:
-    """The type of `method`, which is the Config of the method that the tree names."""
+    """The type of the key `method`: the Config of the method that `method.name` names."""
     name = schema.at(tree, "method.name")
     name = name.text if isinstance(name, Scalar) else name
     if not name or name == "???":
@@ -252,10 +252,10 @@ def _build(tree: dict[str, Any], source: str) -> RunConfig:
 
 
 def check(config: RunConfig, world_size: int) -> None:
-    """What no single key shows: refuses a run that would not be what it says.
+    """Check that the keys fit together and that the first step can run on this many ranks.
 
     Raises:
-        ConfigError: names the keys, their values and the nearest that would do.
+        ConfigError: Names the keys, their values and what would do.
     """
     try:
         schema.check(config)
@@ -287,12 +287,12 @@ def check(config: RunConfig, world_size: int) -> None:
 def check_slurm_keys(
     config: RunConfig, overrides: Sequence[str], reason: str, remedy: str, *, typed_only: bool
 ) -> None:
-    """Refuse keys that ask something of SLURM where nothing is submitted to it.
+    """Refuse the keys of SLURM where nothing is submitted to it.
 
     Args:
         reason: Why nothing is submitted, for the message.
         remedy: What to do instead.
-        typed_only: Look at the command line alone: a YAML made for a cluster may hold them.
+        typed_only: Refuse them on the command line only. A YAML made for a cluster may have them.
 
     Raises:
         ConfigError: Names each such key and its value.
@@ -307,7 +307,7 @@ def check_slurm_keys(
 
 
 def _image_sizes(config: RunConfig) -> dict[str, int]:
-    """The sizes of the images that the backbone sees, by the keys that set them."""
+    """Sizes in pixels of the images that the backbone sees, by the keys that set them."""
     sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
     return sizes | ({"evaluation.image_size": config.evaluation.image_size} if config.evaluation.image_size else {})
 
@@ -319,10 +319,10 @@ def _does_not_divide(batch: int, ranks: int) -> str:
 
 
 def part_size(config: RunConfig, world_size: int) -> int | None:
-    """Images a rank feeds at once; None for `auto`, which is measured when the run starts.
+    """Images per forward pass on one rank, or None for `auto`, which is measured at the start of a run.
 
     Raises:
-        ConfigError: neither a number nor auto.
+        ConfigError: `local_batch_size` is neither a number nor auto.
     """
     written = str(config.local_batch_size)
     if written == "auto":
@@ -333,12 +333,17 @@ def part_size(config: RunConfig, world_size: int) -> int | None:
 
 
 def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:
-    """Whether a run saved with configuration `saved` may go on with `config`.
+    """Refuse to resume a checkpoint with a configuration that computes something else.
 
-    Paths, workers, logging and part size are free; epochs warn; anything else is refused.
+    Paths, workers, logging and the micro-batch size may change. Another number of epochs is a warning.
+
+    Args:
+        saved: The configuration in the checkpoint's manifest.
+        config: The configuration to resume with.
+        path: Folder of the checkpoint, for the message.
 
     Raises:
-        ConfigError: lists what differs and the two remedies.
+        ConfigError: Lists the keys that differ, and two remedies.
     """
     old, new = _flat(saved), _flat(to_dict(config))
     defaults = _flat(to_dict(from_dict({"method": {"name": config.method.name}})))
@@ -347,7 +352,7 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
         options = {f"views.crops.{name}.{option}": value for option, value in dataclasses.asdict(recipe.Crop()).items()}
         defaults |= options
         later += options.keys() - old.keys()
-    old |= {key: defaults[key] for key in later}  # the version that saved it did not know these, and did as their default says
+    old |= {key: defaults[key] for key in later}  # keys that the saving version did not have; it behaved as their defaults
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
     refused = [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in differing if key not in WARNED]
     if refused:

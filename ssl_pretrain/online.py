@@ -16,20 +16,24 @@ from torch.nn import functional as F
 from ssl_pretrain import distributed, pictures, probe
 
 T = TypeVar("T")
-Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]  # samples' numbers -> (normalized images, labels), in that order
-SHOWN, NEAREST = 8, 6  # queries in the picture, and neighbours of each
-SIMILARITIES = 2**24  # float32 values held at once: 64 MiB
+# Indices of images -> batches of (normalized images, labels), in that order.
+Images = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]
+SHOWN, NEAREST = 8, 6  # queries in the picture, and neighbors of each
+SIMILARITIES = 2**24  # similarities held at once, in float32: 64 MiB
 
 
 @dataclass
 class OnlineConfig:
-    knn_every_epochs: float = 1.0  # passes over the data between two measurements; 0: none
-    k: int = 20  # neighbours that vote
+    """The accuracies that are measured during a run."""
+
+    knn_every_epochs: float = 1.0  # epochs between two measurements; 0: never
+    k: int = 20  # neighbors that vote
     temperature: float = 0.07  # divides their cosine similarities
-    probe: bool = True  # and a linear classifier on the same features, whenever the k-NN is measured
+    probe: bool = True  # also fit a linear classifier to the same features
     max_train: int = 10000  # training images in the bank
-    max_test: int = 2000  # training images held out of it as queries
-    on_failure: Literal["stop", "warn"] = "warn"  # where measuring fails, on any rank: end the run, or say so and train on
+    max_test: int = 2000  # training images that are queries, and not in the bank
+    # if a measurement fails on any rank: end the run, or print a warning and train on
+    on_failure: Literal["stop", "warn"] = "warn"
 
 
 class MeasureError(RuntimeError):
@@ -39,18 +43,25 @@ class MeasureError(RuntimeError):
 def weighted_knn(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: int, temperature: float, num_classes: int
 ) -> Tensor:
-    """Predicted classes, int64 (num_test,): each of the k nearest training images votes with exp(cosine similarity / temperature).
+    """Classify queries by a weighted vote of their k nearest training images.
 
-    The protocol of InstDisc (Wu et al., CVPR 2018, arXiv:1805.01978, section 3.4) and DINO, exact, in float32.
-    Votes are summed as exp((similarity - the nearest one's) / temperature): the same winner, and no overflow.
+    A neighbor's weight is exp(cosine similarity / temperature). This is the protocol of InstDisc (Wu et
+    al., CVPR 2018, arXiv:1805.01978, section 3.4) and DINO, exact, in float32. The nearest similarity
+    is subtracted before the exponential, which changes no winner and avoids overflow.
 
     Args:
-        train_features: the bank, (num_train, dim). Normalized here, so any scale.
-        train_labels: its classes in [0, num_classes), (num_train,).
-        test_features: the queries, (num_test, dim).
+        train_features: The bank, (num_train, dim). Normalized inside.
+        train_labels: Its classes in [0, num_classes), (num_train,).
+        test_features: The queries, (num_test, dim). Normalized inside.
+        k: Number of neighbors that vote.
+        temperature: Divisor of the similarities.
+        num_classes: Number of classes.
+
+    Returns:
+        Predicted classes, int64, (num_test,).
 
     Raises:
-        ValueError: k is not in [1, num_train], or temperature is not positive.
+        ValueError: k is not in [1, num_train], or the temperature is not positive.
     """
     check(k, temperature, len(train_features))
     bank = F.normalize(train_features.float(), dim=1)
@@ -62,6 +73,7 @@ def weighted_knn(
 
 
 def check(k: int, temperature: float, num_train: int, section: str = "") -> None:
+    """Raise ValueError unless k is in [1, num_train] and the temperature is positive."""
     if not 1 <= k <= num_train:
         raise ValueError(f"{section}k: {k} neighbours cannot be found among {num_train} training images; give one from 1 to {num_train}")
     if temperature <= 0:
@@ -69,20 +81,28 @@ def check(k: int, temperature: float, num_train: int, section: str = "") -> None
 
 
 def vote(similarities: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """The winning class of each query, (queries,), from its neighbours' similarities, nearest first, and labels, both (queries, k)."""
+    """Return the class with the largest vote per query, (num_queries,).
+
+    Args:
+        similarities: Cosine similarities of the neighbors, nearest first, (num_queries, k).
+        labels: Their classes, (num_queries, k).
+        temperature: Divisor of the similarities.
+        num_classes: Number of classes.
+    """
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     scores = weights.new_zeros(len(labels), num_classes).scatter_add_(1, labels, weights)
     return scores.argmax(dim=1)
 
 
 class OnlineKNN:
-    """Weighted k-NN accuracy of a backbone, measured inside its run on training images alone.
+    """Weighted k-NN accuracy of a backbone, measured during its run on training images alone.
 
-    Both the bank and the queries are drawn from the labelled training images, by one fixed permutation: nothing
-    about the test set can steer a run. So the number is for its curve; eval/knn.py gives the one to report.
+    The bank and the queries are drawn from the labelled training images by one fixed permutation, so
+    that nothing about the test set can steer a run. The number is for its curve. eval/knn.py gives the
+    number to report.
 
-    Each rank embeds every world_size-th image. Padding gives all ranks as many forward passes, as sharded weights
-    need; the counted images are the same on any number of ranks.
+    Each rank embeds every world_size-th image. Padding gives all ranks the same number of forward
+    passes, which sharded weights need. The counted images are the same on any number of ranks.
     """
 
     def __init__(
@@ -95,19 +115,23 @@ class OnlineKNN:
         device: torch.device,
         pixels: Callable[[np.ndarray], Tensor] | None = None,
     ):
-        """Chooses the bank and the queries; reads no image.
+        """Choose the bank and the queries. No image is read.
 
         Args:
-            images: gives the evaluation views of the training images with these numbers, in their order.
-            labels: of all training images, (num_train,), -1 for none.
-            order: a fixed permutation of their numbers; its labelled ones become queries (at most a fifth), then the bank.
-            pixels: gives uint8 (n, 3, size, size) of the images with these numbers, for `neighbours`.
+            config: Bank and query sizes, k and temperature.
+            images: Reads the evaluation views of training images by their indices.
+            labels: Classes of all training images, (num_train,), -1 for unlabelled ones.
+            order: A fixed permutation of their indices. The first labelled ones, at most a fifth, become
+                the queries, and the next ones the bank.
+            steps_per_epoch: Optimizer steps of one epoch.
+            device: Device of the backbone.
+            pixels: Reads images by their indices, uint8 (num_images, 3, size, size), for the picture.
 
         Raises:
             ValueError: k or temperature do not fit the bank.
         """
         self.config, self.images, self.labels, self.device = config, images, labels, device
-        self.probed: float | None = None  # the linear classifier's accuracy at the last measurement
+        self.probed: float | None = None  # accuracy of the linear classifier at the last measurement
         self.pixels = pixels
         self.neighbours: Tensor | None = None
         self.steps_per_measure = config.knn_every_epochs * steps_per_epoch
@@ -124,11 +148,15 @@ class OnlineKNN:
         return self.config.knn_every_epochs > 0 and len(self.queries) > 0
 
     def due(self, step: int) -> bool:
-        """Whether to measure after `step` steps: when a multiple of knn_every_epochs has just been passed."""
+        """Return True if the step has just passed a multiple of knn_every_epochs."""
         return self.enabled and step > 0 and int(step / self.steps_per_measure) > int((step - 1) / self.steps_per_measure)
 
     def at(self, step: int, backbone: nn.Module) -> dict[str, Any]:
-        """The accuracies after `step` steps, where they are due, and on rank 0 a picture of neighbours; else nothing."""
+        """Measure if it is due after `step` steps. Returns the accuracies, and on rank 0 a picture of neighbors.
+
+        Raises:
+            MeasureError: A rank failed, and `online.on_failure` is `stop`.
+        """
         try:
             accuracy = self.measure(backbone) if self.due(step) else None
         except MeasureError as error:
@@ -144,9 +172,15 @@ class OnlineKNN:
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float | None:
-        """The k-NN's accuracy in [0, 1], the same on all ranks; None without labels. Leaves the training state as it was.
+        """Measure the accuracy of the k-NN. The state of the training stays as it was.
 
-        The linear classifier's, where it is asked for, is then in `probed`.
+        The accuracy of the linear classifier is in `probed` afterwards.
+
+        Returns:
+            Accuracy in [0, 1], the same on all ranks. None without labels.
+
+        Raises:
+            MeasureError: A rank failed.
         """
         if not self.enabled:
             return None
@@ -165,14 +199,14 @@ class OnlineKNN:
 
         predicted = _on_every_rank(vote_and_show)
         correct = distributed.reduce_sum((predicted == truth).sum().double())
-        if self.config.probe:  # every rank fits the same classifier to the same bank, and asks it about its own queries
+        if self.config.probe:  # every rank fits the same classifier to the bank and classifies its own queries
             answered = _on_every_rank(lambda: probe.predict(bank, bank_labels, queries[mine], classes))
             self.probed = distributed.reduce_sum((answered == truth).sum().double()).item() / len(self.queries)
         return correct.item() / len(self.queries)
 
     def _picture(self, bank: Tensor, queries: Tensor) -> Tensor:
-        """The first queries, always the same, each with its nearest images of the bank."""
-        assert self.pixels is not None, "asked for where pixels are given"
+        """Draw the first queries, always the same, each with its nearest images of the bank."""
+        assert self.pixels is not None, "a picture needs `pixels`"
         found = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(min(NEAREST, len(bank)), dim=1).indices.cpu().numpy()
         asked, near = self.queries[: len(queries)], self.bank[found]
         shown = self.pixels(near.ravel())
@@ -180,22 +214,24 @@ class OnlineKNN:
         return pictures.neighbours(self.pixels(asked), shown.view(*near.shape, *shown.shape[1:]), right)
 
     def _own_features(self, backbone: nn.Module, numbers: np.ndarray) -> Tensor:
-        """Features of this rank's share of these images, float32 (share, dim); the shares are equal."""
+        """Features of this rank's share of the images, float32 (share, dim). All shares are equal."""
         ranks = distributed.world_size()
         padded = np.concatenate([numbers, np.repeat(numbers[-1:], -len(numbers) % ranks)])
         return torch.cat([backbone(images.to(self.device)).float() for images, _ in self.images(padded[distributed.rank() :: ranks])])
 
     def _of_all(self, own: Tensor, numbers: np.ndarray) -> Tensor:
-        """Features of these images on every rank, float32 (len(numbers), dim)."""
+        """Gather the features of the images from all ranks, float32 (len(numbers), dim)."""
         features = distributed.gather(own)  # rank 0's share, then rank 1's, ...
         return features.view(distributed.world_size(), -1, features.shape[1]).transpose(0, 1).flatten(0, 1)[: len(numbers)]
 
 
 def _on_every_rank(own: Callable[[], T]) -> T:
-    """What `own` gives, once no rank has failed in it: one that leaves the others in a collective would hold them there.
+    """Call `own` on every rank and return its result, unless a rank has failed.
+
+    A rank that left the others alone would keep them waiting in the next collective.
 
     Raises:
-        MeasureError: names the ranks and their errors, on all ranks.
+        MeasureError: Names the ranks that failed and their errors. Raised on all ranks.
     """
     try:
         result, problem = own(), None
@@ -210,7 +246,7 @@ def _on_every_rank(own: Callable[[], T]) -> T:
 
 @contextmanager
 def untouched(backbone: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode inside; after it every module's mode and the random generators are what they were."""
+    """Switch to evaluation mode. The modes and the random generators are restored afterwards."""
     modes = [(module, module.training) for module in backbone.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         backbone.eval()

@@ -1,4 +1,4 @@
-"""Weights that others published: which tensors of a file belong to a network, and what is left out.
+"""Weights that others published: find the tensors of a file that belong to a network.
 
 All of the network's own keys have to be there, under one common prefix, in their shapes. Everything
 beside them is left out and reported: other networks of the same file, a classifier, a decoder. Names
@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
-# Where files keep their weights, in the order of preference. A teacher is what its authors evaluate.
+# Keys under which files keep their weights, in the order of preference. The teacher comes first, as
+# its authors evaluate it.
 NESTED: tuple[str, ...] = (
     "teacher",
     "target_encoder",
@@ -35,7 +36,7 @@ NESTED: tuple[str, ...] = (
     "encoder",
 )
 NESTED += ("model_ema", "state_dict_ema", "backbone")
-# Which network is meant where several of a file would fit, by the words of its prefix.
+# Words of a prefix in the order of preference, for files in which several networks fit.
 PREFERRED = (
     "",
     "backbone",
@@ -48,30 +49,27 @@ PREFERRED = (
     "module",
 )
 CLASSIFIERS = ("fc", "head", "head_dist", "classifier", "heads", "linear", "last_linear")
-BESIDE = ("mask_token", "masked_embed", "decoder")  # of pretraining alone: MAE, iBOT, DINOv2
-CONVERTERS = (
-    "checkpoint_filter_fn",
-    "_filter_fn",
-    "_filter_torchvision_pretrained",
-)  # what timm calls them
-DEPTH = 4  # parts of a prefix at most: module.teacher.backbone.model
+BESIDE = ("mask_token", "masked_embed", "decoder")  # only for pretraining: MAE, iBOT, DINOv2
+# timm's names for a module's converter of weights.
+CONVERTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+DEPTH = 4  # words of the longest prefix: module.teacher.backbone.model
 
 
 @dataclass
 class Match:
-    """The tensors of a network under its own names, and what was done to find them."""
+    """The tensors of a network under its own names, and notes on how they were found."""
 
     weights: Weights
     notes: list[str]
 
 
 def read_file(path: Path, source: str, key: str = "") -> tuple[Weights, list[str]]:
-    """The tensors of a .safetensors or a torch file, and a note on where they were found in it.
+    """Read the tensors of a .safetensors or a torch file, with a note on where in it they were.
 
     Args:
         path: The file.
-        source: What messages call it, such as `backbone.init: 'dino.pth'`.
-        key: Dotted key of the weights in the file. Empty: the usual ones are tried.
+        source: Name of the file in messages, such as `backbone.init: 'dino.pth'`.
+        key: Dotted key of the weights in the file. Empty: the usual keys are tried.
 
     Raises:
         ValueError: The file cannot be read, holds more than tensors, or has no weights at that key.
@@ -94,7 +92,7 @@ def read_file(path: Path, source: str, key: str = "") -> tuple[Weights, list[str
 
 
 def load_tensors(path: Path, source: str) -> Any:
-    """What a weights file holds. Nothing in it is executed.
+    """Load the content of a weights file. Nothing in it is executed.
 
     Raises:
         ValueError: It is damaged, or a pickle of more than tensors and plain values.
@@ -135,7 +133,7 @@ def _weights(content: Any) -> Weights:
 
 
 def _search(content: Any, depth: int = 3) -> tuple[Weights, str]:
-    """The first weights among the usual keys, and their dotted key. A mapping of tensors is taken as it is."""
+    """The weights under the most preferred key, and that key. A mapping of tensors is taken as it is."""
     own = _weights(content)
     if len(own) > 1 or (own and depth < 3) or not isinstance(content, Mapping) or not depth:
         return own, ""
@@ -162,12 +160,12 @@ def _outline(path: Path, source: str) -> str:
 
 
 def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Match | str:
-    """The model's own tensors in `weights`, or what is wrong as text.
+    """Find the model's tensors in `weights`. Returns what is wrong, as text, if they are not there.
 
     Args:
         model: A timm model. Its state dict says which keys are wanted.
         weights: Tensors of any names.
-        prefix: The prefix of the model's keys, if it is known.
+        prefix: Prefix of the model's keys. None: it is searched.
     """
     candidates = [prefix] if prefix is not None else prefixes(weights, model)
     failure = ""
@@ -185,7 +183,7 @@ def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Matc
 
 
 def prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
-    """Every prefix under which half as many keys lie as the model has, the preferred ones first."""
+    """Prefixes with at least half as many keys as the model has, the preferred ones first."""
     counts: dict[str, int] = {}
     for key in weights:
         parts = key.split(".")
@@ -259,7 +257,7 @@ def _under(model: nn.Module, weights: Weights, prefix: str, convert: bool) -> Ma
 
 
 def _is_beside(model: nn.Module, key: str) -> bool:
-    """Return True for a classifier, a decoder, or a module that the model does not have at all."""
+    """Return True for a key of a classifier, of a decoder, or of a module that the model does not have."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     names = cfg.get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
@@ -274,7 +272,7 @@ def _is_beside(model: nn.Module, key: str) -> bool:
 
 
 def _converted(model: nn.Module, weights: Weights) -> Weights | None:
-    """The weights as timm's own converter for this model gives them. It renames keys and resamples positions."""
+    """The weights after timm's converter for this model, which renames keys and resamples positions."""
     module = sys.modules[type(model).__module__]
     convert = next((getattr(module, name) for name in CONVERTERS if hasattr(module, name)), None)
     if convert is None:
@@ -283,7 +281,7 @@ def _converted(model: nn.Module, weights: Weights) -> Weights | None:
         with torch.device("cpu"):
             arguments = (dict(weights), model)[: len(inspect.signature(convert).parameters)]
             return _weights(convert(*arguments))
-    except Exception:  # written for the files that timm knows: any other may fail in any way
+    except Exception:  # a converter may fail in any way on files that timm does not know
         return None
 
 

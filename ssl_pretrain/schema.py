@@ -1,8 +1,8 @@
-"""Text and YAML into dataclasses. The declared type of a key decides how its value is read.
+"""Read dataclasses from YAML and `key=value` text. The declared type of a key decides how its value is read.
 
-YAML guesses a scalar's type from its looks: `010` is 8, `1e5` a number, `no` a boolean, and everything
-behind ` #` a comment. Here YAML only gives the structure. A text key takes its text as it is, a number
-key takes a number, and `null` means nothing except for a key that may be empty.
+YAML guesses a scalar's type from its looks: `010` is 8, `1e5` is a number, `no` is a boolean. This
+module takes only the structure from YAML. A text key takes its text unchanged, a number key takes a
+number, and `null` has a meaning only for a key that may be empty.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ BOOLEANS = {
     "off": False,
     "0": False,
 }
-NULLS = ("", "~", "null", "none")  # how a key that may be empty is written so
-WHOLE = 2**31 - 1  # largest whole number where a field says nothing else
+NULLS = ("", "~", "null", "none")  # spellings of "no value", for keys that may be empty
+MAX_INT = 2**31 - 1  # upper bound of whole numbers whose field sets none
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 MERGE = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """A YAML scalar or the text behind `key=`, as it was written. `plain` means without quotes."""
+    """The text of a YAML scalar or of the part after `key=`. `plain` means written without quotes."""
 
     text: str
     plain: bool = True
@@ -47,14 +47,14 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values that a number may take. Both ends belong to the range unless they are open."""
+    """The range of a number. Both ends belong to it unless they are open."""
 
     low: float = 0
     high: float = math.inf
     open_low: bool = False
     open_high: bool = False
 
-    def hold(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         return math.isfinite(value) and above and below
@@ -65,7 +65,7 @@ class Bounds:
         return low if self.high == math.inf else f"{low} and {high}"
 
 
-# The names of fields say what they hold, so they give a range where the field's metadata has none.
+# Ranges of fields whose metadata has none, by the field's name.
 BY_NAME: tuple[tuple[re.Pattern[str], Bounds], ...] = (
     (re.compile(r"(.*_)?temperature"), Bounds(open_low=True)),
     (re.compile(r"(.*_)?seconds|hours"), Bounds(high=1e9)),
@@ -73,46 +73,47 @@ BY_NAME: tuple[tuple[re.Pattern[str], Bounds], ...] = (
     (re.compile(r"(.*_)?momentum"), Bounds(high=1)),
     (re.compile(r"(.*_)?(threads|workers)"), Bounds(high=1024)),
     (re.compile(r"port"), Bounds(high=65535)),
-    (re.compile(r"k"), Bounds(1, WHOLE)),
+    (re.compile(r"k"), Bounds(1, MAX_INT)),
 )
 
 
 def bounds(field: dataclasses.Field[Any]) -> Bounds:
-    """The range of a number field: from its metadata, else from its name, else finite and at least 0."""
-    given = field.metadata.get("bounds")
-    if given is not None:
-        assert isinstance(given, Bounds), f"{field.name}: the metadata `bounds` is a Bounds"
-        return given
-    return next((found for pattern, found in BY_NAME if pattern.fullmatch(field.name)), Bounds())
+    """The range of a number field: from its metadata, else by its name, else finite and at least 0."""
+    own = field.metadata.get("bounds")
+    if own is not None:
+        assert isinstance(own, Bounds), f"{field.name}: the metadata `bounds` must be a Bounds"
+        return own
+    return next((usual for pattern, usual in BY_NAME if pattern.fullmatch(field.name)), Bounds())
 
 
 @cache
 def hints(kind: type) -> dict[str, Any]:
+    """The type of every field of a dataclass, by its name."""
     return typing.get_type_hints(kind)
 
 
 def parse_yaml(text: str) -> Any:
-    """The dicts, lists and scalars of a YAML text.
+    """Parse a YAML text into dicts, lists and `Scalar`s.
 
     Raises:
-        yaml.YAMLError: The text is not YAML, or writes a key twice.
+        yaml.YAMLError: The text is not YAML, or a mapping has a key twice.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         node = loader.get_single_node()
-        return Scalar("") if node is None else _plain(loader, node, ())
+        return Scalar("") if node is None else _structure(loader, node, ())
     finally:
         loader.dispose()
 
 
-def _plain(loader: Any, node: yaml.Node, parents: tuple[int, ...]) -> Any:
+def _structure(loader: Any, node: yaml.Node, parents: tuple[int, ...]) -> Any:
     if id(node) in parents:
         raise _problem("an alias contains itself", node)
-    inside = (*parents, id(node))
+    path = (*parents, id(node))
     if isinstance(node, yaml.ScalarNode):
-        return Scalar(node.value, plain=not node.style)  # None or empty, by loader
+        return Scalar(node.value, plain=not node.style)  # without quotes: None or "", by loader
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(loader, each, inside) for each in node.value]
+        return [_structure(loader, each, path) for each in node.value]
     assert isinstance(node, yaml.MappingNode), "a YAML node is a scalar, a sequence or a mapping"
     own: dict[str, Any] = {}
     for key, _ in node.value:
@@ -122,7 +123,7 @@ def _plain(loader: Any, node: yaml.Node, parents: tuple[int, ...]) -> Any:
             raise _problem(f"found duplicate key {key.value}", key)
         own[key.value] = None
     loader.flatten_mapping(node)  # `<<: *anchor`; the mapping's own keys come last and win
-    return {key.value: _plain(loader, value, inside) for key, value in node.value}
+    return {key.value: _structure(loader, value, path) for key, value in node.value}
 
 
 def _problem(text: str, node: yaml.Node) -> yaml.YAMLError:
@@ -130,7 +131,12 @@ def _problem(text: str, node: yaml.Node) -> yaml.YAMLError:
 
 
 def declared(kind: Any, key: str, instead: Mapping[str, Any]) -> Any:
-    """The type of a dotted key below a dataclass. `instead` replaces the types of some keys.
+    """The declared type of a dotted key.
+
+    Args:
+        kind: The dataclass that the key starts at.
+        key: Names joined by dots, such as `optim.base_lr`.
+        instead: Types that replace the declared ones, by dotted key.
 
     Raises:
         ValueError: There is no such key. The message suggests one.
@@ -162,7 +168,7 @@ def override(kind: Any, key: str, text: str, instead: Mapping[str, Any]) -> dict
     """The tree that `key=text` sets. Only lists, mappings and untyped values are parsed as YAML.
 
     Raises:
-        ValueError: There is no such key, or its value is not YAML where it has to be.
+        ValueError: There is no such key, or the text of a list or a mapping is not YAML.
     """
     kind = declared(kind, key, instead)
     value: Any = Scalar(text)
@@ -183,7 +189,7 @@ def override(kind: Any, key: str, text: str, instead: Mapping[str, Any]) -> dict
 
 
 def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Both trees in one, mapping by mapping. The other's values win."""
+    """Merge two trees, mapping by mapping. Where both have a value, the other's wins."""
     merged = dict(tree)
     for key, value in other.items():
         old = merged.get(key)
@@ -194,17 +200,23 @@ def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def at(tree: Any, key: str) -> Any:
-    """The value of a dotted key in a tree, None where it is absent."""
+    """The value of a dotted key in a tree, or None if it is absent."""
     for name in key.split("."):
         tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree
 
 
 def build(kind: Any, tree: Any, instead: Mapping[str, Any] | None = None, key: str = "") -> Any:
-    """A value of the declared type: from YAML, from `key=value`, or from the values of a manifest.
+    """Build a value of the declared type.
+
+    Args:
+        kind: A dataclass, or the type of one value.
+        tree: Dicts, lists and `Scalar`s of YAML, or the plain values of a manifest.
+        instead: Types that replace the declared ones, by dotted key.
+        key: Dotted key of the value, for messages.
 
     Raises:
-        ValueError: Names the key, the value and what is allowed.
+        ValueError: A value does not have its key's type. The message names both and what is allowed.
     """
     kind = (instead or {}).get(key, kind)
     if dataclasses.is_dataclass(kind):
@@ -322,7 +334,7 @@ BUILDERS: dict[Any, Any] = {str: _text, bool: _bool, int: _int, float: _float}
 
 
 def _guess(tree: Any) -> Any:
-    """The value of a key without a declared type: a number, true, false or null by its looks, text in quotes."""
+    """The value of a key without a declared type. Quotes make it text; else its looks decide."""
     if isinstance(tree, Mapping):
         return {str(key): _guess(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -341,7 +353,7 @@ def _guess(tree: Any) -> Any:
 
 
 def shown(tree: Any) -> str:
-    """A value for a message."""
+    """Describe a value in a message."""
     if isinstance(tree, Scalar):
         return repr(tree.text)
     if isinstance(tree, Mapping):
@@ -350,7 +362,7 @@ def shown(tree: Any) -> str:
 
 
 def check(section: Any, key: str = "") -> None:
-    """Refuse numbers out of their field's range and text with a NUL character, in every field below a dataclass.
+    """Check every number below a dataclass against its field's range, and every text for NUL characters.
 
     Raises:
         ValueError: Names the key, the value and the range.
@@ -380,46 +392,46 @@ def _check_value(value: Any, key: str, allowed: Bounds) -> None:
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         whole = isinstance(value, int)
         if whole and allowed.high == math.inf:
-            allowed = dataclasses.replace(allowed, high=WHOLE)
-        if not (abs(value) < 2**64 if whole else True) or not allowed.hold(value):
+            allowed = dataclasses.replace(allowed, high=MAX_INT)
+        if not (abs(value) < 2**64 if whole else True) or not allowed.contains(value):
             raise ValueError(
                 f"{key}: {value} is out of range; give a {'whole ' if whole else 'finite '}number {allowed}"
             )
 
 
 def above_zero(high: float = math.inf, open_high: bool = False) -> dict[str, Bounds]:
-    """The metadata of a field whose number is larger than 0."""
+    """Field metadata: the number is larger than 0."""
     return {"bounds": Bounds(0, high, open_low=True, open_high=open_high)}
 
 
 def at_least(low: int) -> dict[str, Bounds]:
-    """The metadata of a field whose whole number is at least `low`."""
-    return {"bounds": Bounds(low, WHOLE)}
+    """Field metadata: the whole number is at least `low`."""
+    return {"bounds": Bounds(low, MAX_INT)}
 
 
 def below(high: float) -> dict[str, Bounds]:
-    """The metadata of a field whose number is at least 0 and smaller than `high`."""
+    """Field metadata: the number is at least 0 and smaller than `high`."""
     return {"bounds": Bounds(0, high, open_high=True)}
 
 
 def ranged(kind: type[int] | type[float], allowed: Bounds) -> Any:
-    """The `type` of an argparse option that takes a number in a range."""
+    """A `type` for argparse that converts an option's text to a number and checks its range."""
 
     def read(text: str) -> float:
         try:
-            value = build(kind, Scalar(text), key="it")
+            value = build(kind, Scalar(text), key="option")
         except ValueError:
             value = math.nan
-        if not allowed.hold(value):
-            what = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {what} {allowed}")
+        if not allowed.contains(value):
+            number = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {number} {allowed}")
         return value
 
     return read
 
 
-COUNT = ranged(int, Bounds(1, WHOLE))  # for options that count something
-FROM_ZERO = ranged(int, Bounds(0, WHOLE))
+COUNT = ranged(int, Bounds(1, MAX_INT))  # for options that count something
+FROM_ZERO = ranged(int, Bounds(0, MAX_INT))
 POSITIVE = ranged(float, Bounds(open_low=True))
 NOT_NEGATIVE = ranged(float, Bounds())
 SHARE = ranged(float, Bounds(high=1, open_low=True))
