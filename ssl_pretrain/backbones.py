@@ -21,6 +21,7 @@ from ssl_pretrain import published
 from ssl_pretrain.schema import below
 from ssl_pretrain.timm_alone import timm
 
+REMEDY = "give backbone.name, stem and args of the run that made them"
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
 
 
@@ -33,7 +34,9 @@ class BackboneConfig:
     stem: Literal["imagenet", "no_pool", "small"] = "imagenet"
     init: str = "random"  # random | timm:<tag> | a file, .safetensors or .pth | the folder of a run
     init_key: str = ""  # key under which a file keeps its weights, such as teacher; empty: searched
-    init_prefix: str = ""  # prefix of the backbone's keys, such as module.encoder_q.; empty: searched
+    init_prefix: str = (
+        ""  # prefix of the backbone's keys, such as module.encoder_q.; empty: searched
+    )
     drop_path: float = field(default=0.0, metadata=below(1))  # rate of stochastic depth
     # further arguments of the timm model, such as patch_size
     args: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +93,7 @@ def _construct(
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
     except Exception as error:  # a network's constructor may fail in any way
-        if isinstance(error, RuntimeError) and _of_meta(error):
+        if isinstance(error, RuntimeError) and lacks_meta(error):
             raise  # the caller builds it on the CPU instead
         text = (
             f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -147,13 +150,13 @@ def _without_memory(create: Callable[[], nn.Module]) -> nn.Module:
             with torch.device("meta"):
                 return create()
         except (NotImplementedError, RuntimeError) as error:
-            if not _of_meta(error):
+            if not lacks_meta(error):
                 raise
             with torch.device("cpu"):
                 return create()
 
 
-def _of_meta(error: BaseException) -> bool:
+def lacks_meta(error: BaseException) -> bool:
     """Return True if the meta device lacks an operation. Any other error is a mistake."""
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
 
@@ -196,7 +199,7 @@ def _width(config: BackboneConfig, built_for: int, size: int) -> int:
     try:
         widths = _try(model, size)
     except Exception as error:
-        if not _of_meta(error) or next(model.parameters()).device.type != "meta":
+        if not lacks_meta(error) or next(model.parameters()).device.type != "meta":
             raise _WrongSizeError(_first_line(error)) from None
         try:
             with torch.random.fork_rng(devices=[]):
@@ -282,6 +285,11 @@ def pretrained_cfg(name: str) -> Any:
 
 
 def _check_name(name: str) -> None:
+    network, dot, tag = name.partition(".")
+    if dot and timm.is_model(network):
+        raise ValueError(
+            f"backbone.name: {name!r} names weights too; give backbone.name={network} backbone.init=timm:{tag}"
+        )
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -313,6 +321,10 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
         key = "init_key" if config.init_key else "init_prefix"
         raise ValueError(
             f"backbone.{key}: {getattr(config, key)!r} is for a file of weights, and backbone.init is {config.init!r}"
+        )
+    if config.init == "timm:":
+        raise ValueError(
+            f"backbone.init: 'timm:' names no weights; give a tag of timm.list_pretrained({config.name + '*'!r})"
         )
     for key, size in sizes.items():
         try:
@@ -388,13 +400,13 @@ def load_strict(
         )
     if not exact and isinstance(backbone, Backbone):
         found = published.match(backbone.model, weights, prefix or None)
-        if isinstance(found, published.Match):
-            backbone.model.load_state_dict(found.weights, strict=True)
-            return [note for note in found.notes if note != "prefix 'model.'"]
-        if prefix or "several networks" in found:
+        if isinstance(found, str):
+            remedy = "" if "init_prefix" in found else f"; {REMEDY}"
             raise ValueError(
-                f"{source}: not the weights of this backbone: {found}. Nothing was loaded"
+                f"{source}: not the weights of this backbone: {found}. Nothing was loaded{remedy}"
             )
+        _load(backbone.model, found.weights)
+        return [note for note in found.notes if note != "prefix 'model.'"]
     if weights and not set(weights) & set(own):  # timm's own names, without ours in front
         weights = {f"model.{key}": value for key, value in weights.items()}
     reshaped = [
@@ -407,11 +419,16 @@ def load_strict(
     )
     if problems:
         raise ValueError(
-            f"{source}: not the weights of this backbone: {problems}. "
-            "Nothing was loaded; give backbone.name, stem and args of the run that made them"
+            f"{source}: not the weights of this backbone: {problems}. Nothing was loaded; {REMEDY}"
         )
-    backbone.load_state_dict(weights, strict=True)
+    _load(backbone, weights)
     return []
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights into a module. One on the meta device has nothing to copy them to."""
+    if not next(module.parameters()).is_meta:
+        module.load_state_dict(weights, strict=True)
 
 
 def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -442,7 +459,7 @@ def on_meta(config: BackboneConfig, image_size: int) -> Backbone:
         with torch.device("meta"):
             return build(config, image_size)
     except RuntimeError as error:  # drop path of older timm versions needs values
-        if not _of_meta(error):
+        if not lacks_meta(error):
             raise
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         return build(config, image_size).to("meta")

@@ -39,6 +39,7 @@ from ssl_pretrain.watchdog import watchdog
 
 DISK_PATIENCE = 10.0  # a save may take this multiple of parallel.timeout_seconds before the disk counts as dead
 WHOLE = "method.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass
@@ -465,10 +466,13 @@ def _initial_weights(init: str, key: str) -> tuple[dict[str, Tensor] | None, lis
     if init == "random" or init.startswith("timm:"):
         return None, []
     path = Path(init)
-    if path.is_dir():
+    if init and path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+        if files and not (path / MANIFEST).exists():
+            raise ValueError(f"backbone.init: {init!r} is a folder; give a file of it, such as {path / files[0]}")
         folder = path if (path / MANIFEST).exists() else newest(path)
         return evaluated_weights(folder)[1], []
-    if not path.exists():
+    if not init or not path.exists():
         raise ValueError(f"backbone.init: {init!r} does not exist; give random, timm:<tag>, a weights file or the folder of a run")
     return published.read_file(path, f"backbone.init: {init!r}", key)
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
-from ssl_pretrain import backbones, methods, parallel, schema
+from ssl_pretrain import backbones, methods, optim, parallel, schema
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.checkpoint import CheckpointConfig
 from ssl_pretrain.data import sources
+from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.guard import GuardConfig
 from ssl_pretrain.hardware import PlanConfig
@@ -88,7 +90,7 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = field(default=0, metadata={"bounds": Bounds(0, 2**63 - 1)})
     epochs: int = field(default=100, metadata=schema.at_least(1))
-    global_batch_size: int = 4096  # images per optimizer step, over all ranks and micro-batches
+    global_batch_size: int = field(default=4096, metadata=schema.at_least(1))  # images per optimizer step, over all ranks and micro-batches
     local_batch_size: int | str = 0  # images per forward pass on one rank; 0: its whole share; auto: the largest that fits, found by trial
     output: str = ""  # the run's folder; empty: runs/<name of the YAML>
 
@@ -263,8 +265,10 @@ def check(config: RunConfig, world_size: int) -> None:
         sources.check(config.data)
         group = parallel.group_images(config.parallel, config.global_batch_size)
         parallel.check(config.parallel)
+        optim.check(config.optim)
         backbones.check(config.backbone, _image_sizes(config))
         config.method.check(config, world_size)
+        _try_method(config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if config.global_batch_size < 1 or config.global_batch_size % world_size:
@@ -282,6 +286,31 @@ def check(config: RunConfig, world_size: int) -> None:
             f"set local_batch_size={share}, or parallel.bn_group_images={part}, "
             f"which departs from the recipe's {config.parallel.bn_group_images}"
         )
+
+
+def _try_method(config: RunConfig) -> None:
+    """Run the method's forward pass on two images of the run's views, on the meta device.
+
+    Raises:
+        ValueError: The method takes other views, or cannot run on the backbone.
+    """
+    sizes = [crop.size for crop in recipe.each(config.views)]
+    backbone = dataclasses.replace(config.backbone, init="random")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        built = backbones.on_meta(backbone, sizes[0])
+        with torch.device("meta"):
+            numbers = torch.zeros(2, dtype=torch.int64)
+            images = [torch.zeros(2, 3, size, size) for size in sizes]
+            try:
+                config.method.build(built)(Batch(images, numbers, numbers))
+            except (IndexError, RuntimeError, TypeError) as error:
+                if backbones.lacks_meta(error):
+                    return
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                raise ValueError(
+                    f"method.name: {config.method.name} cannot run on backbone.name {config.backbone.name} "
+                    f"with views of {', '.join(map(str, sizes))} pixels: {reason}"
+                ) from None
 
 
 def check_slurm_keys(

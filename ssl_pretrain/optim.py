@@ -35,7 +35,7 @@ class OptimConfig:
     constant_lr_names: list[str] = field(default_factory=list)  # prefixes of names whose lr stays at its peak (SimSiam: predictor)
     weight_decay: float = 1e-4
     final_weight_decay: float | None = None  # reached by half a cosine at the end (DINO: 0.04 to 0.4); null: it stays
-    momentum: float = 0.9
+    momentum: float = field(default=0.9, metadata=below(1))
     momentum_convention: Literal["classic", "popular"] = (
         "classic"  # lr inside the momentum buffer (SimCLR) | outside (BYOL, MoCo v3, Barlow Twins)
     )
@@ -48,6 +48,14 @@ class OptimConfig:
     exclude_names: list[str] = field(default_factory=list)  # parts of names, for exclude_by: name
     clip_norm: float = 0.0  # 0: none
     clip_by: Literal["whole", "tensor"] = "whole"  # the norm that clip_norm bounds: of the whole gradient | of each tensor's (DINO)
+
+
+def check(config: OptimConfig) -> None:
+    """Raise ValueError, naming the key, if a value can only be a mistake."""
+    if len(config.betas) != 2:
+        raise ValueError(f"optim.betas: {config.betas} has {len(config.betas)} numbers; give 2, such as [0.9, 0.999]")
+    if config.schedule == "milestones" and not config.milestones:
+        raise ValueError("optim.milestones: [] leaves optim.schedule=milestones nothing to do; give epochs, such as [120, 160]")
 
 
 def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import sys
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,14 @@ class Match:
     notes: list[str]
 
 
+@dataclass
+class Mismatch:
+    """Why the tensors under a prefix are not a network's, and how many of them do not fit."""
+
+    text: str
+    num_problems: float = math.inf
+
+
 def read_file(path: Path, source: str, key: str = "") -> tuple[Weights, list[str]]:
     """Read the tensors of a .safetensors or a torch file, with a note on where in it they were.
 
@@ -75,30 +85,57 @@ def read_file(path: Path, source: str, key: str = "") -> tuple[Weights, list[str
         ValueError: The file cannot be read, holds more than tensors, or has no weights at that key.
     """
     content = load_tensors(path, source)
+    places = list(_places(content))
     if key:
-        for name in key.split("."):
-            content = content.get(name) if isinstance(content, Mapping) else None
-        if not _weights(content):
+        at_key = [weights for where, weights in places if where == key]
+        if not at_key:
             raise ValueError(
-                f"{source}: backbone.init_key: {key!r} holds no tensors; the file has: {_outline(path, source)}"
+                f"{source}: backbone.init_key: {key!r} holds no tensors; {_outline(content, places)}"
             )
-        return _weights(content), [f"read at {key!r}"]
-    found, where = _search(content)
-    if not found:
-        raise ValueError(
-            f"{source}: no tensors in it; the file has: {_outline(path, source)}. Name them with backbone.init_key"
-        )
-    return found, [f"read at {where!r}"] if where else []
+        return at_key[0], [f"read at {key!r}"]
+    known = [place for place in places if _preference(place[0]) is not None]
+    candidates = known or places
+    if not candidates:
+        raise ValueError(f"{source}: no named tensors in it; {_outline(content, places)}")
+    largest = max(len(weights) for _, weights in candidates)
+    if known:  # a few tensors beside the weights, such as a step count, are none
+        enough = [place for place in known if len(place[1]) * 10 >= largest]
+        where, weights = min(enough, key=lambda place: _preference(place[0]) or [])
+    else:
+        alike = [place for place in places if len(place[1]) == largest]
+        if len(alike) > 1:
+            raise ValueError(
+                f"{source}: several weights in it; {_outline(content, places)}. Choose with backbone.init_key"
+            )
+        where, weights = alike[0]
+    return weights, [f"read at {where!r}"] if where else []
 
 
 def load_tensors(path: Path, source: str) -> Any:
-    """Load the content of a weights file. Nothing in it is executed.
+    """Load the content of a weights file. Its first bytes say what it is, and nothing in it is executed.
 
     Raises:
-        ValueError: It is damaged, or a pickle of more than tensors and plain values.
+        ValueError: It is damaged, no weights file, or a pickle of more than tensors and plain values.
     """
+    with path.open("rb") as file:
+        head = file.read(32)
+    named = [] if head[:2] != b"PK" else _zip_names(path, source)
+    if any(name.endswith("/constants.pkl") for name in named):
+        raise ValueError(
+            f"{source} is a TorchScript program. Where you trust the file, save its tensors alone: "
+            f'python -c "import torch; torch.save(torch.jit.load({str(path)!r}).state_dict(), '
+            "'weights.pth')\", and give weights.pth"
+        )
+    if not (named or head[:1] == b"\x80" or head[8:9] == b"{") or any(
+        name.endswith(".npy") for name in named
+    ):
+        begins = f"it begins with {head!r}" if head else "it is empty"
+        remedy = (
+            "fetch it with git lfs pull" if head.startswith(b"version https") else "get it again"
+        )
+        raise ValueError(f"{source} is no safetensors or torch file: {begins}; {remedy}")
     arrays: Any = np._core.multiarray  # type: ignore[attr-defined]
-    harmless: list[Any] = [
+    harmless: list[Any] = [  # arguments and results, which files keep beside the weights
         argparse.Namespace,
         np.dtype,
         np.ndarray,
@@ -107,23 +144,32 @@ def load_tensors(path: Path, source: str) -> Any:
     ]
     harmless += [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
     try:
-        if path.suffix == ".safetensors":
+        if head[8:9] == b"{" and not named:
             return load_file(path)
-        with torch.serialization.safe_globals(harmless):  # results and arguments beside the weights
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(harmless), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling arbitrary bytes raises anything
         text = str(error)
         if "Unsupported global" in text or "Weights only load failed" in text:
-            named = text.partition("GLOBAL ")[2].split(" ")[0].rstrip(".,")
-            holds = f"Python objects ({named})" if named else "Python objects"
+            named_type = text.partition("GLOBAL ")[2].split(" ")[0].rstrip(".,")
+            holds = f"Python objects ({named_type})" if named_type else "Python objects"
             raise ValueError(
                 f"{source} holds {holds} beside its tensors, and unpickling those can run any program. Where you trust the file, "
                 f'keep its tensors alone: python -c "import torch; torch.save(torch.load({str(path)!r}, weights_only=False)'
-                "['state_dict'], 'weights.pth')\", with the key that it has, and give weights.pth"
+                "['state_dict'], 'weights.pth')\", with the key that it has, or .state_dict() for a whole network, and give "
+                "weights.pth"
             ) from None
         raise ValueError(
             f"{source} is not a readable weights file ({type(error).__name__}: {text.splitlines()[0] if text else ''})"
         ) from None
+
+
+def _zip_names(path: Path, source: str) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{source} is cut off or damaged ({error}); get it again") from None
 
 
 def _weights(content: Any) -> Weights:
@@ -132,31 +178,31 @@ def _weights(content: Any) -> Weights:
     return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
-def _search(content: Any, depth: int = 3) -> tuple[Weights, str]:
-    """The weights under the most preferred key, and that key. A mapping of tensors is taken as it is."""
-    own = _weights(content)
-    if len(own) > 1 or (own and depth < 3) or not isinstance(content, Mapping) or not depth:
-        return own, ""
-    for name in sorted(
-        content, key=lambda name: NESTED.index(name) if name in NESTED else len(NESTED)
-    ):
-        found, where = (
-            _search(content[name], depth - 1)
-            if isinstance(content[name], Mapping) and name in NESTED
-            else ({}, "")
+def _places(content: Any, where: str = "", depth: int = 5) -> Iterator[tuple[str, Weights]]:
+    """Every mapping with tensors in a file, with its dotted key. The file itself has an empty one."""
+    if weights := _weights(content):
+        yield where, weights
+    if isinstance(content, Mapping) and depth:
+        for name, inner in content.items():
+            yield from _places(inner, f"{where}.{name}".lstrip("."), depth - 1)
+
+
+def _preference(where: str) -> list[int] | None:
+    """Sort key of a dotted key whose names are all usual ones, None for any other."""
+    names = where.split(".") if where else []
+    return [NESTED.index(name) for name in names] if all(name in NESTED for name in names) else None
+
+
+def _outline(content: Any, places: list[tuple[str, Weights]]) -> str:
+    """Describe where a file has tensors, else what it has."""
+    if places:
+        most = sorted(places, key=lambda place: -len(place[1]))[:5]
+        return "it has tensors at " + ", ".join(
+            f"{where or 'its top'!r} ({len(weights)})" for where, weights in most
         )
-        if found:
-            return found, f"{name}.{where}".rstrip(".")
-    return own, ""
-
-
-def _outline(path: Path, source: str) -> str:
-    content = load_tensors(path, source)
-    return (
-        ", ".join(map(str, list(content)[:12]))
-        if isinstance(content, Mapping)
-        else f"a {type(content).__name__}"
-    )
+    if not isinstance(content, Mapping):
+        return f"it holds a {type(content).__name__}"
+    return f"the file has: {', '.join(map(str, list(content)[:12]))}"
 
 
 def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Match | str:
@@ -168,18 +214,19 @@ def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Matc
         prefix: Prefix of the model's keys. None: it is searched.
     """
     candidates = [prefix] if prefix is not None else prefixes(weights, model)
-    failure = ""
+    mismatches: list[Mismatch] = []
     for convert in (False, True):
         fitting: dict[str, Match] = {}
         for each in candidates:
-            found = _under(model, weights, each, convert)
-            if isinstance(found, Match):
-                fitting[each] = found
-            elif each == "" or not failure or (prefix is not None):
-                failure = found
+            result = _under(model, weights, each, convert)
+            if isinstance(result, Match):
+                fitting[each] = result
+            else:
+                mismatches.append(result)
         if fitting:
             return _choose(fitting)
-    return failure or "none of its tensors"
+    nothing = Mismatch("none of its tensors")
+    return min(mismatches, key=lambda mismatch: mismatch.num_problems, default=nothing).text
 
 
 def prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
@@ -225,7 +272,7 @@ def _equal(first: Match, second: Match) -> bool:
     )
 
 
-def _under(model: nn.Module, weights: Weights, prefix: str, convert: bool) -> Match | str:
+def _under(model: nn.Module, weights: Weights, prefix: str, convert: bool) -> Match | Mismatch:
     own = model.state_dict()
     inside = {
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
@@ -237,19 +284,30 @@ def _under(model: nn.Module, weights: Weights, prefix: str, convert: bool) -> Ma
     if convert:
         converted = _converted(model, inside)
         if converted is None:
-            return "timm has no converter for it"
+            return Mismatch("timm has no converter for it")
         notes += _changes(inside, converted)
         inside = converted
     missing = [key for key in own if key not in inside and not key.endswith("num_batches_tracked")]
     reshaped = [key for key in own if key in inside and inside[key].shape != own[key].shape]
     extra = [key for key in inside if key not in own]
-    beside = [key for key in extra if _is_beside(model, key)]
+    beside = [key for key in extra if inside[key].ndim == 0 or _is_beside(model, key)]
     unexpected = [key for key in extra if key not in beside]
     if missing or unexpected or reshaped:
         shapes = [
             f"{key} {tuple(inside[key].shape)} for {tuple(own[key].shape)}" for key in reshaped
         ]
-        return listed(sorted(missing), sorted(unexpected), sorted(shapes))
+        text = listed(sorted(missing), sorted(unexpected), sorted(shapes))
+        return Mismatch(text, len(missing) + len(unexpected) + len(shapes))
+    quantized = [
+        key
+        for key in own
+        if key in inside
+        and own[key].is_floating_point()
+        and not (inside[key].is_floating_point() and inside[key].isfinite().all())
+    ]
+    if quantized:
+        text = f"{_named(sorted(quantized))}: values that are not finite, or integers where the network has none"
+        return Mismatch(text, len(quantized))
     if beside:
         notes.append(f"left out {_named(sorted(beside))}")
     counters = {key: own[key] for key in own if key not in inside}
@@ -268,7 +326,7 @@ def _is_beside(model: nn.Module, key: str) -> bool:
         return True
     if first in CLASSIFIERS:
         return not any(own.startswith(f"{first}.") for own in model.state_dict())
-    return bool(dot) and not hasattr(model, first)
+    return bool(dot) and getattr(model, first, None) is None
 
 
 def _converted(model: nn.Module, weights: Weights) -> Weights | None:

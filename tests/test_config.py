@@ -100,7 +100,7 @@ def test_a_missing_file_lists_its_neighbours(path):
         ),
         (["parallel.bn_group_images=7"], 1, "parallel.bn_group_images: 7; choose global or a divisor of global_batch_size 24"),
         (["parallel.bn_group_images=node"], 1, "parallel.bn_group_images: 'node'; choose global or a divisor of global_batch_size 24"),
-        (["epochs=0"], 1, "epochs: 0 is out of range; give a whole number >= 1 and <= 2147483647"),
+        (["epochs=0"], 1, "run.yaml: epochs: 0 is out of range; give a whole number >= 1 and <= 2147483647"),
     ],
 )
 def test_keys_that_do_not_fit_each_other_are_named(path, overrides, world_size, message):

@@ -21,6 +21,7 @@ BlurBorder = Literal["reflect", "zero"]
 CropSampler = Literal["torchvision", "tensorflow", "clipped"]
 
 
+LARGEST = {"count": 1000, "size": 10000}  # views of an image; pixels
 CHOICES = {
     "crop_sampler": get_args(CropSampler),
     "interpolation": get_args(Interpolation),
@@ -99,6 +100,8 @@ def _check_crop(key: str, crop: Crop) -> None:
     for name in ("count", "size"):
         if getattr(crop, name) < 1:
             raise ValueError(f"{key}.{name}: {getattr(crop, name)} is too small; give a whole number >= 1")
+        if getattr(crop, name) > LARGEST[name]:
+            raise ValueError(f"{key}.{name}: {getattr(crop, name)} is too large; give a whole number <= {LARGEST[name]}")
     _check_range(f"{key}.scale", crop.scale, highest=1.0)
     _check_range(f"{key}.ratio", crop.ratio)
     _check_range(f"{key}.blur_sigma", crop.blur_sigma)
