@@ -289,27 +289,40 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _try_method(config: RunConfig) -> None:
-    """Run the method's forward pass on two images of the run's views, on the meta device.
+    """Run the method's forward pass on the run's views, on the meta device.
 
     Raises:
-        ValueError: The method takes other views, or cannot run on the backbone.
+        ValueError: The method takes other views or more images, or cannot run on the backbone.
     """
     sizes = [crop.size for crop in recipe.each(config.views)]
+    num_images = min(2, parallel.group_images(config.parallel, config.global_batch_size))
     backbone = dataclasses.replace(config.backbone, init="random")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         built = backbones.on_meta(backbone, sizes[0])
         with torch.device("meta"):
-            numbers = torch.zeros(2, dtype=torch.int64)
-            images = [torch.zeros(2, 3, size, size) for size in sizes]
+            numbers = torch.zeros(num_images, dtype=torch.int64)
+            images = [torch.zeros(num_images, 3, size, size) for size in sizes]
+            method = config.method.build(built)
+            if method.couples_batch and config.global_batch_size < 2:
+                raise ValueError(
+                    f"global_batch_size: {config.global_batch_size} leaves {config.method.name} no other image "
+                    "to compare with; give 2 or more"
+                )
             try:
-                config.method.build(built)(Batch(images, numbers, numbers))
-            except (IndexError, RuntimeError, TypeError) as error:
+                method(Batch(images, numbers, numbers))
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 if backbones.lacks_meta(error):
                     return
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                if "more than 1 value per channel" in str(error):
+                    raise ValueError(
+                        "parallel.bn_group_images: batch norm cannot take its statistics from one image of one position; "
+                        f"give groups and a global_batch_size ({config.global_batch_size}) of 2 images or more"
+                    ) from None
+                if isinstance(error, ValueError):
+                    raise
                 raise ValueError(
                     f"method.name: {config.method.name} cannot run on backbone.name {config.backbone.name} "
-                    f"with views of {', '.join(map(str, sizes))} pixels: {reason}"
+                    f"with views of {', '.join(map(str, sizes))} pixels: {str(error).splitlines()[0]}"
                 ) from None
 
 

@@ -49,7 +49,7 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
     path, wide = tiny.config(tmp_path), "parallel.precision=float64"
     _, alone = _train(path, [wide, f"output={tmp_path / 'one'}"], stop_after=20)
     result = _trained_by_torchrun(path, 2, wide, f"output={tmp_path / 'two'}", "--stop-after", "20")
-    assert result.returncode == 1, result.stderr[-3000:]  # torchrun's for ranks that stopped before the end
+    assert result.returncode == 0, result.stderr[-3000:]
     manifest, together = checkpoint.read(checkpoint.newest(tmp_path / "two"))
     assert manifest["step"] == 20 and manifest["machine"]["world_size"] == 2
     moved = checkpoint.read(checkpoint.newest(tmp_path / "one"))[1]

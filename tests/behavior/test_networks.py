@@ -43,6 +43,28 @@ REFUSED = {
     ("backbone.name=vgg11", "backbone.drop_path=0.1"): (
         "backbone.drop_path: 0.1 is not for vgg11, which takes none; set it to 0"
     ),
+    ("backbone.name=resnet18.a1_in1k",): (
+        "backbone.name: 'resnet18.a1_in1k' names weights too; give backbone.name=resnet18 backbone.init=timm:a1_in1k"
+    ),
+    ("views.crops.global.count=3",): (
+        "simclr: takes 2 views of one size, got 3; set views.crops to one crop with count 2"
+    ),
+    ("global_batch_size=1",): (
+        "global_batch_size: 1 leaves simclr no other image to compare with; give 2 or more"
+    ),
+    ("method={name: moco, queue_size: 64}", "parallel.bn_group_images=1"): (
+        "parallel.bn_group_images: batch norm cannot take its statistics from one image of one position; "
+        "give groups and a global_batch_size (8) of 2 images or more"
+    ),
+    ("views.crops.global.count=1000000000",): (
+        "views.crops.global.count: 1000000000 is too large; give a whole number <= 1000"
+    ),
+    ("optim.name=adamw", "optim.betas=[0.9]"): (
+        "optim.betas: [0.9] has 1 numbers; give 2, such as [0.9, 0.999]"
+    ),
+    ("optim.schedule=milestones",): (
+        "optim.milestones: [] leaves optim.schedule=milestones nothing to do; give epochs, such as [120, 160]"
+    ),
 }
 
 

@@ -1,0 +1,99 @@
+"""The tensors of a network are found in files as others publish them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ssl_pretrain import backbones, published
+from ssl_pretrain.backbones import BackboneConfig
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return timm.create_model("test_resnet", num_classes=10)
+
+
+NETWORK = network()
+WEIGHTS = NETWORK.state_dict()
+BARE = {key: value for key, value in WEIGHTS.items() if not key.startswith("fc.")}
+
+
+def load(path: Path) -> list[str]:
+    """Load a file into a backbone and check that it has the weights. Returns the notes."""
+    backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
+    weights, notes = published.read_file(path, "weights")
+    notes += backbones.load_strict(backbone, weights, "weights")
+    assert all(torch.equal(value, BARE[key]) for key, value in backbone.model.state_dict().items())
+    return notes
+
+
+@pytest.mark.parametrize(
+    ("content", "notes"),
+    [
+        (
+            {"classy_state_dict": {"base_model": {"model": {"trunk": {f"_feature_blocks.{key}": value for key, value in BARE.items()}}}}},
+            ["read at 'classy_state_dict.base_model.model.trunk'", "prefix '_feature_blocks.'"],
+        ),
+        (
+            {"epoch": torch.tensor(3), "lr": torch.tensor(0.1), "state_dict": WEIGHTS},
+            ["read at 'state_dict'", "left out fc.bias, fc.weight"],
+        ),
+        (torch.optim.swa_utils.AveragedModel(NETWORK).state_dict(), ["left out fc.bias, fc.weight, n_averaged"]),
+        ({"net": BARE, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, ["read at 'net'"]),
+    ],
+    ids=["deep in mappings", "beside a step count", "averaged", "under an unknown key"],
+)
+def test_weights_are_found_wherever_a_file_keeps_them(tmp_path, content, notes):
+    torch.save(content, tmp_path / "weights.pth")
+    assert load(tmp_path / "weights.pth") == notes
+
+
+def test_the_content_says_what_a_file_is_and_not_its_suffix(tmp_path):
+    save_file(BARE, tmp_path / "weights.bin")
+    torch.save(BARE, tmp_path / "weights.safetensors")
+    assert load(tmp_path / "weights.bin") == load(tmp_path / "weights.safetensors") == []
+
+
+def _script(path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "weights is no safetensors or torch file: it is empty; get it again"),
+        (
+            lambda path: path.write_text("<!DOCTYPE html>"),
+            "weights is no safetensors or torch file: it begins with b'<!DOCTYPE html>'; get it again",
+        ),
+        (
+            lambda path: path.write_text("version https://git-lfs.example/spec/v1"),
+            "weights is no safetensors or torch file: it begins with b'version https://git-lfs.example/'; fetch it with git lfs pull",
+        ),
+        (
+            lambda path: path.write_bytes(b"PK\3\4" + bytes(200)),
+            "weights is cut off or damaged (File is not a zip file); get it again",
+        ),
+        (_script, "weights is a TorchScript program. Where you trust the file, save its tensors alone: "),
+        (
+            lambda path: torch.save({"a": BARE, "b": BARE}, path),
+            "weights: several weights in it; it has tensors at 'a' (90), 'b' (90). Choose with backbone.init_key",
+        ),
+        (lambda path: torch.save(list(BARE.values()), path), "weights: no named tensors in it; it holds a list"),
+        (
+            lambda path: torch.save(BARE | {"bn1.bias": BARE["bn1.bias"] * torch.nan}, path),
+            "weights: not the weights of this backbone: bn1.bias: values that are not finite, or integers where the network has none. ",
+        ),
+    ],
+    ids=["empty", "web page", "pointer", "cut off", "program", "two places", "list", "not a number"],
+)
+def test_files_without_the_weights_are_named(tmp_path, write, message):
+    write(tmp_path / "weights.pth")
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "weights.pth")
+    assert str(error.value).startswith(message)
