@@ -1,4 +1,4 @@
-"""Ranks on this machine or on named hosts, by torchrun, without a scheduler."""
+"""Starts ranks without a scheduler: on this machine, or by one printed torchrun command per host."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def ranks_here(config: RunConfig) -> int:
-    """Processes on each machine: as asked, else one a GPU, else one; never more than GPUs, where there are any."""
+    """Return the number of ranks per machine: `launch.ranks`, else one per GPU, else one. GPUs are the upper limit."""
     gpus = torch.cuda.device_count()
     return min(config.launch.ranks or gpus, gpus) if gpus else config.launch.ranks or 1
 
@@ -36,7 +36,7 @@ def ranks_here(config: RunConfig) -> int:
 def train_command(
     path: str, overrides: Sequence[str], ranks: int, max_restarts: int = 0, rendezvous: Sequence[str] = ("--standalone",)
 ) -> list[str]:
-    """The command that trains on `ranks` processes: python alone for one, torchrun for more, which starts all again after one was lost."""
+    """Return the command that trains on `ranks` processes: plain python for one, torchrun for more."""
     standalone = tuple(rendezvous) == ("--standalone",)
     if ranks == 1 and standalone:
         return [sys.executable, "-m", "ssl_pretrain.train", path, *overrides]
@@ -74,11 +74,16 @@ def check_one_machine(config: RunConfig) -> None:
 
 
 def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """(host, torchrun line to run there), the first host being where all meet. GPUs are counted on this machine.
+    """Return (host, torchrun command) for each host of `launch.hosts`. GPUs are counted on this machine.
 
-    They meet through torchrun's c10d rendezvous, whose agents outlive a lost host: the others wait for it, its line is run
-    again, and all ranks go on from the newest checkpoint. The static one (--master-addr) cannot be joined again. Without the
-    variable, the agents (torch 2.13) would hand the ranks one store in all rounds, with the addresses of ranks that are dead.
+    All hosts meet at the first one, through torchrun's c10d rendezvous, whose agents outlive a lost
+    host. The others wait until its command is run again, and all ranks resume from the newest
+    checkpoint. A static rendezvous (--master-addr) cannot be joined again. Without the environment
+    variable, the agents of torch 2.13 would give the ranks one store for all rounds, with the
+    addresses of ranks that have exited.
+
+    Raises:
+        ConfigError: As `host_names`.
     """
     hosts = host_names(config)
     overrides = [override for override in overrides if not override.startswith("launch.hosts=")]

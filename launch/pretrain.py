@@ -99,7 +99,7 @@ def pretrain_and_evaluate(
 ) -> tuple[int, dict[str, float]]:
     """Pretrain, then run each evaluation of `evaluation.at_end` that the last checkpoint does not have yet.
 
-    One that fails keeps none of the others from running.
+    If one of them fails, the others are still run.
 
     Args:
         options: Options of evaluations by name, such as {"linear": ["--rows", "pretrained"]}.
@@ -159,7 +159,7 @@ def _finished(config: RunConfig) -> bool:
 
 @dataclass
 class Evaluation:
-    """An evaluation of the last checkpoint, and the note that it was made with these settings."""
+    """An evaluation of the last checkpoint. The file `place` holds the settings of the last time it was run."""
 
     name: str
     command: list[str]
@@ -177,7 +177,10 @@ class Evaluation:
 
 
 def _due_evaluations(config: RunConfig, options: dict[str, list[str]]) -> Iterator[Evaluation]:
-    """Evaluations that were not made of the last checkpoint with these settings, and the report if one was made now."""
+    """Yield the evaluations that the last checkpoint does not have with these settings.
+
+    The report is due again after any other evaluation has been run.
+    """
     written = configuration.to_dict(config)
     folder = Path(config.output) / "eval" / checkpoint.newest(config.output).name
     made = False

@@ -1,4 +1,4 @@
-"""Submits a run to SLURM with submitit, and is what runs there: one task a rank, requeued until the run has ended."""
+"""Submits runs to SLURM with submitit, one task per rank, and is the program of their jobs."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from launch import local
-from ssl_pretrain import checkpoint, distributed, stop_signals, train
+from ssl_pretrain import checkpoint, stop_signals, train
 from ssl_pretrain.config import ConfigError, RunConfig, check_slurm_keys
-from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.restarts import LOST, STOPPED
 
 ROOT = Path(__file__).resolve().parents[1]
-UNFINISHED = STOPPED  # no rank says 0 before the run has ended
+UNFINISHED = STOPPED  # exit status of every rank until the run has ended
 PLACES = ("partition", "account", "qos", "constraint")
-MARKS = "_.,:+@&|*!=/()[]-"  # of names, lists of them, and constraints
+MARKS = "_.,:+@&|*!=/()[]-"  # allowed in names, lists of names and constraints
 NAME = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(MARKS)}]*")
-LOST = -1  # how a rank's part ended that lost the others
-GRACE_SECONDS = 120  # between the requeue and SLURM's end of the ranks that asked for it
+CRASHED = -1  # stands for an exception that a rank did not expect
+GRACE_SECONDS = 120  # longest wait for SLURM to end the ranks after a requeue
 
 
 def here() -> bool:
-    """Whether a submission would be taken: SLURM is installed, its controller answers, and this is not one of its jobs."""
+    """Return True if jobs can be submitted: SLURM is installed, its controller answers, and this is not one of its jobs."""
     if shutil.which("sbatch") is None or "SLURM_JOB_ID" in os.environ:
         return False
     try:
@@ -43,7 +43,7 @@ def here() -> bool:
 
 
 def check_here(config: RunConfig, overrides: Sequence[str]) -> None:
-    """Refuse what only SLURM could do, before anything is started on this machine.
+    """Refuse keys that only SLURM heeds before anything is started on this machine.
 
     Raises:
         ConfigError: Names the keys.
@@ -76,15 +76,15 @@ def check_submission() -> None:
 
 
 def ranks(config: RunConfig) -> int:
-    """Ranks of the whole job: one a GPU, or on CPU nodes `launch.ranks` a node."""
+    """Return the number of ranks of the whole job: one per GPU, or `launch.ranks` per CPU node."""
     return config.launch.nodes * (config.launch.gpus_per_node or config.launch.ranks or 1)
 
 
 def request(config: RunConfig) -> dict[str, Any]:
-    """What is asked of SLURM for the pretraining, in submitit's words; `--plan` prints it.
+    """Return submitit's parameters for the pretraining job.
 
     Raises:
-        ConfigError: a number that SLURM would refuse.
+        ConfigError: A value that SLURM would refuse, or that would be more than a value in a job script.
     """
     asked = config.launch
     if asked.nodes < 1 or asked.hours <= 0 or asked.chain < 1:
@@ -126,10 +126,10 @@ def request(config: RunConfig) -> dict[str, Any]:
 
 
 def describe(config: RunConfig) -> list[str]:
-    """What would be submitted, a line each job, for `--plan`.
+    """Describe what would be submitted for `--plan`, one line per job.
 
     Raises:
-        ConfigError: as `request`.
+        ConfigError: As `request`.
     """
     asked, launch = request(config), config.launch
     where = [f"{key} {getattr(launch, key)}" for key in PLACES if getattr(launch, key)]
@@ -150,7 +150,7 @@ def describe(config: RunConfig) -> list[str]:
 
 
 def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
-    """Submits the pretraining, as many jobs in a chain as asked, and its evaluations; the job ids in that order.
+    """Submit the pretraining as a chain of `launch.chain` jobs, then its evaluations. Return the job ids in that order.
 
     Raises:
         ConfigError: submitit is missing, SLURM refused, or the request is wrong.
@@ -169,7 +169,7 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
 def submit_chain(config: RunConfig, evaluations: Sequence[Evaluation], pretraining: str) -> list[str]:
     """Submit evaluations one after the other, once the pretraining has ended well; return their job ids.
 
-    The report comes last and reads what the others found, whether they failed or not.
+    The report comes last and shows the results of the others, also if some of them failed.
     """
     jobs: list[str] = []
     for evaluation in evaluations:
@@ -179,14 +179,14 @@ def submit_chain(config: RunConfig, evaluations: Sequence[Evaluation], pretraini
 
 
 def submit_evaluations(config: RunConfig, jobs: Sequence[Evaluation], after: str = "") -> list[str]:
-    """Submits evaluations, each as a job on one GPU or CPU node.
+    """Submit evaluations, each as a job on one GPU or CPU node, and return their job ids.
 
     Args:
-        after: what they wait for, in SLURM's words, such as afterok:12. A job whose condition can no longer come true is
-            cancelled: it does not wait for ever.
+        after: Their dependency in SLURM's syntax, such as afterok:12. A job whose dependency can no
+            longer be fulfilled is cancelled.
 
     Raises:
-        ConfigError: as `submit`.
+        ConfigError: As `submit`.
     """
     dropped = ("slurm_signal_delay_s", "slurm_srun_args", "slurm_additional_parameters")
     wanted = {key: value for key, value in request(config).items() if key not in dropped}
@@ -203,7 +203,7 @@ def submit_evaluations(config: RunConfig, jobs: Sequence[Evaluation], after: str
 
 
 def waiting_or_running(job: str) -> bool:
-    """Whether SLURM has this job in its queue."""
+    """Return True if the job is in SLURM's queue."""
     if not job:
         return False
     found = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60)
@@ -211,10 +211,10 @@ def waiting_or_running(job: str) -> bool:
 
 
 def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> list[str]:
-    """Submits one array of jobs, a run each, all with the first run's request; the job ids.
+    """Submit one array with one job per run, all with the first run's request. Return the job ids.
 
     Raises:
-        ConfigError: as `submit`.
+        ConfigError: As `submit`.
     """
     first = runs[0][0]
     with _private(str(Path(first.output).parent)) as executor:
@@ -227,7 +227,7 @@ def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> 
 
 @contextlib.contextmanager
 def _private(output: str) -> Iterator[Any]:
-    """A submitit executor whose files nobody else can read: whoever starts its pickles runs them."""
+    """Yield a submitit executor whose files only this user can access, since its jobs execute their pickles."""
     try:
         import submitit
     except ImportError:
@@ -248,11 +248,11 @@ def _private(output: str) -> Iterator[Any]:
 
 @dataclass
 class Evaluation:
-    """One evaluation of a run's checkpoint, the newest unless told otherwise, as a job of its own."""
+    """One evaluation as a job of its own, of the run's newest checkpoint unless `arguments` name another."""
 
     name: str
     run: str
-    arguments: tuple[str, ...] = ()  # of launch/evaluate.py
+    arguments: tuple[str, ...] = ()  # for launch/evaluate.py
 
     def __call__(self) -> int:
         here = ["--cluster", "local", "--jobs", self.name, *(self.arguments or ("--newest",))]
@@ -265,7 +265,7 @@ class Evaluation:
 
 @dataclass
 class Pretraining:
-    """What each task runs. It holds no more than the command line: no state, no secret."""
+    """The program of each task. It holds the command line only, no state and no secret."""
 
     path: str
     overrides: tuple[str, ...]
@@ -279,8 +279,8 @@ class Pretraining:
             status = train.main([self.path, *self.overrides])
         except Exception as error:
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            status = LOST
-        if status in (LOST, train.STATUS[distributed.RendezvousError]):  # a lost rank or node, not a mistake that would come again
+            status = CRASHED
+        if status in (CRASHED, LOST):  # a lost rank or node rather than a mistake that would come again
             status = UNFINISHED if _made_progress(run) else 1
             if status == UNFINISHED and self.requeue:
                 _requeue_and_wait(delay=3.0 * int(os.environ["RANK"]))
@@ -295,7 +295,7 @@ class Pretraining:
 
 
 def _become_a_rank() -> None:
-    """What torchrun would have set, from SLURM's variables."""
+    """Set the environment variables of torchrun from SLURM's."""
     import submitit
 
     environment = submitit.JobEnvironment()
@@ -316,7 +316,10 @@ def _finished(run: Path) -> bool:
 
 
 def _made_progress(run: Path) -> bool:
-    """Whether the run has saved more than when it last failed: a failure that comes again at the same place is not retried."""
+    """Return True if the run has saved a checkpoint since it last failed, and note the newest one.
+
+    A failure that repeats at the same step is not retried.
+    """
     found = checkpoint.checkpoints(run)
     if not found:
         return False
@@ -327,7 +330,7 @@ def _made_progress(run: Path) -> bool:
 
 
 def _requeue_and_wait(delay: float) -> None:
-    """Asks SLURM once to run this job again, unless it is ending it already, and waits to be ended."""
+    """Ask SLURM to requeue this job, unless it has already been requeued, and wait to be ended."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(UNFINISHED))
     time.sleep(delay)
     job = os.environ["SLURM_JOB_ID"]

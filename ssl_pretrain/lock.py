@@ -1,4 +1,4 @@
-"""One run folder, one run: a lock file that a second run respects and a requeued or restarted one takes over."""
+"""The lock of a run's folder: it keeps a second run out and lets a requeued or restarted one take over."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from typing import Any
 from ssl_pretrain import disk, distributed
 
 BEAT_SECONDS = 30.0
-STALE_SECONDS = 180.0  # of silence from another machine
-UNREADABLE_SECONDS = 3.0  # a lock may be empty for a moment, between its creation and its content
-DYING_SECONDS = 10.0  # for the kernel to close the files of a process that was killed
-NO_LINKS = disk.UNSUPPORTED | {errno.EPERM, errno.EMLINK, errno.EXDEV}  # answers of a file system without hard links
+STALE_SECONDS = 180.0  # a lock of another machine that was not touched for so long is stale
+UNREADABLE_SECONDS = 3.0  # a lock is empty for a moment, between its creation and its content
+DYING_SECONDS = 10.0  # longest time the kernel takes to close the files of a killed process
+# Errors of a file system without hard links.
+NO_LINKS = disk.UNSUPPORTED | {errno.EPERM, errno.EMLINK, errno.EXDEV}
 MISTAKE = 2  # exit status, as for a folder that is in use at the start
 
 
 class Lock:
-    """Held by rank 0 while the run lasts: `with Lock(run): ...` on every rank.
+    """Lock of a run's folder, entered by every rank (`with Lock(run): ...`) and held by rank 0.
 
-    The lock is the file lock.json, which names its holder. It is made by a hard link or, where there are none, by an exclusive
-    creation. Where the file system can, the folder is held by flock as well, which ends with its process, so that containers
-    with one host name and process ids of their own exclude each other.
+    The lock is the file lock.json, which names its holder. It is created by a hard link or, on file
+    systems without them, by an exclusive creation. The folder is also held by flock where the file
+    system has it. An flock ends with its process, so containers that share a host name but not
+    process ids exclude each other.
 
-    A lock is stale, and taken over, if its process has exited, if it is of this very SLURM job (requeued), or if another machine
-    or container of which nothing else is known has not touched it for three minutes by the file system's own clock. That is
-    waited for.
+    A stale lock is taken over. It is stale if its process has exited, or if it belongs to this very
+    SLURM job, which was requeued. The lock of another machine or container is stale once it was not
+    touched for three minutes by the file system's own clock, which `with` waits for.
 
     Raises:
-        ValueError: another run has the folder; names its process, machine and job.
-        SaveError: the disk is full or failing.
+        ValueError: Another run has the folder. Names its process, machine and job.
+        SaveError: The disk is full or failing.
     """
 
     def __init__(self, run: Path):
@@ -72,7 +74,7 @@ class Lock:
             self._flock.release()
 
     def _take(self) -> Exception | None:
-        """None once it is ours, else what to tell the user."""
+        """Take the lock. Return None, or the error for the user."""
         mine = self.path.with_name(f".lock-{os.getpid()}-{time.monotonic_ns()}")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -92,10 +94,13 @@ class Lock:
         return None
 
     def _wait_and_take(self, mine: Path) -> str | None:
-        """None once lock.json is ours; who has the folder. Another machine's is waited for, until it is heard of or too long silent.
+        """Take the lock. Return None, or a message that names the run that has the folder.
+
+        A lock of another machine is watched until it is touched or becomes stale.
 
         Args:
-            mine: a temporary file beside lock.json, which becomes it. Its time of change is read from the file system's clock.
+            mine: A temporary file beside lock.json that is renamed to it. Its modification time
+                gives the time by the file system's clock.
         """
         first_heard, end = self._heard(), time.monotonic() + DYING_SECONDS
         while True:
@@ -121,7 +126,7 @@ class Lock:
             time.sleep(0.5)
 
     def _create(self, mine: Path) -> bool:
-        """Make lock.json unless there is one: by a link, with the content already there, or where there are no links, alone."""
+        """Create lock.json unless it exists, by a hard link to `mine` or, without links, by exclusive creation."""
         try:
             os.link(mine, self.path)
             return True
@@ -151,7 +156,7 @@ class Lock:
         return -math.inf
 
     def _is_here(self, holder: dict[str, Any]) -> bool:
-        """Return True if the holder's process id means the same process here: one host, one start of it, one PID namespace."""
+        """Return True if the holder's process id is valid here: same host, same boot, same PID namespace."""
         return _is_same_host(holder, self._own) and holder.get("namespace", self._own["namespace"]) == self._own["namespace"]
 
     def _is_same_job(self, holder: dict[str, Any]) -> bool:
@@ -176,9 +181,9 @@ class Lock:
         return content if isinstance(content, dict) else None
 
     def check(self) -> None:
-        """Look after a silence whether the folder is still this run's; for the start of a step and of a save.
+        """Check before a step or a save, after a silence, that this run still holds the folder.
 
-        A process that was suspended, or a file system that did not answer, may have lost the folder to another run.
+        While a process was suspended or the file system did not answer, another run may have taken over.
 
         Raises:
             ValueError: Another run holds the lock.
@@ -189,7 +194,7 @@ class Lock:
                 raise ValueError(problem)
 
     def _lost(self) -> str | None:
-        """Name the run that holds the lock now, if it is another one; a lock that was removed is written again."""
+        """Return a message if another run holds the lock, else None. A lock that was removed is written again."""
         with self._checking:
             try:
                 text = self.path.read_text()
@@ -219,7 +224,10 @@ class Lock:
         return None if found in (None, self._own) else _taken_over(self.run, found)
 
     def _beat(self) -> None:
-        """Touch the lock; end the process where it is another's, as the training may be waiting in a collective."""
+        """Touch the lock regularly, and end the process if another run took it over.
+
+        The main thread may be waiting in a collective, so an exception would not be seen.
+        """
         while not self._ended.wait(BEAT_SECONDS):
             problem = self._lost()
             if problem and not self._ended.is_set():
@@ -239,8 +247,9 @@ def _taken_over(run: Path, found: Any) -> str:
 class _Flock:
     """An flock on a run's folder, which leaves no file behind and ends with its process, however that ends.
 
-    `held` and `refused` say how the last attempt went. Neither is true on a file system that has no flock for folders.
-    `name` is the folder's device and inode: two mounts of one network file system may have separate locks.
+    `held` and `refused` are the result of the last attempt. Both are false on a file system without
+    flock for folders. `name` is the folder's device and inode, since two mounts of one network file
+    system may have separate locks.
     """
 
     def __init__(self, run: Path):
@@ -249,13 +258,13 @@ class _Flock:
         self._descriptor: int | None = None
 
     def take(self) -> bool:
-        """Try to take it, without waiting."""
+        """Try to take it without waiting, and return True if it is held."""
         if not self.held:
             self._try(fcntl.LOCK_EX)
         return self.held
 
     def is_free(self) -> bool:
-        """Return True if nobody has it. It is taken for a moment, which a lock that starts just then waits for."""
+        """Return True if nobody has it. It is taken for a moment to find out."""
         self._try(fcntl.LOCK_SH)
         free = self.held
         self.release()
@@ -290,7 +299,10 @@ class _Flock:
 
 
 def holder(run: Path) -> dict[str, Any] | None:
-    """Who trains in this folder now: host, pid, job, and `here`, whether that is this machine; None where nobody does."""
+    """Return the lock of the run that trains in this folder now, None if there is none.
+
+    Its entry `here` is True if that run is on this machine.
+    """
     lock = Lock(run)
     found = lock._holder()
     if found is None:
@@ -322,7 +334,7 @@ def _namespace() -> str:
 
 
 def _born(pid: int) -> str:
-    """When the process started, by the kernel's count; empty where it has gone. Numbers are given again, births are not."""
+    """Return the start time of a process by the kernel's count, empty if it has ended. Pids are reused, start times are not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -55,7 +55,7 @@ from ssl_pretrain.schema import COUNT
 from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import colour, crops, recipe
 
-# how `main` ends where it is not the user's mistake
+# Exit statuses of errors that are not the user's mistakes.
 STATUS: dict[type[Exception], int] = {
     RendezvousError: LOST,
     LostRankError: LOST,
@@ -272,10 +272,10 @@ def _train(
 
 
 def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
-    """The method with its backbone, on CPU, with the weights that the seed gives: the same on every rank.
+    """Build the method and its backbone on the CPU, initialized from the seed alike on every rank.
 
     Raises:
-        ValueError: the method needs labels and the source has none, or `backbone.init` does not fit.
+        ValueError: The method needs labels and the source has none, or `backbone.init` does not fit.
     """
     image_size = recipe.each(config.views)[0].size
     torch.manual_seed(draws.seed_of(config.seed, 0, 0))
@@ -290,12 +290,12 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
 
 
 def images_at_once(method: Method, config: RunConfig, device: torch.device) -> int:
-    """Images a rank feeds at once: as the config says, or the most that fits, measured here and printed.
+    """Return the micro-batch size per rank: the configured one, or the largest that fits in memory.
 
-    What is measured has whole weights: shards leave room for more.
+    The latter is found by trial and printed. The trial has whole weights; shards leave more room.
 
     Raises:
-        ValueError: not even the smallest part fits, or parts would train another loss.
+        ValueError: Not even the smallest micro-batch fits, or the method's loss does not allow micro-batches.
     """
     share = config.global_batch_size // distributed.world_size()
     images = configuration.part_size(config, distributed.world_size())
@@ -320,7 +320,11 @@ def images_at_once(method: Method, config: RunConfig, device: torch.device) -> i
 
 
 def wrap(method: Method, config: RunConfig, images: int, device: torch.device) -> nn.Module:
-    """The method on its device and ranks, primed with a batch of the run's shapes; `images` are fed at once."""
+    """Move the method to its device, distribute it over the ranks, and warm it up with blank images.
+
+    Args:
+        images: Micro-batch size per rank.
+    """
     example = blank_batch(config, images, device)
     return parallel.wrap(method, config.parallel, images=images, global_batch_size=config.global_batch_size, device=device, example=example)
 
@@ -333,13 +337,13 @@ def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.
 
 
 def flops_per_image(config: RunConfig) -> float:
-    """Floating-point operations of a training step for each image, counted without computing anything."""
+    """Count the floating-point operations of a training step per image, on the meta device."""
     meta = torch.device("meta")
     return flops.per_image(parallel.to_device(estimate.method_on_meta(config), config.parallel, meta), blank_batch(config, 2, meta))
 
 
 def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:
-    """Prepares the run's folder, loads its newest checkpoint and returns the steps done; 0 for a fresh run."""
+    """Prepare the run's folder, load its newest checkpoint and return the steps done, 0 for a new run."""
     checkpoint.prepare(run)
     agreement.check_checkpoints(run, lambda: [path / checkpoint.MANIFEST for path in checkpoint.checkpoints(run)])
 
@@ -362,7 +366,7 @@ def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration on rank 0, whole or not at all.
 
     Raises:
-        SaveError: the disk refuses, and `checkpoint.on_failure` is `stop`.
+        SaveError: The disk refuses it and `checkpoint.on_failure` is `stop`.
     """
     problem = None
     if distributed.is_main():
@@ -374,7 +378,7 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 
 def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) -> OnlineKNN:
-    """The k-NN monitor, on training images as evaluations see them."""
+    """Build the k-NN monitor on training images, transformed as in evaluations."""
     settings, source = config.evaluation, batches.source
     size = settings.image_size or recipe.each(config.views)[0].size
     transform = partial(crops.evaluate, size=size, crop_ratio=settings.crop_ratio, interpolation=settings.interpolation)
