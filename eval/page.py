@@ -82,12 +82,14 @@ details summary { cursor: pointer; color: var(--accent); margin-top: 10px; }
 
 
 def page(title: str, sections: list[str], script: str = "") -> str:
-    return (
+    """The page as UTF-8 text. Bytes of file names that are no text, as in a class of another encoding, become escapes."""
+    text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(sections)
         + f"\n</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
+    return text.encode(errors="backslashreplace").decode()
 
 
 def section(title: str, *content: str) -> str:

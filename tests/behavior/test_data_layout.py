@@ -236,6 +236,26 @@ def test_names_that_are_no_text_are_escaped(tmp_path, inspect):
     assert "1 .txt files (first: x\\x1b[31m\\n.txt)\n" in text
 
 
+def test_one_class_of_many_may_be_called_like_a_split(tmp_path, inspect):
+    classes = " ".join(f"{name}/1.png" for name in "abcdefghi")
+    seen = inspect(tree(tmp_path / "1", f"{classes} train/1.png"))
+    assert seen.first.startswith("data: training ROOT: 10 images, 10 classes (a, b, c, ...); validation none (")
+    assert "data: ROOT/train is read as one of 10 classes; give data.train=train if it is the training split\n" in seen.text
+    seen = inspect(tree(tmp_path / "2", f"{classes} bullet_train/1.png"))
+    assert "data: bullet_train/ is read as one of 10 classes\n" in seen.text
+
+
+def test_two_validation_splits_are_refused(tmp_path, inspect):
+    seen = inspect(tree(tmp_path, "train/a/1.png train/b/2.png val/a/3.png valid/b/4.png"))
+    expected = "none (data.val: ROOT holds val and valid; say which has the validation images, as in data.val=val)"
+    assert seen.first.endswith(f"validation {expected}")
+
+
+def test_classes_are_the_same_however_a_system_writes_accents(tmp_path, inspect):
+    seen = inspect(tree(tmp_path, "train/caf\u00e9/1.png train/the/2.png val/cafe\u0301/3.png"))
+    assert seen.first.endswith("validation ROOT/val: 1 image, 1 of 2 classes (caf\u00e9)")
+
+
 def test_a_stray_image_costs_no_other_label(tmp_path, inspect):
     seen = inspect(tree(tmp_path, "train/a/1.png train/b/2.png train/logo.png val/a/3.png val/b/4.png val/sheet.png"))
     lines = seen.text.splitlines()
@@ -278,6 +298,22 @@ def test_archives_of_other_systems(system, tmp_path, inspect):
     )
     if system == "outside":
         assert "left out in ROOT: 2 members outside the archive (first: ../train/c/5.png), 2 members with absolute paths (first: /train" in seen.text
+
+
+def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
+    path = archive(tmp_path, ["a/1.png", "b/2.png", "b/link.png"])
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 41] = 0xA0  # the high byte of a link's mode
+    path.write_bytes(content)
+    with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        file.writestr("a/1.png", b"another")
+    assert inspect(path).text.splitlines()[1] == (
+        "data: left out in ROOT: 1 earlier members of the same name (first: a/1.png), 1 links, pipes or devices (first: b/link.png)"
+    )
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("train.csv", "a/1.png,a\n")
+    text = "ROOT holds lists of its splits, which are not read inside a zip; unpack it"
+    assert inspect(path) == Seen(2, f"data.train: {text}, {ALL}")
 
 
 def changed(path: Path, fields: dict[int, bytes]) -> Path:
@@ -368,6 +404,21 @@ def test_unsorted_validation_images_get_labels_from_a_table(table, tmp_path, ins
     seen = inspect(root)
     assert "; validation ROOT/val: 2 images, 2 of 3 classes (n1, n2)" in seen.first
     assert "data: labels of ROOT/val from ROOT/" in seen.text
+
+
+def test_numbers_of_classes_in_an_order_that_nobody_states_give_no_labels(tmp_path, inspect):
+    root = tree(tmp_path, "train/n1/1.png train/n2/2.png val/ILSVRC2012_val_00000001.png val/ILSVRC2012_val_00000002.png")
+    (root / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
+    (root / "synsets.txt").write_text("n1\nn2\n")
+    expected = (
+        "data: ROOT/ILSVRC2012_validation_ground_truth.txt gives no labels: it numbers the classes, and synsets.txt lists them in "
+        "alphabetical order, which is not that of ILSVRC2012's numbers\n"
+    )
+    assert expected in inspect(root).text
+    (root / "synsets.txt").write_text("n2\nn1\n")
+    assert "; validation ROOT/val: 2 images, 2 classes (n1, n2)" in inspect(root).first
+    (root / "meta.mat").write_bytes(b"not a file of MATLAB")
+    assert "gives no labels: meta.mat cannot be read: " in inspect(root).text
 
 
 def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):

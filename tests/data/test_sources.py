@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from ssl_pretrain.data import listing, sources
-from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.sources import DataConfig, open_source, require_labels
+from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage
+from ssl_pretrain.data.sources import DataConfig, check_range, open_source, require_labels
 
 
 def plant(root: Path, *names: str) -> Path:
@@ -443,3 +443,21 @@ def test_values_that_can_only_be_mistakes(options, message):
     with pytest.raises(ValueError) as caught:
         open_source(DataConfig("digits", **options), "train")
     assert str(caught.value) == message
+
+
+def test_16_bit_images_behind_8_bit_ones_are_measured(tmp_path, opened):
+    pixels = np.random.default_rng(0).integers(0, 3000, (8, 8))
+    for name, kind in (("a/1.png", np.uint8), ("b/2.png", np.uint16)):
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        Image.fromarray((pixels % 256 if kind is np.uint8 else pixels).astype(kind)).save(tmp_path / "data" / name)
+    with pytest.raises(ValueError) as caught:
+        check_range(opened(tmp_path / "data"))
+    assert str(caught.value).startswith(f"data.range: not set, and the 16-bit images of {tmp_path}/data use values from ")
+
+
+def test_a_file_larger_than_any_image_is_not_read(tmp_path, opened):
+    with (tmp_path / "1.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # a hole, which takes no room on the disk
+    with pytest.raises(UnreadableImage) as caught:
+        opened(tmp_path).read(0)
+    assert str(caught.value) == f"{tmp_path}/1.png: 1,073,741,825 bytes are more than an image has"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -140,7 +141,7 @@ def test_an_unmoved_training_image_is_its_own_nearest_neighbour(digits, monkeypa
 
 
 def test_class_names_and_config_are_escaped(tmp_path):
-    classes = ["<script>alert(1)", 'a"><b>&']
+    classes = ["<script>alert(1)", 'a"><b>&', os.fsdecode(b"caf\xe9")]
     names = [f"{part}/{name}/{number}.png" for part in ("train", "val") for name in classes for number in range(6)]
     root = write_images(tmp_path / "data", names)
     run = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}", "log.project='<img src=x>'")
