@@ -1,4 +1,4 @@
-"""FFCV's file format, read with every doubt that FFCV's own reader lacks: what is cut short or was never finished does not open.
+"""Read FFCV's file format, and refuse files that are cut short, unfinished or damaged.
 
     header      version, number of fields, page size, number of samples, where the allocation table is
     fields      one descriptor each; ours are `image` (JPEG or raw RGB) and `label`
@@ -98,7 +98,7 @@ def find(folder: Path, part: str) -> Path | None:
 
 
 def read(path: Path) -> Samples:
-    """What is in a file, or in all shards of a set.
+    """Read the tables of a file, or of all shards of a set.
 
     Raises:
         ValueError: absent, not a .beton, never finished, cut short, without images, or shards of different sources.
@@ -228,17 +228,17 @@ def _sha256(*tables: np.ndarray) -> str:
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int]:
-    """What differs between a file and the one that replaces it."""
+    """Inode, size and time of a file, which differ between it and a file that replaces it."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def pages_begin(num_images: int, page_size: int) -> int:
-    """Where the first page of a file begins that has room for so many entries."""
+    """Return the place of the first page, behind the entries of `num_images` images."""
     return -(-(DATA_FIELDS_END + num_images * SAMPLE.itemsize) // page_size) * page_size
 
 
 def finish(data: BinaryIO, samples: np.ndarray, length: np.ndarray, page_size: int) -> None:
-    """Makes a .beton of a file that has the images: the table of allocations, then fields and entries, the header last."""
+    """Make a .beton of a file that has the images: write the table of allocations, then fields and entries, the header last."""
     place = samples["image"]["place"]
     table = int(place[-1] + length[-1])
     allocations = np.zeros(len(samples), ALLOCATION)

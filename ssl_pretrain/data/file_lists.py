@@ -105,7 +105,7 @@ def open_list(path: Path, split: str, cache: Path, key: str = "data.root", root:
     if form.share <= 0:
         for base in (folder, *([root] if root else [])):
             names = _names(listing.of_folder(base, cache).paths())
-            form, change = _form(text, partial(_is_named, names)), _same
+            form, change = _form(text, partial(_is_named, names)), _stripped
             if form.share > 0:
                 break
     if form.share <= 0:
@@ -119,7 +119,7 @@ def open_list(path: Path, split: str, cache: Path, key: str = "data.root", root:
     if names:
         paths = [_look_up(names, name) or name for name in paths]
         notes.append(f"{path} names its images without their folders or suffixes; they were found below {base}")
-    elif base != folder or change(r"a\b/c") != _same(r"a\b/c"):
+    elif base != folder or change(r"a\b/c") != _stripped(r"a\b/c"):
         notes.append(f"the paths in {path} were found below {base}, as in {paths[0] if paths else ''}")
     if num_repeated := len(paths) - len(set(paths)):
         notes.append(f"{num_repeated:,} of {len(paths):,} rows of {path} name an image that an earlier row names, and it is read as often")
@@ -153,7 +153,7 @@ def label_table(content: bytes, names: Iterable[str]) -> dict[str, str]:
 
 
 def _look_up(known: dict[str, str | None], cell: str) -> str | None:
-    name = _same(cell)
+    name = _stripped(cell)
     return known.get(name) or known.get(os.path.basename(name))
 
 
@@ -247,13 +247,13 @@ def _first_path(rows: list[list[str]]) -> str:
     return next((cell for cell in cells if listing.is_image(cell)), cells[0])
 
 
-def _same(path: str) -> str:
+def _stripped(path: str) -> str:
     return path.strip()
 
 
 def _ways(text: str, bases: list[Path]) -> list[tuple[Path, Callable[[str], str]]]:
     """Ways to make a file of a path as written: relative to each folder, with slashes, without its first folders."""
-    ways: list[tuple[Path, Callable[[str], str]]] = [(base, _same) for base in bases]
+    ways: list[tuple[Path, Callable[[str], str]]] = [(base, _stripped) for base in bases]
     sample = list(_rows(_head(text), "", _SAMPLE))[-1:]
     if sample and "\\" in sample[0][0]:
         ways += [(base, lambda path: path.strip().replace("\\", "/")) for base in bases]

@@ -1,14 +1,14 @@
-"""The bytes of one image file -> RGB pixels. One rule for every pixel format, so that a mixed folder needs no preparation.
+"""Decode an image file to RGB pixels, by one rule for every pixel format, so that a mixed folder needs no preparation.
 
 | in the file | becomes |
 |---|---|
-| grey, 1-bit, palette | RGB, each grey value or palette entry as it is |
-| alpha (RGBA, grey with alpha, a palette or colour marked transparent) | composited on black |
-| CMYK, YCCK, YCbCr | RGB by Pillow's plain conversion; colour profiles are not applied |
-| 16-bit grey | value / 257, rounded: 65,535 becomes 255. With `data.range`, low becomes 0 and high 255 |
-| 32-bit integers above 65,535, floats | refused without `data.range`, which maps them as 16-bit grey |
-| 16-bit colour | the high byte, which is within one level of value / 257; refused with `data.range`, and where that leaves it dark |
-| 16-bit grey TIFF whose zero is white | inverted, as Pillow inverts 8 bits |
+| gray, 1-bit, palette | RGB, each gray value or palette entry as it is |
+| alpha (RGBA, gray with alpha, a palette or color marked transparent) | composited on black |
+| CMYK, YCCK, YCbCr | RGB by Pillow's plain conversion; color profiles are not applied |
+| 16-bit gray | value / 257, rounded: 65,535 becomes 255. With `data.range`, low becomes 0 and high 255 |
+| 32-bit integers above 65,535, floats | refused without `data.range`, which maps them as 16-bit gray |
+| 16-bit color, gray with alpha | the high byte, within one level of value / 257; refused with `data.range`, and where that is dark |
+| 16-bit gray TIFF whose zero is white | inverted, as Pillow inverts 8 bits |
 | EXIF orientation | applied: the image is stored upright |
 | several frames (GIF, WebP, PNG) | the first |
 | several pages (TIFF) | refused, unless the others are smaller copies |
@@ -34,7 +34,7 @@ MAX_BYTES = 1 << 30  # of a file: no image of so many pixels needs more
 Range = tuple[float, float]  # the values that become black and white
 # EPS starts another program, and IPTC hands its content to any decoder, EPS too. WMF needs Windows. The others decode nothing.
 _NOT_DECODED = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
-_DARK = 64  # levels of 256: below, 16-bit colour uses 14 bits or fewer and the high byte leaves little of them
+_DARK = 64  # of 256 levels; 16-bit color with fewer uses 14 bits or less, and its high byte keeps little of them
 _ORIENTATION_TAG, _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _BANDS = 0x0112, 338, 262, 254, 277
 _COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # bands of each photometric interpretation of TIFF
 _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
@@ -49,13 +49,14 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be had: absent, damaged, or of a format without an agreed RGB. The message names the file and the reason."""
+    """An image that cannot be read: absent, damaged, or of a format without an agreed RGB. The message names the file and the reason."""
 
 
 class Stored(NamedTuple):
-    """What a file holds. mode: Pillow's name of the pixel format. frames: GIF's, TIFF's pages.
+    """Description of an image file.
 
-    low, high: of values wider than 8 bits, those below and above which one in a thousand lies; None for 8 bits.
+    mode: Pillow's name of the pixel format. width, height: in pixels, as stored. frames: number of frames, or of a TIFF's pages.
+    low, high: values below and above which one in a thousand lies, for values wider than 8 bits. None for 8 bits.
     """
 
     mode: str
@@ -81,16 +82,16 @@ def suffixes() -> frozenset[str]:
 
 
 def decode(content: bytes, name: str, values: Range | None = None, jpeg: bool = False) -> np.ndarray:
-    """RGB pixels by the rule above: uint8 (height, width, 3), writable, in any memory order.
+    """Return RGB pixels by the rule above: uint8 (height, width, 3), writable, in any memory order.
 
     Args:
         content: The bytes of the file.
-        name: Of the file, for messages.
+        name: Name of the file, for messages.
         values: `data.range`, for values wider than 8 bits.
-        jpeg: Take nothing but a JPEG, where the file was said to be one.
+        jpeg: Refuse everything but a JPEG.
 
     Raises:
-        UnreadableImage: naming `name` and what is wrong with it. A truncated file is unreadable, never half grey.
+        UnreadableImage: The message has `name` and what is wrong. A truncated file is unreadable, never half gray.
     """
     if not content:
         raise UnreadableImage(f"{name}: the file is empty")
@@ -118,7 +119,7 @@ def decode(content: bytes, name: str, values: Range | None = None, jpeg: bool = 
 
 
 def inspect(content: bytes, name: str) -> Stored:
-    """What a file holds; the pixels are decoded only where they are wider than 8 bits. Raises UnreadableImage."""
+    """Describe an image file. The pixels are decoded only where they are wider than 8 bits. Raises UnreadableImage."""
     if not content:
         raise UnreadableImage(f"{name}: the file is empty")
     try:
@@ -138,7 +139,7 @@ def inspect(content: bytes, name: str) -> Stored:
 
 
 def _opened(content: bytes) -> Image.Image:
-    """A file by its content; what begins as a JPEG by the JPEG decoder alone."""
+    """Open an image by its content. What begins as a JPEG is given to the JPEG decoder alone."""
     return Image.open(io.BytesIO(content), formats=("JPEG",) if content.startswith(b"\xff\xd8") else formats())
 
 
@@ -198,7 +199,7 @@ def _check_bands(image: Image.Image) -> None:
 
 
 def _plain_jpeg(content: bytes) -> np.ndarray | None:
-    """What Pillow would give, bit for bit, in half the time for small images; None where Pillow has to decide."""
+    """Return the pixels that Pillow would give, bit for bit, in half the time for small images. None where Pillow has to decide."""
     try:
         pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), apply_exif_orientation=True)
     except RuntimeError:
@@ -234,7 +235,7 @@ def _rgb(image: Image.Image, values: Range | None, is_deep: bool) -> np.ndarray:
 
 
 def _levels(stored: np.ndarray, mode: str, values: Range | None) -> np.ndarray:
-    """Values wider than 8 bits as uint8."""
+    """Map values wider than 8 bits to uint8."""
     if values is not None:
         low, high = values
         share = (stored.astype(np.float64) - low) / (high - low)

@@ -1,4 +1,4 @@
-"""What is in a data set, and a configuration to start with: `python -m ssl_pretrain.data.inspect /data/photos`."""
+"""Describe a data set and suggest a configuration: `python -m ssl_pretrain.data.inspect /data/photos`."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ Exit status: 0; 1 if an image that was read is bad; 2 if the data set cannot be 
 
 @dataclass
 class Findings:
-    """About the images that were read."""
+    """Measurements of the images that were read."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) as stored
     modes: Counter[str] = field(default_factory=Counter)  # Pillow's names
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def examine(source: Source, sample: int = 0, num_threads: int = 4) -> Findings:
-    """Reads `sample` images (0: all), evenly spaced in the source, and reports progress on stderr."""
+    """Read `sample` images (0: all), evenly spaced in the source, and report progress on stderr."""
     chosen = np.arange(len(source))
     if 0 < sample < len(source):
         chosen = np.linspace(0, len(source) - 1, sample).astype(np.int64)  # evenly through the sorted list, so through the classes
@@ -123,7 +123,7 @@ def examine(source: Source, sample: int = 0, num_threads: int = 4) -> Findings:
 
 
 def suggestion(config: DataConfig, source: Source, findings: Findings) -> str:
-    """A YAML that `ssl_pretrain.config` loads: SimCLR, with the reason of each choice behind it."""
+    """Return a YAML that `ssl_pretrain.config` loads: SimCLR, with a comment that says why for each choice."""
     n = len(source)
     side = int(np.median([min(size) for size in findings.sizes]))
     size = max([_SIZES[0], *(option for option in _SIZES if option <= 1.15 * side)])
@@ -197,7 +197,7 @@ def _measured(findings: Findings) -> tuple[float, float]:
 
 
 def _values(findings: Findings) -> list[str]:
-    """What the values of images wider than 8 bits are, and what becomes of them."""
+    """Lines on the values of images wider than 8 bits, and on what becomes of them."""
     if not findings.wide:
         return []
     low, high = _measured(findings)

@@ -1,6 +1,6 @@
 """The label of each image of a split: its first folder, its row in a list, or a table of labels beside the images.
 
-A label that is not certain is not given: an image without one has the label -1, and a note says how many and why.
+A label that is not certain is not given. An image without a label has -1, and a note says how many there are and why.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _MAX_TABLES = 20
 
 @dataclass
 class Labels:
-    """numbers: int64 (n,), an index into `classes`, -1 for none. notes: what a reader of the first line should know."""
+    """Labels of a split.
+
+    numbers: int64 (n,), an index into `classes` per image, -1 for none. notes: lines for the start of a run.
+    """
 
     numbers: np.ndarray
     classes: list[str]
@@ -38,10 +41,11 @@ def assign(where: str, content: Content, classes: list[str] | None, names: tuple
 
     Args:
         where: The split, for messages.
-        content: Its files.
-        classes: Those of the training split; None for the training split itself. They are matched by name.
-        names: What tables of its labels may be called, such as ("val", "validation").
-        tree: The split's own folder. root: The data set's; tables are looked for from one up to the other.
+        content: The split's files.
+        classes: Classes of the training split, matched by name. None for the training split itself.
+        names: Names that tables of its labels may have, such as ("val", "validation").
+        tree: The split's own folder.
+        root: The data set's folder. Tables are looked for in `tree` and above it up to `root`.
 
     Raises:
         ValueError: Some classes of a validation split are among `classes` and another is not.
@@ -125,7 +129,7 @@ def _tables(names: tuple[str, ...], tree: Tree, root: Tree) -> Iterator[tuple[Tr
 
 
 def _from_table(folder: Tree, name: str, paths: list[str], classes: list[str] | None) -> tuple[dict[str, str], str]:
-    """(class by path, why there is none)."""
+    """Return the class of each path, and the reason if there is none."""
     try:
         content = folder.read(name)
     except OSError as error:
@@ -175,7 +179,7 @@ def _from_lines(folder: Tree, content: bytes, paths: list[str], classes: list[st
 
 
 def _numbered_classes(folder: Tree, classes: list[str]) -> tuple[dict[str, str], str]:
-    """(class by its number as ILSVRC2012 counts, why there is none), from `meta.mat` or a list of synsets beside the ground truth."""
+    """Read the class of each of ILSVRC2012's numbers, or the reason why there is none, from `meta.mat` or a list of synsets."""
     missing = "it numbers the classes, and no list of them (meta.mat, map_clsloc.txt) lies beside it"
     for name in folder.files:
         if name == "meta.mat":
@@ -202,7 +206,7 @@ def _numbered_classes(folder: Tree, classes: list[str]) -> tuple[dict[str, str],
 
 
 def _classes_of_meta(folder: Tree, name: str, classes: list[str]) -> tuple[dict[str, str], str]:
-    """(class by number, why there is none) from ILSVRC2012's `meta.mat`."""
+    """Return the class of each number in ILSVRC2012's `meta.mat`, and the reason if there is none."""
     from scipy.io import loadmat  # only for this file
 
     try:
@@ -219,6 +223,6 @@ def _some(names: list[str]) -> str:
 
 
 def table_names(where: str, split: str) -> tuple[str, ...]:
-    """What tables of a split's labels may be called: its role in any spelling, or as its folder is called."""
+    """Return the names that tables of a split's labels may have: all spellings of its role, which its folder's name may give."""
     own = role(os.path.basename(where)) or split
     return tuple(name for name in ROLES if ROLES[name] == own)

@@ -1,4 +1,4 @@
-"""Which images a folder or a zip holds: sorted, packed, and kept on disk so that the next start takes seconds.
+"""List the images of a folder or a zip: sorted, packed, and kept on disk so that the next start takes seconds.
 
 One rule says what is skipped, in folders and archives alike: hidden entries and what operating systems and storage
 servers leave beside the data. Everything else that is not read is counted by its reason, with one example.
@@ -296,7 +296,7 @@ def _central_directory(root: str) -> _Built:
 
 
 def _members(archive: zipfile.ZipFile, tally: _Tally) -> tuple[dict[str, zipfile.ZipInfo], dict[str, zipfile.ZipInfo]]:
-    """(images, other files) of an archive, by path with slashes, as if it had been unpacked into a folder."""
+    """Return the images and the other files of an archive by path with slashes, as if it had been unpacked into a folder."""
     images: dict[str, zipfile.ZipInfo] = {}
     others: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
@@ -331,7 +331,7 @@ def member_name(member: zipfile.ZipInfo) -> str:
 
 
 def _stamp(status: os.stat_result) -> list[int]:
-    """What changes with the content of a folder or file; the time of the last status change too, as the other one can be set at will."""
+    """Times and size, which change with a folder's or file's content. The status change is among them, as the other time can be set."""
     return [status.st_mtime_ns, status.st_ctime_ns, status.st_size]
 
 

@@ -1,4 +1,4 @@
-"""Which image takes the place of one that cannot be read: the same in every run, and never one of the same batch.
+"""Choose the image that replaces an unreadable one: the same in every run, and never one of the same batch.
 
 Each slot of a global batch owns a few of the images outside the batch, its spares. An unreadable image takes the first
 readable spare of its own slot. Where there is none, it looks through the slots that follow, and leaves to each

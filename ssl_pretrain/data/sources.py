@@ -92,23 +92,23 @@ class Source:
         return int(self.labels[index])
 
     def read(self, index: int) -> np.ndarray:
-        """RGB pixels, uint8 (height, width, 3). Raises UnreadableImage, which names the file."""
+        """Return RGB pixels, uint8 (height, width, 3). Raises UnreadableImage, which names the file."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """The file, for messages."""
+        """Return the name of the image's file, for messages."""
         raise NotImplementedError
 
     def take(self, indices: np.ndarray) -> "Source":
-        """These images alone, in this order."""
+        """Return a source of these images alone, in this order."""
         raise NotImplementedError
 
     def check_present(self) -> None:
-        """Raises FileNotFoundError if the whole folder or file has gone, so that no image of it is worth trying."""
+        """Raise FileNotFoundError if the whole folder or file is gone, so that no image of it is worth trying."""
 
     @property
     def fingerprint(self) -> str:
-        """Which images with which labels in which order, as 16 hexadecimal digits; not their pixels."""
+        """Digest of the images' paths, labels and order, as 16 hexadecimal digits. Pixels are no part of it."""
         digest = hashlib.sha256(self._identity())
         digest.update(self.labels.tobytes())
         digest.update("\n".join(self.classes).encode(errors="surrogateescape"))
@@ -202,7 +202,7 @@ class Files(Source):
 
 
 def _inflated(stored: bytes, size: int) -> bytes:
-    """A deflated member, at most one byte more than its size, which is enough to tell."""
+    """Inflate a member of a zip to at most one byte more than its size, which is enough to tell that it is too long."""
     return zlib.decompressobj(-15).decompress(stored, size + 1)
 
 
@@ -247,7 +247,7 @@ class Beton(Source):
 
     @property
     def fingerprint(self) -> str:
-        """That of the images it was written from, so that a run may go on from their folder; of its own entries without a manifest."""
+        """Fingerprint of the source images, so that a run may go on from their folder. Without a manifest, of the file's own entries."""
         written_from = self.samples.manifest.get("fingerprint")
         return written_from if written_from and not self._chosen else super().fingerprint
 
@@ -267,7 +267,7 @@ def open_source(config: DataConfig, split: Literal["train", "val"], classes: lis
     Args:
         config: The data set.
         split: Which of its splits.
-        classes: Those of the training split, where it is open already.
+        classes: Classes of the training split, if it is open already.
 
     Raises:
         ValueError: the folder is absent, empty, or has no such split; names the key, the value and a remedy.
@@ -324,7 +324,7 @@ def _overlap(train: Source, val: Source) -> list[str]:
 
 
 def counts(source: Source) -> str:
-    """How many images, classes and images without a label a source has."""
+    """Describe a source: its number of images, of classes and of images without a label."""
     images = f"{len(source):,} image" + ("s" if len(source) != 1 else "")
     missing = int((source.labels < 0).sum())
     if missing == len(source):
@@ -378,7 +378,7 @@ class _Opened:
         return self.splits.val_error
 
     def _classes(self) -> list[str]:
-        """Those of the training split, whose numbers the validation split has too."""
+        """Classes of the training split, whose numbers the validation split has too."""
         if self.known is not None:
             return self.known
         stored = _stored(self.config, "train")
@@ -491,7 +491,10 @@ def _is_stored(config: DataConfig, split: str) -> bool:
 
 
 def _prefers_stored(config: DataConfig, root: Path, name: str) -> bool:
-    """A folder of images beside the .beton is taken where FFCV is absent, or where the config asks for folders."""
+    """Return True if a split's .beton is read.
+
+    A folder of images beside it is read instead where FFCV is absent or the configuration asks for folders.
+    """
     folders = [each for each in root.iterdir() if role(each.name) == role(name) and each.is_dir()] if root.is_dir() and role(name) else []
     if not (folders or (root / name).is_dir()) or config.loader == "ffcv":
         return root.is_dir() or root.suffix.lower() == ".beton"
@@ -499,7 +502,7 @@ def _prefers_stored(config: DataConfig, root: Path, name: str) -> bool:
 
 
 def require_labels(source: Source, what: str) -> None:
-    """Nothing if every image has a label; else ValueError saying that `what` needs them and how to give them."""
+    """Raise ValueError unless every image has a label. The message says that `what` needs labels and how to give them."""
     missing = np.flatnonzero(source.labels < 0)
     if len(missing):
         number = "no" if len(missing) == len(source) else f"{len(source) - len(missing)} of {len(source)}"
@@ -528,7 +531,7 @@ def _root(config: DataConfig, cache: Path) -> Path:
 
 
 def _subset(source: Source, size: int) -> Source:
-    """The same choice in every run, so that runs of different seeds see the same images."""
+    """Choose `size` images, the same ones in every run, so that runs of different seeds see the same images. 0 takes all."""
     if not 0 <= size <= len(source):
         raise ValueError(f"data.subset: {size} of {len(source)} training images; give a number from 1 to {len(source)}, or 0 for all")
     return source.take(np.sort(draws.permutation(0, 0, len(source), draws.Purpose.SUBSET)[:size])) if size else source

@@ -1,8 +1,8 @@
-"""Which files of a data set are its training split and which its validation split.
+"""Find the training and the validation split of a data set.
 
-`train` and `val` name them. Where they are empty the names at the top decide (train, training; val, valid, validation,
-dev; test; in any case), below any folders that wrap the data set. A top level that looks like splits by other names is
-refused: an image that was held out would be trained on.
+`data.train` and `data.val` name them. Where these are empty the names at the top decide (train, training; val, valid, validation,
+dev; test; in any case), below any folders that wrap the data set. What looks like splits by other names or by its structure
+is refused, as held-out images would be trained on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DEEPEST_WRAPPER = 6
 _CHECKED = 50  # folders of one folder that are looked into for splits of their own
 _CHECKED_FOLDERS = 500  # the same, of all folders
 _CHECKED_FILES = 1000  # names of images in one folder that are looked at
-_FEW = 10  # one folder in so many may be named like a split by chance, as a class `bullet_train` is
+_FEW = 10  # among so many folders one may be named like a split by chance, as a class `bullet_train` is
 
 
 def looks_like(name: str) -> str | None:
@@ -80,7 +80,7 @@ class Content:
 
 
 class Folder:
-    """What lies in a folder, without what `listing.is_skipped` names."""
+    """Content of a folder, without what `listing.is_skipped` names."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -130,7 +130,7 @@ class Folder:
 
 
 class Archive:
-    """What lies in a folder of a zip; the same view of it as `Folder` gives."""
+    """Content of a folder of a zip, with the interface of `Folder`."""
 
     def __init__(self, path: Path, index: dict[str, tuple[list[str], list[str]]], within: str = ""):
         self.path, self.within, self._index = path, within, index
@@ -166,7 +166,7 @@ class Archive:
 
 
 def _index(paths: list[str]) -> dict[str, tuple[list[str], list[str]]]:
-    """(folders, files) of each folder of an archive."""
+    """Names of the folders and of the files in each folder of an archive, as {path: (folders, files)}."""
     files: dict[str, list[str]] = {"": []}
     for path in paths:
         folder, _, name = path.rpartition("/")
@@ -185,7 +185,7 @@ Tree = Folder | Archive
 
 
 def tree(root: Path, cache: Path) -> Tree:
-    """The folder or zip `root`; of a list file, its folder."""
+    """Return the folder or zip at `root`, or the folder that holds a list."""
     if root.suffix.lower() == ".zip" and root.is_file():
         files = listing.of_zip(root, cache)
         return Archive(root, _index([*files.paths(), *files.tables]))
@@ -193,7 +193,7 @@ def tree(root: Path, cache: Path) -> Tree:
 
 
 def inner(folder: Tree, within: str) -> Tree:
-    """A folder at any depth of another."""
+    """Return a folder at any depth below another."""
     for name in within.split("/"):
         folder = folder.child(name)
     return folder
@@ -286,7 +286,7 @@ def _apart(splits: Splits, val: Place | None) -> Splits:
 
 
 def _named(base: Tree, name: str) -> Place | None:
-    """A folder, list or zip by the name that the configuration gives: absolute, or below the root or what wraps the data set."""
+    """Find a folder, list or zip by its name in the configuration: absolute, or below the root or a folder that wraps the data set."""
     path = Path(name).expanduser()
     if path.is_absolute():
         return Place(path) if path.is_dir() or (path.is_file() and path.suffix.lower() in (*listing.TABLES, ".zip")) else None
@@ -301,7 +301,7 @@ def _named(base: Tree, name: str) -> Place | None:
 
 
 def _wrappers(base: Tree) -> Iterator[Tree]:
-    """The root, and the folders in it that alone hold images, each in the one before."""
+    """Yield the root, then the only folder in it that holds images, then the only one in that, and so on."""
     yield base
     for _ in range(_DEEPEST_WRAPPER):
         holding = [] if base.has_images_beside else list(itertools.islice(filter(_holds(base), base.folders), 2))
@@ -328,7 +328,7 @@ def _top(base: Tree) -> Tree:
 
 
 def _candidates(top: Tree, wanted: str, prefer_lists: bool) -> list[Place]:
-    """The folders of a role; the lists and zips of that role where there is none, or the other way round."""
+    """The folders of a role, or its lists and zips where there is none. `prefer_lists` turns this round."""
     folders = [top.child(name).place() for name in top.folders if role(name) == wanted]
     files = [Place(top.path / name) for name in top.files if _file_role(name) == wanted] if isinstance(top, Folder) else []
     return (files or folders) if prefer_lists else (folders or files)
@@ -480,7 +480,7 @@ def _refused(text: str, names: str) -> Splits:
 
 
 def _instead(base: Tree) -> str:
-    """What there is, for a message about what is absent."""
+    """Names of the folders that exist, for a message about one that does not."""
     top = _top(base)
     return f"; {'it' if top is base else top.where} has {_names(top.folders)}" if top.folders else ""
 

@@ -1,4 +1,4 @@
-"""The processes that read images and cut them: started fast, heard when they fail, gone when the run is."""
+"""Worker processes that read images and cut views. They start fast, report their failures, and end with the run."""
 
 import multiprocessing
 import os
@@ -78,9 +78,9 @@ class Chunk:
 
 
 class Chunks(Dataset[Chunk]):
-    """A job -> its chunk, in whichever process. Each image is read once, however many views are made of it.
+    """Dataset that makes the chunk of a job, in any process. Each image is read once, however many views are made of it.
 
-    plan: the order of the run, from which an unreadable image gets its replacement; None for a pass over a list of images, where
+    plan: the order of the run, from which an unreadable image gets its replacement. None for a pass over a list of images, where
     the next image of the source replaces it.
     """
 
@@ -115,7 +115,7 @@ class Chunks(Dataset[Chunk]):
         return replace(chunk, seconds=time.perf_counter() - began)
 
     def _read(self, job: Job, row: int, replaced: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
-        """The pixels of the image in a row, or of the one that replaces it, and the number of the image they are of.
+        """Return the pixels of the image in a row, or of its replacement, and the number of the image that they belong to.
 
         Raises:
             ValueError: no image is left that could replace it.
@@ -227,7 +227,7 @@ def sending(image_bytes: int, chunk: int, num_workers: int, num_ahead: int, held
 
 
 def little_room(wanted: int, chunk: int) -> str:
-    """The line that tells a user of smaller chunks than there could be."""
+    """Message for a run whose workers send few images at a time for lack of shared memory."""
     free = shutil.disk_usage(SHARED_MEMORY).free
     return (
         f"data.num_workers: {SHARED_MEMORY} has {free / 2**20:.0f} MiB free, so workers send {chunk} images at a time instead of "
@@ -289,7 +289,7 @@ class Processes:
         return _taken(iterator)
 
     def close(self) -> None:
-        """Ends the processes and waits for them. Idempotent."""
+        """End the processes and wait for them. Idempotent."""
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is None:
             return
@@ -301,7 +301,7 @@ class Processes:
 
 
 class _Jobs:
-    """torch takes one sampler for good; the jobs of each start are put into it."""
+    """Sampler whose jobs are set at each start, as a DataLoader keeps one sampler for its whole life."""
 
     jobs: Iterable[Job] = ()
 
@@ -374,9 +374,9 @@ def _taken(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
 
 
 def _start_forkserver(needs_main: bool) -> None:
-    """Workers fork from a process that has imported everything and runs no threads: safe beside numba's and torch's, and quick.
+    """Start the process that workers fork from. It has imported everything, and runs no threads that a fork would break.
 
-    It and they are deaf to the signals that stop a run: a scheduler sends those to every process, and the trainer,
+    It and the workers block the signals that stop a run. A scheduler sends those to every process, and the trainer,
     which then saves a checkpoint, needs its workers until it ends them.
     """
     main = getattr(sys.modules["__main__"].__spec__, "name", None) if needs_main else None
@@ -396,7 +396,7 @@ def _start_forkserver(needs_main: bool) -> None:
 
 
 def _obey_trainer_only(_worker: int) -> None:
-    """A worker leaves when the trainer has gone or sends SIGTERM itself, and for nobody else.
+    """End a worker when the trainer has ended or sends it SIGTERM, and at nobody else's signal.
 
     torch watches the process that a worker was forked from: that is not the trainer here, and a killed trainer would leave it behind.
     """
