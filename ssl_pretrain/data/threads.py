@@ -261,16 +261,22 @@ class _Run:
         return row, samples.name(unreadable), f"{message}; {samples.name(taken)} takes its place"
 
     def _explain_cut(self, number: int) -> None:
-        """Raises what reading this image by hand raises: the file has become shorter, or the disk does not answer."""
+        """Read the image's bytes again to name the cause.
+
+        Raises:
+            ValueError: The file has become shorter since the run began.
+            OSError: The disk does not answer.
+        """
         samples = self.owner._samples
         handle = self.owner._handles[samples.file[number]]
         try:
             got = len(os.pread(handle, int(samples.length[number]), int(samples.place[number])))
         except OSError as error:
-            raise RuntimeError(f"{samples.name(number)}: {error.strerror}") from error
-        raise RuntimeError(
-            f"{samples.name(number)}: the file ends {samples.length[number] - got:,} bytes before the image does, and it did not when the "
-            "run began; copy it again, then start the run again"
+            raise OSError(error.errno, error.strerror, samples.name(number)) from None
+        missing = samples.length[number] - got
+        raise ValueError(
+            f"data.root: {samples.name(number)}: the file ends {missing:,} bytes before the image does, and it did not when the run "
+            "began; copy it again, then start the run again"
         )
 
     def _send(self, slot: Tensor) -> tuple[Tensor, Any] | None:

@@ -348,11 +348,11 @@ class TestFailures:
         with loader(damageable, global_batch_size=24) as batches:
             last = int(np.argmax(damageable.samples.place))
             os.truncate(damageable.where, int(damageable.samples.place[last]) + 10)
-            with pytest.raises(RuntimeError) as caught:
+            with pytest.raises(ValueError) as caught:  # a user's error: one line, no traceback
                 next(batches.starting_at(0))
         missing = int(damageable.samples.length[last]) - 10
         assert str(caught.value) == (
-            f"{damageable.where}, image {last}: the file ends {missing:,} bytes before the image does, and it did not when the run began; "
+            f"data.root: {damageable.where}, image {last}: the file ends {missing:,} bytes before the image does, and it did not when the run began; "
             "copy it again, then start the run again"
         )
 
