@@ -24,6 +24,7 @@ _WORDS = {
     "train": re.compile(r"train(ing|set|val|imgs?|images?|data)?|trn"),
     "held out": re.compile(r"(val|valid|validation|dev|test|testing|eval|evaluation|holdout|heldout)(set|imgs?|images?|data)?"),
 }
+_RECORDS = frozenset({"log", "logs", "loss", "losses", "metrics", "result", "results"})  # words of tables that list no images
 _DEEPEST_WRAPPER = 6
 _CHECKED = 50  # folders of one folder that are looked into for splits of their own
 _CHECKED_FOLDERS = 500  # the same, of all folders
@@ -408,9 +409,7 @@ def _refused_structure(base: Tree, top: Tree) -> Splits | None:
     for folder in _wrappers(base):
         for above in (folder, *_without_images(folder)):
             if lists := _lists(above):
-                train, held_out = (os.path.relpath(os.path.join(above.where, name), base.where) for name in lists)
-                text = f"{above.where} holds lists that are called like splits; say which images are for training"
-                return _refused(text, f"data.train={train} data.val={held_out}" if train != held_out else "data.train=LIST data.val=LIST")
+                return _refused_lists(base, above, *lists)
     kinds: dict[str, str] = {}
     for name in top.files[:: max(1, len(top.files) // _CHECKED_FILES)]:
         if (kind := looks_like(name)) and name.lower().endswith(tuple(listing.suffixes())):
@@ -419,6 +418,17 @@ def _refused_structure(base: Tree, top: Tree) -> Splits | None:
         text = f"{top.where} holds images that are called like splits ({', '.join(sorted(kinds.values()))}); list those of each split"
         return _refused(text, "data.train=LIST data.val=LIST")
     return None
+
+
+def _refused_lists(base: Tree, folder: Tree, train: str, held_out: str) -> Splits:
+    """A refusal where lists that nobody named look like those of the splits."""
+    text = f"{folder.where} holds lists that are called like splits"
+    if isinstance(base, Archive):
+        return _refused(f"{text}, which are not read inside a zip; unpack it", "")
+    below = os.path.relpath(folder.where, base.where)
+    names = [os.path.normpath(os.path.join(below, name)) for name in (train, held_out)]
+    train, held_out = names if train != held_out else ("LIST", "LIST")
+    return _refused(f"{text}; say which images are for training", f"data.train={train} data.val={held_out}")
 
 
 def _inner_splits(top: Tree) -> tuple[str, str] | None:
@@ -464,8 +474,9 @@ def _without_images(folder: Tree) -> Iterator[Tree]:
 def _lists(folder: Tree) -> tuple[str, str] | None:
     """The lists of a folder that look like those of the training and of the held-out images; one file may be both."""
     kinds: dict[str, str] = {}
-    tables = [name for name in folder.files if name.lower().endswith(listing.TABLES)]
-    for name in sorted(tables, key=lambda name: (_file_role(name) is None, name)):
+    tables = [name for name in folder.files if name.lower().endswith(listing.TABLES) and _RECORDS.isdisjoint(_words(name))]
+    order = ("train", "val", "test", None)
+    for name in sorted(tables, key=lambda name: (order.index(_file_role(name)), name)):
         for word in _words(name):
             if kind := looks_like(word):
                 kinds.setdefault(kind, name)

@@ -189,7 +189,7 @@ def test_keys_name_the_splits(tmp_path, inspect):
 
 LISTS_OF_SPLITS = {
     "Food-101": ("meta", {"train.txt": "apple/1\npie/3\n", "test.txt": "apple/2\n"}, "meta/train.txt data.val=meta/test.txt"),
-    "VOC": ("ImageSets/Main", {"train.txt": "1\n3\n", "val.txt": "2\n"}, "ImageSets/Main/train.txt data.val=ImageSets/Main/val.txt"),
+    "VOC": ("ImageSets/Main", {"train.txt": "1\n3\n", "val.txt": "2\n", "test.txt": "2\n"}, "ImageSets/Main/train.txt data.val=ImageSets/Main/val.txt"),
     "CUB-200": (".", {"images.txt": "1 apple/1.png\n", "train_test_split.txt": "1 1\n2 0\n"}, "LIST data.val=LIST"),
 }
 
@@ -204,10 +204,19 @@ def test_lists_that_nobody_named_are_not_passed_over(layout, tmp_path, inspect):
     where = "ROOT" if folder == "." else f"ROOT/{folder}"
     text = f"{where} holds lists that are called like splits; say which images are for training, as in data.train={names}"
     assert inspect(root) == Seen(2, f"data.train: {text}, {ALL}")
+    zipped = inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)))
+    assert zipped == Seen(2, f"data.train: {where} holds lists that are called like splits, which are not read inside a zip; unpack it, {ALL}")
     if folder != ".":
         train, val = names.split(" data.val=")
         named = inspect(root, "--train", train, "--val", val)
         assert named.first == f"data: training ROOT/{train}: 2 images, no labels; validation ROOT/{val}: 1 image, no labels"
+
+
+def test_records_of_a_training_are_no_lists(tmp_path, inspect):
+    root = tree(tmp_path, "a/1.png b/2.png")
+    for name in ("training_log.txt", "test_results.csv"):
+        (root / name).write_text("step,loss\n1,2\n")
+    assert inspect(root).first.startswith("data: training ROOT: 2 images, 2 classes (a, b); validation none (")
 
 
 def test_images_of_both_splits_are_counted(tmp_path, inspect):
