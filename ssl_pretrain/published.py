@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssl_pretrain import torchvision_names
+
 Weights = dict[str, Tensor]
 # Keys under which files keep their weights, in the order of preference. The teacher comes first, as
 # its authors evaluate it.
@@ -331,13 +333,14 @@ def _is_beside(model: nn.Module, key: str) -> bool:
 
 def _converted(model: nn.Module, weights: Weights) -> Weights | None:
     """The weights after timm's converter for this model, which renames keys and resamples positions."""
+    renamed = torchvision_names.rename(weights)
     module = sys.modules[type(model).__module__]
     convert = next((getattr(module, name) for name in CONVERTERS if hasattr(module, name)), None)
     if convert is None:
         return None
     try:
         with torch.device("cpu"):
-            arguments = (dict(weights), model)[: len(inspect.signature(convert).parameters)]
+            arguments = (dict(renamed), model)[: len(inspect.signature(convert).parameters)]
             return _weights(convert(*arguments))
     except Exception:  # a converter may fail in any way on files that timm does not know
         return None

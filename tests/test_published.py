@@ -8,8 +8,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
+from torchvision.models.convnext import CNBlockConfig
 
-from ssl_pretrain import backbones, published
+from ssl_pretrain import backbones, checkpoint, published
 from ssl_pretrain.backbones import BackboneConfig
 
 
@@ -59,6 +61,41 @@ def test_the_content_says_what_a_file_is_and_not_its_suffix(tmp_path):
     assert load(tmp_path / "weights.bin") == load(tmp_path / "weights.safetensors") == []
 
 
+TORCHVISION = {
+    "vit_tiny_patch16_224": (
+        lambda: VisionTransformer(image_size=32, patch_size=16, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=96),
+        {"embed_dim": 24, "depth": 2, "num_heads": 2},
+    ),
+    "convnext_tiny": (
+        lambda: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, 24, 2), CNBlockConfig(24, 32, 1), CNBlockConfig(32, None, 1)]),
+        {"dims": [8, 16, 24, 32], "depths": [1, 2, 1, 1]},
+    ),
+    "swin_tiny_patch4_window7_224": (
+        lambda: SwinTransformer([4, 4], 8, [1, 2, 1, 1], [1, 2, 2, 2], [7, 7]),
+        {"embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 2, 2]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_weights_of_torchvision_give_the_features_of_torchvision(name):
+    build, arguments = TORCHVISION[name]
+    size = 32 if name.startswith("vit") else 224
+    torch.manual_seed(1)
+    theirs = build().eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ours = backbones.build(BackboneConfig(name=name, args=arguments), size).eval()
+    backbones.load_strict(ours, theirs.state_dict(), "weights")
+    classifier = [module for module in theirs.modules() if isinstance(module, torch.nn.Linear)][-1]
+    expected: list[torch.Tensor] = []
+    classifier.register_forward_pre_hook(lambda module, inputs: expected.append(inputs[0]))
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        theirs(images)
+        torch.testing.assert_close(ours(images), expected[0].flatten(1), rtol=1e-3, atol=1e-4)
+
+
 def _script(path: Path) -> None:
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
 
@@ -97,3 +134,18 @@ def test_files_without_the_weights_are_named(tmp_path, write, message):
     with pytest.raises(ValueError) as error:
         load(tmp_path / "weights.pth")
     assert str(error.value).startswith(message)
+
+
+def test_a_folder_of_files_and_a_tag_without_a_name_are_refused(tmp_path):
+    save_file(BARE, tmp_path / "model.safetensors")
+    backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
+    with pytest.raises(ValueError) as error:
+        checkpoint.initialize(backbone, BackboneConfig(init=str(tmp_path)))
+    assert str(error.value) == (
+        f"backbone.init: '{tmp_path}' is a folder; give a file of it, such as {tmp_path / 'model.safetensors'}"
+    )
+    with pytest.raises(ValueError) as error:
+        backbones.check(BackboneConfig(name="test_resnet", init="timm:"), {"views.crops": 32})
+    assert str(error.value) == (
+        "backbone.init: 'timm:' names no weights; give a tag of timm.list_pretrained('test_resnet*')"
+    )

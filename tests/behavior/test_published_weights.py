@@ -152,6 +152,28 @@ def test_evaluations_judge_weights_without_a_run(config, tmp_path):
         assert {row["features"] for row in result["rows"]} >= {"raw pixels", "pretrained"}
 
 
+def test_every_evaluation_takes_weights_of_a_network_that_is_no_resnet_or_vit(config, tmp_path):
+    torch.save({"model": network("test_efficientnet")}, tmp_path / "published.pth")
+    shared = [str(tmp_path / "published.pth"), "backbone.name=test_efficientnet"]
+    shared += ["evaluation.image_size=32", f"output={tmp_path / 'judged'}"]
+    data = [f"data.root={config.parent / 'images'}", "evaluation.k=3"]
+    picture = str(config.parent / "images" / "train" / "class_0" / "0.png")
+    commands = [
+        ["eval.semi", *shared, *data, "--percent", "50", "--epochs", "1"],
+        ["eval.finetune", *shared, *data, "--epochs", "1"],
+        ["eval.retrieval", *shared, *data],
+        ["eval.robustness", *shared, *data, "--corruptions", "gaussian_noise"],
+        ["eval.attention", shared[0], picture, *shared[1:]],
+        ["eval.export", *shared, *data],
+    ]
+    for command, (status, _, err) in zip(commands, each(commands), strict=True):
+        assert status == 0, f"{command[0]}: {err}"
+    card = (tmp_path / "judged" / "export" / "README.md").read_text()
+    assert card.startswith("# test_efficientnet of published.pth\n")
+    assert "Weights that were not trained by this project, without their classifier." in card
+    assert (tmp_path / "judged" / "attention" / "01_0_components.png").is_file()
+
+
 def test_results_of_weights_are_not_mixed_with_others(config, tmp_path):
     torch.save(network(), tmp_path / "a.pth")
     torch.save(other(), tmp_path / "b.pth")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eval import export, knn, onnx_model, runs
-from ssl_pretrain import checkpoint, config, train
+from ssl_pretrain import backbones, checkpoint, config, train
 from ssl_pretrain import manifest as manifests
+from ssl_pretrain.backbones import BackboneConfig
 
 RESNET = ("backbone.name=resnet18", "views.crops.global.size=32")
 VIT = ("backbone.name=vit_small_patch16_224", "views.crops.global.size=32", "backbone.args={num_heads: 12, depth: 2}")
@@ -235,3 +236,9 @@ def test_onnx_gives_torchs_features_for_any_number_of_images(overrides, tmp_path
     rows = [line.split("|")[1:-1] for line in card.splitlines() if line.startswith(("| torch,", "| onnx,"))]
     assert [row[0].strip() for row in rows] == ["torch, 32 bits", "onnx, 32 bits", "onnx, 8 bits"]
     assert abs(float(rows[0][1]) - float(rows[1][1])) <= 0.4 and float(rows[1][3]) > 2 * float(rows[2][3])
+
+
+def test_the_facts_of_a_network_whose_blocks_have_no_attention():
+    backbone = backbones.build(BackboneConfig(name="test_efficientnet"), 32)
+    facts = export.facts(backbone)
+    assert facts["feature_dim"] == backbone.feature_dim and "num_heads" not in facts

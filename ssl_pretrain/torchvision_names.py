@@ -1,0 +1,90 @@
+"""Rename the weights of torchvision's ViT, Swin and ConvNeXt to timm's names.
+
+torchvision's ResNets, RegNets, VGGs and DenseNets need no rule here: timm has their names, or a
+converter of its own.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+# Patterns of the start of a key and their replacements. The first one that fits is used.
+Rules = tuple[tuple[str, str], ...]
+_LAYER = r"encoder\.layers\.encoder_layer_(\d+)\."
+VIT: Rules = (
+    (r"class_token$", "cls_token"),
+    (r"encoder\.pos_embedding$", "pos_embed"),
+    (r"conv_proj\.", "patch_embed.proj."),
+    (_LAYER + r"ln_([12])\.", r"blocks.\1.norm\2."),
+    (_LAYER + r"self_attention\.in_proj_", r"blocks.\1.attn.qkv."),
+    (_LAYER + r"self_attention\.out_proj\.", r"blocks.\1.attn.proj."),
+    (_LAYER + r"mlp\.(?:0|linear_1)\.", r"blocks.\1.mlp.fc1."),
+    (_LAYER + r"mlp\.(?:3|linear_2)\.", r"blocks.\1.mlp.fc2."),
+    (r"encoder\.ln\.", "norm."),
+    (r"heads\.head\.", "head."),
+)
+CONVNEXT: Rules = (
+    (r"features\.0\.([01])\.", r"stem.\1."),
+    (r"features\.{odd}\.(\d+)\.block\.0\.", r"stages.{stage}.blocks.\1.conv_dw."),
+    (r"features\.{odd}\.(\d+)\.block\.2\.", r"stages.{stage}.blocks.\1.norm."),
+    (r"features\.{odd}\.(\d+)\.block\.3\.", r"stages.{stage}.blocks.\1.mlp.fc1."),
+    (r"features\.{odd}\.(\d+)\.block\.5\.", r"stages.{stage}.blocks.\1.mlp.fc2."),
+    (r"features\.{odd}\.(\d+)\.layer_scale$", r"stages.{stage}.blocks.\1.gamma"),
+    (r"features\.{even}\.([01])\.", r"stages.{stage}.downsample.\1."),
+    (r"classifier\.0\.", "head.norm."),
+    (r"classifier\.2\.", "head.fc."),
+)
+SWIN: Rules = (
+    (r"features\.0\.0\.", "patch_embed.proj."),
+    (r"features\.0\.2\.", "patch_embed.norm."),
+    (r"features\.{odd}\.(\d+)\.mlp\.0\.", r"layers.{stage}.blocks.\1.mlp.fc1."),
+    (r"features\.{odd}\.(\d+)\.mlp\.3\.", r"layers.{stage}.blocks.\1.mlp.fc2."),
+    (r"features\.{odd}\.(\d+)\.", r"layers.{stage}.blocks.\1."),
+    (r"features\.{even}\.", "layers.{stage}.downsample."),
+    (r"head\.", "head.fc."),
+)
+# A key that only one of the networks has, and the network's rules.
+NETWORKS: dict[str, Rules] = {
+    "encoder.layers.encoder_layer_0.ln_1.weight": VIT,
+    "features.1.0.layer_scale": CONVNEXT,
+    "features.1.0.attn.relative_position_bias_table": SWIN,
+}
+NUM_STAGES = 4
+
+
+def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under timm's names, or unchanged if they are not of such a network."""
+    for marker, rules in NETWORKS.items():
+        if marker in weights:
+            expanded = _per_stage(rules)
+            renamed = {_renamed(key, expanded): value for key, value in weights.items()}
+            return {
+                key: value.flatten() if key.endswith(".gamma") else value
+                for key, value in renamed.items()
+                if not key.endswith("relative_position_index")
+            }
+    return weights
+
+
+def _per_stage(rules: Rules) -> list[tuple[str, str]]:
+    """Write out the rules of all stages. Stages are at odd numbers, downsampling before them at even ones."""
+    expanded = []
+    for pattern, replacement in rules:
+        first = 1 if "{even}" in pattern else 0  # nothing is downsampled before the first stage
+        for stage in range(first, NUM_STAGES if "{" in pattern else 1):
+            numbers = {"{odd}": str(2 * stage + 1), "{even}": str(2 * stage), "{stage}": str(stage)}
+            texts = [pattern, replacement]
+            for name, number in numbers.items():
+                texts = [text.replace(name, number) for text in texts]
+            expanded.append((texts[0], texts[1]))
+    return expanded
+
+
+def _renamed(key: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        match = re.match(pattern, key)
+        if match:
+            return match.expand(replacement) + key[match.end() :]
+    return key
