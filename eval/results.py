@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain import disk, distributed
+from ssl_pretrain.console import lasting_output
 from ssl_pretrain.data.workers import LostWorkerError
 from ssl_pretrain.restarts import DISK_REFUSED, LOST, MISTAKE
 
@@ -139,7 +140,15 @@ def say(line: str) -> None:
 
 
 def command(main: Callable[[list[str]], None], name: str) -> None:
-    """Runs `main` on the command line's arguments; a user's mistake ends in one line and exit code 2, a disk's trouble in 74."""
+    """Run `main` on the command line's arguments, and turn its errors into one line and an exit status.
+
+    The status is 2 for a user's mistake, 74 for a disk that refuses, 69 for a lost worker.
+    """
+    with lasting_output():
+        _run(main, name)
+
+
+def _run(main: Callable[[list[str]], None], name: str) -> None:
     try:
         main(sys.argv[1:])
     except Unlabelled as error:

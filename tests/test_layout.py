@@ -97,7 +97,7 @@ MAY_IMPORT = {
     "ssl_pretrain/calibrate.py": "schema backbones data distributed estimate hardware memory views",
     "ssl_pretrain/train.py": "*",
     "ssl_pretrain/replay.py": "*",
-    "eval/*.py": "eval schema backbones batch_norm data views draws jit schedules checkpoint curves disk health memory online config distributed restarts",
+    "eval/*.py": "eval schema backbones batch_norm data views draws jit schedules checkpoint curves disk health memory online config console distributed restarts",
     "eval/detection/*.py": "eval schema backbones data batch_norm draws distributed",
     "launch/*.py": "*",
 }

@@ -221,3 +221,16 @@ def test_what_a_killed_evaluation_held_is_released_by_the_next(tmp_path):
     assert commands.run(*arguments).status == 0
     assert not (run / "eval" / ".held").exists()
     assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 2
+
+
+def test_a_reader_that_leaves_ends_neither_training_nor_evaluation(tmp_path):
+    """As `... | tee log` does whose `tee` was killed."""
+    config, run = labelled(tmp_path), tmp_path / "run"
+    command = f"{commands.sys.executable} launch/pretrain.py {config} epochs=4 evaluation.at_end=[knn]"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"], cwd=commands.ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(commands.ROOT)}, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "warning: stdout is closed (Broken pipe); going on without it" in done.stderr
+    assert newest_step(run) == 8 and (run / "eval" / "knn.json").exists()
