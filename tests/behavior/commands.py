@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import traceback
+import warnings
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -111,22 +117,38 @@ def run(*arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **enviro
     return finish(start(*arguments, cwd=cwd, **environment), timeout)
 
 
-# Runs `python -m MODULE ARGUMENTS` for each list of arguments, in one process, and prints what came of it.
-EACH = """
-import contextlib, io, json, runpy, sys
-for line in json.loads(sys.argv[1]):
-    sys.argv, out, err, status = line, io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_module(line[0], run_name="__main__")
-        except SystemExit as end:
-            status = end.code or 0
-    print(json.dumps([status, out.getvalue(), err.getvalue()]))
-"""
+def each(commands: list[list[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
+    """Run `python -m NAME ARGUMENTS` for every list, one after the other. Returns status, stdout and stderr.
+
+    All run in one process, forked from one that has imported everything: seconds less per command.
+    """
+    context = multiprocessing.get_context("forkserver")  # conftest.py has told it what to import
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_each, args=(commands, sending))
+    process.start()
+    sending.close()
+    try:
+        assert receiving.poll(timeout), f"still running after {timeout} s: {commands}"
+        return receiving.recv()
+    finally:
+        process.kill()
+        process.join()
 
 
-def each(commands: list[list[str]]) -> list[tuple[int, str, str]]:
-    """Run `python -m NAME ARGUMENTS` for every list, in one process. Returns status, stdout and stderr."""
-    done = run("-c", EACH, json.dumps(commands))
-    assert done.status == 0, done.text
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("[")]
+def _each(commands: list[list[str]], sending: Connection) -> None:
+    os.chdir(ROOT)
+    # Here, unlike in a new interpreter, the modules have been imported before.
+    warnings.filterwarnings("ignore", ".* found in sys.modules after import of package", RuntimeWarning)
+    results = []
+    for line in commands:
+        sys.argv, out, err, status = line, io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_module(line[0], run_name="__main__")
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:  # what a new interpreter would print and end with
+                traceback.print_exc()
+                status = 1
+        results.append((status, out.getvalue(), err.getvalue()))
+    sending.send(results)

@@ -11,9 +11,9 @@ from commands import class_folders, each, run, write_config
 
 def plan(config: Path, *overrides: str) -> dict:
     """The configuration that `--plan` prints."""
-    done = run("-m", "ssl_pretrain.train", config, *overrides, "--plan")
-    assert done.status == 0, done.text
-    return yaml.safe_load(done.stdout.split("# plan")[0])
+    ((status, out, err),) = each([["ssl_pretrain.train", str(config), *overrides, "--plan"]])
+    assert status == 0, err
+    return yaml.safe_load(out.split("# plan")[0])
 
 
 @pytest.fixture(scope="module")
