@@ -249,8 +249,8 @@ def test_versions_and_machine_are_recorded(run):
     ("init", "message"),
     [
         ("nowhere.pth", "backbone.init: 'nowhere.pth' does not exist; give random, timm:<tag>, a weights file or the folder of a run"),
-        ("{tmp}/text.pth", "backbone.init: '{tmp}/text.pth' is not a readable weights file ("),
-        ("{tmp}/text.safetensors", "backbone.init: '{tmp}/text.safetensors' is not a readable weights file ("),
+        ("{tmp}/text.pth", "backbone.init: '{tmp}/text.pth' is no safetensors or torch file: it begins with b'hello'; get it again"),
+        ("{tmp}/text.safetensors", "backbone.init: '{tmp}/text.safetensors' is no safetensors or torch file: it begins with b'hello"),
     ],
 )
 def test_weights_to_start_from_are_named(tmp_path, init, message):

@@ -17,21 +17,18 @@ from ssl_pretrain.train import main
 ROOT = Path(__file__).parents[1]
 
 
-def test_it_trains_evaluates_and_reports(tmp_path):
+@pytest.mark.parametrize("evaluations", [["knn", "report"], pytest.param(["knn", "linear", "report"], marks=pytest.mark.full)])
+def test_it_trains_evaluates_and_reports(tmp_path, evaluations):
     path = tiny.config(tmp_path)
-    arguments = [str(path), "epochs=1", "launch.ranks=2"]
+    arguments = [str(path), "epochs=1", "launch.ranks=2", f"evaluation.at_end=[{','.join(evaluations)}]"]
     result = subprocess.run([sys.executable, "launch/pretrain.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     run = tmp_path / "run"
     assert json.loads((run / "checkpoints" / "step_00000003" / "manifest.json").read_text())["machine"]["world_size"] == 2
-    assert {"knn.json", "linear.json"} <= {file.name for file in (run / "eval").iterdir()}
+    assert {f"{name}.json" for name in evaluations[:-1]} <= {file.name for file in (run / "eval").iterdir()}
     assert (run / "report.html").exists()
-    assert [line for line in result.stdout.splitlines() if line.startswith("--- ")][:4] == [
-        "--- pretraining",
-        "--- knn",
-        "--- linear",
-        "--- report",
-    ]
+    stages = [line for line in result.stdout.splitlines() if line.startswith("--- ")]
+    assert stages[: 1 + len(evaluations)] == [f"--- {name}" for name in ["pretraining", *evaluations]]
 
 
 def test_hosts_print_the_exact_lines(tmp_path, capsys):

@@ -254,7 +254,7 @@ def test_a_run_that_lost_its_folder_ends_itself(tmp_path):
     assert json.loads((tmp_path / "lock.json").read_text())["host"] == "elsewhere"
 
 
-@pytest.mark.parametrize("how", ["removed", "emptied", "with its folder"])
+@pytest.mark.parametrize("how", ["removed", *(pytest.param(how, marks=pytest.mark.full) for how in ("emptied", "with its folder"))])
 def test_a_lock_that_vanishes_is_written_again(tmp_path, how):
     run = tmp_path / "run"
     process = _holding(run, 7)

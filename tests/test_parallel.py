@@ -50,6 +50,7 @@ def _on_two(folder, name):
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_twenty_steps_whole_or_sharded_on_one_two_or_four_ranks_are_the_same(name, tmp_path):
     """In one go, and stopped after 16 on four ranks and resumed on four, on two, whole, and on one."""

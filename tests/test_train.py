@@ -68,6 +68,7 @@ def test_ranks_end_with_the_weights_of_one_process_as_shipped(tmp_path):
         assert largest_difference(rank[1], alone) < 1e-4
 
 
+@pytest.mark.full
 def test_three_ranks_resumed_twice_within_an_epoch_are_bit_for_bit_the_undisturbed_run(tmp_path):
     path = tiny.config(tmp_path)
     undisturbed = run_ranks(_train, path, [f"output={tmp_path / 'straight'}"], 9, world_size=3)
@@ -139,7 +140,7 @@ train.main([sys.argv[1], "checkpoint.every_epochs=1"])
 """
 
 
-@pytest.mark.parametrize("file", ["method.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("file", [pytest.param("method.safetensors", marks=pytest.mark.full), "optimizer.safetensors"])
 def test_kill_9_while_a_checkpoint_is_written_loses_only_the_steps_since_the_last(tmp_path, file):
     path = tiny.config(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

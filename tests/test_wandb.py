@@ -221,7 +221,7 @@ def refusing():
 UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
 
-@pytest.mark.parametrize("kind", ["refuses", "hangs", "401"])
+@pytest.mark.parametrize("kind", [pytest.param("refuses", marks=pytest.mark.full), "hangs", "401"])
 def test_a_server_that_does_not_serve_costs_five_seconds_at_most_and_no_record(tmp_path, monkeypatch, kind):
     with server(None if kind == "hangs" else UNAUTHORIZED) as address:
         monkeypatch.setenv("WANDB_BASE_URL", refusing() if kind == "refuses" else address)

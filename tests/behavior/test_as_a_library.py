@@ -35,6 +35,7 @@ def test_a_script_without_a_guard_trains_once(script):
     assert done.stdout.count("plain steps 2") == 1
 
 
+@pytest.mark.full
 def test_a_thread_and_an_event_loop_train(script):
     text = """
 import asyncio, signal, threading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from commands import CONFIG, class_folders, run, write_config
+from commands import CONFIG, class_folders, each, write_config
 
 OPTIONS = (
     "jitter: 1.0, brightness: 0.4, contrast: 0.4, saturation: 0.4, blur: 1.0, "
@@ -22,8 +22,8 @@ def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
     text = CONFIG.replace("crops: {global: {count: 2, size: 16, scale: [0.3, 1.0]}}", crops)
     assert text != CONFIG
     config = write_config(tmp_path, root, text)
-    done = run("-m", "ssl_pretrain.train", config)
-    assert done.status == 0, done.text
+    ((status, _, err),) = each([["ssl_pretrain.train", str(config)]])
+    assert status == 0, err
     described = json.loads((tmp_path / "run" / "views.json").read_text())
     assert len(described) == 8
     for views in described:
@@ -36,8 +36,9 @@ def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
 
 def test_an_option_that_does_not_exist_is_refused_by_name(tmp_path):
     text = CONFIG.replace("size: 16,", "size: 16, crop_sampler: inception,")
-    done = run("-m", "ssl_pretrain.train", write_config(tmp_path, class_folders(tmp_path / "data", "train"), text))
-    assert done.status == 2
-    assert done.stderr.endswith(
+    config = write_config(tmp_path, class_folders(tmp_path / "data", "train"), text)
+    ((status, _, err),) = each([["ssl_pretrain.train", str(config)]])
+    assert status == 2
+    assert err.endswith(
         "views.crops.global.crop_sampler: 'inception' is not known; choose one of: torchvision, tensorflow, clipped\n"
     )

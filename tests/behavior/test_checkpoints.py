@@ -10,6 +10,8 @@ import stat
 import commands
 import pytest
 
+pytestmark = pytest.mark.full  # several processes each
+
 TRAIN = ("-m", "ssl_pretrain.train")
 
 
@@ -37,7 +39,6 @@ FLIPPED = {
 }
 
 
-@pytest.mark.full
 def test_one_flipped_bit_of_a_manifest_is_found_and_the_checkpoint_before_is_used(saved):
     """Four places in turn; each run goes on from step 2, repeats steps 3 and 4, and writes a whole checkpoint of step 4."""
     run = saved.parent / "run"
@@ -53,7 +54,7 @@ def test_one_flipped_bit_of_a_manifest_is_found_and_the_checkpoint_before_is_use
         assert steps == [1, 2, 3, 4], name
 
 
-@pytest.mark.parametrize("mask", [pytest.param(0o022, marks=pytest.mark.full), 0o077])
+@pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_a_run_and_its_export_have_the_mode_that_the_umask_says(mask, saved, tmp_path):
     """A colleague evaluates the run, or nobody may."""
     before = os.umask(mask)

@@ -514,6 +514,7 @@ def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
     )
 
 
+@pytest.mark.full
 def test_training_and_knn_go_on_without_the_stray_images(tmp_path):
     """A pipe, a stray image in each split and one in an unknown place stop neither the run nor its evaluation."""
     root = tree(tmp_path, " ".join(f"Train/{c}/{n}.png" for c in "ab" for n in range(6)) + " Train/logo.png Val/a/1.png Val/b/2.png Val/x.png")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import class_folders, each, run, write_config
+from commands import class_folders, each, write_config
 
 TRAIN = "ssl_pretrain.train"
 
@@ -76,24 +76,25 @@ def test_what_the_first_step_cannot_run_is_refused_before_it(config):
     assert not (config.parent / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ["backbone.name=mobilenetv3_small_050"],  # a layer behind the pooling
-        ["backbone.name=test_resnet", "backbone.args.global_pool=catavgmax"],  # twice as wide
-        ["backbone.name=test_mambaout"],  # a norm and a hidden layer in the head
-    ],
-    ids=["hidden layer", "two poolings", "head"],
-)
-def test_the_width_of_the_features_is_measured(config, tmp_path, keys):
-    done = run("-m", TRAIN, config, *keys, f"output={tmp_path / 'run'}")
-    assert done.status == 0, done.text
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+WIDTHS = {
+    "hidden layer": ["backbone.name=mobilenetv3_small_050"],  # a layer behind the pooling
+    "two poolings": ["backbone.name=test_resnet", "backbone.args.global_pool=catavgmax"],
+    "head": ["backbone.name=test_mambaout"],  # a norm and a hidden layer in the head
+}
+
+
+def test_the_width_of_the_features_is_measured(config, tmp_path):
+    """One run of each network. Its projector would not fit another width."""
+    runs = {name: tmp_path / name for name in WIDTHS}
+    results = each([[TRAIN, str(config), *WIDTHS[name], f"output={run}"] for name, run in runs.items()])
+    for run, (status, _, err) in zip(runs.values(), results, strict=True):
+        assert status == 0, err
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_network_of_one_size_is_built_for_the_views(config, tmp_path):
     keys = ["backbone.name=swin_tiny_patch4_window7_224", "backbone.args={embed_dim: 16, depths: [1, 1], num_heads: [2, 2]}"]
-    done = run("-m", TRAIN, config, *keys, f"output={tmp_path / 'run'}")
-    assert done.status == 0, done.text
+    ((status, _, err),) = each([[TRAIN, str(config), *keys, f"output={tmp_path / 'run'}"]])
+    assert status == 0, err
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["step"] == 2

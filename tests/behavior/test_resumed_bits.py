@@ -7,7 +7,7 @@ import torch
 from commands import class_folders, run, write_config
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.promise
+pytestmark = [pytest.mark.promise, pytest.mark.full]
 
 CASES = {
     "convolutions": [],
@@ -26,7 +26,7 @@ def tensors(folder):
     return load_file(newest / "method.safetensors") | load_file(newest / "optimizer.safetensors")
 
 
-@pytest.mark.parametrize("case", ["convolutions", pytest.param("patches", marks=pytest.mark.full)])
+@pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(case, tmp_path):
     """With `parallel.channels_last` as shipped, 4-D weights and their moments are not in row-major order."""
     class_folders(tmp_path / "images", "train", per_class=12)

@@ -73,6 +73,7 @@ def plant(folder, **log):
     path.write_text(manifest.dumps(written))
 
 
+@pytest.mark.full
 def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_yaml(config, tmp_path):
     """A run folder or a YAML from someone else must not read this user's environment."""
     refused = "'${' is not allowed: nothing is interpolated"

@@ -56,6 +56,7 @@ def test_a_number_may_be_written_in_any_decimal_form(config):
     assert (found["checkpoint"]["resume"], found["local_batch_size"]) == (False, 8)
 
 
+@pytest.mark.full
 def test_a_run_and_its_evaluation_find_a_folder_with_a_number_sign(config):
     trained = run("-m", "ssl_pretrain.train", config, f"output={config.parent}/010")
     assert trained.status == 0, trained.text

@@ -36,6 +36,7 @@ def refused(function, *arguments) -> str:
 
 
 class TestRealData:
+    @pytest.mark.full
     def test_all_of_cifar10_comes_back(self, shared_data, tmp_path):
         config = DataConfig(source="cifar10", root=str(shared_data("cifar10.zip")), cache_dir=str(tmp_path / "lists"))
         for part, count in (("train", 50_000), ("val", 10_000)):

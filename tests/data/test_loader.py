@@ -398,7 +398,7 @@ class TestProcesses:
         gc.collect()
         assert not children()
 
-    @pytest.mark.parametrize("how", ["killed", "ended without closing"])
+    @pytest.mark.parametrize("how", ["killed", pytest.param("ended without closing", marks=pytest.mark.full)])
     def test_a_trainer_that_is_gone_leaves_none_behind(self, how):
         root = Path(__file__).parents[2]
         pipe = subprocess.PIPE

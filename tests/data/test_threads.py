@@ -412,6 +412,7 @@ print(before == held(), before, held())
 """
 
 
+@pytest.mark.full
 def test_killed_or_dropped_a_hundred_times_it_leaves_nothing_behind(stored):
     command = [sys.executable, "-W", "ignore", "-c", KILLED, stored.where]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -33,7 +33,8 @@ def trained(path, name, dtype=torch.float32, **changes):
     return tuning.train(run, model, train.source.take(np.arange(72)), protocol, 10).state_dict()
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_train_what_one_process_trains(made, world_size):
     alone = trained(made, "semi", torch.float64)
     for state in run_ranks(trained, made, "semi", torch.float64, world_size=world_size):
