@@ -74,19 +74,25 @@ def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
         assert all(torch.equal(*pair) for pair in zip(here, there))
 
 
+def in_worker() -> bool:
+    """Return False where the loader tries the transform on one image, in the process of the tests."""
+    return torch.utils.data.get_worker_info() is not None
+
+
 class NoRoom:
-    """A transform in whose process shared memory is full."""
+    """A transform in whose worker shared memory is full."""
 
     def __call__(self, image):
         def refuse(size):
             raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
 
-        torch.UntypedStorage._new_shared = refuse
+        if in_worker():
+            torch.UntypedStorage._new_shared = refuse
         return image[:, :8, :8].contiguous()
 
 
 class Unsendable:
-    """A transform in whose process the queue cannot send."""
+    """A transform in whose worker the queue cannot send."""
 
     def __call__(self, image):
         def refuse(size):
@@ -95,8 +101,9 @@ class Unsendable:
         def fail(storage):
             raise OSError(24, "Too many open files")
 
-        torch.UntypedStorage._new_shared = refuse
-        torch.UntypedStorage._share_fd_cpu_ = fail
+        if in_worker():
+            torch.UntypedStorage._new_shared = refuse
+            torch.UntypedStorage._share_fd_cpu_ = fail
         return image[:, :8, :8].contiguous()
 
 
