@@ -74,10 +74,10 @@ def test_less_grace_than_a_save_takes(place, goes_on, seen):
 
 @pytest.fixture
 def small_disk(place):
-    """A disk of 16 MiB for the checkpoints, which are 6 MB each."""
+    """A disk of 8 MiB for the checkpoints, which are 3 MB each."""
     folder = place[1] / "checkpoints"
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"a small disk needs root: {mounted.stderr.strip()}")
     yield folder
@@ -95,7 +95,7 @@ def test_a_full_disk(place, small_disk, seen, policy):
     for step in kept:
         checkpoint.verify(small_disk / f"step_{step:08d}")
     assert statuses == [74, 74, 74], said[-2000:]  # with `warn` at the last save, which has no next
-    seen(f"a real disk of 16 MiB, {policy}: statuses {statuses}, checkpoints {kept} whole, no debris")
+    seen(f"a real disk of 8 MiB, {policy}: statuses {statuses}, checkpoints {kept} whole, no debris")
 
 
 @pytest.mark.case(7)
@@ -120,7 +120,10 @@ def test_where_nothing_can_be_written_is_said_at_the_start(place, seen):
         statuses, said = ranks.run(path, *MORE)
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
-    message = f"error: output: no checkpoint can be written to {folder}: Read-only file system; make room or give the right to write there"
+    message = (
+        f"error: output: no checkpoint can be written to {folder}: Read-only file system (make a folder); "
+        "make room or give the right to write there, or give another output"
+    )
     assert statuses == [2, 2, 2] and said.count(message) == 3, said
     statuses, said = ranks.run(path, *MORE, "output=/proc/run")
     assert statuses == [2, 2, 2] and said.count("error: output: /proc/run cannot be written to: No such file or directory") == 3, said
