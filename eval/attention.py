@@ -32,7 +32,7 @@ the positions of its last feature map.
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m eval.attention", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="folder of the run; or a file of weights, or timm:<tag>, with backbone.name=NAME")
+    parser.add_argument("run", metavar="RUN", help=runs.RUN_HELP)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and key=value as of the other evaluations")
     parser.add_argument("--size", type=FROM_ZERO, default=0, help="of the images, in pixels (default: the run's evaluation size)")
     parser.add_argument("--output", type=Path, help="folder (default: RUN/attention)")

@@ -18,6 +18,7 @@ from ssl_pretrain.views import recipe
 
 # Sections that an evaluation may override: of a run, and of weights without a run.
 FREE = ("data", "evaluation")
+RUN_HELP = "folder of the run; or a file of weights, or timm:<tag>, with backbone.name=NAME"
 OF_WEIGHTS = ("backbone", "data", "views", "evaluation", "seed", "output")
 
 
@@ -179,7 +180,7 @@ def _check_architecture(path: Path, run_config: RunConfig, found: Path) -> None:
 def parser(name: str, text: str) -> argparse.ArgumentParser:
     """The command line that all evaluations share."""
     made = argparse.ArgumentParser(f"python -m {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("run", metavar="RUN", help="folder of the run; or a file of weights, or timm:<tag>, with backbone.name=NAME")
+    made.add_argument("run", metavar="RUN", help=RUN_HELP)
     keys = "for data.* and evaluation.* only, such as data.root=/new/place; of weights also backbone, views, seed, output"
     made.add_argument("overrides", nargs="*", metavar="key=value", help=keys)
     made.add_argument("--checkpoint", metavar="FOLDER", help="judge this one (default: the newest whole one)")

@@ -10,14 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch import local
-from ssl_pretrain.console import lasting_output
 
 CONFIG = "configs/simclr_digits.yaml"
 RUN = "runs/demo"
 
 
 def main() -> int:
-    with lasting_output(), local.stoppable():
+    with local.launching():
         return _main()
 
 

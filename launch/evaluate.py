@@ -19,7 +19,6 @@ from launch import dashboard, held_checkpoints, local, slurm
 from launch.pretrain import EVALUATIONS, check_evaluations
 from ssl_pretrain import checkpoint, lock
 from ssl_pretrain import config as configuration
-from ssl_pretrain.console import lasting_output
 from ssl_pretrain.restarts import STOPPED
 from ssl_pretrain.schema import POSITIVE
 
@@ -27,7 +26,7 @@ HELD = ".held"  # folder in RUN/eval of the checkpoints that are being evaluated
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    with lasting_output(), local.stoppable():
+    with local.launching():
         return _main(arguments)
 
 

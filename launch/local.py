@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ssl_pretrain.config import ConfigError, RunConfig
+from ssl_pretrain.console import lasting_output
 from ssl_pretrain.restarts import STOPPED
 from ssl_pretrain.stop_signals import STOP_SIGNALS
 
@@ -117,6 +118,13 @@ class Stop:
 
 
 _stop = Stop()
+
+
+@contextmanager
+def launching() -> Iterator[None]:
+    """Go on without a reader of the output, and forward requests to stop: for the whole of a launcher."""
+    with lasting_output(), stoppable():
+        yield
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from launch import local, pretrain, slurm
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.console import lasting_output
 from ssl_pretrain.restarts import STOPPED
 from ssl_pretrain.schema import FROM_ZERO
 
@@ -27,7 +26,7 @@ MARGIN = 3.0  # points above the random backbone that a method should reach
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    with lasting_output(), local.stoppable():
+    with local.launching():
         return _main(arguments)
 
 

@@ -19,14 +19,13 @@ from launch import dashboard, local, slurm
 from ssl_pretrain import checkpoint, plan
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.console import lasting_output
 from ssl_pretrain.restarts import STOPPED
 
 EVALUATIONS = ("knn", "linear", "spectrum", "retrieval", "robustness", "semi", "finetune", "export", "report")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    with lasting_output(), local.stoppable():
+    with local.launching():
         return _main(arguments)
 
 

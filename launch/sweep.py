@@ -17,12 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from launch import local, pretrain, slurm, study
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.console import lasting_output
 from ssl_pretrain.restarts import STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    with lasting_output(), local.stoppable():
+    with local.launching():
         return _main(arguments)
 
 

@@ -22,7 +22,7 @@ from ssl_pretrain.guard import GuardConfig
 from ssl_pretrain.hardware import PlanConfig
 from ssl_pretrain.health import HealthConfig
 from ssl_pretrain.log import LogConfig
-from ssl_pretrain.methods.base import MethodConfig
+from ssl_pretrain.methods.base import Method, MethodConfig
 from ssl_pretrain.online import OnlineConfig
 from ssl_pretrain.optim import OptimConfig
 from ssl_pretrain.parallel import ParallelConfig
@@ -288,6 +288,12 @@ def check(config: RunConfig, world_size: int) -> None:
         )
 
 
+def method_on_meta(config: RunConfig) -> Method:
+    """Build the run's method on the meta device, to try it, to count its parameters and to see their names."""
+    with torch.device("meta"):
+        return config.method.build(backbones.on_meta(config.backbone, recipe.each(config.views)[0].size))
+
+
 def _try_method(config: RunConfig) -> None:
     """Run the method's forward pass on the run's views, on the meta device.
 
@@ -296,13 +302,12 @@ def _try_method(config: RunConfig) -> None:
     """
     sizes = [crop.size for crop in recipe.each(config.views)]
     num_images = min(2, parallel.group_images(config.parallel, config.global_batch_size))
-    backbone = dataclasses.replace(config.backbone, init="random")
+    untrained = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, init="random"))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        built = backbones.on_meta(backbone, sizes[0])
+        method = method_on_meta(untrained)
         with torch.device("meta"):
             numbers = torch.zeros(num_images, dtype=torch.int64)
             images = [torch.zeros(num_images, 3, size, size) for size in sizes]
-            method = config.method.build(built)
             if method.couples_batch and config.global_batch_size < 2:
                 raise ValueError(
                     f"global_batch_size: {config.global_batch_size} leaves {config.method.name} no other image "

@@ -21,7 +21,7 @@ import torch
 from ssl_pretrain import backbones, batch_norm, communication, distributed, optim, parallel, trace
 from ssl_pretrain.backbones import BackboneConfig
 from ssl_pretrain.communication import Cluster, Message, Unit
-from ssl_pretrain.config import RunConfig
+from ssl_pretrain.config import RunConfig, method_on_meta
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.hardware import Machine
 from ssl_pretrain.losses import tiles
@@ -60,12 +60,6 @@ class Step:
             "communication": self.exposed, "data": self.data, "loss": self.loss, "optimizer": self.optimizer,
         }  # fmt: skip
         return max(parts, key=lambda name: parts[name])
-
-
-def method_on_meta(run: RunConfig) -> Method:
-    """The run's method without memory behind its parameters: to count them and to see their names."""
-    with torch.device("meta"):
-        return run.method.build(backbones.on_meta(run.backbone, recipe.each(run.views)[0].size))
 
 
 class Program:

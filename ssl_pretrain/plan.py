@@ -6,9 +6,9 @@ import os
 
 from ssl_pretrain import backbones, checkpoint, config, hardware, optim, parallel
 from ssl_pretrain.communication import Cluster
-from ssl_pretrain.config import RunConfig
+from ssl_pretrain.config import RunConfig, method_on_meta
 from ssl_pretrain.data import order, sources
-from ssl_pretrain.estimate import Program, Step, method_on_meta
+from ssl_pretrain.estimate import Program, Step
 from ssl_pretrain.hardware import Machine
 from ssl_pretrain.memory import GIB, ROOM
 from ssl_pretrain.methods.base import Method

@@ -28,7 +28,6 @@ from ssl_pretrain import (
     disk,
     distributed,
     draws,
-    estimate,
     flops,
     health,
     log,
@@ -89,7 +88,7 @@ class Outcome(int):
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal or a full disk ended it before the steps that were asked for."""
+        """True if a signal or a full disk ended it before the steps that were asked for."""
         return self.step < self.end
 
 
@@ -339,7 +338,7 @@ def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.
 def flops_per_image(config: RunConfig) -> float:
     """Count the floating-point operations of a training step per image, on the meta device."""
     meta = torch.device("meta")
-    return flops.per_image(parallel.to_device(estimate.method_on_meta(config), config.parallel, meta), blank_batch(config, 2, meta))
+    return flops.per_image(parallel.to_device(configuration.method_on_meta(config), config.parallel, meta), blank_batch(config, 2, meta))
 
 
 def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:

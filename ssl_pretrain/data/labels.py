@@ -74,12 +74,15 @@ def assign(where: str, content: Content, classes: list[str] | None, names: tuple
 
 
 def _composed(name: str) -> str:
-    """The name in Unicode's composed form: macOS takes letters and their accents apart."""
+    """Return the name in Unicode's composed form, as macOS takes letters and their accents apart."""
     return unicodedata.normalize("NFC", name)
 
 
 def _from_folders(paths: list[str], classes: list[str] | None) -> tuple[list[str], list[str]]:
-    """The class of each image by its folder, "" for none. The class is the first folder that is not around all of them."""
+    """Return the class of each image by its folder, "" for none, and notes.
+
+    The class is the first folder that is not around all images.
+    """
     folders = [path.split("/")[:-1] for path in paths]
     for depth in range(_WRAPPED):
         firsts = {_composed(parts[depth]) for parts in folders if len(parts) > depth}
@@ -95,7 +98,10 @@ def _from_folders(paths: list[str], classes: list[str] | None) -> tuple[list[str
 def _from_tables(
     where: str, paths: list[str], classes: list[str] | None, names: tuple[str, ...], tree: Tree, root: Tree
 ) -> tuple[list[str], list[str]]:
-    """The class of each image by a table such as `val.csv`, `LOC_val_solution.csv` or ILSVRC2012's ground truth."""
+    """Return the class of each image by a table, "" for none, and notes.
+
+    A table is a file such as `val.csv`, `LOC_val_solution.csv` or ILSVRC2012's ground truth.
+    """
     notes = []
     for folder, name in _tables(names, tree, root):
         found, why = _from_table(folder, name, paths, classes)
@@ -108,7 +114,10 @@ def _from_tables(
 
 
 def _tables(names: tuple[str, ...], tree: Tree, root: Tree) -> Iterator[tuple[Tree, str]]:
-    """Files that may hold a split's labels: called after it, in its folder or above it up to the root, or in a devkit."""
+    """Yield the files that may hold a split's labels, each with its folder.
+
+    They are named after the split, and lie in its folder, above it up to the root, or in a devkit.
+    """
     folders = [tree]
     while folders[-1].where != root.where and len(folders[-1].where) > len(root.where):
         folders.append(folders[-1].parent())
@@ -152,7 +161,10 @@ def _from_table(folder: Tree, name: str, paths: list[str], classes: list[str] | 
 
 
 def _from_lines(folder: Tree, content: bytes, paths: list[str], classes: list[str] | None) -> tuple[dict[str, str], str]:
-    """Labels from a file with one class per line and no names, in the order of the images' names or of their numbers."""
+    """Return the class of each path, and the reason if there is none, from a file with one class per line.
+
+    It names no image. Its lines are in the order of the images' names, or of the numbers in them.
+    """
     lines = [line.strip() for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
     if not classes or not lines:
         return {}, ""

@@ -412,7 +412,7 @@ def _refused_structure(base: Tree, top: Tree) -> Splits | None:
                 return _refused_lists(base, above, *lists)
     kinds: dict[str, str] = {}
     for name in top.files[:: max(1, len(top.files) // _CHECKED_FILES)]:
-        if (kind := looks_like(name)) and name.lower().endswith(tuple(listing.suffixes())):
+        if (kind := looks_like(name)) and listing.is_image(name):
             kinds.setdefault(kind, name)
     if len(kinds) > 1:
         text = f"{top.where} holds images that are called like splits ({', '.join(sorted(kinds.values()))}); list those of each split"

@@ -277,7 +277,7 @@ def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation:
     if max(height, width) > LONGEST * min(height, width):
         length = _middle(max(height, width), min(height, width), resized_side)
         image = F.center_crop(image, [min(height, length), min(width, length)])
-    resized = F.resize(image, [round(size / crop_ratio)], mode, antialias=True)
+    resized = F.resize(image, [resized_side], mode, antialias=True)
     return F.center_crop(resized, [size, size])
 
 

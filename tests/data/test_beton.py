@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,16 @@ def refused(function, *arguments) -> str:
     with pytest.raises(ValueError) as caught:
         function(*arguments)
     return str(caught.value)
+
+
+@contextmanager
+def rewritten(stored):
+    """The path and the bytes of a .beton, which are written back. Its manifest, which would notice first, is removed."""
+    path = Path(stored.where)
+    beton_file.manifest_path(path).unlink()
+    content = bytearray(path.read_bytes())
+    yield path, content
+    path.write_bytes(content)
 
 
 class TestRealData:
@@ -275,12 +286,9 @@ class TestMessages:
 
     @pytest.mark.parametrize("field", ["place", "width", "mode"])
     def test_entries_that_point_elsewhere(self, field, stored):
-        path = Path(stored.where)
-        beton_file.manifest_path(path).unlink()  # which would notice first
-        content = bytearray(path.read_bytes())
-        samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
-        samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
-        path.write_bytes(bytes(content))
+        with rewritten(stored) as (path, content):
+            samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
+            samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
         expected = "the allocation table does not know image 2; the file is damaged" if field == "place" else (
             "the entry of image 2 points outside the file; it is damaged"
         )
@@ -376,32 +384,23 @@ class TestDamage:
 
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
     def test_a_length_that_wraps_is_refused(self, length, stored):
-        path = Path(stored.where)
-        beton_file.manifest_path(path).unlink()
-        content = bytearray(path.read_bytes())
-        table = int(np.frombuffer(content, beton_file.HEADER, 1)[0]["table"])
-        np.frombuffer(content, beton_file.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(length)
-        path.write_bytes(content)
+        with rewritten(stored) as (path, content):
+            table = int(np.frombuffer(content, beton_file.HEADER, 1)[0]["table"])
+            np.frombuffer(content, beton_file.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(length)
         assert refused(beton_file.read, path).endswith("the entry of image 3 points outside the file; it is damaged")
 
     @pytest.mark.parametrize("label", [-2, 1_000_000, 2**40, -(2**63)])
     def test_a_label_that_is_no_class_is_refused(self, label, stored):
         """A file of FFCV's own writer has no class names. One is made for each class, and none of these may fill the memory."""
-        path = Path(stored.where)
-        beton_file.manifest_path(path).unlink()
-        content = bytearray(path.read_bytes())
-        np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)["label"][3] = label
-        path.write_bytes(content)
+        with rewritten(stored) as (path, content):
+            np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)["label"][3] = label
         assert refused(beton_file.read, path) == (
             f"data.root: {path}: the label of image 3 is {label}, and labels are -1 for none or a class below 1,000,000; the file is damaged"
         )
 
     def test_a_file_without_images_is_refused(self, stored):
-        path = Path(stored.where)
-        beton_file.manifest_path(path).unlink()
-        content = bytearray(path.read_bytes())
-        np.frombuffer(content, beton_file.HEADER, 1)["num_samples"][0] = 0
-        path.write_bytes(content)
+        with rewritten(stored) as (path, content):
+            np.frombuffer(content, beton_file.HEADER, 1)["num_samples"][0] = 0
         assert refused(opened, path) == f"data.root: {path} holds no image; write it again"
 
     def test_a_folder_in_the_place_of_a_file_is_refused(self, stored):
@@ -413,12 +412,9 @@ class TestDamage:
         )
 
     def test_an_entry_of_too_many_pixels_is_refused(self, stored):
-        path = Path(stored.where)
-        beton_file.manifest_path(path).unlink()
-        content = bytearray(path.read_bytes())
-        samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
-        samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
-        path.write_bytes(content)
+        with rewritten(stored) as (path, content):
+            samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
+            samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
         assert "the entry of image 2 says 65,535 x 65,535 pixels, more than the 178,956,970" in refused(beton_file.read, path)
 
     def test_tall_and_wide_images_do_not_add_up(self, stored):
