@@ -13,7 +13,7 @@ demo: env  ## pretrains on real digits here, evaluates, draws the report
 	@$(python) launch/demo.py
 
 test: env  ## the test suite, two tests at a time
-	@$(python) -m pytest -n 2 --dist loadfile
+	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-lowest: .venv-lowest/.installed  ## tests of the promises with the lowest versions that pyproject.toml declares, on Python 3.12
 	@.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "promise and not full and not slurm"
