@@ -14,9 +14,10 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval import features, results, runs
-from eval.runs import Run
 from ssl_pretrain.data.images import decode
+from ssl_pretrain.eval import results, runs
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import FROM_ZERO
 from ssl_pretrain.views import crops
 
@@ -26,18 +27,36 @@ the part that holds 60 % of it (DINO, arXiv:2104.14294, figures 1, 3 and 8), and
 images' patch features as red, green and blue (as in DINOv2, arXiv:2304.07193, figure 1). A ResNet has only the last: of
 the positions of its last feature map.
 
-    python -m eval.attention runs/dino cat.jpg dog.jpg --size 480 --output attention
-    python -m eval.attention dino.pth cat.jpg backbone.name=vit_small_patch16_224"""
+    python -m ssl_pretrain.eval.attention runs/dino cat.jpg dog.jpg --size 480 --output attention
+    python -m ssl_pretrain.eval.attention dino.pth cat.jpg backbone.name=vit_small_patch16_224"""
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m eval.attention", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m ssl_pretrain.eval.attention",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", metavar="RUN", help=runs.RUN_HELP)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, and key=value as of the other evaluations")
-    parser.add_argument("--size", type=FROM_ZERO, default=0, help="of the images, in pixels (default: the run's evaluation size)")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, and key=value as of the other evaluations",
+    )
+    parser.add_argument(
+        "--size",
+        type=FROM_ZERO,
+        default=0,
+        help="of the images, in pixels (default: the run's evaluation size)",
+    )
     parser.add_argument("--output", type=Path, help="folder (default: RUN/attention)")
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="look at this one (default: the newest whole one)")
-    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--checkpoint", metavar="FOLDER", help="look at this one (default: the newest whole one)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu or cuda (default: cuda where there is one)"
+    )
     options = parser.parse_intermixed_args(arguments)
     overrides = [text for text in options.images if "=" in text and not Path(text).exists()]
     files = [Path(text) for text in options.images if text not in overrides]
@@ -60,8 +79,15 @@ def write(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path
     for number, file in enumerate(files):
         name = f"{number + 1:02d}_{file.stem}"
         if found.attention is not None:
-            written.append(_save(_attention_picture(images[number], found.attention[number]), folder / f"{name}_attention.png"))
-        both = torch.cat([images[number].float() / 255, _enlarged(found.components[number], size)], dim=2)
+            written.append(
+                _save(
+                    _attention_picture(images[number], found.attention[number]),
+                    folder / f"{name}_attention.png",
+                )
+            )
+        both = torch.cat(
+            [images[number].float() / 255, _enlarged(found.components[number], size)], dim=2
+        )
         written.append(_save(both, folder / f"{name}_components.png"))
     return written
 
@@ -87,8 +113,12 @@ def look(run: Run, images: Tensor) -> Look:
     if blocks is None or not isinstance(getattr(blocks[-1], "attn", None), Attention):
         return Look(None, components(_feature_map(model, normalized)))
     patch = model.patch_embed.patch_size[0]
-    if images.shape[-1] % patch or (images.shape[-1] != run.view_size and not getattr(model, "dynamic_img_size", False)):
-        raise ValueError(f"--size: {images.shape[-1]} pixels do not fit patches of {patch}; give a multiple of {patch}")
+    if images.shape[-1] % patch or (
+        images.shape[-1] != run.view_size and not getattr(model, "dynamic_img_size", False)
+    ):
+        raise ValueError(
+            f"--size: {images.shape[-1]} pixels do not fit patches of {patch}; give a multiple of {patch}"
+        )
     seen: list[Tensor] = []
     hook = blocks[-1].attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
@@ -97,7 +127,9 @@ def look(run: Run, images: Tensor) -> Look:
         hook.remove()
     first, rows = model.num_prefix_tokens, images.shape[-1] // patch
     weights = attention(blocks[-1].attn, seen[0])[:, :, 0, first:]
-    grid = weights.unflatten(2, (rows, rows)) if first else None  # without a class token nobody asks for the image
+    grid = (
+        weights.unflatten(2, (rows, rows)) if first else None
+    )  # without a class token nobody asks for the image
     return Look(grid, components(tokens[:, first:].transpose(1, 2).unflatten(2, (rows, rows))))
 
 
@@ -110,17 +142,28 @@ def _feature_map(model: Any, images: Tensor) -> Tensor:
     try:
         outputs = model.forward_features(images)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--size: the network cannot take {images.shape[-1]} pixels: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"--size: the network cannot take {images.shape[-1]} pixels: {str(error).splitlines()[0]}"
+        ) from None
     if not isinstance(outputs, Tensor) or outputs.ndim != 4:
-        raise ValueError("the network's features are no map of the image, whose main directions this shows; give a ViT or a CNN")
-    return outputs.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else outputs
+        raise ValueError(
+            "the network's features are no map of the image, whose main directions this shows; give a ViT or a CNN"
+        )
+    return (
+        outputs.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else outputs
+    )
 
 
 def attention(layer: nn.Module, tokens: Tensor) -> Tensor:
     """The weights of timm's attention `layer` for its input `tokens`, (images, heads, tokens, tokens), rows summing to 1."""
     found: Any = layer
     count, length, _ = tokens.shape
-    queries, keys, _ = found.qkv(tokens).reshape(count, length, 3, found.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    queries, keys, _ = (
+        found.qkv(tokens)
+        .reshape(count, length, 3, found.num_heads, -1)
+        .permute(2, 0, 3, 1, 4)
+        .unbind(0)
+    )
     queries, keys = found.q_norm(queries), found.k_norm(keys)
     return (queries * found.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
 
@@ -145,7 +188,9 @@ def mass_mask(weights: Tensor, mass: float = MASS) -> Tensor:
     flat = weights.flatten(1)
     ordered, order = (flat / flat.sum(1, keepdim=True)).sort(dim=1, descending=True)
     before = ordered.cumsum(1) - ordered
-    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, before < mass).view_as(weights)
+    return (
+        torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, before < mass).view_as(weights)
+    )
 
 
 def _attention_picture(image: Tensor, weights: Tensor) -> Tensor:
@@ -164,7 +209,9 @@ def _attention_picture(image: Tensor, weights: Tensor) -> Tensor:
 
 
 def _coloured(values: Tensor) -> Tensor:
-    return torch.from_numpy(colormaps["inferno"](values.numpy())[..., :3].astype(np.float32)).permute(2, 0, 1)
+    return torch.from_numpy(
+        colormaps["inferno"](values.numpy())[..., :3].astype(np.float32)
+    ).permute(2, 0, 1)
 
 
 def _enlarged(values: Tensor, size: int) -> Tensor:
@@ -185,4 +232,4 @@ def _save(picture: Tensor, path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    results.command(main, "eval.attention")
+    results.command(main, "ssl_pretrain.eval.attention")

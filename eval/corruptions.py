@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage, special, stats
 
-from ssl_pretrain import draws
-from ssl_pretrain.draws import Purpose
-from ssl_pretrain.jit import njit
+from ssl_pretrain import rng
+from ssl_pretrain.rng import Purpose
+from ssl_pretrain.system.jit import njit
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL = 64
@@ -37,7 +37,9 @@ class Draws:
 
     def uniform(self, *shape: int) -> np.ndarray:
         count = int(np.prod(shape))
-        lanes = draws.uniform(self.seed, 0, self.index, self.number, Purpose.CORRUPTION, self.taken + count)[0, self.taken :]
+        lanes = rng.uniform(
+            self.seed, 0, self.index, self.number, Purpose.CORRUPTION, self.taken + count
+        )[0, self.taken :]
         self.taken += count
         return lanes.reshape(shape)
 
@@ -45,7 +47,9 @@ class Draws:
         return special.ndtri(self.uniform(*shape).clip(1e-12, 1 - 1e-12))
 
 
-Corruption = Callable[[np.ndarray, int, Draws], np.ndarray]  # float64 (h, w, 3) in [0, 1], severity, draws -> the same, unclipped
+Corruption = Callable[
+    [np.ndarray, int, Draws], np.ndarray
+]  # float64 (h, w, 3) in [0, 1], severity, draws -> the same, unclipped
 
 
 def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0) -> np.ndarray:
@@ -73,7 +77,9 @@ def of_size(image: np.ndarray, severity: int, small: tuple, large: tuple):
 
 
 def gaussian_noise(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    return image + drawn.normal(*image.shape) * of_size(image, severity, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38))
+    return image + drawn.normal(*image.shape) * of_size(
+        image, severity, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)
+    )
 
 
 def shot_noise(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
@@ -89,10 +95,16 @@ def impulse_noise(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
 
 def defocus_blur(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
     radius, alias = of_size(
-        image, severity, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)), ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))
+        image,
+        severity,
+        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
     )
     kernel = disk(radius, alias)
-    return np.stack([ndimage.correlate(image[..., channel], kernel, mode="mirror") for channel in range(3)], axis=-1)
+    return np.stack(
+        [ndimage.correlate(image[..., channel], kernel, mode="mirror") for channel in range(3)],
+        axis=-1,
+    )
 
 
 def disk(radius: float, alias: float) -> np.ndarray:
@@ -132,7 +144,10 @@ def _exchange(pixels, moves, reach):
             for column in range(width - reach, reach, -1):
                 if row >= height or column >= width:
                     continue
-                other_row, other_column = row + moves[turn, row, column, 1], column + moves[turn, row, column, 0]
+                other_row, other_column = (
+                    row + moves[turn, row, column, 1],
+                    column + moves[turn, row, column, 0],
+                )
                 for channel in range(channels):
                     kept = pixels[row, column, channel]
                     pixels[row, column, channel] = pixels[other_row, other_column, channel]
@@ -153,14 +168,19 @@ def zoomed(image: np.ndarray, factor: float) -> np.ndarray:
     side = len(image)
     kept = int(np.ceil(side / factor))
     first = (side - kept) // 2
-    larger = ndimage.zoom(image[first : first + kept, first : first + kept], (factor, factor, 1), order=1)
+    larger = ndimage.zoom(
+        image[first : first + kept, first : first + kept], (factor, factor, 1), order=1
+    )
     first = (len(larger) - side) // 2
     return larger[first : first + side, first : first + side]
 
 
 def fog(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
     amount, decay = of_size(
-        image, severity, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)), ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))
+        image,
+        severity,
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     )
     height, width = image.shape[:2]
     clouds = plasma(1 << (max(height, width) - 1).bit_length(), decay, drawn)[:height, :width, None]
@@ -180,8 +200,12 @@ def plasma(side: int, decay: float, drawn: Draws) -> np.ndarray:
         pairs = corners + np.roll(corners, -1, axis=0)
         centres = displaced(pairs + np.roll(pairs, -1, axis=1))
         grid[half::step, half::step] = centres
-        grid[::step, half::step] = displaced(centres + np.roll(centres, 1, axis=0) + corners + np.roll(corners, -1, axis=1))
-        grid[half::step, ::step] = displaced(centres + np.roll(centres, 1, axis=1) + corners + np.roll(corners, -1, axis=0))
+        grid[::step, half::step] = displaced(
+            centres + np.roll(centres, 1, axis=0) + corners + np.roll(corners, -1, axis=1)
+        )
+        grid[half::step, ::step] = displaced(
+            centres + np.roll(centres, 1, axis=1) + corners + np.roll(corners, -1, axis=0)
+        )
         step, noise = half, noise / decay
     grid -= grid.min()
     return grid / grid.max()
@@ -190,44 +214,78 @@ def plasma(side: int, decay: float, drawn: Draws) -> np.ndarray:
 def brightness(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
     """The value of hue, saturation and value raised: each pixel scaled, black ones grey."""
     value = image.max(axis=-1, keepdims=True)
-    raised = (value + of_size(image, severity, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5))).clip(max=1)
+    raised = (
+        value + of_size(image, severity, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5))
+    ).clip(max=1)
     return np.where(value > 0, image / np.where(value > 0, value, 1), 1.0) * raised
 
 
 def contrast(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
     mean = image.mean(axis=(0, 1), keepdims=True)
-    return (image - mean) * of_size(image, severity, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)) + mean
+    return (image - mean) * of_size(
+        image, severity, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)
+    ) + mean
 
 
 def elastic_transform(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
     side = min(image.shape[:2])
-    small = ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))
-    wide = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
-    unit = side if side <= SMALL else side * 244 / 224  # the authors' constants are of 244 pixels, at images of 224
+    small = (
+        (0, 0, 0.08),
+        (0.05, 0.2, 0.07),
+        (0.08, 0.06, 0.06),
+        (0.1, 0.04, 0.05),
+        (0.1, 0.03, 0.03),
+    )
+    wide = (
+        (2, 0.7, 0.1),
+        (2, 0.08, 0.2),
+        (0.05, 0.01, 0.02),
+        (0.07, 0.01, 0.02),
+        (0.12, 0.01, 0.02),
+    )
+    unit = (
+        side if side <= SMALL else side * 244 / 224
+    )  # the authors' constants are of 244 pixels, at images of 224
     strength, sigma, affine = (unit * share for share in of_size(image, severity, small, wide))
     rows, columns = np.meshgrid(*(np.arange(length) for length in image.shape[:2]), indexing="ij")
     centre, third = np.array(image.shape[:2]) // 2, side // 3
-    corners = np.array([centre + third, [centre[0] + third, centre[1] - third], centre - third], dtype=np.float64)  # as (x, y)
+    corners = np.array(
+        [centre + third, [centre[0] + third, centre[1] - third], centre - third], dtype=np.float64
+    )  # as (x, y)
     moved = corners + affine * (2 * drawn.uniform(3, 2) - 1)
-    back = np.linalg.solve(np.column_stack([moved, np.ones(3)]), corners)  # from a place of the result to the image's
+    back = np.linalg.solve(
+        np.column_stack([moved, np.ones(3)]), corners
+    )  # from a place of the result to the image's
     x, y = np.moveaxis(np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ back, -1, 0)
     bent = sampled(image, y, x, "mirror")
     across, down = (
-        ndimage.gaussian_filter(2 * drawn.uniform(*image.shape[:2]) - 1, sigma, mode="reflect", truncate=3) * strength for _ in range(2)
+        ndimage.gaussian_filter(
+            2 * drawn.uniform(*image.shape[:2]) - 1, sigma, mode="reflect", truncate=3
+        )
+        * strength
+        for _ in range(2)
     )
     return sampled(bent, rows + down, columns + across, "reflect")
 
 
 def sampled(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) -> np.ndarray:
     """The image at these places, linear between pixels."""
-    return np.stack([ndimage.map_coordinates(image[..., channel], [rows, columns], order=1, mode=mode) for channel in range(3)], axis=-1)
+    return np.stack(
+        [
+            ndimage.map_coordinates(image[..., channel], [rows, columns], order=1, mode=mode)
+            for channel in range(3)
+        ],
+        axis=-1,
+    )
 
 
 def pixelate(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
     share = of_size(image, severity, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25))
     height, width = image.shape[:2]
     whole = Image.fromarray(np.rint(image * 255).astype(np.uint8))
-    fewer = whole.resize((max(1, int(width * share)), max(1, int(height * share))), Image.Resampling.BOX)
+    fewer = whole.resize(
+        (max(1, int(width * share)), max(1, int(height * share))), Image.Resampling.BOX
+    )
     return np.asarray(fewer.resize((width, height), Image.Resampling.BOX)) / 255.0
 
 

@@ -1,4 +1,4 @@
-"""The backbone of a run alone, in a folder that loads anywhere: `python -m eval.export RUN OUT`; `load(OUT)` gives it back."""
+"""The backbone of a run alone, in a folder that loads anywhere: `python -m ssl_pretrain.eval.export RUN OUT`; `load(OUT)` gives it back."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval import card, features, onnx_model, results, runs, spectrum
-from eval.parts import Part
-from eval.runs import Run
-from ssl_pretrain import backbones, disk, draws
-from ssl_pretrain.backbones import Backbone, BackboneConfig
+from ssl_pretrain import rng
 from ssl_pretrain.data.sources import open_source
+from ssl_pretrain.eval import results, runs, spectrum
+from ssl_pretrain.eval.exporting import model_card, onnx
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.evaluation_split import Part
+from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import Backbone, BackboneConfig
+from ssl_pretrain.system import durable_files
 
 WEIGHTS, ARGUMENTS, REFERENCE = "model.safetensors", "timm.json", "reference.safetensors"
 FORMATS = ("timm", "torchvision", "onnx")
 REFERENCE_IMAGES = 2
 SAME = 1e-3  # of the largest feature: another processor's rounding is a hundred times smaller, another network's a hundred times larger
 PROBED = 512  # training images whose features have to differ
-LEAST_RANK, LEAST_SPREAD = 2.0, 0.01  # RankMe of centred features, and their deviation at length 1; below either they are one point or line
+LEAST_RANK, LEAST_SPREAD = (
+    2.0,
+    0.01,
+)  # RankMe of centred features, and their deviation at length 1; below either they are one point or line
 HELP = f"""Writes the backbone of a run, without projector and optimizer, as a folder that loads anywhere.
 
 {WEIGHTS}: its weights under timm's names, which are torchvision's for ResNets. {ARGUMENTS}: the arguments that build it.
@@ -33,9 +40,9 @@ HELP = f"""Writes the backbone of a run, without projector and optimizer, as a f
 12 heads into 6, and this shows it. README.md: a card with the configuration, what was measured, and checksums.
 Weights that the seed gives before the first step, and features that are the same for all images, are refused.
 
-    python -m eval.export runs/demo                                # to runs/demo/export
-    python -m eval.export runs/simclr_imagenet exported/simclr --format torchvision    # checked there too
-    python -m eval.export runs/demo exported/demo --format onnx    # and model.onnx and model_int8.onnx, checked and measured
+    python -m ssl_pretrain.eval.export runs/demo                                # to runs/demo/export
+    python -m ssl_pretrain.eval.export runs/simclr_imagenet exported/simclr --format torchvision    # checked there too
+    python -m ssl_pretrain.eval.export runs/demo exported/demo --format onnx    # and model.onnx and model_int8.onnx, checked and measured
 
     >>> from eval import export
     >>> backbone = export.load("exported/demo")    # images (n, 3, size, size), normalized as the card says -> features
@@ -43,15 +50,32 @@ Weights that the seed gives before the first step, and features that are the sam
 
 
 def main(arguments: list[str]) -> None:
-    parser = runs.parser("eval.export", HELP)
-    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write: new, or an older export (default: RUN/export)")
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["timm"], help="what else to write or check (default: timm)")
-    parser.add_argument("--force", action="store_true", help="export random or collapsed weights all the same; the card says so")
+    parser = runs.parser("ssl_pretrain.eval.export", HELP)
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        nargs="?",
+        help="folder to write: new, or an older export (default: RUN/export)",
+    )
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=["timm"],
+        help="what else to write or check (default: timm)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="export random or collapsed weights all the same; the card says so",
+    )
     options = parser.parse_intermixed_args(arguments)
     out, options.overrides = _out_first(options.out, options.overrides)
     run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
     folder = export(run, Path(out) if out else run.path / "export", options.format, options.force)
-    print(f"exported {run.network} of {run.checkpoint_path.name} to {folder}; read {folder / 'README.md'}")
+    print(
+        f"exported {run.network} of {run.checkpoint_path.name} to {folder}; read {folder / 'README.md'}"
+    )
 
 
 def _out_first(out: str | None, overrides: list[str]) -> tuple[str | None, list[str]]:
@@ -72,7 +96,7 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     """
     formats = formats or ["timm"]
     if "onnx" in formats:
-        onnx_model.require()
+        onnx.require()
     if folder.exists() and any(folder.iterdir()) and not (folder / ARGUMENTS).exists():
         raise ValueError(f"{folder}: is not empty and holds no export; give a new folder")
     backbone: Any = run.backbone
@@ -80,9 +104,13 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     doubts = doubts_about(run)
     for doubt in doubts:
         if not force:
-            raise ValueError(f"{run.path}: {doubt}. Nothing was written; give another --checkpoint, or --force to export it all the same")
+            raise ValueError(
+                f"{run.path}: {doubt}. Nothing was written; give another --checkpoint, or --force to export it all the same"
+            )
         results.say(f"WARNING: {doubt}")
-    weights = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    weights = {
+        key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
+    }
     images = reference_input(run.image_size)
     with torch.no_grad():
         found = run.backbone(images.to(run.device)).float().cpu().contiguous()
@@ -93,12 +121,12 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     save_file({"images": images, "features": found}, folder / REFERENCE)
     (folder / ARGUMENTS).touch()
     for file in (WEIGHTS, REFERENCE):  # safetensors makes 0600
-        disk.allow_as_usual(folder / file, like=folder / ARGUMENTS)
+        durable_files.allow_as_usual(folder / file, like=folder / ARGUMENTS)
     written = arguments_of(run) | {"sha256": _sha256(folder / WEIGHTS), "formats": formats}
     (folder / ARGUMENTS).write_text(json.dumps(written, indent=1) + "\n")
     load(folder)
-    measured = onnx_model.write(run, folder, images, found) if "onnx" in formats else None
-    (folder / "README.md").write_text(card.text(run, written, doubts, measured))
+    measured = onnx.write(run, folder, images, found) if "onnx" in formats else None
+    (folder / "README.md").write_text(model_card.text(run, written, doubts, measured))
     return folder
 
 
@@ -111,10 +139,14 @@ def load(folder: str | Path) -> Backbone:
     folder = Path(folder)
     absent = [name for name in (WEIGHTS, ARGUMENTS, REFERENCE) if not (folder / name).is_file()]
     if absent:
-        raise ValueError(f"{folder}: {', '.join(absent)} is missing; give a folder that eval.export wrote")
+        raise ValueError(
+            f"{folder}: {', '.join(absent)} is missing; give a folder that eval.export wrote"
+        )
     written = json.loads((folder / ARGUMENTS).read_text())
     if _sha256(folder / WEIGHTS) != written["sha256"]:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not that of {ARGUMENTS}; copy or export it again")
+        raise ValueError(
+            f"{folder / WEIGHTS} is damaged: its SHA-256 is not that of {ARGUMENTS}; copy or export it again"
+        )
     config = BackboneConfig(written["architecture"], written["stem"], args=written["args"])
     backbone = backbones.build(config, written["built_for"])
     backbones.load_strict(backbone, load_file(folder / WEIGHTS), str(folder / WEIGHTS), exact=True)
@@ -175,31 +207,53 @@ def facts(backbone: nn.Module) -> dict[str, Any]:
     """Facts about the network that its weights do not hold: heads, epsilon, pooling, positions."""
     model: Any = backbone.model
     about: dict[str, Any] = {"feature_dim": backbone.feature_dim}
-    heads = sorted({module.num_heads for module in model.modules() if isinstance(getattr(module, "num_heads", None), int)})
+    heads = sorted(
+        {
+            module.num_heads
+            for module in model.modules()
+            if isinstance(getattr(module, "num_heads", None), int)
+        }
+    )
     if heads:
         about["num_heads"] = heads[0] if len(heads) == 1 else heads
     if (patch := getattr(getattr(model, "patch_embed", None), "patch_size", None)) is not None:
         about["patch_size"] = list(patch) if isinstance(patch, Sequence) else patch
     if hasattr(model, "pos_embed"):
-        about["positions"] = list(model.pos_embed.shape) if isinstance(model.pos_embed, Tensor) else None
+        about["positions"] = (
+            list(model.pos_embed.shape) if isinstance(model.pos_embed, Tensor) else None
+        )
     if hasattr(model, "cls_token"):
         about["class_token"] = model.cls_token is not None
     if hasattr(model, "global_pool"):
         pool = model.global_pool
-        about["pooling"] = pool if isinstance(pool, str) else getattr(pool, "pool_type", type(pool).__name__)
-    about["norm_eps"] = sorted({float(module.eps) for module in model.modules() if isinstance(getattr(module, "eps", None), float)})
+        about["pooling"] = (
+            pool if isinstance(pool, str) else getattr(pool, "pool_type", type(pool).__name__)
+        )
+    about["norm_eps"] = sorted(
+        {
+            float(module.eps)
+            for module in model.modules()
+            if isinstance(getattr(module, "eps", None), float)
+        }
+    )
     return about
 
 
 def reference_input(size: int) -> Tensor:
     """Smooth noise, float32 (REFERENCE_IMAGES, 3, size, size) of deviation about 1: the same everywhere, and nobody's photograph."""
-    coarse = draws.uniform(0, 0, range(REFERENCE_IMAGES), 0, draws.Purpose.SUBSET, 3 * 8 * 8).reshape(REFERENCE_IMAGES, 3, 8, 8)  # type: ignore[arg-type]
-    fine = draws.uniform(0, 1, range(REFERENCE_IMAGES), 0, draws.Purpose.SUBSET, 3 * size * size).reshape(REFERENCE_IMAGES, 3, size, size)  # type: ignore[arg-type]
+    coarse = rng.uniform(0, 0, range(REFERENCE_IMAGES), 0, rng.Purpose.SUBSET, 3 * 8 * 8).reshape(
+        REFERENCE_IMAGES, 3, 8, 8
+    )  # type: ignore[arg-type]
+    fine = rng.uniform(
+        0, 1, range(REFERENCE_IMAGES), 0, rng.Purpose.SUBSET, 3 * size * size
+    ).reshape(REFERENCE_IMAGES, 3, size, size)  # type: ignore[arg-type]
     smooth = F.interpolate(torch.from_numpy(coarse), (size, size), mode="bilinear")
     return (4 * (smooth - 0.5) + (torch.from_numpy(fine) - 0.5)).float()
 
 
-def check_torchvision(run: Run, weights: dict[str, Tensor], images: Tensor, expected: Tensor) -> None:
+def check_torchvision(
+    run: Run, weights: dict[str, Tensor], images: Tensor, expected: Tensor
+) -> None:
     """Nothing, if torchvision's network of this name loads the weights strictly and gives these features.
 
     Raises:
@@ -208,20 +262,30 @@ def check_torchvision(run: Run, weights: dict[str, Tensor], images: Tensor, expe
     import torchvision
 
     name, stem = run.config.backbone.name, run.config.backbone.stem
-    if name not in torchvision.models.list_models(module=torchvision.models) or not name.startswith(("resnet", "wide_resnet", "resnext")):
-        raise ValueError(f"--format torchvision: it has no {name} that takes timm's weights; ResNets it has, such as resnet50")
+    if name not in torchvision.models.list_models(module=torchvision.models) or not name.startswith(
+        ("resnet", "wide_resnet", "resnext")
+    ):
+        raise ValueError(
+            f"--format torchvision: it has no {name} that takes timm's weights; ResNets it has, such as resnet50"
+        )
     if stem != "imagenet":
-        raise ValueError(f"--format torchvision: its {name} has the imagenet stem, this backbone {stem}; load it with eval.export.load")
+        raise ValueError(
+            f"--format torchvision: its {name} has the imagenet stem, this backbone {stem}; load it with eval.export.load"
+        )
     model: Any = torchvision.models.get_model(name, weights=None)
     model.fc = nn.Identity()
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"--format torchvision: its {name} refuses the weights: {str(error).splitlines()[-1].strip()}") from None
+        raise ValueError(
+            f"--format torchvision: its {name} refuses the weights: {str(error).splitlines()[-1].strip()}"
+        ) from None
     with torch.no_grad():
         differs = (model.eval()(images) - expected).abs().max().item()
     if not differs <= 1e-5 * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"--format torchvision: its {name} loads the weights and gives features that differ by {differs:.2g}")
+        raise ValueError(
+            f"--format torchvision: its {name} loads the weights and gives features that differ by {differs:.2g}"
+        )
 
 
 def doubts_about(run: Run) -> list[str]:
@@ -229,13 +293,15 @@ def doubts_about(run: Run) -> list[str]:
     found = []
     random = dict(features.random_backbone(run).named_parameters())
     if all(torch.equal(random[name], value) for name, value in run.backbone.named_parameters()):
-        found.append(f"every weight is what seed {run.config.seed} gives before the first step: a random backbone (step {run.step})")
+        found.append(
+            f"every weight is what seed {run.config.seed} gives before the first step: a random backbone (step {run.step})"
+        )
     try:
         source = open_source(run.config.data, "train")
     except (ValueError, OSError) as error:
         results.say(f"not checked for collapse, as the training images are not there: {error}")
         return found
-    chosen = draws.permutation(0, 0, len(source), draws.Purpose.SUBSET)[:PROBED]
+    chosen = rng.permutation(0, 0, len(source), rng.Purpose.SUBSET)[:PROBED]
     embedded, _ = features.extract(run.backbone, Part(run, source, chosen))
     deviations = spectrum.spectrum(embedded).sqrt()
     shares = deviations / deviations.sum().clamp(min=1e-12) + 1e-12
@@ -254,4 +320,4 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    results.command(main, "eval.export")
+    results.command(main, "ssl_pretrain.eval.export")

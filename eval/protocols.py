@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from eval.classifiers import Start
+from ssl_pretrain.eval.frozen.linear_heads import Start
 from ssl_pretrain.views.recipe import Crop, CropSampler, Interpolation
 
 
@@ -23,12 +23,14 @@ class LinearProtocol:
     momentum: float = 0.9
     milestones: tuple[int, ...] = ()  # epochs at which the rate becomes a tenth; none: cosine to 0
     by_epoch: bool = True  # the rate changes between epochs; false: with every step
-    start: Start = "normal"  # distribution of the first weights (eval/classifiers.py)
+    start: Start = "normal"  # distribution of the first weights (eval/frozen/linear_heads.py)
     init_std: float = 0.01  # deviation of normal first weights; biases begin at 0
     batch_norm: bool = False  # features through a batch norm over the global batch, whose scale and shift are trained without decay
     trust: float = 0.0  # LARC's coefficient; 0: plain SGD
     dinos_feature: bool = False  # of a ViT's tokens, else the pooled output
-    crop_sampler: CropSampler = "torchvision"  # crop_sampler, interpolation and antialias are of the training views
+    crop_sampler: CropSampler = (
+        "torchvision"  # crop_sampler, interpolation and antialias are of the training views
+    )
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
     test_interpolation: Interpolation = "bilinear"
@@ -113,7 +115,9 @@ class TuningProtocol:
     randaugment: str = ""  # timm's name of a policy
     drop_path: float = 0.0
     zero_head: bool = False  # the classifier begins at zero
-    slow_statistics: bool = False  # batch norm's momentum at most 10 / (steps an epoch): SimCLR's, for small data
+    slow_statistics: bool = (
+        False  # batch norm's momentum at most 10 / (steps an epoch): SimCLR's, for small data
+    )
     interpolation: Interpolation = "bicubic"
 
 
@@ -140,11 +144,22 @@ TUNING = {
 
 
 def train_view(
-    size: int, interpolation: Interpolation, flips: bool, crop_sampler: CropSampler = "torchvision", antialias: bool = True
+    size: int,
+    interpolation: Interpolation,
+    flips: bool,
+    crop_sampler: CropSampler = "torchvision",
+    antialias: bool = True,
 ) -> Crop:
     """One random resized crop of 8 to 100 % of the area and, where mirrored images stay what they were, a flip."""
     flip = 0.5 if flips else 0.0
-    return Crop(count=1, size=size, interpolation=interpolation, flip=flip, crop_sampler=crop_sampler, antialias=antialias)
+    return Crop(
+        count=1,
+        size=size,
+        interpolation=interpolation,
+        flip=flip,
+        crop_sampler=crop_sampler,
+        antialias=antialias,
+    )
 
 
 def batch_that_fits(published: int, num_images: int, world_size: int, steps: int = 10) -> int:
@@ -153,5 +168,7 @@ def batch_that_fits(published: int, num_images: int, world_size: int, steps: int
     But not fewer than 16 images, where there are 16; over all ranks, so a multiple of their number.
     """
     if num_images < steps * published:
-        published = min(published, 2 ** int(math.log2(max(1, num_images // steps, min(num_images, 16)))))
+        published = min(
+            published, 2 ** int(math.log2(max(1, num_images // steps, min(num_images, 16))))
+        )
     return max(1, published // world_size) * world_size

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain import disk, distributed
-from ssl_pretrain.console import lasting_output
 from ssl_pretrain.data.workers import LostWorkerError
-from ssl_pretrain.restarts import DISK_REFUSED, LOST, MISTAKE
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.monitoring.console import lasting_output
+from ssl_pretrain.system import durable_files
+from ssl_pretrain.system.exit_status import DISK_REFUSED, LOST, MISTAKE
 
 SKIPPED = 77  # exit status of an evaluation that had nothing to measure with and was told to pass over that
 BETTER = "random (better of two)"
@@ -28,7 +29,9 @@ class Row:
 
     features: str  # raw pixels | random, as built | random, recalibrated | pretrained
     metrics: dict[str, float]
-    spread: dict[str, float] = field(default_factory=dict)  # standard deviation, where a column has one
+    spread: dict[str, float] = field(
+        default_factory=dict
+    )  # standard deviation, where a column has one
     notes: dict[str, str] = field(default_factory=dict)  # what was chosen, by column
 
 
@@ -54,7 +57,13 @@ def with_better_random(rows: list[Row]) -> list[Row]:
 
 
 def save(
-    run: Path, name: str, protocol: dict[str, Any], rows: list[Row], about: dict[str, Any], seconds: float, measure: str = "accuracy, %"
+    run: Path,
+    name: str,
+    protocol: dict[str, Any],
+    rows: list[Row],
+    about: dict[str, Any],
+    seconds: float,
+    measure: str = "accuracy, %",
 ) -> dict[str, Any]:
     """Writes RUN/eval/<checkpoint>/<name>.json, on the main rank, whole or not at all, and returns what it holds.
 
@@ -63,7 +72,7 @@ def save(
     result = {
         "name": name, **about, "measure": measure, "protocol": protocol, "rows": [asdict(row) for row in rows], "seconds": round(seconds, 2)
     }  # fmt: skip
-    if not distributed.is_main():
+    if not process_group.is_main():
         return result
     _replace(run / "eval" / about["checkpoint"] / f"{name}.json", result)
     newest = run / "eval" / f"{name}.json"
@@ -74,7 +83,7 @@ def save(
 
 def _replace(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    disk.replace(path, json.dumps(result, indent=1) + "\n")
+    durable_files.replace(path, json.dumps(result, indent=1) + "\n")
 
 
 def load(run: Path) -> list[dict[str, Any]]:
@@ -85,7 +94,10 @@ def load(run: Path) -> list[dict[str, Any]]:
 def by_step(run: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """Every evaluation of every checkpoint, by name and step: those of RUN/eval/step_<step>/ and the newest in RUN/eval/."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in [*sorted((run / "eval").glob("step_*/*.json")), *sorted((run / "eval").glob("*.json"))]:
+    for path in [
+        *sorted((run / "eval").glob("step_*/*.json")),
+        *sorted((run / "eval").glob("*.json")),
+    ]:
         result = json.loads(path.read_text())
         if {"name", "step", "rows"} <= result.keys():
             found.setdefault(result["name"], {})[result["step"]] = result
@@ -102,7 +114,10 @@ def number(row: dict[str, Any], column: str) -> str:
 def choices(result: dict[str, Any]) -> dict[str, str]:
     """What was chosen for each row, in words."""
     rows = [row for row in result["rows"] if row["notes"]]
-    return {row["features"]: "; ".join(f"{column}: {note}" for column, note in row["notes"].items()) for row in rows}
+    return {
+        row["features"]: "; ".join(f"{column}: {note}" for column, note in row["notes"].items())
+        for row in rows
+    }
 
 
 def columns(result: dict[str, Any]) -> list[str]:
@@ -112,7 +127,10 @@ def columns(result: dict[str, Any]) -> list[str]:
 def table(header: list[str], lines: list[list[str]]) -> str:
     """Lines of cells as text: the first column to the left, the numbers to the right."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in [header, *lines]]
+    padded = [
+        [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
+        for line in [header, *lines]
+    ]
     rendered = ["  ".join(line) for line in padded]
     return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])
 
@@ -135,7 +153,7 @@ def _indented(pairs: dict[str, Any]) -> list[str]:
 
 def say(line: str) -> None:
     """Progress, from the main rank, where the numbers of a pipe do not go."""
-    if distributed.is_main():
+    if process_group.is_main():
         print(line, file=sys.stderr, flush=True)
 
 
@@ -153,11 +171,14 @@ def _run(main: Callable[[list[str]], None], name: str) -> None:
         main(sys.argv[1:])
     except Unlabelled as error:
         skipping = "--skip-unlabelled" in sys.argv[1:]
-        print(f"{name}: {'skipped: ' if skipping else ''}{error}", file=sys.stdout if skipping else sys.stderr)
+        print(
+            f"{name}: {'skipped: ' if skipping else ''}{error}",
+            file=sys.stdout if skipping else sys.stderr,
+        )
         sys.exit(SKIPPED if skipping else MISTAKE)
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(DISK_REFUSED if disk.is_trouble(error) else MISTAKE)
+        sys.exit(DISK_REFUSED if durable_files.is_trouble(error) else MISTAKE)
     except LostWorkerError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(LOST)

@@ -12,8 +12,11 @@ import torch
 import yaml
 from torch import nn
 
-from ssl_pretrain import backbones, checkpoint, config, distributed, schema
+from ssl_pretrain import config, schema
+from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.config import RunConfig
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.models import backbones
 from ssl_pretrain.views import recipe
 
 # Sections that an evaluation may override: of a run, and of weights without a run.
@@ -40,7 +43,12 @@ class Run:
         return {"checkpoint": self.checkpoint_path.name, "step": self.step, "network": self.network}
 
 
-def load_run(run: str | Path, checkpoint_path: str | Path | None = None, overrides: list[str] | None = None, device: str = "auto") -> Run:
+def load_run(
+    run: str | Path,
+    checkpoint_path: str | Path | None = None,
+    overrides: list[str] | None = None,
+    device: str = "auto",
+) -> Run:
     """Load the network that evaluations measure, from the newest whole checkpoint of a run.
 
     Args:
@@ -56,15 +64,21 @@ def load_run(run: str | Path, checkpoint_path: str | Path | None = None, overrid
     path = Path(run)
     if path.is_file() or str(run).startswith("timm:"):
         if checkpoint_path:
-            raise ValueError(f"--checkpoint: {checkpoint_path} is of a run, and {run} is weights alone; leave it out")
+            raise ValueError(
+                f"--checkpoint: {checkpoint_path} is of a run, and {run} is weights alone; leave it out"
+            )
         return _load_weights(str(run), overrides or [], device)
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such run folder; give the `output` of a run's config")
+        raise ValueError(
+            f"{path}: there is no such run folder; give the `output` of a run's config"
+        )
     found = Path(checkpoint_path) if checkpoint_path else checkpoint.newest(path)
     try:
         manifest, tensors = checkpoint.read(found)
     except ValueError as error:
-        raise ValueError(f"{found.parent}: {error}. Nothing was loaded; give another, or none for the newest whole one") from None
+        raise ValueError(
+            f"{found.parent}: {error}. Nothing was loaded; give another, or none for the newest whole one"
+        ) from None
     run_config = config.from_dict(_with(manifest["config"], overrides or []))
     _check_architecture(path, run_config, found)
     view_size = recipe.each(run_config.views)[0].size
@@ -73,15 +87,33 @@ def load_run(run: str | Path, checkpoint_path: str | Path | None = None, overrid
     backbones.check(network, {"views.crops": view_size, "evaluation.image_size": image_size})
     backbone: nn.Module = backbones.build(network, view_size)
     prefix = manifest["evaluated"] + "."
-    weights = {key.removeprefix(prefix): value for key, value in backbones.plain_keys(tensors).items() if key.startswith(prefix)}
-    backbones.load_strict(backbone, weights, f"{found}, for backbone.name {run_config.backbone.name}", exact=True)
+    weights = {
+        key.removeprefix(prefix): value
+        for key, value in backbones.plain_keys(tensors).items()
+        if key.startswith(prefix)
+    }
+    backbones.load_strict(
+        backbone, weights, f"{found}, for backbone.name {run_config.backbone.name}", exact=True
+    )
     chosen = _device(device)
     backbone = place(backbone, chosen)
-    return Run(path, run_config, backbone, manifest["step"], manifest["network"], found, view_size, image_size, chosen)
+    return Run(
+        path,
+        run_config,
+        backbone,
+        manifest["step"],
+        manifest["network"],
+        found,
+        view_size,
+        image_size,
+        chosen,
+    )
 
 
 def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    return torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    )
 
 
 def _load_weights(weights: str, overrides: list[str], device: str) -> Run:
@@ -100,20 +132,38 @@ def _load_weights(weights: str, overrides: list[str], device: str) -> Run:
     if not given & {"backbone", "backbone.name"}:
         name, _, tag = tag.partition(".") if weights.startswith("timm:") else ("", "", "")
         if not tag:
-            raise ValueError(f"{weights}: which network are these weights of? Give its timm name, as in backbone.name=resnet50")
+            raise ValueError(
+                f"{weights}: which network are these weights of? Give its timm name, as in backbone.name=resnet50"
+            )
     init = f"timm:{tag}" if weights.startswith("timm:") else weights
     run_config.backbone = replace(run_config.backbone, name=name, init=init)
     size = run_config.evaluation.image_size or backbones.native_size(name)
     _as_timm_says(run_config, name, given)
     backbones.check(run_config.backbone, {"evaluation.image_size": size})
-    path = Path(run_config.output or f"runs/{Path(weights).stem if init == weights else f'{name}.{tag}'}")
+    path = Path(
+        run_config.output or f"runs/{Path(weights).stem if init == weights else f'{name}.{tag}'}"
+    )
     _claim(path, run_config)
     backbone: nn.Module = backbones.build(run_config.backbone, size)
     notes = checkpoint.initialize(backbone, run_config.backbone)
-    if distributed.is_main():
-        print("; ".join([f"{weights}: {name} at {size} pixels", *notes, f"results in {path}"]), file=sys.stderr, flush=True)
+    if process_group.is_main():
+        print(
+            "; ".join([f"{weights}: {name} at {size} pixels", *notes, f"results in {path}"]),
+            file=sys.stderr,
+            flush=True,
+        )
     chosen = _device(device)
-    return Run(path, run_config, place(backbone, chosen), 0, "published weights", Path(init), size, size, chosen)
+    return Run(
+        path,
+        run_config,
+        place(backbone, chosen),
+        0,
+        "published weights",
+        Path(init),
+        size,
+        size,
+        chosen,
+    )
 
 
 def _as_timm_says(run_config: RunConfig, name: str, given: set[str]) -> None:
@@ -138,10 +188,14 @@ def _claim(path: Path, run_config: RunConfig) -> None:
     """
     written = path / "config.yaml"
     there = yaml.safe_load(written.read_text()) if written.is_file() else None
-    other = (path / "checkpoints").exists() or (there and there.get("backbone") != asdict(run_config.backbone))
+    other = (path / "checkpoints").exists() or (
+        there and there.get("backbone") != asdict(run_config.backbone)
+    )
     if other:
-        raise ValueError(f"output: {path} holds a run, or the results of other weights; give another folder with output=FOLDER")
-    if distributed.is_main():
+        raise ValueError(
+            f"output: {path} holds a run, or the results of other weights; give another folder with output=FOLDER"
+        )
+    if process_group.is_main():
         path.mkdir(parents=True, exist_ok=True)
         written.write_text(config.to_yaml(run_config))
 
@@ -162,7 +216,9 @@ def _check_keys(overrides: list[str], allowed: tuple[str, ...], of: str) -> None
         key, equals, _ = override.partition("=")
         if not equals or key.split(".")[0] not in allowed:
             whose = "" if of == "a run" else f" of {of}"
-            raise ValueError(f"{override!r}: an evaluation{whose} takes key=value of {listed} only, such as data.root=/new/place")
+            raise ValueError(
+                f"{override!r}: an evaluation{whose} takes key=value of {listed} only, such as data.root=/new/place"
+            )
 
 
 def _check_architecture(path: Path, run_config: RunConfig, found: Path) -> None:
@@ -174,17 +230,25 @@ def _check_architecture(path: Path, run_config: RunConfig, found: Path) -> None:
     for key, value in (("name", run_config.backbone.name), ("stem", run_config.backbone.stem)):
         other = schema.at(described, f"backbone.{key}")
         if other not in (None, value):
-            raise ValueError(f"{found}: has backbone.{key} {value}, and {written} says {other}; give a checkpoint of this run")
+            raise ValueError(
+                f"{found}: has backbone.{key} {value}, and {written} says {other}; give a checkpoint of this run"
+            )
 
 
 def parser(name: str, text: str) -> argparse.ArgumentParser:
     """The command line that all evaluations share."""
-    made = argparse.ArgumentParser(f"python -m {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        f"python -m {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("run", metavar="RUN", help=RUN_HELP)
     keys = "for data.* and evaluation.* only, such as data.root=/new/place; of weights also backbone, views, seed, output"
     made.add_argument("overrides", nargs="*", metavar="key=value", help=keys)
-    made.add_argument("--checkpoint", metavar="FOLDER", help="judge this one (default: the newest whole one)")
+    made.add_argument(
+        "--checkpoint", metavar="FOLDER", help="judge this one (default: the newest whole one)"
+    )
     skipping = "where labels are needed and there are none, end with one line and status 77"
     made.add_argument("--skip-unlabelled", action="store_true", help=skipping)
-    made.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+    made.add_argument(
+        "--device", default="auto", help="cpu or cuda (default: cuda where there is one)"
+    )
     return made

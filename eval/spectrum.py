@@ -1,4 +1,4 @@
-"""How many directions a run's embeddings use: `python -m eval.spectrum RUN`."""
+"""How many directions a run's embeddings use: `python -m ssl_pretrain.eval.spectrum RUN`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval import features, parts, results, runs
-from eval.results import Row
-from eval.runs import Run
-from ssl_pretrain import backbones, checkpoint, config, draws
+from ssl_pretrain import config, rng
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.eval import results, runs
+from ssl_pretrain.eval.frozen import evaluation_split, features
+from ssl_pretrain.eval.results import Row
+from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.models import backbones
 
 TOP = 5  # eigenvalues
 MAX_IMAGES = 10000
@@ -23,14 +26,16 @@ which is near 100 when a representation has collapsed into a few directions; the
 eigenvalues' shares; and the sum itself, 100 where vectors fill the sphere evenly, 0 where all are one point. No
 labels are needed. The numbers and their protocol are printed and kept in RUN/eval/spectrum.json.
 
-    python -m eval.spectrum runs/demo"""
+    python -m ssl_pretrain.eval.spectrum runs/demo"""
 
 
 def main(arguments: list[str]) -> None:
-    options = runs.parser("eval.spectrum", HELP).parse_intermixed_args(arguments)
+    options = runs.parser("ssl_pretrain.eval.spectrum", HELP).parse_intermixed_args(arguments)
     run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
     result = evaluate(run)
-    print(f"\n{results.text(result)}\n\n{result['seconds']:.0f} s; kept in {run.path / 'eval/spectrum.json'}")
+    print(
+        f"\n{results.text(result)}\n\n{result['seconds']:.0f} s; kept in {run.path / 'eval/spectrum.json'}"
+    )
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -40,13 +45,20 @@ def evaluate(run: Run) -> dict[str, Any]:
         ValueError: the method has no projector.
     """
     began = time.monotonic()
-    source = parts.open_source(run.config.data, "train")
-    images = parts.Part(run, source, draws.permutation(0, 0, len(source), draws.Purpose.SUBSET)[:MAX_IMAGES])
+    source = evaluation_split.open_source(run.config.data, "train")
+    images = evaluation_split.Part(
+        run, source, rng.permutation(0, 0, len(source), rng.Purpose.SUBSET)[:MAX_IMAGES]
+    )
     rows = []
-    for name, backbone, projector in (("random, as built", *networks(run, trained=False)), ("pretrained", *networks(run, trained=True))):
+    for name, backbone, projector in (
+        ("random, as built", *networks(run, trained=False)),
+        ("pretrained", *networks(run, trained=True)),
+    ):
         found, _ = features.extract(backbone, images)
         with torch.no_grad():
-            embedded = torch.cat([projector(chunk) for chunk in found.split(parts.BATCH)])
+            embedded = torch.cat(
+                [projector(chunk) for chunk in found.split(evaluation_split.BATCH)]
+            )
         rows.append(Row(name, measures("embeddings", embedded) | measures("features", found)))
     protocol = {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}; random: before its first step",
@@ -57,7 +69,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         "variance: that sum, in percent of the most there can be",
         "images": f"{run.config.data.source}: {len(images)} training images in evaluation views",
     }
-    return results.save(run.path, "spectrum", protocol, rows, run.about(), time.monotonic() - began, "spectrum")
+    return results.save(
+        run.path, "spectrum", protocol, rows, run.about(), time.monotonic() - began, "spectrum"
+    )
 
 
 def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
@@ -71,7 +85,7 @@ def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
             f"{run.checkpoint_path}: weights without a run have no projector, whose output this measures; see eval.knn, eval.linear"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draws.seed_of(run.config.seed, 0, 0))  # as the trainer does
+        torch.manual_seed(rng.seed_of(run.config.seed, 0, 0))  # as the trainer does
         method = run.config.method.build(backbones.build(run.config.backbone, run.view_size))
     if not hasattr(method, "projector"):
         raise ValueError(
@@ -81,7 +95,9 @@ def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
         _, tensors = checkpoint.read(run.checkpoint_path)
         backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
     # the student's heads on the student's backbone, whatever network the other evaluations judge
-    return runs.place(method.backbone, run.device), method.get_submodule("projector").eval().to(run.device)
+    return runs.place(method.backbone, run.device), method.get_submodule("projector").eval().to(
+        run.device
+    )
 
 
 def measures(name: str, vectors: Tensor) -> dict[str, float]:
@@ -91,7 +107,11 @@ def measures(name: str, vectors: Tensor) -> dict[str, float]:
     shares = eigenvalues / total.clamp(min=1e-30)
     rank = torch.exp(-(shares * shares.clamp(min=1e-30).log()).sum())
     share = 100 * shares[:TOP].sum().item()
-    return {f"{name}, top-{TOP} of all": share, f"{name}, rank": rank.item(), f"{name}, variance": 100 * total.item()}
+    return {
+        f"{name}, top-{TOP} of all": share,
+        f"{name}, rank": rank.item(),
+        f"{name}, variance": 100 * total.item(),
+    }
 
 
 def spectrum(vectors: Tensor) -> Tensor:
@@ -102,4 +122,4 @@ def spectrum(vectors: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    results.command(main, "eval.spectrum")
+    results.command(main, "ssl_pretrain.eval.spectrum")

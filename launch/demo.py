@@ -6,10 +6,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file from a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch import local
+from ssl_pretrain.launch import local
 
 CONFIG = "configs/simclr_digits.yaml"
 RUN = "runs/demo"
@@ -21,13 +21,18 @@ def main() -> int:
 
 
 def _main() -> int:
-    print(f"Pretraining with {CONFIG} into {RUN}: SimCLR on 1,297 real 8 x 8 digits, without their labels. A few minutes.", flush=True)
+    print(
+        f"Pretraining with {CONFIG} into {RUN}: SimCLR on 1,297 real 8 x 8 digits, without their labels. A few minutes.",
+        flush=True,
+    )
     start = time.monotonic()
     status = local.run([sys.executable, "-m", "ssl_pretrain.train", CONFIG, f"output={RUN}"])
     if status:
         return status
     seconds = time.monotonic() - start
-    return local.run([sys.executable, "-m", "eval.demo", RUN, f"training={seconds:.0f}"])
+    return local.run(
+        [sys.executable, "-m", "ssl_pretrain.eval.demo_summary", RUN, f"training={seconds:.0f}"]
+    )
 
 
 if __name__ == "__main__":

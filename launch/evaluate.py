@@ -12,15 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
+if not __package__:  # run as a file from a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import results
-from launch import dashboard, held_checkpoints, local, slurm
-from launch.pretrain import EVALUATIONS, check_evaluations
-from ssl_pretrain import checkpoint, lock
 from ssl_pretrain import config as configuration
-from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.eval import results
+from ssl_pretrain.fault_tolerance import run_lock
+from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm
+from ssl_pretrain.launch.pretrain import EVALUATIONS, check_evaluations
 from ssl_pretrain.schema import POSITIVE
+from ssl_pretrain.system.exit_status import STOPPED
 
 HELD = ".held"  # folder in RUN/eval of the checkpoints that are being evaluated
 
@@ -42,7 +44,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         held_checkpoints.release_abandoned(run / "eval" / HELD)
         jobs = Jobs(run, options)
         if options.after:
-            print(f"submitted to SLURM, after {options.after}: {', '.join(jobs.submit_after(options.after))}")
+            print(
+                f"submitted to SLURM, after {options.after}: {', '.join(jobs.submit_after(options.after))}"
+            )
             return 0
         return watch(jobs, options) if options.watch else jobs.once()
     except (ValueError, OSError) as error:
@@ -69,18 +73,55 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for data.* and evaluation.* only, such as data.root=/new/place")
-    parser.add_argument("--jobs", nargs="+", metavar="NAME", help=f"of {', '.join(EVALUATIONS)} (default: evaluation.at_end of the run)")
-    parser.add_argument("--watch", action="store_true", help="go on with new checkpoints until the training has ended")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for data.* and evaluation.* only, such as data.root=/new/place",
+    )
+    parser.add_argument(
+        "--jobs",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(EVALUATIONS)} (default: evaluation.at_end of the run)",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on with new checkpoints until the training has ended",
+    )
     parser.add_argument("--newest", action="store_true", help="of the newest checkpoint alone")
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="of this one alone")
-    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one that no training of RUN holds)")
-    parser.add_argument("--share-gpu", action="store_true", help="use the GPU while RUN trains on this machine")
-    parser.add_argument("--cluster", choices=["auto", "local", "slurm"], help="where the jobs run (default: launch.cluster of the run)")
-    parser.add_argument("--after", default="", metavar="JOB", help="on SLURM: begin once this job, the training, has ended well")
-    parser.add_argument("--every-seconds", type=POSITIVE, default=30.0, help="between two looks of --watch (default: 30)")
     parser.add_argument(
-        "--give-up-minutes", type=POSITIVE, default=60.0, help="--watch ends when nobody has trained for so long (default: 60)"
+        "--device",
+        default="auto",
+        help="cpu or cuda (default: cuda where there is one that no training of RUN holds)",
+    )
+    parser.add_argument(
+        "--share-gpu", action="store_true", help="use the GPU while RUN trains on this machine"
+    )
+    parser.add_argument(
+        "--cluster",
+        choices=["auto", "local", "slurm"],
+        help="where the jobs run (default: launch.cluster of the run)",
+    )
+    parser.add_argument(
+        "--after",
+        default="",
+        metavar="JOB",
+        help="on SLURM: begin once this job, the training, has ended well",
+    )
+    parser.add_argument(
+        "--every-seconds",
+        type=POSITIVE,
+        default=30.0,
+        help="between two looks of --watch (default: 30)",
+    )
+    parser.add_argument(
+        "--give-up-minutes",
+        type=POSITIVE,
+        default=60.0,
+        help="--watch ends when nobody has trained for so long (default: 60)",
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -88,11 +129,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for a run, a job or a device that cannot be."""
     if not options.watch and not options.run.is_dir():
-        raise ValueError(f"{options.run}: there is no such run folder; give the `output` of a run's config, or --watch to wait for it")
+        raise ValueError(
+            f"{options.run}: there is no such run folder; give the `output` of a run's config, or --watch to wait for it"
+        )
     unknown = [name for name in options.jobs or [] if name not in EVALUATIONS]
     if unknown:
-        raise ValueError(f"--jobs: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}")
-    trainer = lock.holder(options.run)
+        raise ValueError(
+            f"--jobs: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}"
+        )
+    trainer = run_lock.holder(options.run)
     if options.device.startswith("cuda") and trainer and trainer["here"] and not options.share_gpu:
         raise ValueError(
             f"--device {options.device}: process {trainer['pid']} trains in {options.run} on this machine and holds its GPUs; "
@@ -105,7 +150,9 @@ class Jobs:
 
     def __init__(self, run: Path, options: argparse.Namespace):
         self.run, self.options = run, options
-        self.config = configuration.load(run / "config.yaml", [f"output={run}"])  # it may have moved
+        self.config = configuration.load(
+            run / "config.yaml", [f"output={run}"]
+        )  # it may have moved
         if not options.jobs:
             check_evaluations(self.config)
         names = options.jobs or self.config.evaluation.at_end
@@ -118,11 +165,19 @@ class Jobs:
 
     def due(self) -> list[tuple[Path, str]]:
         """(checkpoint, name) of what is not done and was not tried by this process, oldest first."""
-        found = [self.options.checkpoint] if self.options.checkpoint else checkpoint.checkpoints(self.run)
+        found = (
+            [self.options.checkpoint]
+            if self.options.checkpoint
+            else checkpoint.checkpoints(self.run)
+        )
         if self.options.newest and found:
             found = [checkpoint.newest(self.run)]
         each = [(path, name) for path in found for name in self.names]
-        return [(path, name) for path, name in each if not self._done(path, name) and (path.name, name) not in self.tried]
+        return [
+            (path, name)
+            for path, name in each
+            if not self._done(path, name) and (path.name, name) not in self.tried
+        ]
 
     def _done(self, path: Path, name: str) -> bool:
         folder = self.run / "eval" / path.name
@@ -140,7 +195,15 @@ class Jobs:
         if due:
             dashboard.send(self.run)
         if self.report and (due or not self.names):
-            command = [sys.executable, "-m", "eval.report", str(self.run), "--device", self.device(), *self.options.overrides]
+            command = [
+                sys.executable,
+                "-m",
+                "ssl_pretrain.eval.report",
+                str(self.run),
+                "--device",
+                self.device(),
+                *self.options.overrides,
+            ]
             if local.run(command) and not local.stop_requested():
                 self.failed.append("report")
         if self.failed:
@@ -154,12 +217,25 @@ class Jobs:
         self.tried.add((path.name, name))
         with held(path, self.run / "eval" / HELD) as kept:
             if kept is None:
-                print(f"skipped {name} of {path.name}: pruned before its turn; checkpoint.keep_last keeps more", flush=True)
+                print(
+                    f"skipped {name} of {path.name}: pruned before its turn; checkpoint.keep_last keeps more",
+                    flush=True,
+                )
                 return
             print(f"--- {name} of {path.name}", flush=True)
             where = ["--skip-unlabelled", "--checkpoint", str(kept), "--device", self.device()]
             patience = ["nice", "-n", "10"] if where[-1] == "cpu" and shutil.which("nice") else []
-            status = local.run([*patience, sys.executable, "-m", f"eval.{name}", str(self.run), *where, *self.options.overrides])
+            status = local.run(
+                [
+                    *patience,
+                    sys.executable,
+                    "-m",
+                    f"ssl_pretrain.eval.{name}",
+                    str(self.run),
+                    *where,
+                    *self.options.overrides,
+                ]
+            )
         if status == results.SKIPPED or local.stop_requested():
             return
         if status == 0:
@@ -173,8 +249,12 @@ class Jobs:
 
     def device(self) -> str:
         """The CPU while the run trains on this machine, unless told to share its GPUs."""
-        trainer = lock.holder(self.run)
-        if self.options.device != "auto" or self.options.share_gpu or not (trainer and trainer["here"]):
+        trainer = run_lock.holder(self.run)
+        if (
+            self.options.device != "auto"
+            or self.options.share_gpu
+            or not (trainer and trainer["here"])
+        ):
             return self.options.device
         told = f"on the CPU, as process {trainer['pid']} trains in {self.run} on this machine; --share-gpu takes the GPU"
         if told != self._said:
@@ -185,21 +265,39 @@ class Jobs:
     def submit_after(self, job: str) -> list[str]:
         """Submits every evaluation of the newest checkpoint, one after the other, the first once `job` has ended well."""
         names = [*self.names, *(["report"] if self.report else [])]
-        return slurm.submit_chain(self.config, [slurm.Evaluation(name, str(self.run)) for name in names], job)
+        return slurm.submit_chain(
+            self.config, [slurm.Evaluation(name, str(self.run)) for name in names], job
+        )
 
     def _submit(self, due: list[tuple[Path, str]]) -> int:
         note = self.run / "slurm" / "evaluations.json"
         known = json.loads(note.read_text()) if note.exists() else {}
-        new = [(path, name) for path, name in due if not slurm.waiting_or_running(known.get(f"{path.name}/{name}", ""))]
+        new = [
+            (path, name)
+            for path, name in due
+            if not slurm.waiting_or_running(known.get(f"{path.name}/{name}", ""))
+        ]
         self.tried |= {(path.name, name) for path, name in due}
-        jobs = [slurm.Evaluation(name, str(self.run), ("--checkpoint", str(path))) for path, name in new]
+        jobs = [
+            slurm.Evaluation(name, str(self.run), ("--checkpoint", str(path))) for path, name in new
+        ]
         ids = slurm.submit_evaluations(self.config, jobs)
         if ids:
-            note.write_text(json.dumps(known | {f"{path.name}/{name}": job for (path, name), job in zip(new, ids)}, indent=1))
-            print(f"submitted to SLURM: {', '.join(f'{name} of {path.name}: {job}' for (path, name), job in zip(new, ids))}", flush=True)
+            note.write_text(
+                json.dumps(
+                    known | {f"{path.name}/{name}": job for (path, name), job in zip(new, ids)},
+                    indent=1,
+                )
+            )
+            print(
+                f"submitted to SLURM: {', '.join(f'{name} of {path.name}: {job}' for (path, name), job in zip(new, ids))}",
+                flush=True,
+            )
         if self.report and (ids or not self.names):
             after = f"afterany:{':'.join(ids)}" if ids else ""  # whether they failed or not
-            slurm.submit_evaluations(self.config, [slurm.Evaluation("report", str(self.run))], after)
+            slurm.submit_evaluations(
+                self.config, [slurm.Evaluation("report", str(self.run))], after
+            )
         return 0
 
 
@@ -227,7 +325,11 @@ def linked(path: Path, to: Path) -> Path | None:
         return to if all((to / name).exists() for name in manifest["files"]) else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError):  # no hard links here, or damaged: the evaluation says so
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+    ):  # no hard links here, or damaged: the evaluation says so
         return path if path.exists() else None
 
 
@@ -240,7 +342,7 @@ def watch(jobs: Jobs, options: argparse.Namespace) -> int:
             return status
         if ended(jobs.run) and not jobs.due():
             return status
-        alone_since = None if lock.holder(jobs.run) else alone_since or time.monotonic()
+        alone_since = None if run_lock.holder(jobs.run) else alone_since or time.monotonic()
         if alone_since and time.monotonic() - alone_since > 60 * options.give_up_minutes:
             print(
                 f"nobody has trained in {jobs.run} for {options.give_up_minutes:g} minutes and it has not reached its end: gave up",

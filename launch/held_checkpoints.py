@@ -65,7 +65,9 @@ def _is_abandoned(own: Path, now: float) -> bool:
     except (OSError, ValueError):  # of an earlier version, or just being made
         owner, touched = {}, own.stat().st_mtime
     here = _this_process()
-    if owner.get("birth") and all(owner.get(key) == here[key] for key in ("host", "boot", "namespace")):
+    if owner.get("birth") and all(
+        owner.get(key) == here[key] for key in ("host", "boot", "namespace")
+    ):
         return _birth(owner.get("pid", -1)) != owner.get("birth")
     return now - touched > STALE_SECONDS
 

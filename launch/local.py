@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import shlex
 import signal
@@ -19,11 +18,11 @@ from typing import Any
 import torch
 
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.console import lasting_output
-from ssl_pretrain.restarts import STOPPED
-from ssl_pretrain.stop_signals import STOP_SIGNALS
+from ssl_pretrain.monitoring.console import lasting_output
+from ssl_pretrain.system.exit_status import STOPPED
+from ssl_pretrain.system.import_path import child_environment
+from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
-ROOT = Path(__file__).resolve().parents[1]
 HOST = re.compile(r"(?!-)[A-Za-z0-9._:-]+")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -35,13 +34,17 @@ def ranks_here(config: RunConfig) -> int:
 
 
 def train_command(
-    path: str, overrides: Sequence[str], ranks: int, max_restarts: int = 0, rendezvous: Sequence[str] = ("--standalone",)
+    path: str,
+    overrides: Sequence[str],
+    ranks: int,
+    max_restarts: int = 0,
+    rendezvous: Sequence[str] = ("--standalone",),
 ) -> list[str]:
     """Return the command that trains on `ranks` processes: plain python for one, torchrun for more."""
     standalone = tuple(rendezvous) == ("--standalone",)
     if ranks == 1 and standalone:
         return [sys.executable, "-m", "ssl_pretrain.train", path, *overrides]
-    module = "launch.torchrun" if standalone else "torch.distributed.run"
+    module = "ssl_pretrain.launch.torchrun" if standalone else "torch.distributed.run"
     return [
         sys.executable, "-m", module, *rendezvous, "--max-restarts", str(max_restarts), "--nproc-per-node", str(ranks),
         "-m", "ssl_pretrain.train", path, *overrides,
@@ -57,7 +60,9 @@ def host_names(config: RunConfig) -> list[str]:
     if not config.launch.hosts:
         return []
     hosts = [host.strip(" ") for host in config.launch.hosts.split(",")]
-    wrong = next((host for host in hosts if not HOST.fullmatch(host) or hosts.count(host) > 1), None)
+    wrong = next(
+        (host for host in hosts if not HOST.fullmatch(host) or hosts.count(host) > 1), None
+    )
     if wrong is not None:
         raise ConfigError(
             f"launch.hosts: {wrong!r} of {config.launch.hosts!r} is not the name or address of one more host; give such as a,b,10.0.0.3"
@@ -94,8 +99,17 @@ def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> lis
             "--nnodes", str(len(hosts)), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{config.launch.port}",
             "--rdzv-id", Path(config.output).name, "--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", host,
         )  # fmt: skip
-        command = train_command(path, overrides, ranks_here(config), config.launch.max_restarts, meet)
-        lines.append((host, shlex.join(["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *command[3:]])))
+        command = train_command(
+            path, overrides, ranks_here(config), config.launch.max_restarts, meet
+        )
+        lines.append(
+            (
+                host,
+                shlex.join(
+                    ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *command[3:]]
+                ),
+            )
+        )
     return lines
 
 
@@ -175,9 +189,8 @@ def run(command: Sequence[str]) -> int:
     """
     if _stop.requested:
         return STOPPED
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"PYTHONPATH": path}  # what is started is of this checkout, too
-    if "launch.torchrun" in command:
+    environment = child_environment()
+    if "ssl_pretrain.launch.torchrun" in command:
         environment.setdefault("OMP_NUM_THREADS", "1")
     _stop.process = subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher

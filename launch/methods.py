@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # runs from a clone that is not installed, too
+if not __package__:  # run as a file from a clone
+    sys.path.insert(0, str(ROOT))
 
-from eval import results
-from launch import local, pretrain, slurm
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.eval import results
+from ssl_pretrain.launch import local, pretrain, slurm
 from ssl_pretrain.schema import FROM_ZERO
+from ssl_pretrain.system.exit_status import STOPPED
 
 CONFIG = "configs/methods_cifar10_cpu.yaml"
 MARGIN = 3.0  # points above the random backbone that a method should reach
@@ -42,11 +43,27 @@ def _main(arguments: Sequence[str] | None) -> int:
   python launch/methods.py --table-only --table docs/results/methods_cpu.md       the table of the documentation""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, for all methods")
-    parser.add_argument("--methods", nargs="+", choices=methods.names(), default=methods.names(), metavar="NAME", help="default: all")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="any key of the config, for all methods"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=methods.names(),
+        default=methods.names(),
+        metavar="NAME",
+        help="default: all",
+    )
     parser.add_argument("--seeds", nargs="+", type=FROM_ZERO, default=[0], metavar="N")
-    parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="where the runs are kept")
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="where the table goes (default: methods.md beside the runs)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/methods"), help="where the runs are kept"
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE.md",
+        help="where the table goes (default: methods.md beside the runs)",
+    )
     parser.add_argument("--table-only", action="store_true", help="train nothing")
     options = parser.parse_intermixed_args(arguments)
     failed: list[str] = []
@@ -59,12 +76,18 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"=== {config.method.name}, seed {config.seed}", flush=True)
         status = pretrain.pretrain_and_evaluate(config, str(ROOT / CONFIG), every)[0]
         if status == STOPPED:
-            print(f"stopped in run {number} of {len(due)}; the same command goes on from there", flush=True)
+            print(
+                f"stopped in run {number} of {len(due)}; the same command goes on from there",
+                flush=True,
+            )
             return STOPPED
         if status:
             failed.append(Path(config.output).name)
     if not list(options.runs.glob("*_*/eval/knn.json")):
-        print(f"error: {options.runs}: no run there has been evaluated, so no table was written", file=sys.stderr)
+        print(
+            f"error: {options.runs}: no run there has been evaluated, so no table was written",
+            file=sys.stderr,
+        )
         return 1 if failed else 2
     page = options.table or options.runs / "methods.md"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +115,11 @@ def _due(options: argparse.Namespace) -> list[tuple[RunConfig, list[str]]]:
 def overrides_of(name: str) -> list[str]:
     """What one method changes in the preset: its head for small networks, and its exceptions."""
     module = methods.find(name)
-    return [f"method.name={name}", *(f"method.{key}={value}" for key, value in module.SMALL.items()), *getattr(module, "PRESET", [])]
+    return [
+        f"method.name={name}",
+        *(f"method.{key}={value}" for key, value in module.SMALL.items()),
+        *getattr(module, "PRESET", []),
+    ]
 
 
 def table(runs: Path) -> str:
@@ -111,24 +138,43 @@ def table(runs: Path) -> str:
         "| features | seeds | k-NN, % | above random | effective rank | minutes | k-NN in the run, % |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [f"| {name} | | {baseline[name]:.1f} | | | | |" for name in ("raw pixels", results.BETTER) if name in baseline]
-    for name, seeds in sorted(found.items(), key=lambda item: -statistics.mean(seed["knn"] for seed in item[1])):
+    lines += [
+        f"| {name} | | {baseline[name]:.1f} | | | | |"
+        for name in ("raw pixels", results.BETTER)
+        if name in baseline
+    ]
+    for name, seeds in sorted(
+        found.items(), key=lambda item: -statistics.mean(seed["knn"] for seed in item[1])
+    ):
         gain = statistics.mean(seed["knn"] - seed["rows"][results.BETTER] for seed in seeds)
         reached = "" if gain >= MARGIN else f" (under {MARGIN:g})"
         curve = " ".join(f"{value:.0f}" for value in seeds[0]["curve"])
-        cells = [name, str(len(seeds)), _mean(seeds, "knn"), f"{gain:+.1f}{reached}", _mean(seeds, "rank"), _mean(seeds, "minutes"), curve]
+        cells = [
+            name,
+            str(len(seeds)),
+            _mean(seeds, "knn"),
+            f"{gain:+.1f}{reached}",
+            _mean(seeds, "rank"),
+            _mean(seeds, "minutes"),
+            curve,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _read(run: Path) -> dict[str, Any]:
-    rows = {row["features"]: row["metrics"]["clean"] for row in json.loads((run / "eval/knn.json").read_text())["rows"]}
+    rows = {
+        row["features"]: row["metrics"]["clean"]
+        for row in json.loads((run / "eval/knn.json").read_text())["rows"]
+    }
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(records[i]["time"] - records[i - 1]["time"] for i in range(1, len(records)))
     return {
         "rows": rows,
         "knn": rows["pretrained"],
-        "rank": next((record["rankme"] for record in reversed(records) if "rankme" in record), float("nan")),
+        "rank": next(
+            (record["rankme"] for record in reversed(records) if "rankme" in record), float("nan")
+        ),
         "minutes": seconds / 60,
         "curve": [100 * record["knn"] for record in records if "knn" in record],
     }
@@ -136,7 +182,9 @@ def _read(run: Path) -> dict[str, Any]:
 
 def _mean(seeds: list[dict[str, Any]], key: str) -> str:
     values = [seed[key] for seed in seeds]
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.1f}" + (
+        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    )
 
 
 def _settings(runs: Path) -> str:

@@ -12,16 +12,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
+if not __package__:  # run as a file from a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import results
-from launch import dashboard, local, slurm
-from ssl_pretrain import checkpoint, plan
 from ssl_pretrain import config as configuration
+from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.eval import results
+from ssl_pretrain.launch import dashboard, local, slurm
+from ssl_pretrain.planning import plan
+from ssl_pretrain.system.exit_status import STOPPED
 
-EVALUATIONS = ("knn", "linear", "spectrum", "retrieval", "robustness", "semi", "finetune", "export", "report")
+EVALUATIONS = (
+    "knn",
+    "linear",
+    "spectrum",
+    "retrieval",
+    "robustness",
+    "semi",
+    "finetune",
+    "export",
+    "report",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,13 +58,17 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser.add_argument("config", help="a YAML of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     parser.add_argument(
-        "--plan", action="store_true", help="print the resolved config, the learning rate and the sizes of everything, then exit"
+        "--plan",
+        action="store_true",
+        help="print the resolved config, the learning rate and the sizes of everything, then exit",
     )
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     try:
         config = configuration.load(options.config, options.overrides)
         check_evaluations(config)
-        submitting = config.launch.cluster == "slurm" or (config.launch.cluster == "auto" and slurm.here() and not config.launch.hosts)
+        submitting = config.launch.cluster == "slurm" or (
+            config.launch.cluster == "auto" and slurm.here() and not config.launch.hosts
+        )
         if not submitting:
             slurm.check_here(config, options.overrides)
         hosts = local.host_names(config)
@@ -79,22 +95,31 @@ def check_evaluations(config: RunConfig) -> None:
     """Raise ConfigError for a name in `evaluation.at_end` that is no evaluation."""
     unknown = [name for name in config.evaluation.at_end if name not in EVALUATIONS]
     if unknown:
-        raise ConfigError(f"evaluation.at_end: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}")
+        raise ConfigError(
+            f"evaluation.at_end: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}"
+        )
 
 
 def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
     jobs = slurm.submit(config, path, overrides)
     chain = config.launch.chain
-    print(f"submitted to SLURM: pretraining {', '.join(jobs[:chain])} on {slurm.ranks(config)} ranks")
+    print(
+        f"submitted to SLURM: pretraining {', '.join(jobs[:chain])} on {slurm.ranks(config)} ranks"
+    )
     for name, job in zip(config.evaluation.at_end, jobs[chain:]):
         print(f"  then {name}: {job}")
     log = f"{config.output}/slurm/{jobs[0]}_0_log.out"
-    print(f"follow it: {shlex.join(['tail', '-f', log])}\nstop it:   {shlex.join(['scancel', *jobs])}")
+    print(
+        f"follow it: {shlex.join(['tail', '-f', log])}\nstop it:   {shlex.join(['scancel', *jobs])}"
+    )
     return 0
 
 
 def pretrain_and_evaluate(
-    config: RunConfig, path: str, overrides: Sequence[str], options: dict[str, list[str]] | None = None
+    config: RunConfig,
+    path: str,
+    overrides: Sequence[str],
+    options: dict[str, list[str]] | None = None,
 ) -> tuple[int, dict[str, float]]:
     """Pretrain, then run each evaluation of `evaluation.at_end` that the last checkpoint does not have yet.
 
@@ -116,7 +141,9 @@ def pretrain_and_evaluate(
         seconds[name] = time.monotonic() - start
         return status
 
-    train = local.train_command(path, overrides, local.ranks_here(config), config.launch.max_restarts)
+    train = local.train_command(
+        path, overrides, local.ranks_here(config), config.launch.max_restarts
+    )
     status = _status_of_training(config, phase("pretraining", train))
     if status:
         return status, seconds
@@ -124,7 +151,10 @@ def pretrain_and_evaluate(
     for due in _due_evaluations(config, options or {}):
         status = phase(due.name, due.command)
         if local.stop_requested():
-            print(f"stopped in {due.name}, after the pretraining: the same command goes on with it", flush=True)
+            print(
+                f"stopped in {due.name}, after the pretraining: the same command goes on with it",
+                flush=True,
+            )
             return STOPPED, seconds
         if status == 0:
             due.note()
@@ -133,7 +163,11 @@ def pretrain_and_evaluate(
     if seconds.keys() > {"pretraining"}:
         dashboard.send(Path(config.output))
     if failed:
-        print(f"error: failed: {', '.join(failed)}; the other evaluations were run", file=sys.stderr, flush=True)
+        print(
+            f"error: failed: {', '.join(failed)}; the other evaluations were run",
+            file=sys.stderr,
+            flush=True,
+        )
     return 1 if failed else 0, seconds
 
 
@@ -145,7 +179,9 @@ def _status_of_training(config: RunConfig, status: int) -> int:
     if status not in (0, STOPPED) and not killed:
         return status
     saved = checkpoint.checkpoints(config.output)
-    where = f"goes on from {saved[-1].name}" if saved else "starts it anew, as nothing was saved yet"
+    where = (
+        f"goes on from {saved[-1].name}" if saved else "starts it anew, as nothing was saved yet"
+    )
     print(f"stopped before its end, and so not evaluated: the same command {where}", flush=True)
     return STOPPED
 
@@ -185,11 +221,24 @@ def _due_evaluations(config: RunConfig, options: dict[str, list[str]]) -> Iterat
     made = False
     for name in config.evaluation.at_end:
         arguments = options.get(name, [])
-        settings = json.dumps({"data": written["data"], "evaluation": written["evaluation"], "arguments": arguments}, indent=1)
-        command = [sys.executable, "-m", f"eval.{name}", config.output, "--skip-unlabelled", *arguments]
+        settings = json.dumps(
+            {"data": written["data"], "evaluation": written["evaluation"], "arguments": arguments},
+            indent=1,
+        )
+        command = [
+            sys.executable,
+            "-m",
+            f"ssl_pretrain.eval.{name}",
+            config.output,
+            "--skip-unlabelled",
+            *arguments,
+        ]
         due = Evaluation(name, command, folder / f".{name}.done", settings)
         if due.is_done() and not (made and name == "report"):
-            print(f"--- {name}: done before; python -m eval.{name} {config.output} does it again", flush=True)
+            print(
+                f"--- {name}: done before; python -m ssl_pretrain.eval.{name} {config.output} does it again",
+                flush=True,
+            )
             continue
         yield due
         made = made or due.is_done()

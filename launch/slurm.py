@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import local
-from ssl_pretrain import checkpoint, stop_signals, train
+from ssl_pretrain import train
+from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.config import ConfigError, RunConfig, check_slurm_keys
-from ssl_pretrain.restarts import LOST, STOPPED
+from ssl_pretrain.launch import local
+from ssl_pretrain.system import stop_signals
+from ssl_pretrain.system.exit_status import LOST, STOPPED
+from ssl_pretrain.system.import_path import IMPORT_ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 UNFINISHED = STOPPED  # exit status of every rank until the run has ended
 PLACES = ("partition", "account", "qos", "constraint")
 MARKS = "_.,:+@&|*!=/()[]-"  # allowed in names, lists of names and constraints
@@ -102,19 +104,28 @@ def request(config: RunConfig) -> dict[str, Any]:
         )
     minutes = math.ceil(asked.hours * 60)
     if asked.signal_seconds >= minutes * 60:
-        raise ConfigError(f"launch.signal_seconds: {asked.signal_seconds} leaves nothing of launch.hours: {asked.hours:g}; give less")
+        raise ConfigError(
+            f"launch.signal_seconds: {asked.signal_seconds} leaves nothing of launch.hours: {asked.hours:g}; give less"
+        )
     wanted: dict[str, Any] = {
         "slurm_job_name": Path(config.output).name,
         "nodes": asked.nodes,
         "tasks_per_node": ranks(config) // asked.nodes,
-        "cpus_per_task": asked.cpus_per_rank or max(1, config.data.num_workers if asked.gpus_per_node else 1),
+        "cpus_per_task": asked.cpus_per_rank
+        or max(1, config.data.num_workers if asked.gpus_per_node else 1),
         "timeout_min": minutes,
         "slurm_signal_delay_s": asked.signal_seconds,
-        "slurm_setup": [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}", "export SLURM_OPEN_MODE=append"],
+        "slurm_setup": [
+            f"export PYTHONPATH={shlex.quote(str(IMPORT_ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            "export SLURM_OPEN_MODE=append",
+        ],
         # a step that loses a task is ended by SLURM only through us: a lost node is answered with a requeue
         "slurm_srun_args": ["--kill-on-bad-exit=0"],
     }
-    more: dict[str, Any] = {"open_mode": "append", "requeue" if asked.requeue else "no_requeue": True}
+    more: dict[str, Any] = {
+        "open_mode": "append",
+        "requeue" if asked.requeue else "no_requeue": True,
+    }
     if asked.gpus_per_node:
         more["gpus_per_node"] = asked.gpus_per_node
     if asked.memory_gb:
@@ -136,7 +147,9 @@ def describe(config: RunConfig) -> list[str]:
     gpus = f", {launch.gpus_per_node} GPUs a node" if launch.gpus_per_node else ""
     memory = f", {launch.memory_gb} GB a node" if launch.memory_gb else ""
     again = "requeued until the run has ended" if launch.requeue else "not requeued"
-    what = "pretraining" if launch.chain == 1 else f"{launch.chain} x pretraining, one after the other"
+    what = (
+        "pretraining" if launch.chain == 1 else f"{launch.chain} x pretraining, one after the other"
+    )
     lines = [
         f"SLURM job: {what} ({asked['slurm_job_name']}): {launch.nodes} nodes x {asked['tasks_per_node']} tasks = {ranks(config)} ranks, "
         f"{asked['cpus_per_task']} CPUs a task{gpus}{memory}, {asked['timeout_min']} min, SIGUSR2 {launch.signal_seconds} s before, "
@@ -159,14 +172,24 @@ def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
     with _private(config.output) as executor:
         jobs: list[str] = []
         for _ in range(config.launch.chain):
-            more = wanted["slurm_additional_parameters"] | ({"dependency": f"afterany:{jobs[-1]}"} if jobs else {})
+            more = wanted["slurm_additional_parameters"] | (
+                {"dependency": f"afterany:{jobs[-1]}"} if jobs else {}
+            )
             executor.update_parameters(**(wanted | {"slurm_additional_parameters": more}))
-            run = Pretraining(str(Path(path).absolute()), (*overrides, f"output={config.output}"), config.launch.requeue)
+            run = Pretraining(
+                str(Path(path).absolute()),
+                (*overrides, f"output={config.output}"),
+                config.launch.requeue,
+            )
             jobs.append(executor.submit(run).job_id)
-    return jobs + submit_chain(config, [Evaluation(name, config.output) for name in config.evaluation.at_end], jobs[-1])
+    return jobs + submit_chain(
+        config, [Evaluation(name, config.output) for name in config.evaluation.at_end], jobs[-1]
+    )
 
 
-def submit_chain(config: RunConfig, evaluations: Sequence[Evaluation], pretraining: str) -> list[str]:
+def submit_chain(
+    config: RunConfig, evaluations: Sequence[Evaluation], pretraining: str
+) -> list[str]:
     """Submit evaluations one after the other, once the pretraining has ended well; return their job ids.
 
     The report comes last and shows the results of the others, also if some of them failed.
@@ -190,13 +213,20 @@ def submit_evaluations(config: RunConfig, jobs: Sequence[Evaluation], after: str
     """
     dropped = ("slurm_signal_delay_s", "slurm_srun_args", "slurm_additional_parameters")
     wanted = {key: value for key, value in request(config).items() if key not in dropped}
-    more: dict[str, Any] = {"open_mode": "append"} | ({"dependency": after, "kill_on_invalid_dep": "yes"} if after else {})
+    more: dict[str, Any] = {"open_mode": "append"} | (
+        {"dependency": after, "kill_on_invalid_dep": "yes"} if after else {}
+    )
     if config.launch.gpus_per_node:
         more["gpus_per_node"] = "1"
     submitted = []
     with _private(config.output) as executor:
         for job in jobs:
-            name = {"slurm_job_name": job.name, "nodes": 1, "tasks_per_node": 1, "slurm_additional_parameters": more}
+            name = {
+                "slurm_job_name": job.name,
+                "nodes": 1,
+                "tasks_per_node": 1,
+                "slurm_additional_parameters": more,
+            }
             executor.update_parameters(**(wanted | name))
             submitted.append(executor.submit(job).job_id)
     return submitted
@@ -206,7 +236,9 @@ def waiting_or_running(job: str) -> bool:
     """Return True if the job is in SLURM's queue."""
     if not job:
         return False
-    found = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60
+    )
     return found.returncode == 0 and bool(found.stdout.strip())
 
 
@@ -221,7 +253,10 @@ def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> 
         executor.update_parameters(**request(first))
         with executor.batch():
             file = str(Path(path).absolute())
-            jobs = [executor.submit(Pretraining(file, tuple(overrides), run.launch.requeue)) for run, overrides in runs]
+            jobs = [
+                executor.submit(Pretraining(file, tuple(overrides), run.launch.requeue))
+                for run, overrides in runs
+            ]
     return [job.job_id for job in jobs]
 
 
@@ -231,7 +266,9 @@ def _private(output: str) -> Iterator[Any]:
     try:
         import submitit
     except ImportError:
-        raise ConfigError("launch.cluster: slurm needs submitit; pip install submitit, or set launch.cluster=local") from None
+        raise ConfigError(
+            "launch.cluster: slurm needs submitit; pip install submitit, or set launch.cluster=local"
+        ) from None
     check_submission()
     folder = Path(output).absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +278,9 @@ def _private(output: str) -> Iterator[Any]:
         yield submitit.AutoExecutor(folder=folder, cluster="slurm")
     except submitit.core.utils.FailedJobError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"SLURM refused the job: {reason}; see launch.partition, launch.account, --plan") from None
+        raise ConfigError(
+            f"SLURM refused the job: {reason}; see launch.partition, launch.account, --plan"
+        ) from None
     finally:
         os.umask(mask)
 
@@ -257,7 +296,9 @@ class Evaluation:
     def __call__(self) -> int:
         here = ["--cluster", "local", "--jobs", self.name, *(self.arguments or ("--newest",))]
         with local.stoppable():
-            status = local.run([sys.executable, str(ROOT / "launch/evaluate.py"), self.run, *here])
+            status = local.run(
+                [sys.executable, "-m", "ssl_pretrain.launch.evaluate", self.run, *here]
+            )
         if status:
             raise SystemExit(status)
         return status
@@ -274,13 +315,22 @@ class Pretraining:
     def __call__(self) -> int:
         stop_signals.note_signals()  # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step
         _become_a_rank()
-        run = Path(next(value for key, _, value in (o.partition("=") for o in reversed(self.overrides)) if key == "output"))
+        run = Path(
+            next(
+                value
+                for key, _, value in (o.partition("=") for o in reversed(self.overrides))
+                if key == "output"
+            )
+        )
         try:
             status = train.main([self.path, *self.overrides])
         except Exception as error:
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             status = CRASHED
-        if status in (CRASHED, LOST):  # a lost rank or node rather than a mistake that would come again
+        if status in (
+            CRASHED,
+            LOST,
+        ):  # a lost rank or node rather than a mistake that would come again
             status = UNFINISHED if _made_progress(run) else 1
             if status == UNFINISHED and self.requeue:
                 _requeue_and_wait(delay=3.0 * int(os.environ["RANK"]))
@@ -306,7 +356,9 @@ def _become_a_rank() -> None:
         LOCAL_RANK=str(environment.local_rank),
         LOCAL_WORLD_SIZE=str(environment.num_tasks // environment.num_nodes),
         MASTER_ADDR=environment.hostnames[0],
-        MASTER_PORT=str(20000 + (7 * int(environment.raw_job_id) + restarts) % 20000),  # another after each requeue
+        MASTER_PORT=str(
+            20000 + (7 * int(environment.raw_job_id) + restarts) % 20000
+        ),  # another after each requeue
     )
 
 
@@ -334,7 +386,9 @@ def _requeue_and_wait(delay: float) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(UNFINISHED))
     time.sleep(delay)
     job = os.environ["SLURM_JOB_ID"]
-    state = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60).stdout
+    state = subprocess.run(
+        ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=60
+    ).stdout
     own = f"Restarts={os.environ.get('SLURM_RESTART_COUNT', '0')} "
     if "JobState=RUNNING" in state and own in state:
         print(f"asking SLURM to run job {job} again", flush=True)

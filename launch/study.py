@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval import results
-from launch import local, methods, pretrain, slurm
 from ssl_pretrain import config as configuration
 from ssl_pretrain import schema
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.eval import results
+from ssl_pretrain.launch import local, methods, pretrain, slurm
+from ssl_pretrain.system.exit_status import STOPPED
 
 BESIDE = ("raw pixels", results.BETTER)
 ACCURACY, SHARE = "linear, %", "top-5 of all, %"
@@ -50,7 +50,9 @@ class Study:
     runs: list[OneRun] = field(default_factory=list)
 
 
-Planned = tuple[str, RunConfig, list[str]]  # (row of the table, the run's config, the overrides that make it of the base)
+Planned = tuple[
+    str, RunConfig, list[str]
+]  # (row of the table, the run's config, the overrides that make it of the base)
 
 
 def load(path: str | Path) -> Study | None:
@@ -73,7 +75,9 @@ def load(path: str | Path) -> Study | None:
     return study
 
 
-def plan(study: Study, path: str | Path, base: str | None, overrides: Sequence[str]) -> list[Planned]:
+def plan(
+    study: Study, path: str | Path, base: str | None, overrides: Sequence[str]
+) -> list[Planned]:
     """Every run of the study, in the table's order, once a seed. `overrides` are of all runs; seed=0,1,2 makes three of each."""
     base = base or study.base
     given = dict(override.partition("=")[::2] for override in overrides)
@@ -82,7 +86,14 @@ def plan(study: Study, path: str | Path, base: str | None, overrides: Sequence[s
     planned = []
     for run in study.runs:
         own = [*study.set, *run.set]
-        name = next((value.partition("=")[2] for value in reversed(own) if value.startswith("method.name=")), "")
+        name = next(
+            (
+                value.partition("=")[2]
+                for value in reversed(own)
+                if value.startswith("method.name=")
+            ),
+            "",
+        )
         heads = methods.overrides_of(name) if study.small_heads and name else []
         for seed in seeds:
             slug = re.sub(r"[^a-z0-9.]+", "_", run.name.lower()).strip("_")
@@ -107,7 +118,11 @@ def run_all(planned: Sequence[Planned], base: str) -> list[str]:
     Raw pixels and the random backbone are judged once, of the first run of each seed: they are the same in all.
     """
     failed = []
-    compared = {config.seed for _, config, _ in planned if done(config) and BESIDE[0] in read(Path(config.output))}
+    compared = {
+        config.seed
+        for _, config, _ in planned
+        if done(config) and BESIDE[0] in read(Path(config.output))
+    }
     for number, (name, config, overrides) in enumerate(planned, start=1):
         if done(config):
             continue
@@ -115,7 +130,9 @@ def run_all(planned: Sequence[Planned], base: str) -> list[str]:
         options = {"linear": ["--rows", "pretrained"]} if config.seed in compared else {}
         status = pretrain.pretrain_and_evaluate(config, base, overrides, options)[0]
         if status == STOPPED:
-            raise Stopped(f"stopped in run {number} of {len(planned)}; the same command goes on from there")
+            raise Stopped(
+                f"stopped in run {number} of {len(planned)}; the same command goes on from there"
+            )
         if status:
             failed.append(config.output)
         else:
@@ -124,20 +141,32 @@ def run_all(planned: Sequence[Planned], base: str) -> list[str]:
 
 
 def done(config: RunConfig) -> bool:
-    return all((Path(config.output) / "eval" / f"{name}.json").exists() for name in ("linear", "spectrum"))
+    return all(
+        (Path(config.output) / "eval" / f"{name}.json").exists() for name in ("linear", "spectrum")
+    )
 
 
 def write(study: Study, planned: Sequence[Planned], command: str, table: Path) -> None:
     """The table as Markdown at `table`, and beside it the plot, a PNG of the same name."""
-    finished = [(name, config, read(Path(config.output))) for name, config, _ in planned if done(config)]
+    finished = [
+        (name, config, read(Path(config.output))) for name, config, _ in planned if done(config)
+    ]
     table.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# {study.title}", "", f"Command: `{command}`", ""]
     assert finished, "a table without rows is not written"
     rows: dict[str, list[dict[str, float]]] = {}
     for name, _, numbers in finished:
         rows.setdefault(name, []).append(numbers)
-    lines += [*about(finished[0][1], rows), "", f"| run | seeds | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    lines += [f"| {name} | {len(seeds)} | {' | '.join(cell(seeds, column) for column in COLUMNS)} |" for name, seeds in rows.items()]
+    lines += [
+        *about(finished[0][1], rows),
+        "",
+        f"| run | seeds | {' | '.join(COLUMNS)} |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    lines += [
+        f"| {name} | {len(seeds)} | {' | '.join(cell(seeds, column) for column in COLUMNS)} |"
+        for name, seeds in rows.items()
+    ]
     missing = [name for name, config, _ in planned if not done(config)]
     if missing:
         lines += ["", f"Not run: {', '.join(dict.fromkeys(missing))}."]
@@ -147,8 +176,14 @@ def write(study: Study, planned: Sequence[Planned], command: str, table: Path) -
 
 
 def about(config: RunConfig, rows: dict[str, list[dict[str, float]]]) -> list[str]:
-    beside = {row: seed[row] for seeds in rows.values() for seed in seeds for row in BESIDE if row in seed}
-    images = f"{config.data.subset:,} images of {config.data.source}" if config.data.subset else config.data.source
+    beside = {
+        row: seed[row] for seeds in rows.values() for seed in seeds for row in BESIDE if row in seed
+    }
+    images = (
+        f"{config.data.subset:,} images of {config.data.source}"
+        if config.data.subset
+        else config.data.source
+    )
     return [
         f"{config.backbone.name}, {images}, batch {config.global_batch_size}, {config.epochs} epochs. {ACCURACY}: a linear classifier on "
         f"frozen features, learning rate chosen on held-out training images, accuracy on the test images; raw pixels reach "
@@ -161,18 +196,28 @@ def about(config: RunConfig, rows: dict[str, list[dict[str, float]]]) -> list[st
 
 def read(run: Path) -> dict[str, float]:
     """The numbers of a run's row, and linear accuracy of raw pixels and the random backbone where this run judged them."""
-    found = {result["name"]: {row["features"]: row["metrics"] for row in result["rows"]} for result in results.load(run)}
+    found = {
+        result["name"]: {row["features"]: row["metrics"] for row in result["rows"]}
+        for result in results.load(run)
+    }
     numbers = {column: found[name]["pretrained"][key] for column, (name, key) in COLUMNS.items()}
-    return numbers | {row: found["linear"][row]["all labels"] for row in BESIDE if row in found["linear"]}
+    return numbers | {
+        row: found["linear"][row]["all labels"] for row in BESIDE if row in found["linear"]
+    }
 
 
 def cell(seeds: Sequence[dict[str, float]], column: str) -> str:
     values = [seed[column] for seed in seeds]
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.1f}" + (
+        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    )
 
 
 def draw(
-    study: Study, finished: Sequence[tuple[str, RunConfig, dict[str, float]]], rows: dict[str, list[dict[str, float]]], path: Path
+    study: Study,
+    finished: Sequence[tuple[str, RunConfig, dict[str, float]]],
+    rows: dict[str, list[dict[str, float]]],
+    path: Path,
 ) -> None:
     """Two panels, accuracy and the top-5 share: curves with every seed's point over `plot_against`, or a bar for each run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -183,10 +228,19 @@ def draw(
     panels: Any = figure.subplots(1, 2, sharey=not study.plot_against)
     for panel, column, colour in zip(panels, (ACCURACY, SHARE), ("#1f5fa8", "#c8443c")):
         if study.plot_against:
-            points = [(float(value_at(config, study.plot_against)), numbers[column]) for _, config, numbers in finished]
+            points = [
+                (float(value_at(config, study.plot_against)), numbers[column])
+                for _, config, numbers in finished
+            ]
             places = sorted({x for x, _ in points})
-            panel.plot(places, [statistics.mean(y for x, y in points if x == place) for place in places], color=colour)
-            panel.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=5)
+            panel.plot(
+                places,
+                [statistics.mean(y for x, y in points if x == place) for place in places],
+                color=colour,
+            )
+            panel.plot(
+                [x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=5
+            )
             panel.set_xscale("log")
             panel.set_xticks(places, [f"{place:g}" for place in places])
             panel.minorticks_off()
@@ -196,7 +250,10 @@ def draw(
             values = [[seed[column] for seed in rows[name]] for name in names]
             panel.barh(names, [statistics.mean(each) for each in values], color=colour, alpha=0.75)
             panel.plot(
-                [value for each in values for value in each], [name for name, each in zip(names, values) for _ in each], "k.", markersize=4
+                [value for each in values for value in each],
+                [name for name, each in zip(names, values) for _ in each],
+                "k.",
+                markersize=4,
             )
         panel.set_title(column, fontsize=11)
         panel.grid(alpha=0.3, axis="y" if study.plot_against else "x")
@@ -218,12 +275,21 @@ def value_at(config: RunConfig, key: str) -> Any:
 def check_local(config: RunConfig, overrides: Sequence[str]) -> None:
     """Raise ConfigError for keys of a cluster: the runs of a study follow each other on this machine."""
     if config.launch.cluster == "slurm":
-        raise ConfigError("launch.cluster: slurm: these runs follow each other on this machine; leave it out")
+        raise ConfigError(
+            "launch.cluster: slurm: these runs follow each other on this machine; leave it out"
+        )
     local.check_one_machine(config)
     slurm.check_here(config, overrides)
 
 
-def main(study: Study, path: str, base: str | None, overrides: Sequence[str], table: Path | None, only: str) -> int:
+def main(
+    study: Study,
+    path: str,
+    base: str | None,
+    overrides: Sequence[str],
+    table: Path | None,
+    only: str,
+) -> int:
     """`only`: "" runs all, "list" names the runs, "table" writes the table of those that are there."""
     planned = plan(study, path, base, overrides)
     for _, config, every in planned:
@@ -238,15 +304,31 @@ def main(study: Study, path: str, base: str | None, overrides: Sequence[str], ta
         return STOPPED
     if not any(done(config) for _, config, _ in planned):
         place = Path(planned[0][1].output).parent
-        print(f"error: {place}: no run of this study has been evaluated, so no table was written; run it first", file=sys.stderr)
+        print(
+            f"error: {place}: no run of this study has been evaluated, so no table was written; run it first",
+            file=sys.stderr,
+        )
         return 2 if only == "table" else 1
     table = table or Path(planned[0][1].output).parent / f"{Path(path).stem}.md"
-    shown = [override for override in overrides if not override.startswith(("output=", "launch.", "log."))]
+    shown = [
+        override
+        for override in overrides
+        if not override.startswith(("output=", "launch.", "log."))
+    ]
     command = shlex.join(
-        ["python", "launch/sweep.py", path, *(["--base", base] if base else []), *(_plain(override) for override in shown)]
+        [
+            "python",
+            "launch/sweep.py",
+            path,
+            *(["--base", base] if base else []),
+            *(_plain(override) for override in shown),
+        ]
     )
     write(study, planned, command, table)
-    print(f"{table} and {table.with_suffix('.png').name}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print(
+        f"{table} and {table.with_suffix('.png').name}"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
     if failed:
         print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

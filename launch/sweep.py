@@ -12,12 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone that is not installed, too
+if not __package__:  # run as a file from a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch import local, pretrain, slurm, study
 from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.launch import local, pretrain, slurm, study
+from ssl_pretrain.system.exit_status import STOPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,21 +40,44 @@ def _main(arguments: Sequence[str] | None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML of configs/, or a study of configs/sweeps/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="several values, separated by commas, make several runs")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="several values, separated by commas, make several runs",
+    )
     parser.add_argument("--list", action="store_true", help="print the runs, start nothing")
-    parser.add_argument("--base", metavar="CONFIG", help="for a study: pretrain on this config instead of the study's own")
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="for a study: where its table goes (default: beside the runs)")
-    parser.add_argument("--table-only", action="store_true", help="for a study: train nothing, write the table of the runs that are there")
+    parser.add_argument(
+        "--base",
+        metavar="CONFIG",
+        help="for a study: pretrain on this config instead of the study's own",
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE.md",
+        help="for a study: where its table goes (default: beside the runs)",
+    )
+    parser.add_argument(
+        "--table-only",
+        action="store_true",
+        help="for a study: train nothing, write the table of the runs that are there",
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         asked = study.load(options.config)
         if asked is not None:
             only = "list" if options.list else "table" if options.table_only else ""
-            return study.main(asked, options.config, options.base, options.overrides, options.table, only)
+            return study.main(
+                asked, options.config, options.base, options.overrides, options.table, only
+            )
         if not options.overrides:
-            raise ConfigError("give the values to try, such as seed=0,1, or a study of configs/sweeps/")
+            raise ConfigError(
+                "give the values to try, such as seed=0,1, or a study of configs/sweeps/"
+            )
         runs = [
-            (configuration.load(options.config, overrides), overrides) for overrides in combinations(options.config, options.overrides)
+            (configuration.load(options.config, overrides), overrides)
+            for overrides in combinations(options.config, options.overrides)
         ]
         submitting = _submitting(runs[0][0])
         for run, overrides in runs:
@@ -76,7 +100,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"=== {number} of {len(runs)}: {run.output}", flush=True)
         status = pretrain.pretrain_and_evaluate(run, options.config, overrides)[0]
         if status == STOPPED:
-            print(f"stopped in run {number} of {len(runs)}; the same command goes on from there", flush=True)
+            print(
+                f"stopped in run {number} of {len(runs)}; the same command goes on from there",
+                flush=True,
+            )
             return STOPPED
         if status:
             failed.append(run.output)
@@ -95,15 +122,22 @@ def combinations(path: str, overrides: Sequence[str]) -> list[list[str]]:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(f"{override!r}: an override is key=value, such as optim.base_lr=0.2,0.3")
+            raise ConfigError(
+                f"{override!r}: an override is key=value, such as optim.base_lr=0.2,0.3"
+            )
         choices.append((key, _values(key, value)))
-    folder = next((values[0] for key, values in choices if key == "output"), f"runs/{Path(path).stem}_sweep")
+    folder = next(
+        (values[0] for key, values in choices if key == "output"), f"runs/{Path(path).stem}_sweep"
+    )
     varying = [key for key, values in choices if len(values) > 1]
     found = []
     for values in itertools.product(*(values for _, values in choices)):
         chosen = dict(zip((key for key, _ in choices), values))
         name = ",".join(f"{key.rpartition('.')[2]}={chosen[key]}" for key in varying) or "run"
-        found.append([f"{key}={value}" for key, value in chosen.items() if key != "output"] + [f"output={folder}/{name}"])
+        found.append(
+            [f"{key}={value}" for key, value in chosen.items() if key != "output"]
+            + [f"output={folder}/{name}"]
+        )
     return found
 
 

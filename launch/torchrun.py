@@ -2,7 +2,7 @@
 
 torchrun itself answers a signal with a traceback and status 1, kills ranks that need more than 30
 seconds for their last save, and starts ranks again that ended on request. Its arguments are the
-same: python -m launch.torchrun --standalone --nproc-per-node 8 -m ssl_pretrain.train CONFIG
+same: python -m ssl_pretrain.launch.torchrun --standalone --nproc-per-node 8 -m ssl_pretrain.train CONFIG
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.distributed.elastic.agent.server.api import RunResult
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ssl_pretrain.restarts import DISK_REFUSED, MISTAKE, STOPPED
-from ssl_pretrain.stop_signals import STOP_SIGNALS
+from ssl_pretrain.system.exit_status import DISK_REFUSED, MISTAKE, STOPPED
+from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
 # Exit statuses that would only come again: asked to stop, a mistake, the disk refused a checkpoint.
 FINAL = (STOPPED, MISTAKE, DISK_REFUSED)
@@ -93,7 +93,10 @@ def main(arguments: Sequence[str]) -> int:
 def _with_handled(arguments: Sequence[str]) -> list[str]:
     """Arguments that leave SIGTERM and its like to this process, where torchrun has an option for it."""
     options = run.get_args_parser()._option_string_actions
-    return [*(["--signals-to-handle", "SIGQUIT"] if "--signals-to-handle" in options else []), *arguments]
+    return [
+        *(["--signals-to-handle", "SIGQUIT"] if "--signals-to-handle" in options else []),
+        *arguments,
+    ]
 
 
 if __name__ == "__main__":

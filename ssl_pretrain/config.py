@@ -12,20 +12,22 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from ssl_pretrain import backbones, methods, optim, parallel, schema
-from ssl_pretrain.backbones import BackboneConfig
-from ssl_pretrain.checkpoint import CheckpointConfig
+from ssl_pretrain import methods, schema
+from ssl_pretrain.checkpoint.state import CheckpointConfig
 from ssl_pretrain.data import sources
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.data.sources import DataConfig
-from ssl_pretrain.guard import GuardConfig
-from ssl_pretrain.hardware import PlanConfig
-from ssl_pretrain.health import HealthConfig
-from ssl_pretrain.log import LogConfig
+from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig
 from ssl_pretrain.methods.base import Method, MethodConfig
-from ssl_pretrain.online import OnlineConfig
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.monitoring.collapse import HealthConfig
+from ssl_pretrain.monitoring.logger import LogConfig
+from ssl_pretrain.monitoring.online_knn import OnlineConfig
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.schema import Bounds, Scalar
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.recipe import ViewsConfig
@@ -36,10 +38,34 @@ class ConfigError(ValueError):
 
 
 @dataclass
+class PlanConfig:
+    """For which machine `--plan` computes memory and time; the number of GPUs is launch.nodes x launch.gpus_per_node."""
+
+    gpu: Literal["", "H100", "H200", "A100", "L40S", "here"] = (
+        ""  # here: this machine, as calibrated; empty: no memory and no time
+    )
+    intra_node_gb_per_second: float = (
+        0.0  # of one GPU to its neighbours, each way; 0: as the table says
+    )
+    inter_node_gb_per_second: float = (
+        0.0  # of one node to the others, each way, all its ports together; 0: as the table says
+    )
+    decoded_per_core: float = (
+        0.0  # images a second that one core decodes and cuts; 0: as calibrated, else not planned
+    )
+    num_images: int = 0  # of the data set, where it cannot be read here
+    calibration: str = (
+        "runs/calibration.json"  # what `python -m ssl_pretrain.planning.calibrate` wrote
+    )
+
+
+@dataclass
 class LaunchConfig:
     """Where the ranks run, for launch/pretrain.py."""
 
-    cluster: Literal["auto", "slurm", "local"] = "auto"  # auto: SLURM where sbatch is found, else this machine
+    cluster: Literal["auto", "slurm", "local"] = (
+        "auto"  # auto: SLURM where sbatch is found, else this machine
+    )
     ranks: int = 0  # processes on each machine; 0: one per GPU, or one on CPU
     max_restarts: int = 3  # torchrun restarts all ranks from the newest checkpoint after one was lost; SLURM requeues instead
     hosts: str = ""  # a,b: print one torchrun command per host without running it
@@ -49,7 +75,9 @@ class LaunchConfig:
     cpus_per_rank: int = 0  # 0: as many as data.num_workers
     memory_gb: int = 0  # of a node; 0: what the cluster gives
     hours: float = 24.0  # time limit of a job; the run continues in the same job when requeued, or in the next of the chain
-    signal_seconds: int = 120  # time before the limit at which SLURM signals, enough for one step and one checkpoint
+    signal_seconds: int = (
+        120  # time before the limit at which SLURM signals, enough for one step and one checkpoint
+    )
     requeue: bool = True  # after a pre-emption, a time limit or a lost node
     chain: int = 1  # number of jobs that follow each other, where a cluster does not requeue
     partition: str = ""
@@ -62,9 +90,13 @@ class LaunchConfig:
 class EvaluationConfig:
     """The evaluations after a run, and the settings that they share."""
 
-    at_end: list[str] = field(default_factory=lambda: ["knn", "linear", "report"])  # run by launch/pretrain.py after training
+    at_end: list[str] = field(
+        default_factory=lambda: ["knn", "linear", "report"]
+    )  # run by launch/pretrain.py after training
     image_size: int = 0  # pixels; 0: the size of the first crop in views.crops
-    crop_ratio: float = field(default=0.875, metadata=schema.above_zero(1))  # side of the center crop over the side of the resized image
+    crop_ratio: float = field(
+        default=0.875, metadata=schema.above_zero(1)
+    )  # side of the center crop over the side of the resized image
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     k: int = 20  # neighbors that vote
     temperature: float = 0.07  # divides their cosine similarities
@@ -90,8 +122,12 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = field(default=0, metadata={"bounds": Bounds(0, 2**63 - 1)})
     epochs: int = field(default=100, metadata=schema.at_least(1))
-    global_batch_size: int = field(default=4096, metadata=schema.at_least(1))  # images per optimizer step, over all ranks and micro-batches
-    local_batch_size: int | str = 0  # images per forward pass on one rank; 0: its whole share; auto: the largest that fits, found by trial
+    global_batch_size: int = field(
+        default=4096, metadata=schema.at_least(1)
+    )  # images per optimizer step, over all ranks and micro-batches
+    local_batch_size: int | str = (
+        0  # images per forward pass on one rank; 0: its whole share; auto: the largest that fits, found by trial
+    )
     output: str = ""  # the run's folder; empty: runs/<name of the YAML>
 
 
@@ -118,7 +154,9 @@ SLURM_KEYS = (
 )  # fmt: skip
 
 NO_METHOD = "none"  # method.name of weights that were not trained by this project
-NOTHING_INTERPOLATED = "nothing is interpolated, so that no secret of the environment enters a logged config"
+NOTHING_INTERPOLATED = (
+    "nothing is interpolated, so that no secret of the environment enters a logged config"
+)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -173,9 +211,14 @@ def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> d
         pairs.append((key, value))
     try:
         chosen = schema.merge(values, {})
-        for key, value in pairs:  # the method's name comes first, since it decides the types of its keys
+        for (
+            key,
+            value,
+        ) in pairs:  # the method's name comes first, since it decides the types of its keys
             if key in ("method", "method.name"):
-                chosen = schema.merge(chosen, schema.override(RunConfig, key, value, {"method": dict[str, str]}))
+                chosen = schema.merge(
+                    chosen, schema.override(RunConfig, key, value, {"method": dict[str, str]})
+                )
         instead = _types(chosen, source)
         for key, value in pairs:
             values = schema.merge(values, schema.override(RunConfig, key, value, instead))
@@ -193,10 +236,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: There is no such file, or it is not a YAML mapping in UTF-8.
     """
     if not path.is_file():
-        known = sorted(str(found) for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        known = (
+            sorted(str(found) for found in path.parent.glob("*.yaml"))
+            if path.parent.is_dir()
+            else []
+        )
         raise ConfigError(
             f"{path}: no such file. "
-            + (f"There are: {', '.join(known)}" if known else "Give the path of a YAML, such as configs/simclr_digits.yaml")
+            + (
+                f"There are: {', '.join(known)}"
+                if known
+                else "Give the path of a YAML, such as configs/simclr_digits.yaml"
+            )
         )
     content = path.read_bytes()
     try:
@@ -211,7 +262,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = schema.parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML{_yaml_problem(error, text)}. Write each key once, as 'key: value'") from None
+        raise ConfigError(
+            f"{path}: not valid YAML{_yaml_problem(error, text)}. Write each key once, as 'key: value'"
+        ) from None
     if tree == Scalar(""):
         return {}
     if not isinstance(tree, dict):
@@ -223,7 +276,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
     """Format an error of PyYAML as ` at line N: PROBLEM`."""
     if isinstance(error, yaml.reader.ReaderError):
-        character = text.find(chr(error.character)) if isinstance(error.character, int) else text.find(str(error.character))
+        character = (
+            text.find(chr(error.character))
+            if isinstance(error.character, int)
+            else text.find(str(error.character))
+        )
         return f" at line {text.count(chr(10), 0, max(0, character)) + 1}: {error.reason}"
     mark = getattr(error, "problem_mark", None)
     where = f" at line {mark.line + 1}" if mark else ""
@@ -235,7 +292,9 @@ def _types(tree: dict[str, Any], source: str) -> dict[str, Any]:
     name = schema.at(tree, "method.name")
     name = name.text if isinstance(name, Scalar) else name
     if not name or name == "???":
-        raise ConfigError(f"{source}: method.name is missing; choose one of: {', '.join(methods.names())}")
+        raise ConfigError(
+            f"{source}: method.name is missing; choose one of: {', '.join(methods.names())}"
+        )
     return {"method": MethodConfig if name == NO_METHOD else methods.find(str(name)).Config}
 
 
@@ -291,7 +350,9 @@ def check(config: RunConfig, world_size: int) -> None:
 def method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, to try it, to count its parameters and to see their names."""
     with torch.device("meta"):
-        return config.method.build(backbones.on_meta(config.backbone, recipe.each(config.views)[0].size))
+        return config.method.build(
+            backbones.on_meta(config.backbone, recipe.each(config.views)[0].size)
+        )
 
 
 def _try_method(config: RunConfig) -> None:
@@ -302,7 +363,9 @@ def _try_method(config: RunConfig) -> None:
     """
     sizes = [crop.size for crop in recipe.each(config.views)]
     num_images = min(2, parallel.group_images(config.parallel, config.global_batch_size))
-    untrained = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, init="random"))
+    untrained = dataclasses.replace(
+        config, backbone=dataclasses.replace(config.backbone, init="random")
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         method = method_on_meta(untrained)
         with torch.device("meta"):
@@ -350,18 +413,28 @@ def check_slurm_keys(
         given = [key for key in given if f"launch.{key}" in typed]
     if given:
         named = ", ".join(f"launch.{key}: {getattr(config.launch, key)}" for key in given)
-        raise ConfigError(f"{named}: {'this is' if len(given) == 1 else 'these are'} for SLURM, and {reason}; {remedy}")
+        raise ConfigError(
+            f"{named}: {'this is' if len(given) == 1 else 'these are'} for SLURM, and {reason}; {remedy}"
+        )
 
 
 def _image_sizes(config: RunConfig) -> dict[str, int]:
     """Sizes in pixels of the images that the backbone sees, by the keys that set them."""
     sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
-    return sizes | ({"evaluation.image_size": config.evaluation.image_size} if config.evaluation.image_size else {})
+    return sizes | (
+        {"evaluation.image_size": config.evaluation.image_size}
+        if config.evaluation.image_size
+        else {}
+    )
 
 
 def _does_not_divide(batch: int, ranks: int) -> str:
     below = batch // ranks * ranks
-    near = f"the nearest that do are {below} and {below + ranks}" if below else f"the nearest that does is {ranks}"
+    near = (
+        f"the nearest that do are {below} and {below + ranks}"
+        if below
+        else f"the nearest that does is {ranks}"
+    )
     return f"global_batch_size: {batch} does not divide over {ranks} ranks; {near}"
 
 
@@ -375,7 +448,9 @@ def part_size(config: RunConfig, world_size: int) -> int | None:
     if written == "auto":
         return None
     if not written.lstrip("-").isdecimal():
-        raise ConfigError(f"local_batch_size: {written!r}; choose a number of images, 0 for a rank's whole share, or auto")
+        raise ConfigError(
+            f"local_batch_size: {written!r}; choose a number of images, 0 for a rank's whole share, or auto"
+        )
     return int(written) or config.global_batch_size // world_size
 
 
@@ -394,21 +469,41 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
     """
     old, new = _flat(saved), _flat(to_dict(config))
     defaults = _flat(to_dict(from_dict({"method": {"name": config.method.name}})))
-    later = [key for key in new.keys() - old.keys() if key in defaults and not key.startswith("views.crops")]
+    later = [
+        key
+        for key in new.keys() - old.keys()
+        if key in defaults and not key.startswith("views.crops")
+    ]
     for name in config.views.crops.keys() & saved.get("views", {}).get("crops", {}).keys():
-        options = {f"views.crops.{name}.{option}": value for option, value in dataclasses.asdict(recipe.Crop()).items()}
+        options = {
+            f"views.crops.{name}.{option}": value
+            for option, value in dataclasses.asdict(recipe.Crop()).items()
+        }
         defaults |= options
         later += options.keys() - old.keys()
-    old |= {key: defaults[key] for key in later}  # keys that the saving version did not have; it behaved as their defaults
-    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
-    refused = [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in differing if key not in WARNED]
+    old |= {
+        key: defaults[key] for key in later
+    }  # keys that the saving version did not have; it behaved as their defaults
+    differing = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _is_free(key)
+    ]
+    refused = [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in differing
+        if key not in WARNED
+    ]
     if refused:
         raise ConfigError(
             f"{path} was made by another configuration: {'; '.join(refused)}. "
             f"Give a new output, or start a new run from its weights with backbone.init={Path(path).parent.parent}"
         )
     for key in differing:
-        warnings.warn(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now: the schedule changes from here on", stacklevel=2)
+        warnings.warn(
+            f"{key}: {old.get(key)!r} then, {new.get(key)!r} now: the schedule changes from here on",
+            stacklevel=2,
+        )
 
 
 def _is_free(key: str) -> bool:
@@ -418,5 +513,9 @@ def _is_free(key: str) -> bool:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{key}": value}
+        )
     return flat

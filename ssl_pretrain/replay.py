@@ -22,12 +22,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssl_pretrain import checkpoint, distributed, optim, parallel
 from ssl_pretrain import config as configuration
+from ssl_pretrain.build import build_method, images_at_once, wrap
+from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.data import loader
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.schema import COUNT
 from ssl_pretrain.step import Stepper
-from ssl_pretrain.train import build_method, images_at_once, wrap
 
 
 def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
@@ -47,7 +50,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     start, first = _where_to_start(run, step, skipped)
     manifest = checkpoint.opened(start)
     config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
-    device = distributed.start(config.parallel.threads, config.parallel.deterministic)
+    device = process_group.start(config.parallel.threads, config.parallel.deterministic)
     with loader.build(
         config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device,
         view_dtype=parallel.view_dtype(config.parallel, device),
@@ -57,21 +60,39 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         images = images_at_once(method, config, device)
         model = wrap(method, config, images, device)
         optimizer = optim.build(config.optim, method)
-        stepper = Stepper(model, optimizer, config.parallel, config.seed, images, config.global_batch_size, config.optim, device)
+        stepper = Stepper(
+            model,
+            optimizer,
+            config.parallel,
+            config.seed,
+            images,
+            config.global_batch_size,
+            config.optim,
+            device,
+        )
         if skipped and skipped["indices"] != batches.indices(step - 1).tolist():
-            raise ValueError(f"{run}: step {step} skipped other images than the data set gives now; give the data that the run had")
+            raise ValueError(
+                f"{run}: step {step} skipped other images than the data set gives now; give the data that the run had"
+            )
         checkpoint.State(method, optimizer, {}, {}).load(start)
         first = step - 1 if from_checkpoint else first
         watch = _Watch()
         for now, batch in zip(range(first, step), batches.starting_at(first)):
             progress = now / manifest["last_step"]
-            optim.set_rates(optimizer, config.optim, progress, config.epochs, config.global_batch_size)
+            optim.set_rates(
+                optimizer, config.optim, progress, config.epochs, config.global_batch_size
+            )
             if now == step - 1:
                 watch.begin(method)
             _, logs = stepper(now, progress, batch)
-        lines = [f"step {step} of {run}, from {start.name}" + (" without the steps between" if from_checkpoint else "")]
+        lines = [
+            f"step {step} of {run}, from {start.name}"
+            + (" without the steps between" if from_checkpoint else "")
+        ]
         if skipped:
-            lines.append(f"  skipped by the run; its {len(skipped['indices'])} images as noted in skipped/, of epoch {skipped['epoch']}")
+            lines.append(
+                f"  skipped by the run; its {len(skipped['indices'])} images as noted in skipped/, of epoch {skipped['epoch']}"
+            )
         lines += [f"  {name}: {value.item():.6g}" for name, value in logs.items()]
         broken_views = [
             (number, batches.source.name(int(batch.indices[row])))
@@ -80,7 +101,9 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
         ]
         lines += [f"  view {number} of {name} is not finite" for number, name in broken_views]
         lines.append(f"  first output that is not finite: {watch.broken or 'none'}")
-        return lines + [f"  gradient norm of {name}: {norm:.6g}" for name, norm in watch.gradients.items()]
+        return lines + [
+            f"  gradient norm of {name}: {norm:.6g}" for name, norm in watch.gradients.items()
+        ]
 
 
 def _noted(run: Path, step: int) -> dict[str, Any]:
@@ -99,10 +122,16 @@ def _check_step(run: Path, step: int) -> None:
     manifest = checkpoint.opened(checkpoint.newest(run), verified=True)
     last = manifest["last_step"]
     if step > last:
-        raise ValueError(f"STEP: {step} is after the last step of {run}, {last}; give one from 1 to {last}")
+        raise ValueError(
+            f"STEP: {step} is after the last step of {run}, {last}; give one from 1 to {last}"
+        )
     reached = max(manifest["step"], *_steps_seen(run))
-    if step > reached + manifest["config"]["log"]["every_steps"]:  # a step that ended the run is not logged
-        raise ValueError(f"STEP: {run} has come to step {reached} of {last}, not to {step}; give one from 1 to {reached}")
+    if (
+        step > reached + manifest["config"]["log"]["every_steps"]
+    ):  # a step that ended the run is not logged
+        raise ValueError(
+            f"STEP: {run} has come to step {reached} of {last}, not to {step}; give one from 1 to {reached}"
+        )
 
 
 def _steps_seen(run: Path) -> list[int]:
@@ -122,13 +151,17 @@ def _where_to_start(run: Path, step: int, skipped: dict[str, Any]) -> tuple[Path
     found = {int(path.name.removeprefix("step_")): path for path in checkpoint.checkpoints(run)}
     before = [saved for saved in found if saved < step]
     if not before:
-        raise ValueError(f"{run}: no checkpoint before step {step}; the oldest there is cannot have met that batch. Give a later step")
+        raise ValueError(
+            f"{run}: no checkpoint before step {step}; the oldest there is cannot have met that batch. Give a later step"
+        )
     newest = max(before)
     if newest > skipped.get("rolled_back_after", newest):
         return found[newest], newest
     back = skipped.get("rolled_back_to", newest)
     if back not in found:
-        raise ValueError(f"{run}: step {step} went on from the checkpoint of step {back}, which is no longer there. Give a later step")
+        raise ValueError(
+            f"{run}: step {step} went on from the checkpoint of step {back}, which is no longer there. Give a later step"
+        )
     return found[back], skipped.get("rolled_back_after", newest)
 
 
@@ -157,7 +190,9 @@ class _Watch:
 
     def _add(self, part: str) -> Any:
         def hook(gradient: Tensor) -> None:
-            self._squares[part] = self._squares.get(part, 0.0) + gradient.double().square().sum().item()
+            self._squares[part] = (
+                self._squares.get(part, 0.0) + gradient.double().square().sum().item()
+            )
             self.gradients = {name: square**0.5 for name, square in self._squares.items()}
 
         return hook
@@ -165,10 +200,16 @@ class _Watch:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m ssl_pretrain.replay", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="python -m ssl_pretrain.replay", description=__doc__, formatter_class=raw
+    )
     parser.add_argument("run", type=Path, help="the output folder of a run")
-    parser.add_argument("step", type=COUNT, help="the step to repeat, as metrics.jsonl and skipped/ number them")
-    parser.add_argument("--from-checkpoint", action="store_true", help="with the checkpoint's own weights")
+    parser.add_argument(
+        "step", type=COUNT, help="the step to repeat, as metrics.jsonl and skipped/ number them"
+    )
+    parser.add_argument(
+        "--from-checkpoint", action="store_true", help="with the checkpoint's own weights"
+    )
     options = parser.parse_args(arguments)
     try:
         print("\n".join(replay(options.run, options.step, options.from_checkpoint)))
@@ -176,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        distributed.stop()
+        process_group.stop()
     return 0
 
 

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain import batch_norm, distributed, draws, optim, parallel
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain import rng
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import batch_norm
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 
 Embeddings = dict[str, Tensor]
 
@@ -29,13 +33,19 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     config: ParallelConfig
     seed: int
-    local_batch_size: int  # images fed at once: this rank's share of the global batch, or a part of it that fits
+    local_batch_size: (
+        int  # images fed at once: this rank's share of the global batch, or a part of it that fits
+    )
     global_batch_size: int
     optim: OptimConfig
     device: torch.device
-    broken: dict[str, Tensor] = field(default_factory=dict)  # per embedding, the first step at which this rank's was not finite
+    broken: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # per embedding, the first step at which this rank's was not finite
 
-    def __call__(self, step: int, progress: float, batch: Any) -> tuple[Embeddings, dict[str, Tensor]]:
+    def __call__(
+        self, step: int, progress: float, batch: Any
+    ) -> tuple[Embeddings, dict[str, Tensor]]:
         method: Any = parallel.unwrap(self.model)
         batch = replace(batch, views=parallel.place(batch.views, self.config, self.device))
         before = batch_norm.remembered(method)
@@ -43,8 +53,14 @@ class Stepper:
         parallel.begin_step(self.config)
         embeddings, targets, loss, logs = self._backward(method)(method, batch, step)
         self._watch(embeddings, step)
-        frozen = [p for name, p in method.named_parameters() if name.startswith(tuple(method.frozen(progress)))]
-        norm, skipped = optim.guarded_step(self.optimizer, self.optim.clip_norm, self.optim.clip_by, frozen)
+        frozen = [
+            p
+            for name, p in method.named_parameters()
+            if name.startswith(tuple(method.frozen(progress)))
+        ]
+        norm, skipped = optim.guarded_step(
+            self.optimizer, self.optim.clip_norm, self.optim.clip_by, frozen
+        )
         parallel.average_statistics(self.model, self.config, self.global_batch_size)
         batch_norm.put_back(method, before, skipped > 0)
         method.stepped = 1 - skipped
@@ -54,13 +70,17 @@ class Stepper:
 
     @property
     def num_parts(self) -> int:
-        return self.global_batch_size // distributed.world_size() // self.local_batch_size
+        return self.global_batch_size // process_group.world_size() // self.local_batch_size
 
-    def _backward(self, method: Any) -> Callable[..., tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]]:
+    def _backward(
+        self, method: Any
+    ) -> Callable[..., tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]]:
         if self.num_parts == 1:
             return self._whole
         check_accumulation(method, self.config)
-        two = self.config.accumulation == "two_passes" or (self.config.accumulation == "auto" and method.couples_batch)
+        two = self.config.accumulation == "two_passes" or (
+            self.config.accumulation == "auto" and method.couples_batch
+        )
         return self._in_two_passes if two else self._accumulated
 
     def _watch(self, embeddings: Embeddings, step: int) -> None:
@@ -74,20 +94,24 @@ class Stepper:
         own = {name: int(first) for name, first in self.broken.items() if first >= 0}
         found = [
             f"{name} of rank {rank} since step {step}"
-            for rank, entries in enumerate(distributed.gather_objects(own))
+            for rank, entries in enumerate(collectives.gather_objects(own))
             for name, step in entries.items()
         ]
         return ", ".join(found)
 
     def _seed(self, step: int, part: int) -> None:
         """Dropout and drop-path by the part of the global batch, so that K parts on one rank draw what K ranks draw."""
-        torch.manual_seed(draws.seed_of(self.seed, step, distributed.rank() * self.num_parts + part))
+        torch.manual_seed(
+            rng.seed_of(self.seed, step, process_group.rank() * self.num_parts + part)
+        )
 
     def _embed(self, part: Any) -> Embeddings:
         with parallel.autocast(self.config, self.device):
             return self.model(part)
 
-    def _whole(self, method: Any, batch: Any, step: int) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
+    def _whole(
+        self, method: Any, batch: Any, step: int
+    ) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
         self._seed(step, 0)
         embeddings = self._embed(batch)
         with parallel.autocast(self.config, self.device):
@@ -96,7 +120,9 @@ class Stepper:
         loss.backward()
         return _detached(embeddings), targets, loss.detach(), logs
 
-    def _accumulated(self, method: Any, batch: Any, step: int) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
+    def _accumulated(
+        self, method: Any, batch: Any, step: int
+    ) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
         """Images do not couple: the mean over parts of the parts' losses is the loss."""
         kept = []
         leave = _mean_of_statistics(method, self.num_parts)
@@ -109,12 +135,21 @@ class Stepper:
                     targets = method.targets(part)
                 loss, logs = method.loss(embeddings, targets)
                 (loss / self.num_parts).backward()
-            leave(k)  # not before: backward checks that batch norm's buffers are as its forward left them
+            leave(
+                k
+            )  # not before: backward checks that batch norm's buffers are as its forward left them
             kept.append((_detached(embeddings), targets, {"loss": loss.detach(), **logs}))
         logs = {name: torch.stack([entry[2][name] for entry in kept]).mean() for name in kept[0][2]}
-        return _joined([entry[0] for entry in kept]), _joined([entry[1] for entry in kept]), logs.pop("loss"), logs
+        return (
+            _joined([entry[0] for entry in kept]),
+            _joined([entry[1] for entry in kept]),
+            logs.pop("loss"),
+            logs,
+        )
 
-    def _in_two_passes(self, method: Any, batch: Any, step: int) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
+    def _in_two_passes(
+        self, method: Any, batch: Any, step: int
+    ) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
         """Images couple: embed all parts without a graph, take the loss's gradient by the embeddings once over the whole
         global batch, then embed each part again and send that gradient back (GradCache, arXiv:2101.06983)."""
         parts = [batch.part(k, self.num_parts) for k in range(self.num_parts)]
@@ -130,8 +165,12 @@ class Stepper:
         statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
         embeddings = {name: z.requires_grad_() for name, z in _joined(first).items()}
         loss, logs = method.loss(embeddings, _joined(targets))
-        by_name = dict(zip(embeddings, torch.autograd.grad(loss, list(embeddings.values()), allow_unused=True)))
-        gradients = {name: gradient for name, gradient in by_name.items() if gradient is not None}  # some are for after_step alone
+        by_name = dict(
+            zip(embeddings, torch.autograd.grad(loss, list(embeddings.values()), allow_unused=True))
+        )
+        gradients = {
+            name: gradient for name, gradient in by_name.items() if gradient is not None
+        }  # some are for after_step alone
         replay_error = loss.new_zeros(())
         rows = len(batch) // self.num_parts
         for k, part in enumerate(parts):
@@ -139,14 +178,26 @@ class Stepper:
             with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
                 again = self._embed(part)
                 own = slice(k * rows, (k + 1) * rows)
-                sent_back = [gradient[own].to(again[name].dtype) for name, gradient in gradients.items()]
+                sent_back = [
+                    gradient[own].to(again[name].dtype) for name, gradient in gradients.items()
+                ]
                 torch.autograd.backward([again[name] for name in gradients], sent_back)
-            differences = [(again[name].detach() - embeddings[name].detach()[own]).abs().max() for name in gradients]
-            replay_error = torch.stack([replay_error, *(d.to(replay_error.dtype) for d in differences)]).max()
+            differences = [
+                (again[name].detach() - embeddings[name].detach()[own]).abs().max()
+                for name in gradients
+            ]
+            replay_error = torch.stack(
+                [replay_error, *(d.to(replay_error.dtype) for d in differences)]
+            ).max()
         with torch.no_grad():  # pass 2 moved them again
             for buffer, kept in zip(batch_norm.statistics(method), statistics):
                 buffer.copy_(kept)
-        return _detached(embeddings), _joined(targets), loss.detach(), {**logs, "replay_error": replay_error}
+        return (
+            _detached(embeddings),
+            _joined(targets),
+            loss.detach(),
+            {**logs, "replay_error": replay_error},
+        )
 
 
 def check_accumulation(method: Any, config: ParallelConfig) -> None:

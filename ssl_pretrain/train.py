@@ -15,44 +15,37 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
-from ssl_pretrain import (
-    agreement,
-    backbones,
-    batch_norm,
-    blocks,
-    checkpoint,
-    disk,
-    distributed,
-    draws,
-    flops,
-    health,
-    log,
-    memory,
-    methods,
-    optim,
-    parallel,
-    pictures,
-    plan,
-    records,
-    stop_signals,
-)
+from ssl_pretrain import build, methods
 from ssl_pretrain import config as configuration
+from ssl_pretrain.checkpoint import rank_agreement
+from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.console import lasting_output
-from ssl_pretrain.data import loader, preflight, sources, workers
-from ssl_pretrain.distributed import LostRankError, RendezvousError
-from ssl_pretrain.guard import Guard
-from ssl_pretrain.lock import Lock
-from ssl_pretrain.methods.base import Method
-from ssl_pretrain.online import OnlineKNN
-from ssl_pretrain.restarts import DISK_REFUSED, LOST, MISTAKE, STOPPED, note_end, status_to_repeat, stopped_status
+from ssl_pretrain.data import loader, preflight, workers
+from ssl_pretrain.distributed import collectives, process_group, stop_request
+from ssl_pretrain.distributed.process_group import LostRankError, RendezvousError
+from ssl_pretrain.fault_tolerance.nan_guard import Guard
+from ssl_pretrain.fault_tolerance.run_lock import Lock
+from ssl_pretrain.monitoring import background_writer, collapse, image_grids
+from ssl_pretrain.monitoring import logger as log
+from ssl_pretrain.monitoring.console import lasting_output
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.parallel import memory
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.planning import flops, plan
 from ssl_pretrain.schema import COUNT
-from ssl_pretrain.step import Stepper, check_accumulation
-from ssl_pretrain.views import colour, crops, recipe
+from ssl_pretrain.step import Stepper
+from ssl_pretrain.system import durable_files, stop_signals
+from ssl_pretrain.system.exit_status import (
+    DISK_REFUSED,
+    LOST,
+    MISTAKE,
+    STOPPED,
+    note_end,
+    status_to_repeat,
+    stopped_status,
+)
 
 # Exit statuses of errors that are not the user's mistakes.
 STATUS: dict[type[Exception], int] = {
@@ -111,8 +104,8 @@ def train(
     """
     run = Path(config.output)
     workers.refuse_in_worker()
-    with _alone_in_process(), distributed.naming_lost_ranks():
-        agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
+    with _alone_in_process(), process_group.naming_lost_ranks():
+        rank_agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
         return _train_unless_finished(config, device, run, stop_after, fake_preempt)
 
 
@@ -138,9 +131,13 @@ def _alone_in_process() -> Iterator[None]:
 
 
 def _train_unless_finished(
-    config: RunConfig, device: torch.device, run: Path, stop_after: int | None, fake_preempt: int | None
+    config: RunConfig,
+    device: torch.device,
+    run: Path,
+    stop_after: int | None,
+    fake_preempt: int | None,
 ) -> Outcome:
-    configuration.check(config, distributed.world_size())
+    configuration.check(config, process_group.world_size())
     if (earlier := _finished_before(config, run)) is not None:
         _say(
             f"finished before: {run} has done its {earlier.last_step} steps, the last in "
@@ -151,14 +148,14 @@ def _train_unless_finished(
     outcome = _train_in(config, device, run, stop_after, fake_preempt)
     done = f"{outcome.step} of {outcome.last_step} steps, saved in {checkpoint.folder_of(run, outcome.step)}"
     if outcome.finished:
-        _say(f"finished: {done}. Evaluate it: python -m eval.knn {run}")
+        _say(f"finished: {done}. Evaluate it: python -m ssl_pretrain.eval.knn {run}")
     else:
         _say(f"stopped: {done}. The same command goes on from there")
     return outcome
 
 
 def _say(text: str) -> None:
-    if distributed.is_main():
+    if process_group.is_main():
         print(text, flush=True)
 
 
@@ -172,12 +169,12 @@ def _finished_before(config: RunConfig, run: Path) -> Outcome | None:
     """
     found: Outcome | None = None
     problem: str | None = None
-    if distributed.is_main() and config.checkpoint.resume:
+    if process_group.is_main() and config.checkpoint.resume:
         try:
             found = _done_already(config, run)
         except ValueError as error:
             problem = str(error)
-    found, problem = distributed.broadcast_object((found, problem))
+    found, problem = collectives.broadcast_object((found, problem))
     if problem:
         raise ValueError(problem)
     return found
@@ -200,7 +197,11 @@ def _done_already(config: RunConfig, run: Path) -> Outcome | None:
 
 
 def _train_in(
-    config: RunConfig, device: torch.device, run: Path, stop_after: int | None, fake_preempt: int | None
+    config: RunConfig,
+    device: torch.device,
+    run: Path,
+    stop_after: int | None,
+    fake_preempt: int | None,
 ) -> Outcome:
     """Train in the run's folder, which is locked meanwhile."""
     made = partial(
@@ -211,8 +212,8 @@ def _train_in(
         lock = closing.enter_context(Lock(run))
         batches = closing.enter_context(made())
         source = batches.source
-        agreement.check_data(source.fingerprint, len(source), config.data.root)
-        stop = closing.enter_context(distributed.StopRequest(pretend_at=fake_preempt))
+        rank_agreement.check_data(source.fingerprint, len(source), config.data.root)
+        stop = closing.enter_context(stop_request.StopRequest(pretend_at=fake_preempt))
         return _train(config, device, run, batches, stop, stop_after, closing, lock.check)
 
 
@@ -221,43 +222,76 @@ def _train(
     device: torch.device,
     run: Path,
     batches: loader.Loader,
-    stop: distributed.StopRequest,
+    stop: stop_request.StopRequest,
     stop_after: int | None,
     closing: ExitStack,
     check_lock: Callable[[], None] = lambda: None,
 ) -> Outcome:
     last_step = round(config.epochs * batches.steps_per_epoch)
-    method = build_method(config, batches.source)
+    method = build.build_method(config, batches.source)
     method.num_steps, method.steps_per_epoch = last_step, batches.steps_per_epoch
-    images = images_at_once(method, config, device)
-    model = wrap(method, config, images, device)
+    images = build.images_at_once(method, config, device)
+    model = build.wrap(method, config, images, device)
     optimizer = optim.build(config.optim, method)
-    stepper = Stepper(model, optimizer, config.parallel, config.seed, images, config.global_batch_size, config.optim, device)
-    facts = {"last_step": last_step, "local_batch_size": images, "data": batches.source.fingerprint, "wandb_id": None}
+    stepper = Stepper(
+        model,
+        optimizer,
+        config.parallel,
+        config.seed,
+        images,
+        config.global_batch_size,
+        config.optim,
+        device,
+    )
+    facts = {
+        "last_step": last_step,
+        "local_batch_size": images,
+        "data": batches.source.fingerprint,
+        "wandb_id": None,
+    }
     state = checkpoint.State(method, optimizer, configuration.to_dict(config), facts, check_lock)
     first_step = resume(state, config, run, batches.source.fingerprint)
     logger = closing.enter_context(log.Logger(
         config.log, run, first_step=first_step, last_step=last_step, steps_per_epoch=batches.steps_per_epoch,
         global_batch_size=config.global_batch_size, config=state.config, facts=state.facts,
-        flops_per_image=flops_per_image(config), peak_tflops=flops.peak_tflops(device),
+        flops_per_image=build.flops_per_image(config), peak_tflops=flops.peak_tflops(device),
         on_failure=config.checkpoint.on_failure,
     ))  # fmt: skip
     drawn = {"seed": config.seed, "steps_per_epoch": batches.steps_per_epoch}
-    guard = Guard(config.guard, run, config.log.every_steps, stepper.broken_embeddings, partial(state.roll_back, run), drawn)
-    knn = online_knn(config, batches, device)
-    monitor = health.Monitor(config.health, method, optimizer, first_step, logger.past, logger.alert)
+    guard = Guard(
+        config.guard,
+        run,
+        config.log.every_steps,
+        stepper.broken_embeddings,
+        partial(state.roll_back, run),
+        drawn,
+    )
+    knn = build.online_knn(config, batches, device)
+    monitor = collapse.Monitor(
+        config.health, method, optimizer, first_step, logger.past, logger.alert
+    )
     end = min(last_step, first_step + stop_after) if stop_after else last_step
     step = first_step
 
     watched = stop.watched(preflight.watched(batches, first_step, device), first_step)
     for step, batch in zip(range(first_step + 1, end + 1), logger.waits(watched)):
         check_lock()
-        logger.views(step, batch.views, config.views.mean, config.views.std, partial(batches.described, step - 1, pictures.NUM_IMAGES))
+        logger.views(
+            step,
+            batch.views,
+            config.views.mean,
+            config.views.std,
+            partial(batches.described, step - 1, image_grids.NUM_IMAGES),
+        )
         progress = (step - 1) / last_step
-        rates = optim.set_rates(optimizer, config.optim, progress, config.epochs, config.global_batch_size)
-        straggler = distributed.straggler(step, config.log.every_steps)
+        rates = optim.set_rates(
+            optimizer, config.optim, progress, config.epochs, config.global_batch_size
+        )
+        straggler = collectives.straggler(step, config.log.every_steps)
         embeddings, logs = stepper(step - 1, progress, batch)
-        measured = monitor.at(step, embeddings) | knn.at(step, method.get_submodule(method.evaluated))
+        measured = monitor.at(step, embeddings) | knn.at(
+            step, method.get_submodule(method.evaluated)
+        )
         replaced = batches.count_replaced(step, config.log.every_steps, last_step)
         logger.step(step, logs, rates, measured | straggler | replaced)
         guard.after(step, batch.indices, logs)
@@ -270,84 +304,17 @@ def _train(
     return Outcome(step, end, last_step)
 
 
-def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
-    """Build the method and its backbone on the CPU, initialized from the seed alike on every rank.
-
-    Raises:
-        ValueError: The method needs labels and the source has none, or `backbone.init` does not fit.
-    """
-    image_size = recipe.each(config.views)[0].size
-    torch.manual_seed(draws.seed_of(config.seed, 0, 0))
-    backbone = backbones.build(config.backbone, image_size)
-    notes = checkpoint.initialize(backbone, config.backbone)
-    if notes and distributed.is_main():
-        print(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}", flush=True)
-    method: Method = config.method.build(backbone)
-    if method.needs_labels and source is not None:
-        sources.require_labels(source, f"method {config.method.name}")
-    return method
-
-
-def images_at_once(method: Method, config: RunConfig, device: torch.device) -> int:
-    """Return the micro-batch size per rank: the configured one, or the largest that fits in memory.
-
-    The latter is found by trial and printed. The trial has whole weights; shards leave more room.
-
-    Raises:
-        ValueError: Not even the smallest micro-batch fits, or the method's loss does not allow micro-batches.
-    """
-    share = config.global_batch_size // distributed.world_size()
-    images = configuration.part_size(config, distributed.world_size())
-    if images is None:
-        group = parallel.group_images(config.parallel, config.global_batch_size)
-        multiple = 1 if not batch_norm.statistics(method) else min(group, share)
-        moved = parallel.to_device(method, config.parallel, device)
-        again = parallel.recompute(moved, config.parallel)
-
-        def cost(images: int) -> int:
-            example = blank_batch(config, images, device)
-            return memory.peak(lambda: parallel.rehearse(moved, config.parallel, device, example), device)
-
-        images, measured = memory.largest_part(share, multiple, cost, memory.available(device))
-        for block in again:  # `wrap` converts their norms first
-            blocks.keep_again(block)
-        if distributed.is_main():
-            print(f"local_batch_size: auto took {images} of {share} images at once ({measured})", flush=True)
-    if images < share:
-        check_accumulation(method, config.parallel)
-    return images
-
-
-def wrap(method: Method, config: RunConfig, images: int, device: torch.device) -> nn.Module:
-    """Move the method to its device, distribute it over the ranks, and warm it up with blank images.
-
-    Args:
-        images: Micro-batch size per rank.
-    """
-    example = blank_batch(config, images, device)
-    return parallel.wrap(method, config.parallel, images=images, global_batch_size=config.global_batch_size, device=device, example=example)
-
-
-def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.Batch:
-    labels = torch.zeros(images, dtype=torch.int64, device=device)
-    dtype = parallel.view_dtype(config.parallel, device)
-    blank = [torch.zeros(images, 3, crop.size, crop.size, dtype=dtype, device=device) for crop in recipe.each(config.views)]
-    return loader.Batch(parallel.place(blank, config.parallel, device), labels, labels)
-
-
-def flops_per_image(config: RunConfig) -> float:
-    """Count the floating-point operations of a training step per image, on the meta device."""
-    meta = torch.device("meta")
-    return flops.per_image(parallel.to_device(configuration.method_on_meta(config), config.parallel, meta), blank_batch(config, 2, meta))
-
-
 def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: str) -> int:
     """Prepare the run's folder, load its newest checkpoint and return the steps done, 0 for a new run."""
     checkpoint.prepare(run)
-    agreement.check_checkpoints(run, lambda: [path / checkpoint.MANIFEST for path in checkpoint.checkpoints(run)])
+    rank_agreement.check_checkpoints(
+        run, lambda: [path / checkpoint.MANIFEST for path in checkpoint.checkpoints(run)]
+    )
 
     def compare(manifest: dict) -> None:
-        configuration.compare_for_resume(manifest["config"], config, str(run / "checkpoints" / f"step_{manifest['step']:08d}"))
+        configuration.compare_for_resume(
+            manifest["config"], config, str(run / "checkpoints" / f"step_{manifest['step']:08d}")
+        )
         if manifest.get("data", fingerprint) != fingerprint:
             raise ValueError(
                 f"data.root: the training images are not those that {run} was trained on (another list of files); "
@@ -356,7 +323,7 @@ def resume(state: checkpoint.State, config: RunConfig, run: Path, fingerprint: s
 
     first_step = state.resume(run, config.checkpoint, compare)
     write_config(config, run / "config.yaml")
-    if first_step and distributed.is_main():
+    if first_step and process_group.is_main():
         print(f"resumed {run} after step {first_step}", flush=True)
     return first_step
 
@@ -368,30 +335,12 @@ def write_config(config: RunConfig, path: Path) -> None:
         SaveError: The disk refuses it and `checkpoint.on_failure` is `stop`.
     """
     problem = None
-    if distributed.is_main():
+    if process_group.is_main():
         try:
-            disk.replace(path, configuration.to_yaml(config))
+            durable_files.replace(path, configuration.to_yaml(config))
         except OSError as error:
-            problem = records.refused(path, error)
-    records.settle(problem, config.checkpoint.on_failure)
-
-
-def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) -> OnlineKNN:
-    """Build the k-NN monitor on training images, transformed as in evaluations."""
-    settings, source = config.evaluation, batches.source
-    size = settings.image_size or recipe.each(config.views)[0].size
-    transform = partial(crops.evaluate, size=size, crop_ratio=settings.crop_ratio, interpolation=settings.interpolation)
-
-    def normalized(numbers: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, labels in loader.images(source, numbers, transform, 256, 0, config.data.max_replaced):
-            views = [colour.normalize(pixels.to(device), config.views.mean, config.views.std)]
-            yield parallel.place(views, config.parallel, device)[0], labels
-
-    def pixels(numbers: np.ndarray) -> torch.Tensor:
-        return torch.cat([found for found, _ in loader.images(source, numbers, transform, 256, 0, config.data.max_replaced)])
-
-    order = draws.permutation(config.seed, 0, len(source))
-    return OnlineKNN(config.online, normalized, source.labels, order, batches.steps_per_epoch, device, pixels)
+            problem = background_writer.refused(path, error)
+    background_writer.settle(problem, config.checkpoint.on_failure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -401,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Started again, it goes on from the newest checkpoint of its output.",
         epilog="""examples:
   python -m ssl_pretrain.train configs/simclr_digits.yaml                      a minute on a laptop
-  python -m ssl_pretrain.train configs/simclr_cifar10_cpu.yaml data.root=../shared/data/cifar10.zip optim.base_lr=0.4
+  python -m ssl_pretrain.train configs/simclr_cifar10_cpu.yaml data.root=data/cifar10.zip optim.base_lr=0.4
   torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=/data/imagenet
   python -m ssl_pretrain.train configs/simclr_imagenet.yaml --plan             what would run, without running it
 
@@ -413,15 +362,28 @@ methods: """
     )
     parser.add_argument("config", help="a YAML of configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as optim.base_lr=0.4 data.root=/data/imagenet output=runs/second"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="such as optim.base_lr=0.4 data.root=/data/imagenet output=runs/second",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="print the resolved config, the learning rate and the sizes of everything, then exit"
+        "--plan",
+        action="store_true",
+        help="print the resolved config, the learning rate and the sizes of everything, then exit",
     )
     parser.add_argument(
-        "--stop-after", type=COUNT, metavar="STEPS", help="do so many steps, save, and leave with status 0; the same command goes on"
+        "--stop-after",
+        type=COUNT,
+        metavar="STEPS",
+        help="do so many steps, save, and leave with status 0; the same command goes on",
     )
-    parser.add_argument("--fake-preempt", type=COUNT, metavar="STEP", help="after step STEP send rank 0 a scheduler's signal; once")
+    parser.add_argument(
+        "--fake-preempt",
+        type=COUNT,
+        metavar="STEP",
+        help="after step STEP send rank 0 a scheduler's signal; once",
+    )
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     if (repeated := status_to_repeat()) is not None:
         return repeated
@@ -445,23 +407,30 @@ def _run(options: argparse.Namespace) -> int:
             print(plan.describe(config, plan.ranks(config, here=1)))
             return 0
         settings = config.parallel
-        device = distributed.start(settings.threads, settings.deterministic, settings.timeout_seconds)
+        device = process_group.start(
+            settings.threads, settings.deterministic, settings.timeout_seconds
+        )
         if train(config, device, options.stop_after, options.fake_preempt).interrupted:
             return _leave_together(stopped_status())
     except (
-        ValueError, OSError, FloatingPointError, health.Collapsed, torch.OutOfMemoryError,
+        ValueError, OSError, FloatingPointError, collapse.Collapsed, torch.OutOfMemoryError,
         LostRankError, RendezvousError, workers.LostWorkerError,
     ) as error:  # fmt: skip
-        if isinstance(error, ValueError) and type(error).__module__ not in (configuration.__name__, "builtins"):
+        if isinstance(error, ValueError) and type(error).__module__ not in (
+            configuration.__name__,
+            "builtins",
+        ):
             raise
         print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
-        otherwise = DISK_REFUSED if disk.is_trouble(error) else MISTAKE
-        status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), otherwise)
+        otherwise = DISK_REFUSED if durable_files.is_trouble(error) else MISTAKE
+        status = next(
+            (status for kind, status in STATUS.items() if isinstance(error, kind)), otherwise
+        )
         if status == MISTAKE:
             note_end(status)
         return status
     finally:
-        distributed.stop()
+        process_group.stop()
     return 0
 
 
@@ -472,7 +441,7 @@ def _leave_together(status: int) -> int:
     """
     if status == STOPPED:
         note_end(status)
-    distributed.barrier()
+    collectives.barrier()
     return status
 
 

@@ -13,12 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from case_table import pytest_addoption, pytest_collection_modifyitems, pytest_runtest_logreport, pytest_sessionfinish, seen  # noqa: F401
+from case_table import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+    seen,
+)
 
 os.environ.setdefault("WANDB_MODE", "offline")
-torch.set_num_threads(1)  # as the CPU presets: the same bits here as in the runs that tests start, and no slower on small tensors
+torch.set_num_threads(
+    1
+)  # as the CPU presets: the same bits here as in the runs that tests start, and no slower on small tensors
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "ssl_pretrain.train", "pytest", "warm"])  # imported once: under a second a test instead of 20
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "ssl_pretrain.train", "pytest", "warm"]
+)  # imported once: under a second a test instead of 20
 
 
 @pytest.fixture
@@ -46,7 +56,9 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) ->
     with tempfile.TemporaryDirectory() as folder:
         ends = [_context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            _context.Process(target=_rank, args=(rank, world_size, f"{folder}/store", end, function, arguments))
+            _context.Process(
+                target=_rank, args=(rank, world_size, f"{folder}/store", end, function, arguments)
+            )
             for rank, (_, end) in enumerate(ends)
         ]
         for process in ranks:
@@ -70,19 +82,35 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) ->
         return results
 
 
-def _rank(rank: int, world_size: int, store: str, end: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    store: str,
+    end: Any,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+    )
     try:
         if world_size > 1:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+            )
         answer = True, function(*arguments)
     except BaseException:
         answer = False, traceback.format_exc()
     finally:
-        end.send_bytes(pickle.dumps(answer))  # not `send`: it would share tensors' memory with a process that is about to end
+        end.send_bytes(
+            pickle.dumps(answer)
+        )  # not `send`: it would share tensors' memory with a process that is about to end
         end.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -11,23 +11,44 @@ from typing import Any
 
 import torch
 
-from ssl_pretrain import backbones, checkpoint, distributed, methods, optim, parallel
-from ssl_pretrain.backbones import BackboneConfig
-from ssl_pretrain.checkpoint import CheckpointConfig
+from ssl_pretrain import methods
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.state import CheckpointConfig
 from ssl_pretrain.data.loader import Batch
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.step import Stepper
 
 ROWS, SIZE, NUM_STEPS, STEPS_PER_EPOCH = 8, 16, 20, 2
 CPU = torch.device("cpu")
 RESNET = BackboneConfig(name="test_resnet")
 VIT = BackboneConfig(name="test_vit", args={"depth": 2, "patch_size": 8})
-ADAMW = {"name": "adamw", "base_lr": 0.001, "lr_scaling": "none", "warmup_epochs": 1, "weight_decay": 0.1}
+ADAMW = {
+    "name": "adamw",
+    "base_lr": 0.001,
+    "lr_scaling": "none",
+    "warmup_epochs": 1,
+    "weight_decay": 0.1,
+}
 # SimCLR's rate is small: at 0.1 and 0.3, LARS on eight images of noise turns one weight's 1e-15 into 5e-9 in twenty steps, at 0.03 into 1e-10
 CASES: dict[str, Any] = {  # backbone, method, optimizer, sizes of the views
-    "simclr": (RESNET, {"projector_dims": [16, 9]}, {"name": "lars", "base_lr": 0.02, "lr_scaling": "none", "warmup_epochs": 1}, (16, 16)),
-    "moco_v3": (VIT, {"hidden_dim": 16, "dim": 9, "temperature": 0.2, "vit_starts": "authors"}, ADAMW, (16, 16)),
+    "simclr": (
+        RESNET,
+        {"projector_dims": [16, 9]},
+        {"name": "lars", "base_lr": 0.02, "lr_scaling": "none", "warmup_epochs": 1},
+        (16, 16),
+    ),
+    "moco_v3": (
+        VIT,
+        {"hidden_dim": 16, "dim": 9, "temperature": 0.2, "vit_starts": "authors"},
+        ADAMW,
+        (16, 16),
+    ),
     "dino": (
         VIT,
         {"hidden_dim": 16, "bottleneck_dim": 9, "num_prototypes": 21, "train_norm": True},
@@ -39,11 +60,20 @@ CASES: dict[str, Any] = {  # backbone, method, optimizer, sizes of the views
 
 def batch(step: int, sizes: tuple[int, ...], rows: int = ROWS) -> Batch:
     generator = torch.Generator().manual_seed(step)
-    views = [torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator) for size in sizes]
+    views = [
+        torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator) for size in sizes
+    ]
     return Batch(views, torch.arange(rows) % 3, torch.arange(rows) + step * rows)
 
 
-def setting_up(name: str, parts: int = 1, rows: int = ROWS, backbone: dict[str, Any] | None = None, optimizer: Any = None, **settings: Any):
+def setting_up(
+    name: str,
+    parts: int = 1,
+    rows: int = ROWS,
+    backbone: dict[str, Any] | None = None,
+    optimizer: Any = None,
+    **settings: Any,
+):
     """(stepper, optimizer, its config, sizes of views) of a method on this rank, always with the same weights."""
     network, head, recipe, sizes = CASES[name]
     torch.manual_seed(0)
@@ -51,11 +81,13 @@ def setting_up(name: str, parts: int = 1, rows: int = ROWS, backbone: dict[str, 
     method: Any = methods.find(name).Config(**head).build(network)
     method.num_steps, method.steps_per_epoch = NUM_STEPS, STEPS_PER_EPOCH
     config = ParallelConfig(**settings)
-    world = distributed.world_size()
+    world = process_group.world_size()
     images = rows // world // parts
     example = batch(0, sizes, rows).part(0, world * parts)
     example = replace(example, views=parallel.place(example.views, config, CPU))
-    model = parallel.wrap(method, config, images=images, global_batch_size=rows, device=CPU, example=example)
+    model = parallel.wrap(
+        method, config, images=images, global_batch_size=rows, device=CPU, example=example
+    )
     recipe = OptimConfig(**(optimizer or recipe))
     made = optim.build(recipe, method)
     return Stepper(model, made, config, 0, images, rows, recipe, CPU), sizes
@@ -77,16 +109,24 @@ def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> d
 
 def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
     """The mean loss over ranks."""
-    optim.set_rates(stepper.optimizer, stepper.optim, step / NUM_STEPS, NUM_STEPS / STEPS_PER_EPOCH, stepper.global_batch_size)
-    own = batch(step, sizes, stepper.global_batch_size).part(distributed.rank(), distributed.world_size())
+    optim.set_rates(
+        stepper.optimizer,
+        stepper.optim,
+        step / NUM_STEPS,
+        NUM_STEPS / STEPS_PER_EPOCH,
+        stepper.global_batch_size,
+    )
+    own = batch(step, sizes, stepper.global_batch_size).part(
+        process_group.rank(), process_group.world_size()
+    )
     _, logs = stepper(step, step / NUM_STEPS, own)
-    return distributed.reduce_sum(logs["loss"].double()).item() / distributed.world_size()
+    return collectives.reduce_sum(logs["loss"].double()).item() / process_group.world_size()
 
 
 def whole(method: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor of the state, gathered where it is sharded."""
     return {
-        name: (value.full_tensor() if distributed.is_sharded(value) else value).detach().clone()
+        name: (value.full_tensor() if collectives.is_sharded(value) else value).detach().clone()
         for name, value in method.state_dict().items()
     }
 

@@ -25,7 +25,10 @@ from ssl_pretrain import methods
 
 def largest(got: dict, want: dict) -> float:
     scale = max(value.abs().max() for value in want["gradients"].values())
-    return max((got["gradients"][name] - value).abs().max() / scale for name, value in want["gradients"].items()).item()
+    return max(
+        (got["gradients"][name] - value).abs().max() / scale
+        for name, value in want["gradients"].items()
+    ).item()
 
 
 def everything(names: list[str], groups: bool) -> dict:
@@ -35,7 +38,9 @@ def everything(names: list[str], groups: bool) -> dict:
 def against_the_authors(name: str) -> float:
     """The largest error of all cases of the method's step tests."""
     errors: list[float] = []
-    contract.assert_same = lambda got, expected, skip="": errors.append(contract.largest_error(got, expected, skip))
+    contract.assert_same = lambda got, expected, skip="": errors.append(
+        contract.largest_error(got, expected, skip)
+    )
     for case, test in vars(contract.test_file(name)).items():
         if case.startswith("test_") and "_step" in case and case.endswith(("_authors", "_papers")):
             marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
@@ -47,12 +52,19 @@ def against_the_authors(name: str) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     names = methods.names()
-    alone, in_parts = everything(names, False), {name: contract.run(name, parts=3, **in_groups(name)) for name in names}
+    alone, in_parts = (
+        everything(names, False),
+        {name: contract.run(name, parts=3, **in_groups(name)) for name in names},
+    )
     ranks = {size: run_ranks(everything, names, False, world_size=size) for size in (2, 3)}
     grouped = run_ranks(everything, names, True, world_size=3)
-    print(f"torch {torch.__version__}\n| method | against the authors | 2 ranks | 3 ranks | 3 parts = 3 ranks |\n|---|---|---|---|---|")
+    print(
+        f"torch {torch.__version__}\n| method | against the authors | 2 ranks | 3 ranks | 3 parts = 3 ranks |\n|---|---|---|---|---|"
+    )
     for name in names:
-        errors = [against_the_authors(name)] + [max(largest(rank[name], alone[name]) for rank in ranks[size]) for size in (2, 3)]
+        errors = [against_the_authors(name)] + [
+            max(largest(rank[name], alone[name]) for rank in ranks[size]) for size in (2, 3)
+        ]
         errors.append(max(largest(in_parts[name], rank[name]) for rank in grouped))
         print(f"| {name} | {' | '.join(f'{error:.1e}' for error in errors)} |")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ssl_pretrain import checkpoint
+from ssl_pretrain.checkpoint import state as checkpoint
 
 
 def free_port() -> int:
@@ -30,15 +30,32 @@ class Ranks:
         environment: more of it, for all ranks.
     """
 
-    def __init__(self, path: Path, *arguments: str, size: int = 3, fault: str = "", environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *arguments: str,
+        size: int = 3,
+        fault: str = "",
+        environment: dict[str, str] | None = None,
+    ):
         self.log = path.parent / f"said_{time.monotonic_ns()}"
         self.log.mkdir()
         done = str(path.parent / "fault_done")
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = [
-            multiprocessing.get_context("forkserver").Process(  # tests/conftest.py has told it what to import
+            multiprocessing.get_context(
+                "forkserver"
+            ).Process(  # tests/conftest.py has told it what to import
                 target=_rank,
-                args=(rank, size, {**meeting, **(environment or {})}, self.log / str(rank), [str(path), *arguments], fault, done),
+                args=(
+                    rank,
+                    size,
+                    {**meeting, **(environment or {})},
+                    self.log / str(rank),
+                    [str(path), *arguments],
+                    fault,
+                    done,
+                ),
             )
             for rank in range(size)
         ]
@@ -47,20 +64,26 @@ class Ranks:
 
     def said(self, rank: int | None = None) -> str:
         chosen = range(len(self.processes)) if rank is None else [rank]
-        return "".join((self.log / str(one)).read_text() for one in chosen if (self.log / str(one)).exists())
+        return "".join(
+            (self.log / str(one)).read_text() for one in chosen if (self.log / str(one)).exists()
+        )
 
     def until(self, text: str, seconds: float = 600) -> None:
         """Waits until some rank has said it."""
         end = time.monotonic() + seconds
         while text not in self.said():
-            assert time.monotonic() < end and any(process.is_alive() for process in self.processes), f"{text!r} not in:\n{self.said()}"
+            assert time.monotonic() < end and any(
+                process.is_alive() for process in self.processes
+            ), f"{text!r} not in:\n{self.said()}"
             time.sleep(0.02)
 
     def until_step(self, run: Path, step: int, seconds: float = 600) -> None:
         """Waits until the run has logged so many steps; the console leaves some out."""
         end, records = time.monotonic() + seconds, run / "metrics.jsonl"
         while not records.exists() or records.read_text().count("\n") < step:
-            assert time.monotonic() < end and any(process.is_alive() for process in self.processes), self.said()
+            assert time.monotonic() < end and any(
+                process.is_alive() for process in self.processes
+            ), self.said()
             time.sleep(0.02)
 
     def send(self, number: int, rank: int | None = None) -> None:
@@ -87,7 +110,12 @@ def _rank(rank, size, environment, log, arguments, fault, done):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
-    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    names = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
     os.environ.update((names if size > 1 else {}) | environment)
     if fault:
         sys.path.insert(0, str(Path(__file__).parent / "faults"))

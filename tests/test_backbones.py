@@ -1,20 +1,35 @@
 import pytest
 import torch
 
-from ssl_pretrain import backbones
-from ssl_pretrain.backbones import BackboneConfig, build, load_strict
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig, build, load_strict
 
 
 @pytest.mark.parametrize(
     ("settings", "size", "parameters", "dim"),
     [
-        (BackboneConfig(name="resnet50"), 224, 23_508_032, 2048),  # torchvision's 25,557,032 without its 2,049,000 classifier
+        (
+            BackboneConfig(name="resnet50"),
+            224,
+            23_508_032,
+            2048,
+        ),  # torchvision's 25,557,032 without its 2,049,000 classifier
         (BackboneConfig(name="resnet18", stem="small"), 32, 11_168_832, 512),
         (BackboneConfig(name="vit_small_patch16_224"), 224, 21_665_664, 384),
         (BackboneConfig(name="vit_base_patch16_224"), 224, 85_798_656, 768),
         (BackboneConfig(name="vit_large_patch16_224"), 224, 303_301_632, 1024),
-        (BackboneConfig(name="vit_giant_patch14_224"), 224, 1_011_202_432, 1408),  # 40 blocks, 1,012.6 million with a classifier
-        (BackboneConfig(name="resnet101"), 224, 42_500_160, 2048),  # torchvision's 44,549,160, and so on
+        (
+            BackboneConfig(name="vit_giant_patch14_224"),
+            224,
+            1_011_202_432,
+            1408,
+        ),  # 40 blocks, 1,012.6 million with a classifier
+        (
+            BackboneConfig(name="resnet101"),
+            224,
+            42_500_160,
+            2048,
+        ),  # torchvision's 44,549,160, and so on
         (BackboneConfig(name="resnet152"), 224, 58_143_808, 2048),
         (BackboneConfig(name="wide_resnet50_2"), 224, 66_834_240, 2048),
         (BackboneConfig(name="wide_resnet101_2"), 224, 124_837_696, 2048),
@@ -49,7 +64,11 @@ def test_small_stems_keep_resolution(stem, side):
 
 def test_a_vit_takes_the_views_size_and_smaller_crops():
     backbone = build(BackboneConfig(name="test_vit"), 64)
-    assert backbone(torch.zeros(2, 3, 64, 64)).shape == backbone(torch.zeros(2, 3, 32, 32)).shape == (2, backbone.feature_dim)
+    assert (
+        backbone(torch.zeros(2, 3, 64, 64)).shape
+        == backbone(torch.zeros(2, 3, 32, 32)).shape
+        == (2, backbone.feature_dim)
+    )
 
 
 def test_resnets_start_with_a_zero_last_scale():
@@ -60,13 +79,22 @@ def test_resnets_start_with_a_zero_last_scale():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (BackboneConfig(name="resnet_50"), "backbone.name: 'resnet_50' is not a timm model. Did you mean "),
-        (BackboneConfig(name="test_resnet", args={"colour": 3}), "backbone.args: test_resnet refuses {'colour': 3}: "),
+        (
+            BackboneConfig(name="resnet_50"),
+            "backbone.name: 'resnet_50' is not a timm model. Did you mean ",
+        ),
+        (
+            BackboneConfig(name="test_resnet", args={"colour": 3}),
+            "backbone.args: test_resnet refuses {'colour': 3}: ",
+        ),
         (
             BackboneConfig(name="test_vit", stem="small"),
             "backbone.stem: no_pool and small are for ResNets, and test_vit has no convolution and max-pooling stem; use imagenet",
         ),
-        (BackboneConfig(name="test_resnet", init="timm:nothing"), "backbone.init: 'timm:nothing' cannot be loaded ("),
+        (
+            BackboneConfig(name="test_resnet", init="timm:nothing"),
+            "backbone.init: 'timm:nothing' cannot be loaded (",
+        ),
     ],
 )
 def test_messages(settings, message):
@@ -83,7 +111,9 @@ def test_wrapped_and_timms_own_names_load():
         load_strict(fresh, {prefix + key: value for key, value in weights.items()}, "x")
         assert all(torch.equal(fresh.state_dict()[key], weights[key]) for key in weights)
     fresh = build(BackboneConfig(name="test_resnet"), 32)
-    load_strict(fresh, {key.removeprefix("model."): value for key, value in weights.items()}, "timm's")
+    load_strict(
+        fresh, {key.removeprefix("model."): value for key, value in weights.items()}, "timm's"
+    )
     assert all(torch.equal(fresh.state_dict()[key], weights[key]) for key in weights)
 
 

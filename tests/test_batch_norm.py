@@ -8,7 +8,8 @@ from conftest import run_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from ssl_pretrain import batch_norm, distributed
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.parallel import batch_norm
 
 pytestmark = pytest.mark.promise
 
@@ -31,7 +32,9 @@ def two_views():
 
 
 def slope(x):
-    return (x.detach().sin() * torch.arange(1.0, x.numel() + 1, dtype=x.dtype).view_as(x)).contiguous()
+    return (
+        x.detach().sin() * torch.arange(1.0, x.numel() + 1, dtype=x.dtype).view_as(x)
+    ).contiguous()
 
 
 def expected(group_images, kind=nn.BatchNorm2d):
@@ -53,7 +56,7 @@ def expected(group_images, kind=nn.BatchNorm2d):
 
 def grouped(group_images, kind=nn.BatchNorm2d):
     """This rank's slice through the converted norm."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = process_group.rank(), process_group.world_size()
     share = IMAGES // world
     layer = batch_norm.convert(norm(kind), share, group_images)
     x = two_views()
@@ -61,17 +64,29 @@ def grouped(group_images, kind=nn.BatchNorm2d):
     x = x[:, rank * share : (rank + 1) * share].clone().requires_grad_()
     y = layer(x.flatten(0, 1)).view_as(x)
     (y * weights).sum().backward()
-    return y.detach(), x.grad, layer[0].weight.grad, torch.cat([layer[0].running_mean, layer[0].running_var]), sorted(layer.state_dict())
+    return (
+        y.detach(),
+        x.grad,
+        layer[0].weight.grad,
+        torch.cat([layer[0].running_mean, layer[0].running_var]),
+        sorted(layer.state_dict()),
+    )
 
 
-@pytest.mark.parametrize(("world_size", "group_images"), [(2, 12), (3, 12), (4, 6), (2, 3), (1, 4), (1, 12), (3, 4)])
+@pytest.mark.parametrize(
+    ("world_size", "group_images"), [(2, 12), (3, 12), (4, 6), (2, 3), (1, 4), (1, 12), (3, 4)]
+)
 def test_equals_torch_on_every_group(world_size, group_images):
     y, x_gradient, weight_gradient, statistics = expected(group_images)
     results = run_ranks(grouped, group_images, world_size=world_size)
     torch.testing.assert_close(torch.cat([r[0] for r in results], dim=1), y, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(torch.cat([r[1] for r in results], dim=1), x_gradient, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        torch.cat([r[1] for r in results], dim=1), x_gradient, rtol=1e-8, atol=1e-10
+    )
     torch.testing.assert_close(sum(r[2] for r in results), weight_gradient, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(torch.stack([r[3] for r in results]).mean(0), statistics.mean(0), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.stack([r[3] for r in results]).mean(0), statistics.mean(0), rtol=1e-10, atol=1e-12
+    )
     assert results[0][4] == sorted(norm().state_dict())
 
 

@@ -19,7 +19,9 @@ def test_the_document_has_a_place_for_the_table():
     before, _, rest = text.partition(case_table.BEGIN)
     written, found, _ = rest.partition(case_table.END)
     assert before and found
-    assert re.findall(r"^\| (\d+) \|", written, re.M) == [str(number) for number in case_table.CASES]
+    assert re.findall(r"^\| (\d+) \|", written, re.M) == [
+        str(number) for number in case_table.CASES
+    ]
 
 
 def test_what_a_line_says():
@@ -32,8 +34,14 @@ def test_what_a_line_says():
         "tests/data/test_b.py::Test::test_y": result(2),
         "tests/test_c.py::test_z": result(3, "skipped", reason="needs a GPU"),
     }
-    lines = {line.split("|")[1].strip(): line for line in case_table.table(results).splitlines() if line.startswith("| ")}
-    assert lines["1"].endswith("| **failed**: test_x[two]; ended \\| after 3 s | `faults/test_a.py test_x` | 2.5 |")
+    lines = {
+        line.split("|")[1].strip(): line
+        for line in case_table.table(results).splitlines()
+        if line.startswith("| ")
+    }
+    assert lines["1"].endswith(
+        "| **failed**: test_x[two]; ended \\| after 3 s | `faults/test_a.py test_x` | 2.5 |"
+    )
     assert lines["2"].endswith("| 1 test passed | `data/test_b.py Test test_y` | 1.2 |")
     assert lines["3"].endswith("| skipped: needs a GPU | `test_c.py test_z` | 1.2 |")
     assert lines["4"].endswith("| **not run** |  | 0.0 |")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_pretrain import checkpoint, optim
-from ssl_pretrain.checkpoint import CheckpointConfig, SaveError, State
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.state import CheckpointConfig, SaveError, State
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 pytestmark = pytest.mark.promise
 
@@ -39,9 +40,12 @@ def run(tmp_path):
 def test_a_state_comes_back(run):
     fresh = state(9)
     assert fresh.resume(run, CheckpointConfig(), lambda manifest: None) == 4
-    assert all(torch.equal(a, b) for a, b in zip(fresh.method.parameters(), state(4).method.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.method.parameters(), state(4).method.parameters())
+    )
     moments = [
-        [one.optimizer.state[parameter]["momentum_buffer"] for parameter in one.method.parameters()] for one in (fresh, state(4))
+        [one.optimizer.state[parameter]["momentum_buffer"] for parameter in one.method.parameters()]
+        for one in (fresh, state(4))
     ]
     assert all(torch.equal(a, b) for a, b in zip(*moments))
 
@@ -50,7 +54,9 @@ def test_a_state_comes_back(run):
 def test_moments_are_loaded_in_the_memory_layout_of_their_weights(name, tmp_path):
     def stepped(seed):
         torch.manual_seed(seed)
-        method = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, (1, 3))).to(memory_format=torch.channels_last)
+        method = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, (1, 3))).to(
+            memory_format=torch.channels_last
+        )
         optimizer = optim.build(OptimConfig(name=name), method)
         step(method, optimizer)
         return State(method, optimizer, {}, {})
@@ -65,11 +71,17 @@ def test_moments_are_loaded_in_the_memory_layout_of_their_weights(name, tmp_path
     saved.save(tmp_path, 1, CheckpointConfig(), 1)
     fresh.resume(tmp_path, CheckpointConfig(), lambda manifest: None)
     for parameter in fresh.method.parameters():
-        moments = [value for value in fresh.optimizer.state[parameter].values() if value.shape == parameter.shape]
+        moments = [
+            value
+            for value in fresh.optimizer.state[parameter].values()
+            if value.shape == parameter.shape
+        ]
         assert moments and all(value.stride() == parameter.stride() for value in moments)
     step(saved.method, saved.optimizer)
     step(fresh.method, fresh.optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.method.parameters(), saved.method.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.method.parameters(), saved.method.parameters())
+    )
 
 
 def test_moments_take_the_layout_that_the_weights_have_now(tmp_path):
@@ -144,7 +156,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, damage):
     harm(file)
     with pytest.warns(UserWarning) as warned:
         assert state(9).resume(run, CheckpointConfig(), lambda manifest: None) == 2
-    assert str(warned[0].message) == message.format(short=size - 5, bytes=size) + "; using step_00000002 instead"
+    assert (
+        str(warned[0].message)
+        == message.format(short=size - 5, bytes=size) + "; using step_00000002 instead"
+    )
 
 
 def test_nothing_whole_is_an_error_that_lists_all(run):
@@ -170,7 +185,10 @@ def test_a_run_without_checkpoints_is_named(tmp_path):
 def test_resuming_can_be_refused(run):
     with pytest.raises(ValueError) as error:
         state().resume(run, CheckpointConfig(resume=False), lambda manifest: None)
-    assert str(error.value) == f"output: {run} holds step_00000004 already and checkpoint.resume is false; give another output, or resume"
+    assert (
+        str(error.value)
+        == f"output: {run} holds step_00000004 already and checkpoint.resume is false; give another output, or resume"
+    )
 
 
 @pytest.mark.case(6)
@@ -181,10 +199,14 @@ def test_a_full_disk_loses_nothing(run, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(
-        OSError, match=r"checkpoint of step 6 could not be written to .*No space left on device.*Older ones are whole; free space and resume"
+        OSError,
+        match=r"checkpoint of step 6 could not be written to .*No space left on device.*Older ones are whole; free space and resume",
     ):
         state().save(run, 6, CheckpointConfig(), 1)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step_00000002",
+        "step_00000004",
+    ]
     checkpoint.verify(checkpoint.newest(run))
 
 
@@ -208,7 +230,11 @@ def test_behind_the_training_a_save_holds_what_was_when_it_was_asked_for(tmp_pat
     saving.save(tmp_path, 4, CheckpointConfig(), 1)
     written = [checkpoint.read(path)[1] for path in checkpoint.checkpoints(tmp_path)]
     assert all(torch.equal(written[0][name], value) for name, value in expected.items())
-    assert not any(torch.equal(written[1][name], value) for name, value in expected.items() if value.is_floating_point() and "running" not in name)
+    assert not any(
+        torch.equal(written[1][name], value)
+        for name, value in expected.items()
+        if value.is_floating_point() and "running" not in name
+    )
 
 
 def test_a_full_disk_can_be_a_warning(run, monkeypatch):
@@ -217,14 +243,21 @@ def test_a_full_disk_can_be_a_warning(run, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "save_file", full)
-        with pytest.raises(SaveError, match=r"^checkpoint of step 5 could not be written to "):  # the last of a run
+        with pytest.raises(
+            SaveError, match=r"^checkpoint of step 5 could not be written to "
+        ):  # the last of a run
             state().save(run, 5, CheckpointConfig(on_failure="warn"), 1, wait=True)
         saving, lenient = state(), CheckpointConfig(on_failure="warn")
         saving.save(run, 6, lenient, 1, wait=False)  # heard of at the next save
         saving._writer.join()
-    with pytest.warns(UserWarning, match=r"checkpoint of step 6 could not be written to .*No space left on device"):
+    with pytest.warns(
+        UserWarning, match=r"checkpoint of step 6 could not be written to .*No space left on device"
+    ):
         saving.save(run, 8, lenient, 1)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step_00000004",
+        "step_00000008",
+    ]
 
 
 def test_pruning_keeps_the_last_and_the_milestones(tmp_path):
@@ -236,21 +269,45 @@ def test_pruning_keeps_the_last_and_the_milestones(tmp_path):
 
 def test_due_at_intervals_and_at_the_end():
     settings = CheckpointConfig(every_epochs=0.5)
-    assert [step for step in range(1, 12) if checkpoint.due(settings, step, 11, 5)] == [3, 5, 8, 10, 11]
+    assert [step for step in range(1, 12) if checkpoint.due(settings, step, 11, 5)] == [
+        3,
+        5,
+        8,
+        10,
+        11,
+    ]
 
 
 def test_versions_and_machine_are_recorded(run):
     manifest = json.loads((run / "checkpoints" / "step_00000004" / "manifest.json").read_text())
-    assert manifest["machine"].keys() == {"world_size", "threads", "torch", "cpu", "local_batch_size"}
-    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0] or manifest["versions"]["torch"] == torch.__version__
+    assert manifest["machine"].keys() == {
+        "world_size",
+        "threads",
+        "torch",
+        "cpu",
+        "local_batch_size",
+    }
+    assert (
+        manifest["versions"]["torch"] == torch.__version__.partition("+")[0]
+        or manifest["versions"]["torch"] == torch.__version__
+    )
 
 
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        ("nowhere.pth", "backbone.init: 'nowhere.pth' does not exist; give random, timm:<tag>, a weights file or the folder of a run"),
-        ("{tmp}/text.pth", "backbone.init: '{tmp}/text.pth' is no safetensors or torch file: it begins with b'hello'; get it again"),
-        ("{tmp}/text.safetensors", "backbone.init: '{tmp}/text.safetensors' is no safetensors or torch file: it begins with b'hello"),
+        (
+            "nowhere.pth",
+            "backbone.init: 'nowhere.pth' does not exist; give random, timm:<tag>, a weights file or the folder of a run",
+        ),
+        (
+            "{tmp}/text.pth",
+            "backbone.init: '{tmp}/text.pth' is no safetensors or torch file: it begins with b'hello'; get it again",
+        ),
+        (
+            "{tmp}/text.safetensors",
+            "backbone.init: '{tmp}/text.safetensors' is no safetensors or torch file: it begins with b'hello",
+        ),
     ],
 )
 def test_weights_to_start_from_are_named(tmp_path, init, message):

@@ -11,7 +11,7 @@ import tiny
 
 from ssl_pretrain import config, methods
 from ssl_pretrain.config import ConfigError, check, load
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 
 @pytest.fixture
@@ -43,10 +43,22 @@ def refused(path, *overrides, world_size=None) -> str:
             "optim.name=sdg",
             f"run.yaml: optim.name: 'sdg' is not known; choose one of: {', '.join(get_args(get_type_hints(OptimConfig)['name']))}",
         ),
-        ("optim.base_lr=fast", "run.yaml: optim.base_lr: 'fast' is not a number; write one such as 0.3 or 1e-6"),
-        ("epochs=many", "run.yaml: epochs: 'many' is not a whole number; write one in decimal digits, such as 100"),
-        ("method.name=simclrr", f"run.yaml: method.name: 'simclrr' is not a method; choose one of: {', '.join(methods.names())}"),
-        ("method.queue_size=3", "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims, without_projector"),
+        (
+            "optim.base_lr=fast",
+            "run.yaml: optim.base_lr: 'fast' is not a number; write one such as 0.3 or 1e-6",
+        ),
+        (
+            "epochs=many",
+            "run.yaml: epochs: 'many' is not a whole number; write one in decimal digits, such as 100",
+        ),
+        (
+            "method.name=simclrr",
+            f"run.yaml: method.name: 'simclrr' is not a method; choose one of: {', '.join(methods.names())}",
+        ),
+        (
+            "method.queue_size=3",
+            "run.yaml: method.queue_size: no such key. Allowed: name, temperature, projector_dims, without_projector",
+        ),
         ("optim", "'optim': an override is key=value, such as optim.base_lr=0.3"),
         (
             "log.name=${oc.env:WANDB_API_KEY}",
@@ -65,7 +77,10 @@ def test_a_wrong_key_or_value_is_named(path, override, message):
             "epochs: 1\nseed: 2\nepochs: 3\n",
             "run.yaml: not valid YAML at line 3: found duplicate key epochs. Write each key once, as 'key: value'",
         ),
-        ("epochs: [1\n", "run.yaml: not valid YAML at line 2: did not find expected ',' or ']'. Write each key once, as 'key: value'"),
+        (
+            "epochs: [1\n",
+            "run.yaml: not valid YAML at line 2: did not find expected ',' or ']'. Write each key once, as 'key: value'",
+        ),
         ("", f"run.yaml: method.name is missing; choose one of: {', '.join(methods.names())}"),
         ("- 1\n", "run.yaml: a configuration is a mapping of keys, got a list"),
         (
@@ -88,19 +103,47 @@ def test_a_missing_file_lists_its_neighbours(path):
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
-        (["global_batch_size=8192"], 12, "global_batch_size: 8192 does not divide over 12 ranks; the nearest that do are 8184 and 8196"),
-        (["global_batch_size=2"], 4, "global_batch_size: 2 does not divide over 4 ranks; the nearest that does is 4"),
-        (["local_batch_size=most"], 1, "local_batch_size: 'most'; choose a number of images, 0 for a rank's whole share, or auto"),
-        (["local_batch_size=5"], 2, "local_batch_size: 5 does not divide this rank's share of 12 (global_batch_size 24 / 2 ranks)"),
+        (
+            ["global_batch_size=8192"],
+            12,
+            "global_batch_size: 8192 does not divide over 12 ranks; the nearest that do are 8184 and 8196",
+        ),
+        (
+            ["global_batch_size=2"],
+            4,
+            "global_batch_size: 2 does not divide over 4 ranks; the nearest that does is 4",
+        ),
+        (
+            ["local_batch_size=most"],
+            1,
+            "local_batch_size: 'most'; choose a number of images, 0 for a rank's whole share, or auto",
+        ),
+        (
+            ["local_batch_size=5"],
+            2,
+            "local_batch_size: 5 does not divide this rank's share of 12 (global_batch_size 24 / 2 ranks)",
+        ),
         (
             ["local_batch_size=6"],
             1,
             "local_batch_size: 6 splits batch norm's groups of 24 images, which cannot be accumulated exactly; set local_batch_size=24, "
             "or parallel.bn_group_images=6, which departs from the recipe's global",
         ),
-        (["parallel.bn_group_images=7"], 1, "parallel.bn_group_images: 7; choose global or a divisor of global_batch_size 24"),
-        (["parallel.bn_group_images=node"], 1, "parallel.bn_group_images: 'node'; choose global or a divisor of global_batch_size 24"),
-        (["epochs=0"], 1, "run.yaml: epochs: 0 is out of range; give a whole number >= 1 and <= 2147483647"),
+        (
+            ["parallel.bn_group_images=7"],
+            1,
+            "parallel.bn_group_images: 7; choose global or a divisor of global_batch_size 24",
+        ),
+        (
+            ["parallel.bn_group_images=node"],
+            1,
+            "parallel.bn_group_images: 'node'; choose global or a divisor of global_batch_size 24",
+        ),
+        (
+            ["epochs=0"],
+            1,
+            "run.yaml: epochs: 0 is out of range; give a whole number >= 1 and <= 2147483647",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_each_other_are_named(path, overrides, world_size, message):
@@ -108,9 +151,15 @@ def test_keys_that_do_not_fit_each_other_are_named(path, overrides, world_size, 
 
 
 def test_values_are_typed_as_written(path):
-    path.write_text(tiny.YAML.replace("base_lr: 4.0", "base_lr: 1e-3"))  # YAML 1.1 reads 1e-3 as a string
+    path.write_text(
+        tiny.YAML.replace("base_lr: 4.0", "base_lr: 1e-3")
+    )  # YAML 1.1 reads 1e-3 as a string
     loaded = load(path, ["optim.weight_decay=1e-6", "views.crops.global.size=32"])
-    assert (loaded.optim.base_lr, loaded.optim.weight_decay, loaded.views.crops["global"].size) == (0.001, 1e-6, 32)
+    assert (loaded.optim.base_lr, loaded.optim.weight_decay, loaded.views.crops["global"].size) == (
+        0.001,
+        1e-6,
+        32,
+    )
     assert loaded.output == "runs/run"
 
 
@@ -128,13 +177,24 @@ def test_a_config_survives_its_manifest(path):
 def test_what_may_change_on_a_resume_is_free_warned_or_refused(path):
     saved = config.to_dict(load(path))
     config.compare_for_resume(
-        saved, load(path, ["data.num_workers=3", "log.every_steps=7", "local_batch_size=24", "output=elsewhere"]), "c"
+        saved,
+        load(
+            path,
+            ["data.num_workers=3", "log.every_steps=7", "local_batch_size=24", "output=elsewhere"],
+        ),
+        "c",
     )
-    with pytest.warns(UserWarning, match="^epochs: 8 then, 9 now: the schedule changes from here on$"):
+    with pytest.warns(
+        UserWarning, match="^epochs: 8 then, 9 now: the schedule changes from here on$"
+    ):
         config.compare_for_resume(saved, load(path, ["epochs=9"]), "c")
     checkpoint = Path("runs/a/checkpoints/step_00000003")
     with pytest.raises(ConfigError) as error:
-        config.compare_for_resume(saved, load(path, ["optim.base_lr=0.5", "method.temperature=0.5", "epochs=9"]), str(checkpoint))
+        config.compare_for_resume(
+            saved,
+            load(path, ["optim.base_lr=0.5", "method.temperature=0.5", "epochs=9"]),
+            str(checkpoint),
+        )
     assert str(error.value) == (
         "runs/a/checkpoints/step_00000003 was made by another configuration: method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. "
         "Give a new output, or start a new run from its weights with backbone.init=runs/a"
@@ -147,7 +207,9 @@ def test_a_key_that_the_saved_version_did_not_know_was_at_its_default(tmp_path):
     del saved["method"]["without_projector"]
     config.compare_for_resume(saved, run, "run/checkpoints/step_00000003")
     other = config.load(tmp_path / "tiny.yaml", ["method.without_projector=true"])
-    with pytest.raises(config.ConfigError, match=r"method\.without_projector: False then, True now"):
+    with pytest.raises(
+        config.ConfigError, match=r"method\.without_projector: False then, True now"
+    ):
         config.compare_for_resume(saved, other, "run/checkpoints/step_00000003")
 
 
@@ -159,7 +221,9 @@ def test_a_crops_option_that_the_saved_version_did_not_know_was_at_its_default(t
     config.compare_for_resume(saved, run, "run/checkpoints/step_00000003")
     name = next(iter(saved["views"]["crops"]))
     other = config.load(tmp_path / "tiny.yaml", [f"views.crops.{name}.antialias=false"])
-    with pytest.raises(config.ConfigError, match=rf"views\.crops\.{name}\.antialias: True then, False now"):
+    with pytest.raises(
+        config.ConfigError, match=rf"views\.crops\.{name}\.antialias: True then, False now"
+    ):
         config.compare_for_resume(saved, other, "run/checkpoints/step_00000003")
     more = config.load(tmp_path / "tiny.yaml", ["views.crops.extra.size=4"])
     with pytest.raises(config.ConfigError, match=r"views\.crops\.extra\.size: None then, 4 now"):
@@ -170,12 +234,17 @@ def test_a_crops_option_that_the_saved_version_did_not_know_was_at_its_default(t
 def test_an_eps_that_divides_by_nothing_is_refused(tmp_path, eps):
     with pytest.raises(ConfigError) as error:
         config.load(tiny.config(tmp_path), [f"optim.eps={eps}"])
-    assert str(error.value).endswith(f": optim.eps: {float(eps)} is out of range; give a finite number > 0")
+    assert str(error.value).endswith(
+        f": optim.eps: {float(eps)} is out of range; give a finite number > 0"
+    )
 
 
 @pytest.mark.parametrize("name", ["dino", "moco_v3_vit"])
 def test_the_authors_first_weights_do_not_replace_loaded_ones(name):
-    run = config.load(Path(__file__).parents[1] / f"configs/{name}_imagenet.yaml", ["data.root=/data", "backbone.init=runs/a"])
+    run = config.load(
+        Path(__file__).parents[1] / f"configs/{name}_imagenet.yaml",
+        ["data.root=/data", "backbone.init=runs/a"],
+    )
     with pytest.raises(ConfigError) as error:
         config.check(run, 1)
     assert str(error.value) == (

@@ -9,7 +9,10 @@ import pytest
 import tiny
 import torch
 
-from ssl_pretrain import backbones, config, methods, optim, plan
+from ssl_pretrain import config, methods
+from ssl_pretrain.models import backbones
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.planning import plan
 from ssl_pretrain.train import train
 from ssl_pretrain.views import recipe
 
@@ -22,7 +25,9 @@ BACKBONE_PARAMETERS = {  # timm's, without a classifier, by name and stem
     "test_resnet imagenet": 372_688,
     "test_resnet no_pool": 372_688,
 }
-FIRST = [path for path in FILES if "imagenet" in path.stem or "digits" in path.stem]  # one a method; the others' steps are long tests
+FIRST = [
+    path for path in FILES if "imagenet" in path.stem or "digits" in path.stem
+]  # one a method; the others' steps are long tests
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -33,14 +38,19 @@ def test_the_header_says_where_it_comes_from(path):
     assert any(path.name in line for line in header), f"{path.name}: its command names another file"
     assert re.match(r"[a-z0-9]+_[a-z0-9]+", path.stem)
     if "imagenet" in path.stem:
-        assert any(".beton" in line and "--max-side" in line for line in header), f"{path.name}: its header does not say which file it assumes"
+        assert any(".beton" in line and "--max-side" in line for line in header), (
+            f"{path.name}: its header does not say which file it assumes"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_builds_its_real_model(path):
     run = config.load(path)
     recipe.check(run.views)
-    assert backbones.count_parameters(plan.method_on_meta(run).backbone) == BACKBONE_PARAMETERS[f"{run.backbone.name} {run.backbone.stem}"]
+    assert (
+        backbones.count_parameters(plan.method_on_meta(run).backbone)
+        == BACKBONE_PARAMETERS[f"{run.backbone.name} {run.backbone.stem}"]
+    )
 
 
 def _reduced(path, folder):
@@ -67,7 +77,9 @@ def _reduced(path, folder):
 
 
 @pytest.mark.parametrize(
-    "path", [path if path in FIRST else pytest.param(path, marks=pytest.mark.full) for path in FILES], ids=lambda path: path.stem
+    "path",
+    [path if path in FIRST else pytest.param(path, marks=pytest.mark.full) for path in FILES],
+    ids=lambda path: path.stem,
 )
 def test_it_takes_a_reduced_step(path, tmp_path):
     assert train(_reduced(path, tmp_path), torch.device("cpu"), stop_after=1).step == 1
@@ -82,9 +94,15 @@ def test_the_flagship_is_the_papers():
     run = config.load(FILES[0].with_name("simclr_imagenet.yaml"))
     assert optim.scaled_lr(run.optim, run.global_batch_size) == pytest.approx(6.788, abs=5e-4)
     described = plan.describe(run, world_size=8)
-    assert "embeddings per loss: 16,384 (2 views x 8,192 images); negatives per anchor: 16,382" in described
+    assert (
+        "embeddings per loss: 16,384 (2 views x 8,192 images); negatives per anchor: 16,382"
+        in described
+    )
     assert "learning rate: 6.78823 (0.075 x sqrt(8192))" in described
-    assert "batch norm over 8,192 images; each rank's share of 1,024 images in 1 part, at 8 ranks" in described
+    assert (
+        "batch norm over 8,192 images; each rank's share of 1,024 images in 1 part, at 8 ranks"
+        in described
+    )
     assert "group adapted: 56 tensors" in described and "group excluded: 111 tensors" in described
 
 
@@ -104,9 +122,13 @@ def test_schedules_that_authors_give_in_absolute_numbers():
         run = config.load(FILES[0].with_name(f"{stem}.yaml"))
         return optim.rates(run.optim, progress, run.epochs, run.global_batch_size)
 
-    assert rates("swav_imagenet", 0)["lr"] == pytest.approx(0.3) and rates("swav_imagenet", 1)["lr"] == pytest.approx(0.0048)
+    assert rates("swav_imagenet", 0)["lr"] == pytest.approx(0.3) and rates("swav_imagenet", 1)[
+        "lr"
+    ] == pytest.approx(0.0048)
     assert rates("dino_imagenet", 1) == pytest.approx({"lr": 1e-6, "weight_decay": 0.4})
-    assert rates("supcon_cifar10", 0)["lr"] == pytest.approx(0.01) and rates("supcon_cifar10", 1)["lr"] == pytest.approx(0.5 * 0.1**3)
+    assert rates("supcon_cifar10", 0)["lr"] == pytest.approx(0.01) and rates("supcon_cifar10", 1)[
+        "lr"
+    ] == pytest.approx(0.5 * 0.1**3)
     assert rates("moco_v1_imagenet", 0.9)["lr"] == pytest.approx(0.03 * 0.01)
 
 
@@ -118,4 +140,7 @@ def test_the_plan_says_what_is_special_about_a_schedule():
     assert "weight decay 0.04 to 0.4" in described("dino_imagenet")
     assert "weight decay 0, learning rate times 0.0015" in described("barlow_twins_imagenet")
     simsiam = described("simsiam_imagenet")
-    assert "2,100,224 numbers, weight decay 0.0001, constant learning rate" in simsiam and "group excluded" not in simsiam
+    assert (
+        "2,100,224 numbers, weight decay 0.0001, constant learning rate" in simsiam
+        and "group excluded" not in simsiam
+    )

@@ -10,10 +10,19 @@ import warnings
 import pytest
 from conftest import run_ranks
 
-from ssl_pretrain import console, distributed
-from ssl_pretrain.console import Console, Warnings
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.monitoring import console
+from ssl_pretrain.monitoring.console import Console, Warnings
 
-RECORD = {"step": 5, "epoch": 1.0, "loss": 4.25, "lr": 0.3, "images_per_second": 8.0, "seconds_per_step": 1.0, "data_wait": 0.25}
+RECORD = {
+    "step": 5,
+    "epoch": 1.0,
+    "loss": 4.25,
+    "lr": 0.3,
+    "images_per_second": 8.0,
+    "seconds_per_step": 1.0,
+    "data_wait": 0.25,
+}
 
 
 class Terminal(io.StringIO):
@@ -48,14 +57,22 @@ def test_at_most_a_line_a_second_and_the_last_always(clock):
 
 def test_a_terminal_gets_a_bar_in_place_and_colours_unless_told_not_to(clock, monkeypatch):
     for no_color in (False, True):
-        monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv(
+            "NO_COLOR", raising=False
+        )
         stream = Terminal()
         made = Console(10, stream=stream)
         made.progress(RECORD)
         made.warn("hot")
         made.progress(RECORD | {"step": 10})
         text = stream.getvalue()
-        assert text.count("\r\x1b[K") == 3 and text.count("\n") == 2 and "█" * 12 + "░" * 12 in text and " 50 %" in text and "100 %" in text
+        assert (
+            text.count("\r\x1b[K") == 3
+            and text.count("\n") == 2
+            and "█" * 12 + "░" * 12 in text
+            and " 50 %" in text
+            and "100 %" in text
+        )
         assert ("\x1b[32m" in text) is not no_color and "warning: hot" in text
 
 
@@ -69,15 +86,15 @@ def test_the_time_left_survives_a_resume(clock):
 
 def _warn_on_ranks():
     shown = []
-    taken = Warnings(shown.append if distributed.is_main() else None)
+    taken = Warnings(shown.append if process_group.is_main() else None)
     taken.install()
     try:
         for _ in range(3):
             warnings.warn("everywhere", stacklevel=1)
-            if distributed.rank() == 2:
+            if process_group.rank() == 2:
                 warnings.warn("here alone", stacklevel=1)
         waiting = len(taken.waiting)
-        taken.others(distributed.gather_objects(taken.collected()))
+        taken.others(collectives.gather_objects(taken.collected()))
     finally:
         taken.remove()
     return waiting, [text.partition(" (")[0] + text.partition(")")[2] for text in shown]
@@ -91,7 +108,10 @@ def test_each_warning_is_shown_once_and_names_other_ranks():
 @pytest.mark.parametrize(
     ("shell", "said"),
     [
-        ("{command} 2>{err} | true", "warning: stdout is closed (Broken pipe); going on without it"),
+        (
+            "{command} 2>{err} | true",
+            "warning: stdout is closed (Broken pipe); going on without it",
+        ),
         pytest.param("{command} >/dev/full 2>{err}", "", marks=pytest.mark.full),
         pytest.param("{command} 2>/dev/full", "", marks=pytest.mark.full),
         ("{command} >&- 2>&-", ""),

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch import dashboard
-from ssl_pretrain import curves, health
+from ssl_pretrain.launch import dashboard
 from ssl_pretrain.methods import find, names
+from ssl_pretrain.monitoring import collapse, metric_names
 
 workspaces = pytest.importorskip(
-    "wandb_workspaces.workspaces", reason="wandb-workspaces is not installed: pip install 'ssl_pretrain[dashboard]'"
+    "wandb_workspaces.workspaces",
+    reason="wandb-workspaces is not installed: pip install 'ssl_pretrain[dashboard]'",
 )
 LOGGED = {"replaced_images", "loss", "knn", "probe", "lr", "weight_decay", "gradient_norm", "images_per_second", "seconds_per_step", "data_wait", "memory_gib",
           "model_tflops", "flops_utilization", "teacher_distance", "straggler", "straggler_seconds"}  # fmt: skip  # tests/test_log.py and test_health.py see them logged
@@ -22,20 +23,25 @@ LOGGED = {"replaced_images", "loss", "knn", "probe", "lr", "weight_decay", "grad
 
 def shown(workspace):
     """Section name -> metric names of its panels."""
-    return {section.name: [y for panel in section.panels for y in getattr(panel, "y", None) or []] for section in workspace.sections}
+    return {
+        section.name: [y for panel in section.panels for y in getattr(panel, "y", None) or []]
+        for section in workspace.sections
+    }
 
 
 def test_every_panel_names_a_metric_that_is_logged():
     z = torch.randn(16, 4)
     embeddings = {"z_a": z, "z_b": z, "scores": torch.randn(16, 2, 5)}
-    measured, _ = health.measure(embeddings, z, health.HealthConfig())
+    measured, _ = collapse.measure(embeddings, z, collapse.HealthConfig())
     parts = {part for part in dashboard.PARTS if any(part in parts_of(name) for name in names())}
     assert parts == set(dashboard.PARTS)
-    network = {f"{prefix}{part}" for prefix in curves.PREFIXES for part in parts}
-    logged = {curves.name(key) for key in LOGGED | measured.keys() | network} | {dashboard.SPREAD}
+    network = {f"{prefix}{part}" for prefix in metric_names.PREFIXES for part in parts}
+    logged = {metric_names.name(key) for key in LOGGED | measured.keys() | network} | {
+        dashboard.SPREAD
+    }
     found = shown(dashboard.build("p", "e"))
     assert {str(getattr(y, "name", y)) for panels in found.values() for y in panels} == logged
-    assert list(found) == [*curves.GROUPS, "Pictures"]
+    assert list(found) == [*metric_names.GROUPS, "Pictures"]
 
 
 def parts_of(name):
@@ -48,9 +54,15 @@ def test_evaluations_and_pictures_have_their_places():
     workspace = dashboard.build("p", "e")
     by_name = {section.name: section for section in workspace.sections}
     (evaluations,) = by_name["Evaluation"].panels
-    assert evaluations.metric_regex == "Evaluation/.*" and str(getattr(evaluations.x, "name", evaluations.x)) == "evaluated_step"
-    assert curves.evaluation("knn", "clean") == "Evaluation/knn, clean"
-    assert by_name["Pictures"].panels[0].media_keys == ["Pictures/views", "Pictures/nearest neighbours"]
+    assert (
+        evaluations.metric_regex == "Evaluation/.*"
+        and str(getattr(evaluations.x, "name", evaluations.x)) == "evaluated_step"
+    )
+    assert metric_names.evaluation("knn", "clean") == "Evaluation/knn, clean"
+    assert by_name["Pictures"].panels[0].media_keys == [
+        "Pictures/views",
+        "Pictures/nearest neighbours",
+    ]
 
 
 def test_a_dry_run_prints_what_would_be_sent_without_an_account(capsys, monkeypatch):
@@ -80,6 +92,10 @@ def test_the_saved_workspace_is_the_one_that_was_built(monkeypatch):
     with pytest.raises(ValueError, match="W&B was told to send nothing"):
         dashboard.create("digits", "team")
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(workspaces.Workspace, "save", lambda self: sent.append(self) or SimpleNamespace(url="its address"))
+    monkeypatch.setattr(
+        workspaces.Workspace,
+        "save",
+        lambda self: sent.append(self) or SimpleNamespace(url="its address"),
+    )
     assert dashboard.create("digits", "team") == "its address"
     assert shown(sent[0]) == shown(dashboard.build("digits", "team"))

@@ -13,11 +13,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "eval"))
 from made_run import edit_manifest, make_run
 
-from eval import results, runs, sections
-from launch import dashboard, evaluate, local
-from ssl_pretrain import checkpoint, wandb_file
-from ssl_pretrain import manifest as manifests
-from ssl_pretrain.lock import Lock
+from ssl_pretrain.checkpoint import folder as manifests
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.eval import results, runs
+from ssl_pretrain.eval.html import sections
+from ssl_pretrain.fault_tolerance.run_lock import Lock
+from ssl_pretrain.launch import dashboard, evaluate, local
+from ssl_pretrain.monitoring.wandb import offline_file
 
 LOCAL = ["--cluster", "local"]
 
@@ -40,7 +42,9 @@ def made(tmp_path_factory):
     make_run(run, "log.wandb=offline", step=10, weights_seed=2)
     for path in checkpoint.checkpoints(run):
         manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-        (path / checkpoint.MANIFEST).write_text(manifests.dumps(manifest | {"last_step": 10, "wandb_id": "abc12345"}))
+        (path / checkpoint.MANIFEST).write_text(
+            manifests.dumps(manifest | {"last_step": 10, "wandb_id": "abc12345"})
+        )
     return run
 
 
@@ -57,7 +61,9 @@ def options(run, *arguments):
 def fake_result(run, path, name="knn", value=50.0):
     row = results.Row("pretrained", {"clean": value})
     step = int(path.name.removeprefix("step_"))
-    return results.save(run, name, {}, [row], {"checkpoint": path.name, "step": step, "network": "student"}, 1.0)
+    return results.save(
+        run, name, {}, [row], {"checkpoint": path.name, "step": step, "network": "student"}, 1.0
+    )
 
 
 def test_every_checkpoint_is_judged_once_and_kept_by_step(run, capsys):
@@ -65,18 +71,33 @@ def test_every_checkpoint_is_judged_once_and_kept_by_step(run, capsys):
     by_step = list(results.by_step(run)["knn"].values())
     assert [result["step"] for result in by_step] == [5, 10]
     assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 10
-    assert by_step[0]["rows"][-1]["metrics"] != by_step[1]["rows"][-1]["metrics"]  # each of its own weights
+    assert (
+        by_step[0]["rows"][-1]["metrics"] != by_step[1]["rows"][-1]["metrics"]
+    )  # each of its own weights
     written = {path: path.stat().st_mtime_ns for path in run.rglob("eval/**/*")}
     capsys.readouterr()
     assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 0
-    assert "---" not in capsys.readouterr().out and {path: path.stat().st_mtime_ns for path in run.rglob("eval/**/*")} == written
+    assert (
+        "---" not in capsys.readouterr().out
+        and {path: path.stat().st_mtime_ns for path in run.rglob("eval/**/*")} == written
+    )
     assert not (run / "eval" / ".held").exists()
     drawn = sections.evaluations_over_steps(run)
-    assert "k-NN, accuracy, % of each checkpoint" in drawn and "<title>clean 5: " in drawn and "<title>clean 10: " in drawn
+    assert (
+        "k-NN, accuracy, % of each checkpoint" in drawn
+        and "<title>clean 5: " in drawn
+        and "<title>clean 10: " in drawn
+    )
     # and into the same W&B run, at the step whose weights were judged
-    assert [folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")] == ["abc12345"]
+    assert [folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")] == [
+        "abc12345"
+    ]
     (log,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    sent = {row["step"]: row["Evaluation/knn, clean"] for row in wandb_file.history(log) if "Evaluation/knn, clean" in row}
+    sent = {
+        row["step"]: row["Evaluation/knn, clean"]
+        for row in offline_file.history(log)
+        if "Evaluation/knn, clean" in row
+    }
     assert sent == {one["step"]: one["rows"][-1]["metrics"]["clean"] for one in by_step}
     dashboard.send(run)
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1  # nothing is sent twice
@@ -102,10 +123,16 @@ def test_a_checkpoint_stays_whole_while_it_is_judged(run):
 def test_a_pruned_one_is_passed_over_with_a_line(run, capsys):
     jobs = evaluate.Jobs(run, options(run))
     due = jobs.due()
-    assert [(path.name, name) for path, name in due] == [("step_00000005", "knn"), ("step_00000010", "knn")]
+    assert [(path.name, name) for path, name in due] == [
+        ("step_00000005", "knn"),
+        ("step_00000010", "knn"),
+    ]
     shutil.rmtree(due[0][0])
     jobs.judge(*due[0])
-    assert capsys.readouterr().out == "skipped knn of step_00000005: pruned before its turn; checkpoint.keep_last keeps more\n"
+    assert (
+        capsys.readouterr().out
+        == "skipped knn of step_00000005: pruned before its turn; checkpoint.keep_last keeps more\n"
+    )
     assert not jobs.failed
 
 
@@ -144,7 +171,9 @@ def test_watching_takes_new_checkpoints_and_ends_with_the_training(run, monkeypa
 
     monkeypatch.setattr(local, "run", judge)
     monkeypatch.setattr(local, "wait", wait)
-    assert evaluate.main([str(run), *LOCAL, "--jobs", "knn", "--watch", "--every-seconds", "7"]) == 0
+    assert (
+        evaluate.main([str(run), *LOCAL, "--jobs", "knn", "--watch", "--every-seconds", "7"]) == 0
+    )
     assert judged == ["step_00000005", "step_00000010"] and naps == [7.0, 7.0]
 
 
@@ -154,8 +183,13 @@ def test_watching_gives_up_when_nobody_trains(run, monkeypatch, capsys):
     clock = iter(range(0, 100000, 40))
     monkeypatch.setattr(local, "wait", lambda _seconds: None)
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
-    assert evaluate.main([str(run), *LOCAL, "--jobs", "knn", "--watch", "--give-up-minutes", "2"]) == 0
-    assert capsys.readouterr().out == f"nobody has trained in {run} for 2 minutes and it has not reached its end: gave up\n"
+    assert (
+        evaluate.main([str(run), *LOCAL, "--jobs", "knn", "--watch", "--give-up-minutes", "2"]) == 0
+    )
+    assert (
+        capsys.readouterr().out
+        == f"nobody has trained in {run} for 2 minutes and it has not reached its end: gave up\n"
+    )
 
 
 def test_no_gpu_is_taken_that_training_holds(run, capsys):
@@ -164,10 +198,15 @@ def test_no_gpu_is_taken_that_training_holds(run, capsys):
         jobs = evaluate.Jobs(run, options(run))
         assert jobs.device() == jobs.device() == "cpu"
         told = capsys.readouterr().out
-        assert told.count("\n") == 1 and f"trains in {run} on this machine; --share-gpu takes the GPU" in told
+        assert (
+            told.count("\n") == 1
+            and f"trains in {run} on this machine; --share-gpu takes the GPU" in told
+        )
         assert evaluate.Jobs(run, options(run, "--share-gpu")).device() == "auto"
         assert evaluate.main([str(run), "--device", "cuda"]) == 2
-        assert capsys.readouterr().err.endswith("and holds its GPUs; add --share-gpu to share them, or take --device cpu\n")
+        assert capsys.readouterr().err.endswith(
+            "and holds its GPUs; add --share-gpu to share them, or take --device cpu\n"
+        )
     assert evaluate.Jobs(run, options(run)).device() == "auto"
 
 
@@ -177,14 +216,23 @@ def test_mistakes_are_one_line(run, capsys):
         f"error: {run / 'none'}: there is no such run folder; give the `output` of a run's config, or --watch to wait for it\n"
     )
     assert evaluate.main([str(run), "--jobs", "knnn"]) == 2
-    assert capsys.readouterr().err.startswith("error: --jobs: 'knnn' is not an evaluation; choose among: knn, linear, ")
+    assert capsys.readouterr().err.startswith(
+        "error: --jobs: 'knnn' is not an evaluation; choose among: knn, linear, "
+    )
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("- knn\n", "- nearest\n"))
     assert evaluate.main([str(run), *LOCAL]) == 2
-    assert capsys.readouterr().err.startswith("error: evaluation.at_end: 'nearest' is not an evaluation; choose among: knn, linear, ")
+    assert capsys.readouterr().err.startswith(
+        "error: evaluation.at_end: 'nearest' is not an evaluation; choose among: knn, linear, "
+    )
 
 
 def test_a_damaged_checkpoint_fails_and_the_others_go_on(run, capsys):
-    edit_manifest(run, files={name: {"bytes": 1, "sha256": ""} for name in manifests.WHOLE_FILES})  # the newest
+    edit_manifest(
+        run, files={name: {"bytes": 1, "sha256": ""} for name in manifests.WHOLE_FILES}
+    )  # the newest
     assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 1
-    assert "failed: knn of step_00000010" in capsys.readouterr().err and (run / "eval/step_00000005/knn.json").exists()
+    assert (
+        "failed: knn of step_00000010" in capsys.readouterr().err
+        and (run / "eval/step_00000005/knn.json").exists()
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_pretrain import checkpoint
+from ssl_pretrain.checkpoint import state as checkpoint
 
 ROOT = Path(__file__).parents[1]
 COPIES = 41  # of 600 images: 24,600, three steps of 8,192
@@ -38,10 +38,20 @@ def test_the_flagship_runs_at_8192_on_8_ranks(shared_data, tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-4000:]
     manifest, tensors = checkpoint.read(checkpoint.newest(run))
-    assert manifest["step"] == 3 and manifest["machine"]["world_size"] == 8 and manifest["config"]["global_batch_size"] == 8192
+    assert (
+        manifest["step"] == 3
+        and manifest["machine"]["world_size"] == 8
+        and manifest["config"]["global_batch_size"] == 8192
+    )
     assert all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2, 3] and all(record["loss"] for record in records)
+    assert [record["step"] for record in records] == [1, 2, 3] and all(
+        record["loss"] for record in records
+    )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"\nlosses {[round(record['loss'], 3) for record in records]}, images/s {[round(r['images_per_second']) for r in records]}")
-    print(f"largest resident memory of a rank: {peak:.2f} GiB; seconds: {records[-1]['time'] - records[0]['time']:.0f} for the last two steps")
+    print(
+        f"\nlosses {[round(record['loss'], 3) for record in records]}, images/s {[round(r['images_per_second']) for r in records]}"
+    )
+    print(
+        f"largest resident memory of a rank: {peak:.2f} GiB; seconds: {records[-1]['time'] - records[0]['time']:.0f} for the last two steps"
+    )

@@ -30,10 +30,21 @@ def test_a_page_without_results_is_what_the_script_writes():
 
 def test_every_stage_has_its_line():
     results = {
-        "tests": {"status": 1, "passed": 40, "failed": 1, "which": ["tests/gpu/test_gpu_step.py::x"]},
+        "tests": {
+            "status": 1,
+            "passed": 40,
+            "failed": 1,
+            "which": ["tests/gpu/test_gpu_step.py::x"],
+        },
         "simclr_resnet50": STEP,
         "dino_vit_base": {"error": "out of time"},
-        "cifar10": {"done": True, "epochs": 200.0, "images_per_second": 20000.0, "data_wait": 0.01, "knn": "accuracy 85.0"},
+        "cifar10": {
+            "done": True,
+            "epochs": 200.0,
+            "images_per_second": 20000.0,
+            "data_wait": 0.01,
+            "knn": "accuracy 85.0",
+        },
     }
     page = gpu.page(results)
     for line in (
@@ -50,15 +61,21 @@ def test_every_stage_has_its_line():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
-    done = subprocess.run([sys.executable, "tests/gpu/run.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "tests/gpu/run.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (2, "error: no CUDA device here; nothing was run\n")
 
 
 def test_a_stage_that_takes_too_long_is_stopped():
     began = time.monotonic()
-    status, out, _ = gpu.run([sys.executable, "-c", "import time; print('began', flush=True); time.sleep(60)"], 8.0)
+    status, out, _ = gpu.run(
+        [sys.executable, "-c", "import time; print('began', flush=True); time.sleep(60)"], 8.0
+    )
     assert (status, out) == (-15, "began\n")
-    assert time.monotonic() - began < 8.0  # its grace is part of the limit: a call that overruns loses its last stage
+    assert (
+        time.monotonic() - began < 8.0
+    )  # its grace is part of the limit: a call that overruns loses its last stage
 
 
 def test_results_are_copied_after_every_stage(tmp_path, monkeypatch):
@@ -72,10 +89,25 @@ def test_results_are_copied_after_every_stage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu, "step", cut_off)
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(sys, "argv", ["run.py", "--page", str(tmp_path / "gpu.md"), "--copy", str(tmp_path / "out"), "--only", "sanitizer", "simclr_resnet50"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "run.py",
+            "--page",
+            str(tmp_path / "gpu.md"),
+            "--copy",
+            str(tmp_path / "out"),
+            "--only",
+            "sanitizer",
+            "simclr_resnet50",
+        ],
+    )
     with pytest.raises(KeyboardInterrupt):
         gpu.main()
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == {"sanitizer": {"status": 0, "tail": ""}}
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == {
+        "sanitizer": {"status": 0, "tail": ""}
+    }
     assert "sanitizer" not in (tmp_path / "out" / "gpu.md").read_text().partition("Not run:")[2]
 
 

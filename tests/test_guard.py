@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from ssl_pretrain import replay
-from ssl_pretrain.guard import Guard, GuardConfig
+from ssl_pretrain.fault_tolerance.nan_guard import Guard, GuardConfig
 from ssl_pretrain.train import main
 
 pytestmark = pytest.mark.promise
@@ -18,7 +18,14 @@ SKIPPED, TAKEN = {"skipped_steps": torch.tensor(1.0)}, {"skipped_steps": torch.t
 
 
 def _guard(run, roll_back, rollbacks=1):
-    return Guard(GuardConfig(3, rollbacks), run, 2, lambda: "z_a of rank 0 since step 5", roll_back, {"seed": 7, "steps_per_epoch": 3})
+    return Guard(
+        GuardConfig(3, rollbacks),
+        run,
+        2,
+        lambda: "z_a of rank 0 since step 5",
+        roll_back,
+        {"seed": 7, "steps_per_epoch": 3},
+    )
 
 
 def _take(guard, flags, first=1):
@@ -63,11 +70,26 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
 def test_a_run_goes_back_to_its_checkpoint_and_stops_when_that_does_not_help(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "4"]) == 0
-    wild = ["optim.name=sgd", "optim.base_lr=1e30", "optim.lr_scaling=none", "optim.warmup_epochs=0", f"output={tmp_path / 'wild'}"]
-    arguments = [str(path), *wild, "checkpoint.every_epochs=0.4", "guard.max_skipped_steps=2", "log.every_steps=2"]
+    wild = [
+        "optim.name=sgd",
+        "optim.base_lr=1e30",
+        "optim.lr_scaling=none",
+        "optim.warmup_epochs=0",
+        f"output={tmp_path / 'wild'}",
+    ]
+    arguments = [
+        str(path),
+        *wild,
+        "checkpoint.every_epochs=0.4",
+        "guard.max_skipped_steps=2",
+        "log.every_steps=2",
+    ]
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert "steps in a row had a non-finite gradient" in said.out and "went back to step_0000000" in said.out
+    assert (
+        "steps in a row had a non-finite gradient" in said.out
+        and "went back to step_0000000" in said.out
+    )
     assert "repeats that step" in said.err
     assert list((tmp_path / "wild" / "skipped").iterdir())
 
@@ -77,12 +99,18 @@ def test_a_step_repeated_alone_is_the_step_that_was(tmp_path, capsys):
     assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "6"]) == 0
     capsys.readouterr()
     run = tmp_path / "run"
-    losses = {r["step"]: r["loss"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    losses = {
+        r["step"]: r["loss"]
+        for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    }
     lines = replay.replay(run, 5)
     assert lines[0] == f"step 5 of {run}, from step_00000003"
     assert lines[1] == f"  loss: {losses[5]:.6g}"
     assert "  first output that is not finite: none" in lines
-    assert {line.split()[3].rstrip(":") for line in lines if "gradient norm of" in line} == {"backbone", "projector"}
+    assert {line.split()[3].rstrip(":") for line in lines if "gradient norm of" in line} == {
+        "backbone",
+        "projector",
+    }
     assert replay.replay(run, 5, from_checkpoint=True)[1] != lines[1]
     assert replay.main([str(run), "2"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (

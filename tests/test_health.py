@@ -11,17 +11,20 @@ import torch
 from conftest import run_ranks
 from torch import nn
 
-from ssl_pretrain import checkpoint, config, distributed, health
-from ssl_pretrain.alarms import RULES, Alarms
-from ssl_pretrain.health import Collapsed, HealthConfig, Monitor
-from ssl_pretrain.momentum import Teacher
+from ssl_pretrain import config
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.models.teacher import Teacher
+from ssl_pretrain.monitoring import collapse
+from ssl_pretrain.monitoring.collapse import Collapsed, HealthConfig, Monitor
+from ssl_pretrain.monitoring.collapse_alerts import RULES, Alarms
 from ssl_pretrain.train import train
 
 SETTINGS = HealthConfig(every_steps=2, max_rows=24)
 
 
 def measured(embeddings, features=None, num_prototypes=None):
-    found, _ = health.measure(embeddings, features, SETTINGS, num_prototypes)
+    found, _ = collapse.measure(embeddings, features, SETTINGS, num_prototypes)
     return {name: value.item() for name, value in found.items()}
 
 
@@ -37,16 +40,35 @@ def batch(rows=24):
 
 def test_a_collapsed_batch_shows_in_every_measure():
     same = torch.ones(24, 8)
-    found = measured({"z_a": same, "z_b": same, "assigned": torch.zeros(24, dtype=torch.int64)}, same, num_prototypes=100)
-    assert found["rankme"] == pytest.approx(1, abs=1e-4) and found["effective_rank_centered"] == pytest.approx(1, abs=1e-4)
-    for zero in ("embedding_std", "embedding_std_min", "embedding_scale", "uniformity", "alignment", "prototype_entropy"):
+    found = measured(
+        {"z_a": same, "z_b": same, "assigned": torch.zeros(24, dtype=torch.int64)},
+        same,
+        num_prototypes=100,
+    )
+    assert found["rankme"] == pytest.approx(1, abs=1e-4) and found[
+        "effective_rank_centered"
+    ] == pytest.approx(1, abs=1e-4)
+    for zero in (
+        "embedding_std",
+        "embedding_std_min",
+        "embedding_scale",
+        "uniformity",
+        "alignment",
+        "prototype_entropy",
+    ):
         assert found[zero] == pytest.approx(0, abs=1e-5), zero
-    assert found["pair_cosine"] == pytest.approx(1) and found["positive_rank"] == pytest.approx(12.5)
-    assert found["rank_share"] == pytest.approx(1 / 8, abs=1e-4) and found["prototype_usage"] == pytest.approx(1 / 24)
+    assert found["pair_cosine"] == pytest.approx(1) and found["positive_rank"] == pytest.approx(
+        12.5
+    )
+    assert found["rank_share"] == pytest.approx(1 / 8, abs=1e-4) and found[
+        "prototype_usage"
+    ] == pytest.approx(1 / 24)
 
 
 def test_broken_embeddings_measure_as_not_a_number():
-    assert all(math.isnan(value) for value in measured({"z": torch.full((4, 3), float("inf"))}).values())
+    assert all(
+        math.isnan(value) for value in measured({"z": torch.full((4, 3), float("inf"))}).values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,12 +82,14 @@ def test_broken_embeddings_measure_as_not_a_number():
 def test_pairs_are_found_whatever_a_method_calls_them(embeddings, expected):
     z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     found = measured(dict.fromkeys(embeddings, z))
-    assert ("alignment" in found) is expected and (not expected or found["pair_cosine"] == pytest.approx(1, abs=1e-5))
+    assert ("alignment" in found) is expected and (
+        not expected or found["pair_cosine"] == pytest.approx(1, abs=1e-5)
+    )
 
 
 def _share_of(embeddings, features):
-    share = len(features) // distributed.world_size()
-    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    share = len(features) // process_group.world_size()
+    own = slice(process_group.rank() * share, (process_group.rank() + 1) * share)
     return measured({name: z[own] for name, z in embeddings.items()}, features[own], 7)
 
 
@@ -101,7 +125,14 @@ def monitored(**settings):
     return (
         student,
         optimizer,
-        Monitor(HealthConfig(every_steps=2, **settings), student, optimizer, 0, None, lambda *alert: alerts.append(alert)),
+        Monitor(
+            HealthConfig(every_steps=2, **settings),
+            student,
+            optimizer,
+            0,
+            None,
+            lambda *alert: alerts.append(alert),
+        ),
         alerts,
     )
 
@@ -119,7 +150,13 @@ def test_measured_when_due_and_never_else():
     student, optimizer, monitor, _ = monitored()
     assert monitor.at(1, take(student, optimizer)) == {} and not monitor._before
     found = monitor.at(2, take(student, optimizer))
-    assert {"rankme", "feature_rank_centered", "gradient_norm_backbone", "update_ratio_projector", "plots"} <= found.keys()
+    assert {
+        "rankme",
+        "feature_rank_centered",
+        "gradient_norm_backbone",
+        "update_ratio_projector",
+        "plots",
+    } <= found.keys()
     assert monitor.at(3, take(student, optimizer)) == {}
     assert not student.backbone._forward_hooks or monitor.due(4)
 
@@ -128,9 +165,13 @@ def test_gradients_updates_and_the_teacher_by_hand():
     student, optimizer, monitor, _ = monitored()
     monitor.at(1, take(student, optimizer))  # weights are now 0.9
     found = monitor.at(2, take(student, optimizer, gradient=2.0))
-    assert found["gradient_norm_backbone"] == pytest.approx(2 * 12**0.5) and found["gradient_norm_projector"] == pytest.approx(2 * 8**0.5)
+    assert found["gradient_norm_backbone"] == pytest.approx(2 * 12**0.5) and found[
+        "gradient_norm_projector"
+    ] == pytest.approx(2 * 8**0.5)
     assert found["update_ratio_backbone"] == pytest.approx(0.2 / 0.9, rel=1e-5)
-    assert found["teacher_distance"] == pytest.approx((0.7 - 0.5) / 0.7, rel=1e-5)  # weights are now 0.7
+    assert found["teacher_distance"] == pytest.approx(
+        (0.7 - 0.5) / 0.7, rel=1e-5
+    )  # weights are now 0.7
 
 
 def test_a_watched_run_is_bit_for_bit_one_that_is_not(tmp_path):
@@ -138,7 +179,11 @@ def test_a_watched_run_is_bit_for_bit_one_that_is_not(tmp_path):
     weights = []
     for every in (1, 0):
         output = tmp_path / f"every_{every}"
-        train(config.load(path, [f"health.every_steps={every}", f"output={output}"]), torch.device("cpu"), 4)
+        train(
+            config.load(path, [f"health.every_steps={every}", f"output={output}"]),
+            torch.device("cpu"),
+            4,
+        )
         weights.append(checkpoint.read(checkpoint.newest(output))[1])
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
@@ -150,7 +195,8 @@ def test_stop_ends_the_run_and_warn_does_not():
             monitor._judge(2 * number, {"embedding_std": std})
         if on_collapse == "stop":
             with pytest.raises(
-                Collapsed, match=r"step 6: .* embedding_std is 0.15, it was 0.4: the embeddings of different images have moved"
+                Collapsed,
+                match=r"step 6: .* embedding_std is 0.15, it was 0.4: the embeddings of different images have moved",
             ):
                 monitor._judge(6, {"embedding_std": 0.15})
         else:
@@ -160,7 +206,11 @@ def test_stop_ends_the_run_and_warn_does_not():
 
 def rings(key, values, every=50, **others):
     alarms = Alarms([])
-    return [(step, alarm.title) for step, value in enumerate(values) for alarm in alarms.judge(step * every, {key: value, **others})]
+    return [
+        (step, alarm.title)
+        for step, value in enumerate(values)
+        for alarm in alarms.judge(step * every, {key: value, **others})
+    ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.title for rule in RULES])
@@ -169,7 +219,9 @@ def test_an_alarm_needs_a_fall_twice_in_a_row_and_rings_once(rule):
     assert rings(rule.key, [good, bad, bad, bad, bad]) == [(2, rule.title)]
     assert rings(rule.key, [good, bad, good, bad, good]) == []
     assert rings(rule.key, [good, good * 1e-3]) == [(1, rule.title)]  # so far that once is enough
-    assert bool(rings(rule.key, [good, bad, bad], positive_chance=0.4)) is not rule.confused  # views still find each other
+    assert (
+        bool(rings(rule.key, [good, bad, bad], positive_chance=0.4)) is not rule.confused
+    )  # views still find each other
     assert rings(rule.key, [good, bad, bad], positive_chance=0.9) == [(2, rule.title)]
     assert rings(rule.key, [good, bad, bad, good, bad, bad]) == [(2, rule.title), (5, rule.title)]
     assert rings(rule.key, [good, math.nan, math.nan, math.nan]) == []
@@ -185,5 +237,9 @@ def test_a_resumed_run_remembers_better_days():
     past = [{"step": 50, "embedding_std": 0.5}, {"step": 100, "embedding_std": 0.4, "loss": 1.0}]
     assert [
         len(Alarms(past).judge(150, {"embedding_std": 0.15})),
-        len(Alarms([*past, {"step": 125, "embedding_std": 0.15}]).judge(150, {"embedding_std": 0.15})),
+        len(
+            Alarms([*past, {"step": 125, "embedding_std": 0.15}]).judge(
+                150, {"embedding_std": 0.15}
+            )
+        ),
     ] == [0, 1]

@@ -9,7 +9,7 @@ import numba
 import pytest
 
 MODULE = """
-from ssl_pretrain.jit import njit
+from ssl_pretrain.system.jit import njit
 
 @njit(cache=True, nogil=True)
 def triple(x):

@@ -14,8 +14,8 @@ import time
 import pytest
 from conftest import run_ranks
 
-from ssl_pretrain import lock
-from ssl_pretrain.lock import Lock
+from ssl_pretrain.fault_tolerance import run_lock
+from ssl_pretrain.fault_tolerance.run_lock import Lock
 
 
 def _refused(run) -> str:
@@ -34,15 +34,23 @@ def test_a_second_run_is_refused_by_name_and_the_folder_is_free_afterwards(tmp_p
     with Lock(tmp_path):
         said = _refused(tmp_path)
     pid, host = os.getpid(), json.dumps(Lock(tmp_path)._own["host"])[1:-1]
-    assert said == f"output: {tmp_path} is in use by process {pid} on {host}, heard of 0 s ago; give another output, or end that run"
+    assert (
+        said
+        == f"output: {tmp_path} is in use by process {pid} on {host}, heard of 0 s ago; give another output, or end that run"
+    )
     with Lock(tmp_path):
         assert (tmp_path / "lock.json").exists()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_run_leaves_a_lock_that_is_taken_over(tmp_path):
-    code = "import os, sys; from pathlib import Path; from ssl_pretrain.lock import Lock; Lock(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=os.getcwd(), env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=120)
+    code = "import os, sys; from pathlib import Path; from ssl_pretrain.fault_tolerance.run_lock import Lock; Lock(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=os.getcwd(),
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        timeout=120,
+    )
     assert (tmp_path / "lock.json").exists()
     with Lock(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
@@ -75,7 +83,7 @@ def test_another_machine_is_believed_while_it_is_heard(tmp_path, monkeypatch):
         pass
     monkeypatch.delenv("SLURM_JOB_ID")
     _write(tmp_path, host="elsewhere")
-    past = (tmp_path / "lock.json").stat().st_mtime - lock.STALE_SECONDS - 1
+    past = (tmp_path / "lock.json").stat().st_mtime - run_lock.STALE_SECONDS - 1
     os.utime(tmp_path / "lock.json", (past, past))
     with Lock(tmp_path):
         pass
@@ -84,7 +92,7 @@ def test_another_machine_is_believed_while_it_is_heard(tmp_path, monkeypatch):
 def test_another_machine_that_stays_silent_is_waited_for(tmp_path, monkeypatch):
     """A machine that lost its power a moment ago and a run that is well look alike, until one of them is heard."""
     _write(tmp_path, host="elsewhere")
-    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 2.0)
     began = time.monotonic()
     with Lock(tmp_path):
         assert 1.5 < time.monotonic() - began < 60
@@ -112,7 +120,9 @@ def without_flock(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-def test_without_hard_links_and_flock_a_second_run_is_refused_all_the_same(tmp_path, without_links, without_flock):
+def test_without_hard_links_and_flock_a_second_run_is_refused_all_the_same(
+    tmp_path, without_links, without_flock
+):
     with Lock(tmp_path):
         assert "is in use by process" in _refused(tmp_path)
     _write(tmp_path, born="1")
@@ -145,28 +155,36 @@ time.sleep(600)
 @pytest.fixture
 def container(tmp_path):
     """A process that holds the folder, with this host's name and process ids of its own."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "held\n"
         written = json.loads((tmp_path / "lock.json").read_text())
-        (tmp_path / "lock.json").write_text(json.dumps(written | {"pid": 1, "born": "1"}))  # as it sees itself
+        (tmp_path / "lock.json").write_text(
+            json.dumps(written | {"pid": 1, "born": "1"})
+        )  # as it sees itself
         yield process
         process.kill()
 
 
-def test_another_container_that_lives_is_refused_and_a_dead_one_is_taken_over_at_once(tmp_path, container):
+def test_another_container_that_lives_is_refused_and_a_dead_one_is_taken_over_at_once(
+    tmp_path, container
+):
     assert "is in use by process 1 on" in _refused(tmp_path)
-    assert lock.holder(tmp_path)["pid"] == 1
+    assert run_lock.holder(tmp_path)["pid"] == 1
     container.kill()
     container.wait()
-    assert lock.holder(tmp_path) is None
+    assert run_lock.holder(tmp_path) is None
     began = time.monotonic()
     with Lock(tmp_path):
-        assert time.monotonic() - began < lock.DYING_SECONDS
+        assert time.monotonic() - began < run_lock.DYING_SECONDS
 
 
-def test_without_flock_another_container_is_waited_for_as_another_machine_is(tmp_path, without_flock, monkeypatch):
+def test_without_flock_another_container_is_waited_for_as_another_machine_is(
+    tmp_path, without_flock, monkeypatch
+):
     _write(tmp_path, namespace="pid:[1]", born="1", pid=1)
-    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 2.0)
     began = time.monotonic()
     with Lock(tmp_path):
         assert 1.5 < time.monotonic() - began < 60
@@ -175,7 +193,7 @@ def test_without_flock_another_container_is_waited_for_as_another_machine_is(tmp
 def test_a_flock_of_another_mount_says_nothing_about_its_holder(tmp_path, monkeypatch):
     """Two containers may have mounted one network folder each by itself: their flocks do not meet."""
     _write(tmp_path, namespace="pid:[1]", flock="1:2")
-    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 2.0)
     began = time.monotonic()
     with Lock(tmp_path):
         assert time.monotonic() - began > 1.5
@@ -193,10 +211,12 @@ def test_a_lock_of_the_version_before_is_understood(tmp_path):
 
 def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     code = (
-        "import os, sys, time; from pathlib import Path; from ssl_pretrain.lock import Lock; Lock(Path(sys.argv[1])).__enter__(); "
+        "import os, sys, time; from pathlib import Path; from ssl_pretrain.fault_tolerance.run_lock import Lock; Lock(Path(sys.argv[1])).__enter__(); "
         "child = os.fork(); child or (print(os.getpid(), flush=True), time.sleep(600)); time.sleep(0.5); os.kill(os.getpid(), 9)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
         worker = int(process.stdout.readline())
         process.wait()
     with Lock(tmp_path):
@@ -254,7 +274,13 @@ def test_a_run_that_lost_its_folder_ends_itself(tmp_path):
     assert json.loads((tmp_path / "lock.json").read_text())["host"] == "elsewhere"
 
 
-@pytest.mark.parametrize("how", ["removed", *(pytest.param(how, marks=pytest.mark.full) for how in ("emptied", "with its folder"))])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "removed",
+        *(pytest.param(how, marks=pytest.mark.full) for how in ("emptied", "with its folder")),
+    ],
+)
 def test_a_lock_that_vanishes_is_written_again(tmp_path, how):
     run = tmp_path / "run"
     process = _holding(run, 7)
@@ -268,11 +294,14 @@ def test_a_lock_that_vanishes_is_written_again(tmp_path, how):
     assert json.loads((run / "lock.json").read_text())["pid"] == process.pid
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0 and not (run / "lock.json").exists()
-    assert err == f"warning: {run / 'lock.json'} was removed while this run holds its folder; written again\n"
+    assert (
+        err
+        == f"warning: {run / 'lock.json'} was removed while this run holds its folder; written again\n"
+    )
 
 
 def test_a_step_and_a_save_look_after_a_silence(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 1000.0)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 1000.0)
     with Lock(tmp_path) as held:
         _write(tmp_path, host="elsewhere", pid=7)
         held.check()  # it was heard of a moment ago
@@ -283,9 +312,11 @@ def test_a_step_and_a_save_look_after_a_silence(tmp_path, monkeypatch):
         held.check()
 
 
-def test_a_suspended_holder_of_another_name_is_taken_over_though_it_keeps_its_flock(tmp_path, monkeypatch):
+def test_a_suspended_holder_of_another_name_is_taken_over_though_it_keeps_its_flock(
+    tmp_path, monkeypatch
+):
     """It ends itself when it wakes. One that is heard of keeps its folder."""
-    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 2.0)
     _write(tmp_path, host="elsewhere")
     descriptor = os.open(tmp_path, os.O_RDONLY)
     try:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_pretrain import checkpoint, manifest, optim
-from ssl_pretrain.checkpoint import CheckpointConfig, State
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.checkpoint import folder as checkpoint_folder
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.state import CheckpointConfig, State
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 FILE = "step_00000004/manifest.json"
 
@@ -24,7 +26,12 @@ def run(tmp_path):
     method = nn.Module()
     method.backbone = nn.Linear(3, 2)
     config = {"method": {"name": "simclr"}, "views": {"mean": [0.1, 0.2], "name": "µ"}}
-    state = State(method, optim.build(OptimConfig(), method), config, {"wandb_id": None, "data": "abc", "last_step": 4})
+    state = State(
+        method,
+        optim.build(OptimConfig(), method),
+        config,
+        {"wandb_id": None, "data": "abc", "last_step": 4},
+    )
     for step in (2, 4):
         state.save(tmp_path, step, CheckpointConfig(keep_last=5), 1)
     return tmp_path
@@ -36,8 +43,12 @@ def path_of(run):
 
 def why_not(run):
     with pytest.warns(UserWarning) as warned:
-        assert manifest.newest(run).name == "step_00000002"
-    return str(warned[0].message).removesuffix("; using step_00000002 instead").removeprefix(f"{FILE} ")
+        assert checkpoint_folder.newest(run).name == "step_00000002"
+    return (
+        str(warned[0].message)
+        .removesuffix("; using step_00000002 instead")
+        .removeprefix(f"{FILE} ")
+    )
 
 
 @pytest.mark.parametrize("number", [400, pytest.param(3000, marks=pytest.mark.full)])
@@ -46,29 +57,44 @@ def test_every_flipped_bit_is_found(run, number):
     path, rng = path_of(run), random.Random(0)
     whole = path.read_bytes()
     places = rng.sample(range(8 * len(whole)), min(number, 8 * len(whole)))
-    places += [8 * (whole.index(text) + offset) + bit for text in (b'"format"', b"manifest_sha256") for offset in range(14) for bit in range(8)]
+    places += [
+        8 * (whole.index(text) + offset) + bit
+        for text in (b'"format"', b"manifest_sha256")
+        for offset in range(14)
+        for bit in range(8)
+    ]
     taken = []
     for place in places:
         content = bytearray(whole)
         content[place // 8] ^= 1 << place % 8
         path.write_bytes(content)
         try:
-            manifest.verify(path.parent)
+            checkpoint_folder.verify(path.parent)
             taken.append(place)
         except ValueError:
             pass
     assert taken == []
     path.write_bytes(whole)
-    assert manifest.verify(path.parent)["step"] == 4
+    assert checkpoint_folder.verify(path.parent)["step"] == 4
 
 
 def test_cuts_and_additions_are_found(run):
     path = path_of(run)
     whole = path.read_bytes()
-    for content in (whole[:-1], whole[: len(whole) // 2], b"", whole + b"\n", whole + b"{}", whole.replace(b"\n", b"\r\n"), bytes(len(whole))):
+    for content in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        b"",
+        whole + b"\n",
+        whole + b"{}",
+        whole.replace(b"\n", b"\r\n"),
+        bytes(len(whole)),
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"step_00000004/manifest\.json (cannot be read|is damaged)"):
-            manifest.verify(path.parent)
+        with pytest.raises(
+            ValueError, match=r"step_00000004/manifest\.json (cannot be read|is damaged)"
+        ):
+            checkpoint_folder.verify(path.parent)
 
 
 def test_another_manifest_in_its_place_is_found(run):
@@ -82,9 +108,18 @@ MALFORMED = {
     "null": (None, "cannot be read: it is no JSON object"),
     "a number": (5, "cannot be read: it is no JSON object"),
     "files is a list": ({"files": []}, "cannot be read: files is missing or is no object"),
-    "a file without its size": ({"files": {"method.safetensors": {}}}, "cannot be read: files: 'method.safetensors' has no bytes or no sha256"),
-    "a file elsewhere": ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "cannot be read: files: '../x' is not the name of a file in that folder"),
-    "no files": ({"files": {}}, "cannot be read: files: lists neither method.safetensors and optimizer.safetensors nor a shard-* file"),
+    "a file without its size": (
+        {"files": {"method.safetensors": {}}},
+        "cannot be read: files: 'method.safetensors' has no bytes or no sha256",
+    ),
+    "a file elsewhere": (
+        {"files": {"../x": {"bytes": 1, "sha256": ""}}},
+        "cannot be read: files: '../x' is not the name of a file in that folder",
+    ),
+    "no files": (
+        {"files": {}},
+        "cannot be read: files: lists neither method.safetensors and optimizer.safetensors nor a shard-* file",
+    ),
     "step is text": ({"step": "4"}, "cannot be read: step is missing or is no number"),
     "config is text": ({"config": "x"}, "cannot be read: config is missing or is no object"),
     "machine is null": ({"machine": None}, "cannot be read: machine is missing or is no object"),
@@ -95,7 +130,11 @@ MALFORMED = {
 def test_malformed_manifests_cannot_be_read_whatever_their_hash(run, name):
     changes, message = MALFORMED[name]
     path = path_of(run)
-    text = json.dumps(changes) if not isinstance(changes, dict) else manifest.dumps(json.loads(path.read_text()) | changes)
+    text = (
+        json.dumps(changes)
+        if not isinstance(changes, dict)
+        else checkpoint_folder.dumps(json.loads(path.read_text()) | changes)
+    )
     path.write_text(text)
     assert why_not(run) == message
 
@@ -108,9 +147,14 @@ def test_a_deep_manifest_cannot_be_read(run):
 def test_a_file_that_is_not_listed_is_found(run):
     path = path_of(run)
     written = json.loads(path.read_text())
-    written["files"]["shard-00001-of-00001.safetensors"] = written["files"].pop("optimizer.safetensors")
-    path.write_text(manifest.dumps(written))
-    assert why_not(run) == "cannot be read: files: optimizer.safetensors is in the folder and not in the list"
+    written["files"]["shard-00001-of-00001.safetensors"] = written["files"].pop(
+        "optimizer.safetensors"
+    )
+    path.write_text(checkpoint_folder.dumps(written))
+    assert (
+        why_not(run)
+        == "cannot be read: files: optimizer.safetensors is in the folder and not in the list"
+    )
 
 
 def test_a_folder_in_the_place_of_a_file_is_found(run):
@@ -119,15 +163,17 @@ def test_a_folder_in_the_place_of_a_file_is_found(run):
     file.mkdir()
     written = json.loads(path_of(run).read_text())
     written["files"]["method.safetensors"]["bytes"] = file.stat().st_size
-    path_of(run).write_text(manifest.dumps(written))
-    with pytest.raises(ValueError, match=r"step_00000004/method\.safetensors cannot be read: Is a directory"):
-        manifest.verify(path_of(run).parent)
+    path_of(run).write_text(checkpoint_folder.dumps(written))
+    with pytest.raises(
+        ValueError, match=r"step_00000004/method\.safetensors cannot be read: Is a directory"
+    ):
+        checkpoint_folder.verify(path_of(run).parent)
 
 
 def test_checkpoints_of_format_1_are_read_with_every_other_check(run):
     path = path_of(run)
     written = json.loads(path.read_text())
-    del written[manifest.HASH]
+    del written[checkpoint_folder.HASH]
     path.write_text(json.dumps(written | {"format": 1}, indent=1))
     assert checkpoint.opened(path.parent)["step"] == 4
     path.write_text(json.dumps(written | {"format": 1, "step": 6}, indent=1))
@@ -152,7 +198,7 @@ def test_links_and_files_under_a_checkpoints_name_do_not_stop_a_save(tmp_path, r
         state.save(run, step, CheckpointConfig(keep_last=9), 1)
     for step in (6, 8, 10):
         assert not (folder / f"step_{step:08d}").is_symlink()
-        assert manifest.verify(folder / f"step_{step:08d}")["step"] == step
+        assert checkpoint_folder.verify(folder / f"step_{step:08d}")["step"] == step
     assert (other / "kept").read_text() == "kept"
 
 
@@ -162,7 +208,9 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path, mask):
     try:
         method = nn.Module()
         method.backbone = nn.Linear(3, 2)
-        State(method, optim.build(OptimConfig(), method), {}, {}).save(tmp_path, 1, CheckpointConfig(), 1)
+        State(method, optim.build(OptimConfig(), method), {}, {}).save(
+            tmp_path, 1, CheckpointConfig(), 1
+        )
     finally:
         os.umask(before)
     (saved,) = checkpoint.checkpoints(tmp_path)

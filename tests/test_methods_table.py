@@ -7,22 +7,35 @@ import json
 import pytest
 import tiny
 
-from launch import methods as table_of_methods
 from ssl_pretrain import config, methods
+from ssl_pretrain.launch import methods as table_of_methods
 
 
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_fits_the_preset(name):
-    run = config.load(table_of_methods.ROOT / table_of_methods.CONFIG, table_of_methods.overrides_of(name))
+    run = config.load(
+        table_of_methods.ROOT / table_of_methods.CONFIG, table_of_methods.overrides_of(name)
+    )
     config.check(run, 2)
     assert run.method.name == name and run.data.subset == 10000
 
 
 def made_run(folder, knn, curve):
     (folder / "eval").mkdir(parents=True)
-    rows = {"raw pixels": 30.0, "random, as built": 25.0, "random (better of two)": 28.0, "pretrained": knn}
+    rows = {
+        "raw pixels": 30.0,
+        "random, as built": 25.0,
+        "random (better of two)": 28.0,
+        "pretrained": knn,
+    }
     (folder / "eval/knn.json").write_text(
-        json.dumps({"rows": [{"features": name, "metrics": {"clean": value}} for name, value in rows.items()]})
+        json.dumps(
+            {
+                "rows": [
+                    {"features": name, "metrics": {"clean": value}} for name, value in rows.items()
+                ]
+            }
+        )
     )
     records = [{"knn": value, "rankme": 12.5, "time": 60.0 * i} for i, value in enumerate(curve)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -33,7 +46,10 @@ def test_the_table_has_the_means_the_margin_and_the_curve(tmp_path):
         made_run(tmp_path / f"byol_{seed}", knn, [0.2, 0.304, 0.4])
     made_run(tmp_path / "barlow_twins_0", 29.0, [0.28, 0.29])
     lines = table_of_methods.table(tmp_path).splitlines()
-    assert "| raw pixels | | 30.0 | | | | |" in lines and "| random (better of two) | | 28.0 | | | | |" in lines
+    assert (
+        "| raw pixels | | 30.0 | | | | |" in lines
+        and "| random (better of two) | | 28.0 | | | | |" in lines
+    )
     assert "| byol | 3 | 42.0 ± 2.0 | +14.0 | 12.5 ± 0.0 | 2.0 ± 0.0 | 20 30 40 |" in lines
     assert "| barlow_twins | 1 | 29.0 | +1.0 (under 3) | 12.5 | 1.0 | 28 29 |" in lines
 
@@ -52,7 +68,10 @@ def test_a_table_without_rows_is_not_written(tmp_path, capsys):
 def test_the_table_goes_beside_the_runs(tmp_path, capsys):
     made_run(tmp_path / "byol_0", 40.0, [0.2, 0.4])
     assert table_of_methods.main(["--table-only", "--runs", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'methods.md'}\n" and "| byol | 1 |" in (tmp_path / "methods.md").read_text()
+    assert (
+        capsys.readouterr().out == f"{tmp_path / 'methods.md'}\n"
+        and "| byol | 1 |" in (tmp_path / "methods.md").read_text()
+    )
 
 
 @pytest.mark.full

@@ -10,8 +10,9 @@ from conftest import run_ranks
 from timm.layers import DropPath
 from torch import nn
 
-from ssl_pretrain import distributed
-from ssl_pretrain.momentum import Queue, Teacher, check_queue, to_one
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.models.queue import Queue, check_queue
+from ssl_pretrain.models.teacher import Teacher, to_one
 
 pytestmark = pytest.mark.promise
 
@@ -20,7 +21,9 @@ class Student(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), DropPath(0.5), nn.Dropout(0.5)).double()
+        self.backbone = nn.Sequential(
+            nn.Linear(3, 4), nn.BatchNorm1d(4), DropPath(0.5), nn.Dropout(0.5)
+        ).double()
         self.projector = nn.Linear(4, 2).double()
         self.teacher = Teacher(backbone=self.backbone, projector=self.projector)
 
@@ -33,7 +36,9 @@ def test_the_teacher_is_the_moving_average_of_parameters_alone():
     student.backbone[1].running_mean += 5
     student.teacher.move(student, 0.9, torch.ones(()))
     for name, p in student.teacher.named_parameters():
-        torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * student.get_parameter(name), rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close(
+            p, 0.9 * before[name] + 0.1 * student.get_parameter(name), rtol=1e-14, atol=1e-15
+        )
     assert student.teacher.backbone[1].running_mean.abs().max() == 0
     assert not any(p.requires_grad for p in student.teacher.parameters())
 
@@ -49,7 +54,9 @@ def test_a_masked_step_leaves_the_teacher_as_it_was():
 
 def test_the_teacher_drops_nothing_in_training_mode():
     student, x = Student().train(), torch.randn(5, 3, dtype=torch.float64)
-    assert torch.equal(student.teacher(x), student.teacher(x)) and not torch.equal(student.backbone(x), student.backbone(x))
+    assert torch.equal(student.teacher(x), student.teacher(x)) and not torch.equal(
+        student.backbone(x), student.backbone(x)
+    )
 
 
 def test_the_momentum_rises_to_one_by_half_a_cosine():
@@ -61,15 +68,31 @@ def test_the_queue_overwrites_its_oldest():
     queue = Queue(6, 2, random=False)
     for step in range(4):
         queue.push(torch.full((2, 2), float(step + 1)), 1.0)
-    assert queue.rows[:, 0].tolist() == [4, 4, 2, 2, 3, 3] and queue.position == 2 and queue.filled == 6
+    assert (
+        queue.rows[:, 0].tolist() == [4, 4, 2, 2, 3, 3]
+        and queue.position == 2
+        and queue.filled == 6
+    )
     queue.push(torch.full((2, 2), float("nan")), torch.zeros(()))
-    assert queue.rows[:, 0].tolist() == [4, 4, 2, 2, 3, 3] and queue.position == 2 and queue.filled == 6
+    assert (
+        queue.rows[:, 0].tolist() == [4, 4, 2, 2, 3, 3]
+        and queue.position == 2
+        and queue.filled == 6
+    )
 
 
 def _pushed():
     queue = Queue(12, 1, random=False)
     for step in range(3):
-        queue.push(torch.tensor([[10.0 * step + 2 * distributed.rank()], [10.0 * step + 2 * distributed.rank() + 1]]), 1.0)
+        queue.push(
+            torch.tensor(
+                [
+                    [10.0 * step + 2 * process_group.rank()],
+                    [10.0 * step + 2 * process_group.rank() + 1],
+                ]
+            ),
+            1.0,
+        )
     return queue.rows.flatten().tolist()
 
 
@@ -84,9 +107,13 @@ def test_the_queue_holds_the_global_batch_in_order_on_every_rank(world_size):
 
 def test_a_queue_that_the_batch_does_not_fill_is_refused():
     with pytest.raises(
-        ValueError, match=r"^method.queue_size: 65536 is not a multiple of global_batch_size 768; the nearest that are 65280 and 66048$"
+        ValueError,
+        match=r"^method.queue_size: 65536 is not a multiple of global_batch_size 768; the nearest that are 65280 and 66048$",
     ):
         check_queue(65536, 768)
-    with pytest.raises(ValueError, match=r"^method.queue_size: 512 is not a multiple of global_batch_size 4096; the smallest is 4096$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^method.queue_size: 512 is not a multiple of global_batch_size 4096; the smallest is 4096$",
+    ):
         check_queue(512, 4096)
     check_queue(65536, 8192)

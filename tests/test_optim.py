@@ -10,20 +10,25 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_pretrain import optim
-from ssl_pretrain.optim import LARS, OptimConfig
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import LARS, OptimConfig
 
 pytestmark = pytest.mark.promise
 
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)).double()
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)
+    ).double()
 
 
 def gradients(step):
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in network().parameters()]
+    return [
+        torch.randn(p.shape, dtype=torch.float64, generator=generator)
+        for p in network().parameters()
+    ]
 
 
 def plain_lars(model, rates, convention, weight_decay=0.01, momentum=0.9, eta=0.001):
@@ -50,7 +55,9 @@ def test_lars_equals_the_authors_equations(convention):
     rates = [0.5, 1.0, 0.2, 0.7]
     expected, got = network(), network()
     plain_lars(expected, rates, convention)
-    optimizer = optim.build(OptimConfig(name="lars", weight_decay=0.01, momentum_convention=convention), got)
+    optimizer = optim.build(
+        OptimConfig(name="lars", weight_decay=0.01, momentum_convention=convention), got
+    )
     for step, lr in enumerate(rates):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -69,7 +76,9 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
-        assert "_local_scalar_dense" not in str(function) and "is_nonzero" not in str(function), "the host waits for the device"
+        assert "_local_scalar_dense" not in str(function) and "is_nonzero" not in str(function), (
+            "the host waits for the device"
+        )
         return function(*args, **(kwargs or {}))
 
 
@@ -92,7 +101,12 @@ def test_a_lars_step_on_resnet50_is_few_operations(convention):
 @pytest.mark.case(20)
 def test_a_zero_weight_moves_with_trust_one():
     weight = nn.Parameter(torch.zeros(2, 2))
-    optimizer = LARS([{"params": [weight], "names": ["w"], "lr": 0.1}], momentum=0.0, trust_coefficient=0.001, convention="classic")
+    optimizer = LARS(
+        [{"params": [weight], "names": ["w"], "lr": 0.1}],
+        momentum=0.0,
+        trust_coefficient=0.001,
+        convention="classic",
+    )
     weight.grad = torch.ones(2, 2)
     optim.guarded_step(optimizer)
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
@@ -101,7 +115,15 @@ def test_a_zero_weight_moves_with_trust_one():
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_adam_takes_betas_and_eps_from_the_configuration(name):
     weight = nn.Parameter(torch.full((2, 2), 0.5, dtype=torch.float64))
-    config = OptimConfig(name=name, betas=[0.8, 0.99], eps=0.1, weight_decay=0.0, base_lr=1.0, lr_scaling="none", warmup_epochs=0)
+    config = OptimConfig(
+        name=name,
+        betas=[0.8, 0.99],
+        eps=0.1,
+        weight_decay=0.0,
+        base_lr=1.0,
+        lr_scaling="none",
+        warmup_epochs=0,
+    )
     module = nn.Module()
     module.weight = weight
     optimizer = optim.build(config, module)
@@ -120,7 +142,9 @@ def test_adam_takes_betas_and_eps_from_the_configuration(name):
 def test_a_non_finite_gradient_changes_nothing(name, bad):
     model = network()
     optimizer = optim.build(OptimConfig(name=name, weight_decay=0.01), model)
-    settings = OptimConfig(name=name, base_lr=0.1, lr_scaling="none", warmup_epochs=0, weight_decay=0.01)
+    settings = OptimConfig(
+        name=name, base_lr=0.1, lr_scaling="none", warmup_epochs=0, weight_decay=0.01
+    )
     for step in range(3):
         optim.set_rates(optimizer, settings, 0.1, 10, 256)
         for p, g in zip(model.parameters(), gradients(step)):
@@ -138,7 +162,10 @@ def test_a_non_finite_gradient_changes_nothing(name, bad):
 
 def everything(model, optimizer):
     return [p.data for p in model.parameters()] + [
-        v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)
+        v
+        for state in optimizer.state.values()
+        for v in state.values()
+        if isinstance(v, torch.Tensor)
     ]
 
 
@@ -151,22 +178,34 @@ def test_clipping_bounds_the_whole_gradient():
     for p, g in zip(model.parameters(), gradients(0)):
         p.grad = g.clone()
     norm, _ = optim.guarded_step(optimizer, clip_norm=0.5)
-    moved = torch.cat([(p.detach() - q).flatten() for p, q in zip(model.parameters(), before)]).norm()
+    moved = torch.cat(
+        [(p.detach() - q).flatten() for p, q in zip(model.parameters(), before)]
+    ).norm()
     assert norm.item() > 5 and moved.item() == pytest.approx(0.5, rel=1e-5)
 
 
 def test_groups_by_ndim_by_name_and_not_at_all():
     def names(**settings):
-        return [group["names"] for group in optim.parameter_groups(OptimConfig(**settings), network())]
+        return [
+            group["names"] for group in optim.parameter_groups(OptimConfig(**settings), network())
+        ]
 
     assert names() == [["0.weight", "3.weight"], ["0.bias", "1.weight", "1.bias", "3.bias"]]
-    assert names(exclude_by="name", exclude_names=["3."]) == [["0.weight", "0.bias", "1.weight", "1.bias"], ["3.weight", "3.bias"]]
+    assert names(exclude_by="name", exclude_names=["3."]) == [
+        ["0.weight", "0.bias", "1.weight", "1.bias"],
+        ["3.weight", "3.bias"],
+    ]
     assert names(exclude_by="none")[1] == []
 
 
-@pytest.mark.parametrize(("scaling", "base", "expected"), [("sqrt", 0.075, 6.788), ("linear", 0.3, 9.6), ("none", 0.3, 0.3)])
+@pytest.mark.parametrize(
+    ("scaling", "base", "expected"),
+    [("sqrt", 0.075, 6.788), ("linear", 0.3, 9.6), ("none", 0.3, 0.3)],
+)
 def test_scaled_lr_at_8192(scaling, base, expected):
-    assert optim.scaled_lr(OptimConfig(base_lr=base, lr_scaling=scaling), 8192) == pytest.approx(expected, abs=5e-4)
+    assert optim.scaled_lr(OptimConfig(base_lr=base, lr_scaling=scaling), 8192) == pytest.approx(
+        expected, abs=5e-4
+    )
 
 
 def test_rates_of_a_run():
@@ -195,7 +234,16 @@ def test_larc_equals_apex_on_every_parameter(clip):
     rates = [0.5, 0.001, 0.2, 0.7]
     expected, got = network(), network()
     plain_larc(expected, rates, clip)
-    optimizer = optim.build(OptimConfig(name="larc", weight_decay=0.01, trust_coefficient=0.02, larc_clip=clip, exclude_by="none"), got)
+    optimizer = optim.build(
+        OptimConfig(
+            name="larc",
+            weight_decay=0.01,
+            trust_coefficient=0.02,
+            larc_clip=clip,
+            exclude_by="none",
+        ),
+        got,
+    )
     for step, lr in enumerate(rates):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -208,29 +256,44 @@ def test_larc_equals_apex_on_every_parameter(clip):
 
 def test_milestones_and_epochs():
     moco = OptimConfig(base_lr=0.03, schedule="milestones", milestones=[120, 160], warmup_epochs=0)
-    lrs = [optim.rates(moco, epoch / 200, 200, 256)["lr"] for epoch in (0, 119.9, 120, 159.9, 160, 199)]
+    lrs = [
+        optim.rates(moco, epoch / 200, 200, 256)["lr"] for epoch in (0, 119.9, 120, 159.9, 160, 199)
+    ]
     assert lrs == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
     by_epoch = OptimConfig(base_lr=1.0, changes_every="epoch", warmup_epochs=0)
-    steps = [optim.rates(by_epoch, step / 12, 4, 256)["lr"] for step in range(12)]  # 3 steps an epoch
-    assert steps == pytest.approx([(1 + math.cos(math.pi * (step // 3) / 4)) / 2 for step in range(12)])
+    steps = [
+        optim.rates(by_epoch, step / 12, 4, 256)["lr"] for step in range(12)
+    ]  # 3 steps an epoch
+    assert steps == pytest.approx(
+        [(1 + math.cos(math.pi * (step // 3) / 4)) / 2 for step in range(12)]
+    )
 
 
 def test_the_weight_decay_of_dino_rises_by_half_a_cosine():
     dino = OptimConfig(weight_decay=0.04, final_weight_decay=0.4)
-    assert [optim.rates(dino, p, 100, 256)["weight_decay"] for p in (0, 0.5, 1)] == pytest.approx([0.04, 0.22, 0.4])
+    assert [optim.rates(dino, p, 100, 256)["weight_decay"] for p in (0, 0.5, 1)] == pytest.approx(
+        [0.04, 0.22, 0.4]
+    )
     optimizer = optim.build(dino, network())
     optim.set_rates(optimizer, dino, 0.5, 100, 256)
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.22, 0.0])
 
 
 def test_constant_and_excluded_learning_rates():
-    settings = OptimConfig(base_lr=0.2, warmup_epochs=0, excluded_lr_ratio=0.024, constant_lr_names=["3."])
+    settings = OptimConfig(
+        base_lr=0.2, warmup_epochs=0, excluded_lr_ratio=0.024, constant_lr_names=["3."]
+    )
     groups = optim.parameter_groups(settings, network())
     assert [(group["group"], group["names"]) for group in groups] == [
         ("adapted", ["0.weight"]), ("excluded", ["0.bias", "1.weight", "1.bias"]), ("constant adapted", ["3.weight"]), ("constant excluded", ["3.bias"]),
     ]  # fmt: skip
     optimizer = optim.build(settings, network())
     optim.set_rates(optimizer, settings, 0.5, 100, 256)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.0024, 0.2, 0.0048])
-    with pytest.raises(ValueError, match=r"^optim.constant_lr_names: no trained parameter's name starts with 'predictr'$"):
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [0.1, 0.0024, 0.2, 0.0048]
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^optim.constant_lr_names: no trained parameter's name starts with 'predictr'$",
+    ):
         optim.build(OptimConfig(constant_lr_names=["predictr"]), network())

@@ -13,11 +13,21 @@ from conftest import run_ranks
 from networks import CASES, run
 from traffic import Traffic, predicted
 
-from ssl_pretrain import batch_norm, checkpoint, distributed, parallel
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.parallel import batch_norm
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 
 SAVED, LAST = 16, 20  # steps: stopped once, and the end
-SGD = {"name": "sgd", "base_lr": 0.01, "lr_scaling": "none", "warmup_epochs": 1, "nesterov": True, "clip_norm": 0.5}
+SGD = {
+    "name": "sgd",
+    "base_lr": 0.01,
+    "lr_scaling": "none",
+    "warmup_epochs": 1,
+    "nesterov": True,
+    "clip_norm": 0.5,
+}
 LARC = {"name": "larc", "base_lr": 0.1, "lr_scaling": "none", "warmup_epochs": 1}
 AT_ONCE = {**SGD, "base_lr": 1.0, "warmup_epochs": 0, "nesterov": False}  # moves in its first step
 PARTS = {"parts": 2, "bn_group_images": 2}  # on 2 ranks
@@ -27,26 +37,39 @@ WIDE = {"precision": "float64"}  # where sums in another order may differ by 1e-
 def _same(got, expected, tolerance=1e-9):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name],
+            value,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
-NAMES = [pytest.param(name, marks=() if name == "dino" else pytest.mark.full) for name in CASES]  # the others take a minute each
+NAMES = [
+    pytest.param(name, marks=() if name == "dino" else pytest.mark.full) for name in CASES
+]  # the others take a minute each
 
 
 def _stopped_on_four(folder, name):
     """Stopped and resumed, sharded over 4 ranks."""
     run(name, SAVED, folder / "four", strategy="fsdp", **WIDE)
-    if distributed.is_main():
+    if process_group.is_main():
         for place in ("one", "two ddp", "two fsdp"):
             shutil.copytree(folder / "four", folder / place)
-    distributed.barrier()
+    collectives.barrier()
     return run(name, LAST - SAVED, folder / "four", strategy="fsdp", **WIDE)["state"]
 
 
 def _on_two(folder, name):
-    found = {strategy: run(name, LAST, strategy=strategy, **WIDE)["state"] for strategy in ("ddp", "fsdp")}
+    found = {
+        strategy: run(name, LAST, strategy=strategy, **WIDE)["state"]
+        for strategy in ("ddp", "fsdp")
+    }
     for strategy in ("ddp", "fsdp"):
-        found[f"resumed {strategy}"] = run(name, LAST - SAVED, folder / f"two {strategy}", strategy=strategy, **WIDE)["state"]
+        found[f"resumed {strategy}"] = run(
+            name, LAST - SAVED, folder / f"two {strategy}", strategy=strategy, **WIDE
+        )["state"]
     return found
 
 
@@ -60,14 +83,20 @@ def test_twenty_steps_whole_or_sharded_on_one_two_or_four_ranks_are_the_same(nam
     for rank in run_ranks(_on_two, tmp_path, name, world_size=2):
         for state in rank.values():
             _same(state, straight)
-    with pytest.warns(UserWarning, match="resuming is exact but not bit for bit, as these differ: world_size 4 then, 1 now"):
+    with pytest.warns(
+        UserWarning,
+        match="resuming is exact but not bit for bit, as these differ: world_size 4 then, 1 now",
+    ):
         _same(run(name, LAST - SAVED, tmp_path / "one", **WIDE)["state"], straight)
     prefix = "teacher.backbone." if name == "dino" else "backbone."
-    expected = {key.removeprefix(prefix): value for key, value in straight.items() if key.startswith(prefix)}
+    expected = {
+        key.removeprefix(prefix): value for key, value in straight.items() if key.startswith(prefix)
+    }
     for place in ("four", "two ddp", "two fsdp", "one"):
         _same(checkpoint.evaluated_weights(checkpoint.newest(tmp_path / place))[1], expected)
     assert not torch.allclose(
-        straight["backbone.model.norm.weight" if name != "simclr" else "backbone.model.bn1.weight"], torch.ones(()).double()
+        straight["backbone.model.norm.weight" if name != "simclr" else "backbone.model.bn1.weight"],
+        torch.ones(()).double(),
     )
 
 
@@ -76,7 +105,10 @@ def _of_four(folder):
     run("dino", 2, folder, strategy="fsdp")
     found = {"bits": (straight, run("dino", 2, folder, strategy="fsdp")["state"])}
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    return found | {"hybrid": run("dino", 2, strategy="hybrid", **WIDE)["state"], "node": _ranks_of_bn_group()}
+    return found | {
+        "hybrid": run("dino", 2, strategy="hybrid", **WIDE)["state"],
+        "node": _ranks_of_bn_group(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,24 +123,35 @@ def _nothing_moves():
         stepper, sizes = networks.setting_up(name, strategy="fsdp")
         networks.take_step(stepper, sizes, 0)
         before = networks.whole(parallel.unwrap(stepper.model))
-        own = networks.batch(1, sizes).part(distributed.rank(), distributed.world_size())
-        own.views[1][0, 0, 0, 0] = float("nan") if distributed.rank() else 0.0
+        own = networks.batch(1, sizes).part(process_group.rank(), process_group.world_size())
+        own.views[1][0, 0, 0, 0] = float("nan") if process_group.rank() else 0.0
         _, logs = stepper(1, 0.05, own)
         after = networks.whole(parallel.unwrap(stepper.model))
         assert logs["skipped_steps"] == 1
-        moved[name] = [key for key, value in after.items() if not torch.equal(value, before[key]) and "num_batches" not in key]
+        moved[name] = [
+            key
+            for key, value in after.items()
+            if not torch.equal(value, before[key]) and "num_batches" not in key
+        ]
     return moved
 
 
 def _of_two():
     found: dict = {"moved": _nothing_moves()}
-    found |= {name: run(name, 2, strategy="fsdp", reshard_after_forward=False, **PARTS, **WIDE)["state"] for name in ("simclr", "dino")}
+    found |= {
+        name: run(name, 2, strategy="fsdp", reshard_after_forward=False, **PARTS, **WIDE)["state"]
+        for name in ("simclr", "dino")
+    }
     for name, optimizer in (("sgd", SGD), ("larc", LARC)):
         found[name] = run("dino", 2, strategy="fsdp", optimizer=optimizer, **WIDE)["state"]
     for strategy in ("ddp", "fsdp"):
         shipped = {"strategy": strategy, "optimizer": AT_ONCE}
-        found[f"gradients {strategy}"] = [run("dino", 1, gradients=kind, **shipped)["state"] for kind in ("float32", "bfloat16")]
-        found[f"bfloat16 {strategy}"] = run("moco_v3", 2, strategy=strategy, precision="bfloat16")["state"]
+        found[f"gradients {strategy}"] = [
+            run("dino", 1, gradients=kind, **shipped)["state"] for kind in ("float32", "bfloat16")
+        ]
+        found[f"bfloat16 {strategy}"] = run("moco_v3", 2, strategy=strategy, precision="bfloat16")[
+            "state"
+        ]
     return found
 
 
@@ -151,8 +194,16 @@ def test_a_broken_batch_moves_no_shard_on_any_rank(of_two):
 def test_gradients_in_bfloat16_are_rounded_and_no_more(strategy, of_two):
     start = networks.whole(parallel.unwrap(networks.setting_up("dino", optimizer=AT_ONCE)[0].model))
     exact, rounded = of_two[0][f"gradients {strategy}"]
-    moved = {name: (exact[name] - start[name]).norm() for name in exact if name.startswith(("backbone", "head"))}
-    errors = {name: ((rounded[name] - exact[name]).norm() / size).item() for name, size in moved.items() if size > 1e-3}
+    moved = {
+        name: (exact[name] - start[name]).norm()
+        for name in exact
+        if name.startswith(("backbone", "head"))
+    }
+    errors = {
+        name: ((rounded[name] - exact[name]).norm() / size).item()
+        for name, size in moved.items()
+        if size > 1e-3
+    }
     assert len(errors) > 10 and 1e-4 < max(errors.values()) < 2**-6
 
 
@@ -177,22 +228,38 @@ def _bytes(name, strategy):
     """(counted, predicted) bytes that this rank sends in one step, by kind."""
     stepper, sizes = networks.setting_up(name, strategy=strategy, rows=6, **WIDE)
     networks.take_step(stepper, sizes, 0)
-    own = networks.batch(1, sizes, 6).part(distributed.rank(), distributed.world_size())
+    own = networks.batch(1, sizes, 6).part(process_group.rank(), process_group.world_size())
     with Traffic() as traffic:
         stepper(1, 0.05, own)
-    expected = predicted(parallel.unwrap(stepper.model), strategy, dim=9, rows=len(own), calls=1 if name == "simclr" else 2)
+    expected = predicted(
+        parallel.unwrap(stepper.model),
+        strategy,
+        dim=9,
+        rows=len(own),
+        calls=1 if name == "simclr" else 2,
+    )
     return dict(traffic.sent), {kind: count for kind, count in expected.items() if count}
 
 
 def _all_bytes():
-    return {f"{name} {strategy}": _bytes(name, strategy) for name in ("simclr", "moco_v3") for strategy in ("ddp", "fsdp")}
+    return {
+        f"{name} {strategy}": _bytes(name, strategy)
+        for name in ("simclr", "moco_v3")
+        for strategy in ("ddp", "fsdp")
+    }
 
 
 def test_bytes_sent_are_those_of_the_formulas():
     for rank in run_ranks(_all_bytes, world_size=3):
         for what, (counted, expected) in rank.items():
             assert counted == expected, what
-        assert rank["simclr ddp"][0].keys() == {"gather", "loss backward", "batch norm forward", "batch norm backward", "gradients"}
+        assert rank["simclr ddp"][0].keys() == {
+            "gather",
+            "loss backward",
+            "batch norm forward",
+            "batch norm backward",
+            "gradients",
+        }
         assert rank["simclr fsdp"][0].keys() == {*rank["simclr ddp"][0], "weights", "norms"}
 
 
@@ -200,7 +267,10 @@ def test_bytes_sent_are_those_of_the_formulas():
 @pytest.mark.parametrize("name", ["simclr", "moco_v3"])
 def test_activations_computed_again_change_no_bit(name, how):
     drops = {"drop_path": 0.3} if name == "moco_v3" else {}
-    kept, again = (run(name, 2, backbone=drops, activation_checkpointing=kind)["state"] for kind in ("none", how))
+    kept, again = (
+        run(name, 2, backbone=drops, activation_checkpointing=kind)["state"]
+        for kind in ("none", how)
+    )
     assert all(torch.equal(again[key], value) for key, value in kept.items())
 
 
@@ -208,9 +278,13 @@ def _bytes_saved(how):
     """Bytes that autograd keeps outside of blocks after one forward: what it keeps inside them does not pass its own hooks."""
     stepper, sizes = networks.setting_up("moco_v3", activation_checkpointing=how)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel() * x.element_size()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel() * x.element_size()) or x, lambda x: x
+    ):
         images = networks.batch(0, sizes)
-        stepper.model(replace(images, views=parallel.place(images.views, stepper.config, networks.CPU)))
+        stepper.model(
+            replace(images, views=parallel.place(images.views, stepper.config, networks.CPU))
+        )
     return sum(kept)
 
 
@@ -221,7 +295,10 @@ def test_recomputed_blocks_keep_less():
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "drop_path"), [("moco_v3", 0.3), ("simclr", 0.0)])
 def test_compiled_blocks_train_the_same_weights(name, drop_path):
-    eager, compiled = (run(name, 2, backbone={"drop_path": drop_path}, compile=how, **WIDE)["state"] for how in (False, True))
+    eager, compiled = (
+        run(name, 2, backbone={"drop_path": drop_path}, compile=how, **WIDE)["state"]
+        for how in (False, True)
+    )
     _same(compiled, eager)
 
 
@@ -233,7 +310,10 @@ def test_compiled_blocks_train_the_same_weights(name, drop_path):
             "parallel.activation_checkpointing: selective does not go with parallel.compile: the compiler chooses what it computes again; "
             "choose none or blocks",
         ),
-        ({"cuda_graphs": True}, "parallel.cuda_graphs: true needs parallel.compile; set parallel.cuda_graphs=false"),
+        (
+            {"cuda_graphs": True},
+            "parallel.cuda_graphs: true needs parallel.compile; set parallel.cuda_graphs=false",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, message):
@@ -246,7 +326,7 @@ def _one_rank_has_no_room(folder):
     import resource
 
     run("dino", 1, folder, strategy="fsdp")
-    if distributed.rank() == 1:
+    if process_group.rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     try:
         run("dino", 1, folder, strategy="fsdp")
@@ -256,10 +336,17 @@ def _one_rank_has_no_room(folder):
 
 def test_a_rank_that_cannot_write_is_named_on_all_and_older_checkpoints_stay(tmp_path):
     said = run_ranks(_one_rank_has_no_room, tmp_path, world_size=2)
-    assert said[0] == said[1] and "rank 1: [Errno 27] File too large" in said[0] and "Older ones are whole" in said[0]
+    assert (
+        said[0] == said[1]
+        and "rank 1: [Errno 27] File too large" in said[0]
+        and "Older ones are whole" in said[0]
+    )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     checkpoint.verify(checkpoint.newest(tmp_path))
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}  # never a pickle
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {
+        ".json",
+        ".safetensors",
+    }  # never a pickle
 
 
 def test_a_torch_without_safetensors_shards_is_refused(monkeypatch):
@@ -283,4 +370,7 @@ def test_evaluations_keep_float32_where_training_views_are_bfloat16():
     assert [view.dtype for view in placed] == [torch.bfloat16, torch.float32]
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in placed)
     assert parallel.view_dtype(config, torch.device("cpu")) == torch.float32
-    assert parallel.place([evaluation], ParallelConfig(precision="float64"), device)[0].dtype == torch.float64
+    assert (
+        parallel.place([evaluation], ParallelConfig(precision="float64"), device)[0].dtype
+        == torch.float64
+    )

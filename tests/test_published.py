@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
-from ssl_pretrain import backbones, checkpoint, published
-from ssl_pretrain.backbones import BackboneConfig
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.models import backbones, published_weights
+from ssl_pretrain.models.backbones import BackboneConfig
 
 
 def network() -> torch.nn.Module:
@@ -28,7 +29,7 @@ BARE = {key: value for key, value in WEIGHTS.items() if not key.startswith("fc."
 def load(path: Path) -> list[str]:
     """Load a file into a backbone and check that it has the weights. Returns the notes."""
     backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
-    weights, notes = published.read_file(path, "weights")
+    weights, notes = published_weights.read_file(path, "weights")
     notes += backbones.load_strict(backbone, weights, "weights")
     assert all(torch.equal(value, BARE[key]) for key, value in backbone.model.state_dict().items())
     return notes
@@ -38,14 +39,27 @@ def load(path: Path) -> list[str]:
     ("content", "notes"),
     [
         (
-            {"classy_state_dict": {"base_model": {"model": {"trunk": {f"_feature_blocks.{key}": value for key, value in BARE.items()}}}}},
+            {
+                "classy_state_dict": {
+                    "base_model": {
+                        "model": {
+                            "trunk": {
+                                f"_feature_blocks.{key}": value for key, value in BARE.items()
+                            }
+                        }
+                    }
+                }
+            },
             ["read at 'classy_state_dict.base_model.model.trunk'", "prefix '_feature_blocks.'"],
         ),
         (
             {"epoch": torch.tensor(3), "lr": torch.tensor(0.1), "state_dict": WEIGHTS},
             ["read at 'state_dict'", "left out fc.bias, fc.weight"],
         ),
-        (torch.optim.swa_utils.AveragedModel(NETWORK).state_dict(), ["left out fc.bias, fc.weight, n_averaged"]),
+        (
+            torch.optim.swa_utils.AveragedModel(NETWORK).state_dict(),
+            ["left out fc.bias, fc.weight, n_averaged"],
+        ),
         ({"net": BARE, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, ["read at 'net'"]),
     ],
     ids=["deep in mappings", "beside a step count", "averaged", "under an unknown key"],
@@ -63,11 +77,20 @@ def test_the_content_says_what_a_file_is_and_not_its_suffix(tmp_path):
 
 TORCHVISION = {
     "vit_tiny_patch16_224": (
-        lambda: VisionTransformer(image_size=32, patch_size=16, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=96),
+        lambda: VisionTransformer(
+            image_size=32, patch_size=16, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=96
+        ),
         {"embed_dim": 24, "depth": 2, "num_heads": 2},
     ),
     "convnext_tiny": (
-        lambda: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, 24, 2), CNBlockConfig(24, 32, 1), CNBlockConfig(32, None, 1)]),
+        lambda: ConvNeXt(
+            [
+                CNBlockConfig(8, 16, 1),
+                CNBlockConfig(16, 24, 2),
+                CNBlockConfig(24, 32, 1),
+                CNBlockConfig(32, None, 1),
+            ]
+        ),
         {"dims": [8, 16, 24, 32], "depths": [1, 2, 1, 1]},
     ),
     "swin_tiny_patch4_window7_224": (
@@ -103,7 +126,10 @@ def _script(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_bytes(b""), "weights is no safetensors or torch file: it is empty; get it again"),
+        (
+            lambda path: path.write_bytes(b""),
+            "weights is no safetensors or torch file: it is empty; get it again",
+        ),
         (
             lambda path: path.write_text("<!DOCTYPE html>"),
             "weights is no safetensors or torch file: it begins with b'<!DOCTYPE html>'; get it again",
@@ -116,18 +142,33 @@ def _script(path: Path) -> None:
             lambda path: path.write_bytes(b"PK\3\4" + bytes(200)),
             "weights is cut off or damaged (File is not a zip file); get it again",
         ),
-        (_script, "weights is a TorchScript program. Where you trust the file, save its tensors alone: "),
+        (
+            _script,
+            "weights is a TorchScript program. Where you trust the file, save its tensors alone: ",
+        ),
         (
             lambda path: torch.save({"a": BARE, "b": BARE}, path),
             "weights: several weights in it; it has tensors at 'a' (90), 'b' (90). Choose with backbone.init_key",
         ),
-        (lambda path: torch.save(list(BARE.values()), path), "weights: no named tensors in it; it holds a list"),
+        (
+            lambda path: torch.save(list(BARE.values()), path),
+            "weights: no named tensors in it; it holds a list",
+        ),
         (
             lambda path: torch.save(BARE | {"bn1.bias": BARE["bn1.bias"] * torch.nan}, path),
             "weights: not the weights of this backbone: bn1.bias: values that are not finite, or integers where the network has none. ",
         ),
     ],
-    ids=["empty", "web page", "pointer", "cut off", "program", "two places", "list", "not a number"],
+    ids=[
+        "empty",
+        "web page",
+        "pointer",
+        "cut off",
+        "program",
+        "two places",
+        "list",
+        "not a number",
+    ],
 )
 def test_files_without_the_weights_are_named(tmp_path, write, message):
     write(tmp_path / "weights.pth")

@@ -19,8 +19,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from ssl_pretrain import methods
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel.wrap import ParallelConfig
 
 pytestmark = pytest.mark.promise
 
@@ -124,7 +124,9 @@ def differing(got: Path, expected: Path, ignore: str = "nothing") -> list[str]:
     """Return the names of the tensors of two runs, optimizer included, whose bits differ. Names with `ignore` are left out."""
     got_tensors, expected_tensors = ranks.weights(got), ranks.weights(expected)
     assert got_tensors.keys() == expected_tensors.keys()
-    assert any("::" in name for name in got_tensors), "the checkpoint lacks the state of the optimizer"
+    assert any("::" in name for name in got_tensors), (
+        "the checkpoint lacks the state of the optimizer"
+    )
     same = {name: torch.equal(got_tensors[name], value) for name, value in expected_tensors.items()}
     return [name for name, equal in same.items() if not equal and ignore not in name]
 

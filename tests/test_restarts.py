@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ssl_pretrain import restarts, train
+from ssl_pretrain import train
+from ssl_pretrain.system import exit_status
 
 
 @pytest.fixture
@@ -33,18 +34,20 @@ def test_restarted_ranks_repeat_a_mistake_without_starting_anew(attempt, tmp_pat
 
 def test_a_new_launch_does_not_heed_an_old_note(attempt):
     attempt(0)
-    restarts.note_end(2)
-    assert restarts.status_to_repeat() is None
+    exit_status.note_end(2)
+    assert exit_status.status_to_repeat() is None
     attempt(2)
-    assert restarts.status_to_repeat() == 2
+    assert exit_status.status_to_repeat() == 2
 
 
 def test_ranks_after_a_lost_rank_have_nothing_to_repeat(attempt):
     attempt(1)
-    assert restarts.status_to_repeat() is None
+    assert exit_status.status_to_repeat() is None
 
 
 @pytest.mark.parametrize(("agents", "max_restarts", "status"), [(1, 3, 75), (2, 0, 75), (2, 3, 0)])
-def test_only_agents_that_would_wait_for_each_other_get_status_0(attempt, agents, max_restarts, status):
+def test_only_agents_that_would_wait_for_each_other_get_status_0(
+    attempt, agents, max_restarts, status
+):
     attempt(0, agents, max_restarts)
-    assert restarts.stopped_status() == status
+    assert exit_status.stopped_status() == status

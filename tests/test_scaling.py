@@ -9,8 +9,8 @@ import pytest
 from test_configs import FIRST, _reduced
 from test_estimate import TOY
 
-from ssl_pretrain import scaling
-from ssl_pretrain.memory import ROOM
+from ssl_pretrain.parallel.memory import ROOM
+from ssl_pretrain.planning import scaling
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 
@@ -24,11 +24,17 @@ def test_the_tables_go_between_the_marks_and_nothing_else_moves(tmp_path):
     page.write_text("no marks\n")
     with pytest.raises(ValueError) as error:
         scaling.write(page, "| new |")
-    assert str(error.value) == f"{page}: no lines {scaling.BEGIN!r} and {scaling.END!r}; the tables go between them"
+    assert (
+        str(error.value)
+        == f"{page}: no lines {scaling.BEGIN!r} and {scaling.END!r}; the tables go between them"
+    )
 
 
 def test_a_share_that_does_not_fit_is_fed_in_parts_with_batch_norm_over_one(tmp_path):
-    run = replace(_reduced(next(path for path in FIRST if path.stem == "simclr_imagenet"), tmp_path), global_batch_size=32)
+    run = replace(
+        _reduced(next(path for path in FIRST if path.stem == "simclr_imagenet"), tmp_path),
+        global_batch_size=32,
+    )
     whole, program = scaling.predicted(run, 2, TOY, None)
     assert (whole.images, whole.group) == (16, 32)
     tight = replace(TOY, memory=(sum(program.memory(8).values()) + 1) / ROOM)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from ssl_pretrain import schedules
+from ssl_pretrain.optim import schedules
 
 
 def test_warmup_cosine_at_its_corners():
@@ -17,8 +17,12 @@ def test_warmup_cosine_at_its_corners():
 
 
 def test_without_warmup_it_is_half_a_cosine():
-    assert schedules.warmup_cosine(0.25, warmup=0.0) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert schedules.warmup_cosine(0.25, warmup=0.0) == pytest.approx(
+        (1 + math.cos(math.pi / 4)) / 2
+    )
 
 
 def test_linear_stays_at_its_end():
-    assert [schedules.linear(p, start=0.04, final=0.07, end=0.5) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert [
+        schedules.linear(p, start=0.04, final=0.07, end=0.5) for p in (0.0, 0.25, 0.5, 1.0)
+    ] == pytest.approx([0.04, 0.055, 0.07, 0.07])

@@ -10,12 +10,17 @@ import torch
 from conftest import run_ranks
 from torch import nn
 
-from ssl_pretrain import backbones, batch_norm, config, distributed, memory, optim, parallel
+from ssl_pretrain import config
+from ssl_pretrain.build import build_method, images_at_once, wrap
 from ssl_pretrain.data import loader
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.models import backbones
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import batch_norm, memory
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.step import Stepper
-from ssl_pretrain.train import build_method, images_at_once, wrap
 
 pytestmark = pytest.mark.promise
 
@@ -25,13 +30,24 @@ CPU = torch.device("cpu")
 def _steps(path, overrides, steps=2):
     """Some steps; (gradients of the last, weights and statistics, logs of the last)."""
     settings = config.load(path, overrides)
-    config.check(settings, distributed.world_size())
+    config.check(settings, process_group.world_size())
     images_of_all = settings.global_batch_size
-    batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=images_of_all, device=CPU)
+    batches = loader.build(
+        settings.data, settings.views, seed=0, global_batch_size=images_of_all, device=CPU
+    )
     method = build_method(settings)
     optimizer = optim.build(settings.optim, method)
     images = images_at_once(method, settings, CPU)
-    stepper = Stepper(wrap(method, settings, images, CPU), optimizer, settings.parallel, 0, images, images_of_all, settings.optim, CPU)
+    stepper = Stepper(
+        wrap(method, settings, images, CPU),
+        optimizer,
+        settings.parallel,
+        0,
+        images,
+        images_of_all,
+        settings.optim,
+        CPU,
+    )
     for step, batch in zip(range(steps), batches.starting_at(0)):
         optim.set_rates(optimizer, settings.optim, 0.1, settings.epochs, images_of_all)
         _, logs = stepper(step, 0.1, batch)
@@ -55,7 +71,13 @@ def test_parts_on_one_rank_equal_as_many_ranks_as_shipped(tmp_path, drop_path):
 
 @pytest.mark.full
 def test_a_batch_of_256_in_eight_parts_equals_eight_ranks(tmp_path):
-    overrides = ["data.source=digits", "data.root=''", "global_batch_size=256", "parallel.bn_group_images=32", "parallel.precision=float64"]
+    overrides = [
+        "data.source=digits",
+        "data.root=''",
+        "global_batch_size=256",
+        "parallel.bn_group_images=32",
+        "parallel.precision=float64",
+    ]
     _assert_parts_equal_ranks(tiny.config(tmp_path), overrides, 8, 32)
 
 
@@ -63,10 +85,24 @@ def _assert_parts_equal_ranks(path, overrides, world_size, part, steps=2, tolera
     ranks = run_ranks(_steps, path, overrides, steps, world_size=world_size)
     gradients, state, logs = _steps(path, [*overrides, f"local_batch_size={part}"], steps)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, ranks[0][0][name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient,
+            ranks[0][0][name],
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
     for name, value in state.items():
-        torch.testing.assert_close(value, ranks[-1][1][name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
-    assert logs["replay_error"] == 0.0  # the second pass drew the same drop-path and used the same batch norm groups
+        torch.testing.assert_close(
+            value,
+            ranks[-1][1][name],
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    assert (
+        logs["replay_error"] == 0.0
+    )  # the second pass drew the same drop-path and used the same batch norm groups
 
 
 def _one_rank_breaks(path):
@@ -75,23 +111,38 @@ def _one_rank_breaks(path):
     batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=24, device=CPU)
     method = build_method(settings)
     optimizer = optim.build(settings.optim, method)
-    stepper = Stepper(wrap(method, settings, 12, CPU), optimizer, settings.parallel, 0, 12, 24, settings.optim, CPU)
+    stepper = Stepper(
+        wrap(method, settings, 12, CPU),
+        optimizer,
+        settings.parallel,
+        0,
+        12,
+        24,
+        settings.optim,
+        CPU,
+    )
     stepped = []
     method.after_step = lambda progress, embeddings, targets: stepped.append(float(method.stepped))
     for step, batch in zip(range(2), batches.starting_at(0)):
         optim.set_rates(optimizer, settings.optim, 0.5, settings.epochs, 24)
         before = {name: value.clone() for name, value in method.state_dict().items()}
-        if step == 1 and distributed.rank() == 1:
+        if step == 1 and process_group.rank() == 1:
             batch.views[1][0, 0, 0, 0] = float("nan")
         _, logs = stepper(step, 0.5, batch)
     batches.close()
-    moved = [name for name, value in method.state_dict().items() if not torch.equal(value, before[name]) and "num_batches" not in name]
+    moved = [
+        name
+        for name, value in method.state_dict().items()
+        if not torch.equal(value, before[name]) and "num_batches" not in name
+    ]
     return moved, stepped, logs["skipped_steps"].item(), stepper.broken_embeddings()
 
 
 @pytest.mark.case(19)
 def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
-    for moved, stepped, skipped, said in run_ranks(_one_rank_breaks, tiny.config(tmp_path), world_size=2):
+    for moved, stepped, skipped, said in run_ranks(
+        _one_rank_breaks, tiny.config(tmp_path), world_size=2
+    ):
         assert moved == [] and stepped == [1.0, 0.0] and skipped == 1.0
         assert said == "z_a of rank 1 since step 2, z_b of rank 1 since step 2"
 
@@ -99,22 +150,31 @@ def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
 def test_one_pass_with_a_coupled_loss_is_refused(tmp_path):
     path = tiny.config(tmp_path)
     with pytest.raises(ValueError) as error:
-        _steps(path, ["parallel.bn_group_images=8", "local_batch_size=8", "parallel.accumulation=one_pass"])
+        _steps(
+            path,
+            ["parallel.bn_group_images=8", "local_batch_size=8", "parallel.accumulation=one_pass"],
+        )
     assert str(error.value) == (
         "parallel.accumulation: one_pass does not train simclr: its loss compares the images of a batch with each other, and a sum of "
         "the parts' losses has only each part's own pairs; choose auto or two_passes, which keep those of the whole global batch"
     )
-    _steps(path, ["parallel.accumulation=one_pass"])  # the whole batch is one part: nothing to refuse
+    _steps(
+        path, ["parallel.accumulation=one_pass"]
+    )  # the whole batch is one part: nothing to refuse
 
 
 def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
-    settings = config.load(tiny.config(tmp_path), ["parallel.bn_group_images=4", "local_batch_size=auto"])
+    settings = config.load(
+        tiny.config(tmp_path), ["parallel.bn_group_images=4", "local_batch_size=auto"]
+    )
     method = build_method(settings)
     assert images_at_once(method, settings, CPU) == 24
     assert "local_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
     costs = {8: 100, 24: 260}
-    part, said = memory.largest_part(24, 4, lambda images: costs[images] * memory.GIB, 200 * memory.GIB)
+    part, said = memory.largest_part(
+        24, 4, lambda images: costs[images] * memory.GIB, 200 * memory.GIB
+    )
     assert part == 12 and said == "20.00 GiB + 10240.00 MiB an image, 200.0 GiB free"
     with pytest.raises(ValueError) as error:
         memory.largest_part(24, 4, lambda images: costs[images] * memory.GIB, 60 * memory.GIB)
@@ -125,11 +185,17 @@ def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
 
 
 def test_auto_measures_blocks_that_compute_again(tmp_path, monkeypatch):
-    asked = ["parallel.bn_group_images=4", "local_batch_size=auto", "parallel.activation_checkpointing=blocks"]
+    asked = [
+        "parallel.bn_group_images=4",
+        "local_batch_size=auto",
+        "parallel.activation_checkpointing=blocks",
+    ]
     settings = config.load(tiny.config(tmp_path), asked)
     method, forwards = build_method(settings), []
     (_, block), *_ = backbones.blocks(method)
-    next(child for child in block.modules() if isinstance(child, torch.nn.Conv2d)).register_forward_hook(lambda *_: forwards.append(1))
+    next(
+        child for child in block.modules() if isinstance(child, torch.nn.Conv2d)
+    ).register_forward_hook(lambda *_: forwards.append(1))
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
     assert images_at_once(method, settings, CPU) == 24
     assert len(forwards) == 2 * 3  # of three measurements
@@ -148,7 +214,10 @@ def test_the_seed_of_drop_path_matters(tmp_path):
     """The test above would pass for drops that are never made."""
     path = tiny.config(tmp_path)
     with_drops, without = (_steps(path, [f"backbone.drop_path={rate}"])[0] for rate in (0.3, 0.0))
-    assert not torch.allclose(with_drops["backbone.model.layer4.0.conv1.weight"], without["backbone.model.layer4.0.conv1.weight"])
+    assert not torch.allclose(
+        with_drops["backbone.model.layer4.0.conv1.weight"],
+        without["backbone.model.layer4.0.conv1.weight"],
+    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +266,13 @@ class Regression(nn.Module):
 def _regression(num_parts, progress=1.0):
     method = Regression()
     optimizer = optim.build(OptimConfig(name="sgd", weight_decay=0.0), method)
-    optim.set_rates(optimizer, OptimConfig(name="sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0), 0.0, 1, 12)
+    optim.set_rates(
+        optimizer,
+        OptimConfig(name="sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0),
+        0.0,
+        1,
+        12,
+    )
     images = 12 // num_parts
     settings = ParallelConfig(precision="float64", bn_group_images=3)  # a part of four
     model = batch_norm.convert(method, images, 3)
@@ -211,14 +286,22 @@ def test_parts_of_a_mean_accumulate_in_one_pass():
     (whole, whole_logs), (parts, parts_logs) = _regression(1), _regression(4)
     assert parts.embedded == 4 and parts.moved == whole.moved == 1
     for name, value in whole.state_dict().items():
-        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parts.state_dict()[name],
+            value,
+            rtol=1e-12,
+            atol=1e-12,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
     torch.testing.assert_close(parts_logs["loss"], whole_logs["loss"], rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_parameters_do_not_move():
     untouched = Regression().layer
     frozen, _ = _regression(1, progress=0.1)
-    assert torch.equal(frozen.layer.bias, untouched.bias) and not torch.equal(frozen.layer.weight, untouched.weight)
+    assert torch.equal(frozen.layer.bias, untouched.bias) and not torch.equal(
+        frozen.layer.weight, untouched.weight
+    )
     free, _ = _regression(1, progress=0.9)
     assert not torch.equal(free.layer.bias, untouched.bias)
 

@@ -34,9 +34,16 @@ def start(code: str, **options) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", PREPARE + code], env=environment, **options)
 
 
-@pytest.mark.parametrize("waiting", [SLEEPING, BLOCKED], ids=["in Python", "in a call that never returns"])
 @pytest.mark.parametrize(
-    ("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)]
+    "waiting", [SLEEPING, BLOCKED], ids=["in Python", "in a call that never returns"]
+)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
 )
 def test_a_second_signal_ends_the_process_at_once(waiting, first, second):
     process = start("s = stop_signals.StopSignals()\n" + waiting)
@@ -56,7 +63,9 @@ def test_a_second_signal_ends_the_process_at_once(waiting, first, second):
 
 
 def test_the_same_signal_passed_on_by_a_launcher_counts_once_and_a_scheduler_may_warn_before():
-    process = start("s = stop_signals.StopSignals()\nprint('ready', flush=True)\ntime.sleep(3.5)\nprint(s.requested)")
+    process = start(
+        "s = stop_signals.StopSignals()\nprint('ready', flush=True)\ntime.sleep(3.5)\nprint(s.requested)"
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR2)  # pre-emption is announced, and the time limit follows
     time.sleep(1.3)

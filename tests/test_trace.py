@@ -9,11 +9,13 @@ from conftest import run_ranks
 from timm.layers import set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_pretrain import backbones, distributed, trace
-from ssl_pretrain.backbones import BackboneConfig
-from ssl_pretrain.estimate import backbone_step
+from ssl_pretrain.distributed import process_group
 from ssl_pretrain.losses.contrastive import nt_xent
 from ssl_pretrain.losses.tiles import log_sum_exp
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.planning import trace
+from ssl_pretrain.planning.estimate import backbone_step
 
 # What torch's own allocator held over the prediction, measured 0.96 (test_vit), 1.05 (test_resnet), 1.11 (resnet18): kernels allocate
 # inside, which no trace sees; and autograd adds in place some gradients that it adds to a new tensor when operations are traced
@@ -23,7 +25,9 @@ BACKBONES = {"test_resnet": 64, "test_vit": 160, "resnet18": 64}
 
 def real(name: str, size: int, images: int):
     torch.manual_seed(0)
-    backbone = backbones.build(BackboneConfig(name=name), size).to(memory_format=torch.channels_last)
+    backbone = backbones.build(BackboneConfig(name=name), size).to(
+        memory_format=torch.channels_last
+    )
     views = torch.randn(images, 3, size, size).to(memory_format=torch.channels_last)
     return lambda: backbone(views).float().mean().backward()
 
@@ -49,7 +53,10 @@ def test_flops_are_those_of_torchs_counter(name):
         step = real(name, BACKBONES[name], 2)
         with FlopCounterMode(display=False) as counter:
             step()
-        assert backbone_step(name, BACKBONES[name], 2, bfloat16=False).flops.sum() == counter.get_total_flops()
+        assert (
+            backbone_step(name, BACKBONES[name], 2, bfloat16=False).flops.sum()
+            == counter.get_total_flops()
+        )
     finally:
         set_fused_attn(True)
 
@@ -59,7 +66,9 @@ def test_attention_counts_like_its_products():
     query = torch.zeros(2, 3, 5, 8)
 
     def attend(there, mark):
-        torch.nn.functional.scaled_dot_product_attention(*[torch.empty_like(query) for _ in range(3)])
+        torch.nn.functional.scaled_dot_product_attention(
+            *[torch.empty_like(query) for _ in range(3)]
+        )
 
     assert trace.run(lambda: None, attend).flops.sum() == 2 * 4 * 3 * 5 * 5 * 8
 
@@ -67,10 +76,16 @@ def test_attention_counts_like_its_products():
 def _allocated_over_predicted(name):
     step = real(name, BACKBONES[name], 16)
     step()  # oneDNN makes some things once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    held = np.cumsum(
+        [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    )
     return held.max() / backbone_step(name, BACKBONES[name], 16, bfloat16=False).peak
 
 
@@ -82,7 +97,9 @@ def test_the_predicted_peak_is_what_torchs_allocator_held(name):
 
 
 def test_any_number_of_images_lies_on_the_line_of_two():
-    few, more, many = (backbone_step("test_resnet", 64, images, bfloat16=True) for images in (2, 4, 16))
+    few, more, many = (
+        backbone_step("test_resnet", 64, images, bfloat16=True) for images in (2, 4, 16)
+    )
     line = trace.Line(few, more, 2, 4).at(16)
     np.testing.assert_array_equal(line.flops, many.flops)
     np.testing.assert_array_equal(line.moved, many.moved)
@@ -96,7 +113,10 @@ def test_the_tiles_of_a_loss_count_their_products():
         anchors, candidates = there
         log_sum_exp(anchors, candidates, bound=1.0).sum().backward()
 
-    traced = trace.run(lambda: (torch.zeros(6, 4, requires_grad=True), torch.zeros(10, 4, requires_grad=True)), both)
+    traced = trace.run(
+        lambda: (torch.zeros(6, 4, requires_grad=True), torch.zeros(10, 4, requires_grad=True)),
+        both,
+    )
     assert traced.flops.sum() == 4 * (2 * 6 * 10 * 4)
 
 
@@ -107,17 +127,19 @@ def test_a_rank_among_many_gathers_what_the_loss_needs(ranks):
     def both(there, mark):
         nt_xent(*there, temperature=0.1).backward()
 
-    with distributed.pretended(ranks):
+    with process_group.pretended(ranks):
         traced = trace.run(lambda: [torch.zeros(8, 16, requires_grad=True) for _ in range(2)], both)
     assert traced.sent == [("allgather", ranks * 16 * 16 * 4), ("allgather", ranks * 16 * 3 * 4)]
-    assert distributed.world_size() == 1
+    assert process_group.world_size() == 1
 
 
 def test_a_phase_ends_where_the_next_begins():
     traced = backbone_step("test_resnet", 32, 2, bfloat16=False)
     forward, backward = traced.phase("forward"), traced.phase("backward")
     assert len(forward.flops) + len(backward.flops) == len(traced.flops)
-    assert 1.9 < backward.flops.sum() / forward.flops.sum() <= 2  # the input of the first layer gets no gradient
+    assert (
+        1.9 < backward.flops.sum() / forward.flops.sum() <= 2
+    )  # the input of the first layer gets no gradient
 
 
 def test_a_phase_without_operations_is_empty_and_takes_none_of_the_next():
@@ -131,4 +153,8 @@ def test_a_phase_without_operations_is_empty_and_takes_none_of_the_next():
         return y + 1 + x
 
     traced = trace.run(lambda: torch.zeros(4, 4), work)
-    assert [len(traced.phase(name).flops) for name in ("forward", "targets", "backward")] == [1, 0, 2]
+    assert [len(traced.phase(name).flops) for name in ("forward", "targets", "backward")] == [
+        1,
+        0,
+        2,
+    ]

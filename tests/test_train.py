@@ -17,8 +17,11 @@ from conftest import run_ranks
 from networks import largest_difference
 from safetensors.torch import load_file
 
-from ssl_pretrain import checkpoint, config, distributed
-from ssl_pretrain.train import build_method, main, train
+from ssl_pretrain import config
+from ssl_pretrain.build import build_method
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.train import main, train
 
 pytestmark = pytest.mark.promise
 
@@ -41,8 +44,19 @@ def _trained(path, *arguments, output=None):
 
 
 def _trained_by_torchrun(path, ranks, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "ssl_pretrain.train"]
-    return subprocess.run([*command, str(path), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "ssl_pretrain.train",
+    ]
+    return subprocess.run(
+        [*command, str(path), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
 
 
 def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
@@ -56,8 +70,16 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
     assert alone.keys() == together.keys()
     for name, value in alone.items():
         if value.is_floating_point():
-            torch.testing.assert_close(together[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
-    assert torch.equal(moved["backbone.model.layer4.0.conv1.weight"], alone["backbone.model.layer4.0.conv1.weight"])
+            torch.testing.assert_close(
+                together[name],
+                value,
+                rtol=1e-9,
+                atol=1e-9,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+    assert torch.equal(
+        moved["backbone.model.layer4.0.conv1.weight"], alone["backbone.model.layer4.0.conv1.weight"]
+    )
 
 
 def test_ranks_end_with_the_weights_of_one_process_as_shipped(tmp_path):
@@ -72,17 +94,27 @@ def test_ranks_end_with_the_weights_of_one_process_as_shipped(tmp_path):
 def test_three_ranks_resumed_twice_within_an_epoch_are_bit_for_bit_the_undisturbed_run(tmp_path):
     path = tiny.config(tmp_path)
     undisturbed = run_ranks(_train, path, [f"output={tmp_path / 'straight'}"], 9, world_size=3)
-    for steps in (4, 1, 4):  # epochs have 3 steps: stopped after 4 and after 5, both inside the second
+    for steps in (
+        4,
+        1,
+        4,
+    ):  # epochs have 3 steps: stopped after 4 and after 5, both inside the second
         resumed = run_ranks(_train, path, [f"output={tmp_path / 'stopped'}"], steps, world_size=3)
     assert resumed[0][0] == undisturbed[0][0] == 9
     for rank in range(3):
         for name, value in undisturbed[rank][1].items():
             assert torch.equal(resumed[rank][1][name], value), name
-    optimizers = [load_file(checkpoint.newest(tmp_path / run) / "optimizer.safetensors") for run in ("straight", "stopped")]
+    optimizers = [
+        load_file(checkpoint.newest(tmp_path / run) / "optimizer.safetensors")
+        for run in ("straight", "stopped")
+    ]
     assert optimizers[0].keys() == optimizers[1].keys()
     assert all(torch.equal(optimizers[0][key], optimizers[1][key]) for key in optimizers[0])
     losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        ]
         for run in ("straight", "stopped")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 9
@@ -95,21 +127,30 @@ def test_the_comparison_sees_a_checkpoint_that_lacks_a_part(tmp_path, omitted, m
     _, undisturbed = _train(path, [f"output={tmp_path / 'straight'}"], stop_after=6)
     _train(path, stop_after=3)
     real = checkpoint.load_file
-    monkeypatch.setattr(checkpoint, "load_file", lambda file: {} if str(file).endswith(omitted) else real(file))
+    monkeypatch.setattr(
+        checkpoint, "load_file", lambda file: {} if str(file).endswith(omitted) else real(file)
+    )
     if omitted == "method.safetensors":
-        monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda self, tensors, strict=True: None)
+        monkeypatch.setattr(
+            torch.nn.Module, "load_state_dict", lambda self, tensors, strict=True: None
+        )
     train(config.load(path), torch.device("cpu"), 3)
     monkeypatch.undo()
     resumed = checkpoint.read(checkpoint.newest(config.load(path).output))[1]
     assert not all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
 
 
-@pytest.mark.parametrize(("precision", "steps", "tolerance"), [("auto", 1, 1e-4), ("float64", 3, 1e-9)])
+@pytest.mark.parametrize(
+    ("precision", "steps", "tolerance"), [("auto", 1, 1e-4), ("float64", 3, 1e-9)]
+)
 def test_another_world_size_sees_the_same_batches(tmp_path, precision, steps, tolerance):
     path, wide = tiny.config(tmp_path), f"parallel.precision={precision}"
     _, alone = _train(path, [wide, f"output={tmp_path / 'one'}"], stop_after=2 * steps)
     run_ranks(_train, path, [wide, f"output={tmp_path / 'grown'}"], steps, world_size=2)
-    with pytest.warns(UserWarning, match="resuming is exact but not bit for bit, as these differ: world_size 2 then, 1 now"):
+    with pytest.warns(
+        UserWarning,
+        match="resuming is exact but not bit for bit, as these differ: world_size 2 then, 1 now",
+    ):
         _, grown = _train(path, [wide, f"output={tmp_path / 'grown'}"], stop_after=steps)
     for name, value in alone.items():
         if value.is_floating_point():
@@ -140,12 +181,18 @@ train.main([sys.argv[1], "checkpoint.every_epochs=1"])
 """
 
 
-@pytest.mark.parametrize("file", [pytest.param("method.safetensors", marks=pytest.mark.full), "optimizer.safetensors"])
+@pytest.mark.parametrize(
+    "file", [pytest.param("method.safetensors", marks=pytest.mark.full), "optimizer.safetensors"]
+)
 def test_kill_9_while_a_checkpoint_is_written_loses_only_the_steps_since_the_last(tmp_path, file):
     path = tiny.config(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path), file], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-c", KILLED, str(path), file],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -157,8 +204,12 @@ def test_kill_9_while_a_checkpoint_is_written_loses_only_the_steps_since_the_las
     assert [found.name for found in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000003"]
     assert list(folder.glob(".writing-*"))
     resumed = _trained(path, "checkpoint.every_epochs=1", "--stop-after", "6")
-    assert checkpoint.newest(tmp_path / "run").name == "step_00000009" and not list(folder.glob(".writing-*"))
-    undisturbed = _trained(path, "checkpoint.every_epochs=1", "--stop-after", "9", output=tmp_path / "straight")
+    assert checkpoint.newest(tmp_path / "run").name == "step_00000009" and not list(
+        folder.glob(".writing-*")
+    )
+    undisturbed = _trained(
+        path, "checkpoint.every_epochs=1", "--stop-after", "9", output=tmp_path / "straight"
+    )
     assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
 
 
@@ -199,7 +250,15 @@ def test_the_run_folder_holds_what_is_promised(tmp_path):
     run = tmp_path / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "lr", "images_per_second", "data_wait", "gradient_norm", "nt_xent", "positive_cosine"} <= records[0].keys()
+    assert {
+        "loss",
+        "lr",
+        "images_per_second",
+        "data_wait",
+        "gradient_norm",
+        "nt_xent",
+        "positive_cosine",
+    } <= records[0].keys()
     assert [record["step"] for record in records if "knn" in record] == [3, 6]
     assert [record["step"] for record in records if "rankme" in record] == [2, 4, 6]
     assert (run / "views.png").stat().st_size > 1000 and (run / "config.yaml").exists()
@@ -208,22 +267,52 @@ def test_the_run_folder_holds_what_is_promised(tmp_path):
 def test_another_run_starts_from_a_runs_weights(tmp_path):
     path = tiny.config(tmp_path)
     _, first = _train(path, stop_after=2)
-    again = config.load(path, [f"backbone.init={tmp_path / 'run'}", f"output={tmp_path / 'second'}"])
+    again = config.load(
+        path, [f"backbone.init={tmp_path / 'run'}", f"output={tmp_path / 'second'}"]
+    )
     started = build_method(again).state_dict()
     backbone = [name for name in first if name.startswith("backbone.")]
-    assert backbone and all(torch.equal(started[name], first[name].to(started[name].dtype)) for name in backbone)
-    with pytest.raises(ValueError, match=r"not the weights of this backbone: .* Nothing was loaded; give backbone.name"):
-        build_method(config.load(path, [f"backbone.init={tmp_path / 'run'}", "backbone.name=test_resnet", "backbone.args={channels: [8, 8, 8, 8]}"]))
+    assert backbone and all(
+        torch.equal(started[name], first[name].to(started[name].dtype)) for name in backbone
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"not the weights of this backbone: .* Nothing was loaded; give backbone.name",
+    ):
+        build_method(
+            config.load(
+                path,
+                [
+                    f"backbone.init={tmp_path / 'run'}",
+                    "backbone.name=test_resnet",
+                    "backbone.args={channels: [8, 8, 8, 8]}",
+                ],
+            )
+        )
 
 
 def test_a_diverged_run_stops_and_says_so(tmp_path, capsys):
     path = tiny.config(tmp_path)
-    assert main([str(path), "optim.name=sgd", "optim.base_lr=1e300", "optim.lr_scaling=none", "optim.warmup_epochs=0"]) == 2
+    assert (
+        main(
+            [
+                str(path),
+                "optim.name=sgd",
+                "optim.base_lr=1e300",
+                "optim.lr_scaling=none",
+                "optim.warmup_epochs=0",
+            ]
+        )
+        == 2
+    )
     message = capsys.readouterr().err
-    assert "had a non-finite gradient" in message and "Lower optim.base_lr, lengthen optim.warmup_epochs" in message
+    assert (
+        "had a non-finite gradient" in message
+        and "Lower optim.base_lr, lengthen optim.warmup_epochs" in message
+    )
 
 
 def test_distributed_is_left_after_main(tmp_path):
     path = tiny.config(tmp_path)
     assert main([str(path), "--stop-after", "1"]) == 0
-    assert distributed.world_size() == 1
+    assert process_group.world_size() == 1

@@ -12,7 +12,9 @@ ENVIRONMENT = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": os.ge
 
 
 def start(code: str) -> subprocess.Popen[str]:
-    text = f"import os, time\nfrom ssl_pretrain import watchdog as module\nw = module.watchdog\n{code}"
+    text = (
+        f"import os, time\nfrom ssl_pretrain import watchdog as module\nw = module.watchdog\n{code}"
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", text], env=ENVIRONMENT, text=True, **pipes)
 
@@ -24,7 +26,9 @@ def ended(code: str) -> tuple[int, str, str]:
 
 
 def test_silence_ends_the_process_and_names_what_it_waited_for():
-    status, _, err = ended("w.beat(0.5, 'waiting for the images of step 1', 'see the disk')\ntime.sleep(50)")
+    status, _, err = ended(
+        "w.beat(0.5, 'waiting for the images of step 1', 'see the disk')\ntime.sleep(50)"
+    )
     assert status == 69
     message = err.splitlines()[-1]
     assert message.startswith("error: rank 1 of 2 on ")

@@ -36,7 +36,9 @@ def images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) ->
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 pixels = generator.integers(0, 120, (size, size, 3)) + np.roll([120, 40, 0], label)
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:02d}.png")
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                    folder / f"{number:02d}.png"
+                )
     return root
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_pretrain import backbones, distributed
-from ssl_pretrain.batch_norm import GroupBatchNorm
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.models import backbones
+from ssl_pretrain.parallel.batch_norm import GroupBatchNorm
 
 # the first of these functions that is calling says what a collective is for; DDP's reducer is C++ and has none
 KINDS = {
@@ -32,17 +33,29 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: Counter[str] = Counter()  # exact, as a part of an all-reduce need not be whole bytes
+        self.sent: Counter[str] = (
+            Counter()
+        )  # exact, as a part of an all-reduce need not be whole bytes
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace == "c10d":
             name = function.overloadpacket.__name__
             first = args[0][0] if isinstance(args[0], list) else args[0]
             second = args[1][0] if isinstance(args[1], list) else args[1]
-            world = distributed.world_size()
-            size = {"_allgather_base_": second, "_reduce_scatter_base_": first, "allreduce_": first}[name]
+            world = process_group.world_size()
+            size = {
+                "_allgather_base_": second,
+                "_reduce_scatter_base_": first,
+                "allreduce_": first,
+            }[name]
             size = size.numel() * size.element_size()
-            self.sent[_kind()] += Fraction(2 * (world - 1) * size, world) if name == "allreduce_" else (world - 1) * size
+            self.sent[_kind()] += (
+                Fraction(2 * (world - 1) * size, world)
+                if name == "allreduce_"
+                else (world - 1) * size
+            )
         return function(*args, **(kwargs or {}))
 
 
@@ -56,7 +69,9 @@ def _kind() -> str:
     return outer[0] if outer else "gradients"
 
 
-def predicted(method: Any, strategy: str, *, dim: int, rows: int, calls: int) -> dict[str, Fraction | int]:
+def predicted(
+    method: Any, strategy: str, *, dim: int, rows: int, calls: int
+) -> dict[str, Fraction | int]:
     """The table of docs/scaling.md, in float64.
 
     Args:
@@ -64,30 +79,41 @@ def predicted(method: Any, strategy: str, *, dim: int, rows: int, calls: int) ->
         rows: images of this rank, in two views each.
         calls: of the networks in a step: 1 where the views go through together, 2 where one by one.
     """
-    world, size, views = distributed.world_size(), 8, 2
+    world, size, views = process_group.world_size(), 8, 2
     others, all_reduced = world - 1, Fraction(2 * (world - 1), world)
     teacher = getattr(method, "teacher", nn.Module())
     norms, teacher_norms = _channels(method), _channels(teacher)
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     sent = {
         "gather": others * views * rows * dim * size,
-        "loss backward": 0 if teacher_norms else others * views * rows * 3 * size,  # keys carry no gradient
+        "loss backward": 0
+        if teacher_norms
+        else others * views * rows * 3 * size,  # keys carry no gradient
         "batch norm forward": calls * others * sum(2 * c + 1 for c in norms) * size,
         "batch norm backward": calls * all_reduced * 2 * (sum(norms) - sum(teacher_norms)) * size,
     }
     if strategy == "ddp":
-        return sent | {"gradients": all_reduced * sum(parameter.numel() for parameter in trained) * size}
+        return sent | {
+            "gradients": all_reduced * sum(parameter.numel() for parameter in trained) * size
+        }
     gathered, rest = 0, _share(method.parameters())
-    for network in (method.backbone, *(part for part in teacher.children() if isinstance(part, backbones.Backbone))):
+    for network in (
+        method.backbone,
+        *(part for part in teacher.children() if isinstance(part, backbones.Backbone)),
+    ):
         in_blocks = sum(_share(unit.parameters()) for _, unit in backbones.blocks(network))
         own = _share(network.parameters()) - in_blocks
         gathered += calls * (in_blocks + own)
-        gathered += calls * in_blocks + own if network is method.backbone else 0  # again for the backward
+        gathered += (
+            calls * in_blocks + own if network is method.backbone else 0
+        )  # again for the backward
         rest -= in_blocks + own
     adapted = sum(parameter.ndim > 1 for parameter in trained) if not teacher_norms else 0  # LARS
     return sent | {
         "weights": others * (gathered + rest) * size,
-        "gradients": others * _share(trained) * size,  # once, when the last call's backward has added its own
+        "gradients": others
+        * _share(trained)
+        * size,  # once, when the last call's backward has added its own
         "norms": all_reduced * (len(trained) + 2 * adapted) * size,
     }
 
@@ -98,5 +124,5 @@ def _channels(module: nn.Module) -> list[int]:
 
 def _share(parameters: Any) -> int:
     """Numbers that each rank has of these parameters: of their first dimension an equal part, rounded up."""
-    world = distributed.world_size()
+    world = process_group.world_size()
     return sum(-(-len(p) // world) * (p.numel() // len(p)) for p in parameters)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_pretrain import draws
+from ssl_pretrain import rng
 
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
-draws.seed_of(0, 0, 0)  # numba
+rng.seed_of(0, 0, 0)  # numba
 with torch.device("meta"), FlopCounterMode(display=False):  # torch's decompositions
     nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))(torch.empty(2, 3, 8, 8))

@@ -38,7 +38,9 @@ def _name(key: str) -> str:
         return f"stem.conv1.{stem[2]}" if stem[1] == "conv1" else f"stem.conv1.norm.{stem[2]}"
     block = re.fullmatch(r"layer([1-4])\.(\d+)\.(conv[123]|bn[123]|downsample\.[01])\.(\w+)", key)
     if block is None:
-        raise ValueError(f"Detectron2 has no place for {key!r}: the export is of ResNets 50, 101 and 152 with the ImageNet stem")
+        raise ValueError(
+            f"Detectron2 has no place for {key!r}: the export is of ResNets 50, 101 and 152 with the ImageNet stem"
+        )
     stage, number, part, entry = int(block[1]) + 1, block[2], block[3], block[4]
     if part.startswith("downsample"):
         part = "shortcut" if part.endswith("0") else "shortcut.norm"
@@ -54,18 +56,27 @@ def export(backbone: nn.Module, path: Path) -> int:
         ValueError: the backbone is not a bottleneck ResNet with the ImageNet stem.
     """
     stem = getattr(backbone, "conv1", None)
-    if not isinstance(stem, nn.Conv2d) or stem.kernel_size != (7, 7) or not hasattr(backbone.get_submodule("layer1.0"), "conv3"):
+    if (
+        not isinstance(stem, nn.Conv2d)
+        or stem.kernel_size != (7, 7)
+        or not hasattr(backbone.get_submodule("layer1.0"), "conv3")
+    ):
         raise ValueError(
             "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem; this backbone is another network"
         )
     model = names(backbone.state_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        pickle.dump({"model": model, "__author__": "ssl_pretrain", "matching_heuristics": True}, file)
+        pickle.dump(
+            {"model": model, "__author__": "ssl_pretrain", "matching_heuristics": True}, file
+        )
     return len(model)
 
 
 def pixels(mean: Sequence[float], std: Sequence[float]) -> str:
     """The lines of a Detectron2 config that say how images were normalized."""
     values = {"PIXEL_MEAN": mean, "PIXEL_STD": std}
-    return "\n".join(f"MODEL.{name} [{', '.join(f'{255 * value:.3f}' for value in each)}]" for name, each in values.items())
+    return "\n".join(
+        f"MODEL.{name} [{', '.join(f'{255 * value:.3f}' for value in each)}]"
+        for name, each in values.items()
+    )

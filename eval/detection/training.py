@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from eval import results
-from eval.detection import models
-from eval.detection.images import Images
-from eval.detection.metrics import Found, Metric
-from eval.detection.models import Architecture, Norm
-from ssl_pretrain import distributed, draws
-from ssl_pretrain.draws import Purpose
+from ssl_pretrain import rng
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.eval import results
+from ssl_pretrain.eval.detection import detectors
+from ssl_pretrain.eval.detection.annotations import Images
+from ssl_pretrain.eval.detection.detectors import Architecture, Norm
+from ssl_pretrain.eval.detection.metrics import Found, Metric
+from ssl_pretrain.rng import Purpose
 
 SAY_EVERY = 20  # steps
 
@@ -31,7 +32,10 @@ class Protocol:
     masks: bool = False
     metric: Metric = "coco"
     steps: int = 90000
-    drops: tuple[float, float] = (2 / 3, 8 / 9)  # of the steps: where the learning rate is divided by 10
+    drops: tuple[float, float] = (
+        2 / 3,
+        8 / 9,
+    )  # of the steps: where the learning rate is divided by 10
     warmup_steps: int = 1000
     batch: int = 16  # images a step, over all ranks
     lr: float = 0.02
@@ -77,19 +81,28 @@ class Steps(Dataset):
         return self.protocol.steps + self.protocol.precise_batches
 
     def __getitem__(self, step: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        places = range(step * self.protocol.batch + distributed.rank(), (step + 1) * self.protocol.batch, distributed.world_size())
+        places = range(
+            step * self.protocol.batch + process_group.rank(),
+            (step + 1) * self.protocol.batch,
+            process_group.world_size(),
+        )
         return [self._image(*divmod(place, len(self.images))) for place in places]
 
     def _image(self, epoch: int, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        number = int(draws.permutation(self.seed, epoch, len(self.images))[position])
+        number = int(rng.permutation(self.seed, epoch, len(self.images))[position])
         image = torch.from_numpy(self.images.read(number)).permute(2, 0, 1)
         objects = self.images.objects[number]
         kept = ~objects.ignored
-        boxes, labels = torch.from_numpy(objects.boxes[kept]), torch.from_numpy(objects.labels[kept])
+        boxes, labels = (
+            torch.from_numpy(objects.boxes[kept]),
+            torch.from_numpy(objects.labels[kept]),
+        )
         target = {"boxes": boxes, "labels": labels}
         if self.protocol.masks:
-            target["masks"] = torch.from_numpy(masks([s for s, k in zip(objects.segments, kept) if k], *image.shape[1:]))
-        if draws.uniform(self.seed, epoch, number, 0, Purpose.FLIP, 1)[0, 0] < 0.5:
+            target["masks"] = torch.from_numpy(
+                masks([s for s, k in zip(objects.segments, kept) if k], *image.shape[1:])
+            )
+        if rng.uniform(self.seed, epoch, number, 0, Purpose.FLIP, 1)[0, 0] < 0.5:
             image, target = flipped(image, target)
         return transforms.to_dtype(image, torch.float32, scale=True), target
 
@@ -110,43 +123,70 @@ def masks(segments: list[Any], height: int, width: int) -> np.ndarray:
 
     drawn = []
     for segment in segments:
-        runs = mask.merge(mask.frPyObjects(segment, height, width)) if isinstance(segment, list) else segment
+        runs = (
+            mask.merge(mask.frPyObjects(segment, height, width))
+            if isinstance(segment, list)
+            else segment
+        )
         runs = mask.frPyObjects(runs, height, width) if isinstance(runs["counts"], list) else runs
         drawn.append(mask.decode(runs))
     return np.stack(drawn) if drawn else np.zeros((0, height, width), dtype=np.uint8)
 
 
-def train(detector: nn.Module, images: Images, protocol: Protocol, seed: int, device: torch.device, num_workers: int = 0) -> list[float]:
+def train(
+    detector: nn.Module,
+    images: Images,
+    protocol: Protocol,
+    seed: int,
+    device: torch.device,
+    num_workers: int = 0,
+) -> list[float]:
     """Trains in place for `protocol.steps` and returns the loss of every step, the mean over ranks.
 
     Raises:
         ValueError: the batch does not divide over the ranks, or the loss is not finite.
     """
-    if protocol.batch % distributed.world_size():
-        raise ValueError(f"--batch: {protocol.batch} images do not divide over {distributed.world_size()} ranks")
+    if protocol.batch % process_group.world_size():
+        raise ValueError(
+            f"--batch: {protocol.batch} images do not divide over {process_group.world_size()} ranks"
+        )
     images = images.for_training()
     trained = [parameter for parameter in detector.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay)
-    model = nn.parallel.DistributedDataParallel(detector) if distributed.world_size() > 1 else detector
-    batches = iter(DataLoader(Steps(images, protocol, seed), batch_size=None, num_workers=num_workers))
+    optimizer = torch.optim.SGD(
+        trained, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay
+    )
+    model = (
+        nn.parallel.DistributedDataParallel(detector)
+        if process_group.world_size() > 1
+        else detector
+    )
+    batches = iter(
+        DataLoader(Steps(images, protocol, seed), batch_size=None, num_workers=num_workers)
+    )
     losses = []
     for step in range(protocol.steps):
-        models.train_mode(detector, protocol.norm)
+        detectors.train_mode(detector, protocol.norm)
         for group in optimizer.param_groups:
             group["lr"] = rate(protocol, step)
-        torch.manual_seed(draws.seed_of(seed, step, distributed.rank()))  # of the regions that are drawn, and the size
+        torch.manual_seed(
+            rng.seed_of(seed, step, process_group.rank())
+        )  # of the regions that are drawn, and the size
         terms = model(*moved(next(batches), device))
         loss = torch.stack(list(terms.values())).sum()
-        losses.append(distributed.reduce_sum(loss.detach()).item() / distributed.world_size())
+        losses.append(collectives.reduce_sum(loss.detach()).item() / process_group.world_size())
         if not np.isfinite(losses[-1]):
-            raise ValueError(f"detection: the loss of step {step + 1} is not finite; lower --lr {protocol.lr:g}")
+            raise ValueError(
+                f"detection: the loss of step {step + 1} is not finite; lower --lr {protocol.lr:g}"
+            )
         optimizer.zero_grad()
         loss.backward()
         if protocol.clip:
             nn.utils.clip_grad_norm_(trained, protocol.clip)
         optimizer.step()
         if (step + 1) % SAY_EVERY == 0 or step + 1 == protocol.steps:
-            results.say(f"  step {step + 1} of {protocol.steps}: loss {np.mean(losses[-SAY_EVERY:]):.3f}")
+            results.say(
+                f"  step {step + 1} of {protocol.steps}: loss {np.mean(losses[-SAY_EVERY:]):.3f}"
+            )
     recalibrate(model, detector, batches, protocol, device)
     return losses
 
@@ -154,18 +194,36 @@ def train(detector: nn.Module, images: Images, protocol: Protocol, seed: int, de
 def rate(protocol: Protocol, step: int) -> float:
     """The learning rate of a step: linear warm-up from a thousandth, then divided by 10 at each drop."""
     warm = min(1.0, 0.001 + 0.999 * step / protocol.warmup_steps) if protocol.warmup_steps else 1.0
-    return protocol.lr * warm * 0.1 ** sum(step >= round(drop * protocol.steps) for drop in protocol.drops)
+    return (
+        protocol.lr
+        * warm
+        * 0.1 ** sum(step >= round(drop * protocol.steps) for drop in protocol.drops)
+    )
 
 
-def moved(batch: list[tuple[Tensor, dict[str, Tensor]]], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def moved(
+    batch: list[tuple[Tensor, dict[str, Tensor]]], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     images = [image.to(device) for image, _ in batch]
-    return images, [{name: value.to(device) for name, value in target.items()} for _, target in batch]
+    return images, [
+        {name: value.to(device) for name, value in target.items()} for _, target in batch
+    ]
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, detector: nn.Module, batches: Iterator[Any], protocol: Protocol, device: torch.device) -> None:
+def recalibrate(
+    model: nn.Module,
+    detector: nn.Module,
+    batches: Iterator[Any],
+    protocol: Protocol,
+    device: torch.device,
+) -> None:
     """Gives each batch norm the mean statistics of `precise_batches` training batches (Detectron2's PRECISE_BN)."""
-    norms = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        module
+        for module in detector.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     if protocol.norm == "frozen" or not protocol.precise_batches or not norms:
         return
     before = [norm.momentum for norm in norms]
@@ -180,17 +238,28 @@ def recalibrate(model: nn.Module, detector: nn.Module, batches: Iterator[Any], p
 
 
 @torch.no_grad()
-def answers(detector: nn.Module, images: Images, device: torch.device) -> tuple[list[Found], list[tuple[int, int]]]:
+def answers(
+    detector: nn.Module, images: Images, device: torch.device
+) -> tuple[list[Found], list[tuple[int, int]]]:
     """(what the detector finds in each image, the images' sizes), on every rank; each judges its share."""
     detector.eval()
     own: list[tuple[int, Found, tuple[int, int]]] = []
-    for number in range(distributed.rank(), len(images), distributed.world_size()):
+    for number in range(process_group.rank(), len(images), process_group.world_size()):
         image = torch.from_numpy(images.read(number)).permute(2, 0, 1)
         (output,) = detector([transforms.to_dtype(image, torch.float32, scale=True).to(device)])
         found = {name: value.cpu().numpy() for name, value in output.items()}
         runs = _run_lengths(found["masks"][:, 0] > 0.5) if "masks" in found else []
-        own.append((number, Found(found["boxes"], found["scores"], found["labels"], runs), (image.shape[1], image.shape[2])))
-    every = sorted((entry for part in distributed.gather_objects(own) for entry in part), key=lambda entry: entry[0])
+        own.append(
+            (
+                number,
+                Found(found["boxes"], found["scores"], found["labels"], runs),
+                (image.shape[1], image.shape[2]),
+            )
+        )
+    every = sorted(
+        (entry for part in collectives.gather_objects(own) for entry in part),
+        key=lambda entry: entry[0],
+    )
     return [found for _, found, _ in every], [size for _, _, size in every]
 
 

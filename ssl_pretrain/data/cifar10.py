@@ -26,18 +26,30 @@ def packed(root: str, cache: Path) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            parts = {part: CIFAR10(root or scratch, train=part == "train", download=not root) for part in ("train", "test")}
+            parts = {
+                part: CIFAR10(root or scratch, train=part == "train", download=not root)
+                for part in ("train", "test")
+            }
         except Exception as error:  # urllib, tarfile and torchvision each raise their own
-            raise ValueError(f"data.root: CIFAR-10 cannot be had from torchvision ({error}); {_ELSEWHERE}") from error
+            raise ValueError(
+                f"data.root: CIFAR-10 cannot be had from torchvision ({error}); {_ELSEWHERE}"
+            ) from error
     print(f"writing {path} (once)", file=sys.stderr, flush=True)
-    handle, beside = tempfile.mkstemp(dir=cache, suffix=".part")  # renamed when whole: another rank may be looking for it
+    handle, beside = tempfile.mkstemp(
+        dir=cache, suffix=".part"
+    )  # renamed when whole: another rank may be looking for it
     try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with (
+            os.fdopen(handle, "wb") as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        ):
             for part, images in parts.items():
                 for number, (pixels, label) in enumerate(zip(images.data, images.targets)):
                     png = io.BytesIO()
                     Image.fromarray(pixels).save(png, "PNG")
-                    archive.writestr(f"{part}/{images.classes[label]}/{number:05d}.png", png.getvalue())
+                    archive.writestr(
+                        f"{part}/{images.classes[label]}/{number:05d}.png", png.getvalue()
+                    )
         os.replace(beside, path)
     except BaseException:
         os.unlink(beside)

@@ -35,10 +35,14 @@ class Cache:
             images = self._pixels.index_select(0, upload(torch.from_numpy(numbers), self._device))
             views = []
             for number, crop in enumerate(self._each):
-                boxes = crops.boxes(crop, self._plan.seed, job.epoch, job.indices, number, self._sizes[numbers])
+                boxes = crops.boxes(
+                    crop, self._plan.seed, job.epoch, job.indices, number, self._sizes[numbers]
+                )
                 views.append(crops.apply_to_batch(images, boxes, crop))
             flat = torch.cat([view.flatten() for view in views])
-            yield Chunk(flat, [view.shape[1:] for view in views], self._source.labels[numbers], replaced)
+            yield Chunk(
+                flat, [view.shape[1:] for view in views], self._source.labels[numbers], replaced
+            )
 
     def _readable(self, job: Job) -> tuple[np.ndarray, list[tuple[str, str]]]:
         """The images whose pixels fill the rows of a job, int64 (n,), and (file, what happened) of each replaced one."""
@@ -46,11 +50,21 @@ class Cache:
         for row, index in enumerate(job.indices.tolist()):
             if index in self._unreadable:
                 reason = self._unreadable[index]
-                taken = replacement.spare(self._plan, job.step, job.first_row + row, lambda number: number not in self._unreadable)
+                taken = replacement.spare(
+                    self._plan,
+                    job.step,
+                    job.first_row + row,
+                    lambda number: number not in self._unreadable,
+                )
                 if taken is None:
                     raise ValueError(irreplaceable(reason, self._source.where, len(self._source)))
                 numbers[row] = taken
-                replaced.append((self._source.name(index), f"{reason}; {self._source.name(taken)} takes its place"))
+                replaced.append(
+                    (
+                        self._source.name(index),
+                        f"{reason}; {self._source.name(taken)} takes its place",
+                    )
+                )
         return numbers, replaced
 
     def close(self) -> None:

@@ -25,10 +25,24 @@ _HEAD = 1 << 16  # characters of a list that tell how the rest is written
 _MAX_COLUMNS = 50
 _PATHS = ("path", "paths", "file", "files", "filename", "filepath", "image", "images")
 _SAMPLE = 20  # rows that are looked up on disk to find out how a list is written
-_LABELS = ("label", "labels", "class", "classname", "labelname", "category", "target", "species", "classid", "labelid", "y")
+_LABELS = (
+    "label",
+    "labels",
+    "class",
+    "classname",
+    "labelname",
+    "category",
+    "target",
+    "species",
+    "classid",
+    "labelid",
+    "y",
+)
 _INDEX = ("", "index", "unnamed0", "rownames", "rowid")
 _SPLIT_COLUMNS = ("split", "splits", "subset", "partition", "phase", "fold", "set", "usage")
-_MISSING = frozenset({"", "-1", "-1.0", "nan", "NaN", "NA", "<NA>"})  # as pandas, polars and R write "no value"
+_MISSING = frozenset(
+    {"", "-1", "-1.0", "nan", "NaN", "NA", "<NA>"}
+)  # as pandas, polars and R write "no value"
 ROLES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
@@ -74,14 +88,20 @@ class _Table:
     @property
     def header(self) -> list[str]:
         """The header's names, lower case letters and digits alone; empty without a header."""
-        return [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in self.rows[0]] if self.has_header else []
+        return (
+            [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in self.rows[0]]
+            if self.has_header
+            else []
+        )
 
     @property
     def body(self) -> list[list[str]]:
         return self.rows[1:] if self.has_header else self.rows
 
 
-def open_list(path: Path, split: str, cache: Path, key: str = "data.root", root: Path | None = None) -> FileList:
+def open_list(
+    path: Path, split: str, cache: Path, key: str = "data.root", root: Path | None = None
+) -> FileList:
     """Read a list of images: one row per image, with its path and, in another column, its label.
 
     Args:
@@ -97,9 +117,13 @@ def open_list(path: Path, split: str, cache: Path, key: str = "data.root", root:
     folder = Path(os.path.abspath(path)).parent
     texts = _texts(path.read_bytes(), f"{key}: {path}")
     head = list(_rows(_head(texts[0]), ",", 2))
-    if not head or (len(head) == 1 and not listing.is_image(head[0][0]) and head[0][0].strip().lower() in _PATHS):
+    if not head or (
+        len(head) == 1 and not listing.is_image(head[0][0]) and head[0][0].strip().lower() in _PATHS
+    ):
         return FileList(listing.pack(str(folder), []), [])
-    bases = list(dict.fromkeys([folder, *([root] if root else []), *list(folder.parents)[:2], Path.cwd()]))
+    bases = list(
+        dict.fromkeys([folder, *([root] if root else []), *list(folder.parents)[:2], Path.cwd()])
+    )
     text, form, base, change = _best_form(texts, bases)
     names: dict[str, str | None] = {}
     if form.share <= 0:
@@ -110,7 +134,9 @@ def open_list(path: Path, split: str, cache: Path, key: str = "data.root", root:
                 break
     if form.share <= 0:
         first = _first_path(head)
-        raise ValueError(f"{key}: {path} begins with {first!r}, which is not in {folder}; paths are relative to the list's folder")
+        raise ValueError(
+            f"{key}: {path} begins with {first!r}, which is not in {folder}; paths are relative to the list's folder"
+        )
     table = _Table(list(_rows(text, form.delimiter)), form.column, form.has_header)
     rows = [row for row in table.body if len(row) > table.column and row[table.column].strip()]
     rows, split_notes = _rows_of_split(table, rows, split, f"{key}: {path}")
@@ -118,13 +144,21 @@ def open_list(path: Path, split: str, cache: Path, key: str = "data.root", root:
     notes = list(split_notes)
     if names:
         paths = [_look_up(names, name) or name for name in paths]
-        notes.append(f"{path} names its images without their folders or suffixes; they were found below {base}")
+        notes.append(
+            f"{path} names its images without their folders or suffixes; they were found below {base}"
+        )
     elif base != folder or change(r"a\b/c") != _stripped(r"a\b/c"):
-        notes.append(f"the paths in {path} were found below {base}, as in {paths[0] if paths else ''}")
+        notes.append(
+            f"the paths in {path} were found below {base}, as in {paths[0] if paths else ''}"
+        )
     if num_repeated := len(paths) - len(set(paths)):
-        notes.append(f"{num_repeated:,} of {len(paths):,} rows of {path} name an image that an earlier row names, and it is read as often")
+        notes.append(
+            f"{num_repeated:,} of {len(paths):,} rows of {path} name an image that an earlier row names, and it is read as often"
+        )
     labels, label_note = _labels(table, rows)
-    return FileList(listing.pack(str(base), paths), labels, (*notes, *label_note), bool(split_notes))
+    return FileList(
+        listing.pack(str(base), paths), labels, (*notes, *label_note), bool(split_notes)
+    )
 
 
 def label_table(content: bytes, names: Iterable[str]) -> dict[str, str]:
@@ -168,7 +202,9 @@ def _names(paths: Iterable[str]) -> dict[str, str | None]:
     for num_parts, has_suffix in itertools.product((1, 2), (True, False)):
         found: dict[str, str | None] = {}
         for path in paths:
-            name = "/".join((path if has_suffix else os.path.splitext(path)[0]).split("/")[-num_parts:])
+            name = "/".join(
+                (path if has_suffix else os.path.splitext(path)[0]).split("/")[-num_parts:]
+            )
             found[name] = None if name in found else path
         names = found | names
     return names
@@ -191,10 +227,14 @@ def _texts(content: bytes, what: str) -> list[str]:
 
 def _rows(text: str, delimiter: str, limit: int | None = None) -> Iterable[list[str]]:
     """The non-empty rows; delimiter " " splits at the last white space of a line, "" not at all."""
-    text = re.sub(r"\A(sep=.\r?\n)?(#[ \t].*\r?\n)*", "", text)  # how some spreadsheets begin, and comments
+    text = re.sub(
+        r"\A(sep=.\r?\n)?(#[ \t].*\r?\n)*", "", text
+    )  # how some spreadsheets begin, and comments
     if delimiter in ("", " "):
         lines = (line.strip() for line in io.StringIO(text))
-        rows: Iterable[list[str]] = (line.rsplit(None, 1) if delimiter else [line] for line in lines)
+        rows: Iterable[list[str]] = (
+            line.rsplit(None, 1) if delimiter else [line] for line in lines
+        )
     else:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     return itertools.islice((row for row in rows if any(cell.strip() for cell in row)), limit)
@@ -219,9 +259,16 @@ def _form(text: str, exists: Callable[[str], bool]) -> _Form:
             cells = [row[column].strip() for row in body if len(row) > column]
             first = rows[0][column].strip() if len(rows[0]) > column else ""
             is_first = bool(first) and exists(first)
-            share = (sum(bool(cell) and exists(cell) for cell in cells) + is_first) / (len(body) + is_first)
+            share = (sum(bool(cell) and exists(cell) for cell in cells) + is_first) / (
+                len(body) + is_first
+            )
             if share > best.share:
-                best = _Form(delimiter, column, len(rows) > 1 and not is_first and not listing.is_image(first), share)
+                best = _Form(
+                    delimiter,
+                    column,
+                    len(rows) > 1 and not is_first and not listing.is_image(first),
+                    share,
+                )
         if best.share == 1:
             break
     return best
@@ -231,7 +278,9 @@ def _is_file(base: Path, change: Callable[[str], str], cell: str) -> bool:
     return os.path.isfile(base / change(cell))
 
 
-def _best_form(texts: list[str], bases: list[Path]) -> tuple[str, _Form, Path, Callable[[str], str]]:
+def _best_form(
+    texts: list[str], bases: list[Path]
+) -> tuple[str, _Form, Path, Callable[[str], str]]:
     """The text, its form, and the folder and spelling with which the most of the sampled paths are files."""
     found = []
     for text, (base, change) in itertools.product(texts, _ways(texts[0], bases)):
@@ -265,7 +314,9 @@ def _ways(text: str, bases: list[Path]) -> list[tuple[Path, Callable[[str], str]
     return ways + [(bases[0], without(first)) for first in range(1, min(deepest, 12))]
 
 
-def _rows_of_split(table: _Table, rows: list[list[str]], split: str, what: str) -> tuple[list[list[str]], list[str]]:
+def _rows_of_split(
+    table: _Table, rows: list[list[str]], split: str, what: str
+) -> tuple[list[list[str]], list[str]]:
     """The rows of one split, where a column tells the splits apart."""
     column = _split_column(table, rows)
     if column is None:
@@ -277,7 +328,9 @@ def _rows_of_split(table: _Table, rows: list[list[str]], split: str, what: str) 
         wanted = "test"
     chosen = [row for row in rows if len(row) > column and roles[row[column].strip()] == wanted]
     title = table.rows[0][column] if table.has_header else str(column + 1)
-    return chosen, [f"{what.partition(': ')[2]}: the rows whose column {title!r} says {wanted}: {len(chosen):,} of {len(rows):,}"]
+    return chosen, [
+        f"{what.partition(': ')[2]}: the rows whose column {title!r} says {wanted}: {len(chosen):,} of {len(rows):,}"
+    ]
 
 
 def _split_column(table: _Table, rows: list[list[str]]) -> int | None:
@@ -309,12 +362,18 @@ def _label_column(table: _Table, rows: list[list[str]]) -> tuple[int | None, lis
     if not table.has_header:
         after = [column for column in others if column > table.column]
         return next(iter(after or others), None), []
-    titles = {title: column for column, title in reversed(list(enumerate(table.header))) if column in others}
+    titles = {
+        title: column
+        for column, title in reversed(list(enumerate(table.header)))
+        if column in others
+    }
     known = next((titles[title] for title in _LABELS if title in titles), None)
     if known is not None:
         return known, []
     if len(others) == 1:
-        return others[0], [f"labels are the column {table.rows[0][others[0]]!r}"] if others[0] < len(table.rows[0]) else []
+        return others[0], [f"labels are the column {table.rows[0][others[0]]!r}"] if others[
+            0
+        ] < len(table.rows[0]) else []
     if others:
         names = ", ".join(repr(name) for name in table.rows[0])
         return None, [f"of the columns {names} none is called label, so the images have no labels"]
@@ -328,13 +387,20 @@ def _index_column(table: _Table, rows: list[list[str]]) -> int | None:
     if table.header:
         return 0 if table.header[0] in _INDEX else None
     numbers = [row[0].strip() for row in rows[:_SAMPLE]]
-    return 0 if numbers in ([str(i) for i in range(len(numbers))], [str(i + 1) for i in range(len(numbers))]) else None
+    return (
+        0
+        if numbers
+        in ([str(i) for i in range(len(numbers))], [str(i + 1) for i in range(len(numbers))])
+        else None
+    )
 
 
 def _plain_labels(written: list[str]) -> list[str]:
     """Labels with missing values as "", and whole numbers without a decimal point, which a missing value gives them."""
     labels = ["" if label in _MISSING else label for label in written]
     given = set(labels) - {""}
-    if any("." in label for label in given) and all(re.fullmatch(r"\d+(\.0+)?", label) for label in given):
+    if any("." in label for label in given) and all(
+        re.fullmatch(r"\d+(\.0+)?", label) for label in given
+    ):
         return [label.partition(".")[0] for label in labels]
     return labels

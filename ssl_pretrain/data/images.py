@@ -36,7 +36,15 @@ Range = tuple[float, float]  # the values that become black and white
 _NOT_DECODED = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _DARK = 64  # of 256 levels; 16-bit color with fewer uses 14 bits or less, and its high byte keeps little of them
 _ORIENTATION_TAG, _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _BANDS = 0x0112, 338, 262, 254, 277
-_COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # bands of each photometric interpretation of TIFF
+_COLORS = {
+    0: 1,
+    1: 1,
+    2: 3,
+    3: 1,
+    5: 4,
+    6: 3,
+    8: 3,
+}  # bands of each photometric interpretation of TIFF
 _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -78,10 +86,14 @@ def formats() -> tuple[str, ...]:
 def suffixes() -> frozenset[str]:
     """The suffixes of those formats, in lower case."""
     named = Image.registered_extensions()
-    return frozenset(suffix for suffix, name in named.items() if name in {*formats(), "MPO"})  # MPO begins as a JPEG and is opened as one
+    return frozenset(
+        suffix for suffix, name in named.items() if name in {*formats(), "MPO"}
+    )  # MPO begins as a JPEG and is opened as one
 
 
-def decode(content: bytes, name: str, values: Range | None = None, jpeg: bool = False) -> np.ndarray:
+def decode(
+    content: bytes, name: str, values: Range | None = None, jpeg: bool = False
+) -> np.ndarray:
     """Return RGB pixels by the rule above: uint8 (height, width, 3), writable, in any memory order.
 
     Args:
@@ -110,7 +122,9 @@ def decode(content: bytes, name: str, values: Range | None = None, jpeg: bool = 
             is_deep = _has_16_bits(image)
             image.load()
             pixels = _rgb(image, values, is_deep)
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)  # after load, where Pillow has turned a TIFF already
+            orientation = image.getexif().get(
+                _ORIENTATION_TAG, 1
+            )  # after load, where Pillow has turned a TIFF already
     except UnreadableImage:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything: SyntaxError, struct.error, zlib.error, ...
@@ -130,7 +144,9 @@ def inspect(content: bytes, name: str) -> Stored:
                 return stored
             values = np.array(image)
             finite = values[np.isfinite(values)] if image.mode == "F" else values
-            low, high = np.percentile(finite, [0.1, 99.9], method="nearest") if finite.size else (0, 0)
+            low, high = (
+                np.percentile(finite, [0.1, 99.9], method="nearest") if finite.size else (0, 0)
+            )
             return stored._replace(low=float(low), high=float(high))
     except UnreadableImage:
         raise
@@ -140,7 +156,9 @@ def inspect(content: bytes, name: str) -> Stored:
 
 def _opened(content: bytes) -> Image.Image:
     """Open an image by its content. What begins as a JPEG is given to the JPEG decoder alone."""
-    return Image.open(io.BytesIO(content), formats=("JPEG",) if content.startswith(b"\xff\xd8") else formats())
+    return Image.open(
+        io.BytesIO(content), formats=("JPEG",) if content.startswith(b"\xff\xd8") else formats()
+    )
 
 
 def _reason(content: bytes, error: Exception) -> str:
@@ -167,7 +185,9 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
         if marker == 0xFF:  # a fill byte
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(content[at + 7 : at + 9]), int.from_bytes(content[at + 5 : at + 7])
+            return int.from_bytes(content[at + 7 : at + 9]), int.from_bytes(
+                content[at + 5 : at + 7]
+            )
         elif marker == 0xDA:
             break
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
@@ -184,24 +204,34 @@ def _check_bands(image: Image.Image) -> None:
         bands, extra = tags.get(_BANDS, 1), tags.get(_EXTRA_SAMPLES, ())
         surplus = bands - _COLORS.get(tags.get(_PHOTOMETRIC, 1), bands)
         if surplus > 0 and not (surplus == 1 and extra and extra[0] in (1, 2)):
-            raise ValueError(f"{bands} bands, of which the last is not said to be alpha; choose three bands and save them as RGB")
+            raise ValueError(
+                f"{bands} bands, of which the last is not said to be alpha; choose three bands and save them as RGB"
+            )
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
             for page in range(1, frames):
                 image.seek(page)
                 if not image.tag_v2.get(_SUBFILE, 0) & 1:  # type: ignore[attr-defined]
-                    raise ValueError(f"{frames} pages, of which only one would be seen; save each page as a file of its own")
+                    raise ValueError(
+                        f"{frames} pages, of which only one would be seen; save each page as a file of its own"
+                    )
             image.seek(0)
     elif image.format == "JPEG2000" and len(image.getbands()) == 4:
-        raise ValueError("a JPEG 2000 of four bands does not say whether the fourth is alpha; choose three bands and save them as RGB")
+        raise ValueError(
+            "a JPEG 2000 of four bands does not say whether the fourth is alpha; choose three bands and save them as RGB"
+        )
     elif image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe" not in image.info:
-        raise ValueError("four bands that are not said to be inks; choose three bands and save them as RGB")
+        raise ValueError(
+            "four bands that are not said to be inks; choose three bands and save them as RGB"
+        )
 
 
 def _plain_jpeg(content: bytes) -> np.ndarray | None:
     """Return the pixels that Pillow would give, bit for bit, in half the time for small images. None where Pillow has to decide."""
     try:
-        pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), apply_exif_orientation=True)
+        pixels = decode_jpeg(
+            torch.frombuffer(bytearray(content), dtype=torch.uint8), apply_exif_orientation=True
+        )
     except RuntimeError:
         return None
     if len(pixels) == 4:  # CMYK, whose conversion differs
@@ -221,7 +251,9 @@ def _rgb(image: Image.Image, values: Range | None, is_deep: bool) -> np.ndarray:
             levels = 255 - levels
         return np.repeat(levels[..., None], 3, axis=2)
     if image.mode == "LAB":
-        raise ValueError("pixels of mode LAB have no agreed conversion to RGB; convert the image to 8 or 16 bits")
+        raise ValueError(
+            "pixels of mode LAB have no agreed conversion to RGB; convert the image to 8 or 16 bits"
+        )
     has_alpha = image.has_transparency_data
     pixels = np.array(image.convert("RGBA" if has_alpha else "RGB"))
     if is_deep:
@@ -229,7 +261,9 @@ def _rgb(image: Image.Image, values: Range | None, is_deep: bool) -> np.ndarray:
     if not has_alpha:
         return pixels
     if not pixels[..., 3].any():
-        raise ValueError("its alpha is 0 everywhere, which leaves nothing to see; remove the alpha, or the image")
+        raise ValueError(
+            "its alpha is 0 everywhere, which leaves nothing to see; remove the alpha, or the image"
+        )
     wide = pixels.astype(np.uint16)
     return ((wide[..., :3] * wide[..., 3:] + 127) // 255).astype(np.uint8)
 
@@ -276,7 +310,9 @@ def _check_high_bytes(pixels: np.ndarray, values: Range | None) -> None:
         raise ValueError(
             "data.range is for gray images without alpha: of 16-bit color Pillow keeps the high byte; convert the image to 8 bits"
         )
-    brightest = int(np.percentile(pixels, 99.9, method="nearest"))  # without the few values that a sensor saturates
+    brightest = int(
+        np.percentile(pixels, 99.9, method="nearest")
+    )  # without the few values that a sensor saturates
     if brightest < _DARK:
         raise ValueError(
             f"16-bit color of which {brightest + 1} of 256 levels would be left, as Pillow keeps the high byte; "

@@ -18,8 +18,12 @@ from ssl_pretrain.data import listing
 from ssl_pretrain.data.file_lists import ROLES, label_table, role
 from ssl_pretrain.data.splits import Content, Tree
 
-_TABLE_WORDS = frozenset({"label", "labels", "annotation", "annotations", "metadata"})  # of a table inside a split's own folder
-_NO_TRUTH = frozenset({"submission", "prediction", "predictions", "pred", "preds", "result", "results", "sample"})
+_TABLE_WORDS = frozenset(
+    {"label", "labels", "annotation", "annotations", "metadata"}
+)  # of a table inside a split's own folder
+_NO_TRUTH = frozenset(
+    {"submission", "prediction", "predictions", "pred", "preds", "result", "results", "sample"}
+)
 _WRAPPED = 4  # folders around the class folders of a validation split, at most
 _MAX_TABLES = 20
 
@@ -36,7 +40,14 @@ class Labels:
     notes: list[str] = field(default_factory=list)
 
 
-def assign(where: str, content: Content, classes: list[str] | None, names: tuple[str, ...], tree: Tree, root: Tree) -> Labels:
+def assign(
+    where: str,
+    content: Content,
+    classes: list[str] | None,
+    names: tuple[str, ...],
+    tree: Tree,
+    root: Tree,
+) -> Labels:
     """Label the images of a split.
 
     Args:
@@ -59,17 +70,23 @@ def assign(where: str, content: Content, classes: list[str] | None, names: tuple
             tables = _from_tables(where, paths, classes, names, tree, root)
             written, notes = tables if any(tables[0]) else (written, [*notes, *tables[1]])
     given = set(written) - {""}
-    numbers = content.written is not None and all(name.isdecimal() for name in given)  # folders 1 to 10 are sorted as text
+    numbers = content.written is not None and all(
+        name.isdecimal() for name in given
+    )  # folders 1 to 10 are sorted as text
     if not classes:
         classes = sorted(given, key=int if numbers else os.fsencode)
     elif not given <= set(classes):
         strange = min(given - set(classes))
-        raise ValueError(f"data.val: {where} has the class {strange!r}, which the training split has not; it has {_some(classes)}")
+        raise ValueError(
+            f"data.val: {where} has the class {strange!r}, which the training split has not; it has {_some(classes)}"
+        )
     number = {name: label for label, name in enumerate(classes)}
     labels = np.array([number.get(name, -1) for name in written], np.int64)
     missing = [path for path, label in zip(paths, labels) if label < 0]
     if given and missing:
-        notes.append(f"{len(missing):,} of {len(paths):,} images in {where} have no label (first: {missing[0]})")
+        notes.append(
+            f"{len(missing):,} of {len(paths):,} images in {where} have no label (first: {missing[0]})"
+        )
     return Labels(labels, classes, notes)
 
 
@@ -91,12 +108,19 @@ def _from_folders(paths: list[str], classes: list[str] | None) -> tuple[list[str
             return [_composed(parts[depth]) if len(parts) > depth else "" for parts in folders], []
     names = {parts[0] for parts in folders if parts}
     if classes and names:
-        return [""] * len(paths), [f"its folders ({_some(sorted(names))}) are no classes of the training split"]
+        return [""] * len(paths), [
+            f"its folders ({_some(sorted(names))}) are no classes of the training split"
+        ]
     return [""] * len(paths), []
 
 
 def _from_tables(
-    where: str, paths: list[str], classes: list[str] | None, names: tuple[str, ...], tree: Tree, root: Tree
+    where: str,
+    paths: list[str],
+    classes: list[str] | None,
+    names: tuple[str, ...],
+    tree: Tree,
+    root: Tree,
 ) -> tuple[list[str], list[str]]:
     """Return the class of each image by a table, "" for none, and notes.
 
@@ -132,12 +156,19 @@ def _tables(names: tuple[str, ...], tree: Tree, root: Tree) -> Iterator[tuple[Tr
             stem, suffix = os.path.splitext(name)
             words = set(re.findall("[a-z]+", stem.lower()))
             own = folder.where.startswith(tree.where) and words & _TABLE_WORDS
-            if suffix.lower() in listing.TABLES and not words & _NO_TRUTH and (words & set(names) or own) and found < _MAX_TABLES:
+            if (
+                suffix.lower() in listing.TABLES
+                and not words & _NO_TRUTH
+                and (words & set(names) or own)
+                and found < _MAX_TABLES
+            ):
                 found += 1
                 yield folder, name
 
 
-def _from_table(folder: Tree, name: str, paths: list[str], classes: list[str] | None) -> tuple[dict[str, str], str]:
+def _from_table(
+    folder: Tree, name: str, paths: list[str], classes: list[str] | None
+) -> tuple[dict[str, str], str]:
     """Return the class of each path, and the reason if there is none."""
     try:
         content = folder.read(name)
@@ -154,21 +185,29 @@ def _from_table(folder: Tree, name: str, paths: list[str], classes: list[str] | 
     chosen = {}
     for path, label in found.items():
         label = _composed(label)
-        chosen[path] = label if label in known else label.split(" ")[0]  # "n03995372 85 1 499 272", with its boxes
+        chosen[path] = (
+            label if label in known else label.split(" ")[0]
+        )  # "n03995372 85 1 499 272", with its boxes
         if chosen[path] not in known:
             return {}, f"{label!r} is no class of the training split, which has {_some(classes)}"
     return chosen, ""
 
 
-def _from_lines(folder: Tree, content: bytes, paths: list[str], classes: list[str] | None) -> tuple[dict[str, str], str]:
+def _from_lines(
+    folder: Tree, content: bytes, paths: list[str], classes: list[str] | None
+) -> tuple[dict[str, str], str]:
     """Return the class of each path, and the reason if there is none, from a file with one class per line.
 
     It names no image. Its lines are in the order of the images' names, or of the numbers in them.
     """
-    lines = [line.strip() for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in content.decode("utf-8", "replace").splitlines() if line.strip()
+    ]
     if not classes or not lines:
         return {}, ""
-    numbers = [int(match[0]) if (match := re.search(r"\d+(?=\.[^./]*$)", path)) else 0 for path in paths]
+    numbers = [
+        int(match[0]) if (match := re.search(r"\d+(?=\.[^./]*$)", path)) else 0 for path in paths
+    ]
     if len(set(numbers)) == len(paths) and min(numbers) >= 1 and max(numbers) <= len(lines):
         places = [number - 1 for number in numbers]
     elif len(lines) == len(paths):
@@ -186,13 +225,18 @@ def _from_lines(folder: Tree, content: bytes, paths: list[str], classes: list[st
         if not by_name:
             return {}, why
     if not set(lines) <= set(by_name):
-        return {}, f"it has the class {min(set(lines) - set(by_name))}, which the list of classes has not"
+        return (
+            {},
+            f"it has the class {min(set(lines) - set(by_name))}, which the list of classes has not",
+        )
     return {path: by_name[lines[place]] for path, place in zip(paths, places)}, ""
 
 
 def _numbered_classes(folder: Tree, classes: list[str]) -> tuple[dict[str, str], str]:
     """Read the class of each of ILSVRC2012's numbers, or the reason why there is none, from `meta.mat` or a list of synsets."""
-    missing = "it numbers the classes, and no list of them (meta.mat, map_clsloc.txt) lies beside it"
+    missing = (
+        "it numbers the classes, and no list of them (meta.mat, map_clsloc.txt) lies beside it"
+    )
     for name in folder.files:
         if name == "meta.mat":
             return _classes_of_meta(folder, name, classes)
@@ -203,7 +247,9 @@ def _numbered_classes(folder: Tree, classes: list[str]) -> tuple[dict[str, str],
             content = folder.read(name)
         except OSError:
             continue
-        rows = [line.split() for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
+        rows = [
+            line.split() for line in content.decode("utf-8", "replace").splitlines() if line.strip()
+        ]
         if not {row[0] for row in rows} & set(classes):
             continue
         if all(len(row) > 1 and row[1].isdecimal() for row in rows):
@@ -227,7 +273,9 @@ def _classes_of_meta(folder: Tree, name: str, classes: list[str]) -> tuple[dict[
     except Exception as error:  # a damaged file makes scipy raise nearly anything
         return {}, f"{name} cannot be read: {type(error).__name__}: {error}"
     known = set(classes)
-    return {number: synset for number, synset in by_number.items() if synset in known}, f"{name} lists no class of the training split"
+    return {
+        number: synset for number, synset in by_number.items() if synset in known
+    }, f"{name} lists no class of the training split"
 
 
 def _some(names: list[str]) -> str:

@@ -29,18 +29,35 @@ import PIL
 from ssl_pretrain.data.images import suffixes
 
 MAX_TABLE_BYTES = 1 << 28  # of a table of labels in a zip, which is read whole
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError)  # RuntimeError: encrypted, or a method that is not read
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+)  # RuntimeError: encrypted, or a method that is not read
 TABLES = (".csv", ".tsv", ".txt", ".lst")  # suffixes of lists of images and of tables of labels
 _FORMAT = 3  # of the cache files; raise it when their content changes
 _SETTLED_NS = 2_000_000_000  # a folder changed more recently may change again within the same tick of its file system's clock
 _SYSTEM = frozenset(  # names in lower case
     {"__macosx", "icon\r"}  # macOS
-    | {"thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information"}  # Windows
+    | {
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "$recycle.bin",
+        "recycler",
+        "system volume information",
+    }  # Windows
     | {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}  # Synology, QNAP
     | {"lost+found", "__pycache__"}
 )
-_UNFINISHED = frozenset({".part", ".partial", ".crdownload", ".download", ".tmp", ".filepart", ".aria2", ".bak", ".swp"})
-_MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL)
+_UNFINISHED = frozenset(
+    {".part", ".partial", ".crdownload", ".download", ".tmp", ".filepart", ".aria2", ".bak", ".swp"}
+)
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL
+)
 _MAGIC_BYTES = 16
 _SAMPLE = 8  # files of an unknown suffix whose first bytes are read before all of them are
 
@@ -57,24 +74,24 @@ class LeftOut:
 class Span(NamedTuple):
     """Where a member of a zip is, as the archive's directory says."""
 
-    offset: int    # of its local header
-    stored: int    # bytes in the archive
-    method: int    # of compression
-    size: int      # bytes of the file
-    crc: int       # CRC-32 of the file
+    offset: int  # of its local header
+    stored: int  # bytes in the archive
+    method: int  # of compression
+    size: int  # bytes of the file
+    crc: int  # CRC-32 of the file
 
 
 @dataclass(frozen=True)
 class Listing:
     """The paths of n images, in a fixed order. Packed: a million reach a worker in tens of milliseconds."""
 
-    root: str              # the folder, or the zip
-    packed: np.ndarray     # uint8, the paths one after the other, in the file system's encoding
-    ends: np.ndarray       # int64 (n,), where each path ends
-    spans: np.ndarray      # int64 (n, 5) for a zip: see `Span`; (0, 5) for files
-    within: str = ""       # the paths are relative to this folder of the zip
+    root: str  # the folder, or the zip
+    packed: np.ndarray  # uint8, the paths one after the other, in the file system's encoding
+    ends: np.ndarray  # int64 (n,), where each path ends
+    spans: np.ndarray  # int64 (n, 5) for a zip: see `Span`; (0, 5) for files
+    within: str = ""  # the paths are relative to this folder of the zip
     left_out: tuple[LeftOut, ...] = ()
-    tables: tuple[str, ...] = ()    # for a zip: its members that may be lists or tables of labels
+    tables: tuple[str, ...] = ()  # for a zip: its members that may be lists or tables of labels
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -90,8 +107,14 @@ class Listing:
     def take(self, indices: Sequence[int] | np.ndarray, within: str = "") -> "Listing":
         """The images at `indices`, all of them below `within`, and their paths relative to it."""
         paths, cut = self.paths(), len(within) + 1 if within else 0
-        files = pack(self.root, [paths[index][cut:] for index in indices], self.spans[indices] if len(self.spans) else self.spans)
-        return replace(files, within=within or self.within, left_out=self.left_out, tables=self.tables)
+        files = pack(
+            self.root,
+            [paths[index][cut:] for index in indices],
+            self.spans[indices] if len(self.spans) else self.spans,
+        )
+        return replace(
+            files, within=within or self.within, left_out=self.left_out, tables=self.tables
+        )
 
 
 def is_skipped(name: str) -> bool:
@@ -118,7 +141,9 @@ class _Tally:
         return tuple(LeftOut(reason, *self._counts[reason]) for reason in sorted(self._counts))
 
 
-_Built = tuple[Listing, list[str], list[int]]  # a listing, the folders it came from, and the stamps of each
+_Built = tuple[
+    Listing, list[str], list[int]
+]  # a listing, the folders it came from, and the stamps of each
 
 
 def pack(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Listing:
@@ -126,7 +151,9 @@ def pack(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Li
     encoded = [os.fsencode(path) for path in paths]
     packed = np.frombuffer(b"".join(encoded), np.uint8)
     ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-    return Listing(root, packed, ends, np.zeros((0, len(Span._fields)), np.int64) if spans is None else spans)
+    return Listing(
+        root, packed, ends, np.zeros((0, len(Span._fields)), np.int64) if spans is None else spans
+    )
 
 
 def of_folder(root: str | Path, cache: Path) -> Listing:
@@ -186,12 +213,18 @@ def _walk(root: str) -> _Built:
                     else:
                         tally.add(kind, path)
         except OSError as error:
-            raise ValueError(f"data.root: {os.path.join(root, folder)} cannot be listed: {error.strerror}") from None
+            raise ValueError(
+                f"data.root: {os.path.join(root, folder)} cannot be listed: {error.strerror}"
+            ) from None
         if time.monotonic() - reported > 5:
             reported = time.monotonic()
             print(f"listing {root}: {len(images):,} images so far", file=sys.stderr, flush=True)
     images += _images_by_content(others, lambda path: _first_bytes(os.path.join(root, path)), tally)
-    return replace(pack(root, sorted(images, key=os.fsencode)), left_out=tally.result()), folders, stamps
+    return (
+        replace(pack(root, sorted(images, key=os.fsencode)), left_out=tally.result()),
+        folders,
+        stamps,
+    )
 
 
 def _identities_above(root: str) -> set[tuple[int, int]]:
@@ -228,9 +261,13 @@ def read_member(path: str | Path, name: str) -> bytes:
     """Return the bytes of a zip's member by its path with slashes. Raises OSError, also where it is damaged or too large."""
     try:
         with zipfile.ZipFile(path) as archive:
-            member = next(each for each in archive.infolist() if member_name(each).removeprefix("./") == name)
+            member = next(
+                each for each in archive.infolist() if member_name(each).removeprefix("./") == name
+            )
             if member.file_size > MAX_TABLE_BYTES:
-                raise OSError(errno.EFBIG, f"{member.file_size:,} bytes are more than a table of labels has")
+                raise OSError(
+                    errno.EFBIG, f"{member.file_size:,} bytes are more than a table of labels has"
+                )
             return archive.read(member)
     except _ZIP_ERRORS as error:
         raise OSError(errno.EIO, str(error)) from None
@@ -244,7 +281,9 @@ def _first_bytes(path: str) -> bytes:
         return b""
 
 
-def _images_by_content(paths: list[str], first_bytes: Callable[[str], bytes], tally: _Tally) -> list[str]:
+def _images_by_content(
+    paths: list[str], first_bytes: Callable[[str], bytes], tally: _Tally
+) -> list[str]:
     """The images among files of other suffixes, or of none. All files of a suffix are tried where one of a sample is an image."""
     groups: dict[str, list[str]] = {}
     for path in sorted(paths, key=os.fsencode):
@@ -277,25 +316,46 @@ def _central_directory(root: str) -> _Built:
                 except (OSError, *_ZIP_ERRORS):
                     return b""
 
-            members |= {path: others[path] for path in _images_by_content(list(others), first_bytes, tally)}
+            members |= {
+                path: others[path] for path in _images_by_content(list(others), first_bytes, tally)
+            }
     except (OSError, *_ZIP_ERRORS) as error:
         raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
     for path, member in members.items():
-        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"data.root: {root} holds {path}, encrypted or of a rare compression; repack it with `zip -r -0`")
+        if member.flag_bits & 1 or member.compress_type not in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+        ):
+            raise ValueError(
+                f"data.root: {root} holds {path}, encrypted or of a rare compression; repack it with `zip -r -0`"
+            )
         if max(member.header_offset, member.compress_size, member.file_size) >= 2**63:
-            raise ValueError(f"data.root: {root} holds {path} with a size that no file has; the zip is damaged")
+            raise ValueError(
+                f"data.root: {root} holds {path} with a size that no file has; the zip is damaged"
+            )
     paths = sorted(members, key=os.fsencode)
     found = [
-        Span(member.header_offset, member.compress_size, member.compress_type, member.file_size, member.CRC)
+        Span(
+            member.header_offset,
+            member.compress_size,
+            member.compress_type,
+            member.file_size,
+            member.CRC,
+        )
         for member in (members[path] for path in paths)
     ]
     spans = np.array(found, np.int64).reshape(-1, len(Span._fields))
     tables = tuple(path for path in sorted(others) if path.lower().endswith(TABLES))
-    return replace(pack(root, paths, spans), left_out=tally.result(), tables=tables[:1000]), [""], _stamp(status)
+    return (
+        replace(pack(root, paths, spans), left_out=tally.result(), tables=tables[:1000]),
+        [""],
+        _stamp(status),
+    )
 
 
-def _members(archive: zipfile.ZipFile, tally: _Tally) -> tuple[dict[str, zipfile.ZipInfo], dict[str, zipfile.ZipInfo]]:
+def _members(
+    archive: zipfile.ZipFile, tally: _Tally
+) -> tuple[dict[str, zipfile.ZipInfo], dict[str, zipfile.ZipInfo]]:
     """Return the images and the other files of an archive by path with slashes, as if it had been unpacked into a folder."""
     images: dict[str, zipfile.ZipInfo] = {}
     others: dict[str, zipfile.ZipInfo] = {}
@@ -338,15 +398,32 @@ def _stamp(status: os.stat_result) -> list[int]:
 def _kept(root: str, cache: Path, build: Callable[[], _Built]) -> Listing:
     """The listing from the cache if nothing changed since, else built and put there; a damaged or unwritable cache only costs time."""
     path = cache / f"list-{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.npz"
-    with contextlib.suppress(Exception):  # absent, damaged, of another format, or a folder is gone: build anew
+    with contextlib.suppress(
+        Exception
+    ):  # absent, damaged, of another format, or a folder is gone: build anew
         with np.load(path, allow_pickle=False) as file:
             kept = {name: file[name] for name in file.files}
         more = json.loads(kept["more"].tobytes())
         left_out = tuple(LeftOut(*each) for each in more["left_out"])
-        listing = Listing(root, kept["packed"], kept["ends"], kept["spans"], left_out=left_out, tables=tuple(more["tables"]))
+        listing = Listing(
+            root,
+            kept["packed"],
+            kept["ends"],
+            kept["spans"],
+            left_out=left_out,
+            tables=tuple(more["tables"]),
+        )
         folders = Listing(root, kept["folders"], kept["folder_ends"], listing.spans)
-        same = int(kept["format"]) == _FORMAT and kept["root"].tobytes() == os.fsencode(root) and more["pillow"] == PIL.__version__
-        now = [number for folder in folders.paths() for number in _stamp(os.stat(os.path.join(root, folder) if folder else root))]
+        same = (
+            int(kept["format"]) == _FORMAT
+            and kept["root"].tobytes() == os.fsencode(root)
+            and more["pillow"] == PIL.__version__
+        )
+        now = [
+            number
+            for folder in folders.paths()
+            for number in _stamp(os.stat(os.path.join(root, folder) if folder else root))
+        ]
         if same and now == kept["stamps"].tolist():
             return listing
     listing, names, stamps = build()
@@ -375,7 +452,9 @@ def _write(path: Path, listing: Listing, folders: Listing, stamps: list[int]) ->
                 folders=folders.packed,
                 folder_ends=folders.ends,
                 stamps=np.array(stamps, np.int64),
-                more=np.frombuffer(json.dumps(more).encode(), np.uint8),  # ASCII: bytes that are no UTF-8 are escaped
+                more=np.frombuffer(
+                    json.dumps(more).encode(), np.uint8
+                ),  # ASCII: bytes that are no UTF-8 are escaped
             )
         os.replace(beside, path)
     except BaseException:

@@ -19,12 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain import distributed
-from ssl_pretrain.data import compiled, device_cache, order, workers
-from ssl_pretrain.data.sources import Beton, DataConfig, Source, UnreadableImage, check_range, layout_lines, open_source
-from ssl_pretrain.data.threads import Threads
+from ssl_pretrain.data import device_cache, order, workers
+from ssl_pretrain.data.native import decode
+from ssl_pretrain.data.native.threads import Threads
+from ssl_pretrain.data.sources import (
+    Beton,
+    DataConfig,
+    Source,
+    UnreadableImage,
+    check_range,
+    layout_lines,
+    open_source,
+)
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
-from ssl_pretrain.views import colour, crops, describe, recipe
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.views import color, crops, describe, recipe
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 from ssl_pretrain.views.upload import upload
 
@@ -33,7 +42,9 @@ _AHEAD = 2  # batches being made while one is used
 _OF_A_BETON = 0.1  # share of data.max_replaced that a .beton is allowed: all of its images decoded when it was written
 
 How = Literal["ffcv", "folder", "device"]
-Finish = Callable[[Tensor, int, int], Tensor]  # what else is done to a view, uint8 (3, s, s), of (epoch, index); picklable
+Finish = Callable[
+    [Tensor, int, int], Tensor
+]  # what else is done to a view, uint8 (3, s, s), of (epoch, index); picklable
 
 
 class Maker(Protocol):
@@ -61,12 +72,18 @@ class Batch:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch([view.to(device) for view in self.views], self.labels.to(device), self.indices.to(device))
+        return Batch(
+            [view.to(device) for view in self.views],
+            self.labels.to(device),
+            self.indices.to(device),
+        )
 
     def part(self, k: int, num_parts: int) -> "Batch":
         """The k-th of `num_parts` slices of equal length. Raises ValueError if they would not be equal."""
         if len(self) % num_parts:
-            raise ValueError(f"a batch of {len(self)} images does not divide into {num_parts} parts")
+            raise ValueError(
+                f"a batch of {len(self)} images does not divide into {num_parts} parts"
+            )
         size = len(self) // num_parts
         rows = slice(k * size, (k + 1) * size)
         return Batch([view[rows] for view in self.views], self.labels[rows], self.indices[rows])
@@ -116,8 +133,12 @@ class Loader:
         self.note = ""
         self._maker: Maker
         if how == "ffcv":
-            assert isinstance(source, Beton) and finish is None, "`choose` gives ffcv to a .beton alone, and only processes finish a view"
-            self._maker = Threads(source.samples, self._crops, self.plan, num_workers, _AHEAD, self._device)
+            assert isinstance(source, Beton) and finish is None, (
+                "`choose` gives ffcv to a .beton alone, and only processes finish a view"
+            )
+            self._maker = Threads(
+                source.samples, self._crops, self.plan, num_workers, _AHEAD, self._device
+            )
         elif how == "device":
             assert finish is None, "only processes finish a view"
             self._maker = device_cache.Cache(source, self._crops, self.plan, self._device)
@@ -125,15 +146,23 @@ class Loader:
             chunks = Chunks(source, partial(_cut, self._crops, seed, finish), self.plan)
             num_ahead = _AHEAD * -(-local_batch // self._chunk)
             wanted, image_bytes = self._chunk, sum(3 * crop.size**2 for crop in self._crops)
-            ranks = distributed.local_world_size()
-            chosen = workers.sending(image_bytes, wanted, num_workers, num_ahead, 2 * local_batch, ranks)
+            ranks = process_group.local_world_size()
+            chosen = workers.sending(
+                image_bytes, wanted, num_workers, num_ahead, 2 * local_batch, ranks
+            )
             self._chunk, self._copied = chosen.chunk, chosen.copied
             if chosen.copied:
                 num_ahead = 0
                 self.note = workers.little_room(wanted, self._chunk)
-            self._maker = workers.Processes(chunks, num_workers, num_ahead, pinned=self._device.type == "cuda")
-        self._jobs = _Jobs(self.plan, self._chunk, self._maker.expect if isinstance(self._maker, Threads) else None)
-        weakref.finalize(self, self._maker.close)  # a loader that is forgotten, or alive at exit, leaves nothing either
+            self._maker = workers.Processes(
+                chunks, num_workers, num_ahead, pinned=self._device.type == "cuda"
+            )
+        self._jobs = _Jobs(
+            self.plan, self._chunk, self._maker.expect if isinstance(self._maker, Threads) else None
+        )
+        weakref.finalize(
+            self, self._maker.close
+        )  # a loader that is forgotten, or alive at exit, leaves nothing either
 
     def starting_at(self, step: int) -> Iterator[Batch]:
         """The batches of step `step` of the run and of all later ones, epoch after epoch, without end.
@@ -164,7 +193,10 @@ class Loader:
     def described(self, step: int, num_images: int) -> list[list[str]]:
         """What is drawn for each view of the first images of this rank's batch of `step`, in words: (images, views)."""
         numbers, epoch = self.indices(step)[:num_images], self.plan.epoch(step)
-        drawn = [colour.draw(crop, self.plan.seed, epoch, numbers, view) for view, crop in enumerate(self._crops)]
+        drawn = [
+            color.draw(crop, self.plan.seed, epoch, numbers, view)
+            for view, crop in enumerate(self._crops)
+        ]
         texts = []
         for row, number in enumerate(numbers.tolist()):
             try:
@@ -172,8 +204,16 @@ class Loader:
             except UnreadableImage:
                 texts.append(["another image in place of an unreadable one"] * len(self._crops))
                 continue
-            boxes = [crops.draw(crop, self.plan.seed, epoch, number, view, height, width) for view, crop in enumerate(self._crops)]
-            texts.append([describe.text(crop, box, parameters, row) for crop, box, parameters in zip(self._crops, boxes, drawn)])
+            boxes = [
+                crops.draw(crop, self.plan.seed, epoch, number, view, height, width)
+                for view, crop in enumerate(self._crops)
+            ]
+            texts.append(
+                [
+                    describe.text(crop, box, parameters, row)
+                    for crop, box, parameters in zip(self._crops, boxes, drawn)
+                ]
+            )
         return texts
 
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
@@ -181,18 +221,33 @@ class Loader:
             indices = self.indices(step)
             if step == first_step or step % self.steps_per_epoch == 0:
                 self._replaced_in_epoch = 0
-            made = [self._received(chunk) for chunk in itertools.islice(chunks, -(-len(indices) // self._chunk))]
+            made = [
+                self._received(chunk)
+                for chunk in itertools.islice(chunks, -(-len(indices) // self._chunk))
+            ]
             if not made:
                 return
-            pixels = [torch.cat(blocks) if len(blocks) > 1 else blocks[0] for blocks in zip(*(chunk.views() for chunk in made))]
+            pixels = [
+                torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+                for blocks in zip(*(chunk.views() for chunk in made))
+            ]
             views: list[Tensor] = []
             for crop in self._views.crops.values():
                 numbers = range(len(views), len(views) + crop.count)
-                drawn = [colour.draw(crop, self.plan.seed, self.plan.epoch(step), indices, number) for number in numbers]
+                drawn = [
+                    color.draw(crop, self.plan.seed, self.plan.epoch(step), indices, number)
+                    for number in numbers
+                ]
                 group = [pixels[number] for number in numbers]
-                views += colour.apply_to_group(group, drawn, crop, self._views.mean, self._views.std, self._view_dtype)
+                views += color.apply_to_group(
+                    group, drawn, crop, self._views.mean, self._views.std, self._view_dtype
+                )
             labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in made]))
-            yield Batch(views, upload(labels, self._device), upload(torch.from_numpy(indices.copy()), self._device))
+            yield Batch(
+                views,
+                upload(labels, self._device),
+                upload(torch.from_numpy(indices.copy()), self._device),
+            )
 
     def _received(self, chunk: Chunk) -> Chunk:
         self.num_made += len(chunk.labels)
@@ -204,7 +259,13 @@ class Loader:
                 self._warned.add(file)
                 warnings.warn(message, stacklevel=4)
         if chunk.replaced:
-            check_replaced(self._replaced_in_epoch, len(self.source), self.source, self.max_replaced, chunk.replaced[-1][1])
+            check_replaced(
+                self._replaced_in_epoch,
+                len(self.source),
+                self.source,
+                self.max_replaced,
+                chunk.replaced[-1][1],
+            )
         if chunk.error is not None:
             raise chunk.error
         if self._copied:
@@ -228,8 +289,15 @@ class Loader:
         recorded = step % every_steps == 0 or step == last_step
         if not recorded and step % self.steps_per_epoch:
             return {}
-        counts = distributed.gather_objects((self._replaced_in_epoch, self.num_replaced - self._num_reported))
-        check_replaced(sum(in_epoch for in_epoch, _ in counts), len(self.source), self.source, self.max_replaced)
+        counts = collectives.gather_objects(
+            (self._replaced_in_epoch, self.num_replaced - self._num_reported)
+        )
+        check_replaced(
+            sum(in_epoch for in_epoch, _ in counts),
+            len(self.source),
+            self.source,
+            self.max_replaced,
+        )
         if not recorded:
             return {}
         self._num_reported = self.num_replaced
@@ -269,36 +337,47 @@ def build(
     Raises:
         ValueError: a bad key of `data` or `views`, fewer images than the batch, or a batch that does not divide over the ranks.
     """
-    order.check_divides(global_batch_size, distributed.world_size())
-    if distributed.local_rank() == 0:
+    order.check_divides(global_batch_size, process_group.world_size())
+    if process_group.local_rank() == 0:
         source = open_source(data, "train")
         check_range(source)
-    distributed.barrier()
-    if distributed.local_rank() != 0:
+    collectives.barrier()
+    if process_group.local_rank() != 0:
         source = open_source(data, "train")
     how, why = choose(data, source)
-    if distributed.is_main():
-        print(*layout_lines(data, source), f"data.loader: {how}: {why}", sep="\n", file=sys.stderr, flush=True)
+    if process_group.is_main():
+        print(
+            *layout_lines(data, source),
+            f"data.loader: {how}: {why}",
+            sep="\n",
+            file=sys.stderr,
+            flush=True,
+        )
     batches = Loader(
         source,
         views,
         seed=seed,
         global_batch_size=global_batch_size,
         device=device,
-        num_workers=min(data.num_workers, max(1, distributed.available_cores() // distributed.local_world_size())),
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        num_workers=min(
+            data.num_workers,
+            max(1, process_group.available_cores() // process_group.local_world_size()),
+        ),
+        rank=process_group.rank(),
+        world_size=process_group.world_size(),
         how=how,
         window=data.quasi_random_window if data.order == "quasi_random" else 0,
         view_dtype=view_dtype,
         max_replaced=data.max_replaced,
     )
-    if batches.note and distributed.is_main():
+    if batches.note and process_group.is_main():
         print(batches.note, file=sys.stderr, flush=True)
     return batches
 
 
-def check_replaced(num_replaced: int, num_images: int, source: Source, max_replaced: float, example: str = "") -> None:
+def check_replaced(
+    num_replaced: int, num_images: int, source: Source, max_replaced: float, example: str = ""
+) -> None:
     """Raise ValueError if more of the `num_images` of one pass were replaced than `data.max_replaced` allows.
 
     One image is always allowed where any is. A .beton is allowed a tenth of the share.
@@ -315,7 +394,9 @@ def check_replaced(num_replaced: int, num_images: int, source: Source, max_repla
         )
     raise ValueError(
         f"data.max_replaced: {num_replaced:,} of {num_images:,} images of {source.where} could not be read in one pass, more than "
-        f"the {allowed:,} that may be replaced ({share:.3g} of the images)" + (f"; the last: {example}" if example else "") + f"; {remedy}"
+        f"the {allowed:,} that may be replaced ({share:.3g} of the images)"
+        + (f"; the last: {example}" if example else "")
+        + f"; {remedy}"
     )
 
 
@@ -332,10 +413,12 @@ def choose(data: DataConfig, source: Source) -> tuple[How, str]:
     if not isinstance(source, Beton):
         write = "python -m ssl_pretrain.data.beton write writes one"
         if data.loader == "ffcv":
-            raise ValueError(f"data.loader: ffcv reads .beton files, and {source.where} is none; {write}, or set data.loader=folder")
+            raise ValueError(
+                f"data.loader: ffcv reads .beton files, and {source.where} is none; {write}, or set data.loader=folder"
+            )
         return "folder", f"{source.where} is not a .beton; {write}, which is read faster"
     try:
-        compiled.library()
+        decode.library()
     except ValueError as error:
         if data.loader == "ffcv":
             raise
@@ -377,9 +460,14 @@ def images(
         first = chunks[Job(0, chosen[:1])]
         if first.error is not None:
             raise first.error
-        held, ranks = 2 * batch_size, distributed.local_world_size()
-        size = workers.sending(first.pixels.numel(), batch_size, num_workers, 2 * num_workers, held, ranks).chunk
-    jobs = [[Job(0, batch[start : start + size]) for start in range(0, len(batch), size)] for batch in batches]
+        held, ranks = 2 * batch_size, process_group.local_world_size()
+        size = workers.sending(
+            first.pixels.numel(), batch_size, num_workers, 2 * num_workers, held, ranks
+        ).chunk
+    jobs = [
+        [Job(0, batch[start : start + size]) for start in range(0, len(batch), size)]
+        for batch in batches
+    ]
     processes = workers.Processes(chunks, num_workers, 2 * num_workers, pinned=False)
     num_replaced = 0
     try:
@@ -391,13 +479,18 @@ def images(
                     warnings.warn(message, stacklevel=2)
                 if chunk.replaced:
                     num_replaced += len(chunk.replaced)
-                    check_replaced(num_replaced, len(chosen), source, max_replaced, chunk.replaced[-1][1])
+                    check_replaced(
+                        num_replaced, len(chosen), source, max_replaced, chunk.replaced[-1][1]
+                    )
                 if chunk.error is not None:
                     raise chunk.error
                 views = chunk.views()[0]
                 pixels.append(views if len(parts) == 1 else views.clone())
                 labels.append(chunk.labels)
-            yield torch.cat(pixels) if len(parts) > 1 else pixels[0], torch.from_numpy(np.concatenate(labels))
+            yield (
+                torch.cat(pixels) if len(parts) > 1 else pixels[0],
+                torch.from_numpy(np.concatenate(labels)),
+            )
     finally:
         processes.close()
 
@@ -411,7 +504,11 @@ class _Jobs:
     def starting_at(self, first_step: int) -> Iterator[Job]:
         expected: list[int] = []
         for step in itertools.count(first_step):
-            if self.expect is not None and self.plan.window and expected != (blocks := self.plan.blocks_after(step)).tolist():
+            if (
+                self.expect is not None
+                and self.plan.window
+                and expected != (blocks := self.plan.blocks_after(step)).tolist()
+            ):
                 expected = blocks.tolist()
                 self.expect(blocks)
             indices = self.plan.indices(step)
@@ -425,11 +522,18 @@ def _chunk_size(local_batch: int, num_workers: int) -> int:
     return min(_CHUNK, max(16, -(-local_batch // num_workers)))
 
 
-def _cut(each: list[Crop], seed: int, finish: Finish | None, image: Tensor, epoch: int, index: int) -> list[Tensor]:
+def _cut(
+    each: list[Crop], seed: int, finish: Finish | None, image: Tensor, epoch: int, index: int
+) -> list[Tensor]:
     _, height, width = image.shape
-    views = [crops.apply(image, crops.draw(crop, seed, epoch, index, view, height, width), crop) for view, crop in enumerate(each)]
+    views = [
+        crops.apply(image, crops.draw(crop, seed, epoch, index, view, height, width), crop)
+        for view, crop in enumerate(each)
+    ]
     return views if finish is None else [finish(view, epoch, index) for view in views]
 
 
-def _one_view(transform: Callable[[Tensor], Tensor], image: Tensor, _epoch: int, _index: int) -> list[Tensor]:
+def _one_view(
+    transform: Callable[[Tensor], Tensor], image: Tensor, _epoch: int, _index: int
+) -> list[Tensor]:
     return [transform(image)]

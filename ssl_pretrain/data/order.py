@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_pretrain import draws
-from ssl_pretrain.draws import Purpose
+from ssl_pretrain import rng
+from ssl_pretrain.rng import Purpose
 
 BLOCK = 64  # neighbours on the disk: 4 MB at 60 KB an image, where a disk loses little by seeking
 
@@ -38,12 +38,16 @@ class Plan:
         """What this rank reads in one step of the run: int64 (local_batch,)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         n, batch = self.num_images, self.global_batch_size
-        return local_indices(self.seed, epoch, step_in_epoch, n, batch, self.rank, self.world_size, self.window)
+        return local_indices(
+            self.seed, epoch, step_in_epoch, n, batch, self.rank, self.world_size, self.window
+        )
 
     def order(self, step: int) -> tuple[np.ndarray, int]:
         """The order of all images in the step's epoch, int64 (num_images,), and where the step's global batch begins in it."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return _permutation(self.seed, epoch, self.num_images, self.window), step_in_epoch * self.global_batch_size
+        return _permutation(
+            self.seed, epoch, self.num_images, self.window
+        ), step_in_epoch * self.global_batch_size
 
     def blocks_after(self, step: int) -> np.ndarray:
         """The first image of each block of the window after the one in which `step` begins; empty in the random order, and at the end."""
@@ -64,13 +68,19 @@ def steps_per_epoch(n: int, global_batch_size: int) -> int:
         ValueError: there is not one whole batch.
     """
     if global_batch_size < 1:
-        raise ValueError(f"global_batch_size: {global_batch_size} is too small; give a whole number >= 1")
+        raise ValueError(
+            f"global_batch_size: {global_batch_size} is too small; give a whole number >= 1"
+        )
     if n < global_batch_size:
-        raise ValueError(f"global_batch_size: {global_batch_size} is more than the {n} images of the data set; give at most {n}")
+        raise ValueError(
+            f"global_batch_size: {global_batch_size} is more than the {n} images of the data set; give at most {n}"
+        )
     return n // global_batch_size
 
 
-def global_indices(seed: int, epoch: int, step_in_epoch: int, n: int, global_batch_size: int, window: int = 0) -> np.ndarray:
+def global_indices(
+    seed: int, epoch: int, step_in_epoch: int, n: int, global_batch_size: int, window: int = 0
+) -> np.ndarray:
     """The images of one global batch: int64 (global_batch_size,), all different, and in no other step of this epoch."""
     start = step_in_epoch * global_batch_size
     assert 0 <= step_in_epoch < steps_per_epoch(n, global_batch_size), "the epoch has no such step"
@@ -78,7 +88,14 @@ def global_indices(seed: int, epoch: int, step_in_epoch: int, n: int, global_bat
 
 
 def local_indices(
-    seed: int, epoch: int, step_in_epoch: int, n: int, global_batch_size: int, rank: int, world_size: int, window: int = 0
+    seed: int,
+    epoch: int,
+    step_in_epoch: int,
+    n: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    window: int = 0,
 ) -> np.ndarray:
     """One rank's part of the global batch, (global_batch_size / world_size,): those of all ranks, one after the other, are the whole.
 
@@ -87,7 +104,9 @@ def local_indices(
     """
     check_divides(global_batch_size, world_size)
     local_batch = global_batch_size // world_size
-    return global_indices(seed, epoch, step_in_epoch, n, global_batch_size, window)[rank * local_batch : (rank + 1) * local_batch]
+    return global_indices(seed, epoch, step_in_epoch, n, global_batch_size, window)[
+        rank * local_batch : (rank + 1) * local_batch
+    ]
 
 
 def check_divides(global_batch_size: int, world_size: int) -> None:
@@ -95,13 +114,21 @@ def check_divides(global_batch_size: int, world_size: int) -> None:
     if global_batch_size % world_size == 0:
         return
     below = global_batch_size // world_size * world_size
-    nearest = f"the nearest that do are {below} and {below + world_size}" if below else f"the nearest that does is {world_size}"
-    raise ValueError(f"global_batch_size: {global_batch_size} does not divide over {world_size} ranks; {nearest}")
+    nearest = (
+        f"the nearest that do are {below} and {below + world_size}"
+        if below
+        else f"the nearest that does is {world_size}"
+    )
+    raise ValueError(
+        f"global_batch_size: {global_batch_size} does not divide over {world_size} ranks; {nearest}"
+    )
 
 
-@functools.lru_cache(maxsize=2)  # sorting a million keys takes a tenth of a second, and every step of an epoch asks
+@functools.lru_cache(
+    maxsize=2
+)  # sorting a million keys takes a tenth of a second, and every step of an epoch asks
 def _permutation(seed: int, epoch: int, n: int, window: int) -> np.ndarray:
-    order = draws.permutation(seed, epoch, n)
+    order = rng.permutation(seed, epoch, n)
     if 0 < window < n:
         blocks = _block_order(seed, epoch, n)
         window_of = np.empty(len(blocks), np.int64)
@@ -116,4 +143,4 @@ def _blocks_in(window: int) -> int:
 
 
 def _block_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    return draws.permutation(seed, epoch, -(-n // BLOCK), Purpose.BLOCK_ORDER)
+    return rng.permutation(seed, epoch, -(-n // BLOCK), Purpose.BLOCK_ORDER)

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ssl_pretrain import distributed
 from ssl_pretrain.data.loader import Batch, Loader
+from ssl_pretrain.distributed import process_group
 
-_STEPS, _SECONDS = 10, 3.0    # measured after the first step, which compiles and warms up: whichever is longer
+_STEPS, _SECONDS = (
+    10,
+    3.0,
+)  # measured after the first step, which compiles and warms up: whichever is longer
 
 
 def watched(loader: Loader, first_step: int, device: torch.device) -> Iterator[Batch]:
@@ -23,8 +26,14 @@ def watched(loader: Loader, first_step: int, device: torch.device) -> Iterator[B
     seconds = 0.0
     while True:
         if steps == 0:
-            _finish(device)    # the first step has warmed up what there is to warm
-            began, waited, images, made, seconds = time.monotonic(), 0.0, 0, loader.num_made, loader.seconds
+            _finish(device)  # the first step has warmed up what there is to warm
+            began, waited, images, made, seconds = (
+                time.monotonic(),
+                0.0,
+                0,
+                loader.num_made,
+                loader.seconds,
+            )
         elif steps >= _STEPS and time.monotonic() - began > _SECONDS:
             break
         asked = time.monotonic()
@@ -35,8 +44,15 @@ def watched(loader: Loader, first_step: int, device: torch.device) -> Iterator[B
         steps, images = steps + 1, images + len(batch)
         yield batch
     _finish(device)
-    if distributed.is_main():
-        line = describe(loader, images, time.monotonic() - began, waited, loader.num_made - made, loader.seconds - seconds)
+    if process_group.is_main():
+        line = describe(
+            loader,
+            images,
+            time.monotonic() - began,
+            waited,
+            loader.num_made - made,
+            loader.seconds - seconds,
+        )
         print(line, file=sys.stderr, flush=True)
     yield from batches
 
@@ -46,14 +62,19 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe(loader: Loader, num_images: int, total: float, waited: float, num_made: int, seconds: float) -> str:
+def describe(
+    loader: Loader, num_images: int, total: float, waited: float, num_made: int, seconds: float
+) -> str:
     """The line: what the loader could make, what the model could take, and what to do about the slower one."""
-    ranks = distributed.world_size()
+    ranks = process_group.world_size()
     model = ranks * num_images / max(total - waited, 1e-9)
     makers = max(1, loader.num_workers)
     able = ranks * makers * num_made / seconds if seconds else float("inf")
     if loader.how == "folder" and loader.num_workers == 0:
-        model, able = ranks * num_images / max(total - seconds, 1e-9), ranks * num_made / max(seconds, 1e-9)
+        model, able = (
+            ranks * num_images / max(total - seconds, 1e-9),
+            ranks * num_made / max(seconds, 1e-9),
+        )
     share = waited / max(total, 1e-9)
     rates = f"preflight: loader {able:,.0f} images/s, model {model:,.0f} images/s, waiting for data {100 * share:.0f} % of the time: "
     if able == float("inf"):
@@ -65,9 +86,11 @@ def describe(loader: Loader, num_images: int, total: float, waited: float, num_m
 
 def remedy(loader: Loader) -> str:
     """What makes this loader faster, the largest step first."""
-    cores = max(1, distributed.available_cores() // distributed.local_world_size())
+    cores = max(1, process_group.available_cores() // process_group.local_world_size())
     if loader.num_workers < cores:
-        return f"raise data.num_workers from {loader.num_workers} to {cores}, the cores of each rank"
+        return (
+            f"raise data.num_workers from {loader.num_workers} to {cores}, the cores of each rank"
+        )
     if loader.how == "folder":
         return "write a .beton (python -m ssl_pretrain.data.beton write), which is decoded once for all views, or give the rank more cores"
     return "write the .beton with a smaller --max-side (docs/data.md has what that costs), or give the rank more cores"

@@ -27,9 +27,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ssl_pretrain import draws
-from ssl_pretrain.data import beton_file, cifar10, labels, listing, splits
-from ssl_pretrain.data.beton_file import Samples
+from ssl_pretrain import rng
+from ssl_pretrain.data import cifar10, labels, listing, splits
+from ssl_pretrain.data.beton import file as beton_file
+from ssl_pretrain.data.beton.file import Samples
 from ssl_pretrain.data.file_lists import role
 from ssl_pretrain.data.images import MAX_BYTES, Range, UnreadableImage, decode, inspect
 from ssl_pretrain.data.listing import Listing, Span
@@ -42,35 +43,62 @@ _WIDE_ENOUGH = 0.25  # share of the 16-bit values that have to be in use, where 
 _MEASURED = 32  # images whose values are looked at when a source of 16-bit images is opened
 _KINDS = "give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
 _SHOWN = 8  # reasons to leave files out that are named
-_TABLES_NOT_READ = (".parquet", ".feather", ".xlsx", ".xls", ".ods", ".json", ".jsonl", ".pkl", ".npy", ".npz", ".h5", ".mat")
+_TABLES_NOT_READ = (
+    ".parquet",
+    ".feather",
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".json",
+    ".jsonl",
+    ".pkl",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".mat",
+)
 
 
 @dataclass
 class DataConfig:
     source: Literal["digits", "cifar10", "folder"] = "folder"
-    root: str = ""               # a folder, a .zip, a list of files, or a .beton
-    train: str = ""              # folder, list, .zip or .beton of the training images, absolute or in root; .: root; "": found by its name
-    val: str = ""                # the same for validation; none: there is none
-    subset: int = 0              # use this many training images, a fixed random choice; 0: all
-    num_workers: int = 4         # per rank: threads (ffcv) or processes (folder) that decode and crop; 0: one thread, or no process
-    loader: Literal["auto", "ffcv", "folder"] = "auto"       # auto: ffcv for a .beton where FFCV is installed; the run says which and why
-    cache: Literal["none", "device"] = "none"                # device: all images uploaded once, as for CIFAR-10; cropped there
-    order: Literal["random", "quasi_random"] = "random"      # quasi_random: mostly in the order of the disk, for more data than memory
-    quasi_random_window: int = 16384                         # images mixed with each other in that order; they have to fit into memory
+    root: str = ""  # a folder, a .zip, a list of files, or a .beton
+    train: str = ""  # folder, list, .zip or .beton of the training images, absolute or in root; .: root; "": found by its name
+    val: str = ""  # the same for validation; none: there is none
+    subset: int = 0  # use this many training images, a fixed random choice; 0: all
+    num_workers: int = 4  # per rank: threads (ffcv) or processes (folder) that decode and crop; 0: one thread, or no process
+    loader: Literal["auto", "ffcv", "folder"] = (
+        "auto"  # auto: ffcv for a .beton where FFCV is installed; the run says which and why
+    )
+    cache: Literal["none", "device"] = (
+        "none"  # device: all images uploaded once, as for CIFAR-10; cropped there
+    )
+    order: Literal["random", "quasi_random"] = (
+        "random"  # quasi_random: mostly in the order of the disk, for more data than memory
+    )
+    quasi_random_window: int = (
+        16384  # images mixed with each other in that order; they have to fit into memory
+    )
     # share of an epoch's images that may be unreadable and replaced by others; more stop the run
     max_replaced: float = field(default=0.01, metadata={"bounds": Bounds(0, 1)})
     # [low, high] of 16-bit gray and floats, made 0 and 255; []: 0 to 65535
     range: list[float] = field(default_factory=list, metadata={"bounds": Bounds(-1e12, 1e12)})
-    cache_dir: str = ""          # for lists of files; "": ~/.cache/ssl_pretrain
+    cache_dir: str = ""  # for lists of files; "": ~/.cache/ssl_pretrain
 
 
 def check(config: DataConfig) -> None:
     """Raise ValueError, naming the key, if a value can only be a mistake."""
     if not 0 <= config.max_replaced <= 1:
-        raise ValueError(f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as 0.01")
+        raise ValueError(
+            f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as 0.01"
+        )
     finite = all(isinstance(value, int | float) and math.isfinite(value) for value in config.range)
-    if config.range and (len(config.range) != 2 or not finite or config.range[0] >= config.range[1]):
-        raise ValueError(f"data.range: {list(config.range)} must be two numbers, the lower one first, such as [0, 4095]")
+    if config.range and (
+        len(config.range) != 2 or not finite or config.range[0] >= config.range[1]
+    ):
+        raise ValueError(
+            f"data.range: {list(config.range)} must be two numbers, the lower one first, such as [0, 4095]"
+        )
 
 
 class Source:
@@ -122,13 +150,21 @@ class Digits(Source):
     """Scikit-learn's 1,797 handwritten digits, 8x8: 16 grey levels spread over 0 to 255. 1,297 train, 500 val (50 of each)."""
 
     def __init__(self, split: str):
-        from sklearn.datasets import load_digits  # a second to import; the other sources need none of it
+        from sklearn.datasets import (
+            load_digits,  # a second to import; the other sources need none of it
+        )
 
         digits = load_digits()
-        mixed = draws.permutation(0, 0, len(digits.target), draws.Purpose.SPLIT)
-        held_out = np.concatenate([mixed[digits.target[mixed] == digit][:_DIGITS_PER_CLASS] for digit in range(10)])
+        mixed = rng.permutation(0, 0, len(digits.target), rng.Purpose.SPLIT)
+        held_out = np.concatenate(
+            [mixed[digits.target[mixed] == digit][:_DIGITS_PER_CLASS] for digit in range(10)]
+        )
         self._numbers = np.sort(held_out if split == "val" else np.setdiff1d(mixed, held_out))
-        super().__init__("scikit-learn's digits", digits.target[self._numbers], [str(digit) for digit in range(10)])
+        super().__init__(
+            "scikit-learn's digits",
+            digits.target[self._numbers],
+            [str(digit) for digit in range(10)],
+        )
         grey = np.rint(digits.images[self._numbers] * (255 / 16)).astype(np.uint8)
         self._pixels = np.repeat(grey[..., None], 3, axis=3)
 
@@ -140,7 +176,11 @@ class Digits(Source):
 
     def take(self, indices: np.ndarray) -> "Digits":
         taken = copy.copy(self)
-        taken.labels, taken._numbers, taken._pixels = self.labels[indices], self._numbers[indices], self._pixels[indices]
+        taken.labels, taken._numbers, taken._pixels = (
+            self.labels[indices],
+            self._numbers[indices],
+            self._pixels[indices],
+        )
         return taken
 
     def _identity(self) -> bytes:
@@ -150,7 +190,14 @@ class Digits(Source):
 class Files(Source):
     """Image files in a folder, or in a zip that is read in place."""
 
-    def __init__(self, where: str, files: Listing, labels: np.ndarray, classes: list[str], values: Range | None = None):
+    def __init__(
+        self,
+        where: str,
+        files: Listing,
+        labels: np.ndarray,
+        classes: list[str],
+        values: Range | None = None,
+    ):
         super().__init__(where, labels, classes)
         self.files = files
         self.values = values  # `data.range`
@@ -165,34 +212,55 @@ class Files(Source):
     def content(self, index: int) -> bytes:
         """The file's bytes as they are stored. Raises UnreadableImage."""
         try:
-            return self._from_zip(index) if len(self.files.spans) else _read_regular(os.path.join(self.files.root, self.files.path(index)))
+            return (
+                self._from_zip(index)
+                if len(self.files.spans)
+                else _read_regular(os.path.join(self.files.root, self.files.path(index)))
+            )
         except (OSError, zlib.error) as error:
-            raise UnreadableImage(f"{self.name(index)}: {getattr(error, 'strerror', None) or error}") from error
+            raise UnreadableImage(
+                f"{self.name(index)}: {getattr(error, 'strerror', None) or error}"
+            ) from error
 
     def name(self, index: int) -> str:
         return os.path.join(self.files.root, self.files.within, self.files.path(index))
 
     def take(self, indices: np.ndarray) -> "Files":
-        return Files(self.where, self.files.take(indices), self.labels[indices], self.classes, self.values)
+        return Files(
+            self.where, self.files.take(indices), self.labels[indices], self.classes, self.values
+        )
 
     def check_present(self) -> None:
         if not os.path.exists(self.files.root):
-            raise FileNotFoundError(f"data.root: {self.files.root} is gone; it was there when the run began")
+            raise FileNotFoundError(
+                f"data.root: {self.files.root} is gone; it was there when the run began"
+            )
 
     def _from_zip(self, index: int) -> bytes:
         if self._zip is None:
             self._zip = os.open(self.files.root, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         span = Span(*(int(number) for number in self.files.spans[index]))
-        local = os.pread(self._zip, 30, span.offset)  # its name and extra field may differ in length from the directory's
-        start = span.offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        local = os.pread(
+            self._zip, 30, span.offset
+        )  # its name and extra field may differ in length from the directory's
+        start = (
+            span.offset
+            + 30
+            + int.from_bytes(local[26:28], "little")
+            + int.from_bytes(local[28:30], "little")
+        )
         stored = os.pread(self._zip, min(span.stored, MAX_BYTES), start)
         if local[:4] != b"PK\3\4" or len(stored) != span.stored:
             raise OSError("the zip is damaged here, or was replaced")
         if span.size > MAX_BYTES or span.size > max(_LARGE, _RATIO * span.stored):
-            raise OSError(f"the zip says that it grows from {span.stored:,} to {span.size:,} bytes, more than an image does")
+            raise OSError(
+                f"the zip says that it grows from {span.stored:,} to {span.size:,} bytes, more than an image does"
+            )
         content = _inflated(stored, span.size) if span.method else stored
         if len(content) != span.size:
-            raise OSError(f"the zip says that it has {span.size:,} bytes, and it has {'more' if len(content) > span.size else 'fewer'}")
+            raise OSError(
+                f"the zip says that it has {span.size:,} bytes, and it has {'more' if len(content) > span.size else 'fewer'}"
+            )
         if zlib.crc32(content) != span.crc:
             raise OSError("its checksum in the zip differs; the zip is damaged")
         return content
@@ -211,7 +279,7 @@ class Beton(Source):
 
     def __init__(self, samples: Samples):
         classes = samples.manifest.get("classes")
-        if classes is None:    # of FFCV's own writer, which keeps no names
+        if classes is None:  # of FFCV's own writer, which keeps no names
             classes = [str(label) for label in range(int(samples.label.max(initial=-1)) + 1)]
         super().__init__(samples.paths[0], samples.label, classes)
         self.samples = samples
@@ -220,7 +288,11 @@ class Beton(Source):
     def read(self, index: int) -> np.ndarray:
         stored = self.content(index)
         if self.samples.mode[index] == beton_file.RAW:
-            return np.frombuffer(stored, np.uint8).reshape(self.samples.height[index], self.samples.width[index], 3).copy()
+            return (
+                np.frombuffer(stored, np.uint8)
+                .reshape(self.samples.height[index], self.samples.width[index], 3)
+                .copy()
+            )
         pixels = decode(stored, self.name(index), jpeg=True)
         expected = (int(self.samples.height[index]), int(self.samples.width[index]))
         if pixels.shape[:2] != expected:
@@ -232,7 +304,9 @@ class Beton(Source):
         try:
             return beton_file.content(self.samples, index)
         except (OSError, EOFError) as error:
-            raise UnreadableImage(f"{self.name(index)}: {getattr(error, 'strerror', None) or error}") from error
+            raise UnreadableImage(
+                f"{self.name(index)}: {getattr(error, 'strerror', None) or error}"
+            ) from error
 
     def name(self, index: int) -> str:
         return self.samples.name(index)
@@ -261,7 +335,9 @@ class NoSuchSplit(ValueError):
     """The data set has no folder or list of that name."""
 
 
-def open_source(config: DataConfig, split: Literal["train", "val"], classes: list[str] | None = None) -> Source:
+def open_source(
+    config: DataConfig, split: Literal["train", "val"], classes: list[str] | None = None
+) -> Source:
     """The images of one split. Class numbers are those of the training split, in both.
 
     Args:
@@ -273,10 +349,14 @@ def open_source(config: DataConfig, split: Literal["train", "val"], classes: lis
         ValueError: the folder is absent, empty, or has no such split; names the key, the value and a remedy.
     """
     if split not in ("train", "val"):
-        raise ValueError(f"split: {split!r} is not a split of a data set; choose one of: train, val")
+        raise ValueError(
+            f"split: {split!r} is not a split of a data set; choose one of: train, val"
+        )
     check(config)
     if config.source not in ("digits", "cifar10", "folder"):
-        raise ValueError(f"data.source: {config.source!r} is not a source; choose one of: digits, cifar10, folder")
+        raise ValueError(
+            f"data.source: {config.source!r} is not a source; choose one of: digits, cifar10, folder"
+        )
     if config.source == "digits":
         source: Source = Digits(split)
         return _subset(source, config.subset) if split == "train" else source
@@ -285,7 +365,9 @@ def open_source(config: DataConfig, split: Literal["train", "val"], classes: lis
         beton = Beton(beton_file.read(stored))
         return _subset(beton, config.subset) if split == "train" else beton
     opened = _Opened(config, classes)
-    return _subset(opened.files("train"), config.subset) if split == "train" else opened.files("val")
+    return (
+        _subset(opened.files("train"), config.subset) if split == "train" else opened.files("val")
+    )
 
 
 def layout_lines(config: DataConfig, train: Source) -> list[str]:
@@ -308,19 +390,31 @@ def layout_lines(config: DataConfig, train: Source) -> list[str]:
 
 def printable(text: str) -> str:
     """The text with control characters, and bytes of file names that are no text, as escapes such as \\x1b."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def _overlap(train: Source, val: Source) -> list[str]:
     """A note where validation images are training images too. Looked for where one split's folder is in the other's, or the same."""
     if not isinstance(train, Files) or not isinstance(val, Files):
         return []
-    roots = [os.path.join(os.path.realpath(source.files.root), source.files.within, "") for source in (train, val)]
+    roots = [
+        os.path.join(os.path.realpath(source.files.root), source.files.within, "")
+        for source in (train, val)
+    ]
     if not roots[0].startswith(roots[1]) and not roots[1].startswith(roots[0]):
         return []
     held_out = {roots[1] + path for path in val.files.paths()}
     shared = sorted(held_out.intersection(roots[0] + path for path in train.files.paths()))
-    return [f"{len(shared):,} of {len(val):,} validation images are training images too (first: {shared[0]})"] if shared else []
+    return (
+        [
+            f"{len(shared):,} of {len(val):,} validation images are training images too (first: {shared[0]})"
+        ]
+        if shared
+        else []
+    )
 
 
 def counts(source: Source) -> str:
@@ -330,10 +424,14 @@ def counts(source: Source) -> str:
     if missing == len(source):
         return f"{images}, no labels"
     present = np.unique(source.labels[source.labels >= 0])
-    names = ", ".join(source.classes[label] for label in present[:3]) + (", ..." if len(present) > 3 else "")
+    names = ", ".join(source.classes[label] for label in present[:3]) + (
+        ", ..." if len(present) > 3 else ""
+    )
     of_all = f" of {len(source.classes):,}" if len(present) < len(source.classes) else ""
     kinds = "class" if len(present) == 1 and not of_all else "classes"
-    return f"{images}, {len(present):,}{of_all} {kinds} ({names})" + (f", {missing:,} without a label" if missing else "")
+    return f"{images}, {len(present):,}{of_all} {kinds} ({names})" + (
+        f", {missing:,} without a label" if missing else ""
+    )
 
 
 class _Opened:
@@ -345,7 +443,9 @@ class _Opened:
         self.root = _root(config, self.cache)
         names = ("train", "test") if config.source == "cifar10" else ("", "")
         train, val = config.train or names[0], config.val or names[1]
-        if _is_stored(config, "train"):  # beside a .beton for training lie the folders of other splits
+        if _is_stored(
+            config, "train"
+        ):  # beside a .beton for training lie the folders of other splits
             self.root = self.root if self.root.is_dir() else self.root.parent
             train = ""
         self.splits = splits.locate(self.root, train, val, self.cache)
@@ -354,7 +454,9 @@ class _Opened:
         """The images of a split with their labels."""
         place = self.splits.train if split == "train" else self.splits.val
         if place is None:
-            raise (ValueError if split == "train" or self.splits.train_error else NoSuchSplit)(self._absent(split))
+            raise (ValueError if split == "train" or self.splits.train_error else NoSuchSplit)(
+                self._absent(split)
+            )
         role = "train" if split == "train" else self.splits.val_role
         key = f"data.{split}" if place.path != self.root or place.within else "data.root"
         content = splits.content(place, role, self.cache, key, self.root)
@@ -365,9 +467,18 @@ class _Opened:
         root = splits.tree(self.root, self.cache)
         tree = splits.tree(place.path, self.cache)
         tree = tree if not place.within else splits.inner(tree, place.within)
-        labelled = labels.assign(where, content, classes, labels.table_names(where, role), tree, root)
-        source = Files(where, content.files, labelled.numbers, labelled.classes, _values(self.config))
-        source.notes = [*(self.splits.notes if split == "train" else ()), *content.notes, *labelled.notes, *_left_out(content.files)]
+        labelled = labels.assign(
+            where, content, classes, labels.table_names(where, role), tree, root
+        )
+        source = Files(
+            where, content.files, labelled.numbers, labelled.classes, _values(self.config)
+        )
+        source.notes = [
+            *(self.splits.notes if split == "train" else ()),
+            *content.notes,
+            *labelled.notes,
+            *_left_out(content.files),
+        ]
         return source
 
     def _absent(self, split: str) -> str:
@@ -392,16 +503,28 @@ def _left_out(files: Listing) -> list[str]:
     reasons = sorted(files.left_out, key=lambda each: -each.count)
     shown = [f"{each.count:,} {each.reason} (first: {each.first})" for each in reasons[:_SHOWN]]
     more = sum(each.count for each in reasons[_SHOWN:])
-    return [f"left out in {files.root}: {', '.join(shown)}" + (f", and {more:,} more" if more else "")] if shown else []
+    return (
+        [f"left out in {files.root}: {', '.join(shown)}" + (f", and {more:,} more" if more else "")]
+        if shown
+        else []
+    )
 
 
 def _empty(where: str, files: Listing) -> str:
-    return "; ".join([f"data.root: {where} holds no image that Pillow decodes, at any depth", *_left_out(files)])
+    return "; ".join(
+        [f"data.root: {where} holds no image that Pillow decodes, at any depth", *_left_out(files)]
+    )
 
 
 def _read_regular(path: str) -> bytes:
     """Return the bytes of a regular file. Raises OSError, also for a pipe or a device, which could be read without end."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    handle = os.open(
+        path,
+        os.O_RDONLY
+        | getattr(os, "O_CLOEXEC", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+        | getattr(os, "O_BINARY", 0),
+    )
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
@@ -424,7 +547,9 @@ def check_range(source: Source) -> None:
         return
     files = source
     used = []
-    for index in np.linspace(0, len(files) - 1, min(_MEASURED, len(files))).astype(np.int64).tolist():
+    for index in (
+        np.linspace(0, len(files) - 1, min(_MEASURED, len(files))).astype(np.int64).tolist()
+    ):
         try:
             stored = inspect(files.content(index), files.name(index))
         except UnreadableImage:
@@ -467,7 +592,9 @@ def _stored(config: DataConfig, split: str) -> Path | None:
         names = ["train"]
     else:
         names = ["test", "val"] if config.source == "cifar10" else ["val", "test"]
-    found = [_beton(_folder_of(config), name) for name in names if _prefers_stored(config, root, name)]
+    found = [
+        _beton(_folder_of(config), name) for name in names if _prefers_stored(config, root, name)
+    ]
     return next((path for path in found if path is not None), None)
 
 
@@ -495,7 +622,11 @@ def _prefers_stored(config: DataConfig, root: Path, name: str) -> bool:
 
     A folder of images beside it is read instead where FFCV is absent or the configuration asks for folders.
     """
-    folders = [each for each in root.iterdir() if role(each.name) == role(name) and each.is_dir()] if root.is_dir() and role(name) else []
+    folders = (
+        [each for each in root.iterdir() if role(each.name) == role(name) and each.is_dir()]
+        if root.is_dir() and role(name)
+        else []
+    )
     if not (folders or (root / name).is_dir()) or config.loader == "ffcv":
         return root.is_dir() or root.suffix.lower() == ".beton"
     return config.loader == "auto" and importlib.util.find_spec("ffcv") is not None
@@ -505,8 +636,16 @@ def require_labels(source: Source, what: str) -> None:
     """Raise ValueError unless every image has a label. The message says that `what` needs labels and how to give them."""
     missing = np.flatnonzero(source.labels < 0)
     if len(missing):
-        number = "no" if len(missing) == len(source) else f"{len(source) - len(missing)} of {len(source)}"
-        first = "" if len(missing) == len(source) else f" (the first without a label: {source.name(int(missing[0]))})"
+        number = (
+            "no"
+            if len(missing) == len(source)
+            else f"{len(source) - len(missing)} of {len(source)}"
+        )
+        first = (
+            ""
+            if len(missing) == len(source)
+            else f" (the first without a label: {source.name(int(missing[0]))})"
+        )
         raise ValueError(
             f"data.root: {what} needs labels, and {source.where} has {number} labelled images{first};"
             " put the images in one folder per class (<class>/<file>), or list them in a CSV as path,label"
@@ -524,8 +663,12 @@ def _root(config: DataConfig, cache: Path) -> Path:
     if not root.exists():
         raise ValueError(f"data.root: {root} does not exist; {_KINDS}")
     if root.suffix.lower() in _TABLES_NOT_READ and root.is_file():
-        raise ValueError(f"data.root: {root} is a table of a kind that is not read; save it as .csv, with the columns path and label")
-    if not root.is_dir() and (not root.is_file() or root.suffix.lower() not in (".zip", *listing.TABLES, ".beton")):
+        raise ValueError(
+            f"data.root: {root} is a table of a kind that is not read; save it as .csv, with the columns path and label"
+        )
+    if not root.is_dir() and (
+        not root.is_file() or root.suffix.lower() not in (".zip", *listing.TABLES, ".beton")
+    ):
         raise ValueError(f"data.root: {root} is a file of a kind that is not read; {_KINDS}")
     return root
 
@@ -533,5 +676,11 @@ def _root(config: DataConfig, cache: Path) -> Path:
 def _subset(source: Source, size: int) -> Source:
     """Choose `size` images, the same ones in every run, so that runs of different seeds see the same images. 0 takes all."""
     if not 0 <= size <= len(source):
-        raise ValueError(f"data.subset: {size} of {len(source)} training images; give a number from 1 to {len(source)}, or 0 for all")
-    return source.take(np.sort(draws.permutation(0, 0, len(source), draws.Purpose.SUBSET)[:size])) if size else source
+        raise ValueError(
+            f"data.subset: {size} of {len(source)} training images; give a number from 1 to {len(source)}, or 0 for all"
+        )
+    return (
+        source.take(np.sort(rng.permutation(0, 0, len(source), rng.Purpose.SUBSET)[:size]))
+        if size
+        else source
+    )

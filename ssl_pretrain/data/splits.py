@@ -22,9 +22,13 @@ from ssl_pretrain.data.listing import Listing
 NONE = "none"  # data.val: there is no validation split
 _WORDS = {
     "train": re.compile(r"train(ing|set|val|imgs?|images?|data)?|trn"),
-    "held out": re.compile(r"(val|valid|validation|dev|test|testing|eval|evaluation|holdout|heldout)(set|imgs?|images?|data)?"),
+    "held out": re.compile(
+        r"(val|valid|validation|dev|test|testing|eval|evaluation|holdout|heldout)(set|imgs?|images?|data)?"
+    ),
 }
-_RECORDS = frozenset({"log", "logs", "loss", "losses", "metrics", "result", "results"})  # words of tables that list no images
+_RECORDS = frozenset(
+    {"log", "logs", "loss", "losses", "metrics", "result", "results"}
+)  # words of tables that list no images
 _DEEPEST_WRAPPER = 6
 _CHECKED = 50  # folders of one folder that are looked into for splits of their own
 _CHECKED_FOLDERS = 500  # the same, of all folders
@@ -34,12 +38,18 @@ _FEW = 10  # among so many folders one may be named like a split by chance, as a
 
 def looks_like(name: str) -> str | None:
     """Return "train" or "held out" if a word of the name says so, as in `train2017` or `images_val`."""
-    return next((kind for kind, pattern in _WORDS.items() if any(map(pattern.fullmatch, _words(name)))), None)
+    return next(
+        (kind for kind, pattern in _WORDS.items() if any(map(pattern.fullmatch, _words(name)))),
+        None,
+    )
 
 
 def _words(name: str) -> list[str]:
     """The words of a name without its suffix, in lower case."""
-    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", os.path.splitext(name)[0])]
+    return [
+        word.lower()
+        for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", os.path.splitext(name)[0])
+    ]
 
 
 @dataclass(frozen=True)
@@ -117,11 +127,15 @@ class Folder:
 
     @cached_property
     def has_images_beside(self) -> bool:
-        return any(map(listing.is_image, self.files)) or listing.holds_images_by_content(self.path, self.files)
+        return any(map(listing.is_image, self.files)) or listing.holds_images_by_content(
+            self.path, self.files
+        )
 
     def has_images(self, depth: int = 12) -> bool:
         """Return True if there is an image at any depth. Reads no further than the first one."""
-        return self.has_images_beside or (depth > 0 and any(self.child(name).has_images(depth - 1) for name in self.folders))
+        return self.has_images_beside or (
+            depth > 0 and any(self.child(name).has_images(depth - 1) for name in self.folders)
+        )
 
     def place(self, without: tuple[str, ...] = ()) -> Place:
         return Place(self.path, "", without)
@@ -179,7 +193,13 @@ def _index(paths: list[str]) -> dict[str, tuple[list[str], list[str]]]:
             folders.setdefault(folder, set())
             folders.setdefault(above, set()).add(name)
             folder = above
-    return {folder: (sorted(folders[folder], key=os.fsencode), sorted(files.get(folder, []), key=os.fsencode)) for folder in folders}
+    return {
+        folder: (
+            sorted(folders[folder], key=os.fsencode),
+            sorted(files.get(folder, []), key=os.fsencode),
+        )
+        for folder in folders
+    }
 
 
 Tree = Folder | Archive
@@ -206,13 +226,23 @@ def content(place: Place, split: str, cache: Path, key: str, root: Path) -> Cont
         found = open_list(place.path, split, cache, key, root if root.is_dir() else None)
         return Content(found.files, found.labels, found.notes)
     if not place.path.is_dir() and place.path.suffix.lower() != ".zip":
-        raise ValueError(f"{key}: {place.path} is neither a folder, a .zip, nor a list of files (.csv, .tsv, .txt)")
-    files = listing.of_folder(place.path, cache) if place.path.is_dir() else listing.of_zip(place.path, cache)
+        raise ValueError(
+            f"{key}: {place.path} is neither a folder, a .zip, nor a list of files (.csv, .tsv, .txt)"
+        )
+    files = (
+        listing.of_folder(place.path, cache)
+        if place.path.is_dir()
+        else listing.of_zip(place.path, cache)
+    )
     if place.within or place.without:
         prefix = f"{place.within}/" if place.within else ""
         without = tuple(f"{prefix}{name}/" for name in place.without)
         paths = files.paths()
-        chosen = [i for i, path in enumerate(paths) if path.startswith(prefix) and not path.startswith(without or ("/",))]
+        chosen = [
+            i
+            for i, path in enumerate(paths)
+            if path.startswith(prefix) and not path.startswith(without or ("/",))
+        ]
         if len(chosen) < len(files) or place.within:
             files = files.take(chosen, place.within)
     return Content(files, None)
@@ -229,11 +259,20 @@ def locate(root: Path, train: str, val: str, cache: Path) -> Splits:
     """
     base = tree(root, cache)
     if train in (".", "./"):
-        splits = Splits(Place(root), None, val_error=f"data.val: {root} has no validation split, as data.train=. takes all of it")
+        splits = Splits(
+            Place(root),
+            None,
+            val_error=f"data.val: {root} has no validation split, as data.train=. takes all of it",
+        )
     elif train:
         place = _named(base, train)
         error = f"data.train: {base.where} has no folder or list {train!r}{_instead(base)}; name the one that holds the training images"
-        splits = Splits(place, None, train_error="" if place else error, notes=[] if val else _inner_note(base, place))
+        splits = Splits(
+            place,
+            None,
+            train_error="" if place else error,
+            notes=[] if val else _inner_note(base, place),
+        )
     elif root.is_file() and isinstance(base, Folder):
         splits = Splits(Place(root), None)
     else:
@@ -246,22 +285,41 @@ def _inner_note(base: Tree, train: Place | None) -> list[str]:
     if train is None or _is_file(train):
         return []
     found = _inner_splits(inner(base, train.within) if train.within else Folder(train.path))
-    return [f"{train.where} has splits inside its folders ({found[0]}/, {found[1]}/), and all of them are for training"] if found else []
+    return (
+        [
+            f"{train.where} has splits inside its folders ({found[0]}/, {found[1]}/), and all of them are for training"
+        ]
+        if found
+        else []
+    )
 
 
 def _with_val(splits: Splits, root: Path, base: Tree, val: str, cache: Path) -> Splits:
     """The splits with the validation split added, and the training split without it."""
-    ask = "name the one that holds the validation images, or leave out what needs a validation split"
+    ask = (
+        "name the one that holds the validation images, or leave out what needs a validation split"
+    )
     if val == NONE:
-        return replace(splits, val_error=f"data.val: {root} has no validation split, as data.val=none says")
+        return replace(
+            splits, val_error=f"data.val: {root} has no validation split, as data.val=none says"
+        )
     if val:
         place = _named(base, val)
         error = f"data.val: {base.where} has no folder or list {val!r}{_instead(base)}; {ask}"
-        return replace(_apart(splits, place), val=place, val_role=role(Path(val).stem) or "val", val_error="" if place else error)
+        return replace(
+            _apart(splits, place),
+            val=place,
+            val_role=role(Path(val).stem) or "val",
+            val_error="" if place else error,
+        )
     if splits.val_error:
         return splits
     above = root if root.is_dir() else None
-    if splits.train and splits.train.is_list and open_list(splits.train.path, "train", cache, root=above).by_split:
+    if (
+        splits.train
+        and splits.train.is_list
+        and open_list(splits.train.path, "train", cache, root=above).by_split
+    ):
         return replace(splits, val=splits.train)
     top = _top(base)
     prefer_lists = splits.train is not None and splits.train.is_list
@@ -280,17 +338,30 @@ def _with_val(splits: Splits, root: Path, base: Tree, val: str, cache: Path) -> 
 def _apart(splits: Splits, val: Place | None) -> Splits:
     """The training split without a validation split that lies in it."""
     train = splits.train
-    if val is None or train is None or train.is_list or val.is_list or not val.where.startswith(train.where + os.sep):
+    if (
+        val is None
+        or train is None
+        or train.is_list
+        or val.is_list
+        or not val.where.startswith(train.where + os.sep)
+    ):
         return splits
     inner = os.path.relpath(val.where, train.where)
-    return replace(splits, train=replace(train, without=tuple(dict.fromkeys((*train.without, inner)))))
+    return replace(
+        splits, train=replace(train, without=tuple(dict.fromkeys((*train.without, inner))))
+    )
 
 
 def _named(base: Tree, name: str) -> Place | None:
     """Find a folder, list or zip by its name in the configuration: absolute, or below the root or a folder that wraps the data set."""
     path = Path(name).expanduser()
     if path.is_absolute():
-        return Place(path) if path.is_dir() or (path.is_file() and path.suffix.lower() in (*listing.TABLES, ".zip")) else None
+        return (
+            Place(path)
+            if path.is_dir()
+            or (path.is_file() and path.suffix.lower() in (*listing.TABLES, ".zip"))
+            else None
+        )
     name = os.path.normpath(name)
     for folder in _wrappers(base):
         if isinstance(folder, Archive):
@@ -305,7 +376,11 @@ def _wrappers(base: Tree) -> Iterator[Tree]:
     """Yield the root, then the only folder in it that holds images, then the only one in that, and so on."""
     yield base
     for _ in range(_DEEPEST_WRAPPER):
-        holding = [] if base.has_images_beside else list(itertools.islice(filter(_holds(base), base.folders), 2))
+        holding = (
+            []
+            if base.has_images_beside
+            else list(itertools.islice(filter(_holds(base), base.folders), 2))
+        )
         if len(holding) != 1:
             return
         base = base.child(holding[0])
@@ -323,15 +398,23 @@ def _top(base: Tree) -> Tree:
     """
     wrappers = list(_wrappers(base))
     for folder in wrappers:
-        if any(role(name) == "train" for name in folder.folders) or any(_file_role(name) == "train" for name in folder.files):
+        if any(role(name) == "train" for name in folder.folders) or any(
+            _file_role(name) == "train" for name in folder.files
+        ):
             return folder
-    return next((folder for folder in wrappers if any(map(looks_like, folder.folders))), wrappers[-1])
+    return next(
+        (folder for folder in wrappers if any(map(looks_like, folder.folders))), wrappers[-1]
+    )
 
 
 def _candidates(top: Tree, wanted: str, prefer_lists: bool) -> list[Place]:
     """The folders of a role, or its lists and zips where there is none. `prefer_lists` turns this round."""
     folders = [top.child(name).place() for name in top.folders if role(name) == wanted]
-    files = [Place(top.path / name) for name in top.files if _file_role(name) == wanted] if isinstance(top, Folder) else []
+    files = (
+        [Place(top.path / name) for name in top.files if _file_role(name) == wanted]
+        if isinstance(top, Folder)
+        else []
+    )
     return (files or folders) if prefer_lists else (folders or files)
 
 
@@ -346,9 +429,18 @@ def _found_train(base: Tree, val: str) -> Splits:
     trains = _candidates(top, "train", prefer_lists=False)
     if len(trains) > 1:
         names = " and ".join(os.path.basename(place.where) for place in trains)
-        return _refused(f"{top.where} holds {names}; say which has the training images", f"data.train={os.path.basename(trains[0].where)}")
-    if isinstance(top, Archive) and not trains and any(_file_role(name) == "train" for name in top.files):
-        return _refused(f"{top.where} holds lists of its splits, which are not read inside a zip; unpack it", "")
+        return _refused(
+            f"{top.where} holds {names}; say which has the training images",
+            f"data.train={os.path.basename(trains[0].where)}",
+        )
+    if (
+        isinstance(top, Archive)
+        and not trains
+        and any(_file_role(name) == "train" for name in top.files)
+    ):
+        return _refused(
+            f"{top.where} holds lists of its splits, which are not read inside a zip; unpack it", ""
+        )
     if trains and not _is_file(trains[0]):
         return _train_folder(base, top, trains[0], val)
     return Splits(trains[0], None) if trains else _rest(base, top, val)
@@ -363,7 +455,11 @@ def _train_folder(base: Tree, top: Tree, train: Place, val: str) -> Splits:
     name = os.path.basename(train.where)
     others = [other for other in top.folders if other != name]
     alone = not any(role(other) or looks_like(other) or other == val for other in others)
-    if alone and len(list(itertools.islice(filter(_holds(top.child(name)), top.child(name).folders), 2))) < 2:
+    if (
+        alone
+        and len(list(itertools.islice(filter(_holds(top.child(name)), top.child(name).folders), 2)))
+        < 2
+    ):
         beside = list(filter(_holds(top), others))
         if len(beside) + 1 >= _FEW:
             note = f"{train.where} is read as one of {len(beside) + 1} classes; give data.train={name} if it is the training split"
@@ -374,7 +470,9 @@ def _train_folder(base: Tree, top: Tree, train: Place, val: str) -> Splits:
     if inner := _inner_splits(top.child(name)):
         return _refused_inner(top.child(name).where, f"{name}/", inner)
     not_read = [other for other in others if not role(other) and other != val]
-    return Splits(train, None, notes=[f"not read: {_names(not_read)} in {top.where}"] if not_read else [])
+    return Splits(
+        train, None, notes=[f"not read: {_names(not_read)} in {top.where}"] if not_read else []
+    )
 
 
 def _rest(base: Tree, top: Tree, val: str) -> Splits:
@@ -383,17 +481,33 @@ def _rest(base: Tree, top: Tree, val: str) -> Splits:
     looking = [name for name in top.folders if not role(name) and looks_like(name) and name != val]
     if not held and not looking:
         return _refused_structure(base, top) or Splits(base.place(), None)
-    others = list(filter(_holds(top), (name for name in top.folders if name not in held and name not in looking and name != val)))
+    others = list(
+        filter(
+            _holds(top),
+            (
+                name
+                for name in top.folders
+                if name not in held and name not in looking and name != val
+            ),
+        )
+    )
     if looking and len(looking) * _FEW > len(others) + len(looking):
         train = [f"data.train={name}" for name in looking if looks_like(name) == "train"][:1]
-        held_out = [f"data.val={name}" for name in (*held, *looking) if role(name) or looks_like(name) == "held out"][:1]
+        held_out = [
+            f"data.val={name}"
+            for name in (*held, *looking)
+            if role(name) or looks_like(name) == "held out"
+        ][:1]
         text = f"{top.where} holds {_names([*held, *looking])}, which are called like splits; say which is which"
         return _refused(text, " ".join(train + held_out))
     notes = [f"{name}/ is read as one of {len(others) + len(looking)} classes" for name in looking]
     if not held:
         return Splits(base.place(), None, notes=notes)
     if not others and not looking and not top.has_images_beside:
-        return _refused(f"{top.where} holds {_names(held)} and no training images; say where they are", "data.train=FOLDER")
+        return _refused(
+            f"{top.where} holds {_names(held)} and no training images; say where they are",
+            "data.train=FOLDER",
+        )
     notes.append(f"{_names(held)} in {top.where} held out; everything else there is for training")
     return Splits(top.place(tuple(held)), None, notes=notes)
 
@@ -401,11 +515,15 @@ def _rest(base: Tree, top: Tree, val: str) -> Splits:
 def _refused_structure(base: Tree, top: Tree) -> Splits | None:
     """A refusal where folders, lists or images look like splits though nothing at the top is called like one."""
     if inner := _inner_splits(top):
-        return _refused_inner(top.where, "" if top is base else f"{os.path.relpath(top.where, base.where)}/", inner)
+        return _refused_inner(
+            top.where, "" if top is base else f"{os.path.relpath(top.where, base.where)}/", inner
+        )
     if alike := _alike(top):
         folders, shared = alike
         text = f"{top.where} holds {_names(folders)} with the same folders in each ({_names(shared)}), so they may be splits"
-        return _refused(f"{text}; say which is which", f"data.train={folders[0]} data.val={folders[1]}")
+        return _refused(
+            f"{text}; say which is which", f"data.train={folders[0]} data.val={folders[1]}"
+        )
     for folder in _wrappers(base):
         for above in (folder, *_without_images(folder)):
             if lists := _lists(above):
@@ -428,7 +546,9 @@ def _refused_lists(base: Tree, folder: Tree, train: str, held_out: str) -> Split
     below = os.path.relpath(folder.where, base.where)
     names = [os.path.normpath(os.path.join(below, name)) for name in (train, held_out)]
     train, held_out = names if train != held_out else ("LIST", "LIST")
-    return _refused(f"{text}; say which images are for training", f"data.train={train} data.val={held_out}")
+    return _refused(
+        f"{text}; say which images are for training", f"data.train={train} data.val={held_out}"
+    )
 
 
 def _inner_splits(top: Tree) -> tuple[str, str] | None:
@@ -439,7 +559,10 @@ def _inner_splits(top: Tree) -> tuple[str, str] | None:
         if "train" in kinds and "held out" in kinds and folder.child(kinds["train"]).has_images():
             return path + kinds["train"], path + kinds["held out"]
         if depth < _DEEPEST_WRAPPER and len(waiting) < _CHECKED_FOLDERS:
-            waiting += [(f"{path}{name}/", folder.child(name), depth + 1) for name in folder.folders[:_CHECKED]]
+            waiting += [
+                (f"{path}{name}/", folder.child(name), depth + 1)
+                for name in folder.folders[:_CHECKED]
+            ]
     return None
 
 
@@ -474,7 +597,11 @@ def _without_images(folder: Tree) -> Iterator[Tree]:
 def _lists(folder: Tree) -> tuple[str, str] | None:
     """The lists of a folder that look like those of the training and of the held-out images; one file may be both."""
     kinds: dict[str, str] = {}
-    tables = [name for name in folder.files if name.lower().endswith(listing.TABLES) and _RECORDS.isdisjoint(_words(name))]
+    tables = [
+        name
+        for name in folder.files
+        if name.lower().endswith(listing.TABLES) and _RECORDS.isdisjoint(_words(name))
+    ]
     order = ("train", "val", "test", None)
     for name in sorted(tables, key=lambda name: (order.index(_file_role(name)), name)):
         for word in _words(name):
@@ -493,7 +620,9 @@ def _refused(text: str, names: str) -> Splits:
 def _instead(base: Tree) -> str:
     """Names of the folders that exist, for a message about one that does not."""
     top = _top(base)
-    return f"; {'it' if top is base else top.where} has {_names(top.folders)}" if top.folders else ""
+    return (
+        f"; {'it' if top is base else top.where} has {_names(top.folders)}" if top.folders else ""
+    )
 
 
 def _names(folders: list[str]) -> str:

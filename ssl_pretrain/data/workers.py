@@ -32,7 +32,9 @@ _NO_GUARD = 78  # exit status of a worker that imports a script which trains whe
 PREFETCH = 2  # chunks that each worker makes ahead, at least
 SHARED_MEMORY = Path("/dev/shm")
 _USABLE_SHARE = 0.8  # of the shared memory that is free when the workers start
-Make = Callable[[Tensor, int, int], list[Tensor]]  # (uint8 (3, height, width), epoch, index) -> uint8 (3, size, size) for each view
+Make = Callable[
+    [Tensor, int, int], list[Tensor]
+]  # (uint8 (3, height, width), epoch, index) -> uint8 (3, size, size) for each view
 
 
 class Job(NamedTuple):
@@ -103,7 +105,9 @@ class Chunks(Dataset[Chunk]):
                 views = self.make(torch.from_numpy(pixels).permute(2, 0, 1), job.epoch, index)
                 if row == 0:
                     shapes = [view.shape for view in views]
-                    pixels_of_all = _room_to_send(len(labels) * sum(shape.numel() for shape in shapes))
+                    pixels_of_all = _room_to_send(
+                        len(labels) * sum(shape.numel() for shape in shapes)
+                    )
                     chunk = Chunk(pixels_of_all, shapes, labels, replaced)
                     blocks = chunk.views()
                 for view, block in zip(views, blocks):
@@ -111,7 +115,9 @@ class Chunks(Dataset[Chunk]):
             except SharedMemoryFull:
                 raise
             except Exception as error:
-                raise RuntimeError(f"image {index}, {self.source.name(taken)}: {type(error).__name__}: {error}") from error
+                raise RuntimeError(
+                    f"image {index}, {self.source.name(taken)}: {type(error).__name__}: {error}"
+                ) from error
         return replace(chunk, seconds=time.perf_counter() - began)
 
     def _read(self, job: Job, row: int, replaced: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
@@ -141,7 +147,9 @@ class Chunks(Dataset[Chunk]):
         if taken is None:
             replaced.append((self.source.name(index), str(found)))
             raise ValueError(irreplaceable(str(found), self.source.where, len(self.source)))
-        replaced.append((self.source.name(index), f"{found}; {self.source.name(taken)} takes its place"))
+        replaced.append(
+            (self.source.name(index), f"{found}; {self.source.name(taken)} takes its place")
+        )
         return last[0], taken
 
     def _attempt(self, number: int) -> np.ndarray | UnreadableImage:
@@ -152,7 +160,9 @@ class Chunks(Dataset[Chunk]):
             self.source.check_present()
             return error
         except Exception as error:
-            raise RuntimeError(f"image {number}, {self.source.name(number)}: {type(error).__name__}: {error}") from error
+            raise RuntimeError(
+                f"image {number}, {self.source.name(number)}: {type(error).__name__}: {error}"
+            ) from error
 
     def _next(self, index: int, chunk: np.ndarray, readable: Callable[[int], bool]) -> int | None:
         """The next readable image of the source, one outside the chunk where there is one."""
@@ -160,7 +170,10 @@ class Chunks(Dataset[Chunk]):
         numbers = [(index + offset) % n for offset in range(1, n)]
         outside = (number for number in numbers if number not in used)
         inside = (number for number in numbers if number in used)
-        return next((number for numbers in (outside, inside) for number in numbers if readable(number)), None)
+        return next(
+            (number for numbers in (outside, inside) for number in numbers if readable(number)),
+            None,
+        )
 
 
 def irreplaceable(reason: str, where: str, num_images: int) -> str:
@@ -197,7 +210,9 @@ class Sending:
     copied: bool
 
 
-def sending(image_bytes: int, chunk: int, num_workers: int, num_ahead: int, held: int, ranks: int) -> Sending:
+def sending(
+    image_bytes: int, chunk: int, num_workers: int, num_ahead: int, held: int, ranks: int
+) -> Sending:
     """Choose the size of chunks so that all that are under way fit the shared memory that is free on this machine.
 
     Args:
@@ -284,8 +299,16 @@ class Processes:
         with nullcontext() if needs_main else _without_main():
             try:
                 iterator = iter(self._loader)
-            except (BrokenPipeError, EOFError, ConnectionError):  # a worker ended while it was started
-                raise (_no_guard() if needs_main else RuntimeError("a worker ended while it was started")) from None
+            except (
+                BrokenPipeError,
+                EOFError,
+                ConnectionError,
+            ):  # a worker ended while it was started
+                raise (
+                    _no_guard()
+                    if needs_main
+                    else RuntimeError("a worker ended while it was started")
+                ) from None
         return _taken(iterator)
 
     def close(self) -> None:
@@ -318,7 +341,7 @@ def refuse_in_worker() -> None:
 def _no_guard() -> ValueError:
     return ValueError(
         f"data.num_workers: each worker process imports {getattr(sys.modules['__main__'], '__file__', 'the main module')}, which "
-        "starts to train wherever it is imported; put that below `if __name__ == \"__main__\":`, or set data.num_workers=0"
+        'starts to train wherever it is imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
     )
 
 
@@ -358,14 +381,21 @@ def _taken(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     try:
         yield from chunks
     except SharedMemoryFull as error:
-        first = next((line for line in reversed(str(error).splitlines()) if "shared memory" in line), str(error))
-        raise ValueError(f"a worker's images do not fit {SHARED_MEMORY}: {first.partition(': ')[2] or first}; {_ROOM}") from None
+        first = next(
+            (line for line in reversed(str(error).splitlines()) if "shared memory" in line),
+            str(error),
+        )
+        raise ValueError(
+            f"a worker's images do not fit {SHARED_MEMORY}: {first.partition(': ')[2] or first}; {_ROOM}"
+        ) from None
     except RuntimeError as error:
         statuses = [worker.exitcode or 0 for worker in chunks._workers]  # type: ignore[attr-defined]
         if _NO_GUARD in statuses:
             raise _no_guard() from None
         if "shared memory" in str(error) or -signal.SIGBUS in statuses:
-            raise ValueError(f"a worker's images do not fit {SHARED_MEMORY}: {str(error).splitlines()[0]}; {_ROOM}") from None
+            raise ValueError(
+                f"a worker's images do not fit {SHARED_MEMORY}: {str(error).splitlines()[0]}; {_ROOM}"
+            ) from None
         if (killed := min(statuses)) < 0:
             raise _lost_worker(killed) from None
         raise
@@ -400,7 +430,9 @@ def _obey_trainer_only(_worker: int) -> None:
 
     torch watches the process that a worker was forked from: that is not the trainer here, and a killed trainer would leave it behind.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # the process it was forked from may have been another's
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, _STOP_SIGNALS
+    )  # the process it was forked from may have been another's
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "runs in a worker"
 
@@ -420,7 +452,10 @@ def _obey_trainer_only(_worker: int) -> None:
 
 def _end_unsent(error: Exception, _object: object) -> None:
     """End a worker that could not send its chunk: the trainer would wait for it in vain."""
-    os.write(2, f"error: a worker process could not send its images: {type(error).__name__}: {error}\n".encode())
+    os.write(
+        2,
+        f"error: a worker process could not send its images: {type(error).__name__}: {error}\n".encode(),
+    )
     os._exit(1)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed
+from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses.tiles import log_sum_exp, log_sum_exp_among
 
 
@@ -35,10 +35,14 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
     """
     z_a, z_b = _unit_pair("nt_xent", "z_a", z_a, "z_b", z_b, temperature)
     lse, _ = log_sum_exp_among(torch.cat([z_a, z_b]), scale=1 / temperature)
-    return lse.mean() - (z_a * z_b).sum(1).mean() / temperature  # SimCLR's method multiplies by 2, as its authors sum both directions
+    return (
+        lse.mean() - (z_a * z_b).sum(1).mean() / temperature
+    )  # SimCLR's method multiplies by 2, as its authors sum both directions
 
 
-def info_nce(queries: Tensor, keys: Tensor, *, temperature: float, queue: Tensor | None = None) -> Tensor:
+def info_nce(
+    queries: Tensor, keys: Tensor, *, temperature: float, queue: Tensor | None = None
+) -> Tensor:
     """Cross entropy of each query with its own key: eq. 1 of MoCo (He et al., CVPR 2020, arXiv:1911.05722).
 
     The negatives are the queue's rows; without a queue they are all other keys of all ranks (MoCo v3, NNCLR). One
@@ -56,14 +60,21 @@ def info_nce(queries: Tensor, keys: Tensor, *, temperature: float, queue: Tensor
     queries, keys = _unit_pair("info_nce", "queries", queries, "keys", keys, temperature)
     positive = (queries * keys).sum(1) / temperature
     if queue is None:
-        return (log_sum_exp(queries / temperature, distributed.gather(keys), bound=1 / temperature) - positive).mean()
+        return (
+            log_sum_exp(queries / temperature, collectives.gather(keys), bound=1 / temperature)
+            - positive
+        ).mean()
     if queue.ndim != 2 or queue.shape[1] != keys.shape[1]:
-        raise ValueError(f"info_nce: the queue must be (queue_size, {keys.shape[1]}), got {tuple(queue.shape)}")
+        raise ValueError(
+            f"info_nce: the queue must be (queue_size, {keys.shape[1]}), got {tuple(queue.shape)}"
+        )
     negatives = log_sum_exp(queries / temperature, queue.to(queries.dtype), bound=1 / temperature)
     return (torch.logaddexp(negatives, positive) - positive).mean()
 
 
-def supervised_contrastive(z_a: Tensor, z_b: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
+def supervised_contrastive(
+    z_a: Tensor, z_b: Tensor, labels: Tensor, *, temperature: float
+) -> Tensor:
     """SupCon: eq. 2 (L_out) of Khosla et al. (NeurIPS 2020, arXiv:2004.11362), the mean over positives outside the logarithm.
 
     An anchor's positives are all other embeddings of its label on all ranks, its own other view among them.
@@ -81,12 +92,18 @@ def supervised_contrastive(z_a: Tensor, z_b: Tensor, labels: Tensor, *, temperat
     """
     z_a, z_b = _unit_pair("supervised_contrastive", "z_a", z_a, "z_b", z_b, temperature)
     if labels.shape != (len(z_a),):
-        raise ValueError(f"supervised_contrastive: labels must be ({len(z_a)},), one an image, got {tuple(labels.shape)}")
-    lse, positives = log_sum_exp_among(torch.cat([z_a, z_b]), scale=1 / temperature, labels=labels.repeat(2))
+        raise ValueError(
+            f"supervised_contrastive: labels must be ({len(z_a)},), one an image, got {tuple(labels.shape)}"
+        )
+    lse, positives = log_sum_exp_among(
+        torch.cat([z_a, z_b]), scale=1 / temperature, labels=labels.repeat(2)
+    )
     return (lse - positives).mean()
 
 
-def decoupled(z_a: Tensor, z_b: Tensor, *, temperature: float, sigma: float | None = None) -> Tensor:
+def decoupled(
+    z_a: Tensor, z_b: Tensor, *, temperature: float, sigma: float | None = None
+) -> Tensor:
     """Decoupled contrastive learning: eq. 6 of Yeh et al. (ECCV 2022, arXiv:2110.06848); with `sigma` eq. 7, DCLW.
 
     NT-Xent without the positive in the denominator. DCLW weighs the positive's term by 2 - exp(s_i / sigma) / its mean
@@ -101,7 +118,9 @@ def decoupled(z_a: Tensor, z_b: Tensor, *, temperature: float, sigma: float | No
     if sigma is None:
         return (negatives - positive).mean()
     closeness = torch.exp((z_a * z_b).sum(1) / sigma)
-    weights = 2 - closeness * (len(z_a) * distributed.world_size()) / distributed.reduce_sum(closeness.sum())
+    weights = 2 - closeness * (len(z_a) * process_group.world_size()) / collectives.reduce_sum(
+        closeness.sum()
+    )
     return (negatives - weights.repeat(2) * positive).mean()
 
 
@@ -120,7 +139,9 @@ def debiased(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float) -
     return hard_negative(z_a, z_b, temperature=temperature, tau_plus=tau_plus, beta=0.0)
 
 
-def hard_negative(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float, beta: float) -> Tensor:
+def hard_negative(
+    z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float, beta: float
+) -> Tensor:
     """Contrastive learning with hard negatives: eq. 4 of Robinson et al. (ICLR 2021, arXiv:2010.04592).
 
     `debiased`, each negative exp(s) weighted by exp(beta * s) over the weights' mean.
@@ -136,12 +157,18 @@ def hard_negative(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: flo
         raise ValueError(f"{name}: tau_plus must be in [0, 1), got {tau_plus}")
     if beta < 0:
         raise ValueError(f"{name}: beta must be >= 0, got {beta}")
-    num_negatives = 2 * len(z_a) * distributed.world_size() - 2
+    num_negatives = 2 * len(z_a) * process_group.world_size() - 2
     _, _, negatives, positive = _negatives_and_positive(name, z_a, z_b, temperature, 1.0 + beta)
     if beta:  # sum of weight * exp(s) over the mean weight, in logarithms
-        negatives = negatives - _negatives_and_positive(name, z_a, z_b, temperature, beta)[2] + math.log(num_negatives)
+        negatives = (
+            negatives
+            - _negatives_and_positive(name, z_a, z_b, temperature, beta)[2]
+            + math.log(num_negatives)
+        )
     # Ng over the negatives' sum, so that nothing overflows at low temperatures
-    debiased_share = (1 - tau_plus * num_negatives * torch.exp(positive - negatives)) / (1 - tau_plus)
+    debiased_share = (1 - tau_plus * num_negatives * torch.exp(positive - negatives)) / (
+        1 - tau_plus
+    )
     least = num_negatives * torch.exp(-1 / temperature - negatives)
     share = torch.maximum(debiased_share, least)
     return (torch.log(torch.exp(positive - negatives) + share) + negatives - positive).mean()
@@ -159,32 +186,46 @@ def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """
     images, texts = _unit_pair("image_text", "images", images, "texts", texts, 1.0)
     if logit_scale.shape != (len(images),):
-        raise ValueError(f"image_text: logit_scale must be ({len(images)},), a row an image, got {tuple(logit_scale.shape)}")
+        raise ValueError(
+            f"image_text: logit_scale must be ({len(images)},), a row an image, got {tuple(logit_scale.shape)}"
+        )
     scale = _precise(logit_scale)
     positive = scale * (images * texts).sum(1)
-    to_texts = log_sum_exp(images * scale[:, None], distributed.gather(texts))
-    to_images = log_sum_exp(texts * scale[:, None], distributed.gather(images))
+    to_texts = log_sum_exp(images * scale[:, None], collectives.gather(texts))
+    to_images = log_sum_exp(texts * scale[:, None], collectives.gather(images))
     return ((to_texts + to_images) / 2 - positive).mean()
 
 
-def _negatives_and_positive(name: str, z_a: Tensor, z_b: Tensor, temperature: float, power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _negatives_and_positive(
+    name: str, z_a: Tensor, z_b: Tensor, temperature: float, power: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit embeddings; log of each anchor's sum over negatives of exp(power * s), and s with its positive: (2 * local_batch,)."""
     z_a, z_b = _unit_pair(name, "z_a", z_a, "z_b", z_b, temperature)
     rows = len(z_a)
-    if rows * distributed.world_size() < 2:
-        raise ValueError(f"{name}: needs at least 2 images in the global batch, got 1: it would have no negative")
-    negatives, _ = log_sum_exp_among(torch.cat([z_a, z_b]), scale=power / temperature, excluded=(0, rows, -rows))
+    if rows * process_group.world_size() < 2:
+        raise ValueError(
+            f"{name}: needs at least 2 images in the global batch, got 1: it would have no negative"
+        )
+    negatives, _ = log_sum_exp_among(
+        torch.cat([z_a, z_b]), scale=power / temperature, excluded=(0, rows, -rows)
+    )
     return z_a, z_b, negatives, ((z_a * z_b).sum(1) / temperature).repeat(2)
 
 
-def _unit_pair(name: str, name_a: str, a: Tensor, name_b: str, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _unit_pair(
+    name: str, name_a: str, a: Tensor, name_b: str, b: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     if a.shape != b.shape or a.ndim != 2:
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-        raise ValueError(f"{name}: {name_a} and {name_b} must share one (local_batch, dim) shape, got {shapes}")
+        raise ValueError(
+            f"{name}: {name_a} and {name_b} must share one (local_batch, dim) shape, got {shapes}"
+        )
     if temperature <= 0:
         raise ValueError(f"{name}: temperature must be > 0, got {temperature}")
     return F.normalize(_precise(a), dim=1), F.normalize(_precise(b), dim=1)
 
 
 def _precise(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()  # similarities in float32 whatever the autocast
+    return (
+        z if z.dtype == torch.float64 else z.float()
+    )  # similarities in float32 whatever the autocast

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_pretrain import distributed
+from ssl_pretrain.distributed import collectives, process_group
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Pairs:
 
     def mean(self, terms: Tensor, chosen: Tensor) -> Tensor:
         """This rank's share of the mean of `terms` over the pairs that all ranks chose: its mean over ranks is that mean."""
-        count = distributed.reduce_sum(chosen.sum().to(terms.dtype))
-        return distributed.world_size() * (terms * chosen).sum() / count.clamp(min=1)
+        count = collectives.reduce_sum(chosen.sum().to(terms.dtype))
+        return process_group.world_size() * (terms * chosen).sum() / count.clamp(min=1)
 
 
 def every_pair(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
@@ -32,8 +32,8 @@ def every_pair(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
         groups: (local_batch,) integers; images of one group are alike: labels, or the image's number.
     """
     own = torch.cat([z_a, z_b])
-    numbers = torch.arange(len(own), device=own.device) + distributed.rank() * len(own)
-    everyone, all_groups = distributed.gather(own), distributed.gather(groups.repeat(2))
+    numbers = torch.arange(len(own), device=own.device) + process_group.rank() * len(own)
+    everyone, all_groups = collectives.gather(own), collectives.gather(groups.repeat(2))
     squares = own.square().sum(1)[:, None] + everyone.square().sum(1) - 2 * own @ everyone.T
     alike = groups.repeat(2)[:, None] == all_groups
     other = numbers[:, None] != torch.arange(len(everyone), device=own.device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_pretrain import distributed
+from ssl_pretrain.distributed import collectives, process_group
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,16 @@ class Block:
 
     def off_diagonal(self) -> Tensor:
         """These columns without the diagonal's entries: zero there, (dim, columns)."""
-        return self.values - torch.diagonal_scatter(torch.zeros_like(self.values), self.diagonal(), -self.start)
+        return self.values - torch.diagonal_scatter(
+            torch.zeros_like(self.values), self.diagonal(), -self.start
+        )
 
 
 def centred(z: Tensor) -> tuple[Tensor, int]:
     """`z` (local_batch, dim) minus its mean over the global batch, in float32 or wider, and that batch's size."""
     z = z if z.dtype == torch.float64 else z.float()
-    count = len(z) * distributed.world_size()
-    return z - distributed.reduce_sum(z.sum(0)) / count, count
+    count = len(z) * process_group.world_size()
+    return z - collectives.reduce_sum(z.sum(0)) / count, count
 
 
 def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> Block:
@@ -47,7 +49,9 @@ def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> Block:
     with torch.autocast(z_a.device.type, enabled=False):
         z_a, count = centred(z_a)
         z_b, _ = centred(z_b)
-        variances = distributed.reduce_sum(torch.stack([z_a.square().sum(0), z_b.square().sum(0)])) / count
+        variances = (
+            collectives.reduce_sum(torch.stack([z_a.square().sum(0), z_b.square().sum(0)])) / count
+        )
         z_a, z_b = (z * (variance + eps).rsqrt() for z, variance in zip((z_a, z_b), variances))
         return _product(z_a, z_b, count)
 
@@ -61,10 +65,10 @@ def covariance(z: Tensor) -> Block:
 
 def _product(z_a: Tensor, z_b: Tensor, count: int, divisor: int | None = None) -> Block:
     """z_a.T @ z_b over all ranks' rows, divided by `divisor` (the count)."""
-    dim, world = z_a.shape[1], distributed.world_size()
+    dim, world = z_a.shape[1], process_group.world_size()
     if world == 1 or dim <= count:
-        return Block(distributed.reduce_sum(z_a.T @ z_b) / (divisor or count), 0, 1.0)
-    start, end = (dim * rank // world for rank in (distributed.rank(), distributed.rank() + 1))
-    all_a = distributed.gather(z_a)
-    all_b = all_a if z_b is z_a else distributed.gather(z_b)
+        return Block(collectives.reduce_sum(z_a.T @ z_b) / (divisor or count), 0, 1.0)
+    start, end = (dim * rank // world for rank in (process_group.rank(), process_group.rank() + 1))
+    all_a = collectives.gather(z_a)
+    all_b = all_a if z_b is z_a else collectives.gather(z_b)
     return Block(all_a.T @ all_b[:, start:end] / (divisor or count), start, float(world))

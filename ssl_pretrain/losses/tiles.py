@@ -15,10 +15,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ssl_pretrain import distributed
+from ssl_pretrain.distributed import collectives, process_group
 
 T = TypeVar("T")
-TILE = {"cpu": (512, 1024), "cuda": (8192, 8192)}  # rows x columns; on CPU a tile stays in the cache
+TILE = {
+    "cpu": (512, 1024),
+    "cuda": (8192, 8192),
+}  # rows x columns; on CPU a tile stays in the cache
 FUSED_ON = ("cuda",)  # devices whose sums are the kernels of tiles_triton
 SAFE = 40.0  # exp of logits up to here, and sums of 2**30 of them, are normal float32 numbers: no maximum is needed
 
@@ -40,7 +43,14 @@ class _Tile(NamedTuple):
     own: bool  # its columns are this rank's rows
 
 
-def log_sum_exp(anchors: Tensor, candidates: Tensor, *, bound: float = float("inf"), own: int = 0, excluded: Sequence[int] = ()) -> Tensor:
+def log_sum_exp(
+    anchors: Tensor,
+    candidates: Tensor,
+    *,
+    bound: float = float("inf"),
+    own: int = 0,
+    excluded: Sequence[int] = (),
+) -> Tensor:
     """log sum_j exp(anchors[i] @ candidates[j]): (num_anchors,), differentiable in both.
 
     Args:
@@ -54,7 +64,9 @@ def log_sum_exp(anchors: Tensor, candidates: Tensor, *, bound: float = float("in
         return _LogSumExp.apply(anchors, candidates, bound <= SAFE, own, tuple(excluded))
 
 
-def log_sum_exp_among(z: Tensor, *, scale: float, excluded: Sequence[int] = (0,), labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def log_sum_exp_among(
+    z: Tensor, *, scale: float, excluded: Sequence[int] = (0,), labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Over the embeddings of all ranks, each against all others: the similarity matrix is symmetric.
 
     The embeddings travel once, forward. Backward takes the column's part of the gradient from everybody's
@@ -77,8 +89,17 @@ def log_sum_exp_among(z: Tensor, *, scale: float, excluded: Sequence[int] = (0,)
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, candidates: Tensor, bounded: bool, own: int, excluded: tuple[int, ...]) -> Tensor:
-        lse = _fused(anchors, lambda kernels: kernels.log_sum_exp(anchors, candidates, own, excluded))
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        candidates: Tensor,
+        bounded: bool,
+        own: int,
+        excluded: tuple[int, ...],
+    ) -> Tensor:
+        lse = _fused(
+            anchors, lambda kernels: kernels.log_sum_exp(anchors, candidates, own, excluded)
+        )
         if lse is None:
             accumulate = _Sums(len(anchors), anchors, bounded)
             for tile, logits in _logits(anchors, candidates, own, excluded):
@@ -109,20 +130,30 @@ class _LogSumExp(torch.autograd.Function):
 
 class _LogSumExpAmong(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, scale: float, excluded: tuple[int, ...], labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        everyone, own, bounded = distributed.gather(z), distributed.rank() * len(z), scale <= SAFE
+    def forward(
+        ctx: Any, z: Tensor, scale: float, excluded: tuple[int, ...], labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        everyone, own, bounded = collectives.gather(z), process_group.rank() * len(z), scale <= SAFE
         lse = _fused(z, lambda kernels: kernels.log_sum_exp(z * scale, everyone, own, excluded))
         if lse is None:
             accumulate = _Sums(len(z), z, bounded)
             for tile, logits in _logits(z * scale, everyone, own, excluded, halved=bounded):
                 accumulate.rows(tile, logits)
-                if bounded and tile.own and tile.columns.start != own + tile.rows.start:  # its mirror image is not visited
-                    accumulate.columns(slice(tile.columns.start - own, tile.columns.stop - own), logits)
+                if (
+                    bounded and tile.own and tile.columns.start != own + tile.rows.start
+                ):  # its mirror image is not visited
+                    accumulate.columns(
+                        slice(tile.columns.start - own, tile.columns.stop - own), logits
+                    )
             lse = accumulate.log()
-        classes = _classes(distributed.gather(labels)) if labels is not None else None
+        classes = _classes(collectives.gather(labels)) if labels is not None else None
         positives = torch.zeros_like(lse)
         if classes is not None:
-            sums, others, mine = _class_sums(everyone, classes), _class_sizes(classes) - 1, slice(own, own + len(z))
+            sums, others, mine = (
+                _class_sums(everyone, classes),
+                _class_sizes(classes) - 1,
+                slice(own, own + len(z)),
+            )
             positives = ((sums[classes[mine]] - z) * z).sum(1) * scale / others[mine].clamp(min=1)
         ctx.save_for_backward(z, everyone, lse, classes)
         ctx.arguments = scale, own, excluded, bounded
@@ -133,14 +164,27 @@ class _LogSumExpAmong(torch.autograd.Function):
         z, everyone, lse, classes = ctx.saved_tensors
         scale, own, excluded, _ = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
-            all_lse, all_grad, all_positives = distributed.gather(torch.stack([lse, grad, grad_positives], dim=1)).unbind(1)
-            weights = {"own": own, "excluded": excluded, "of_anchors": (lse, grad), "of_candidates": (all_lse, all_grad)}
+            all_lse, all_grad, all_positives = collectives.gather(
+                torch.stack([lse, grad, grad_positives], dim=1)
+            ).unbind(1)
+            weights = {
+                "own": own,
+                "excluded": excluded,
+                "of_anchors": (lse, grad),
+                "of_candidates": (all_lse, all_grad),
+            }
             total = _fused(z, lambda kernels: kernels.weighted_sum(z * scale, everyone, **weights))
             if total is None:
                 total = _by_tiles(ctx.arguments, z, everyone, all_lse, all_grad)
             if classes is not None:  # sum_p of s_ip is symmetric, too
-                mine, share = classes[own : own + len(z)], (all_positives / (_class_sizes(classes) - 1).clamp(min=1))[:, None]
-                sums, weighted = _class_sums(everyone, classes), _class_sums(everyone * share, classes)
+                mine, share = (
+                    classes[own : own + len(z)],
+                    (all_positives / (_class_sizes(classes) - 1).clamp(min=1))[:, None],
+                )
+                sums, weighted = (
+                    _class_sums(everyone, classes),
+                    _class_sums(everyone * share, classes),
+                )
                 own_share = share[own : own + len(z)]
                 total += own_share * (sums[mine] - z) + weighted[mine] - own_share * z
         return total * scale, None, None, None
@@ -151,13 +195,19 @@ def _by_kernels(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Te
     (anchors, candidates, lse), (own, excluded) = ctx.saved_tensors, ctx.arguments
     for_anchors = for_candidates = None
     if ctx.needs_input_grad[0]:
-        for_anchors = kernels.weighted_sum(anchors, candidates, own=own, excluded=excluded, of_anchors=(lse, grad))
+        for_anchors = kernels.weighted_sum(
+            anchors, candidates, own=own, excluded=excluded, of_anchors=(lse, grad)
+        )
     if ctx.needs_input_grad[1]:
-        for_candidates = kernels.weighted_sum(candidates, anchors, own=own, excluded=excluded, of_candidates=(lse, grad), swapped=True)
+        for_candidates = kernels.weighted_sum(
+            candidates, anchors, own=own, excluded=excluded, of_candidates=(lse, grad), swapped=True
+        )
     return for_anchors, for_candidates
 
 
-def _by_tiles(arguments: Any, z: Tensor, everyone: Tensor, all_lse: Tensor, all_grad: Tensor) -> Tensor:
+def _by_tiles(
+    arguments: Any, z: Tensor, everyone: Tensor, all_lse: Tensor, all_grad: Tensor
+) -> Tensor:
     """sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i."""
     scale, own, excluded, bounded = arguments
     total = torch.zeros_like(z)
@@ -168,10 +218,14 @@ def _by_tiles(arguments: Any, z: Tensor, everyone: Tensor, all_lse: Tensor, all_
             weights = logits.exp_().mul_(shares[rows, None] + shares[None, tile.columns])
         else:
             weights = (logits - all_lse[rows, None]).exp_().mul_(all_grad[rows, None])
-            weights += logits.sub_(all_lse[None, tile.columns]).exp_().mul_(all_grad[None, tile.columns])
+            weights += (
+                logits.sub_(all_lse[None, tile.columns]).exp_().mul_(all_grad[None, tile.columns])
+            )
         total[tile.rows].addmm_(weights, everyone[tile.columns])
         if bounded and tile.own and tile.columns.start != rows.start:
-            total[tile.columns.start - own : tile.columns.stop - own].addmm_(weights.T, z[tile.rows])
+            total[tile.columns.start - own : tile.columns.stop - own].addmm_(
+                weights.T, z[tile.rows]
+            )
     return total
 
 
@@ -208,7 +262,9 @@ class _Sums:
             return
         before = self.maximum[tile.rows].clone()
         now = torch.maximum(before, logits.amax(1))
-        self.sum[tile.rows] = self.sum[tile.rows] * torch.exp(before - now) + logits.sub_(now[:, None]).exp_().sum(1)
+        self.sum[tile.rows] = self.sum[tile.rows] * torch.exp(before - now) + logits.sub_(
+            now[:, None]
+        ).exp_().sum(1)
         self.maximum[tile.rows] = now
 
     def columns(self, rows: slice, exponentials: Tensor) -> None:
@@ -235,7 +291,9 @@ def _logits(
         logits = buffer[: shape[0] * shape[1]].view(shape)
         torch.mm(anchors[tile.rows], candidates[tile.columns].T, out=logits)
         for offset in excluded if tile.own else ():
-            logits.diagonal(own + tile.rows.start + offset - tile.columns.start).fill_(float("-inf"))
+            logits.diagonal(own + tile.rows.start + offset - tile.columns.start).fill_(
+                float("-inf")
+            )
         yield tile, logits
 
 
@@ -243,7 +301,11 @@ def _tiles(num_rows: int, num_columns: int, own: int, height: int, width: int) -
     """Tiles that cover everything once; none holds both this rank's columns and others'."""
     for row in range(0, num_rows, height):
         rows = slice(row, min(row + height, num_rows))
-        for start, stop, is_own in ((0, own, False), (own, min(own + num_rows, num_columns), True), (own + num_rows, num_columns, False)):
+        for start, stop, is_own in (
+            (0, own, False),
+            (own, min(own + num_rows, num_columns), True),
+            (own + num_rows, num_columns, False),
+        ):
             for column in range(start, stop, width):
                 yield _Tile(rows, slice(column, min(column + width, stop)), is_own)
 

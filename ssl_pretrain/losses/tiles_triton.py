@@ -38,16 +38,32 @@ class Blocks(NamedTuple):
 # Blocks by the bytes of shared memory that one program may use, and then by padded dimension. Among the sizes that fit,
 # these spill the fewest registers. tests/losses/test_tiles_compile.py compiles each for an architecture with that limit.
 _BLOCKS: dict[int, dict[int, Blocks]] = {
-    232_448: {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 32, 8, 2), 256: Blocks(64, 32, 4, 1)},  # sm_90
-    166_912: {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 16, 4, 2)},  # sm_80
-    101_376: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(16, 16, 4, 2)},  # sm_86, sm_89
+    232_448: {
+        64: Blocks(64, 64, 4, 3),
+        128: Blocks(128, 32, 8, 2),
+        256: Blocks(64, 32, 4, 1),
+    },  # sm_90
+    166_912: {
+        64: Blocks(64, 64, 4, 3),
+        128: Blocks(64, 32, 4, 2),
+        256: Blocks(32, 16, 4, 2),
+    },  # sm_80
+    101_376: {
+        64: Blocks(32, 32, 4, 2),
+        128: Blocks(32, 32, 4, 2),
+        256: Blocks(16, 16, 4, 2),
+    },  # sm_86, sm_89
 }
 _refused_on: set[torch.device] = set()  # devices on which a launch did not fit
 
 
 def fits(anchors: Tensor) -> bool:
     """Return True if the kernels can take these embeddings, shape (num_anchors, dim), on their device."""
-    return anchors.dtype == torch.float32 and anchors.shape[1] <= MAX_DIM and anchors.device not in _refused_on
+    return (
+        anchors.dtype == torch.float32
+        and anchors.shape[1] <= MAX_DIM
+        and anchors.device not in _refused_on
+    )
 
 
 def blocks_for(padded: int, shared_memory: int) -> Blocks:
@@ -122,12 +138,16 @@ def weighted_sum(
     Returns:
         float32 tensor of shape (num_anchors, dim).
     """
-    assert of_anchors is not None or of_candidates is not None, "of_anchors or of_candidates has to be given"
+    assert of_anchors is not None or of_candidates is not None, (
+        "of_anchors or of_candidates has to be given"
+    )
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
     splits, per_split = _split(anchors, candidates, blocks)
     parts = anchors.new_empty(splits, *anchors.shape)
-    rows = tuple(x.contiguous() for x in of_anchors) if of_anchors else (anchors, anchors)  # the kernel does not read them
+    rows = (
+        tuple(x.contiguous() for x in of_anchors) if of_anchors else (anchors, anchors)
+    )  # the kernel does not read them
     columns = tuple(x.contiguous() for x in of_candidates) if of_candidates else (anchors, anchors)
     grid = (triton.cdiv(len(anchors), blocks.rows), splits)
     _weighted_sum[grid](
@@ -180,14 +200,22 @@ def _counts(row, column, own, num_own, first, second, third, SWAPPED: tl.constex
     else:
         anchor, candidate = row, column - own
     away = candidate - anchor
-    return (candidate < 0) | (candidate >= num_own) | ((away != first) & (away != second) & (away != third))
+    return (
+        (candidate < 0)
+        | (candidate >= num_own)
+        | ((away != first) & (away != second) & (away != third))
+    )
 
 
 @triton.jit
 def _vectors(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
     """Load rows of a (count, DIM) matrix, padded to PADDED columns. Rows and columns beyond the matrix are 0."""
     at = tl.arange(0, PADDED)
-    return tl.load(pointer + rows[:, None] * DIM + at[None, :], mask=(rows < count)[:, None] & (at < DIM)[None, :], other=0.0)
+    return tl.load(
+        pointer + rows[:, None] * DIM + at[None, :],
+        mask=(rows < count)[:, None] & (at < DIM)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -198,7 +226,9 @@ def _tile(
     """Return the candidates of a tile and its logits, which are minus infinity where a pair does not count."""
     c = _vectors(candidates, columns, num_candidates, DIM, PADDED)
     logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
-    counts = (columns < num_candidates)[None, :] & _counts(rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED)
+    counts = (columns < num_candidates)[None, :] & _counts(
+        rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED
+    )
     return c, tl.where(counts, logits, float("-inf"))
 
 
@@ -216,13 +246,32 @@ def _log_sum_exp(
     for start in range(begin, tl.minimum(begin + per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         _, logits = _tile(
-            a, rows, candidates, columns, num_candidates, own, num_own, first, second, third, SWAPPED, DIM, PADDED, PRECISION
+            a,
+            rows,
+            candidates,
+            columns,
+            num_candidates,
+            own,
+            num_own,
+            first,
+            second,
+            third,
+            SWAPPED,
+            DIM,
+            PADDED,
+            PRECISION,
         )
         now = tl.maximum(largest, tl.max(logits, axis=1))
-        shift = tl.where(now == float("-inf"), 0.0, now)  # every pair of the row was excluded so far
+        shift = tl.where(
+            now == float("-inf"), 0.0, now
+        )  # every pair of the row was excluded so far
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         largest = now
-    tl.store(parts + tl.program_id(1) * num_anchors + rows, largest + tl.log(total), mask=rows < num_anchors)
+    tl.store(
+        parts + tl.program_id(1) * num_anchors + rows,
+        largest + tl.log(total),
+        mask=rows < num_anchors,
+    )
 
 
 @triton.jit
@@ -243,7 +292,20 @@ def _weighted_sum(
     for start in range(begin, tl.minimum(begin + per_split, num_candidates), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         c, logits = _tile(
-            a, rows, candidates, columns, num_candidates, own, num_own, first, second, third, SWAPPED, DIM, PADDED, PRECISION
+            a,
+            rows,
+            candidates,
+            columns,
+            num_candidates,
+            own,
+            num_own,
+            first,
+            second,
+            third,
+            SWAPPED,
+            DIM,
+            PADDED,
+            PRECISION,
         )
         weights = tl.zeros([ROWS, COLUMNS], tl.float32)
         if BY_ROW:

@@ -18,5 +18,7 @@ def find(name: str) -> ModuleType:
         ValueError: no such method; lists those there are.
     """
     if name not in names():
-        raise ValueError(f"method.name: {name!r} is not a method; choose one of: {', '.join(names())}")
+        raise ValueError(
+            f"method.name: {name!r} is not a method; choose one of: {', '.join(names())}"
+        )
     return importlib.import_module(f"{__name__}.{name}")

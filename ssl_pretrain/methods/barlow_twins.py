@@ -15,11 +15,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from ssl_pretrain import distributed
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
+from ssl_pretrain.distributed import process_group
 from ssl_pretrain.losses.second_moments import cross_correlation
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [512, 512, 512]}
 
@@ -44,15 +44,19 @@ class BarlowTwins(Method):
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_bias=False)
 
     def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("barlow_twins", batch))
+        z_a, z_b = (
+            self.projector(self.backbone(view)) for view in two_views("barlow_twins", batch)
+        )
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         correlation = cross_correlation(embeddings["z_a"], embeddings["z_b"])
         invariance = correlation.share * (correlation.diagonal() - 1).square().sum()
         redundancy = correlation.share * correlation.off_diagonal().square().sum()
-        loss = self.config.loss_scale * (invariance + self.config.redundancy_weight * redundancy)  # eq. 1
+        loss = self.config.loss_scale * (
+            invariance + self.config.redundancy_weight * redundancy
+        )  # eq. 1
         if self.config.gradient_scale == "authors":
-            share = loss / distributed.world_size()
+            share = loss / process_group.world_size()
             loss = share + (loss - share).detach()
         return loss, {"invariance": invariance.detach(), "redundancy": redundancy.detach()}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.models.backbones import Backbone
 
 Embeddings = dict[str, Tensor]
 
@@ -43,7 +43,9 @@ class Method(nn.Module):
     needs_labels: bool = False
     evaluated: str = "backbone"  # the submodule that evaluations judge
     network: str = "student"  # its name in tables
-    stepped: Tensor | float = 1.0  # on the device: 0.0 where a non-finite gradient was masked, so that nothing else moves either
+    stepped: Tensor | float = (
+        1.0  # on the device: 0.0 where a non-finite gradient was masked, so that nothing else moves either
+    )
     num_steps: int = 0  # optimizer steps of the run, and those of one epoch: set by the trainer
     steps_per_epoch: int = 0
 
@@ -83,7 +85,9 @@ class Method(nn.Module):
 
     def epoch_of(self, progress: float) -> int:
         """Passes over the data done."""
-        assert self.steps_per_epoch > 0, "steps_per_epoch must be set before a schedule counts epochs"
+        assert self.steps_per_epoch > 0, (
+            "steps_per_epoch must be set before a schedule counts epochs"
+        )
         return self.step_of(progress) // self.steps_per_epoch
 
     def next(self, progress: float) -> float:
@@ -95,7 +99,9 @@ def two_views(name: str, batch: Views) -> tuple[Tensor, Tensor]:
     """Both views of a batch. Raises ValueError for another number of them, or two sizes."""
     if len(batch.views) != 2 or batch.views[0].shape != batch.views[1].shape:
         sizes = ", ".join(str(view.shape[-1]) for view in batch.views)
-        raise ValueError(f"{name}: takes 2 views of one size, got {len(batch.views)} ({sizes} pixels); set views.crops to 2 in all")
+        raise ValueError(
+            f"{name}: takes 2 views of one size, got {len(batch.views)} ({sizes} pixels); set views.crops to 2 in all"
+        )
     return batch.views[0], batch.views[1]
 
 

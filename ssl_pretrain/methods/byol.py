@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
-from ssl_pretrain.momentum import Teacher, to_one
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.teacher import Teacher, to_one
 
 SMALL = {"hidden_dim": 512, "dim": 128}
 
@@ -29,7 +29,9 @@ class Config(MethodConfig):
     dim: int = 256
     momentum: float = 0.99  # tau_base: 0.99 for 100 and 300 epochs, 0.996 for 1,000; it ends at 1
     without_predictor: bool = False  # ablation: table 5b's collapse
-    teacher_starts: Literal["copied", "redrawn"] = "copied"  # redrawn: weights of its own, as the authors'; not with backbone.init
+    teacher_starts: Literal["copied", "redrawn"] = (
+        "copied"  # redrawn: weights of its own, as the authors'; not with backbone.init
+    )
 
     def check(self, run: Any, world_size: int) -> None:
         if self.teacher_starts == "redrawn" and run.backbone.init != "random":
@@ -45,15 +47,21 @@ class Config(MethodConfig):
 class BYOL(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        self.projector = mlp(backbone.feature_dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
-        predictor = partial(mlp, config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False)
+        self.projector = mlp(
+            backbone.feature_dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False
+        )
+        predictor = partial(
+            mlp, config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False
+        )
         self.predictor = nn.Identity() if config.without_predictor else predictor()
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
         if config.teacher_starts == "redrawn":
             self.teacher.redraw()
 
     def forward(self, batch: Views) -> Embeddings:
-        p_a, p_b = (self.predictor(self.projector(self.backbone(view))) for view in two_views("byol", batch))
+        p_a, p_b = (
+            self.predictor(self.projector(self.backbone(view))) for view in two_views("byol", batch)
+        )
         return {"p_a": p_a, "p_b": p_b}  # (local_batch, dim)
 
     @torch.no_grad()
@@ -63,7 +71,9 @@ class BYOL(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         a_to_b = squared_distance(embeddings["p_a"], targets["z_b"])
-        loss = a_to_b + squared_distance(embeddings["p_b"], targets["z_a"])  # eq. 2, both directions summed
+        loss = a_to_b + squared_distance(
+            embeddings["p_b"], targets["z_a"]
+        )  # eq. 2, both directions summed
         return loss, {"predicted_cosine": 1 - a_to_b.detach() / 2}
 
     @torch.no_grad()

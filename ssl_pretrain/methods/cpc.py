@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed
-from ssl_pretrain.backbones import Backbone
+from ssl_pretrain.distributed import collectives
 from ssl_pretrain.losses.tiles import log_sum_exp
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, wide
+from ssl_pretrain.models.backbones import Backbone
 
-SMALL = {"patch_size": 16, "stride": 8, "context_dim": 128, "num_blocks": 2, "num_directions": 1, "rows_ahead": [1, 2]}
+SMALL = {
+    "patch_size": 16,
+    "stride": 8,
+    "context_dim": 128,
+    "num_blocks": 2,
+    "num_directions": 1,
+    "rows_ahead": [1, 2],
+}
 PRESET = ["views.crops.global.count=1", "backbone.args.norm_layer=groupnorm1"]
 
 
@@ -30,7 +37,9 @@ class Config(MethodConfig):
     context_dim: int = 256
     num_blocks: int = 5
     num_directions: int = 4  # down, up, right, left: the first so many
-    rows_ahead: list[int] = field(default_factory=lambda: [3, 4, 5])  # which are predicted; the first two are ignored
+    rows_ahead: list[int] = field(
+        default_factory=lambda: [3, 4, 5]
+    )  # which are predicted; the first two are ignored
     target_dim: int = 64
     scale: float = 0.1
 
@@ -51,7 +60,9 @@ class Context(nn.Module):
             )
             for _ in range(config.num_blocks)
         )  # fmt: skip
-        self.predictors = nn.ModuleList(nn.Conv2d(dim, config.target_dim, 1) for _ in config.rows_ahead)
+        self.predictors = nn.ModuleList(
+            nn.Conv2d(dim, config.target_dim, 1) for _ in config.rows_ahead
+        )
 
     def forward(self, grid: Tensor) -> list[Tensor]:
         """The predictions for each of `rows_ahead`, (rows, target_dim, grid, grid)."""
@@ -67,11 +78,15 @@ class CPC(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.project = nn.Conv2d(backbone.feature_dim, config.target_dim, 1)
-        self.contexts = nn.ModuleList(Context(backbone.feature_dim, config) for _ in range(config.num_directions))
+        self.contexts = nn.ModuleList(
+            Context(backbone.feature_dim, config) for _ in range(config.num_directions)
+        )
 
     def forward(self, batch: Views) -> Embeddings:
         if len(batch.views) != 1:
-            raise ValueError(f"cpc: takes 1 view, got {len(batch.views)}; set views.crops to one crop with count 1")
+            raise ValueError(
+                f"cpc: takes 1 view, got {len(batch.views)}; set views.crops to one crop with count 1"
+            )
         view, size, stride = batch.views[0], self.config.patch_size, self.config.stride
         side = (view.shape[-1] - size) // stride + 1
         if side <= max(self.config.rows_ahead):
@@ -79,22 +94,44 @@ class CPC(Method):
                 f"method.rows_ahead: {list(self.config.rows_ahead)} does not fit a grid of {side} x {side} patches; "
                 "lower it, method.stride or method.patch_size"
             )
-        patches = view.unfold(2, size, stride).unfold(3, size, stride).permute(2, 3, 0, 1, 4, 5)  # by place, then image, as views are
-        features = self.backbone(patches.flatten(0, 2)).view(side, side, len(view), -1).permute(2, 3, 0, 1)
-        predicted = [torch.stack(context(turned(features, way)), dim=1) for way, context in enumerate(self.contexts)]
-        return {"targets": self.project(features).flatten(1), "predictions": torch.stack(predicted, dim=1)}
+        patches = (
+            view.unfold(2, size, stride).unfold(3, size, stride).permute(2, 3, 0, 1, 4, 5)
+        )  # by place, then image, as views are
+        features = (
+            self.backbone(patches.flatten(0, 2)).view(side, side, len(view), -1).permute(2, 3, 0, 1)
+        )
+        predicted = [
+            torch.stack(context(turned(features, way)), dim=1)
+            for way, context in enumerate(self.contexts)
+        ]
+        return {
+            "targets": self.project(features).flatten(1),
+            "predictions": torch.stack(predicted, dim=1),
+        }
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        predictions = wide(embeddings["predictions"])  # (local_batch, directions, rows_ahead, target_dim, side, side)
+        predictions = wide(
+            embeddings["predictions"]
+        )  # (local_batch, directions, rows_ahead, target_dim, side, side)
         grid = wide(embeddings["targets"]).unflatten(1, predictions.shape[3:])
-        everyone = distributed.gather(grid.permute(0, 2, 3, 1).flatten(0, 2))  # every patch of every image
+        everyone = collectives.gather(
+            grid.permute(0, 2, 3, 1).flatten(0, 2)
+        )  # every patch of every image
         total = predictions.new_zeros(())
-        for way, number in ((way, number) for way in range(predictions.shape[1]) for number in range(predictions.shape[2])):
+        for way, number in (
+            (way, number)
+            for way in range(predictions.shape[1])
+            for number in range(predictions.shape[2])
+        ):
             ahead = self.config.rows_ahead[number]
-            queries = self.config.scale * predictions[:, way, number, :, :-ahead].permute(0, 2, 3, 1).flatten(0, 2)
+            queries = self.config.scale * predictions[:, way, number, :, :-ahead].permute(
+                0, 2, 3, 1
+            ).flatten(0, 2)
             positives = turned(grid, way)[:, :, ahead:].permute(0, 2, 3, 1).flatten(0, 2)
             total = total + (log_sum_exp(queries, everyone) - (queries * positives).sum(1)).mean()
-        return total / len(self.contexts), {"info_nce": total.detach() / len(self.contexts) / len(self.config.rows_ahead)}
+        return total / len(self.contexts), {
+            "info_nce": total.detach() / len(self.contexts) / len(self.config.rows_ahead)
+        }
 
 
 def turned(grid: Tensor, way: int) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.contrastive import debiased
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -42,6 +42,10 @@ class Debiased(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         temperature, tau_plus = self.config.temperature, self.config.tau_plus
-        loss = debiased(embeddings["z_a"], embeddings["z_b"], temperature=temperature, tau_plus=tau_plus)  # eq. 8
-        positive = F.cosine_similarity(wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())).mean()
+        loss = debiased(
+            embeddings["z_a"], embeddings["z_b"], temperature=temperature, tau_plus=tau_plus
+        )  # eq. 8
+        positive = F.cosine_similarity(
+            wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())
+        ).mean()
         return loss, {"positive_cosine": positive}

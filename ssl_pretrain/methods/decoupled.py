@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.contrastive import decoupled
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -36,7 +36,13 @@ class Decoupled(Method):
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_batch_norm=True, last_shift=False, init_std=0.01)
+        self.projector = mlp(
+            backbone.feature_dim,
+            *config.projector_dims,
+            last_batch_norm=True,
+            last_shift=False,
+            init_std=0.01,
+        )
 
     def forward(self, batch: Views) -> Embeddings:
         z_a, z_b = self.projector(self.backbone(torch.cat(two_views("decoupled", batch)))).chunk(2)
@@ -44,6 +50,10 @@ class Decoupled(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         temperature, sigma = self.config.temperature, self.config.sigma
-        loss = 2 * decoupled(embeddings["z_a"], embeddings["z_b"], temperature=temperature, sigma=sigma)  # eq. 6 or 7, both directions
-        positive = F.cosine_similarity(wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())).mean()
+        loss = 2 * decoupled(
+            embeddings["z_a"], embeddings["z_b"], temperature=temperature, sigma=sigma
+        )  # eq. 6 or 7, both directions
+        positive = F.cosine_similarity(
+            wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())
+        ).mean()
         return loss, {"positive_cosine": positive}

@@ -16,10 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed, schedules
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, by_size, refuse_init, wide
-from ssl_pretrain.momentum import Teacher, to_one
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.methods.base import (
+    Embeddings,
+    Method,
+    MethodConfig,
+    Views,
+    by_size,
+    refuse_init,
+    wide,
+)
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.teacher import Teacher, to_one
+from ssl_pretrain.optim import schedules
 
 SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freeze_last_layer_epochs": 0, "head_batch_norm": True,
          "momentum": 0.99}  # fmt: skip
@@ -30,17 +39,23 @@ class Config(MethodConfig):
     name: str = "dino"
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
-    head_batch_norm: bool = False  # of the hidden layers; the authors' use_bn_in_head, for ResNets on small images
+    head_batch_norm: bool = (
+        False  # of the hidden layers; the authors' use_bn_in_head, for ResNets on small images
+    )
     num_prototypes: int = 65536
     train_norm: bool = False  # of the last layer's rows; the authors' norm_last_layer false
     temperature: float = 0.1
     teacher_temperature: float = 0.04
     teacher_temperature_start: float = 0.04
-    teacher_temperature_warmup_epochs: int = 0  # one value an epoch, the last of them teacher_temperature
+    teacher_temperature_warmup_epochs: int = (
+        0  # one value an epoch, the last of them teacher_temperature
+    )
     momentum: float = 0.996  # ends at 1
     centre_momentum: float = 0.9
     freeze_last_layer_epochs: int = 1
-    vit_starts: Literal["as_built", "authors"] = "as_built"  # authors: a class token of deviation 0.02, timm's has 1e-6
+    vit_starts: Literal["as_built", "authors"] = (
+        "as_built"  # authors: a class token of deviation 0.02, timm's has 1e-6
+    )
 
     def check(self, run: Any, world_size: int) -> None:
         refuse_init(self.vit_starts, run)
@@ -73,8 +88,13 @@ class Head(nn.Module):
         for layer in linear:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        norms: list[nn.Module] = [nn.BatchNorm1d(config.hidden_dim) if config.head_batch_norm else nn.Identity() for _ in range(2)]
-        self.mlp = nn.Sequential(linear[0], norms[0], nn.GELU(), linear[1], norms[1], nn.GELU(), linear[2])
+        norms: list[nn.Module] = [
+            nn.BatchNorm1d(config.hidden_dim) if config.head_batch_norm else nn.Identity()
+            for _ in range(2)
+        ]
+        self.mlp = nn.Sequential(
+            linear[0], norms[0], nn.GELU(), linear[1], norms[1], nn.GELU(), linear[2]
+        )
         self.last_layer = UnitRows(config.bottleneck_dim, config.num_prototypes, config.train_norm)
 
     def embed(self, features: Tensor) -> Tensor:
@@ -94,7 +114,9 @@ class DINO(Method):
         super().__init__(config, backbone)
         class_token = getattr(backbone.model, "cls_token", None)
         if class_token is not None and config.vit_starts == "authors":
-            nn.init.trunc_normal_(class_token, std=0.02)  # the rest of timm's ViT starts as the authors' does
+            nn.init.trunc_normal_(
+                class_token, std=0.02
+            )  # the rest of timm's ViT starts as the authors' does
         self.head = Head(backbone.feature_dim, config)
         self.teacher = Teacher(backbone=backbone, head=self.head)
         self.register_buffer("centre", torch.zeros(config.num_prototypes))
@@ -102,26 +124,43 @@ class DINO(Method):
 
     def forward(self, batch: Views) -> Embeddings:
         if len(batch.views) < 2 or batch.views[0].shape != batch.views[1].shape:
-            raise ValueError(f"dino: takes 2 global views and any number of local ones, got {len(batch.views)}; set views.crops.*.count")
+            raise ValueError(
+                f"dino: takes 2 global views and any number of local ones, got {len(batch.views)}; set views.crops.*.count"
+            )
         z = self.head.embed(torch.cat(by_size(self.backbone, batch.views)))
         logits = self.head.last_layer(z).chunk(len(batch.views))
         z_a, z_b = z.detach().chunk(len(batch.views))[:2]
-        return {"z_a": z_a, "z_b": z_b, "logits": torch.stack(logits, dim=1)}  # (local_batch, views, num_prototypes)
+        return {
+            "z_a": z_a,
+            "z_b": z_b,
+            "logits": torch.stack(logits, dim=1),
+        }  # (local_batch, views, num_prototypes)
 
     @torch.no_grad()
     def targets(self, batch: Views) -> Embeddings:
         logits = wide(self.teacher(torch.cat(batch.views[:2])))
-        return {"logits": torch.stack(logits.chunk(2), dim=1), "mean": logits.mean(0, keepdim=True)}  # the mean of this part
+        return {
+            "logits": torch.stack(logits.chunk(2), dim=1),
+            "mean": logits.mean(0, keepdim=True),
+        }  # the mean of this part
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         students, teachers = embeddings.pop("logits"), targets.pop("logits")
-        probabilities = [F.softmax((view - self.centre) / self.teacher_temperature, dim=1) for view in teachers.unbind(1)]
+        probabilities = [
+            F.softmax((view - self.centre) / self.teacher_temperature, dim=1)
+            for view in teachers.unbind(1)
+        ]
         total = students.new_zeros((), dtype=wide(students).dtype)
         for number, student in enumerate(students.unbind(1)):
             logits = wide(student) / self.config.temperature
             others = [q for view, q in enumerate(probabilities) if view != number]
             # cross entropy with each, -(q log softmax).sum(1), as q sums to 1
-            total = total + (len(others) * torch.logsumexp(logits, dim=1) - (sum(others) * logits).sum(1)).mean()
+            total = (
+                total
+                + (
+                    len(others) * torch.logsumexp(logits, dim=1) - (sum(others) * logits).sum(1)
+                ).mean()
+            )
         num_pairs = 2 * students.shape[1] - 2
         targets["assigned"] = probabilities[0].argmax(1)
         entropy = -(probabilities[0] * probabilities[0].clamp(min=1e-12).log()).sum(1).mean()
@@ -130,10 +169,18 @@ class DINO(Method):
     @torch.no_grad()
     def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
         self.teacher.move(self, to_one(progress, self.config.momentum), self.stepped)
-        mean = distributed.reduce_sum(targets["mean"].mean(0)) / distributed.world_size()
-        centre = self.config.centre_momentum * self.centre + (1 - self.config.centre_momentum) * mean
-        self.centre.copy_(torch.where(torch.as_tensor(self.stepped, device=mean.device) > 0, centre, self.centre))
-        epoch = self.epoch_of(self.next(progress)) if self.config.teacher_temperature_warmup_epochs else 0
+        mean = collectives.reduce_sum(targets["mean"].mean(0)) / process_group.world_size()
+        centre = (
+            self.config.centre_momentum * self.centre + (1 - self.config.centre_momentum) * mean
+        )
+        self.centre.copy_(
+            torch.where(torch.as_tensor(self.stepped, device=mean.device) > 0, centre, self.centre)
+        )
+        epoch = (
+            self.epoch_of(self.next(progress))
+            if self.config.teacher_temperature_warmup_epochs
+            else 0
+        )
         self.teacher_temperature.fill_(temperature_at(self.config, epoch))
 
     def frozen(self, progress: float) -> Sequence[str]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.contrastive import hard_negative
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -38,13 +38,21 @@ class HardNegative(Method):
         self.projector = mlp(backbone.feature_dim, *config.projector_dims)
 
     def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("hard_negative", batch))
+        z_a, z_b = (
+            self.projector(self.backbone(view)) for view in two_views("hard_negative", batch)
+        )
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self.config
         loss = hard_negative(  # eq. 4
-            embeddings["z_a"], embeddings["z_b"], temperature=settings.temperature, tau_plus=settings.tau_plus, beta=settings.beta
+            embeddings["z_a"],
+            embeddings["z_b"],
+            temperature=settings.temperature,
+            tau_plus=settings.tau_plus,
+            beta=settings.beta,
         )
-        positive = F.cosine_similarity(wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())).mean()
+        positive = F.cosine_similarity(
+            wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())
+        ).mean()
         return loss, {"positive_cosine": positive}

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
+from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses.contrastive import info_nce
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
-from ssl_pretrain.momentum import Queue, Teacher, check_queue
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.queue import Queue, check_queue
+from ssl_pretrain.models.teacher import Teacher
 
 SMALL = {"projector_dims": [256, 128], "queue_size": 4096, "momentum": 0.99}
 PRESET = ["parallel.bn_group_images=32"]
@@ -40,7 +41,10 @@ class Config(MethodConfig):
     def check(self, run: Any, world_size: int) -> None:
         if not self.without_queue:
             check_queue(self.queue_size, run.global_batch_size)
-        if self.shuffled_batch_norm and run.local_batch_size not in (0, run.global_batch_size // world_size):
+        if self.shuffled_batch_norm and run.local_batch_size not in (
+            0,
+            run.global_batch_size // world_size,
+        ):
             raise ValueError(
                 f"local_batch_size: {run.local_batch_size} cannot be with method.shuffled_batch_norm, which exchanges key views over the "
                 "whole global batch at once; set local_batch_size=0, or method.shuffled_batch_norm=false, which departs from the recipe"
@@ -55,7 +59,9 @@ class MoCo(Method):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False)
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
-        self.queue = None if config.without_queue else Queue(config.queue_size, config.projector_dims[-1])
+        self.queue = (
+            None if config.without_queue else Queue(config.queue_size, config.projector_dims[-1])
+        )
         self.couples_batch = config.without_queue
 
     def forward(self, batch: Views) -> Embeddings:
@@ -64,7 +70,11 @@ class MoCo(Method):
 
     @torch.no_grad()
     def targets(self, batch: Views) -> Embeddings:
-        keys = exchanged(self.teacher, batch.views[1], batch.indices) if self.config.shuffled_batch_norm else self.teacher(batch.views[1])
+        keys = (
+            exchanged(self.teacher, batch.views[1], batch.indices)
+            if self.config.shuffled_batch_norm
+            else self.teacher(batch.views[1])
+        )
         return {"keys": F.normalize(wide(keys))}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,9 +95,9 @@ def exchanged(network: torch.nn.Module, views: Tensor, indices: Tensor) -> Tenso
 
     The permutation is a function of the numbers of the batch's images, so every rank knows it and nothing is carried.
     """
-    numbers = distributed.gather(indices)
+    numbers = collectives.gather(indices)
     mixed = (numbers + numbers.sum()) * 0x9E3779B1 % 2**31
     order = torch.argsort((mixed ^ mixed >> 15) * 0x85EBCA6B % 2**31, stable=True)
-    rows = slice(distributed.rank() * len(views), (distributed.rank() + 1) * len(views))
-    elsewhere = distributed.gather(network(distributed.gather(views)[order[rows]]))
+    rows = slice(process_group.rank() * len(views), (process_group.rank() + 1) * len(views))
+    elsewhere = collectives.gather(network(collectives.gather(views)[order[rows]]))
     return elsewhere[torch.argsort(order)[rows]]

@@ -13,11 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.contrastive import info_nce
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, refuse_init, two_views
-from ssl_pretrain.momentum import Teacher, to_one
+from ssl_pretrain.methods.base import (
+    Embeddings,
+    Method,
+    MethodConfig,
+    Views,
+    refuse_init,
+    two_views,
+)
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.teacher import Teacher, to_one
 
 SMALL = {"hidden_dim": 512, "dim": 128, "temperature": 0.2}
 
@@ -33,8 +40,12 @@ class Config(MethodConfig):
     predictor_last_norm: bool = False
     temperature: float = 1.0
     momentum: float = 0.99  # 0.996 for 1,000 epochs; it ends at 1
-    freeze_patch_embed: bool = True  # ViT only: a random patch embedding, which is what keeps large batches stable
-    vit_starts: Literal["as_built", "authors"] = "as_built"  # authors: their initialization, fixed positions; not with backbone.init
+    freeze_patch_embed: bool = (
+        True  # ViT only: a random patch embedding, which is what keeps large batches stable
+    )
+    vit_starts: Literal["as_built", "authors"] = (
+        "as_built"  # authors: their initialization, fixed positions; not with backbone.init
+    )
 
     def check(self, run: Any, world_size: int) -> None:
         refuse_init(self.vit_starts, run)
@@ -56,12 +67,20 @@ class MoCoV3(Method):
         widths = [config.hidden_dim] * (config.num_projector_layers - 1) + [config.dim]
         self.projector = mlp(backbone.feature_dim, *widths, last_batch_norm=True, last_affine=False)
         self.predictor = mlp(
-            config.dim, config.hidden_dim, config.dim, last_batch_norm=config.predictor_last_norm, last_affine=False, last_bias=False
+            config.dim,
+            config.hidden_dim,
+            config.dim,
+            last_batch_norm=config.predictor_last_norm,
+            last_affine=False,
+            last_bias=False,
         )
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
 
     def forward(self, batch: Views) -> Embeddings:
-        p_a, p_b = (self.predictor(self.projector(self.backbone(view))) for view in two_views("moco_v3", batch))
+        p_a, p_b = (
+            self.predictor(self.projector(self.backbone(view)))
+            for view in two_views("moco_v3", batch)
+        )
         return {"p_a": p_a, "p_b": p_b}  # (local_batch, dim): the authors' queries
 
     @torch.no_grad()
@@ -73,7 +92,9 @@ class MoCoV3(Method):
         temperature = self.config.temperature
         a_to_b = info_nce(embeddings["p_a"], targets["z_b"], temperature=temperature)
         b_to_a = info_nce(embeddings["p_b"], targets["z_a"], temperature=temperature)
-        return 2 * temperature * (a_to_b + b_to_a), {"info_nce": (a_to_b + b_to_a).detach() / 2}  # the authors scale by 2 tau
+        return 2 * temperature * (a_to_b + b_to_a), {
+            "info_nce": (a_to_b + b_to_a).detach() / 2
+        }  # the authors scale by 2 tau
 
     @torch.no_grad()
     def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
@@ -85,7 +106,9 @@ def start_as_authors(vit: Any) -> None:
     """Their weights' distributions, and positions that are sines and cosines of both coordinates and never move (vits.py)."""
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
-            fan_out = module.weight.shape[0] // (3 if name.endswith("qkv") else 1)  # q, k and v are three layers
+            fan_out = module.weight.shape[0] // (
+                3 if name.endswith("qkv") else 1
+            )  # q, k and v are three layers
             bound = math.sqrt(6 / (fan_out + module.weight.shape[1]))
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
@@ -95,13 +118,21 @@ def start_as_authors(vit: Any) -> None:
     nn.init.zeros_(projection.bias)
     nn.init.normal_(vit.cls_token, std=1e-6)
     height, width = vit.patch_embed.grid_size
-    vit.pos_embed.copy_(torch.cat([torch.zeros(1, 1, vit.embed_dim), positions(height, width, vit.embed_dim)], dim=1))
+    vit.pos_embed.copy_(
+        torch.cat(
+            [torch.zeros(1, 1, vit.embed_dim), positions(height, width, vit.embed_dim)], dim=1
+        )
+    )
     vit.pos_embed.requires_grad_(False)
 
 
 def positions(height: int, width: int, dim: int) -> Tensor:
     """(1, height * width, dim): sine and cosine of the first coordinate, then of the second, at dim / 4 wavelengths."""
     wavelengths = 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
-    first, second = torch.meshgrid(torch.arange(width).float(), torch.arange(height).float(), indexing="ij")
+    first, second = torch.meshgrid(
+        torch.arange(width).float(), torch.arange(height).float(), indexing="ij"
+    )
     angles = [grid.flatten()[:, None] / wavelengths for grid in (first, second)]
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)[None]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)[
+        None
+    ]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
+from ssl_pretrain.distributed import collectives
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -24,7 +24,9 @@ SMALL = {"projector_dims": [256, 128]}
 @dataclass
 class Config(MethodConfig):
     name: str = "n_pair"
-    pairs: Literal["views", "labels"] = "views"  # which pairs are of one class: none, or those of one label
+    pairs: Literal["views", "labels"] = (
+        "views"  # which pairs are of one class: none, or those of one label
+    )
     length_weight: float = 0.002  # of the embeddings' mean squared length, over 4
     projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
 
@@ -50,7 +52,12 @@ class NPair(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         z_a, z_b = wide(embeddings["z_a"]), wide(embeddings["z_b"])
-        same = (targets["groups"][:, None] == distributed.gather(targets["groups"])).to(z_a.dtype)
-        n_pair = F.cross_entropy(z_a @ distributed.gather(z_b).T, same / same.sum(1, keepdim=True))  # eq. 7
+        same = (targets["groups"][:, None] == collectives.gather(targets["groups"])).to(z_a.dtype)
+        n_pair = F.cross_entropy(
+            z_a @ collectives.gather(z_b).T, same / same.sum(1, keepdim=True)
+        )  # eq. 7
         length = z_a.square().sum(1).mean() + z_b.square().sum(1).mean()
-        return n_pair + self.config.length_weight / 4 * length, {"n_pair": n_pair.detach(), "squared_length": length.detach() / 2}
+        return n_pair + self.config.length_weight / 4 * length, {
+            "n_pair": n_pair.detach(),
+            "squared_length": length.detach() / 2,
+        }

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.contrastive import info_nce
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
-from ssl_pretrain.momentum import Queue, check_queue
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.queue import Queue, check_queue
 
-SMALL = {"projector_dims": [256, 256, 128], "predictor_dim": 512, "queue_size": 4096, "temperature": 0.2}
+SMALL = {
+    "projector_dims": [256, 256, 128],
+    "predictor_dim": 512,
+    "queue_size": 4096,
+    "temperature": 0.2,
+}
 
 
 @dataclass
@@ -49,7 +54,12 @@ class NNCLR(Method):
     def forward(self, batch: Views) -> Embeddings:
         z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("nnclr", batch))
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
-        return {"z_a": z_a.detach(), "z_b": z_b.detach(), "p_a": p_a, "p_b": p_b}  # (local_batch, dim)
+        return {
+            "z_a": z_a.detach(),
+            "z_b": z_b.detach(),
+            "p_a": p_a,
+            "p_b": p_b,
+        }  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         near_a, near_b = (nearest(embeddings[name], self.queue.rows) for name in ("z_a", "z_b"))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.pairs import every_pair
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [256, 128], "unit_length": True}
 
@@ -24,7 +24,9 @@ SMALL = {"projector_dims": [256, 128], "unit_length": True}
 @dataclass
 class Config(MethodConfig):
     name: str = "pairwise"
-    pairs: Literal["views", "labels"] = "views"  # what is alike: two views of an image, or images of a class
+    pairs: Literal["views", "labels"] = (
+        "views"  # what is alike: two views of an image, or images of a class
+    )
     margin: float = 1.0  # distance from which others are far enough
     unit_length: bool = False  # normalize the embeddings, which the paper does not
     projector_dims: list[int] = field(default_factory=lambda: [2048, 128])

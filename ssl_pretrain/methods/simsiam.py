@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [256, 256, 256], "predictor_dim": 64}
 
@@ -21,7 +21,9 @@ SMALL = {"projector_dims": [256, 256, 256], "predictor_dim": 64}
 @dataclass
 class Config(MethodConfig):
     name: str = "simsiam"
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 2048])  # [2048, 2048] on CIFAR-10
+    projector_dims: list[int] = field(
+        default_factory=lambda: [2048, 2048, 2048]
+    )  # [2048, 2048] on CIFAR-10
     predictor_dim: int = 512  # of its hidden layer, a quarter of the output
     without_stop_gradient: bool = False  # ablation: table 1's collapse
 
@@ -32,7 +34,9 @@ class Config(MethodConfig):
 class SimSiam(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_batch_norm=True, last_affine=False)
+        self.projector = mlp(
+            backbone.feature_dim, *config.projector_dims, last_batch_norm=True, last_affine=False
+        )
         dim = config.projector_dims[-1]
         self.predictor = mlp(dim, config.predictor_dim, dim)
 
@@ -44,7 +48,10 @@ class SimSiam(Method):
         return {"p_a": p_a, "p_b": p_b, "z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        cosines = [cosine(embeddings["p_a"], embeddings["z_b"]), cosine(embeddings["p_b"], embeddings["z_a"])]
+        cosines = [
+            cosine(embeddings["p_a"], embeddings["z_b"]),
+            cosine(embeddings["p_b"], embeddings["z_a"]),
+        ]
         loss = -(cosines[0] + cosines[1]) / 2  # eq. 4
         return loss, {"predicted_cosine": -loss.detach()}
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.contrastive import supervised_contrastive
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -26,7 +26,9 @@ class Config(MethodConfig):
     temperature: float = 0.1
     base_temperature: float = 0.07  # the loss is multiplied by temperature / base_temperature; google-research's is the temperature itself
     projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
-    unit_features: bool = False  # normalize the features before the projector, as google-research does
+    unit_features: bool = (
+        False  # normalize the features before the projector, as google-research does
+    )
     last_bias: bool = True  # google-research: false
 
     def build(self, backbone: Backbone) -> SupCon:
@@ -39,11 +41,20 @@ class SupCon(Method):
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False, last_bias=config.last_bias)
+        self.projector = mlp(
+            backbone.feature_dim,
+            *config.projector_dims,
+            batch_norm=False,
+            last_bias=config.last_bias,
+        )
 
     def forward(self, batch: Views) -> Embeddings:
-        features = self.backbone(torch.cat(two_views("supcon", batch)))  # one call, so batch norm sees both views
-        z_a, z_b = self.projector(F.normalize(features) if self.config.unit_features else features).chunk(2)
+        features = self.backbone(
+            torch.cat(two_views("supcon", batch))
+        )  # one call, so batch norm sees both views
+        z_a, z_b = self.projector(
+            F.normalize(features) if self.config.unit_features else features
+        ).chunk(2)
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     @torch.no_grad()
@@ -51,5 +62,9 @@ class SupCon(Method):
         return {"labels": batch.labels}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = supervised_contrastive(**embeddings, labels=targets["labels"], temperature=self.config.temperature)  # eq. 2
-        return loss * self.config.temperature / self.config.base_temperature, {"supervised_contrastive": loss.detach()}
+        loss = supervised_contrastive(
+            **embeddings, labels=targets["labels"], temperature=self.config.temperature
+        )  # eq. 2
+        return loss * self.config.temperature / self.config.base_temperature, {
+            "supervised_contrastive": loss.detach()
+        }

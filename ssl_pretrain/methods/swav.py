@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
+from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, by_size, wide
-from ssl_pretrain.momentum import Queue, check_queue
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.queue import Queue, check_queue
 
 SMALL = {"hidden_dim": 256, "dim": 64, "num_prototypes": 300, "freeze_prototypes_steps": 39}
 
@@ -30,10 +30,14 @@ class Config(MethodConfig):
     dim: int = 128
     num_prototypes: int = 3000
     temperature: float = 0.1
-    epsilon: float = 0.05  # entropy of the assignments; 0.03 where the loss stays at ln(num_prototypes)
+    epsilon: float = (
+        0.05  # entropy of the assignments; 0.03 where the loss stays at ln(num_prototypes)
+    )
     num_iterations: int = 3  # of Sinkhorn-Knopp
     freeze_prototypes_steps: int = 313  # an epoch at a batch of 4,096
-    queue_size: int = 0  # past images that the assignments count too: 3,840 at a batch of 256; 0: none
+    queue_size: int = (
+        0  # past images that the assignments count too: 3,840 at a batch of 256; 0: none
+    )
     queue_from_epoch: int = 15
 
     def check(self, run: Any, world_size: int) -> None:
@@ -53,15 +57,25 @@ class SwAV(Method):
         self.prototypes = nn.Linear(config.dim, config.num_prototypes, bias=False)
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight))
-        self.queue = Queue(config.queue_size, 2, config.dim, random=False) if config.queue_size else None
+        self.queue = (
+            Queue(config.queue_size, 2, config.dim, random=False) if config.queue_size else None
+        )
 
     def forward(self, batch: Views) -> Embeddings:
         if len(batch.views) < 2 or batch.views[0].shape != batch.views[1].shape:
-            raise ValueError(f"swav: takes 2 global views and any number of local ones, got {len(batch.views)}; set views.crops.*.count")
-        z = F.normalize(self.projector(torch.cat(by_size(self.backbone, batch.views))))  # the head sees all crops at once
+            raise ValueError(
+                f"swav: takes 2 global views and any number of local ones, got {len(batch.views)}; set views.crops.*.count"
+            )
+        z = F.normalize(
+            self.projector(torch.cat(by_size(self.backbone, batch.views)))
+        )  # the head sees all crops at once
         scores = torch.stack(self.prototypes(z).chunk(len(batch.views)), dim=1)
         z_a, z_b = z.detach().chunk(len(batch.views))[:2]
-        return {"z_a": z_a, "z_b": z_b, "scores": scores}  # (local_batch, dim) twice, (local_batch, views, num_prototypes)
+        return {
+            "z_a": z_a,
+            "z_b": z_b,
+            "scores": scores,
+        }  # (local_batch, dim) twice, (local_batch, views, num_prototypes)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
         scores = wide(embeddings["scores"])
@@ -73,7 +87,9 @@ class SwAV(Method):
                 if view != assigned:
                     predicted = F.log_softmax(scores[:, view] / self.config.temperature, dim=1)
                     total = total - (q * predicted).sum(1).mean()  # eq. 2
-        return total / (2 * (num_views - 1)), {"assignment_entropy": -(q * q.clamp(min=1e-12).log()).sum(1).mean()}
+        return total / (2 * (num_views - 1)), {
+            "assignment_entropy": -(q * q.clamp(min=1e-12).log()).sum(1).mean()
+        }
 
     @torch.no_grad()
     def assignments(self, scores: Tensor, view: int) -> Tensor:
@@ -82,19 +98,31 @@ class SwAV(Method):
         present = scores.new_ones(len(scores))
         rows = scores
         if self.queue is not None:
-            share = len(self.queue.rows) // distributed.world_size()  # this rank's part of the work
-            past = self.queue.rows[distributed.rank() * share : (distributed.rank() + 1) * share, view].to(scores.dtype)
+            share = (
+                len(self.queue.rows) // process_group.world_size()
+            )  # this rank's part of the work
+            past = self.queue.rows[
+                process_group.rank() * share : (process_group.rank() + 1) * share, view
+            ].to(scores.dtype)
             rows = torch.cat([scores, past @ wide(self.prototypes.weight).T])
             full = (self.queue.filled == len(self.queue.rows)).to(scores.dtype)
             present = torch.cat([present, full.expand(share)])
-        return sinkhorn(rows, present, epsilon=self.config.epsilon, num_iterations=self.config.num_iterations)[: len(scores)]
+        return sinkhorn(
+            rows, present, epsilon=self.config.epsilon, num_iterations=self.config.num_iterations
+        )[: len(scores)]
 
     @torch.no_grad()
     def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        (weight,) = distributed.shards([self.prototypes.weight])  # whole rows
-        weight.copy_(torch.where(torch.as_tensor(self.stepped, device=weight.device) > 0, F.normalize(weight), weight))
+        (weight,) = collectives.shards([self.prototypes.weight])  # whole rows
+        weight.copy_(
+            torch.where(
+                torch.as_tensor(self.stepped, device=weight.device) > 0, F.normalize(weight), weight
+            )
+        )
         if self.queue is not None and self.epoch_of(progress) >= self.config.queue_from_epoch:
-            self.queue.push(torch.stack([embeddings["z_a"], embeddings["z_b"]], dim=1), self.stepped)
+            self.queue.push(
+                torch.stack([embeddings["z_a"], embeddings["z_b"]], dim=1), self.stepped
+            )
 
     def frozen(self, progress: float) -> Sequence[str]:
         steps = self.config.freeze_prototypes_steps
@@ -109,8 +137,8 @@ def sinkhorn(scores: Tensor, present: Tensor, *, epsilon: float, num_iterations:
         present: (rows,), 0 for those that do not count.
     """
     q = torch.exp(scores / epsilon) * present[:, None]
-    q = q / distributed.reduce_sum(q.sum())
+    q = q / collectives.reduce_sum(q.sum())
     for _ in range(num_iterations):
-        q = q / (distributed.reduce_sum(q.sum(0)) * q.shape[1])
+        q = q / (collectives.reduce_sum(q.sum(0)) * q.shape[1])
         q = q / (q.sum(1, keepdim=True) + (1 - present[:, None]))
     return q

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.pairs import Pairs, every_pair
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -24,7 +24,9 @@ SMALL = {"projector_dims": [256, 128]}
 @dataclass
 class Config(MethodConfig):
     name: str = "triplet"
-    pairs: Literal["views", "labels"] = "views"  # what is alike: two views of an image, or images of a class
+    pairs: Literal["views", "labels"] = (
+        "views"  # what is alike: two views of an image, or images of a class
+    )
     margin: float = 0.2  # alpha, of squared distances of unit vectors
     projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
 
@@ -49,9 +51,15 @@ class Triplet(Method):
         return {"groups": batch.labels if self.needs_labels else batch.indices}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        pairs = every_pair(F.normalize(wide(embeddings["z_a"])), F.normalize(wide(embeddings["z_b"])), targets["groups"])
+        pairs = every_pair(
+            F.normalize(wide(embeddings["z_a"])),
+            F.normalize(wide(embeddings["z_b"])),
+            targets["groups"],
+        )
         terms = F.relu(self.config.margin + pairs.squared_distance - semi_hard(pairs))  # eq. 3
-        return pairs.mean(terms, pairs.alike), {"active": pairs.mean((terms.detach() > 0).to(terms.dtype), pairs.alike)}
+        return pairs.mean(terms, pairs.alike), {
+            "active": pairs.mean((terms.detach() > 0).to(terms.dtype), pairs.alike)
+        }
 
 
 def semi_hard(pairs: Pairs) -> Tensor:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.heads import mlp
 from ssl_pretrain.losses.second_moments import Block, covariance
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.heads import mlp
 
 SMALL = {"projector_dims": [512, 512, 512]}
 
@@ -22,7 +22,9 @@ SMALL = {"projector_dims": [512, 512, 512]}
 @dataclass
 class Config(MethodConfig):
     name: str = "vicreg"
-    projector_dims: list[int] = field(default_factory=lambda: [8192, 8192, 8192])  # the paper's expander
+    projector_dims: list[int] = field(
+        default_factory=lambda: [8192, 8192, 8192]
+    )  # the paper's expander
     invariance_weight: float = 25.0  # lambda
     variance_weight: float = 25.0  # mu
     covariance_weight: float = 1.0  # nu
@@ -36,7 +38,9 @@ class VICReg(Method):
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims, hidden_bias=True, last_bias=False)
+        self.projector = mlp(
+            backbone.feature_dim, *config.projector_dims, hidden_bias=True, last_bias=False
+        )
 
     def forward(self, batch: Views) -> Embeddings:
         z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("vicreg", batch))

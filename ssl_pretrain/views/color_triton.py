@@ -23,7 +23,12 @@ _COLUMNS = 13  # columns of the table that `pack` makes
 
 
 def pack(
-    codes: np.ndarray, factors: np.ndarray, sigma: np.ndarray, grayscale: np.ndarray, blur: np.ndarray, solarize: np.ndarray
+    codes: np.ndarray,
+    factors: np.ndarray,
+    sigma: np.ndarray,
+    grayscale: np.ndarray,
+    blur: np.ndarray,
+    solarize: np.ndarray,
 ) -> np.ndarray:
     """Return the parameters of n views as one float32 table (n, 13), which takes one copy to the device.
 
@@ -140,10 +145,18 @@ def _saturate(red, green, blue, factor, HSV: tl.constexpr):
         chroma = value - tl.minimum(tl.minimum(red, green), blue)
         # S = chroma / value is scaled and limited to 1, so chroma is limited to value. Gray stays gray.
         ratio = tl.minimum(factor, value / tl.maximum(chroma, 1.1754944e-38))
-        return value - (value - red) * ratio, value - (value - green) * ratio, value - (value - blue) * ratio
+        return (
+            value - (value - red) * ratio,
+            value - (value - green) * ratio,
+            value - (value - blue) * ratio,
+        )
     else:
         rest = _gray(red, green, blue) * (1.0 - factor)
-        return _clamp(red * factor + rest), _clamp(green * factor + rest), _clamp(blue * factor + rest)
+        return (
+            _clamp(red * factor + rest),
+            _clamp(green * factor + rest),
+            _clamp(blue * factor + rest),
+        )
 
 
 @triton.jit
@@ -154,7 +167,9 @@ def _turn_hue(red, green, blue, shift):
     chroma = high - low
     safe = tl.maximum(chroma, 1.1754944e-38)  # gray has no hue: any will do, as chroma is 0
     sixths = tl.where(
-        high == red, (green - blue) / safe, tl.where(high == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0)
+        high == red,
+        (green - blue) / safe,
+        tl.where(high == green, (blue - red) / safe + 2.0, (red - green) / safe + 4.0),
     )
     sixths = sixths + 6.0 * shift
     sixths = sixths - 6.0 * tl.floor(sixths / 6.0)
@@ -165,7 +180,18 @@ def _turn_hue(red, green, blue, shift):
 
 
 @triton.jit
-def _adjust(red, green, blue, code, factor, mean_red, mean_green, mean_blue, ADDS: tl.constexpr, HSV: tl.constexpr):
+def _adjust(
+    red,
+    green,
+    blue,
+    code,
+    factor,
+    mean_red,
+    mean_green,
+    mean_blue,
+    ADDS: tl.constexpr,
+    HSV: tl.constexpr,
+):
     """Apply one stage of the color jitter. Codes: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 nothing."""
     if code == 0:
         if ADDS:
@@ -205,11 +231,17 @@ def _means(
             red, green, blue = _load(pixels, image, place, mask, area)
             for k in tl.static_range(3):
                 code = tl.where(k < stage, tl.load(row + k), -1.0).to(tl.int32)
-                red, green, blue = _adjust(red, green, blue, code, tl.load(row + 4 + k), 0.0, 0.0, 0.0, ADDS, HSV)
+                red, green, blue = _adjust(
+                    red, green, blue, code, tl.load(row + 4 + k), 0.0, 0.0, 0.0, ADDS, HSV
+                )
             red_sum += tl.where(mask, red, 0.0)
             green_sum += tl.where(mask, green, 0.0)
             blue_sum += tl.where(mask, blue, 0.0)
-        red_mean, green_mean, blue_mean = tl.sum(red_sum) / area, tl.sum(green_sum) / area, tl.sum(blue_sum) / area
+        red_mean, green_mean, blue_mean = (
+            tl.sum(red_sum) / area,
+            tl.sum(green_sum) / area,
+            tl.sum(blue_sum) / area,
+        )
         if not CHANNEL_MEAN:
             gray = _gray(red_mean, green_mean, blue_mean)
             red_mean, green_mean, blue_mean = gray, gray, gray
@@ -235,7 +267,9 @@ def _colors(
         first = tl.load(means + image * 3, mask=code == 1, other=0.0)
         second = tl.load(means + image * 3 + 1, mask=code == 1, other=0.0)
         third = tl.load(means + image * 3 + 2, mask=code == 1, other=0.0)
-        red, green, blue = _adjust(red, green, blue, code, tl.load(row + 4 + k), first, second, third, ADDS, HSV)
+        red, green, blue = _adjust(
+            red, green, blue, code, tl.load(row + 4 + k), first, second, third, ADDS, HSV
+        )
     if tl.load(row + 9) > 0.0:
         gray = _gray(red, green, blue)
         red, green, blue = gray, gray, gray
@@ -252,12 +286,22 @@ def _colors(
             blue = tl.where(blue >= threshold, 1.0 - blue, blue)
         to = views + image.to(tl.int64) * 3 * area + place * pixel_stride
         tl.store(to, ((red - mean_red) * over_red).to(views.dtype.element_ty), mask=mask)
-        tl.store(to + channel_stride, ((green - mean_green) * over_green).to(views.dtype.element_ty), mask=mask)
-        tl.store(to + 2 * channel_stride, ((blue - mean_blue) * over_blue).to(views.dtype.element_ty), mask=mask)
+        tl.store(
+            to + channel_stride,
+            ((green - mean_green) * over_green).to(views.dtype.element_ty),
+            mask=mask,
+        )
+        tl.store(
+            to + 2 * channel_stride,
+            ((blue - mean_blue) * over_blue).to(views.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit
-def _blurred(source, along, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr):
+def _blurred(
+    source, along, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr
+):
     """Return the Gaussian mean along one axis. `along` is a pixel's place on the axis, `source` points at its start."""
     radius: tl.constexpr = TAPS // 2
     total = tl.zeros(along.shape, tl.float32)
@@ -307,11 +351,27 @@ def _blur_columns(
     COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Blur a tile of one channel along the columns, solarize and normalize it, and store it in the view."""
-    image, channel, sigma, start, place, mask = _blur_tile(parameters, height * width, COLUMNS, PIXELS)
-    values = _blurred(blurred + start + place % width, place // width, height, width, mask, sigma, TAPS, ZERO_BORDER)
+    image, channel, sigma, start, place, mask = _blur_tile(
+        parameters, height * width, COLUMNS, PIXELS
+    )
+    values = _blurred(
+        blurred + start + place % width,
+        place // width,
+        height,
+        width,
+        mask,
+        sigma,
+        TAPS,
+        ZERO_BORDER,
+    )
     if tl.load(parameters + image * COLUMNS + 10) > 0.0:
         values = tl.where(values >= threshold, 1.0 - values, values)
     mean = tl.where(channel == 0, mean_red, tl.where(channel == 1, mean_green, mean_blue))
     over = tl.where(channel == 0, over_red, tl.where(channel == 1, over_green, over_blue))
-    to = views + image.to(tl.int64) * 3 * height * width + place * pixel_stride + channel * channel_stride
+    to = (
+        views
+        + image.to(tl.int64) * 3 * height * width
+        + place * pixel_stride
+        + channel * channel_stride
+    )
     tl.store(to, ((values - mean) * over).to(views.dtype.element_ty), mask=mask)

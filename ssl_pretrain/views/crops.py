@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ssl_pretrain import draws
-from ssl_pretrain.draws import Purpose
-from ssl_pretrain.jit import njit
+from ssl_pretrain import rng
+from ssl_pretrain.rng import Purpose
+from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import resize
 from ssl_pretrain.views.recipe import Crop, Interpolation
 from ssl_pretrain.views.upload import upload
@@ -36,7 +36,11 @@ LONGEST = 16  # an evaluation resizes at most so many shorter sides of a long th
 TRIES = 10  # attempts of torchvision
 TENSORFLOW_TRIES = 100  # SimCLR's max_attempts
 TENSORFLOW_COVERED = 0.1  # SimCLR's min_object_covered: smallest share of the image in a box
-SAMPLERS = {"torchvision": 0.0, "tensorflow": 1.0, "clipped": 2.0}  # numbers, as jitted code takes no strings
+SAMPLERS = {
+    "torchvision": 0.0,
+    "tensorflow": 1.0,
+    "clipped": 2.0,
+}  # numbers, as jitted code takes no strings
 _CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)  # jitted code takes no enumeration
 
 
@@ -71,13 +75,31 @@ def draw(crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, 
 
 def chances(crop: Crop) -> tuple[float, float, float, float, float, float]:
     """Return what `box_at` takes of a recipe: ranges of areas and of ratios, probability of a flip, number of the sampler."""
-    return (*map(float, crop.scale), *map(float, crop.ratio), float(crop.flip), SAMPLERS[crop.crop_sampler])  # type: ignore[return-value]
+    return (
+        *map(float, crop.scale),
+        *map(float, crop.ratio),
+        float(crop.flip),
+        SAMPLERS[crop.crop_sampler],
+    )  # type: ignore[return-value]
 
 
 @njit(nogil=True, cache=True)
-def box_at(low_area, high_area, low_ratio, high_ratio, flip, sampler, seed, epoch, index, view, height, width):
+def box_at(
+    low_area,
+    high_area,
+    low_ratio,
+    high_ratio,
+    flip,
+    sampler,
+    seed,
+    epoch,
+    index,
+    view,
+    height,
+    width,
+):
     """Draw a box as `draw` does, in jitted code, and return (top, left, height, width, flip)."""
-    flipped = draws.uniform_at(seed, epoch, index, view, _FLIP, 0) < flip
+    flipped = rng.uniform_at(seed, epoch, index, view, _FLIP, 0) < flip
     if sampler == 1.0:
         top, left, box_height, box_width = _tensorflow_box(
             low_area, high_area, low_ratio, high_ratio, seed, epoch, index, view, height, width
@@ -86,15 +108,30 @@ def box_at(low_area, high_area, low_ratio, high_ratio, flip, sampler, seed, epoc
     low_log, high_log = math.log(low_ratio), math.log(high_ratio)
     for number in range(TRIES):
         lane = 4 * number
-        area = height * width * (low_area + (high_area - low_area) * draws.uniform_at(seed, epoch, index, view, _CROP, lane))
-        ratio = math.exp(low_log + (high_log - low_log) * draws.uniform_at(seed, epoch, index, view, _CROP, lane + 1))
+        area = (
+            height
+            * width
+            * (
+                low_area
+                + (high_area - low_area) * rng.uniform_at(seed, epoch, index, view, _CROP, lane)
+            )
+        )
+        ratio = math.exp(
+            low_log
+            + (high_log - low_log) * rng.uniform_at(seed, epoch, index, view, _CROP, lane + 1)
+        )
         box_width = int(np.rint(math.sqrt(area * ratio)))
         box_height = int(np.rint(math.sqrt(area / ratio)))
         if sampler == 2.0:
             box_height, box_width = max(1, min(box_height, height)), max(1, min(box_width, width))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(draws.uniform_at(seed, epoch, index, view, _CROP, lane + 2) * (height - box_height + 1))
-            left = int(draws.uniform_at(seed, epoch, index, view, _CROP, lane + 3) * (width - box_width + 1))
+            top = int(
+                rng.uniform_at(seed, epoch, index, view, _CROP, lane + 2)
+                * (height - box_height + 1)
+            )
+            left = int(
+                rng.uniform_at(seed, epoch, index, view, _CROP, lane + 3) * (width - box_width + 1)
+            )
             return top, left, box_height, box_width, flipped
     box_height, box_width = height, width
     if width / height < low_ratio:
@@ -105,7 +142,9 @@ def box_at(low_area, high_area, low_ratio, high_ratio, flip, sampler, seed, epoc
 
 
 @njit(nogil=True, cache=True)
-def _tensorflow_box(low_area, high_area, low_ratio, high_ratio, seed, epoch, index, view, height, width):
+def _tensorflow_box(
+    low_area, high_area, low_ratio, high_ratio, seed, epoch, index, view, height, width
+):
     """Draw (top, left, height, width) as tf.image.sample_distorted_bounding_box does.
 
     After 100 attempts it is the whole image. As in TensorFlow's kernel, a box that is smaller than the
@@ -114,14 +153,16 @@ def _tensorflow_box(low_area, high_area, low_ratio, high_ratio, seed, epoch, ind
     least, most = low_area * height * width, high_area * height * width
     for number in range(TENSORFLOW_TRIES):
         lane = 4 * number
-        ratio = low_ratio + (high_ratio - low_ratio) * draws.uniform_at(seed, epoch, index, view, _CROP, lane)
+        ratio = low_ratio + (high_ratio - low_ratio) * rng.uniform_at(
+            seed, epoch, index, view, _CROP, lane
+        )
         tallest = int(np.rint(math.sqrt(most / ratio)))
         if np.rint(tallest * ratio) > width:  # the largest height whose width still fits
             tallest = int((width + 0.5) / ratio)
             tallest -= np.rint(tallest * ratio) > width
         tallest = min(tallest, height)
         shortest = min(int(np.rint(math.sqrt(least / ratio))), tallest)
-        spread = draws.uniform_at(seed, epoch, index, view, _CROP, lane + 1)
+        spread = rng.uniform_at(seed, epoch, index, view, _CROP, lane + 1)
         box_height = shortest + int(spread * (tallest - shortest + 1))
         box_width = int(np.rint(box_height * ratio))
         if box_height * box_width < least:  # rounding can leave the range of areas by one row
@@ -133,13 +174,19 @@ def _tensorflow_box(low_area, high_area, low_ratio, high_ratio, seed, epoch, ind
         area = box_height * box_width
         fits = 0 < box_height <= height and 0 < box_width <= width
         if fits and least <= area <= most and area >= TENSORFLOW_COVERED * height * width:
-            top = int(draws.uniform_at(seed, epoch, index, view, _CROP, lane + 2) * (height - box_height))
-            left = int(draws.uniform_at(seed, epoch, index, view, _CROP, lane + 3) * (width - box_width))
+            top = int(
+                rng.uniform_at(seed, epoch, index, view, _CROP, lane + 2) * (height - box_height)
+            )
+            left = int(
+                rng.uniform_at(seed, epoch, index, view, _CROP, lane + 3) * (width - box_width)
+            )
             return top, left, box_height, box_width
     return 0, 0, height, width
 
 
-def boxes(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int, sizes: np.ndarray) -> np.ndarray:
+def boxes(
+    crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int, sizes: np.ndarray
+) -> np.ndarray:
     """Draw the boxes of many images as `draw` does.
 
     Args:
@@ -162,7 +209,20 @@ def boxes(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int, siz
 def _fill_boxes(chances, seed, epoch, indices, view, sizes, drawn):
     low, high, low_ratio, high_ratio, flip, sampler = chances
     for row in range(len(indices)):
-        box = box_at(low, high, low_ratio, high_ratio, flip, sampler, seed, epoch, indices[row], view, sizes[row, 0], sizes[row, 1])
+        box = box_at(
+            low,
+            high,
+            low_ratio,
+            high_ratio,
+            flip,
+            sampler,
+            seed,
+            epoch,
+            indices[row],
+            view,
+            sizes[row, 0],
+            sizes[row, 1],
+        )
         drawn[row, 0], drawn[row, 1], drawn[row, 2], drawn[row, 3], drawn[row, 4] = box
 
 
@@ -177,7 +237,16 @@ def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
     if not crop.antialias:
         return _without_antialias(image, box, crop)
     mode = F.InterpolationMode(crop.interpolation)
-    view = F.resized_crop(image, box.top, box.left, box.height, box.width, [crop.size, crop.size], mode, antialias=True)
+    view = F.resized_crop(
+        image,
+        box.top,
+        box.left,
+        box.height,
+        box.width,
+        [crop.size, crop.size],
+        mode,
+        antialias=True,
+    )
     return view.flip(-1) if box.flip else view
 
 
@@ -190,7 +259,9 @@ def _without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
     turned = cut.permute(2, 0, 1).contiguous().flatten().numpy()
     view = torch.empty(3, crop.size, crop.size, dtype=torch.uint8)
     bicubic = crop.interpolation == "bicubic"
-    resize.write_plain_cut(turned, box.height, box.width, box.flip, crop.size, bicubic, view.flatten().numpy())
+    resize.write_plain_cut(
+        turned, box.height, box.width, box.flip, crop.size, bicubic, view.flatten().numpy()
+    )
     return view
 
 
@@ -232,10 +303,16 @@ def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
     centre = scale * (torch.arange(crop.size, device=first.device)[:, None] + 0.5)
     pixel = torch.arange(total, device=first.device) - first[:, None, None]
     start = (centre - widest * widened + 0.5).trunc().clamp_min(0)
-    end = torch.minimum((centre + widest * widened + 0.5).trunc(), length[:, None, None].to(torch.float64))
+    end = torch.minimum(
+        (centre + widest * widened + 0.5).trunc(), length[:, None, None].to(torch.float64)
+    )
     x = ((pixel - centre + 0.5) / widened).abs()
     if crop.interpolation == "bicubic":
-        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, torch.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
+        weights = torch.where(
+            x < 1,
+            (1.5 * x - 2.5) * x * x + 1,
+            torch.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0),
+        )
     else:
         weights = (1 - x).clamp_min(0)
     weights = weights * ((pixel >= start) & (pixel < end))
@@ -252,7 +329,9 @@ def _to_levels(images: Tensor) -> Tensor:
     return images.add_(0.5).floor_().clamp_(0, 255)
 
 
-def evaluate(image: Tensor, size: int, crop_ratio: float = 0.875, interpolation: Interpolation = "bilinear") -> Tensor:
+def evaluate(
+    image: Tensor, size: int, crop_ratio: float = 0.875, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """Return the view that evaluations use, uint8 (3, size, size).
 
     The shorter side is resized to round(size / crop_ratio) pixels at the same aspect ratio, and the
@@ -290,4 +369,7 @@ def _middle(longer: int, shorter: int, resized_side: int) -> int:
     whole = resized_side * longer // shorter
     first = LONGEST * shorter + (longer - LONGEST * shorter) % 2
     candidates = range(first, min(longer, first + 64) + 1, 2)
-    return next((length for length in candidates if (whole - resized_side * length // shorter) % 4 == 0), first)
+    return next(
+        (length for length in candidates if (whole - resized_side * length // shorter) % 4 == 0),
+        first,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssl_pretrain.views.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, Parameters
+from ssl_pretrain.views.color import BRIGHTNESS, CONTRAST, HUE, SATURATION, Parameters
 from ssl_pretrain.views.crops import Box
 from ssl_pretrain.views.recipe import Crop
 
@@ -16,12 +16,19 @@ def text(crop: Crop, box: Box, parameters: Parameters, row: int) -> str:
         words.append("flipped")
     if parameters.jitter[row]:
         strengths = (crop.brightness, crop.contrast, crop.saturation, crop.hue)
-        chosen = [int(operation) for operation in parameters.order[row] if strengths[int(operation)] > 0]
-        words += [_adjustment(crop, operation, parameters.factors[row, operation]) for operation in chosen]
+        chosen = [
+            int(operation) for operation in parameters.order[row] if strengths[int(operation)] > 0
+        ]
+        words += [
+            _adjustment(crop, operation, parameters.factors[row, operation]) for operation in chosen
+        ]
     if parameters.grayscale[row]:
         words.append("grey")
     if parameters.blur[row]:
-        words.append(f"blur sigma {parameters.sigma[row]:.2f}" + (", black outside" if crop.blur_border == "zero" else ""))
+        words.append(
+            f"blur sigma {parameters.sigma[row]:.2f}"
+            + (", black outside" if crop.blur_border == "zero" else "")
+        )
     if parameters.solarize[row]:
         words.append("solarized")
     return ", ".join(words)

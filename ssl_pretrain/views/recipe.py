@@ -36,35 +36,49 @@ CHOICES = {
 class Crop:
     """One kind of view, named under `views.crops`; `flip` to `solarize` without a suffix are probabilities."""
 
-    count: int = 2                  # views of this kind per image
-    size: int = 224                 # pixels, height and width
-    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])             # of the image's area
-    ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333333333333333])    # width / height before resizing
-    crop_sampler: CropSampler = "torchvision"    # tensorflow: SimCLR's; clipped: BYOL's (views/crops.py)
+    count: int = 2  # views of this kind per image
+    size: int = 224  # pixels, height and width
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # of the image's area
+    ratio: list[float] = field(
+        default_factory=lambda: [0.75, 1.3333333333333333]
+    )  # width / height before resizing
+    crop_sampler: CropSampler = (
+        "torchvision"  # tensorflow: SimCLR's; clipped: BYOL's (views/crops.py)
+    )
     interpolation: Interpolation = "bilinear"
-    antialias: bool = True          # false: a shrunken crop is sampled without a low-pass filter, as by tf.image.resize
+    antialias: bool = (
+        True  # false: a shrunken crop is sampled without a low-pass filter, as by tf.image.resize
+    )
     flip: float = 0.5
     jitter: float = 0.0
-    brightness: float = 0.0         # factors are uniform in [max(0, 1 - x), 1 + x]
+    brightness: float = 0.0  # factors are uniform in [max(0, 1 - x), 1 + x]
     contrast: float = 0.0
     saturation: float = 0.0
-    hue: float = 0.0                # shift, uniform in [-x, x] turns of the colour circle
-    brightness_mode: BrightnessMode = "multiply"    # add: pixel + uniform[-x, x], of SimCLR v1 and BYOL
-    contrast_mean: ContrastMean = "gray"    # channel: each channel keeps its own mean, as by tf.image.adjust_contrast
-    saturation_mode: SaturationMode = "blend"    # hsv: scale S at constant hue and value, as tf.image.adjust_saturation
+    hue: float = 0.0  # shift, uniform in [-x, x] turns of the colour circle
+    brightness_mode: BrightnessMode = (
+        "multiply"  # add: pixel + uniform[-x, x], of SimCLR v1 and BYOL
+    )
+    contrast_mean: ContrastMean = (
+        "gray"  # channel: each channel keeps its own mean, as by tf.image.adjust_contrast
+    )
+    saturation_mode: SaturationMode = (
+        "blend"  # hsv: scale S at constant hue and value, as tf.image.adjust_saturation
+    )
     grayscale: float = 0.0
     blur: float = 0.0
-    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])         # pixels
-    blur_kernel: int = 0            # pixels; 0: size // 10 made odd, at least 3 (SimCLR: 224 -> 23)
-    blur_border: BlurBorder = "reflect"    # zero: black around the view, TensorFlow's SAME padding
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])  # pixels
+    blur_kernel: int = 0  # pixels; 0: size // 10 made odd, at least 3 (SimCLR: 224 -> 23)
+    blur_border: BlurBorder = "reflect"  # zero: black around the view, TensorFlow's SAME padding
     solarize: float = 0.0
-    solarize_threshold: float = 0.5    # pixels in [0, 1] from here up are inverted
+    solarize_threshold: float = 0.5  # pixels in [0, 1] from here up are inverted
 
 
 @dataclass
 class ViewsConfig:
-    crops: dict[str, Crop] = field(default_factory=dict)    # global ones first
-    mean: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])    # SimCLR feeds pixels in [0, 1]
+    crops: dict[str, Crop] = field(default_factory=dict)  # global ones first
+    mean: list[float] = field(
+        default_factory=lambda: [0.0, 0.0, 0.0]
+    )  # SimCLR feeds pixels in [0, 1]
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
 
 
@@ -85,13 +99,17 @@ def check(views: ViewsConfig) -> None:
         ValueError: the first bad key, with its value and what is allowed.
     """
     if not views.crops:
-        raise ValueError("views.crops: no crop is named; name at least one, as in views.crops.global.size=224")
+        raise ValueError(
+            "views.crops: no crop is named; name at least one, as in views.crops.global.size=224"
+        )
     for name, crop in views.crops.items():
         _check_crop(f"views.crops.{name}", crop)
     _check_order(views.crops)
     for key, values in (("mean", views.mean), ("std", views.std)):
         if len(values) != 3:
-            raise ValueError(f"views.{key}: {values} has {len(values)} numbers; give 3, one each for red, green and blue")
+            raise ValueError(
+                f"views.{key}: {values} has {len(values)} numbers; give 3, one each for red, green and blue"
+            )
     if not all(value > 0 for value in views.std):
         raise ValueError(f"views.std: {views.std} divides the pixels; give 3 numbers > 0")
 
@@ -99,45 +117,68 @@ def check(views: ViewsConfig) -> None:
 def _check_crop(key: str, crop: Crop) -> None:
     for name in ("count", "size"):
         if getattr(crop, name) < 1:
-            raise ValueError(f"{key}.{name}: {getattr(crop, name)} is too small; give a whole number >= 1")
+            raise ValueError(
+                f"{key}.{name}: {getattr(crop, name)} is too small; give a whole number >= 1"
+            )
         if getattr(crop, name) > LARGEST[name]:
-            raise ValueError(f"{key}.{name}: {getattr(crop, name)} is too large; give a whole number <= {LARGEST[name]}")
+            raise ValueError(
+                f"{key}.{name}: {getattr(crop, name)} is too large; give a whole number <= {LARGEST[name]}"
+            )
     _check_range(f"{key}.scale", crop.scale, highest=1.0)
     _check_range(f"{key}.ratio", crop.ratio)
     _check_range(f"{key}.blur_sigma", crop.blur_sigma)
     for name, choices in CHOICES.items():
         if getattr(crop, name) not in choices:
-            raise ValueError(f"{key}.{name}: {getattr(crop, name)!r} is not known; choose one of: {', '.join(choices)}")
+            raise ValueError(
+                f"{key}.{name}: {getattr(crop, name)!r} is not known; choose one of: {', '.join(choices)}"
+            )
     for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
         if not 0 <= getattr(crop, name) <= 1:
-            raise ValueError(f"{key}.{name}: {getattr(crop, name)} is not a probability; give a number in [0, 1]")
-    for name, highest in (("brightness", float("inf")), ("contrast", float("inf")), ("saturation", float("inf")), ("hue", 0.5)):
+            raise ValueError(
+                f"{key}.{name}: {getattr(crop, name)} is not a probability; give a number in [0, 1]"
+            )
+    for name, highest in (
+        ("brightness", float("inf")),
+        ("contrast", float("inf")),
+        ("saturation", float("inf")),
+        ("hue", 0.5),
+    ):
         if not 0 <= getattr(crop, name) <= highest:
             allowed = f"in [0, {highest}]" if highest < float("inf") else ">= 0"
-            raise ValueError(f"{key}.{name}: {getattr(crop, name)} is out of range; give a number {allowed}")
+            raise ValueError(
+                f"{key}.{name}: {getattr(crop, name)} is out of range; give a number {allowed}"
+            )
     if crop.jitter and not (crop.brightness or crop.contrast or crop.saturation or crop.hue):
         raise ValueError(
             f"{key}.jitter: {crop.jitter} changes nothing, as brightness, contrast, saturation and hue are all 0;"
             " set one of them, or jitter to 0"
         )
     if not 0 <= crop.solarize_threshold <= 1:
-        raise ValueError(f"{key}.solarize_threshold: {crop.solarize_threshold} is out of range; pixels are in [0, 1]")
+        raise ValueError(
+            f"{key}.solarize_threshold: {crop.solarize_threshold} is out of range; pixels are in [0, 1]"
+        )
     _check_blur(key, crop)
 
 
 def _check_range(key: str, values: list[float], highest: float = float("inf")) -> None:
     if len(values) != 2 or not 0 < values[0] <= values[1] <= highest:
         bound = f" <= {highest:g}" if highest < float("inf") else ""
-        raise ValueError(f"{key}: {values} is not a range; give [low, high] with 0 < low <= high{bound}")
+        raise ValueError(
+            f"{key}: {values} is not a range; give [low, high] with 0 < low <= high{bound}"
+        )
 
 
 def _check_blur(key: str, crop: Crop) -> None:
     if crop.blur_kernel and (crop.blur_kernel < 3 or crop.blur_kernel % 2 == 0):
-        raise ValueError(f"{key}.blur_kernel: {crop.blur_kernel} has no middle pixel; give an odd number >= 3, or 0 for size // 10")
-    largest = 2 * crop.size - 1    # reflection pads by half the kernel, less than the image itself
+        raise ValueError(
+            f"{key}.blur_kernel: {crop.blur_kernel} has no middle pixel; give an odd number >= 3, or 0 for size // 10"
+        )
+    largest = 2 * crop.size - 1  # reflection pads by half the kernel, less than the image itself
     if crop.blur and crop.blur_border == "reflect" and blur_taps(crop) > largest:
         remedy = f"give at most {largest}" if largest >= 3 else "set blur to 0"
-        raise ValueError(f"{key}.blur_kernel: {blur_taps(crop)} is too wide to reflect an image of size {crop.size}; {remedy}")
+        raise ValueError(
+            f"{key}.blur_kernel: {blur_taps(crop)} is too wide to reflect an image of size {crop.size}; {remedy}"
+        )
 
 
 def _check_order(crops: dict[str, Crop]) -> None:

@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ssl_pretrain.jit import njit
+from ssl_pretrain.system.jit import njit
 
 TILE = 16  # side in bytes of the tiles that are transposed; rows and columns are padded to multiples of it
 
@@ -54,9 +54,15 @@ def _turn_tile(_context, source, source_pitch, target, target_pitch):
             lanes = [lane for k in range(TILE // 2) for lane in (first + k, TILE + first + k)]
             return ir.Constant(ir.VectorType(ir.IntType(32), TILE), lanes)
 
-        rows = [builder.load(row_at(source, source_pitch, number), align=1) for number in range(TILE)]
+        rows = [
+            builder.load(row_at(source, source_pitch, number), align=1) for number in range(TILE)
+        ]
         for _ in range(4):
-            rows = [builder.shuffle_vector(rows[k], rows[k + TILE // 2], half(side)) for k in range(TILE // 2) for side in (0, 1)]
+            rows = [
+                builder.shuffle_vector(rows[k], rows[k + TILE // 2], half(side))
+                for k in range(TILE // 2)
+                for side in (0, 1)
+            ]
         for number, row in enumerate(rows):
             builder.store(row, row_at(target, target_pitch, number), align=1)
         return context.get_dummy_value()
@@ -73,7 +79,10 @@ def turn(source, source_pitch, rows, columns, target, target_pitch):
     source_at, target_at = source.ctypes.data, target.ctypes.data
     for column in range(0, columns, TILE):
         for row in range(0, rows, TILE):
-            source_tile, target_tile = source_at + row * source_pitch + column, target_at + column * target_pitch + row
+            source_tile, target_tile = (
+                source_at + row * source_pitch + column,
+                target_at + column * target_pitch + row,
+            )
             _turn_tile(source_tile, source_pitch, target_tile, target_pitch)  # type: ignore[call-arg]  # numba gives the context
 
 
@@ -142,7 +151,12 @@ def axis(length, size, bicubic, mirrored, starts, counts, weights, exact):
 def _two(target, source, at, weights, n, bits):
     """Write the weighted sum of 2 rows of `n` bytes, which begin at `at`, rounded to bytes."""
     first, second = source[at[0] : at[0] + n], source[at[1] : at[1] + n]
-    w0, w1, half, shift = np.int32(weights[0]), np.int32(weights[1]), np.int32(1 << (bits - 1)), np.int32(bits)
+    w0, w1, half, shift = (
+        np.int32(weights[0]),
+        np.int32(weights[1]),
+        np.int32(1 << (bits - 1)),
+        np.int32(bits),
+    )
     for i in range(n):
         total = np.int32(np.int32(first[i]) * w0 + np.int32(np.int32(second[i]) * w1 + half))
         target[i] = np.uint8(min(max(np.int32(total >> shift), np.int32(0)), np.int32(255)))
@@ -151,8 +165,18 @@ def _two(target, source, at, weights, n, bits):
 @njit(nogil=True)
 def _four(target, source, at, weights, n, bits):
     """Write the weighted sum of 4 rows of `n` bytes, which begin at `at`, rounded to bytes."""
-    a, b, c, d = source[at[0] : at[0] + n], source[at[1] : at[1] + n], source[at[2] : at[2] + n], source[at[3] : at[3] + n]
-    w0, w1, w2, w3 = np.int32(weights[0]), np.int32(weights[1]), np.int32(weights[2]), np.int32(weights[3])
+    a, b, c, d = (
+        source[at[0] : at[0] + n],
+        source[at[1] : at[1] + n],
+        source[at[2] : at[2] + n],
+        source[at[3] : at[3] + n],
+    )
+    w0, w1, w2, w3 = (
+        np.int32(weights[0]),
+        np.int32(weights[1]),
+        np.int32(weights[2]),
+        np.int32(weights[3]),
+    )
     half, shift = np.int32(1 << (bits - 1)), np.int32(bits)
     for i in range(n):
         total = np.int32(np.int32(a[i]) * w0 + np.int32(np.int32(b[i]) * w1 + half))
@@ -165,10 +189,17 @@ def _add_four(sums, source, at, weights, tap, n):
     """Add the weighted sum of 4 rows, from number `tap` on, to `sums`, without rounding."""
     a, b = source[at[tap] : at[tap] + n], source[at[tap + 1] : at[tap + 1] + n]
     c, d = source[at[tap + 2] : at[tap + 2] + n], source[at[tap + 3] : at[tap + 3] + n]
-    w0, w1, w2, w3 = np.int32(weights[tap]), np.int32(weights[tap + 1]), np.int32(weights[tap + 2]), np.int32(weights[tap + 3])
+    w0, w1, w2, w3 = (
+        np.int32(weights[tap]),
+        np.int32(weights[tap + 1]),
+        np.int32(weights[tap + 2]),
+        np.int32(weights[tap + 3]),
+    )
     for i in range(n):
         total = np.int32(np.int32(a[i]) * w0 + np.int32(b[i]) * w1)
-        sums[i] = np.int32(sums[i] + np.int32(total + np.int32(np.int32(c[i]) * w2 + np.int32(d[i]) * w3)))
+        sums[i] = np.int32(
+            sums[i] + np.int32(total + np.int32(np.int32(c[i]) * w2 + np.int32(d[i]) * w3))
+        )
 
 
 @njit(nogil=True)
@@ -187,7 +218,9 @@ def _blend(target, source, first, pitch, count, weights, n, bits, at, sums):
     """
     groups = (count + 3) // 4 * 4
     for tap in range(groups):
-        at[tap] = first + min(tap, count - 1) * pitch  # rows that fill up a group of 4 have weight 0
+        at[tap] = (
+            first + min(tap, count - 1) * pitch
+        )  # rows that fill up a group of 4 have weight 0
     if count <= 2:
         _two(target, source, at, weights, n, bits)
     elif count <= 4:
@@ -219,13 +252,35 @@ def write_view(turned, pitch, top, left, height, width, flip, size, bicubic, roo
         for x in range(size):
             first = (3 * (left + starts[x]) + channel) * pitch + top
             place = (channel * wide + x) * tall
-            _blend(middle[place : place + height], turned, first, 3 * pitch, counts[x], weights[x], height, bits, at, sums)
+            _blend(
+                middle[place : place + height],
+                turned,
+                first,
+                3 * pitch,
+                counts[x],
+                weights[x],
+                height,
+                bits,
+                at,
+                sums,
+            )
     bits = axis(height, size, bicubic, False, starts, counts, weights, exact)
     for channel in range(3):
         turn(middle[channel * wide * tall :], tall, size, height, back, wide)
         for y in range(size):
             place = (channel * size + y) * size
-            _blend(out[place : place + size], back, starts[y] * wide, wide, counts[y], weights[y], size, bits, at, sums)
+            _blend(
+                out[place : place + size],
+                back,
+                starts[y] * wide,
+                wide,
+                counts[y],
+                weights[y],
+                size,
+                bits,
+                at,
+                sums,
+            )
 
 
 @njit(nogil=True)
@@ -252,7 +307,9 @@ def write_plain_view(turned, pitch, top, left, height, width, flip, size, bicubi
                 at = first_y[y]
                 total = column[at] * along_y[y, 0] + column[at + 1] * along_y[y, 1]
                 total += column[at + 2] * along_y[y, 2] + column[at + 3] * along_y[y, 3]
-                out[(channel * size + y) * size + x] = np.uint8(min(max(total + np.float32(0.5), np.float32(0)), np.float32(255)))
+                out[(channel * size + y) * size + x] = np.uint8(
+                    min(max(total + np.float32(0.5), np.float32(0)), np.float32(255))
+                )
 
 
 @njit(nogil=True)

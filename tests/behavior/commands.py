@@ -65,7 +65,9 @@ def write_images(folder: Path, names: list[str], first: int = 0) -> Path:
     return folder
 
 
-def class_folders(folder: Path, split: str, classes: int = 2, per_class: int = 8, first: int = 0) -> Path:
+def class_folders(
+    folder: Path, split: str, classes: int = 2, per_class: int = 8, first: int = 0
+) -> Path:
     """Write `<split>/class_<c>/<n>.png`, the layout of torchvision's ImageFolder."""
     names = [f"{split}/class_{c}/{n}.png" for c in range(classes) for n in range(per_class)]
     return write_images(folder, names, first)
@@ -112,7 +114,9 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def run(*arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **environment: str) -> Finished:
+def run(
+    *arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **environment: str
+) -> Finished:
     """Run `python ARGUMENTS` to its end, for example `run("-m", "ssl_pretrain.train", config)`."""
     return finish(start(*arguments, cwd=cwd, **environment), timeout)
 
@@ -138,7 +142,9 @@ def each(commands: list[list[str]], timeout: float = 120) -> list[tuple[int, str
 def _each(commands: list[list[str]], sending: Connection) -> None:
     os.chdir(ROOT)
     # Here, unlike in a new interpreter, the modules have been imported before.
-    warnings.filterwarnings("ignore", ".* found in sys.modules after import of package", RuntimeWarning)
+    warnings.filterwarnings(
+        "ignore", ".* found in sys.modules after import of package", RuntimeWarning
+    )
     results = []
     for line in commands:
         sys.argv, out, err, status = line, io.StringIO(), io.StringIO(), 0

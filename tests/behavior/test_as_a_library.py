@@ -62,7 +62,10 @@ if __name__ == "__main__":
 """
     done = commands.run(script(text))
     assert done.status == 0, done.text
-    assert "second thread: another thread of this process is training, and two at a time" in done.stdout
+    assert (
+        "second thread: another thread of this process is training, and two at a time"
+        in done.stdout
+    )
     for name in ("thread", "coroutine", "executor"):
         assert f"{name} steps 2" in done.stdout
 

@@ -26,7 +26,9 @@ def saved(tmp_path_factory):
     """The configuration of a run of six steps, with a checkpoint every two."""
     folder = tmp_path_factory.mktemp("saved")
     config = commands.write_config(folder, commands.class_folders(folder / "images", "train"))
-    finished = commands.run(*TRAIN, config, "epochs=3", "checkpoint.every_epochs=1", "--stop-after", "4")
+    finished = commands.run(
+        *TRAIN, config, "epochs=3", "checkpoint.every_epochs=1", "--stop-after", "4"
+    )
     assert finished.status == 0, finished.text
     return config
 
@@ -47,10 +49,17 @@ def test_one_flipped_bit_of_a_manifest_is_found_and_the_checkpoint_before_is_use
         text = manifest.read_bytes()
         assert before in text, name
         manifest.write_bytes(flip(text, before, bit=0))
-        finished = commands.run(*TRAIN, saved, "epochs=3", "checkpoint.every_epochs=1", "--stop-after", "2")
+        finished = commands.run(
+            *TRAIN, saved, "epochs=3", "checkpoint.every_epochs=1", "--stop-after", "2"
+        )
         assert finished.status == 0, finished.text
-        assert re.search(r"step_00000004[^\n]*(manifest|damaged|hash)", finished.text), (name, finished.text)
-        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert re.search(r"step_00000004[^\n]*(manifest|damaged|hash)", finished.text), (
+            name,
+            finished.text,
+        )
+        steps = [
+            json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
+        ]
         assert steps == [1, 2, 3, 4], name
 
 
@@ -61,11 +70,15 @@ def test_a_run_and_its_export_have_the_mode_that_the_umask_says(mask, saved, tmp
     try:
         run = tmp_path / "run"
         trained = commands.run(*TRAIN, saved, f"output={run}")
-        exported = commands.run("-m", "eval.export", run, tmp_path / "exported")
+        exported = commands.run("-m", "ssl_pretrain.eval.export", run, tmp_path / "exported")
     finally:
         os.umask(before)
     assert trained.status == 0 and exported.status == 0, trained.text + exported.text
     found = [file for folder in (run, tmp_path / "exported") for file in folder.rglob("*")]
-    assert {"method.safetensors", "model.safetensors", "metrics.jsonl", "config.yaml"} <= {file.name for file in found}
+    assert {"method.safetensors", "model.safetensors", "metrics.jsonl", "config.yaml"} <= {
+        file.name for file in found
+    }
     for file in found:
-        assert stat.S_IMODE(file.stat().st_mode) == (0o777 if file.is_dir() else 0o666) & ~mask, file
+        assert stat.S_IMODE(file.stat().st_mode) == (0o777 if file.is_dir() else 0o666) & ~mask, (
+            file
+        )

@@ -177,10 +177,18 @@ def test_what_may_be_splits_is_refused(layout, tmp_path, inspect):
 def test_keys_name_the_splits(tmp_path, inspect):
     root = tree(tmp_path, "train2017/1.png val2017/2.png val2017/3.png extra/4.png")
     named = inspect(root, "--train", "train2017", "--val", str(root / "val2017"))
-    assert named.first == "data: training ROOT/train2017: 1 image, no labels; validation ROOT/val2017: 2 images, no labels"
-    assert inspect(root, "--train", ".").first.startswith("data: training ROOT: 4 images, 3 classes (extra, train2017, val2017); validation none (")
+    assert (
+        named.first
+        == "data: training ROOT/train2017: 1 image, no labels; validation ROOT/val2017: 2 images, no labels"
+    )
+    assert inspect(root, "--train", ".").first.startswith(
+        "data: training ROOT: 4 images, 3 classes (extra, train2017, val2017); validation none ("
+    )
     rest = inspect(root, "--train", ".", "--val", "val2017")
-    assert rest.first == "data: training ROOT: 2 images, 2 classes (extra, train2017); validation ROOT/val2017: 2 images, no labels"
+    assert (
+        rest.first
+        == "data: training ROOT: 2 images, 2 classes (extra, train2017); validation ROOT/val2017: 2 images, no labels"
+    )
     assert inspect(root, "--train", "trian") == Seen(
         2,
         "data.train: ROOT has no folder or list 'trian'; it has extra/, train2017/, val2017/; name the one that holds the training images\n",
@@ -188,9 +196,21 @@ def test_keys_name_the_splits(tmp_path, inspect):
 
 
 LISTS_OF_SPLITS = {
-    "Food-101": ("meta", {"train.txt": "apple/1\npie/3\n", "test.txt": "apple/2\n"}, "meta/train.txt data.val=meta/test.txt"),
-    "VOC": ("ImageSets/Main", {"train.txt": "1\n3\n", "val.txt": "2\n", "test.txt": "2\n"}, "ImageSets/Main/train.txt data.val=ImageSets/Main/val.txt"),
-    "CUB-200": (".", {"images.txt": "1 apple/1.png\n", "train_test_split.txt": "1 1\n2 0\n"}, "LIST data.val=LIST"),
+    "Food-101": (
+        "meta",
+        {"train.txt": "apple/1\npie/3\n", "test.txt": "apple/2\n"},
+        "meta/train.txt data.val=meta/test.txt",
+    ),
+    "VOC": (
+        "ImageSets/Main",
+        {"train.txt": "1\n3\n", "val.txt": "2\n", "test.txt": "2\n"},
+        "ImageSets/Main/train.txt data.val=ImageSets/Main/val.txt",
+    ),
+    "CUB-200": (
+        ".",
+        {"images.txt": "1 apple/1.png\n", "train_test_split.txt": "1 1\n2 0\n"},
+        "LIST data.val=LIST",
+    ),
 }
 
 
@@ -205,18 +225,26 @@ def test_lists_that_nobody_named_are_not_passed_over(layout, tmp_path, inspect):
     text = f"{where} holds lists that are called like splits; say which images are for training, as in data.train={names}"
     assert inspect(root) == Seen(2, f"data.train: {text}, {ALL}")
     zipped = inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)))
-    assert zipped == Seen(2, f"data.train: {where} holds lists that are called like splits, which are not read inside a zip; unpack it, {ALL}")
+    assert zipped == Seen(
+        2,
+        f"data.train: {where} holds lists that are called like splits, which are not read inside a zip; unpack it, {ALL}",
+    )
     if folder != ".":
         train, val = names.split(" data.val=")
         named = inspect(root, "--train", train, "--val", val)
-        assert named.first == f"data: training ROOT/{train}: 2 images, no labels; validation ROOT/{val}: 1 image, no labels"
+        assert (
+            named.first
+            == f"data: training ROOT/{train}: 2 images, no labels; validation ROOT/{val}: 1 image, no labels"
+        )
 
 
 def test_records_of_a_training_are_no_lists(tmp_path, inspect):
     root = tree(tmp_path, "a/1.png b/2.png")
     for name in ("training_log.txt", "test_results.csv"):
         (root / name).write_text("step,loss\n1,2\n")
-    assert inspect(root).first.startswith("data: training ROOT: 2 images, 2 classes (a, b); validation none (")
+    assert inspect(root).first.startswith(
+        "data: training ROOT: 2 images, 2 classes (a, b); validation none ("
+    )
 
 
 def test_images_of_both_splits_are_counted(tmp_path, inspect):
@@ -232,8 +260,14 @@ def test_images_of_both_splits_are_counted(tmp_path, inspect):
     (root / "l.csv").unlink()
     commands.write_images(root, ["data/val/a/3.png"], first=3)
     named = inspect(root, "--train", "data")
-    assert "data: ROOT/data has splits inside its folders (train/, val/), and all of them are for training\n" in named.text
-    assert "data: 1 of 1 validation images are training images too (first: ROOT/data/val/a/3.png)\n" in named.text
+    assert (
+        "data: ROOT/data has splits inside its folders (train/, val/), and all of them are for training\n"
+        in named.text
+    )
+    assert (
+        "data: 1 of 1 validation images are training images too (first: ROOT/data/val/a/3.png)\n"
+        in named.text
+    )
 
 
 def test_names_that_are_no_text_are_escaped(tmp_path, inspect):
@@ -248,8 +282,13 @@ def test_names_that_are_no_text_are_escaped(tmp_path, inspect):
 def test_one_class_of_many_may_be_called_like_a_split(tmp_path, inspect):
     classes = " ".join(f"{name}/1.png" for name in "abcdefghi")
     seen = inspect(tree(tmp_path / "1", f"{classes} train/1.png"))
-    assert seen.first.startswith("data: training ROOT: 10 images, 10 classes (a, b, c, ...); validation none (")
-    assert "data: ROOT/train is read as one of 10 classes; give data.train=train if it is the training split\n" in seen.text
+    assert seen.first.startswith(
+        "data: training ROOT: 10 images, 10 classes (a, b, c, ...); validation none ("
+    )
+    assert (
+        "data: ROOT/train is read as one of 10 classes; give data.train=train if it is the training split\n"
+        in seen.text
+    )
     seen = inspect(tree(tmp_path / "2", f"{classes} bullet_train/1.png"))
     assert "data: bullet_train/ is read as one of 10 classes\n" in seen.text
 
@@ -266,7 +305,12 @@ def test_classes_are_the_same_however_a_system_writes_accents(tmp_path, inspect)
 
 
 def test_a_stray_image_costs_no_other_label(tmp_path, inspect):
-    seen = inspect(tree(tmp_path, "train/a/1.png train/b/2.png train/logo.png val/a/3.png val/b/4.png val/sheet.png"))
+    seen = inspect(
+        tree(
+            tmp_path,
+            "train/a/1.png train/b/2.png train/logo.png val/a/3.png val/b/4.png val/sheet.png",
+        )
+    )
     lines = seen.text.splitlines()
     assert lines[:3] == [
         "data: training ROOT/train: 3 images, 2 classes (a, b), 1 without a label;"
@@ -287,14 +331,30 @@ def test_folders_and_archives_skip_the_same(tmp_path, inspect):
     root = tree(tmp_path, names)
     expected = "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 images, 1 of 2 classes (a)"
     assert inspect(root).first == expected
-    assert inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root))).first == expected
+    assert (
+        inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root))).first == expected
+    )
 
 
 ARCHIVES = {
     "Windows": [r"train\a\1.png", r"train\b\2.png", r"val\a\3.png", r"val\a\Thumbs.db"],
-    "macOS": ["d/train/a/1.png", "d/train/b/2.png", "d/val/a/3.png", "__MACOSX/d/train/a/._1.png", "d/.DS_Store"],
+    "macOS": [
+        "d/train/a/1.png",
+        "d/train/b/2.png",
+        "d/val/a/3.png",
+        "__MACOSX/d/train/a/._1.png",
+        "d/.DS_Store",
+    ],
     "leading dots": ["./train/a/1.png", "./train/b/2.png", "./val/a/3.png"],
-    "outside": ["train/a/1.png", "train/b/2.png", "val/a/3.png", "/train/c/4.png", "../train/c/5.png", "C:/train/c/6.png", "train/../x.png"],
+    "outside": [
+        "train/a/1.png",
+        "train/b/2.png",
+        "val/a/3.png",
+        "/train/c/4.png",
+        "../train/c/5.png",
+        "C:/train/c/6.png",
+        "train/../x.png",
+    ],
 }
 
 
@@ -306,7 +366,10 @@ def test_archives_of_other_systems(system, tmp_path, inspect):
         f"data: training {below}/train: 2 images, 2 classes (a, b); validation {below}/val: 1 image, 1 of 2 classes (a)"
     )
     if system == "outside":
-        assert "left out in ROOT: 2 members outside the archive (first: ../train/c/5.png), 2 members with absolute paths (first: /train" in seen.text
+        assert (
+            "left out in ROOT: 2 members outside the archive (first: ../train/c/5.png), 2 members with absolute paths (first: /train"
+            in seen.text
+        )
 
 
 def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
@@ -339,10 +402,14 @@ def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
     members = ["train/a/1.png", "train/b/2.png", "val/3.png"]
     refused = inspect(changed(archive(tmp_path, members), {6: b"\xff"}))
     assert refused == Seen(2, "data.root: ROOT cannot be read as a zip: zip file version 25.5\n")
-    huge = struct.pack("<HHQQQ", 1, 24, 2**64 - 1, 2**64 - 1, 2**64 - 8)  # the place of an extra field is the name's
+    huge = struct.pack(
+        "<HHQQQ", 1, 24, 2**64 - 1, 2**64 - 1, 2**64 - 8
+    )  # the place of an extra field is the name's
     path = archive(tmp_path, [*members, "val/4.png" + "/" * len(huge)])
     fields = {20: b"\xff" * 8, 28: struct.pack("<HH", 9, len(huge)), 42: b"\xff" * 4, 46 + 9: huge}
-    assert inspect(changed(path, fields)) == Seen(2, "data.root: ROOT holds val/4.png with a size that no file has; the zip is damaged\n")
+    assert inspect(changed(path, fields)) == Seen(
+        2, "data.root: ROOT holds val/4.png with a size that no file has; the zip is damaged\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -350,7 +417,10 @@ def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
     [
         ({8: b"\1"}, "is encrypted, password required"),
         ({16: b"\0\0\0\0"}, "Bad CRC-32"),
-        ({24: struct.pack("<I", 1 << 30)}, "1,073,741,824 bytes are more than a table of labels has"),
+        (
+            {24: struct.pack("<I", 1 << 30)},
+            "1,073,741,824 bytes are more than a table of labels has",
+        ),
     ],
 )
 def test_a_damaged_table_in_an_archive_gives_no_labels(fields, why, tmp_path, inspect):
@@ -377,7 +447,9 @@ def test_what_is_not_read_is_counted_and_named(tmp_path, inspect):
     (root / "train" / "c").symlink_to("b")
     seen = inspect(root)
     assert seen.status == 0
-    assert seen.first.startswith("data: training ROOT/train: 5 images, 2 classes (a, b); validation none (")
+    assert seen.first.startswith(
+        "data: training ROOT/train: 5 images, 2 classes (a, b); validation none ("
+    )
     assert seen.text.splitlines()[1] == (
         "data: left out in ROOT/train: 2 links to folders that are listed already (first: a/up), 2 links to nothing (first: a/gone.png),"
         " 1 .part files (first: a/4.jpg.part), 1 .txt files (first: a/notes.txt), 1 pipes, sockets or devices (first: a/pipe.png)"
@@ -392,7 +464,9 @@ def ground_truth(root: Path) -> None:
 TABLES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "Tiny ImageNet": (
         "val/images/val_0.png val/images/val_1.png",
-        lambda root: (root / "val" / "val_annotations.txt").write_text("val_0.png\tn1\t0\t0\t9\t9\nval_1.png\tn2\t0\t0\t9\t9\n"),
+        lambda root: (root / "val" / "val_annotations.txt").write_text(
+            "val_0.png\tn1\t0\t0\t9\t9\nval_1.png\tn2\t0\t0\t9\t9\n"
+        ),
     ),
     "LOC_val_solution": (
         "val/ILSVRC2012_val_1.png val/ILSVRC2012_val_2.png",
@@ -400,15 +474,23 @@ TABLES: dict[str, tuple[str, Callable[[Path], object]]] = {
             "ImageId,PredictionString\nILSVRC2012_val_2,n2 85 1 49 27 n2 1 2 3 4 \nILSVRC2012_val_1,n1 5 1 9 2 \n"
         ),
     ),
-    "val.csv": ("val/x.png val/y.png", lambda root: (root / "val.csv").write_text("name;class\ny.png;n2\nx.png;n1\n")),
-    "ILSVRC2012's ground truth": ("val/ILSVRC2012_val_00000001.png val/ILSVRC2012_val_00000002.png", ground_truth),
+    "val.csv": (
+        "val/x.png val/y.png",
+        lambda root: (root / "val.csv").write_text("name;class\ny.png;n2\nx.png;n1\n"),
+    ),
+    "ILSVRC2012's ground truth": (
+        "val/ILSVRC2012_val_00000001.png val/ILSVRC2012_val_00000002.png",
+        ground_truth,
+    ),
 }
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_unsorted_validation_images_get_labels_from_a_table(table, tmp_path, inspect):
     names, write = TABLES[table]
-    root = tree(tmp_path, f"train/n1/images/1.png train/n2/images/2.png train/n3/images/3.png {names}")
+    root = tree(
+        tmp_path, f"train/n1/images/1.png train/n2/images/2.png train/n3/images/3.png {names}"
+    )
     write(root)
     seen = inspect(root)
     assert "; validation ROOT/val: 2 images, 2 of 3 classes (n1, n2)" in seen.first
@@ -416,7 +498,10 @@ def test_unsorted_validation_images_get_labels_from_a_table(table, tmp_path, ins
 
 
 def test_numbers_of_classes_in_an_order_that_nobody_states_give_no_labels(tmp_path, inspect):
-    root = tree(tmp_path, "train/n1/1.png train/n2/2.png val/ILSVRC2012_val_00000001.png val/ILSVRC2012_val_00000002.png")
+    root = tree(
+        tmp_path,
+        "train/n1/1.png train/n2/2.png val/ILSVRC2012_val_00000001.png val/ILSVRC2012_val_00000002.png",
+    )
     (root / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
     (root / "synsets.txt").write_text("n1\nn2\n")
     expected = (
@@ -432,11 +517,16 @@ def test_numbers_of_classes_in_an_order_that_nobody_states_give_no_labels(tmp_pa
 
 def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
     root = tree(tmp_path, "train/n1/1.png train/n2/2.png val/x.png val/y.png")
-    (root / "val.txt").write_text("x.png 0\ny.png 1\n")  # numbers of classes in an order that nobody states
+    (root / "val.txt").write_text(
+        "x.png 0\ny.png 1\n"
+    )  # numbers of classes in an order that nobody states
     (root / "val_submission.csv").write_text("id,label\nx,n1\ny,n1\n")
     seen = inspect(root)
     assert "; validation ROOT/val: 2 images, no labels" in seen.first
-    assert "data: ROOT/val.txt gives no labels: '0' is no class of the training split, which has n1, n2" in seen.text
+    assert (
+        "data: ROOT/val.txt gives no labels: '0' is no class of the training split, which has n1, n2"
+        in seen.text
+    )
 
 
 LISTS: dict[str, tuple[str, bytes, str]] = {
@@ -461,13 +551,18 @@ def test_lists_as_programs_write_them(written, tmp_path, inspect):
     name, content, expected = LISTS[written]
     root = tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / name).write_bytes(content)
-    assert inspect(root / name).first.startswith(f"data: training ROOT: {expected}; validation none (")
+    assert inspect(root / name).first.startswith(
+        f"data: training ROOT: {expected}; validation none ("
+    )
 
 
 def test_rows_of_the_same_image_are_counted(tmp_path, inspect):
     root = tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,label\n1.png,a\n1.png,b\n2.png,a\n")
-    assert "data: 1 of 3 rows of ROOT name an image that an earlier row names, and it is read as often\n" in inspect(root / "l.csv").text
+    assert (
+        "data: 1 of 3 rows of ROOT name an image that an earlier row names, and it is read as often\n"
+        in inspect(root / "l.csv").text
+    )
 
 
 def test_a_list_may_name_images_that_are_gone(tmp_path, inspect):
@@ -479,16 +574,26 @@ def test_a_list_may_name_images_that_are_gone(tmp_path, inspect):
 
 
 def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
-    config = commands.write_config(tmp_path / "run", tree(tmp_path, "train2017/1.png val2017/2.png"))
+    config = commands.write_config(
+        tmp_path / "run", tree(tmp_path, "train2017/1.png val2017/2.png")
+    )
     planned = commands.run("-m", "ssl_pretrain.train", config, "--plan")
-    assert (planned.status, planned.stderr.partition(" holds ")[0]) == (2, f"error: data.train: {tmp_path}/data")
+    assert (planned.status, planned.stderr.partition(" holds ")[0]) == (
+        2,
+        f"error: data.train: {tmp_path}/data",
+    )
 
 
 def test_a_list_that_names_its_splits(tmp_path, inspect):
     root = tree(tmp_path, "images/1.png images/2.png images/3.png")
-    (root / "all.csv").write_text("path,label,split\nimages/1.png,a,train\nimages/2.png,b,train\nimages/3.png,a,valid\n")
+    (root / "all.csv").write_text(
+        "path,label,split\nimages/1.png,a,train\nimages/2.png,b,train\nimages/3.png,a,valid\n"
+    )
     seen = inspect(root / "all.csv")
-    assert seen.first == "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT: 1 image, 1 of 2 classes (a)"
+    assert (
+        seen.first
+        == "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT: 1 image, 1 of 2 classes (a)"
+    )
 
 
 def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
@@ -496,7 +601,10 @@ def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
     (root / "train.csv").write_text("image,label\n1,a\n2,b\n")
     (root / "test.csv").write_text("image\n3\n")
     seen = inspect(root)
-    assert seen.first == "data: training ROOT/train.csv: 2 images, 2 classes (a, b); validation ROOT/test.csv: 1 image, no labels"
+    assert (
+        seen.first
+        == "data: training ROOT/train.csv: 2 images, 2 classes (a, b); validation ROOT/test.csv: 1 image, no labels"
+    )
 
 
 def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
@@ -504,20 +612,28 @@ def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
     (root / "l.csv").write_text("path,width,height\n1.png,20,20\n2.png,20,21\n")
     seen = inspect(root / "l.csv")
     assert seen.first.startswith("data: training ROOT: 2 images, no labels;")
-    assert "data: of the columns 'path', 'width', 'height' none is called label, so the images have no labels\n" in seen.text
+    assert (
+        "data: of the columns 'path', 'width', 'height' none is called label, so the images have no labels\n"
+        in seen.text
+    )
 
 
 def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     assert inspect(tmp_path / "train.parquet") == Seen(
-        2, "data.root: ROOT is a table of a kind that is not read; save it as .csv, with the columns path and label\n"
+        2,
+        "data.root: ROOT is a table of a kind that is not read; save it as .csv, with the columns path and label\n",
     )
 
 
 @pytest.mark.full
 def test_training_and_knn_go_on_without_the_stray_images(tmp_path):
     """A pipe, a stray image in each split and one in an unknown place stop neither the run nor its evaluation."""
-    root = tree(tmp_path, " ".join(f"Train/{c}/{n}.png" for c in "ab" for n in range(6)) + " Train/logo.png Val/a/1.png Val/b/2.png Val/x.png")
+    root = tree(
+        tmp_path,
+        " ".join(f"Train/{c}/{n}.png" for c in "ab" for n in range(6))
+        + " Train/logo.png Val/a/1.png Val/b/2.png Val/x.png",
+    )
     os.mkfifo(root / "Train" / "a" / "pipe.png")
     config = commands.write_config(tmp_path / "run", root)
     trained = commands.run("-m", "ssl_pretrain.train", config)
@@ -528,7 +644,9 @@ def test_training_and_knn_go_on_without_the_stray_images(tmp_path):
     )
     assert trained.stderr.splitlines()[0] == line
     assert "1 pipes, sockets or devices (first: a/pipe.png)" in trained.stderr
-    judged = commands.run("-m", "eval.knn", tmp_path / "run" / "run", "--device", "cpu")
+    judged = commands.run(
+        "-m", "ssl_pretrain.eval.knn", tmp_path / "run" / "run", "--device", "cpu"
+    )
     assert judged.status == 0, judged.text
     assert judged.stderr.splitlines()[0] == line
     assert "12 training, 2 test images, 2 classes" in judged.text

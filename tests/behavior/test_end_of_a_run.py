@@ -46,7 +46,9 @@ def until(reached, process: subprocess.Popen, seconds: float = 200) -> None:
 
 
 def has_trained(run: Path):
-    return lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 0
+    return lambda: (
+        (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 0
+    )
 
 
 def trainers(run: Path) -> list[int]:
@@ -63,12 +65,16 @@ def trainers(run: Path) -> list[int]:
 
 
 def newest_step(run: Path) -> int:
-    return max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+    return max(
+        int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")
+    )
 
 
 def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
     config = unlabelled(tmp_path)
-    result = commands.run("launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300)
+    result = commands.run(
+        "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
+    )
     assert result.status == 0, result.text
     reason = f"data.root: k-NN needs labels, and {tmp_path / 'data'} has no labelled images"
     assert result.stdout.count(f"eval.knn: skipped: {reason}") == 1
@@ -76,7 +82,9 @@ def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
     assert "Accuracies need labels, and these images have none." in page
     # given again, finished and evaluated: nothing is trained, nothing is changed
     before = snapshot(tmp_path / "run")
-    again = commands.run("launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300)
+    again = commands.run(
+        "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
+    )
     assert again.status == 0, again.text
     assert f"finished before: {tmp_path / 'run'} has done its 2 steps" in again.stdout
     assert "--- report: done before" in again.stdout
@@ -87,7 +95,9 @@ def test_a_failing_evaluation_keeps_the_report_from_nothing(tmp_path):
     """A class of the validation images that was never trained on fails k-NN."""
     config = labelled(tmp_path)
     commands.write_images(tmp_path / "data", ["val/class_9/0.png"], first=90)
-    result = commands.run("launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300)
+    result = commands.run(
+        "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
+    )
     assert result.status == 1, result.text
     assert "class_9" in result.stderr
     assert "error: failed: knn (status 2); the other evaluations were run" in result.stderr
@@ -99,7 +109,10 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     first = commands.run("-m", "ssl_pretrain.train", config, "epochs=2", "--stop-after", "3")
     assert first.status == 0, first.text
     saved = tmp_path / "run/checkpoints/step_00000003"
-    assert f"stopped: 3 of 4 steps, saved in {saved}. The same command goes on from there\n" in first.stdout
+    assert (
+        f"stopped: 3 of 4 steps, saved in {saved}. The same command goes on from there\n"
+        in first.stdout
+    )
     second = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
     assert second.status == 0 and "finished: 4 of 4 steps, saved in " in second.stdout, second.text
     before = snapshot(tmp_path / "run")
@@ -111,7 +124,10 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
         "Nothing was changed; give epochs=2 or more, or a new output\n"
     )
     for step, reason in (
-        ("5", f"error: STEP: 5 is after the last step of {tmp_path / 'run'}, 4; give one from 1 to 4\n"),
+        (
+            "5",
+            f"error: STEP: 5 is after the last step of {tmp_path / 'run'}, 4; give one from 1 to 4\n",
+        ),
         ("0", "argument step: '0' is out of range; give a whole number >= 1 "),
     ):
         replayed = commands.run("-m", "ssl_pretrain.replay", tmp_path / "run", step)
@@ -129,7 +145,10 @@ def test_the_launcher_forwards_a_signal_and_every_rank_saves(tmp_path, name, ran
     result = commands.finish(process)
     assert result.status == 75, result.text
     step = newest_step(run)
-    assert f"stopped: {step} of 200000 steps, saved in {run / 'checkpoints' / f'step_{step:08d}'}" in result.stdout
+    assert (
+        f"stopped: {step} of 200000 steps, saved in {run / 'checkpoints' / f'step_{step:08d}'}"
+        in result.stdout
+    )
     assert f"so not evaluated: the same command goes on from step_{step:08d}" in result.stdout
     assert "Traceback" not in result.text and not (run / "report.html").exists()
     assert not trainers(run) and not (run / "lock.json").exists()
@@ -159,7 +178,9 @@ def test_a_closed_terminal_saves_the_run(tmp_path):
 @pytest.mark.full
 def test_the_launcher_stops_as_process_1_of_a_container(tmp_path):
     """The kernel ignores signals to process 1 that it has no handler for."""
-    if subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True
+    ).returncode:
         pytest.skip("no PID namespace can be made here")
     config, run = labelled(tmp_path), tmp_path / "run"
     shell = f"exec unshare --pid --fork --mount-proc {commands.sys.executable} launch/pretrain.py {config} {MANY}"
@@ -177,7 +198,14 @@ def test_the_launcher_stops_as_process_1_of_a_container(tmp_path):
 def test_the_last_save_must_not_fail(tmp_path):
     """With checkpoint.on_failure=warn, too: these weights are nowhere else."""
     config, run = labelled(tmp_path), tmp_path / "run"
-    process = commands.start("-m", "ssl_pretrain.train", config, MANY, "checkpoint.on_failure=warn", "checkpoint.every_epochs=0")
+    process = commands.start(
+        "-m",
+        "ssl_pretrain.train",
+        config,
+        MANY,
+        "checkpoint.on_failure=warn",
+        "checkpoint.every_epochs=0",
+    )
     until(has_trained(run), process)
     (run / "checkpoints").rmdir()
     (run / "checkpoints").write_text("no folder")
@@ -187,13 +215,18 @@ def test_the_last_save_must_not_fail(tmp_path):
     assert re.search(r"error: checkpoint of step \d+ could not be written to ", result.stderr)
 
 
-@pytest.mark.parametrize("command", ["launch/pretrain.py", "launch/sweep.py", "-m ssl_pretrain.train"])
+@pytest.mark.parametrize(
+    "command", ["launch/pretrain.py", "launch/sweep.py", "-m ssl_pretrain.train"]
+)
 def test_keys_of_slurm_are_refused_where_nothing_is_submitted(tmp_path, command):
     config = labelled(tmp_path)
     keys = ["launch.partition=gpu", "seed=0", "launch.hours=2"]
     result = commands.run(*command.split(), config, *keys, PATH=str(tmp_path))
     assert result.status == 2, result.text
-    assert "error: launch.hours: 2.0, launch.partition: gpu: these are for SLURM, and this " in result.stderr
+    assert (
+        "error: launch.hours: 2.0, launch.partition: gpu: these are for SLURM, and this "
+        in result.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -210,7 +243,16 @@ def test_slurm_without_slurm_is_one_line(tmp_path):
 def test_what_a_killed_evaluation_held_is_released_by_the_next(tmp_path):
     config, run = labelled(tmp_path), tmp_path / "run"
     assert commands.run("-m", "ssl_pretrain.train", config).status == 0
-    arguments = ("launch/evaluate.py", run, "--jobs", "knn", "--device", "cpu", "--cluster", "local")
+    arguments = (
+        "launch/evaluate.py",
+        run,
+        "--jobs",
+        "knn",
+        "--device",
+        "cpu",
+        "--cluster",
+        "local",
+    )
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = commands.start(*arguments)
         until(lambda: list((run / "eval").rglob("*.safetensors")), process)
@@ -226,7 +268,9 @@ def test_what_a_killed_evaluation_held_is_released_by_the_next(tmp_path):
 def test_a_reader_that_leaves_ends_neither_training_nor_evaluation(tmp_path):
     """As `... | tee log` does whose `tee` was killed."""
     config, run = labelled(tmp_path), tmp_path / "run"
-    command = f"{commands.sys.executable} launch/pretrain.py {config} epochs=4 evaluation.at_end=[knn]"
+    command = (
+        f"{commands.sys.executable} launch/pretrain.py {config} epochs=4 evaluation.at_end=[knn]"
+    )
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -1"], cwd=commands.ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(commands.ROOT)}, timeout=300, check=False,

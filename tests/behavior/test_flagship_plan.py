@@ -18,8 +18,18 @@ CONFIG = "configs/simclr_imagenet.yaml"
     ],
 )
 def test_eight_gpus_hold_the_flagship(gpu, overrides, fits):
-    arguments = ["data.root=/data/imagenet", "--plan", f"plan.gpu={gpu}", "launch.gpus_per_node=8", *overrides]
+    arguments = [
+        "data.root=/data/imagenet",
+        "--plan",
+        f"plan.gpu={gpu}",
+        "launch.gpus_per_node=8",
+        *overrides,
+    ]
     done = run("-m", "ssl_pretrain.train", CONFIG, *arguments, timeout=300)
     assert done.status == 0, done.text
-    memory = next(line for line in done.stdout.splitlines() if line.startswith("memory of each, 1,024 images at once"))
+    memory = next(
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith("memory of each, 1,024 images at once")
+    )
     assert memory.endswith("; fits") == fits, memory

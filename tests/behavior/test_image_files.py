@@ -20,7 +20,9 @@ pytestmark = pytest.mark.full  # each test starts several processes; `make test-
 
 
 def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def damage(files: list[Path]) -> None:
@@ -33,7 +35,13 @@ class TestReplaced:
 
     def test_images_that_vanish_stop_the_run(self, tmp_path):
         root = class_folders(tmp_path / "data", "train", classes=4, per_class=10)
-        process = start("-m", "ssl_pretrain.train", write_config(tmp_path, root), "epochs=2000", "data.num_workers=1")
+        process = start(
+            "-m",
+            "ssl_pretrain.train",
+            write_config(tmp_path, root),
+            "epochs=2000",
+            "data.num_workers=1",
+        )
         deadline = time.monotonic() + 100
         while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -41,7 +49,9 @@ class TestReplaced:
             file.unlink()
         finished = finish(process)
         assert finished.status == 2, finished.text
-        assert "error: data." in finished.stderr and "No such file or directory; " in finished.stderr
+        assert (
+            "error: data." in finished.stderr and "No such file or directory; " in finished.stderr
+        )
         assert str(root / "train") in finished.stderr and "Traceback" not in finished.stderr
 
     def test_a_few_are_counted_in_the_records_and_the_report(self, tmp_path):
@@ -52,7 +62,7 @@ class TestReplaced:
         assert finished.status == 0, finished.text
         assert sum(record["replaced_images"] for record in records(tmp_path)) == 2
         assert finished.text.count("takes its place") == 1
-        finished = run("-m", "eval.report", tmp_path / "run")
+        finished = run("-m", "ssl_pretrain.eval.report", tmp_path / "run")
         assert finished.status == 0, finished.text
         page = (tmp_path / "run" / "report.html").read_text()
         assert "unreadable images replaced" in page and "Replaced images" in page
@@ -78,8 +88,22 @@ class TestReplaced:
         """Each of two ranks meets fewer unreadable images than may be replaced, both together more."""
         root = class_folders(tmp_path / "data", "train", classes=4, per_class=50)
         damage(sorted(root.rglob("*.png"))[10:14])  # 4 of 200, and 2 may be
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ssl_pretrain.train")
-        finished = run(*torchrun, write_config(tmp_path, root), "global_batch_size=20", "epochs=1", "log.every_steps=50")
+        torchrun = (
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "ssl_pretrain.train",
+        )
+        finished = run(
+            *torchrun,
+            write_config(tmp_path, root),
+            "global_batch_size=20",
+            "epochs=1",
+            "log.every_steps=50",
+        )
         assert finished.status != 0
         assert "error: data.max_replaced: " in finished.stderr
 
@@ -89,9 +113,12 @@ class TestReplaced:
         class_folders(root, "val", classes=2, per_class=8, first=50)
         assert run("-m", "ssl_pretrain.train", write_config(tmp_path, root)).status == 0
         damage(sorted((root / "val").rglob("*.png"))[::3])  # the first one too
-        finished = run("-m", "eval.knn", tmp_path / "run")
+        finished = run("-m", "ssl_pretrain.eval.knn", tmp_path / "run")
         assert finished.status == 2, finished.text
-        assert "data.max_replaced: " in finished.stderr and f"of 16 images of {root / 'val'} could not be read" in finished.stderr
+        assert (
+            "data.max_replaced: " in finished.stderr
+            and f"of 16 images of {root / 'val'} could not be read" in finished.stderr
+        )
         assert not (tmp_path / "run" / "eval" / "knn.json").exists()
 
 
@@ -112,10 +139,15 @@ class TestRange:
         finished = run("-m", "ssl_pretrain.train", config)
         assert finished.status == 2
         assert "error: data.range: not set, and the 16-bit images of " in finished.stderr
-        assert "would leave 11 of 256 gray levels" in finished.stderr and "data.range=[2" in finished.stderr
+        assert (
+            "would leave 11 of 256 gray levels" in finished.stderr
+            and "data.range=[2" in finished.stderr
+        )
         told = run("-m", "ssl_pretrain.data.inspect", tmp_path / "data")
         assert told.status == 0 and "16 images wider than 8 bits" in told.stdout
-        assert "  range: [20" in told.stdout and "11 of 256 gray levels would be left" in told.stdout
+        assert (
+            "  range: [20" in told.stdout and "11 of 256 gray levels would be left" in told.stdout
+        )
         finished = run("-m", "ssl_pretrain.train", config, "data.range=[200,3000]")
         assert finished.status == 0, finished.text
 
@@ -123,16 +155,33 @@ class TestRange:
     def test_floats_need_a_range_and_inspect_proposes_it(self, tmp_path):
         write_deep(tmp_path / "data", 0, 2, np.float32)
         told = run("-m", "ssl_pretrain.data.inspect", tmp_path / "data")
-        assert told.status == 1 and "pixels of mode F have no agreed conversion to RGB; give data.range=[low, high]" in told.stdout
+        assert (
+            told.status == 1
+            and "pixels of mode F have no agreed conversion to RGB; give data.range=[low, high]"
+            in told.stdout
+        )
         assert "  range: [0, 1]" in told.stdout
-        finished = run("-m", "ssl_pretrain.train", write_config(tmp_path, tmp_path / "data"), "data.range=[0,1]")
+        finished = run(
+            "-m",
+            "ssl_pretrain.train",
+            write_config(tmp_path, tmp_path / "data"),
+            "data.range=[0,1]",
+        )
         assert finished.status == 0, finished.text
 
     @pytest.mark.full
     def test_a_beton_is_written_by_the_range_and_not_without(self, tmp_path):
         pytest.importorskip("ffcv")
         write_deep(tmp_path / "data", 0, 1000)
-        write = ("-m", "ssl_pretrain.data.beton", "write", tmp_path / "data", tmp_path / "train.beton", "--workers", "1")
+        write = (
+            "-m",
+            "ssl_pretrain.data.beton",
+            "write",
+            tmp_path / "data",
+            tmp_path / "train.beton",
+            "--workers",
+            "1",
+        )
         finished = run(*write)
         assert finished.status == 2 and "error: data.range: not set" in finished.stderr
         assert not (tmp_path / "train.beton").exists()
@@ -154,12 +203,19 @@ class TestTrust:
         (root / "train" / "class_1" / "eps.jpg").write_text(eps)
         told = run("-m", "ssl_pretrain.data.inspect", root)
         assert told.status == 1
-        assert told.stdout.count("16,000 x 16,000 pixels are more than the 178,956,970 that are decoded") == 2
+        assert (
+            told.stdout.count(
+                "16,000 x 16,000 pixels are more than the 178,956,970 that are decoded"
+            )
+            == 2
+        )
         assert "eps.jpg: no known image format" in told.stdout
 
     def test_members_of_an_archive_are_what_it_says(self, tmp_path):
         content = io.BytesIO()
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(content, "BMP")
+        Image.fromarray(
+            np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        ).save(content, "BMP")
         path = tmp_path / "data.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for number in range(8):
@@ -183,16 +239,26 @@ class TestTrust:
         pytest.importorskip("ffcv")
         root = class_folders(tmp_path / "data", "train")
         path = tmp_path / "train.beton"
-        assert run("-m", "ssl_pretrain.data.beton", "write", root, path, "--workers", "1").status == 0
+        assert (
+            run("-m", "ssl_pretrain.data.beton", "write", root, path, "--workers", "1").status == 0
+        )
         content = bytearray(path.read_bytes())
-        content[-8:] = (2**64 - 8).to_bytes(8, "little")  # the length in the last entry of the table
+        content[-8:] = (2**64 - 8).to_bytes(
+            8, "little"
+        )  # the length in the last entry of the table
         path.write_bytes(content)
         finished = run("-m", "ssl_pretrain.train", write_config(tmp_path, path))
-        assert finished.status == 2 and "error: data.root: " in finished.stderr and "do not belong together" in finished.stderr
+        assert (
+            finished.status == 2
+            and "error: data.root: " in finished.stderr
+            and "do not belong together" in finished.stderr
+        )
         path.with_name("train.beton.json").unlink()
         for command in ("check", "info"):
             finished = run("-m", "ssl_pretrain.data.beton", command, path)
-            assert finished.status == 2 and "points outside the file; it is damaged" in finished.stderr, finished.text
+            assert (
+                finished.status == 2 and "points outside the file; it is damaged" in finished.stderr
+            ), finished.text
 
 
 KILLED = """
@@ -222,6 +288,12 @@ def test_memory_of_evaluations_does_not_follow_the_aspect_ratio_of_a_file(tmp_pa
     root = class_folders(tmp_path / "data", "train")
     Image.new("RGB", (60_000, 1)).save(root / "train" / "class_0" / "thin.png")
     online = ("online.knn_every_epochs=1", "online.k=3", "online.probe=false")
-    finished = run("-m", "ssl_pretrain.train", write_config(tmp_path, root), "views.crops.global.size=64", *online)
+    finished = run(
+        "-m",
+        "ssl_pretrain.train",
+        write_config(tmp_path, root),
+        "views.crops.global.size=64",
+        *online,
+    )
     assert finished.status == 0, finished.text
     assert records(tmp_path)[-1]["memory_gib"] < 2.5

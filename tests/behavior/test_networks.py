@@ -16,7 +16,9 @@ def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("networks")
     class_folders(folder / "images", "train")
     path = write_config(folder, folder / "images")
-    path.write_text(path.read_text().replace("stem: no_pool", "stem: imagenet").replace("size: 16", "size: 32"))
+    path.write_text(
+        path.read_text().replace("stem: no_pool", "stem: imagenet").replace("size: 16", "size: 32")
+    )
     return path
 
 
@@ -86,14 +88,19 @@ WIDTHS = {
 def test_the_width_of_the_features_is_measured(config, tmp_path):
     """One run of each network. Its projector would not fit another width."""
     runs = {name: tmp_path / name for name in WIDTHS}
-    results = each([[TRAIN, str(config), *WIDTHS[name], f"output={run}"] for name, run in runs.items()])
+    results = each(
+        [[TRAIN, str(config), *WIDTHS[name], f"output={run}"] for name, run in runs.items()]
+    )
     for run, (status, _, err) in zip(runs.values(), results, strict=True):
         assert status == 0, err
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_network_of_one_size_is_built_for_the_views(config, tmp_path):
-    keys = ["backbone.name=swin_tiny_patch4_window7_224", "backbone.args={embed_dim: 16, depths: [1, 1], num_heads: [2, 2]}"]
+    keys = [
+        "backbone.name=swin_tiny_patch4_window7_224",
+        "backbone.args={embed_dim: 16, depths: [1, 1], num_heads: [2, 2]}",
+    ]
     ((status, _, err),) = each([[TRAIN, str(config), *keys, f"output={tmp_path / 'run'}"]])
     assert status == 0, err
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

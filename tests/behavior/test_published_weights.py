@@ -22,7 +22,9 @@ def config(tmp_path_factory) -> Path:
     class_folders(folder / "images", "train")
     class_folders(folder / "images", "val", per_class=3, first=100)
     path = write_config(folder, folder / "images")
-    path.write_text(path.read_text().replace("stem: no_pool", "stem: imagenet").replace("size: 16", "size: 32"))
+    path.write_text(
+        path.read_text().replace("stem: no_pool", "stem: imagenet").replace("size: 16", "size: 32")
+    )
     return path
 
 
@@ -46,7 +48,9 @@ FILES = {  # what the file holds, and what is said of it
     "moco": (
         {
             "epoch": 200,
-            "state_dict": below("module.encoder_q.", network()) | below("module.encoder_k.", other()) | {"module.queue": torch.ones(2)},
+            "state_dict": below("module.encoder_q.", network())
+            | below("module.encoder_k.", other())
+            | {"module.queue": torch.ones(2)},
             "optimizer": {"state": {}, "param_groups": []},
         },
         "read at 'state_dict'; prefix 'encoder_q.'",
@@ -61,11 +65,17 @@ FILES = {  # what the file holds, and what is said of it
         "read at 'teacher'; prefix 'backbone.'; 1 tensors outside it left out; left out fc.bias, fc.weight",
     ),
     "lightning": (
-        {"state_dict": below("model.backbone.", BARE) | {"classifier.weight": torch.ones(3, 96)}, "epoch": 3},
+        {
+            "state_dict": below("model.backbone.", BARE) | {"classifier.weight": torch.ones(3, 96)},
+            "epoch": 3,
+        },
         "read at 'state_dict'; prefix 'model.backbone.'; 1 tensors outside it left out",
     ),
     "moco_v3": (
-        {"state_dict": below("module.base_encoder.", BARE) | below("module.momentum_encoder.", BARE)},
+        {
+            "state_dict": below("module.base_encoder.", BARE)
+            | below("module.momentum_encoder.", BARE)
+        },
         "read at 'state_dict'; prefix 'base_encoder.'",
     ),
 }
@@ -75,7 +85,9 @@ def test_published_files_are_found_their_way_into(config, tmp_path):
     commands = []
     for name, (content, _) in FILES.items():
         torch.save(content, tmp_path / f"{name}.pth")
-        commands.append(["ssl_pretrain.train", str(config), f"backbone.init={tmp_path / name}.pth", "--plan"])
+        commands.append(
+            ["ssl_pretrain.train", str(config), f"backbone.init={tmp_path / name}.pth", "--plan"]
+        )
     for (name, (_, said)), (status, out, err) in zip(FILES.items(), each(commands), strict=True):
         assert status == 0, err
         line = next(line for line in out.splitlines() if line.startswith("weights: "))
@@ -94,7 +106,11 @@ REFUSED = {
         "not the weights of this backbone: ",
     ),
     "a missing key": (
-        {key: value for key, value in network().items() if key != "conv1.weight" and "layer1.0.conv1" not in key},
+        {
+            key: value
+            for key, value in network().items()
+            if key != "conv1.weight" and "layer1.0.conv1" not in key
+        },
         [],
         "not the weights of this backbone: ",
     ),
@@ -117,15 +133,32 @@ def test_weights_of_another_network_are_refused(config, tmp_path):
     commands = []
     for number, (content, keys, _) in enumerate(REFUSED.values()):
         torch.save(content, tmp_path / f"{number}.pth")
-        commands.append(["ssl_pretrain.train", str(config), f"backbone.init={tmp_path / str(number)}.pth", *keys, "--plan"])
-    for number, ((_, _, message), (status, _, err)) in enumerate(zip(REFUSED.values(), each(commands), strict=True)):
+        commands.append(
+            [
+                "ssl_pretrain.train",
+                str(config),
+                f"backbone.init={tmp_path / str(number)}.pth",
+                *keys,
+                "--plan",
+            ]
+        )
+    for number, ((_, _, message), (status, _, err)) in enumerate(
+        zip(REFUSED.values(), each(commands), strict=True)
+    ):
         source = f"error: backbone.init: '{tmp_path / str(number)}.pth'"
         assert status == 2 and err.replace("': ", "' ").startswith(f"{source} {message}"), err
 
 
 def test_a_key_and_a_prefix_say_which_weights_are_meant(config, tmp_path):
-    torch.save({"nets": {"deep": below("left.", network()) | below("right.", other())}}, tmp_path / "nested.pth")
-    keys = [f"backbone.init={tmp_path / 'nested.pth'}", "backbone.init_key=nets.deep", "backbone.init_prefix=right."]
+    torch.save(
+        {"nets": {"deep": below("left.", network()) | below("right.", other())}},
+        tmp_path / "nested.pth",
+    )
+    keys = [
+        f"backbone.init={tmp_path / 'nested.pth'}",
+        "backbone.init_key=nets.deep",
+        "backbone.init_prefix=right.",
+    ]
     done = run("-m", "ssl_pretrain.train", config, *keys, f"output={tmp_path / 'run'}")
     assert done.status == 0, done.text
     assert "read at 'nets.deep'; prefix 'right.'; " in done.stdout
@@ -141,7 +174,11 @@ def test_positions_of_another_image_size_are_resampled_and_reported(config, tmp_
 
 def test_evaluations_judge_weights_without_a_run(config, tmp_path):
     torch.save({"model": network()}, tmp_path / "published.pth")
-    shared = [str(tmp_path / "published.pth"), f"data.root={config.parent / 'images'}", "backbone.name=test_resnet"]
+    shared = [
+        str(tmp_path / "published.pth"),
+        f"data.root={config.parent / 'images'}",
+        "backbone.name=test_resnet",
+    ]
     shared += ["evaluation.image_size=32", f"output={tmp_path / 'judged'}"]
     commands = [["eval.knn", *shared, "--k", "3"], ["eval.linear", *shared, "--epochs", "2"]]
     for status, out, err in each(commands):
@@ -177,9 +214,25 @@ def test_every_evaluation_takes_weights_of_a_network_that_is_no_resnet_or_vit(co
 def test_results_of_weights_are_not_mixed_with_others(config, tmp_path):
     torch.save(network(), tmp_path / "a.pth")
     torch.save(other(), tmp_path / "b.pth")
-    keys = [f"data.root={config.parent / 'images'}", "evaluation.image_size=32", f"output={tmp_path / 'judged'}", "--k=3"]
-    commands = [["eval.knn", str(tmp_path / name), "backbone.name=test_resnet", *keys] for name in ("a.pth", "b.pth")]
+    keys = [
+        f"data.root={config.parent / 'images'}",
+        "evaluation.image_size=32",
+        f"output={tmp_path / 'judged'}",
+        "--k=3",
+    ]
+    commands = [
+        ["eval.knn", str(tmp_path / name), "backbone.name=test_resnet", *keys]
+        for name in ("a.pth", "b.pth")
+    ]
     first, second, unnamed = each([*commands, ["eval.knn", str(tmp_path / "a.pth"), *keys]])
     assert first[0] == 0, first
-    assert second[0] == 2 and "judged holds a run, or the results of other weights; give another folder with output=FOLDER" in second[2]
-    assert unnamed[0] == 2 and "which network are these weights of? Give its timm name, as in backbone.name=resnet50" in unnamed[2]
+    assert (
+        second[0] == 2
+        and "judged holds a run, or the results of other weights; give another folder with output=FOLDER"
+        in second[2]
+    )
+    assert (
+        unnamed[0] == 2
+        and "which network are these weights of? Give its timm name, as in backbone.name=resnet50"
+        in unnamed[2]
+    )

@@ -11,7 +11,7 @@ import threading
 import commands
 import pytest
 
-from ssl_pretrain import manifest
+from ssl_pretrain.checkpoint import folder as checkpoint_folder
 
 TRAIN = ("-m", "ssl_pretrain.train")
 
@@ -52,7 +52,9 @@ def server():
         ("WANDB_DISABLED", "true", "log.wandb=online"),
     ],
 )
-def test_wandb_told_not_to_send_sends_nothing(config, server, tmp_path, monkeypatch, variable, value, override):
+def test_wandb_told_not_to_send_sends_nothing(
+    config, server, tmp_path, monkeypatch, variable, value, override
+):
     address, asked = server
     for name in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
@@ -61,7 +63,10 @@ def test_wandb_told_not_to_send_sends_nothing(config, server, tmp_path, monkeypa
     assert finished.status == 0, finished.text
     assert asked == []
     if override == "log.wandb=online":
-        assert f"W&B: off, as {variable}={value} says, although log.wandb is online; nothing is sent" in finished.stdout
+        assert (
+            f"W&B: off, as {variable}={value} says, although log.wandb is online; nothing is sent"
+            in finished.stdout
+        )
     assert (tmp_path / "run" / "wandb").exists() == (value == "offline")
 
 
@@ -70,11 +75,13 @@ def plant(folder, **log):
     path = folder / "manifest.json"
     written = json.loads(path.read_text())
     written["config"]["log"] |= log
-    path.write_text(manifest.dumps(written))
+    path.write_text(checkpoint_folder.dumps(written))
 
 
 @pytest.mark.full
-def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_yaml(config, tmp_path):
+def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_yaml(
+    config, tmp_path
+):
     """A run folder or a YAML from someone else must not read this user's environment."""
     refused = "'${' is not allowed: nothing is interpolated"
     hidden = tmp_path / "hidden.yaml"
@@ -84,7 +91,7 @@ def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_ya
     trained = commands.run(*TRAIN, config)
     assert trained.status == 0, trained.text
     plant(tmp_path / "run" / "checkpoints" / "step_00000002", name="${oc.env:SECRET}")
-    judged = commands.run("-m", "eval.knn", tmp_path / "run", SECRET="hunter2")
+    judged = commands.run("-m", "ssl_pretrain.eval.knn", tmp_path / "run", SECRET="hunter2")
     assert judged.status == 2, judged.text
     assert f"the checkpoint's config: {refused}" in judged.stderr and "hunter2" not in judged.text
 
@@ -95,7 +102,7 @@ def test_the_live_page_answers_for_its_own_host_alone(tmp_path):
     run.mkdir()
     (run / "config.yaml").write_text("method: {name: secret_method}\n")
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.5, "loss": 1.5}) + "\n")
-    serving = commands.start("-m", "eval.report", run, "--follow")
+    serving = commands.start("-m", "ssl_pretrain.eval.report", run, "--follow")
     try:
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", serving.stdout.readline())[1])
 
@@ -108,9 +115,23 @@ def test_the_live_page_answers_for_its_own_host_alone(tmp_path):
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
 
-        for host in (f"127.0.0.1:{port}", f"localhost:{port}", "LOCALHOST:9999", "localhost", f"[::1]:{port}"):
+        for host in (
+            f"127.0.0.1:{port}",
+            f"localhost:{port}",
+            "LOCALHOST:9999",
+            "localhost",
+            f"[::1]:{port}",
+        ):
             assert ask("/main", host)[0] == 200, host
-        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example:1", "", None, "evil@localhost"):
+        for host in (
+            "evil.example",
+            f"evil.example:{port}",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example:1",
+            "",
+            None,
+            "evil@localhost",
+        ):
             status, body = ask("/main", host)
             assert status == 403 and "secret_method" not in body, host
             assert ask("/", host)[0] == 403

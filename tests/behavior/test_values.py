@@ -27,7 +27,16 @@ TEXTS = ["010", "1e5", "1_000", "0x1F", "1:30", "true", "no", "null", "2026-01-0
 TEXTS += ["/data/photos #1", "/data/a: b", "@x", "*x", "runs/a=b", "{a", "[a]", "a ", "~", ".nan"]
 
 
-KEYS = ["output", "data.root", "data.cache_dir", "log.name", "log.project", "plan.calibration", "data.train", "data.val"]
+KEYS = [
+    "output",
+    "data.root",
+    "data.cache_dir",
+    "log.name",
+    "log.project",
+    "plan.calibration",
+    "data.train",
+    "data.val",
+]
 
 
 def test_text_keys_take_the_text_of_an_override_as_it_is(config):
@@ -41,18 +50,40 @@ def test_text_keys_take_the_text_of_an_override_as_it_is(config):
 
 def test_text_keys_take_the_text_of_a_yaml_as_it_is(config):
     written = config.with_name("plain.yaml")
-    text = config.read_text().replace('wandb: "off"', "wandb: off, project: 1e3, name: null, tags: [010, no, 2026-01-01]")
+    text = config.read_text().replace(
+        'wandb: "off"', "wandb: off, project: 1e3, name: null, tags: [010, no, 2026-01-01]"
+    )
     written.write_text(text.replace(f"output: {config.parent / 'run'}", "output: 010"))
-    found = plan(written, "optim.final_weight_decay=null", "plan.calibration=007", "views.crops.global.size=24")
-    assert (found["output"], found["log"]["wandb"], found["log"]["project"]) == ("010", "off", "1e3")
+    found = plan(
+        written,
+        "optim.final_weight_decay=null",
+        "plan.calibration=007",
+        "views.crops.global.size=24",
+    )
+    assert (found["output"], found["log"]["wandb"], found["log"]["project"]) == (
+        "010",
+        "off",
+        "1e3",
+    )
     assert (found["log"]["name"], found["log"]["tags"]) == ("null", ["010", "no", "2026-01-01"])
     assert (found["optim"]["final_weight_decay"], found["plan"]["calibration"]) == (None, "007")
     assert (found["views"]["crops"]["global"]["size"], found["optim"]["base_lr"]) == (24, 4.0)
 
 
 def test_a_number_may_be_written_in_any_decimal_form(config):
-    found = plan(config, "optim.base_lr=1e-3", "optim.weight_decay=0", "seed=010", "checkpoint.resume=no", "local_batch_size=8")
-    assert (found["optim"]["base_lr"], found["optim"]["weight_decay"], found["seed"]) == (0.001, 0.0, 10)
+    found = plan(
+        config,
+        "optim.base_lr=1e-3",
+        "optim.weight_decay=0",
+        "seed=010",
+        "checkpoint.resume=no",
+        "local_batch_size=8",
+    )
+    assert (found["optim"]["base_lr"], found["optim"]["weight_decay"], found["seed"]) == (
+        0.001,
+        0.0,
+        10,
+    )
     assert (found["checkpoint"]["resume"], found["local_batch_size"]) == (False, 8)
 
 
@@ -61,14 +92,28 @@ def test_a_run_and_its_evaluation_find_a_folder_with_a_number_sign(config):
     trained = run("-m", "ssl_pretrain.train", config, f"output={config.parent}/010")
     assert trained.status == 0, trained.text
     root = config.parent / "photos #1"
-    knn = run("-m", "eval.knn", config.parent / "010", f"data.root={root}", "evaluation.k=3", "--split", "train", "--rows", "raw")
+    knn = run(
+        "-m",
+        "ssl_pretrain.eval.knn",
+        config.parent / "010",
+        f"data.root={root}",
+        "evaluation.k=3",
+        "--split",
+        "train",
+        "--rows",
+        "raw",
+    )
     assert knn.status == 0, knn.text
 
 
 def test_a_sweep_takes_its_folder_as_it_is_and_splits_only_at_plain_commas(config):
-    done = run("launch/sweep.py", config, "output=runs/010,b #1", r"log.name=a\,b,c", "seed=0,1", "--list")
+    done = run(
+        "launch/sweep.py", config, "output=runs/010,b #1", r"log.name=a\,b,c", "seed=0,1", "--list"
+    )
     assert done.status == 0, done.text
-    assert done.stdout.splitlines() == [f"runs/010,b #1/name={name},seed={seed}" for name in ("a,b", "c") for seed in (0, 1)]
+    assert done.stdout.splitlines() == [
+        f"runs/010,b #1/name={name},seed={seed}" for name in ("a,b", "c") for seed in (0, 1)
+    ]
 
 
 MISTAKES = {
@@ -99,7 +144,9 @@ MISTAKES = {
 
 
 def test_a_value_that_can_only_be_a_mistake_is_refused(config):
-    results = each([["ssl_pretrain.train", str(config), mistake, "--stop-after", "2"] for mistake in MISTAKES])
+    results = each(
+        [["ssl_pretrain.train", str(config), mistake, "--stop-after", "2"] for mistake in MISTAKES]
+    )
     for message, (status, _, err) in zip(MISTAKES.values(), results, strict=True):
         assert (status, err) == (2, f"error: {config}: {message}\n")
     assert not (config.parent / "run").exists()
@@ -108,7 +155,10 @@ def test_a_value_that_can_only_be_a_mistake_is_refused(config):
 FILES = {
     "a text": (b"just text\n", "a configuration is a mapping of keys, got the text 'just text'"),
     "a list": (b"- a\n- b\n", "a configuration is a mapping of keys, got a list"),
-    "another encoding": (b"seed: 1\nlog: {name: caf\xe9}\n", "not UTF-8 text: byte 0xe9 at line 2. Save the file as UTF-8"),
+    "another encoding": (
+        b"seed: 1\nlog: {name: caf\xe9}\n",
+        "not UTF-8 text: byte 0xe9 at line 2. Save the file as UTF-8",
+    ),
     "a NUL": (
         b"seed: 1\nlog: {name: a\0b}\n",
         "not valid YAML at line 2: control characters are not allowed. Write each key once, as 'key: value'",
@@ -125,7 +175,9 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path):
     for number, (content, _) in enumerate(FILES.values()):
         (tmp_path / f"{number}.yaml").write_bytes(content)
         commands.append(["ssl_pretrain.train", str(tmp_path / f"{number}.yaml"), "--plan"])
-    for number, ((_, message), result) in enumerate(zip(FILES.values(), each(commands), strict=True)):
+    for number, ((_, message), result) in enumerate(
+        zip(FILES.values(), each(commands), strict=True)
+    ):
         assert result == (2, "", f"error: {tmp_path}/{number}.yaml: {message}\n")
 
 
@@ -142,6 +194,11 @@ OPTIONS = [
 
 
 def test_options_of_commands_take_only_values_that_mean_something():
-    for (_, option, value), (status, _, err) in zip(OPTIONS, each([[name, "x", option, value] for name, option, value in OPTIONS])):
-        assert status == 2 and f"argument {option}" in err and f"'{value}' is out of range; give a " in err, err
-
+    for (_, option, value), (status, _, err) in zip(
+        OPTIONS, each([[name, "x", option, value] for name, option, value in OPTIONS])
+    ):
+        assert (
+            status == 2
+            and f"argument {option}" in err
+            and f"'{value}' is out of range; give a " in err
+        ), err

@@ -30,7 +30,7 @@ import authors
 
 from ssl_pretrain.config import load
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.views import colour, crops, recipe
+from ssl_pretrain.views import color, crops, recipe
 from ssl_pretrain.views.crops import Box
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
@@ -42,7 +42,12 @@ TORCHVISION = {
     "antialias": True,
     "crop_sampler": "torchvision",
 }
-TENSORFLOW = {"contrast_mean": "channel", "saturation_mode": "hsv", "blur_border": "zero", "antialias": False}
+TENSORFLOW = {
+    "contrast_mean": "channel",
+    "saturation_mode": "hsv",
+    "blur_border": "zero",
+    "antialias": False,
+}
 PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation: no normalization
 BORDER = 11  # pixels from the edge that a blur of 23 taps reads beyond
 FRAME = 2  # outermost pixels, which a blur with black around the view darkens most
@@ -51,11 +56,17 @@ DRAWS = 100_000  # boxes per distribution
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shared = Path(os.environ.get("SSL_PRETRAIN_DATA", ROOT.parent / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=shared / "imagenet_sample.zip")
-    parser.add_argument("--images", type=int, default=32, help="images for single operations (default: %(default)s)")
-    parser.add_argument("--views", type=int, default=200, help="images for whole views (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=32, help="images for single operations (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--views", type=int, default=200, help="images for whole views (default: %(default)s)"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(DataConfig(root=str(given.data), cache_dir=folder), "train")
@@ -76,10 +87,17 @@ def main() -> None:
 
 def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
     """Print the first table and return the mean difference by operation, of torchvision's functions and of the recipes' options."""
-    resized = torch.stack([crops.apply(pixels(image), Box(0, 0, *image.shape[:2], False), Crop(size=224)) for image in images])
+    resized = torch.stack(
+        [
+            crops.apply(pixels(image), Box(0, 0, *image.shape[:2], False), Crop(size=224))
+            for image in images
+        ]
+    )
     floats = resized.permute(0, 2, 3, 1).numpy() / 255.0
     means: list[dict[str, float]] = [{}, {}]
-    print(f"| operation, {len(images)} images | torchvision's: mean, max, share > 10 | the recipes': mean, max, share > 10 |")
+    print(
+        f"| operation, {len(images)} images | torchvision's: mean, max, share > 10 | the recipes': mean, max, share > 10 |"
+    )
     print("|---|---|---|")
     for name, crop in {
         "contrast": Crop(size=224, jitter=1.0, contrast=0.8),
@@ -87,11 +105,17 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
         "blur, inside": Crop(size=224, blur=1.0, blur_kernel=23),
         "blur, outermost 11 pixels": Crop(size=224, blur=1.0, blur_kernel=23),
     }.items():
-        drawn = colour.draw(crop, 0, 0, np.arange(len(images)), 0)
-        expected = np.stack([_theirs(name, floats[row], drawn, row, crop) for row in range(len(images))])
+        drawn = color.draw(crop, 0, 0, np.arange(len(images)), 0)
+        expected = np.stack(
+            [_theirs(name, floats[row], drawn, row, crop) for row in range(len(images))]
+        )
         cells = []
         for found, options in zip(means, (TORCHVISION, TENSORFLOW)):
-            view = colour.apply(resized, drawn, replace(crop, **options), *PLAIN).permute(0, 2, 3, 1).numpy()
+            view = (
+                color.apply(resized, drawn, replace(crop, **options), *PLAIN)
+                .permute(0, 2, 3, 1)
+                .numpy()
+            )
             difference = 255 * np.abs(view - expected)
             if name.startswith("blur"):
                 inside = np.zeros((224, 224), bool)
@@ -100,7 +124,10 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
             found[name] = float(difference.mean())
             cells.append(_cell(difference))
         print(f"| {name} | {cells[0]} | {cells[1]} |")
-    for name, (low, high) in {"bicubic resize, box 1 to 2 times the view": (1, 2), "2 to 4 times": (2, 4)}.items():
+    for name, (low, high) in {
+        "bicubic resize, box 1 to 2 times the view": (1, 2),
+        "2 to 4 times": (2, 4),
+    }.items():
         cells = []
         for found, options in zip(means, (TORCHVISION, TENSORFLOW)):
             differences = []
@@ -108,10 +135,14 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
                 side = min(image.shape[:2])
                 size = max(8, int(side / (low + (high - low) * (number + 0.5) / len(images))))
                 crop = replace(Crop(size=size, interpolation="bicubic"), **options)
-                box = Box((image.shape[0] - side) // 2, (image.shape[1] - side) // 2, side, side, False)
+                box = Box(
+                    (image.shape[0] - side) // 2, (image.shape[1] - side) // 2, side, side, False
+                )
                 cut = image[box.top : box.top + side, box.left : box.left + side].astype(np.float64)
                 view = crops.apply(pixels(image), box, crop).permute(1, 2, 0).numpy()
-                differences.append(np.abs(view - authors.resize(cut, size, "bicubic").clip(0, 255)).ravel())
+                differences.append(
+                    np.abs(view - authors.resize(cut, size, "bicubic").clip(0, 255)).ravel()
+                )
             difference = np.concatenate(differences)
             found[name] = float(difference.mean())
             found["largest resize"] = max(found.get("largest resize", 0.0), float(difference.max()))
@@ -120,18 +151,22 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
     return means[0], means[1]
 
 
-def _theirs(name: str, image: np.ndarray, drawn: colour.Parameters, row: int, crop: Crop) -> np.ndarray:
+def _theirs(
+    name: str, image: np.ndarray, drawn: color.Parameters, row: int, crop: Crop
+) -> np.ndarray:
     """Apply the authors' function to an image in [0, 1], shape (height, width, 3), with the parameters of row `row`."""
     if name == "contrast":
-        return authors.adjust_contrast(image, float(drawn.factors[row, colour.CONTRAST])).clip(0, 1)
+        return authors.adjust_contrast(image, float(drawn.factors[row, color.CONTRAST])).clip(0, 1)
     if name == "saturation":
-        return authors.adjust_saturation(image, float(drawn.factors[row, colour.SATURATION]))
+        return authors.adjust_saturation(image, float(drawn.factors[row, color.SATURATION]))
     return authors.gaussian_blur(image, float(drawn.sigma[row]), blur_taps(crop))
 
 
 def _cell(difference: np.ndarray) -> str:
     """Format mean, maximum and share above 10 levels."""
-    return f"{difference.mean():.3g}, {difference.max():.3g}, {100 * (difference > 10).mean():.1f} %"
+    return (
+        f"{difference.mean():.3g}, {difference.max():.3g}, {100 * (difference > 10).mean():.1f} %"
+    )
 
 
 def pixels(image: np.ndarray) -> torch.Tensor:
@@ -141,14 +176,23 @@ def pixels(image: np.ndarray) -> torch.Tensor:
 
 def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
     """Print the second table. Return the border over the whole and the detail over torchvision's, of BYOL's first view."""
-    print("| whole views | border over whole, torchvision's | the recipe's | detail, torchvision's | the recipe's |")
+    print(
+        "| whole views | border over whole, torchvision's | the recipe's | detail, torchvision's | the recipe's |"
+    )
     print("|---|---|---|---|---|")
     result = (0.0, 0.0)
     for name in ("simclr", "byol"):
         config = load(ROOT / f"configs/{name}_imagenet.yaml", ["data.root=/data"])
         for number, crop in enumerate(recipe.each(config.views)):
-            frames, details = zip(*(_statistics(images, replace(crop, **options), number) for options in (TORCHVISION, {})))
-            print(f"| {name}, view {number + 1} | {frames[0]:.3f} | {frames[1]:.3f} | {details[0]:.4f} | {details[1]:.4f} |")
+            frames, details = zip(
+                *(
+                    _statistics(images, replace(crop, **options), number)
+                    for options in (TORCHVISION, {})
+                )
+            )
+            print(
+                f"| {name}, view {number + 1} | {frames[0]:.3f} | {frames[1]:.3f} | {details[0]:.4f} | {details[1]:.4f} |"
+            )
             if name == "byol" and number == 0:
                 result = frames[1], details[1] / details[0]
     return result
@@ -158,36 +202,61 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
     """Return the border over the whole and the detail of view `number`, as means over four views of each image."""
     frames, details = [], []
     for epoch in range(4):
-        drawn = colour.draw(crop, 0, epoch, np.arange(len(images)), number)
-        boxes = [crops.draw(crop, 0, epoch, index, number, *image.shape[:2]) for index, image in enumerate(images)]
-        cut = torch.stack([crops.apply(pixels(image), box, crop) for image, box in zip(images, boxes)])
-        views = colour.apply(cut, drawn, crop, *PLAIN)
-        luminance = (views * torch.tensor(colour.LUMA)[:, None, None]).sum(1)
+        drawn = color.draw(crop, 0, epoch, np.arange(len(images)), number)
+        boxes = [
+            crops.draw(crop, 0, epoch, index, number, *image.shape[:2])
+            for index, image in enumerate(images)
+        ]
+        cut = torch.stack(
+            [crops.apply(pixels(image), box, crop) for image, box in zip(images, boxes)]
+        )
+        views = color.apply(cut, drawn, crop, *PLAIN)
+        luminance = (views * torch.tensor(color.LUMA)[:, None, None]).sum(1)
         inside = luminance[:, FRAME:-FRAME, FRAME:-FRAME]
-        border = (luminance.sum((1, 2)) - inside.sum((1, 2))) / (luminance[0].numel() - inside[0].numel())
+        border = (luminance.sum((1, 2)) - inside.sum((1, 2))) / (
+            luminance[0].numel() - inside[0].numel()
+        )
         frames.append(border / luminance.mean((1, 2)).clamp_min(1e-3))
-        around = luminance[:, 2:, 1:-1] + luminance[:, :-2, 1:-1] + luminance[:, 1:-1, 2:] + luminance[:, 1:-1, :-2]
+        around = (
+            luminance[:, 2:, 1:-1]
+            + luminance[:, :-2, 1:-1]
+            + luminance[:, 1:-1, 2:]
+            + luminance[:, 1:-1, :-2]
+        )
         details.append((around - 4 * luminance[:, 1:-1, 1:-1]).abs().mean((1, 2)))
     return float(torch.cat(frames).mean()), float(torch.cat(details).mean())
 
 
 def areas() -> list[float]:
     """Print the third table and return the distances of both samplers from the authors', for every shape."""
-    print("| image | mean area, torchvision | SimCLR | BYOL | KS of torchvision from SimCLR, BYOL | KS of ours from SimCLR, BYOL |")
+    print(
+        "| image | mean area, torchvision | SimCLR | BYOL | KS of torchvision from SimCLR, BYOL | KS of ours from SimCLR, BYOL |"
+    )
     print("|---|---|---|---|---|---|")
     distances = []
     for height, width in SHAPES:
         sizes, numbers = np.full((DRAWS, 2), [height, width]), np.arange(DRAWS)
-        drawn = {name: crops.boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes) for name in crops.SAMPLERS}
-        found = {name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in drawn.items()}
+        drawn = {
+            name: crops.boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes)
+            for name in crops.SAMPLERS
+        }
+        found = {
+            name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in drawn.items()
+        }
         theirs = {"tensorflow": authors.simclr_boxes, "clipped": authors.byol_boxes}
         expected = {name: draw(DRAWS, height, width, seed=1) for name, draw in theirs.items()}
-        expected = {name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in expected.items()}
-        before = [stats.ks_2samp(found["torchvision"], area).statistic for area in expected.values()]
+        expected = {
+            name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in expected.items()
+        }
+        before = [
+            stats.ks_2samp(found["torchvision"], area).statistic for area in expected.values()
+        ]
         after = [stats.ks_2samp(found[name], area).statistic for name, area in expected.items()]
         distances += after
         means = " | ".join(f"{area.mean():.3f}" for area in found.values())
-        print(f"| {height}x{width} | {means} | {before[0]:.3f}, {before[1]:.3f} | {after[0]:.4f}, {after[1]:.4f} |")
+        print(
+            f"| {height}x{width} | {means} | {before[0]:.3f}, {before[1]:.3f} | {after[0]:.4f}, {after[1]:.4f} |"
+        )
     return distances
 
 

@@ -17,16 +17,21 @@ from pathlib import Path
 import torch
 from measure import interleaved, mib, versions
 
-from ssl_pretrain import checkpoint, optim, parallel
-from ssl_pretrain.backbones import BackboneConfig, build
-from ssl_pretrain.checkpoint import CheckpointConfig, State
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.state import CheckpointConfig, State
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import byol
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.step import Stepper
 
-SYNC, ASYNC = CheckpointConfig(asynchronous=False, keep_last=1), CheckpointConfig(asynchronous=True, keep_last=1)
+SYNC, ASYNC = (
+    CheckpointConfig(asynchronous=False, keep_last=1),
+    CheckpointConfig(asynchronous=True, keep_last=1),
+)
 
 
 class Run:
@@ -38,14 +43,24 @@ class Run:
         method.num_steps, method.steps_per_epoch = 1000, 100
         settings, recipe = ParallelConfig(), OptimConfig(name="lars")
         labels = torch.zeros(options.images, dtype=torch.int64, device=device)
-        views = [torch.randn(options.images, 3, options.size, options.size, device=device) for _ in range(2)]
+        views = [
+            torch.randn(options.images, 3, options.size, options.size, device=device)
+            for _ in range(2)
+        ]
         self.batch = Batch(parallel.place(views, settings, device), labels, labels)
         model = parallel.wrap(
-            method, settings, images=options.images, global_batch_size=options.images, device=device, example=self.batch
+            method,
+            settings,
+            images=options.images,
+            global_batch_size=options.images,
+            device=device,
+            example=self.batch,
         )
         optimizer = optim.build(recipe, method)
         optim.set_rates(optimizer, recipe, 0.5, 100, options.images)
-        self.stepper = Stepper(model, optimizer, settings, 0, options.images, options.images, recipe, device)
+        self.stepper = Stepper(
+            model, optimizer, settings, 0, options.images, options.images, recipe, device
+        )
         self.state = State(method, optimizer, {}, {})
         self.folder, self.number = Path(tempfile.mkdtemp(dir=options.folder)), 0
 
@@ -69,7 +84,9 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--size", type=int, default=64)
@@ -97,7 +114,9 @@ def main() -> None:
     for name, value in seconds.items():
         print(f"{name:42s} {value:8.3f} s")
     alone, copied, waited, behind, after, _ = seconds.values()
-    print(f"added to its step: copy {copied - alone:.3f} s, save waited for {waited - alone:.3f} s, save behind {behind - alone:.3f} s")
+    print(
+        f"added to its step: copy {copied - alone:.3f} s, save waited for {waited - alone:.3f} s, save behind {behind - alone:.3f} s"
+    )
     print(
         f"ratios: sync_added_over_step={(waited - alone) / alone:.3f} async_added_over_step={(behind - alone) / alone:.3f} "
         f"copy_added_over_step={(copied - alone) / alone:.3f} next_step_over_step={after / alone:.3f} "

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from ssl_pretrain import config, health, methods, train
-from ssl_pretrain.alarms import Alarms
+from ssl_pretrain import config, methods, train
+from ssl_pretrain.monitoring import collapse
+from ssl_pretrain.monitoring.collapse_alerts import Alarms
 
 YAML = """
 method: {{name: {method}}}
@@ -39,14 +40,18 @@ COLLAPSING = {
     "byol_without_predictor": ["method.name=byol", "method.without_predictor=true"],
     "simsiam_without_stop_gradient": ["method.name=simsiam", "method.without_stop_gradient=true"],
     "vicreg_without_variance": ["method.name=vicreg", "method.variance_weight=0"],
-    "vicreg_invariance_alone": ["method.name=vicreg", "method.variance_weight=0", "method.covariance_weight=0"],
+    "vicreg_invariance_alone": [
+        "method.name=vicreg",
+        "method.variance_weight=0",
+        "method.covariance_weight=0",
+    ],
 }
 HEALTHY = [name for name in methods.names() if name not in ("cpc",)]
 ORACLE_EVERY = 10
 CHANCE = 0.1
 
 
-class Watched(health.Monitor):
+class Watched(collapse.Monitor):
     """The monitor, and beside it the oracle, which writes oracle.jsonl."""
 
     folder: Path
@@ -57,7 +62,9 @@ class Watched(health.Monitor):
 
         images, self.labels = load_digits(return_X_y=True)
         pixels = torch.from_numpy(images.reshape(-1, 1, 8, 8) / 16).float()
-        self.pixels = torch.nn.functional.interpolate(pixels, 16, mode="bilinear").expand(-1, 3, -1, -1)
+        self.pixels = torch.nn.functional.interpolate(pixels, 16, mode="bilinear").expand(
+            -1, 3, -1, -1
+        )
 
     def at(self, step, embeddings):
         if step % ORACLE_EVERY == 0:
@@ -76,7 +83,12 @@ class Watched(health.Monitor):
         name = next(name for name in ("z_a", "queries", "p_a") if name in embeddings)
         z = embeddings[name].double().numpy()
         ranks = [effective_rank(z), effective_rank(z - z.mean(0))]
-        return {"knn": judge.score(unit[1297:], self.labels[1297:]), "rank": ranks[0], "rank_centered": ranks[1], "dim": z.shape[1]}
+        return {
+            "knn": judge.score(unit[1297:], self.labels[1297:]),
+            "rank": ranks[0],
+            "rank_centered": ranks[1],
+            "dim": z.shape[1],
+        }
 
 
 def effective_rank(z: np.ndarray) -> float:
@@ -102,8 +114,16 @@ def run(case: str, output: Path, steps: int) -> None:
     name = COLLAPSING[case][0].partition("=")[2] if case in COLLAPSING else case
     (folder / "run.yaml").write_text(YAML.format(method=name))
     small = methods.find(name).SMALL
-    overrides = [*COLLAPSING.get(case, []), *(f"method.{key}={value}" for key, value in small.items()), f"output={folder}"]
-    overrides += [override for override in getattr(methods.find(name), "PRESET", []) if override.startswith("method.")]
+    overrides = [
+        *COLLAPSING.get(case, []),
+        *(f"method.{key}={value}" for key, value in small.items()),
+        f"output={folder}",
+    ]
+    overrides += [
+        override
+        for override in getattr(methods.find(name), "PRESET", [])
+        if override.startswith("method.")
+    ]
     if name == "moco":
         overrides += ["parallel.bn_group_images=32"]
     if name in ("moco", "nnclr"):
@@ -116,18 +136,27 @@ def run(case: str, output: Path, steps: int) -> None:
 
 def alarms_of(records: list[dict[str, float]]) -> list[tuple[int, str]]:
     """What would have rung at the default interval, from records that have a measurement every 10 steps."""
-    judge, every = Alarms([]), health.HealthConfig().every_steps
+    judge, every = Alarms([]), collapse.HealthConfig().every_steps
     due = [record for record in records if record["step"] % every == 0]
-    return [(record["step"], alarm.title) for record in due for alarm in judge.judge(record["step"], record)]
+    return [
+        (record["step"], alarm.title)
+        for record in due
+        for alarm in judge.judge(record["step"], record)
+    ]
 
 
 def read(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    return tuple([json.loads(line) for line in (folder / name).read_text().splitlines()] for name in ("metrics.jsonl", "oracle.jsonl"))
+    return tuple(
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "oracle.jsonl")
+    )
 
 
 def draw(output: Path, pictures: Path) -> None:
     """A line of a table and a picture for each run that is there."""
-    print("| run | steps | k-NN, first and last | effective rank / dim, first and last | collapsed from step | alarm at step |")
+    print(
+        "| run | steps | k-NN, first and last | effective rank / dim, first and last | collapsed from step | alarm at step |"
+    )
     print("|---|---|---|---|---|---|")
     for case in [*COLLAPSING, *HEALTHY]:
         if not (output / case / "oracle.jsonl").exists():
@@ -137,7 +166,9 @@ def draw(output: Path, pictures: Path) -> None:
         knn = " to ".join(f"{100 * entry['knn']:.0f} %" for entry in ends)
         rank = " to ".join(f"{entry['rank']:.1f}" for entry in ends)
         said = ", ".join(f"{step} ({title})" for step, title in rung) or "none"
-        print(f"| {case.replace('_', ' ')} | {entries[-1]['step']} | {knn} | {rank} / {entries[0]['dim']} | {at or 'never'} | {said} |")
+        print(
+            f"| {case.replace('_', ' ')} | {entries[-1]['step']} | {knn} | {rank} / {entries[0]['dim']} | {at or 'never'} | {said} |"
+        )
         if case in COLLAPSING:
             picture(case, records, entries, rung, at, pictures / f"{case}.png")
 
@@ -151,7 +182,11 @@ def picture(case, records, entries, rung, at, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained", dpi=80)
     shown = [record for record in records if "rank_share" in record]
     steps = [record["step"] for record in shown]
-    axes[0].plot([record["step"] for record in records], [record["loss"] for record in records], color="#63686e")
+    axes[0].plot(
+        [record["step"] for record in records],
+        [record["loss"] for record in records],
+        color="#63686e",
+    )
     axes[0].set_title("loss")
     for key, label, colour in (
         ("embedding_std", "spread", "#1f5fa8"),
@@ -163,9 +198,17 @@ def picture(case, records, entries, rung, at, path: Path) -> None:
     axes[1].set_title("what the monitor sees")
     axes[1].set_ylim(0, 1.25)
     axes[1].legend(fontsize=7)
-    axes[2].plot([entry["step"] for entry in entries], [entry["knn"] for entry in entries], color="#2f8f5b", label="k-NN")
     axes[2].plot(
-        [entry["step"] for entry in entries], [entry["rank"] / entry["dim"] for entry in entries], color="#c8443c", label="rank / dim"
+        [entry["step"] for entry in entries],
+        [entry["knn"] for entry in entries],
+        color="#2f8f5b",
+        label="k-NN",
+    )
+    axes[2].plot(
+        [entry["step"] for entry in entries],
+        [entry["rank"] / entry["dim"] for entry in entries],
+        color="#c8443c",
+        label="rank / dim",
     )
     axes[2].set_title("what the oracle sees")
     axes[2].set_ylim(0, 1)
@@ -185,11 +228,24 @@ def picture(case, records, entries, rung, at, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=[*COLLAPSING, *HEALTHY], choices=[*COLLAPSING, *HEALTHY], metavar="CASE")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=[*COLLAPSING, *HEALTHY],
+        choices=[*COLLAPSING, *HEALTHY],
+        metavar="CASE",
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("runs/collapse"))
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="train nothing: print the table, and put the pictures there")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FOLDER",
+        help="train nothing: print the table, and put the pictures there",
+    )
     options = parser.parse_args()
     if options.draw is not None:
         draw(options.output, options.draw)

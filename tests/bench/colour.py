@@ -12,11 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.views import colour
+from ssl_pretrain.views import color
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
-SIMCLR = Crop(size=224, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale=0.2, blur=0.5, blur_kernel=23)
-ORDER = (colour.BRIGHTNESS, colour.CONTRAST, colour.SATURATION, colour.HUE)
+SIMCLR = Crop(
+    size=224,
+    jitter=0.8,
+    brightness=0.8,
+    contrast=0.8,
+    saturation=0.8,
+    hue=0.2,
+    grayscale=0.2,
+    blur=0.5,
+    blur_kernel=23,
+)
+ORDER = (color.BRIGHTNESS, color.CONTRAST, color.SATURATION, color.HUE)
 
 
 def batch(n: int, seed: int = 0) -> Tensor:
@@ -24,20 +34,22 @@ def batch(n: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 7, 7, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bilinear")
-    return (255 * (0.9 * smooth + 0.1 * torch.rand(smooth.shape, generator=generator))).to(torch.uint8)
+    return (255 * (0.9 * smooth + 0.1 * torch.rand(smooth.shape, generator=generator))).to(
+        torch.uint8
+    )
 
 
-def parameters(n: int) -> colour.Parameters:
+def parameters(n: int) -> color.Parameters:
     """SimCLR's, drawn as in a run, with one order for all."""
-    drawn = colour.draw(SIMCLR, 0, 0, np.arange(n), 0)
+    drawn = color.draw(SIMCLR, 0, 0, np.arange(n), 0)
     return replace(drawn, order=np.tile(np.array(ORDER), (n, 1)))
 
 
-def ours(pixels: Tensor, drawn: colour.Parameters) -> Tensor:
-    return colour.apply(pixels, drawn, SIMCLR, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+def ours(pixels: Tensor, drawn: color.Parameters) -> Tensor:
+    return color.apply(pixels, drawn, SIMCLR, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
 
 
-def kornias(pixels: Tensor, drawn: colour.Parameters) -> Tensor:
+def kornias(pixels: Tensor, drawn: color.Parameters) -> Tensor:
     """Kornia's functions on the images each was drawn for, as its augmentations select and put back."""
     from kornia import enhance, filters
     from kornia.color import rgb_to_grayscale
@@ -48,11 +60,11 @@ def kornias(pixels: Tensor, drawn: colour.Parameters) -> Tensor:
     chosen = images[jitter]
     for operation in ORDER:
         factor = factors[:, operation]
-        if operation == colour.BRIGHTNESS:
+        if operation == color.BRIGHTNESS:
             chosen = enhance.adjust_brightness_accumulative(chosen, factor)
-        elif operation == colour.CONTRAST:
+        elif operation == color.CONTRAST:
             chosen = enhance.adjust_contrast_with_mean_subtraction(chosen, factor)
-        elif operation == colour.SATURATION:
+        elif operation == color.SATURATION:
             chosen = enhance.adjust_saturation_with_gray_subtraction(chosen, factor)
         else:
             chosen = enhance.adjust_hue(chosen, factor * 2 * torch.pi)
@@ -68,7 +80,9 @@ def kornias(pixels: Tensor, drawn: colour.Parameters) -> Tensor:
 def compare(n: int = 256, rounds: int = 3) -> dict[str, float]:
     """Seconds of each, the best of interleaved rounds, and the largest and mean difference in grey levels."""
     pixels, drawn = batch(n), parameters(n)
-    difference = (ours(pixels[:32], parameters(32)) - kornias(pixels[:32], parameters(32))).abs() * 255
+    difference = (
+        ours(pixels[:32], parameters(32)) - kornias(pixels[:32], parameters(32))
+    ).abs() * 255
     seconds: dict[str, list[float]] = {"ours": [], "kornia": []}
     for _ in range(rounds):
         for name, function in (("ours", ours), ("kornia", kornias)):

@@ -19,12 +19,16 @@ from pathlib import Path
 import torch
 from measure import versions
 
-from ssl_pretrain import flops, health, log, optim, parallel
-from ssl_pretrain.backbones import BackboneConfig, build
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import simclr
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.monitoring import collapse
+from ssl_pretrain.monitoring import logger as log
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
+from ssl_pretrain.planning import flops
 from ssl_pretrain.step import Stepper
 
 RECORD, MEASURE = 4, 6  # steps between two, here; where both fall on one step it does not count
@@ -32,16 +36,27 @@ RECORD, MEASURE = 4, 6  # steps between two, here; where both fall on one step i
 
 def stepper(options: argparse.Namespace, batch: Batch, device: torch.device) -> Stepper:
     torch.manual_seed(0)
-    method = simclr.Config(projector_dims=[2048, 2048, 128]).build(build(BackboneConfig(name=options.backbone), options.size))
+    method = simclr.Config(projector_dims=[2048, 2048, 128]).build(
+        build(BackboneConfig(name=options.backbone), options.size)
+    )
     settings, config = ParallelConfig(), OptimConfig(name="lars")
-    model = parallel.wrap(method, settings, images=options.images, global_batch_size=options.images, device=device, example=batch)
+    model = parallel.wrap(
+        method,
+        settings,
+        images=options.images,
+        global_batch_size=options.images,
+        device=device,
+        example=batch,
+    )
     optimizer = optim.build(config, method)
     optim.set_rates(optimizer, config, 0.5, 100, options.images)
     return Stepper(model, optimizer, settings, 0, options.images, options.images, config, device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--size", type=int, default=32)
@@ -51,7 +66,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(1)
-    views = [torch.randn(options.images, 3, options.size, options.size, generator=generator).to(device) for _ in range(2)]
+    views = [
+        torch.randn(options.images, 3, options.size, options.size, generator=generator).to(device)
+        for _ in range(2)
+    ]
     labels = torch.zeros(options.images, dtype=torch.int64, device=device)
     batch = Batch(parallel.place(views, ParallelConfig(), device), labels, labels)
     watched, blind = stepper(options, batch, device), stepper(options, batch, device)
@@ -62,7 +80,14 @@ def main() -> None:
         log.LogConfig(every_steps=RECORD, wandb="offline"), Path(folder), first_step=0, last_step=10**6, steps_per_epoch=1000,
         global_batch_size=options.images, config={}, facts={}, flops_per_image=1e9, peak_tflops=flops.peak_tflops(device),
     ) as logger:  # fmt: skip
-        monitor = health.Monitor(health.HealthConfig(every_steps=MEASURE), method, watched.optimizer, 0, [], logger.alert)
+        monitor = collapse.Monitor(
+            collapse.HealthConfig(every_steps=MEASURE),
+            method,
+            watched.optimizer,
+            0,
+            [],
+            logger.alert,
+        )
 
         def timed(run) -> float:
             start = time.perf_counter()
@@ -77,7 +102,9 @@ def main() -> None:
 
         for step in range(1, 12 * (options.rounds + 1) + 1):
             order = 1 if (step + step // 12) % 2 else -1  # of both kinds alike
-            pair = [lambda step=step: watch(step), lambda step=step: blind(step - 1, 0.5, batch)][::order]
+            pair = [lambda step=step: watch(step), lambda step=step: blind(step - 1, 0.5, batch)][
+                ::order
+            ]
             found = [timed(run) for run in pair][::order]
             due = step % MEASURE == 0, step % RECORD == 0
             if step > 12 and due != (True, True):
@@ -86,16 +113,22 @@ def main() -> None:
                 seconds["blind"].append(found[1])
                 excess[kind].append(found[0] / found[1] - 1)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ordinary, record, measured = (statistics.median(excess[kind]) for kind in ("ordinary", "record", "measured"))
+    ordinary, record, measured = (
+        statistics.median(excess[kind]) for kind in ("ordinary", "record", "measured")
+    )
     cost = 1 + ordinary + (record - ordinary) / 10 + (measured - ordinary) / 50
     print(versions("timm", "wandb"))
-    print(f"SimCLR, {options.backbone} at {options.size} pixels, {options.images} images, embeddings of 128 dimensions, W&B offline")
+    print(
+        f"SimCLR, {options.backbone} at {options.size} pixels, {options.images} images, embeddings of 128 dimensions, W&B offline"
+    )
     for name, values in seconds.items():
         quarters = statistics.quantiles(values, n=4)
         print(
             f"{name:9s} {medians[name] * 1e3:9.2f} ms   quartiles {quarters[0] * 1e3:.2f} to {quarters[2] * 1e3:.2f}, {len(values)} steps"
         )
-    print(f"excess over the pair's blind step: ordinary {ordinary:.2%}, record {record:.2%}, measured {measured:.2%}")
+    print(
+        f"excess over the pair's blind step: ordinary {ordinary:.2%}, record {record:.2%}, measured {measured:.2%}"
+    )
     print(f"a measurement costs {(measured - ordinary) / 50:.2%} of 50 steps")
     print(f"ratios: watched_over_blind={cost:.4f}")
 

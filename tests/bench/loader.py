@@ -36,10 +36,10 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import colour as colour_bench
 
-from ssl_pretrain.data import beton_writer
+from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.native.threads import Threads
 from ssl_pretrain.data.order import Plan
 from ssl_pretrain.data.sources import Beton, DataConfig, open_source
-from ssl_pretrain.data.threads import Threads
 from ssl_pretrain.data.workers import Job
 from ssl_pretrain.views.recipe import Crop
 
@@ -48,7 +48,7 @@ RECIPES = {
     "2x224+6x96": [Crop(size=224, scale=[0.25, 1.0])] * 2 + [Crop(size=96, scale=[0.05, 0.25])] * 6,
     "2x224": [Crop(size=224, scale=[0.25, 1.0])] * 2,
 }
-Contender = Callable[[int], int]    # makes about so many images, and says how many
+Contender = Callable[[int], int]  # makes about so many images, and says how many
 
 
 def cpu_seconds(processes: list[int]) -> float:
@@ -62,8 +62,13 @@ def cpu_seconds(processes: list[int]) -> float:
 
 class Ours:
     def __init__(self, source: Beton, each: list[Crop], threads: int):
-        jobs = (Job(step, np.random.default_rng(step).integers(0, len(source), BATCH)) for step in itertools.count())
-        self.maker = Threads(source.samples, each, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu"))
+        jobs = (
+            Job(step, np.random.default_rng(step).integers(0, len(source), BATCH))
+            for step in itertools.count()
+        )
+        self.maker = Threads(
+            source.samples, each, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu")
+        )
         self.chunks = self.maker.take(jobs)
         self.processes: list[int] = []
         self.ahead = 4 * BATCH
@@ -84,12 +89,23 @@ class PerView:
         from ffcv.pipeline.pipeline_spec import PipelineSpec
 
         def decoder(crop: Crop):
-            return RandomResizedCropRGBImageDecoder((crop.size, crop.size), tuple(crop.scale), tuple(crop.ratio))
+            return RandomResizedCropRGBImageDecoder(
+                (crop.size, crop.size), tuple(crop.scale), tuple(crop.ratio)
+            )
 
         pipelines = {"image": [decoder(each[0])], "label": [IntDecoder()]}
-        pipelines |= {f"view{number}": PipelineSpec("image", decoder=decoder(crop)) for number, crop in enumerate(each[1:], 1)}
+        pipelines |= {
+            f"view{number}": PipelineSpec("image", decoder=decoder(crop))
+            for number, crop in enumerate(each[1:], 1)
+        }
         indices = np.tile(np.arange(len(source)), 50)
-        options = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": True, "indices": indices, "pipelines": pipelines}
+        options = {
+            "order": OrderOption.RANDOM,
+            "os_cache": True,
+            "drop_last": True,
+            "indices": indices,
+            "pipelines": pipelines,
+        }
         self.batches = iter(Loader(source.where, batch_size=BATCH, num_workers=threads, **options))
         self.processes: list[int] = []
         self.ahead = 4 * BATCH
@@ -109,13 +125,16 @@ class Crops(Dataset):
     def __init__(self, source: Beton, each: list[Crop], with_pillow: bool):
         self.source, self.each, self.with_pillow = source, each, with_pillow
         mode = F.InterpolationMode(each[0].interpolation)
-        self.crops = [v2.RandomResizedCrop(crop.size, tuple(crop.scale), interpolation=mode, antialias=True) for crop in each]
+        self.crops = [
+            v2.RandomResizedCrop(crop.size, tuple(crop.scale), interpolation=mode, antialias=True)
+            for crop in each
+        ]
         strong = v2.ColorJitter(0.8, 0.8, 0.8, 0.2)
         self.colours = [
             v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply([strong], 0.8), v2.RandomGrayscale(0.2),
                         v2.RandomApply([v2.GaussianBlur(max(3, crop.size // 10 | 1), (0.1, 2.0))], 0.5), v2.PILToTensor()])
             for crop in each
-        ]    # fmt: skip
+        ]  # fmt: skip
 
     def __len__(self) -> int:
         return 50 * len(self.source)
@@ -136,7 +155,12 @@ class Torchvision:
         torch.manual_seed(0)
         self.batch = 16 if with_pillow else BATCH
         loader = DataLoader(
-            Crops(source, each, with_pillow), self.batch, shuffle=True, num_workers=threads, drop_last=True, multiprocessing_context="fork"
+            Crops(source, each, with_pillow),
+            self.batch,
+            shuffle=True,
+            num_workers=threads,
+            drop_last=True,
+            multiprocessing_context="fork",
         )
         self.batches: Iterator = iter(loader)
         self.processes = [worker.pid for worker in self.batches._workers]
@@ -169,10 +193,12 @@ def settle(processes: list[int]) -> None:
             return
 
 
-def race(source: Beton, each: list[Crop], threads: int, rounds: int, images: int) -> dict[str, list[tuple[float, float]]]:
+def race(
+    source: Beton, each: list[Crop], threads: int, rounds: int, images: int
+) -> dict[str, list[tuple[float, float]]]:
     """Rounds of each contender, one after the other within a round; those that wait have all their buffers full and do nothing."""
     bicubic = [Crop(size=crop.size, scale=crop.scale, interpolation="bicubic") for crop in each]
-    contenders = {    # processes are forked before there are threads
+    contenders = {  # processes are forked before there are threads
         "torchvision tensors": Torchvision(source, each, threads, False),
         "torchvision PIL": Torchvision(source, each, threads, True),
         "FFCV per view": PerView(source, each, threads),
@@ -182,7 +208,7 @@ def race(source: Beton, each: list[Crop], threads: int, rounds: int, images: int
     few = {"FFCV per view": images // 3, "torchvision PIL": images // 16}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for contender in contenders.values():
-        contender(contender.ahead)    # compiled, and the file in memory
+        contender(contender.ahead)  # compiled, and the file in memory
     everyone = [process for contender in contenders.values() for process in contender.processes]
     for _ in range(rounds):
         for name, contender in contenders.items():
@@ -194,18 +220,33 @@ def race(source: Beton, each: list[Crop], threads: int, rounds: int, images: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(
+            os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")
+        ),
+    )
     parser.add_argument("--sides", type=int, nargs="+", default=[500, 400, 256])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1200, help="of each contender and round (FFCV: a third, PIL: a 16th)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=1200,
+        help="of each contender and round (FFCV: a third, PIL: a 16th)",
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        zipped = open_source(DataConfig(root=str(given.data / "imagenet_sample.zip"), cache_dir=folder), "train")
+        zipped = open_source(
+            DataConfig(root=str(given.data / "imagenet_sample.zip"), cache_dir=folder), "train"
+        )
         for side in given.sides:
             path = Path(folder) / f"{side}.beton"
             beton_writer.write(zipped, path, beton_writer.Settings(max_side=side), num_workers=1)
@@ -217,12 +258,21 @@ def main() -> None:
                 for name, rounds in times.items():
                     speeds, cpu = zip(*rounds)
                     spread = f"{min(speeds):.0f} to {max(speeds):.0f}"
-                    print(f"  {recipe:<11} {name:<20} {statistics.median(speeds):7.0f} images/s ({spread}), {statistics.median(cpu):6.2f} CPU ms an image")
+                    print(
+                        f"  {recipe:<11} {name:<20} {statistics.median(speeds):7.0f} images/s ({spread}), {statistics.median(cpu):6.2f} CPU ms an image"
+                    )
                 versus, by_cpu = ({
                     f"{mine}/{theirs}": statistics.median(ratio(a, b) for a, b in zip(times[mine], times[theirs]))
                     for mine in ("ours", "ours, bicubic") for theirs in list(times)[:3]
-                } for ratio in (lambda a, b: a[0] / b[0], lambda a, b: b[1] / a[1]))    # fmt: skip
-                print("  " + "; ".join(f"{name} {ratio:.2f} (by CPU time {by_cpu[name]:.2f})" for name, ratio in versus.items()), flush=True)
+                } for ratio in (lambda a, b: a[0] / b[0], lambda a, b: b[1] / a[1]))  # fmt: skip
+                print(
+                    "  "
+                    + "; ".join(
+                        f"{name} {ratio:.2f} (by CPU time {by_cpu[name]:.2f})"
+                        for name, ratio in versus.items()
+                    ),
+                    flush=True,
+                )
                 if side == given.sides[0]:
                     ratios |= {f"{recipe} {name}": ratio for name, ratio in versus.items()}
     compared = colour_bench.compare()

@@ -25,7 +25,9 @@ def plain(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float) -> torch.Ten
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.1)
@@ -37,9 +39,15 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(0)
-    z_a, z_b = (torch.randn(options.images, options.dim, generator=generator).to(device).requires_grad_() for _ in range(2))
+    z_a, z_b = (
+        torch.randn(options.images, options.dim, generator=generator).to(device).requires_grad_()
+        for _ in range(2)
+    )
 
-    losses = {"ours": lambda: nt_xent(z_a, z_b, temperature=options.temperature), "plain": lambda: plain(z_a, z_b, options.temperature)}
+    losses = {
+        "ours": lambda: nt_xent(z_a, z_b, temperature=options.temperature),
+        "plain": lambda: plain(z_a, z_b, options.temperature),
+    }
     if "lightly" in options.only:
         from lightly.loss import NTXentLoss
 
@@ -54,17 +62,24 @@ def main() -> None:
 
     runs = {name: both_ways(losses[name]) for name in options.only}
     print(versions(*(["lightly"] if "lightly" in options.only else [])))
-    print(f"{options.images:,} images, 2 views, dim {options.dim}; forward + backward, median of {options.repeats}, in turn")
+    print(
+        f"{options.images:,} images, 2 views, dim {options.dim}; forward + backward, median of {options.repeats}, in turn"
+    )
     if len(options.only) > 1:
         reference = losses["ours"]().item()
         for name in options.only:
-            assert abs(losses[name]().item() - reference) < 1e-4 * reference, f"{name} computes another loss"
+            assert abs(losses[name]().item() - reference) < 1e-4 * reference, (
+                f"{name} computes another loss"
+            )
     seconds, extra = interleaved(runs, options.repeats, device), peaks(runs, device)
     for name in options.only:
         print(f"{name:10s} {seconds[name]:8.3f} s   peak extra memory {mib(extra[name]):>14s}")
     if len(options.only) > 1:
         others = [name for name in options.only if name != "ours"]
-        ratios = [f"time_vs_{name}={seconds[name] / seconds['ours']:.2f} memory_vs_{name}={extra[name] / extra['ours']:.1f}" for name in others]
+        ratios = [
+            f"time_vs_{name}={seconds[name] / seconds['ours']:.2f} memory_vs_{name}={extra[name] / extra['ours']:.1f}"
+            for name in others
+        ]
         print("ratios:", *ratios)
     else:
         print(f"ratios: seconds={seconds['ours']:.3f} memory_mib={extra['ours'] / 2**20:.1f}")

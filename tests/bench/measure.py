@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ssl_pretrain import memory
+from ssl_pretrain.parallel import memory
 
 Run = Callable[[], object]
 
@@ -42,13 +42,20 @@ def _synchronize(device: torch.device) -> None:
 def versions(*packages: str) -> str:
     """One line: the machine's processor, threads, and the packages."""
     found = [f"{package} {version(package)}" for package in ("torch", *packages)]
-    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {torch.get_num_threads()} threads"
+    processor = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{_cpu()}, {torch.get_num_threads()} threads"
+    )
     return f"{processor}; Python {platform.python_version()}, {', '.join(found)}"
 
 
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def mib(bytes_: float) -> str:

@@ -12,11 +12,13 @@ import argparse
 import torch
 from measure import interleaved, mib, peaks, versions
 
-from ssl_pretrain import methods, optim, parallel
-from ssl_pretrain.backbones import BackboneConfig, build
+from ssl_pretrain import methods
 from ssl_pretrain.data.loader import Batch
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.step import Stepper
 
 
@@ -28,10 +30,24 @@ def step_of(name: str, options: argparse.Namespace, device: torch.device):
     method = module.Config(**module.SMALL).build(backbone)
     method.num_steps, method.steps_per_epoch = 100, 10
     generator = torch.Generator().manual_seed(0)
-    views = [torch.randn(options.images, 3, options.size, options.size, generator=generator) for _ in range(1 if name == "cpc" else 2)]
+    views = [
+        torch.randn(options.images, 3, options.size, options.size, generator=generator)
+        for _ in range(1 if name == "cpc" else 2)
+    ]
     settings = ParallelConfig(bn_group_images=32 if name == "moco" else "global")
-    images = Batch([view.to(device) for view in views], torch.arange(options.images, device=device) % 10, torch.arange(options.images, device=device))
-    model = parallel.wrap(method, settings, images=options.images, global_batch_size=options.images, device=device, example=images)
+    images = Batch(
+        [view.to(device) for view in views],
+        torch.arange(options.images, device=device) % 10,
+        torch.arange(options.images, device=device),
+    )
+    model = parallel.wrap(
+        method,
+        settings,
+        images=options.images,
+        global_batch_size=options.images,
+        device=device,
+        example=images,
+    )
     config = OptimConfig(name="adamw")
     optimizer = optim.build(config, method)
     optim.set_rates(optimizer, config, 0.5, 100, options.images)
@@ -40,7 +56,9 @@ def step_of(name: str, options: argparse.Namespace, device: torch.device):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--backbone", default="test_resnet")
     parser.add_argument("--size", type=int, default=32)
@@ -54,10 +72,15 @@ def main() -> None:
         run()
     seconds, memory = interleaved(steps, options.repeats, device), peaks(steps, device)
     print(versions("timm"))
-    print(f"{options.images} images of {options.size} pixels, {options.backbone}, median of {options.repeats}")
+    print(
+        f"{options.images} images of {options.size} pixels, {options.backbone}, median of {options.repeats}"
+    )
     print("| method | time | peak memory |\n|---|---|---|")
     for name in methods.names():
-        cells = f"{seconds[name] / seconds['simclr']:.2f} ({seconds[name]:.2f} s)", f"{memory[name] / memory['simclr']:.2f} ({mib(memory[name])})"
+        cells = (
+            f"{seconds[name] / seconds['simclr']:.2f} ({seconds[name]:.2f} s)",
+            f"{memory[name] / memory['simclr']:.2f} ({mib(memory[name])})",
+        )
         print(f"| {name} | {cells[0]} | {cells[1]} |")
 
 

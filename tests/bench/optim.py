@@ -12,8 +12,8 @@ import torch
 from measure import interleaved, versions
 from timm.optim.lars import Lars
 
-from ssl_pretrain import optim
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 CONFIG = OptimConfig(name="lars", weight_decay=1e-4, base_lr=0.3)
 
@@ -22,7 +22,10 @@ class Loop:
     """The equations, tensor by tensor, as most projects have them."""
 
     def __init__(self, groups):
-        self.groups, self.buffers = groups, {p: torch.zeros_like(p) for group in groups for p in group["params"]}
+        self.groups, self.buffers = (
+            groups,
+            {p: torch.zeros_like(p) for group in groups for p in group["params"]},
+        )
 
     @torch.no_grad()
     def step(self):
@@ -32,14 +35,20 @@ class Loop:
                 if group["adapt"]:
                     update = update + group["weight_decay"] * p
                     weight_norm, update_norm = p.norm(), update.norm()
-                    trust = torch.where((weight_norm > 0) & (update_norm > 0), 0.001 * weight_norm / update_norm, 1.0)
+                    trust = torch.where(
+                        (weight_norm > 0) & (update_norm > 0),
+                        0.001 * weight_norm / update_norm,
+                        1.0,
+                    )
                     update = update * trust
                 self.buffers[p].mul_(0.9).add_(update, alpha=4.8)
                 p.sub_(self.buffers[p])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
@@ -55,18 +64,29 @@ def main() -> None:
     models = {name: network() for name in ("ours", "timm", "loop")}
     ours = optim.build(CONFIG, models["ours"])
     optim.set_rates(ours, CONFIG, 0.5, 100, 4096)
-    decayed = [{**group, "weight_decay": group["weight_decay"]} for group in optim.parameter_groups(CONFIG, models["timm"])]
-    theirs = Lars([{"params": g["params"], "weight_decay": g["weight_decay"]} for g in decayed], lr=4.8, momentum=0.9)
+    decayed = [
+        {**group, "weight_decay": group["weight_decay"]}
+        for group in optim.parameter_groups(CONFIG, models["timm"])
+    ]
+    theirs = Lars(
+        [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in decayed],
+        lr=4.8,
+        momentum=0.9,
+    )
     loop = Loop(optim.parameter_groups(CONFIG, models["loop"]))
     runs = {"ours": ours.step, "timm": theirs.step, "loop": loop.step}
     for run in runs.values():
         run()
     print(versions("timm"))
     seconds = interleaved(runs, options.repeats, device)
-    print(f"{options.backbone}: {len(list(models['ours'].parameters()))} parameters; one step, median of {options.repeats}, in turn")
+    print(
+        f"{options.backbone}: {len(list(models['ours'].parameters()))} parameters; one step, median of {options.repeats}, in turn"
+    )
     for name, value in seconds.items():
         print(f"{name:6s} {1e3 * value:8.2f} ms")
-    print(f"ratios: lars_vs_timm={seconds['timm'] / seconds['ours']:.2f} lars_vs_loop={seconds['loop'] / seconds['ours']:.2f}")
+    print(
+        f"ratios: lars_vs_timm={seconds['timm'] / seconds['ours']:.2f} lars_vs_loop={seconds['loop'] / seconds['ours']:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,17 +10,20 @@ import argparse
 import torch
 from measure import mib, peaks, versions
 
-from ssl_pretrain import optim, parallel
-from ssl_pretrain.backbones import BackboneConfig, build
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import dino
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.step import Stepper
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", type=int, default=8)
     parser.add_argument("--prototypes", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=1)
@@ -31,13 +34,29 @@ def main() -> None:
     for total in sizes:
         torch.manual_seed(0)
         backbone = build(BackboneConfig(name="test_resnet", stem="no_pool"), 32)
-        method = dino.Config(hidden_dim=256, bottleneck_dim=64, num_prototypes=options.prototypes).build(backbone)
+        method = dino.Config(
+            hidden_dim=256, bottleneck_dim=64, num_prototypes=options.prototypes
+        ).build(backbone)
         method.num_steps, method.steps_per_epoch = 100, 10
-        settings, numbers = ParallelConfig(bn_group_images=options.part), torch.arange(total, device=device)
-        images = Batch([torch.randn(total, 3, size, size, device=device) for size in (32, 32, *[16] * 8)], numbers, numbers)
+        settings, numbers = (
+            ParallelConfig(bn_group_images=options.part),
+            torch.arange(total, device=device),
+        )
+        images = Batch(
+            [torch.randn(total, 3, size, size, device=device) for size in (32, 32, *[16] * 8)],
+            numbers,
+            numbers,
+        )
         images = Batch(parallel.place(images.views, settings, device), numbers, numbers)
         first = images.part(0, total // options.part)
-        model = parallel.wrap(method, settings, images=options.part, global_batch_size=total, device=device, example=first)
+        model = parallel.wrap(
+            method,
+            settings,
+            images=options.part,
+            global_batch_size=total,
+            device=device,
+            example=first,
+        )
         config = OptimConfig(name="adamw")
         optimizer = optim.build(config, method)
         optim.set_rates(optimizer, config, 0.5, 100, total)
@@ -47,10 +66,16 @@ def main() -> None:
         run()
     found = peaks(runs, device)
     print(versions("timm"))
-    print(f"DINO, 2 global and 8 local crops, {options.prototypes:,} prototypes, parts of {options.part} images: peak extra memory of a step")
+    print(
+        f"DINO, 2 global and 8 local crops, {options.prototypes:,} prototypes, parts of {options.part} images: peak extra memory of a step"
+    )
     for (name, bytes_), total in zip(found.items(), sizes):
-        print(f"{name:12s} {mib(bytes_):>12s}   one copy of all logits would be {mib(total * 12 * options.prototypes * 4):>12s}")
-    print(f"ratios: memory_of_16_parts_over_1={found[f'{sizes[2]} images'] / found[f'{sizes[0]} images']:.2f}")
+        print(
+            f"{name:12s} {mib(bytes_):>12s}   one copy of all logits would be {mib(total * 12 * options.prototypes * 4):>12s}"
+        )
+    print(
+        f"ratios: memory_of_16_parts_over_1={found[f'{sizes[2]} images'] / found[f'{sizes[0]} images']:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_pretrain.data import beton_writer
+from ssl_pretrain.data.beton import writer as beton_writer
 from ssl_pretrain.data.sources import Beton, DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.recipe import Crop
@@ -29,21 +29,39 @@ VIEWS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(
+            os.environ.get("SSL_PRETRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")
+        ),
+    )
     parser.add_argument("--sides", type=int, nargs="+", default=[0, 500, 400, 256])
     parser.add_argument("--images", type=int, default=600, help="for pixel errors")
     given = parser.parse_args()
-    print("| max side | KB an image | ImageNet | kept as they were | " + " | ".join(f"{name}: error, enlarged" for name in VIEWS) + " |")
+    print(
+        "| max side | KB an image | ImageNet | kept as they were | "
+        + " | ".join(f"{name}: error, enlarged" for name in VIEWS)
+        + " |"
+    )
     print("|---" * (4 + len(VIEWS)) + "|")
     with tempfile.TemporaryDirectory() as folder:
-        originals = open_source(DataConfig(root=str(given.data / "imagenet_sample.zip"), cache_dir=folder), "train")
+        originals = open_source(
+            DataConfig(root=str(given.data / "imagenet_sample.zip"), cache_dir=folder), "train"
+        )
         for side in given.sides:
             path = Path(folder) / f"{side}.beton"
-            manifest = beton_writer.write(originals, path, beton_writer.Settings(max_side=side), num_workers=1)
+            manifest = beton_writer.write(
+                originals, path, beton_writer.Settings(max_side=side), num_workers=1
+            )
             stored = open_source(DataConfig(root=str(path)), "train")
             assert isinstance(stored, Beton)
-            size = float(stored.samples.length.mean())    # without the first page, which this small set hardly fills
+            size = float(
+                stored.samples.length.mean()
+            )  # without the first page, which this small set hardly fills
             cells = []
             for crop in VIEWS.values():
                 errors, enlarged = [], []
@@ -53,7 +71,11 @@ def main() -> None:
                     enlarged.append(larger)
                 cells.append(f"{np.sqrt(np.mean(errors)):.1f}, {100 * np.mean(enlarged):.0f} %")
             name = str(side) if side else "none"
-            print(f"| {name} | {size / 1e3:.0f} | {size * 1281167 / 1e9:.0f} GB | {manifest['kept']} of 600 | " + " | ".join(cells) + " |")
+            print(
+                f"| {name} | {size / 1e3:.0f} | {size * 1281167 / 1e9:.0f} GB | {manifest['kept']} of 600 | "
+                + " | ".join(cells)
+                + " |"
+            )
             sys.stdout.flush()
 
 
@@ -63,11 +85,23 @@ def compare(original: np.ndarray, stored: np.ndarray, crop: Crop, index: int) ->
     by_y, by_x = original.shape[0] / stored.shape[0], original.shape[1] / stored.shape[1]
 
     def view(image: np.ndarray, by_y: float, by_x: float) -> np.ndarray:
-        part = (box.left * by_x, box.top * by_y, (box.left + box.width) * by_x, (box.top + box.height) * by_y)
+        part = (
+            box.left * by_x,
+            box.top * by_y,
+            (box.left + box.width) * by_x,
+            (box.top + box.height) * by_y,
+        )
         side = (crop.size, crop.size)
-        return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(side, Image.Resampling.BILINEAR, part), np.float32)
+        return np.asarray(
+            Image.fromarray(np.ascontiguousarray(image)).resize(
+                side, Image.Resampling.BILINEAR, part
+            ),
+            np.float32,
+        )
 
-    return float(np.square(view(stored, 1, 1) - view(original, by_y, by_x)).mean()), min(box.height, box.width) < crop.size
+    return float(np.square(view(stored, 1, 1) - view(original, by_y, by_x)).mean()), min(
+        box.height, box.width
+    ) < crop.size
 
 
 if __name__ == "__main__":

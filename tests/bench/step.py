@@ -13,12 +13,13 @@ import argparse
 import torch
 from measure import interleaved, mib, peaks, versions
 
-from ssl_pretrain import optim, parallel
-from ssl_pretrain.backbones import BackboneConfig, build
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import simclr
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.step import Stepper
 
 
@@ -32,14 +33,20 @@ class ToFixedTargets(simclr.SimCLR):
         return loss, {}
 
 
-def stepper(kind: type, options: argparse.Namespace, images: int, total: int, device: torch.device) -> Stepper:
+def stepper(
+    kind: type, options: argparse.Namespace, images: int, total: int, device: torch.device
+) -> Stepper:
     torch.manual_seed(0)
     backbone = build(BackboneConfig(name=options.backbone), options.size)
     method = kind(simclr.Config(projector_dims=[512, 128]), backbone)
     settings = ParallelConfig(bn_group_images=options.part)
     labels = torch.zeros(images, dtype=torch.int64, device=device)
-    example = Batch([torch.zeros(images, 3, options.size, options.size, device=device)] * 2, labels, labels)
-    model = parallel.wrap(method, settings, images=images, global_batch_size=total, device=device, example=example)
+    example = Batch(
+        [torch.zeros(images, 3, options.size, options.size, device=device)] * 2, labels, labels
+    )
+    model = parallel.wrap(
+        method, settings, images=images, global_batch_size=total, device=device, example=example
+    )
     config = OptimConfig(name="lars")
     optimizer = optim.build(config, method)
     optim.set_rates(optimizer, config, 0.5, 100, total)
@@ -47,7 +54,9 @@ def stepper(kind: type, options: argparse.Namespace, images: int, total: int, de
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--part", type=int, default=32)
     parser.add_argument("--backbone", default="resnet18")
@@ -59,7 +68,10 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(1)
-    views = [torch.randn(options.images, 3, options.size, options.size, generator=generator).to(device) for _ in range(2)]
+    views = [
+        torch.randn(options.images, 3, options.size, options.size, generator=generator).to(device)
+        for _ in range(2)
+    ]
     labels = torch.zeros(options.images, dtype=torch.int64, device=device)
     runs = {}
     for label, kind in (("coupled", simclr.SimCLR), ("uncoupled", ToFixedTargets)):
@@ -69,7 +81,9 @@ def main() -> None:
             ("one part", options.part, options.part),
         ):
             step = stepper(kind, options, images, total, device)
-            batch = Batch([view[:total] for view in step_views(views, step)], labels[:total], labels[:total])
+            batch = Batch(
+                [view[:total] for view in step_views(views, step)], labels[:total], labels[:total]
+            )
             runs[f"{label}, {name}"] = lambda step=step, batch=batch: step(0, 0.5, batch)
     for run in runs.values():
         run()
@@ -83,8 +97,12 @@ def main() -> None:
         print(f"{name:22s} {seconds[name]:8.3f} s   peak extra memory {mib(extra[name]):>12s}")
     ratios = []
     for label in ("coupled", "uncoupled"):
-        ratios.append(f"accumulated_over_whole_{label}={seconds[f'{label}, parts'] / seconds[f'{label}, whole']:.2f}")
-        ratios.append(f"memory_over_one_part_{label}={extra[f'{label}, parts'] / extra[f'{label}, one part']:.2f}")
+        ratios.append(
+            f"accumulated_over_whole_{label}={seconds[f'{label}, parts'] / seconds[f'{label}, whole']:.2f}"
+        )
+        ratios.append(
+            f"memory_over_one_part_{label}={extra[f'{label}, parts'] / extra[f'{label}, one part']:.2f}"
+        )
     print("ratios:", *ratios)
 
 

@@ -21,8 +21,11 @@ import numpy as np
 import torch
 from measure import versions
 
-from ssl_pretrain import config, distributed, optim, parallel, train
+from ssl_pretrain import build, config, train
 from ssl_pretrain.data.loader import Batch
+from ssl_pretrain.distributed import stop_request
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.parallel import wrap as parallel
 
 CPU = torch.device("cpu")
 
@@ -37,7 +40,9 @@ class Alternating:
     def __init__(self, batch: Batch, bare: Any, steps: int):
         self.batch, self.bare, self.steps = batch, bare, steps
         self.source = NoLabels()
-        self.of_trainer: list[tuple[float, float]] = []  # seconds by the clock, and of this process's processors
+        self.of_trainer: list[
+            tuple[float, float]
+        ] = []  # seconds by the clock, and of this process's processors
         self.of_bare: list[tuple[float, float]] = []
 
     def described(self, step: int, num_images: int) -> list[list[str]]:
@@ -68,7 +73,7 @@ class NoLabels:
 
 def bare_step(settings: config.RunConfig, batch: Batch) -> Any:
     """A step as a script would write it: no masks, no norms, no measures."""
-    method = parallel.to_device(train.build_method(settings), settings.parallel, CPU)
+    method = parallel.to_device(build.build_method(settings), settings.parallel, CPU)
     optimizer = optim.build(settings.optim, method)
     optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
     optim.set_rates(optimizer, settings.optim, 0.5, settings.epochs, settings.global_batch_size)
@@ -84,7 +89,9 @@ def bare_step(settings: config.RunConfig, batch: Batch) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--size", type=int, default=32)
@@ -100,26 +107,40 @@ def main() -> None:
         ]  # fmt: skip
         settings = config.load("configs/simclr_digits.yaml", overrides)
         generator = torch.Generator().manual_seed(0)
-        views = [torch.randn(options.images, 3, options.size, options.size, generator=generator) for _ in range(2)]
+        views = [
+            torch.randn(options.images, 3, options.size, options.size, generator=generator)
+            for _ in range(2)
+        ]
         numbers = torch.arange(options.images)
-        batch = Batch(parallel.place(views, settings.parallel, CPU), torch.full_like(numbers, -1), numbers)
+        batch = Batch(
+            parallel.place(views, settings.parallel, CPU), torch.full_like(numbers, -1), numbers
+        )
         batches: Any = Alternating(batch, bare_step(settings, batch), options.steps)
-        with distributed.StopRequest() as stop, ExitStack() as closing:
+        with stop_request.StopRequest() as stop, ExitStack() as closing:
             train._train(settings, CPU, Path(folder), batches, stop, options.steps - 1, closing)
     print(versions("timm"))
     print(
         f"{options.backbone}, {options.images} images of {options.size} pixels in 2 views; median of {len(batches.of_bare)} steps in turn"
     )
     for which, name in enumerate(("by the clock", "of processors")):
-        trainer, bare = (statistics.median(pair[which] for pair in pairs) for pairs in (batches.of_trainer, batches.of_bare))
+        trainer, bare = (
+            statistics.median(pair[which] for pair in pairs)
+            for pairs in (batches.of_trainer, batches.of_bare)
+        )
         print(f"seconds {name}: trainer {trainer:.4f}, bare {bare:.4f}")
-    print(f"ratios: trainer_over_bare={_ratio(batches, 0):.3f} processor_time_over_bare={_ratio(batches, 1):.3f}")
+    print(
+        f"ratios: trainer_over_bare={_ratio(batches, 0):.3f} processor_time_over_bare={_ratio(batches, 1):.3f}"
+    )
 
 
 def _ratio(batches: Alternating, which: int) -> float:
     """The median over steps of the trainer's step over the mean of the bare steps before and after it: other programs come and go."""
-    steps, bare = ([pair[which] for pair in pairs] for pairs in (batches.of_trainer, batches.of_bare))
-    return statistics.median(step / ((before + after) / 2) for step, before, after in zip(steps, bare, bare[1:]))
+    steps, bare = (
+        [pair[which] for pair in pairs] for pairs in (batches.of_trainer, batches.of_bare)
+    )
+    return statistics.median(
+        step / ((before + after) / 2) for step, before, after in zip(steps, bare, bare[1:])
+    )
 
 
 if __name__ == "__main__":

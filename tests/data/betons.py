@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_pretrain.data import beton_writer, compiled
-from ssl_pretrain.data.beton_writer import Settings
+from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.beton.writer import Settings
+from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.sources import Beton, DataConfig, Source, open_source
 
 try:
-    compiled.library()
+    decode.library()
     missing = ""
 except ValueError as error:
     missing = str(error)
@@ -26,7 +27,9 @@ def jpeg(number: int, width: int, height: int, **options) -> bytes:
     generator = np.random.default_rng(number)
     coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     file = io.BytesIO()
-    coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90, **options)
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(
+        file, "JPEG", quality=90, **options
+    )
     return file.getvalue()
 
 
@@ -42,7 +45,9 @@ def tree(root: Path, n: int = 50, classes: int = 3) -> Path:
 
 
 def opened(root: Path, **options) -> Source:
-    return open_source(DataConfig(root=str(root), cache_dir=str(root.parent / "lists"), **options), "train")
+    return open_source(
+        DataConfig(root=str(root), cache_dir=str(root.parent / "lists"), **options), "train"
+    )
 
 
 def written(root: Path, n: int = 50, **settings) -> Beton:

@@ -18,9 +18,13 @@ from betons import jpeg, needs_ffcv, opened, tree, written
 from conftest import _context
 from PIL import Image
 
-from ssl_pretrain.data import beton, beton_file, beton_writer, compiled, progress
-from ssl_pretrain.data.beton_writer import ENCODED, KEPT, STORED_RAW, Settings
+from ssl_pretrain.data import progress_report
+from ssl_pretrain.data.beton import __main__ as beton
+from ssl_pretrain.data.beton import file as beton_file
+from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.beton.writer import ENCODED, KEPT, STORED_RAW, Settings
 from ssl_pretrain.data.images import UnreadableImage, decode
+from ssl_pretrain.data.native import decode as compiled
 from ssl_pretrain.data.sources import Beton, DataConfig, open_source
 
 pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
@@ -49,16 +53,26 @@ def rewritten(stored):
 class TestRealData:
     @pytest.mark.full
     def test_all_of_cifar10_comes_back(self, shared_data, tmp_path):
-        config = DataConfig(source="cifar10", root=str(shared_data("cifar10.zip")), cache_dir=str(tmp_path / "lists"))
+        config = DataConfig(
+            source="cifar10",
+            root=str(shared_data("cifar10.zip")),
+            cache_dir=str(tmp_path / "lists"),
+        )
         for part, count in (("train", 50_000), ("val", 10_000)):
             source = open_source(config, part)
             path = tmp_path / f"{part}.beton"
             manifest = beton_writer.write(source, path, Settings(), num_workers=1)
-            assert (manifest["num_samples"], manifest["kept"], manifest["bad"]) == (count, count, [])
+            assert (manifest["num_samples"], manifest["kept"], manifest["bad"]) == (
+                count,
+                count,
+                [],
+            )
             stored = Beton(beton_file.read(path))
             assert stored.classes == source.classes and stored.fingerprint == source.fingerprint
             np.testing.assert_array_equal(stored.labels, source.labels)
-            assert all(stored.content(index) == source.content(index) for index in range(0, count, 7))
+            assert all(
+                stored.content(index) == source.content(index) for index in range(0, count, 7)
+            )
             if part == "val":
                 assert beton.problems(stored.samples) == []
 
@@ -67,21 +81,34 @@ class TestRealData:
         path = tmp_path / "train.beton"
         manifest = beton_writer.write(source, path, Settings(max_side=0), num_workers=2)
         stored = opened(path)
-        assert (manifest["num_samples"], manifest["bad"], stored.classes) == (600, [], source.classes)
+        assert (manifest["num_samples"], manifest["bad"], stored.classes) == (
+            600,
+            [],
+            source.classes,
+        )
         assert manifest["kept"] + manifest["encoded"] == 600 and manifest["encoded"] < 10
         assert int(stored.samples.width.max()) == 2400
         np.testing.assert_array_equal(stored.labels, source.labels)
         for index in range(600):
-            assert stored.content(index) == source.content(index) or np.abs(stored.read(index).astype(int) - source.read(index)).mean() < 3
+            assert (
+                stored.content(index) == source.content(index)
+                or np.abs(stored.read(index).astype(int) - source.read(index)).mean() < 3
+            )
         assert beton.problems(stored.samples, num_threads=2) == []
 
     def test_larger_images_are_resized_once_and_counted(self, shared_data, tmp_path):
         source = opened(shared_data("imagenet_sample.zip"))
-        manifest = beton_writer.write(source, tmp_path / "train.beton", Settings(max_side=256), num_workers=2)
+        manifest = beton_writer.write(
+            source, tmp_path / "train.beton", Settings(max_side=256), num_workers=2
+        )
         samples = beton_file.read(tmp_path / "train.beton")
         assert int(np.maximum(samples.width, samples.height).max()) == 256
         small = sum(max(source.read(index).shape) <= 256 for index in range(0, 600, 20))
-        assert 0 <= small <= 30 and manifest["kept"] + manifest["encoded"] == 600 and manifest["kept"] < 60
+        assert (
+            0 <= small <= 30
+            and manifest["kept"] + manifest["encoded"] == 600
+            and manifest["kept"] < 60
+        )
 
 
 def test_what_becomes_of_each_kind_of_image(tmp_path):
@@ -94,24 +121,47 @@ def test_what_becomes_of_each_kind_of_image(tmp_path):
     kinds = {
         "a_plain.jpg": plain, "b_large.jpg": large, "c_turned.jpg": jpeg(4, 60, 40, exif=exif.tobytes()),
         "d_progressive.jpg": jpeg(5, 60, 40, progressive=True), "e_trailing.jpg": plain + b"after the end",
-    }    # fmt: skip
+    }  # fmt: skip
     for name, content in kinds.items():
         (folder / name).write_bytes(content)
     grey.save(folder / "f_grey.jpg")
-    Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)).save(folder / "g_small.png")
+    Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)).save(
+        folder / "g_small.png"
+    )
     Image.fromarray(np.zeros((70, 80, 3), np.uint8)).save(folder / "h_large.png")
     Image.new("CMYK", (60, 40)).save(folder / "i_cmyk.jpg")
     source = opened(tmp_path / "data", loader="folder")
-    manifest = beton_writer.write(source, tmp_path / "train.beton", Settings(max_side=80), num_workers=1)
+    manifest = beton_writer.write(
+        source, tmp_path / "train.beton", Settings(max_side=80), num_workers=1
+    )
     stored = opened(tmp_path / "train.beton")
     decoder = beton_writer.Decoder()
-    became = [beton_writer.encode(source, index, Settings(max_side=80), decoder)[0] for index in range(9)]
+    became = [
+        beton_writer.encode(source, index, Settings(max_side=80), decoder)[0] for index in range(9)
+    ]
     assert became == [KEPT, ENCODED, ENCODED, KEPT, KEPT, KEPT, STORED_RAW, ENCODED, ENCODED]
     assert (manifest["kept"], manifest["encoded"], manifest["raw"]) == (4, 4, 1)
-    assert [stored.content(index) == source.content(index) for index in range(6)] == [True, False, False, True, True, True]
-    sizes = [(60, 40), (80, 36), (40, 60), (60, 40), (60, 40), (60, 40), (50, 40), (80, 70), (60, 40)]
+    assert [stored.content(index) == source.content(index) for index in range(6)] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+    sizes = [
+        (60, 40),
+        (80, 36),
+        (40, 60),
+        (60, 40),
+        (60, 40),
+        (60, 40),
+        (50, 40),
+        (80, 70),
+        (60, 40),
+    ]
     assert list(zip(stored.samples.width.tolist(), stored.samples.height.tolist())) == sizes
-    np.testing.assert_array_equal(stored.read(6), source.read(6))    # raw pixels lose nothing
+    np.testing.assert_array_equal(stored.read(6), source.read(6))  # raw pixels lose nothing
     assert np.abs(stored.read(2).astype(int) - source.read(2)).mean() < 2
     assert beton.problems(stored.samples) == []
 
@@ -136,13 +186,28 @@ loader = Loader(sys.argv[1], batch_size=10, num_workers=1, order=OrderOption.SEQ
 print([label for _, labels in loader for label in labels[:, 0].tolist()])
 """
     theirs = tmp_path / "theirs.beton"
-    result = subprocess.run([sys.executable, "-c", code, stored.where, str(theirs)], capture_output=True, text=True, timeout=150)
+    result = subprocess.run(
+        [sys.executable, "-c", code, stored.where, str(theirs)],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert json.loads(result.stdout) == stored.labels.tolist()
     source = opened(theirs)
-    assert source.labels.tolist() == [number % 3 for number in range(12)] and source.classes == ["0", "1", "2"]
-    assert np.abs(source.read(7).astype(int) - 70).max() <= 1 and source.read(7).shape == (20, 30, 3)
-    problems = [f"{theirs}: has no manifest (theirs.beton.json): no class names, and nothing to compare with"]
+    assert source.labels.tolist() == [number % 3 for number in range(12)] and source.classes == [
+        "0",
+        "1",
+        "2",
+    ]
+    assert np.abs(source.read(7).astype(int) - 70).max() <= 1 and source.read(7).shape == (
+        20,
+        30,
+        3,
+    )
+    problems = [
+        f"{theirs}: has no manifest (theirs.beton.json): no class names, and nothing to compare with"
+    ]
     assert beton.problems(beton_file.read(theirs)) == problems
 
 
@@ -152,7 +217,10 @@ def test_bad_images_are_named_and_left_out(tmp_path, capsys):
     bad.write_bytes(bad.read_bytes()[:200])
     assert beton.main(["write", str(root), str(tmp_path / "train.beton"), "--workers", "1"]) == 1
     out = capsys.readouterr().out
-    assert "11 images: 11 kept as they were, 0 encoded at quality 95" in out and f"  bad, left out: {bad}: " in out
+    assert (
+        "11 images: 11 kept as they were, 0 encoded at quality 95" in out
+        and f"  bad, left out: {bad}: " in out
+    )
     stored = opened(tmp_path / "train.beton")
     assert len(stored) == 11 and stored.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
     assert stored.fingerprint != opened(root, loader="folder").fingerprint
@@ -173,14 +241,19 @@ def test_check_names_what_is_damaged(tmp_path, capsys):
     with open(stored.where, "r+b") as file:
         file.seek(int(stored.samples.place[3]))
         file.write(b"GIF")
-        file.seek(int(stored.samples.place[7] + stored.samples.length[7]) - 40)    # decodes without a word
+        file.seek(
+            int(stored.samples.place[7] + stored.samples.length[7]) - 40
+        )  # decodes without a word
         before = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([before[0] ^ 1]))
     assert beton.main(["check", stored.where]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{stored.where}, image 3: not a JPEG"
-    assert lines[-2] == f"{stored.where}: its bytes are not those that were written (the manifest's crc32 differs)"
+    assert (
+        lines[-2]
+        == f"{stored.where}: its bytes are not those that were written (the manifest's crc32 differs)"
+    )
 
 
 def _write_slowly(root: Path, path: Path) -> None:
@@ -194,25 +267,45 @@ class TestKilled:
     def test_at_ten_moments_it_ends_with_the_same_file(self, tmp_path):
         root = tree(tmp_path / "data", n=300)
         whole, path = tmp_path / "whole" / "train.beton", tmp_path / "killed" / "train.beton"
-        beton_writer.write(opened(root, loader="folder"), whole, Settings(max_side=64), num_workers=1)
+        beton_writer.write(
+            opened(root, loader="folder"), whole, Settings(max_side=64), num_workers=1
+        )
         journal, sizes = path.with_name("train.beton.journal"), []
         for moment in np.random.default_rng(0).uniform(0, 0.2, 10):
             process = _context.Process(target=_write_slowly, args=(root, path))
             process.start()
             until = time.monotonic() + 60
-            while sizes and not (journal.exists() and journal.stat().st_size > sizes[-1]) and time.monotonic() < until:
-                time.sleep(0.005)  # the first is killed wherever it is, the others at work, however busy the machine
+            while (
+                sizes
+                and not (journal.exists() and journal.stat().st_size > sizes[-1])
+                and time.monotonic() < until
+            ):
+                time.sleep(
+                    0.005
+                )  # the first is killed wherever it is, the others at work, however busy the machine
             time.sleep(moment)
             process.kill()
             process.join()
             assert not path.exists()
             sizes.append(journal.stat().st_size if journal.exists() else 0)
-        assert sizes == sorted(sizes) and sizes[-1] > sizes[0]    # each went on where the one before was
-        beton_writer.write(opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1)
-        assert sha(path) == sha(whole) and sha(beton_file.manifest_path(path)) == sha(beton_file.manifest_path(whole))
-        assert sorted(found.name for found in path.parent.iterdir()) == ["train.beton", "train.beton.json"]
+        assert (
+            sizes == sorted(sizes) and sizes[-1] > sizes[0]
+        )  # each went on where the one before was
+        beton_writer.write(
+            opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1
+        )
+        assert sha(path) == sha(whole) and sha(beton_file.manifest_path(path)) == sha(
+            beton_file.manifest_path(whole)
+        )
+        assert sorted(found.name for found in path.parent.iterdir()) == [
+            "train.beton",
+            "train.beton.json",
+        ]
 
-    @pytest.mark.parametrize("torn", ["half an entry", "data lost", "data changed", "other settings", "before the rename"])
+    @pytest.mark.parametrize(
+        "torn",
+        ["half an entry", "data lost", "data changed", "other settings", "before the rename"],
+    )
     def test_what_a_power_cut_tears_is_made_again(self, torn, tmp_path, monkeypatch):
         source = opened(tree(tmp_path / "data", n=40), loader="folder")
         whole, path = tmp_path / "whole" / "train.beton", tmp_path / "train.beton"
@@ -223,9 +316,18 @@ class TestKilled:
             def raise_it(*_arguments):
                 raise stop
 
-            patch.setattr(beton_writer.os if torn == "before the rename" else beton_writer, "replace" if torn == "before the rename" else "_finish", raise_it)
+            patch.setattr(
+                beton_writer.os if torn == "before the rename" else beton_writer,
+                "replace" if torn == "before the rename" else "_finish",
+                raise_it,
+            )
             with pytest.raises(OSError, match="the disk is full"):
-                beton_writer.write(source, path, Settings(max_side=30) if torn == "other settings" else Settings(), num_workers=1)
+                beton_writer.write(
+                    source,
+                    path,
+                    Settings(max_side=30) if torn == "other settings" else Settings(),
+                    num_workers=1,
+                )
         data, journal = tmp_path / "train.beton.writing", tmp_path / "train.beton.journal"
         if torn == "half an entry":
             os.truncate(journal, journal.stat().st_size - 7)
@@ -241,13 +343,20 @@ class TestKilled:
     def test_a_finished_file_is_not_written_again(self, tmp_path):
         stored = written(tmp_path / "data", n=12)
         before = os.stat(stored.where)
-        beton_writer.write(opened(tmp_path / "data", loader="folder"), Path(stored.where), Settings(), num_workers=1)
+        beton_writer.write(
+            opened(tmp_path / "data", loader="folder"),
+            Path(stored.where),
+            Settings(),
+            num_workers=1,
+        )
         assert os.stat(stored.where).st_mtime_ns == before.st_mtime_ns
 
     def test_processes_change_nothing(self, tmp_path):
         source = opened(tree(tmp_path / "data", n=100), loader="folder")
         for workers in (1, 3):
-            beton_writer.write(source, tmp_path / str(workers) / "train.beton", Settings(max_side=50), workers)
+            beton_writer.write(
+                source, tmp_path / str(workers) / "train.beton", Settings(max_side=50), workers
+            )
         assert sha(tmp_path / "1" / "train.beton") == sha(tmp_path / "3" / "train.beton")
 
     def test_two_writers_of_one_file_do_not_mix(self, tmp_path):
@@ -256,7 +365,10 @@ class TestKilled:
         made = beton_writer._made
 
         def second(*arguments, **options):
-            assert refused(beton_writer.write, source, path, Settings(), 1) == f"{path}: another process is writing it"
+            assert (
+                refused(beton_writer.write, source, path, Settings(), 1)
+                == f"{path}: another process is writing it"
+            )
             return made(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -274,9 +386,15 @@ class TestMessages:
     def test_files_that_do_not_open(self, stored, tmp_path):
         path, size = Path(stored.where), os.stat(stored.where).st_size
         os.truncate(path, size - 100)
-        assert refused(beton_file.read, path) == f"data.root: {path} is cut short ({size - 100:,} bytes); copy or write it again"
+        assert (
+            refused(beton_file.read, path)
+            == f"data.root: {path} is cut short ({size - 100:,} bytes); copy or write it again"
+        )
         os.truncate(path, 0)
-        assert refused(beton_file.read, path) == f"data.root: {path} is empty; its writing never began, or the disk was full"
+        assert (
+            refused(beton_file.read, path)
+            == f"data.root: {path} is empty; its writing never began, or the disk was full"
+        )
         path.write_bytes(bytes(5000))
         assert refused(beton_file.read, path) == f"data.root: {path} is not a .beton of format 2"
         path.unlink()
@@ -287,10 +405,14 @@ class TestMessages:
     @pytest.mark.parametrize("field", ["place", "width", "mode"])
     def test_entries_that_point_elsewhere(self, field, stored):
         with rewritten(stored) as (path, content):
-            samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
+            samples = np.frombuffer(
+                content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END
+            )
             samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
-        expected = "the allocation table does not know image 2; the file is damaged" if field == "place" else (
-            "the entry of image 2 points outside the file; it is damaged"
+        expected = (
+            "the allocation table does not know image 2; the file is damaged"
+            if field == "place"
+            else ("the entry of image 2 points outside the file; it is damaged")
         )
         assert refused(beton_file.read, path) == f"data.root: {path}: {expected}"
 
@@ -300,30 +422,55 @@ class TestMessages:
         assert refused(beton_file.read, Path(stored.where)) == (
             f"data.root: {path} is damaged; copy it again, or run the same write again"
         )
-        path.unlink()    # FFCV's own files have none: numbers are the names then
+        path.unlink()  # FFCV's own files have none: numbers are the names then
         assert opened(Path(stored.where)).classes == ["0", "1", "2"]
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--page-size", "3000000"], "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least 2,097,152 (FFCV's own least)"),
-            (["--shards", "2", "--shard", "2"], "--shards 2, --shard 2: give 1 to 12 shards, and a shard from 0 to their number less one"),
+            (
+                ["--page-size", "3000000"],
+                "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least 2,097,152 (FFCV's own least)",
+            ),
+            (
+                ["--shards", "2", "--shard", "2"],
+                "--shards 2, --shard 2: give 1 to 12 shards, and a shard from 0 to their number less one",
+            ),
         ],
     )
     def test_options(self, options, message, stored, tmp_path, capsys):
-        assert beton.main(["write", str(tmp_path / "data"), str(tmp_path / "x.beton"), *options]) == 2
+        assert (
+            beton.main(["write", str(tmp_path / "data"), str(tmp_path / "x.beton"), *options]) == 2
+        )
         assert capsys.readouterr().err == f"error: {message}\n"
 
-    def test_the_array_of_a_scheduler_writes_one_shard_each(self, stored, tmp_path, monkeypatch, capsys):
+    def test_the_array_of_a_scheduler_writes_one_shard_each(
+        self, stored, tmp_path, monkeypatch, capsys
+    ):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
         monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
-        assert beton.main(["write", str(tmp_path / "data"), str(tmp_path / "out" / "val.beton"), "--shards", "4", "--workers", "1"]) == 0
-        assert [path.name for path in sorted((tmp_path / "out").glob("*.beton"))] == ["val-00002-of-00004.beton"]
+        assert (
+            beton.main(
+                [
+                    "write",
+                    str(tmp_path / "data"),
+                    str(tmp_path / "out" / "val.beton"),
+                    "--shards",
+                    "4",
+                    "--workers",
+                    "1",
+                ]
+            )
+            == 0
+        )
+        assert [path.name for path in sorted((tmp_path / "out").glob("*.beton"))] == [
+            "val-00002-of-00004.beton"
+        ]
 
     def test_progress_names_the_time_left(self, monkeypatch, capsys):
         clock = iter(range(0, 100, 2))
-        monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-        assert list(progress.report("abcd", 4, "wrote")) == list("abcd")
+        monkeypatch.setattr(progress_report.time, "monotonic", lambda: next(clock))
+        assert list(progress_report.report("abcd", 4, "wrote")) == list("abcd")
         assert "wrote 3 of 4 images, about " in capsys.readouterr().err
 
 
@@ -339,7 +486,11 @@ class TestDamage:
         content = path.read_bytes()
         table = int(np.frombuffer(content, beton_file.HEADER, 1)[0]["table"])
         entries = beton_file.DATA_FIELDS_END + 12 * beton_file.SAMPLE.itemsize
-        places = [*range(beton_file.HEADER.itemsize), *range(beton_file.DATA_FIELDS_END, entries), *range(table, len(content))]
+        places = [
+            *range(beton_file.HEADER.itemsize),
+            *range(beton_file.DATA_FIELDS_END, entries),
+            *range(table, len(content)),
+        ]
         for number, place in enumerate(places[::5]):
             flipped = bytearray(content)
             flipped[place] ^= 1 << number % 8
@@ -359,11 +510,15 @@ class TestDamage:
                 f"data.root: {path} is damaged; copy it again, or run the same write again"
             )
 
-    @pytest.mark.parametrize("text", ["[]", "null", "5", '"text"', "{}", "\xff", pytest.param("[" * 200_000, id="deep")])
+    @pytest.mark.parametrize(
+        "text", ["[]", "null", "5", '"text"', "{}", "\xff", pytest.param("[" * 200_000, id="deep")]
+    )
     def test_a_manifest_of_another_kind_is_damaged(self, text, stored, capsys):
         path = beton_file.manifest_path(Path(stored.where))
         path.write_text(text, encoding="latin-1")
-        expected = f"error: data.root: {path} is damaged; copy it again, or run the same write again\n"
+        expected = (
+            f"error: data.root: {path} is damaged; copy it again, or run the same write again\n"
+        )
         for command in ("check", "info"):
             assert beton.main([command, stored.where]) == 2
             assert capsys.readouterr().err == expected
@@ -373,27 +528,41 @@ class TestDamage:
         manifest = json.loads(path.read_text())
         for key in manifest:
             for other in ({}, {key: None}, {key: [5]}):
-                path.write_text(json.dumps({name: value for name, value in manifest.items() if name != key} | other))
+                path.write_text(
+                    json.dumps(
+                        {name: value for name, value in manifest.items() if name != key} | other
+                    )
+                )
                 assert "is damaged" in refused(beton_file.read, Path(stored.where))
 
     def test_a_manifest_of_an_earlier_version_is_read(self, stored):
         path = beton_file.manifest_path(Path(stored.where))
         manifest = json.loads(path.read_text())
-        path.write_text(json.dumps({key: value for key, value in manifest.items() if not key.endswith("_sha256")}))
+        path.write_text(
+            json.dumps(
+                {key: value for key, value in manifest.items() if not key.endswith("_sha256")}
+            )
+        )
         assert len(beton_file.read(Path(stored.where))) == 12
 
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
     def test_a_length_that_wraps_is_refused(self, length, stored):
         with rewritten(stored) as (path, content):
             table = int(np.frombuffer(content, beton_file.HEADER, 1)[0]["table"])
-            np.frombuffer(content, beton_file.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(length)
-        assert refused(beton_file.read, path).endswith("the entry of image 3 points outside the file; it is damaged")
+            np.frombuffer(content, beton_file.ALLOCATION, 12, offset=table)["length"][3] = (
+                np.uint64(length)
+            )
+        assert refused(beton_file.read, path).endswith(
+            "the entry of image 3 points outside the file; it is damaged"
+        )
 
     @pytest.mark.parametrize("label", [-2, 1_000_000, 2**40, -(2**63)])
     def test_a_label_that_is_no_class_is_refused(self, label, stored):
         """A file of FFCV's own writer has no class names. One is made for each class, and none of these may fill the memory."""
         with rewritten(stored) as (path, content):
-            np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)["label"][3] = label
+            np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)[
+                "label"
+            ][3] = label
         assert refused(beton_file.read, path) == (
             f"data.root: {path}: the label of image 3 is {label}, and labels are -1 for none or a class below 1,000,000; the file is damaged"
         )
@@ -413,12 +582,19 @@ class TestDamage:
 
     def test_an_entry_of_too_many_pixels_is_refused(self, stored):
         with rewritten(stored) as (path, content):
-            samples = np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)
+            samples = np.frombuffer(
+                content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END
+            )
             samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
-        assert "the entry of image 2 says 65,535 x 65,535 pixels, more than the 178,956,970" in refused(beton_file.read, path)
+        assert (
+            "the entry of image 2 says 65,535 x 65,535 pixels, more than the 178,956,970"
+            in refused(beton_file.read, path)
+        )
 
     def test_tall_and_wide_images_do_not_add_up(self, stored):
-        samples = beton_file.replace(stored.samples, height=np.array([1, 60000] * 6), width=np.array([60000, 1] * 6))
+        samples = beton_file.replace(
+            stored.samples, height=np.array([1, 60000] * 6), width=np.array([60000, 1] * 6)
+        )
         assert compiled.scratch_for(samples, []).image.nbytes < 20_000_000
 
     def test_a_replaced_file_is_noticed(self, stored, tmp_path):
@@ -443,7 +619,9 @@ class TestDamage:
         assert str(caught.value) == f"{path}, image 4: not a JPEG"
 
 
-@pytest.mark.parametrize("moment", ["before the manifest", "between manifest and data", "before the journal goes"])
+@pytest.mark.parametrize(
+    "moment", ["before the manifest", "between manifest and data", "before the journal goes"]
+)
 def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_path, monkeypatch):
     source = opened(tree(tmp_path / "data", n=12), loader="folder")
     path, whole = tmp_path / "train.beton", tmp_path / "whole" / "train.beton"
@@ -458,7 +636,9 @@ def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_pat
         steps = {
             "before the manifest": lambda: patch.setattr(beton_writer, "_replace", killed),
             "between manifest and data": lambda: patch.setattr(
-                beton_writer.os, "replace", lambda old, new: killed() if new == path else real(old, new)
+                beton_writer.os,
+                "replace",
+                lambda old, new: killed() if new == path else real(old, new),
             ),
             "before the journal goes": lambda: patch.setattr(Path, "unlink", killed),
         }
@@ -469,7 +649,10 @@ def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_pat
         assert "do not belong together" in refused(beton_file.read, path)
     beton_writer.write(source, path, Settings(max_side=60), num_workers=1)
     assert sha(path) == sha(whole)
-    assert sorted(found.name for found in tmp_path.glob("train.beton*")) == ["train.beton", "train.beton.json"]
+    assert sorted(found.name for found in tmp_path.glob("train.beton*")) == [
+        "train.beton",
+        "train.beton.json",
+    ]
 
 
 def test_a_stored_image_is_its_own_jpeg(tmp_path):
@@ -481,4 +664,6 @@ def test_a_stored_image_is_its_own_jpeg(tmp_path):
     os.unlink(stored.where)
     with pytest.raises(FileNotFoundError) as caught:
         stored.check_present()
-    assert str(caught.value) == f"data.root: {stored.where} is gone; it was there when the run began"
+    assert (
+        str(caught.value) == f"data.root: {stored.where} is gone; it was there when the run began"
+    )

@@ -14,7 +14,9 @@ from ssl_pretrain.data.images import UnreadableImage, decode
 RANDOM = np.random.default_rng(0)
 GREY = RANDOM.integers(0, 256, (5, 7), dtype=np.uint8)
 COLOUR = RANDOM.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-SMOOTH = np.kron(RANDOM.integers(0, 256, (3, 4, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))  # survives JPEG
+SMOOTH = np.kron(
+    RANDOM.integers(0, 256, (3, 4, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8)
+)  # survives JPEG
 
 
 def encoded(image: Image.Image, format: str, **options) -> bytes:
@@ -32,12 +34,16 @@ def test_colour_is_kept_and_can_be_written_to():
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
 def test_grey_is_repeated(format):
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(GREY), format), "a"), np.repeat(GREY[..., None], 3, axis=2))
+    np.testing.assert_array_equal(
+        decode(encoded(Image.fromarray(GREY), format), "a"), np.repeat(GREY[..., None], 3, axis=2)
+    )
 
 
 def test_one_bit_is_black_and_white():
     pixels = decode(encoded(Image.fromarray(GREY > 127), "PNG"), "a.png")
-    np.testing.assert_array_equal(pixels, np.repeat(np.where(GREY > 127, 255, 0)[..., None], 3, axis=2))
+    np.testing.assert_array_equal(
+        pixels, np.repeat(np.where(GREY > 127, 255, 0)[..., None], 3, axis=2)
+    )
 
 
 def test_palette_gives_its_colours():
@@ -60,32 +66,49 @@ def test_colour_marked_transparent_becomes_black():
     pixels[0, 0] = pixels[2, 3] = (1, 2, 3)
     expected = pixels.copy()
     expected[0, 0] = expected[2, 3] = 0
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(pixels), "PNG", transparency=(1, 2, 3)), "a.png"), expected)
+    np.testing.assert_array_equal(
+        decode(encoded(Image.fromarray(pixels), "PNG", transparency=(1, 2, 3)), "a.png"), expected
+    )
 
 
 def test_alpha_is_composited_on_black():
     alpha = np.array([[0, 51, 255]], np.uint8)
     colour = np.full((1, 3, 3), 200, np.uint8)
-    expected = np.repeat(np.array([[0, 40, 200]], np.uint8)[..., None], 3, axis=2)  # 200 * 51 / 255 = 40
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(np.dstack([colour, alpha])), "PNG"), "a.png"), expected)
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(np.dstack([colour[..., 0], alpha])), "PNG"), "a.png"), expected)
+    expected = np.repeat(
+        np.array([[0, 40, 200]], np.uint8)[..., None], 3, axis=2
+    )  # 200 * 51 / 255 = 40
+    np.testing.assert_array_equal(
+        decode(encoded(Image.fromarray(np.dstack([colour, alpha])), "PNG"), "a.png"), expected
+    )
+    np.testing.assert_array_equal(
+        decode(encoded(Image.fromarray(np.dstack([colour[..., 0], alpha])), "PNG"), "a.png"),
+        expected,
+    )
 
 
 def test_16_bit_grey_is_divided_by_257():
     values = np.array([[0, 128, 129, 257, 32896, 65406, 65407, 65535]], np.uint16)
     expected = np.repeat(np.array([[0, 0, 1, 1, 128, 254, 255, 255]])[..., None], 3, axis=2)
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(values), "PNG"), "a.png"), expected)
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(values), "TIFF"), "a.tif"), expected)
+    np.testing.assert_array_equal(
+        decode(encoded(Image.fromarray(values), "PNG"), "a.png"), expected
+    )
+    np.testing.assert_array_equal(
+        decode(encoded(Image.fromarray(values), "TIFF"), "a.tif"), expected
+    )
     pgm = b"P5 8 1 65535\n" + values.astype(">u2").tobytes()
     np.testing.assert_array_equal(decode(pgm, "a.pgm"), expected)
 
 
 def test_16_bit_colour_is_within_one_level():
     values = RANDOM.integers(0, 65536, (4, 6, 3), dtype=np.uint16)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)  # by hand: Pillow writes no such PNG
+    rows = b"".join(
+        b"\0" + row.astype(">u2").tobytes() for row in values
+    )  # by hand: Pillow writes no such PNG
 
     def block(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     start = block(b"IHDR", struct.pack(">IIBBBBB", 6, 4, 16, 2, 0, 0, 0))
     png = b"\x89PNG\r\n\x1a\n" + start + block(b"IDAT", zlib.compress(rows)) + block(b"IEND", b"")
@@ -117,7 +140,13 @@ def test_exif_orientation_is_applied(format, orientation):
     }[orientation](SMOOTH)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"lossless": True} if format == "WEBP" else {"quality": 95, "subsampling": 0} if format == "JPEG" else {}
+    options = (
+        {"lossless": True}
+        if format == "WEBP"
+        else {"quality": 95, "subsampling": 0}
+        if format == "JPEG"
+        else {}
+    )
     pixels = decode(encoded(Image.fromarray(SMOOTH), format, exif=exif, **options), "a")
     assert pixels.shape == upright.shape
     assert np.abs(pixels.astype(int) - upright).mean() < 3
@@ -127,13 +156,19 @@ def test_exif_orientation_is_applied(format, orientation):
 @pytest.mark.parametrize("progressive", [False, True])
 def test_the_quick_way_of_jpeg_is_pillows_to_the_bit(mode, progressive):
     inks = Image.fromarray(np.dstack([SMOOTH, SMOOTH[::-1, :, 0]]), "CMYK")
-    content = encoded(inks if mode == "CMYK" else Image.fromarray(SMOOTH).convert(mode), "JPEG", progressive=progressive)
+    content = encoded(
+        inks if mode == "CMYK" else Image.fromarray(SMOOTH).convert(mode),
+        "JPEG",
+        progressive=progressive,
+    )
     with Image.open(io.BytesIO(content)) as image:
         np.testing.assert_array_equal(decode(content, "a.jpg"), np.array(image.convert("RGB")))
 
 
 def test_one_pixel():
-    assert decode(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"), "a.png").tolist() == [[[1, 2, 3]]]
+    assert decode(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"), "a.png").tolist() == [
+        [[1, 2, 3]]
+    ]
     assert decode(encoded(Image.new("L", (1, 1), 9), "JPEG"), "a.jpg").shape == (1, 1, 3)
 
 
@@ -146,20 +181,30 @@ def test_first_of_several_frames():
 def test_smaller_copies_of_a_tiff_are_passed_over():
     large, small = Image.new("L", (8, 6), 10), Image.new("L", (4, 3), 200)
     small.encoderinfo = {"tiffinfo": {254: 1}}  # a reduced copy
-    assert (decode(encoded(large, "TIFF", save_all=True, append_images=[small]), "a.tif") == 10).all()
+    assert (
+        decode(encoded(large, "TIFF", save_all=True, append_images=[small]), "a.tif") == 10
+    ).all()
 
 
 @pytest.mark.parametrize("values", [(200.0, 3000.0), (-5.0, 4095.0), (0.5, 10.0)])
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, ">u2"])
 def test_a_range_maps_low_to_0_and_high_to_255(values, kind):
     stored = RANDOM.integers(0, 4096, (6, 8)).astype(kind)
-    expected = np.rint(255 * ((stored.astype(float) - values[0]) / (values[1] - values[0])).clip(0, 1))
-    image = Image.fromarray(stored) if kind != ">u2" else Image.frombytes("I;16B", (8, 6), stored.tobytes())
+    expected = np.rint(
+        255 * ((stored.astype(float) - values[0]) / (values[1] - values[0])).clip(0, 1)
+    )
+    image = (
+        Image.fromarray(stored)
+        if kind != ">u2"
+        else Image.frombytes("I;16B", (8, 6), stored.tobytes())
+    )
     np.testing.assert_array_equal(decode(encoded(image, "TIFF"), "a.tif", values)[..., 0], expected)
 
 
 def test_a_range_leaves_8_bits_as_they_are():
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(GREY), "PNG"), "a.png", (10.0, 20.0))[..., 0], GREY)
+    np.testing.assert_array_equal(
+        decode(encoded(Image.fromarray(GREY), "PNG"), "a.png", (10.0, 20.0))[..., 0], GREY
+    )
 
 
 def test_16_bits_whose_zero_is_white_are_inverted():
@@ -175,7 +220,12 @@ def test_inspect_measures_values_without_the_thousandth_at_either_end():
     stored[0, 0], stored[0, 1] = 65535, 0  # a hot and a dead pixel
     found = images.inspect(encoded(Image.fromarray(stored), "TIFF"), "a.tif")
     assert found[:4] == ("I;16", 100, 100, 1)
-    assert found.low is not None and 200 <= found.low < 210 and found.high is not None and 2985 < found.high < 3000
+    assert (
+        found.low is not None
+        and 200 <= found.low < 210
+        and found.high is not None
+        and 2985 < found.high < 3000
+    )
 
 
 def png_of_16_bits(values: np.ndarray) -> bytes:
@@ -184,9 +234,13 @@ def png_of_16_bits(values: np.ndarray) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
     def block(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
-    start = block(b"IHDR", struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color_type, 0, 0, 0))
+    start = block(
+        b"IHDR", struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color_type, 0, 0, 0)
+    )
     return b"\x89PNG\r\n\x1a\n" + start + block(b"IDAT", zlib.compress(rows)) + block(b"IEND", b"")
 
 
@@ -213,7 +267,9 @@ class TestTakenForSomethingElse:
 
     def test_a_range_for_16_bit_color(self):
         content = png_of_16_bits(RANDOM.integers(0, 65536, (4, 6, 3)).astype(np.uint16))
-        assert "a: data.range is for gray images without alpha" in refused(content, values=(0.0, 4095.0))
+        assert "a: data.range is for gray images without alpha" in refused(
+            content, values=(0.0, 4095.0)
+        )
 
     def test_a_fourth_band_of_a_tiff(self):
         content = encoded(Image.fromarray(np.dstack([COLOUR, GREY]), "RGBX"), "TIFF")
@@ -227,19 +283,26 @@ class TestTakenForSomethingElse:
         content = encoded(Image.new("CMYK", (8, 8)), "JPEG")
         marker = content.index(b"\xff\xee")  # Adobe's
         length = int.from_bytes(content[marker + 2 : marker + 4])
-        assert "a: four bands that are not said to be inks" in refused(content[:marker] + content[marker + 2 + length :])
+        assert "a: four bands that are not said to be inks" in refused(
+            content[:marker] + content[marker + 2 + length :]
+        )
 
     def test_pages_of_a_tiff(self):
         pages = [Image.new("L", (3, 2), value) for value in (10, 20, 30)]
         content = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
-        assert refused(content) == "a: 3 pages, of which only one would be seen; save each page as a file of its own"
+        assert (
+            refused(content)
+            == "a: 3 pages, of which only one would be seen; save each page as a file of its own"
+        )
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA"])
     def test_alpha_that_is_0_everywhere(self, mode):
         assert "a: its alpha is 0 everywhere" in refused(encoded(Image.new(mode, (4, 4)), "PNG"))
 
     def test_a_tiff_that_pillow_does_not_read(self):
-        content = encoded(Image.fromarray(COLOUR), "TIFF").replace(struct.pack("<HHIHH", 262, 3, 1, 2, 0), struct.pack("<HHIHH", 262, 3, 1, 9, 0))
+        content = encoded(Image.fromarray(COLOUR), "TIFF").replace(
+            struct.pack("<HHIHH", 262, 3, 1, 2, 0), struct.pack("<HHIHH", 262, 3, 1, 9, 0)
+        )
         assert refused(content) == (
             "a: Pillow reads no TIFF of this number of bands, bits or compression; convert it to grey or RGB of 8 or 16 bits"
         )
@@ -256,14 +319,24 @@ class TestTrust:
         content = bytearray(encoded(Image.new("L", (16, 16)), "JPEG"))
         frame = content.index(b"\xff\xc0")
         content[frame + 5 : frame + 9] = (60000).to_bytes(2) + (60000).to_bytes(2)
-        assert refused(bytes(content), "a.jpg").startswith("a.jpg: 60,000 x 60,000 pixels are more than the 178,956,970")
+        assert refused(bytes(content), "a.jpg").startswith(
+            "a.jpg: 60,000 x 60,000 pixels are more than the 178,956,970"
+        )
 
     def test_no_other_program_is_started(self):
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
         assert refused(eps, "a.jpg") == "a.jpg: no known image format"
         assert "EPS" not in images.formats() and ".eps" not in images.suffixes()
-        fields = {60: b"\1\0", 20: b"\0\12", 30: b"\0\12", 120: b"\0\5", 65: b"\1"}  # IPTC gives its content to any decoder
-        iptc = b"".join(bytes([28, 3, number, 0, len(value)]) + value for number, value in fields.items())
+        fields = {
+            60: b"\1\0",
+            20: b"\0\12",
+            30: b"\0\12",
+            120: b"\0\5",
+            65: b"\1",
+        }  # IPTC gives its content to any decoder
+        iptc = b"".join(
+            bytes([28, 3, number, 0, len(value)]) + value for number, value in fields.items()
+        )
         iptc += bytes([28, 8, 10, 0, len(eps)]) + eps
         with Image.open(io.BytesIO(iptc)) as image:
             assert image.format == "IPTC"
@@ -273,7 +346,9 @@ class TestTrust:
         png = encoded(Image.fromarray(COLOUR), "PNG")
         assert refused(png, "a.beton, image 0", jpeg=True) == "a.beton, image 0: not a JPEG"
         assert refused(b"\xff\xd8" + png, "a.jpg").startswith("a.jpg: ")
-        np.testing.assert_array_equal(decode(png, "a.jpg"), COLOUR)  # ImageNet has PNGs of that name
+        np.testing.assert_array_equal(
+            decode(png, "a.jpg"), COLOUR
+        )  # ImageNet has PNGs of that name
 
 
 def damaged() -> dict[str, tuple[bytes, str]]:
@@ -286,8 +361,14 @@ def damaged() -> dict[str, tuple[bytes, str]]:
         "a truncated JPEG": (jpeg[: len(jpeg) // 2], "a.png: "),
         "a truncated PNG": (png[: len(png) // 2], "a.png: "),
         "a flipped byte in a PNG": (bytes(flipped), "a.png: "),
-        "floats": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "a.png: pixels of mode F have no agreed conversion to RGB"),
-        "32 bits": (encoded(Image.fromarray(np.full((2, 2), 70000, np.int32)), "TIFF"), "a.png: 32-bit integers have no agreed range"),
+        "floats": (
+            encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"),
+            "a.png: pixels of mode F have no agreed conversion to RGB",
+        ),
+        "32 bits": (
+            encoded(Image.fromarray(np.full((2, 2), 70000, np.int32)), "TIFF"),
+            "a.png: 32-bit integers have no agreed range",
+        ),
     }
 
 

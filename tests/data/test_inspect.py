@@ -56,7 +56,10 @@ def test_bad_files_are_named(root, capsys):
 
 def test_a_sample_is_stated(root, capsys):
     inspect.main([str(root), "--sample", "3"])
-    assert "read 3 of 8 images (evenly spaced in the list; --sample 0 reads all)" in capsys.readouterr().out
+    assert (
+        "read 3 of 8 images (evenly spaced in the list; --sample 0 reads all)"
+        in capsys.readouterr().out
+    )
 
 
 def test_each_image_weighs_the_same(tmp_path):
@@ -100,7 +103,11 @@ def test_the_suggestion_loads(n, side, tmp_path):
     path.write_text(inspect.suggestion(DataConfig(root='/data/a "b"'), Counted(), findings))
     loaded = config.load(path)
     assert (loaded.method.name, loaded.data.root) == ("simclr", '/data/a "b"')
-    assert (loaded.views.crops["global"].size, loaded.global_batch_size, loaded.epochs) == SUGGESTED[n, side]
+    assert (
+        loaded.views.crops["global"].size,
+        loaded.global_batch_size,
+        loaded.epochs,
+    ) == SUGGESTED[n, side]
     for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # each with its reason
         assert re.search(rf"^ *{key}: \S+ +# \S", path.read_text(), re.MULTILINE)
 
@@ -112,6 +119,17 @@ def test_what_cannot_be_opened_is_a_message(tmp_path, capsys):
 
 def test_as_a_command():
     command = [sys.executable, "-m", "ssl_pretrain.data.inspect"]
-    run = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
-    for part in ("--sample", "--all-classes", "python -m ssl_pretrain.data.inspect /data/imagenet", "Exit status: 0;"):
+    run = subprocess.run(
+        [*command, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    for part in (
+        "--sample",
+        "--all-classes",
+        "python -m ssl_pretrain.data.inspect /data/imagenet",
+        "Exit status: 0;",
+    ):
         assert part in run.stdout

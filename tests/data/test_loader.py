@@ -28,11 +28,23 @@ from ssl_pretrain.data.sources import DataConfig, Source, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there are few cores
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # where there are few cores
 
 VIEWS = ViewsConfig(
     crops={
-        "global": Crop(count=2, size=12, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5),
+        "global": Crop(
+            count=2,
+            size=12,
+            jitter=0.8,
+            brightness=0.4,
+            contrast=0.4,
+            saturation=0.4,
+            hue=0.1,
+            grayscale=0.2,
+            blur=0.5,
+        ),
         "local": Crop(count=1, size=6, scale=[0.1, 0.4], solarize=0.5),
     },
     mean=[0.5, 0.4, 0.3],
@@ -53,7 +65,9 @@ def plant(root: Path, n: int) -> DataConfig:
         folder = root / f"class_{index % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         size = (int(generator.integers(8, 24)), int(generator.integers(8, 24)), 3)
-        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{index:03d}.png")
+        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(
+            folder / f"{index:03d}.png"
+        )
     return DataConfig(root=str(root), cache_dir=str(root.parent / "cache"))
 
 
@@ -115,13 +129,17 @@ def test_what_a_batch_holds(source):
 
 def test_views_are_those_that_the_recipe_draws(source):
     plain = ViewsConfig(crops={"global": Crop(count=2, size=12)})
-    batch = next(Loader(source, plain, seed=5, global_batch_size=12).starting_at(6))  # epoch 1, step 2
+    batch = next(
+        Loader(source, plain, seed=5, global_batch_size=12).starting_at(6)
+    )  # epoch 1, step 2
     for row, index in enumerate(batch.indices.tolist()):
         image = torch.from_numpy(source.read(index)).permute(2, 0, 1)
         for number in range(2):
             crop = plain.crops["global"]
             box = crops.draw(crop, 5, 1, index, number, *image.shape[1:])
-            torch.testing.assert_close(batch.views[number][row], crops.apply(image, box, crop) / 255)
+            torch.testing.assert_close(
+                batch.views[number][row], crops.apply(image, box, crop) / 255
+            )
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -133,14 +151,19 @@ def test_a_zip_gives_the_batches_of_its_folder(source, expected, tmp_path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         for index in range(len(source)):
             archive.write(source.name(index), Path(source.name(index)).relative_to(source.where))
-    packed = open_source(DataConfig(root=str(tmp_path / "data.zip"), cache_dir=str(tmp_path)), "train")
+    packed = open_source(
+        DataConfig(root=str(tmp_path / "data.zip"), cache_dir=str(tmp_path)), "train"
+    )
     packed.read(0)  # opens it here: a worker has to open it for itself
     assert digests(loader(packed, 2), 0, 10) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_make_up_the_global_batch(world_size, source, expected):
-    ranks = [loader(source, rank=rank, world_size=world_size).starting_at(0) for rank in range(world_size)]
+    ranks = [
+        loader(source, rank=rank, world_size=world_size).starting_at(0)
+        for rank in range(world_size)
+    ]
     for step in range(5):
         parts = [next(batches) for batches in ranks]
         whole = Batch(
@@ -161,7 +184,9 @@ def test_starting_again_uses_the_same_workers(source, expected):
     with loader(source, 2) as batches:
         next(batches.starting_at(0))
         before = children()
-        assert [digest(batch) for batch in itertools.islice(batches.starting_at(3), 3)] == expected[3:6]
+        assert [digest(batch) for batch in itertools.islice(batches.starting_at(3), 3)] == expected[
+            3:6
+        ]
         assert children() == before
 
 
@@ -171,8 +196,12 @@ def test_seeds_epochs_and_views_differ(source, expected):
 
 def test_large_batches_travel_in_chunks_that_do_not_show(source):
     sizes = {"global_batch_size": 50}
-    assert digests(loader(source, 2, **sizes), 0, 2) == digests(loader(source, **sizes), 0, 2)  # chunks of 25
-    assert digests(loader(source, 3, **sizes), 0, 2) == digests(loader(source, **sizes), 0, 2)  # 17, 17 and 16
+    assert digests(loader(source, 2, **sizes), 0, 2) == digests(
+        loader(source, **sizes), 0, 2
+    )  # chunks of 25
+    assert digests(loader(source, 3, **sizes), 0, 2) == digests(
+        loader(source, **sizes), 0, 2
+    )  # 17, 17 and 16
 
 
 def test_the_trainers_random_state_is_left_alone(source):
@@ -192,8 +221,15 @@ def test_build_takes_the_config(tmp_path, expected):
 
 def test_digits_need_no_worker():
     views = ViewsConfig(crops={"global": Crop(size=8)})
-    with build(DataConfig("digits", num_workers=0), views, seed=0, global_batch_size=256, device="cpu") as batches:
-        seen = torch.cat([batch.indices for batch in itertools.islice(batches.starting_at(0), batches.steps_per_epoch)])
+    with build(
+        DataConfig("digits", num_workers=0), views, seed=0, global_batch_size=256, device="cpu"
+    ) as batches:
+        seen = torch.cat(
+            [
+                batch.indices
+                for batch in itertools.islice(batches.starting_at(0), batches.steps_per_epoch)
+            ]
+        )
     assert len(seen.unique()) == 5 * 256
 
 
@@ -203,7 +239,9 @@ def test_parts_of_a_batch(source):
     assert [len(part) for part in parts] == [4, 4, 4]
     for name in ("labels", "indices"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
-    assert all(torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v]) for v in range(3))
+    assert all(
+        torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v]) for v in range(3)
+    )
     with pytest.raises(ValueError) as caught:
         batch.part(0, 5)
     assert str(caught.value) == "a batch of 12 images does not divide into 5 parts"
@@ -225,49 +263,80 @@ class TestUnreadable(Bad):
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_an_image_outside_the_batch_takes_its_place(self, num_workers, source):
         plain = ViewsConfig(crops={"global": Crop(count=1, size=6)})
-        with Loader(source, plain, seed=0, global_batch_size=8, num_workers=num_workers, max_replaced=1.0) as batches:
+        with Loader(
+            source, plain, seed=0, global_batch_size=8, num_workers=num_workers, max_replaced=1.0
+        ) as batches:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 steps = list(itertools.islice(batches.starting_at(0), 6))
             assert batches.num_replaced == 6  # three images, in each of two epochs
-        messages = [str(warning.message) for warning in caught if "takes its place" in str(warning.message)]
+        messages = [
+            str(warning.message) for warning in caught if "takes its place" in str(warning.message)
+        ]
         assert len(messages) == 3  # each once
-        assert any(message.startswith(f"{source.name(3)}: the file is empty; ") for message in messages)
-        assert any(message.startswith(f"{source.name(23)}: No such file or directory; ") for message in messages)
+        assert any(
+            message.startswith(f"{source.name(3)}: the file is empty; ") for message in messages
+        )
+        assert any(
+            message.startswith(f"{source.name(23)}: No such file or directory; ")
+            for message in messages
+        )
         for step, batch in enumerate(steps):
-            shown = [number_of(source, plain.crops["global"], step // 3, batch, row) for row in range(8)]
+            shown = [
+                number_of(source, plain.crops["global"], step // 3, batch, row) for row in range(8)
+            ]
             assert len(set(shown)) == 8 and not set(shown) & {3, 4, 23}
             indices = batch.indices.tolist()
-            assert all(number == index or number not in indices for number, index in zip(shown, indices))
+            assert all(
+                number == index or number not in indices for number, index in zip(shown, indices)
+            )
             assert batch.labels.tolist() == [source.label(number) for number in shown]
 
     def test_replacement_is_the_same_for_any_workers_and_ranks(self, source):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             one = list(itertools.islice(loader(source, max_replaced=1.0).starting_at(0), 4))
-            assert [digest(batch) for batch in one] == digests(loader(source, 2, max_replaced=1.0), 0, 4)
-            ranks = [itertools.islice(loader(source, 0, rank, 3, max_replaced=1.0).starting_at(0), 4) for rank in range(3)]
+            assert [digest(batch) for batch in one] == digests(
+                loader(source, 2, max_replaced=1.0), 0, 4
+            )
+            ranks = [
+                itertools.islice(loader(source, 0, rank, 3, max_replaced=1.0).starting_at(0), 4)
+                for rank in range(3)
+            ]
             for batch, *parts in zip(one, *ranks):
-                assert all(torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v]) for v in range(3))
+                assert all(
+                    torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v])
+                    for v in range(3)
+                )
 
     def test_a_batch_that_leaves_none_outside_is_refused(self, source):
         batches = loader(source, global_batch_size=24, max_replaced=1.0)
         with batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
             warnings.simplefilter("ignore")
             next(batches.starting_at(0))
-        assert "no other readable image of the 24" in str(caught.value) and "give a smaller global_batch_size" in str(caught.value)
+        assert "no other readable image of the 24" in str(
+            caught.value
+        ) and "give a smaller global_batch_size" in str(caught.value)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_more_than_the_ceiling_stop_the_run(self, num_workers, source):
-        with loader(source, num_workers) as batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
+        with (
+            loader(source, num_workers) as batches,
+            warnings.catch_warnings(),
+            pytest.raises(ValueError) as caught,
+        ):
             warnings.simplefilter("ignore")
             list(itertools.islice(batches.starting_at(0), 2))
-        message = re.sub("^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value))  # as many as the chunk has
+        message = re.sub(
+            "^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value)
+        )  # as many as the chunk has
         assert message.startswith(
             f"data.max_replaced: 2 of 24 images of {source.where} could not be read in one pass, more than the 1 that may be replaced "
             "(0.01 of the images); the last: "
         )
-        assert message.endswith("; restore the files, remove them from the data set, or raise data.max_replaced")
+        assert message.endswith(
+            "; restore the files, remove them from the data set, or raise data.max_replaced"
+        )
 
     def test_an_epoch_with_fewer_than_the_ceiling_goes_on(self, source):
         with loader(source, max_replaced=0.13) as batches, warnings.catch_warnings():
@@ -278,7 +347,11 @@ class TestUnreadable(Bad):
     def test_none_may_be_replaced_where_the_share_is_zero(self, source):
         for index in (3, 4):
             Path(source.name(index)).write_bytes(Path(source.name(5)).read_bytes())
-        with loader(source, max_replaced=0.0) as batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
+        with (
+            loader(source, max_replaced=0.0) as batches,
+            warnings.catch_warnings(),
+            pytest.raises(ValueError) as caught,
+        ):
             warnings.simplefilter("ignore")
             list(itertools.islice(batches.starting_at(0), 2))
         assert "more than the 0 that may be replaced" in str(caught.value)
@@ -287,15 +360,26 @@ class TestUnreadable(Bad):
     def test_none_readable(self, num_workers, source):
         for index in range(23):
             Path(source.name(index)).write_bytes(b"")
-        with loader(source, num_workers, max_replaced=1.0) as batches, pytest.raises(ValueError) as caught:
+        with (
+            loader(source, num_workers, max_replaced=1.0) as batches,
+            pytest.raises(ValueError) as caught,
+        ):
             next(batches.starting_at(0))
-        assert f"no other readable image of the 24 in {source.where} is left outside its batch" in str(caught.value)
+        assert (
+            f"no other readable image of the 24 in {source.where} is left outside its batch"
+            in str(caught.value)
+        )
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_the_folder_goes(self, num_workers, source):
         with loader(source, num_workers) as batches:
             os.rename(source.where, f"{source.where}.gone")
-            with pytest.raises(FileNotFoundError, match=re.escape(f"data.root: {source.where} is gone; it was there when the run began")):
+            with pytest.raises(
+                FileNotFoundError,
+                match=re.escape(
+                    f"data.root: {source.where} is gone; it was there when the run began"
+                ),
+            ):
                 for _ in batches.starting_at(0):
                     pass
 
@@ -333,7 +417,10 @@ class TestFailures:
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_the_trainer_learns_which_image(self, num_workers):
         began = time.monotonic()
-        with loader(Failing(), num_workers, global_batch_size=8) as batches, pytest.raises(RuntimeError) as caught:
+        with (
+            loader(Failing(), num_workers, global_batch_size=8) as batches,
+            pytest.raises(RuntimeError) as caught,
+        ):
             next(batches.starting_at(0))
         assert "image 5, image_5.png: KeyError: 'a mistake in the code'" in str(caught.value)
         assert time.monotonic() - began < 60
@@ -355,17 +442,30 @@ class TestFailures:
     def test_workers_outlive_the_signals_that_stop_a_run(self):
         """In a process of its own, as a run is: this one may have forked ranks from a server that obeys signals."""
         pipe = subprocess.PIPE
-        trainer = subprocess.Popen([sys.executable, "-c", SIGNALLED], stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parents[2])
+        trainer = subprocess.Popen(
+            [sys.executable, "-c", SIGNALLED],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
         assert trainer.stdout is not None and trainer.stdin is not None
         processes = trainer.stdout.readline().split()
         assert len(processes) == 3
         for name in ("TERM", "INT", "USR1", "USR2"):
-            subprocess.run(["kill", f"-{name}", *processes], check=True)  # by another process: a worker obeys the trainer's own
+            subprocess.run(
+                ["kill", f"-{name}", *processes], check=True
+            )  # by another process: a worker obeys the trainer's own
         time.sleep(1.5)
         got, _ = trainer.communicate("go on\n", timeout=120)
         views = ViewsConfig(crops={"global": Crop(size=8)})
-        with build(DataConfig("digits", num_workers=0), views, seed=0, global_batch_size=32, device="cpu") as batches:
-            expected = [batch.views[0].sum().item() for batch in itertools.islice(batches.starting_at(0), 40)]
+        with build(
+            DataConfig("digits", num_workers=0), views, seed=0, global_batch_size=32, device="cpu"
+        ) as batches:
+            expected = [
+                batch.views[0].sum().item()
+                for batch in itertools.islice(batches.starting_at(0), 40)
+            ]
         assert trainer.returncode == 0 and [float(word) for word in got.split()] == expected
 
     def test_a_worker_killed_while_sending_is_noticed_alike(self):
@@ -375,7 +475,10 @@ class TestFailures:
 
         chunks = workers._taken(sending())
         assert next(chunks) == "a chunk"
-        with pytest.raises(workers.LostWorkerError, match=r"^data.num_workers: a process that reads images was killed, as it"):
+        with pytest.raises(
+            workers.LostWorkerError,
+            match=r"^data.num_workers: a process that reads images was killed, as it",
+        ):
             next(chunks)
 
 
@@ -398,11 +501,15 @@ class TestProcesses:
         gc.collect()
         assert not children()
 
-    @pytest.mark.parametrize("how", ["killed", pytest.param("ended without closing", marks=pytest.mark.full)])
+    @pytest.mark.parametrize(
+        "how", ["killed", pytest.param("ended without closing", marks=pytest.mark.full)]
+    )
     def test_a_trainer_that_is_gone_leaves_none_behind(self, how):
         root = Path(__file__).parents[2]
         pipe = subprocess.PIPE
-        trainer = subprocess.Popen([sys.executable, "-c", TRAINER], stdin=pipe, stdout=pipe, text=True, cwd=root)
+        trainer = subprocess.Popen(
+            [sys.executable, "-c", TRAINER], stdin=pipe, stdout=pipe, text=True, cwd=root
+        )
         assert trainer.stdout is not None and trainer.stdin is not None
         made = [int(word) for word in trainer.stdout.readline().split()]
         assert len(made) == 2 and all(alive(worker) for worker in made)
@@ -474,16 +581,31 @@ class TestImages:
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_each_image_once_in_order(self, num_workers, source):
-        batches = list(images(source, None, partial(crops.evaluate, size=8), batch_size=16, num_workers=num_workers))
-        assert [tuple(pixels.shape) for pixels, _ in batches] == [(16, 3, 8, 8)] * 3 + [(2, 3, 8, 8)]
+        batches = list(
+            images(
+                source,
+                None,
+                partial(crops.evaluate, size=8),
+                batch_size=16,
+                num_workers=num_workers,
+            )
+        )
+        assert [tuple(pixels.shape) for pixels, _ in batches] == [(16, 3, 8, 8)] * 3 + [
+            (2, 3, 8, 8)
+        ]
         assert torch.cat([labels for _, labels in batches]).tolist() == source.labels.tolist()
-        expected = [crops.evaluate(torch.from_numpy(source.read(index)).permute(2, 0, 1), size=8) for index in range(len(source))]
+        expected = [
+            crops.evaluate(torch.from_numpy(source.read(index)).permute(2, 0, 1), size=8)
+            for index in range(len(source))
+        ]
         pixels = torch.cat([pixels for pixels, _ in batches])
         assert pixels.dtype == torch.uint8 and torch.equal(pixels, torch.stack(expected))
         assert not children()
 
     def test_chosen_ones(self, source):
-        ((_, labels),) = images(source, [7, 3, 7], partial(crops.evaluate, size=8), batch_size=16, num_workers=0)
+        ((_, labels),) = images(
+            source, [7, 3, 7], partial(crops.evaluate, size=8), batch_size=16, num_workers=0
+        )
         assert labels.tolist() == [source.label(7), source.label(3), source.label(7)]
 
     def test_leaving_early_leaves_no_process(self, source):
@@ -493,13 +615,18 @@ class TestImages:
         assert not children()
 
     def test_none(self, source):
-        assert list(images(source, [], partial(crops.evaluate, size=8), batch_size=4, num_workers=2)) == []
+        assert (
+            list(images(source, [], partial(crops.evaluate, size=8), batch_size=4, num_workers=2))
+            == []
+        )
 
 
 class TestUnreadableInEvaluation(Bad):
     def test_is_replaced_label_and_all(self, source):
         with pytest.warns(UserWarning, match="the file is empty; .* takes its place"):
-            ((_, labels),) = images(source, [2, 3], partial(crops.evaluate, size=8), batch_size=4, num_workers=0)
+            ((_, labels),) = images(
+                source, [2, 3], partial(crops.evaluate, size=8), batch_size=4, num_workers=0
+            )
         assert labels.tolist() == [source.label(2), source.label(5)]
 
     @pytest.mark.parametrize("num_workers", [0, 2])
@@ -515,8 +642,14 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"global_batch_size": 64}, "global_batch_size: 64 is more than the 50 images of the data set; give at most 50"),
-            ({"world_size": 5}, "global_batch_size: 12 does not divide over 5 ranks; the nearest that do are 10 and 15"),
+            (
+                {"global_batch_size": 64},
+                "global_batch_size: 64 is more than the 50 images of the data set; give at most 50",
+            ),
+            (
+                {"world_size": 5},
+                "global_batch_size: 12 does not divide over 5 ranks; the nearest that do are 10 and 15",
+            ),
         ],
     )
     def test_batches_that_do_not_fit(self, options, message, source):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from betons import needs_ffcv, opened, tree, written
 
-from ssl_pretrain import distributed
 from ssl_pretrain.data import preflight
 from ssl_pretrain.data.loader import Loader
+from ssl_pretrain.distributed import process_group
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 VIEWS = ViewsConfig(crops={"global": Crop(count=2, size=8)})
@@ -20,12 +20,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folder(tmp_path):
-    return Loader(opened(tree(tmp_path / "data", n=12), loader="folder"), VIEWS, seed=0, global_batch_size=6)
+    return Loader(
+        opened(tree(tmp_path / "data", n=12), loader="folder"), VIEWS, seed=0, global_batch_size=6
+    )
 
 
 @pytest.fixture
 def cores(monkeypatch):
-    monkeypatch.setattr(distributed, "available_cores", lambda: 4)
+    monkeypatch.setattr(process_group, "available_cores", lambda: 4)
 
 
 def test_a_slow_model_is_named(folder, cores):
@@ -51,9 +53,11 @@ def test_a_slow_loader_is_named_with_the_remedy(folder, cores):
 
 
 def test_workers_count_each(folder, cores):
-    folder.num_workers = 4    # each took 8 s for 600 images: together 300 images/s
+    folder.num_workers = 4  # each took 8 s for 600 images: together 300 images/s
     line = preflight.describe(folder, 600, total=10.0, waited=1.0, num_made=600, seconds=8.0)
-    assert line.startswith("preflight: loader 300 images/s, model 67 images/s, waiting for data 10 % of the time: the model")
+    assert line.startswith(
+        "preflight: loader 300 images/s, model 67 images/s, waiting for data 10 % of the time: the model"
+    )
 
 
 def test_images_on_the_device_wait_for_nothing(folder):
@@ -72,4 +76,7 @@ def test_it_comes_once_and_changes_no_batch(tmp_path, monkeypatch, capsys):
         plain = [batch.views for batch in itertools.islice(loader.starting_at(1), 8)]
     assert all(torch.equal(a, b) for one, other in zip(watched, plain) for a, b in zip(one, other))
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"preflight: loader [\d,]+ images/s, model [\d,]+ images/s, waiting for data \d+ % of the time: the .*", line)
+    assert re.fullmatch(
+        r"preflight: loader [\d,]+ images/s, model [\d,]+ images/s, waiting for data \d+ % of the time: the .*",
+        line,
+    )

@@ -8,7 +8,10 @@ from ssl_pretrain.data.replacement import spare
 
 
 @pytest.mark.parametrize("window", [0, 64])
-@pytest.mark.parametrize(("num_images", "batch", "num_bad"), [(400, 12, 4), (400, 12, 300), (30, 24, 3), (25, 24, 1), (200, 100, 90), (13, 6, 5)])
+@pytest.mark.parametrize(
+    ("num_images", "batch", "num_bad"),
+    [(400, 12, 4), (400, 12, 300), (30, 24, 3), (25, 24, 1), (200, 100, 90), (13, 6, 5)],
+)
 def test_each_gets_another_image_outside_the_batch(num_images, batch, num_bad, window):
     for seed in range(20):
         bad = set(np.random.default_rng(seed).permutation(num_images)[:num_bad].tolist())
@@ -16,18 +19,28 @@ def test_each_gets_another_image_outside_the_batch(num_images, batch, num_bad, w
         for step in range(plan.steps_per_epoch + 1):  # one step of the second epoch too
             images = plan.indices(step).tolist()
             rows = [row for row, number in enumerate(images) if number in bad]
-            taken = [spare(plan, step, row, lambda number, bad=bad: number not in bad) for row in rows]
+            taken = [
+                spare(plan, step, row, lambda number, bad=bad: number not in bad) for row in rows
+            ]
             chosen = [number for number in taken if number is not None]
             outside = set(range(num_images)) - set(images) - bad
             assert set(chosen) <= outside and len(set(chosen)) == len(chosen)
-            assert len(chosen) == min(len(rows), len(outside))  # none is left without one while there are any
+            assert len(chosen) == min(
+                len(rows), len(outside)
+            )  # none is left without one while there are any
 
 
 def test_ranks_agree_with_one_process():
     bad = {3, 5, 8, 13, 21, 34}
     for step in range(4):
-        whole = [spare(Plan(7, 40, 12), step, row, lambda number: number not in bad) for row in range(12)]
-        shared = [spare(Plan(7, 40, 12, rank, 3), step, row, lambda number: number not in bad) for rank in range(3) for row in range(4)]
+        whole = [
+            spare(Plan(7, 40, 12), step, row, lambda number: number not in bad) for row in range(12)
+        ]
+        shared = [
+            spare(Plan(7, 40, 12, rank, 3), step, row, lambda number: number not in bad)
+            for rank in range(3)
+            for row in range(4)
+        ]
         assert whole == shared
 
 

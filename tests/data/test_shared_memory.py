@@ -21,13 +21,21 @@ IMAGE = 2 * 3 * 32 * 32
 
 
 def room(monkeypatch, free: int) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=free, used=0, free=free))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=free, used=0, free=free)
+    )
 
 
 @pytest.mark.parametrize(
     ("free", "num_workers", "ranks", "chunk", "copied"),
     [
-        (64 * MIB, 2, 1, 32, False),  # 4 chunks ahead and 2 batches of 64 held: 256 images of 0.1 MiB
+        (
+            64 * MIB,
+            2,
+            1,
+            32,
+            False,
+        ),  # 4 chunks ahead and 2 batches of 64 held: 256 images of 0.1 MiB
         (16 * MIB, 2, 1, 25, True),
         (16 * MIB, 2, 4, 6, True),
         (16 * MIB, 16, 1, 3, True),
@@ -36,7 +44,9 @@ def room(monkeypatch, free: int) -> None:
 )
 def test_chunks_shrink_with_the_room(monkeypatch, free, num_workers, ranks, chunk, copied):
     room(monkeypatch, free)
-    assert workers.sending(MIB // 10, 32, num_workers, 4, 128, ranks) == workers.Sending(chunk, copied)
+    assert workers.sending(MIB // 10, 32, num_workers, 4, 128, ranks) == workers.Sending(
+        chunk, copied
+    )
 
 
 def test_no_room_at_all_is_refused_by_name(monkeypatch):
@@ -51,7 +61,9 @@ def test_no_room_at_all_is_refused_by_name(monkeypatch):
 
 def batches(num_workers: int, count: int = 4) -> list[loader.Batch]:
     source = open_source(DataConfig(source="digits"), "train")
-    with loader.Loader(source, VIEWS, seed=3, global_batch_size=64, num_workers=num_workers) as made:
+    with loader.Loader(
+        source, VIEWS, seed=3, global_batch_size=64, num_workers=num_workers
+    ) as made:
         return [batch for batch, _ in zip(made.starting_at(0), range(count))]
 
 
@@ -65,7 +77,10 @@ def test_small_chunks_give_the_same_batches(monkeypatch):
 
 def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
     source = open_source(DataConfig(source="digits"), "val")
-    numbers, transform = np.arange(5, 105), partial(crops.evaluate, size=32, crop_ratio=1.0, interpolation="bilinear")
+    numbers, transform = (
+        np.arange(5, 105),
+        partial(crops.evaluate, size=32, crop_ratio=1.0, interpolation="bilinear"),
+    )
     expected = list(loader.images(source, numbers, transform, 32, 0))
     room(monkeypatch, 20 * 3 * 32 * 32)
     found = list(loader.images(source, numbers, transform, 32, 2))
@@ -112,7 +127,9 @@ def test_a_worker_without_room_is_heard_in_the_trainer():
     with pytest.raises(ValueError) as error:
         list(loader.images(source, None, NoRoom(), 64, 2))
     assert str(error.value).startswith("a worker's images do not fit /dev/shm: ")
-    assert "No space left on device" in str(error.value) and "--shm-size=8g or --ipc=host" in str(error.value)
+    assert "No space left on device" in str(error.value) and "--shm-size=8g or --ipc=host" in str(
+        error.value
+    )
 
 
 def test_a_worker_that_cannot_send_is_heard_in_the_trainer():

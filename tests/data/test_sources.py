@@ -36,7 +36,9 @@ def zipped(root: Path, compression: int = zipfile.ZIP_STORED) -> Path:
 @pytest.fixture
 def opened(tmp_path):
     def opened(root, split="train", **options):
-        return open_source(DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"), **options), split)
+        return open_source(
+            DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"), **options), split
+        )
 
     return opened
 
@@ -58,9 +60,16 @@ def test_class_per_folder(tmp_path, opened):
     root = plant(tmp_path / "data", *IMAGENET)
     train, val = opened(root), opened(root, "val")
     assert names(train) == ["n01/c.JPEG", "n02/a.png", "n02/b.png"]
-    assert train.labels.tolist() == [0, 1, 1] and train.labels.dtype == np.int64 and train.classes == ["n01", "n02"]
+    assert (
+        train.labels.tolist() == [0, 1, 1]
+        and train.labels.dtype == np.int64
+        and train.classes == ["n01", "n02"]
+    )
     assert [train.label(index) for index in range(3)] == [0, 1, 1]
-    assert (val.labels.tolist(), val.classes) == ([1], ["n01", "n02"])  # by name: n02 is 1 though val has no n01
+    assert (val.labels.tolist(), val.classes) == (
+        [1],
+        ["n01", "n02"],
+    )  # by name: n02 is 1 though val has no n01
     np.testing.assert_array_equal(train.read(2), np.zeros((3, 4, 3)))  # the first planted
     np.testing.assert_array_equal(train.read(1), np.broadcast_to([1, 2, 3], (3, 4, 3)))
 
@@ -70,7 +79,11 @@ def test_class_folders_without_train(tmp_path, opened):
     assert names(source) == ["cat/1.png", "dog/2.png"] and source.classes == ["cat", "dog"]
 
 
-TREES = {"flat": "1.png 2.png", "mixed": "a/1.png a/b/2.png 3.png", "one folder": "only/1.png only/2.png"}
+TREES = {
+    "flat": "1.png 2.png",
+    "mixed": "a/1.png a/b/2.png 3.png",
+    "one folder": "only/1.png only/2.png",
+}
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -106,7 +119,9 @@ def test_a_zip_is_the_tree_it_was_made_of(compression, tmp_path, opened):
 
 def test_a_list_with_names(tmp_path, opened):
     plant(tmp_path / "data", "x/1.png", "y/2.png", "z 3.png")
-    (tmp_path / "data" / "all.csv").write_text('path,label\nx/1.png,dog\ny/2.png,cat\n\n"z 3.png",\n')
+    (tmp_path / "data" / "all.csv").write_text(
+        'path,label\nx/1.png,dog\ny/2.png,cat\n\n"z 3.png",\n'
+    )
     source = opened(tmp_path / "data" / "all.csv")
     assert names(source) == ["x/1.png", "y/2.png", "z 3.png"]
     assert source.labels.tolist() == [1, 0, -1] and source.classes == ["cat", "dog"]
@@ -117,7 +132,9 @@ def test_lists_as_parts_with_numbers(tmp_path, opened):
     root = plant(tmp_path / "data", "1.png", "2.png", "3.png")
     (root / "train.txt").write_text("3.png, 10\n1.png,2\n")
     (root / "test.txt").write_text("2.png,10\n")
-    train, val = (opened(root, split, train="train.txt", val="test.txt") for split in ("train", "val"))
+    train, val = (
+        opened(root, split, train="train.txt", val="test.txt") for split in ("train", "val")
+    )
     assert train.labels.tolist() == [1, 0] and train.classes == ["2", "10"]  # by value, not as text
     assert val.labels.tolist() == [1]
     assert opened(root / "train.txt", "val", val="test.txt").labels.tolist() == [1]
@@ -141,7 +158,9 @@ def test_symlinks_are_followed_and_loops_end(tmp_path, opened):
 
 
 def test_hidden_and_foreign_files_are_no_images(tmp_path, opened):
-    root = plant(tmp_path / "data", "a/1.png", "b/2.png", ".cache/3.png", "a/.4.png", "__MACOSX/a/5.png")
+    root = plant(
+        tmp_path / "data", "a/1.png", "b/2.png", ".cache/3.png", "a/.4.png", "__MACOSX/a/5.png"
+    )
     (root / "a" / "notes.txt").write_text("not an image")
     assert names(opened(zipped(root))) == ["a/1.png", "b/2.png"]
 
@@ -168,10 +187,17 @@ def test_a_source_survives_the_way_to_a_worker(tmp_path, opened):
 
 
 def test_subset_is_fixed_and_only_of_training(tmp_path, opened):
-    root = plant(tmp_path / "data", *(f"train/{c}/{i}.png" for c in "ab" for i in range(20)), "val/a/1.png", "val/a/2.png")
+    root = plant(
+        tmp_path / "data",
+        *(f"train/{c}/{i}.png" for c in "ab" for i in range(20)),
+        "val/a/1.png",
+        "val/a/2.png",
+    )
     whole, part = opened(root), opened(root, subset=7)
     assert len(part) == 7 and len(set(names(part))) == 7 and names(part) == sorted(names(part))
-    assert names(opened(root, subset=7)) == names(part) and set(names(part)) < set(names(opened(root, subset=8)))
+    assert names(opened(root, subset=7)) == names(part) and set(names(part)) < set(
+        names(opened(root, subset=8))
+    )
     assert part.labels.tolist() == [whole.labels[names(whole).index(name)] for name in names(part)]
     assert part.fingerprint != whole.fingerprint
     assert len(opened(root, "val", subset=7)) == 2
@@ -182,7 +208,9 @@ def test_digits():
     train, val = (open_source(DataConfig("digits"), split) for split in ("train", "val"))
     assert (len(train), len(val), train.classes) == (1297, 500, [str(digit) for digit in range(10)])
     assert np.bincount(val.labels).tolist() == [50] * 10
-    assert {train.name(i) for i in range(len(train))}.isdisjoint(val.name(i) for i in range(len(val)))
+    assert {train.name(i) for i in range(len(train))}.isdisjoint(
+        val.name(i) for i in range(len(val))
+    )
     pixels = train.read(0)
     assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8
     from sklearn.datasets import load_digits
@@ -190,13 +218,20 @@ def test_digits():
     number = int(train.name(0).split("/")[1])
     np.testing.assert_array_equal(pixels[..., 1], np.rint(load_digits().images[number] * 255 / 16))
     assert train.label(0) == load_digits().target[number]
-    assert train.fingerprint == open_source(DataConfig("digits"), "train").fingerprint != val.fingerprint
+    assert (
+        train.fingerprint
+        == open_source(DataConfig("digits"), "train").fingerprint
+        != val.fingerprint
+    )
 
 
 def test_cifar10_zip(shared_data, opened):
     root = shared_data("cifar10.zip")
     train, val = opened(root, source="cifar10"), opened(root, "val", source="cifar10")
-    assert np.bincount(train.labels).tolist() == [5000] * 10 and np.bincount(val.labels).tolist() == [1000] * 10
+    assert (
+        np.bincount(train.labels).tolist() == [5000] * 10
+        and np.bincount(val.labels).tolist() == [1000] * 10
+    )
     assert train.classes[:2] == ["airplane", "automobile"]
     assert train.read(49999).shape == (32, 32, 3)
     assert val.name(0).endswith("cifar10.zip/test/airplane/0000.jpg")
@@ -220,7 +255,9 @@ def test_cifar10_of_torchvision_becomes_a_zip(tmp_path, monkeypatch, opened):
     assert opened("", source="cifar10").labels.tolist() == [0, 0, 1, 1]
     val = opened("", "val", source="cifar10")
     assert val.labels.tolist() == [0, 1] and (val.read(0) == 8).all()
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".npz") == ["cifar10.zip"]
+    assert sorted(
+        path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".npz"
+    ) == ["cifar10.zip"]
 
 
 class TestList:
@@ -237,7 +274,9 @@ class TestList:
         walks = []
         for name in ("_walk", "_central_directory"):
             real = getattr(listing, name)
-            monkeypatch.setattr(listing, name, lambda root, real=real: walks.append(root) or real(root))
+            monkeypatch.setattr(
+                listing, name, lambda root, real=real: walks.append(root) or real(root)
+            )
         return walks
 
     def test_second_opening_walks_nothing(self, root, walks, opened):
@@ -283,7 +322,9 @@ class TestList:
         kept.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
         assert names(opened(root)) == expected and len(walks) == 2
         assert names(opened(root)) == expected and len(walks) == 2  # and kept again
-        assert [path.name for path in (tmp_path / "cache").iterdir()] == [kept.name]  # nothing half written stays
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == [
+            kept.name
+        ]  # nothing half written stays
 
     def test_folder_changed_just_now_is_not_kept(self, root, walks, monkeypatch, opened):
         monkeypatch.setattr(listing, "_SETTLED_NS", 2_000_000_000)
@@ -293,7 +334,14 @@ class TestList:
 
     def test_unwritable_cache_only_costs_time(self, root, tmp_path):
         (tmp_path / "file").write_text("in the way")
-        assert len(open_source(DataConfig(root=str(root), cache_dir=str(tmp_path / "file" / "cache")), "train")) == 2
+        assert (
+            len(
+                open_source(
+                    DataConfig(root=str(root), cache_dir=str(tmp_path / "file" / "cache")), "train"
+                )
+            )
+            == 2
+        )
 
 
 class TestMessages:
@@ -308,13 +356,21 @@ class TestMessages:
         assert message(opened, tmp_path / "a.tar") == (
             f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
         )
-        assert message(opened, tmp_path, source="cifar") == "data.source: 'cifar' is not a source; choose one of: digits, cifar10, folder"
+        assert (
+            message(opened, tmp_path, source="cifar")
+            == "data.source: 'cifar' is not a source; choose one of: digits, cifar10, folder"
+        )
 
     def test_empty(self, tmp_path, opened):
         (tmp_path / "empty").mkdir()
-        assert message(opened, tmp_path / "empty") == f"data.root: {tmp_path}/empty holds no image that Pillow decodes, at any depth"
+        assert (
+            message(opened, tmp_path / "empty")
+            == f"data.root: {tmp_path}/empty holds no image that Pillow decodes, at any depth"
+        )
         (tmp_path / "empty.csv").write_text("path,label\n")
-        assert message(opened, tmp_path / "empty.csv").startswith(f"data.root: {tmp_path}/empty.csv holds no image")
+        assert message(opened, tmp_path / "empty.csv").startswith(
+            f"data.root: {tmp_path}/empty.csv holds no image"
+        )
 
     def test_parts(self, tmp_path, opened):
         root = plant(tmp_path / "data", "a/1.png", "b/2.png")
@@ -325,14 +381,22 @@ class TestMessages:
         assert message(opened, root, train="trian") == (
             f"data.train: {root} has no folder or list 'trian'; it has a/, b/; name the one that holds the training images"
         )
-        assert message(opened, root, "test") == "split: 'test' is not a split of a data set; choose one of: train, val"
+        assert (
+            message(opened, root, "test")
+            == "split: 'test' is not a split of a data set; choose one of: train, val"
+        )
         assert message(opened, root, source="cifar10") == (
             f"data.root: {root} has no folder 'train'; CIFAR-10 is train/<class>/ and test/<class>/, in a folder or a .zip"
         )
-        assert message(opened, root, subset=3) == "data.subset: 3 of 2 training images; give a number from 1 to 2, or 0 for all"
+        assert (
+            message(opened, root, subset=3)
+            == "data.subset: 3 of 2 training images; give a number from 1 to 2, or 0 for all"
+        )
 
     def test_classes(self, tmp_path, opened):
-        root = plant(tmp_path / "data", "train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png")
+        root = plant(
+            tmp_path / "data", "train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png"
+        )
         assert message(opened, root, "val") == (
             f"data.val: {root}/val has the class 'c', which the training split has not; it has a, b"
         )
@@ -343,11 +407,16 @@ class TestMessages:
             f"data.root: {tmp_path}/list.csv begins with 'gone.png', which is not in {tmp_path}; paths are relative to the list's folder"
         )
         (tmp_path / "list.txt").write_bytes(b"\xff\xfe\0")
-        assert message(opened, tmp_path / "list.txt").startswith(f"data.root: {tmp_path}/list.txt is not a list of paths: ")
+        assert message(opened, tmp_path / "list.txt").startswith(
+            f"data.root: {tmp_path}/list.txt is not a list of paths: "
+        )
 
     def test_zips(self, tmp_path, opened):
         (tmp_path / "bad.zip").write_bytes(b"no zip")
-        assert message(opened, tmp_path / "bad.zip") == f"data.root: {tmp_path}/bad.zip cannot be read as a zip: File is not a zip file"
+        assert (
+            message(opened, tmp_path / "bad.zip")
+            == f"data.root: {tmp_path}/bad.zip cannot be read as a zip: File is not a zip file"
+        )
         root = plant(tmp_path / "data", "a/1.png")
         path = zipped(root, zipfile.ZIP_LZMA)
         assert message(opened, path) == (
@@ -372,7 +441,10 @@ class TestMessages:
         )
         (tmp_path / "data" / "list.csv").write_text("1.png,x\n2.png\n")
         partly = opened(tmp_path / "data" / "list.csv")
-        assert f"has 1 of 2 labelled images (the first without a label: {tmp_path}/data/2.png);" in message(require_labels, partly, "k-NN")
+        assert (
+            f"has 1 of 2 labelled images (the first without a label: {tmp_path}/data/2.png);"
+            in message(require_labels, partly, "k-NN")
+        )
         require_labels(open_source(DataConfig("digits"), "train"), "k-NN")
 
     def test_images(self, tmp_path, opened):
@@ -380,7 +452,10 @@ class TestMessages:
         source = opened(root)
         (root / "1.png").write_bytes(b"text")
         (root / "2.png").unlink()
-        for index, expected in ((0, f"{root}/1.png: no known image format"), (1, f"{root}/2.png: No such file or directory")):
+        for index, expected in (
+            (0, f"{root}/1.png: no known image format"),
+            (1, f"{root}/2.png: No such file or directory"),
+        ):
             with pytest.raises(UnreadableImage) as caught:
                 source.read(index)
             assert str(caught.value) == expected
@@ -399,7 +474,7 @@ class TestStored:
 
     @pytest.fixture
     def root(self, tmp_path, monkeypatch):
-        from ssl_pretrain.data import beton_file
+        from ssl_pretrain.data.beton import file as beton_file
 
         monkeypatch.setattr(beton_file, "read", lambda path: path)
         monkeypatch.setattr(sources, "Beton", lambda path: path)
@@ -413,7 +488,10 @@ class TestStored:
     found: object = object()
 
     def test_beside_a_folder(self, root, opened):
-        assert opened(root) == root / "train.beton" and opened(root, "val") == root / "val-00000-of-00002.beton"
+        assert (
+            opened(root) == root / "train.beton"
+            and opened(root, "val") == root / "val-00000-of-00002.beton"
+        )
         assert opened(root, loader="ffcv") == root / "train.beton"
         assert names(opened(root, loader="folder")) == ["a/1.png", "b/2.png"]
         self.__class__.found = None
@@ -424,7 +502,9 @@ class TestStored:
 
     def test_alone(self, root, opened):
         assert opened(root / "train.beton") == root / "train.beton"
-        assert opened(root / "train.beton", "val", loader="ffcv") == root / "val-00000-of-00002.beton"
+        assert (
+            opened(root / "train.beton", "val", loader="ffcv") == root / "val-00000-of-00002.beton"
+        )
         shutil.rmtree(root / "train")
         assert opened(root, loader="folder") == root / "train.beton"
 
@@ -432,11 +512,26 @@ class TestStored:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_replaced": 1.5}, "data.max_replaced: 1.5 must be a share between 0 and 1, such as 0.01"),
-        ({"max_replaced": float("nan")}, "data.max_replaced: nan must be a share between 0 and 1, such as 0.01"),
-        ({"range": [9.0, 3.0]}, "data.range: [9.0, 3.0] must be two numbers, the lower one first, such as [0, 4095]"),
-        ({"range": [9.0]}, "data.range: [9.0] must be two numbers, the lower one first, such as [0, 4095]"),
-        ({"range": [0.0, float("inf")]}, "data.range: [0.0, inf] must be two numbers, the lower one first, such as [0, 4095]"),
+        (
+            {"max_replaced": 1.5},
+            "data.max_replaced: 1.5 must be a share between 0 and 1, such as 0.01",
+        ),
+        (
+            {"max_replaced": float("nan")},
+            "data.max_replaced: nan must be a share between 0 and 1, such as 0.01",
+        ),
+        (
+            {"range": [9.0, 3.0]},
+            "data.range: [9.0, 3.0] must be two numbers, the lower one first, such as [0, 4095]",
+        ),
+        (
+            {"range": [9.0]},
+            "data.range: [9.0] must be two numbers, the lower one first, such as [0, 4095]",
+        ),
+        (
+            {"range": [0.0, float("inf")]},
+            "data.range: [0.0, inf] must be two numbers, the lower one first, such as [0, 4095]",
+        ),
     ],
 )
 def test_values_that_can_only_be_mistakes(options, message):
@@ -449,10 +544,14 @@ def test_16_bit_images_behind_8_bit_ones_are_measured(tmp_path, opened):
     pixels = np.random.default_rng(0).integers(0, 3000, (8, 8))
     for name, kind in (("a/1.png", np.uint8), ("b/2.png", np.uint16)):
         (tmp_path / "data" / name).parent.mkdir(parents=True)
-        Image.fromarray((pixels % 256 if kind is np.uint8 else pixels).astype(kind)).save(tmp_path / "data" / name)
+        Image.fromarray((pixels % 256 if kind is np.uint8 else pixels).astype(kind)).save(
+            tmp_path / "data" / name
+        )
     with pytest.raises(ValueError) as caught:
         check_range(opened(tmp_path / "data"))
-    assert str(caught.value).startswith(f"data.range: not set, and the 16-bit images of {tmp_path}/data use values from ")
+    assert str(caught.value).startswith(
+        f"data.range: not set, and the 16-bit images of {tmp_path}/data use values from "
+    )
 
 
 def test_a_file_larger_than_any_image_is_not_read(tmp_path, opened):

@@ -22,8 +22,9 @@ import yaml
 from betons import needs_ffcv, opened, written
 from omegaconf import OmegaConf
 
-from ssl_pretrain.data import compiled, order, threads
+from ssl_pretrain.data import order
 from ssl_pretrain.data.loader import Batch, Loader, build, choose
+from ssl_pretrain.data.native import decode, threads
 from ssl_pretrain.data.sources import Beton, DataConfig
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
@@ -31,7 +32,17 @@ pytestmark = [needs_ffcv, pytest.mark.timeout(120)]
 
 VIEWS = ViewsConfig(
     crops={
-        "global": Crop(count=2, size=24, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5),
+        "global": Crop(
+            count=2,
+            size=24,
+            jitter=0.8,
+            brightness=0.4,
+            contrast=0.4,
+            saturation=0.4,
+            hue=0.1,
+            grayscale=0.2,
+            blur=0.5,
+        ),
         "local": Crop(count=2, size=10, scale=[0.1, 0.4], interpolation="bicubic", solarize=0.5),
     }
 )
@@ -48,8 +59,18 @@ def damageable(tmp_path) -> Beton:
     return written(tmp_path / "data", n=24)
 
 
-def loader(source, num_workers=2, seed=3, global_batch_size=12, how="ffcv", views=VIEWS, **options) -> Loader:
-    return Loader(source, views, seed=seed, global_batch_size=global_batch_size, num_workers=num_workers, how=how, **options)
+def loader(
+    source, num_workers=2, seed=3, global_batch_size=12, how="ffcv", views=VIEWS, **options
+) -> Loader:
+    return Loader(
+        source,
+        views,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        num_workers=num_workers,
+        how=how,
+        **options,
+    )
 
 
 def digest(batch: Batch) -> str:
@@ -89,7 +110,11 @@ def test_ranks_make_up_the_global_batch(world_size, stored, expected):
     for step in range(5):
         parts = [next(batches) for batches in taken]
         views = [torch.cat(rows) for rows in zip(*(part.views for part in parts))]
-        whole = Batch(views, torch.cat([part.labels for part in parts]), torch.cat([part.indices for part in parts]))
+        whole = Batch(
+            views,
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.indices for part in parts]),
+        )
         assert digest(whole) == expected[step]
     for batches in ranks:
         batches.close()
@@ -104,7 +129,9 @@ def test_starting_again_ends_the_batches_before(stored, expected):
     with loader(stored) as batches:
         before = batches.starting_at(0)
         next(before)
-        assert [digest(batch) for batch in itertools.islice(batches.starting_at(3), 3)] == expected[3:6]
+        assert [digest(batch) for batch in itertools.islice(batches.starting_at(3), 3)] == expected[
+            3:6
+        ]
         assert list(before) == []
 
 
@@ -138,7 +165,12 @@ def test_a_batch_larger_than_a_threads_share_is_whole(stored):
     ],
 )
 def test_samplers_and_plain_resizes_are_those_of_the_folder_loader(options, stored):
-    views = ViewsConfig(crops={"global": Crop(count=2, size=24, **options), "local": Crop(count=1, size=10, **options)})
+    views = ViewsConfig(
+        crops={
+            "global": Crop(count=2, size=24, **options),
+            "local": Crop(count=1, size=10, **options),
+        }
+    )
     rows = digests(loader(stored, views=views), 0, 3)
     assert rows == digests(loader(stored, 0, views=views, how="folder"), 0, 3)
     plain = ViewsConfig(crops={"global": Crop(count=2, size=24), "local": Crop(count=1, size=10)})
@@ -146,7 +178,7 @@ def test_samplers_and_plain_resizes_are_those_of_the_folder_loader(options, stor
 
 
 def test_raw_pixels_are_read_as_they_are(tmp_path):
-    from ssl_pretrain.data import beton_writer
+    from ssl_pretrain.data.beton import writer as beton_writer
     from ssl_pretrain.data.sources import open_source
 
     digits = open_source(DataConfig("digits"), "val")
@@ -157,11 +189,26 @@ def test_raw_pixels_are_read_as_they_are(tmp_path):
 
 
 def test_shards_are_read_as_one_file(tmp_path, stored, expected):
-    from ssl_pretrain.data.beton import main
+    from ssl_pretrain.data.beton.__main__ import main
 
     root = Path(stored.where).parent / "data"
     for shard in (2, 0, 1):
-        assert main(["write", str(root), str(tmp_path / "train.beton"), "--shards", "3", "--shard", str(shard), "--workers", "1"]) == 0
+        assert (
+            main(
+                [
+                    "write",
+                    str(root),
+                    str(tmp_path / "train.beton"),
+                    "--shards",
+                    "3",
+                    "--shard",
+                    str(shard),
+                    "--workers",
+                    "1",
+                ]
+            )
+            == 0
+        )
     source = opened(tmp_path)
     assert isinstance(source, Beton) and len(source.samples.paths) == 3
     assert source.fingerprint == stored.fingerprint
@@ -170,14 +217,19 @@ def test_shards_are_read_as_one_file(tmp_path, stored, expected):
     with pytest.raises(ValueError) as caught:
         opened(tmp_path)
     first = tmp_path / "train-00000-of-00003.beton"
-    assert str(caught.value) == f"data.root: 1 of 3 shards are missing beside {first}: train-00001-of-00003.beton; write them, or wait"
+    assert (
+        str(caught.value)
+        == f"data.root: 1 of 3 shards are missing beside {first}: train-00001-of-00003.beton; write them, or wait"
+    )
 
 
 class TestChoice:
     def test_auto_says_what_it_took_and_why(self, stored, capsys):
         config = DataConfig(root=stored.where, num_workers=1)
         build(config, VIEWS, seed=3, global_batch_size=12, device="cpu").close()
-        assert capsys.readouterr().err.endswith(f"\ndata.loader: ffcv: {stored.where} is a .beton, and FFCV is installed\n")
+        assert capsys.readouterr().err.endswith(
+            f"\ndata.loader: ffcv: {stored.where} is a .beton, and FFCV is installed\n"
+        )
 
     def test_a_folder_is_read_as_a_folder(self, stored):
         source = opened(Path(stored.where).parent / "data", loader="folder")
@@ -194,10 +246,13 @@ class TestChoice:
         )
 
     def test_without_ffcv_the_file_is_read_all_the_same(self, stored, expected, monkeypatch):
-        monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
         message = "FFCV is not installed; install it with `make ffcv`, or `pip install ffcv` where OpenCV and libturbojpeg are (docs/install.md)"
         how, why = choose(DataConfig(), stored)
-        assert (how, why) == ("folder", f"a .beton, but not by FFCV ({message}, or set data.loader=folder)")
+        assert (how, why) == (
+            "folder",
+            f"a .beton, but not by FFCV ({message}, or set data.loader=folder)",
+        )
         assert digests(loader(stored, num_workers=0, how=how), 0, 2) == expected[:2]
         with pytest.raises(ValueError) as caught:
             choose(DataConfig(loader="ffcv"), stored)
@@ -210,8 +265,13 @@ class TestFaultsOfFFCV:
     @pytest.mark.case(18)
     def test_1_the_order_of_operations_cannot_be_wrong(self, stored, expected):
         """FFCV loops for ever on one; here the recipe's keys come in any order, and the views are the same."""
-        written = yaml.safe_dump({name: dict(reversed(asdict(crop).items())) for name, crop in VIEWS.crops.items()}, sort_keys=False)
-        read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ViewsConfig), {"crops": OmegaConf.create(written)}))
+        written = yaml.safe_dump(
+            {name: dict(reversed(asdict(crop).items())) for name, crop in VIEWS.crops.items()},
+            sort_keys=False,
+        )
+        read = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(ViewsConfig), {"crops": OmegaConf.create(written)})
+        )
         assert isinstance(read, ViewsConfig)
         assert digests(loader(stored, views=read), 0, 2) == expected[:2]
 
@@ -219,6 +279,7 @@ class TestFaultsOfFFCV:
     @pytest.mark.parametrize("part", ["make", "scratch_for"])
     def test_2_an_exception_of_a_thread_is_the_trainers(self, part, stored, monkeypatch):
         """FFCV's consumer waits for ever."""
+
         def broken(*_arguments):
             raise MemoryError("no room for an image")
 
@@ -251,26 +312,48 @@ class TestFaultsOfFFCV:
         """FFCV gives a black image, or that of an earlier batch, and says nothing."""
         ruin(damageable, 5, damage)
         plain = ViewsConfig(crops={"global": Crop(count=1, size=8)})
-        with loader(damageable, global_batch_size=12, views=plain) as batches, warnings.catch_warnings(record=True) as caught:
+        with (
+            loader(damageable, global_batch_size=12, views=plain) as batches,
+            warnings.catch_warnings(record=True) as caught,
+        ):
             warnings.simplefilter("always")
-            two = list(itertools.islice(((batch.indices, batch.labels, batch.views[0].clone()) for batch in batches.starting_at(0)), 2))
-        reason = {"header": "not a JPEG", "scan": "the JPEG is damaged", "no jpeg": "not a JPEG"}.get(
-            damage, "the JPEG has another size than its entry"
-        )
+            two = list(
+                itertools.islice(
+                    (
+                        (batch.indices, batch.labels, batch.views[0].clone())
+                        for batch in batches.starting_at(0)
+                    ),
+                    2,
+                )
+            )
+        reason = {
+            "header": "not a JPEG",
+            "scan": "the JPEG is damaged",
+            "no jpeg": "not a JPEG",
+        }.get(damage, "the JPEG has another size than its entry")
         path = damageable.where
         (message,) = [str(warning.message) for warning in caught]
-        found = re.fullmatch(re.escape(f"{path}, image 5: {reason}; {path}, image ") + r"(\d+) takes its place", message)
+        found = re.fullmatch(
+            re.escape(f"{path}, image 5: {reason}; {path}, image ") + r"(\d+) takes its place",
+            message,
+        )
         assert found is not None and batches.num_replaced == 1
         taken = int(found[1])
         indices, labels, views = next(batch for batch in two if 5 in batch[0].tolist())
         assert taken not in indices.tolist()
         assert labels[indices.tolist().index(5)] == damageable.label(taken)
-        whole = loader(written(Path(path).parent / "again" / "data", n=24), 0, how="folder", global_batch_size=12, views=plain)
+        whole = loader(
+            written(Path(path).parent / "again" / "data", n=24),
+            0,
+            how="folder",
+            global_batch_size=12,
+            views=plain,
+        )
         source = whole.source
         read = source.read
         source.read = lambda index: read(taken if index == 5 else index)
         expected = next(batch for batch in whole.starting_at(0) if 5 in batch.indices.tolist())
-        assert torch.equal(expected.views[0], views)    # all others are their own
+        assert torch.equal(expected.views[0], views)  # all others are their own
 
     @pytest.mark.case(14)
     def test_4_the_folder_loader_takes_the_same_image_in_its_place(self, damageable):
@@ -280,13 +363,19 @@ class TestFaultsOfFFCV:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             by_threads = digests(loader(damageable, global_batch_size=10, max_replaced=10.0), 0, 4)
-            assert by_threads == digests(loader(damageable, 0, how="folder", global_batch_size=10, max_replaced=10.0), 0, 4)
+            assert by_threads == digests(
+                loader(damageable, 0, how="folder", global_batch_size=10, max_replaced=10.0), 0, 4
+            )
 
     @pytest.mark.case(14)
     def test_4_more_than_a_few_damaged_images_stop_the_run(self, damageable):
         for index in (5, 9):
             ruin(damageable, index, "no jpeg")
-        with loader(damageable) as batches, warnings.catch_warnings(), pytest.raises(ValueError) as caught:
+        with (
+            loader(damageable) as batches,
+            warnings.catch_warnings(),
+            pytest.raises(ValueError) as caught,
+        ):
             warnings.simplefilter("ignore")
             for _ in batches.starting_at(0):
                 pass
@@ -309,7 +398,7 @@ class TestFaultsOfFFCV:
         """FFCV opens it, with a million rows of garbage."""
         with open(damageable.where, "r+b") as file:
             file.seek(16)
-            file.write(bytes(8))    # the place of the table, which the writer sets last
+            file.write(bytes(8))  # the place of the table, which the writer sets last
         with pytest.raises(ValueError) as caught:
             opened(Path(damageable.where))
         assert str(caught.value) == (
@@ -415,8 +504,14 @@ print(before == held(), before, held())
 @pytest.mark.full
 def test_killed_or_dropped_a_hundred_times_it_leaves_nothing_behind(stored):
     command = [sys.executable, "-W", "ignore", "-c", KILLED, stored.where]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("True "), result.stdout
 
@@ -440,7 +535,14 @@ with loader(opened(Path(sys.argv[1])), global_batch_size=25) as batches:
 
 def test_memory_does_not_grow_over_50_epochs(stored):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", EPOCHS, stored.where], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    result = subprocess.run(
+        [sys.executable, "-c", EPOCHS, stored.where],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
     assert result.returncode == 0, result.stderr
     after_2, after_50 = map(int, result.stdout.split())
     assert after_50 <= 1.02 * after_2
@@ -450,10 +552,20 @@ def test_what_is_compiled_is_kept_on_disk(stored, expected):
     """Another process loads the machine code that this one made: a warm start compiles nothing."""
     assert digests(loader(stored), 0, 1) == expected[:1]
     code = "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; assert digests(loader(opened(Path(sys.argv[1]))), 0, 1); "
-    code += "print([sum(made.stats.cache_hits.values()) for made in (compiled.make, compiled.decode)])"
+    code += (
+        "print([sum(made.stats.cache_hits.values()) for made in (compiled.make, compiled.decode)])"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", code, stored.where], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (result.stdout, result.returncode) == ("[1, 0]\n", 0), result.stderr    # decode is part of make
+    result = subprocess.run(
+        [sys.executable, "-c", code, stored.where],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.stdout, result.returncode) == ("[1, 0]\n", 0), (
+        result.stderr
+    )  # decode is part of make
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -461,7 +573,9 @@ def test_a_gpu_gets_the_same_views(stored, tmp_path):
     plain = ViewsConfig(crops={"global": Crop(count=2, size=24)})
     with loader(stored, views=plain, device="cuda") as there, loader(stored, views=plain) as here:
         for _, sent, kept in zip(range(12), there.starting_at(0), here.starting_at(0)):
-            torch.testing.assert_close([view.cpu() for view in sent.views], kept.views, rtol=0, atol=0)
+            torch.testing.assert_close(
+                [view.cpu() for view in sent.views], kept.views, rtol=0, atol=0
+            )
             assert torch.equal(sent.labels.cpu(), kept.labels)
 
 
@@ -471,11 +585,18 @@ def test_the_quasi_random_order_is_exact_too(stored, monkeypatch):
     options = {"window": 16, "global_batch_size": 12}
     asked = []
     advise = os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:3]) or advise(*arguments))
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:3]) or advise(*arguments)
+    )
     order._permutation.cache_clear()
     expected = digests(loader(stored, 0, how="folder", **options), 0, 6)
     assert digests(loader(stored, 2, **options), 0, 6) == expected
     assert digests(loader(stored, 1, **options), 3, 3) == expected[3:]
     order._permutation.cache_clear()
-    ends = {(int(place), int(length)) for place, length in zip(stored.samples.place, stored.samples.length)}
-    assert asked and all(any(begin == place for place, _ in ends) and span > 0 for begin, span in asked)
+    ends = {
+        (int(place), int(length))
+        for place, length in zip(stored.samples.place, stored.samples.length)
+    }
+    assert asked and all(
+        any(begin == place for place, _ in ends) and span > 0 for begin, span in asked
+    )

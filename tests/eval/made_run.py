@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_pretrain import checkpoint, config, draws, optim, train
-from ssl_pretrain import manifest as manifests
+from ssl_pretrain import build, config, rng
+from ssl_pretrain.checkpoint import folder as manifests
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.optim import optimizers as optim
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ["backbone.stem=imagenet", "method.projector_dims=[16,8]", "data.num_workers=0"]
@@ -17,10 +19,16 @@ TINY = ["backbone.stem=imagenet", "method.projector_dims=[16,8]", "data.num_work
 
 def make_run(folder: Path, *overrides: str, step: int = 7, weights_seed: int = 1) -> Path:
     """A run of configs/simclr_digits.yaml whose checkpoint holds the weights that `weights_seed` gives; the config says seed 0."""
-    written = config.load(REPOSITORY / "configs/simclr_digits.yaml", [*TINY, f"output={folder}", "seed=0", *overrides])
-    seeded = config.load(REPOSITORY / "configs/simclr_digits.yaml", [*TINY, *overrides, f"seed={weights_seed}"])
-    method = train.build_method(seeded)
-    state = checkpoint.State(method, optim.build(written.optim, method), config.to_dict(written), {"wandb_id": None})
+    written = config.load(
+        REPOSITORY / "configs/simclr_digits.yaml", [*TINY, f"output={folder}", "seed=0", *overrides]
+    )
+    seeded = config.load(
+        REPOSITORY / "configs/simclr_digits.yaml", [*TINY, *overrides, f"seed={weights_seed}"]
+    )
+    method = build.build_method(seeded)
+    state = checkpoint.State(
+        method, optim.build(written.optim, method), config.to_dict(written), {"wandb_id": None}
+    )
     state.save(folder, step, written.checkpoint, steps_per_epoch=5)
     (folder / "config.yaml").write_text(config.to_yaml(written))
     return folder
@@ -53,6 +61,8 @@ def write_images(root: Path, names: list[str], size: int = 12) -> Path:
     for number, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = draws.uniform(0, 0, number, 0, draws.Purpose.CROP, size * size * 3).reshape(size, size, 3)
+        pixels = rng.uniform(0, 0, number, 0, rng.Purpose.CROP, size * size * 3).reshape(
+            size, size, 3
+        )
         Image.fromarray((pixels * 255).astype(np.uint8)).save(path)
     return root

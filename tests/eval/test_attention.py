@@ -10,9 +10,12 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from timm.layers import Attention
 
-from eval import attention, runs
+from ssl_pretrain.eval import attention, runs
 
-VIT = ["backbone.name=vit_tiny_patch16_224", "backbone.args={patch_size: 8, depth: 2, embed_dim: 24, num_heads: 3}"]
+VIT = [
+    "backbone.name=vit_tiny_patch16_224",
+    "backbone.args={patch_size: 8, depth: 2, embed_dim: 24, num_heads: 3}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,9 @@ def vit(tmp_path_factory):
 
 def test_the_weights_reproduce_the_layers_output():
     torch.manual_seed(0)
-    layer = Attention(12, num_heads=3, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).eval()
+    layer = Attention(
+        12, num_heads=3, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm
+    ).eval()
     tokens = torch.randn(2, 5, 12)
     with torch.no_grad():
         weights = attention.attention(layer, tokens)
@@ -41,9 +46,13 @@ def test_the_mask_keeps_the_fewest_patches_that_hold_the_mass():
 def test_components_are_those_of_scikit_learn():
     patches = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(0))
     found = attention.components(patches)
-    expected = PCA(3, svd_solver="full").fit_transform(patches.permute(0, 2, 3, 1).reshape(-1, 6).double().numpy())
+    expected = PCA(3, svd_solver="full").fit_transform(
+        patches.permute(0, 2, 3, 1).reshape(-1, 6).double().numpy()
+    )
     low, high = np.quantile(expected, [0.01, 0.99], axis=0)
-    expected = ((expected - low) / (high - low)).clip(0, 1).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)
+    expected = (
+        ((expected - low) / (high - low)).clip(0, 1).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)
+    )
     for channel in range(3):  # a component's sign is free
         ours, theirs = found[:, channel].numpy(), expected[:, channel]
         assert (
@@ -56,22 +65,39 @@ def test_a_vit_attends_and_a_resnet_has_components_alone(vit, tmp_path):
     root = write_images(tmp_path / "photos", ["a.png", "b.png"], size=40)
     written = attention.write(vit, [root / "a.png", root / "b.png"], tmp_path / "out", size=32)
     assert [path.name for path in written] == [
-        f"0{n}_{name}_{kind}.png" for n, name in ((1, "a"), (2, "b")) for kind in ("attention", "components")
+        f"0{n}_{name}_{kind}.png"
+        for n, name in ((1, "a"), (2, "b"))
+        for kind in ("attention", "components")
     ]
-    assert Image.open(written[0]).size == (32 * 5, 32 * 3) and Image.open(written[1]).size == (64, 32)
+    assert Image.open(written[0]).size == (32 * 5, 32 * 3) and Image.open(written[1]).size == (
+        64,
+        32,
+    )
     resnet = runs.load_run(make_run(tmp_path / "resnet"), device="cpu")
-    assert [path.name for path in attention.write(resnet, [root / "a.png"], tmp_path / "resnet_out", size=32)] == ["01_a_components.png"]
+    assert [
+        path.name
+        for path in attention.write(resnet, [root / "a.png"], tmp_path / "resnet_out", size=32)
+    ] == ["01_a_components.png"]
 
 
 def test_the_class_token_of_each_head_is_what_is_shown(vit):
-    found = attention.look(vit, torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
-    assert found.attention.shape == (2, 3, 2, 2) and bool((found.attention.sum((2, 3)) < 1).all())  # the rest is on itself
+    found = attention.look(
+        vit,
+        torch.randint(
+            0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        ),
+    )
+    assert found.attention.shape == (2, 3, 2, 2) and bool(
+        (found.attention.sum((2, 3)) < 1).all()
+    )  # the rest is on itself
     assert found.components.shape == (2, 3, 2, 2)
 
 
 def test_bad_input_is_said(vit, tmp_path):
     root = write_images(tmp_path / "photos", ["a.png"], size=40)
-    with pytest.raises(ValueError, match=r"--size: 30 pixels do not fit patches of 8; give a multiple of 8"):
+    with pytest.raises(
+        ValueError, match=r"--size: 30 pixels do not fit patches of 8; give a multiple of 8"
+    ):
         attention.write(vit, [root / "a.png"], tmp_path, size=30)
     with pytest.raises(ValueError, match="there is no such image"):
         attention.write(vit, [tmp_path / "none.png"], tmp_path)

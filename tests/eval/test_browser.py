@@ -15,11 +15,13 @@ from test_report import (
     write_metrics,
 )
 
-from eval import compare, live, sections
+from ssl_pretrain.eval import compare
+from ssl_pretrain.eval.html import live, sections
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="chromium and chromedriver are not installed: apt-get install chromium chromium-driver"
+    not (BROWSER and DRIVER),
+    reason="chromium and chromedriver are not installed: apt-get install chromium chromium-driver",
 )
 SIZES = """return [...document.querySelectorAll("img, svg")].map(e => { const box = e.getBoundingClientRect();
   return [e.tagName, box.width, box.height, e.tagName === "IMG" ? e.naturalWidth : 1]; });"""
@@ -27,10 +29,18 @@ SIZES = """return [...document.querySelectorAll("img, svg")].map(e => { const bo
 
 @pytest.fixture(scope="module")
 def browser():
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
+    selenium = pytest.importorskip(
+        "selenium.webdriver", reason="selenium is not installed: pip install selenium"
+    )
     options = selenium.ChromeOptions()
     options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,2400"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1200,2400",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
@@ -43,9 +53,15 @@ def opened(browser, address):
     """The page's text, after what must hold of every page was checked."""
     browser.get(address)
     sizes = browser.execute_script(SIZES)
-    assert sizes and all(width > 0 and height > 0 and natural > 0 for _, width, height, natural in sizes), sizes
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
+    assert sizes and all(
+        width > 0 and height > 0 and natural > 0 for _, width, height, natural in sizes
+    ), sizes
+    assert [
+        entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ] == []
+    assert browser.execute_script(
+        "return document.documentElement.scrollWidth <= window.innerWidth"
+    )  # nothing sticks out
     return browser.find_element("tag name", "body").text
 
 
@@ -58,7 +74,9 @@ def test_the_report(browser, digits):  # noqa: F811
     text = opened(browser, (digits / "report.html").as_uri())
     assert "moved <together>" in text and "52.0" in text
     records = sections.read_metrics(digits)
-    assert points_of(browser, "loss") == len(records) and points_of(browser, "k-NN accuracy") == len(sections.curve(records, "knn"))
+    assert points_of(browser, "loss") == len(records) and points_of(
+        browser, "k-NN accuracy"
+    ) == len(sections.curve(records, "knn"))
 
 
 def test_the_comparison(browser, digits, tmp_path):  # noqa: F811
@@ -66,7 +84,9 @@ def test_the_comparison(browser, digits, tmp_path):  # noqa: F811
     write_metrics(other, num=20)
     text = opened(browser, compare.write([digits, other], tmp_path / "compare.html").as_uri())
     last = [sections.read_metrics(run)[-1]["images_per_second"] for run in (digits, other)]
-    assert f"Speed: images per second {last[0]:.6g} {last[1]:.6g}" in text and text.index("optim.base_lr") < text.index("last value of")
+    assert f"Speed: images per second {last[0]:.6g} {last[1]:.6g}" in text and text.index(
+        "optim.base_lr"
+    ) < text.index("last value of")
 
 
 @contextmanager
@@ -92,7 +112,9 @@ def test_the_live_page_follows_the_run(browser, tmp_path):
         record = json.loads((run / "metrics.jsonl").read_text().splitlines()[9])
         with (run / "metrics.jsonl").open("a") as file:
             file.write("\n" + json.dumps(record | {"step": 11, "epoch": 2.2, "loss": 0.125}) + "\n")
-        WebDriverWait(browser, 60).until(lambda driver: "loss\n0.1250" in driver.find_element("tag name", "body").text)
+        WebDriverWait(browser, 60).until(
+            lambda driver: "loss\n0.1250" in driver.find_element("tag name", "body").text
+        )
         assert points_of(browser, "loss") == 11
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
@@ -108,7 +130,9 @@ def test_the_live_page_is_of_this_machine_alone_and_an_unchanged_one_is_not_sent
     with served(run) as address:
         first = urllib.request.urlopen(address + "main")
         assert "No record yet." in first.read().decode()
-        again = urllib.request.Request(address + "main", headers={"If-None-Match": first.headers["ETag"]})
+        again = urllib.request.Request(
+            address + "main", headers={"If-None-Match": first.headers["ETag"]}
+        )
         with pytest.raises(urllib.error.HTTPError, match="304"):
             urllib.request.urlopen(again)
         with pytest.raises(urllib.error.HTTPError, match="404"):

@@ -12,9 +12,9 @@ import timm
 import torch
 from torch import nn
 
-from eval.detection import detectron2, metrics
-from eval.detection.images import Objects
-from eval.detection.metrics import Found
+from ssl_pretrain.eval.detection import detectron2, metrics
+from ssl_pretrain.eval.detection.annotations import Objects
+from ssl_pretrain.eval.detection.metrics import Found
 
 
 def told(function, *arguments) -> str:
@@ -28,9 +28,15 @@ def answers(objects: list[Objects], seed: int) -> list[Found]:
     generator = np.random.default_rng(seed)
     found = []
     for each in objects:
-        moved = np.repeat(each.boxes, 2, axis=0) + generator.normal(0, 4, (2 * len(each), 4)).astype(np.float32)
+        moved = np.repeat(each.boxes, 2, axis=0) + generator.normal(
+            0, 4, (2 * len(each), 4)
+        ).astype(np.float32)
         moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 1)
-        labels = np.where(generator.random(2 * len(each)) < 0.8, np.repeat(each.labels, 2), generator.integers(1, 4, 2 * len(each)))
+        labels = np.where(
+            generator.random(2 * len(each)) < 0.8,
+            np.repeat(each.labels, 2),
+            generator.integers(1, 4, 2 * len(each)),
+        )
         found.append(Found(moved, generator.random(2 * len(each)).astype(np.float32), labels))
     return found
 
@@ -38,8 +44,16 @@ def answers(objects: list[Objects], seed: int) -> list[Found]:
 def made_up(seed: int, count: int = 12) -> list[Objects]:
     generator = np.random.default_rng(seed)
     corners = [generator.uniform(0, 60, (generator.integers(0, 6), 2)) for _ in range(count)]
-    boxes = [np.concatenate([corner, corner + generator.uniform(8, 40, corner.shape)], axis=1).astype(np.float32) for corner in corners]
-    return [Objects(each, generator.integers(1, 4, len(each)), generator.random(len(each)) < 0.15) for each in boxes]
+    boxes = [
+        np.concatenate([corner, corner + generator.uniform(8, 40, corner.shape)], axis=1).astype(
+            np.float32
+        )
+        for corner in corners
+    ]
+    return [
+        Objects(each, generator.integers(1, 4, len(each)), generator.random(len(each)) < 0.15)
+        for each in boxes
+    ]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -52,20 +66,44 @@ def test_coco_numbers_are_pycocotools_own(seed, tmp_path, capsys):
     ours = metrics.average_precision("coco", truth, found, ["a", "b", "c"])
     annotations, number = [], 0
     for image, objects in enumerate(truth):
-        for (x, y, right, bottom), label, crowd in zip(objects.boxes.tolist(), objects.labels.tolist(), objects.ignored.tolist()):
+        for (x, y, right, bottom), label, crowd in zip(
+            objects.boxes.tolist(), objects.labels.tolist(), objects.ignored.tolist()
+        ):
             number += 1
             box = [x, y, right - x, bottom - y]
             annotations.append(
-                {"id": number, "image_id": image, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
+                {
+                    "id": number,
+                    "image_id": image,
+                    "category_id": label,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": int(crowd),
+                }
             )
     answered = [
-        {"image_id": image, "category_id": label, "score": score, "bbox": [x, y, right - x, bottom - y]}
+        {
+            "image_id": image,
+            "category_id": label,
+            "score": score,
+            "bbox": [x, y, right - x, bottom - y],
+        }
         for image, each in enumerate(found)
-        for (x, y, right, bottom), label, score in zip(each.boxes.tolist(), each.labels.tolist(), each.scores.tolist())
+        for (x, y, right, bottom), label, score in zip(
+            each.boxes.tolist(), each.labels.tolist(), each.scores.tolist()
+        )
     ]
     categories = [{"id": label, "name": name} for label, name in ((1, "a"), (2, "b"), (3, "c"))]
     for name, content in (
-        ("truth", {"info": {}, "images": [{"id": i} for i in range(12)], "annotations": annotations, "categories": categories}),
+        (
+            "truth",
+            {
+                "info": {},
+                "images": [{"id": i} for i in range(12)],
+                "annotations": annotations,
+                "categories": categories,
+            },
+        ),
         ("answers", answered),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -74,7 +112,9 @@ def test_coco_numbers_are_pycocotools_own(seed, tmp_path, capsys):
     judge.evaluate()
     judge.accumulate()
     judge.summarize()
-    np.testing.assert_allclose([ours["AP"], ours["AP50"], ours["AP75"]], 100 * judge.stats[:3], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        [ours["AP"], ours["AP50"], ours["AP75"]], 100 * judge.stats[:3], rtol=0, atol=1e-9
+    )
     assert 5 < ours["AP"] < 60 < 200 * ours["AP50"]
     judge.params.catIds = [2]
     judge.evaluate()
@@ -85,7 +125,9 @@ def test_coco_numbers_are_pycocotools_own(seed, tmp_path, capsys):
 
 def one_image(boxes: list, scores: list, labels: list | None = None) -> Found:
     return Found(
-        np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(scores, dtype=np.float32), np.array(labels or [1] * len(scores))
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.array(scores, dtype=np.float32),
+        np.array(labels or [1] * len(scores)),
     )
 
 
@@ -98,18 +140,31 @@ def test_voc_numbers_by_hand():
         )
     ]
     # right, again the same (wrong), the difficult one (not counted), nothing (wrong), right
-    found = [one_image([[0, 0, 10, 10], [0, 0, 10, 9], [50, 0, 60, 10], [80, 0, 90, 10], [20, 0, 30, 10]], [0.9, 0.8, 0.7, 0.6, 0.5])]
+    found = [
+        one_image(
+            [[0, 0, 10, 10], [0, 0, 10, 9], [50, 0, 60, 10], [80, 0, 90, 10], [20, 0, 30, 10]],
+            [0.9, 0.8, 0.7, 0.6, 0.5],
+        )
+    ]
     # recall 1/2 at precision 1, recall 1 at precision 2/4
-    assert metrics.voc(truth, found, ["a"], eleven_points=False)["AP50"] == pytest.approx(100 * (0.5 * 1 + 0.5 * 0.5))
-    assert metrics.voc(truth, found, ["a"], eleven_points=True)["AP50"] == pytest.approx(100 * (6 * 1 + 5 * 0.5) / 11)
-    partly = [one_image([[0, 0, 10, 7.5], [20, 0, 30, 7.4]], [0.9, 0.8])]  # overlaps of 0.75 and 0.74
+    assert metrics.voc(truth, found, ["a"], eleven_points=False)["AP50"] == pytest.approx(
+        100 * (0.5 * 1 + 0.5 * 0.5)
+    )
+    assert metrics.voc(truth, found, ["a"], eleven_points=True)["AP50"] == pytest.approx(
+        100 * (6 * 1 + 5 * 0.5) / 11
+    )
+    partly = [
+        one_image([[0, 0, 10, 7.5], [20, 0, 30, 7.4]], [0.9, 0.8])
+    ]  # overlaps of 0.75 and 0.74
     found = metrics.voc(truth, partly, ["a"], eleven_points=False)
     assert (found["AP50"], found["AP75"]) == (pytest.approx(100), pytest.approx(50))
     assert metrics.voc(truth, [one_image([], [])], ["a"], eleven_points=False)["AP"] == 0
 
 
 def test_a_class_without_objects_does_not_count(capsys):
-    truth = [Objects(np.array([[0, 0, 10, 10]], dtype=np.float32), np.array([1]), np.array([False]))]
+    truth = [
+        Objects(np.array([[0, 0, 10, 10]], dtype=np.float32), np.array([1]), np.array([False]))
+    ]
     found = [one_image([[0, 0, 10, 10], [0, 0, 5, 5]], [0.9, 0.8], [1, 2])]
     for metric in ("voc07", "voc12", "coco"):
         numbers = metrics.average_precision(metric, truth, found, ["a", "b"])
@@ -129,8 +184,13 @@ def detectron2_names() -> set[str]:
     layers = ["stem.conv1"]
     for stage, blocks in zip((2, 3, 4, 5), (3, 4, 6, 3)):
         for block in range(blocks):
-            layers += [f"res{stage}.{block}.{layer}" for layer in ("conv1", "conv2", "conv3", *(["shortcut"] if block == 0 else []))]
-    return {f"{layer}.weight" for layer in layers} | {f"{layer}.norm.{entry}" for layer in layers for entry in norm}
+            layers += [
+                f"res{stage}.{block}.{layer}"
+                for layer in ("conv1", "conv2", "conv3", *(["shortcut"] if block == 0 else []))
+            ]
+    return {f"{layer}.weight" for layer in layers} | {
+        f"{layer}.norm.{entry}" for layer in layers for entry in norm
+    }
 
 
 def test_a_resnet50_has_the_names_that_detectron2_has(tmp_path):
@@ -139,7 +199,10 @@ def test_a_resnet50_has_the_names_that_detectron2_has(tmp_path):
     assert detectron2.export(model, tmp_path / "weights.pkl") == len(detectron2_names()) == 265
     with (tmp_path / "weights.pkl").open("rb") as file:
         written = pickle.load(file)
-    assert set(written) == {"model", "__author__", "matching_heuristics"} and written["matching_heuristics"] is True
+    assert (
+        set(written) == {"model", "__author__", "matching_heuristics"}
+        and written["matching_heuristics"] is True
+    )
     assert set(written["model"]) == detectron2_names()
     own = model.state_dict()
     for name, key in {
@@ -157,27 +220,41 @@ def test_detectron2s_forward_on_the_exported_names_is_ours():
     """A ResNet read from the names as Detectron2 does, with its stride in the 3x3 convolution, gives timm's features."""
     torch.manual_seed(0)
     model = timm.create_model("resnet50", num_classes=0, layers=(1, 1, 1, 1)).eval().double()
-    arrays = {name: torch.from_numpy(value).double() for name, value in detectron2.names(OrderedDict(model.state_dict())).items()}
+    arrays = {
+        name: torch.from_numpy(value).double()
+        for name, value in detectron2.names(OrderedDict(model.state_dict())).items()
+    }
 
     def layer(x, name, stride=1, padding=0):
         x = nn.functional.conv2d(x, arrays[f"{name}.weight"], stride=stride, padding=padding)
-        scale, bias, mean, var = (arrays[f"{name}.norm.{entry}"] for entry in ("weight", "bias", "running_mean", "running_var"))
+        scale, bias, mean, var = (
+            arrays[f"{name}.norm.{entry}"]
+            for entry in ("weight", "bias", "running_mean", "running_var")
+        )
         return nn.functional.batch_norm(x, mean, var, scale, bias)
 
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     x = nn.functional.max_pool2d(layer(images, "stem.conv1", 2, 3).relu(), 3, 2, 1)
     for stage, stride in ((2, 1), (3, 2), (4, 2), (5, 2)):
         block = f"res{stage}.0"
-        out = layer(layer(layer(x, f"{block}.conv1").relu(), f"{block}.conv2", stride, 1).relu(), f"{block}.conv3")
+        out = layer(
+            layer(layer(x, f"{block}.conv1").relu(), f"{block}.conv2", stride, 1).relu(),
+            f"{block}.conv3",
+        )
         x = (out + layer(x, f"{block}.shortcut", stride)).relu()
     torch.testing.assert_close(x, model.forward_features(images), rtol=1e-5, atol=1e-5)
 
 
 def test_other_networks_are_not_exported(tmp_path):
-    assert told(detectron2.export, timm.create_model("test_resnet", num_classes=0), tmp_path / "x.pkl") == (
+    assert told(
+        detectron2.export, timm.create_model("test_resnet", num_classes=0), tmp_path / "x.pkl"
+    ) == (
         "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem; this backbone is another network"
     )
     assert told(detectron2.names, {"fc.weight": torch.zeros(1)}) == (
         "Detectron2 has no place for 'fc.weight': the export is of ResNets 50, 101 and 152 with the ImageNet stem"
     )
-    assert detectron2.pixels([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).splitlines()[0] == "MODEL.PIXEL_MEAN [123.675, 116.280, 103.530]"
+    assert (
+        detectron2.pixels([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]).splitlines()[0]
+        == "MODEL.PIXEL_MEAN [123.675, 116.280, 103.530]"
+    )

@@ -14,14 +14,29 @@ import torch
 from made_run import make_run, write_images
 from torchvision.utils import save_image
 
-from eval import charts, compare, demo, page, pictures, report, results, runs, sections
-from eval.results import Row
+from ssl_pretrain.eval import compare, demo_summary, report, results, runs
+from ssl_pretrain.eval.html import charts, page, pictures, sections
+from ssl_pretrain.eval.results import Row
 
 SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbours", "Projection", "Config"]
-FULL = ["Alarms", "Evaluation", "Training", "Views", "Neighbours over time", "Nearest neighbours", "Projection", "Config"]
+FULL = [
+    "Alarms",
+    "Evaluation",
+    "Training",
+    "Views",
+    "Neighbours over time",
+    "Nearest neighbours",
+    "Projection",
+    "Config",
+]
 VOID = {"meta", "img", "line", "polyline", "br"}
 ABOUT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
-PROTOCOL = {"network": "n", "images": "digits: 1297 training, 500 test images, 10 classes", "k": 20, "temperature": 0.07}
+PROTOCOL = {
+    "network": "n",
+    "images": "digits: 1297 training, 500 test images, 10 classes",
+    "k": 20,
+    "temperature": 0.07,
+}
 
 
 class Checked(HTMLParser):
@@ -61,16 +76,31 @@ class Checked(HTMLParser):
 def write_metrics(run, num=40):
     lines = []
     for step in range(1, num + 1):
-        record = {"step": step, "epoch": step / 5, "loss": 10 / step, "lr": 0.1, "images_per_second": 100 + step, "time": 1000.0 + step}
+        record = {
+            "step": step,
+            "epoch": step / 5,
+            "loss": 10 / step,
+            "lr": 0.1,
+            "images_per_second": 100 + step,
+            "time": 1000.0 + step,
+        }
         lines.append(json.dumps(record | ({"knn": step / 100} if step % 5 == 0 else {})))
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 41, "loss": NaN, "epo']) + "\n")
 
 
 def write_monitors(run):
     """What the monitors leave: an alarm, two sets of curves, two pictures of neighbours, an earlier evaluation."""
-    (run / "alarms.jsonl").write_text(json.dumps({"title": "collapse", "text": "moved <together>", "time": 1.0}) + "\n")
+    (run / "alarms.jsonl").write_text(
+        json.dumps({"title": "collapse", "text": "moved <together>", "time": 1.0}) + "\n"
+    )
     plots = [
-        {"step": step, "epoch": step / 5, "spectrum_index": [1, 2, 4], "spectrum": [1.0, 0.1, 0.01], "deviations": [0.5, 1.0]}
+        {
+            "step": step,
+            "epoch": step / 5,
+            "spectrum_index": [1, 2, 4],
+            "spectrum": [1.0, 0.1, 0.01],
+            "deviations": [0.5, 1.0],
+        }
         for step in (5, 40)
     ]
     (run / "plots.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in plots))
@@ -84,10 +114,22 @@ def write_monitors(run):
 
 
 def save_results(run, columns=("clean", "shifted 1", "shifted 2")):
-    rows = [Row(name, dict.fromkeys(columns, 50.0 + i)) for i, name in enumerate(["raw pixels", "random, as built", "pretrained"])]
-    results.save(run, "knn", PROTOCOL | {"shifts": "by four"}, results.with_better_random(rows), ABOUT, 1.0)
+    rows = [
+        Row(name, dict.fromkeys(columns, 50.0 + i))
+        for i, name in enumerate(["raw pixels", "random, as built", "pretrained"])
+    ]
+    results.save(
+        run, "knn", PROTOCOL | {"shifts": "by four"}, results.with_better_random(rows), ABOUT, 1.0
+    )
     rows = [Row(row.features, {"1 per class": 30.0}, {"1 per class": 2.5}) for row in rows]
-    results.save(run, "linear", PROTOCOL | {"few labels": "ten draws"}, results.with_better_random(rows), ABOUT, 1.0)
+    results.save(
+        run,
+        "linear",
+        PROTOCOL | {"few labels": "ten draws"},
+        results.with_better_random(rows),
+        ABOUT,
+        1.0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +147,14 @@ def test_the_page_holds_every_section_and_fetches_nothing(digits):
     text = (digits / "report.html").read_text()
     found = Checked(text)
     assert found.headings == FULL and found.fetched == []
-    assert found.pictures == 16 + 10 + 2 * 10 * 6 + 2  # 8 x 2 views, ten queries and their neighbours twice, two pictures over time
-    assert not re.search(r"https?://|url\(|@import", text) and not found.tags & {"script", "link", "iframe"}
+    assert (
+        found.pictures == 16 + 10 + 2 * 10 * 6 + 2
+    )  # 8 x 2 views, ten queries and their neighbours twice, two pictures over time
+    assert not re.search(r"https?://|url\(|@import", text) and not found.tags & {
+        "script",
+        "link",
+        "iframe",
+    }
     assert text.count('class="chart"') == 4 + 2 + 1 and text.count('class="scatter"') == 2
     for shown in (
         "prefers-color-scheme: dark",
@@ -127,7 +175,11 @@ def test_ten_queries_are_of_ten_classes_and_moved_by_one_or_two(digits):
     assert (len(bank), len(queries), kind) == (1297, 500, "test images")
     assert sorted(query.label for query in found) == list(range(10))
     assert [query.moved for query in found[:4]] == ["1 right", "2 right", "1 left", "2 left"]
-    near_black = [query.query[:, :, : 2 * int(query.moved[0])].max() for query in found if "right" in query.moved]
+    near_black = [
+        query.query[:, :, : 2 * int(query.moved[0])].max()
+        for query in found
+        if "right" in query.moved
+    ]
     assert near_black == [0] * len(near_black)
 
 
@@ -136,15 +188,24 @@ def test_an_unmoved_training_image_is_its_own_nearest_neighbour(digits, monkeypa
     run = runs.load_run(digits, device="cpu")
     bank, _, _ = pictures.open_parts(run)
     for query in pictures.neighbours(run, bank, bank):
-        assert np.array_equal(query.by_features[0][0], query.query) and np.array_equal(query.by_pixels[0][0], query.query)
+        assert np.array_equal(query.by_features[0][0], query.query) and np.array_equal(
+            query.by_pixels[0][0], query.query
+        )
         assert query.by_features[0][1] == query.label
 
 
 def test_class_names_and_config_are_escaped(tmp_path):
     classes = ["<script>alert(1)", 'a"><b>&', os.fsdecode(b"caf\xe9")]
-    names = [f"{part}/{name}/{number}.png" for part in ("train", "val") for name in classes for number in range(6)]
+    names = [
+        f"{part}/{name}/{number}.png"
+        for part in ("train", "val")
+        for name in classes
+        for number in range(6)
+    ]
     root = write_images(tmp_path / "data", names)
-    run = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}", "log.project='<img src=x>'")
+    run = make_run(
+        tmp_path / "run", "data.source=folder", f"data.root={root}", "log.project='<img src=x>'"
+    )
     found = Checked(report.write(runs.load_run(run, device="cpu")).read_text())
     assert found.headings == SECTIONS and found.fetched == [] and not found.tags & {"script", "b"}
     assert "Nothing measured yet" in (run / "report.html").read_text()
@@ -161,22 +222,36 @@ def test_images_without_labels_or_a_test_part_are_shown_too(tmp_path):
     root = write_images(tmp_path / "photos", [f"{number}.png" for number in range(40)], size=40)
     run = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}")
     text = report.write(runs.load_run(run, device="cpu")).read_text()
-    assert "4 held-out training images among 36 training images" in text and "right" not in re.findall(r'<span class="(\w*)">', text)
+    assert (
+        "4 held-out training images among 36 training images" in text
+        and "right" not in re.findall(r'<span class="(\w*)">', text)
+    )
     assert "moved" not in text  # of 40 pixels: large
 
 
 def test_a_cut_or_repeated_record_counts_once(tmp_path):
-    first, again, second = (json.dumps({"step": step, "epoch": 0.5, "loss": loss}) for step, loss in ((1, 3), (1, 4), (2, None)))
+    first, again, second = (
+        json.dumps({"step": step, "epoch": 0.5, "loss": loss})
+        for step, loss in ((1, 3), (1, 4), (2, None))
+    )
     lines = [first, second, again, '{"ste']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     records = sections.read_metrics(tmp_path)
-    assert [record["step"] for record in records] == [1, 2] and sections.curve(records, "loss") == [(0.5, 4)]
+    assert [record["step"] for record in records] == [1, 2] and sections.curve(records, "loss") == [
+        (0.5, 4)
+    ]
     assert sections.read_metrics(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, 12, [0, 5, 10]), (81, 98, [85, 90, 95]), (-3, 3, [-2, 0, 2]), (5, 5, [5])],
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0, 12, [0, 5, 10]),
+        (81, 98, [85, 90, 95]),
+        (-3, 3, [-2, 0, 2]),
+        (5, 5, [5]),
+    ],
 )
 def test_ticks_are_round(low, high, expected):
     assert charts.ticks(low, high) == pytest.approx(expected)
@@ -184,18 +259,41 @@ def test_ticks_are_round(low, high, expected):
 
 def test_a_curve_goes_from_its_first_to_its_last_point():
     svg = charts.line([(0, 0.0), (5, 50.0), (10, 100.0)], "y")
-    points = [tuple(map(float, point.split(","))) for point in re.search(r'points="([^"]*)"', svg).group(1).split()]
+    points = [
+        tuple(map(float, point.split(",")))
+        for point in re.search(r'points="([^"]*)"', svg).group(1).split()
+    ]
     (x0, y0), (x1, y1), (x2, y2) = points
-    assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT) and x1 == pytest.approx((x0 + x2) / 2)
-    assert y0 == charts.HEIGHT - charts.BOTTOM and y0 > y1 > y2 > charts.TOP and y1 == pytest.approx((y0 + y2) / 2)
-    assert "not recorded" in charts.line([(1, float("nan"))], "y") and "<circle" in charts.line([(1, 2.0)], "y")
+    assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT) and x1 == pytest.approx(
+        (x0 + x2) / 2
+    )
+    assert (
+        y0 == charts.HEIGHT - charts.BOTTOM
+        and y0 > y1 > y2 > charts.TOP
+        and y1 == pytest.approx((y0 + y2) / 2)
+    )
+    assert "not recorded" in charts.line([(1, float("nan"))], "y") and "<circle" in charts.line(
+        [(1, 2.0)], "y"
+    )
 
 
 def test_logarithmic_curves_are_straight_for_a_power_law():
-    svg = charts.lines([("a", [(10.0**i, 10.0 ** (-2 * i)) for i in range(4)]), ("b", [(1.0, 0.0), (1000.0, 1.0)])], "y", logarithmic=True)
-    first, second = ([tuple(map(float, point.split(","))) for point in found.split()] for found in re.findall(r'points="([^"]*)"', svg))
+    svg = charts.lines(
+        [
+            ("a", [(10.0**i, 10.0 ** (-2 * i)) for i in range(4)]),
+            ("b", [(1.0, 0.0), (1000.0, 1.0)]),
+        ],
+        "y",
+        logarithmic=True,
+    )
+    first, second = (
+        [tuple(map(float, point.split(","))) for point in found.split()]
+        for found in re.findall(r'points="([^"]*)"', svg)
+    )
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(first)]
-    assert slopes == pytest.approx([slopes[0]] * 3, rel=0.01) and slopes[0] > 0 and len(second) == 1  # what is not positive is left out
+    assert (
+        slopes == pytest.approx([slopes[0]] * 3, rel=0.01) and slopes[0] > 0 and len(second) == 1
+    )  # what is not positive is left out
     assert svg.count("<polyline") == 2 and "<title>a</title>" in svg
 
 
@@ -209,9 +307,15 @@ def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tm
     write_metrics(other, num=20)
     path = compare.write([digits, other], tmp_path / "both.html")
     found = Checked(path.read_text())
-    assert found.headings == ["Config", "Numbers", "Training", "Alarms of digits"] and found.fetched == []
+    assert (
+        found.headings == ["Config", "Numbers", "Training", "Alarms of digits"]
+        and found.fetched == []
+    )
     text = path.read_text()
-    assert list(compare.differences({"a": digits, "b": other})) == ["optim.base_lr"] and "0.125" in text
+    assert (
+        list(compare.differences({"a": digits, "b": other})) == ["optim.base_lr"]
+        and "0.125" in text
+    )
     last = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]
     assert "<td>Learning: loss</td>" + "".join(f"<td>{value:.6g}</td>" for value in last) in text
     assert "<td>k-NN, clean</td><td>52.0 (step 7)</td><td>-</td>" in text
@@ -220,7 +324,10 @@ def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tm
 
 @pytest.mark.parametrize(
     ("folders", "message"),
-    [(["a"], "a comparison needs two runs or more"), (["a", "b"], "there is no config.yaml, so this is not a run's folder")],
+    [
+        (["a"], "a comparison needs two runs or more"),
+        (["a", "b"], "there is no config.yaml, so this is not a run's folder"),
+    ],
 )
 def test_what_cannot_be_compared_is_said(tmp_path, folders, message):
     with pytest.raises(ValueError, match=message):
@@ -228,20 +335,35 @@ def test_what_cannot_be_compared_is_said(tmp_path, folders, message):
 
 
 def test_sparkline():
-    assert demo.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert demo.sparkline([2.0, 2.0]) == "▁▁" and len(demo.sparkline([*range(1000)])) == 48
+    assert demo_summary.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert (
+        demo_summary.sparkline([2.0, 2.0]) == "▁▁"
+        and len(demo_summary.sparkline([*range(1000)])) == 48
+    )
 
 
 def test_the_demo_prints_numbers_curves_and_the_next_commands(digits):
-    text = demo.summary(digits, {"training": 80.4, "k-NN": 12})
-    assert "digits: 1297 training, 500 test images, 10 classes" in text and "k-NN: k = 20, temperature 0.07" in text
+    text = demo_summary.summary(digits, {"training": 80.4, "k-NN": 12})
+    assert (
+        "digits: 1297 training, 500 test images, 10 classes" in text
+        and "k-NN: k = 20, temperature 0.07" in text
+    )
     assert re.search(r"accuracy, % +raw pixels +random backbone +pretrained\n", text)
-    assert re.search(r"k-NN, shifted 2 +50.0 +51.0 +52.0\n", text) and re.search(r"linear, 1 per class +30.0 ± 2.5 +30.0 ± 2.5", text)
-    assert re.search(r"loss  █▄.*▁  10 to 0.25\n", text) and "5 to 40 %, of held-out training images" in text
+    assert re.search(r"k-NN, shifted 2 +50.0 +51.0 +52.0\n", text) and re.search(
+        r"linear, 1 per class +30.0 ± 2.5 +30.0 ± 2.5", text
+    )
+    assert (
+        re.search(r"loss  █▄.*▁  10 to 0.25\n", text)
+        and "5 to 40 %, of held-out training images" in text
+    )
     assert f"seconds: training 80, k-NN 12\nreport: {digits / 'report.html'}\n" in text
-    assert text.count("\n  ") == 3 and "my images" in text and "CIFAR-10" in text and "8 GPUs" in text
+    assert (
+        text.count("\n  ") == 3 and "my images" in text and "CIFAR-10" in text and "8 GPUs" in text
+    )
 
 
 def test_the_demo_needs_both_evaluations(tmp_path):
-    with pytest.raises(ValueError, match=r"has no knn evaluation; run python -m eval.knn"):
-        demo.summary(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no knn evaluation; run python -m ssl_pretrain.eval.knn"
+    ):
+        demo_summary.summary(tmp_path)

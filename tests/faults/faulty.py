@@ -23,8 +23,11 @@ from pathlib import Path
 
 import torch
 
-from ssl_pretrain import distributed, online, step, train
+from ssl_pretrain import build as build_
+from ssl_pretrain import step, train
 from ssl_pretrain.data import preflight
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.monitoring import online_knn
 
 
 class Fault:
@@ -36,7 +39,7 @@ class Fault:
         self.rank, self.at, self.argument, self.done = int(rank), int(at), "".join(argument), done
 
     def here(self) -> bool:
-        return distributed.rank() == self.rank and not self.done.exists()
+        return process_group.rank() == self.rank and not self.done.exists()
 
     def now(self, number: int) -> bool:
         """Whether it happens in this step; it will not again."""
@@ -75,7 +78,9 @@ class Fault:
         raise RuntimeError("planted")
 
     def act_oom(self, stepper, batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try"
+        )
 
     def act_clock(self, stepper, batch):
         real = time.time
@@ -85,8 +90,12 @@ class Fault:
         return replace(batch, views=[torch.full_like(view, float("nan")) for view in batch.views])
 
     def act_inf(self, stepper, batch):
-        parameter = next(parameter for parameter in stepper.model.parameters() if parameter.ndim > 1)
-        handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
+        parameter = next(
+            parameter for parameter in stepper.model.parameters() if parameter.ndim > 1
+        )
+        handle = parameter.register_hook(
+            lambda gradient: (handle.remove(), gradient * float("inf"))[1]
+        )
 
     def act_flip(self, stepper, batch):
         with torch.no_grad():
@@ -97,14 +106,14 @@ class Fault:
 
         def watched(loader, first_step, device):
             for number, batch in enumerate(real(loader, first_step, device), start=first_step + 1):
-                if distributed.rank() == self.rank and number >= self.at:
+                if process_group.rank() == self.rank and number >= self.at:
                     time.sleep(0.25)
                 yield batch
 
         preflight.watched = watched
 
     def plant_knn(self) -> None:
-        real = online.OnlineKNN._own_features
+        real = online_knn.OnlineKNN._own_features
 
         def features(monitor, *arguments):
             if self.here():
@@ -112,19 +121,19 @@ class Fault:
                 raise RuntimeError("planted in k-NN")
             return real(monitor, *arguments)
 
-        online.OnlineKNN._own_features = features
+        online_knn.OnlineKNN._own_features = features
 
     def plant_differ(self) -> None:
-        build = train.build_method
+        build = build_.build_method
 
         def differing(*arguments, **named):
             method = build(*arguments, **named)
             with torch.no_grad():
                 for parameter in method.parameters():
-                    parameter.add_(0.1 * (distributed.rank() == self.rank))
+                    parameter.add_(0.1 * (process_group.rank() == self.rank))
             return method
 
-        train.build_method = differing
+        build_.build_method = differing
 
     def _in_this_save(self, path: str) -> bool:
         return ("step_" if self.at == 0 else f"step_{self.at:08d}") in path and self.here()

@@ -18,8 +18,9 @@ import torch
 from ranks import free_port
 from undisturbed import MORE, STEPS, place, undisturbed
 
-from launch import local
-from ssl_pretrain import checkpoint, config
+from ssl_pretrain import config
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.launch import local
 
 ROOT = Path(__file__).parents[2]
 FAULTY = Path(__file__).parent / "faulty.py"
@@ -29,7 +30,13 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(2400)]
 @pytest.mark.case(29)
 def test_a_missing_node_is_said_in_time(place, seen):
     began = time.monotonic()
-    statuses, said = ranks.run(place[0], *MORE, "parallel.timeout_seconds=5", size=1, environment={"RANK": "0", "WORLD_SIZE": "2"})
+    statuses, said = ranks.run(
+        place[0],
+        *MORE,
+        "parallel.timeout_seconds=5",
+        size=1,
+        environment={"RANK": "0", "WORLD_SIZE": "2"},
+    )
     took = time.monotonic() - began
     assert statuses == [69] and "rank 0 of 2 at 127.0.0.1:" in said and "1/2 clients joined" in said
     assert "see whether every rank was started" in said and took < 60
@@ -39,8 +46,14 @@ def test_a_missing_node_is_said_in_time(place, seen):
 @pytest.mark.case(29)
 def test_an_unknown_host_is_said_in_time(place, seen):
     there = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere.invalid"}
-    statuses, said = ranks.run(place[0], *MORE, "parallel.timeout_seconds=3", size=1, environment=there)
-    assert statuses == [69] and "at nowhere.invalid:" in said and "that host is not known here: " in said
+    statuses, said = ranks.run(
+        place[0], *MORE, "parallel.timeout_seconds=3", size=1, environment=there
+    )
+    assert (
+        statuses == [69]
+        and "at nowhere.invalid:" in said
+        and "that host is not known here: " in said
+    )
     seen("unknown host: named, status 69")
 
 
@@ -51,19 +64,39 @@ def test_a_port_in_use_is_said_at_once(place, seen):
         other.bind(("::", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        statuses, said = ranks.run(place[0], *MORE, size=1, environment={"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port})
+        statuses, said = ranks.run(
+            place[0],
+            *MORE,
+            size=1,
+            environment={"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port},
+        )
     assert statuses == [69] and f":{port} (MASTER_ADDR, MASTER_PORT)" in said
-    assert "another process has that port; give another (launch.port, torchrun --master-port)" in said
+    assert (
+        "another process has that port; give another (launch.port, torchrun --master-port)" in said
+    )
     seen("port in use: named, status 69")
 
 
 def environment(path, fault="none@0:0"):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "FAULT": fault, "FAULT_DONE": str(path.parent / "fault_done"), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "FAULT": fault,
+        "FAULT_DONE": str(path.parent / "fault_done"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def ended(command, variables, seconds=900):
     """(exit status, what it said); of its ranks none outlives this."""
-    process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         said = process.communicate(timeout=seconds)[0]
         return process.returncode, said
@@ -87,7 +120,9 @@ def test_torchrun_starts_all_ranks_again_from_the_newest_checkpoint(place, undis
     status, said = ended(command, environment(path, "kill@1:8"))
     assert status == 0, said[-3000:]
     assert "after step 6" in said and same(run, undisturbed)
-    seen("under torchrun --max-restarts: all ranks started again by it, from step 6; the same bits, status 0")
+    seen(
+        "under torchrun --max-restarts: all ranks started again by it, from step 6; the same bits, status 0"
+    )
 
 
 def test_torchrun_does_not_repeat_a_mistake(place):
@@ -101,7 +136,13 @@ def test_torchrun_does_not_repeat_a_mistake(place):
 def test_two_hosts_one_lost_and_started_again(place, undisturbed, seen):
     """The lines that launch.hosts prints, on two loopback addresses; all of the second host's processes die at once."""
     path, run = place
-    asked = ["launch.hosts=127.0.0.1,127.0.0.2", "launch.ranks=2", f"launch.port={free_port()}", "epochs=40", "checkpoint.every_epochs=1"]
+    asked = [
+        "launch.hosts=127.0.0.1,127.0.0.2",
+        "launch.ranks=2",
+        f"launch.port={free_port()}",
+        "epochs=40",
+        "checkpoint.every_epochs=1",
+    ]
     asked += ["parallel.bn_group_images=6", "parallel.timeout_seconds=30", f"output={run}"]
     lines = local.host_commands(config.load(path, asked), str(path), asked)
     straight, said = ranks.run(path, *asked[3:6], f"output={run}_straight", size=4)
@@ -111,7 +152,14 @@ def test_two_hosts_one_lost_and_started_again(place, undisturbed, seen):
         words = shlex.split(lines[number][1])
         words[words.index("torchrun")] = str(Path(sys.executable).parent / "torchrun")
         file = (path.parent / f"agent_{number}_{time.monotonic_ns()}").open("w")
-        return subprocess.Popen(words, cwd=ROOT, env=environment(path), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            words,
+            cwd=ROOT,
+            env=environment(path),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     agents = [start(0), start(1)]
     try:
@@ -120,7 +168,9 @@ def test_two_hosts_one_lost_and_started_again(place, undisturbed, seen):
         agents[1].wait(30)
         kept = checkpoint.verify(checkpoint.newest(run))["step"]
         agents[1] = start(1)
-        assert [agent.wait(900) for agent in agents] == [0, 0], "\n".join(file.read_text()[-3000:] for file in path.parent.glob("agent_*"))
+        assert [agent.wait(900) for agent in agents] == [0, 0], "\n".join(
+            file.read_text()[-3000:] for file in path.parent.glob("agent_*")
+        )
     finally:
         for agent in agents:
             if agent.poll() is None:
@@ -131,7 +181,9 @@ def test_two_hosts_one_lost_and_started_again(place, undisturbed, seen):
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 121))
-    seen(f"two agents of two ranks, one killed with its ranks and started again by its line: on from step {kept}; the same bits")
+    seen(
+        f"two agents of two ranks, one killed with its ranks and started again by its line: on from step {kept}; the same bits"
+    )
 
 
 def reached(run, step, seconds=900):
@@ -148,7 +200,11 @@ def kill_with_children(pid):
     family = [pid]
     for member in family:  # grows while it is walked
         os.kill(member, signal.SIGSTOP)  # so that it starts no more
-        family += [int(child.parent.name) for child in Path("/proc").glob("[0-9]*/stat") if parent_of(child) == member]
+        family += [
+            int(child.parent.name)
+            for child in Path("/proc").glob("[0-9]*/stat")
+            if parent_of(child) == member
+        ]
     for member in family:
         os.kill(member, signal.SIGKILL)
 

@@ -15,9 +15,12 @@ from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 
-from ssl_pretrain import checkpoint, config, distributed, optim, step, train
-from ssl_pretrain import manifest as manifests
+from ssl_pretrain import build, config, step, train
+from ssl_pretrain.checkpoint import folder as manifests
+from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.data import preflight
+from ssl_pretrain.distributed import collectives
+from ssl_pretrain.optim import optimizers as optim
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -29,13 +32,17 @@ def _what_each_step_takes(path, output, steps):
     def recording(stepper, number, progress, batch):
         digest = hashlib.sha256()
         for view in batch.views:
-            digest.update(distributed.gather(view).numpy().tobytes())
-        taken.append((distributed.gather(batch.indices).tolist(), digest.hexdigest()))
+            digest.update(collectives.gather(view).numpy().tobytes())
+        taken.append((collectives.gather(batch.indices).tolist(), digest.hexdigest()))
         return real(stepper, number, progress, batch)
 
     step.Stepper.__call__ = recording
     try:
-        train.train(config.load(path, [f"output={output}", "parallel.precision=float64"]), torch.device("cpu"), steps)
+        train.train(
+            config.load(path, [f"output={output}", "parallel.precision=float64"]),
+            torch.device("cpu"),
+            steps,
+        )
     finally:
         step.Stepper.__call__ = real
     return taken
@@ -60,7 +67,9 @@ def test_four_two_and_one_ranks_take_the_same_batches_and_views(tmp_path, seen):
         if value.is_floating_point():
             torch.testing.assert_close(tensors[name], value, rtol=1e-9, atol=1e-9)
             largest = max(largest, float((tensors[name] - value).abs().max()))
-    seen(f"4, 2, 4, then 1 rank, 3 steps each: 12 of 12 batches and views the same bytes; weights within {largest:.0e}")
+    seen(
+        f"4, 2, 4, then 1 rank, 3 steps each: 12 of 12 batches and views the same bytes; weights within {largest:.0e}"
+    )
 
 
 @pytest.mark.case(11)
@@ -69,7 +78,12 @@ def test_a_world_size_that_does_not_divide_is_refused_by_name(place, seen):
     assert ranks.run(path, *MORE, "--stop-after", "4", size=1)[0] == [0]
     statuses, said = ranks.run(path, *MORE, size=5)
     assert statuses == [2] * 5
-    assert said.count("error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 and 25\n") == 5
+    assert (
+        said.count(
+            "error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 and 25\n"
+        )
+        == 5
+    )
     seen("5 ranks: refused on all, status 2")
 
 
@@ -96,7 +110,10 @@ def test_other_images_are_refused(place, goes_on, seen):
     image.rename(path.parent / "kept.png")
     statuses, said = ranks.run(path, *MORE)
     message = f"error: data.root: the training images are not those that {run} was trained on (another list of files); give that data set, "
-    assert statuses == [2, 2, 2] and said.count(f"{message}or a new output with backbone.init={run}") == 3, said
+    assert (
+        statuses == [2, 2, 2]
+        and said.count(f"{message}or a new output with backbone.init={run}") == 3
+    ), said
     (path.parent / "kept.png").rename(image)
     goes_on()
     seen("one image of 78 missing: refused on all ranks, status 2; put back: the same bits")
@@ -111,21 +128,31 @@ def test_another_configuration_is_refused_and_a_free_key_is_not(place, goes_on, 
     message += f"optim.base_lr: 4.0 then, 0.5 now. Give a new output, or start a new run from its weights with backbone.init={run}\n"
     assert statuses == [2, 2, 2] and said.count(message) == 3, said
     goes_on("log.every_steps=3", "checkpoint.keep_last=5")
-    seen("lr and temperature: refused with both differences on all ranks; logging and pruning: free, the same bits")
+    seen(
+        "lr and temperature: refused with both differences on all ranks; logging and pruning: free, the same bits"
+    )
 
 
 @pytest.mark.case(28)
-def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_is_taken_over(place, goes_on, seen):
+def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_is_taken_over(
+    place, goes_on, seen
+):
     path, run = place
     first = Ranks(path, *MORE, fault="slow@0:1")
     first.until_step(run, 1)
     statuses, said = ranks.run(path, *MORE)
-    assert statuses == [2, 2, 2] and said.count(f"error: output: {run} is in use by process {first.processes[0].pid} on ") == 3, said
+    assert (
+        statuses == [2, 2, 2]
+        and said.count(f"error: output: {run} is in use by process {first.processes[0].pid} on ")
+        == 3
+    ), said
     first.send(9)
     first.end(10)
     assert (run / "lock.json").exists()
     goes_on()
-    seen("the second refused with process and machine on all ranks; after SIGKILL of the first, taken over: the same bits")
+    seen(
+        "the second refused with process and machine on all ranks; after SIGKILL of the first, taken over: the same bits"
+    )
 
 
 @pytest.mark.case(31)
@@ -134,18 +161,27 @@ def test_resumed_at_an_edge(place, goes_on, seen, stopped):
     path, run = place
     assert ranks.run(path, *MORE, "--stop-after", str(stopped))[0] == [0] * 3
     records = (run / "metrics.jsonl").read_text()
-    assert (f"has done its {STEPS} steps" if stopped == STEPS else f"after step {stopped}") in goes_on()
+    assert (
+        f"has done its {STEPS} steps" if stopped == STEPS else f"after step {stopped}"
+    ) in goes_on()
     after = (run / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in after.splitlines()] == list(range(1, STEPS + 1))
     assert stopped < STEPS or after == records
-    seen(f"after step {stopped} of {STEPS}: the same bits" + ("; nothing done, nothing logged" if stopped == STEPS else ""))
+    seen(
+        f"after step {stopped} of {STEPS}: the same bits"
+        + ("; nothing done, nothing logged" if stopped == STEPS else "")
+    )
 
 
 SMALL = {
     "simclr": [],
     "moco": ["method={name: moco, projector_dims: [16, 8], queue_size: 48, momentum: 0.9}"],
-    "dino": ["method={name: dino, hidden_dim: 16, bottleneck_dim: 8, num_prototypes: 12, momentum: 0.9}"],
-    "swav": ["method={name: swav, hidden_dim: 16, dim: 8, num_prototypes: 12, queue_size: 48, queue_from_epoch: 0, freeze_prototypes_steps: 0}"],
+    "dino": [
+        "method={name: dino, hidden_dim: 16, bottleneck_dim: 8, num_prototypes: 12, momentum: 0.9}"
+    ],
+    "swav": [
+        "method={name: swav, hidden_dim: 16, dim: 8, num_prototypes: 12, queue_size: 48, queue_from_epoch: 0, freeze_prototypes_steps: 0}"
+    ],
 }
 PARTS = {  # what is left out: a method that has it, the names of its tensors
     "nothing": ("simclr", None),
@@ -176,10 +212,15 @@ def stopped_at_4(tmp_path_factory):
             text = path.read_text()
             for override in SMALL[method]:
                 key, _, value = override.partition("=")
-                text = "\n".join(f"{key}: {value}" if line.startswith(f"{key}:") else line for line in text.splitlines())
+                text = "\n".join(
+                    f"{key}: {value}" if line.startswith(f"{key}:") else line
+                    for line in text.splitlines()
+                )
             path.write_text(text)
             for name, steps in (("straight", 8), ("run", 4)):
-                train.train(config.load(path, [f"output={folder / name}"]), torch.device("cpu"), steps)
+                train.train(
+                    config.load(path, [f"output={folder / name}"]), torch.device("cpu"), steps
+                )
             _stopped[method] = path, folder / "run", ranks.weights(folder / "straight")
         return _stopped[method]
 
@@ -198,7 +239,9 @@ def rewritten(folder, file, change):
 
 @pytest.mark.case(32)
 @pytest.mark.parametrize("part", PARTS)
-def test_the_comparison_fails_for_each_part_that_a_checkpoint_lacks(part, stopped_at_4, tmp_path, monkeypatch, seen):
+def test_the_comparison_fails_for_each_part_that_a_checkpoint_lacks(
+    part, stopped_at_4, tmp_path, monkeypatch, seen
+):
     """A part that is lacking has the values with which a run begins."""
     method, lacking = PARTS[part]
     path, run, expected = stopped_at_4(method)
@@ -208,15 +251,26 @@ def test_the_comparison_fails_for_each_part_that_a_checkpoint_lacks(part, stoppe
     if lacking == "optimizer":
         rewritten(checkpoint.newest(tmp_path / "run"), "optimizer.safetensors", lambda tensors: {})
     elif lacking == "schedule":
-        monkeypatch.setattr(optim, "set_rates", lambda optimizer, now, progress, *rest: set_rates(optimizer, now, progress - 4 / 24, *rest))
+        monkeypatch.setattr(
+            optim,
+            "set_rates",
+            lambda optimizer, now, progress, *rest: set_rates(
+                optimizer, now, progress - 4 / 24, *rest
+            ),
+        )
     elif lacking == "data":
-        monkeypatch.setattr(preflight, "watched", lambda batches, first_step, device: watched(batches, 0, device))
+        monkeypatch.setattr(
+            preflight, "watched", lambda batches, first_step, device: watched(batches, 0, device)
+        )
     elif lacking is not None:
-        fresh = train.build_method(settings).state_dict()
+        fresh = build.build_method(settings).state_dict()
 
         def without(tensors):
             assert any(lacking in name for name in tensors)
-            return {name: fresh[name].to(value.dtype).contiguous() if lacking in name else value for name, value in tensors.items()}
+            return {
+                name: fresh[name].to(value.dtype).contiguous() if lacking in name else value
+                for name, value in tensors.items()
+            }
 
         rewritten(checkpoint.newest(tmp_path / "run"), "method.safetensors", without)
     train.train(settings, torch.device("cpu"), 4)

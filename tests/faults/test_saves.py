@@ -16,8 +16,8 @@ import tiny
 from ranks import Ranks
 from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 
-from ssl_pretrain import checkpoint
-from ssl_pretrain.restarts import STOPPED
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.system.exit_status import STOPPED
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
@@ -29,20 +29,30 @@ def saved(run):
 @pytest.mark.case(3)
 @pytest.mark.parametrize(
     ("moment", "left"),
-    [("method.safetensors", [3]), ("optimizer.safetensors", [3]), ("manifest.json", [3]), ("rename", [3]), ("prune", [3, 6])],
+    [
+        ("method.safetensors", [3]),
+        ("optimizer.safetensors", [3]),
+        ("manifest.json", [3]),
+        ("rename", [3]),
+        ("prune", [3, 6]),
+    ],
 )
 def test_killed_in_a_save(place, goes_on, seen, moment, left):
     path, run = place
     statuses, _ = ranks.run(path, *MORE, fault=f"kill_writing@0:6:{moment}")
     assert statuses[0] == -signal.SIGKILL and all(status > 0 for status in statuses[1:])
-    assert saved(run) == left and bool(list((run / "checkpoints").glob(".writing-*"))) == (moment != "prune")
+    assert saved(run) == left and bool(list((run / "checkpoints").glob(".writing-*"))) == (
+        moment != "prune"
+    )
     assert f"after step {left[-1]}" in goes_on()
     seen(f"at {moment}: went on from step {left[-1]}, the same bits")
 
 
 @pytest.mark.case(4)
 @pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
-def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing(place, goes_on, seen, name):
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing(
+    place, goes_on, seen, name
+):
     path, run = place
     number = getattr(signal, name)
     asked = Ranks(path, *MORE, "checkpoint.every_epochs=0", fault="slow@1:1,writing@0:0:2")
@@ -55,7 +65,9 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing
     assert asked.said(0).count("writing") == 1
     (step,) = saved(run)
     goes_on()
-    seen(f"{name} to rank 1 at step 5, SIGUSR2 and SIGTERM to all in the save of step {step}: statuses {STOPPED}, the same bits")
+    seen(
+        f"{name} to rank 1 at step 5, SIGUSR2 and SIGTERM to all in the save of step {step}: statuses {STOPPED}, the same bits"
+    )
 
 
 @pytest.mark.case(5)
@@ -77,7 +89,9 @@ def small_disk(place):
     """A disk of 8 MiB for the checkpoints, which are 3 MB each."""
     folder = place[1] / "checkpoints"
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"a small disk needs root: {mounted.stderr.strip()}")
     yield folder
@@ -95,7 +109,9 @@ def test_a_full_disk(place, small_disk, seen, policy):
     for step in kept:
         checkpoint.verify(small_disk / f"step_{step:08d}")
     assert statuses == [74, 74, 74], said[-2000:]  # with `warn` at the last save, which has no next
-    seen(f"a real disk of 8 MiB, {policy}: statuses {statuses}, checkpoints {kept} whole, no debris")
+    seen(
+        f"a real disk of 8 MiB, {policy}: statuses {statuses}, checkpoints {kept} whole, no debris"
+    )
 
 
 @pytest.mark.case(7)
@@ -114,7 +130,9 @@ def test_where_nothing_can_be_written_is_said_at_the_start(place, seen):
     path, run = place
     folder = run / "checkpoints"
     folder.mkdir(parents=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("a read-only disk needs root")
     try:
         statuses, said = ranks.run(path, *MORE)
@@ -126,7 +144,11 @@ def test_where_nothing_can_be_written_is_said_at_the_start(place, seen):
     )
     assert statuses == [2, 2, 2] and said.count(message) == 3, said
     statuses, said = ranks.run(path, *MORE, "output=/proc/run")
-    assert statuses == [2, 2, 2] and said.count("error: output: /proc/run cannot be written to: No such file or directory") == 3, said
+    assert (
+        statuses == [2, 2, 2]
+        and said.count("error: output: /proc/run cannot be written to: No such file or directory")
+        == 3
+    ), said
     seen("a read-only disk, and /proc: refused on all ranks at the start, status 2")
 
 
@@ -142,7 +164,12 @@ def harm(file, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param("missing", marks=pytest.mark.case(8)), pytest.param("truncated", marks=pytest.mark.case(8)), pytest.param("flipped", marks=pytest.mark.case(9))]
+    "kind",
+    [
+        pytest.param("missing", marks=pytest.mark.case(8)),
+        pytest.param("truncated", marks=pytest.mark.case(8)),
+        pytest.param("flipped", marks=pytest.mark.case(9)),
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_written_anew(place, goes_on, seen, kind):
     """The last one, so that the run ends at the very step whose checkpoint is damaged."""
@@ -150,7 +177,9 @@ def test_a_damaged_checkpoint_is_named_and_written_anew(place, goes_on, seen, ki
     assert ranks.run(path, *MORE)[0] == [0, 0, 0]
     harm(run / "checkpoints" / f"step_{STEPS:08d}" / "method.safetensors", kind)
     said = goes_on()
-    assert f"step_{STEPS:08d}/method.safetensors is " in said and "using step_00000009 instead" in said
+    assert (
+        f"step_{STEPS:08d}/method.safetensors is " in said and "using step_00000009 instead" in said
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checkpoint.newest(run)
@@ -172,7 +201,9 @@ def test_what_lies_among_the_checkpoints_does_not_matter(place, goes_on, seen):
     assert "step_00000096/manifest.json cannot be read" in goes_on("checkpoint.keep_last=1")
     manifest = checkpoint.verify(checkpoint.newest(run))
     assert manifest["step"] == STEPS and [step for step in saved(run) if step < 90] == [STEPS]
-    seen("dangling links, an empty file, empty folders and an empty manifest under higher steps: passed over; keep_last=1 kept step 12")
+    seen(
+        "dangling links, an empty file, empty folders and an empty manifest under higher steps: passed over; keep_last=1 kept step 12"
+    )
 
 
 @pytest.mark.case(26)
@@ -182,7 +213,11 @@ def test_another_format_is_refused_with_the_version_that_wrote_it(place, seen, w
     assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
     file = run / "checkpoints" / "step_00000004" / "manifest.json"
     manifest = json.loads(file.read_text())
-    file.write_text(json.dumps(manifest | {"format": written, "versions": {"ssl_pretrain": "0.0.9", "revision": "abc"}}))
+    file.write_text(
+        json.dumps(
+            manifest | {"format": written, "versions": {"ssl_pretrain": "0.0.9", "revision": "abc"}}
+        )
+    )
     statuses, said = ranks.run(path, *MORE)
     assert statuses == [2, 2, 2] and (
         f"error: {file.parent} has checkpoint format {written}, this version reads {checkpoint.FORMAT}; it was written by ssl_pretrain "

@@ -15,7 +15,7 @@ import ranks
 from ranks import free_port
 from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 
-from ssl_pretrain import checkpoint
+from ssl_pretrain.checkpoint import state as checkpoint
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 SECRET = "f00d" * 10  # as long as a key
@@ -28,7 +28,9 @@ def refusing():
 
 @contextmanager
 def mute():
-    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:  # takes connections, and never answers
+    with socket.create_server(
+        ("127.0.0.1", 0), backlog=50
+    ) as server:  # takes connections, and never answers
         yield server.getsockname()[1]
 
 
@@ -58,7 +60,12 @@ def unauthorized():
 def test_the_training_goes_on_without_its_dashboard(place, goes_on, seen, server, tmp_path):
     path, run = place
     with server() as port:
-        there = {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": SECRET, "WANDB_MODE": "online", "NETRC": str(tmp_path / "netrc")}
+        there = {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+            "WANDB_API_KEY": SECRET,
+            "WANDB_MODE": "online",
+            "NETRC": str(tmp_path / "netrc"),
+        }
         online = ("log.wandb=online", "log.every_steps=1")
         began = time.monotonic()
         statuses, said = ranks.run(path, *MORE, *online, "--stop-after", "6", environment=there)
@@ -69,6 +76,14 @@ def test_the_training_goes_on_without_its_dashboard(place, goes_on, seen, server
     assert first and checkpoint.verify(checkpoint.newest(run))["wandb_id"] == first
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    waits = [after["time"] - before["time"] for before, after in itertools.pairwise(records) if after["step"] != 7]
-    assert not [file for file in run.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
-    seen(f"{server.__name__}: two starts in {took:.0f} s, longest step {max(waits):.1f} s, all records kept, one run id, the same bits")
+    waits = [
+        after["time"] - before["time"]
+        for before, after in itertools.pairwise(records)
+        if after["step"] != 7
+    ]
+    assert not [
+        file for file in run.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()
+    ]
+    seen(
+        f"{server.__name__}: two starts in {took:.0f} s, longest step {max(waits):.1f} s, all records kept, one run id, the same bits"
+    )

@@ -7,7 +7,7 @@ import ranks
 import tiny
 import torch
 
-from ssl_pretrain import checkpoint
+from ssl_pretrain.checkpoint import state as checkpoint
 
 STEPS = 12  # 4 epochs of 3 steps
 # each of three ranks is a group of batch norm: a step then waits for the others a few times instead of a hundred, on a busy machine too
@@ -38,7 +38,9 @@ def goes_on(place, undisturbed):
         assert statuses == [0] * len(statuses), said
         assert checkpoint.verify(checkpoint.newest(place[1]))["step"] == STEPS
         tensors = ranks.weights(place[1])
-        different = [name for name, value in undisturbed.items() if not torch.equal(tensors[name], value)]
+        different = [
+            name for name, value in undisturbed.items() if not torch.equal(tensors[name], value)
+        ]
         assert not different, different
         assert not list((place[1] / "checkpoints").glob(".writing-*"))
         return said

@@ -16,7 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / ".gpu-kit"
-WHEELS = ("omegaconf==2.4.0", "lightly==1.6.0", "lightly-utils==0.0.2")  # lightly's step is measured beside ours
+WHEELS = (
+    "omegaconf==2.4.0",
+    "lightly==1.6.0",
+    "lightly-utils==0.0.2",
+)  # lightly's step is measured beside ours
 FIRST = 'sanitizer tests simclr_resnet50 barlow_twins_vit_small "moco_v3_vit_small, compiled" "moco_v3_vit_base, compiled"'
 CALLS = f"""
 Carry the repository and the folder .gpu-kit ({{size:.0f}} MiB) to the machine. It needs Python 3.12 with torch, torchvision, triton,
@@ -43,8 +47,15 @@ def download_wheels() -> None:
 
 def pack_cifar10(archive: Path) -> None:
     """Write the JPEGs of the zip to cifar10.tar.xz. xz, unlike a zip, stores the headers that they share only once."""
-    with zipfile.ZipFile(archive) as source, tarfile.open(KIT / "cifar10.tar.xz", "w:xz", preset=3) as target:
-        names = [name for name in source.namelist() if name.startswith(("train/", "test/")) and not name.endswith("/")]
+    with (
+        zipfile.ZipFile(archive) as source,
+        tarfile.open(KIT / "cifar10.tar.xz", "w:xz", preset=3) as target,
+    ):
+        names = [
+            name
+            for name in source.namelist()
+            if name.startswith(("train/", "test/")) and not name.endswith("/")
+        ]
         for name in sorted(names):
             content = source.read(name)
             entry = tarfile.TarInfo(name)
@@ -53,17 +64,29 @@ def pack_cifar10(archive: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "cifar10.zip", help="CIFAR-10 as a zip")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared" / "data" / "cifar10.zip",
+        help="CIFAR-10 as a zip",
+    )
     options = parser.parse_args()
     if not options.data.exists():
-        print(f"error: --data: there is no {options.data}; name the zip of CIFAR-10, with train/CLASS and test/CLASS", file=sys.stderr)
+        print(
+            f"error: --data: there is no {options.data}; name the zip of CIFAR-10, with train/CLASS and test/CLASS",
+            file=sys.stderr,
+        )
         return 2
     KIT.mkdir(exist_ok=True)
     download_wheels()
     if not (KIT / "cifar10.tar.xz").exists():
         pack_cifar10(options.data)
-    size = sum(path.stat().st_size for path in (KIT / "cifar10.tar.xz", *KIT.glob("wheels/*"))) / 2**20
+    size = (
+        sum(path.stat().st_size for path in (KIT / "cifar10.tar.xz", *KIT.glob("wheels/*"))) / 2**20
+    )
     print(CALLS.format(size=size))
     return 0
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 NEEDS_CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device; python tests/gpu/run.py runs all of these on a machine that has one"
+    not torch.cuda.is_available(),
+    reason="needs a CUDA device; python tests/gpu/run.py runs all of these on a machine that has one",
 )
 
 

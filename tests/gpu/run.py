@@ -44,7 +44,9 @@ TARGETS = {  # views per second on an H200; of the published 871 images/s three 
 STAGES = ("sanitizer", "tests", *STEPS, "cifar10", *LATER)
 COMMAND = "python tests/gpu/run.py --data ../shared/data/cifar10.zip"
 LEAST = {"tests": 90.0, "cifar10": 120.0}  # seconds that have to be left for a stage to begin
-MOST = {"sanitizer": 120.0}  # seconds that a stage may take; a step may take 150, or 300 if it compiles
+MOST = {
+    "sanitizer": 120.0
+}  # seconds that a stage may take; a step may take 150, or 300 if it compiles
 STOPPED = 75  # exit status of a training that was asked to stop and has saved
 GRACE = 30.0  # seconds between SIGTERM and SIGKILL, part of what a stage may take
 EVALUATIONS = 100.0  # seconds kept for k-NN and the linear evaluation after a training's last epoch
@@ -53,8 +55,17 @@ EVALUATIONS = 100.0  # seconds kept for k-NN and the linear evaluation after a t
 def run(command: list[str], seconds: float) -> tuple[int, str, str]:
     """Return status, output and errors of a command. It gets SIGTERM in time to end within `seconds`, and SIGKILL then."""
     grace = min(GRACE, seconds / 2)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         out, err = process.communicate(timeout=seconds - grace)
     except subprocess.TimeoutExpired:
@@ -72,7 +83,16 @@ def sanitizer(seconds: float) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return {"error": "compute-sanitizer is not installed"}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "tests/losses/kernels.py", "cuda"]
+    command = [
+        tool,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "tests/losses/kernels.py",
+        "cuda",
+    ]
     status, out, err = run(command, seconds)
     return {"status": status, "tail": (out + err)[-1500:]}
 
@@ -82,29 +102,59 @@ def tests(seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "tests/views", "tests/data/test_device_cache.py",
                "-k", "gpu or cuda"]  # fmt: skip
     status, out, err = run(command, seconds)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", out)}
+    counts = {
+        word: int(number)
+        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", out)
+    }
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", out, re.MULTILINE)
-    return {"status": status, **counts, "which": failed, "tail": (out + err)[-2000:] if status else ""}
+    return {
+        "status": status,
+        **counts,
+        "which": failed,
+        "tail": (out + err)[-2000:] if status else "",
+    }
 
 
 def step(name: str, seconds: float, images: int = 0) -> dict[str, Any]:
     """Measure one training step by tests/gpu/steps.py. `images` limits the batch of a compiled one, 0 does not."""
     bare = name.removesuffix(", compiled")
-    command = [sys.executable, "tests/gpu/steps.py", bare, "--trace", str(RESULTS.parent / f"{name.replace(', ', '_')}.txt")]
+    command = [
+        sys.executable,
+        "tests/gpu/steps.py",
+        bare,
+        "--trace",
+        str(RESULTS.parent / f"{name.replace(', ', '_')}.txt"),
+    ]
     if bare != name:
         command += ["--compile", *(["--images", str(images)] if images else [])]
     status, out, err = run(command, seconds)
-    return json.loads(out.strip().splitlines()[-1]) if status == 0 and out.strip() else {"error": err.strip()[-1500:] or "out of time"}
+    return (
+        json.loads(out.strip().splitlines()[-1])
+        if status == 0 and out.strip()
+        else {"error": err.strip()[-1500:] or "out of time"}
+    )
 
 
 def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
     """Go on with the training, and evaluate it after the last epoch, which `done` of the result tells."""
     folder = ROOT / "runs" / "gpu" / f"simclr_cifar10_{epochs}"
     began = time.monotonic()
-    overrides = [f"data.root={data}", "data.cache=device", f"epochs={epochs}", f"output={folder}", "log.wandb=off", "log.every_steps=100"]
-    status, out, err = run([sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml", *overrides], seconds - EVALUATIONS)
+    overrides = [
+        f"data.root={data}",
+        "data.cache=device",
+        f"epochs={epochs}",
+        f"output={folder}",
+        "log.wandb=off",
+        "log.every_steps=100",
+    ]
+    status, out, err = run(
+        [sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml", *overrides],
+        seconds - EVALUATIONS,
+    )
     records = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if (folder / "metrics.jsonl").exists() else []
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        if (folder / "metrics.jsonl").exists()
+        else []
     )
     if status not in (0, STOPPED) or not records:
         return {"done": False, "error": err.strip()[-1500:]}
@@ -115,22 +165,43 @@ def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
     if found["done"]:
         for kind in ("knn", "linear"):
             left = max(2.0, seconds - (time.monotonic() - began))
-            status, out, err = run([sys.executable, "-m", f"eval.{kind}", str(folder)], left / 2 if kind == "knn" else left)
+            status, out, err = run(
+                [sys.executable, "-m", f"ssl_pretrain.eval.{kind}", str(folder)],
+                left / 2 if kind == "knn" else left,
+            )
             found[kind] = (out if status == 0 else f"failed: {err}").strip()[-800:]
     return found
 
 
 def page(results: dict[str, Any]) -> str:
     """Return the text of docs/results/gpu.md for these results."""
-    lines = ["# On a GPU", "", f"Made by `{COMMAND}`. The figures are those of the stages in `runs/gpu/results.json`.", ""]
+    lines = [
+        "# On a GPU",
+        "",
+        f"Made by `{COMMAND}`. The figures are those of the stages in `runs/gpu/results.json`.",
+        "",
+    ]
     if not results:
         return "\n".join(
-            [*lines, "Not run: no GPU was at hand. The command above runs all of it, in calls of ten minutes, and writes this page.", ""]
+            [
+                *lines,
+                "Not run: no GPU was at hand. The command above runs all of it, in calls of ten minutes, and writes this page.",
+                "",
+            ]
         )
     found = results.get("tests")
     if found:
-        counts = ", ".join(f"{found[word]} {word}" for word in ("passed", "failed", "skipped", "error", "errors") if word in found)
-        lines += [f"Tests: {counts}" + (f"; failed: {', '.join(found['which'])}" if found["which"] else "") + ".", ""]
+        counts = ", ".join(
+            f"{found[word]} {word}"
+            for word in ("passed", "failed", "skipped", "error", "errors")
+            if word in found
+        )
+        lines += [
+            f"Tests: {counts}"
+            + (f"; failed: {', '.join(found['which'])}" if found["which"] else "")
+            + ".",
+            "",
+        ]
     measured = {name: results[name] for name in STAGES if "ms" in results.get(name, {})}
     if measured:
         lines += [next(iter(measured.values()))["versions"], ""]
@@ -155,12 +226,17 @@ def page(results: dict[str, Any]) -> str:
             else f"{lightly['images_per_second']:,.0f} images/s. Ours, without color, is {lightly['ours_over_theirs']:.2f} times as fast"
         )
         lines += ["", f"lightly's step of the same network, interleaved with ours: {theirs}."]
-    lines += [f"\n{name}: {results[name]['error']}" for name in STAGES if "error" in results.get(name, {})]
+    lines += [
+        f"\n{name}: {results[name]['error']}" for name in STAGES if "error" in results.get(name, {})
+    ]
     trained = results.get("cifar10", {})
     if "epochs" in trained:
         lines += ["", f"SimCLR, ResNet-18, CIFAR-10 on the device: {trained['epochs']:.0f} epochs, {trained['images_per_second']:,.0f} images/s, "
                       f"waiting for data {trained['data_wait']:.1%}."]  # fmt: skip
-        for kind, beside in (("knn", "lightly reports 84.8 at 200 epochs"), ("linear", "solo-learn reports 90.74 at 1,000 epochs")):
+        for kind, beside in (
+            ("knn", "lightly reports 84.8 at 200 epochs"),
+            ("linear", "solo-learn reports 90.74 at 1,000 epochs"),
+        ):
             if kind in trained:
                 lines += ["", f"{kind} ({beside}):", "```", trained[kind], "```"]
     missing = [name for name in STAGES if name not in results]
@@ -169,14 +245,48 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="minutes that this call may take (default: %(default)s)")
-    parser.add_argument("--copy", type=Path, help="a folder into which results, profiles and the page are copied after every stage")
-    parser.add_argument("--page", type=Path, default=RESULTS.with_name("gpu.md"), help="where the table goes, such as docs/results/gpu.md")
-    parser.add_argument("--data", default="../shared/data/cifar10.zip", help="CIFAR-10: a zip or folder with train/CLASS and test/CLASS")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="minutes that this call may take (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--copy",
+        type=Path,
+        help="a folder into which results, profiles and the page are copied after every stage",
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=RESULTS.with_name("gpu.md"),
+        help="where the table goes, such as docs/results/gpu.md",
+    )
+    parser.add_argument(
+        "--data",
+        default="../shared/data/cifar10.zip",
+        help="CIFAR-10: a zip or folder with train/CLASS and test/CLASS",
+    )
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--only", nargs="*", default=list(STAGES), choices=list(STAGES), metavar="STAGE", help=f"of: {', '.join(STAGES)}")
-    parser.add_argument("--again", nargs="*", default=[], choices=list(STAGES), metavar="STAGE", help="forget what was measured of these")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(STAGES),
+        choices=list(STAGES),
+        metavar="STAGE",
+        help=f"of: {', '.join(STAGES)}",
+    )
+    parser.add_argument(
+        "--again",
+        nargs="*",
+        default=[],
+        choices=list(STAGES),
+        metavar="STAGE",
+        help="forget what was measured of these",
+    )
     options = parser.parse_args()
     import torch
 
@@ -201,14 +311,22 @@ def main() -> int:
             results[name] = cifar10(left, options.data, options.epochs)
         else:
             eager = results.get(name.removesuffix(", compiled"), {})
-            results[name] = step(name, min(left, 300.0 if "compiled" in name else 150.0), int(eager.get("images", 0)))
+            results[name] = step(
+                name, min(left, 300.0 if "compiled" in name else 150.0), int(eager.get("images", 0))
+            )
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         options.page.write_text(page(results))
         if options.copy:  # after every stage: what comes later may be cut off
-            for path in {options.page, *RESULTS.parent.glob("*.*"), *RESULTS.parent.glob("*/metrics.jsonl")}:
+            for path in {
+                options.page,
+                *RESULTS.parent.glob("*.*"),
+                *RESULTS.parent.glob("*/metrics.jsonl"),
+            }:
                 shutil.copy(path, options.copy)
         print(json.dumps(results[name])[:600], flush=True)
-    left = [name for name in options.only if not results.get(name, {"done": False}).get("done", True)]
+    left = [
+        name for name in options.only if not results.get(name, {"done": False}).get("done", True)
+    ]
     print("all is done" if not left else f"not done yet: {', '.join(left)}; call again")
     return 0
 

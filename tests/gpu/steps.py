@@ -24,14 +24,17 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 from measure import interleaved, versions
 
-from ssl_pretrain import config, hardware, methods, optim, parallel
-from ssl_pretrain.communication import Cluster
+from ssl_pretrain import config, methods
+from ssl_pretrain.build import build_method
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data.loader import Batch
-from ssl_pretrain.estimate import Program
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.planning import hardware
+from ssl_pretrain.planning.communication import Cluster
+from ssl_pretrain.planning.estimate import Program
 from ssl_pretrain.step import Stepper
-from ssl_pretrain.train import build_method
-from ssl_pretrain.views import colour, recipe
+from ssl_pretrain.views import color, recipe
 
 PEAK = 790e12  # FLOP/s of bfloat16 matrix products on an H100 or H200
 CONFIGS = {  # name -> YAML, overrides
@@ -43,21 +46,38 @@ CONFIGS = {  # name -> YAML, overrides
     "dino_vit_base": ("dino_imagenet", ["backbone.name=vit_base_patch16_224"]),
     "barlow_twins_vit_small": (
         "barlow_twins_imagenet",
-        ["backbone.name=vit_small_patch16_224", "backbone.args={}", "optim.name=adamw", "optim.base_lr=1e-3"],
+        [
+            "backbone.name=vit_small_patch16_224",
+            "backbone.args={}",
+            "optim.name=adamw",
+            "optim.base_lr=1e-3",
+        ],
     ),
     "vit_large_simclr": (
         "simclr_imagenet",
-        ["backbone.name=vit_large_patch16_224", "backbone.args={}", "optim.name=adamw", "optim.base_lr=1e-3"],
+        [
+            "backbone.name=vit_large_patch16_224",
+            "backbone.args={}",
+            "optim.name=adamw",
+            "optim.base_lr=1e-3",
+        ],
     ),
 }
-BATCH = {"barlow_twins_vit_small": 256, "vit_large_simclr": 384}  # as published; the others take the largest that fits
+BATCH = {
+    "barlow_twins_vit_small": 256,
+    "vit_large_simclr": 384,
+}  # as published; the others take the largest that fits
 SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
 
 
 def run_of(name: str, tiny: bool, compiled: bool) -> RunConfig:
     """Return the configuration of a step, with a small network and quartered views if `tiny`."""
     stem, overrides = CONFIGS[name]
-    overrides = [*overrides, "launch.gpus_per_node=0", *(["parallel.compile=true"] if compiled else [])]
+    overrides = [
+        *overrides,
+        "launch.gpus_per_node=0",
+        *(["parallel.compile=true"] if compiled else []),
+    ]
     run = config.load(ROOT / "configs" / f"{stem}.yaml", overrides)
     if tiny:
         small = methods.find(run.method.name)
@@ -71,19 +91,29 @@ def run_of(name: str, tiny: bool, compiled: bool) -> RunConfig:
 def crops_of(run: RunConfig, images: int) -> list[torch.Tensor]:
     """Return uint8 crops of random pixels in pinned host memory, as a loader hands them over: one tensor per view."""
     generator = np.random.default_rng(0)
-    crops = [generator.integers(0, 256, (images, 3, crop.size, crop.size), dtype=np.uint8) for crop in recipe.each(run.views)]
-    return [torch.from_numpy(pixels).pin_memory() if torch.cuda.is_available() else torch.from_numpy(pixels) for pixels in crops]
+    crops = [
+        generator.integers(0, 256, (images, 3, crop.size, crop.size), dtype=np.uint8)
+        for crop in recipe.each(run.views)
+    ]
+    return [
+        torch.from_numpy(pixels).pin_memory()
+        if torch.cuda.is_available()
+        else torch.from_numpy(pixels)
+        for pixels in crops
+    ]
 
 
-def colored(run: RunConfig, crops: list[torch.Tensor], epoch: int, device: torch.device) -> list[torch.Tensor]:
+def colored(
+    run: RunConfig, crops: list[torch.Tensor], epoch: int, device: torch.device
+) -> list[torch.Tensor]:
     """Send the crops, draw their colors and apply them, as the loader does for every step."""
     numbers, views = np.arange(len(crops[0])), []
     for crop in run.views.crops.values():
         places = range(len(views), len(views) + crop.count)
-        drawn = [colour.draw(crop, 0, epoch, numbers, place) for place in places]
+        drawn = [color.draw(crop, 0, epoch, numbers, place) for place in places]
         pixels = [crops[place].to(device, non_blocking=True) for place in places]
         dtype = parallel.view_dtype(run.parallel, device)
-        views += colour.apply_to_group(pixels, drawn, crop, run.views.mean, run.views.std, dtype)
+        views += color.apply_to_group(pixels, drawn, crop, run.views.mean, run.views.std, dtype)
     return views
 
 
@@ -93,18 +123,30 @@ def batch_of(run: RunConfig, views: list[torch.Tensor], device: torch.device) ->
 
 
 def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepper, Batch]:
-    run = replace(run, global_batch_size=images, parallel=replace(run.parallel, bn_group_images="global"))
+    run = replace(
+        run, global_batch_size=images, parallel=replace(run.parallel, bn_group_images="global")
+    )
     dtype = parallel.view_dtype(run.parallel, device)
-    views = [torch.randn(images, 3, crop.size, crop.size, device=device).to(dtype) for crop in recipe.each(run.views)]
-    method, batch = build_method(run), batch_of(run, parallel.place(views, run.parallel, device), device)
+    views = [
+        torch.randn(images, 3, crop.size, crop.size, device=device).to(dtype)
+        for crop in recipe.each(run.views)
+    ]
+    method, batch = (
+        build_method(run),
+        batch_of(run, parallel.place(views, run.parallel, device), device),
+    )
     method.num_steps, method.steps_per_epoch = 100_000, 1_000
-    model = parallel.wrap(method, run.parallel, images=images, global_batch_size=images, device=device, example=batch)
+    model = parallel.wrap(
+        method, run.parallel, images=images, global_batch_size=images, device=device, example=batch
+    )
     optimizer = optim.build(run.optim, method)
     optim.set_rates(optimizer, run.optim, 0.5, run.epochs, images)
     return Stepper(model, optimizer, run.parallel, 0, images, images, run.optim, device), batch
 
 
-def largest(run: RunConfig, device: torch.device, sizes: tuple[int, ...]) -> tuple[int, Stepper, Batch]:
+def largest(
+    run: RunConfig, device: torch.device, sizes: tuple[int, ...]
+) -> tuple[int, Stepper, Batch]:
     """Return the first of `sizes`, largest first, of which two steps fit into memory, with its stepper and its batch.
 
     Raises:
@@ -149,7 +191,10 @@ def lightlys_step(name: str, images: int, size: int, device: torch.device) -> Ca
     model = torch.nn.Sequential(backbone, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     criterion = NTXentLoss(temperature=0.1)
     optimizer = LARS(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-4)
-    views = [torch.randn(images, 3, size, size, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+    views = [
+        torch.randn(images, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        for _ in range(2)
+    ]
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -179,7 +224,13 @@ def bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object
 
 
 def measured(
-    name: str, device: torch.device, tiny: bool, compiled: bool, repeats: int, images: int = 0, trace: Path | None = None
+    name: str,
+    device: torch.device,
+    tiny: bool,
+    compiled: bool,
+    repeats: int,
+    images: int = 0,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Return the figures of one step, as the medians of `repeats` interleaved repetitions.
 
@@ -194,7 +245,13 @@ def measured(
     """
     run = run_of(name, tiny, compiled)
     wanted = images or BATCH.get(name, 0)
-    sizes = (8,) if tiny else tuple(size for size in SIZES if size <= wanted) or (wanted,) if wanted else SIZES
+    sizes = (
+        (8,)
+        if tiny
+        else tuple(size for size in SIZES if size <= wanted) or (wanted,)
+        if wanted
+        else SIZES
+    )
     began = time.perf_counter()
     images, stepper, batch = largest(run, device, sizes)
     found: dict[str, Any] = {"versions": versions("timm"), "images": images, "compiled": compiled}
@@ -226,11 +283,20 @@ def measured(
         step()
     seconds = interleaved(steps, repeats, device)
     on = (
-        next((machine for key, machine in hardware.MACHINES.items() if key in torch.cuda.get_device_name().split()), None)
+        next(
+            (
+                machine
+                for key, machine in hardware.MACHINES.items()
+                if key in torch.cuda.get_device_name().split()
+            ),
+            None,
+        )
         if device.type == "cuda"
         else None
     )
-    program = Program(replace(run, global_batch_size=images), Cluster(1, 1), on or hardware.MACHINES["H100"])
+    program = Program(
+        replace(run, global_batch_size=images), Cluster(1, 1), on or hardware.MACHINES["H100"]
+    )
     part = program.part.at(images)
     found |= {
         "ms": seconds["whole"] * 1e3,
@@ -245,7 +311,10 @@ def measured(
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
     if "lightly" in seconds:
-        found["lightly"] = {"images_per_second": images / seconds["lightly"], "ours_over_theirs": seconds["lightly"] / seconds["step"]}
+        found["lightly"] = {
+            "images_per_second": images / seconds["lightly"],
+            "ours_over_theirs": seconds["lightly"] / seconds["step"],
+        }
     if trace is not None and device.type == "cuda":
         found["kernels"] = traced(whole, trace)
     return found
@@ -253,19 +322,29 @@ def measured(
 
 def traced(step: Callable[[], object], path: Path) -> list[str]:
     """Profile five steps, write the table of kernels, and return its costliest lines."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profiler:
         for _ in range(5):
             step()
         torch.cuda.synchronize()
     averages = profiler.key_averages()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(averages.table(sort_by="self_cuda_time_total", row_limit=60))
-    costly = sorted((event for event in averages if event.self_device_time_total > 0), key=lambda event: -event.self_device_time_total)
-    return [f"{event.self_device_time_total / 5e3:.2f} ms {event.count / 5:.0f} x {event.key[:70]}" for event in costly[:25]]
+    costly = sorted(
+        (event for event in averages if event.self_device_time_total > 0),
+        key=lambda event: -event.self_device_time_total,
+    )
+    return [
+        f"{event.self_device_time_total / 5e3:.2f} ms {event.count / 5:.0f} x {event.key[:70]}"
+        for event in costly[:25]
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=list(CONFIGS))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tiny", action="store_true")
@@ -275,7 +354,15 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # as distributed.start sets it
-    found = measured(options.name, device, options.tiny, options.compile, options.repeats, options.images, options.trace)
+    found = measured(
+        options.name,
+        device,
+        options.tiny,
+        options.compile,
+        options.repeats,
+        options.images,
+        options.trace,
+    )
     print(json.dumps(found))
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
 
-from ssl_pretrain import memory
 from ssl_pretrain.losses import tiles
 from ssl_pretrain.losses.contrastive import nt_xent
+from ssl_pretrain.parallel import memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
 import kernels

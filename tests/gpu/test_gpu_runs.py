@@ -13,14 +13,27 @@ from safetensors.torch import load_file
 
 pytestmark = NEEDS_CUDA
 ROOT = Path(__file__).parents[2]
-OPTIMIZERS = {"lars": [], "sgd": ["optim.name=sgd", "optim.base_lr=0.1"], "adamw": ["optim.name=adamw", "optim.base_lr=0.001"]}
+OPTIMIZERS = {
+    "lars": [],
+    "sgd": ["optim.name=sgd", "optim.base_lr=0.1"],
+    "adamw": ["optim.name=adamw", "optim.base_lr=0.001"],
+}
 
 
 def train(output: Path, *overrides: str) -> None:
     """Train the digits recipe for two epochs, deterministically, without evaluations."""
-    command = [sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_digits.yaml", f"output={output}", "epochs=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "ssl_pretrain.train",
+        "configs/simclr_digits.yaml",
+        f"output={output}",
+        "epochs=2",
+    ]
     quiet = ["online.knn_every_epochs=0", "log.wandb=off", "parallel.deterministic=true"]
-    done = subprocess.run([*command, *quiet, *overrides], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *quiet, *overrides], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -42,8 +55,21 @@ def test_a_resumed_run_has_the_bits_of_a_straight_one(optimizer, tmp_path):
 
 
 def test_the_online_evaluation_is_measured(tmp_path):
-    command = [sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_digits.yaml", f"output={tmp_path / 'run'}", "epochs=1"]
-    done = subprocess.run([*command, "log.wandb=off", "online.on_failure=stop"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "ssl_pretrain.train",
+        "configs/simclr_digits.yaml",
+        f"output={tmp_path / 'run'}",
+        "epochs=1",
+    ]
+    done = subprocess.run(
+        [*command, "log.wandb=off", "online.on_failure=stop"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["knn"] > 0.5 and last["probe"] > 0.5

@@ -8,19 +8,26 @@ import pytest
 import torch
 from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
 
-from ssl_pretrain import backbones, methods, optim, parallel
-from ssl_pretrain.backbones import BackboneConfig
+from ssl_pretrain import methods
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.step import Stepper
 
 pytestmark = NEEDS_CUDA
 
 IMAGES, SIZE = 16, 32
 VIEWS = {"dino": [SIZE, SIZE, 16, 16], "swav": [SIZE, SIZE, 16, 16], "cpc": [SIZE]}
-OPTIM = {"lars": OptimConfig(name="lars"), "adamw": OptimConfig(name="adamw", base_lr=1e-3, clip_norm=3.0), "sgd": OptimConfig(name="sgd")}
+OPTIM = {
+    "lars": OptimConfig(name="lars"),
+    "adamw": OptimConfig(name="adamw", base_lr=1e-3, clip_norm=3.0),
+    "sgd": OptimConfig(name="sgd"),
+}
 
 
 def method_of(name: str, backbone: str = "test_resnet") -> Method:
@@ -28,7 +35,9 @@ def method_of(name: str, backbone: str = "test_resnet") -> Method:
     torch.manual_seed(0)
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
-    method = module.Config(**module.SMALL).build(backbones.build(BackboneConfig(name=backbone, stem="no_pool", args=args), SIZE))
+    method = module.Config(**module.SMALL).build(
+        backbones.build(BackboneConfig(name=backbone, stem="no_pool", args=args), SIZE)
+    )
     method.num_steps, method.steps_per_epoch = 100, 10
     return method
 
@@ -36,14 +45,25 @@ def method_of(name: str, backbone: str = "test_resnet") -> Method:
 def batch_for(name: str, device: torch.device, images: int = IMAGES) -> Batch:
     """Return a batch of noise with the views that the method takes, always the same."""
     generator = torch.Generator().manual_seed(1)
-    views = [torch.randn(images, 3, size, size, generator=generator) for size in VIEWS.get(name, [SIZE, SIZE])]
+    views = [
+        torch.randn(images, 3, size, size, generator=generator)
+        for size in VIEWS.get(name, [SIZE, SIZE])
+    ]
     labels = torch.arange(images) % 4
     return Batch(views, labels, torch.arange(images)).to(device)
 
 
-def stepper_for(method: Method, device: torch.device, settings: ParallelConfig, recipe: OptimConfig, images: int = IMAGES) -> Stepper:
+def stepper_for(
+    method: Method,
+    device: torch.device,
+    settings: ParallelConfig,
+    recipe: OptimConfig,
+    images: int = IMAGES,
+) -> Stepper:
     example = batch_for(method.config.name, device, images)
-    model = parallel.wrap(method, settings, images=images, global_batch_size=IMAGES, device=device, example=example)
+    model = parallel.wrap(
+        method, settings, images=images, global_batch_size=IMAGES, device=device, example=example
+    )
     optimizer = optim.build(recipe, method)
     optim.set_rates(optimizer, recipe, 0.5, 100, IMAGES)
     return Stepper(model, optimizer, settings, 0, images, IMAGES, recipe, device)
@@ -72,7 +92,9 @@ def test_the_optimizer_moves_weights_as_on_a_cpu(recipe, cuda):
         for number in range(5):
             for place, parameter in enumerate(module.parameters()):
                 generator = torch.Generator().manual_seed(10 * number + place)
-                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(
+                    parameter.device
+                )
             optim.guarded_step(optimizer, OPTIM[recipe].clip_norm)
     for ours, expected in zip(there.parameters(), plain.parameters()):
         torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-6)
@@ -85,7 +107,9 @@ def test_fused_adamw_is_the_plain_one(cuda):
         parameter = torch.nn.Parameter(weights.clone())
         optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1, fused=fused)
         for number in range(10):
-            parameter.grad = torch.randn(1000, generator=torch.Generator(cuda).manual_seed(number), device=cuda)
+            parameter.grad = torch.randn(
+                1000, generator=torch.Generator(cuda).manual_seed(number), device=cuda
+            )
             optimizer.step()
         ends.append(parameter.detach())
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
@@ -110,8 +134,15 @@ def test_float32_gives_the_numbers_of_a_cpu(name, cuda):
     torch.backends.cudnn.allow_tf32 = False
     try:
         for device in (torch.device("cpu"), cuda):
-            step = stepper_for(method_of(name), device, ParallelConfig(precision="float32"), OPTIM["lars"])
-            losses.append([step(number, 0.1, batch_for(name, device))[1]["loss"].item() for number in range(3)])
+            step = stepper_for(
+                method_of(name), device, ParallelConfig(precision="float32"), OPTIM["lars"]
+            )
+            losses.append(
+                [
+                    step(number, 0.1, batch_for(name, device))[1]["loss"].item()
+                    for number in range(3)
+                ]
+            )
     finally:
         torch.backends.cudnn.allow_tf32 = True
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
@@ -125,22 +156,27 @@ def test_bfloat16_is_near_float32_and_its_weights_stay_wide(cuda):
         embeddings, logs = step(0, 0.1, batch_for("simclr", cuda))
         losses[precision] = logs["loss"].item()
         assert embeddings["z_a"].dtype == (torch.bfloat16 if precision == "auto" else torch.float32)
-        assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in method.parameters())
+        assert all(
+            parameter.dtype == parameter.grad.dtype == torch.float32
+            for parameter in method.parameters()
+        )
     assert losses["auto"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 def test_a_world_of_one_over_nccl_is_the_identity(cuda, tmp_path):
     import torch.distributed as dist
 
-    from ssl_pretrain import distributed
+    from ssl_pretrain.distributed import collectives
     from ssl_pretrain.losses.contrastive import nt_xent
 
     z = [torch.randn(8, 16, device=cuda, requires_grad=True) for _ in range(2)]
     expected = torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
-    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
-        gathered = distributed._Gather.apply(z[0], None)
-        reduced = distributed._ReduceSum.apply(z[0], None)
+        gathered = collectives._Gather.apply(z[0], None)
+        reduced = collectives._ReduceSum.apply(z[0], None)
         got = torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
         (by_gather,) = torch.autograd.grad(gathered.square().sum(), [z[0]])
     finally:

@@ -19,7 +19,15 @@ KERNELS = {
     "weighted_sum, by column": (tiles_triton._weighted_sum, {"BY_ROW": False, "BY_COLUMN": True}),
     "weighted_sum, by both": (tiles_triton._weighted_sum, {"BY_ROW": True, "BY_COLUMN": True}),
 }
-_POINTERS = ("anchors", "candidates", "parts", "row_lse", "row_gradient", "column_lse", "column_gradient")
+_POINTERS = (
+    "anchors",
+    "candidates",
+    "parts",
+    "row_lse",
+    "row_gradient",
+    "column_lse",
+    "column_gradient",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,9 @@ class Compiled:
     registers: int
 
 
-def compile_kernel(name: str, dim: int, capability: int, blocks: tiles_triton.Blocks | None = None) -> Compiled:
+def compile_kernel(
+    name: str, dim: int, capability: int, blocks: tiles_triton.Blocks | None = None
+) -> Compiled:
     """Compile one kernel with the blocks of the product, or with others."""
     padded = max(16, triton.next_power_of_2(dim))
     blocks = blocks or tiles_triton.blocks_for(padded, SHARED_MEMORY[capability])
@@ -39,7 +49,12 @@ def compile_kernel(name: str, dim: int, capability: int, blocks: tiles_triton.Bl
         "SWAPPED": False, "DIM": dim, "PADDED": padded, "ROWS": blocks.rows, "COLUMNS": blocks.columns, "PRECISION": "tf32x3", **flags,
     }  # fmt: skip
     signature = {
-        argument: "constexpr" if argument in constants else "*fp32" if argument in _POINTERS else "i32" for argument in kernel.arg_names
+        argument: "constexpr"
+        if argument in constants
+        else "*fp32"
+        if argument in _POINTERS
+        else "i32"
+        for argument in kernel.arg_names
     }
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}

@@ -30,7 +30,11 @@ def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def unit(count: int) -> torch.Tensor:
-        return F.normalize(torch.randn(count, dim, generator=generator), dim=1).to(device).requires_grad_()
+        return (
+            F.normalize(torch.randn(count, dim, generator=generator), dim=1)
+            .to(device)
+            .requires_grad_()
+        )
 
     weights = torch.randn(rows, generator=generator).to(device)
     z = unit(rows)
@@ -48,11 +52,17 @@ def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
 def check(name: str, device: str) -> dict[str, float]:
     """The largest difference of each value over its largest entry."""
     plain, fused = (values(name, device, fused) for fused in (False, True))
-    return {key: ((fused[key] - plain[key]).abs().max() / plain[key].abs().max()).item() for key in plain}
+    return {
+        key: ((fused[key] - plain[key]).abs().max() / plain[key].abs().max()).item()
+        for key in plain
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in CASES:
         errors = check(name, (sys.argv[1:] or ["cpu"])[0])
-        print(f"{max(errors.values()):.3g}  {name}: " + ", ".join(f"{key} {error:.2g}" for key, error in errors.items()))
+        print(
+            f"{max(errors.values()):.3g}  {name}: "
+            + ", ".join(f"{key} {error:.2g}" for key, error in errors.items())
+        )

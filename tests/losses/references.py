@@ -31,7 +31,9 @@ def slow(name, z_a, z_b, labels, queue, temperature):
         if name == "nt_xent":
             losses.append(torch.log(everything) - positive)
         elif name == "supervised_contrastive":
-            same = [similarity[i][k] for k in range(2 * n) if k != i and labels[k % n] == labels[i % n]]
+            same = [
+                similarity[i][k] for k in range(2 * n) if k != i and labels[k % n] == labels[i % n]
+            ]
             losses.append(-sum(torch.log(torch.exp(s) / everything) for s in same) / len(same))
         elif name == "decoupled":
             losses.append(torch.log(sum(torch.exp(s) for s in negatives)) - positive)
@@ -41,7 +43,9 @@ def slow(name, z_a, z_b, labels, queue, temperature):
         else:  # the authors' criterion, from the paper's equations
             number, beta = len(negatives), BETA if name == "hard_negative" else 0.0
             importance = [torch.exp(beta * s) for s in negatives]
-            weighted = sum(w * torch.exp(s) for w, s in zip(importance, negatives)) / (sum(importance) / number)
+            weighted = sum(w * torch.exp(s) for w, s in zip(importance, negatives)) / (
+                sum(importance) / number
+            )
             estimate = (weighted - TAU_PLUS * number * torch.exp(positive)) / (1 - TAU_PLUS)
             negative_sum = torch.clamp(estimate, min=number * math.exp(-1 / temperature))
             losses.append(-torch.log(torch.exp(positive) / (torch.exp(positive) + negative_sum)))

@@ -10,9 +10,17 @@ from conftest import run_ranks
 from references import BETA, NAMES, SIGMA, TAU_PLUS, slow
 from torch.nn import functional as F
 
-from ssl_pretrain import distributed
+from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses import contrastive, tiles
-from ssl_pretrain.losses.contrastive import debiased, decoupled, hard_negative, image_text, info_nce, nt_xent, supervised_contrastive
+from ssl_pretrain.losses.contrastive import (
+    debiased,
+    decoupled,
+    hard_negative,
+    image_text,
+    info_nce,
+    nt_xent,
+    supervised_contrastive,
+)
 
 pytestmark = pytest.mark.promise
 
@@ -31,7 +39,9 @@ def _labels(rows: int):
 
 
 def _queue(dim: int = 5):
-    return F.normalize(torch.randn(30, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), dim=1)
+    return F.normalize(
+        torch.randn(30, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), dim=1
+    )
 
 
 def ours(name, z_a, z_b, labels, queue, temperature):
@@ -60,7 +70,9 @@ def relative_error(got, want):
     return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
-@pytest.mark.parametrize("tile", [(512, 512), (6, 6), (5, 7), (1, 1)])  # one tile, tiles that divide 24 rows, that do not, single pairs
+@pytest.mark.parametrize(
+    "tile", [(512, 512), (6, 6), (5, 7), (1, 1)]
+)  # one tile, tiles that divide 24 rows, that do not, single pairs
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_equation_in_value_and_gradient(name, tile, monkeypatch):
     monkeypatch.setitem(tiles.TILE, "cpu", tile)
@@ -76,7 +88,9 @@ def test_float32_is_right_to_its_precision(name):
         # The reference from the same rounded numbers: what is measured is the loss's own error.
         rounded = [z.float().double() for z in views()]
         expected = _with_gradients(slow, name, *rounded, temperature)
-        for got, want in zip(_with_gradients(ours, name, *rounded, temperature, torch.float32), expected):
+        for got, want in zip(
+            _with_gradients(ours, name, *rounded, temperature, torch.float32), expected
+        ):
             assert relative_error(got, want) < 1e-5, temperature
 
 
@@ -91,16 +105,21 @@ def test_autocast_changes_nothing():
 def _losses_and_weight_gradients(z_a, z_b, tile):
     """Per loss and temperature: the value and the gradient of a shared linear layer, averaged over ranks as DDP does."""
     tiles.TILE["cpu"] = tile
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = process_group.rank(), process_group.world_size()
     own = slice(rank * len(z_a) // world, (rank + 1) * len(z_a) // world)
     labels, results = _labels(len(z_a)), {}
     for name in NAMES:
         for temperature in (LOOSE, TIGHT):
             weight = torch.eye(5, 5, dtype=torch.float64).add(0.1).requires_grad_()
-            loss = ours(name, z_a[own] @ weight, z_b[own] @ weight, labels[own], _queue(), temperature)
+            loss = ours(
+                name, z_a[own] @ weight, z_b[own] @ weight, labels[own], _queue(), temperature
+            )
             loss.backward()
             assert weight.grad is not None
-            results[name, temperature] = distributed.reduce_sum(loss.detach()) / world, distributed.reduce_sum(weight.grad) / world
+            results[name, temperature] = (
+                collectives.reduce_sum(loss.detach()) / world,
+                collectives.reduce_sum(weight.grad) / world,
+            )
     return results
 
 
@@ -119,16 +138,16 @@ def test_ranks_agree_with_one_process(world_size):
 def _traffic(z_a, z_b):
     """Numbers that this rank sends to others in one loss, forward and backward."""
     counts = {"forward": 0, "backward": 0}
-    gather, phase = distributed._all_gather, "forward"
+    gather, phase = collectives._all_gather, "forward"
 
     def counted(out, x, group=None):
         counts[phase] += x.numel()
         return gather(out, x, group=group)
 
-    distributed._all_gather = counted
-    distributed._reduce_scatter = None  # the symmetric form needs none: calling it would raise
+    collectives._all_gather = counted
+    collectives._reduce_scatter = None  # the symmetric form needs none: calling it would raise
     rows = len(z_a) // 2
-    own = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
+    own = slice(process_group.rank() * rows, (process_group.rank() + 1) * rows)
     a, b = (z[own].clone().requires_grad_() for z in (z_a, z_b))
     loss = nt_xent(a, b, temperature=LOOSE)
     phase = "backward"
@@ -155,7 +174,12 @@ def test_keys_without_a_graph_are_constants():
     queries = z_a.clone().requires_grad_()
     loss = info_nce(queries, z_b, temperature=0.5)
     expected = slow("info_nce", queries, z_b, None, None, 0.5)
-    assert relative_error(torch.autograd.grad(loss, queries)[0], torch.autograd.grad(expected, queries)[0]) < 1e-10
+    assert (
+        relative_error(
+            torch.autograd.grad(loss, queries)[0], torch.autograd.grad(expected, queries)[0]
+        )
+        < 1e-10
+    )
 
 
 def test_collapse_costs_the_log_of_the_candidates():
@@ -163,38 +187,57 @@ def test_collapse_costs_the_log_of_the_candidates():
     assert nt_xent(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * 8 - 1))
     assert decoupled(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * 8 - 2))
     assert info_nce(same, same, temperature=0.1).item() == pytest.approx(math.log(8))
-    assert info_nce(same, same, temperature=0.1, queue=F.normalize(torch.ones(30, 4))).item() == pytest.approx(math.log(31))
+    assert info_nce(
+        same, same, temperature=0.1, queue=F.normalize(torch.ones(30, 4))
+    ).item() == pytest.approx(math.log(31))
 
 
 def test_without_prior_or_labels_the_weighted_forms_are_nt_xent():
     z_a, z_b = views()
     expected = nt_xent(z_a, z_b, temperature=LOOSE)
     torch.testing.assert_close(debiased(z_a, z_b, temperature=LOOSE, tau_plus=0.0), expected)
-    torch.testing.assert_close(supervised_contrastive(z_a, z_b, torch.arange(12), temperature=LOOSE), expected)
+    torch.testing.assert_close(
+        supervised_contrastive(z_a, z_b, torch.arange(12), temperature=LOOSE), expected
+    )
 
 
 def test_the_scale_and_the_order_of_images_do_not_matter():
     z_a, z_b = views()
     loss = nt_xent(z_a, z_b, temperature=0.2)
     shuffled = torch.randperm(len(z_a), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(nt_xent(3 * z_a[shuffled], 0.1 * z_b[shuffled], temperature=0.2), loss)
+    torch.testing.assert_close(
+        nt_xent(3 * z_a[shuffled], 0.1 * z_b[shuffled], temperature=0.2), loss
+    )
 
 
 def test_bad_arguments_are_named():
     z = torch.ones(4, 3)
-    with pytest.raises(ValueError, match=r"^nt_xent: z_a and z_b must share one \(local_batch, dim\) shape, got \(4, 3\) and \(2, 3\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^nt_xent: z_a and z_b must share one \(local_batch, dim\) shape, got \(4, 3\) and \(2, 3\)$",
+    ):
         nt_xent(z, z[:2], temperature=0.1)
     with pytest.raises(ValueError, match=r"^nt_xent: temperature must be > 0, got 0$"):
         nt_xent(z, z, temperature=0)
-    with pytest.raises(ValueError, match=r"^info_nce: the queue must be \(queue_size, 3\), got \(5, 2\)$"):
+    with pytest.raises(
+        ValueError, match=r"^info_nce: the queue must be \(queue_size, 3\), got \(5, 2\)$"
+    ):
         info_nce(z, z, temperature=0.1, queue=torch.ones(5, 2))
-    with pytest.raises(ValueError, match=r"^supervised_contrastive: labels must be \(4,\), one an image, got \(3,\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^supervised_contrastive: labels must be \(4,\), one an image, got \(3,\)$",
+    ):
         supervised_contrastive(z, z, torch.zeros(3), temperature=0.1)
     with pytest.raises(ValueError, match=r"^debiased: tau_plus must be in \[0, 1\), got 1$"):
         debiased(z, z, temperature=0.1, tau_plus=1)
     with pytest.raises(ValueError, match=r"^hard_negative: beta must be >= 0, got -1$"):
         hard_negative(z, z, temperature=0.1, tau_plus=0.1, beta=-1)
-    with pytest.raises(ValueError, match=r"^decoupled: needs at least 2 images in the global batch, got 1: it would have no negative$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^decoupled: needs at least 2 images in the global batch, got 1: it would have no negative$",
+    ):
         decoupled(z[:1], z[:1], temperature=0.1)
-    with pytest.raises(ValueError, match=r"^image_text: logit_scale must be \(4,\), a row an image, got \(\)$"):
+    with pytest.raises(
+        ValueError, match=r"^image_text: logit_scale must be \(4,\), a row an image, got \(\)$"
+    ):
         image_text(z, z, torch.tensor(10.0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run_ranks
 
-from ssl_pretrain import distributed
+from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses.second_moments import covariance, cross_correlation
 
 pytestmark = pytest.mark.promise
@@ -27,19 +27,21 @@ def weights(dim):
 def penalty(block, weight):
     part = weight[:, block.start : block.start + block.values.shape[1]]
     diagonal = weight.diagonal()[block.start : block.start + block.values.shape[1]]
-    return block.share * ((part * block.off_diagonal()).square().sum() + (diagonal * (block.diagonal() - 1)).sum())
+    return block.share * (
+        (part * block.off_diagonal()).square().sum() + (diagonal * (block.diagonal() - 1)).sum()
+    )
 
 
 def _ours(kind, dim):
     """This rank's value and the gradient of a shared weight, averaged over ranks as DDP does."""
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = process_group.rank(), process_group.world_size()
     own = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     shared = torch.eye(dim, dtype=torch.float64).add(0.1).requires_grad_()
     z_a, z_b = (z[own] @ shared for z in views(dim))
     block = cross_correlation(z_a, z_b) if kind == "correlation" else covariance(z_a)
     loss = penalty(block, weights(dim))
     loss.backward()
-    return loss.item(), distributed.reduce_sum(shared.grad) / world, block.values.shape
+    return loss.item(), collectives.reduce_sum(shared.grad) / world, block.values.shape
 
 
 def plain(kind, dim):
@@ -49,20 +51,29 @@ def plain(kind, dim):
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(dim):
         for j in range(dim):
-            a, b = z[0][:, i] - means[0][i], (z[1] - means[1] if kind == "correlation" else z[0] - means[0])[:, j]
+            a, b = (
+                z[0][:, i] - means[0][i],
+                (z[1] - means[1] if kind == "correlation" else z[0] - means[0])[:, j],
+            )
             entry = sum(x * y for x, y in zip(a, b)) / (ROWS if kind == "correlation" else ROWS - 1)
             if kind == "correlation":
                 entry = entry / ((a.square().mean() + 1e-5) * (b.square().mean() + 1e-5)).sqrt()
-            loss = loss + (weights(dim)[i, j] * (entry - 1) if i == j else (weights(dim)[i, j] * entry) ** 2)
+            loss = loss + (
+                weights(dim)[i, j] * (entry - 1) if i == j else (weights(dim)[i, j] * entry) ** 2
+            )
     loss.backward()
     return loss.item(), shared.grad
 
 
 @pytest.mark.parametrize("kind", ["correlation", "covariance"])
-@pytest.mark.parametrize(("world_size", "dim"), [(1, 5), (2, 5), (3, 5), (1, 14), (2, 14), (3, 14)])  # 14 > 12 images: gathered
+@pytest.mark.parametrize(
+    ("world_size", "dim"), [(1, 5), (2, 5), (3, 5), (1, 14), (2, 14), (3, 14)]
+)  # 14 > 12 images: gathered
 def test_equals_the_equation_in_value_and_gradient(kind, world_size, dim):
     value, gradient = plain(kind, dim)
-    ranks = run_ranks(_ours, kind, dim, world_size=world_size) if world_size > 1 else [_ours(kind, dim)]
+    ranks = (
+        run_ranks(_ours, kind, dim, world_size=world_size) if world_size > 1 else [_ours(kind, dim)]
+    )
     assert sum(got for got, _, _ in ranks) / world_size == pytest.approx(value, rel=1e-11)
     for _, got, shape in ranks:
         torch.testing.assert_close(got, gradient, rtol=1e-9, atol=1e-12)
@@ -71,4 +82,9 @@ def test_equals_the_equation_in_value_and_gradient(kind, world_size, dim):
 
 def test_a_constant_shift_of_any_size_changes_nothing():
     z_a, z_b = (z.float() for z in views(4))
-    torch.testing.assert_close(cross_correlation(z_a + 1000, z_b - 1000).values, cross_correlation(z_a, z_b).values, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        cross_correlation(z_a + 1000, z_b - 1000).values,
+        cross_correlation(z_a, z_b).values,
+        rtol=1e-3,
+        atol=1e-3,
+    )

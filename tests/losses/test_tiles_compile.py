@@ -24,7 +24,9 @@ ALL = [
 
 def assert_fits(name: str, dim: int, capability: int) -> None:
     compiled = compile_kernel(name, dim, capability)
-    assert compiled.shared <= SHARED_MEMORY[capability], f"{name} at {dim}: {compiled.shared} bytes on sm_{capability}"
+    assert compiled.shared <= SHARED_MEMORY[capability], (
+        f"{name} at {dim}: {compiled.shared} bytes on sm_{capability}"
+    )
 
 
 @pytest.mark.parametrize("name", ["log_sum_exp", "weighted_sum, by both"])

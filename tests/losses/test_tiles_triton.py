@@ -29,11 +29,19 @@ def _release(module):
     reason=f"the interpreter of Triton {triton.__version__} converts arrays of one number as numpy 2.5 no longer does",
 )
 def test_the_kernels_compute_what_the_tiles_do():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sys.executable, "tests/losses/kernels.py", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    errors = {line.split("  ", 1)[1].partition(":")[0]: float(line.split()[0]) for line in done.stdout.splitlines()}
+    errors = {
+        line.split("  ", 1)[1].partition(":")[0]: float(line.split()[0])
+        for line in done.stdout.splitlines()
+    }
     assert set(errors) == {name.partition(":")[0] for name in kernels.CASES}
     assert max(errors.values()) < 2e-5, done.stdout
 
@@ -43,7 +51,9 @@ def test_they_are_for_cuda_and_float32_alone():
     from ssl_pretrain.losses import tiles_triton
 
     assert tiles_triton.fits(torch.zeros(4, 8)) and tiles_triton.fits(torch.zeros(4, 256))
-    assert not tiles_triton.fits(torch.zeros(4, 257)) and not tiles_triton.fits(torch.zeros(4, 8, dtype=torch.float64))
+    assert not tiles_triton.fits(torch.zeros(4, 257)) and not tiles_triton.fits(
+        torch.zeros(4, 8, dtype=torch.float64)
+    )
 
 
 def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(monkeypatch):
@@ -58,7 +68,9 @@ def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(mon
 
     monkeypatch.setattr(tiles_triton, "log_sum_exp", launch)
     monkeypatch.setattr(tiles_triton, "weighted_sum", launch)
-    z = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
+    z = torch.nn.functional.normalize(
+        torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), dim=1
+    ).requires_grad_()
 
     def loss_and_gradient():
         lse, _ = tiles.log_sum_exp_among(z, scale=5.0)

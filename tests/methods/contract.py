@@ -21,12 +21,16 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_pretrain import checkpoint, distributed, methods, optim, parallel
-from ssl_pretrain.backbones import Backbone
-from ssl_pretrain.checkpoint import CheckpointConfig
+from ssl_pretrain import methods
+from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.state import CheckpointConfig
 from ssl_pretrain.data.loader import Batch
-from ssl_pretrain.optim import OptimConfig
-from ssl_pretrain.parallel import ParallelConfig
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.wrap import ParallelConfig
 from ssl_pretrain.step import Stepper
 
 ROWS = 24  # images of a global batch
@@ -56,7 +60,11 @@ def test_file(name: str) -> Any:
 def build(name: str, **overrides: Any) -> Any:
     """The method on the small network, float64, always with the same weights."""
     torch.manual_seed(0)
-    method = methods.find(name).Config(**{**test_file(name).METHOD, **overrides}).build(Backbone(Network()))
+    method = (
+        methods.find(name)
+        .Config(**{**test_file(name).METHOD, **overrides})
+        .build(Backbone(Network()))
+    )
     method.num_steps, method.steps_per_epoch = NUM_STEPS, STEPS_PER_EPOCH
     return method.double()
 
@@ -65,9 +73,14 @@ def batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
     """Step `step`'s global batch: noise around a colour of the class; different images each step, three classes."""
     generator = torch.Generator().manual_seed(step)
     labels = torch.arange(rows) % 3
-    images = torch.randn(rows, 3, 1, 1, dtype=torch.float64, generator=generator) + labels.view(-1, 1, 1, 1)
+    images = torch.randn(rows, 3, 1, 1, dtype=torch.float64, generator=generator) + labels.view(
+        -1, 1, 1, 1
+    )
     sizes = getattr(test_file(name), "VIEWS", (8, 8))
-    views = [images + torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator) for size in sizes]
+    views = [
+        images + torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator)
+        for size in sizes
+    ]
     return Batch(views, labels, torch.arange(rows) + step * rows)
 
 
@@ -88,41 +101,59 @@ def run(
     """
     settings = ParallelConfig(precision=precision, bn_group_images=group)
     method, recipe = build(name, **overrides), test_file(name).OPTIM
-    world, optimizer = distributed.world_size(), optim.build(recipe, method)
+    world, optimizer = process_group.world_size(), optim.build(recipe, method)
     local = ROWS // world
     example = batch(name).part(0, world * parts)
     example = replace(example, views=parallel.place(example.views, settings, CPU))
-    model = parallel.wrap(method, settings, images=local // parts, global_batch_size=ROWS, device=CPU, example=example)
+    model = parallel.wrap(
+        method, settings, images=local // parts, global_batch_size=ROWS, device=CPU, example=example
+    )
     state = checkpoint.State(method, optimizer, {}, {})
     first = state.resume(folder, CheckpointConfig(), lambda manifest: None) if folder else 0
     stepper = Stepper(model, optimizer, settings, 0, local // parts, ROWS, recipe, CPU)
     gradients: dict[str, torch.Tensor] = {}
 
     def before_the_update(*_: Any) -> None:  # LARS writes over the gradients
-        gradients.update({key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None})
+        gradients.update(
+            {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
+        )
 
     optimizer.register_step_pre_hook(before_the_update)
     losses = []
     for step in range(first, first + steps):
         progress = step / NUM_STEPS
         optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
-        _, logs = stepper(step, progress, batch(name, step).part(distributed.rank(), world))
-        losses.append(distributed.reduce_sum(logs["loss"].double()).item() / world)
+        _, logs = stepper(step, progress, batch(name, step).part(process_group.rank(), world))
+        losses.append(collectives.reduce_sum(logs["loss"].double()).item() / world)
     if folder:
         state.save(folder, first + steps, CheckpointConfig(), STEPS_PER_EPOCH)
-    return {"losses": losses, "gradients": gradients, "state": {key: value.clone() for key, value in method.state_dict().items()}}
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "state": {key: value.clone() for key, value in method.state_dict().items()},
+    }
 
 
-def one_step(method: Any, recipe: OptimConfig, images: Batch, step: int = 0, precision: Any = "float64") -> None:
+def one_step(
+    method: Any, recipe: OptimConfig, images: Batch, step: int = 0, precision: Any = "float64"
+) -> None:
     """The method after one whole step of its run, as one process takes it."""
     optimizer = optim.build(recipe, method)
     progress = step / NUM_STEPS
     optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
     settings = ParallelConfig(precision=precision)
-    Stepper(method, optimizer, settings, 0, len(images), len(images), recipe, CPU)(step, progress, images)
+    Stepper(method, optimizer, settings, 0, len(images), len(images), recipe, CPU)(
+        step, progress, images
+    )
 
 
-def plain_step(method: nn.Module, recipe: OptimConfig, loss: torch.Tensor, lr: float, weight_decay: float | None = None) -> None:
+def plain_step(
+    method: nn.Module,
+    recipe: OptimConfig,
+    loss: torch.Tensor,
+    lr: float,
+    weight_decay: float | None = None,
+) -> None:
     """The first update of a run by the authors' optimizer, parameter by parameter, from the loss of plain loops."""
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
@@ -139,31 +170,56 @@ def plain_step(method: nn.Module, recipe: OptimConfig, loss: torch.Tensor, lr: f
                 own_decay = 0.0 if excluded else decay
                 g = g + own_decay * p if recipe.name == "adam" else g
                 p.mul_(1 - rate * own_decay if recipe.name == "adamw" else 1.0)
-                p.sub_(rate * g / (g.abs() + 1e-8))  # the first step's moments, bias corrected, are g and g squared
+                p.sub_(
+                    rate * g / (g.abs() + 1e-8)
+                )  # the first step's moments, bias corrected, are g and g squared
                 continue
             update = g if excluded else g + decay * p
             if recipe.name == "lars" and not excluded and p.norm() > 0 and update.norm() > 0:
                 update = update * recipe.trust_coefficient * p.norm() / update.norm()
             if recipe.name == "larc" and not excluded:
                 trust = recipe.trust_coefficient * p.norm() / (g.norm() + decay * p.norm() + 1e-8)
-                update = update * (min(trust / rate, 1) if recipe.larc_clip else trust) if p.norm() > 0 and g.norm() > 0 else g
+                update = (
+                    update * (min(trust / rate, 1) if recipe.larc_clip else trust)
+                    if p.norm() > 0 and g.norm() > 0
+                    else g
+                )
             p.sub_(rate * update)
 
 
 def assert_same(got: Any, expected: Any, skip: str = "") -> None:
     """Every parameter and buffer of two modules or their states, name by name; `skip` leaves out names that hold it."""
-    got, expected = (value.state_dict() if isinstance(value, nn.Module) else value for value in (got, expected))
+    got, expected = (
+        value.state_dict() if isinstance(value, nn.Module) else value for value in (got, expected)
+    )
     assert got.keys() == expected.keys()
     for name, value in got.items():
         if not skip or skip not in name:
-            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                value,
+                expected[name],
+                rtol=1e-9,
+                atol=1e-11,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 def largest_error(got: Any, expected: Any, skip: str = "") -> float:
     """The largest difference of a tensor over that tensor's largest entry."""
-    got, expected = (value.state_dict() if isinstance(value, nn.Module) else value for value in (got, expected))
-    names = [name for name, value in got.items() if value.is_floating_point() and not (skip and skip in name)]
-    return max(((got[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-3)).item() for name in names)
+    got, expected = (
+        value.state_dict() if isinstance(value, nn.Module) else value for value in (got, expected)
+    )
+    names = [
+        name
+        for name, value in got.items()
+        if value.is_floating_point() and not (skip and skip in name)
+    ]
+    return max(
+        (
+            (got[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-3)
+        ).item()
+        for name in names
+    )
 
 
 def unit(rows: torch.Tensor) -> list[torch.Tensor]:
@@ -189,12 +245,16 @@ def golden(name: str) -> list[float]:
     header, *lines = (GOLDEN / f"{name}.txt").read_text().splitlines()
     written_with = header.rpartition("torch ")[2]
     if written_with != torch_release():
-        pytest.skip(f"the golden losses are those of torch {written_with}, and this is torch {torch_release()}")
+        pytest.skip(
+            f"the golden losses are those of torch {written_with}, and this is torch {torch_release()}"
+        )
     return [float(line.split()[1]) for line in lines]
 
 
 def write_golden(name: str, losses: list[float]) -> None:
-    header = f"# step loss: tests/methods/contract.py, float64, one process, torch {torch_release()}"
+    header = (
+        f"# step loss: tests/methods/contract.py, float64, one process, torch {torch_release()}"
+    )
     lines = [f"{step} {loss:.12g}" for step, loss in enumerate(losses, start=1)]
     (GOLDEN / f"{name}.txt").write_text("\n".join([header, *lines]) + "\n")
 

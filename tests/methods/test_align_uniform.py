@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from ssl_pretrain.methods.align_uniform import log_mean_gaussian
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4]}
-OPTIM = OptimConfig(name="sgd", base_lr=1.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+OPTIM = OptimConfig(
+    name="sgd", base_lr=1.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none"
+)
 
 
 def plain_loss(method, images):
@@ -23,7 +25,9 @@ def plain_loss(method, images):
     n = len(images)
     loss = sum((z[i] - z[i + n]).square().sum() for i in range(n)) / n
     for view in (z[:n], z[n:]):
-        gaussians = [torch.exp(-2 * (view[i] - view[j]).square().sum()) for i in range(n) for j in range(i)]
+        gaussians = [
+            torch.exp(-2 * (view[i] - view[j]).square().sum()) for i in range(n) for j in range(i)
+        ]
         loss = loss + torch.log(sum(gaussians) / len(gaussians)) / 2
     return loss
 
@@ -39,4 +43,6 @@ def test_one_step_is_the_authors():
 def test_opposite_images_are_as_uniform_as_two_can_be():
     poles = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     assert log_mean_gaussian(poles, 2.0).item() == pytest.approx(-2.0 * 4)
-    assert log_mean_gaussian(torch.ones(5, 3, dtype=torch.float64) / math.sqrt(3), 2.0).item() == pytest.approx(0, abs=1e-12)
+    assert log_mean_gaussian(
+        torch.ones(5, 3, dtype=torch.float64) / math.sqrt(3), 2.0
+    ).item() == pytest.approx(0, abs=1e-12)

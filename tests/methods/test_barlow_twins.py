@@ -14,11 +14,16 @@ import torch
 from conftest import run_ranks
 
 from ssl_pretrain.config import load
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 8, 5]}
 OPTIM = OptimConfig(
-    name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1.5e-6, excluded_lr_ratio=0.024, momentum_convention="popular"
+    name="lars",
+    base_lr=20.0,
+    warmup_epochs=0.0,
+    weight_decay=1.5e-6,
+    excluded_lr_ratio=0.024,
+    momentum_convention="popular",
 )
 
 
@@ -54,7 +59,10 @@ def test_the_authors_gradient_is_one_over_the_ranks_of_the_true_one():
     true = contract.run("barlow_twins", steps=1, precision="float64")
     for rank in run_ranks(_authors, world_size=3):
         torch.testing.assert_close(
-            rank["gradients"]["projector.0.weight"], true["gradients"]["projector.0.weight"] / 3, rtol=1e-9, atol=1e-12
+            rank["gradients"]["projector.0.weight"],
+            true["gradients"]["projector.0.weight"] / 3,
+            rtol=1e-9,
+            atol=1e-12,
         )
         assert rank["losses"] == pytest.approx(true["losses"])
 
@@ -66,19 +74,25 @@ def test_the_true_gradient_takes_the_authors_step_with_their_ranks_in_decay_and_
     method, images = contract.build("barlow_twins"), contract.batch("barlow_twins")
     expected, decayed = contract.twin(method), contract.twin(method)
     contract.one_step(method, ours, images)
-    contract.plain_step(expected, theirs, plain_loss(expected, images) / ranks, 20 * contract.ROWS / 256)
+    contract.plain_step(
+        expected, theirs, plain_loss(expected, images) / ranks, 20 * contract.ROWS / 256
+    )
     contract.assert_same(method, expected)
     contract.one_step(decayed, replace(ours, weight_decay=0.05), images)
     assert contract.largest_error(decayed, expected) > 1e-5  # LARS does not hide the decay
 
 
 def test_the_recipe_has_the_authors_decay_and_rate_of_biases_at_sixteen_ranks():
-    recipe = load(Path(__file__).parents[2] / "configs/barlow_twins_imagenet.yaml", ["data.root=/data"]).optim
+    recipe = load(
+        Path(__file__).parents[2] / "configs/barlow_twins_imagenet.yaml", ["data.root=/data"]
+    ).optim
     assert recipe.weight_decay == pytest.approx(16 * 1e-6)
     assert recipe.excluded_lr_ratio * recipe.base_lr == pytest.approx(0.0048 / 16)
 
 
 def test_no_linear_of_the_projector_has_a_bias():
     assert all(
-        getattr(layer, "bias", None) is None for layer in contract.build("barlow_twins").projector if isinstance(layer, torch.nn.Linear)
+        getattr(layer, "bias", None) is None
+        for layer in contract.build("barlow_twins").projector
+        if isinstance(layer, torch.nn.Linear)
     )

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from ssl_pretrain.methods.byol import squared_distance
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"hidden_dim": 8, "dim": 4, "momentum": 0.9}
-OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-4, momentum_convention="popular")
+OPTIM = OptimConfig(
+    name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-4, momentum_convention="popular"
+)
 
 
 def plain_loss(method, images):
@@ -38,7 +40,9 @@ def test_one_step_is_the_authors(step):
     progress = step / contract.NUM_STEPS
     lr = 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * progress)) / 2
     contract.plain_step(expected, OPTIM, plain_loss(expected, images), lr)
-    tau = 1 - (1 - 0.9) * (math.cos(math.pi * progress) + 1) / 2  # after the optimizer, with this step's value
+    tau = (
+        1 - (1 - 0.9) * (math.cos(math.pi * progress) + 1) / 2
+    )  # after the optimizer, with this step's value
     with torch.no_grad():
         for name, parameter in expected.teacher.named_parameters():
             parameter.copy_(tau * parameter + (1 - tau) * expected.get_parameter(name))
@@ -55,12 +59,16 @@ def test_the_teacher_keeps_its_own_batch_norm_statistics():
 def test_redrawn_weights_have_the_same_numbers_elsewhere():
     method = contract.build("byol", teacher_starts="redrawn")
     own, other = method.backbone.model.conv1.weight, method.teacher.backbone.model.conv1.weight
-    assert not torch.equal(own, other) and torch.equal(own.flatten().sort()[0], other.flatten().sort()[0])
+    assert not torch.equal(own, other) and torch.equal(
+        own.flatten().sort()[0], other.flatten().sort()[0]
+    )
 
 
 def test_opposite_predictions_cost_four_a_direction():
     z = torch.randn(5, 3)
-    assert squared_distance(z, 2 * z).item() == pytest.approx(0, abs=1e-6) and squared_distance(z, -z).item() == pytest.approx(4)
+    assert squared_distance(z, 2 * z).item() == pytest.approx(0, abs=1e-6) and squared_distance(
+        z, -z
+    ).item() == pytest.approx(4)
 
 
 def test_the_biases_are_the_authors():

@@ -19,7 +19,13 @@ NAMES = methods.names()
 def same(got, expected, rtol=1e-9, atol=1e-10):
     assert got.keys() == expected.keys()
     for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value,
+            expected[name],
+            rtol=rtol,
+            atol=atol,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 WHOLE = {"steps": 2, "precision": "float64"}
@@ -36,7 +42,10 @@ def _all(names, groups):
     found = {}
     for name in names:
         try:
-            found[name] = [contract.run(name, **variant) for variant in [WHOLE, SHIPPED] + [in_groups(name)] * groups]
+            found[name] = [
+                contract.run(name, **variant)
+                for variant in [WHOLE, SHIPPED] + [in_groups(name)] * groups
+            ]
         except Exception:
             found[name] = traceback.format_exc()
     return found
@@ -46,7 +55,11 @@ def _all(names, groups):
 def on_ranks(request):
     """on_ranks[world_size][rank][name], of the methods whose tests were asked for."""
     names = sorted(
-        {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec") and item.path == request.path}
+        {
+            item.callspec.params["name"]
+            for item in request.session.items
+            if hasattr(item, "callspec") and item.path == request.path
+        }
     )
     return {size: run_ranks(_all, names, size == 3, world_size=size) for size in (2, 3)}
 
@@ -62,7 +75,9 @@ def test_ranks_agree_with_one_process(name, on_ranks):
             same(rank[name][0]["state"], one["state"])
             assert rank[name][0]["losses"] == pytest.approx(one["losses"], rel=1e-9)
             first = on_ranks[size][0][name][0]["state"]
-            assert all(torch.equal(value, first[key]) for key, value in rank[name][0]["state"].items())  # teachers, queues, centres
+            assert all(
+                torch.equal(value, first[key]) for key, value in rank[name][0]["state"].items()
+            )  # teachers, queues, centres
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,9 +88,13 @@ def test_ranks_agree_with_one_process_as_shipped(name, on_ranks):
             assert not isinstance(rank[name], str), rank[name]
             for part in ("gradients", "state"):
                 rounding = max(1e-5, contract.largest_error(one[part], exact[part]))
-                assert contract.largest_error(rank[name][1][part], exact[part]) < ROUNDING * rounding
+                assert (
+                    contract.largest_error(rank[name][1][part], exact[part]) < ROUNDING * rounding
+                )
             first = on_ranks[size][0][name][1]["state"]
-            assert all(torch.equal(value, first[key]) for key, value in rank[name][1]["state"].items())
+            assert all(
+                torch.equal(value, first[key]) for key, value in rank[name][1]["state"].items()
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,15 +110,24 @@ def test_parts_on_one_rank_equal_as_many_ranks(name, on_ranks):
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_steps_stopped_in_the_middle_are_bit_for_bit_those_that_were_not(name, tmp_path):
     straight = contract.run(name, steps=10)
-    stopped = contract.run(name, steps=5, folder=tmp_path)["losses"] + (resumed := contract.run(name, steps=5, folder=tmp_path))["losses"]
+    stopped = (
+        contract.run(name, steps=5, folder=tmp_path)["losses"]
+        + (resumed := contract.run(name, steps=5, folder=tmp_path))["losses"]
+    )
     assert stopped == straight["losses"] and len(set(stopped)) == 10
-    assert all(torch.equal(value, resumed["state"][key]) for key, value in straight["state"].items())
+    assert all(
+        torch.equal(value, resumed["state"][key]) for key, value in straight["state"].items()
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "simclr"])  # its golden steps are the trainer's
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name != "simclr"]
+)  # its golden steps are the trainer's
 def test_ten_golden_steps(name):
     expected = contract.golden(name)
-    assert contract.run(name, steps=10, precision="float64")["losses"] == pytest.approx(expected, rel=1e-8)
+    assert contract.run(name, steps=10, precision="float64")["losses"] == pytest.approx(
+        expected, rel=1e-8
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,8 +141,14 @@ def test_a_masked_step_moves_nothing(name):
         before = {key: value.clone() for key, value in method.state_dict().items()}
         method.stepped = torch.zeros(())
         method.after_step(0.5, embeddings, targets)
-    scheduled = getattr(contract.test_file(name), "SCHEDULED", set())  # functions of progress, not movements
-    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items() if key not in scheduled)
+    scheduled = getattr(
+        contract.test_file(name), "SCHEDULED", set()
+    )  # functions of progress, not movements
+    assert all(
+        torch.equal(value, before[key])
+        for key, value in method.state_dict().items()
+        if key not in scheduled
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,13 +160,24 @@ def test_the_heads_of_the_cpu_preset_are_settings(name):
 def test_bfloat16_trains_to_finite_weights(name):
     method = contract.build(name).float()
     views = [view.float() for view in contract.batch(name).views]
-    contract.one_step(method, contract.test_file(name).OPTIM, contract.with_views(contract.batch(name), views), precision="bfloat16")
-    assert method.stepped == 1 and all(value.isfinite().all() for value in method.state_dict().values() if value.is_floating_point())
+    contract.one_step(
+        method,
+        contract.test_file(name).OPTIM,
+        contract.with_views(contract.batch(name), views),
+        precision="bfloat16",
+    )
+    assert method.stepped == 1 and all(
+        value.isfinite().all()
+        for value in method.state_dict().values()
+        if value.is_floating_point()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_evaluations_judge_is_a_whole_backbone(name):
     method = contract.build(name)
     prefix = f"{method.evaluated}."
-    assert {key.removeprefix(prefix) for key in method.state_dict() if key.startswith(prefix)} == set(method.backbone.state_dict())
+    assert {
+        key.removeprefix(prefix) for key in method.state_dict() if key.startswith(prefix)
+    } == set(method.backbone.state_dict())
     assert method.network == ("teacher" if method.evaluated.startswith("teacher") else "student")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssl_pretrain.methods.cpc import turned
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (20,)
 METHOD = {
@@ -22,14 +22,23 @@ METHOD = {
     "target_dim": 3,
     "scale": 0.5,
 }
-OPTIM = OptimConfig(name="adam", base_lr=0.01, lr_scaling="none", warmup_epochs=0.0, weight_decay=1e-5, exclude_by="none")
+OPTIM = OptimConfig(
+    name="adam",
+    base_lr=0.01,
+    lr_scaling="none",
+    warmup_epochs=0.0,
+    weight_decay=1e-5,
+    exclude_by="none",
+)
 
 
 def plain_loss(method, images):
     """Of 4 x 4 patches of 8 pixels: each prediction's softmax over every patch of every image."""
     view, n = images.views[0], len(images)
     places = [(i, j) for i in range(4) for j in range(4)]
-    features = method.backbone(torch.cat([view[:, :, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8] for i, j in places]))
+    features = method.backbone(
+        torch.cat([view[:, :, 4 * i : 4 * i + 8, 4 * j : 4 * j + 8] for i, j in places])
+    )
     grid = torch.stack(features.split(n), dim=2).view(n, 6, 4, 4)
     targets = method.project(grid)
     everyone = torch.stack([targets[b, :, i, j] for b in range(n) for i, j in places])
@@ -42,7 +51,10 @@ def plain_loss(method, images):
                 for i in range(4 - ahead):
                     for j in range(4):
                         logits = everyone @ (0.5 * predicted[b, :, i, j])
-                        terms.append(torch.logsumexp(logits, 0) - 0.5 * predicted[b, :, i, j] @ flip(targets)[b, :, i + ahead, j])
+                        terms.append(
+                            torch.logsumexp(logits, 0)
+                            - 0.5 * predicted[b, :, i, j] @ flip(targets)[b, :, i + ahead, j]
+                        )
             loss = loss + sum(terms) / len(terms) / 2
     return loss
 
@@ -57,7 +69,10 @@ def test_one_step_is_the_papers():
 
 @pytest.mark.parametrize("row", range(4))
 def test_a_prediction_sees_its_own_row_and_those_before(row):
-    context, grid = contract.build("cpc").contexts[0], torch.randn(1, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    context, grid = (
+        contract.build("cpc").contexts[0],
+        torch.randn(1, 6, 4, 4, dtype=torch.float64, requires_grad=True),
+    )
     context(grid)[0][:, :, row].sum().backward()
     seen = grid.grad.abs().sum((0, 1, 3)) > 0
     assert not seen[row + 1 :].any() and seen[row]
@@ -65,15 +80,26 @@ def test_a_prediction_sees_its_own_row_and_those_before(row):
 
 def test_the_four_directions_turn_the_grid():
     grid = torch.arange(9.0).view(1, 1, 3, 3)  # row by row
-    assert [turned(grid, way)[0, 0, 0].tolist() for way in range(4)] == [[0, 1, 2], [6, 7, 8], [0, 3, 6], [2, 5, 8]]
+    assert [turned(grid, way)[0, 0, 0].tolist() for way in range(4)] == [
+        [0, 1, 2],
+        [6, 7, 8],
+        [0, 3, 6],
+        [2, 5, 8],
+    ]
 
 
 def test_guessing_costs_the_log_of_all_patches():
     method = contract.build("cpc")
-    zeros = {"targets": torch.zeros(5, 48, dtype=torch.float64), "predictions": torch.zeros(5, 2, 2, 3, 4, 4, dtype=torch.float64)}
+    zeros = {
+        "targets": torch.zeros(5, 48, dtype=torch.float64),
+        "predictions": torch.zeros(5, 2, 2, 3, 4, 4, dtype=torch.float64),
+    }
     assert method.loss(zeros, {})[0].item() == pytest.approx(2 * math.log(5 * 16))
 
 
 def test_a_grid_that_is_too_small_is_refused():
-    with pytest.raises(ValueError, match=r"^method.rows_ahead: \[1, 4\] does not fit a grid of 4 x 4 patches; lower it, method.stride or"):
+    with pytest.raises(
+        ValueError,
+        match=r"^method.rows_ahead: \[1, 4\] does not fit a grid of 4 x 4 patches; lower it, method.stride or",
+    ):
         contract.build("cpc", rows_ahead=[1, 4])(contract.batch("cpc"))

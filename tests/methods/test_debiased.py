@@ -10,10 +10,17 @@ import math
 import contract
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4], "tau_plus": 0.05}
-OPTIM = OptimConfig(name="adam", base_lr=0.01, lr_scaling="none", warmup_epochs=0.0, weight_decay=1e-6, exclude_by="none")
+OPTIM = OptimConfig(
+    name="adam",
+    base_lr=0.01,
+    lr_scaling="none",
+    warmup_epochs=0.0,
+    weight_decay=1e-6,
+    exclude_by="none",
+)
 
 
 def plain_loss(method, images):

@@ -6,7 +6,7 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4], "temperature": 0.5}
 OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-4)
@@ -20,7 +20,9 @@ def plain_loss(method, images, sigma):
     for start in (0, n):  # both directions, summed
         for i in range(n):
             weight = 2 - closeness[i] * n / sum(closeness) if sigma else 1
-            negatives = sum(torch.exp(z[start + i] @ z[j] / 0.5) for j in range(2 * n) if j % n != i)
+            negatives = sum(
+                torch.exp(z[start + i] @ z[j] / 0.5) for j in range(2 * n) if j % n != i
+            )
             loss = loss + (torch.log(negatives) - weight * (z[i] @ z[i + n]) / 0.5) / n
     return loss
 
@@ -30,5 +32,7 @@ def test_one_step_is_the_authors(sigma):
     method, images = contract.build("decoupled", sigma=sigma), contract.batch("decoupled")
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images, sigma), 20 * contract.ROWS / 256)
+    contract.plain_step(
+        expected, OPTIM, plain_loss(expected, images, sigma), 20 * contract.ROWS / 256
+    )
     contract.assert_same(method, expected)

@@ -12,16 +12,22 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.backbones import BackboneConfig
-from ssl_pretrain.backbones import build as build_backbone
 from ssl_pretrain.methods.dino import Config, temperature_at
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.backbones import build as build_backbone
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (9, 9, 7, 7, 7)
 METHOD = {"hidden_dim": 8, "bottleneck_dim": 4, "num_prototypes": 9, "momentum": 0.9, "freeze_last_layer_epochs": 1, "train_norm": True,
           "teacher_temperature": 0.07, "teacher_temperature_warmup_epochs": 3}  # fmt: skip
 OPTIM = OptimConfig(
-    name="adamw", base_lr=0.05, warmup_epochs=0.0, weight_decay=0.04, final_weight_decay=0.4, clip_norm=0.02, clip_by="tensor"
+    name="adamw",
+    base_lr=0.05,
+    warmup_epochs=0.0,
+    weight_decay=0.04,
+    final_weight_decay=0.4,
+    clip_norm=0.02,
+    clip_by="tensor",
 )
 SCHEDULED = {"teacher_temperature"}
 
@@ -42,7 +48,9 @@ def plain_loss(method, images, temperature):
         for v in range(5):
             if v != t:
                 log_p = torch.log_softmax(student[v] / 0.1, dim=1)
-                terms.append(sum(-(q[t][i] * log_p[i]).sum() for i in range(len(images))) / len(images))
+                terms.append(
+                    sum(-(q[t][i] * log_p[i]).sum() for i in range(len(images))) / len(images)
+                )
     return sum(terms) / len(terms), torch.cat(teacher).mean(0)
 
 
@@ -80,14 +88,20 @@ def test_a_class_token_starts_as_the_authors():
     method = Config(num_prototypes=9, vit_starts="authors").build(backbone)
     token = method.backbone.model.cls_token
     assert token.std().item() == pytest.approx(0.02, rel=0.15)
-    changed = [name for name, p in method.backbone.model.named_parameters() if not torch.equal(p, before[name])]
+    changed = [
+        name
+        for name, p in method.backbone.model.named_parameters()
+        if not torch.equal(p, before[name])
+    ]
     assert changed == ["cls_token"]
     assert torch.equal(token, method.teacher.get_parameter("backbone.model.cls_token"))
 
 
 def test_the_teachers_temperature_by_epoch():
     config = Config(teacher_temperature=0.07, teacher_temperature_warmup_epochs=30)
-    assert [temperature_at(config, epoch) for epoch in (0, 1, 29, 30, 99)] == pytest.approx([0.04, 0.04 + 0.03 / 29, 0.07, 0.07, 0.07])
+    assert [temperature_at(config, epoch) for epoch in (0, 1, 29, 30, 99)] == pytest.approx(
+        [0.04, 0.04 + 0.03 / 29, 0.07, 0.07, 0.07]
+    )
     assert temperature_at(Config(), 0) == 0.04
 
 
@@ -100,7 +114,9 @@ def test_accumulated_never_more_than_one_parts_logits():
         most.append(sum(ref().numel() for ref in alive if ref() is not None))
 
     handle = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: watch(module, inputs, output) if type(module).__name__ == "UnitRows" else None
+        lambda module, inputs, output: (
+            watch(module, inputs, output) if type(module).__name__ == "UnitRows" else None
+        )
     )
     try:
         contract.run("dino", steps=1, parts=3, group=8)
@@ -110,7 +126,9 @@ def test_accumulated_never_more_than_one_parts_logits():
 
 
 def test_the_heads_hidden_layers_may_have_batch_norm():
-    kinds = [type(layer).__name__ for layer in contract.build("dino", head_batch_norm=True).head.mlp]
+    kinds = [
+        type(layer).__name__ for layer in contract.build("dino", head_batch_norm=True).head.mlp
+    ]
     assert kinds == ["Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"]
 
 
@@ -128,5 +146,7 @@ def test_the_teacher_drops_nothing_and_local_crops_interpolate_the_positions():
 
 def test_uniform_teacher_and_student_cost_the_log_of_the_prototypes():
     zeros = torch.zeros(6, 2, 9, dtype=torch.float64)
-    loss, _ = contract.build("dino").loss({"z": zeros, "logits": torch.zeros(6, 5, 9, dtype=torch.float64)}, {"logits": zeros})
+    loss, _ = contract.build("dino").loss(
+        {"z": zeros, "logits": torch.zeros(6, 5, 9, dtype=torch.float64)}, {"logits": zeros}
+    )
     assert loss.item() == pytest.approx(math.log(9))

@@ -10,10 +10,17 @@ import math
 import contract
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4], "tau_plus": 0.05, "beta": 2.0}
-OPTIM = OptimConfig(name="adam", base_lr=0.01, lr_scaling="none", warmup_epochs=0.0, weight_decay=1e-6, exclude_by="none")
+OPTIM = OptimConfig(
+    name="adam",
+    base_lr=0.01,
+    lr_scaling="none",
+    warmup_epochs=0.0,
+    weight_decay=1e-6,
+    exclude_by="none",
+)
 
 
 def plain_loss(method, images):
@@ -24,7 +31,9 @@ def plain_loss(method, images):
         positive = torch.exp(z[i] @ z[(i + n) % (2 * n)] / tau)
         negatives = [torch.exp(z[i] @ z[j] / tau) for j in range(2 * n) if j % n != i % n]
         importance = [torch.exp(2.0 * negative.log()) for negative in negatives]
-        total = sum(w * s for w, s in zip(importance, negatives)) / (sum(importance) / len(importance))
+        total = sum(w * s for w, s in zip(importance, negatives)) / (
+            sum(importance) / len(importance)
+        )
         debiased = (total - tau_plus * (2 * n - 2) * positive) / (1 - tau_plus)
         debiased = torch.clamp(debiased, min=(2 * n - 2) * math.exp(-1 / tau))
         loss = loss - torch.log(positive / (positive + debiased)) / (2 * n)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import run_ranks
 
-from ssl_pretrain import distributed
+from ssl_pretrain.distributed import process_group
 from ssl_pretrain.methods.moco import Config, exchanged
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4], "queue_size": 72, "momentum": 0.9}
-OPTIM = OptimConfig(name="sgd", base_lr=3.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+OPTIM = OptimConfig(
+    name="sgd", base_lr=3.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none"
+)
 IN_PARTS = {"shuffled_batch_norm": False}  # refused with parts
 
 
@@ -43,14 +45,25 @@ def test_three_steps_are_the_authors():
         loss, keys = plain_loss(expected, images)
         named = [(name, p) for name, p in expected.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, [p for _, p in named])
-        lr = 3 * contract.ROWS / 256 * (1 + torch.cos(torch.tensor(torch.pi * step / contract.NUM_STEPS, dtype=torch.float64))) / 2
+        lr = (
+            3
+            * contract.ROWS
+            / 256
+            * (
+                1
+                + torch.cos(torch.tensor(torch.pi * step / contract.NUM_STEPS, dtype=torch.float64))
+            )
+            / 2
+        )
         with torch.no_grad():
             for (name, p), g in zip(named, gradients):
                 velocity[name] = 0.9 * velocity.get(name, 0) + g + 1e-4 * p
                 p.sub_(lr * velocity[name])
             expected.queue.rows[step * 24 : (step + 1) * 24] = keys
     for name, p in expected.teacher.named_parameters():
-        p.data.copy_(0.9 * p + 0.1 * expected.get_parameter(name))  # ours has moved for the fourth step already
+        p.data.copy_(
+            0.9 * p + 0.1 * expected.get_parameter(name)
+        )  # ours has moved for the fourth step already
     expected.queue.filled.fill_(72)
     contract.assert_same(stepped, expected)
     assert stepped["queue.position"] == 0 and stepped["queue.filled"] == 72
@@ -60,11 +73,14 @@ class Whoami(torch.nn.Module):
     """Marks each image with the rank that it was computed on."""
 
     def forward(self, x):
-        return torch.stack([x[:, 0, 0, 0], torch.full((len(x),), float(distributed.rank()), dtype=x.dtype)], dim=1)
+        return torch.stack(
+            [x[:, 0, 0, 0], torch.full((len(x),), float(process_group.rank()), dtype=x.dtype)],
+            dim=1,
+        )
 
 
 def _exchange():
-    rank = distributed.rank()
+    rank = process_group.rank()
     numbers = torch.arange(8) + 8 * rank
     return exchanged(Whoami(), numbers.double().view(-1, 1, 1, 1), numbers + 100)
 
@@ -74,7 +90,9 @@ def test_key_views_are_computed_elsewhere_and_come_back():
     for rank, keys in enumerate(results):
         assert keys[:, 0].tolist() == list(range(8 * rank, 8 * rank + 8))
     where = torch.cat(results)[:, 1].long()
-    assert torch.bincount(where).tolist() == [8, 8, 8] and all(len(set(part.tolist())) > 1 for part in where.split(8))
+    assert torch.bincount(where).tolist() == [8, 8, 8] and all(
+        len(set(part.tolist())) > 1 for part in where.split(8)
+    )
 
 
 def test_what_the_recipe_cannot_have_is_refused():
@@ -82,19 +100,25 @@ def test_what_the_recipe_cannot_have_is_refused():
         global_batch_size, local_batch_size = 256, 0
 
     with pytest.raises(
-        ValueError, match=r"^method.queue_size: 1000 is not a multiple of global_batch_size 256; the nearest that are 768 and 1024$"
+        ValueError,
+        match=r"^method.queue_size: 1000 is not a multiple of global_batch_size 256; the nearest that are 768 and 1024$",
     ):
         Config(queue_size=1000).check(Run(), 8)
     Config().check(Run(), 8)
     Run.local_batch_size = 16
-    with pytest.raises(ValueError, match=r"^local_batch_size: 16 cannot be with method.shuffled_batch_norm, which exchanges key views"):
+    with pytest.raises(
+        ValueError,
+        match=r"^local_batch_size: 16 cannot be with method.shuffled_batch_norm, which exchanges key views",
+    ):
         Config().check(Run(), 8)
 
 
 def test_a_version_is_its_head():
     v1 = contract.build("moco", projector_dims=[4])
     assert (
-        len(v1.projector) == 1 and v1.projector[0].bias is not None and not any(isinstance(m, torch.nn.BatchNorm1d) for m in v1.modules())
+        len(v1.projector) == 1
+        and v1.projector[0].bias is not None
+        and not any(isinstance(m, torch.nn.BatchNorm1d) for m in v1.modules())
     )
 
 
@@ -102,7 +126,14 @@ def test_without_its_queue_the_negatives_are_the_batchs_other_keys():
     method, images = contract.build("moco", without_queue=True), contract.batch("moco")
     embeddings, targets = method(images), method.targets(images)
     queries, keys = contract.unit(embeddings["queries"]), contract.unit(targets["keys"])
-    expected = sum(-torch.log(torch.exp(q @ k / 0.2) / sum(torch.exp(q @ other / 0.2) for other in keys)) for q, k in zip(queries, keys))
+    expected = sum(
+        -torch.log(torch.exp(q @ k / 0.2) / sum(torch.exp(q @ other / 0.2) for other in keys))
+        for q, k in zip(queries, keys)
+    )
     torch.testing.assert_close(method.loss(embeddings, targets)[0], expected / len(images))
-    assert method.couples_batch and not contract.build("moco").couples_batch and not any("queue" in key for key in method.state_dict())
+    assert (
+        method.couples_batch
+        and not contract.build("moco").couples_batch
+        and not any("queue" in key for key in method.state_dict())
+    )
     method.after_step(0.0, embeddings, targets)

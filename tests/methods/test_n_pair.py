@@ -11,10 +11,12 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4], "pairs": "labels"}
-OPTIM = OptimConfig(name="sgd", base_lr=1.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+OPTIM = OptimConfig(
+    name="sgd", base_lr=1.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none"
+)
 
 
 def plain_loss(method, images, groups):
@@ -40,4 +42,6 @@ def test_one_step_is_the_papers(pairs):
 
 def test_collapse_costs_the_log_of_the_pairs():
     method, zeros = contract.build("n_pair"), torch.zeros(6, 4, dtype=torch.float64)
-    assert method.loss({"z_a": zeros, "z_b": zeros}, {"groups": torch.arange(6)})[0].item() == pytest.approx(math.log(6))
+    assert method.loss({"z_a": zeros, "z_b": zeros}, {"groups": torch.arange(6)})[
+        0
+    ].item() == pytest.approx(math.log(6))

@@ -9,10 +9,12 @@ import contract
 import torch
 
 from ssl_pretrain.methods.nnclr import nearest
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 8, 4], "predictor_dim": 6, "queue_size": 48, "temperature": 0.2}
-OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-6, momentum_convention="popular")
+OPTIM = OptimConfig(
+    name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-6, momentum_convention="popular"
+)
 
 
 def plain_loss(method, images):

@@ -6,10 +6,12 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4], "pairs": "labels"}
-OPTIM = OptimConfig(name="sgd", base_lr=0.5, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+OPTIM = OptimConfig(
+    name="sgd", base_lr=0.5, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none"
+)
 
 
 def plain_loss(method, images, groups):
@@ -31,13 +33,17 @@ def test_one_step_is_the_papers(pairs):
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images)
     groups = images.labels if pairs == "labels" else images.indices
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images, groups), 0.5 * contract.ROWS / 256)
+    contract.plain_step(
+        expected, OPTIM, plain_loss(expected, images, groups), 0.5 * contract.ROWS / 256
+    )
     contract.assert_same(method, expected)
 
 
 def test_known_distances():
     method = contract.build("pairwise")
     z = torch.tensor([[0.0, 0.0], [0.6, 0.0]], dtype=torch.float64)
-    loss, logs = method.loss({"z_a": z, "z_b": z}, {"groups": torch.tensor([0, 1])})  # views agree; the images are 0.6 apart
+    loss, logs = method.loss(
+        {"z_a": z, "z_b": z}, {"groups": torch.tensor([0, 1])}
+    )  # views agree; the images are 0.6 apart
     assert logs["pulled"].item() == 0 and loss.item() == pytest.approx((1 - 0.6) ** 2 / 2 / 2)
     assert method.needs_labels and not contract.build("pairwise", pairs="views").needs_labels

@@ -11,10 +11,10 @@ import tiny
 import torch
 
 from ssl_pretrain import config
-from ssl_pretrain.backbones import BackboneConfig, build
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods.simclr import Config
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.train import train
 
 pytestmark = pytest.mark.promise
@@ -25,7 +25,9 @@ OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1
 
 def method():
     torch.manual_seed(0)
-    return Config(projector_dims=[16, 8], temperature=0.5).build(build(BackboneConfig(name="test_resnet", stem="no_pool"), 16))
+    return Config(projector_dims=[16, 8], temperature=0.5).build(
+        build(BackboneConfig(name="test_resnet", stem="no_pool"), 16)
+    )
 
 
 def plain_loss(method, images):
@@ -51,32 +53,53 @@ def test_the_loss_is_the_sum_of_both_directions():
     same = torch.ones(6, 8)
     loss, logs = method().loss({"z_a": same, "z_b": same}, {})
     assert loss.item() == pytest.approx(2 * math.log(2 * 6 - 1))
-    assert logs["nt_xent"].item() == pytest.approx(math.log(11)) and logs["positive_cosine"].item() == pytest.approx(1.0)
+    assert logs["nt_xent"].item() == pytest.approx(math.log(11)) and logs[
+        "positive_cosine"
+    ].item() == pytest.approx(1.0)
 
 
 def test_batch_norm_sees_both_views_in_one_call():
     simclr, labels = method(), torch.zeros(4, dtype=torch.int64)
     calls = []
-    simclr.backbone.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
-    embeddings = simclr(Batch([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)], labels, labels))
-    assert calls == [8] and {name: z.shape for name, z in embeddings.items()} == {"z_a": (4, 8), "z_b": (4, 8)}
+    simclr.backbone.register_forward_hook(
+        lambda module, inputs, output: calls.append(len(inputs[0]))
+    )
+    embeddings = simclr(
+        Batch([torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)], labels, labels)
+    )
+    assert calls == [8] and {name: z.shape for name, z in embeddings.items()} == {
+        "z_a": (4, 8),
+        "z_b": (4, 8),
+    }
 
 
 def test_another_number_of_views_is_refused():
     labels = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"^simclr: takes 2 views of one size, got 3; set views.crops to one crop with count 2$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^simclr: takes 2 views of one size, got 3; set views.crops to one crop with count 2$",
+    ):
         method()(Batch([torch.zeros(4, 3, 16, 16)] * 3, labels, labels))
 
 
 def test_ten_golden_steps(tmp_path):
     golden = contract.golden("simclr")
-    train(config.load(tiny.config(tmp_path), ["parallel.precision=float64"]), torch.device("cpu"), stop_after=10)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    train(
+        config.load(tiny.config(tmp_path), ["parallel.precision=float64"]),
+        torch.device("cpu"),
+        stop_after=10,
+    )
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert losses == pytest.approx(golden, rel=1e-9)
 
 
 def test_without_its_projector_the_loss_is_on_the_features():
     method, images = contract.build("simclr", without_projector=True), contract.batch("simclr")
     embeddings = method(images)
-    torch.testing.assert_close(torch.cat([embeddings["z_a"], embeddings["z_b"]]), method.backbone(torch.cat(images.views)))
+    torch.testing.assert_close(
+        torch.cat([embeddings["z_a"], embeddings["z_b"]]), method.backbone(torch.cat(images.views))
+    )
     assert not any(name.startswith("projector") for name, _ in method.named_parameters())

@@ -8,11 +8,17 @@ from __future__ import annotations
 import contract
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 8, 8], "predictor_dim": 3}
 OPTIM = OptimConfig(
-    name="sgd", base_lr=1.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none", changes_every="epoch", constant_lr_names=["predictor"]
+    name="sgd",
+    base_lr=1.0,
+    warmup_epochs=0.0,
+    weight_decay=1e-4,
+    exclude_by="none",
+    changes_every="epoch",
+    constant_lr_names=["predictor"],
 )
 
 
@@ -37,18 +43,31 @@ def test_one_step_is_the_authors():
 
 def test_no_norm_of_the_projectors_output_is_trained():
     method = contract.build("simsiam")
-    assert method.projector[-1].weight is None and method.predictor[-1].bias is not None and method.predictor[0].bias is None
+    assert (
+        method.projector[-1].weight is None
+        and method.predictor[-1].bias is not None
+        and method.predictor[0].bias is None
+    )
 
 
 def test_without_the_stopped_gradient_the_targets_learn_too():
-    method, images = contract.build("simsiam", without_stop_gradient=True), contract.batch("simsiam")
+    method, images = (
+        contract.build("simsiam", without_stop_gradient=True),
+        contract.batch("simsiam"),
+    )
     z = [method.projector(method.backbone(view)) for view in images.views]
     p = [method.predictor(one) for one in z]
-    pairs = [(p[0][i], z[1][i]) for i in range(len(images))] + [(p[1][i], z[0][i]) for i in range(len(images))]
-    expected = -sum((predicted * target).sum() / predicted.norm() / target.norm() for predicted, target in pairs) / len(pairs)
+    pairs = [(p[0][i], z[1][i]) for i in range(len(images))] + [
+        (p[1][i], z[0][i]) for i in range(len(images))
+    ]
+    expected = -sum(
+        (predicted * target).sum() / predicted.norm() / target.norm() for predicted, target in pairs
+    ) / len(pairs)
     weights = list(method.backbone.parameters())
     ours = torch.autograd.grad(method.loss(method(images), {})[0], weights)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, weights))
     stopped = contract.build("simsiam")
-    theirs = torch.autograd.grad(stopped.loss(stopped(images), {})[0], list(stopped.backbone.parameters()))
+    theirs = torch.autograd.grad(
+        stopped.loss(stopped(images), {})[0], list(stopped.backbone.parameters())
+    )
     assert not torch.allclose(ours[0], theirs[0], rtol=0.01)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contract
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4]}
-OPTIM = OptimConfig(name="sgd", base_lr=0.2, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+OPTIM = OptimConfig(
+    name="sgd", base_lr=0.2, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none"
+)
 
 
 def plain_loss(method, images):
@@ -22,7 +24,9 @@ def plain_loss(method, images):
     for i in range(len(z)):
         exps = {j: torch.exp(z[i] @ z[j] / 0.1) for j in range(len(z)) if j != i}
         positives = [j for j in exps if labels[j] == labels[i]]
-        loss = loss - sum(torch.log(exps[j] / sum(exps.values())) for j in positives) / len(positives) / len(z)
+        loss = loss - sum(torch.log(exps[j] / sum(exps.values())) for j in positives) / len(
+            positives
+        ) / len(z)
     return loss * 0.1 / 0.07
 
 
@@ -37,7 +41,9 @@ def test_one_step_is_the_authors():
 def test_googles_head_has_no_last_bias_and_unit_inputs():
     method = contract.build("supcon", last_bias=False, unit_features=True)
     seen = []
-    method.projector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].norm(dim=1)))
+    method.projector.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].norm(dim=1))
+    )
     method(contract.batch("supcon"))
     torch.testing.assert_close(seen[0], torch.ones_like(seen[0]))
     assert method.needs_labels and method.projector[-1].bias is None

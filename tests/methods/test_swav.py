@@ -12,23 +12,38 @@ import pytest
 import torch
 
 from ssl_pretrain.methods.swav import Config, sinkhorn
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (9, 9, 7, 7)
-METHOD = {"hidden_dim": 8, "dim": 4, "num_prototypes": 7, "freeze_prototypes_steps": 1, "queue_size": 48, "queue_from_epoch": 1}
-OPTIM = OptimConfig(name="larc", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-6, exclude_by="none")
+METHOD = {
+    "hidden_dim": 8,
+    "dim": 4,
+    "num_prototypes": 7,
+    "freeze_prototypes_steps": 1,
+    "queue_size": 48,
+    "queue_from_epoch": 1,
+}
+OPTIM = OptimConfig(
+    name="larc", base_lr=20.0, warmup_epochs=0.0, weight_decay=1e-6, exclude_by="none"
+)
 
 
 def plain_sinkhorn(scores, epsilon=0.05):
     """Q (prototypes x images), scaled row by row and column by column three times."""
-    q = [[math.exp(scores[b, k] / epsilon) for b in range(len(scores))] for k in range(scores.shape[1])]
+    q = [
+        [math.exp(scores[b, k] / epsilon) for b in range(len(scores))]
+        for k in range(scores.shape[1])
+    ]
     total = sum(map(sum, q))
     q = [[x / total for x in row] for row in q]
     for _ in range(3):
         q = [[x / sum(row) / len(q) for x in row] for row in q]
         columns = [sum(row[b] for row in q) for b in range(len(scores))]
         q = [[x / columns[b] / len(scores) for b, x in enumerate(row)] for row in q]
-    return torch.tensor([[q[k][b] * len(scores) for k in range(len(q))] for b in range(len(scores))], dtype=torch.float64)
+    return torch.tensor(
+        [[q[k][b] * len(scores) for k in range(len(q))] for b in range(len(scores))],
+        dtype=torch.float64,
+    )
 
 
 def plain_loss(method, images):
@@ -36,14 +51,18 @@ def plain_loss(method, images):
         weight = method.prototypes.weight
         weight.copy_(torch.stack(contract.unit(weight)))
     n = len(images)
-    features = torch.cat([method.backbone(torch.cat(images.views[:2])), method.backbone(torch.cat(images.views[2:]))])
+    features = torch.cat(
+        [method.backbone(torch.cat(images.views[:2])), method.backbone(torch.cat(images.views[2:]))]
+    )
     z = torch.stack(contract.unit(method.projector(features)))
     scores = (z @ method.prototypes.weight.T).split(n)
     loss = torch.zeros((), dtype=torch.float64)
     for assigned in (0, 1):
         rows = scores[assigned].detach()
         if method.queue.filled == len(method.queue.rows):
-            rows = torch.cat([rows, method.queue.rows[:, assigned] @ method.prototypes.weight.detach().T])
+            rows = torch.cat(
+                [rows, method.queue.rows[:, assigned] @ method.prototypes.weight.detach().T]
+            )
         q = plain_sinkhorn(rows)[:n]
         for view in range(4):
             if view != assigned:
@@ -55,15 +74,21 @@ def plain_loss(method, images):
 @pytest.mark.parametrize("filled", [0, 48])
 def test_one_step_is_the_authors(filled):
     method, images = contract.build("swav"), contract.batch("swav", 2)
-    method.prototypes.weight.data.copy_(torch.nn.functional.normalize(method.prototypes.weight))  # drawn in float32
+    method.prototypes.weight.data.copy_(
+        torch.nn.functional.normalize(method.prototypes.weight)
+    )  # drawn in float32
     method.queue.filled.fill_(filled)
     method.queue.rows.copy_(
-        torch.nn.functional.normalize(torch.randn(48, 2, 4, dtype=torch.float64), dim=-1) if filled else 0 * method.queue.rows
+        torch.nn.functional.normalize(torch.randn(48, 2, 4, dtype=torch.float64), dim=-1)
+        if filled
+        else 0 * method.queue.rows
     )
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images, step=2)  # the prototypes move, the queue is in use
     loss, z = plain_loss(expected, images)
-    contract.plain_step(expected, OPTIM, loss, 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * 0.1)) / 2)
+    contract.plain_step(
+        expected, OPTIM, loss, 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * 0.1)) / 2
+    )
     with torch.no_grad():
         weight = expected.prototypes.weight
         weight.copy_(torch.stack(contract.unit(weight)))  # as they will before the next forward
@@ -77,7 +102,9 @@ def test_assignments_sum_to_one_and_share_the_prototypes_equally():
     scores = torch.randn(30, 5, dtype=torch.float64)
     q = sinkhorn(scores, torch.ones(30, dtype=torch.float64), epsilon=0.5, num_iterations=200)
     torch.testing.assert_close(q.sum(1), torch.ones(30, dtype=torch.float64))
-    torch.testing.assert_close(q.sum(0), torch.full((5,), 6.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        q.sum(0), torch.full((5,), 6.0, dtype=torch.float64), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_absent_rows_change_nothing():
@@ -103,6 +130,7 @@ def test_a_queue_that_the_batch_does_not_fill_is_refused():
         global_batch_size = 512
 
     with pytest.raises(
-        ValueError, match=r"^method.queue_size: 3840 is not a multiple of global_batch_size 512; the nearest that are 3584 and 4096$"
+        ValueError,
+        match=r"^method.queue_size: 3840 is not a multiple of global_batch_size 512; the nearest that are 3584 and 4096$",
     ):
         Config(queue_size=3840).check(Run(), 1)

@@ -9,10 +9,12 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 4], "pairs": "labels"}
-OPTIM = OptimConfig(name="sgd", base_lr=2.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none")
+OPTIM = OptimConfig(
+    name="sgd", base_lr=2.0, warmup_epochs=0.0, weight_decay=1e-4, exclude_by="none"
+)
 
 
 def plain_loss(method, images, groups):
@@ -25,7 +27,11 @@ def plain_loss(method, images, groups):
         for p in range(2 * n):
             if p != a and groups[a % n] == groups[p % n]:
                 farther = [x for x in negatives if x > d[a][p]]
-                terms.append(torch.clamp(0.2 + d[a][p] - (min(farther) if farther else max(negatives)), min=0))
+                terms.append(
+                    torch.clamp(
+                        0.2 + d[a][p] - (min(farther) if farther else max(negatives)), min=0
+                    )
+                )
     return sum(terms) / len(terms)
 
 
@@ -35,10 +41,14 @@ def test_one_step_is_the_authors(pairs):
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images)
     groups = images.labels if pairs == "labels" else images.indices
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images, groups), 2 * contract.ROWS / 256)
+    contract.plain_step(
+        expected, OPTIM, plain_loss(expected, images, groups), 2 * contract.ROWS / 256
+    )
     contract.assert_same(method, expected)
 
 
 def test_collapse_costs_the_margin():
     same = torch.ones(6, 4, dtype=torch.float64)
-    assert contract.build("triplet").loss({"z_a": same, "z_b": same}, {"groups": torch.arange(6)})[0].item() == pytest.approx(0.2)
+    assert contract.build("triplet").loss({"z_a": same, "z_b": same}, {"groups": torch.arange(6)})[
+        0
+    ].item() == pytest.approx(0.2)

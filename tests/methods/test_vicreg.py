@@ -9,17 +9,21 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.optim import OptimConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"projector_dims": [8, 8, 5]}
-OPTIM = OptimConfig(name="lars", base_lr=0.5, warmup_epochs=0.0, weight_decay=1e-6, momentum_convention="popular")
+OPTIM = OptimConfig(
+    name="lars", base_lr=0.5, warmup_epochs=0.0, weight_decay=1e-6, momentum_convention="popular"
+)
 
 
 def plain_loss(method, images):
     """25 mse + 25 hinge / 2 over both views + covariances, number by number."""
     z = [method.projector(method.backbone(view)) for view in images.views]
     n, dim = z[0].shape
-    invariance = sum((z[0][i, d] - z[1][i, d]) ** 2 for i in range(n) for d in range(dim)) / (n * dim)
+    invariance = sum((z[0][i, d] - z[1][i, d]) ** 2 for i in range(n) for d in range(dim)) / (
+        n * dim
+    )
     variance = covariance = torch.zeros((), dtype=torch.float64)
     for view in z:
         centred = [row - sum(view) / n for row in view]
@@ -44,4 +48,7 @@ def test_one_step_is_the_authors():
 def test_collapsed_embeddings_cost_the_hinge_alone():
     same = torch.ones(6, 4, dtype=torch.float64)
     loss, logs = contract.build("vicreg").loss({"z_a": same, "z_b": same}, {})
-    assert loss.item() == pytest.approx(25 * (1 - 0.01)) and logs["covariance"].item() == logs["invariance"].item() == 0
+    assert (
+        loss.item() == pytest.approx(25 * (1 - 0.01))
+        and logs["covariance"].item() == logs["invariance"].item() == 0
+    )

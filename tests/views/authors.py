@@ -64,7 +64,9 @@ def gaussian_blur(image: np.ndarray, sigma: float, taps: int) -> np.ndarray:
 def resize(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
     """tf.image.resize(image, [size, size], interpolation), antialias=False, not clipped."""
     for axis in (0, 1):
-        image = np.tensordot(_weights(image.shape[axis], size, interpolation), image, axes=([1], [axis]))
+        image = np.tensordot(
+            _weights(image.shape[axis], size, interpolation), image, axes=([1], [axis])
+        )
         image = np.moveaxis(image, 0, axis)
     return image
 
@@ -82,7 +84,12 @@ def _weights(length: int, size: int, interpolation: str) -> np.ndarray:
 
 
 def simclr_boxes(
-    n: int, height: int, width: int, seed: int, area: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    n: int,
+    height: int,
+    width: int,
+    seed: int,
+    area: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
     """tf.image.sample_distorted_bounding_box as SimCLR calls it: int (n, 4), top, left, height, width.
 
@@ -106,7 +113,9 @@ def simclr_boxes(
         drawn = np.where(np.rint(drawn * ratios) * drawn > most, drawn - 1, drawn)
         widths = np.rint(drawn * ratios).astype(int)
         inside = drawn * widths
-        good = (inside >= least) & (inside <= most) & (inside >= MIN_OBJECT_COVERED * height * width)
+        good = (
+            (inside >= least) & (inside <= most) & (inside >= MIN_OBJECT_COVERED * height * width)
+        )
         good &= (widths <= width) & (drawn <= height) & (widths > 0) & (drawn > 0)
         drawn, widths = drawn[good], widths[good]
         tops = generator.integers(0, np.maximum(1, height - drawn))
@@ -124,5 +133,11 @@ def byol_boxes(n: int, height: int, width: int, seed: int) -> np.ndarray:
     widths = np.minimum(np.rint(np.sqrt(areas * ratios)), width).astype(int)
     heights = np.minimum(np.rint(np.sqrt(areas / ratios)), height).astype(int)
     return np.stack(
-        [generator.integers(0, height - heights + 1), generator.integers(0, width - widths + 1), heights, widths], axis=1
+        [
+            generator.integers(0, height - heights + 1),
+            generator.integers(0, width - widths + 1),
+            heights,
+            widths,
+        ],
+        axis=1,
     )

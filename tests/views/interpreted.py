@@ -11,19 +11,38 @@ from unittest import mock
 import numpy as np
 import torch
 
-from ssl_pretrain.views import colour
+from ssl_pretrain.views import color
 from ssl_pretrain.views.recipe import Crop
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 EVERYTHING = Crop(
-    size=16, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale=0.2, blur=0.5, solarize=0.2, count=2
+    size=16,
+    jitter=0.8,
+    brightness=0.8,
+    contrast=0.8,
+    saturation=0.8,
+    hue=0.2,
+    grayscale=0.2,
+    blur=0.5,
+    solarize=0.2,
+    count=2,
 )
 CASES = {
     "torchvision's functions": EVERYTHING,
-    "SimCLR's functions": replace(EVERYTHING, contrast_mean="channel", saturation_mode="hsv", blur_border="zero"),
-    "BYOL's functions": replace(EVERYTHING, brightness_mode="add", contrast_mean="channel", saturation_mode="hsv", blur_border="zero"),
+    "SimCLR's functions": replace(
+        EVERYTHING, contrast_mean="channel", saturation_mode="hsv", blur_border="zero"
+    ),
+    "BYOL's functions": replace(
+        EVERYTHING,
+        brightness_mode="add",
+        contrast_mean="channel",
+        saturation_mode="hsv",
+        blur_border="zero",
+    ),
     "a size that no tile divides": replace(EVERYTHING, size=33, blur_kernel=9),
-    "hue and brightness only": replace(EVERYTHING, contrast=0.0, saturation=0.0, blur=0.0, solarize=0.0),
+    "hue and brightness only": replace(
+        EVERYTHING, contrast=0.0, saturation=0.0, blur=0.0, solarize=0.0
+    ),
     "nothing": Crop(size=16, count=1),
     "blur of all, gray of all": replace(EVERYTHING, blur=1.0, grayscale=1.0),
 }
@@ -32,14 +51,21 @@ CASES = {
 def difference(crop: Crop) -> float:
     """Return the largest difference of the finished views, normalized as a run does."""
     generator = np.random.default_rng(0)
-    pixels = [generator.integers(0, 256, (10, 3, crop.size, crop.size), dtype=np.uint8) for _ in range(crop.count)]
+    pixels = [
+        generator.integers(0, 256, (10, 3, crop.size, crop.size), dtype=np.uint8)
+        for _ in range(crop.count)
+    ]
     for view in pixels:
-        view[0], view[1, 1:], view[2] = 255, view[1, :1], 0  # white all over; gray all over; black all over
+        view[0], view[1, 1:], view[2] = (
+            255,
+            view[1, :1],
+            0,
+        )  # white all over; gray all over; black all over
     pixels = [torch.from_numpy(view) for view in pixels]
-    drawn = [colour.draw(crop, 1, 2, np.arange(10), view) for view in range(crop.count)]
-    expected = colour.apply_to_group(pixels, drawn, crop, MEAN, STD)
-    with mock.patch.object(colour, "FUSED_ON", ("cpu",)):
-        views = colour.apply_to_group(pixels, drawn, crop, MEAN, STD)
+    drawn = [color.draw(crop, 1, 2, np.arange(10), view) for view in range(crop.count)]
+    expected = color.apply_to_group(pixels, drawn, crop, MEAN, STD)
+    with mock.patch.object(color, "FUSED_ON", ("cpu",)):
+        views = color.apply_to_group(pixels, drawn, crop, MEAN, STD)
     return max((view - wanted).abs().max().item() for view, wanted in zip(views, expected))
 
 

@@ -12,8 +12,8 @@ from scipy import stats
 from sharp_pictures import picture
 
 from ssl_pretrain.config import load
-from ssl_pretrain.views import colour, crops, describe, recipe, resize
-from ssl_pretrain.views.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from ssl_pretrain.views import color, crops, describe, recipe, resize
+from ssl_pretrain.views.color import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from ssl_pretrain.views.crops import Box
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
@@ -32,13 +32,20 @@ SIMCLR = TENSORFLOW | {"crop_sampler": "tensorflow", "interpolation": "bicubic",
                        "saturation": 0.8, "hue": 0.2, "grayscale": 0.2, "blur": 0.5}  # fmt: skip
 BYOL = TENSORFLOW | {"crop_sampler": "clipped", "interpolation": "bicubic", "jitter": 0.8, "brightness": 0.4, "brightness_mode": "add",
                      "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grayscale": 0.2, "blur": 1.0, "solarize": 0.2}  # fmt: skip
-ON_EACH = pytest.mark.parametrize("apply", [colour.apply, colour.apply_in_batches], ids=["compiled", "batches"])
+ON_EACH = pytest.mark.parametrize(
+    "apply", [color.apply, color.apply_in_batches], ids=["compiled", "batches"]
+)
 
 
 def images(n: int, size: int) -> torch.Tensor:
     """Return noise, uint8 (n, 3, size, size). Image 0 has the corners of the color cube, image 1 is gray, image 2 black."""
-    noise = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
-    corners = [[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)] + [[1, 0, 0], [255, 254, 254]]
+    noise = torch.randint(
+        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)
+    )
+    corners = [[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)] + [
+        [1, 0, 0],
+        [255, 254, 254],
+    ]
     noise[0].view(3, -1)[:, :10] = torch.tensor(corners, dtype=torch.uint8).T
     noise[1] = noise[1, :1]
     noise[2] = 0
@@ -66,8 +73,10 @@ def largest_difference(view: torch.Tensor, expected: np.ndarray) -> float:
 )
 def test_an_adjustment_is_the_authors(apply, options, operation, theirs):
     crop = Crop(size=40, jitter=1.0, **options)
-    pixels, parameters = images(24, 40), colour.draw(crop, 0, 0, np.arange(24), 0)
-    for view, image, factors in zip(apply(pixels, parameters, crop, *PLAIN), pixels, parameters.factors):
+    pixels, parameters = images(24, 40), color.draw(crop, 0, 0, np.arange(24), 0)
+    for view, image, factors in zip(
+        apply(pixels, parameters, crop, *PLAIN), pixels, parameters.factors
+    ):
         expected = np.clip(theirs(floats(image), float(factors[operation])), 0, 1)
         assert largest_difference(view, expected) < ROUNDING
 
@@ -77,22 +86,36 @@ def test_an_adjustment_is_the_authors(apply, options, operation, theirs):
 def test_a_blur_has_black_around_it_as_the_authors(apply, size, kernel):
     crop = Crop(size=size, blur=1.0, blur_kernel=kernel, blur_border="zero")
     recipe.check(recipe.ViewsConfig({"global": crop}))
-    pixels = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
-    parameters = colour.draw(crop, 0, 0, np.arange(3), 0)
-    for view, image, sigma in zip(apply(pixels, parameters, crop, *PLAIN), pixels, parameters.sigma):
-        assert largest_difference(view, authors.gaussian_blur(floats(image), float(sigma), blur_taps(crop))) < ROUNDING
+    pixels = torch.randint(
+        0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(7)
+    )
+    parameters = color.draw(crop, 0, 0, np.arange(3), 0)
+    for view, image, sigma in zip(
+        apply(pixels, parameters, crop, *PLAIN), pixels, parameters.sigma
+    ):
+        assert (
+            largest_difference(
+                view, authors.gaussian_blur(floats(image), float(sigma), blur_taps(crop))
+            )
+            < ROUNDING
+        )
 
 
 @ON_EACH
 @pytest.mark.parametrize("options", [SIMCLR, BYOL], ids=["simclr", "byol"])
 def test_the_whole_chain_is_the_authors_in_the_drawn_order(apply, options):
     crop = Crop(size=32, **options)
-    pixels, parameters = images(64, 32), colour.draw(crop, 0, 0, np.arange(64), 0)
+    pixels, parameters = images(64, 32), color.draw(crop, 0, 0, np.arange(64), 0)
     for row, view in enumerate(apply(pixels, parameters, crop, *PLAIN)):
-        assert largest_difference(view, colored_by_authors(floats(pixels[row]), parameters, row, crop)) < 0.1 * LEVEL
+        assert (
+            largest_difference(view, colored_by_authors(floats(pixels[row]), parameters, row, crop))
+            < 0.1 * LEVEL
+        )
 
 
-def colored_by_authors(image: np.ndarray, parameters: colour.Parameters, row: int, crop: Crop) -> np.ndarray:
+def colored_by_authors(
+    image: np.ndarray, parameters: color.Parameters, row: int, crop: Crop
+) -> np.ndarray:
     """Apply the authors' functions in the order and with the parameters that were drawn for row `row`."""
     for operation in parameters.order[row] if parameters.jitter[row] else ():
         factor = float(parameters.factors[row, operation])
@@ -125,20 +148,28 @@ BOXES = [  # (height, width) of an image, (top, left, height, width) of a box, s
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("shape", "box", "size"), BOXES)
-def test_a_resize_without_antialias_is_the_authors_within_one_level(shape, box, size, flip, interpolation, kind):
+def test_a_resize_without_antialias_is_the_authors_within_one_level(
+    shape, box, size, flip, interpolation, kind
+):
     image, (top, left, height, width) = picture(*shape, kind), box
-    expected = authors.resize(image[top : top + height, left : left + width].astype(float), size, interpolation).clip(0, 255)
+    expected = authors.resize(
+        image[top : top + height, left : left + width].astype(float), size, interpolation
+    ).clip(0, 255)
     expected = np.moveaxis(expected[:, ::-1] if flip else expected, -1, 0)
     crop = Crop(size=size, interpolation=interpolation, antialias=False)
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     one = crops.apply(pixels, Box(*box, flip), crop).numpy()
-    together = crops.apply_to_batch(pixels[None].contiguous(), np.array([[*box, flip]]), crop)[0].numpy()
+    together = crops.apply_to_batch(pixels[None].contiguous(), np.array([[*box, flip]]), crop)[
+        0
+    ].numpy()
     assert np.abs(one - expected).max() < 0.51
     assert np.abs(together - expected).max() < 0.51
     assert np.array_equal(compiled(image, (*box, flip), size, interpolation == "bicubic"), one)
 
 
-def compiled(image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool) -> np.ndarray:
+def compiled(
+    image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool
+) -> np.ndarray:
     """Resize a box of an image that was transposed as a whole, as the loader of .beton files does."""
     height, width, _ = image.shape
     tall, wide = (-(-side // resize.TILE) * resize.TILE for side in (height, 3 * width))
@@ -151,11 +182,16 @@ def compiled(image: np.ndarray, box: tuple[int, int, int, int, bool], size: int,
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (224, 224)])
-@pytest.mark.parametrize(("sampler", "theirs"), [("tensorflow", authors.simclr_boxes), ("clipped", authors.byol_boxes)])
+@pytest.mark.parametrize(
+    ("sampler", "theirs"), [("tensorflow", authors.simclr_boxes), ("clipped", authors.byol_boxes)]
+)
 def test_boxes_are_spread_as_the_authors(sampler, theirs, height, width):
     n = 100_000
     sizes = np.full((n, 2), [height, width])
-    ours, expected = crops.boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(n), 0, sizes), theirs(n, height, width, seed=1)
+    ours, expected = (
+        crops.boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(n), 0, sizes),
+        theirs(n, height, width, seed=1),
+    )
     measures = {
         "area": lambda b: b[:, 2] * b[:, 3],
         "ratio": lambda b: b[:, 3] / b[:, 2],
@@ -170,10 +206,19 @@ def test_boxes_are_spread_as_the_authors(sampler, theirs, height, width):
 
 @pytest.mark.parametrize("sampler", ["tensorflow", "clipped"])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (1, 1), (2, 50), (50, 3), (375, 500)])
-@pytest.mark.parametrize("options", [{}, {"scale": [0.05, 0.3]}, {"scale": [1.0, 1.0]}, {"ratio": [0.5, 3.0]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": [0.05, 0.3]}, {"scale": [1.0, 1.0]}, {"ratio": [0.5, 3.0]}]
+)
 def test_a_box_is_inside_the_image(sampler, height, width, options):
     n = 500
-    top, left, tall, wide, _ = crops.boxes(Crop(crop_sampler=sampler, **options), 0, 0, np.arange(n), 0, np.full((n, 2), [height, width])).T
+    top, left, tall, wide, _ = crops.boxes(
+        Crop(crop_sampler=sampler, **options),
+        0,
+        0,
+        np.arange(n),
+        0,
+        np.full((n, 2), [height, width]),
+    ).T
     assert min(top.min(), left.min()) >= 0
     assert min(tall.min(), wide.min()) >= 1
     assert (top + tall).max() <= height
@@ -184,7 +229,9 @@ def test_a_smaller_box_of_tensorflow_never_touches_the_bottom_or_right_edge():
     """Its kernel draws the place below height - box height, so the last place is never taken. Other samplers take it."""
     sizes = np.full((4000, 2), [24, 30])
     for sampler, reaches in (("tensorflow", False), ("clipped", True), ("torchvision", True)):
-        top, left, tall, wide, _ = crops.boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(4000), 0, sizes).T
+        top, left, tall, wide, _ = crops.boxes(
+            Crop(crop_sampler=sampler), 0, 0, np.arange(4000), 0, sizes
+        ).T
         assert ((tall < 24) & (top + tall == 24)).any() == reaches, sampler
         assert ((wide < 30) & (left + wide == 30)).any() == reaches, sampler
 
@@ -197,24 +244,37 @@ def test_tensorflow_takes_the_whole_image_where_no_box_fits():
 def test_one_box_is_that_of_the_batch(sampler):
     crop = Crop(crop_sampler=sampler)
     together = crops.boxes(crop, 1, 2, np.arange(20), 3, np.full((20, 2), [90, 130]))
-    assert [tuple(row) for row in together.tolist()] == [crops.draw(crop, 1, 2, index, 3, 90, 130) for index in range(20)]
+    assert [tuple(row) for row in together.tolist()] == [
+        crops.draw(crop, 1, 2, index, 3, 90, 130) for index in range(20)
+    ]
 
 
 def test_a_view_says_which_functions_made_it():
     crop = Crop(size=8, **(SIMCLR | {"jitter": 1.0, "blur": 1.0, "grayscale": 0.0}))
-    text = describe.text(crop, Box(0, 0, 8, 8, False), colour.draw(crop, 0, 0, np.arange(1), 0), 0)
+    text = describe.text(crop, Box(0, 0, 8, 8, False), color.draw(crop, 0, 0, np.arange(1), 0), 0)
     assert " by channel" in text
     assert " in HSV" in text
     assert text.endswith(", black outside")
     plain = Crop(size=8, jitter=1.0, contrast=0.8, saturation=0.8, blur=1.0)
-    text = describe.text(plain, Box(0, 0, 8, 8, False), colour.draw(plain, 0, 0, np.arange(1), 0), 0)
+    text = describe.text(plain, Box(0, 0, 8, 8, False), color.draw(plain, 0, 0, np.arange(1), 0), 0)
     assert not any(word in text for word in ("channel", "HSV", "outside"))
 
 
-ON_SIMCLR = ["simclr", "decoupled", "debiased", "hard_negative", "supcon", "pairwise", "triplet", "n_pair"]
+ON_SIMCLR = [
+    "simclr",
+    "decoupled",
+    "debiased",
+    "hard_negative",
+    "supcon",
+    "pairwise",
+    "triplet",
+    "n_pair",
+]
 
 
-@pytest.mark.parametrize(("name", "sampler"), [*((name, "tensorflow") for name in ON_SIMCLR), ("byol", "clipped")])
+@pytest.mark.parametrize(
+    ("name", "sampler"), [*((name, "tensorflow") for name in ON_SIMCLR), ("byol", "clipped")]
+)
 def test_recipes_written_for_tensorflow_take_its_functions(name, sampler):
     for crop in load(CONFIGS / f"{name}_imagenet.yaml", ["data.root=/data"]).views.crops.values():
         assert {key: getattr(crop, key) for key in TENSORFLOW} == TENSORFLOW

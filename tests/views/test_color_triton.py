@@ -22,19 +22,50 @@ from ssl_pretrain.views import color_triton
 ROOT = Path(__file__).parents[2]
 SWITCHES = [False, True]
 KERNELS = {  # name -> kernel, its constants by a switch for the authors' functions, warps
-    "means": (color_triton._means, lambda on: {"ADDS": on, "HSV": on, "CHANNEL_MEAN": on, "PIXELS": 2048}, 8),
+    "means": (
+        color_triton._means,
+        lambda on: {"ADDS": on, "HSV": on, "CHANNEL_MEAN": on, "PIXELS": 2048},
+        8,
+    ),
     "colors": (color_triton._colors, lambda on: {"ADDS": on, "HSV": on, "PIXELS": 1024}, 4),
-    "blur_rows": (color_triton._blur_rows, lambda on: {"TAPS": 23, "ZERO_BORDER": on, "PIXELS": 1024}, 4),
-    "blur_columns": (color_triton._blur_columns, lambda on: {"TAPS": 23, "ZERO_BORDER": on, "PIXELS": 1024}, 4),
+    "blur_rows": (
+        color_triton._blur_rows,
+        lambda on: {"TAPS": 23, "ZERO_BORDER": on, "PIXELS": 1024},
+        4,
+    ),
+    "blur_columns": (
+        color_triton._blur_columns,
+        lambda on: {"TAPS": 23, "ZERO_BORDER": on, "PIXELS": 1024},
+        4,
+    ),
 }
-TYPES = {"pixels": "*u8", "views": "*bf16", "parameters": "*fp32", "means": "*fp32", "buffer": "*fp32", "blurred": "*fp32"}
+TYPES = {
+    "pixels": "*u8",
+    "views": "*bf16",
+    "parameters": "*fp32",
+    "means": "*fp32",
+    "buffer": "*fp32",
+    "blurred": "*fp32",
+}
 
 
 def test_the_kernels_compute_the_colors_of_a_cpu():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([sys.executable, "tests/views/interpreted.py"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run(
+        [sys.executable, "tests/views/interpreted.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    differences = {line.split("  ", 1)[1]: float(line.split()[0]) for line in done.stdout.splitlines()}
+    differences = {
+        line.split("  ", 1)[1]: float(line.split()[0]) for line in done.stdout.splitlines()
+    }
     assert set(differences) == set(interpreted.CASES)
     # One gray level is 1 / 255 / 0.2 = 0.02 of a normalized view. Sums in another order move the last digits only.
     assert max(differences.values()) < 2e-5, done.stdout
@@ -48,18 +79,26 @@ def test_a_kernel_compiles_and_takes_next_to_no_shared_memory(capability, name, 
     constants = {"COLUMNS": color_triton._COLUMNS, **constants(authors)}
     integers = ("area", "height", "width", "pixel_stride", "channel_stride")
     signature = {
-        argument: "constexpr" if argument in constants else TYPES.get(argument, "i32" if argument in integers else "fp32")
+        argument: "constexpr"
+        if argument in constants
+        else TYPES.get(argument, "i32" if argument in integers else "fp32")
         for argument in kernel.arg_names
     }
     source = ASTSource(kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
-    assert compiled.metadata.shared < 1024  # bytes: it leaves room for as many programs as registers allow
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
+    )
+    assert (
+        compiled.metadata.shared < 1024
+    )  # bytes: it leaves room for as many programs as registers allow
 
 
 def test_a_table_finds_each_blurred_view_in_its_buffer():
     blur = np.array([False, True, False, True, True])
     nothing = np.zeros(5, bool)
-    table = color_triton.pack(np.full((5, 4), -1), np.ones((5, 4)), np.ones(5), nothing, blur, nothing)
+    table = color_triton.pack(
+        np.full((5, 4), -1), np.ones((5, 4)), np.ones(5), nothing, blur, nothing
+    )
     assert table[:, 11].tolist() == [-1, 0, -1, 1, 2]
     assert table[:3, 12].tolist() == [1, 3, 4]
     assert torch.from_numpy(table).dtype == torch.float32

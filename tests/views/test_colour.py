@@ -7,16 +7,22 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ssl_pretrain.views import colour
-from ssl_pretrain.views.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from ssl_pretrain.views import color
+from ssl_pretrain.views.color import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 pytestmark = pytest.mark.promise
 
-CHANCE = 1e-4    # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
-TOLERANCE = {"rtol": 0.0, "atol": 1e-5}    # of pixels in [0, 1]: a hundred roundings of float32
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])    # mean and std that change nothing
-JITTER = {"jitter": 0.8, "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}    # SimCLR's
+CHANCE = 1e-4  # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # of pixels in [0, 1]: a hundred roundings of float32
+PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and std that change nothing
+JITTER = {
+    "jitter": 0.8,
+    "brightness": 0.8,
+    "contrast": 0.8,
+    "saturation": 0.8,
+    "hue": 0.2,
+}  # SimCLR's
 EVERYTHING = JITTER | {"grayscale": 0.2, "blur": 0.5, "solarize": 0.2}
 ADJUST = {
     BRIGHTNESS: F.adjust_brightness,
@@ -28,10 +34,15 @@ ADJUST = {
 
 def images(n: int, size: int = 16) -> torch.Tensor:
     """Noise, and in front of it the corners of the colour cube and two greys, where hue and saturation are singular."""
-    noise = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    corners = [[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)] + [[1, 1, 1], [128, 128, 128]]
+    noise = torch.randint(
+        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    corners = [[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)] + [
+        [1, 1, 1],
+        [128, 128, 128],
+    ]
     noise[0].view(3, -1)[:, :10] = torch.tensor(corners, dtype=torch.uint8).T
-    noise[1] = noise[1, :1]    # grey all over
+    noise[1] = noise[1, :1]  # grey all over
     noise[2] = 255
     return noise
 
@@ -40,8 +51,8 @@ def floats(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(torch.float32) / 255
 
 
-def drawn(crop: Crop, n: int, seed: int = 0, epoch: int = 0, view: int = 0) -> colour.Parameters:
-    return colour.draw(crop, seed, epoch, np.arange(n), view)
+def drawn(crop: Crop, n: int, seed: int = 0, epoch: int = 0, view: int = 0) -> color.Parameters:
+    return color.draw(crop, seed, epoch, np.arange(n), view)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
@@ -49,17 +60,23 @@ def test_one_adjustment_is_torchvisions(name):
     operation = ["brightness", "contrast", "saturation", "hue"].index(name)
     crop = Crop(size=16, jitter=1.0, **{name: 0.5 if name == "hue" else 0.9})
     pixels, parameters = images(24), drawn(crop, 24)
-    views = colour.apply(pixels, parameters, crop, *PLAIN)
+    views = color.apply(pixels, parameters, crop, *PLAIN)
     assert views.dtype == torch.float32
     for view, image, factors in zip(views, floats(pixels), parameters.factors):
-        torch.testing.assert_close(view, ADJUST[operation](image, float(factors[operation])), **TOLERANCE)
+        torch.testing.assert_close(
+            view, ADJUST[operation](image, float(factors[operation])), **TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.25, 0.0, 1 / 6, 0.5])
 def test_hue_turns_every_colour_as_torchvision(shift):
     steps = torch.linspace(0, 1, 12)
     cube = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 12, 144)
-    torch.testing.assert_close(colour._hue(cube.clone(), torch.full((1, 1, 1, 1), shift)), F.adjust_hue(cube, shift), **TOLERANCE)
+    torch.testing.assert_close(
+        color._hue(cube.clone(), torch.full((1, 1, 1, 1), shift)),
+        F.adjust_hue(cube, shift),
+        **TOLERANCE,
+    )
 
 
 def test_added_brightness_shifts_and_clamps():
@@ -68,13 +85,15 @@ def test_added_brightness_shifts_and_clamps():
     delta = torch.from_numpy(parameters.factors[:, BRIGHTNESS])
     assert delta.min() < 0 < delta.max()
     expected = (floats(pixels) + delta[:, None, None, None]).clamp(0, 1)
-    torch.testing.assert_close(colour.apply(pixels, parameters, crop, *PLAIN), expected, **TOLERANCE)
+    torch.testing.assert_close(color.apply(pixels, parameters, crop, *PLAIN), expected, **TOLERANCE)
 
 
 def test_grayscale_is_torchvisions():
     crop, pixels = Crop(size=16, grayscale=1.0), images(8)
-    views = colour.apply(pixels, drawn(crop, 8), crop, *PLAIN)
-    torch.testing.assert_close(views, F.rgb_to_grayscale(floats(pixels), num_output_channels=3), **TOLERANCE)
+    views = color.apply(pixels, drawn(crop, 8), crop, *PLAIN)
+    torch.testing.assert_close(
+        views, F.rgb_to_grayscale(floats(pixels), num_output_channels=3), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(32, 0), (224, 0), (8, 15), (16, 5)])
@@ -82,24 +101,30 @@ def test_blur_is_torchvisions(size, kernel):
     crop = Crop(size=size, blur=1.0, blur_kernel=kernel)
     pixels, parameters = images(4, size), drawn(crop, 4)
     taps = blur_taps(crop)
-    for view, image, sigma in zip(colour.apply(pixels, parameters, crop, *PLAIN), floats(pixels), parameters.sigma):
-        torch.testing.assert_close(view, F.gaussian_blur(image, [taps, taps], [float(sigma)] * 2), **TOLERANCE)
+    for view, image, sigma in zip(
+        color.apply(pixels, parameters, crop, *PLAIN), floats(pixels), parameters.sigma
+    ):
+        torch.testing.assert_close(
+            view, F.gaussian_blur(image, [taps, taps], [float(sigma)] * 2), **TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.25, 1.0])
 def test_solarize_is_torchvisions(threshold):
     crop, pixels = Crop(size=16, solarize=1.0, solarize_threshold=threshold), images(8)
-    views = colour.apply(pixels, drawn(crop, 8), crop, *PLAIN)
+    views = color.apply(pixels, drawn(crop, 8), crop, *PLAIN)
     torch.testing.assert_close(views, F.solarize(floats(pixels), threshold), **TOLERANCE)
 
 
 def test_solarizing_at_half_is_pils_threshold_of_128():
     crop, pixels = Crop(size=16, solarize=1.0), images(8)
     expected = floats(F.solarize(pixels, 128))
-    torch.testing.assert_close(colour.apply(pixels, drawn(crop, 8), crop, *PLAIN), expected, **TOLERANCE)
+    torch.testing.assert_close(
+        color.apply(pixels, drawn(crop, 8), crop, *PLAIN), expected, **TOLERANCE
+    )
 
 
-def one_by_one(pixels: torch.Tensor, parameters: colour.Parameters, crop: Crop) -> torch.Tensor:
+def one_by_one(pixels: torch.Tensor, parameters: color.Parameters, crop: Crop) -> torch.Tensor:
     """torchvision on one sample after another, in the order of SimCLR: jitter, grayscale, blur, solarize."""
     views = []
     for row, image in enumerate(floats(pixels)):
@@ -109,7 +134,9 @@ def one_by_one(pixels: torch.Tensor, parameters: colour.Parameters, crop: Crop) 
         if parameters.grayscale[row]:
             image = F.rgb_to_grayscale(image, num_output_channels=3)
         if parameters.blur[row]:
-            image = F.gaussian_blur(image, [blur_taps(crop)] * 2, [float(parameters.sigma[row])] * 2)
+            image = F.gaussian_blur(
+                image, [blur_taps(crop)] * 2, [float(parameters.sigma[row])] * 2
+            )
         if parameters.solarize[row]:
             image = F.solarize(image, crop.solarize_threshold)
         views.append(image)
@@ -122,32 +149,43 @@ def test_the_whole_chain_is_torchvisions_in_the_drawn_order():
     for mask in (parameters.jitter, parameters.grayscale, parameters.blur, parameters.solarize):
         assert 0 < mask.sum() < 96
     assert len(np.unique(parameters.order, axis=0)) > 12
-    torch.testing.assert_close(colour.apply(pixels, parameters, crop, *PLAIN), one_by_one(pixels, parameters, crop), **TOLERANCE)
+    torch.testing.assert_close(
+        color.apply(pixels, parameters, crop, *PLAIN),
+        one_by_one(pixels, parameters, crop),
+        **TOLERANCE,
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"brightness_mode": "add", "blur_kernel": 5}, {"hue": 0.0, "solarize_threshold": 0.2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"brightness_mode": "add", "blur_kernel": 5}, {"hue": 0.0, "solarize_threshold": 0.2}],
+)
 @pytest.mark.parametrize("size", [8, 33])
 def test_the_operations_for_a_gpu_give_the_same_views(options, size):
     crop = Crop(size=size, **(EVERYTHING | options))
     pixels, parameters = images(96, size), drawn(crop, 96)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    in_batches = colour.apply_in_batches(pixels, parameters, crop, mean, std)
-    torch.testing.assert_close(colour.apply(pixels, parameters, crop, mean, std), in_batches, rtol=0.0, atol=5e-5)    # 1e-5 / std
+    in_batches = color.apply_in_batches(pixels, parameters, crop, mean, std)
+    torch.testing.assert_close(
+        color.apply(pixels, parameters, crop, mean, std), in_batches, rtol=0.0, atol=5e-5
+    )  # 1e-5 / std
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, 200])
 def test_threads_change_no_bit(num_threads, monkeypatch):
     crop = Crop(size=32, **EVERYTHING)
     pixels, parameters = images(64, 32), drawn(crop, 64)
-    expected = colour.apply(pixels, parameters, crop, *PLAIN)
-    monkeypatch.setattr(colour.torch, "get_num_threads", lambda: num_threads)
-    assert torch.equal(colour.apply(pixels, parameters, crop, *PLAIN), expected)
+    expected = color.apply(pixels, parameters, crop, *PLAIN)
+    monkeypatch.setattr(color.torch, "get_num_threads", lambda: num_threads)
+    assert torch.equal(color.apply(pixels, parameters, crop, *PLAIN), expected)
 
 
 def test_what_was_not_drawn_is_not_touched():
-    crop = Crop(size=16, jitter=0.5, hue=0.3, blur=0.3, blur_sigma=[1.0, 2.0])    # a sigma of 0.1 moves nothing
+    crop = Crop(
+        size=16, jitter=0.5, hue=0.3, blur=0.3, blur_sigma=[1.0, 2.0]
+    )  # a sigma of 0.1 moves nothing
     pixels, parameters = images(40), drawn(crop, 40)
-    views = colour.apply(pixels, parameters, crop, *PLAIN)
+    views = color.apply(pixels, parameters, crop, *PLAIN)
     untouched = ~(parameters.jitter | parameters.blur)
     assert 0 < untouched.sum() < 40
     assert torch.equal(views[untouched], floats(pixels)[untouched])
@@ -158,24 +196,28 @@ def test_what_was_not_drawn_is_not_touched():
 def test_a_view_is_the_same_in_any_batch(size):
     crop = Crop(size=size, **EVERYTHING)
     pixels, indices = images(64, size), np.arange(64)
-    whole = colour.apply(pixels, colour.draw(crop, 1, 2, indices, 3), crop, *PLAIN)
+    whole = color.apply(pixels, color.draw(crop, 1, 2, indices, 3), crop, *PLAIN)
     for subset in (indices[::-1].copy(), indices[10:13], indices[::5], indices[7:8], indices[:0]):
-        part = colour.apply(pixels[subset], colour.draw(crop, 1, 2, subset, 3), crop, *PLAIN)
-        assert torch.equal(part, whole[subset])    # to the bit: more ranks and parts must not change a view
+        part = color.apply(pixels[subset], color.draw(crop, 1, 2, subset, 3), crop, *PLAIN)
+        assert torch.equal(
+            part, whole[subset]
+        )  # to the bit: more ranks and parts must not change a view
 
 
 def test_memory_order_changes_nothing():
     crop = Crop(size=32, **EVERYTHING)
     pixels, parameters = images(16, 32), drawn(crop, 16)
     rows_last = pixels.contiguous(memory_format=torch.channels_last)
-    expected = colour.apply(pixels, parameters, crop, *PLAIN)
-    torch.testing.assert_close(colour.apply(rows_last, parameters, crop, *PLAIN), expected, **TOLERANCE)
+    expected = color.apply(pixels, parameters, crop, *PLAIN)
+    torch.testing.assert_close(
+        color.apply(rows_last, parameters, crop, *PLAIN), expected, **TOLERANCE
+    )
 
 
 def test_the_pixels_given_are_left_alone():
     crop = Crop(size=16, **EVERYTHING)
     pixels = images(8)
-    colour.apply(pixels, drawn(crop, 8), crop, *PLAIN)
+    color.apply(pixels, drawn(crop, 8), crop, *PLAIN)
     assert torch.equal(pixels, images(8))
 
 
@@ -183,16 +225,25 @@ def test_views_are_standardized_as_torchvision_does():
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     crop, pixels = Crop(size=16, **EVERYTHING), images(8)
     expected = v2.Normalize(mean, std)(floats(pixels))
-    torch.testing.assert_close(colour.normalize(pixels, mean, std), expected, **TOLERANCE)
-    plain = colour.apply(pixels, drawn(crop, 8), crop, *PLAIN)
-    torch.testing.assert_close(colour.apply(pixels, drawn(crop, 8), crop, mean, std), v2.Normalize(mean, std)(plain), **TOLERANCE)
+    torch.testing.assert_close(color.normalize(pixels, mean, std), expected, **TOLERANCE)
+    plain = color.apply(pixels, drawn(crop, 8), crop, *PLAIN)
+    torch.testing.assert_close(
+        color.apply(pixels, drawn(crop, 8), crop, mean, std),
+        v2.Normalize(mean, std)(plain),
+        **TOLERANCE,
+    )
 
 
 N = 20000
 
 
 def test_factors_are_spread_as_colour_jitters():
-    strengths = {"brightness": 1.2, "contrast": 0.4, "saturation": 0.8, "hue": 0.1}    # 1.2: the range is cut at 0
+    strengths = {
+        "brightness": 1.2,
+        "contrast": 0.4,
+        "saturation": 0.8,
+        "hue": 0.1,
+    }  # 1.2: the range is cut at 0
     parameters = drawn(Crop(jitter=1.0, **strengths), N)
     transform = v2.ColorJitter(**strengths)
     with torch.random.fork_rng():
@@ -215,7 +266,10 @@ def test_every_order_of_jitter_is_equally_frequent():
 
 def test_added_brightness_and_sigma_are_uniform_in_their_ranges():
     parameters = drawn(Crop(brightness=0.4, brightness_mode="add", blur_sigma=[0.1, 2.0]), N)
-    assert stats.kstest(parameters.factors[:, BRIGHTNESS], stats.uniform(-0.4, 0.8).cdf).pvalue > CHANCE
+    assert (
+        stats.kstest(parameters.factors[:, BRIGHTNESS], stats.uniform(-0.4, 0.8).cdf).pvalue
+        > CHANCE
+    )
     assert stats.kstest(parameters.sigma, stats.uniform(0.1, 1.9).cdf).pvalue > CHANCE
 
 
@@ -226,7 +280,7 @@ def test_an_operation_is_as_likely_as_the_recipe_says(name):
 
     assert not mask(0.0).any()
     assert mask(1.0).all()
-    assert mask(0.2).mean() == pytest.approx(0.2, abs=0.011)    # 3.9 standard deviations
+    assert mask(0.2).mean() == pytest.approx(0.2, abs=0.011)  # 3.9 standard deviations
 
 
 def test_choices_are_independent_of_each_other():
@@ -234,8 +288,8 @@ def test_choices_are_independent_of_each_other():
     columns = [p.jitter, p.grayscale, p.blur, p.solarize, p.sigma, *p.factors.T, *p.order[:, :2].T]
     correlations = np.corrcoef(np.array(columns, dtype=float))
     allowed = np.eye(len(columns), dtype=bool)
-    allowed[-1, -2] = allowed[-2, -1] = True    # two stages never share an operation
-    assert np.abs(correlations[~allowed]).max() < 0.03    # 4.2 standard deviations
+    allowed[-1, -2] = allowed[-2, -1] = True  # two stages never share an operation
+    assert np.abs(correlations[~allowed]).max() < 0.03  # 4.2 standard deviations
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}, {"view": 1}])
@@ -247,22 +301,33 @@ def test_parameters_differ_by_seed_epoch_and_view(other):
 
 def test_a_sample_draws_the_same_in_any_batch():
     crop, subset = Crop(**EVERYTHING), np.array([40, 3, 17])
-    whole, part = drawn(crop, 100), colour.draw(crop, 0, 0, subset, 0)
-    for field in fields(colour.Parameters):
-        assert np.array_equal(getattr(part, field.name), getattr(whole, field.name)[subset]), field.name
+    whole, part = drawn(crop, 100), color.draw(crop, 0, 0, subset, 0)
+    for field in fields(color.Parameters):
+        assert np.array_equal(getattr(part, field.name), getattr(whole, field.name)[subset]), (
+            field.name
+        )
 
 
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (torch.zeros(4, 3, 8, 8), "colour: pixels must be uint8 (4, 3, height, width), got torch.float32 (4, 3, 8, 8)"),
-        (torch.zeros(5, 3, 8, 8, dtype=torch.uint8), "colour: pixels must be uint8 (4, 3, height, width), got torch.uint8 (5, 3, 8, 8)"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), "colour: pixels must be uint8 (4, 3, height, width), got torch.uint8 (3, 8, 8)"),
+        (
+            torch.zeros(4, 3, 8, 8),
+            "colour: pixels must be uint8 (4, 3, height, width), got torch.float32 (4, 3, 8, 8)",
+        ),
+        (
+            torch.zeros(5, 3, 8, 8, dtype=torch.uint8),
+            "colour: pixels must be uint8 (4, 3, height, width), got torch.uint8 (5, 3, 8, 8)",
+        ),
+        (
+            torch.zeros(3, 8, 8, dtype=torch.uint8),
+            "colour: pixels must be uint8 (4, 3, height, width), got torch.uint8 (3, 8, 8)",
+        ),
     ],
 )
 def test_other_pixels_are_refused(pixels, message):
     with pytest.raises(ValueError) as error:
-        colour.apply(pixels, drawn(Crop(size=8), 4), Crop(size=8), *PLAIN)
+        color.apply(pixels, drawn(Crop(size=8), 4), Crop(size=8), *PLAIN)
     assert str(error.value) == message
 
 
@@ -271,12 +336,12 @@ def test_other_pixels_are_refused(pixels, message):
 def test_a_gpu_gives_the_same_views_and_is_never_waited_for(size):
     crop = Crop(size=size, **EVERYTHING)
     pixels, parameters = images(32, size), drawn(crop, 32)
-    expected = colour.apply(pixels, parameters, crop, *PLAIN)
+    expected = color.apply(pixels, parameters, crop, *PLAIN)
     on_gpu = pixels.cuda()
-    colour.apply(on_gpu, parameters, crop, *PLAIN)    # the first call makes its constants
+    color.apply(on_gpu, parameters, crop, *PLAIN)  # the first call makes its constants
     torch.cuda.set_sync_debug_mode("error")
     try:
-        views = colour.apply(on_gpu, parameters, crop, *PLAIN)
+        views = color.apply(on_gpu, parameters, crop, *PLAIN)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(views.cpu(), expected, **TOLERANCE)
@@ -287,11 +352,15 @@ def test_kornias_functions_give_the_same_views():
     import importlib.util
     from pathlib import Path
 
-    spec = importlib.util.spec_from_file_location("colour_bench", Path(__file__).parents[1] / "bench" / "colour.py")
+    spec = importlib.util.spec_from_file_location(
+        "colour_bench", Path(__file__).parents[1] / "bench" / "colour.py"
+    )
     assert spec is not None and spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
     parameters = bench.parameters(24)
     assert 0 < parameters.grayscale.sum() < 24 and 0 < parameters.blur.sum() < 24
-    difference = (bench.ours(bench.batch(24), parameters) - bench.kornias(bench.batch(24), parameters)).abs()
-    assert difference.max() < 0.25 / 255    # a quarter of a grey level
+    difference = (
+        bench.ours(bench.batch(24), parameters) - bench.kornias(bench.batch(24), parameters)
+    ).abs()
+    assert difference.max() < 0.25 / 255  # a quarter of a grey level

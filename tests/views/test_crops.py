@@ -13,19 +13,27 @@ from ssl_pretrain.views.recipe import Crop
 
 pytestmark = pytest.mark.promise
 
-CHANCE = 1e-4    # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
+CHANCE = 1e-4  # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
 
 
 def image(height: int, width: int) -> torch.Tensor:
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(height * 1000 + width))
+    return torch.randint(
+        0,
+        256,
+        (3, height, width),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(height * 1000 + width),
+    )
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [16, 96])    # shrinking and enlarging
+@pytest.mark.parametrize("size", [16, 96])  # shrinking and enlarging
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
     pixels, box = image(70, 90), Box(5, 11, 41, 53, flip)
-    expected = F.resized_crop(pixels, 5, 11, 41, 53, [size, size], F.InterpolationMode(interpolation), antialias=True)
+    expected = F.resized_crop(
+        pixels, 5, 11, 41, 53, [size, size], F.InterpolationMode(interpolation), antialias=True
+    )
     view = crops.apply(pixels, box, Crop(size=size, interpolation=interpolation))
     assert view.dtype == torch.uint8
     assert torch.equal(view, F.horizontal_flip(expected) if flip else expected)
@@ -33,7 +41,9 @@ def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
 
 def test_memory_order_changes_nothing():
     pixels, crop, box = image(70, 90), Crop(size=32), Box(5, 11, 41, 53, True)
-    as_decoded = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)    # height, width, channel in memory
+    as_decoded = (
+        pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    )  # height, width, channel in memory
     assert torch.equal(crops.apply(as_decoded, box, crop), crops.apply(pixels, box, crop))
 
 
@@ -54,9 +64,9 @@ def torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray
     ("crop", "height", "width"),
     [
         (Crop(), 375, 500),
-        (Crop(size=96, scale=[0.05, 0.14]), 375, 500),    # SwAV's local crops
+        (Crop(size=96, scale=[0.05, 0.14]), 375, 500),  # SwAV's local crops
         (Crop(ratio=[0.5, 3.0]), 300, 200),
-        (Crop(), 400, 130),    # a narrow image: many tries do not fit, some fall back
+        (Crop(), 400, 130),  # a narrow image: many tries do not fit, some fall back
     ],
 )
 def test_boxes_are_spread_as_torchvisions(crop, height, width):
@@ -70,23 +80,35 @@ def test_boxes_are_spread_as_torchvisions(crop, height, width):
     }
     for name, measure in measures.items():
         assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > CHANCE, name
-    assert ours.min(axis=0)[:2].tolist() == [0, 0]    # both edges are reached
+    assert ours.min(axis=0)[:2].tolist() == [0, 0]  # both edges are reached
     assert (ours[:, 0] + ours[:, 2]).max() == height
     assert (ours[:, 1] + ours[:, 3]).max() == width
 
 
 def test_area_and_ratio_are_uniform_and_log_uniform():
-    drawn = boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)    # no try is refused at these sizes
+    drawn = boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # no try is refused at these sizes
     area, ratio = drawn[:, 2] * drawn[:, 3] / 2000**2, drawn[:, 3] / drawn[:, 2]
     assert stats.kstest(area, stats.uniform(0.1, 0.4).cdf).pvalue > CHANCE
-    assert stats.kstest(np.log(ratio), stats.uniform(math.log(3 / 4), math.log(16 / 9)).cdf).pvalue > CHANCE
+    assert (
+        stats.kstest(np.log(ratio), stats.uniform(math.log(3 / 4), math.log(16 / 9)).cdf).pvalue
+        > CHANCE
+    )
     assert abs(np.corrcoef(area, ratio)[0, 1]) < 0.05
-    assert abs(np.corrcoef(drawn[:, 0] / (2000 - drawn[:, 2]), drawn[:, 1] / (2000 - drawn[:, 3]))[0, 1]) < 0.05
+    assert (
+        abs(
+            np.corrcoef(drawn[:, 0] / (2000 - drawn[:, 2]), drawn[:, 1] / (2000 - drawn[:, 3]))[
+                0, 1
+            ]
+        )
+        < 0.05
+    )
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 60), (60, 300), (101, 7), (8, 100), (100, 8), (1, 1), (1, 9)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(300, 60), (60, 300), (101, 7), (8, 100), (100, 8), (1, 1), (1, 9)]
+)
 def test_what_fits_nowhere_falls_back_as_torchvision(height, width):
-    crop = Crop(scale=[1.0, 1.0]) if height != width else Crop(scale=[4.0, 4.0])    # no try fits
+    crop = Crop(scale=[1.0, 1.0]) if height != width else Crop(scale=[4.0, 4.0])  # no try fits
     assert np.array_equal(boxes(crop, height, width, 3), torchvision_boxes(crop, height, width, 3))
 
 
@@ -105,11 +127,13 @@ def test_a_box_is_inside_the_image(height, width):
 
 def test_a_flip_is_as_likely_as_the_recipe_says():
     def flips(probability):
-        return [crops.draw(Crop(flip=probability), 0, 0, index, 0, 40, 40).flip for index in range(4000)]
+        return [
+            crops.draw(Crop(flip=probability), 0, 0, index, 0, 40, 40).flip for index in range(4000)
+        ]
 
     assert not any(flips(0.0))
     assert all(flips(1.0))
-    assert np.mean(flips(0.3)) == pytest.approx(0.3, abs=0.025)    # 3.5 standard deviations
+    assert np.mean(flips(0.3)) == pytest.approx(0.3, abs=0.025)  # 3.5 standard deviations
 
 
 def test_a_box_depends_on_its_name_alone():
@@ -119,10 +143,25 @@ def test_a_box_depends_on_its_name_alone():
         assert crops.draw(Crop(), *name, 300, 400)[:4] != box[:4]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ],
+)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [8, 32])
-@pytest.mark.parametrize("options", [{}, {"antialias": False, "crop_sampler": "tensorflow"}, {"antialias": False, "crop_sampler": "clipped"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"antialias": False, "crop_sampler": "tensorflow"},
+        {"antialias": False, "crop_sampler": "clipped"},
+    ],
+)
 def test_a_batch_is_cut_as_its_images_one_by_one(interpolation, size, device, options):
     crop = Crop(size=size, interpolation=interpolation, scale=[0.05, 1.0], **options)
     sizes = np.array([[32, 32], [20, 31], [32, 9], [1, 1], [13, 32]] * 8)
@@ -136,14 +175,25 @@ def test_a_batch_is_cut_as_its_images_one_by_one(interpolation, size, device, op
     assert drawn[:, 4].min() == 0 and drawn[:, 4].max() == 1
     views = crops.apply_to_batch(images.to(device), drawn, crop).cpu()
     difference = (views.int() - torch.stack(expected).int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002  # halves are rounded either way
+    assert (
+        difference.max() <= 1 and (difference > 0).float().mean() < 0.002
+    )  # halves are rounded either way
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (401, 299), (20, 90), (224, 224)])
-@pytest.mark.parametrize(("size", "crop_ratio", "resized"), [(224, 0.875, 256), (32, 1.0, 32), (96, 0.875, 110)])
-def test_evaluation_sees_the_resized_centre(interpolation, height, width, size, crop_ratio, resized):
-    transform = v2.Compose([v2.Resize(resized, interpolation=F.InterpolationMode(interpolation), antialias=True), v2.CenterCrop(size)])
+@pytest.mark.parametrize(
+    ("size", "crop_ratio", "resized"), [(224, 0.875, 256), (32, 1.0, 32), (96, 0.875, 110)]
+)
+def test_evaluation_sees_the_resized_centre(
+    interpolation, height, width, size, crop_ratio, resized
+):
+    transform = v2.Compose(
+        [
+            v2.Resize(resized, interpolation=F.InterpolationMode(interpolation), antialias=True),
+            v2.CenterCrop(size),
+        ]
+    )
     view = crops.evaluate(image(height, width), size, crop_ratio, interpolation)
     assert view.shape == (3, size, size)
     assert torch.equal(view, transform(image(height, width)))
@@ -152,17 +202,38 @@ def test_evaluation_sees_the_resized_centre(interpolation, height, width, size, 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(40, 901), (901, 37), (16, 1000), (3, 250)])
 @pytest.mark.parametrize(("size", "crop_ratio", "resized"), [(32, 0.875, 37), (24, 1.0, 24)])
-def test_evaluation_of_a_long_thin_image_sees_nearly_the_resized_centre(interpolation, height, width, size, crop_ratio, resized):
-    smooth = F.resize(image(max(2, height // 8), max(2, width // 8)), [height, width], antialias=True)
-    transform = v2.Compose([v2.Resize(resized, interpolation=F.InterpolationMode(interpolation), antialias=True), v2.CenterCrop(size)])
-    difference = (crops.evaluate(smooth, size, crop_ratio, interpolation).int() - transform(smooth).int()).abs().float()
-    assert difference.mean() < 1 and difference.max() <= 8  # of 255: the scale along the longer side is rounded
+def test_evaluation_of_a_long_thin_image_sees_nearly_the_resized_centre(
+    interpolation, height, width, size, crop_ratio, resized
+):
+    smooth = F.resize(
+        image(max(2, height // 8), max(2, width // 8)), [height, width], antialias=True
+    )
+    transform = v2.Compose(
+        [
+            v2.Resize(resized, interpolation=F.InterpolationMode(interpolation), antialias=True),
+            v2.CenterCrop(size),
+        ]
+    )
+    difference = (
+        (crops.evaluate(smooth, size, crop_ratio, interpolation).int() - transform(smooth).int())
+        .abs()
+        .float()
+    )
+    assert (
+        difference.mean() < 1 and difference.max() <= 8
+    )  # of 255: the scale along the longer side is rounded
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 40_000), (30_000, 2), (5, 9_000)])
 def test_memory_of_an_evaluation_view_is_bounded_by_the_view(height, width, monkeypatch):
     sizes, resize = [], F.resize
-    monkeypatch.setattr(F, "resize", lambda pixels, *rest, **options: sizes.append((made := resize(pixels, *rest, **options)).shape) or made)
+    monkeypatch.setattr(
+        F,
+        "resize",
+        lambda pixels, *rest, **options: (
+            sizes.append((made := resize(pixels, *rest, **options)).shape) or made
+        ),
+    )
     assert crops.evaluate(torch.zeros(3, height, width, dtype=torch.uint8), 64).shape == (3, 64, 64)
     assert max(max(shape[-2:]) for shape in sizes) <= 24 * 73
 

@@ -12,7 +12,13 @@ def views(**crop) -> ViewsConfig:
 
 
 def test_counts_expand_in_the_order_of_the_file():
-    config = ViewsConfig(crops={"first": Crop(count=1, blur=1.0), "second": Crop(count=1, blur=0.1), "local": Crop(count=6, size=96)})
+    config = ViewsConfig(
+        crops={
+            "first": Crop(count=1, blur=1.0),
+            "second": Crop(count=1, blur=0.1),
+            "local": Crop(count=6, size=96),
+        }
+    )
     recipe.check(config)
     crops = recipe.each(config)
     assert [crop.size for crop in crops] == [224] * 2 + [96] * 6
@@ -28,65 +34,149 @@ def test_the_blur_kernel_follows_the_size_as_in_simclr(size, taps):
 @pytest.mark.parametrize(
     "crop",
     [
-        Crop(jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale=0.2, blur=0.5),    # SimCLR
-        Crop(jitter=0.8, brightness=0.4, brightness_mode="add", hue=0.5, blur=1.0, solarize=0.2, interpolation="bicubic"),    # BYOL
-        Crop(size=4, blur=1.0, blur_kernel=7),    # the widest kernel that 4 pixels can reflect
-        Crop(size=4, blur=1.0, blur_kernel=23, blur_border="zero"),    # black has no end
+        Crop(
+            jitter=0.8,
+            brightness=0.8,
+            contrast=0.8,
+            saturation=0.8,
+            hue=0.2,
+            grayscale=0.2,
+            blur=0.5,
+        ),  # SimCLR
+        Crop(
+            jitter=0.8,
+            brightness=0.4,
+            brightness_mode="add",
+            hue=0.5,
+            blur=1.0,
+            solarize=0.2,
+            interpolation="bicubic",
+        ),  # BYOL
+        Crop(size=4, blur=1.0, blur_kernel=7),  # the widest kernel that 4 pixels can reflect
+        Crop(size=4, blur=1.0, blur_kernel=23, blur_border="zero"),  # black has no end
         Crop(size=1),
         Crop(scale=[1.0, 1.0], ratio=[1.0, 1.0], flip=0.0),
     ],
 )
 def test_good_recipes_pass(crop):
-    recipe.check(ViewsConfig(crops={"global": crop}, mean=[0.485, 0.456, 0.406], std=[0.228, 0.224, 0.225]))
+    recipe.check(
+        ViewsConfig(crops={"global": crop}, mean=[0.485, 0.456, 0.406], std=[0.228, 0.224, 0.225])
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ViewsConfig(), "views.crops: no crop is named; name at least one, as in views.crops.global.size=224"),
+        (
+            ViewsConfig(),
+            "views.crops: no crop is named; name at least one, as in views.crops.global.size=224",
+        ),
         (views(count=0), "views.crops.global.count: 0 is too small; give a whole number >= 1"),
         (views(size=-3), "views.crops.global.size: -3 is too small; give a whole number >= 1"),
-        (views(scale=[0.5, 0.2]), "views.crops.global.scale: [0.5, 0.2] is not a range; give [low, high] with 0 < low <= high <= 1"),
-        (views(scale=[0.5, 1.5]), "views.crops.global.scale: [0.5, 1.5] is not a range; give [low, high] with 0 < low <= high <= 1"),
-        (views(scale=[0.5]), "views.crops.global.scale: [0.5] is not a range; give [low, high] with 0 < low <= high <= 1"),
-        (views(ratio=[0.0, 1.0]), "views.crops.global.ratio: [0.0, 1.0] is not a range; give [low, high] with 0 < low <= high"),
-        (views(blur_sigma=[0, 2]), "views.crops.global.blur_sigma: [0, 2] is not a range; give [low, high] with 0 < low <= high"),
-        (views(interpolation="nearest"), "views.crops.global.interpolation: 'nearest' is not known; choose one of: bilinear, bicubic"),
-        (views(brightness_mode="sub"), "views.crops.global.brightness_mode: 'sub' is not known; choose one of: multiply, add"),
-        (views(saturation_mode="hsl"), "views.crops.global.saturation_mode: 'hsl' is not known; choose one of: blend, hsv"),
-        (views(contrast_mean="grey"), "views.crops.global.contrast_mean: 'grey' is not known; choose one of: gray, channel"),
-        (views(blur_border="black"), "views.crops.global.blur_border: 'black' is not known; choose one of: reflect, zero"),
+        (
+            views(scale=[0.5, 0.2]),
+            "views.crops.global.scale: [0.5, 0.2] is not a range; give [low, high] with 0 < low <= high <= 1",
+        ),
+        (
+            views(scale=[0.5, 1.5]),
+            "views.crops.global.scale: [0.5, 1.5] is not a range; give [low, high] with 0 < low <= high <= 1",
+        ),
+        (
+            views(scale=[0.5]),
+            "views.crops.global.scale: [0.5] is not a range; give [low, high] with 0 < low <= high <= 1",
+        ),
+        (
+            views(ratio=[0.0, 1.0]),
+            "views.crops.global.ratio: [0.0, 1.0] is not a range; give [low, high] with 0 < low <= high",
+        ),
+        (
+            views(blur_sigma=[0, 2]),
+            "views.crops.global.blur_sigma: [0, 2] is not a range; give [low, high] with 0 < low <= high",
+        ),
+        (
+            views(interpolation="nearest"),
+            "views.crops.global.interpolation: 'nearest' is not known; choose one of: bilinear, bicubic",
+        ),
+        (
+            views(brightness_mode="sub"),
+            "views.crops.global.brightness_mode: 'sub' is not known; choose one of: multiply, add",
+        ),
+        (
+            views(saturation_mode="hsl"),
+            "views.crops.global.saturation_mode: 'hsl' is not known; choose one of: blend, hsv",
+        ),
+        (
+            views(contrast_mean="grey"),
+            "views.crops.global.contrast_mean: 'grey' is not known; choose one of: gray, channel",
+        ),
+        (
+            views(blur_border="black"),
+            "views.crops.global.blur_border: 'black' is not known; choose one of: reflect, zero",
+        ),
         (
             views(crop_sampler="byol"),
             "views.crops.global.crop_sampler: 'byol' is not known; choose one of: torchvision, tensorflow, clipped",
         ),
-        (views(flip=1.5), "views.crops.global.flip: 1.5 is not a probability; give a number in [0, 1]"),
-        (views(jitter=math.nan, hue=0.1), "views.crops.global.jitter: nan is not a probability; give a number in [0, 1]"),
-        (views(grayscale=-0.2), "views.crops.global.grayscale: -0.2 is not a probability; give a number in [0, 1]"),
+        (
+            views(flip=1.5),
+            "views.crops.global.flip: 1.5 is not a probability; give a number in [0, 1]",
+        ),
+        (
+            views(jitter=math.nan, hue=0.1),
+            "views.crops.global.jitter: nan is not a probability; give a number in [0, 1]",
+        ),
+        (
+            views(grayscale=-0.2),
+            "views.crops.global.grayscale: -0.2 is not a probability; give a number in [0, 1]",
+        ),
         (views(blur=2), "views.crops.global.blur: 2 is not a probability; give a number in [0, 1]"),
-        (views(solarize=-1), "views.crops.global.solarize: -1 is not a probability; give a number in [0, 1]"),
+        (
+            views(solarize=-1),
+            "views.crops.global.solarize: -1 is not a probability; give a number in [0, 1]",
+        ),
         (views(hue=0.6), "views.crops.global.hue: 0.6 is out of range; give a number in [0, 0.5]"),
-        (views(contrast=-0.1), "views.crops.global.contrast: -0.1 is out of range; give a number >= 0"),
+        (
+            views(contrast=-0.1),
+            "views.crops.global.contrast: -0.1 is out of range; give a number >= 0",
+        ),
         (
             views(jitter=0.8),
             "views.crops.global.jitter: 0.8 changes nothing, as brightness, contrast, saturation and hue are all 0;"
             " set one of them, or jitter to 0",
         ),
-        (views(solarize_threshold=128), "views.crops.global.solarize_threshold: 128 is out of range; pixels are in [0, 1]"),
-        (views(blur_kernel=4), "views.crops.global.blur_kernel: 4 has no middle pixel; give an odd number >= 3, or 0 for size // 10"),
+        (
+            views(solarize_threshold=128),
+            "views.crops.global.solarize_threshold: 128 is out of range; pixels are in [0, 1]",
+        ),
+        (
+            views(blur_kernel=4),
+            "views.crops.global.blur_kernel: 4 has no middle pixel; give an odd number >= 3, or 0 for size // 10",
+        ),
         (
             views(size=8, blur=0.5, blur_kernel=23),
             "views.crops.global.blur_kernel: 23 is too wide to reflect an image of size 8; give at most 15",
         ),
-        (views(size=1, blur=0.5), "views.crops.global.blur_kernel: 3 is too wide to reflect an image of size 1; set blur to 0"),
+        (
+            views(size=1, blur=0.5),
+            "views.crops.global.blur_kernel: 3 is too wide to reflect an image of size 1; set blur to 0",
+        ),
         (
             ViewsConfig(crops={"local": Crop(size=96), "global": Crop(size=224)}),
             "views.crops.global.size: 224 comes after local of size 96;"
             " name the crops from the largest to the smallest, as methods take the first ones for the global views",
         ),
-        (replace(views(), mean=[0.5]), "views.mean: [0.5] has 1 numbers; give 3, one each for red, green and blue"),
-        (replace(views(), std=[1.0, 1.0]), "views.std: [1.0, 1.0] has 2 numbers; give 3, one each for red, green and blue"),
-        (replace(views(), std=[1.0, 0.0, 1.0]), "views.std: [1.0, 0.0, 1.0] divides the pixels; give 3 numbers > 0"),
+        (
+            replace(views(), mean=[0.5]),
+            "views.mean: [0.5] has 1 numbers; give 3, one each for red, green and blue",
+        ),
+        (
+            replace(views(), std=[1.0, 1.0]),
+            "views.std: [1.0, 1.0] has 2 numbers; give 3, one each for red, green and blue",
+        ),
+        (
+            replace(views(), std=[1.0, 0.0, 1.0]),
+            "views.std: [1.0, 0.0, 1.0] divides the pixels; give 3 numbers > 0",
+        ),
     ],
 )
 def test_a_bad_recipe_names_key_value_and_remedy(config, message):

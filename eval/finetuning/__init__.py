@@ -1,0 +1,1 @@
+"""Backbone and classifier trained together on labels."""

@@ -1,0 +1,1 @@
+"""Ranks: the process group, its collectives with their true gradients, stop requests."""

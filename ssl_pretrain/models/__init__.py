@@ -1,0 +1,1 @@
+"""Networks: backbones, heads, teachers, queues, and weights that others published."""

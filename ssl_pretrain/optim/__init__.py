@@ -1,0 +1,1 @@
+"""Optimizers that skip non-finite steps, and schedules."""

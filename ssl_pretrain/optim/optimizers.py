@@ -1,0 +1,319 @@
+"""LARS, LARC, AdamW, Adam and SGD; which parameters are excluded; what the rates are at a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.distributed import collectives
+from ssl_pretrain.optim import schedules
+from ssl_pretrain.optim.larc import LARC, move
+from ssl_pretrain.schema import above_zero, below
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its schedule. `lr` is computed from `base_lr` where it is used, and printed by `--plan`."""
+
+    name: Literal["lars", "larc", "adamw", "adam", "sgd"] = "lars"
+    base_lr: float = 0.3
+    lr_scaling: Literal["linear", "sqrt", "none"] = (
+        "linear"  # base_lr * global_batch_size / 256 | base_lr * sqrt(global_batch_size) | base_lr
+    )
+    final_lr_ratio: float = 0.0  # of the scaled lr, at the end of the cosine
+    warmup_epochs: float = 10.0
+    warmup_start_ratio: float = 0.0  # of the scaled lr, at step 0
+    schedule: Literal["cosine", "milestones"] = "cosine"  # after the warm-up
+    milestones: list[float] = field(
+        default_factory=list
+    )  # epochs, at each of which the lr falls by milestone_factor
+    milestone_factor: float = 0.1
+    changes_every: Literal["step", "epoch"] = (
+        "step"  # epoch: the lr of an epoch's first step, as MoCo v2 and SimSiam
+    )
+    excluded_lr_ratio: float = (
+        1.0  # the excluded parameters' lr over the others' (Barlow Twins: 0.024)
+    )
+    constant_lr_names: list[str] = field(
+        default_factory=list
+    )  # prefixes of names whose lr stays at its peak (SimSiam: predictor)
+    weight_decay: float = 1e-4
+    final_weight_decay: float | None = (
+        None  # reached by half a cosine at the end (DINO: 0.04 to 0.4); null: it stays
+    )
+    momentum: float = field(default=0.9, metadata=below(1))
+    momentum_convention: Literal["classic", "popular"] = (
+        "classic"  # lr inside the momentum buffer (SimCLR) | outside (BYOL, MoCo v3, Barlow Twins)
+    )
+    nesterov: bool = False  # sgd only
+    trust_coefficient: float = 0.001  # eta of LARS and LARC
+    larc_clip: bool = False  # larc only: no tensor's rate above lr (solo-learn: true; SwAV: false)
+    betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.999], metadata=below(1)
+    )  # adamw and adam
+    eps: float = field(
+        default=1e-8, metadata=above_zero()
+    )  # adamw and adam; added to the root of the second moment
+    exclude_by: Literal["ndim", "name", "none"] = (
+        "ndim"  # from weight decay and from LARS's adaptation: biases and norms by ndim <= 1
+    )
+    exclude_names: list[str] = field(default_factory=list)  # parts of names, for exclude_by: name
+    clip_norm: float = 0.0  # 0: none
+    clip_by: Literal["whole", "tensor"] = (
+        "whole"  # the norm that clip_norm bounds: of the whole gradient | of each tensor's (DINO)
+    )
+
+
+def check(config: OptimConfig) -> None:
+    """Raise ValueError, naming the key, if a value can only be a mistake."""
+    if len(config.betas) != 2:
+        raise ValueError(
+            f"optim.betas: {config.betas} has {len(config.betas)} numbers; give 2, such as [0.9, 0.999]"
+        )
+    if config.schedule == "milestones" and not config.milestones:
+        raise ValueError(
+            "optim.milestones: [] leaves optim.schedule=milestones nothing to do; give epochs, such as [120, 160]"
+        )
+
+
+def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
+    """The peak learning rate at this global batch."""
+    scale = {"linear": global_batch_size / 256, "sqrt": math.sqrt(global_batch_size), "none": 1.0}[
+        config.lr_scaling
+    ]
+    return config.base_lr * scale
+
+
+def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, Any]]:
+    """The groups `adapted` and `excluded`, each with its parameters and their names, and `constant adapted` and
+    `constant excluded` where constant_lr_names names some. Excluded ones have no weight decay."""
+
+    def excluded(name: str, parameter: Tensor) -> bool:
+        if config.exclude_by == "ndim":
+            return parameter.ndim <= 1
+        return config.exclude_by == "name" and any(part in name for part in config.exclude_names)
+
+    def constant(name: str) -> bool:
+        return any(name.startswith(prefix) for prefix in config.constant_lr_names)
+
+    named = [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    for prefix in config.constant_lr_names:
+        if not any(name.startswith(prefix) for name, _ in named):
+            raise ValueError(
+                f"optim.constant_lr_names: no trained parameter's name starts with {prefix!r}"
+            )
+    groups = []
+    for steady in (False, True) if config.constant_lr_names else (False,):
+        for out in (False, True):
+            chosen = [
+                (name, parameter)
+                for name, parameter in named
+                if excluded(name, parameter) == out and constant(name) == steady
+            ]
+            groups.append(
+                {
+                    "group": ("constant " if steady else "") + ("excluded" if out else "adapted"),
+                    "names": [name for name, _ in chosen],
+                    "params": [parameter for _, parameter in chosen],
+                    "weight_decay": 0.0 if out else config.weight_decay,
+                    "adapt": not out,
+                    "constant": steady,
+                }
+            )
+    return groups
+
+
+def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over `parameter_groups`. Its learning rate is set every step by `set_rates`."""
+    groups = [group for group in parameter_groups(config, module) if group["params"]]
+    if config.name == "lars":
+        return LARS(
+            groups,
+            momentum=config.momentum,
+            trust_coefficient=config.trust_coefficient,
+            convention=config.momentum_convention,
+        )
+    if config.name == "larc":
+        return LARC(
+            groups,
+            momentum=config.momentum,
+            trust_coefficient=config.trust_coefficient,
+            clip=config.larc_clip,
+        )
+    if config.name == "sgd":
+        return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(
+        groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
+    )
+
+
+def rates(
+    config: OptimConfig, progress: float, epochs: float, global_batch_size: int
+) -> dict[str, float]:
+    """Learning rate and weight decay at `progress`, the steps done over all steps."""
+    peak = scaled_lr(config, global_batch_size)
+    at = (
+        math.floor(progress * epochs + 1e-9) / epochs
+        if config.changes_every == "epoch"
+        else progress
+    )
+    warmup, start = min(1.0, config.warmup_epochs / epochs), config.warmup_start_ratio * peak
+    if config.schedule == "cosine":
+        lr = schedules.warmup_cosine(
+            at, warmup=warmup, start=start, peak=peak, final=config.final_lr_ratio * peak
+        )
+    else:
+        lr = peak * config.milestone_factor ** sum(
+            at * epochs + 1e-9 >= milestone for milestone in config.milestones
+        )
+        lr = start + (lr - start) * at / warmup if at < warmup else lr
+    decay = config.weight_decay
+    if config.final_weight_decay is not None:
+        decay = schedules.cosine(progress, start=decay, final=config.final_weight_decay)
+    return {"lr": lr, "weight_decay": decay}
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    progress: float,
+    epochs: float,
+    global_batch_size: int,
+) -> dict[str, float]:
+    """Writes the rates of this progress into the optimizer and returns them."""
+    now = rates(config, progress, epochs, global_batch_size)
+    for group in optimizer.param_groups:
+        group["lr"] = scaled_lr(config, global_batch_size) if group["constant"] else now["lr"]
+        group["lr"] *= 1.0 if group["adapt"] else config.excluded_lr_ratio
+        group["weight_decay"] = now["weight_decay"] if group["adapt"] else 0.0
+    return now
+
+
+@torch.no_grad()
+def guarded_step(
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float = 0.0,
+    clip_by: str = "whole",
+    frozen: Iterable[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step that a non-finite gradient turns into none: weights and optimizer state stay as they are.
+
+    The decision is made on the device, without the host reading it, and is the same on every rank because
+    the gradients are.
+
+    Args:
+        frozen: parameters that do not move in this step. Their gradients count for clipping, as DINO's authors do, then become None.
+
+    Returns:
+        The gradient's norm before clipping, and 1.0 where the step was skipped, 0.0 where it was taken.
+    """
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+    (norms,) = collectives.norms(gradients)
+    gradients = collectives.shards(gradients)
+    norm = torch.linalg.vector_norm(norms)
+    skipped = (~torch.isfinite(norm)).float()
+    if clip_norm and clip_by == "whole":
+        torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    elif clip_norm:
+        torch._foreach_mul_(gradients, list((clip_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
+    for parameter in frozen:
+        parameter.grad = None
+    optimizer.found_inf, optimizer.grad_scale = skipped, None  # type: ignore[attr-defined]  # the fused kernels leave everything alone where found_inf is 1
+    optimizer.step()
+    return norm, skipped
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888), as multi-tensor operations.
+
+    Adapted tensors move by trust * (gradient + weight_decay * weight), with
+    trust = trust_coefficient * |weight| / |gradient + weight_decay * weight|, or 1 where a norm is zero.
+    Excluded ones (`adapt: False`) are plain momentum SGD. The gradients are overwritten; how many operations a step takes
+    does not depend on how many tensors there are.
+
+    Args:
+        convention: `classic`, v = m v + lr * trust * u and p = p - v (google-research/simclr lars_optimizer.py), or
+            `popular`, v = m v + trust * u and p = p - lr * v. They differ while lr changes.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, momentum: float, trust_coefficient: float, convention: str
+    ):
+        if convention not in ("classic", "popular"):
+            raise ValueError(
+                f"optim.momentum_convention: {convention!r}; choose classic or popular"
+            )
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        self.convention = convention
+        defaults = {
+            "lr": 0.0,
+            "weight_decay": 0.0,
+            "adapt": True,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        whole = [p.grad for p in params if p.grad is not None]
+        updates = collectives.shards(whole)
+        if group["weight_decay"]:  # in place: copies of all gradients cost more than the arithmetic
+            torch._foreach_add_(updates, collectives.shards(params), alpha=group["weight_decay"])
+        classic = self.convention == "classic"
+        if group["adapt"]:
+            weight_norm, update_norm = collectives.norms(params, whole)
+            trust = group["trust_coefficient"] * weight_norm / update_norm
+            trust = torch.where(
+                (weight_norm > 0) & (update_norm > 0), trust, torch.ones_like(trust)
+            )
+            torch._foreach_mul_(updates, list((trust * group["lr"] if classic else trust).unbind()))
+        elif classic:
+            torch._foreach_mul_(updates, group["lr"])
+        move(self, group, params, updates, lr=1.0 if classic else group["lr"])
+
+
+class SGD(torch.optim.Optimizer):
+    """Momentum SGD with torch.optim.SGD's arithmetic, v = m v + g + weight_decay * p, p = p - lr * v, on whole or sharded tensors."""
+
+    def __init__(self, params: Iterable[Any], *, momentum: float, nesterov: bool):
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        super().__init__(
+            params, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "nesterov": nesterov}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                updates = collectives.shards(p.grad for p in params if p.grad is not None)
+                move(
+                    self,
+                    group,
+                    params,
+                    updates,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    nesterov=group["nesterov"],
+                )

@@ -1,0 +1,1 @@
+"""One model on many ranks: DDP, FSDP2, batch-norm groups, precision, compilation, memory."""

@@ -1,0 +1,58 @@
+"""Exit statuses of a run, and which of them torchrun must not answer with a restart.
+
+torchrun restarts all ranks when one of them exits with a nonzero status. That is right after a lost
+rank. It is useless after a user's mistake, which would only repeat, and wrong for a run that was
+asked to stop. A rank that exits in one of these two ways therefore leaves a note in the folder that
+torchrun made for this launch. Restarted ranks that find a note exit at once with its status.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+# Exit statuses, those above 2 from sysexits.h. docs/reliability.md tells users about them.
+MISTAKE = 2  # the same command would fail in the same way
+LOST = (
+    69  # EX_UNAVAILABLE: the ranks did not meet, one was lost, or a process was silent for too long
+)
+DISK_REFUSED = 74  # EX_IOERR
+STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
+
+
+def note_end(status: int) -> None:
+    """Write down the exit status that restarted ranks must repeat."""
+    if (note := _note()) is not None:
+        with suppress(OSError):
+            note.write_text(str(status))
+
+
+def status_to_repeat() -> int | None:
+    """Return the status in the note if torchrun has restarted these ranks, else None."""
+    note = _note()
+    if note is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    with suppress(OSError, ValueError):
+        return int(note.read_text())
+    return None
+
+
+def stopped_status() -> int:
+    """Return the exit status of a rank that was asked to stop.
+
+    With torchrun on several hosts and restarts allowed it is 0. After any other status the agents
+    would wait for each other to restart the ranks.
+    """
+    agents = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return 0 if agents > 1 and restarts > 0 else STOPPED
+
+
+def _note() -> Path | None:
+    """Return the path of this torchrun's note on this machine, None without torchrun.
+
+    torchrun's error file is FOLDER/attempt_N/<rank>/error.json.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    return Path(file).parents[2] / "ended" if file.count("/") > 3 else None

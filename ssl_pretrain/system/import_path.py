@@ -1,0 +1,18 @@
+"""Let child processes import this copy of the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import ssl_pretrain
+
+# The folder that holds the package: the root of a clone, or site-packages.
+IMPORT_ROOT = Path(ssl_pretrain.__file__).resolve().parent.parent
+
+
+def child_environment() -> dict[str, str]:
+    """Return this process's environment variables with `IMPORT_ROOT` first in PYTHONPATH."""
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join(filter(None, [str(IMPORT_ROOT), inherited]))
+    return {**os.environ, "PYTHONPATH": path}
