@@ -33,9 +33,11 @@ test-full: env  ## all of these and the long tests, marked `full`; writes the ta
 gpu-kit: env  ## packs what a GPU machine without a network needs into .gpu-kit, and prints the calls
 	@$(python) tests/gpu/kit.py
 
-lint: env  ## ruff, and mypy's type check
+lint: env  ## style, format, types and the layers of imports
 	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
 	@$(python) -m mypy
+	@.venv/bin/lint-imports
 
 env: .venv/.package .venv/.ffcv  ## installs what is missing, nothing else
 	@if [ -s .venv/.ffcv ]; then echo "Without FFCV, images are read from folders; \`make ffcv\` says why and tries again."; fi

@@ -92,4 +92,6 @@ def test_the_scan_finds_what_it_is_for():
     planted = ("--extra-index-" + "url x", "http://host" + "/simple", "see '/ro" + "ot/.cache'")
     for text in (*planted, "cd /wo" + "rk/main", "data.root=../" + "shared/data/x.zip"):
         assert foreign(f"first\n{text}\n")[0].startswith("2: names ")
-    assert not foreign("data.root=/data/imagenet\nhttps://github.com/a/b/tree/work/x\nruns/work/x\n")
+    assert not foreign(
+        "data.root=/data/imagenet\nhttps://github.com/a/b/tree/work/x\nruns/work/x\n"
+    )

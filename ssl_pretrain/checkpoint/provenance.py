@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.system.import_path import PACKAGE
 
 
 def machine() -> dict[str, Any]:
@@ -51,7 +52,7 @@ def _revision() -> str:
         command = [
             "git",
             "-C",
-            str(Path(__file__).parent),
+            str(PACKAGE),
             "describe",
             "--always",
             "--dirty",

@@ -17,6 +17,7 @@ from typing import Any
 
 from ssl_pretrain.checkpoint import provenance
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.system.import_path import PACKAGE
 
 # Keys that may differ between machines without changing what is computed.
 PER_MACHINE = ("data.root", "data.cache_dir", "data.num_workers")
@@ -101,12 +102,18 @@ def _named(ranks: list[int], answers: list[tuple[str, dict[str, Any]]]) -> str:
     return first if len(ranks) == 1 else f"{first} and {len(ranks) - 1} more"
 
 
+NOT_TRAINING = {"eval", "launch"}  # in a clone these are links, in a wheel they are folders
+
+
 def _sources(method_module: str) -> dict[str, str]:
-    """Digest of every source file of the package, and of a method that lies outside it."""
-    package = Path(__file__).parent
-    files = {f"{package.name}/{path.relative_to(package)}": path for path in package.rglob("*.py")}
+    """Digest of every source file that training uses, and of a method that lies outside the package."""
+    files = {
+        f"{PACKAGE.name}/{path.relative_to(PACKAGE)}": path
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] not in NOT_TRAINING
+    }
     own = getattr(sys.modules.get(method_module), "__file__", None)
-    if own and not Path(own).is_relative_to(package):
+    if own and not Path(own).is_relative_to(PACKAGE):
         files[f"method {method_module}"] = Path(own)
     return {name: _digest(path) for name, path in sorted(files.items())}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import ssl_pretrain
 
-# The folder that holds the package: the root of a clone, or site-packages.
-IMPORT_ROOT = Path(ssl_pretrain.__file__).resolve().parent.parent
+PACKAGE = Path(ssl_pretrain.__file__).resolve().parent
+IMPORT_ROOT = PACKAGE.parent  # the root of a clone, or site-packages
 
 
 def child_environment() -> dict[str, str]:

@@ -19,9 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parent
+from ssl_pretrain.system.import_path import PACKAGE
+
 # Folders with cached functions. numba keeps the cache of each in its __pycache__.
-CACHED = (PACKAGE, PACKAGE / "views", PACKAGE / "data", PACKAGE.parent / "eval")
+CACHED = (PACKAGE, PACKAGE / "views", PACKAGE / "data" / "native", PACKAGE / "eval")
 VARIABLE = "NUMBA_CACHE_DIR"
 
 

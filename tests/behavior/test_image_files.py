@@ -269,7 +269,7 @@ def replace(old, new):
         os.kill(os.getpid(), 9)
     real(old, new)
 os.replace = replace
-from ssl_pretrain.data import beton
+from ssl_pretrain.data.beton import __main__ as beton
 beton.main(sys.argv[1:])
 """
 

@@ -17,7 +17,7 @@ needs_root = pytest.mark.skipif(
 # Reading stays possible as root, so that the test does not depend on the modes above the checkout.
 STRANGER = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
 STRANGER += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
-DRAW = ("-c", "from ssl_pretrain import draws; print(draws.permutation(0, 0, 4))")
+DRAW = ("-c", "from ssl_pretrain import rng; print(rng.permutation(0, 0, 4))")
 
 
 def as_stranger(*arguments: str | Path, **environment: str) -> commands.Finished:

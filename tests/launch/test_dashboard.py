@@ -18,7 +18,7 @@ workspaces = pytest.importorskip(
     reason="wandb-workspaces is not installed: pip install 'ssl_pretrain[dashboard]'",
 )
 LOGGED = {"replaced_images", "loss", "knn", "probe", "lr", "weight_decay", "gradient_norm", "images_per_second", "seconds_per_step", "data_wait", "memory_gib",
-          "model_tflops", "flops_utilization", "teacher_distance", "straggler", "straggler_seconds"}  # fmt: skip  # tests/test_log.py and test_health.py see them logged
+          "model_tflops", "flops_utilization", "teacher_distance", "straggler", "straggler_seconds"}  # fmt: skip  # tests/monitoring/test_logger.py and test_health.py see them logged
 
 
 def shown(workspace):

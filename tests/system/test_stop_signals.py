@@ -13,7 +13,7 @@ import pytest
 
 PREPARE = """
 import os, signal, sys, threading, time
-from ssl_pretrain import stop_signals
+from ssl_pretrain.system import stop_signals
 """
 BLOCKED = """
 import ctypes

@@ -12,9 +12,7 @@ ENVIRONMENT = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": os.ge
 
 
 def start(code: str) -> subprocess.Popen[str]:
-    text = (
-        f"import os, time\nfrom ssl_pretrain import watchdog as module\nw = module.watchdog\n{code}"
-    )
+    text = f"import os, time\nfrom ssl_pretrain.system import watchdog as module\nw = module.watchdog\n{code}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", text], env=ENVIRONMENT, text=True, **pipes)
 

@@ -12,7 +12,7 @@ from ssl_pretrain import config, methods
 from ssl_pretrain.eval import results, spectrum
 from ssl_pretrain.launch import study, sweep
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
 ABOUT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
 

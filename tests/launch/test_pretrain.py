@@ -15,7 +15,7 @@ from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.launch import local, pretrain, slurm, sweep
 from ssl_pretrain.train import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

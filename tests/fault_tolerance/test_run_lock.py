@@ -144,7 +144,7 @@ def test_a_lock_that_is_just_being_written_is_not_taken(tmp_path, without_links,
 HOLD = """
 import json, os, sys, time
 from pathlib import Path
-from ssl_pretrain import lock
+from ssl_pretrain.fault_tolerance import run_lock as lock
 lock._namespace = lambda: "pid:[1]"  # a container's
 held = lock.Lock(Path(sys.argv[1])).__enter__()
 print("held", flush=True)
@@ -242,7 +242,7 @@ def test_every_rank_hears_of_it(tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from ssl_pretrain import lock
+from ssl_pretrain.fault_tolerance import run_lock as lock
 lock.BEAT_SECONDS = 0.3
 with lock.Lock(Path(sys.argv[1])):
     print("held", flush=True)

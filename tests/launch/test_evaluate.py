@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "eval"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 from made_run import edit_manifest, make_run
 
 from ssl_pretrain.checkpoint import folder as manifests

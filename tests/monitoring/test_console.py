@@ -123,7 +123,7 @@ def test_output_that_nobody_takes_ends_nothing(tmp_path, shell, said):
     program.write_text(
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from ssl_pretrain import console\n"
+        "from ssl_pretrain.monitoring import console\n"
         "with console.lasting_output():\n"
         "    time.sleep(0.5)\n"
         "    for number in range(3000):\n"
