@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -241,12 +242,11 @@ def facts(backbone: nn.Module) -> dict[str, Any]:
 
 def reference_input(size: int) -> Tensor:
     """Smooth noise, float32 (REFERENCE_IMAGES, 3, size, size) of deviation about 1: the same everywhere, and nobody's photograph."""
-    coarse = rng.uniform(0, 0, range(REFERENCE_IMAGES), 0, rng.Purpose.SUBSET, 3 * 8 * 8).reshape(
-        REFERENCE_IMAGES, 3, 8, 8
-    )  # type: ignore[arg-type]
-    fine = rng.uniform(
-        0, 1, range(REFERENCE_IMAGES), 0, rng.Purpose.SUBSET, 3 * size * size
-    ).reshape(REFERENCE_IMAGES, 3, size, size)  # type: ignore[arg-type]
+    images = np.arange(REFERENCE_IMAGES)
+    coarse = rng.uniform(0, 0, images, 0, rng.Purpose.SUBSET, 3 * 8 * 8)
+    coarse = coarse.reshape(REFERENCE_IMAGES, 3, 8, 8)
+    fine = rng.uniform(0, 1, images, 0, rng.Purpose.SUBSET, 3 * size * size)
+    fine = fine.reshape(REFERENCE_IMAGES, 3, size, size)
     smooth = F.interpolate(torch.from_numpy(coarse), (size, size), mode="bilinear")
     return (4 * (smooth - 0.5) + (torch.from_numpy(fine) - 0.5)).float()
 

@@ -265,11 +265,9 @@ def to_device(method: nn.Module, config: ParallelConfig, device: torch.device) -
     sharded = (
         config.strategy != "ddp" and process_group.world_size() > 1
     )  # shards are rows of the plain layout
-    return (
-        method.to(memory_format=torch.channels_last)
-        if config.channels_last and not sharded
-        else method
-    )  # type: ignore[call-overload]
+    if config.channels_last and not sharded:
+        method = method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return method
 
 
 def begin_step(config: ParallelConfig) -> None:
