@@ -18,7 +18,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.monitoring.online_knn import OnlineKNN
-from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory
+from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory, parallel_config
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.planning import flops
 from ssl_pretrain.step import check_accumulation
@@ -54,7 +54,7 @@ def images_at_once(method: Method, config: RunConfig, device: torch.device) -> i
     share = config.global_batch_size // process_group.world_size()
     images = configuration.part_size(config, process_group.world_size())
     if images is None:
-        group = parallel.group_images(config.parallel, config.global_batch_size)
+        group = parallel_config.bn_group_images(config.parallel, config.global_batch_size)
         multiple = 1 if not batch_norm.statistics(method) else min(group, share)
         moved = parallel.to_device(method, config.parallel, device)
         again = parallel.recompute(moved, config.parallel)

@@ -26,8 +26,8 @@ from ssl_pretrain.monitoring.logger import LogConfig
 from ssl_pretrain.monitoring.online_knn import OnlineConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import wrap as parallel
-from ssl_pretrain.parallel.wrap import ParallelConfig
+from ssl_pretrain.parallel import parallel_config
+from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.schema import Bounds, Scalar
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.recipe import ViewsConfig
@@ -322,8 +322,8 @@ def check(config: RunConfig, world_size: int) -> None:
         schema.check(config)
         recipe.check(config.views)
         sources.check(config.data)
-        group = parallel.group_images(config.parallel, config.global_batch_size)
-        parallel.check(config.parallel)
+        group = parallel_config.bn_group_images(config.parallel, config.global_batch_size)
+        parallel_config.check(config.parallel)
         optim.check(config.optim)
         backbones.check(config.backbone, _image_sizes(config))
         config.method.check(config, world_size)
@@ -362,7 +362,7 @@ def _try_method(config: RunConfig) -> None:
         ValueError: The method takes other views or more images, or cannot run on the backbone.
     """
     sizes = [crop.size for crop in recipe.each(config.views)]
-    num_images = min(2, parallel.group_images(config.parallel, config.global_batch_size))
+    num_images = min(2, parallel_config.bn_group_images(config.parallel, config.global_batch_size))
     untrained = dataclasses.replace(
         config, backbone=dataclasses.replace(config.backbone, init="random")
     )

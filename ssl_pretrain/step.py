@@ -15,7 +15,7 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import batch_norm
 from ssl_pretrain.parallel import wrap as parallel
-from ssl_pretrain.parallel.wrap import ParallelConfig
+from ssl_pretrain.parallel.parallel_config import ParallelConfig
 
 Embeddings = dict[str, Tensor]
 

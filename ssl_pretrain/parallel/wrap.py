@@ -7,8 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models import backbones
 from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint
-from ssl_pretrain.schema import above_zero
+from ssl_pretrain.parallel.parallel_config import ParallelConfig, bn_group_images, check
 
 # Ranks keep their own buffers in a forward; torch 2.13 renamed the argument.
 _BUFFERS_STAY: dict[str, Any] = {
@@ -35,72 +34,6 @@ _BUFFERS_STAY: dict[str, Any] = {
     else "broadcast_buffers": False
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-@dataclass
-class ParallelConfig:
-    """How the ranks compute. Only `bn_group_images` and `gradients` change what is computed; the rest is speed and memory."""
-
-    strategy: Literal["ddp", "fsdp", "hybrid"] = (
-        "ddp"  # whole weights on every rank | shards over all ranks | shards within each node
-    )
-    reshard_after_forward: bool = True  # fsdp, hybrid: gather a block's weights again for its backward; false: keep them, faster and larger
-    gradients: Literal["float32", "bfloat16"] = "float32"  # as they travel between ranks
-    activation_checkpointing: Literal["none", "blocks", "selective"] = (
-        "none"  # run again in backward: blocks, or all but their products
-    )
-    compile: bool = False  # each block by torch.compile
-    cuda_graphs: bool = False  # with compile, on CUDA: a block's kernels start as one, for blocks too small to keep a GPU busy
-    bn_group_images: int | str = (
-        "global"  # images that share batch norm's statistics; part of the recipe
-    )
-    precision: Literal["auto", "float32", "bfloat16", "float64"] = (
-        "auto"  # auto: bfloat16 autocast on GPUs, float32 on CPU
-    )
-    channels_last: bool = True  # measured 1.3 to 1.5 times faster for ResNets on GPUs
-    threads: int = 0  # CPU threads a rank; 0 shares the cores among the ranks of a machine
-    accumulation: Literal["auto", "one_pass", "two_passes"] = (
-        "auto"  # auto: two passes where a loss couples the batch's images
-    )
-    deterministic: bool = False  # bit-for-bit runs on a GPU, slower
-    timeout_seconds: float = field(
-        default=600.0, metadata=above_zero(1e9)
-    )  # a collective that waits longer ends the run
-
-
-def check(config: ParallelConfig) -> None:
-    """Refuses settings that do not go together.
-
-    Raises:
-        ValueError: names them and what would do.
-    """
-    if config.compile and config.activation_checkpointing == "selective":
-        raise ValueError(
-            "parallel.activation_checkpointing: selective does not go with parallel.compile: the compiler chooses what it computes again; "
-            "choose none or blocks"
-        )
-    if config.cuda_graphs and not (config.compile and torch.cuda.is_available()):
-        missing = "a CUDA device" if config.compile else "parallel.compile"
-        raise ValueError(
-            f"parallel.cuda_graphs: true needs {missing}; set parallel.cuda_graphs=false"
-        )
-    if config.cuda_graphs and config.strategy != "ddp":
-        raise ValueError(
-            f"parallel.cuda_graphs: true does not go with parallel.strategy {config.strategy}: weights are gathered into another place at "
-            "each call, and a graph reads fixed ones; choose one of the two"
-        )
-
-
-def group_images(config: ParallelConfig, global_batch_size: int) -> int:
-    """Images in one batch norm group. Raises ValueError for anything but `global` or a positive divisor of the global batch."""
-    if config.bn_group_images == "global":
-        return global_batch_size
-    group = int(config.bn_group_images) if str(config.bn_group_images).isdecimal() else 0
-    if group < 1 or global_batch_size % group:
-        raise ValueError(
-            f"parallel.bn_group_images: {config.bn_group_images!r}; choose global or a divisor of global_batch_size {global_batch_size}"
-        )
-    return group
 
 
 def precision(config: ParallelConfig, device: torch.device) -> torch.dtype:
@@ -167,7 +100,7 @@ def wrap(
     """
     check(config)
     method = to_device(method, config, device)
-    batch_norm.convert(method, images, group_images(config, global_batch_size))
+    batch_norm.convert(method, images, bn_group_images(config, global_batch_size))
     repeated = [block for _, block in backbones.blocks(method)]
     if config.compile:
         compile_and_checkpoint.compile_each(
@@ -366,7 +299,7 @@ def average_statistics(model: nn.Module, config: ParallelConfig, global_batch_si
     """Leaves the mean over ranks of batch norm's running statistics, where groups are smaller than the global batch."""
     if (
         process_group.world_size() == 1
-        or group_images(config, global_batch_size) == global_batch_size
+        or bn_group_images(config, global_batch_size) == global_batch_size
     ):
         return
     buffers = batch_norm.statistics(model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain.models import backbones
 from ssl_pretrain.parallel import batch_norm
-from ssl_pretrain.parallel.wrap import ParallelConfig
+from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.planning.hardware import Machine
 
 BUCKET = 25 * 2**20  # bytes of DDP's last bucket, whose reduction nothing hides

@@ -26,7 +26,7 @@ from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel import batch_norm
+from ssl_pretrain.parallel import batch_norm, parallel_config
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.memory import GIB, ROOM
 from ssl_pretrain.planning import communication, trace
@@ -289,7 +289,7 @@ class Program:
     def largest(self) -> tuple[int, str]:
         """Images that a rank can feed at once at most, 0 for none; and why no more, or what would do."""
         room = ROOM * self.machine.memory
-        group = parallel.group_images(self.run.parallel, self.run.global_batch_size)
+        group = parallel_config.bn_group_images(self.run.parallel, self.run.global_batch_size)
         normed = bool(batch_norm.statistics(self.counted))
         smallest = min(group, self.share) if normed else 1
         sizes = [
@@ -349,7 +349,7 @@ class Program:
         cluster, settings = self.cluster, self.run.parallel
         traced = [*(losses * loss.sent), *self.optimizer[0].sent]
         open_ = [Message(name, size, self.ranks) for name, size in traced]
-        ranks = parallel.group_images(settings, self.run.global_batch_size) // images
+        ranks = parallel_config.bn_group_images(settings, self.run.global_batch_size) // images
         open_ += communication.of_batch_norm(self.part.few.norms, ranks, self.dtype.itemsize)
         if settings.strategy == "ddp":
             size = self.gradient_bytes / (

@@ -11,7 +11,7 @@ from ssl_pretrain.data import order, sources
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel import parallel_config
 from ssl_pretrain.parallel.memory import GIB, ROOM
 from ssl_pretrain.planning import hardware
 from ssl_pretrain.planning.communication import Cluster
@@ -54,7 +54,7 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
         f"embeddings per loss: {rows:,} ({len(views)} views x {run.global_batch_size:,} images); negatives per anchor: "
         + (f"{rows - 2:,}, {couples}" if method.couples_batch else couples)
     )
-    group = parallel.group_images(run.parallel, run.global_batch_size)
+    group = parallel_config.bn_group_images(run.parallel, run.global_batch_size)
     share, part = run.global_batch_size // world_size, config.part_size(run, world_size)
     parts = (
         "parts as large as memory allows, measured at the start"

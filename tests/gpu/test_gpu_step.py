@@ -16,7 +16,7 @@ from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import wrap as parallel
-from ssl_pretrain.parallel.wrap import ParallelConfig
+from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper
 
 pytestmark = NEEDS_CUDA

@@ -15,9 +15,9 @@ from traffic import Traffic, predicted
 
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.parallel import batch_norm
+from ssl_pretrain.parallel import batch_norm, parallel_config
 from ssl_pretrain.parallel import wrap as parallel
-from ssl_pretrain.parallel.wrap import ParallelConfig
+from ssl_pretrain.parallel.parallel_config import ParallelConfig
 
 SAVED, LAST = 16, 20  # steps: stopped once, and the end
 SGD = {
@@ -318,7 +318,7 @@ def test_compiled_blocks_train_the_same_weights(name, drop_path):
 )
 def test_what_does_not_go_together_is_refused(settings, message):
     with pytest.raises(ValueError) as error:
-        parallel.check(ParallelConfig(**settings))
+        parallel_config.check(ParallelConfig(**settings))
     assert str(error.value) == message
 
 
