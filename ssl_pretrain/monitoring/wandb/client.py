@@ -37,10 +37,17 @@ class Client:
         self.wandb: Any = wandb
         self.folder = Path(settings["dir"])
         (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
-        arguments = {key: settings[key] for key in ("project", "name", "id", "dir", "config", "tags")}
+        arguments = {
+            key: settings[key] for key in ("project", "name", "id", "dir", "config", "tags")
+        }
         self.online = settings["mode"] == "online"
         try:
-            self.run = wandb.init(**arguments, mode=settings["mode"], resume="allow" if self.online else None, settings=self._settings())
+            self.run = wandb.init(
+                **arguments,
+                mode=settings["mode"],
+                resume="allow" if self.online else None,
+                settings=self._settings(),
+            )
         except Exception as error:  # whatever the client raises
             if not self.online:
                 raise
@@ -50,7 +57,9 @@ class Client:
             start_over(settings | {"mode": "offline"})
         if self.online:
             say(f"W&B: {self.run.url}")
-        self.done = -1 if self.online else offline_file.last_step(self.folder, settings["id"])  # online, the server knows
+        self.done = (
+            -1 if self.online else offline_file.last_step(self.folder, settings["id"])
+        )  # online, the server knows
         self.latest = max(self.done, self.run.step - 1)
         for axis in metric_names.AXES:
             self.run.define_metric(axis)
@@ -61,7 +70,11 @@ class Client:
 
     def _settings(self) -> Any:
         return self.wandb.Settings(
-            init_timeout=START_SECONDS, login_timeout=START_SECONDS, console="off", silent=True, x_disable_stats=True
+            init_timeout=START_SECONDS,
+            login_timeout=START_SECONDS,
+            console="off",
+            silent=True,
+            x_disable_stats=True,
         )
 
     def record(self, record: dict[str, Any], plots: dict[str, list[float]] | None = None) -> None:
@@ -69,11 +82,19 @@ class Client:
         step = record["step"]
         if step <= self.done:
             return
-        row: dict[str, Any] = {metric_names.name(key): value for key, value in record.items() if key != "time"}
+        row: dict[str, Any] = {
+            metric_names.name(key): value for key, value in record.items() if key != "time"
+        }
         if plots:
-            row[f"{metric_names.COLLAPSE}/spread of the dimensions"] = self.wandb.Histogram(plots["deviations"], num_bins=32)
+            row[f"{metric_names.COLLAPSE}/spread of the dimensions"] = self.wandb.Histogram(
+                plots["deviations"], num_bins=32
+            )
             row[f"{metric_names.COLLAPSE}/spectrum"] = self.wandb.plot.line_series(
-                xs=plots["spectrum_index"], ys=[plots["spectrum"]], keys=[f"step {step}"], title="Covariance spectrum", xname="eigenvalue"
+                xs=plots["spectrum_index"],
+                ys=[plots["spectrum"]],
+                keys=[f"step {step}"],
+                title="Covariance spectrum",
+                xname="eigenvalue",
             )
         self._log(row | next(self._evaluations(), {}), step)
 
@@ -100,10 +121,13 @@ class Client:
     def _evaluations(self) -> Iterator[dict[str, Any]]:
         """Of RUN/eval/, those not sent yet, one after the other; each with the step whose weights it judged."""
         for key, content, written in wandb_run.unsent(self.folder):
-            metrics: dict[str, float] = next((row["metrics"] for row in written["rows"] if row["features"] == "pretrained"), {})
+            metrics: dict[str, float] = next(
+                (row["metrics"] for row in written["rows"] if row["features"] == "pretrained"), {}
+            )
             wandb_run.note_sent(self.folder, key, content)
             yield {"evaluated_step": written["step"]} | {
-                metric_names.evaluation(written["name"], column): value for column, value in metrics.items()
+                metric_names.evaluation(written["name"], column): value
+                for column, value in metrics.items()
             }
 
 
@@ -122,7 +146,11 @@ def start_over(settings: dict[str, Any]) -> NoReturn:
         handed.seek(0)
         os.set_inheritable(handed.fileno(), True)
         environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
-        os.execve(sys.executable, [sys.executable, "-m", "ssl_pretrain.monitoring.wandb.client", str(handed.fileno())], environment)
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "ssl_pretrain.monitoring.wandb.client", str(handed.fileno())],
+            environment,
+        )
 
 
 def first_message() -> dict[str, Any]:
@@ -165,7 +193,12 @@ def lines(patience: float) -> Iterator[dict[str, Any] | None]:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):  # meant for the training, which says when it ends
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR2,
+        signal.SIGHUP,
+    ):  # meant for the training, which says when it ends
         signal.signal(number, signal.SIG_IGN)
     temporary = use_own_temporary_folder()
     try:
@@ -181,7 +214,9 @@ def serve(first: dict[str, Any], temporary: Path) -> None:
     for message in lines(first["stall_seconds"]):
         if message is None:
             if not stalled:
-                client.alert("stalled", f"no step ended for {first['stall_seconds']:.0f} seconds", "stalled")
+                client.alert(
+                    "stalled", f"no step ended for {first['stall_seconds']:.0f} seconds", "stalled"
+                )
             stalled = True
             continue
         stalled, kind = False, message.pop("kind")

@@ -30,7 +30,11 @@ def payloads(path: Path) -> Iterator[bytes]:
             continue
         checksum, length, kind = struct.unpack_from("<IHB", content, position)
         piece = content[position + HEADER : position + HEADER + length]
-        if not FULL <= kind <= LAST or len(piece) < length or zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
+        if (
+            not FULL <= kind <= LAST
+            or len(piece) < length
+            or zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum
+        ):
             return
         position += HEADER + length
         record = piece if kind in (FULL, FIRST) else record + piece

@@ -42,7 +42,9 @@ class WandbRun:
         say: Callable[[str], None] = print, stall_seconds: float = 600.0,
     ):  # fmt: skip
         if importlib.util.find_spec("wandb") is None:
-            raise ValueError("log.wandb: wandb is not installed; pip install wandb, or set log.wandb=off")
+            raise ValueError(
+                "log.wandb: wandb is not installed; pip install wandb, or set log.wandb=off"
+            )
         self.mode, self._say = mode, say
         environment = child_environment()
         environment.pop("WANDB_SERVICE", None)  # belongs to another client and ends with it
@@ -53,10 +55,20 @@ class WandbRun:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True, text=True,
             )  # fmt: skip
         self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._write, self._read)]
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._write, self._read)
+        ]
         for thread in self._threads:
             thread.start()
-        settings = {"dir": str(run), "project": project, "name": name, "id": run_id, "config": config, "tags": tags, "mode": mode}
+        settings = {
+            "dir": str(run),
+            "project": project,
+            "name": name,
+            "id": run_id,
+            "config": config,
+            "tags": tags,
+            "mode": mode,
+        }
         self._waiting.put(settings | {"stall_seconds": stall_seconds})
 
     def send(self, kind: str, **message: Any) -> None:
@@ -72,7 +84,9 @@ class WandbRun:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=end - time.monotonic())
         if self._process.poll() is None:
-            self._say("W&B: still sending; the client goes on alone, and `wandb sync` sends what it could not")
+            self._say(
+                "W&B: still sending; the client goes on alone, and `wandb sync` sends what it could not"
+            )
         for thread in self._threads:
             thread.join(timeout=0.1)
 
@@ -89,17 +103,23 @@ class WandbRun:
         for line in self._process.stdout:
             self._say(line.rstrip())
         if self._process.wait() not in (0, None):
-            self._say("W&B: the client ended early, the run goes on without it; wandb/client.log in its folder says why")
+            self._say(
+                "W&B: the client ended early, the run goes on without it; wandb/client.log in its folder says why"
+            )
 
 
 def unsent(run: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(key, hash, result) of those in RUN/eval/ that `note_sent` was not told of."""
     sent = _sent(run)
     for found in sorted([*run.glob("eval/*.json"), *run.glob("eval/step_*/*.json")]):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # written by someone else, perhaps at this moment
+        with suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # written by someone else, perhaps at this moment
             written = json.loads(found.read_text())
             key = f"{written['name']} of step {written['step']}"
-            content = hashlib.sha256(json.dumps(written["rows"]).encode()).hexdigest()[:16]  # the newest is in two places
+            content = hashlib.sha256(json.dumps(written["rows"]).encode()).hexdigest()[
+                :16
+            ]  # the newest is in two places
             if sent.get(key) != content:
                 sent[key] = content
                 yield key, content, written
@@ -140,7 +160,13 @@ def _told() -> tuple[str, str]:
     """(off, offline, online or nothing, who says so): the environment first, then the settings files, the nearest first."""
     if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "t", "yes", "y", "on"):
         return "off", f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}"
-    modes = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
+    modes = {
+        "online": "online",
+        "run": "online",
+        "shared": "online",
+        "offline": "offline",
+        "dryrun": "offline",
+    }
     if mode := os.environ.get("WANDB_MODE", "").strip():
         return modes.get(mode.lower(), "off"), f"WANDB_MODE={mode}"
     near = Path(os.environ.get("WANDB_DIR") or ".")

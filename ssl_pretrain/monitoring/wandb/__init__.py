@@ -1,0 +1,1 @@
+"""Weights & Biases: one client process per run."""

@@ -1,0 +1,216 @@
+"""One installed package, however it is installed, and the commands of a clone that is not.
+
+Each way of running has a virtual environment of its own. It sees the dependencies of this one, but
+not the editable installation, so nothing is found by accident.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = Path(sysconfig.get_path("purelib"))
+TOP_LEVEL = {"ssl_pretrain"}
+
+# Runs in every process of the environments: complains at exit if a file was loaded twice.
+LOADED_ONCE = """
+import atexit, collections, sys
+
+def report():
+    names = collections.defaultdict(list)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        is_ours = name.split(".")[0] in ("ssl_pretrain", "eval", "launch")
+        if is_ours and name != "__main__" and not file.endswith("__init__.py"):
+            names[__import__("os").path.realpath(file)].append(name)
+    twice = [sorted(same) for same in names.values() if len(same) > 1]
+    if twice:
+        print("LOADED TWICE:", twice, file=sys.stderr)
+
+atexit.register(report)
+"""
+
+IMPORT_EVERYTHING = """
+import importlib, pkgutil, sys, importlib.resources
+import ssl_pretrain, ssl_pretrain.eval, ssl_pretrain.launch
+for module in pkgutil.walk_packages(ssl_pretrain.__path__, "ssl_pretrain."):
+    if not module.name.endswith("__main__") and not module.name.endswith(".setup"):
+        importlib.import_module(module.name)
+    print("module", module.name)
+print("package", ssl_pretrain.__file__)
+print("eval", ssl_pretrain.eval.__file__)
+configs = importlib.resources.files("ssl_pretrain") / "configs"
+print("presets", len([entry for entry in configs.iterdir() if entry.name.endswith(".yaml")]))
+"""
+
+
+@dataclass
+class Environment:
+    """A Python with the dependencies, and the folder that commands start in."""
+
+    python: Path
+    folder: Path
+
+    @property
+    def site(self) -> Path:
+        (path,) = self.python.parent.parent.glob("lib/python*/site-packages")
+        return path
+
+    def run(self, *command: str | Path) -> str:
+        """Run Python and return its output. Fail unless it ends with status 0 and loads each file once."""
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        result = subprocess.run(
+            [self.python, *command], cwd=self.folder, env=variables, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "LOADED TWICE" not in result.stderr, result.stderr
+        return result.stdout
+
+
+def environment(folder: Path, start: Path) -> Environment:
+    """Make a virtual environment with this one's dependencies and without this project."""
+    command = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    made = Environment(folder / "bin" / "python", start)
+    (made.site / "dependencies.pth").write_text(f"{SITE}\n")
+    (made.site / "sitecustomize.py").write_text(LOADED_ONCE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The files that git tracks, links included, as a fresh clone has them."""
+    folder = tmp_path_factory.mktemp("clone") / "repository"
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout: no list of the files that a clone has")
+    for name in filter(None, listing.stdout.split("\0")):
+        if name.startswith("docs/") or not (ROOT / name).exists():
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+def build(folder: Path, kind: str, destination: Path) -> Path:
+    """Call setuptools' build hook `kind`, such as build_wheel, and return the file it wrote."""
+    destination.mkdir()
+    code = f"from setuptools.build_meta import {kind} as build; print(build({str(destination)!r}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = destination.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(clone, tmp_path_factory) -> Path:
+    return build(clone, "build_wheel", tmp_path_factory.mktemp("wheel") / "dist")
+
+
+def contents(wheel: Path) -> set[str]:
+    """Names of the files of a wheel, its metadata excepted."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def expected_contents(clone: Path) -> set[str]:
+    modules = [
+        path.relative_to(clone)
+        for folder in ("ssl_pretrain", "eval", "launch")
+        for path in (clone / folder).rglob("*")
+        if path.is_file() and path.suffix in (".py", ".jinja", ".html", ".css", ".js")
+    ]
+    presets = [path.relative_to(clone) for path in (clone / "configs").rglob("*.yaml")]
+    names = {str(path) for path in [*modules, *presets]}
+    return {name if name.startswith("ssl_pretrain/") else f"ssl_pretrain/{name}" for name in names}
+
+
+def test_the_wheel_holds_every_module_and_preset_and_one_top_level_name(clone, wheel):
+    assert contents(wheel) == expected_contents(clone)
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("top_level.txt")]
+        assert set(archive.read(name).decode().split()) == TOP_LEVEL
+
+
+def test_the_wheel_built_from_the_sdist_is_the_same(clone, wheel, tmp_path):
+    sdist = build(clone, "build_sdist", tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = [path for path in tmp_path.iterdir() if path.name.startswith("ssl_pretrain-")]
+    rebuilt = build(folder, "build_wheel", tmp_path / "rebuilt")
+    with zipfile.ZipFile(rebuilt) as second, zipfile.ZipFile(wheel) as first:
+        assert contents(rebuilt) == contents(wheel)
+        assert all(second.read(name) == first.read(name) for name in contents(wheel))
+
+
+def test_a_checkout_without_symbolic_links_runs_and_builds_the_same_wheel(clone, wheel, tmp_path):
+    folder = tmp_path / "repository"
+    shutil.copytree(clone, folder, symlinks=True)
+    for name in ("eval", "launch", "configs"):
+        (folder / "ssl_pretrain" / name).unlink()
+    assert contents(build(folder, "build_wheel", tmp_path / "dist")) == contents(wheel)
+    without_links = environment(tmp_path / "venv", folder)
+    assert "usage: python -m ssl_pretrain.eval.knn" in without_links.run("-m", "eval.knn", "--help")
+
+
+def test_a_clone_that_is_not_installed_runs_as_documented(clone, tmp_path):
+    python = environment(tmp_path / "venv", clone)
+    assert "usage" in python.run("launch/pretrain.py", "--help")
+    assert "usage" in python.run("-m", "eval.knn", "--help")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1")
+    assert "usage" in python.run(*torchrun, "-m", "ssl_pretrain.train", "--help")
+    assert_complete(python.run("-c", IMPORT_EVERYTHING), clone, clone)
+
+
+def install(wheel: Path, python: Environment) -> None:
+    """Unpack a wheel of pure Python, which is what installing it means."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(python.site)
+
+
+@pytest.fixture
+def users_folder(tmp_path) -> Path:
+    """A folder with packages of the user's own under the names of two of our folders."""
+    for name in ("eval", "launch"):
+        (tmp_path / "user" / name).mkdir(parents=True)
+        text = f"raise ImportError('this is the user\\'s own {name}')\n"
+        (tmp_path / "user" / name / "__init__.py").write_text(text)
+    return tmp_path / "user"
+
+
+@pytest.mark.parametrize("kind", ["build_wheel", "build_editable"])
+def test_an_installed_package_runs_beside_the_users_own_eval_and_launch(
+    clone, users_folder, tmp_path, kind
+):
+    python = environment(tmp_path / "venv", users_folder)
+    install(build(clone, kind, tmp_path / "dist"), python)
+    assert "usage" in python.run("-m", "ssl_pretrain.launch.pretrain", "--help")
+    assert "usage" in python.run("-m", "ssl_pretrain.eval.knn", "--help")
+    place = clone if kind == "build_editable" else python.site
+    assert_complete(python.run("-c", IMPORT_EVERYTHING), clone, place)
+
+
+def assert_complete(said: str, clone: Path, place: Path) -> None:
+    """Compare the modules and presets that a process found with the files of the clone."""
+    modules = {line.split()[1] for line in said.splitlines() if line.startswith("module ")}
+    names = {name for name in expected_contents(clone) if name.endswith(".py")}
+    expected = {name.removesuffix(".py").replace("/", ".") for name in names}
+    expected = {name.removesuffix(".__init__") for name in expected} - {"ssl_pretrain"}
+    assert modules - {"ssl_pretrain.configs", "ssl_pretrain.configs.sweeps"} == expected
+    lines = dict(line.split(" ", 1) for line in said.splitlines())
+    assert Path(lines["package"]).resolve().is_relative_to(place.resolve())
+    assert Path(lines["eval"]).resolve().is_relative_to(place.resolve())
+    assert int(lines["presets"]) == len(list((clone / "configs").glob("*.yaml")))
