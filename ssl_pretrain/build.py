@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import rng
@@ -18,10 +18,14 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.monitoring.online_knn import OnlineKNN
-from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory, parallel_config
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.optim import optimizers
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory
+from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.parallel.parallel_config import ParallelConfig, bn_group_images
+from ssl_pretrain.parallel.wrap import is_sharded, warm_up, wrap
 from ssl_pretrain.planning import flops
-from ssl_pretrain.step import check_accumulation
+from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import color, crops, recipe
 
 
@@ -43,31 +47,20 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
     return method
 
 
-def images_at_once(method: Method, config: RunConfig, device: torch.device) -> int:
-    """Return the micro-batch size per rank: the configured one, or the largest that fits in memory.
+def micro_batch_size(method: Method, config: RunConfig, execution: Execution) -> int:
+    """Return the configured micro-batch size, or the largest one that fits in memory.
 
     The latter is found by trial and printed. The trial has whole weights; shards leave more room.
 
     Raises:
-        ValueError: Not even the smallest micro-batch fits, or the method's loss does not allow micro-batches.
+        ValueError: Not even the smallest micro-batch fits, or the method's loss does not allow
+            micro-batches.
     """
-    share = config.global_batch_size // process_group.world_size()
-    images = configuration.part_size(config, process_group.world_size())
+    world_size = process_group.world_size()
+    share = config.global_batch_size // world_size
+    images = configuration.part_size(config, world_size)
     if images is None:
-        group = parallel_config.bn_group_images(config.parallel, config.global_batch_size)
-        multiple = 1 if not batch_norm.statistics(method) else min(group, share)
-        moved = parallel.to_device(method, config.parallel, device)
-        again = parallel.recompute(moved, config.parallel)
-
-        def cost(images: int) -> int:
-            example = blank_batch(config, images, device)
-            return memory.peak(
-                lambda: parallel.rehearse(moved, config.parallel, device, example), device
-            )
-
-        images, measured = memory.largest_part(share, multiple, cost, memory.available(device))
-        for block in again:  # `wrap` converts their norms first
-            compile_and_checkpoint.keep_again(block)
+        images, measured = _largest_micro_batch(method, config, execution, share)
         if process_group.is_main():
             print(
                 f"local_batch_size: auto took {images} of {share} images at once ({measured})",
@@ -78,43 +71,96 @@ def images_at_once(method: Method, config: RunConfig, device: torch.device) -> i
     return images
 
 
-def wrap(method: Method, config: RunConfig, images: int, device: torch.device) -> nn.Module:
-    """Move the method to its device, distribute it over the ranks, and warm it up with blank images.
+def _largest_micro_batch(
+    method: Method, config: RunConfig, execution: Execution, share: int
+) -> tuple[int, str]:
+    group = bn_group_images(config.parallel, config.global_batch_size)
+    multiple = min(group, share) if batch_norm.statistics(method) else 1
+    trial = execution.place_module(copy.deepcopy(method), is_sharded(config.parallel))
+    compile_and_checkpoint.recompute_activations(trial, config.parallel.activation_checkpointing)
 
-    Args:
-        images: Micro-batch size per rank.
-    """
-    example = blank_batch(config, images, device)
-    return parallel.wrap(
+    def measure(images: int) -> int:
+        example = blank_batch(config, images, execution)
+        return memory.peak(partial(warm_up, trial, execution, example), execution.device)
+
+    return memory.largest_micro_batch(share, multiple, measure, memory.available(execution.device))
+
+
+def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -> Stepper:
+    """Distribute the method over the ranks and build the optimizer, as the configuration says."""
+    images = micro_batch_size(method, config, execution)
+    return build_stepper(
         method,
         config.parallel,
-        images=images,
+        config.optim,
+        execution,
+        seed=config.seed,
+        micro_batch_size=images,
         global_batch_size=config.global_batch_size,
-        device=device,
-        example=example,
+        example=blank_batch(config, images, execution),
     )
 
 
-def blank_batch(config: RunConfig, images: int, device: torch.device) -> loader.Batch:
-    labels = torch.zeros(images, dtype=torch.int64, device=device)
-    dtype = parallel.view_dtype(config.parallel, device)
-    blank = [
-        torch.zeros(images, 3, crop.size, crop.size, dtype=dtype, device=device)
-        for crop in recipe.each(config.views)
-    ]
-    return loader.Batch(parallel.place(blank, config.parallel, device), labels, labels)
+def build_stepper(
+    method: Method,
+    parallel_config: ParallelConfig,
+    optim_config: OptimConfig,
+    execution: Execution,
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+    example: loader.Batch,
+    seed: int = 0,
+) -> Stepper:
+    """Wrap a method, build its optimizer and return the function that takes optimizer steps.
+
+    Args:
+        method: The method, on the CPU.
+        parallel_config: How the ranks compute.
+        optim_config: The optimizer and its schedule.
+        execution: Device and formats.
+        micro_batch_size: Images per forward pass on this rank.
+        global_batch_size: Images per optimizer step over all ranks.
+        example: A micro-batch in the shapes of the run.
+        seed: Seed of dropout and drop path.
+    """
+    model = wrap(
+        method,
+        parallel_config,
+        execution,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        example=example,
+    )
+    return Stepper(
+        model,
+        optimizers.build(optim_config, method),
+        parallel_config,
+        seed,
+        micro_batch_size,
+        global_batch_size,
+        optim_config,
+        execution,
+    )
+
+
+def blank_batch(config: RunConfig, images: int, execution: Execution) -> loader.Batch:
+    """Return black images in the shapes of the run, with labels of class 0."""
+    numbers = torch.zeros(images, dtype=torch.int64, device=execution.device)
+    sizes = [crop.size for crop in recipe.each(config.views)]
+    blank = partial(torch.zeros, dtype=execution.view_dtype, device=execution.device)
+    views = [blank(images, 3, size, size) for size in sizes]
+    return loader.Batch(execution.place_views(views), numbers, numbers)
 
 
 def flops_per_image(config: RunConfig) -> float:
     """Count the floating-point operations of a training step per image, on the meta device."""
-    meta = torch.device("meta")
-    return flops.per_image(
-        parallel.to_device(configuration.method_on_meta(config), config.parallel, meta),
-        blank_batch(config, 2, meta),
-    )
+    execution = Execution.resolve(config.parallel, torch.device("meta"))
+    method = execution.place_module(configuration.method_on_meta(config))
+    return flops.per_image(method, blank_batch(config, 2, execution))
 
 
-def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) -> OnlineKNN:
+def online_knn(config: RunConfig, batches: loader.Loader, execution: Execution) -> OnlineKNN:
     """Build the k-NN monitor on training images, transformed as in evaluations."""
     settings, source = config.evaluation, batches.source
     size = settings.image_size or recipe.each(config.views)[0].size
@@ -129,8 +175,10 @@ def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) 
         for pixels, labels in loader.images(
             source, numbers, transform, 256, 0, config.data.max_replaced
         ):
-            views = [color.normalize(pixels.to(device), config.views.mean, config.views.std)]
-            yield parallel.place(views, config.parallel, device)[0], labels
+            views = [
+                color.normalize(pixels.to(execution.device), config.views.mean, config.views.std)
+            ]
+            yield execution.place_views(views)[0], labels
 
     def pixels(numbers: np.ndarray) -> torch.Tensor:
         return torch.cat(
@@ -144,5 +192,11 @@ def online_knn(config: RunConfig, batches: loader.Loader, device: torch.device) 
 
     order = rng.permutation(config.seed, 0, len(source))
     return OnlineKNN(
-        config.online, normalized, source.labels, order, batches.steps_per_epoch, device, pixels
+        config.online,
+        normalized,
+        source.labels,
+        order,
+        batches.steps_per_epoch,
+        execution.device,
+        pixels,
     )

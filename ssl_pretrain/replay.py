@@ -23,14 +23,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain.build import build_method, images_at_once, wrap
+from ssl_pretrain.build import build_method, build_run_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.data import loader
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.schema import COUNT
-from ssl_pretrain.step import Stepper
 
 
 def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
@@ -51,36 +50,25 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     manifest = checkpoint.opened(start)
     config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
     device = process_group.start(config.parallel.threads, config.parallel.deterministic)
+    execution = Execution.resolve(config.parallel, device)
     with loader.build(
         config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device,
-        view_dtype=parallel.view_dtype(config.parallel, device),
+        view_dtype=execution.view_dtype,
     ) as batches:  # fmt: skip
         method = build_method(config, batches.source)
         method.num_steps, method.steps_per_epoch = manifest["last_step"], batches.steps_per_epoch
-        images = images_at_once(method, config, device)
-        model = wrap(method, config, images, device)
-        optimizer = optim.build(config.optim, method)
-        stepper = Stepper(
-            model,
-            optimizer,
-            config.parallel,
-            config.seed,
-            images,
-            config.global_batch_size,
-            config.optim,
-            device,
-        )
+        stepper = build_run_stepper(method, config, execution)
         if skipped and skipped["indices"] != batches.indices(step - 1).tolist():
             raise ValueError(
                 f"{run}: step {step} skipped other images than the data set gives now; give the data that the run had"
             )
-        checkpoint.State(method, optimizer, {}, {}).load(start)
+        checkpoint.State(method, stepper.optimizer, {}, {}).load(start)
         first = step - 1 if from_checkpoint else first
         watch = _Watch()
         for now, batch in zip(range(first, step), batches.starting_at(first)):
             progress = now / manifest["last_step"]
             optim.set_rates(
-                optimizer, config.optim, progress, config.epochs, config.global_batch_size
+                stepper.optimizer, config.optim, progress, config.epochs, config.global_batch_size
             )
             if now == step - 1:
                 watch.begin(method)

@@ -13,8 +13,9 @@ from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import batch_norm
+from ssl_pretrain.parallel import batch_norm, replicas
 from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 
 Embeddings = dict[str, Tensor]
@@ -38,7 +39,7 @@ class Stepper:
     )
     global_batch_size: int
     optim: OptimConfig
-    device: torch.device
+    execution: Execution
     broken: dict[str, Tensor] = field(
         default_factory=dict
     )  # per embedding, the first step at which this rank's was not finite
@@ -47,10 +48,11 @@ class Stepper:
         self, step: int, progress: float, batch: Any
     ) -> tuple[Embeddings, dict[str, Tensor]]:
         method: Any = parallel.unwrap(self.model)
-        batch = replace(batch, views=parallel.place(batch.views, self.config, self.device))
-        before = batch_norm.remembered(method)
+        batch = replace(batch, views=self.execution.place_views(batch.views))
+        before = batch_norm.snapshot_statistics(method)
         self.optimizer.zero_grad(set_to_none=True)
-        parallel.begin_step(self.config)
+        if self.config.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # graphs may reuse the memory of their outputs
         embeddings, targets, loss, logs = self._backward(method)(method, batch, step)
         self._watch(embeddings, step)
         frozen = [
@@ -61,8 +63,8 @@ class Stepper:
         norm, skipped = optim.guarded_step(
             self.optimizer, self.optim.clip_norm, self.optim.clip_by, frozen
         )
-        parallel.average_statistics(self.model, self.config, self.global_batch_size)
-        batch_norm.put_back(method, before, skipped > 0)
+        replicas.average_statistics(self.model, self.config, self.global_batch_size)
+        batch_norm.restore_statistics(method, before, skipped > 0)
         method.stepped = 1 - skipped
         method.after_step(progress, embeddings, targets)
         seen = {**embeddings, **{f"target_{name}": value for name, value in targets.items()}}
@@ -106,7 +108,7 @@ class Stepper:
         )
 
     def _embed(self, part: Any) -> Embeddings:
-        with parallel.autocast(self.config, self.device):
+        with self.execution.forward_context():
             return self.model(part)
 
     def _whole(
@@ -114,7 +116,7 @@ class Stepper:
     ) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
         self._seed(step, 0)
         embeddings = self._embed(batch)
-        with parallel.autocast(self.config, self.device):
+        with self.execution.forward_context():
             targets = method.targets(batch)
         loss, logs = method.loss(embeddings, targets)
         loss.backward()
@@ -131,7 +133,7 @@ class Stepper:
             self._seed(step, k)
             with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
                 embeddings = self._embed(part)
-                with parallel.autocast(self.config, self.device):
+                with self.execution.forward_context():
                     targets = method.targets(part)
                 loss, logs = method.loss(embeddings, targets)
                 (loss / self.num_parts).backward()
@@ -159,7 +161,7 @@ class Stepper:
             for k, part in enumerate(parts):
                 self._seed(step, k)
                 first.append(self._embed(part))
-                with parallel.autocast(self.config, self.device):
+                with self.execution.forward_context():
                     targets.append(method.targets(part))
                 leave(k)  # of the student and of the teacher
         statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]

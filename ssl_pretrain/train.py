@@ -32,10 +32,10 @@ from ssl_pretrain.monitoring import logger as log
 from ssl_pretrain.monitoring.console import lasting_output
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import memory
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.parallel.replicas import check_replicas
 from ssl_pretrain.planning import flops, plan
 from ssl_pretrain.schema import COUNT
-from ssl_pretrain.step import Stepper
 from ssl_pretrain.system import durable_files, stop_signals
 from ssl_pretrain.system.exit_status import (
     DISK_REFUSED,
@@ -206,7 +206,7 @@ def _train_in(
     """Train in the run's folder, which is locked meanwhile."""
     made = partial(
         loader.build, config.data, config.views, seed=config.seed, global_batch_size=config.global_batch_size, device=device,
-        view_dtype=parallel.view_dtype(config.parallel, device),
+        view_dtype=Execution.resolve(config.parallel, device).view_dtype,
     )  # fmt: skip
     with ExitStack() as closing:
         lock = closing.enter_context(Lock(run))
@@ -230,22 +230,12 @@ def _train(
     last_step = round(config.epochs * batches.steps_per_epoch)
     method = build.build_method(config, batches.source)
     method.num_steps, method.steps_per_epoch = last_step, batches.steps_per_epoch
-    images = build.images_at_once(method, config, device)
-    model = build.wrap(method, config, images, device)
-    optimizer = optim.build(config.optim, method)
-    stepper = Stepper(
-        model,
-        optimizer,
-        config.parallel,
-        config.seed,
-        images,
-        config.global_batch_size,
-        config.optim,
-        device,
-    )
+    execution = Execution.resolve(config.parallel, device)
+    stepper = build.build_run_stepper(method, config, execution)
+    model, optimizer = stepper.model, stepper.optimizer
     facts = {
         "last_step": last_step,
-        "local_batch_size": images,
+        "local_batch_size": stepper.local_batch_size,
         "data": batches.source.fingerprint,
         "wandb_id": None,
     }
@@ -266,7 +256,7 @@ def _train(
         partial(state.roll_back, run),
         drawn,
     )
-    knn = build.online_knn(config, batches, device)
+    knn = build.online_knn(config, batches, execution)
     monitor = collapse.Monitor(
         config.health, method, optimizer, first_step, logger.past, logger.alert
     )
@@ -297,7 +287,7 @@ def _train(
         guard.after(step, batch.indices, logs)
         stopping = stop.agreed(step) or step == end or logger.must_stop
         if stopping or checkpoint.due(config.checkpoint, step, last_step, batches.steps_per_epoch):
-            parallel.check_copies(model)
+            check_replicas(model)
             state.save(run, step, config.checkpoint, batches.steps_per_epoch, wait=stopping)
         if stopping:
             break

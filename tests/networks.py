@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ssl_pretrain import methods
+from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig
 from ssl_pretrain.data.loader import Batch
@@ -21,6 +22,7 @@ from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper
 
@@ -84,13 +86,19 @@ def setting_up(
     world = process_group.world_size()
     images = rows // world // parts
     example = batch(0, sizes, rows).part(0, world * parts)
-    example = replace(example, views=parallel.place(example.views, config, CPU))
-    model = parallel.wrap(
-        method, config, images=images, global_batch_size=rows, device=CPU, example=example
-    )
+    execution = Execution.resolve(config, CPU)
+    example = replace(example, views=execution.place_views(example.views))
     recipe = OptimConfig(**(optimizer or recipe))
-    made = optim.build(recipe, method)
-    return Stepper(model, made, config, 0, images, rows, recipe, CPU), sizes
+    stepper = build_stepper(
+        method,
+        config,
+        recipe,
+        execution,
+        micro_batch_size=images,
+        global_batch_size=rows,
+        example=example,
+    )
+    return stepper, sizes
 
 
 def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> dict[str, Any]:

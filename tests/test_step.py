@@ -11,7 +11,7 @@ from conftest import run_ranks
 from torch import nn
 
 from ssl_pretrain import config
-from ssl_pretrain.build import build_method, images_at_once, wrap
+from ssl_pretrain.build import build_method, build_run_stepper, micro_batch_size
 from ssl_pretrain.data import loader
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.models import backbones
@@ -19,6 +19,7 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import batch_norm, memory
 from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper
 
@@ -36,20 +37,9 @@ def _steps(path, overrides, steps=2):
         settings.data, settings.views, seed=0, global_batch_size=images_of_all, device=CPU
     )
     method = build_method(settings)
-    optimizer = optim.build(settings.optim, method)
-    images = images_at_once(method, settings, CPU)
-    stepper = Stepper(
-        wrap(method, settings, images, CPU),
-        optimizer,
-        settings.parallel,
-        0,
-        images,
-        images_of_all,
-        settings.optim,
-        CPU,
-    )
+    stepper = build_run_stepper(method, settings, Execution.resolve(settings.parallel, CPU))
     for step, batch in zip(range(steps), batches.starting_at(0)):
-        optim.set_rates(optimizer, settings.optim, 0.1, settings.epochs, images_of_all)
+        optim.set_rates(stepper.optimizer, settings.optim, 0.1, settings.epochs, images_of_all)
         _, logs = stepper(step, 0.1, batch)
     batches.close()
     gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
@@ -110,21 +100,11 @@ def _one_rank_breaks(path):
     settings = config.load(path, ["parallel.bn_group_images=12"])
     batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=24, device=CPU)
     method = build_method(settings)
-    optimizer = optim.build(settings.optim, method)
-    stepper = Stepper(
-        wrap(method, settings, 12, CPU),
-        optimizer,
-        settings.parallel,
-        0,
-        12,
-        24,
-        settings.optim,
-        CPU,
-    )
+    stepper = build_run_stepper(method, settings, Execution.resolve(settings.parallel, CPU))
     stepped = []
     method.after_step = lambda progress, embeddings, targets: stepped.append(float(method.stepped))
     for step, batch in zip(range(2), batches.starting_at(0)):
-        optim.set_rates(optimizer, settings.optim, 0.5, settings.epochs, 24)
+        optim.set_rates(stepper.optimizer, settings.optim, 0.5, settings.epochs, 24)
         before = {name: value.clone() for name, value in method.state_dict().items()}
         if step == 1 and process_group.rank() == 1:
             batch.views[1][0, 0, 0, 0] = float("nan")
@@ -168,18 +148,20 @@ def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
         tiny.config(tmp_path), ["parallel.bn_group_images=4", "local_batch_size=auto"]
     )
     method = build_method(settings)
-    assert images_at_once(method, settings, CPU) == 24
+    assert micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
     assert "local_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
     costs = {8: 100, 24: 260}
-    part, said = memory.largest_part(
+    part, said = memory.largest_micro_batch(
         24, 4, lambda images: costs[images] * memory.GIB, 200 * memory.GIB
     )
-    assert part == 12 and said == "20.00 GiB + 10240.00 MiB an image, 200.0 GiB free"
+    assert part == 12 and said == "20.00 GiB + 10240.00 MiB per image, 200.0 GiB free"
     with pytest.raises(ValueError) as error:
-        memory.largest_part(24, 4, lambda images: costs[images] * memory.GIB, 60 * memory.GIB)
+        memory.largest_micro_batch(
+            24, 4, lambda images: costs[images] * memory.GIB, 60 * memory.GIB
+        )
     assert str(error.value) == (
-        "local_batch_size: auto: a part of 4 images does not fit (20.00 GiB + 10240.00 MiB an image, 60.0 GiB free); "
+        "local_batch_size: auto: a micro-batch of 4 images does not fit (20.00 GiB + 10240.00 MiB per image, 60.0 GiB free); "
         "take a smaller crop size or backbone, a smaller parallel.bn_group_images, or more ranks"
     )
 
@@ -197,7 +179,7 @@ def test_auto_measures_blocks_that_compute_again(tmp_path, monkeypatch):
         child for child in block.modules() if isinstance(child, torch.nn.Conv2d)
     ).register_forward_hook(lambda *_: forwards.append(1))
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
-    assert images_at_once(method, settings, CPU) == 24
+    assert micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
     assert len(forwards) == 2 * 3  # of three measurements
     assert "forward" not in vars(block)
 
@@ -276,7 +258,9 @@ def _regression(num_parts, progress=1.0):
     images = 12 // num_parts
     settings = ParallelConfig(precision="float64", bn_group_images=3)  # a part of four
     model = batch_norm.convert(method, images, 3)
-    stepper = Stepper(model, optimizer, settings, 0, images, 12, OptimConfig(), CPU)
+    stepper = Stepper(
+        model, optimizer, settings, 0, images, 12, OptimConfig(), Execution.resolve(settings, CPU)
+    )
     views = [torch.randn(12, 3, 2, 2, generator=torch.Generator().manual_seed(1))]
     _, logs = stepper(0, progress, Rows(views))
     return method, logs

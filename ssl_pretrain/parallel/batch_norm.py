@@ -1,4 +1,7 @@
-"""Batch norm whose statistics span fixed slices of the global batch, on CPU too (torch's SyncBatchNorm is CUDA only)."""
+"""Batch norm with statistics over fixed groups of the global batch, on any device.
+
+torch's SyncBatchNorm runs on CUDA only.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,17 @@ from ssl_pretrain.distributed import collectives, process_group
 
 
 class GroupBatchNorm(nn.Module):
-    """The batch norm `source`, with statistics over groups of `group_images` consecutive images of the global batch.
+    """Batch norm over groups of `group_images` consecutive images of the global batch.
 
-    One forward may hold several views of the same images, stacked view by view: rows = views * images, and a group
-    takes all views of its images. A group is either a part of this rank's rows or all rows of several ranks.
+    A forward pass may hold several views of the same images, stacked view by view, so it has
+    views * images rows. A group holds all views of its images. It is either a slice of this rank's
+    images or all images of several ranks.
 
     Args:
-        source: the module it replaces; parameters and buffers are shared and keep their names.
-        images: images this rank feeds at once.
-        group_images: images a group has; divides `images` or is a multiple of it.
-        group: the ranks that share one group's statistics; None means all of them.
+        source: The batch norm to replace. Parameters and buffers are shared and keep their names.
+        images: Images per forward pass on this rank.
+        group_images: Images per group. Divides `images` or is a multiple of it.
+        group: The ranks that share a group's statistics. None means all ranks.
     """
 
     running_mean: Tensor
@@ -33,30 +37,33 @@ class GroupBatchNorm(nn.Module):
         super().__init__()
         if source.momentum is None or source.running_mean is None:
             raise ValueError(
-                "batch norm without running statistics or with a cumulative momentum cannot be grouped"
+                "batch norm without running statistics or with a cumulative momentum cannot be "
+                "grouped"
             )
         self.eps, self.momentum = source.eps, float(source.momentum)
         self.images, self.group = images, group
-        self.chunks = max(1, images // group_images)  # groups within this rank
-        self.ranks = max(1, group_images // images)  # ranks within a group
+        self.groups_per_rank = max(1, images // group_images)
+        self.ranks_per_group = max(1, group_images // images)
         self.weight, self.bias = source.weight, source.bias
         for name, buffer in source.named_buffers():
             self.register_buffer(name, buffer)
-        self.drop = getattr(
-            source, "drop", nn.Identity()
-        )  # timm's BatchNormAct2d carries its activation
+        # timm's BatchNormAct2d includes its activation.
+        self.drop = getattr(source, "drop", nn.Identity())
         self.act = getattr(source, "act", nn.Identity())
         self.train(source.training)
 
     def extra_repr(self) -> str:
-        return f"{len(self.running_mean)}, groups within a rank={self.chunks}, ranks within a group={self.ranks}"
+        return (
+            f"{len(self.running_mean)}, groups_per_rank={self.groups_per_rank}, "
+            f"ranks_per_group={self.ranks_per_group}"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize rows of shape (channels, ...), with running statistics in evaluation mode."""
         if not self.training:
-            y = F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        elif self.ranks > 1:
+            statistics = self.running_mean, self.running_var
+            y = F.batch_norm(x, *statistics, self.weight, self.bias, False, 0.0, self.eps)
+        elif self.ranks_per_group > 1:
             y = self._across_ranks(x)
         else:
             y = self._within_rank(x)
@@ -66,58 +73,48 @@ class GroupBatchNorm(nn.Module):
         y, mean, variance, count = _Synchronized.apply(
             x, self.weight, self.bias, self.eps, self.group
         )
+        unbiased = variance * count / (count - 1).clamp(min=1)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(
-                (variance * count / (count - 1).clamp(min=1)).to(self.running_var.dtype),
-                self.momentum,
-            )
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return y
 
     def _within_rank(self, x: Tensor) -> Tensor:
-        """Groups become channels, so that one native call normalizes each alone."""
-        views, rows, channels, *space = (
-            len(x) // self.images,
-            self.images // self.chunks,
-            *x.shape[1:],
-        )
-        grouped = (
-            x.view(views, self.chunks, rows, channels, *space)
-            .transpose(1, 2)
-            .reshape(views * rows, self.chunks * channels, *space)
-        )
-        mean, variance = self.running_mean.repeat(self.chunks), self.running_var.repeat(self.chunks)
-        weight = self.weight.repeat(self.chunks) if self.weight is not None else None
-        bias = self.bias.repeat(self.chunks) if self.bias is not None else None
+        """Normalize each group alone in one native call, by turning groups into channels."""
+        groups, (channels, *space) = self.groups_per_rank, x.shape[1:]
+        views, rows = len(x) // self.images, self.images // groups
+        grouped = x.view(views, groups, rows, channels, *space).transpose(1, 2)
+        grouped = grouped.reshape(views * rows, groups * channels, *space)
+        mean, variance = self.running_mean.repeat(groups), self.running_var.repeat(groups)
+        weight = self.weight.repeat(groups) if self.weight is not None else None
+        bias = self.bias.repeat(groups) if self.bias is not None else None
         y = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum, self.eps)
-        with torch.no_grad():  # the mean over groups of what each would leave
+        with torch.no_grad():  # each group updated its own copy of the running statistics
             self.num_batches_tracked += 1
-            self.running_mean.copy_(mean.view(self.chunks, channels).mean(0))
-            self.running_var.copy_(variance.view(self.chunks, channels).mean(0))
-        return y.view(views, rows, self.chunks, channels, *space).transpose(1, 2).reshape(x.shape)
+            self.running_mean.copy_(mean.view(groups, channels).mean(0))
+            self.running_var.copy_(variance.view(groups, channels).mean(0))
+        return y.view(views, rows, groups, channels, *space).transpose(1, 2).reshape(x.shape)
 
 
 class _Synchronized(torch.autograd.Function):
-    """Normalization over the rows of several ranks: (mean, M2, count) combined forward, two sums reduced backward."""
+    """Normalization over the rows of several ranks.
+
+    The forward pass combines each rank's mean, sum of squared deviations and count. The backward
+    pass reduces two sums.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
     ) -> Any:
         wide = x if x.dtype == torch.float64 else x.float()
-        own_mean, own_variance = torch.batch_norm_update_stats(
-            wide, None, None, 0.0
-        )  # native: one pass each for mean and M2
-        count = own_mean.new_full((1,), wide.numel() / wide.shape[1])
-        packed = collectives.gather(
-            torch.cat([own_mean, own_variance * count, count])[None], group
-        )  # (ranks, 2 * channels + 1)
-        means, m2s, counts = (
-            packed[:, : len(own_mean)],
-            packed[:, len(own_mean) : -1],
-            packed[:, -1:],
-        )
+        local_mean, local_variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
+        count = local_mean.new_full((1,), wide.numel() / wide.shape[1])
+        channels = len(local_mean)
+        # Sums of squared deviations, m2 = variance * count. Shape (ranks, 2 * channels + 1).
+        packed = torch.cat([local_mean, local_variance * count, count])[None]
+        means, m2s, counts = collectives.gather(packed, group).split([channels, channels, 1], dim=1)
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         variance = (m2s.sum(0) + (counts * (means - mean).square()).sum(0)) / total
@@ -128,66 +125,66 @@ class _Synchronized(torch.autograd.Function):
         return y.to(x.dtype), mean, variance, total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
         x, mean, variance, weight, total = ctx.saved_tensors
         wide, grad = x.to(mean.dtype), grad.to(mean.dtype)
         inverse = (variance + ctx.eps).rsqrt()
-        # As if over this rank's rows alone, with the group's mean and deviation: the two sums, and no gradient by x.
+        # The two sums over this rank's rows, with the group's mean and deviation.
         _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
             grad, wide, weight, None, None, mean, inverse, True, ctx.eps, [False, True, True]
         )
-        mean_grad, mean_product = (
-            collectives.reduce_sum(torch.stack([sum_grad, sum_product]), ctx.group) / total
-        ).unbind()
-        # scale * (grad - mean_grad - normalized * mean_product), as one affine map of x and one of grad
+        local_sums = torch.stack([sum_grad, sum_product])
+        mean_grad, mean_product = (collectives.reduce_sum(local_sums, ctx.group) / total).unbind()
+        # scale * (grad - mean_grad - normalized * mean_product), as an affine map of x and of grad
         scale = inverse if weight is None else inverse * weight
         slope = -scale * inverse * mean_product
         offset = -scale * mean_grad - slope * mean
-        channels = (1, -1, *[1] * (x.ndim - 2))
-        own = torch.addcmul(offset.view(channels), wide, slope.view(channels))
-        own = torch.addcmul(own, grad, scale.view(channels))
-        # Weight and bias get this rank's sums: DDP averages them over ranks like every other gradient.
-        return (
-            own.to(x.dtype),
-            sum_product if weight is not None else None,
-            sum_grad if ctx.has_bias else None,
-            None,
-            None,
-        )
+        per_channel = (1, -1, *[1] * (x.ndim - 2))
+        x_grad = torch.addcmul(offset.view(per_channel), wide, slope.view(per_channel))
+        x_grad = torch.addcmul(x_grad, grad, scale.view(per_channel)).to(x.dtype)
+        # Weight and bias get this rank's sums. DDP averages them over ranks like other gradients.
+        weight_grad = sum_product if weight is not None else None
+        return x_grad, weight_grad, sum_grad if ctx.has_bias else None, None, None
 
 
 def convert(module: nn.Module, images: int, group_images: int) -> nn.Module:
-    """Gives every batch norm in `module` groups of `group_images` images; `images` is what a rank feeds at once.
+    """Give every batch norm in `module` groups of `group_images` images, in place.
 
-    Where one process is one group, torch's own batch norm stays. CUDA ranks that share a group use torch's
-    SyncBatchNorm.
+    If one forward pass is exactly one group, torch's own batch norm stays. CUDA ranks that share a
+    group use torch's SyncBatchNorm.
+
+    Args:
+        module: The network.
+        images: Images per forward pass on this rank.
+        group_images: Images per group.
 
     Raises:
-        ValueError: the groups cut a rank's images unevenly.
+        ValueError: The groups split a rank's images unevenly.
     """
-    world = process_group.world_size()
+    world_size, ranks = process_group.world_size(), group_images // images
     if group_images % images and images % group_images:
         raise ValueError(
-            f"parallel.bn_group_images: {group_images} neither divides nor is a multiple of the {images} images a rank feeds at once; "
-            f"choose a divisor or a multiple of {images}, or another local_batch_size"
+            f"parallel.bn_group_images: {group_images} neither divides nor is a multiple of the "
+            f"{images} images a rank feeds at once; choose a divisor or a multiple of {images}, or "
+            "another local_batch_size"
         )
-    if group_images == images:
+    if ranks == 1:
         return module
-    ranks = group_images // images
-    if ranks > 1 and world % ranks:
+    if ranks > 1 and world_size % ranks:
         raise ValueError(
-            f"parallel.bn_group_images: {group_images} is {ranks} ranks of {images} images, which does not divide {world} ranks"
+            f"parallel.bn_group_images: {group_images} is {ranks} ranks of {images} images, which "
+            f"does not divide {world_size} ranks"
         )
     group = process_group.new_groups(ranks) if ranks > 1 else None
     for name, child in list(module.named_modules()):
         if isinstance(child, _BatchNorm):
-            cuda = child.weight is not None and child.weight.is_cuda
-            if ranks > 1 and cuda and not hasattr(child, "act"):
-                replacement: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(child, group)
+            on_cuda = child.weight is not None and child.weight.is_cuda
+            replacement: nn.Module
+            if ranks > 1 and on_cuda and not hasattr(child, "act"):
+                replacement = nn.SyncBatchNorm.convert_sync_batchnorm(child, group)
             else:
                 replacement = GroupBatchNorm(child, images, group_images, group)
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, replacement)
+            module.set_submodule(name, replacement)
     return module
 
 
@@ -196,32 +193,43 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def spans_ranks(module: nn.Module) -> bool:
-    """Whether the module is a batch norm whose statistics come from several ranks."""
-    return isinstance(module, nn.SyncBatchNorm) or (
-        isinstance(module, GroupBatchNorm) and module.ranks > 1
-    )
+    """Return True if the module is a batch norm with statistics over several ranks."""
+    if isinstance(module, GroupBatchNorm):
+        return module.ranks_per_group > 1
+    return isinstance(module, nn.SyncBatchNorm)
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
-    """The running statistics of every batch norm in `module`, and its count of batches."""
+    """Return the running statistics and batch counters of every batch norm in `module`."""
     norms = (child for child in module.modules() if is_batch_norm(child))
     return [buffer for norm in norms for _, buffer in norm.named_buffers(recurse=False)]
 
 
+def _means_and_variances(module: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in statistics(module) if buffer.is_floating_point()]
+
+
 @torch.no_grad()
-def remembered(module: nn.Module) -> Tensor | None:
-    """All running means and variances in one tensor; None where there are none."""
-    buffers = [buffer for buffer in statistics(module) if buffer.is_floating_point()]
+def snapshot_statistics(module: nn.Module) -> Tensor | None:
+    """Return a copy of all running means and variances in one vector, None if there are none."""
+    buffers = _means_and_variances(module)
     return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else None
 
 
 @torch.no_grad()
-def put_back(module: nn.Module, before: Tensor | None, where: Tensor) -> None:
-    """Restores what `remembered` gave if `where`, a scalar on the device, is true: a broken batch leaves no trace."""
-    buffers = [buffer for buffer in statistics(module) if buffer.is_floating_point()]
-    if before is not None:
-        kept = torch.where(where, before, torch.cat([buffer.flatten() for buffer in buffers]))
-        parts = kept.split([buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(
-            buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers)]
-        )
+def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Tensor) -> None:
+    """Restore a snapshot if the condition, a boolean scalar on the device, is true.
+
+    A masked step leaves no trace of its batch. The host does not wait for the device.
+    """
+    if snapshot is not None:
+        buffers = _means_and_variances(module)
+        current = torch.cat([buffer.flatten() for buffer in buffers])
+        copy_flat(torch.where(condition, snapshot, current), buffers)
+
+
+def copy_flat(flat: Tensor, buffers: list[Tensor]) -> None:
+    """Copy consecutive slices of a vector into the buffers."""
+    slices = flat.split([buffer.numel() for buffer in buffers])
+    values = [values.view_as(buffer) for values, buffer in zip(slices, buffers)]
+    torch._foreach_copy_(buffers, values)

@@ -1,11 +1,11 @@
-"""What is done to a network block by block: activations computed again in the backward pass, and compilation."""
+"""Compile the blocks of a network, and recompute their activations in the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,11 +16,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_import import timm
 from ssl_pretrain.parallel import batch_norm
 
-# What `selective` keeps: the outputs that cost matrix products; norms, activations and additions are computed again.
-_KEPT = {
+# Operations whose outputs `selective` stores: matrix products. Norms, activation functions and
+# additions are cheap to recompute.
+_EXPENSIVE = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -31,42 +33,52 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 
-Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+def recompute_activations(method: nn.Module, mode: Literal["none", "blocks", "selective"]) -> None:
+    """Make every trained block recompute its activations in the backward pass.
+
+    Recomputation draws the same random numbers and leaves batch norm's statistics alone. Modules
+    keep their names, so a checkpoint fits with or without it.
+
+    Args:
+        method: The method. Blocks without gradients, such as a teacher's, have no backward pass.
+        mode: `blocks` stores only the input of each block, `selective` also its matrix products.
+    """
+    if mode == "none":
+        return
+    for _, block in backbones.blocks(method):
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            norms = [module for module in block.modules() if batch_norm.is_batch_norm(module)]
+            contexts = partial(_checkpoint_contexts, norms, mode == "selective")
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+            )
 
 
-def recompute(block: nn.Module, selective: bool) -> None:
-    """From now on `block` keeps its input alone, or also the outputs of its matrix products, and is run again in the backward
-    pass: with the same draws, and without a second move of batch norm's statistics."""
-    norms = [module for module in block.modules() if batch_norm.is_batch_norm(module)]
-
-    def contexts() -> Contexts:
-        first, again = (
-            create_selective_checkpoint_contexts(_keep)
-            if selective
-            else (nullcontext(), nullcontext())
-        )
-        return first, _both(again, norms)
-
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+Context = AbstractContextManager[object]
 
 
-def keep_again(block: nn.Module) -> None:
-    """Undoes `recompute`, and what else was put over the block's own forward."""
-    del block.forward
+def _checkpoint_contexts(norms: list[Any], selective: bool) -> tuple[Context, Context]:
+    """Return the contexts of a block's forward pass and of its recomputation."""
+    if not selective:
+        return nullcontext(), _frozen_statistics(norms, nullcontext())
+    forward, recomputation = create_selective_checkpoint_contexts(_policy)
+    return forward, _frozen_statistics(norms, recomputation)
 
 
-def _keep(context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
+    expensive = operation in _EXPENSIVE
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
-def _both(again: AbstractContextManager[Any], norms: list[Any]) -> Iterator[None]:
-    """Recomputes with batch norm's statistics standing still: momentum 0 leaves them, and the count of batches is put back."""
+def _frozen_statistics(norms: list[Any], recomputation: Context) -> Iterator[None]:
+    """Recompute without moving batch norm's statistics: with momentum 0, and the counter restored."""
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
-        with again:
+        with recomputation:
             yield
     finally:
         for norm, (momentum, count) in zip(norms, before):
@@ -74,37 +86,36 @@ def _both(again: AbstractContextManager[Any], norms: list[Any]) -> Iterator[None
             norm.num_batches_tracked.copy_(count)
 
 
-def compile_each(blocks: list[nn.Module], drops: bool, cuda_graphs: bool) -> None:
-    """Compiles every block's forward; blocks of one shape share their code.
+def compile_blocks(method: nn.Module, cuda_graphs: bool) -> None:
+    """Compile the forward pass of every block. Blocks of one shape share their code.
 
     Args:
-        drops: some layer draws random numbers, which then come from torch's generator, as they do without compilation.
-        cuda_graphs: replay each block's kernels as one CUDA graph.
+        method: The method. If it has dropout or drop path, random numbers come from torch's
+            generator, as they do without compilation.
+        cuda_graphs: Replay the kernels of each block as one CUDA graph.
     """
-    import torch._dynamo.config  # loads the compiler: seconds, which only this needs
+    import torch._dynamo.config  # loads the compiler, which takes seconds
     import torch._inductor.config
 
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, 4 * len(blocks)
-    )  # beyond it blocks stay eager, unsaid
-    torch._inductor.config.fallback_random |= drops
-    mode = "reduce-overhead" if cuda_graphs else None
-    compiled: Callable[..., Any] = partial(torch.compile, mode=mode, dynamic=False)
+    blocks = [block for _, block in backbones.blocks(method)]
+    # Beyond this limit dynamo would silently leave blocks uncompiled.
+    limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
+    torch._dynamo.config.recompile_limit = limit
+    torch._inductor.config.fallback_random |= has_dropout(method)
     for block in blocks:
         for norm in block.modules():
-            if batch_norm.spans_ranks(
-                norm
-            ):  # its collectives run as written, between two compiled pieces
+            if batch_norm.spans_ranks(norm):  # collectives run between two compiled graphs
                 norm.forward = torch.compiler.disable(norm.forward)
-        block.forward = compiled(block.forward)
+        mode = "reduce-overhead" if cuda_graphs else None
+        block.forward = torch.compile(block.forward, mode=mode, dynamic=False)
 
 
-def drops(module: nn.Module) -> bool:
-    """Whether a layer of `module` drops anything: dropout or drop-path with a rate above 0."""
-    dropouts = [child.p for child in module.modules() if isinstance(child, _DropoutNd)]
-    paths = [
-        child.drop_prob or 0.0
-        for child in module.modules()
-        if isinstance(child, timm.layers.DropPath)
-    ]
-    return max([0.0, *dropouts, *paths]) > 0
+def has_dropout(module: nn.Module) -> bool:
+    """Return True if a layer has dropout or drop path with a rate above 0."""
+    rates = [0.0]
+    for child in module.modules():
+        if isinstance(child, _DropoutNd):
+            rates.append(child.p)
+        elif isinstance(child, timm.layers.DropPath):
+            rates.append(child.drop_prob or 0.0)
+    return max(rates) > 0

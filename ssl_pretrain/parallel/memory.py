@@ -1,4 +1,4 @@
-"""How much memory a computation takes, and the largest part of a batch that fits."""
+"""Measure the memory that a computation takes, and find the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from ssl_pretrain.distributed import collectives, process_group
 
-ROOM = 0.85  # of what is free: allocators fragment, and other programs grow
+ROOM = 0.85  # fraction of free memory to use. Allocators fragment, and other programs grow.
 GIB = 2**30
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this rank may still take: of its GPU, or its share of the machine's memory.
+    """Return the bytes that this rank may still take: on its GPU, or of its share of host memory.
 
     Raises:
-        ValueError: neither CUDA nor Linux, where it cannot be known.
+        ValueError: The device is a CPU and the system is not Linux.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -28,10 +28,10 @@ def available(device: torch.device) -> int:
 
 
 def peak(function: Callable[[], object], device: torch.device) -> int:
-    """Runs `function` and returns the most memory it held at once, in bytes above what was held before.
+    """Run `function` and return its peak memory in bytes, above what was in use before.
 
     Raises:
-        ValueError: as `available`.
+        ValueError: The device is a CPU and the system is not Linux.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -40,65 +40,68 @@ def peak(function: Callable[[], object], device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with suppress(
-        OSError, AttributeError
-    ):  # glibc: what was freed goes back to the system, and is counted when taken again
-        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, so that its reuse is counted
     before = _from_proc("/proc/self/status", "VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     function()
     return _from_proc("/proc/self/status", "VmHWM") - before
 
 
-def largest_part(
-    share: int, multiple: int, cost: Callable[[int], int], room: int
+def largest_micro_batch(
+    share: int, multiple: int, measure: Callable[[int], int], free: int
 ) -> tuple[int, str]:
-    """The most of `share` images, in equal parts, that take no more than `room` bytes, and how that was found.
+    """Return the largest micro-batch that fits in memory on every rank, and how it was estimated.
 
-    Two small parts are measured and a line drawn through them; every rank takes what the tightest rank can.
+    Two small micro-batches are measured and a line is drawn through them.
 
     Args:
-        multiple: what a part must be a multiple of: batch norm's group, or 1.
-        cost: measures a part of so many images, in bytes.
+        share: Images of an optimizer step on this rank. Micro-batches divide it.
+        multiple: Divisor of every micro-batch: the images of a batch norm group, or 1.
+        measure: Returns the bytes that a micro-batch of a given size takes.
+        free: Bytes that are free on this rank.
 
     Raises:
-        ValueError: not even the smallest part fits.
+        ValueError: Not even the smallest micro-batch fits.
     """
     sizes = [size for size in range(multiple, share + 1, multiple) if share % size == 0]
     small = next((size for size in sizes if size >= 8), sizes[-1])
     larger = next((size for size in sizes if size >= 2 * small), small)
-    cost(small)  # the first run also pays for what is made once
-    low, high = cost(small), cost(larger)
+    measure(small)  # the first run also allocates what is kept, such as workspaces
+    low, high = measure(small), measure(larger)
     slope = max(0.0, (high - low) / (larger - small)) if larger > small else low / small
     fixed = max(0.0, low - slope * small)
-    fitting = [size for size in sizes if fixed + slope * size <= ROOM * room]
-    found = min(collectives.gather_objects(fitting[-1] if fitting else 0))
-    measured = (
-        f"{fixed / GIB:.2f} GiB + {slope / 2**20:.2f} MiB an image, {room / GIB:.1f} GiB free"
+    fitting = [size for size in sizes if fixed + slope * size <= ROOM * free]
+    largest = min(collectives.gather_objects(fitting[-1] if fitting else 0))
+    estimate = (
+        f"{fixed / GIB:.2f} GiB + {slope / 2**20:.2f} MiB per image, {free / GIB:.1f} GiB free"
     )
-    if not found:
+    if not largest:
         raise ValueError(
-            f"local_batch_size: auto: a part of {sizes[0]} images does not fit ({measured}); "
-            "take a smaller crop size or backbone, a smaller parallel.bn_group_images, or more ranks"
+            f"local_batch_size: auto: a micro-batch of {sizes[0]} images does not fit "
+            f"({estimate}); take a smaller crop size or backbone, a smaller "
+            "parallel.bn_group_images, or more ranks"
         )
-    return found, measured
+    return largest, estimate
 
 
 def explain(error: BaseException) -> str:
-    """The error's own words; where a GPU's memory ran out, the rank and what to do about it as well."""
+    """Return the error's message, with the rank and a remedy if a GPU ran out of memory."""
     if not isinstance(error, torch.OutOfMemoryError):
         return str(error)
+    message = str(error).partition(" If reserved")[0]
     return (
-        f"rank {process_group.rank()}: {str(error).partition(' If reserved')[0]} Feed fewer images at once: local_batch_size=auto takes the "
-        "most that fits, with the gradient of the whole batch; or take smaller crops or more ranks, then start the run again"
+        f"rank {process_group.rank()}: {message} Feed fewer images at once: local_batch_size=auto "
+        "takes the most that fits, with the gradient of the whole batch; or take smaller crops or "
+        "more ranks, then start the run again"
     )
 
 
 def _from_proc(file: str, entry: str) -> int:
+    """Return an entry of a file in /proc in bytes."""
     try:
-        line = next(
-            line for line in Path(file).read_text().splitlines() if line.startswith(f"{entry}:")
-        )
+        lines = Path(file).read_text().splitlines()
+        line = next(line for line in lines if line.startswith(f"{entry}:"))
     except (OSError, StopIteration):
         raise ValueError(
             "local_batch_size: auto measures memory on CUDA and on Linux only; give a number"

@@ -26,8 +26,8 @@ from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel import batch_norm, parallel_config
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, parallel_config
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.memory import GIB, ROOM
 from ssl_pretrain.planning import communication, trace
 from ssl_pretrain.planning.communication import Cluster, Message, Unit
@@ -83,8 +83,8 @@ class Program:
         self.share = run.global_batch_size // self.ranks
         self.calls: dict[str, int] = {}  # of each backbone, in a forward and the targets
         kind = torch.device("cpu" if machine.on_cpu else "cuda")
-        self.precision = parallel.precision(run.parallel, kind)
-        self.dtype = torch.float64 if self.precision == torch.float64 else torch.float32
+        self.execution = Execution.resolve(run.parallel, kind)
+        self.dtype = self.execution.dtype
         if like is not None:
             self.counted, self.part, self.calls = like.counted, like.part, like.calls
             self.optimizer, self.views_seconds = like.optimizer, like.views_seconds
@@ -129,12 +129,14 @@ class Program:
                     module.register_forward_pre_hook(
                         lambda *_, name=name: self.calls.update({name: self.calls.get(name, 0) + 1})
                     )
-            parallel.recompute(there, self.run.parallel)
+            compile_and_checkpoint.recompute_activations(
+                there, self.run.parallel.activation_checkpointing
+            )
             return there, Batch(views, numbers, numbers)
 
         def embed(there: Any, mark: Any) -> Any:
             method, batch = there
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.execution.autocast):
                 mark("forward")
                 embeddings = method(batch)
                 mark("targets")
@@ -361,7 +363,7 @@ class Program:
             )
             behind = [([gradients], backward, [last])]
         else:
-            low = self.precision == torch.bfloat16
+            low = self.execution.autocast
             there, back = communication.of_weights(
                 self.units, settings, cluster, low, self.dtype.itemsize
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from measure import interleaved, mib, versions
 
+from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig, State
 from ssl_pretrain.data.loader import Batch
@@ -24,9 +25,8 @@ from ssl_pretrain.methods import byol
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import Stepper
 
 SYNC, ASYNC = (
     CheckpointConfig(asynchronous=False, keep_last=1),
@@ -47,20 +47,19 @@ class Run:
             torch.randn(options.images, 3, options.size, options.size, device=device)
             for _ in range(2)
         ]
-        self.batch = Batch(parallel.place(views, settings, device), labels, labels)
-        model = parallel.wrap(
+        execution = Execution.resolve(settings, device)
+        self.batch = Batch(execution.place_views(views), labels, labels)
+        self.stepper = build_stepper(
             method,
             settings,
-            images=options.images,
+            recipe,
+            execution,
+            micro_batch_size=options.images,
             global_batch_size=options.images,
-            device=device,
             example=self.batch,
         )
-        optimizer = optim.build(recipe, method)
+        optimizer = self.stepper.optimizer
         optim.set_rates(optimizer, recipe, 0.5, 100, options.images)
-        self.stepper = Stepper(
-            model, optimizer, settings, 0, options.images, options.images, recipe, device
-        )
         self.state = State(method, optimizer, {}, {})
         self.folder, self.number = Path(tempfile.mkdtemp(dir=options.folder)), 0
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from measure import versions
 
+from ssl_pretrain.build import build_stepper
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.models.backbones import BackboneConfig, build
@@ -27,6 +28,7 @@ from ssl_pretrain.monitoring import logger as log
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.planning import flops
 from ssl_pretrain.step import Stepper
@@ -40,17 +42,17 @@ def stepper(options: argparse.Namespace, batch: Batch, device: torch.device) -> 
         build(BackboneConfig(name=options.backbone), options.size)
     )
     settings, config = ParallelConfig(), OptimConfig(name="lars")
-    model = parallel.wrap(
+    step = build_stepper(
         method,
         settings,
-        images=options.images,
+        config,
+        Execution.resolve(settings, device),
+        micro_batch_size=options.images,
         global_batch_size=options.images,
-        device=device,
         example=batch,
     )
-    optimizer = optim.build(config, method)
-    optim.set_rates(optimizer, config, 0.5, 100, options.images)
-    return Stepper(model, optimizer, settings, 0, options.images, options.images, config, device)
+    optim.set_rates(step.optimizer, config, 0.5, 100, options.images)
+    return step
 
 
 def main() -> None:
@@ -71,7 +73,7 @@ def main() -> None:
         for _ in range(2)
     ]
     labels = torch.zeros(options.images, dtype=torch.int64, device=device)
-    batch = Batch(parallel.place(views, ParallelConfig(), device), labels, labels)
+    batch = Batch(Execution.resolve(ParallelConfig(), device).place_views(views), labels, labels)
     watched, blind = stepper(options, batch, device), stepper(options, batch, device)
     method = parallel.unwrap(watched.model)
     seconds: dict[str, list[float]] = {"blind": [], "ordinary": [], "record": [], "measured": []}

@@ -13,13 +13,13 @@ import torch
 from measure import interleaved, mib, peaks, versions
 
 from ssl_pretrain import methods
+from ssl_pretrain.build import build_stepper
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import Stepper
 
 
 def step_of(name: str, options: argparse.Namespace, device: torch.device):
@@ -40,18 +40,17 @@ def step_of(name: str, options: argparse.Namespace, device: torch.device):
         torch.arange(options.images, device=device) % 10,
         torch.arange(options.images, device=device),
     )
-    model = parallel.wrap(
+    config = OptimConfig(name="adamw")
+    stepper = build_stepper(
         method,
         settings,
-        images=options.images,
+        config,
+        Execution.resolve(settings, device),
+        micro_batch_size=options.images,
         global_batch_size=options.images,
-        device=device,
         example=images,
     )
-    config = OptimConfig(name="adamw")
-    optimizer = optim.build(config, method)
-    optim.set_rates(optimizer, config, 0.5, 100, options.images)
-    stepper = Stepper(model, optimizer, settings, 0, options.images, options.images, config, device)
+    optim.set_rates(stepper.optimizer, config, 0.5, 100, options.images)
     return lambda: stepper(50, 0.5, images)
 
 

@@ -10,14 +10,14 @@ import argparse
 import torch
 from measure import mib, peaks, versions
 
+from ssl_pretrain.build import build_stepper
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import dino
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import Stepper
 
 
 def main() -> None:
@@ -47,20 +47,20 @@ def main() -> None:
             numbers,
             numbers,
         )
-        images = Batch(parallel.place(images.views, settings, device), numbers, numbers)
+        execution = Execution.resolve(settings, device)
+        images = Batch(execution.place_views(images.views), numbers, numbers)
         first = images.part(0, total // options.part)
-        model = parallel.wrap(
+        config = OptimConfig(name="adamw")
+        stepper = build_stepper(
             method,
             settings,
-            images=options.part,
+            config,
+            execution,
+            micro_batch_size=options.part,
             global_batch_size=total,
-            device=device,
             example=first,
         )
-        config = OptimConfig(name="adamw")
-        optimizer = optim.build(config, method)
-        optim.set_rates(optimizer, config, 0.5, 100, total)
-        stepper = Stepper(model, optimizer, settings, 0, options.part, total, config, device)
+        optim.set_rates(stepper.optimizer, config, 0.5, 100, total)
         runs[f"{total} images"] = lambda stepper=stepper, images=images: stepper(50, 0.5, images)
     for run in runs.values():
         run()

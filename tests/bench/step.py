@@ -13,12 +13,13 @@ import argparse
 import torch
 from measure import interleaved, mib, peaks, versions
 
+from ssl_pretrain.build import build_stepper
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper
 
@@ -44,13 +45,18 @@ def stepper(
     example = Batch(
         [torch.zeros(images, 3, options.size, options.size, device=device)] * 2, labels, labels
     )
-    model = parallel.wrap(
-        method, settings, images=images, global_batch_size=total, device=device, example=example
-    )
     config = OptimConfig(name="lars")
-    optimizer = optim.build(config, method)
-    optim.set_rates(optimizer, config, 0.5, 100, total)
-    return Stepper(model, optimizer, settings, 0, images, total, config, device)
+    step = build_stepper(
+        method,
+        settings,
+        config,
+        Execution.resolve(settings, device),
+        micro_batch_size=images,
+        global_batch_size=total,
+        example=example,
+    )
+    optim.set_rates(step.optimizer, config, 0.5, 100, total)
+    return step
 
 
 def main() -> None:
@@ -108,7 +114,7 @@ def main() -> None:
 
 def step_views(views: list[torch.Tensor], step: Stepper) -> list[torch.Tensor]:
     """Placed before the measurement, as the loader's are."""
-    return parallel.place(views, step.config, step.device)
+    return step.execution.place_views(views)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from ssl_pretrain import build, config, train
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.distributed import stop_request
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,7 @@ class NoLabels:
 
 def bare_step(settings: config.RunConfig, batch: Batch) -> Any:
     """A step as a script would write it: no masks, no norms, no measures."""
-    method = parallel.to_device(build.build_method(settings), settings.parallel, CPU)
+    method = Execution.resolve(settings.parallel, CPU).place_module(build.build_method(settings))
     optimizer = optim.build(settings.optim, method)
     optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
     optim.set_rates(optimizer, settings.optim, 0.5, settings.epochs, settings.global_batch_size)
@@ -113,7 +113,9 @@ def main() -> None:
         ]
         numbers = torch.arange(options.images)
         batch = Batch(
-            parallel.place(views, settings.parallel, CPU), torch.full_like(numbers, -1), numbers
+            Execution.resolve(settings.parallel, CPU).place_views(views),
+            torch.full_like(numbers, -1),
+            numbers,
         )
         batches: Any = Alternating(batch, bare_step(settings, batch), options.steps)
         with stop_request.StopRequest() as stop, ExitStack() as closing:

@@ -25,11 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 from measure import interleaved, versions
 
 from ssl_pretrain import config, methods
-from ssl_pretrain.build import build_method
+from ssl_pretrain.build import build_method, build_stepper
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning import hardware
 from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Program
@@ -112,7 +113,7 @@ def colored(
         places = range(len(views), len(views) + crop.count)
         drawn = [color.draw(crop, 0, epoch, numbers, place) for place in places]
         pixels = [crops[place].to(device, non_blocking=True) for place in places]
-        dtype = parallel.view_dtype(run.parallel, device)
+        dtype = Execution.resolve(run.parallel, device).view_dtype
         views += color.apply_to_group(pixels, drawn, crop, run.views.mean, run.views.std, dtype)
     return views
 
@@ -126,22 +127,24 @@ def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepp
     run = replace(
         run, global_batch_size=images, parallel=replace(run.parallel, bn_group_images="global")
     )
-    dtype = parallel.view_dtype(run.parallel, device)
+    execution = Execution.resolve(run.parallel, device)
     views = [
-        torch.randn(images, 3, crop.size, crop.size, device=device).to(dtype)
+        torch.randn(images, 3, crop.size, crop.size, device=device).to(execution.view_dtype)
         for crop in recipe.each(run.views)
     ]
-    method, batch = (
-        build_method(run),
-        batch_of(run, parallel.place(views, run.parallel, device), device),
-    )
+    method, batch = build_method(run), batch_of(run, execution.place_views(views), device)
     method.num_steps, method.steps_per_epoch = 100_000, 1_000
-    model = parallel.wrap(
-        method, run.parallel, images=images, global_batch_size=images, device=device, example=batch
+    stepper = build_stepper(
+        method,
+        run.parallel,
+        run.optim,
+        execution,
+        micro_batch_size=images,
+        global_batch_size=images,
+        example=batch,
     )
-    optimizer = optim.build(run.optim, method)
-    optim.set_rates(optimizer, run.optim, 0.5, run.epochs, images)
-    return Stepper(model, optimizer, run.parallel, 0, images, images, run.optim, device), batch
+    optim.set_rates(stepper.optimizer, run.optim, 0.5, run.epochs, images)
+    return stepper, batch
 
 
 def largest(
@@ -170,7 +173,7 @@ def backbone_alone(stepper: Stepper, batch: Batch) -> Callable[[], object]:
 
     def run() -> None:
         stepper.optimizer.zero_grad(set_to_none=True)
-        with parallel.autocast(stepper.config, stepper.device):
+        with stepper.execution.forward_context():
             embeddings = stepper.model(batch)
             method.targets(batch)
         trained = [z for z in embeddings.values() if z.requires_grad]
@@ -211,11 +214,11 @@ def bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object
     method: Any = parallel.unwrap(stepper.model)
     backbone = method.backbone
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.0, fused=stepper.device.type == "cuda")
+    optimizer = torch.optim.SGD(parameters, lr=0.0, fused=stepper.execution.device.type == "cuda")
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with parallel.autocast(stepper.config, stepper.device):
+        with stepper.execution.forward_context():
             features = [backbone(view) for view in batch.views[:views]]
         torch.autograd.backward(features, [torch.ones_like(feature) for feature in features])
         optimizer.step()

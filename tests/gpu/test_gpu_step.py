@@ -9,13 +9,14 @@ import torch
 from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
 
 from ssl_pretrain import methods
+from ssl_pretrain.build import build_stepper
 from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper
 
@@ -61,12 +62,17 @@ def stepper_for(
     images: int = IMAGES,
 ) -> Stepper:
     example = batch_for(method.config.name, device, images)
-    model = parallel.wrap(
-        method, settings, images=images, global_batch_size=IMAGES, device=device, example=example
+    step = build_stepper(
+        method,
+        settings,
+        recipe,
+        Execution.resolve(settings, device),
+        micro_batch_size=images,
+        global_batch_size=IMAGES,
+        example=example,
     )
-    optimizer = optim.build(recipe, method)
-    optim.set_rates(optimizer, recipe, 0.5, 100, IMAGES)
-    return Stepper(model, optimizer, settings, 0, images, IMAGES, recipe, device)
+    optim.set_rates(step.optimizer, recipe, 0.5, 100, IMAGES)
+    return step
 
 
 @pytest.mark.parametrize("parts", [1, 2])

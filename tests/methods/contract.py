@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ssl_pretrain import methods
+from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig
 from ssl_pretrain.data.loader import Batch
@@ -29,7 +30,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper
 
@@ -101,16 +102,23 @@ def run(
     """
     settings = ParallelConfig(precision=precision, bn_group_images=group)
     method, recipe = build(name, **overrides), test_file(name).OPTIM
-    world, optimizer = process_group.world_size(), optim.build(recipe, method)
+    world = process_group.world_size()
     local = ROWS // world
     example = batch(name).part(0, world * parts)
-    example = replace(example, views=parallel.place(example.views, settings, CPU))
-    model = parallel.wrap(
-        method, settings, images=local // parts, global_batch_size=ROWS, device=CPU, example=example
+    execution = Execution.resolve(settings, CPU)
+    example = replace(example, views=execution.place_views(example.views))
+    stepper = build_stepper(
+        method,
+        settings,
+        recipe,
+        execution,
+        micro_batch_size=local // parts,
+        global_batch_size=ROWS,
+        example=example,
     )
+    optimizer = stepper.optimizer
     state = checkpoint.State(method, optimizer, {}, {})
     first = state.resume(folder, CheckpointConfig(), lambda manifest: None) if folder else 0
-    stepper = Stepper(model, optimizer, settings, 0, local // parts, ROWS, recipe, CPU)
     gradients: dict[str, torch.Tensor] = {}
 
     def before_the_update(*_: Any) -> None:  # LARS writes over the gradients
@@ -142,9 +150,16 @@ def one_step(
     progress = step / NUM_STEPS
     optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
     settings = ParallelConfig(precision=precision)
-    Stepper(method, optimizer, settings, 0, len(images), len(images), recipe, CPU)(
-        step, progress, images
-    )
+    Stepper(
+        method,
+        optimizer,
+        settings,
+        0,
+        len(images),
+        len(images),
+        recipe,
+        Execution.resolve(settings, CPU),
+    )(step, progress, images)
 
 
 def plain_step(

@@ -17,6 +17,7 @@ from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.parallel import batch_norm, parallel_config
 from ssl_pretrain.parallel import wrap as parallel
+from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 
 SAVED, LAST = 16, 20  # steps: stopped once, and the end
@@ -282,9 +283,7 @@ def _bytes_saved(how):
         lambda x: kept.append(x.numel() * x.element_size()) or x, lambda x: x
     ):
         images = networks.batch(0, sizes)
-        stepper.model(
-            replace(images, views=parallel.place(images.views, stepper.config, networks.CPU))
-        )
+        stepper.model(replace(images, views=stepper.execution.place_views(images.views)))
     return sum(kept)
 
 
@@ -363,14 +362,12 @@ def test_a_torch_without_safetensors_shards_is_refused(monkeypatch):
 
 def test_evaluations_keep_float32_where_training_views_are_bfloat16():
     """On a GPU the loader makes bfloat16 views for autocast; an evaluation runs without it and its views must stay float32."""
-    device, config = torch.device("cuda"), ParallelConfig()
-    assert parallel.view_dtype(config, device) == torch.bfloat16
+    execution = Execution.resolve(ParallelConfig(), torch.device("cuda"))
+    assert execution.view_dtype == torch.bfloat16
     training, evaluation = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), torch.zeros(1, 3, 4, 4)
-    placed = parallel.place([training, evaluation], config, device)
+    placed = execution.place_views([training, evaluation])
     assert [view.dtype for view in placed] == [torch.bfloat16, torch.float32]
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in placed)
-    assert parallel.view_dtype(config, torch.device("cpu")) == torch.float32
-    assert (
-        parallel.place([evaluation], ParallelConfig(precision="float64"), device)[0].dtype
-        == torch.float64
-    )
+    assert Execution.resolve(ParallelConfig(), networks.CPU).view_dtype == torch.float32
+    double = Execution.resolve(ParallelConfig(precision="float64"), torch.device("cuda"))
+    assert double.place_views([evaluation])[0].dtype == torch.float64
