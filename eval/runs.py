@@ -81,7 +81,7 @@ def load_run(
         ) from None
     run_config = config.from_dict(_with(manifest["config"], overrides or []))
     _check_architecture(path, run_config, found)
-    view_size = recipe.each(run_config.views)[0].size
+    view_size = recipe.expand_counts(run_config.views)[0].size
     image_size = run_config.evaluation.image_size or view_size
     network = replace(run_config.backbone, init="random", init_key="", init_prefix="")
     backbones.check(network, {"views.crops": view_size, "evaluation.image_size": image_size})

@@ -27,6 +27,7 @@ from ssl_pretrain.parallel.wrap import is_sharded, warm_up, wrap
 from ssl_pretrain.planning import flops
 from ssl_pretrain.step import Stepper, check_accumulation
 from ssl_pretrain.views import color, crops, recipe
+from ssl_pretrain.views.batch import Batch
 
 
 def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
@@ -35,7 +36,7 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
     Raises:
         ValueError: The method needs labels and the source has none, or `backbone.init` does not fit.
     """
-    image_size = recipe.each(config.views)[0].size
+    image_size = recipe.expand_counts(config.views)[0].size
     torch.manual_seed(rng.seed_of(config.seed, 0, 0))
     backbone = backbones.build(config.backbone, image_size)
     notes = checkpoint.initialize(backbone, config.backbone)
@@ -109,7 +110,7 @@ def build_stepper(
     *,
     micro_batch_size: int,
     global_batch_size: int,
-    example: loader.Batch,
+    example: Batch,
     seed: int = 0,
 ) -> Stepper:
     """Wrap a method, build its optimizer and return the function that takes optimizer steps.
@@ -144,13 +145,13 @@ def build_stepper(
     )
 
 
-def blank_batch(config: RunConfig, images: int, execution: Execution) -> loader.Batch:
+def blank_batch(config: RunConfig, images: int, execution: Execution) -> Batch:
     """Return black images in the shapes of the run, with labels of class 0."""
     numbers = torch.zeros(images, dtype=torch.int64, device=execution.device)
-    sizes = [crop.size for crop in recipe.each(config.views)]
+    sizes = [crop.size for crop in recipe.expand_counts(config.views)]
     blank = partial(torch.zeros, dtype=execution.view_dtype, device=execution.device)
     views = [blank(images, 3, size, size) for size in sizes]
-    return loader.Batch(execution.place_views(views), numbers, numbers)
+    return Batch(execution.place_views(views), numbers, numbers)
 
 
 def flops_per_image(config: RunConfig) -> float:
@@ -163,7 +164,7 @@ def flops_per_image(config: RunConfig) -> float:
 def online_knn(config: RunConfig, batches: loader.Loader, execution: Execution) -> OnlineKNN:
     """Build the k-NN monitor on training images, transformed as in evaluations."""
     settings, source = config.evaluation, batches.source
-    size = settings.image_size or recipe.each(config.views)[0].size
+    size = settings.image_size or recipe.expand_counts(config.views)[0].size
     transform = partial(
         crops.evaluate,
         size=size,

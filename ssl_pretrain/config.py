@@ -15,7 +15,6 @@ import yaml
 from ssl_pretrain import methods, schema
 from ssl_pretrain.checkpoint.state import CheckpointConfig
 from ssl_pretrain.data import sources
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig
 from ssl_pretrain.methods.base import Method, MethodConfig
@@ -30,6 +29,7 @@ from ssl_pretrain.parallel import parallel_config
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.schema import Bounds, Scalar
 from ssl_pretrain.views import recipe
+from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import ViewsConfig
 
 
@@ -351,7 +351,7 @@ def method_on_meta(config: RunConfig) -> Method:
     """Build the run's method on the meta device, to try it, to count its parameters and to see their names."""
     with torch.device("meta"):
         return config.method.build(
-            backbones.on_meta(config.backbone, recipe.each(config.views)[0].size)
+            backbones.on_meta(config.backbone, recipe.expand_counts(config.views)[0].size)
         )
 
 
@@ -361,7 +361,7 @@ def _try_method(config: RunConfig) -> None:
     Raises:
         ValueError: The method takes other views or more images, or cannot run on the backbone.
     """
-    sizes = [crop.size for crop in recipe.each(config.views)]
+    sizes = [crop.size for crop in recipe.expand_counts(config.views)]
     num_images = min(2, parallel_config.bn_group_images(config.parallel, config.global_batch_size))
     untrained = dataclasses.replace(
         config, backbone=dataclasses.replace(config.backbone, init="random")

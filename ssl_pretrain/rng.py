@@ -91,7 +91,7 @@ def uniform(
         seed: of the run, in [0, 2**63).
         epoch: passes over the data before this one.
         indices: of the samples in the data set, (n,) integers.
-        view: number of the view, as `views.recipe.each` orders them.
+        view: number of the view, as `views.recipe.expand_counts` orders them.
         purpose: what the numbers decide.
         count: draws per index.
     """

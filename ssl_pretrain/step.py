@@ -129,7 +129,7 @@ class Stepper:
         kept = []
         leave = _mean_of_statistics(method, self.num_parts)
         for k in range(self.num_parts):
-            part = batch.part(k, self.num_parts)
+            part = batch.slice(k, self.num_parts)
             self._seed(step, k)
             with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
                 embeddings = self._embed(part)
@@ -154,7 +154,7 @@ class Stepper:
     ) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
         """Images couple: embed all parts without a graph, take the loss's gradient by the embeddings once over the whole
         global batch, then embed each part again and send that gradient back (GradCache, arXiv:2101.06983)."""
-        parts = [batch.part(k, self.num_parts) for k in range(self.num_parts)]
+        parts = [batch.slice(k, self.num_parts) for k in range(self.num_parts)]
         leave = _mean_of_statistics(method, self.num_parts)
         first, targets = [], []
         with torch.no_grad():

@@ -15,7 +15,6 @@ from ssl_pretrain import methods
 from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
@@ -25,6 +24,7 @@ from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper
+from ssl_pretrain.views.batch import Batch
 
 ROWS, SIZE, NUM_STEPS, STEPS_PER_EPOCH = 8, 16, 20, 2
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def setting_up(
     config = ParallelConfig(**settings)
     world = process_group.world_size()
     images = rows // world // parts
-    example = batch(0, sizes, rows).part(0, world * parts)
+    example = batch(0, sizes, rows).slice(0, world * parts)
     execution = Execution.resolve(config, CPU)
     example = replace(example, views=execution.place_views(example.views))
     recipe = OptimConfig(**(optimizer or recipe))
@@ -124,7 +124,7 @@ def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
         NUM_STEPS / STEPS_PER_EPOCH,
         stepper.global_batch_size,
     )
-    own = batch(step, sizes, stepper.global_batch_size).part(
+    own = batch(step, sizes, stepper.global_batch_size).slice(
         process_group.rank(), process_group.world_size()
     )
     _, logs = stepper(step, step / NUM_STEPS, own)

@@ -69,7 +69,7 @@ def content(run: Path) -> str:
 def _view_size(settings: dict[str, Any]) -> int:
     if schema.at(settings, "views.crops") is None:
         return 0
-    return recipe.each(config.from_dict(settings).views)[0].size
+    return recipe.expand_counts(config.from_dict(settings).views)[0].size
 
 
 def is_own_host(host: str) -> bool:

@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -34,6 +34,7 @@ from ssl_pretrain.data.sources import (
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.views import color, crops, describe, recipe
+from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 from ssl_pretrain.views.upload import upload
 
@@ -53,40 +54,6 @@ class Maker(Protocol):
     def take(self, jobs: Iterable[Job]) -> Iterator[Chunk]: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's images of one step, on the device.
-
-    views: each (local_batch, 3, height, width), normalized, global views first; float32, or bfloat16 on a GPU that computes in it.
-    labels: int64 (local_batch,), -1 for none. indices: int64 (local_batch,), numbers of the images in the source; where one was
-    unreadable it keeps its number, and pixels and label are those of the image that took its place.
-    """
-
-    views: list[Tensor]
-    labels: Tensor
-    indices: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(
-            [view.to(device) for view in self.views],
-            self.labels.to(device),
-            self.indices.to(device),
-        )
-
-    def part(self, k: int, num_parts: int) -> "Batch":
-        """The k-th of `num_parts` slices of equal length. Raises ValueError if they would not be equal."""
-        if len(self) % num_parts:
-            raise ValueError(
-                f"a batch of {len(self)} images does not divide into {num_parts} parts"
-            )
-        size = len(self) // num_parts
-        rows = slice(k * size, (k + 1) * size)
-        return Batch([view[rows] for view in self.views], self.labels[rows], self.indices[rows])
 
 
 class Loader:
@@ -124,7 +91,11 @@ class Loader:
         self.max_replaced = max_replaced
         self._replaced_in_epoch, self._num_reported = 0, 0
         self._warned: set[str] = set()
-        self._views, self._crops, self._device = views, recipe.each(views), torch.device(device)
+        self._views, self._crops, self._device = (
+            views,
+            recipe.expand_counts(views),
+            torch.device(device),
+        )
         self._view_dtype = view_dtype
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         local_batch = global_batch_size // world_size

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ssl_pretrain.data.loader import Batch, Loader
+from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.views.batch import Batch
 
 _STEPS, _SECONDS = (
     10,

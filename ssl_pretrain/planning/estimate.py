@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from ssl_pretrain.config import RunConfig, method_on_meta
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.losses import tiles
 from ssl_pretrain.methods.base import Method
@@ -34,6 +33,7 @@ from ssl_pretrain.planning.communication import Cluster, Message, Unit
 from ssl_pretrain.planning.hardware import Machine
 from ssl_pretrain.planning.trace import Line, Shape, Trace
 from ssl_pretrain.views import color, recipe
+from ssl_pretrain.views.batch import Batch
 
 RESERVED = (
     1.5 * GIB
@@ -116,7 +116,7 @@ class Program:
             layout = (
                 torch.channels_last if self.run.parallel.channels_last else torch.contiguous_format
             )
-            sizes = [crop.size for crop in recipe.each(self.run.views)]
+            sizes = [crop.size for crop in recipe.expand_counts(self.run.views)]
             views = [
                 torch.zeros(images, 3, size, size, dtype=self.dtype).to(memory_format=layout)
                 for size in sizes
@@ -220,7 +220,7 @@ class Program:
             return 0.0
         images = 64
         bounds = 0.0
-        for number, crop in enumerate(recipe.each(self.run.views)):
+        for number, crop in enumerate(recipe.expand_counts(self.run.views)):
             parameters = color.draw(crop, 0, 0, np.arange(images), number)
 
             def made(size: int = crop.size) -> Any:
@@ -242,7 +242,7 @@ class Program:
         teacher = sum(
             self._bytes(p) for name, p in method.named_parameters() if name.startswith("teacher.")
         )
-        pixels = sum(3 * crop.size**2 for crop in recipe.each(self.run.views))
+        pixels = sum(3 * crop.size**2 for crop in recipe.expand_counts(self.run.views))
         largest = (
             sorted(unit.numbers for unit in self.units)[-2:] if self.shards > 1 else []
         )  # the next is gathered before this one goes

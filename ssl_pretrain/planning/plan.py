@@ -42,7 +42,7 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     lines += _parameters(run, method)
     lines += _steps(run)
     lines += [f"weights: {run.backbone.init}: {'; '.join(notes)}"] if notes else []
-    views = recipe.each(run.views)
+    views = recipe.expand_counts(run.views)
     lines.append(f"views of an image: {', '.join(f'{view.size} px' for view in views)}")
     couples = (
         "every other embedding of the batch"

@@ -55,7 +55,7 @@ def draw(crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int) -> P
         seed: of the run.
         epoch: passes over the data before this one.
         indices: of the samples in the data set, (n,) integers.
-        view: number of the view, as `recipe.each` orders them.
+        view: number of the view, as `recipe.expand_counts` orders them.
     """
 
     def uniform(purpose: Purpose, count: int) -> np.ndarray:

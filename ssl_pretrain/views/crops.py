@@ -66,7 +66,7 @@ def draw(crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, 
         seed: Seed of the run.
         epoch: Number of passes over the data before this one.
         index: Number of the image in the data set.
-        view: Number of the view, in the order of `recipe.each`.
+        view: Number of the view, in the order of `recipe.expand_counts`.
         height: Height of the decoded image, in pixels.
         width: Width of the decoded image, in pixels.
     """

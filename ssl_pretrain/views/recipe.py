@@ -82,7 +82,7 @@ class ViewsConfig:
     std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
 
 
-def each(views: ViewsConfig) -> list[Crop]:
+def expand_counts(views: ViewsConfig) -> list[Crop]:
     """The recipe of every view, counts expanded, in YAML order; the place in the list is the view's number."""
     return [crop for crop in views.crops.values() for _ in range(crop.count)]
 

@@ -183,7 +183,7 @@ def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
     result = (0.0, 0.0)
     for name in ("simclr", "byol"):
         config = load(ROOT / f"configs/{name}_imagenet.yaml", ["data.root=/data"])
-        for number, crop in enumerate(recipe.each(config.views)):
+        for number, crop in enumerate(recipe.expand_counts(config.views)):
             frames, details = zip(
                 *(
                     _statistics(images, replace(crop, **options), number)

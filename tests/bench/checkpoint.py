@@ -20,13 +20,13 @@ from measure import interleaved, mib, versions
 from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig, State
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import byol
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.views.batch import Batch
 
 SYNC, ASYNC = (
     CheckpointConfig(asynchronous=False, keep_last=1),

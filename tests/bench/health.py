@@ -20,7 +20,6 @@ import torch
 from measure import versions
 
 from ssl_pretrain.build import build_stepper
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.monitoring import collapse
@@ -32,6 +31,7 @@ from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.planning import flops
 from ssl_pretrain.step import Stepper
+from ssl_pretrain.views.batch import Batch
 
 RECORD, MEASURE = 4, 6  # steps between two, here; where both fall on one step it does not count
 

@@ -11,13 +11,13 @@ import torch
 from measure import mib, peaks, versions
 
 from ssl_pretrain.build import build_stepper
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods import dino
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.views.batch import Batch
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         )
         execution = Execution.resolve(settings, device)
         images = Batch(execution.place_views(images.views), numbers, numbers)
-        first = images.part(0, total // options.part)
+        first = images.slice(0, total // options.part)
         config = OptimConfig(name="adamw")
         stepper = build_stepper(
             method,

@@ -22,10 +22,10 @@ import torch
 from measure import versions
 
 from ssl_pretrain import build, config, train
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.distributed import stop_request
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.views.batch import Batch
 
 CPU = torch.device("cpu")
 

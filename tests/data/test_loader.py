@@ -23,9 +23,10 @@ from PIL import Image
 
 from ssl_pretrain.data import workers
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.loader import Batch, Loader, build, images
+from ssl_pretrain.data.loader import Loader, build, images
 from ssl_pretrain.data.sources import DataConfig, Source, open_source
 from ssl_pretrain.views import crops
+from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 pytestmark = pytest.mark.filterwarnings(
@@ -235,7 +236,7 @@ def test_digits_need_no_worker():
 
 def test_parts_of_a_batch(source):
     batch = next(loader(source).starting_at(0))
-    parts = [batch.part(k, 3) for k in range(3)]
+    parts = [batch.slice(k, 3) for k in range(3)]
     assert [len(part) for part in parts] == [4, 4, 4]
     for name in ("labels", "indices"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
@@ -243,8 +244,8 @@ def test_parts_of_a_batch(source):
         torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v]) for v in range(3)
     )
     with pytest.raises(ValueError) as caught:
-        batch.part(0, 5)
-    assert str(caught.value) == "a batch of 12 images does not divide into 5 parts"
+        batch.slice(0, 5)
+    assert str(caught.value) == "a batch of 12 images does not divide into 5 equal slices"
 
 
 class Bad:

@@ -13,6 +13,7 @@ import torch
 from ssl_pretrain.data import loader, workers
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
+from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 MIB = 2**20
@@ -59,7 +60,7 @@ def test_no_room_at_all_is_refused_by_name(monkeypatch):
     )
 
 
-def batches(num_workers: int, count: int = 4) -> list[loader.Batch]:
+def batches(num_workers: int, count: int = 4) -> list[Batch]:
     source = open_source(DataConfig(source="digits"), "train")
     with loader.Loader(
         source, VIEWS, seed=3, global_batch_size=64, num_workers=num_workers

@@ -27,7 +27,6 @@ from measure import interleaved, versions
 from ssl_pretrain import config, methods
 from ssl_pretrain.build import build_method, build_stepper
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
@@ -36,6 +35,7 @@ from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Program
 from ssl_pretrain.step import Stepper
 from ssl_pretrain.views import color, recipe
+from ssl_pretrain.views.batch import Batch
 
 PEAK = 790e12  # FLOP/s of bfloat16 matrix products on an H100 or H200
 CONFIGS = {  # name -> YAML, overrides
@@ -94,7 +94,7 @@ def crops_of(run: RunConfig, images: int) -> list[torch.Tensor]:
     generator = np.random.default_rng(0)
     crops = [
         generator.integers(0, 256, (images, 3, crop.size, crop.size), dtype=np.uint8)
-        for crop in recipe.each(run.views)
+        for crop in recipe.expand_counts(run.views)
     ]
     return [
         torch.from_numpy(pixels).pin_memory()
@@ -130,7 +130,7 @@ def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepp
     execution = Execution.resolve(run.parallel, device)
     views = [
         torch.randn(images, 3, crop.size, crop.size, device=device).to(execution.view_dtype)
-        for crop in recipe.each(run.views)
+        for crop in recipe.expand_counts(run.views)
     ]
     method, batch = build_method(run), batch_of(run, execution.place_views(views), device)
     method.num_steps, method.steps_per_epoch = 100_000, 1_000
@@ -259,7 +259,7 @@ def measured(
     images, stepper, batch = largest(run, device, sizes)
     found: dict[str, Any] = {"versions": versions("timm"), "images": images, "compiled": compiled}
     found["seconds_to_first_step"] = time.perf_counter() - began
-    crops, kinds = crops_of(run, images), recipe.each(run.views)
+    crops, kinds = crops_of(run, images), recipe.expand_counts(run.views)
     epochs = itertools.count()
 
     def whole() -> None:

@@ -25,7 +25,6 @@ from ssl_pretrain import methods
 from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.optim import optimizers as optim
@@ -33,6 +32,7 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper
+from ssl_pretrain.views.batch import Batch
 
 ROWS = 24  # images of a global batch
 NUM_STEPS, STEPS_PER_EPOCH = 20, 2
@@ -104,7 +104,7 @@ def run(
     method, recipe = build(name, **overrides), test_file(name).OPTIM
     world = process_group.world_size()
     local = ROWS // world
-    example = batch(name).part(0, world * parts)
+    example = batch(name).slice(0, world * parts)
     execution = Execution.resolve(settings, CPU)
     example = replace(example, views=execution.place_views(example.views))
     stepper = build_stepper(
@@ -131,7 +131,7 @@ def run(
     for step in range(first, first + steps):
         progress = step / NUM_STEPS
         optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
-        _, logs = stepper(step, progress, batch(name, step).part(process_group.rank(), world))
+        _, logs = stepper(step, progress, batch(name, step).slice(process_group.rank(), world))
         losses.append(collectives.reduce_sum(logs["loss"].double()).item() / world)
     if folder:
         state.save(folder, first + steps, CheckpointConfig(), STEPS_PER_EPOCH)

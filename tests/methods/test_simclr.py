@@ -11,11 +11,11 @@ import tiny
 import torch
 
 from ssl_pretrain import config
-from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.methods.simclr import Config
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.train import train
+from ssl_pretrain.views.batch import Batch
 
 pytestmark = pytest.mark.promise
 

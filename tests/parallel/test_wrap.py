@@ -124,7 +124,7 @@ def _nothing_moves():
         stepper, sizes = networks.setting_up(name, strategy="fsdp")
         networks.take_step(stepper, sizes, 0)
         before = networks.whole(parallel.unwrap(stepper.model))
-        own = networks.batch(1, sizes).part(process_group.rank(), process_group.world_size())
+        own = networks.batch(1, sizes).slice(process_group.rank(), process_group.world_size())
         own.views[1][0, 0, 0, 0] = float("nan") if process_group.rank() else 0.0
         _, logs = stepper(1, 0.05, own)
         after = networks.whole(parallel.unwrap(stepper.model))
@@ -229,7 +229,7 @@ def _bytes(name, strategy):
     """(counted, predicted) bytes that this rank sends in one step, by kind."""
     stepper, sizes = networks.setting_up(name, strategy=strategy, rows=6, **WIDE)
     networks.take_step(stepper, sizes, 0)
-    own = networks.batch(1, sizes, 6).part(process_group.rank(), process_group.world_size())
+    own = networks.batch(1, sizes, 6).slice(process_group.rank(), process_group.world_size())
     with Traffic() as traffic:
         stepper(1, 0.05, own)
     expected = predicted(

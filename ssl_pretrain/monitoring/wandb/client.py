@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_pretrain.monitoring import metric_names
-from ssl_pretrain.monitoring.wandb import offline_file, run as wandb_run
+from ssl_pretrain.monitoring.wandb import offline_file
+from ssl_pretrain.monitoring.wandb import run as wandb_run
 
 START_SECONDS = 20  # to reach the server, before the run is kept offline
 TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # from a process to the one that it becomes in `start_over`

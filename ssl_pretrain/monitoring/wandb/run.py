@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain.system.import_path import child_environment
 from ssl_pretrain.system import durable_files
+from ssl_pretrain.system.import_path import child_environment
 
 SENT = "wandb/evaluations_sent.json"
 WAIT_SECONDS = 4.0  # at the end, for a client that talks to a server; it goes on alone after that
