@@ -64,7 +64,7 @@ def micro_batch_size(method: Method, config: RunConfig, execution: Execution) ->
         images, measured = _largest_micro_batch(method, config, execution, share)
         if process_group.is_main():
             print(
-                f"local_batch_size: auto took {images} of {share} images at once ({measured})",
+                f"micro_batch_size: auto took {images} of {share} images at once ({measured})",
                 flush=True,
             )
     if images < share:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import parallel_config
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.schema import Bounds, Scalar
+from ssl_pretrain.schema import Scalar, setting
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import ViewsConfig
@@ -39,120 +40,162 @@ class ConfigError(ValueError):
 
 @dataclass
 class PlanConfig:
-    """For which machine `--plan` computes memory and time; the number of GPUs is launch.nodes x launch.gpus_per_node."""
+    """Machine for which `--plan` estimates memory and time."""
 
-    gpu: Literal["", "H100", "H200", "A100", "L40S", "here"] = (
-        ""  # here: this machine, as calibrated; empty: no memory and no time
+    gpu: Literal["", "H100", "H200", "A100", "L40S"] = setting(
+        "",
+        "Type of GPU. The number of GPUs is launch.nodes x launch.gpus_per_node. "
+        "Empty: no estimate of memory and time.",
     )
-    intra_node_gb_per_second: float = (
-        0.0  # of one GPU to its neighbours, each way; 0: as the table says
+    intra_node_gb_per_second: float = setting(
+        0.0,
+        "Bandwidth in GB/s, one way, from one GPU to the others of its node. 0: the GPU's data sheet.",
     )
-    inter_node_gb_per_second: float = (
-        0.0  # of one node to the others, each way, all its ports together; 0: as the table says
+    inter_node_gb_per_second: float = setting(
+        0.0,
+        "Bandwidth in GB/s, one way, from one node to the others, all ports together. "
+        "0: the GPU's data sheet.",
     )
-    decoded_per_core: float = (
-        0.0  # images a second that one core decodes and cuts; 0: as calibrated, else not planned
+    decoded_per_core: float = setting(
+        0.0, "Images per second that one CPU core decodes and crops. 0: the loader is not planned."
     )
-    num_images: int = 0  # of the data set, where it cannot be read here
-    calibration: str = (
-        "runs/calibration.json"  # what `python -m ssl_pretrain.planning.calibrate` wrote
+    num_images: int = setting(
+        0, "Training images of the data set. 0: counted, which needs data that can be read."
     )
 
 
 @dataclass
 class LaunchConfig:
-    """Where the ranks run, for launch/pretrain.py."""
+    """Machines and processes of a run, for launch/pretrain.py."""
 
-    cluster: Literal["auto", "slurm", "local"] = (
-        "auto"  # auto: SLURM where sbatch is found, else this machine
+    cluster: Literal["auto", "slurm", "local"] = setting(
+        "auto", "Place where the run starts. auto: SLURM if sbatch is installed, else this machine."
     )
-    ranks: int = 0  # processes on each machine; 0: one per GPU, or one on CPU
-    max_restarts: int = 3  # torchrun restarts all ranks from the newest checkpoint after one was lost; SLURM requeues instead
-    hosts: str = ""  # a,b: print one torchrun command per host without running it
-    port: int = 29500  # port of the first host, where the ranks of several hosts meet
-    nodes: int = 1  # this key and all below are for SLURM
-    gpus_per_node: int = 0  # 0: CPU nodes, with `ranks` on each
-    cpus_per_rank: int = 0  # 0: as many as data.num_workers
-    memory_gb: int = 0  # of a node; 0: what the cluster gives
-    hours: float = 24.0  # time limit of a job; the run continues in the same job when requeued, or in the next of the chain
-    signal_seconds: int = (
-        120  # time before the limit at which SLURM signals, enough for one step and one checkpoint
+    ranks: int = setting(0, "Processes per machine. 0: one per GPU, or one on CPU.")
+    max_restarts: int = setting(
+        3,
+        "How often torchrun restarts all ranks from the newest checkpoint after losing one. "
+        "SLURM requeues the job instead.",
     )
-    requeue: bool = True  # after a pre-emption, a time limit or a lost node
-    chain: int = 1  # number of jobs that follow each other, where a cluster does not requeue
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
+    hosts: str = setting(
+        "", "Host names, such as a,b. Print one torchrun command per host without running it."
+    )
+    port: int = setting(29500, "Port of the first host, at which the ranks of several hosts meet.")
+    nodes: int = setting(1, "SLURM: number of nodes.")
+    gpus_per_node: int = setting(
+        0, "SLURM: GPUs per node. 0: CPU nodes, with `ranks` processes each."
+    )
+    cpus_per_rank: int = setting(0, "SLURM: CPU cores per rank. 0: as many as data.num_workers.")
+    memory_gb: int = setting(0, "SLURM: memory per node in GB. 0: the cluster's default.")
+    hours: float = setting(
+        24.0,
+        "SLURM: time limit of one job. A run that takes longer continues when the job is requeued, "
+        "or in the next job of the chain.",
+    )
+    signal_seconds: int = setting(
+        120,
+        "SLURM: seconds before the time limit at which the job is signaled. "
+        "One step and one checkpoint must fit into them.",
+    )
+    requeue: bool = setting(
+        True, "SLURM: requeue the job after preemption, a time limit or the loss of a node."
+    )
+    chain: int = setting(
+        1, "SLURM: number of jobs that follow each other, for clusters that do not requeue."
+    )
+    partition: str = setting("", "SLURM: partition. Empty: the cluster's default.")
+    account: str = setting("", "SLURM: account. Empty: the user's default.")
+    qos: str = setting("", "SLURM: quality of service. Empty: the cluster's default.")
+    constraint: str = setting("", "SLURM: required features of the nodes. Empty: none.")
 
 
 @dataclass
 class EvaluationConfig:
-    """The evaluations after a run, and the settings that they share."""
+    """Evaluations after a run, and the settings they share."""
 
-    at_end: list[str] = field(
-        default_factory=lambda: ["knn", "linear", "report"]
-    )  # run by launch/pretrain.py after training
-    image_size: int = 0  # pixels; 0: the size of the first crop in views.crops
-    crop_ratio: float = field(
-        default=0.875, metadata=schema.above_zero(1)
-    )  # side of the center crop over the side of the resized image
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    k: int = 20  # neighbors that vote
-    temperature: float = 0.07  # divides their cosine similarities
+    at_end: list[str] = setting(
+        ["knn", "linear", "report"],
+        "Evaluation commands that launch/pretrain.py runs after training.",
+    )
+    image_size: int = setting(
+        0, "Height and width of the images in pixels. 0: the size of the first crop in views.crops."
+    )
+    crop_ratio: float = setting(
+        0.875,
+        "Side of the center crop divided by the side of the resized image.",
+        above=0,
+        maximum=1,
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting(
+        "bilinear", "Interpolation when images are resized."
+    )
+    k: int = setting(20, "Number of nearest neighbors that vote.")
+    temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
 
 
 @dataclass
 class RunConfig:
     """Everything about one pretraining run."""
 
-    method: MethodConfig = field(default_factory=MethodConfig)
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    views: ViewsConfig = field(default_factory=ViewsConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    online: OnlineConfig = field(default_factory=OnlineConfig)
-    health: HealthConfig = field(default_factory=HealthConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
-    seed: int = field(default=0, metadata={"bounds": Bounds(0, 2**63 - 1)})
-    epochs: int = field(default=100, metadata=schema.at_least(1))
-    global_batch_size: int = field(
-        default=4096, metadata=schema.at_least(1)
-    )  # images per optimizer step, over all ranks and micro-batches
-    local_batch_size: int | str = (
-        0  # images per forward pass on one rank; 0: its whole share; auto: the largest that fits, found by trial
+    method: MethodConfig = setting(MethodConfig(), "The self-supervised method and its loss.")
+    backbone: BackboneConfig = setting(
+        BackboneConfig(), "The network that is pretrained and its initial weights."
     )
-    output: str = ""  # the run's folder; empty: runs/<name of the YAML>
-
-
-# Keys that may change when a run is resumed, since they do not change what is computed.
-FREE = (
-    "data.root", "data.train", "data.val", "data.num_workers", "data.loader", "data.cache_dir", "data.max_replaced",
-    "local_batch_size", "output",
-)  # fmt: skip
-FREE_SECTIONS = ("log", "launch", "evaluation", "checkpoint", "online", "health", "guard", "plan")
-FREE_PARALLEL = tuple(
-    f"parallel.{key}"
-    for key in (
-        "threads", "deterministic", "timeout_seconds", "channels_last",
-        "strategy", "reshard_after_forward", "activation_checkpointing", "compile", "cuda_graphs",
+    data: DataConfig = setting(DataConfig(), "The images and how they are read.")
+    views: ViewsConfig = setting(ViewsConfig(), "Crops and augmentations.")
+    optim: OptimConfig = setting(OptimConfig(), "The optimizer and its schedule.")
+    parallel: ParallelConfig = setting(ParallelConfig(), "How the ranks share the computation.")
+    checkpoint: CheckpointConfig = setting(
+        CheckpointConfig(), "When checkpoints are saved, and which ones stay.", on_resume="free"
     )
-)  # fmt: skip
-# Keys that change what is computed, and may change with a warning.
-WARNED = ("epochs",)
+    log: LogConfig = setting(LogConfig(), "Metrics and Weights & Biases.", on_resume="free")
+    online: OnlineConfig = setting(
+        OnlineConfig(), "Accuracies measured during the run.", on_resume="free"
+    )
+    health: HealthConfig = setting(HealthConfig(), "Detection of collapse.", on_resume="free")
+    guard: GuardConfig = setting(
+        GuardConfig(), "Recovery from gradients that are not finite.", on_resume="free"
+    )
+    launch: LaunchConfig = setting(
+        LaunchConfig(), "Machines and processes, for launch/pretrain.py.", on_resume="free"
+    )
+    evaluation: EvaluationConfig = setting(
+        EvaluationConfig(), "Evaluations after the run.", on_resume="free"
+    )
+    plan: PlanConfig = setting(
+        PlanConfig(), "Machine for which `--plan` estimates memory and time.", on_resume="free"
+    )
+    seed: int = setting(0, "Seed of every random number of the run.", minimum=0, maximum=2**63 - 1)
+    epochs: int = setting(100, "Passes over the training images.", on_resume="warn", minimum=1)
+    global_batch_size: int = setting(
+        4096, "Images per optimizer step, over all ranks and micro-batches.", minimum=1
+    )
+    micro_batch_size: int | str = setting(
+        0,
+        "Images per forward pass on one rank. 0: the rank's whole share of the global batch. "
+        "auto: the largest micro-batch that fits in memory, found by trial.",
+        on_resume="free",
+    )
+    output: str = setting(
+        "", "Folder of the run. Empty: runs/<name of the YAML>.", on_resume="free"
+    )
+
 
 # Keys of `launch` that only a submission to SLURM uses.
 SLURM_KEYS = (
-    "nodes", "gpus_per_node", "cpus_per_rank", "memory_gb", "hours", "signal_seconds", "requeue", "chain",
-    "partition", "account", "qos", "constraint",
-)  # fmt: skip
-
+    "nodes",
+    "gpus_per_node",
+    "cpus_per_rank",
+    "memory_gb",
+    "hours",
+    "signal_seconds",
+    "requeue",
+    "chain",
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+)
 NO_METHOD = "none"  # method.name of weights that were not trained by this project
 NOTHING_INTERPOLATED = (
     "nothing is interpolated, so that no secret of the environment enters a logged config"
@@ -201,9 +244,15 @@ def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> d
     Raises:
         ConfigError: An override is not key=value, or its key does not exist.
     """
-    pairs = []
+    values, pairs = schema.rename_keys(values, source), []
     for text in overrides:
         key, equals, value = text.partition("=")
+        if key in schema.REMOVED and schema.REMOVED[key] in (None, value):
+            warnings.warn(f"command line: {text} is ignored", stacklevel=2)
+            continue
+        if key in schema.RENAMED:
+            warnings.warn(f"command line: {key} is now {schema.RENAMED[key]}", stacklevel=2)
+            key = schema.RENAMED[key]
         if not equals:
             raise ConfigError(f"{text!r}: an override is key=value, such as optim.base_lr=0.3")
         if "${" in text:
@@ -301,6 +350,7 @@ def _types(tree: dict[str, Any], source: str) -> dict[str, Any]:
 def _build(tree: dict[str, Any], source: str) -> RunConfig:
     if "${" in str(tree):
         raise ConfigError(f"{source}: '${{' is not allowed: {NOTHING_INTERPOLATED}")
+    tree = schema.rename_keys(tree, source)
     try:
         config = schema.build(RunConfig, tree, _types(tree, source))
         schema.check(config)
@@ -336,13 +386,13 @@ def check(config: RunConfig, world_size: int) -> None:
     part = part_size(config, world_size)
     if part is not None and (part < 1 or share % part):
         raise ConfigError(
-            f"local_batch_size: {part} does not divide this rank's share of {share} "
+            f"micro_batch_size: {part} does not divide this rank's share of {share} "
             f"(global_batch_size {config.global_batch_size} / {world_size} ranks)"
         )
     if part is not None and part < share and group > part:
         raise ConfigError(
-            f"local_batch_size: {part} splits batch norm's groups of {group} images, which cannot be accumulated exactly; "
-            f"set local_batch_size={share}, or parallel.bn_group_images={part}, "
+            f"micro_batch_size: {part} splits batch norm's groups of {group} images, which cannot be accumulated exactly; "
+            f"set micro_batch_size={share}, or parallel.bn_group_images={part}, "
             f"which departs from the recipe's {config.parallel.bn_group_images}"
         )
 
@@ -442,14 +492,14 @@ def part_size(config: RunConfig, world_size: int) -> int | None:
     """Images per forward pass on one rank, or None for `auto`, which is measured at the start of a run.
 
     Raises:
-        ConfigError: `local_batch_size` is neither a number nor auto.
+        ConfigError: `micro_batch_size` is neither a number nor auto.
     """
-    written = str(config.local_batch_size)
+    written = str(config.micro_batch_size)
     if written == "auto":
         return None
     if not written.lstrip("-").isdecimal():
         raise ConfigError(
-            f"local_batch_size: {written!r}; choose a number of images, 0 for a rank's whole share, or auto"
+            f"micro_batch_size: {written!r}; choose a number of images, 0 for a rank's whole share, or auto"
         )
     return int(written) or config.global_batch_size // world_size
 
@@ -457,7 +507,8 @@ def part_size(config: RunConfig, world_size: int) -> int | None:
 def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:
     """Refuse to resume a checkpoint with a configuration that computes something else.
 
-    Paths, workers, logging and the micro-batch size may change. Another number of epochs is a warning.
+    The `on_resume` policy of a key says if it may differ. A key that the saving version did not
+    have counts as its default.
 
     Args:
         saved: The configuration in the checkpoint's manifest.
@@ -467,55 +518,49 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
     Raises:
         ConfigError: Lists the keys that differ, and two remedies.
     """
-    old, new = _flat(saved), _flat(to_dict(config))
-    defaults = _flat(to_dict(from_dict({"method": {"name": config.method.name}})))
-    later = [
-        key
-        for key in new.keys() - old.keys()
-        if key in defaults and not key.startswith("views.crops")
-    ]
-    for name in config.views.crops.keys() & saved.get("views", {}).get("crops", {}).keys():
-        options = {
-            f"views.crops.{name}.{option}": value
-            for option, value in dataclasses.asdict(recipe.Crop()).items()
-        }
-        defaults |= options
-        later += options.keys() - old.keys()
-    old |= {
-        key: defaults[key] for key in later
-    }  # keys that the saving version did not have; it behaved as their defaults
-    differing = [
-        key
+    old, new = schema.flatten(schema.rename_keys(saved, path)), schema.flatten(to_dict(config))
+    old = _defaults(config, old, new) | old
+    differing = {
+        key: f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_free(key)
-    ]
-    refused = [
-        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
-        for key in differing
-        if key not in WARNED
-    ]
+        if old.get(key) != new.get(key)
+    }
+    policies = {key: _resume_policy(key, config) for key in differing}
+    refused = [text for key, text in differing.items() if policies[key] == "same"]
     if refused:
         raise ConfigError(
             f"{path} was made by another configuration: {'; '.join(refused)}. "
-            f"Give a new output, or start a new run from its weights with backbone.init={Path(path).parent.parent}"
+            "Give a new output, or start a new run from its weights with "
+            f"backbone.init={Path(path).parent.parent}"
         )
-    for key in differing:
-        warnings.warn(
-            f"{key}: {old.get(key)!r} then, {new.get(key)!r} now: the schedule changes from here on",
-            stacklevel=2,
-        )
+    for key, text in differing.items():
+        if policies[key] == "warn":
+            warnings.warn(f"{text}: the schedule changes from here on", stacklevel=2)
 
 
-def _is_free(key: str) -> bool:
-    return key in FREE or key in FREE_PARALLEL or key.partition(".")[0] in FREE_SECTIONS
+def _defaults(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the keys that only the new configuration has.
+
+    The options of a crop have defaults, but a crop that the saved run did not have is a difference.
+    """
+    defaults = schema.flatten(to_dict(from_dict({"method": {"name": config.method.name}})))
+    defaults = {key: value for key, value in defaults.items() if key in new}
+    for name in config.views.crops:
+        options = schema.flatten(dataclasses.asdict(recipe.Crop()), f"views.crops.{name}.")
+        if options.keys() & old.keys():
+            defaults |= options
+    return defaults
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
-    return flat
+def _resume_policy(key: str, config: RunConfig) -> schema.Policy:
+    """Return what the first of the key's sections, or the key itself, says about a resume."""
+    kind: Any = RunConfig
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            break
+        kind = typing.cast(type, kind)
+        policy = schema.metadata(kind, name).get("on_resume", "same")
+        if policy != "same":
+            return typing.cast(schema.Policy, policy)
+        kind = type(config.method) if name == "method" else schema.hints(kind).get(name)
+    return "same"

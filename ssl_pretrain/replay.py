@@ -48,7 +48,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     _check_step(run, step)
     start, first = _where_to_start(run, step, skipped)
     manifest = checkpoint.opened(start)
-    config = replace(configuration.from_dict(manifest["config"]), local_batch_size=0)
+    config = replace(configuration.from_dict(manifest["config"]), micro_batch_size=0)
     device = process_group.start(config.parallel.threads, config.parallel.deterministic)
     execution = Execution.resolve(config.parallel, device)
     with loader.build(

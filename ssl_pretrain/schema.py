@@ -13,11 +13,13 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -35,6 +37,17 @@ NULLS = ("", "~", "null", "none")  # spellings of "no value", for keys that may 
 MAX_INT = 2**31 - 1  # upper bound of whole numbers whose field sets none
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 MERGE = "tag:yaml.org,2002:merge"
+
+# Former names of keys, as old YAMLs, command lines and runs have them. Both are of one section.
+RENAMED = {
+    "local_batch_size": "micro_batch_size",
+    "method.centre_momentum": "method.center_momentum",
+}
+# Keys that are ignored. A text is the only value that is; None stands for every value.
+REMOVED = {"plan.calibration": None, "plan.gpu": "here"}
+
+T = TypeVar("T")
+Policy = Literal["same", "free", "warn"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,59 @@ BY_NAME: tuple[tuple[re.Pattern[str], Bounds], ...] = (
 )
 
 
+def setting(
+    default: T,
+    help: str,
+    *,
+    on_resume: Policy = "same",
+    minimum: float | None = None,
+    maximum: float = math.inf,
+    above: float | None = None,
+    below: float | None = None,
+) -> T:
+    """Declare a field of a configuration dataclass.
+
+    Args:
+        default: Default value. Every instance gets its own copy of a list, dict or section.
+        help: Meaning, unit and special values, in sentences.
+        on_resume: Whether a resumed run may change the value. same: no. free: yes, because it does
+            not change what is computed. warn: yes, with a warning. A section's policy covers its
+            keys.
+        minimum: Smallest number allowed. Default: 0, unless `BY_NAME` has a range for the name.
+        maximum: Largest number allowed.
+        above: Exclusive lower end, instead of `minimum`.
+        below: Exclusive upper end, instead of `maximum`.
+    """
+    limits = None
+    if (minimum, maximum, above, below) != (None, math.inf, None, None):
+        limits = Bounds(
+            low=above if above is not None else minimum or 0,
+            high=below if below is not None else maximum,
+            open_low=above is not None,
+            open_high=below is not None,
+        )
+    metadata = {"help": help, "on_resume": on_resume, "bounds": limits}
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+        return typing.cast(
+            T, dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
+        )
+    return typing.cast(T, dataclasses.field(default=default, metadata=metadata))
+
+
+def metadata(kind: type, name: str) -> Mapping[str, Any]:
+    """Return what `setting` recorded for a field. A subclass that changes a default inherits it."""
+    for ancestor in kind.__mro__:
+        field = getattr(ancestor, "__dataclass_fields__", {}).get(name)
+        if field is not None and field.metadata:
+            return typing.cast(Mapping[str, Any], field.metadata)
+    return {}
+
+
 def bounds(field: dataclasses.Field[Any]) -> Bounds:
-    """The range of a number field: from its metadata, else by its name, else finite and at least 0."""
-    own = field.metadata.get("bounds")
-    if own is not None:
-        assert isinstance(own, Bounds), f"{field.name}: the metadata `bounds` must be a Bounds"
-        return own
+    """Return the range of a number: declared, else usual for its name, else finite and at least 0."""
+    declared = field.metadata.get("bounds")
+    if declared is not None:
+        return typing.cast(Bounds, declared)
     return next((usual for pattern, usual in BY_NAME if pattern.fullmatch(field.name)), Bounds())
 
 
@@ -204,6 +264,41 @@ def at(tree: Any, key: str) -> Any:
     for name in key.split("."):
         tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree
+
+
+def rename_keys(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return a tree with the present names of its keys, with one warning that lists the former ones.
+
+    Raises:
+        ValueError: A key is there under both names.
+    """
+    tree, notices = deepcopy(tree), []
+    for old in (*RENAMED, *REMOVED):
+        section, _, name = old.rpartition(".")
+        keys = at(tree, section) if section else tree
+        if not isinstance(keys, dict) or name not in keys:
+            continue
+        if old in RENAMED:
+            new = RENAMED[old]
+            if new.rpartition(".")[2] in keys:
+                raise ValueError(f"{source}: {old} is the former name of {new}; give one of them")
+            keys[new.rpartition(".")[2]] = keys.pop(name)
+            notices.append(f"{old} is now {new}")
+        elif REMOVED[old] in (None, keys[name], getattr(keys[name], "text", None)):
+            del keys[name]
+            notices.append(f"{old}{f'={REMOVED[old]}' if REMOVED[old] else ''} is ignored")
+    if notices:
+        warnings.warn(f"{source}: {', '.join(notices)}", stacklevel=3)
+    return tree
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values by dotted key. An empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def build(kind: Any, tree: Any, instead: Mapping[str, Any] | None = None, key: str = "") -> Any:
@@ -397,21 +492,6 @@ def _check_value(value: Any, key: str, allowed: Bounds) -> None:
             raise ValueError(
                 f"{key}: {value} is out of range; give a {'whole ' if whole else 'finite '}number {allowed}"
             )
-
-
-def above_zero(high: float = math.inf, open_high: bool = False) -> dict[str, Bounds]:
-    """Field metadata: the number is larger than 0."""
-    return {"bounds": Bounds(0, high, open_low=True, open_high=open_high)}
-
-
-def at_least(low: int) -> dict[str, Bounds]:
-    """Field metadata: the whole number is at least `low`."""
-    return {"bounds": Bounds(low, MAX_INT)}
-
-
-def below(high: float) -> dict[str, Bounds]:
-    """Field metadata: the number is at least 0 and smaller than `high`."""
-    return {"bounds": Bounds(0, high, open_high=True)}
 
 
 def ranged(kind: type[int] | type[float], allowed: Bounds) -> Any:

@@ -34,7 +34,7 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     config: ParallelConfig
     seed: int
-    local_batch_size: (
+    micro_batch_size: (
         int  # images fed at once: this rank's share of the global batch, or a part of it that fits
     )
     global_batch_size: int
@@ -72,7 +72,7 @@ class Stepper:
 
     @property
     def num_parts(self) -> int:
-        return self.global_batch_size // process_group.world_size() // self.local_batch_size
+        return self.global_batch_size // process_group.world_size() // self.micro_batch_size
 
     def _backward(
         self, method: Any

@@ -235,7 +235,7 @@ def _train(
     model, optimizer = stepper.model, stepper.optimizer
     facts = {
         "last_step": last_step,
-        "local_batch_size": stepper.local_batch_size,
+        "micro_batch_size": stepper.micro_batch_size,
         "data": batches.source.fingerprint,
         "wandb_id": None,
     }
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   python -m ssl_pretrain.train configs/simclr_imagenet.yaml --plan             what would run, without running it
 
 keys: method, backbone, data, views, optim, parallel, checkpoint, log, online, health, launch, evaluation, plan (each a section),
-seed, epochs, global_batch_size, local_batch_size, output. --plan prints all of them with their values.
+seed, epochs, global_batch_size, micro_batch_size, output. --plan prints all of them with their values.
 methods: """
         + ", ".join(methods.names()),
         formatter_class=argparse.RawDescriptionHelpFormatter,

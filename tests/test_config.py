@@ -114,19 +114,19 @@ def test_a_missing_file_lists_its_neighbours(path):
             "global_batch_size: 2 does not divide over 4 ranks; the nearest that does is 4",
         ),
         (
-            ["local_batch_size=most"],
+            ["micro_batch_size=most"],
             1,
-            "local_batch_size: 'most'; choose a number of images, 0 for a rank's whole share, or auto",
+            "micro_batch_size: 'most'; choose a number of images, 0 for a rank's whole share, or auto",
         ),
         (
-            ["local_batch_size=5"],
+            ["micro_batch_size=5"],
             2,
-            "local_batch_size: 5 does not divide this rank's share of 12 (global_batch_size 24 / 2 ranks)",
+            "micro_batch_size: 5 does not divide this rank's share of 12 (global_batch_size 24 / 2 ranks)",
         ),
         (
-            ["local_batch_size=6"],
+            ["micro_batch_size=6"],
             1,
-            "local_batch_size: 6 splits batch norm's groups of 24 images, which cannot be accumulated exactly; set local_batch_size=24, "
+            "micro_batch_size: 6 splits batch norm's groups of 24 images, which cannot be accumulated exactly; set micro_batch_size=24, "
             "or parallel.bn_group_images=6, which departs from the recipe's global",
         ),
         (
@@ -180,7 +180,7 @@ def test_what_may_change_on_a_resume_is_free_warned_or_refused(path):
         saved,
         load(
             path,
-            ["data.num_workers=3", "log.every_steps=7", "local_batch_size=24", "output=elsewhere"],
+            ["data.num_workers=3", "log.every_steps=7", "micro_batch_size=24", "output=elsewhere"],
         ),
         "c",
     )

@@ -33,7 +33,7 @@ def test_the_flagship_runs_at_8192_on_8_ranks(shared_data, tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m", "ssl_pretrain.train",
         "configs/simclr_imagenet.yaml", f"data.root={tmp_path / 'imagenet'}", "backbone.name=test_resnet", "views.crops.global.size=32",
-        "local_batch_size=1024", f"output={run}", "log.every_steps=1", "--stop-after", "3",
+        "micro_batch_size=1024", f"output={run}", "log.every_steps=1", "--stop-after", "3",
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-4000:]

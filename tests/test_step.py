@@ -73,7 +73,7 @@ def test_a_batch_of_256_in_eight_parts_equals_eight_ranks(tmp_path):
 
 def _assert_parts_equal_ranks(path, overrides, world_size, part, steps=2, tolerance=1e-9):
     ranks = run_ranks(_steps, path, overrides, steps, world_size=world_size)
-    gradients, state, logs = _steps(path, [*overrides, f"local_batch_size={part}"], steps)
+    gradients, state, logs = _steps(path, [*overrides, f"micro_batch_size={part}"], steps)
     for name, gradient in gradients.items():
         torch.testing.assert_close(
             gradient,
@@ -132,7 +132,7 @@ def test_one_pass_with_a_coupled_loss_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         _steps(
             path,
-            ["parallel.bn_group_images=8", "local_batch_size=8", "parallel.accumulation=one_pass"],
+            ["parallel.bn_group_images=8", "micro_batch_size=8", "parallel.accumulation=one_pass"],
         )
     assert str(error.value) == (
         "parallel.accumulation: one_pass does not train simclr: its loss compares the images of a batch with each other, and a sum of "
@@ -145,11 +145,11 @@ def test_one_pass_with_a_coupled_loss_is_refused(tmp_path):
 
 def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
     settings = config.load(
-        tiny.config(tmp_path), ["parallel.bn_group_images=4", "local_batch_size=auto"]
+        tiny.config(tmp_path), ["parallel.bn_group_images=4", "micro_batch_size=auto"]
     )
     method = build_method(settings)
     assert micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
-    assert "local_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
+    assert "micro_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
     costs = {8: 100, 24: 260}
     part, said = memory.largest_micro_batch(
@@ -161,7 +161,7 @@ def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
             24, 4, lambda images: costs[images] * memory.GIB, 60 * memory.GIB
         )
     assert str(error.value) == (
-        "local_batch_size: auto: a micro-batch of 4 images does not fit (20.00 GiB + 10240.00 MiB per image, 60.0 GiB free); "
+        "micro_batch_size: auto: a micro-batch of 4 images does not fit (20.00 GiB + 10240.00 MiB per image, 60.0 GiB free); "
         "take a smaller crop size or backbone, a smaller parallel.bn_group_images, or more ranks"
     )
 
@@ -169,7 +169,7 @@ def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
 def test_auto_measures_blocks_that_compute_again(tmp_path, monkeypatch):
     asked = [
         "parallel.bn_group_images=4",
-        "local_batch_size=auto",
+        "micro_batch_size=auto",
         "parallel.activation_checkpointing=blocks",
     ]
     settings = config.load(tiny.config(tmp_path), asked)

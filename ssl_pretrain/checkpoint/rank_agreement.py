@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ssl_pretrain import schema
 from ssl_pretrain.checkpoint import provenance
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.system.import_path import PACKAGE
@@ -35,7 +36,9 @@ def check_programs(values: dict[str, Any], method_module: str) -> None:
     """
     if process_group.world_size() == 1:
         return
-    settings = {key: value for key, value in _flat(values).items() if not _is_per_machine(key)}
+    settings = {
+        key: value for key, value in schema.flatten(values).items() if not _is_per_machine(key)
+    }
     _require(
         lambda: settings, "start every rank with the same configuration and the same key=value"
     )
@@ -127,11 +130,3 @@ def _digest(path: Path) -> str:
 
 def _is_per_machine(key: str) -> bool:
     return key in PER_MACHINE or key.partition(".")[0] in PER_MACHINE_SECTIONS
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat

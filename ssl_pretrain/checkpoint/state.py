@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ssl_pretrain import schema
 from ssl_pretrain.checkpoint import folder as manifests
 from ssl_pretrain.checkpoint import provenance
 from ssl_pretrain.checkpoint.folder import (
@@ -44,6 +45,7 @@ from ssl_pretrain.checkpoint.folder import (
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models import backbones, published_weights
 from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.schema import setting
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.system.durable_files import SaveError
 from ssl_pretrain.system.exit_status import DISK_REFUSED
@@ -58,16 +60,26 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 @dataclass
 class CheckpointConfig:
-    """When to save, and what to keep."""
+    """When checkpoints are saved, and which ones stay."""
 
-    every_epochs: float = 5.0
-    keep_last: int = 2
-    keep_every_epochs: float = 0.0  # these are never pruned; 0: none
-    asynchronous: bool = True  # written to disk while the training goes on; a step waits for the copy to host memory alone
-    # where the disk refuses: end the run, or say so and try again at the next save; the last save of a run has no next
-    on_failure: Literal["stop", "warn"] = "stop"
-    resume: bool = (
-        True  # go on from the newest checkpoint of `output`; false refuses an output that has one
+    every_epochs: float = setting(5.0, "Epochs between two checkpoints.")
+    keep_last: int = setting(2, "Number of newest checkpoints that stay on disk.")
+    keep_every_epochs: float = setting(
+        0.0,
+        "Checkpoints at multiples of this many epochs are never deleted. 0: no such checkpoint.",
+    )
+    asynchronous: bool = setting(
+        True,
+        "Write to disk while training continues. A step only waits for the copy to host memory.",
+    )
+    on_failure: Literal["stop", "warn"] = setting(
+        "stop",
+        "If the disk refuses a checkpoint, end the run, or warn and try again at the next save. "
+        "The last save of a run always stops it.",
+    )
+    resume: bool = setting(
+        True,
+        "Continue from the newest checkpoint in `output`. false: refuse an output that has one.",
     )
 
 
@@ -265,9 +277,10 @@ class State:
         manifest = opened(path, verified=True)
         compare(manifest)
         here = self._machine()
+        recorded = {schema.RENAMED.get(key, key): old for key, old in manifest["machine"].items()}
         differing = [
             f"{key} {old!r} then, {here.get(key)!r} now"
-            for key, old in manifest["machine"].items()
+            for key, old in recorded.items()
             if here.get(key) != old
         ]
         if differing and process_group.is_main():
@@ -334,7 +347,7 @@ class State:
             if key in ("strategy", "compile")
         }
         return (
-            provenance.machine() | {"local_batch_size": self.facts.get("local_batch_size")} | ways
+            provenance.machine() | {"micro_batch_size": self.facts.get("micro_batch_size")} | ways
         )
 
     def _parameter(self, name: str) -> nn.Parameter:

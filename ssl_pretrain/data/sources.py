@@ -21,7 +21,7 @@ import math
 import os
 import stat
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from ssl_pretrain.data.beton.file import Samples
 from ssl_pretrain.data.file_lists import role
 from ssl_pretrain.data.images import MAX_BYTES, Range, UnreadableImage, decode, inspect
 from ssl_pretrain.data.listing import Listing, Span
-from ssl_pretrain.schema import Bounds
+from ssl_pretrain.schema import setting
 
 _DIGITS_PER_CLASS = 50  # held out; 10 classes
 _RATIO = 200  # most that a deflated member may grow, if it grows beyond _LARGE bytes
@@ -61,29 +61,68 @@ _TABLES_NOT_READ = (
 
 @dataclass
 class DataConfig:
-    source: Literal["digits", "cifar10", "folder"] = "folder"
-    root: str = ""  # a folder, a .zip, a list of files, or a .beton
-    train: str = ""  # folder, list, .zip or .beton of the training images, absolute or in root; .: root; "": found by its name
-    val: str = ""  # the same for validation; none: there is none
-    subset: int = 0  # use this many training images, a fixed random choice; 0: all
-    num_workers: int = 4  # per rank: threads (ffcv) or processes (folder) that decode and crop; 0: one thread, or no process
-    loader: Literal["auto", "ffcv", "folder"] = (
-        "auto"  # auto: ffcv for a .beton where FFCV is installed; the run says which and why
+    """The images and how they are read."""
+
+    source: Literal["digits", "cifar10", "folder"] = setting(
+        "folder",
+        "Kind of data set. digits: scikit-learn's, no download. cifar10: its archive. "
+        "folder: images in a folder, a .zip, a list of files or a .beton.",
     )
-    cache: Literal["none", "device"] = (
-        "none"  # device: all images uploaded once, as for CIFAR-10; cropped there
+    root: str = setting(
+        "", "Path of the data: a folder, a .zip, a list of files or a .beton.", on_resume="free"
     )
-    order: Literal["random", "quasi_random"] = (
-        "random"  # quasi_random: mostly in the order of the disk, for more data than memory
+    train: str = setting(
+        "",
+        "Training images: a folder, list, .zip or .beton, absolute or relative to root. "
+        ".: root itself. Empty: found by its name.",
+        on_resume="free",
     )
-    quasi_random_window: int = (
-        16384  # images mixed with each other in that order; they have to fit into memory
+    val: str = setting(
+        "",
+        "Validation images, given like train. none: there are none. Empty: found by its name.",
+        on_resume="free",
     )
-    # share of an epoch's images that may be unreadable and replaced by others; more stop the run
-    max_replaced: float = field(default=0.01, metadata={"bounds": Bounds(0, 1)})
-    # [low, high] of 16-bit gray and floats, made 0 and 255; []: 0 to 65535
-    range: list[float] = field(default_factory=list, metadata={"bounds": Bounds(-1e12, 1e12)})
-    cache_dir: str = ""  # for lists of files; "": ~/.cache/ssl_pretrain
+    subset: int = setting(0, "Number of training images to use, chosen at random once. 0: all.")
+    num_workers: int = setting(
+        4,
+        "Threads (ffcv) or processes (folder) per rank that decode and crop. "
+        "0: one thread, or no extra process.",
+        on_resume="free",
+    )
+    loader: Literal["auto", "ffcv", "folder"] = setting(
+        "auto",
+        "Decoder of the images. auto: ffcv for a .beton if FFCV is installed. "
+        "The run prints its choice and the reason.",
+        on_resume="free",
+    )
+    cache: Literal["none", "device"] = setting(
+        "none", "device: upload all images once and crop them on the device, as for CIFAR-10."
+    )
+    order: Literal["random", "quasi_random"] = setting(
+        "random",
+        "Order of the images. quasi_random: mostly the order on disk, for data larger than memory.",
+    )
+    quasi_random_window: int = setting(
+        16384, "Images shuffled with each other by quasi_random. They must fit in memory."
+    )
+    max_replaced: float = setting(
+        0.01,
+        "Share of an epoch's images that may be unreadable and replaced by others. "
+        "The run stops above it.",
+        on_resume="free",
+        maximum=1,
+    )
+    range: list[float] = setting(
+        [],
+        "[low, high] of 16-bit gray and float images, mapped to 0 and 255. []: 0 to 65535.",
+        minimum=-1e12,
+        maximum=1e12,
+    )
+    cache_dir: str = setting(
+        "",
+        "Folder for caches of file lists. Empty: ~/.cache/ssl_pretrain.",
+        on_resume="free",
+    )
 
 
 def check(config: DataConfig) -> None:

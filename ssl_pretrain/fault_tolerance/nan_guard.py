@@ -12,25 +12,25 @@ import json
 import shlex
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ssl_pretrain import schema
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.schema import setting
 from ssl_pretrain.system import durable_files
 
 
 @dataclass
 class GuardConfig:
-    """How much of a run may go wrong before it is rolled back, and how often."""
+    """How many bad steps and rollbacks a run survives."""
 
-    max_skipped_steps: int = field(
-        default=10, metadata=schema.at_least(1)
-    )  # in a row, with a gradient that is not finite
-    max_rollbacks: int = 1  # in one process; 0: stop at once
+    max_skipped_steps: int = setting(
+        10, "Consecutive steps with a gradient that is not finite before a rollback.", minimum=1
+    )
+    max_rollbacks: int = setting(1, "Rollbacks per process before the run ends. 0: none.")
 
 
 class Guard:

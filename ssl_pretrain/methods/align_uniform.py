@@ -6,7 +6,7 @@ The loss follows the authors' code (ssnl/align_uniform, README): uniformity of e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,18 +17,21 @@ from ssl_pretrain.losses.tiles import log_sum_exp_among
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128]}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of align_uniform."""
+
     name: str = "align_uniform"
-    align_weight: float = 1.0
-    uniform_weight: float = 1.0
-    alpha: float = 2.0  # power of the distance between two views of an image
-    t: float = 2.0  # sharpness of the Gaussian between two images
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
+    align_weight: float = setting(1.0, "Weight of the alignment loss.")
+    uniform_weight: float = setting(1.0, "Weight of the uniformity loss.")
+    alpha: float = setting(2.0, "Power of the distance between two views of an image.")
+    t: float = setting(2.0, "Sharpness of the Gaussian between two images.")
+    projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> AlignUniform:
         return AlignUniform(self, backbone)

@@ -10,7 +10,7 @@ optim.weight_decay * W.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -20,17 +20,22 @@ from ssl_pretrain.losses.second_moments import cross_correlation
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [512, 512, 512]}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of Barlow Twins."""
+
     name: str = "barlow_twins"
-    projector_dims: list[int] = field(default_factory=lambda: [8192, 8192, 8192])
-    redundancy_weight: float = 0.0051  # lambda
-    loss_scale: float = 1.0  # 0.1 in solo-learn's CIFAR-10 recipe
-    gradient_scale: Literal["true", "authors"] = "true"  # authors: 1 / world_size
+    projector_dims: list[int] = setting([8192, 8192, 8192], "Widths of the projector's layers.")
+    redundancy_weight: float = setting(0.0051, "Weight lambda of the redundancy reduction term.")
+    loss_scale: float = setting(1.0, "Factor of the loss (0.1 in solo-learn's CIFAR-10 recipe).")
+    gradient_scale: Literal["true", "authors"] = setting(
+        "true", "Factor of the gradient. true: 1. authors: 1 / world_size, as in their code."
+    )
 
     def build(self, backbone: Backbone) -> BarlowTwins:
         return BarlowTwins(self, backbone)

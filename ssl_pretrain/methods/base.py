@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.schema import setting
 
 Embeddings = dict[str, Tensor]
 
@@ -24,9 +25,9 @@ class Views(Protocol):
 
 @dataclass
 class MethodConfig:
-    """The part of a method's configuration that all methods have."""
+    """Configuration that all methods share."""
 
-    name: str = "???"
+    name: str = setting("???", "Name of the method: the name of its file in methods/.")
 
     def check(self, run: Any, world_size: int) -> None:
         """What the method asks of the rest of the `RunConfig`. Raises ValueError with the key, its value and what would do."""

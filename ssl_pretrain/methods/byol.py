@@ -18,19 +18,30 @@ from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, t
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.models.teacher import Teacher, to_one
+from ssl_pretrain.schema import setting
 
 SMALL = {"hidden_dim": 512, "dim": 128}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of BYOL."""
+
     name: str = "byol"
-    hidden_dim: int = 4096  # of projector and predictor
-    dim: int = 256
-    momentum: float = 0.99  # tau_base: 0.99 for 100 and 300 epochs, 0.996 for 1,000; it ends at 1
-    without_predictor: bool = False  # ablation: table 5b's collapse
-    teacher_starts: Literal["copied", "redrawn"] = (
-        "copied"  # redrawn: weights of its own, as the authors'; not with backbone.init
+    hidden_dim: int = setting(4096, "Width of the hidden layers of projector and predictor.")
+    dim: int = setting(256, "Width of the embeddings.")
+    momentum: float = setting(
+        0.99,
+        "Momentum of the teacher at step 0. It ends at 1. "
+        "The paper uses 0.99 for 100 and 300 epochs and 0.996 for 1,000.",
+    )
+    without_predictor: bool = setting(
+        False, "Ablation: no predictor, which collapses (table 5b of the paper)."
+    )
+    teacher_starts: Literal["copied", "redrawn"] = setting(
+        "copied",
+        "Initial weights of the teacher. copied: the student's. "
+        "redrawn: random weights of its own, as in the authors' code. Not with backbone.init.",
     )
 
     def check(self, run: Any, world_size: int) -> None:

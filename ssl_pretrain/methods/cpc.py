@@ -7,7 +7,7 @@ image tell each other what is to be predicted: give the backbone layer norm (bac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ssl_pretrain.distributed import collectives
 from ssl_pretrain.losses.tiles import log_sum_exp
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, wide
 from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.schema import setting
 
 SMALL = {
     "patch_size": 16,
@@ -31,17 +32,21 @@ PRESET = ["views.crops.global.count=1", "backbone.args.norm_layer=groupnorm1"]
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of CPC."""
+
     name: str = "cpc"
-    patch_size: int = 64  # pixels; 8 on CIFAR-10
-    stride: int = 32  # between patches; 7 x 7 of them from 256 pixels
-    context_dim: int = 256
-    num_blocks: int = 5
-    num_directions: int = 4  # down, up, right, left: the first so many
-    rows_ahead: list[int] = field(
-        default_factory=lambda: [3, 4, 5]
-    )  # which are predicted; the first two are ignored
-    target_dim: int = 64
-    scale: float = 0.1
+    patch_size: int = setting(64, "Height and width of a patch in pixels. 8 on CIFAR-10.")
+    stride: int = setting(32, "Pixels between patches: 7 x 7 patches from 256 pixels.")
+    context_dim: int = setting(256, "Width of the context network.")
+    num_blocks: int = setting(5, "Blocks of the context network.")
+    num_directions: int = setting(
+        4, "Number of directions of prediction, the first of down, up, right and left."
+    )
+    rows_ahead: list[int] = setting(
+        [3, 4, 5], "Distances in rows to the patches that are predicted. Nearer rows are ignored."
+    )
+    target_dim: int = setting(64, "Width of the predictions and their targets.")
+    scale: float = setting(0.1, "Factor of the predictions.")
 
     def build(self, backbone: Backbone) -> CPC:
         return CPC(self, backbone)

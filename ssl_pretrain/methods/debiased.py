@@ -5,7 +5,7 @@ Head, loss and one backbone call a view follow chingyaoc/DCL at 30189fb7 (main.p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,16 +14,19 @@ from ssl_pretrain.losses.contrastive import debiased
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128]}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of the debiased contrastive loss."""
+
     name: str = "debiased"
-    temperature: float = 0.5
-    tau_plus: float = 0.1  # probability that a negative is of the anchor's class
-    projector_dims: list[int] = field(default_factory=lambda: [512, 128])
+    temperature: float = setting(0.5, "Divisor of the cosine similarities.")
+    tau_plus: float = setting(0.1, "Probability that a negative has the anchor's class.")
+    projector_dims: list[int] = setting([512, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Debiased:
         return Debiased(self, backbone)

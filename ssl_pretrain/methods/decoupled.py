@@ -6,7 +6,7 @@ The loss sums both directions, as the dcl.py that circulates as the authors' (ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,16 +16,21 @@ from ssl_pretrain.losses.contrastive import decoupled
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128]}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of the decoupled contrastive losses DCL and DCLW."""
+
     name: str = "decoupled"
-    temperature: float = 0.1
-    sigma: float | None = None  # DCLW's von Mises-Fisher weighting; the paper's is 0.5. null: DCL
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 128])
+    temperature: float = setting(0.1, "Divisor of the cosine similarities.")
+    sigma: float | None = setting(
+        None, "Parameter of DCLW's von Mises-Fisher weighting (paper: 0.5). null: DCL."
+    )
+    projector_dims: list[int] = setting([2048, 2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Decoupled:
         return Decoupled(self, backbone)

@@ -29,6 +29,7 @@ from ssl_pretrain.methods.base import (
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.teacher import Teacher, to_one
 from ssl_pretrain.optim import schedules
+from ssl_pretrain.schema import setting
 
 SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freeze_last_layer_epochs": 0, "head_batch_norm": True,
          "momentum": 0.99}  # fmt: skip
@@ -36,25 +37,37 @@ SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freez
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of DINO."""
+
     name: str = "dino"
-    hidden_dim: int = 2048
-    bottleneck_dim: int = 256
-    head_batch_norm: bool = (
-        False  # of the hidden layers; the authors' use_bn_in_head, for ResNets on small images
+    hidden_dim: int = setting(2048, "Width of the head's hidden layers.")
+    bottleneck_dim: int = setting(256, "Width of the head's bottleneck.")
+    head_batch_norm: bool = setting(
+        False,
+        "Batch norm in the head's hidden layers, for ResNets on small images (use_bn_in_head).",
     )
-    num_prototypes: int = 65536
-    train_norm: bool = False  # of the last layer's rows; the authors' norm_last_layer false
-    temperature: float = 0.1
-    teacher_temperature: float = 0.04
-    teacher_temperature_start: float = 0.04
-    teacher_temperature_warmup_epochs: int = (
-        0  # one value an epoch, the last of them teacher_temperature
+    num_prototypes: int = setting(65536, "Number of prototypes.")
+    train_norm: bool = setting(
+        False, "Train the norms of the prototypes (norm_last_layer false in the authors' code)."
     )
-    momentum: float = 0.996  # ends at 1
-    centre_momentum: float = 0.9
-    freeze_last_layer_epochs: int = 1
-    vit_starts: Literal["as_built", "authors"] = (
-        "as_built"  # authors: a class token of deviation 0.02, timm's has 1e-6
+    temperature: float = setting(0.1, "Temperature of the student's softmax.")
+    teacher_temperature: float = setting(
+        0.04, "Temperature of the teacher's softmax after its warm-up."
+    )
+    teacher_temperature_start: float = setting(
+        0.04, "Temperature of the teacher's softmax in the first epoch."
+    )
+    teacher_temperature_warmup_epochs: int = setting(
+        0, "Epochs of the teacher temperature's warm-up. It changes once per epoch."
+    )
+    momentum: float = setting(0.996, "Momentum of the teacher at step 0. It ends at 1.")
+    center_momentum: float = setting(0.9, "Momentum of the center of the teacher's logits.")
+    freeze_last_layer_epochs: int = setting(
+        1, "Epochs during which the head's last layer is not trained."
+    )
+    vit_starts: Literal["as_built", "authors"] = setting(
+        "as_built",
+        "Initial weights of a ViT. authors: a class token of deviation 0.02. timm's has 1e-6.",
     )
 
     def check(self, run: Any, world_size: int) -> None:
@@ -171,7 +184,7 @@ class DINO(Method):
         self.teacher.move(self, to_one(progress, self.config.momentum), self.stepped)
         mean = collectives.reduce_sum(targets["mean"].mean(0)) / process_group.world_size()
         centre = (
-            self.config.centre_momentum * self.centre + (1 - self.config.centre_momentum) * mean
+            self.config.center_momentum * self.centre + (1 - self.config.center_momentum) * mean
         )
         self.centre.copy_(
             torch.where(torch.as_tensor(self.stepped, device=mean.device) > 0, centre, self.centre)

@@ -7,7 +7,7 @@ norm's groups are parallel.bn_group_images (32 images a GPU); key views change p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.models.queue import Queue, check_queue
 from ssl_pretrain.models.teacher import Teacher
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128], "queue_size": 4096, "momentum": 0.99}
 PRESET = ["parallel.bn_group_images=32"]
@@ -28,26 +29,30 @@ PRESET = ["parallel.bn_group_images=32"]
 
 @dataclass
 class Config(MethodConfig):
-    """v1: projector_dims [128], temperature 0.07. v2: as here."""
+    """Configuration of MoCo v2. For v1 set projector_dims [128] and temperature 0.07."""
 
     name: str = "moco"
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
-    temperature: float = 0.2
-    queue_size: int = 65536
-    momentum: float = 0.999
-    shuffled_batch_norm: bool = True
-    without_queue: bool = False  # ablation: the negatives are the other keys of the batch
+    projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
+    temperature: float = setting(0.2, "Divisor of the cosine similarities.")
+    queue_size: int = setting(65536, "Number of keys in the queue.")
+    momentum: float = setting(0.999, "Momentum of the teacher.")
+    shuffled_batch_norm: bool = setting(
+        True, "Exchange key views between batch norm's groups, so that statistics do not leak."
+    )
+    without_queue: bool = setting(
+        False, "Ablation: no queue. The negatives are the other keys of the batch."
+    )
 
     def check(self, run: Any, world_size: int) -> None:
         if not self.without_queue:
             check_queue(self.queue_size, run.global_batch_size)
-        if self.shuffled_batch_norm and run.local_batch_size not in (
+        if self.shuffled_batch_norm and run.micro_batch_size not in (
             0,
             run.global_batch_size // world_size,
         ):
             raise ValueError(
-                f"local_batch_size: {run.local_batch_size} cannot be with method.shuffled_batch_norm, which exchanges key views over the "
-                "whole global batch at once; set local_batch_size=0, or method.shuffled_batch_norm=false, which departs from the recipe"
+                f"micro_batch_size: {run.micro_batch_size} cannot be with method.shuffled_batch_norm, which exchanges key views over the "
+                "whole global batch at once; set micro_batch_size=0, or method.shuffled_batch_norm=false, which departs from the recipe"
             )
 
     def build(self, backbone: Backbone) -> MoCo:

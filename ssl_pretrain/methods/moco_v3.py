@@ -25,26 +25,36 @@ from ssl_pretrain.methods.base import (
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.models.teacher import Teacher, to_one
+from ssl_pretrain.schema import setting
 
 SMALL = {"hidden_dim": 512, "dim": 128, "temperature": 0.2}
 
 
 @dataclass
 class Config(MethodConfig):
-    """ResNet-50: as here. ViT: temperature 0.2, num_projector_layers 3, predictor_last_norm true, vit_starts authors."""
+    """Configuration of MoCo v3 with a ResNet-50.
+
+    For a ViT set temperature 0.2, num_projector_layers 3, predictor_last_norm true and
+    vit_starts authors.
+    """
 
     name: str = "moco_v3"
-    hidden_dim: int = 4096
-    dim: int = 256
-    num_projector_layers: int = 2
-    predictor_last_norm: bool = False
-    temperature: float = 1.0
-    momentum: float = 0.99  # 0.996 for 1,000 epochs; it ends at 1
-    freeze_patch_embed: bool = (
-        True  # ViT only: a random patch embedding, which is what keeps large batches stable
+    hidden_dim: int = setting(4096, "Width of the hidden layers of projector and predictor.")
+    dim: int = setting(256, "Width of the embeddings.")
+    num_projector_layers: int = setting(2, "Layers of the projector.")
+    predictor_last_norm: bool = setting(False, "Batch norm after the predictor's last layer.")
+    temperature: float = setting(1.0, "Divisor of the cosine similarities.")
+    momentum: float = setting(
+        0.99, "Momentum of the teacher at step 0 (paper: 0.996 for 1,000 epochs). It ends at 1."
     )
-    vit_starts: Literal["as_built", "authors"] = (
-        "as_built"  # authors: their initialization, fixed positions; not with backbone.init
+    freeze_patch_embed: bool = setting(
+        True,
+        "ViT only: keep the random patch embedding fixed, which makes large batches stable.",
+    )
+    vit_starts: Literal["as_built", "authors"] = setting(
+        "as_built",
+        "Initial weights of a ViT. authors: their initialization and fixed positions. "
+        "Not with backbone.init.",
     )
 
     def check(self, run: Any, world_size: int) -> None:

@@ -6,7 +6,7 @@ class, the target is shared among them, as in TensorFlow's npairs_loss (tensorfl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,18 +17,23 @@ from ssl_pretrain.distributed import collectives
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128]}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of the N-pair loss."""
+
     name: str = "n_pair"
-    pairs: Literal["views", "labels"] = (
-        "views"  # which pairs are of one class: none, or those of one label
+    pairs: Literal["views", "labels"] = setting(
+        "views", "Positives. views: two views of an image. labels: images of one class."
     )
-    length_weight: float = 0.002  # of the embeddings' mean squared length, over 4
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
+    length_weight: float = setting(
+        0.002, "Weight of a quarter of the embeddings' mean squared length."
+    )
+    projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> NPair:
         return NPair(self, backbone)

@@ -5,7 +5,7 @@ There is no official code; heads follow the paper as lightly at e8d317fc and sol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, t
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.models.queue import Queue, check_queue
+from ssl_pretrain.schema import setting
 
 SMALL = {
     "projector_dims": [256, 256, 128],
@@ -28,11 +29,13 @@ SMALL = {
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of NNCLR."""
+
     name: str = "nnclr"
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 256])
-    predictor_dim: int = 4096  # of its hidden layer
-    temperature: float = 0.1
-    queue_size: int = 98304
+    projector_dims: list[int] = setting([2048, 2048, 256], "Widths of the projector's layers.")
+    predictor_dim: int = setting(4096, "Width of the predictor's hidden layer.")
+    temperature: float = setting(0.1, "Divisor of the cosine similarities.")
+    queue_size: int = setting(98304, "Number of past embeddings searched for nearest neighbors.")
 
     def check(self, run: Any, world_size: int) -> None:
         check_queue(self.queue_size, run.global_batch_size)

@@ -6,7 +6,7 @@ number, as the paper draws them. No official code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,19 +17,22 @@ from ssl_pretrain.losses.pairs import every_pair
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128], "unit_length": True}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of the pairwise contrastive loss."""
+
     name: str = "pairwise"
-    pairs: Literal["views", "labels"] = (
-        "views"  # what is alike: two views of an image, or images of a class
+    pairs: Literal["views", "labels"] = setting(
+        "views", "Positives. views: two views of an image. labels: images of one class."
     )
-    margin: float = 1.0  # distance from which others are far enough
-    unit_length: bool = False  # normalize the embeddings, which the paper does not
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
+    margin: float = setting(1.0, "Distance beyond which a negative no longer counts.")
+    unit_length: bool = setting(False, "Normalize the embeddings. The paper does not.")
+    projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Pairwise:
         return Pairwise(self, backbone)

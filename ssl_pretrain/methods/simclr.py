@@ -5,7 +5,7 @@ Head, initialization and the sum of both directions follow google-research/simcl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,21 @@ from ssl_pretrain.losses.contrastive import nt_xent
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128], "temperature": 0.2}
 
 
 @dataclass
 class Config(MethodConfig):
-    """SimCLR's temperature and head. v1: projector_dims [2048, 128]; v2 and its code's default: [2048, 2048, 128]."""
+    """Configuration of SimCLR with the head of v2. For v1 set projector_dims [2048, 128]."""
 
     name: str = "simclr"
-    temperature: float = 0.1  # 0.5 on CIFAR-10
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 2048, 128])
-    without_projector: bool = False  # ablation: the loss on the features themselves
+    temperature: float = setting(0.1, "Divisor of the cosine similarities. 0.5 on CIFAR-10.")
+    projector_dims: list[int] = setting([2048, 2048, 128], "Widths of the projector's layers.")
+    without_projector: bool = setting(
+        False, "Ablation: no projector. The loss is computed on the features."
+    )
 
     def build(self, backbone: Backbone) -> SimCLR:
         return SimCLR(self, backbone)

@@ -6,7 +6,7 @@ is absent here: the norm removes it. Its predictor's constant learning rate is o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,18 +14,25 @@ from torch.nn import functional as F
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 256, 256], "predictor_dim": 64}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of SimSiam."""
+
     name: str = "simsiam"
-    projector_dims: list[int] = field(
-        default_factory=lambda: [2048, 2048, 2048]
-    )  # [2048, 2048] on CIFAR-10
-    predictor_dim: int = 512  # of its hidden layer, a quarter of the output
-    without_stop_gradient: bool = False  # ablation: table 1's collapse
+    projector_dims: list[int] = setting(
+        [2048, 2048, 2048], "Widths of the projector's layers. [2048, 2048] on CIFAR-10."
+    )
+    predictor_dim: int = setting(
+        512, "Width of the predictor's hidden layer, a quarter of its output's."
+    )
+    without_stop_gradient: bool = setting(
+        False, "Ablation: no stop-gradient, which collapses (table 1 of the paper)."
+    )
 
     def build(self, backbone: Backbone) -> SimSiam:
         return SimSiam(self, backbone)

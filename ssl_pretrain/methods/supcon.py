@@ -6,7 +6,7 @@ Loss and scale follow HobbitLong/SupContrast at 66a8fe53 (losses.py, networks/re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,20 +16,27 @@ from ssl_pretrain.losses.contrastive import supervised_contrastive
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128]}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of SupCon."""
+
     name: str = "supcon"
-    temperature: float = 0.1
-    base_temperature: float = 0.07  # the loss is multiplied by temperature / base_temperature; google-research's is the temperature itself
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
-    unit_features: bool = (
-        False  # normalize the features before the projector, as google-research does
+    temperature: float = setting(0.1, "Divisor of the cosine similarities.")
+    base_temperature: float = setting(
+        0.07,
+        "The loss is multiplied by temperature / base_temperature. "
+        "google-research uses the temperature itself.",
     )
-    last_bias: bool = True  # google-research: false
+    projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
+    unit_features: bool = setting(
+        False, "Normalize the features before the projector, as google-research does."
+    )
+    last_bias: bool = setting(True, "Bias in the projector's last layer. google-research: false.")
 
     def build(self, backbone: Backbone) -> SupCon:
         return SupCon(self, backbone)

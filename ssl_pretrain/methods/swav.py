@@ -19,26 +19,34 @@ from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, b
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.models.queue import Queue, check_queue
+from ssl_pretrain.schema import setting
 
 SMALL = {"hidden_dim": 256, "dim": 64, "num_prototypes": 300, "freeze_prototypes_steps": 39}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of SwAV."""
+
     name: str = "swav"
-    hidden_dim: int = 2048
-    dim: int = 128
-    num_prototypes: int = 3000
-    temperature: float = 0.1
-    epsilon: float = (
-        0.05  # entropy of the assignments; 0.03 where the loss stays at ln(num_prototypes)
+    hidden_dim: int = setting(2048, "Width of the projector's hidden layer.")
+    dim: int = setting(128, "Width of the embeddings.")
+    num_prototypes: int = setting(3000, "Number of prototypes.")
+    temperature: float = setting(0.1, "Divisor of the similarities to the prototypes.")
+    epsilon: float = setting(
+        0.05,
+        "Entropy regularization of the assignments. "
+        "Use 0.03 if the loss stays at ln(num_prototypes).",
     )
-    num_iterations: int = 3  # of Sinkhorn-Knopp
-    freeze_prototypes_steps: int = 313  # an epoch at a batch of 4,096
-    queue_size: int = (
-        0  # past images that the assignments count too: 3,840 at a batch of 256; 0: none
+    num_iterations: int = setting(3, "Iterations of Sinkhorn-Knopp.")
+    freeze_prototypes_steps: int = setting(
+        313, "First steps with fixed prototypes: one epoch at a batch of 4,096."
     )
-    queue_from_epoch: int = 15
+    queue_size: int = setting(
+        0,
+        "Past images that the assignments include (3,840 at a batch of 256). 0: no queue.",
+    )
+    queue_from_epoch: int = setting(15, "Epoch from which the queue is used.")
 
     def check(self, run: Any, world_size: int) -> None:
         if self.queue_size:

@@ -6,7 +6,7 @@ none, the farthest: the mining of tensorflow/addons at 0.20 (losses/triplet.py),
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,18 +17,21 @@ from ssl_pretrain.losses.pairs import Pairs, every_pair
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [256, 128]}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of the triplet loss."""
+
     name: str = "triplet"
-    pairs: Literal["views", "labels"] = (
-        "views"  # what is alike: two views of an image, or images of a class
+    pairs: Literal["views", "labels"] = setting(
+        "views", "Positives. views: two views of an image. labels: images of one class."
     )
-    margin: float = 0.2  # alpha, of squared distances of unit vectors
-    projector_dims: list[int] = field(default_factory=lambda: [2048, 128])
+    margin: float = setting(0.2, "Margin alpha between squared distances of unit vectors.")
+    projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Triplet:
         return Triplet(self, backbone)

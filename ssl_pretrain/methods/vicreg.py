@@ -6,7 +6,7 @@ branches', the covariance term their sum, both over the global batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,19 +15,20 @@ from ssl_pretrain.losses.second_moments import Block, covariance
 from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.schema import setting
 
 SMALL = {"projector_dims": [512, 512, 512]}
 
 
 @dataclass
 class Config(MethodConfig):
+    """Configuration of VICReg."""
+
     name: str = "vicreg"
-    projector_dims: list[int] = field(
-        default_factory=lambda: [8192, 8192, 8192]
-    )  # the paper's expander
-    invariance_weight: float = 25.0  # lambda
-    variance_weight: float = 25.0  # mu
-    covariance_weight: float = 1.0  # nu
+    projector_dims: list[int] = setting([8192, 8192, 8192], "Widths of the expander's layers.")
+    invariance_weight: float = setting(25.0, "Weight lambda of the invariance term.")
+    variance_weight: float = setting(25.0, "Weight mu of the variance term.")
+    covariance_weight: float = setting(1.0, "Weight nu of the covariance term.")
 
     def build(self, backbone: Backbone) -> VICReg:
         return VICReg(self, backbone)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain.models import published_weights
 from ssl_pretrain.models.timm_import import timm
-from ssl_pretrain.schema import below
+from ssl_pretrain.schema import setting
 
 REMEDY = "give backbone.name, stem and args of the run that made them"
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
@@ -27,19 +27,28 @@ PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.comp
 
 @dataclass
 class BackboneConfig:
-    """The network that is pretrained, and where its first weights come from."""
+    """The network that is pretrained and its initial weights."""
 
-    name: str = "resnet50"  # a name of timm: resnet50, vit_small_patch16_224, ...
-    # for small images, ResNets only. no_pool: no max-pooling before the stages. small: stride 1 there too
-    stem: Literal["imagenet", "no_pool", "small"] = "imagenet"
-    init: str = "random"  # random | timm:<tag> | a file, .safetensors or .pth | the folder of a run
-    init_key: str = ""  # key under which a file keeps its weights, such as teacher; empty: searched
-    init_prefix: str = (
-        ""  # prefix of the backbone's keys, such as module.encoder_q.; empty: searched
+    name: str = setting("resnet50", "Name in timm: resnet50, vit_small_patch16_224, ...")
+    stem: Literal["imagenet", "no_pool", "small"] = setting(
+        "imagenet",
+        "First layers of a ResNet, for small images. no_pool: no max-pooling. "
+        "small: no max-pooling and stride 1.",
     )
-    drop_path: float = field(default=0.0, metadata=below(1))  # rate of stochastic depth
-    # further arguments of the timm model, such as patch_size
-    args: dict[str, Any] = field(default_factory=dict)
+    init: str = setting(
+        "random",
+        "Initial weights: random, timm:<tag>, a .safetensors or .pth file, or the folder of a run.",
+    )
+    init_key: str = setting(
+        "", "Key in the file that holds the weights, such as teacher. Empty: found automatically."
+    )
+    init_prefix: str = setting(
+        "",
+        "Prefix of the backbone's keys in the file, such as module.encoder_q. "
+        "Empty: found automatically.",
+    )
+    drop_path: float = setting(0.0, "Rate of stochastic depth.", below=1)
+    args: dict[str, Any] = setting({}, "More arguments of the timm model, such as patch_size.")
 
 
 class Backbone(nn.Module):

@@ -17,6 +17,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models.teacher import Teacher
 from ssl_pretrain.monitoring import collapse_metrics
 from ssl_pretrain.monitoring.collapse_alerts import Alarms
+from ssl_pretrain.schema import setting
 
 STUDENT = (
     "z_a",
@@ -35,14 +36,17 @@ SHOWN = 64  # points of a spectrum, bins of a histogram, that are kept
 
 @dataclass
 class HealthConfig:
-    """When the embeddings are measured, and what an alarm does."""
+    """When the embeddings are measured, and how the run reacts to collapse."""
 
-    every_steps: int = (
-        50  # 0: never. At 50 it costs under 1 % of the steps' time (tests/bench/health.py)
+    every_steps: int = setting(
+        50, "Steps between two measurements. 50 costs under 1 % of the training time. 0: never."
     )
-    max_rows: int = 1024  # embeddings of all ranks that are measured: no spectrum is larger
-    on_collapse: Literal["warn", "stop"] = (
-        "warn"  # stop: the run ends with exit status 2; its checkpoints stay
+    max_rows: int = setting(
+        1024, "Embeddings of all ranks per measurement, which bounds the size of the spectrum."
+    )
+    on_collapse: Literal["warn", "stop"] = setting(
+        "warn",
+        "Reaction to collapse. stop: end the run with exit status 2 and keep its checkpoints.",
     )
 
 

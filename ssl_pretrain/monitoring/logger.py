@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,11 +16,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ssl_pretrain import schema
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.monitoring import background_writer, image_grids
 from ssl_pretrain.monitoring.console import Console, Warnings
 from ssl_pretrain.monitoring.wandb import run as wandb_run
+from ssl_pretrain.schema import setting
 from ssl_pretrain.system import durable_files
 
 T = TypeVar("T")
@@ -29,15 +29,23 @@ KEEP_PLOTS = 500  # steps between two sets of plots sent to W&B, at least; plots
 
 @dataclass
 class LogConfig:
-    """Where numbers go. W&B's `auto` is online where there is a key, else off; WANDB_MODE and WANDB_DISABLED are obeyed."""
+    """Metrics and Weights & Biases."""
 
-    every_steps: int = field(default=10, metadata=schema.at_least(1))
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    project: str = "ssl_pretrain"
-    name: str = ""  # of the W&B run; empty: the output folder's name
-    tags: list[str] = field(default_factory=list)
-    stall_seconds: float = 900.0  # without a record, until W&B alerts
-    peak_tflops: float = 0.0  # of one GPU in bfloat16, for the model FLOPs utilization; 0: by its name, where it is known
+    every_steps: int = setting(10, "Steps between two records of metrics.", minimum=1)
+    wandb: Literal["auto", "online", "offline", "off"] = setting(
+        "auto",
+        "Weights & Biases. auto: online if there is an API key, else off. "
+        "WANDB_MODE and WANDB_DISABLED are respected.",
+    )
+    project: str = setting("ssl_pretrain", "W&B project.")
+    name: str = setting("", "Name of the W&B run. Empty: the name of the output folder.")
+    tags: list[str] = setting([], "Tags of the W&B run.")
+    stall_seconds: float = setting(900.0, "Seconds without a record before W&B sends an alert.")
+    peak_tflops: float = setting(
+        0.0,
+        "Peak bfloat16 TFLOP/s of one GPU, for the model FLOPs utilization. "
+        "0: taken from the GPU's name if it is known.",
+    )
 
 
 class Logger:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.monitoring import image_grids, linear_probe
+from ssl_pretrain.schema import setting
 
 T = TypeVar("T")
 # Indices of images -> batches of (normalized images, labels), in that order.
@@ -25,16 +26,17 @@ SIMILARITIES = 2**24  # similarities held at once, in float32: 64 MiB
 
 @dataclass
 class OnlineConfig:
-    """The accuracies that are measured during a run."""
+    """Accuracies measured during a run."""
 
-    knn_every_epochs: float = 1.0  # epochs between two measurements; 0: never
-    k: int = 20  # neighbors that vote
-    temperature: float = 0.07  # divides their cosine similarities
-    probe: bool = True  # also fit a linear classifier to the same features
-    max_train: int = 10000  # training images in the bank
-    max_test: int = 2000  # training images that are queries, and not in the bank
-    # if a measurement fails on any rank: end the run, or print a warning and train on
-    on_failure: Literal["stop", "warn"] = "warn"
+    knn_every_epochs: float = setting(1.0, "Epochs between two measurements. 0: never.")
+    k: int = setting(20, "Number of nearest neighbors that vote.")
+    temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
+    probe: bool = setting(True, "Also fit a linear classifier to the same features.")
+    max_train: int = setting(10000, "Training images in the bank of neighbors.")
+    max_test: int = setting(2000, "Training images used as queries. The bank does not hold them.")
+    on_failure: Literal["stop", "warn"] = setting(
+        "warn", "If a measurement fails on any rank, end the run, or warn and continue."
+    )
 
 
 class MeasureError(RuntimeError):

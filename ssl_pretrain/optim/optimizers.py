@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,59 +13,76 @@ from torch import Tensor, nn
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.optim.larc import LARC, move
-from ssl_pretrain.schema import above_zero, below
+from ssl_pretrain.schema import setting
 
 
 @dataclass
 class OptimConfig:
-    """The optimizer and its schedule. `lr` is computed from `base_lr` where it is used, and printed by `--plan`."""
+    """The optimizer and its schedule. The scaled learning rate is printed by `--plan`."""
 
-    name: Literal["lars", "larc", "adamw", "adam", "sgd"] = "lars"
-    base_lr: float = 0.3
-    lr_scaling: Literal["linear", "sqrt", "none"] = (
-        "linear"  # base_lr * global_batch_size / 256 | base_lr * sqrt(global_batch_size) | base_lr
+    name: Literal["lars", "larc", "adamw", "adam", "sgd"] = setting("lars", "Optimizer.")
+    base_lr: float = setting(0.3, "Learning rate before it is scaled with the batch size.")
+    lr_scaling: Literal["linear", "sqrt", "none"] = setting(
+        "linear",
+        "Scaled learning rate. linear: base_lr * global_batch_size / 256. "
+        "sqrt: base_lr * sqrt(global_batch_size). none: base_lr.",
     )
-    final_lr_ratio: float = 0.0  # of the scaled lr, at the end of the cosine
-    warmup_epochs: float = 10.0
-    warmup_start_ratio: float = 0.0  # of the scaled lr, at step 0
-    schedule: Literal["cosine", "milestones"] = "cosine"  # after the warm-up
-    milestones: list[float] = field(
-        default_factory=list
-    )  # epochs, at each of which the lr falls by milestone_factor
-    milestone_factor: float = 0.1
-    changes_every: Literal["step", "epoch"] = (
-        "step"  # epoch: the lr of an epoch's first step, as MoCo v2 and SimSiam
+    final_lr_ratio: float = setting(
+        0.0, "Learning rate at the end of the cosine, as a fraction of the scaled one."
     )
-    excluded_lr_ratio: float = (
-        1.0  # the excluded parameters' lr over the others' (Barlow Twins: 0.024)
+    warmup_epochs: float = setting(10.0, "Epochs of linear warm-up.")
+    warmup_start_ratio: float = setting(
+        0.0, "Learning rate at step 0, as a fraction of the scaled one."
     )
-    constant_lr_names: list[str] = field(
-        default_factory=list
-    )  # prefixes of names whose lr stays at its peak (SimSiam: predictor)
-    weight_decay: float = 1e-4
-    final_weight_decay: float | None = (
-        None  # reached by half a cosine at the end (DINO: 0.04 to 0.4); null: it stays
+    schedule: Literal["cosine", "milestones"] = setting("cosine", "Schedule after the warm-up.")
+    milestones: list[float] = setting(
+        [], "Epochs at which the learning rate is multiplied by milestone_factor."
     )
-    momentum: float = field(default=0.9, metadata=below(1))
-    momentum_convention: Literal["classic", "popular"] = (
-        "classic"  # lr inside the momentum buffer (SimCLR) | outside (BYOL, MoCo v3, Barlow Twins)
+    milestone_factor: float = setting(0.1, "Factor of the learning rate at each milestone.")
+    changes_every: Literal["step", "epoch"] = setting(
+        "step",
+        "How often the learning rate changes. "
+        "epoch: all steps use the rate of the epoch's first step, as in MoCo v2 and SimSiam.",
     )
-    nesterov: bool = False  # sgd only
-    trust_coefficient: float = 0.001  # eta of LARS and LARC
-    larc_clip: bool = False  # larc only: no tensor's rate above lr (solo-learn: true; SwAV: false)
-    betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.999], metadata=below(1)
-    )  # adamw and adam
-    eps: float = field(
-        default=1e-8, metadata=above_zero()
-    )  # adamw and adam; added to the root of the second moment
-    exclude_by: Literal["ndim", "name", "none"] = (
-        "ndim"  # from weight decay and from LARS's adaptation: biases and norms by ndim <= 1
+    excluded_lr_ratio: float = setting(
+        1.0,
+        "Learning rate of the excluded parameters divided by the others' (Barlow Twins: 0.024).",
     )
-    exclude_names: list[str] = field(default_factory=list)  # parts of names, for exclude_by: name
-    clip_norm: float = 0.0  # 0: none
-    clip_by: Literal["whole", "tensor"] = (
-        "whole"  # the norm that clip_norm bounds: of the whole gradient | of each tensor's (DINO)
+    constant_lr_names: list[str] = setting(
+        [],
+        "Prefixes of parameter names whose learning rate stays at its peak (SimSiam: predictor).",
+    )
+    weight_decay: float = setting(1e-4, "Weight decay.")
+    final_weight_decay: float | None = setting(
+        None,
+        "Weight decay at the end of a half cosine (DINO: from 0.04 to 0.4). null: it is constant.",
+    )
+    momentum: float = setting(0.9, "Momentum of lars, larc and sgd.", below=1)
+    momentum_convention: Literal["classic", "popular"] = setting(
+        "classic",
+        "classic: the learning rate is inside the momentum buffer (SimCLR). "
+        "popular: it multiplies the buffer (BYOL, MoCo v3, Barlow Twins).",
+    )
+    nesterov: bool = setting(False, "Nesterov momentum. sgd only.")
+    trust_coefficient: float = setting(0.001, "Trust coefficient eta of lars and larc.")
+    larc_clip: bool = setting(
+        False, "larc only: no tensor's rate exceeds lr (solo-learn: true, SwAV: false)."
+    )
+    betas: list[float] = setting(
+        [0.9, 0.999], "Decay rates of the moments of adamw and adam.", below=1
+    )
+    eps: float = setting(
+        1e-8, "Number added to the root of the second moment of adamw and adam.", above=0
+    )
+    exclude_by: Literal["ndim", "name", "none"] = setting(
+        "ndim",
+        "How parameters are excluded from weight decay and from the adaptation of LARS. "
+        "ndim: biases and norms, which have at most one dimension. name: by exclude_names.",
+    )
+    exclude_names: list[str] = setting([], "Parts of parameter names, for exclude_by=name.")
+    clip_norm: float = setting(0.0, "Largest norm of the gradient. 0: no clipping.")
+    clip_by: Literal["whole", "tensor"] = setting(
+        "whole", "Norm that clip_norm bounds: the whole gradient's, or each tensor's (DINO)."
     )
 
 

@@ -166,7 +166,7 @@ def convert(module: nn.Module, images: int, group_images: int) -> nn.Module:
         raise ValueError(
             f"parallel.bn_group_images: {group_images} neither divides nor is a multiple of the "
             f"{images} images a rank feeds at once; choose a divisor or a multiple of {images}, or "
-            "another local_batch_size"
+            "another micro_batch_size"
         )
     if ranks == 1:
         return module

@@ -78,7 +78,7 @@ def largest_micro_batch(
     )
     if not largest:
         raise ValueError(
-            f"local_batch_size: auto: a micro-batch of {sizes[0]} images does not fit "
+            f"micro_batch_size: auto: a micro-batch of {sizes[0]} images does not fit "
             f"({estimate}); take a smaller crop size or backbone, a smaller "
             "parallel.bn_group_images, or more ranks"
         )
@@ -91,7 +91,7 @@ def explain(error: BaseException) -> str:
         return str(error)
     message = str(error).partition(" If reserved")[0]
     return (
-        f"rank {process_group.rank()}: {message} Feed fewer images at once: local_batch_size=auto "
+        f"rank {process_group.rank()}: {message} Feed fewer images at once: micro_batch_size=auto "
         "takes the most that fits, with the gradient of the whole batch; or take smaller crops or "
         "more ranks, then start the run again"
     )
@@ -104,6 +104,6 @@ def _from_proc(file: str, entry: str) -> int:
         line = next(line for line in lines if line.startswith(f"{entry}:"))
     except (OSError, StopIteration):
         raise ValueError(
-            "local_batch_size: auto measures memory on CUDA and on Linux only; give a number"
+            "micro_batch_size: auto measures memory on CUDA and on Linux only; give a number"
         ) from None
     return int(line.split()[1]) * 1024

@@ -2,43 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ssl_pretrain.schema import above_zero
+from ssl_pretrain.schema import setting
 
 
 @dataclass
 class ParallelConfig:
-    """How the ranks compute. Only `bn_group_images` and `gradients` change what is computed; the rest is speed and memory."""
+    """How the ranks share the computation.
 
-    strategy: Literal["ddp", "fsdp", "hybrid"] = (
-        "ddp"  # whole weights on every rank | shards over all ranks | shards within each node
+    Only `bn_group_images`, `gradients`, `precision` and `accumulation` can change results beyond
+    rounding. The other settings are about speed and memory.
+    """
+
+    strategy: Literal["ddp", "fsdp", "hybrid"] = setting(
+        "ddp",
+        "ddp: every rank holds all weights. fsdp: weights are sharded over all ranks. "
+        "hybrid: weights are sharded within each node.",
+        on_resume="free",
     )
-    reshard_after_forward: bool = True  # fsdp, hybrid: gather a block's weights again for its backward; false: keep them, faster and larger
-    gradients: Literal["float32", "bfloat16"] = "float32"  # as they travel between ranks
-    activation_checkpointing: Literal["none", "blocks", "selective"] = (
-        "none"  # run again in backward: blocks, or all but their products
+    reshard_after_forward: bool = setting(
+        True,
+        "fsdp and hybrid: free a block's gathered weights after its forward and gather them again "
+        "for its backward. false: keep them, which is faster and takes more memory.",
+        on_resume="free",
     )
-    compile: bool = False  # each block by torch.compile
-    cuda_graphs: bool = False  # with compile, on CUDA: a block's kernels start as one, for blocks too small to keep a GPU busy
-    bn_group_images: int | str = (
-        "global"  # images that share batch norm's statistics; part of the recipe
+    gradients: Literal["float32", "bfloat16"] = setting(
+        "float32", "Data type of gradients sent between ranks."
     )
-    precision: Literal["auto", "float32", "bfloat16", "float64"] = (
-        "auto"  # auto: bfloat16 autocast on GPUs, float32 on CPU
+    activation_checkpointing: Literal["none", "blocks", "selective"] = setting(
+        "none",
+        "Activations recomputed during backward. blocks: all of each block. "
+        "selective: all but the matrix products.",
+        on_resume="free",
     )
-    channels_last: bool = True  # measured 1.3 to 1.5 times faster for ResNets on GPUs
-    threads: int = 0  # CPU threads a rank; 0 shares the cores among the ranks of a machine
-    accumulation: Literal["auto", "one_pass", "two_passes"] = (
-        "auto"  # auto: two passes where a loss couples the batch's images
+    compile: bool = setting(False, "Compile each block by torch.compile.", on_resume="free")
+    cuda_graphs: bool = setting(
+        False,
+        "With compile, on CUDA: launch a block's kernels as one graph, "
+        "for blocks too small to keep a GPU busy.",
+        on_resume="free",
     )
-    deterministic: bool = False  # bit-for-bit runs on a GPU, slower
-    timeout_seconds: float = field(
-        default=600.0, metadata=above_zero(1e9)
-    )  # a collective that waits longer ends the run
+    bn_group_images: int | str = setting(
+        "global",
+        "Images that share batch norm's statistics, which is part of the recipe. "
+        "global: the whole global batch.",
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "Data type of the computation. auto: bfloat16 autocast on GPUs, float32 on CPU."
+    )
+    channels_last: bool = setting(
+        True,
+        "Store images and weights channels last, which makes ResNets 1.3 to 1.5 times faster "
+        "on GPUs.",
+        on_resume="free",
+    )
+    threads: int = setting(
+        0,
+        "CPU threads per rank. 0: the ranks of a machine share its cores equally.",
+        on_resume="free",
+    )
+    accumulation: Literal["auto", "one_pass", "two_passes"] = setting(
+        "auto",
+        "How micro-batches are accumulated. auto: two passes if the loss compares images of the "
+        "batch with each other, else one.",
+    )
+    deterministic: bool = setting(
+        False, "Make runs on a GPU reproducible bit for bit, which is slower.", on_resume="free"
+    )
+    timeout_seconds: float = setting(
+        600.0,
+        "Seconds a collective may wait before the run ends.",
+        on_resume="free",
+        above=0,
+        maximum=1e9,
+    )
 
 
 def check(config: ParallelConfig) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -92,41 +90,10 @@ MACHINES = {
 
 
 def machine(config: PlanConfig) -> Machine:
-    """The machine that `plan.gpu` names, by its calibration where there is one for it, with the links that the config gives.
-
-    Raises:
-        ValueError: `here` without a calibration, or a calibration that cannot be read.
-    """
-    path = Path(config.calibration)
-    measured = read_calibration(path) if path.is_file() else None
-    if config.gpu == "here":
-        if measured is None:
-            raise ValueError(
-                f"plan.gpu: here needs {config.calibration}, which is not there; "
-                "python -m ssl_pretrain.planning.calibrate measures this machine in a minute and writes it"
-            )
-        found = measured
-    else:
-        found = MACHINES[config.gpu]
-        if measured is not None and config.gpu in measured.name.split():
-            found = measured
-    return _with(
-        found,
-        intra_node=config.intra_node_gb_per_second * GIGA,
-        inter_node=config.inter_node_gb_per_second * GIGA,
-        decoded_per_core=config.decoded_per_core,
-    )
-
-
-def _with(found: Machine, **given: float) -> Machine:
-    return Machine(**{**asdict(found), **{name: value for name, value in given.items() if value}})
-
-
-def read_calibration(path: Path) -> Machine:
-    """Raises ValueError for a file that `calibrate` did not write."""
-    try:
-        return Machine(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"plan.calibration: {path} is not a calibration ({error}); python -m ssl_pretrain.planning.calibrate writes one"
-        ) from None
+    """Return the machine that `plan.gpu` names, with the links and the loader that the config gives."""
+    given = {
+        "intra_node": config.intra_node_gb_per_second * GIGA,
+        "inter_node": config.inter_node_gb_per_second * GIGA,
+        "decoded_per_core": config.decoded_per_core,
+    }
+    return replace(MACHINES[config.gpu], **{name: rate for name, rate in given.items() if rate})

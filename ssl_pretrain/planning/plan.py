@@ -70,9 +70,7 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     if run.plan.gpu:
         lines += _on_machine(run, world_size)
     else:
-        lines.append(
-            "memory and time: plan.gpu=H100 computes them, as do H200, A100, L40S and, once calibrated, here"
-        )
+        lines.append("memory and time: plan.gpu=H100 computes them, as do H200, A100 and L40S")
     return "\n".join(lines)
 
 
@@ -120,7 +118,7 @@ def _time(run: RunConfig, machine: Machine, step: Step) -> list[str]:
     loader = (
         "waiting for the loader"
         if machine.decoded_per_core
-        else "the loader: not planned; calibrate, or give plan.decoded_per_core"
+        else "the loader: not planned; give plan.decoded_per_core"
     )
     parts = {
         "forward, teacher, backward": step.compute,

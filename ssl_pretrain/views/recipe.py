@@ -9,9 +9,11 @@ whose functions of the same names differ. Their recipes set saturation_mode: hsv
 contrast_mean: channel, blur_border: zero, antialias: false and their own crop_sampler.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
+
+from ssl_pretrain.schema import setting
 
 Interpolation = Literal["bilinear", "bicubic"]
 BrightnessMode = Literal["multiply", "add"]
@@ -34,52 +36,79 @@ CHOICES = {
 
 @dataclass
 class Crop:
-    """One kind of view, named under `views.crops`; `flip` to `solarize` without a suffix are probabilities."""
+    """One kind of view, named under `views.crops`."""
 
-    count: int = 2  # views of this kind per image
-    size: int = 224  # pixels, height and width
-    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # of the image's area
-    ratio: list[float] = field(
-        default_factory=lambda: [0.75, 1.3333333333333333]
-    )  # width / height before resizing
-    crop_sampler: CropSampler = (
-        "torchvision"  # tensorflow: SimCLR's; clipped: BYOL's (views/crops.py)
+    count: int = setting(2, "Views of this kind per image.")
+    size: int = setting(224, "Height and width of the view in pixels.")
+    scale: list[float] = setting(
+        [0.08, 1.0], "[low, high] of the crop's share of the image's area."
     )
-    interpolation: Interpolation = "bilinear"
-    antialias: bool = (
-        True  # false: a shrunken crop is sampled without a low-pass filter, as by tf.image.resize
+    ratio: list[float] = setting(
+        [0.75, 1.3333333333333333], "[low, high] of the crop's width / height before resizing."
     )
-    flip: float = 0.5
-    jitter: float = 0.0
-    brightness: float = 0.0  # factors are uniform in [max(0, 1 - x), 1 + x]
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0  # shift, uniform in [-x, x] turns of the colour circle
-    brightness_mode: BrightnessMode = (
-        "multiply"  # add: pixel + uniform[-x, x], of SimCLR v1 and BYOL
+    crop_sampler: CropSampler = setting(
+        "torchvision",
+        "How a crop's box is drawn: as by torchvision, as by tensorflow (SimCLR), "
+        "or clipped to the image (BYOL).",
     )
-    contrast_mean: ContrastMean = (
-        "gray"  # channel: each channel keeps its own mean, as by tf.image.adjust_contrast
+    interpolation: Interpolation = setting("bilinear", "Interpolation when the crop is resized.")
+    antialias: bool = setting(
+        True,
+        "Filter a crop that is shrunk. "
+        "false: sample it without a low-pass filter, as by tf.image.resize.",
     )
-    saturation_mode: SaturationMode = (
-        "blend"  # hsv: scale S at constant hue and value, as tf.image.adjust_saturation
+    flip: float = setting(0.5, "Probability of a horizontal flip.")
+    jitter: float = setting(0.0, "Probability of the color jitter.")
+    brightness: float = setting(
+        0.0, "Strength x of the brightness jitter: factors are uniform in [max(0, 1 - x), 1 + x]."
     )
-    grayscale: float = 0.0
-    blur: float = 0.0
-    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])  # pixels
-    blur_kernel: int = 0  # pixels; 0: size // 10 made odd, at least 3 (SimCLR: 224 -> 23)
-    blur_border: BlurBorder = "reflect"  # zero: black around the view, TensorFlow's SAME padding
-    solarize: float = 0.0
-    solarize_threshold: float = 0.5  # pixels in [0, 1] from here up are inverted
+    contrast: float = setting(0.0, "Strength of the contrast jitter.")
+    saturation: float = setting(0.0, "Strength of the saturation jitter.")
+    hue: float = setting(
+        0.0, "Strength x of the hue jitter: shifts are uniform in [-x, x] turns of the color wheel."
+    )
+    brightness_mode: BrightnessMode = setting(
+        "multiply",
+        "multiply: scale the pixels. add: add uniform[-x, x] to them, as in SimCLR v1 and BYOL.",
+    )
+    contrast_mean: ContrastMean = setting(
+        "gray",
+        "Mean that the contrast jitter keeps. "
+        "channel: each channel's own, as in tf.image.adjust_contrast.",
+    )
+    saturation_mode: SaturationMode = setting(
+        "blend",
+        "blend: mix with the gray image. "
+        "hsv: scale S at constant hue and value, as in tf.image.adjust_saturation.",
+    )
+    grayscale: float = setting(0.0, "Probability of a conversion to gray.")
+    blur: float = setting(0.0, "Probability of a Gaussian blur.")
+    blur_sigma: list[float] = setting([0.1, 2.0], "[low, high] of the blur's deviation in pixels.")
+    blur_kernel: int = setting(
+        0,
+        "Size of the blur's kernel in pixels. "
+        "0: size // 10 made odd, at least 3 (SimCLR: 23 for 224 pixels).",
+    )
+    blur_border: BlurBorder = setting(
+        "reflect",
+        "Pixels beyond the border of the view. zero: black, as with TensorFlow's SAME padding.",
+    )
+    solarize: float = setting(0.0, "Probability of solarization.")
+    solarize_threshold: float = setting(
+        0.5, "Pixels from this value in [0, 1] upward are inverted by solarization."
+    )
 
 
 @dataclass
 class ViewsConfig:
-    crops: dict[str, Crop] = field(default_factory=dict)  # global ones first
-    mean: list[float] = field(
-        default_factory=lambda: [0.0, 0.0, 0.0]
-    )  # SimCLR feeds pixels in [0, 1]
-    std: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0])
+    """Crops and augmentations."""
+
+    crops: dict[str, Crop] = setting({}, "Kinds of views by name, global ones first.")
+    mean: list[float] = setting(
+        [0.0, 0.0, 0.0],
+        "Mean subtracted from each color channel. SimCLR takes pixels in [0, 1] as they are.",
+    )
+    std: list[float] = setting([1.0, 1.0, 1.0], "Divisor of each color channel.")
 
 
 def expand_counts(views: ViewsConfig) -> list[Crop]:

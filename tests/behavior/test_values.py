@@ -33,7 +33,7 @@ KEYS = [
     "data.cache_dir",
     "log.name",
     "log.project",
-    "plan.calibration",
+    "launch.hosts",
     "data.train",
     "data.val",
 ]
@@ -57,7 +57,7 @@ def test_text_keys_take_the_text_of_a_yaml_as_it_is(config):
     found = plan(
         written,
         "optim.final_weight_decay=null",
-        "plan.calibration=007",
+        "launch.hosts=007",
         "views.crops.global.size=24",
     )
     assert (found["output"], found["log"]["wandb"], found["log"]["project"]) == (
@@ -66,7 +66,7 @@ def test_text_keys_take_the_text_of_a_yaml_as_it_is(config):
         "1e3",
     )
     assert (found["log"]["name"], found["log"]["tags"]) == ("null", ["010", "no", "2026-01-01"])
-    assert (found["optim"]["final_weight_decay"], found["plan"]["calibration"]) == (None, "007")
+    assert (found["optim"]["final_weight_decay"], found["launch"]["hosts"]) == (None, "007")
     assert (found["views"]["crops"]["global"]["size"], found["optim"]["base_lr"]) == (24, 4.0)
 
 
@@ -77,14 +77,14 @@ def test_a_number_may_be_written_in_any_decimal_form(config):
         "optim.weight_decay=0",
         "seed=010",
         "checkpoint.resume=no",
-        "local_batch_size=8",
+        "micro_batch_size=8",
     )
     assert (found["optim"]["base_lr"], found["optim"]["weight_decay"], found["seed"]) == (
         0.001,
         0.0,
         10,
     )
-    assert (found["checkpoint"]["resume"], found["local_batch_size"]) == (False, 8)
+    assert (found["checkpoint"]["resume"], found["micro_batch_size"]) == (False, 8)
 
 
 @pytest.mark.full

@@ -1,26 +1,26 @@
-"""What a plan says of this machine against what it does: seconds and peak memory of training steps, after a calibration.
+"""Compare the planned time and peak memory of training steps with measurements on this machine.
 
-PYTHONPATH=. .venv/bin/python -m ssl_pretrain.planning.calibrate --threads 1 --output runs/calibration.json
-PYTHONPATH=. .venv/bin/python tests/bench/plan.py --calibration runs/calibration.json
+    PYTHONPATH=. .venv/bin/python tests/bench/plan.py --gpu H100
 
-With one thread on a CPU, seconds are the process's own, so that what else runs does not count. resnet18 and vit_tiny_patch16_224 are
-what the calibration itself measured; the others it has not seen.
+Times are planned from the data sheet of the GPU that `--gpu` names, so they are only printed with
+it. Memory is planned without a data sheet and is compared on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
-from measure import mib, versions
+from measure import interleaved, mib, versions
 
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.parallel import memory
-from ssl_pretrain.planning.calibrate import real_step, seconds_of
 from ssl_pretrain.planning.estimate import backbone_step
-from ssl_pretrain.planning.hardware import read_calibration
+from ssl_pretrain.planning.hardware import MACHINES
 
-CASES = [  # backbone, pixels, images
+CASES = [  # backbone, image size in pixels, images on a CPU
     ("resnet18", 96, 16),
     ("vit_tiny_patch16_224", 224, 4),
     ("test_resnet", 64, 64),
@@ -28,41 +28,45 @@ CASES = [  # backbone, pixels, images
     ("resnet50", 64, 16),
     ("vit_small_patch16_224", 224, 2),
 ]
+GPU_FACTOR = 32  # times as many images on a GPU
+
+
+def build_step(name: str, size: int, images: int, device: torch.device) -> Callable[[], None]:
+    """Return the forward and backward pass of a backbone on random views."""
+    layout = torch.channels_last
+    backbone = backbones.build(BackboneConfig(name=name), size).to(device, memory_format=layout)
+    views = torch.randn(images, 3, size, size, device=device).to(memory_format=layout)
+
+    def step() -> None:
+        backbone.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            features = backbone(views)
+        features.float().mean().backward()
+
+    return step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--calibration", type=Path, default=Path("runs/calibration.json"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each step's repetitions")
+    parser.add_argument("--gpu", choices=MACHINES, help="data sheet for the planned times")
+    parser.add_argument("--repeats", type=int, default=10, help="repetitions of each step")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = read_calibration(options.calibration)
     print(versions("timm"))
-    print(f"{machine.name}; {machine.source}; attained {machine.attained:.2f}")
-    print(
-        "| step | images | planned ms | measured ms | planned over measured | planned peak | measured peak |\n"
-        + "|---" * 7
-        + "|"
-    )
-    ratios = []
+    print("| step | images | planned ms | measured ms | planned peak | measured peak |")
+    print("|---" * 6 + "|")
     for name, size, images in CASES:
-        images = images if machine.on_cpu else 32 * images
-        traced, step = (
-            backbone_step(name, size, images, bfloat16=not machine.on_cpu),
-            real_step(name, size, images, device),
-        )
-        planned, measured = machine.seconds(traced), seconds_of(step, device, options.seconds)
+        images *= GPU_FACTOR if device.type == "cuda" else 1
+        trace = backbone_step(name, size, images, bfloat16=device.type == "cuda")
+        step = build_step(name, size, images, device)
+        step()
+        measured = interleaved({"step": step}, options.repeats, device)["step"] * 1e3
+        planned = f"{MACHINES[options.gpu].seconds(trace) * 1e3:.1f}" if options.gpu else "-"
         peak = min(memory.peak(step, device) for _ in range(3))
-        ratios.append(
-            f"time_{name}={planned / measured:.2f} memory_{name}={traced.peak / peak:.2f}"
-        )
-        cells = f"{planned * 1e3:.1f} | {measured * 1e3:.1f} | {planned / measured:.2f} | {mib(traced.peak)} | {mib(peak)}"
-        print(f"| {name}, {size} px | {images} | {cells} |", flush=True)
-    print("ratios:", *ratios)
+        peaks = f"{mib(trace.peak)} | {mib(peak)}"
+        print(f"| {name}, {size} px | {images} | {planned} | {measured:.1f} | {peaks} |")
 
 
 if __name__ == "__main__":

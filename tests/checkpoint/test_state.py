@@ -285,7 +285,7 @@ def test_versions_and_machine_are_recorded(run):
         "threads",
         "torch",
         "cpu",
-        "local_batch_size",
+        "micro_batch_size",
     }
     assert (
         manifest["versions"]["torch"] == torch.__version__.partition("+")[0]

@@ -158,7 +158,7 @@ def test_no_memory_on_one_rank_ends_all_with_advice(place, goes_on, seen):
     statuses, said = ranks.run(place[0], *MORE, fault="oom@1:8")
     assert statuses[1] == 2 and all(status > 0 for status in statuses)
     assert (
-        "error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB. Feed fewer images at once: local_batch_size=auto takes the most that "
+        "error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB. Feed fewer images at once: micro_batch_size=auto takes the most that "
         "fits, with the gradient of the whole batch; or take smaller crops or more ranks, then start the run again\n"
     ) in said
     assert saved(place[1]) == [3, 6]

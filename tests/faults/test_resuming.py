@@ -92,8 +92,8 @@ def test_another_part_size_goes_on_to_rounding(tmp_path, seen):
     path, run, wide = tiny.config(tmp_path), tmp_path / "run", "parallel.precision=float64"
     assert ranks.run(path, *MORE, wide, f"output={tmp_path / 'straight'}", size=1)[0] == [0]
     assert ranks.run(path, *MORE, wide, "--stop-after", "5", size=1)[0] == [0]
-    statuses, said = ranks.run(path, *MORE, wide, "local_batch_size=8", size=1)
-    assert statuses == [0] and "local_batch_size 24 then, 8 now" in said
+    statuses, said = ranks.run(path, *MORE, wide, "micro_batch_size=8", size=1)
+    assert statuses == [0] and "micro_batch_size 24 then, 8 now" in said
     tensors, largest = ranks.weights(run), 0.0
     for name, value in ranks.weights(tmp_path / "straight").items():
         if value.is_floating_point():

@@ -97,7 +97,7 @@ def test_key_views_are_computed_elsewhere_and_come_back():
 
 def test_what_the_recipe_cannot_have_is_refused():
     class Run:
-        global_batch_size, local_batch_size = 256, 0
+        global_batch_size, micro_batch_size = 256, 0
 
     with pytest.raises(
         ValueError,
@@ -105,10 +105,10 @@ def test_what_the_recipe_cannot_have_is_refused():
     ):
         Config(queue_size=1000).check(Run(), 8)
     Config().check(Run(), 8)
-    Run.local_batch_size = 16
+    Run.micro_batch_size = 16
     with pytest.raises(
         ValueError,
-        match=r"^local_batch_size: 16 cannot be with method.shuffled_batch_norm, which exchanges key views",
+        match=r"^micro_batch_size: 16 cannot be with method.shuffled_batch_norm, which exchanges key views",
     ):
         Config().check(Run(), 8)
 

@@ -113,5 +113,5 @@ def test_groups_that_cut_a_rank_unevenly_are_refused():
         batch_norm.convert(norm(), 12, 8)
     assert str(refused.value) == (
         "parallel.bn_group_images: 8 neither divides nor is a multiple of the 12 images a rank feeds at once; "
-        "choose a divisor or a multiple of 12, or another local_batch_size"
+        "choose a divisor or a multiple of 12, or another micro_batch_size"
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -237,32 +236,9 @@ def test_half_the_cores_wait_for_the_loader(run):
     assert slow.total == pytest.approx(16 / 1e-3 / max(1, run.data.num_workers))
 
 
-def test_this_machine_needs_its_calibration(run, tmp_path):
-    settings = replace(run.plan, gpu="here", calibration=str(tmp_path / "calibration.json"))
-    with pytest.raises(ValueError) as error:
-        hardware.machine(settings)
-    assert str(error.value) == (
-        f"plan.gpu: here needs {settings.calibration}, which is not there; "
-        "python -m ssl_pretrain.planning.calibrate measures this machine in a minute and writes it"
-    )
-    (tmp_path / "calibration.json").write_text("{}")
-    with pytest.raises(
-        ValueError,
-        match=r"plan.calibration: .* is not a calibration \(.*\); python -m ssl_pretrain.planning.calibrate writes one",
-    ):
-        hardware.machine(settings)
-
-
-def test_a_calibration_counts_for_its_own_gpu_alone(run, tmp_path):
-    measured = replace(
-        TOY, name="NVIDIA H100 80GB HBM3", source="python -m ssl_pretrain.planning.calibrate, then"
-    )
-    path = tmp_path / "calibration.json"
-    path.write_text(json.dumps(asdict(measured)))
-    settings = replace(run.plan, gpu="H100", calibration=str(path), inter_node_gb_per_second=25.0)
-    assert hardware.machine(settings) == replace(measured, inter_node=25e9)
-    assert hardware.machine(replace(settings, gpu="A100")).source == "data sheets"
-    assert hardware.machine(replace(settings, gpu="here")).matmul == measured.matmul
+def test_the_links_of_the_config_replace_the_data_sheets(run):
+    settings = replace(run.plan, gpu="H100", inter_node_gb_per_second=25.0)
+    assert hardware.machine(settings) == replace(MACHINES["H100"], inter_node=25e9)
 
 
 def test_data_sheets_are_in_the_right_units():
