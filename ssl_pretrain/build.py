@@ -1,40 +1,200 @@
-"""Build what a run needs from its configuration."""
+"""Build everything that the training loop calls, from a configuration."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import rng
+from ssl_pretrain.checkpoint import rank_agreement
 from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.resumption import resume
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import loader, sources
+from ssl_pretrain.data import loader, preflight, sources
+from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.methods.base import Method
+from ssl_pretrain.distributed.stop_request import StopRequest
+from ssl_pretrain.fault_tolerance.nan_guard import Guard
+from ssl_pretrain.fault_tolerance.run_lock import Lock
+from ssl_pretrain.methods.base import Embeddings, Method
 from ssl_pretrain.models import backbones
+from ssl_pretrain.monitoring import background_writer, collapse, image_grids
+from ssl_pretrain.monitoring.logger import Logger
 from ssl_pretrain.monitoring.online_knn import OnlineKNN
 from ssl_pretrain.optim import optimizers
-from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory
 from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig, bn_group_images
-from ssl_pretrain.parallel.wrap import is_sharded, warm_up, wrap
+from ssl_pretrain.parallel.micro_batch import blank_batch, find_micro_batch_size
+from ssl_pretrain.parallel.replicas import check_replicas
 from ssl_pretrain.planning import flops
-from ssl_pretrain.step import Stepper, check_accumulation
+from ssl_pretrain.step import Stepper, build_stepper, check_accumulation
+from ssl_pretrain.system import durable_files
 from ssl_pretrain.views import color, crops, recipe
 from ssl_pretrain.views.batch import Batch
+
+
+@dataclass
+class Training:
+    """Everything that the training loop calls. Steps are counted from 1."""
+
+    config: RunConfig
+    first_step: int  # steps done by earlier processes of the run
+    end: int  # the step after which this process ends
+    num_steps: int  # steps of the whole run
+    execution: Execution
+    lock: Lock
+    loader: Loader
+    stop: StopRequest
+    stepper: Stepper
+    state: checkpoint.State
+    logger: Logger
+    nan_guard: Guard
+    online_knn: OnlineKNN
+    collapse_monitor: collapse.Monitor
+
+    def steps(self) -> Iterator[tuple[int, Batch]]:
+        """Yield the number and the batch of each step, and save the views of the first batch.
+
+        The batches pass through the preflight check, the watchdog and the logger's clock. Before
+        each step the lock of the run's folder is checked.
+        """
+        batches = preflight.watched(self.loader, self.first_step, self.execution.device)
+        batches = self.logger.waits(self.stop.watched(batches, self.first_step))
+        views = self.config.views
+        for step, batch in zip(range(self.first_step + 1, self.end + 1), batches):
+            self.lock.check()
+            describe = partial(self.loader.described, step - 1, image_grids.NUM_IMAGES)
+            self.logger.views(step, batch.views, views.mean, views.std, describe)
+            yield step, batch
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """Set the optimizer's rates for a step and return them for the log."""
+        config, progress = self.config, (step - 1) / self.num_steps
+        return optimizers.set_rates(
+            self.stepper.optimizer, config.optim, progress, config.epochs, config.global_batch_size
+        )
+
+    def take_step(self, step: int, batch: Batch) -> tuple[Embeddings, dict[str, Tensor]]:
+        """Take an optimizer step and return the embeddings and the logs, on the device."""
+        return self.stepper(step - 1, (step - 1) / self.num_steps, batch)
+
+    def measure(self, step: int, embeddings: Embeddings) -> dict[str, Any]:
+        """Return the metrics that are due after a step: collapse, online k-NN, replaced images."""
+        network = self.state.method.get_submodule(self.state.method.evaluated)
+        metrics = self.collapse_monitor.at(step, embeddings) | self.online_knn.at(step, network)
+        every_steps = self.config.log.every_steps
+        return metrics | self.loader.count_replaced(step, every_steps, self.num_steps)
+
+    def stop_requested(self, step: int) -> bool:
+        """Return True on all ranks if training ends with this step."""
+        return self.stop.agreed(step) or step == self.end or self.logger.must_stop
+
+    def checkpoint_due(self, step: int) -> bool:
+        steps_per_epoch = self.loader.steps_per_epoch
+        return checkpoint.due(self.config.checkpoint, step, self.num_steps, steps_per_epoch)
+
+    def save_checkpoint(self, step: int, wait: bool) -> None:
+        """Check that all ranks have the same weights and save them.
+
+        Args:
+            step: Steps done.
+            wait: Return only when the checkpoint is on disk.
+        """
+        check_replicas(self.stepper.model)
+        run, settings = Path(self.config.output), self.config.checkpoint
+        self.state.save(run, step, settings, self.loader.steps_per_epoch, wait=wait)
+
+
+@contextmanager
+def build_training(
+    config: RunConfig,
+    device: torch.device,
+    stop_after: int | None = None,
+    fake_preempt: int | None = None,
+) -> Iterator[Training]:
+    """Lock the run's folder, build everything and resume from the newest checkpoint.
+
+    Args:
+        config: The run.
+        device: Device of this rank.
+        stop_after: Steps to take in this process. None means all that are left.
+        fake_preempt: Step after which rank 0 receives a stop signal, for tests.
+    """
+    run, execution = Path(config.output), Execution.resolve(config.parallel, device)
+    with ExitStack() as stack:
+        lock = stack.enter_context(Lock(run))
+        batches = stack.enter_context(
+            loader.build(
+                config.data,
+                config.views,
+                seed=config.seed,
+                global_batch_size=config.global_batch_size,
+                device=device,
+                view_dtype=execution.view_dtype,
+            )
+        )
+        source, num_steps = batches.source, round(config.epochs * batches.steps_per_epoch)
+        rank_agreement.check_data(source.fingerprint, len(source), config.data.root)
+        stop = stack.enter_context(StopRequest(pretend_at=fake_preempt))
+        method = build_method(config, source)
+        method.num_steps, method.steps_per_epoch = num_steps, batches.steps_per_epoch
+        stepper = build_run_stepper(method, config, execution)
+        facts = {
+            "last_step": num_steps,
+            "micro_batch_size": stepper.micro_batch_size,
+            "data": source.fingerprint,
+            "wandb_id": None,
+        }
+        values = configuration.to_dict(config)
+        state = checkpoint.State(method, stepper.optimizer, values, facts, lock.check)
+        compare = partial(configuration.compare_for_resume, config=config)
+        first_step = resume(state, run, config.checkpoint, source.fingerprint, compare)
+        write_config(config, first_step)
+        logger = stack.enter_context(
+            build_logger(config, state, batches, device, first_step, num_steps)
+        )
+        guard = Guard(
+            config.guard,
+            run,
+            config.log.every_steps,
+            stepper.broken_embeddings,
+            partial(state.roll_back, run),
+            {"seed": config.seed, "steps_per_epoch": batches.steps_per_epoch},
+        )
+        yield Training(
+            config,
+            first_step,
+            min(num_steps, first_step + (stop_after or num_steps)),
+            num_steps,
+            execution,
+            lock,
+            batches,
+            stop,
+            stepper,
+            state,
+            logger,
+            guard,
+            build_online_knn(config, batches, execution),
+            collapse.Monitor(
+                config.health, method, stepper.optimizer, first_step, logger.past, logger.alert
+            ),
+        )
 
 
 def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
     """Build the method and its backbone on the CPU, initialized from the seed alike on every rank.
 
     Raises:
-        ValueError: The method needs labels and the source has none, or `backbone.init` does not fit.
+        ValueError: The method needs labels and the source has none, or `backbone.init` does not
+            fit.
     """
     image_size = recipe.expand_counts(config.views)[0].size
     torch.manual_seed(rng.seed_of(config.seed, 0, 0))
@@ -48,45 +208,6 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
     return method
 
 
-def micro_batch_size(method: Method, config: RunConfig, execution: Execution) -> int:
-    """Return the configured micro-batch size, or the largest one that fits in memory.
-
-    The latter is found by trial and printed. The trial has whole weights; shards leave more room.
-
-    Raises:
-        ValueError: Not even the smallest micro-batch fits, or the method's loss does not allow
-            micro-batches.
-    """
-    world_size = process_group.world_size()
-    share = config.global_batch_size // world_size
-    images = configuration.part_size(config, world_size)
-    if images is None:
-        images, measured = _largest_micro_batch(method, config, execution, share)
-        if process_group.is_main():
-            print(
-                f"micro_batch_size: auto took {images} of {share} images at once ({measured})",
-                flush=True,
-            )
-    if images < share:
-        check_accumulation(method, config.parallel)
-    return images
-
-
-def _largest_micro_batch(
-    method: Method, config: RunConfig, execution: Execution, share: int
-) -> tuple[int, str]:
-    group = bn_group_images(config.parallel, config.global_batch_size)
-    multiple = min(group, share) if batch_norm.statistics(method) else 1
-    trial = execution.place_module(copy.deepcopy(method), is_sharded(config.parallel))
-    compile_and_checkpoint.recompute_activations(trial, config.parallel.activation_checkpointing)
-
-    def measure(images: int) -> int:
-        example = blank_batch(config, images, execution)
-        return memory.peak(partial(warm_up, trial, execution, example), execution.device)
-
-    return memory.largest_micro_batch(share, multiple, measure, memory.available(execution.device))
-
-
 def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -> Stepper:
     """Distribute the method over the ranks and build the optimizer, as the configuration says."""
     images = micro_batch_size(method, config, execution)
@@ -98,106 +219,107 @@ def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -
         seed=config.seed,
         micro_batch_size=images,
         global_batch_size=config.global_batch_size,
-        example=blank_batch(config, images, execution),
+        example=blank_batch(config.views, images, execution),
     )
 
 
-def build_stepper(
-    method: Method,
-    parallel_config: ParallelConfig,
-    optim_config: OptimConfig,
-    execution: Execution,
-    *,
-    micro_batch_size: int,
-    global_batch_size: int,
-    example: Batch,
-    seed: int = 0,
-) -> Stepper:
-    """Wrap a method, build its optimizer and return the function that takes optimizer steps.
+def micro_batch_size(method: Method, config: RunConfig, execution: Execution) -> int:
+    """Return the configured micro-batch size, or find the largest that fits in memory and print it.
 
-    Args:
-        method: The method, on the CPU.
-        parallel_config: How the ranks compute.
-        optim_config: The optimizer and its schedule.
-        execution: Device and formats.
-        micro_batch_size: Images per forward pass on this rank.
-        global_batch_size: Images per optimizer step over all ranks.
-        example: A micro-batch in the shapes of the run.
-        seed: Seed of dropout and drop path.
+    Raises:
+        ValueError: Not even the smallest micro-batch fits, or the method's loss does not allow
+            micro-batches.
     """
-    model = wrap(
-        method,
-        parallel_config,
-        execution,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        example=example,
-    )
-    return Stepper(
-        model,
-        optimizers.build(optim_config, method),
-        parallel_config,
-        seed,
-        micro_batch_size,
-        global_batch_size,
-        optim_config,
-        execution,
-    )
+    world_size, global_batch_size = process_group.world_size(), config.global_batch_size
+    share = global_batch_size // world_size
+    images = configuration.part_size(config, world_size)
+    if images is None:
+        images, estimate = find_micro_batch_size(
+            method,
+            config.parallel,
+            config.views,
+            execution,
+            share=share,
+            global_batch_size=global_batch_size,
+        )
+        if process_group.is_main():
+            text = f"micro_batch_size: auto took {images} of {share} images at once ({estimate})"
+            print(text, flush=True)
+    if images < share:
+        check_accumulation(method, config.parallel)
+    return images
 
 
-def blank_batch(config: RunConfig, images: int, execution: Execution) -> Batch:
-    """Return black images in the shapes of the run, with labels of class 0."""
-    numbers = torch.zeros(images, dtype=torch.int64, device=execution.device)
-    sizes = [crop.size for crop in recipe.expand_counts(config.views)]
-    blank = partial(torch.zeros, dtype=execution.view_dtype, device=execution.device)
-    views = [blank(images, 3, size, size) for size in sizes]
-    return Batch(execution.place_views(views), numbers, numbers)
+def write_config(config: RunConfig, first_step: int) -> None:
+    """Write the resolved configuration on rank 0, and say from which step a run resumes.
+
+    Raises:
+        SaveError: The disk refuses it and `checkpoint.on_failure` is `stop`.
+    """
+    run, problem = Path(config.output), None
+    if process_group.is_main():
+        try:
+            durable_files.replace(run / "config.yaml", configuration.to_yaml(config))
+        except OSError as error:
+            problem = background_writer.refused(run / "config.yaml", error)
+    background_writer.settle(problem, config.checkpoint.on_failure)
+    if first_step and process_group.is_main():
+        print(f"resumed {run} after step {first_step}", flush=True)
 
 
 def flops_per_image(config: RunConfig) -> float:
     """Count the floating-point operations of a training step per image, on the meta device."""
     execution = Execution.resolve(config.parallel, torch.device("meta"))
     method = execution.place_module(configuration.method_on_meta(config))
-    return flops.per_image(method, blank_batch(config, 2, execution))
+    return flops.per_image(method, blank_batch(config.views, 2, execution))
 
 
-def online_knn(config: RunConfig, batches: loader.Loader, execution: Execution) -> OnlineKNN:
+def build_logger(
+    config: RunConfig,
+    state: checkpoint.State,
+    batches: Loader,
+    device: torch.device,
+    first_step: int,
+    num_steps: int,
+) -> Logger:
+    """Open the run's records and start the console and Weights & Biases."""
+    return Logger(
+        config.log,
+        Path(config.output),
+        first_step=first_step,
+        last_step=num_steps,
+        steps_per_epoch=batches.steps_per_epoch,
+        global_batch_size=config.global_batch_size,
+        config=state.config,
+        facts=state.facts,
+        flops_per_image=flops_per_image(config),
+        peak_tflops=flops.peak_tflops(device),
+        on_failure=config.checkpoint.on_failure,
+    )
+
+
+def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -> OnlineKNN:
     """Build the k-NN monitor on training images, transformed as in evaluations."""
-    settings, source = config.evaluation, batches.source
-    size = settings.image_size or recipe.expand_counts(config.views)[0].size
+    settings, source, views = config.evaluation, batches.source, config.views
     transform = partial(
         crops.evaluate,
-        size=size,
+        size=settings.image_size or recipe.expand_counts(views)[0].size,
         crop_ratio=settings.crop_ratio,
         interpolation=settings.interpolation,
     )
 
-    def normalized(numbers: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pixels, labels in loader.images(
-            source, numbers, transform, 256, 0, config.data.max_replaced
-        ):
-            views = [
-                color.normalize(pixels.to(execution.device), config.views.mean, config.views.std)
-            ]
-            yield execution.place_views(views)[0], labels
+    def read(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        return loader.images(source, indices, transform, 256, 0, config.data.max_replaced)
 
-    def pixels(numbers: np.ndarray) -> torch.Tensor:
-        return torch.cat(
-            [
-                found
-                for found, _ in loader.images(
-                    source, numbers, transform, 256, 0, config.data.max_replaced
-                )
-            ]
-        )
+    def normalized(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, labels in read(indices):
+            view = color.normalize(pixels.to(execution.device), views.mean, views.std)
+            yield execution.place_views([view])[0], labels
 
-    order = rng.permutation(config.seed, 0, len(source))
+    def pixels(indices: np.ndarray) -> Tensor:
+        return torch.cat([pixels for pixels, _ in read(indices)])
+
+    order, steps_per_epoch = rng.permutation(config.seed, 0, len(source)), batches.steps_per_epoch
     return OnlineKNN(
-        config.online,
-        normalized,
-        source.labels,
-        order,
-        batches.steps_per_epoch,
-        execution.device,
-        pixels,
+        config.online, normalized, source.labels, order, steps_per_epoch, execution.device, pixels
     )

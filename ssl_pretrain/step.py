@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.methods.base import Method
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import batch_norm, replicas
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.views.batch import Batch
 
 Embeddings = dict[str, Tensor]
 
@@ -200,6 +202,49 @@ class Stepper:
             loss.detach(),
             {**logs, "replay_error": replay_error},
         )
+
+
+def build_stepper(
+    method: Method,
+    parallel_config: ParallelConfig,
+    optim_config: OptimConfig,
+    execution: Execution,
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+    example: Batch,
+    seed: int = 0,
+) -> Stepper:
+    """Wrap a method, build its optimizer, and return the function that takes optimizer steps.
+
+    Args:
+        method: The method, on the CPU.
+        parallel_config: How the ranks compute.
+        optim_config: The optimizer and its schedules.
+        execution: Device and formats.
+        micro_batch_size: Images per forward pass on this rank.
+        global_batch_size: Images per optimizer step over all ranks.
+        example: A micro-batch in the shapes of the run.
+        seed: Seed of dropout and drop path.
+    """
+    model = parallel.wrap(
+        method,
+        parallel_config,
+        execution,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        example=example,
+    )
+    return Stepper(
+        model,
+        optim.build(optim_config, method),
+        parallel_config,
+        seed,
+        micro_batch_size,
+        global_batch_size,
+        optim_config,
+        execution,
+    )
 
 
 def check_accumulation(method: Any, config: ParallelConfig) -> None:

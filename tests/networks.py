@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ssl_pretrain import methods
-from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig
 from ssl_pretrain.distributed import collectives, process_group
@@ -23,7 +22,7 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import Stepper
+from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
 ROWS, SIZE, NUM_STEPS, STEPS_PER_EPOCH = 8, 16, 20, 2

@@ -32,7 +32,7 @@ def _train(path, overrides=(), stop_after=None):
     """One run in this process or rank; (steps done, final weights)."""
     settings = config.load(path, overrides)
     device = torch.device("cpu")
-    done = train(settings, device, stop_after).step
+    done = train(settings, device, stop_after)
     return done, checkpoint.read(checkpoint.newest(settings.output))[1]
 
 

@@ -24,6 +24,7 @@ from ssl_pretrain.data import replacement
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import Plan
 from ssl_pretrain.data.sources import Source
+from ssl_pretrain.system.exit_status import LostError
 
 # macOS cannot tell who sent a signal, so workers obey all of them there
 _HANDLED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
@@ -364,7 +365,7 @@ def _without_main() -> Iterator[None]:
             main.__file__ = file
 
 
-class LostWorkerError(RuntimeError):
+class LostWorkerError(LostError):
     """A process that reads images was killed."""
 
 

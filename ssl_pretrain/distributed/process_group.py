@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ssl_pretrain.system.exit_status import LostError
 from ssl_pretrain.system.watchdog import place, watchdog
 
 _timeout_seconds = 600.0
@@ -30,11 +31,11 @@ _LOST = re.compile(
 _BACKENDS = re.compile(r"gloo|nccl|tcpstore|store->|socket|\[c10d", re.IGNORECASE)
 
 
-class RendezvousError(RuntimeError):
+class RendezvousError(LostError):
     """The ranks did not find each other; the message names the place, how long was waited, and what to look at."""
 
 
-class LostRankError(RuntimeError):
+class LostRankError(LostError):
     """Another rank ended or did not answer; the message names this rank, its activity and what to look at."""
 
 

@@ -12,6 +12,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from ssl_pretrain.system import durable_files
+
 # Exit statuses, those above 2 from sysexits.h. docs/reliability.md tells users about them.
 MISTAKE = 2  # the same command would fail in the same way
 LOST = (
@@ -21,11 +23,32 @@ DISK_REFUSED = 74  # EX_IOERR
 STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
 
 
+class LostError(RuntimeError):
+    """A rank or a process that the run depends on has ended or does not answer."""
+
+
 def note_end(status: int) -> None:
     """Write down the exit status that restarted ranks must repeat."""
     if (note := _note()) is not None:
         with suppress(OSError):
             note.write_text(str(status))
+
+
+def note_failure(error: BaseException) -> int:
+    """Return the exit status for an error. Write it down if restarted ranks must repeat it."""
+    if isinstance(error, LostError):
+        return LOST
+    if isinstance(error, durable_files.SaveError) or durable_files.is_trouble(error):
+        return DISK_REFUSED
+    note_end(MISTAKE)
+    return MISTAKE
+
+
+def note_stop() -> int:
+    """Return the exit status for a stop request. Write it down if restarted ranks must repeat it."""
+    if (status := stopped_status()) == STOPPED:
+        note_end(status)
+    return status
 
 
 def status_to_repeat() -> int | None:

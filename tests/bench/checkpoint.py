@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from measure import interleaved, mib, versions
 
-from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig, State
 from ssl_pretrain.methods import byol
@@ -26,6 +25,7 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
 
 SYNC, ASYNC = (

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from measure import versions
 
-from ssl_pretrain.build import build_stepper
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.monitoring import collapse
@@ -30,7 +29,7 @@ from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.planning import flops
-from ssl_pretrain.step import Stepper
+from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
 RECORD, MEASURE = 4, 6  # steps between two, here; where both fall on one step it does not count

@@ -13,12 +13,12 @@ import torch
 from measure import interleaved, mib, peaks, versions
 
 from ssl_pretrain import methods
-from ssl_pretrain.build import build_stepper
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
 
 

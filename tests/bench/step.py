@@ -13,14 +13,13 @@ import argparse
 import torch
 from measure import interleaved, mib, peaks, versions
 
-from ssl_pretrain.build import build_stepper
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import Stepper
+from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_pretrain import build, config, rng
+from ssl_pretrain import config, rng
+from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint import folder as manifests
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.optim import optimizers as optim
@@ -25,7 +26,7 @@ def make_run(folder: Path, *overrides: str, step: int = 7, weights_seed: int = 1
     seeded = config.load(
         REPOSITORY / "configs/simclr_digits.yaml", [*TINY, *overrides, f"seed={weights_seed}"]
     )
-    method = build.build_method(seeded)
+    method = build_method(seeded)
     state = checkpoint.State(
         method, optim.build(written.optim, method), config.to_dict(written), {"wandb_id": None}
     )

@@ -14,7 +14,8 @@ from made_run import checkpoint_of, edit_manifest, make_run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ssl_pretrain import build, config
+from ssl_pretrain import config
+from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint import folder as manifests
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.eval import export, knn, runs
@@ -60,7 +61,7 @@ def resave(run: Path, rename, **entries):
 
 def compiled_names(run: Path) -> dict[str, str]:
     """What torch.compile makes of every name, from torch itself."""
-    method = build.build_method(config.load(run / "config.yaml"))
+    method = build_method(config.load(run / "config.yaml"))
     return dict(zip(method.state_dict(), torch.compile(method).state_dict()))
 
 

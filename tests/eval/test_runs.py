@@ -9,7 +9,7 @@ import torch
 from made_run import checkpoint_of, describe_again, edit_manifest, make_run, write_images
 from safetensors.torch import load_file, save_file
 
-from ssl_pretrain import build
+from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.eval import runs
 from ssl_pretrain.eval.frozen import evaluation_split, features
@@ -145,7 +145,7 @@ def test_data_may_have_moved_and_nothing_else(made):
 
 def test_the_random_backbone_is_the_one_that_the_trainer_began_with(made):
     run = runs.load_run(made, device="cpu")
-    began = build.build_method(run.config).backbone.state_dict()
+    began = build_method(run.config).backbone.state_dict()
     random = features.random_backbone(run).state_dict()
     torch.testing.assert_close(random, began, rtol=0, atol=0)
     assert not torch.equal(

@@ -15,7 +15,8 @@ from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 
-from ssl_pretrain import build, config, step, train
+from ssl_pretrain import config, step, train
+from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint import folder as manifests
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.data import preflight
@@ -263,7 +264,7 @@ def test_the_comparison_fails_for_each_part_that_a_checkpoint_lacks(
             preflight, "watched", lambda batches, first_step, device: watched(batches, 0, device)
         )
     elif lacking is not None:
-        fresh = build.build_method(settings).state_dict()
+        fresh = build_method(settings).state_dict()
 
         def without(tensors):
             assert any(lacking in name for name in tensors)

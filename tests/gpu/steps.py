@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 from measure import interleaved, versions
 
 from ssl_pretrain import config, methods
-from ssl_pretrain.build import build_method, build_stepper
+from ssl_pretrain.build import build_method
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import wrap as parallel
@@ -33,7 +33,7 @@ from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning import hardware
 from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Program
-from ssl_pretrain.step import Stepper
+from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views import color, recipe
 from ssl_pretrain.views.batch import Batch
 

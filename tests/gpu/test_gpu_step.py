@@ -9,7 +9,6 @@ import torch
 from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
 
 from ssl_pretrain import methods
-from ssl_pretrain.build import build_stepper
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
@@ -17,7 +16,7 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import Stepper
+from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
 pytestmark = NEEDS_CUDA

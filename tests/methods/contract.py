@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from ssl_pretrain import methods
-from ssl_pretrain.build import build_stepper
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig
 from ssl_pretrain.distributed import collectives, process_group
@@ -31,7 +30,7 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import Stepper
+from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
 ROWS = 24  # images of a global batch

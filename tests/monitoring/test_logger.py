@@ -16,7 +16,8 @@ import torch
 from conftest import run_ranks
 from PIL import Image
 
-from ssl_pretrain import build, config, train
+from ssl_pretrain import config, train
+from ssl_pretrain.build import flops_per_image
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.monitoring import logger as log
 from ssl_pretrain.monitoring import metric_names
@@ -163,7 +164,7 @@ def test_flops_of_a_network_counted_by_hand(tmp_path):
     )  # products; scores and their sum over values
     patches = 2 * 4 * (3 * 16 * 16) * width
     head = 2 * (width * 16 + 16 * 8)
-    assert build.flops_per_image(run) == 3 * 2 * (
+    assert flops_per_image(run) == 3 * 2 * (
         depth * block + patches + head
     )  # forward and backward of two views
     assert estimate.method_on_meta(run).backbone.feature_dim == width

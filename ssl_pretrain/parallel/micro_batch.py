@@ -1,0 +1,64 @@
+"""Images in the shapes of a run, and the largest micro-batch that fits in memory."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+
+from ssl_pretrain.methods.base import Method
+from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory
+from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.parallel.parallel_config import ParallelConfig, bn_group_images
+from ssl_pretrain.parallel.wrap import is_sharded, warm_up
+from ssl_pretrain.views import recipe
+from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.recipe import ViewsConfig
+
+
+def blank_batch(views: ViewsConfig, num_images: int, execution: Execution) -> Batch:
+    """Return blank views in the run's shapes and formats, with labels of class 0."""
+    numbers = torch.zeros(num_images, dtype=torch.int64, device=execution.device)
+    sizes = [crop.size for crop in recipe.expand_counts(views)]
+    blank = partial(torch.zeros, dtype=execution.view_dtype, device=execution.device)
+    images = [blank(num_images, 3, size, size) for size in sizes]
+    return Batch(execution.place_views(images), numbers, numbers)
+
+
+def find_micro_batch_size(
+    method: Method,
+    config: ParallelConfig,
+    views: ViewsConfig,
+    execution: Execution,
+    *,
+    share: int,
+    global_batch_size: int,
+) -> tuple[int, str]:
+    """Return the largest micro-batch that fits in memory on every rank, and how it was estimated.
+
+    Forward and backward passes are run on a copy of the method. Its weights are whole, so sharded
+    ones leave more room.
+
+    Args:
+        method: The method, on the CPU.
+        config: How the ranks compute.
+        views: The views of an image.
+        execution: Device and formats.
+        share: Images of an optimizer step on this rank.
+        global_batch_size: Images per optimizer step over all ranks.
+
+    Raises:
+        ValueError: Not even the smallest micro-batch fits.
+    """
+    group = bn_group_images(config, global_batch_size)
+    multiple = min(group, share) if batch_norm.statistics(method) else 1
+    trial = execution.place_module(copy.deepcopy(method), is_sharded(config))
+    compile_and_checkpoint.recompute_activations(trial, config.activation_checkpointing)
+
+    def measure(num_images: int) -> int:
+        example = blank_batch(views, num_images, execution)
+        return memory.peak(partial(warm_up, trial, execution, example), execution.device)
+
+    free = memory.available(execution.device)
+    return memory.largest_micro_batch(share, multiple, measure, free)

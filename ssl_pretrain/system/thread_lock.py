@@ -1,0 +1,27 @@
+"""A lock that lets one thread of a process train at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def only_training_of_process() -> Iterator[None]:
+    """Refuse a second training at the same time, because both would use one random generator.
+
+    Raises:
+        ValueError: Another thread of this process is training.
+    """
+    if not _lock.acquire(blocking=False):
+        raise ValueError(
+            "another thread of this process is training, and two at a time would change each "
+            "other's weights; train one after the other, or start each in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _lock.release()
