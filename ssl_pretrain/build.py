@@ -131,16 +131,7 @@ def build_training(
     run, execution = Path(config.output), Execution.resolve(config.parallel, device)
     with ExitStack() as stack:
         lock = stack.enter_context(Lock(run))
-        batches = stack.enter_context(
-            loader.build(
-                config.data,
-                config.views,
-                seed=config.seed,
-                global_batch_size=config.global_batch_size,
-                device=device,
-                view_dtype=execution.view_dtype,
-            )
-        )
+        batches = stack.enter_context(build_loader(config, execution))
         source, num_steps = batches.source, round(config.epochs * batches.steps_per_epoch)
         rank_agreement.check_data(source.fingerprint, len(source), config.data.root)
         stop = stack.enter_context(StopRequest(pretend_at=fake_preempt))
@@ -187,6 +178,18 @@ def build_training(
                 config.health, method, stepper.optimizer, first_step, logger.past, logger.alert
             ),
         )
+
+
+def build_loader(config: RunConfig, execution: Execution) -> Loader:
+    """Open the data set and build the loader of this rank's batches."""
+    return loader.build(
+        config.data,
+        config.views,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        device=execution.device,
+        view_dtype=execution.view_dtype,
+    )
 
 
 def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
