@@ -26,8 +26,9 @@ pytestmark = pytest.mark.promise
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH = 24
-STEPS = 3, 5  # before and after the stop
-WIDTHS = (  # keys of a method that are widths of layers
+STEPS = 3, 5  # steps before and after the stop
+# Keys of methods that are widths of layers.
+WIDTHS = (
     "projector_dims",
     "hidden_dim",
     "dim",
@@ -39,35 +40,36 @@ WIDTHS = (  # keys of a method that are widths of layers
 
 
 def recipes() -> dict[str, tuple[Path, list[str]]]:
-    """Return the file and the overrides of every recipe: files of configs/ and the runs of configs/sweeps/."""
-    found: dict[str, tuple[Path, list[str]]] = {
-        path.stem: (path, []) for path in sorted(CONFIGS.glob("*.yaml"))
-    }
+    """Return file and overrides of every recipe: configs/ itself and the runs of configs/sweeps/."""
+    files = sorted(CONFIGS.glob("*.yaml"))
+    recipes: dict[str, tuple[Path, list[str]]] = {path.stem: (path, []) for path in files}
     for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
         study = yaml.safe_load(path.read_text())
         for run in study["runs"]:
             overrides = study.get("set", []) + run["set"]
-            found[f"{path.stem}: {run['name']}"] = (CONFIGS.parent / study["base"], overrides)
-    return found
+            recipes[f"{path.stem}: {run['name']}"] = (CONFIGS.parent / study["base"], overrides)
+    return recipes
 
 
 def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
-    """Write the recipe, small, into the folder and return its path. The rule for all recipes:
+    """Write a small version of a recipe into the folder and return its path.
+
+    The rules are the same for all recipes:
 
     - Data: 78 images of 3 classes in a folder, unless the recipe's are the digits.
-    - Processor: one thread per rank, which also loads the images, as tests share the cores.
+    - CPU: one thread per rank, which also loads the images, because tests share the cores.
     - Network: timm's smallest ResNet, or a ViT of 2 blocks and 24 dimensions, with the recipe's
       arguments. No layer of a head is wider than 32.
-    - Image size: global views have 32 pixels at most, others 16. Patches within them shrink alike.
-    - Batch: 24 images, 3 steps per epoch. Batch norm groups of a number of images get 8.
+    - Image size: global views have 32 pixels at most, others 16. Patches shrink by the same factor.
+    - Batch: 24 images, 3 steps per epoch. Batch norm groups smaller than the batch have 8 images.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
-    - Warm-up, queue, frozen prototypes and the like begin or end after 2 epochs or steps at most, so
-      that the 8 steps of a test see it.
+    - Warm-up, queue, frozen prototypes and the like start or end after at most 2 epochs or steps, so
+      that they happen within the 8 steps of a test.
 
-    Every other key is the recipe's, its defaults included. Nothing is sent to W&B.
+    Every other key keeps the recipe's value or its default. Nothing is sent to W&B.
     """
-    written = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    values: Any = OmegaConf.to_container(written)
+    recipe = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    values: Any = OmegaConf.to_container(recipe)
     defaults = asdict(methods.find(values["method"]["name"]).Config())
     method = values["method"] = defaults | values["method"]
     data, backbone = values["data"], values["backbone"]
@@ -120,35 +122,39 @@ def representatives() -> set[str]:
     return set(first.values())
 
 
-def differing(got: Path, expected: Path, ignore: str = "nothing") -> list[str]:
-    """Return the names of the tensors of two runs, optimizer included, whose bits differ. Names with `ignore` are left out."""
-    got_tensors, expected_tensors = ranks.weights(got), ranks.weights(expected)
-    assert got_tensors.keys() == expected_tensors.keys()
-    assert any("::" in name for name in got_tensors), (
-        "the checkpoint lacks the state of the optimizer"
-    )
-    same = {name: torch.equal(got_tensors[name], value) for name, value in expected_tensors.items()}
-    return [name for name, equal in same.items() if not equal and ignore not in name]
+def differing_tensors(run: Path, reference: Path, ignore: str = "nothing") -> list[str]:
+    """Return the names of the tensors, optimizer state included, whose bits differ in two runs.
+
+    Names that contain `ignore` are left out.
+    """
+    tensors, reference_tensors = ranks.weights(run), ranks.weights(reference)
+    assert tensors.keys() == reference_tensors.keys()
+    assert any("::" in name for name in tensors), "the checkpoint lacks the state of the optimizer"
+    return [
+        name
+        for name, value in reference_tensors.items()
+        if not torch.equal(tensors[name], value) and ignore not in name
+    ]
 
 
 def train_for(steps: int, path: Path, *arguments: str, size: int, fault: str = "") -> str:
-    """Train on `size` ranks for a number of steps by the command, expect status 0, and return what it printed."""
+    """Run the train command on `size` ranks for some steps and return its output."""
     stop = ("--stop-after", str(steps))
-    statuses, said = ranks.run(path, *arguments, *stop, size=size, fault=fault)
-    assert statuses == [0] * size, said
-    return said
+    statuses, output = ranks.run(path, *arguments, *stop, size=size, fault=fault)
+    assert statuses == [0] * size, output
+    return output
 
 
 def assert_resumes(
     path: Path, folder: Path, steps: tuple[int, int], overrides: list[str], size: int
 ) -> None:
     """Compare an uninterrupted run with one that was stopped after `steps[0]` steps and resumed."""
-    straight, stopped = folder / "straight", folder / "stopped"
-    train_for(sum(steps), path, *overrides, f"output={straight}", size=size)
-    for number in steps:
-        said = train_for(number, path, *overrides, f"output={stopped}", size=size)
-    assert f"resumed {stopped} after step {steps[0]}" in said
-    assert differing(stopped, straight) == []
+    uninterrupted, stopped = folder / "uninterrupted", folder / "stopped"
+    train_for(sum(steps), path, *overrides, f"output={uninterrupted}", size=size)
+    for num_steps in steps:
+        output = train_for(num_steps, path, *overrides, f"output={stopped}", size=size)
+    assert f"resumed {stopped} after step {steps[0]}" in output
+    assert differing_tensors(stopped, uninterrupted) == []
 
 
 QUICK = representatives()
@@ -159,7 +165,7 @@ NAMES = [
 
 @pytest.mark.parametrize("size", [1, 3], ids=["1 rank", "3 ranks"])
 @pytest.mark.parametrize("name", NAMES)
-def test_stopped_and_resumed_it_ends_with_the_bits_of_the_run_that_was_not(name, size, tmp_path):
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(name, size, tmp_path):
     path, overrides = recipes()[name]
     assert_resumes(reduced(path, tmp_path, overrides), tmp_path, STEPS, [], size)
 
@@ -176,8 +182,8 @@ SIZES = {1: [], 3: ["global_batch_size=255"]}
 @pytest.mark.full
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_demo_stopped_after_14_steps_has_the_same_bits_after_20(optimizer, size, tmp_path):
-    """configs/simclr_digits.yaml as it is, at its own size."""
+def test_the_demo_resumed_after_14_steps_has_the_same_bits_after_20(optimizer, size, tmp_path):
+    """Use configs/simclr_digits.yaml unchanged, at its own size."""
     overrides = DIGITS + OPTIMIZERS[optimizer] + SIZES[size]
     assert_resumes(CONFIGS / "simclr_digits.yaml", tmp_path, (14, 6), overrides, size)
 
@@ -191,7 +197,7 @@ ROLLED_BACK = [
 
 @pytest.mark.parametrize(("optimizer", "size"), ROLLED_BACK)
 def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path):
-    """Step 15 has NaN images. One run skips it, the other goes back to step 14 and has to have the same bits."""
+    """Plant NaN images in step 15. One run skips the step, the other rolls back to step 14."""
     overrides = [
         *DIGITS,
         *OPTIMIZERS[optimizer],
@@ -199,15 +205,15 @@ def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path)
         "checkpoint.every_epochs=2.8",  # step 14 of 5 per epoch
         "log.every_steps=1",
     ]
-    said = {}
+    output = {}
     for kind, limit in (("skipped", 10), ("rolled back", 1)):
         path = tmp_path / kind / "digits.yaml"
         path.parent.mkdir()
         path.write_text((CONFIGS / "simclr_digits.yaml").read_text())
         keys = [f"guard.max_skipped_steps={limit}", f"output={path.parent / 'run'}"]
-        said[kind] = train_for(20, path, *overrides, *keys, size=size, fault="nan@0:15")
-    assert "weights and optimizer went back to step_00000014" in said["rolled back"]
-    assert "went back" not in said["skipped"]
-    # Only batch norm's counts of batches, which enter no computation, differ by the skipped batch.
-    pair = tmp_path / "rolled back" / "run", tmp_path / "skipped" / "run"
-    assert differing(*pair, ignore="num_batches_tracked") == []
+        output[kind] = train_for(20, path, *overrides, *keys, size=size, fault="nan@0:15")
+    assert "weights and optimizer went back to step_00000014" in output["rolled back"]
+    assert "went back" not in output["skipped"]
+    # Only batch norm's counters differ, by the skipped batch. No computation uses them.
+    rolled_back, skipped = tmp_path / "rolled back" / "run", tmp_path / "skipped" / "run"
+    assert differing_tensors(rolled_back, skipped, ignore="num_batches_tracked") == []

@@ -1,6 +1,11 @@
-"""Grouped batch norm against torch's own on the same images: values, gradients and running statistics, in float64."""
+"""Compare grouped batch norm with torch's own on the same images, in float64.
+
+Values, gradients and running statistics are compared.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -25,42 +30,42 @@ def norm(kind=nn.BatchNorm2d):
 
 
 def two_views():
-    """(views, images, channels, 2, 2), with a mean that differs by image so that the split matters."""
+    """Return shape (views, images, channels, 2, 2). Each image has another mean, so groups matter."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, IMAGES, CHANNELS, 2, 2, dtype=torch.float64, generator=generator)
     return x + torch.arange(IMAGES, dtype=torch.float64).view(1, -1, 1, 1, 1)
 
 
-def slope(x):
-    return (
-        x.detach().sin() * torch.arange(1.0, x.numel() + 1, dtype=x.dtype).view_as(x)
-    ).contiguous()
+def output_gradient(x):
+    """Return a different weight for every element of the output, as the gradient of a test loss."""
+    numbers = torch.arange(1.0, x.numel() + 1, dtype=x.dtype).view_as(x)
+    return (x.detach().sin() * numbers).contiguous()
 
 
 def expected(group_images, kind=nn.BatchNorm2d):
-    """Torch's norm, group by group from the same start; running statistics are the mean over groups."""
-    pieces, statistics = [], []
+    """Apply torch's norm to one group at a time, each with the same initial statistics."""
+    outputs, statistics = [], []
     x = two_views().requires_grad_()
     weight_gradient = 0
-    weights = slope(x)
+    weights = output_gradient(x)
     for start in range(0, IMAGES, group_images):
         layer = norm(kind)
-        piece = x[:, start : start + group_images]
-        y = layer(piece.flatten(0, 1)).view_as(piece)
+        group = x[:, start : start + group_images]
+        y = layer(group.flatten(0, 1)).view_as(group)
         (y * weights[:, start : start + group_images]).sum().backward()
-        pieces.append(y.detach())
+        outputs.append(y.detach())
         statistics.append(torch.cat([layer[0].running_mean, layer[0].running_var]))
         weight_gradient = weight_gradient + layer[0].weight.grad
-    return torch.cat(pieces, dim=1), x.grad, weight_gradient, torch.stack(statistics)
+    return torch.cat(outputs, dim=1), x.grad, weight_gradient, torch.stack(statistics)
 
 
 def grouped(group_images, kind=nn.BatchNorm2d):
-    """This rank's slice through the converted norm."""
+    """Apply the converted norm to this rank's images."""
     rank, world = process_group.rank(), process_group.world_size()
     share = IMAGES // world
     layer = batch_norm.convert(norm(kind), share, group_images)
     x = two_views()
-    weights = slope(x)[:, rank * share : (rank + 1) * share]
+    weights = output_gradient(x)[:, rank * share : (rank + 1) * share]
     x = x[:, rank * share : (rank + 1) * share].clone().requires_grad_()
     y = layer(x.flatten(0, 1)).view_as(x)
     (y * weights).sum().backward()
@@ -77,25 +82,23 @@ def grouped(group_images, kind=nn.BatchNorm2d):
     ("world_size", "group_images"), [(2, 12), (3, 12), (4, 6), (2, 3), (1, 4), (1, 12), (3, 4)]
 )
 def test_equals_torch_on_every_group(world_size, group_images):
-    y, x_gradient, weight_gradient, statistics = expected(group_images)
     results = run_ranks(grouped, group_images, world_size=world_size)
-    torch.testing.assert_close(torch.cat([r[0] for r in results], dim=1), y, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(
-        torch.cat([r[1] for r in results], dim=1), x_gradient, rtol=1e-8, atol=1e-10
-    )
-    torch.testing.assert_close(sum(r[2] for r in results), weight_gradient, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(
-        torch.stack([r[3] for r in results]).mean(0), statistics.mean(0), rtol=1e-10, atol=1e-12
-    )
-    assert results[0][4] == sorted(norm().state_dict())
+    y, x_gradient, weight_gradient, statistics, names = zip(*results)
+    expected_y, expected_x, expected_weight, expected_statistics = expected(group_images)
+    close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+    close(torch.cat(y, dim=1), expected_y)
+    close(torch.cat(x_gradient, dim=1), expected_x, rtol=1e-8, atol=1e-10)
+    close(sum(weight_gradient), expected_weight, atol=1e-10)
+    close(torch.stack(statistics).mean(0), expected_statistics.mean(0))
+    assert names[0] == sorted(norm().state_dict())
 
 
-def test_timms_activation_comes_along():
+def test_timms_activation_is_kept():
     y, x_gradient, _, _ = expected(4, BatchNormAct2d)
-    (got,) = run_ranks(grouped, 4, BatchNormAct2d, world_size=1)
+    (result,) = run_ranks(grouped, 4, BatchNormAct2d, world_size=1)
     assert (y == 0).any()
-    torch.testing.assert_close(got[0], y, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(got[1], x_gradient, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(result[0], y, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result[1], x_gradient, rtol=1e-8, atol=1e-10)
 
 
 def test_evaluation_uses_the_running_statistics():
@@ -104,14 +107,14 @@ def test_evaluation_uses_the_running_statistics():
     torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
 
 
-def test_one_process_one_group_keeps_torchs_own():
+def test_one_group_on_one_process_keeps_torchs_own():
     assert type(batch_norm.convert(norm(), IMAGES, IMAGES)[0]) is nn.BatchNorm2d
 
 
-def test_groups_that_cut_a_rank_unevenly_are_refused():
-    with pytest.raises(ValueError) as refused:
+def test_groups_that_split_a_rank_unevenly_are_refused():
+    with pytest.raises(ValueError) as error:
         batch_norm.convert(norm(), 12, 8)
-    assert str(refused.value) == (
-        "parallel.bn_group_images: 8 neither divides nor is a multiple of the 12 images a rank feeds at once; "
-        "choose a divisor or a multiple of 12, or another micro_batch_size"
+    assert str(error.value) == (
+        "parallel.bn_group_images: 8 neither divides nor is a multiple of the 12 images a rank "
+        "feeds at once; choose a divisor or a multiple of 12, or another micro_batch_size"
     )
