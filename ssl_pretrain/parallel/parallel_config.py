@@ -83,15 +83,15 @@ class ParallelConfig:
 
 
 def check(config: ParallelConfig) -> None:
-    """Refuses settings that do not go together.
+    """Refuse settings that exclude each other.
 
     Raises:
-        ValueError: names them and what would do.
+        ValueError: Names the keys, their values and a remedy.
     """
     if config.compile and config.activation_checkpointing == "selective":
         raise ValueError(
-            "parallel.activation_checkpointing: selective does not go with parallel.compile: the compiler chooses what it computes again; "
-            "choose none or blocks"
+            "parallel.activation_checkpointing: selective does not go with parallel.compile: the "
+            "compiler chooses what it computes again; choose none or blocks"
         )
     if config.cuda_graphs and not (config.compile and torch.cuda.is_available()):
         missing = "a CUDA device" if config.compile else "parallel.compile"
@@ -100,18 +100,24 @@ def check(config: ParallelConfig) -> None:
         )
     if config.cuda_graphs and config.strategy != "ddp":
         raise ValueError(
-            f"parallel.cuda_graphs: true does not go with parallel.strategy {config.strategy}: weights are gathered into another place at "
-            "each call, and a graph reads fixed ones; choose one of the two"
+            f"parallel.cuda_graphs: true does not go with parallel.strategy {config.strategy}: each "
+            "call gathers the weights into new memory, and a graph reads from fixed addresses; "
+            "choose one of the two"
         )
 
 
 def bn_group_images(config: ParallelConfig, global_batch_size: int) -> int:
-    """Images in one batch norm group. Raises ValueError for anything but `global` or a positive divisor of the global batch."""
+    """Return the number of images in one batch norm group.
+
+    Raises:
+        ValueError: The key is neither `global` nor a divisor of the global batch size.
+    """
     if config.bn_group_images == "global":
         return global_batch_size
     group = int(config.bn_group_images) if str(config.bn_group_images).isdecimal() else 0
     if group < 1 or global_batch_size % group:
         raise ValueError(
-            f"parallel.bn_group_images: {config.bn_group_images!r}; choose global or a divisor of global_batch_size {global_batch_size}"
+            f"parallel.bn_group_images: {config.bn_group_images!r}; choose global or a divisor of "
+            f"global_batch_size {global_batch_size}"
         )
     return group

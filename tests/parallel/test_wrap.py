@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 
 import networks
 import pytest
@@ -15,10 +14,8 @@ from traffic import Traffic, predicted
 
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.parallel import batch_norm, parallel_config
+from ssl_pretrain.parallel import batch_norm
 from ssl_pretrain.parallel import wrap as parallel
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
 
 SAVED, LAST = 16, 20  # steps: stopped once, and the end
 SGD = {
@@ -264,63 +261,6 @@ def test_bytes_sent_are_those_of_the_formulas():
         assert rank["simclr fsdp"][0].keys() == {*rank["simclr ddp"][0], "weights", "norms"}
 
 
-@pytest.mark.parametrize("how", ["blocks", "selective"])
-@pytest.mark.parametrize("name", ["simclr", "moco_v3"])
-def test_activations_computed_again_change_no_bit(name, how):
-    drops = {"drop_path": 0.3} if name == "moco_v3" else {}
-    kept, again = (
-        run(name, 2, backbone=drops, activation_checkpointing=kind)["state"]
-        for kind in ("none", how)
-    )
-    assert all(torch.equal(again[key], value) for key, value in kept.items())
-
-
-def _bytes_saved(how):
-    """Bytes that autograd keeps outside of blocks after one forward: what it keeps inside them does not pass its own hooks."""
-    stepper, sizes = networks.setting_up("moco_v3", activation_checkpointing=how)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: kept.append(x.numel() * x.element_size()) or x, lambda x: x
-    ):
-        images = networks.batch(0, sizes)
-        stepper.model(replace(images, views=stepper.execution.place_views(images.views)))
-    return sum(kept)
-
-
-def test_recomputed_blocks_keep_less():
-    assert _bytes_saved("blocks") < 0.6 * _bytes_saved("none")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("name", "drop_path"), [("moco_v3", 0.3), ("simclr", 0.0)])
-def test_compiled_blocks_train_the_same_weights(name, drop_path):
-    eager, compiled = (
-        run(name, 2, backbone={"drop_path": drop_path}, compile=how, **WIDE)["state"]
-        for how in (False, True)
-    )
-    _same(compiled, eager)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"compile": True, "activation_checkpointing": "selective"},
-            "parallel.activation_checkpointing: selective does not go with parallel.compile: the compiler chooses what it computes again; "
-            "choose none or blocks",
-        ),
-        (
-            {"cuda_graphs": True},
-            "parallel.cuda_graphs: true needs parallel.compile; set parallel.cuda_graphs=false",
-        ),
-    ],
-)
-def test_what_does_not_go_together_is_refused(settings, message):
-    with pytest.raises(ValueError) as error:
-        parallel_config.check(ParallelConfig(**settings))
-    assert str(error.value) == message
-
-
 def _one_rank_has_no_room(folder):
     import resource
 
@@ -358,16 +298,3 @@ def test_a_torch_without_safetensors_shards_is_refused(monkeypatch):
         "parallel.strategy: sharded checkpoints need torch.distributed.checkpoint's safetensors storage, which torch "
         f"{torch.__version__} has not; install torch>=2.13, or train with parallel.strategy=ddp"
     )
-
-
-def test_evaluations_keep_float32_where_training_views_are_bfloat16():
-    """On a GPU the loader makes bfloat16 views for autocast; an evaluation runs without it and its views must stay float32."""
-    execution = Execution.resolve(ParallelConfig(), torch.device("cuda"))
-    assert execution.view_dtype == torch.bfloat16
-    training, evaluation = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), torch.zeros(1, 3, 4, 4)
-    placed = execution.place_views([training, evaluation])
-    assert [view.dtype for view in placed] == [torch.bfloat16, torch.float32]
-    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in placed)
-    assert Execution.resolve(ParallelConfig(), networks.CPU).view_dtype == torch.float32
-    double = Execution.resolve(ParallelConfig(precision="float64"), torch.device("cuda"))
-    assert double.place_views([evaluation])[0].dtype == torch.float64
