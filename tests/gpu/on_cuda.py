@@ -1,4 +1,4 @@
-"""Fixtures for the tests of this folder: skip without CUDA, the device, and an error where the host waits for it."""
+"""Fixtures of these tests: the device, a skip without CUDA, and an error if the host waits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 NEEDS_CUDA = pytest.mark.skipif(
     not torch.cuda.is_available(),
-    reason="needs a CUDA device; python tests/gpu/run.py runs all of these on a machine that has one",
+    reason="needs a CUDA device; run python tests/gpu/run.py on a machine that has one",
 )
 
 
@@ -20,8 +20,8 @@ def cuda() -> torch.device:
 
 
 @pytest.fixture
-def never_waited_for() -> Callable[[], AbstractContextManager[None]]:
-    """Return a context manager in which an operation that makes the host wait for the device raises RuntimeError."""
+def never_blocking() -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which an operation that waits for the device raises RuntimeError."""
 
     @contextmanager
     def strict() -> Iterator[None]:

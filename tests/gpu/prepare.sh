@@ -1,5 +1,6 @@
-# Source this on a GPU machine without a network, in the repository's root, before tests/gpu/run.py: it installs the wheels
-# that `make gpu-kit` packed, unpacks CIFAR-10 beside them, and keeps every cache inside the folder.
+# Source this in the root of the repository before tests/gpu/run.py, on a GPU machine without network
+# access. It installs the wheels that `make gpu-kit` packed, unpacks CIFAR-10 beside them, and keeps
+# every cache inside the folder .gpu-kit.
 set -o pipefail
 kit=$PWD/.gpu-kit
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$kit/site TRITON_CACHE_DIR=$kit/triton TORCHINDUCTOR_CACHE_DIR=$kit/inductor CIFAR10=$kit/cifar10

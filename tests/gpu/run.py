@@ -1,17 +1,19 @@
-"""Run everything that needs a GPU: python tests/gpu/run.py
+"""Run everything that needs a GPU.
 
-The stages, most valuable first: check the kernels with compute-sanitizer, run the tests of tests/gpu, measure training
-steps (tests/gpu/steps.py), and train and evaluate SimCLR with ResNet-18 on CIFAR-10, the whole set on the device. Each
-call takes at most --minutes, and the next call goes on with the stages that are missing. After every stage the results
-are written to runs/gpu/results.json, and the table to runs/gpu/gpu.md or to --page. A training that was stopped goes on
-from its checkpoint.
+    python tests/gpu/run.py --data ../shared/data/cifar10.zip    # repeat until all stages are done
+    python tests/gpu/run.py --only cifar10 --epochs 1000         # the published number of epochs
+    python tests/gpu/run.py --again simclr_resnet50              # repeat one stage
 
-    python tests/gpu/run.py --data ../shared/data/cifar10.zip    # repeat until it says that all is done
-    python tests/gpu/run.py --only cifar10 --epochs 1000         # towards the published 1,000 epochs
-    python tests/gpu/run.py --again simclr_resnet50              # measure one stage anew
+The stages run in order of their value: check the kernels with compute-sanitizer, run the tests of
+tests/gpu, measure training steps with tests/gpu/steps.py, and train and evaluate SimCLR with
+ResNet-18 on CIFAR-10, with the data set on the device. Each call takes at most --minutes, and the
+next call continues with the missing stages. After every stage the results are written to
+runs/gpu/results.json and the table to runs/gpu/gpu.md or to --page. A stopped training resumes from
+its checkpoint.
 
-On a machine without the network, carry what `make gpu-kit` packs: it prints the calls. torch, torchvision, timm, numba, numpy,
-safetensors and pytest have to be there. FFCV, faiss and wandb are not needed (log.wandb is off).
+For a machine without network access, `make gpu-kit` packs what is needed and prints the calls. The
+machine must have torch, torchvision, timm, numba, numpy, safetensors and pytest. FFCV, faiss and
+wandb are not needed (log.wandb is off).
 """
 
 from __future__ import annotations
@@ -30,31 +32,47 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "runs" / "gpu" / "results.json", ROOT / "docs" / "results" / "gpu.md"
-STEPS = (
-    "simclr_resnet50", "barlow_twins_vit_small", "moco_v3_vit_small, compiled", "moco_v3_vit_base, compiled",
-)  # fmt: skip
-LATER = (
-    "simclr_resnet50, compiled", "barlow_twins_vit_small, compiled", "moco_v3_vit_small", "moco_v3_vit_base",
-    "swav_resnet50_multicrop", "dino_vit_small", "dino_vit_small, compiled", "vit_large_simclr", "vit_large_simclr, compiled",
-    "swav_resnet50_multicrop, compiled", "dino_vit_base",
-)  # fmt: skip
-TARGETS = {  # views per second on an H200; of the published 871 images/s three times two views
-    "simclr_resnet50": 6500, "moco_v3_vit_small": 9000, "moco_v3_vit_base": 3000, "barlow_twins_vit_small": 5226,
-}  # fmt: skip
-STAGES = ("sanitizer", "tests", *STEPS, "cifar10", *LATER)
+FIRST_STEPS = (
+    "simclr_resnet50",
+    "barlow_twins_vit_small",
+    "moco_v3_vit_small, compiled",
+    "moco_v3_vit_base, compiled",
+)
+OTHER_STEPS = (
+    "simclr_resnet50, compiled",
+    "barlow_twins_vit_small, compiled",
+    "moco_v3_vit_small",
+    "moco_v3_vit_base",
+    "swav_resnet50_multicrop",
+    "dino_vit_small",
+    "dino_vit_small, compiled",
+    "vit_large_simclr",
+    "vit_large_simclr, compiled",
+    "swav_resnet50_multicrop, compiled",
+    "dino_vit_base",
+)
+# Targets in views per second on an H200: three times the published 871 images/s of two views.
+TARGETS = {
+    "simclr_resnet50": 6500,
+    "moco_v3_vit_small": 9000,
+    "moco_v3_vit_base": 3000,
+    "barlow_twins_vit_small": 5226,
+}
+STAGES = ("sanitizer", "tests", *FIRST_STEPS, "cifar10", *OTHER_STEPS)
 COMMAND = "python tests/gpu/run.py --data ../shared/data/cifar10.zip"
-LEAST = {"tests": 90.0, "cifar10": 120.0}  # seconds that have to be left for a stage to begin
-MOST = {
-    "sanitizer": 120.0
-}  # seconds that a stage may take; a step may take 150, or 300 if it compiles
-STOPPED = 75  # exit status of a training that was asked to stop and has saved
-GRACE = 30.0  # seconds between SIGTERM and SIGKILL, part of what a stage may take
-EVALUATIONS = 100.0  # seconds kept for k-NN and the linear evaluation after a training's last epoch
+MIN_SECONDS = {"tests": 90.0, "cifar10": 120.0}  # time that must be left for a stage to start
+MAX_SECONDS = {"sanitizer": 120.0, "step": 150.0, "compiled step": 300.0}
+STOPPED = 75  # exit status of a training that was stopped and has saved
+GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL, included in the time of a stage
+EVALUATION_SECONDS = 100.0  # reserved for k-NN and the linear probe after training
 
 
 def run(command: list[str], seconds: float) -> tuple[int, str, str]:
-    """Return status, output and errors of a command. It gets SIGTERM in time to end within `seconds`, and SIGKILL then."""
-    grace = min(GRACE, seconds / 2)
+    """Run a command for at most `seconds` and return its status, output and errors.
+
+    It receives SIGTERM early enough to stop in time, and SIGKILL at the end.
+    """
+    grace = min(GRACE_SECONDS, seconds / 2)
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     }
@@ -99,46 +117,42 @@ def sanitizer(seconds: float) -> dict[str, Any]:
 
 def tests(seconds: float) -> dict[str, Any]:
     """Run the tests that need a GPU and return the counts of their outcomes."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "tests/views", "tests/data/test_device_cache.py",
-               "-k", "gpu or cuda"]  # fmt: skip
+    paths = ["tests/gpu", "tests/views", "tests/data/test_device_cache.py"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [*pytest, *paths, "-k", "gpu or cuda"]
     status, out, err = run(command, seconds)
-    counts = {
-        word: int(number)
-        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", out)
-    }
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", out, re.MULTILINE)
+    outcomes = re.findall(r"(\d+) (passed|failed|skipped|errors?)", out)
     return {
         "status": status,
-        **counts,
-        "which": failed,
+        **{outcome: int(count) for count, outcome in outcomes},
+        "which": re.findall(r"^(?:FAILED|ERROR) (\S+)", out, re.MULTILINE),
         "tail": (out + err)[-2000:] if status else "",
     }
 
 
 def step(name: str, seconds: float, images: int = 0) -> dict[str, Any]:
-    """Measure one training step by tests/gpu/steps.py. `images` limits the batch of a compiled one, 0 does not."""
-    bare = name.removesuffix(", compiled")
-    command = [
-        sys.executable,
-        "tests/gpu/steps.py",
-        bare,
-        "--trace",
-        str(RESULTS.parent / f"{name.replace(', ', '_')}.txt"),
-    ]
-    if bare != name:
+    """Measure one training step with tests/gpu/steps.py.
+
+    Args:
+        name: Name of the step.
+        seconds: Time limit.
+        images: Largest batch of a compiled step. 0 means no limit.
+    """
+    eager = name.removesuffix(", compiled")
+    trace = RESULTS.parent / f"{name.replace(', ', '_')}.txt"
+    command = [sys.executable, "tests/gpu/steps.py", eager, "--trace", str(trace)]
+    if eager != name:
         command += ["--compile", *(["--images", str(images)] if images else [])]
     status, out, err = run(command, seconds)
-    return (
-        json.loads(out.strip().splitlines()[-1])
-        if status == 0 and out.strip()
-        else {"error": err.strip()[-1500:] or "out of time"}
-    )
+    if status == 0 and out.strip():
+        return json.loads(out.strip().splitlines()[-1])
+    return {"error": err.strip()[-1500:] or "out of time"}
 
 
 def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
-    """Go on with the training, and evaluate it after the last epoch, which `done` of the result tells."""
+    """Continue the training on CIFAR-10. After the last epoch evaluate it and set `done`."""
     folder = ROOT / "runs" / "gpu" / f"simclr_cifar10_{epochs}"
-    began = time.monotonic()
+    start = time.monotonic()
     overrides = [
         f"data.root={data}",
         "data.cache=device",
@@ -147,30 +161,46 @@ def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
         "log.wandb=off",
         "log.every_steps=100",
     ]
-    status, out, err = run(
-        [sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml", *overrides],
-        seconds - EVALUATIONS,
-    )
-    records = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        if (folder / "metrics.jsonl").exists()
-        else []
-    )
+    command = [sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml"]
+    status, out, err = run([*command, *overrides], seconds - EVALUATION_SECONDS)
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if status not in (0, STOPPED) or not records:
         return {"done": False, "error": err.strip()[-1500:]}
     last = records[-1]
-    found = {"done": last["epoch"] >= epochs - 1e-6, "epochs": last["epoch"], "images_per_second": last["images_per_second"],
-             "data_wait": last["data_wait"], "seconds": time.monotonic() - began, "warnings": err.strip()[-800:],
-             "online": {record["epoch"]: record["knn"] for record in records if "knn" in record}}  # fmt: skip
-    if found["done"]:
+    result = {
+        "done": last["epoch"] >= epochs - 1e-6,
+        "epochs": last["epoch"],
+        "images_per_second": last["images_per_second"],
+        "data_wait": last["data_wait"],
+        "seconds": time.monotonic() - start,
+        "warnings": err.strip()[-800:],
+        "online": {record["epoch"]: record["knn"] for record in records if "knn" in record},
+    }
+    if result["done"]:
         for kind in ("knn", "linear"):
-            left = max(2.0, seconds - (time.monotonic() - began))
-            status, out, err = run(
-                [sys.executable, "-m", f"ssl_pretrain.eval.{kind}", str(folder)],
-                left / 2 if kind == "knn" else left,
-            )
-            found[kind] = (out if status == 0 else f"failed: {err}").strip()[-800:]
-    return found
+            left = max(2.0, seconds - (time.monotonic() - start))
+            command = [sys.executable, "-m", f"ssl_pretrain.eval.{kind}", str(folder)]
+            status, out, err = run(command, left / 2 if kind == "knn" else left)
+            result[kind] = (out if status == 0 else f"failed: {err}").strip()[-800:]
+    return result
+
+
+HEADER = (
+    "step",
+    "images at once",
+    "ms",
+    "ms for color and copy",
+    "images/s",
+    "views/s",
+    "target, views/s",
+    "bare loop's time over ours",
+    "share of loss and optimizer",
+    "share of the roofline",
+    "share of 790 TFLOP/s",
+    "peak GiB",
+    "seconds to the first step",
+)
 
 
 def page(results: dict[str, Any]) -> str:
@@ -182,116 +212,96 @@ def page(results: dict[str, Any]) -> str:
         "",
     ]
     if not results:
-        return "\n".join(
-            [
-                *lines,
-                "Not run: no GPU was at hand. The command above runs all of it, in calls of ten minutes, and writes this page.",
-                "",
-            ]
-        )
-    found = results.get("tests")
-    if found:
-        counts = ", ".join(
-            f"{found[word]} {word}"
-            for word in ("passed", "failed", "skipped", "error", "errors")
-            if word in found
-        )
-        lines += [
-            f"Tests: {counts}"
-            + (f"; failed: {', '.join(found['which'])}" if found["which"] else "")
-            + ".",
-            "",
-        ]
-    measured = {name: results[name] for name in STAGES if "ms" in results.get(name, {})}
-    if measured:
-        lines += [next(iter(measured.values()))["versions"], ""]
-        lines += [
-            "| step | images at once | ms | ms for color and copy | images/s | views/s | target, views/s | bare loop's time over ours "
-            "| share of loss and optimizer | share of the roofline | share of 790 TFLOP/s | peak GiB | seconds to the first step |",
-            "|" + "---|" * 13,
-        ]
-    for name, one in measured.items():
-        roofline = f"{one['of_roofline']:.0%}" if one["of_roofline"] else "-"
         lines.append(
-            f"| {name} | {one['images']} | {one['ms']:.1f} | {one['ms_color']:.1f} | {one['images_per_second']:,.0f} "
-            f"| {one['views_per_second']:,.0f} | {TARGETS.get(name.removesuffix(', compiled'), '-')} | {one['bare_over_whole']:.2f} "
-            f"| {one['loss_and_optimizer']:.1%} | {roofline} | {one['of_790_tflops']:.0%} | {one['peak_gib']:.0f} "
-            f"| {one['seconds_to_first_step']:.0f} |"
+            "Not run: no GPU was available. The command above runs all stages, in calls of ten "
+            "minutes, and writes this page."
         )
+        return "\n".join([*lines, ""])
+    if outcome := results.get("tests"):
+        words = ("passed", "failed", "skipped", "error", "errors")
+        counts = ", ".join(f"{outcome[word]} {word}" for word in words if word in outcome)
+        failed = f"; failed: {', '.join(outcome['which'])}" if outcome["which"] else ""
+        lines += [f"Tests: {counts}{failed}.", ""]
+    steps = {name: results[name] for name in STAGES if "ms" in results.get(name, {})}
+    if steps:
+        lines += [next(iter(steps.values()))["versions"], ""]
+        lines += [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
+    for name, result in steps.items():
+        lines.append(f"| {' | '.join(step_cells(name, result))} |")
     lightly = results.get("simclr_resnet50", {}).get("lightly")
-    if lightly:
-        theirs = (
-            lightly
-            if isinstance(lightly, str)
-            else f"{lightly['images_per_second']:,.0f} images/s. Ours, without color, is {lightly['ours_over_theirs']:.2f} times as fast"
+    if isinstance(lightly, dict):
+        lightly = (
+            f"{lightly['images_per_second']:,.0f} images/s. Ours, without color, is "
+            f"{lightly['ours_over_theirs']:.2f} times as fast"
         )
-        lines += ["", f"lightly's step of the same network, interleaved with ours: {theirs}."]
+    if lightly:
+        lines += ["", f"lightly's step of the same network, interleaved with ours: {lightly}."]
     lines += [
         f"\n{name}: {results[name]['error']}" for name in STAGES if "error" in results.get(name, {})
     ]
-    trained = results.get("cifar10", {})
-    if "epochs" in trained:
-        lines += ["", f"SimCLR, ResNet-18, CIFAR-10 on the device: {trained['epochs']:.0f} epochs, {trained['images_per_second']:,.0f} images/s, "
-                      f"waiting for data {trained['data_wait']:.1%}."]  # fmt: skip
-        for kind, beside in (
-            ("knn", "lightly reports 84.8 at 200 epochs"),
-            ("linear", "solo-learn reports 90.74 at 1,000 epochs"),
-        ):
-            if kind in trained:
-                lines += ["", f"{kind} ({beside}):", "```", trained[kind], "```"]
+    lines += cifar10_lines(results.get("cifar10", {}))
     missing = [name for name in STAGES if name not in results]
     lines += ["", f"Not run: {', '.join(missing)}." if missing else "All stages were run.", ""]
     return "\n".join(lines)
+
+
+def step_cells(name: str, result: dict[str, Any]) -> list[str]:
+    """Return a step's cells of the table, in the order of `HEADER`."""
+    return [
+        name,
+        f"{result['images']}",
+        f"{result['ms']:.1f}",
+        f"{result['ms_color']:.1f}",
+        f"{result['images_per_second']:,.0f}",
+        f"{result['views_per_second']:,.0f}",
+        f"{TARGETS.get(name.removesuffix(', compiled'), '-')}",
+        f"{result['bare_over_whole']:.2f}",
+        f"{result['loss_and_optimizer']:.1%}",
+        f"{result['of_roofline']:.0%}" if result["of_roofline"] else "-",
+        f"{result['of_790_tflops']:.0%}",
+        f"{result['peak_gib']:.0f}",
+        f"{result['seconds_to_first_step']:.0f}",
+    ]
+
+
+def cifar10_lines(result: dict[str, Any]) -> list[str]:
+    """Return the lines about the training on CIFAR-10."""
+    if "epochs" not in result:
+        return []
+    lines = [
+        "",
+        f"SimCLR, ResNet-18, CIFAR-10 on the device: {result['epochs']:.0f} epochs, "
+        f"{result['images_per_second']:,.0f} images/s, waiting for data {result['data_wait']:.1%}.",
+    ]
+    for kind, published in (
+        ("knn", "lightly reports 84.8 at 200 epochs"),
+        ("linear", "solo-learn reports 90.74 at 1,000 epochs"),
+    ):
+        if kind in result:
+            lines += ["", f"{kind} ({published}):", "```", result[kind], "```"]
+    return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=8.0,
-        help="minutes that this call may take (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--copy",
-        type=Path,
-        help="a folder into which results, profiles and the page are copied after every stage",
-    )
-    parser.add_argument(
-        "--page",
-        type=Path,
-        default=RESULTS.with_name("gpu.md"),
-        help="where the table goes, such as docs/results/gpu.md",
-    )
-    parser.add_argument(
-        "--data",
-        default="../shared/data/cifar10.zip",
-        help="CIFAR-10: a zip or folder with train/CLASS and test/CLASS",
-    )
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument(
-        "--only",
-        nargs="*",
-        default=list(STAGES),
-        choices=list(STAGES),
-        metavar="STAGE",
-        help=f"of: {', '.join(STAGES)}",
-    )
-    parser.add_argument(
-        "--again",
-        nargs="*",
-        default=[],
-        choices=list(STAGES),
-        metavar="STAGE",
-        help="forget what was measured of these",
-    )
+    option = parser.add_argument
+    stages = {"nargs": "*", "choices": list(STAGES), "metavar": "STAGE"}
+    page_path = RESULTS.with_name("gpu.md")
+    cifar10_path = "../shared/data/cifar10.zip"
+    option("--minutes", type=float, default=8.0, help="time limit of this call")
+    option("--copy", type=Path, help="folder to copy results into after every stage")
+    option("--page", type=Path, default=page_path, help="where to write the table")
+    option("--data", default=cifar10_path, help="CIFAR-10 with train/CLASS and test/CLASS")
+    option("--epochs", type=int, default=200)
+    option("--only", default=list(STAGES), help=f"one or more of: {', '.join(STAGES)}", **stages)
+    option("--again", default=[], help="discard the results of these stages", **stages)
     options = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
-        print("error: no CUDA device here; nothing was run", file=sys.stderr)
+        print("error: no CUDA device was found; nothing was run", file=sys.stderr)
         return 2
     end = time.monotonic() + 60 * options.minutes
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -300,28 +310,26 @@ def main() -> int:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     for name in [name for name in STAGES if name in options.only]:
         left = end - time.monotonic()
-        if (name in results and results[name].get("done", True)) or left < LEAST.get(name, 40.0):
+        if (name in results and results[name].get("done", True)) or left < MIN_SECONDS.get(
+            name, 40.0
+        ):
             continue
         print(f"--- {name}, {left:.0f} s left", flush=True)
         if name == "sanitizer":
-            results[name] = sanitizer(min(left, MOST[name]))
+            results[name] = sanitizer(min(left, MAX_SECONDS["sanitizer"]))
         elif name == "tests":
             results[name] = tests(left)
         elif name == "cifar10":
             results[name] = cifar10(left, options.data, options.epochs)
         else:
             eager = results.get(name.removesuffix(", compiled"), {})
-            results[name] = step(
-                name, min(left, 300.0 if "compiled" in name else 150.0), int(eager.get("images", 0))
-            )
+            limit = MAX_SECONDS["compiled step" if "compiled" in name else "step"]
+            results[name] = step(name, min(left, limit), int(eager.get("images", 0)))
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         options.page.write_text(page(results))
-        if options.copy:  # after every stage: what comes later may be cut off
-            for path in {
-                options.page,
-                *RESULTS.parent.glob("*.*"),
-                *RESULTS.parent.glob("*/metrics.jsonl"),
-            }:
+        if options.copy:  # after every stage, because the call may be killed in a later one
+            results_files = (*RESULTS.parent.glob("*.*"), *RESULTS.parent.glob("*/metrics.jsonl"))
+            for path in {options.page, *results_files}:
                 shutil.copy(path, options.copy)
         print(json.dumps(results[name])[:600], flush=True)
     left = [

@@ -1,4 +1,4 @@
-"""The fused loss kernels on a GPU equal the plain tiles, make no host wait, and take less memory."""
+"""Fused loss kernels on a GPU equal the plain tiles, never block the host, and take less memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
+from on_cuda import NEEDS_CUDA, cuda, never_blocking  # noqa: F401
 
 from ssl_pretrain.losses import tiles
 from ssl_pretrain.losses.contrastive import nt_xent
@@ -22,20 +22,22 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 
 
 @pytest.mark.parametrize("name", kernels.CASES)
-def test_they_compute_what_the_tiles_do(name):
-    assert max(kernels.check(name, "cuda").values()) < 1e-4  # a product is three of TF32
+def test_kernels_equal_the_tiles(name):
+    assert (
+        max(kernels.check(name, "cuda").values()) < 1e-4
+    )  # each product is three products in TF32
 
 
-def test_a_loss_takes_them_and_nobody_waits(cuda, never_waited_for, monkeypatch):
+def test_a_loss_uses_the_kernels_without_blocking_the_host(cuda, never_blocking, monkeypatch):
     z = [torch.randn(4096, 128, device=cuda, requires_grad=True) for _ in range(2)]
 
-    def both():
+    def loss_and_gradient():
         torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
 
-    both()
-    with never_waited_for():
-        both()
-    fused = memory.peak(both, cuda)
+    loss_and_gradient()
+    with never_blocking():
+        loss_and_gradient()
+    fused = memory.peak(loss_and_gradient, cuda)
     monkeypatch.setattr(tiles, "FUSED_ON", ())
-    both()
-    assert fused < memory.peak(both, cuda) / 4
+    loss_and_gradient()
+    assert fused < memory.peak(loss_and_gradient, cuda) / 4

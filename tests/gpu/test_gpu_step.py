@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from on_cuda import NEEDS_CUDA, cuda, never_waited_for  # noqa: F401
+from on_cuda import NEEDS_CUDA, cuda, never_blocking  # noqa: F401
 
 from ssl_pretrain import methods
 from ssl_pretrain.methods.base import Method
@@ -76,13 +76,13 @@ def stepper_for(
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", methods.names())
-def test_nothing_in_a_step_waits_for_the_device(name, parts, cuda, never_waited_for):
+def test_nothing_in_a_step_waits_for_the_device(name, parts, cuda, never_blocking):
     method = method_of(name)
     settings = ParallelConfig(bn_group_images=IMAGES // parts)
     step = stepper_for(method, cuda, settings, OPTIM["lars"], IMAGES // parts)
     batch = batch_for(name, cuda)
     step(10, 0.1, batch)  # the first step may wait, as it allocates and compiles
-    with never_waited_for():
+    with never_blocking():
         _, logs = step(11, 0.11, batch)
     assert torch.isfinite(logs["loss"]).item()
 
