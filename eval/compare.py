@@ -59,7 +59,7 @@ def write(runs: list[Path], output: Path | None = None) -> Path:
         page.section("Config", _configs(dict(zip(names, runs)))),
         page.section("Numbers", _numbers(records), _evaluations(dict(zip(names, runs)))),
         page.section("Training", *_curves(records)),
-        *(sections.alarms(run, f"Alarms of {name}") for name, run in zip(names, runs)),
+        *(sections.alerts(run, f"Alerts of {name}") for name, run in zip(names, runs)),
     ]
     path = output or runs[0].parent / "compare.html"
     durable_files.replace(path, page.page("comparison", parts))
@@ -124,7 +124,9 @@ def _numbers(records: dict[str, list[dict[str, Any]]]) -> str:
                 points[-1][1] if (points := sections.scaled(found, key)) else None
                 for found in records.values()
             ]
-            title = metric_names.of(key).title + (", %" if metric_names.of(key).percent else "")
+            title = metric_names.curve(key).title + (
+                ", %" if metric_names.curve(key).percent else ""
+            )
             lines.append(
                 [f"{group}: {title}", *("-" if value is None else f"{value:.6g}" for value in last)]
             )

@@ -16,7 +16,7 @@ from ssl_pretrain.eval.frozen import evaluation_split, features, shards
 from ssl_pretrain.eval.frozen.evaluation_split import Part
 from ssl_pretrain.eval.results import Row
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.monitoring import online_knn
+from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.schema import COUNT, FROM_ZERO, POSITIVE
 
@@ -117,7 +117,7 @@ def evaluate(
     temperature = run.config.evaluation.temperature if temperature is None else temperature
     backend = choose(backend)
     train, test = evaluation_split.labelled_parts(run, "k-NN", split)
-    online_knn.check(k, temperature, len(train))
+    weighted_knn.check(k, temperature, len(train))
     check_memory(run, train, test, rows)
     shifts = evaluation_split.default_shifts(test) if shifts is None else shifts
     moves = {
@@ -273,7 +273,7 @@ class Search:
         for similarities, labels in self.neighbours(queries, most):
             for predictions, (k, temperature) in zip(found, votes):
                 predictions.append(
-                    online_knn.vote(
+                    weighted_knn.vote(
                         similarities[:, :k], labels[:, :k], temperature, self.num_classes
                     )
                 )

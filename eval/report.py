@@ -53,7 +53,7 @@ def write(run: Run) -> Path:
     results.say(f"report: embedding {len(bank)} training images and {len(queries)} {kind}")
     parts = [
         header(run, records),
-        sections.alarms(run.path),
+        sections.alerts(run.path),
         evaluations(run, labelled=bool((bank.labels >= 0).any())),
         sections.training(run.path, records),
         sections.views(run.path, run.view_size),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssl_pretrain.data.workers import LostWorkerError
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.monitoring.console import lasting_output
+from ssl_pretrain.monitoring.output_streams import lasting_output
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.system.exit_status import DISK_REFUSED, LOST, MISTAKE
 

@@ -17,7 +17,7 @@ from ssl_pretrain.eval.frozen import evaluation_split, features
 from ssl_pretrain.eval.frozen.evaluation_split import Part
 from ssl_pretrain.eval.results import Row
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.monitoring import online_knn
+from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.schema import COSINE
 
 RECALLS = (1, 5, 10)
@@ -103,7 +103,10 @@ def measures(
     )
     places = torch.arange(1, len(bank) + 1, device=bank.device)
     for chunk, truth in zip(
-        *(each.split(max(1, online_knn.SIMILARITIES // len(bank))) for each in (queries, labels))
+        *(
+            each.split(max(1, weighted_knn.MAX_SIMILARITIES // len(bank)))
+            for each in (queries, labels)
+        )
     ):
         order = (F.normalize(chunk.float(), dim=1) @ bank.T).argsort(
             dim=1, descending=True, stable=True
@@ -150,7 +153,7 @@ def near_duplicates(vectors: Tensor, least: float) -> tuple[list[tuple[float, in
 
 
 def _blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
-    rows = max(1, online_knn.SIMILARITIES // len(unit))
+    rows = max(1, weighted_knn.MAX_SIMILARITIES // len(unit))
     for first in range(0, len(unit), rows):
         yield first, unit[first : first + rows] @ unit.T
 

@@ -16,7 +16,7 @@ from ssl_pretrain.eval.frozen import evaluation_split, features
 from ssl_pretrain.eval.frozen.evaluation_split import Part
 from ssl_pretrain.eval.results import Row
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.monitoring import online_knn
+from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.schema import FROM_ZERO
 
 HELP = f"""k-NN accuracy of a run's frozen features on test images under common corruptions, at five severities.
@@ -72,8 +72,13 @@ def evaluate(run: Run, names: list[str] | None = None, max_images: int = 2000) -
 
     def accuracy(name: str, severity: int) -> float:
         found, truth = extract(run, test, name, severity)
-        predicted = online_knn.weighted_knn(
-            bank, labels, found, evaluation.k, evaluation.temperature, len(train.classes)
+        predicted = weighted_knn.predict(
+            bank,
+            labels,
+            found,
+            k=evaluation.k,
+            temperature=evaluation.temperature,
+            num_classes=len(train.classes),
         )
         return 100 * (predicted == truth).double().mean().item()
 

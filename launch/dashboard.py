@@ -1,4 +1,4 @@
-"""A ready dashboard in Weights & Biases: python -m ssl_pretrain.launch.dashboard PROJECT"""
+"""A prepared dashboard in Weights & Biases: python -m ssl_pretrain.launch.dashboard PROJECT"""
 
 from __future__ import annotations
 
@@ -16,38 +16,31 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.fault_tolerance import run_lock
 from ssl_pretrain.monitoring import metric_names
+from ssl_pretrain.monitoring.wandb import evaluations
+from ssl_pretrain.monitoring.wandb import mode as wandb_mode
 from ssl_pretrain.monitoring.wandb import run as wandb_run
 
 NAME = "ssl_pretrain"
-PARTS = (
-    "backbone",
-    "projector",
-    "predictor",
-    "head",
-    "prototypes",
-)  # of the methods, as their gradients are named
-HIDDEN = (
-    "skipped_steps",
-    "replay_error",
-)  # of use when something is wrong: not on the first screen
-SPREAD = f"{metric_names.COLLAPSE}/spread of the dimensions"
-PICTURES = ("Pictures/views", "Pictures/nearest neighbours")
+HIDDEN = ("skipped_steps", "replay_error")  # useful only when something is wrong
+OPEN_SECTIONS = (metric_names.LEARNING, metric_names.COLLAPSE)
+PICTURES = [metric_names.VIEWS_PICTURE, metric_names.NEIGHBORS_PICTURE]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ssl_pretrain.launch.dashboard",
-        description="Creates a saved view of a project's runs: learning, collapse, evaluations, network, speed and pictures, each "
-        "with its curves. It needs W&B's key and the package wandb-workspaces.",
+        description="Create a saved view of a project's runs, with sections for learning, "
+        "collapse, evaluations, network, speed and pictures. Needs a W&B key and the package "
+        "wandb-workspaces.",
         epilog="""examples:
-  python -m ssl_pretrain.launch.dashboard ssl_pretrain --entity my-team
-  python -m ssl_pretrain.launch.dashboard ssl_pretrain --dry-run            what would be created, as JSON, without an account
-  python -m ssl_pretrain.launch.dashboard --send runs/simclr                the evaluations of a run that has ended, to its own W&B run""",
+  %(prog)s ssl_pretrain --entity my-team
+  %(prog)s ssl_pretrain --dry-run      print the view as JSON, without an account
+  %(prog)s --send runs/simclr          send the evaluations of a finished run""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("project", nargs="?", default="", help="of W&B: the runs' log.project")
-    parser.add_argument("--entity", default="", help="team or user (default: the key's own)")
-    parser.add_argument("--dry-run", action="store_true", help="print it, and create nothing")
+    parser.add_argument("project", nargs="?", default="", help="W&B project, the runs' log.project")
+    parser.add_argument("--entity", default="", help="team or user (default: that of the key)")
+    parser.add_argument("--dry-run", action="store_true", help="print the view and create nothing")
     parser.add_argument("--send", metavar="RUN", type=Path, help="send a run's evaluations instead")
     options = parser.parse_args(arguments)
     try:
@@ -56,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif not options.project:
             raise ValueError("PROJECT: give the W&B project, such as ssl_pretrain, or --send RUN")
         elif options.dry_run:
-            built = build(options.project, options.entity or "nobody")._to_model()
-            print(json.dumps(built.model_dump(by_alias=True), indent=1, default=str))
+            workspace = build(options.project, options.entity or "nobody")._to_model()
+            print(json.dumps(workspace.model_dump(by_alias=True), indent=1, default=str))
         else:
             print(create(options.project, options.entity))
     except (ValueError, OSError) as error:
@@ -66,137 +59,124 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def panels() -> dict[str, list[str]]:
-    """The keys of metrics.jsonl in each section, a panel each; the network's are one panel a list of parts."""
-    found: dict[str, list[str]] = {group: [] for group in metric_names.GROUPS}
-    for key, curve in metric_names.CURVES.items():
-        if key not in HIDDEN:
-            found[curve.group].append(key)
-    return found
-
-
 def build(project: str, entity: str) -> Any:
-    """The workspace, not saved.
+    """Build the workspace without saving it.
 
     Raises:
         ValueError: wandb-workspaces is not installed.
     """
     try:
-        import wandb_workspaces.reports.v2 as panel
+        import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as workspaces
     except ImportError:
         raise ValueError(
             "the dashboard needs wandb-workspaces: pip install 'ssl_pretrain[dashboard]'"
         ) from None
 
-    def plot(title: str, keys: list[Any], x: str = "step") -> Any:
-        return panel.LinePlot(title=title, x=x, y=keys)
-
-    sections = []
-    for group, keys in panels().items():
-        shown = [plot(metric_names.of(key).title, [metric_names.name(key)]) for key in keys]
-        if group == metric_names.COLLAPSE:
-            shown.append(plot("spread of the dimensions", [SPREAD]))
-        if group == metric_names.NETWORK:
-            for prefix, title in metric_names.PREFIXES.items():
-                shown.append(
-                    plot(title.strip(", "), [metric_names.name(prefix + part) for part in PARTS])
-                )
-        if group == metric_names.EVALUATION:
-            shown = [
-                panel.LinePlot(
-                    title="evaluations at their step",
-                    x="evaluated_step",
-                    metric_regex=f"{metric_names.EVALUATION}/.*",
-                )
-            ]
-        sections.append(
-            workspaces.Section(
-                name=group,
-                panels=shown,
-                is_open=group in (metric_names.LEARNING, metric_names.COLLAPSE),
-            )
-        )
-    sections.append(
-        workspaces.Section(
-            name="Pictures", panels=[panel.MediaBrowser(media_keys=list(PICTURES))], is_open=True
-        )
+    contents: dict[str, list[Any]] = {group: [] for group in metric_names.GROUPS}
+    for key, curve in metric_names.CURVES.items():
+        if key not in HIDDEN:
+            name = metric_names.display_name(key)
+            contents[curve.group].append(panels.LinePlot(title=curve.title, x="step", y=[name]))
+    spread = metric_names.SPREAD
+    contents[metric_names.COLLAPSE].append(
+        panels.LinePlot(title=spread.partition("/")[2], x="step", y=[spread])
     )
+    for title in metric_names.PREFIXES.values():  # one line per module of the method
+        regex = f"{metric_names.NETWORK}/{title}.*"
+        contents[metric_names.NETWORK].append(
+            panels.LinePlot(title=title.strip(", "), x="step", metric_regex=regex)
+        )
+    contents[metric_names.EVALUATION] = [
+        panels.LinePlot(
+            title="evaluations at their step",
+            x="evaluated_step",
+            metric_regex=f"{metric_names.EVALUATION}/.*",
+        )
+    ]
+    contents["Pictures"] = [panels.MediaBrowser(media_keys=PICTURES)]
+    sections = [
+        workspaces.Section(name=name, panels=content, is_open=name in (*OPEN_SECTIONS, "Pictures"))
+        for name, content in contents.items()
+    ]
     return workspaces.Workspace(name=NAME, entity=entity, project=project, sections=sections)
 
 
 def create(project: str, entity: str = "") -> str:
-    """Saves the dashboard at W&B and returns its address.
+    """Save the dashboard at W&B and return its address.
 
     Raises:
-        ValueError: no key, or W&B refuses; says what to do.
+        ValueError: There is no key, W&B is set to send nothing, or W&B refuses.
     """
-    if not wandb_run.has_key():
+    if not wandb_mode.has_key():
         raise ValueError(
             "W&B has no key here: run `wandb login`, or set WANDB_API_KEY; --dry-run needs none"
         )
-    if wandb_run.mode_of("online")[0] != "online":
+    if wandb_mode.resolve("online")[0] != "online":
         raise ValueError(
-            "W&B was told to send nothing (WANDB_MODE, WANDB_DISABLED or `wandb offline`); undo that, or give --dry-run"
+            "W&B is set to send nothing (WANDB_MODE, WANDB_DISABLED or `wandb offline`); "
+            "undo that, or give --dry-run"
         )
     try:
-        return str(build(project, entity or _own_entity()).save().url)
-    except Exception as error:  # whatever the client raises: no network, no such project, no rights
+        return str(build(project, entity or _default_entity()).save().url)
+    except Exception as error:  # the library raises errors of many types
+        owner = entity or "your account"
         raise ValueError(
-            f"W&B did not take the dashboard of {entity or 'your account'}/{project}: {error}"
+            f"W&B did not accept the dashboard of {owner}/{project}: {error}"
         ) from None
 
 
-def _own_entity() -> str:
-    """The key's default team or user, as W&B says."""
+def _default_entity() -> str:
+    """Return the default team or user of the key."""
     import wandb
 
     return wandb.Api().default_entity or ""
 
 
 def send_evaluations(run: Path) -> None:
-    """Sends RUN/eval/ to the run's own W&B run, each at the step it judged; what was sent already is not sent again.
+    """Send the results in RUN/eval/ to the run's own W&B page, each at the step that it evaluates.
 
-    For a run that nobody trains any more: while it is trained, its own client takes them along with its records.
+    Results that were sent are not sent again. This is for a run that is not training. While a run
+    trains, its own client sends the results along with the records.
 
     Raises:
-        ValueError: the run has no checkpoint, or was not logged to W&B.
+        ValueError: The run has no checkpoint, or was not logged to W&B.
     """
     manifest = checkpoint.verify(checkpoint.newest(run))
     if not manifest.get("wandb_id"):
         raise ValueError(
-            f"{run}: was not logged to W&B (log.wandb); its numbers are in {run / 'eval'} and in eval.report's page"
+            f"{run}: was not logged to W&B (log.wandb). Its numbers are in {run / 'eval'} and on "
+            "eval.report's page"
         )
-    if next(wandb_run.unsent(run), None) is None:
+    if next(evaluations.unsent(run), None) is None:
         return
     settings = manifest["config"]["log"]
-    asked = (
-        settings["wandb"]
-        if settings["wandb"] in ("online", "offline")
-        else "online"
-        if wandb_run.has_key()
-        else "offline"
+    setting = settings["wandb"]
+    if setting not in ("online", "offline"):
+        setting = "online" if wandb_mode.has_key() else "offline"
+    client = wandb_run.start(
+        setting,
+        run,
+        run_id=manifest["wandb_id"],
+        say=lambda line: print(line, flush=True),
+        project=settings["project"],
+        name=settings["name"],
+        config=manifest["config"],
+        tags=list(settings["tags"]),
     )
-    mode, line = wandb_run.mode_of(asked)
-    if line:
-        print(line, flush=True)
-    if mode == "off":
-        return
-    wandb_run.WandbRun(
-        run, mode=mode, project=settings["project"], name=settings["name"] or run.resolve().name, run_id=manifest["wandb_id"],
-        config=manifest["config"], tags=list(settings["tags"]),
-    ).close()  # fmt: skip
+    if client is not None:
+        client.close()
 
 
 def send(run: Path) -> None:
-    """Sends the results to the run's own W&B page, if it has one and no training does it, or says why not."""
+    """Send the results if the run has a W&B page and is not training, and print any error."""
     if run_lock.holder(run) is not None or not any(
         _wandb_id(path) for path in checkpoint.checkpoints(run)
     ):
         return
     try:
         send_evaluations(run)
-    except (ValueError, OSError) as error:  # the numbers are on disk, and the evaluations go on
+    except (ValueError, OSError) as error:  # the numbers are on disk, and the evaluations continue
         print(f"W&B: the results were not sent ({error}); they are in {run / 'eval'}", flush=True)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.monitoring.console import lasting_output
+from ssl_pretrain.monitoring.output_streams import lasting_output
 from ssl_pretrain.system.exit_status import STOPPED
 from ssl_pretrain.system.import_path import child_environment
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +26,10 @@ from ssl_pretrain.fault_tolerance.nan_guard import Guard
 from ssl_pretrain.fault_tolerance.run_lock import Lock
 from ssl_pretrain.methods.base import Embeddings, Method
 from ssl_pretrain.models import backbones
-from ssl_pretrain.monitoring import background_writer, collapse, image_grids
+from ssl_pretrain.monitoring import background_writer, image_grids
+from ssl_pretrain.monitoring.collapse import CollapseMonitor
 from ssl_pretrain.monitoring.logger import Logger
+from ssl_pretrain.monitoring.measurements import Measurements
 from ssl_pretrain.monitoring.online_knn import OnlineKNN
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.parallel.execution import Execution
@@ -58,7 +59,7 @@ class Training:
     logger: Logger
     nan_guard: Guard
     online_knn: OnlineKNN
-    collapse_monitor: collapse.Monitor
+    collapse_monitor: CollapseMonitor
 
     def steps(self) -> Iterator[tuple[int, Batch]]:
         """Yield the number and the batch of each step, and save the views of the first batch.
@@ -67,12 +68,12 @@ class Training:
         each step the lock of the run's folder is checked.
         """
         batches = preflight.watched(self.loader, self.first_step, self.execution.device)
-        batches = self.logger.waits(self.stop.watched(batches, self.first_step))
+        batches = self.logger.time_waiting(self.stop.watched(batches, self.first_step))
         views = self.config.views
         for step, batch in zip(range(self.first_step + 1, self.end + 1), batches):
             self.lock.check()
             describe = partial(self.loader.described, step - 1, image_grids.NUM_IMAGES)
-            self.logger.views(step, batch.views, views.mean, views.std, describe)
+            self.logger.save_views(step, batch.views, views.mean, views.std, describe)
             yield step, batch
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
@@ -86,12 +87,14 @@ class Training:
         """Take an optimizer step and return the embeddings and the logs, on the device."""
         return self.stepper(step - 1, (step - 1) / self.num_steps, batch)
 
-    def measure(self, step: int, embeddings: Embeddings) -> dict[str, Any]:
-        """Return the metrics that are due after a step: collapse, online k-NN, replaced images."""
+    def measure(self, step: int, embeddings: Embeddings) -> Measurements:
+        """Measure what is due after a step: collapse, online k-NN, replaced images."""
         network = self.state.method.get_submodule(self.state.method.evaluated)
-        metrics = self.collapse_monitor.at(step, embeddings) | self.online_knn.at(step, network)
         every_steps = self.config.log.every_steps
-        return metrics | self.loader.count_replaced(step, every_steps, self.num_steps)
+        replaced = self.loader.count_replaced(step, every_steps, self.num_steps)
+        measurements = self.collapse_monitor.measure(step, embeddings)
+        measurements |= self.online_knn.measure_if_due(step, network)
+        return measurements | Measurements(replaced)
 
     def stop_requested(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""
@@ -152,6 +155,7 @@ def build_training(
         logger = stack.enter_context(
             build_logger(config, state, batches, device, first_step, num_steps)
         )
+        state.facts["wandb_id"] = logger.wandb_id
         guard = Guard(
             config.guard,
             run,
@@ -174,8 +178,13 @@ def build_training(
             logger,
             guard,
             build_online_knn(config, batches, execution),
-            collapse.Monitor(
-                config.health, method, stepper.optimizer, first_step, logger.past, logger.alert
+            CollapseMonitor(
+                config.health,
+                method,
+                stepper.optimizer,
+                first_step,
+                logger.past_records,
+                logger.alert,
             ),
         )
 
@@ -264,8 +273,8 @@ def write_config(config: RunConfig, first_step: int) -> None:
         try:
             durable_files.replace(run / "config.yaml", configuration.to_yaml(config))
         except OSError as error:
-            problem = background_writer.refused(run / "config.yaml", error)
-    background_writer.settle(problem, config.checkpoint.on_failure)
+            problem = background_writer.refusal(run / "config.yaml", error)
+    background_writer.raise_or_warn(problem, config.checkpoint.on_failure)
     if first_step and process_group.is_main():
         print(f"resumed {run} after step {first_step}", flush=True)
 
@@ -294,7 +303,7 @@ def build_logger(
         steps_per_epoch=batches.steps_per_epoch,
         global_batch_size=config.global_batch_size,
         config=state.config,
-        facts=state.facts,
+        wandb_id=state.facts.get("wandb_id"),
         flops_per_image=flops_per_image(config),
         peak_tflops=flops.peak_tflops(device),
         on_failure=config.checkpoint.on_failure,

@@ -27,8 +27,9 @@ from ssl_pretrain.checkpoint.resumption import finished_step
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import workers
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.monitoring.collapse import Collapsed
-from ssl_pretrain.monitoring.console import lasting_output
+from ssl_pretrain.monitoring.collapse import CollapseError
+from ssl_pretrain.monitoring.measurements import Measurements
+from ssl_pretrain.monitoring.output_streams import lasting_output
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema import COUNT
@@ -37,7 +38,7 @@ from ssl_pretrain.system.exit_status import LostError
 from ssl_pretrain.system.thread_lock import only_training_of_process
 
 # Errors whose message is written for users and needs no traceback.
-EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, Collapsed, LostError)
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, LostError)
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ def _train(
         step = training.first_step
         for step, batch in training.steps():
             learning_rates = training.set_learning_rates(step)
-            straggler = collectives.straggler(step, config.log.every_steps)
+            straggler = Measurements(collectives.straggler(step, config.log.every_steps))
             embeddings, logs = training.take_step(step, batch)
-            metrics = training.measure(step, embeddings)
-            training.logger.step(step, logs, learning_rates, metrics | straggler)
+            measurements = training.measure(step, embeddings) | straggler
+            training.logger.log_step(step, logs, learning_rates, measurements)
             training.nan_guard.after(step, batch.indices, logs)
             stopping = training.stop_requested(step)
             if stopping or training.checkpoint_due(step):

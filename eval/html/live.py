@@ -57,7 +57,7 @@ def content(run: Path) -> str:
     found = [page.result(steps[max(steps)]) for steps in results.by_step(run).values()]
     parts = [
         f"<header><h1>{escape(run.resolve().name)}</h1>{page.facts(pairs)}</header>",
-        sections.alarms(run),
+        sections.alerts(run),
         page.section("Evaluation", sections.evaluations_over_steps(run), *found) if found else "",
         sections.training(run, records),
         sections.views(run, _view_size(settings)),

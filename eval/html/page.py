@@ -74,7 +74,7 @@ tr.part td { color: var(--soft); font-size: 14px; } tr.part td:first-child { pad
 .strip span { padding-bottom: 2px; } .score { min-width: 30px; color: var(--soft); font-variant-numeric: tabular-nums; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 12px; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
-.alarm { border-left: 4px solid var(--wrong); background: var(--panel); border-radius: 0 6px 6px 0; padding: 10px 16px;
+.alert { border-left: 4px solid var(--wrong); background: var(--panel); border-radius: 0 6px 6px 0; padding: 10px 16px;
   margin: 14px 0; max-width: none; }
 img.grid { max-width: 100%; image-rendering: pixelated; }
 details summary { cursor: pointer; color: var(--accent); margin-top: 10px; }

@@ -10,7 +10,7 @@ from typing import Any
 
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.html import charts, page
-from ssl_pretrain.monitoring import metric_names
+from ssl_pretrain.monitoring import metric_names, records
 
 AXES = {*metric_names.AXES, "time"}
 SHOWN_SPECTRA = 4  # from the first to the last
@@ -18,16 +18,8 @@ SHOWN_NEIGHBOURS = 4
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The records of a file, one a step, in order; a line cut short by a kill is left out, a step written again counts once."""
-    path = run / name
-    found = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-            found[record["step"]] = record
-        except (ValueError, KeyError, TypeError):
-            continue
-    return [found[step] for step in sorted(found)]
+    """Read the records of one of the run's files, one per step, in order."""
+    return records.read(run / name)
 
 
 def curve(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -46,32 +38,33 @@ def keys_of(records: list[dict[str, Any]], group: str) -> list[str]:
     return [
         key
         for key in [*known, *sorted(recorded - set(known))]
-        if metric_names.of(key).group == group
+        if metric_names.curve(key).group == group
     ]
 
 
 def scaled(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    factor = 100 if metric_names.of(key).percent else 1
+    factor = 100 if metric_names.curve(key).percent else 1
     return [(epoch, factor * value) for epoch, value in curve(records, key)]
 
 
 def caption(key: str) -> str:
-    found = metric_names.of(key)
+    found = metric_names.curve(key)
     title = found.title[0].upper() + found.title[1:] + (", %" if found.percent else "")
     return f"{title}: {found.about}" if found.about else title
 
 
-def alarms(run: Path, title: str = "Alarms") -> str:
-    """What the monitors rang for; empty where they did not."""
-    path = run / "alarms.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if not found:
-        return ""
-    shown = (
-        f'<p class="alarm"><b>{escape(alarm["title"])}</b><br>{escape(alarm["text"])}</p>'
-        for alarm in found
-    )
-    return page.section(title, *shown)
+def alerts(run: Path, title: str = "Alerts") -> str:
+    """Return a section with the alerts raised during the run, or an empty text without any."""
+    lines = [
+        line
+        for path in metric_names.existing_paths(run, "alerts.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    shown = [
+        f'<p class="alert"><b>{escape(alert["title"])}</b><br>{escape(alert["text"])}</p>'
+        for alert in map(json.loads, lines)
+    ]
+    return page.section(title, *shown) if shown else ""
 
 
 def training(run: Path, records: list[dict[str, Any]]) -> str:
@@ -80,7 +73,9 @@ def training(run: Path, records: list[dict[str, Any]]) -> str:
     for group in metric_names.GROUPS:
         figures = [
             page.figure(
-                charts.line(scaled(records, key), metric_names.of(key).title, marked=key == "knn"),
+                charts.line(
+                    scaled(records, key), metric_names.curve(key).title, marked=key == "knn"
+                ),
                 caption(key),
             )
             for key in keys_of(records, group)
@@ -182,7 +177,8 @@ def views(run: Path, view_size: int) -> str:
 
 def neighbours_over_steps(run: Path) -> str:
     """The same queries' nearest training images at some steps of the run; empty where none were kept."""
-    found = sorted((run / "neighbours").glob("step_*.png"))
+    folders = metric_names.existing_paths(run, "neighbors")
+    found = [path for folder in folders for path in sorted(folder.glob("step_*.png"))]
     if not found:
         return ""
     chosen = sorted(

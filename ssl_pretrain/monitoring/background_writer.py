@@ -1,4 +1,4 @@
-"""Writes the small files of a run in the background, so that a slow or full disk costs no step and no record."""
+"""Background writing of a run's small files, so that a slow or full disk delays no step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ssl_pretrain.system import durable_files
 CLOSE_SECONDS = 60.0  # longest wait for the last records at the end of a run
 
 
-class Writer:
+class BackgroundWriter:
     """Appends lines to files in a thread of its own, in order, with an fsync.
 
-    A line that the disk refuses stays in memory and is written with the next one, or at the end.
+    A line that the disk refuses stays in memory. It is written with the next one, or at the end.
 
     Args:
         say: Prints a message. Called when a file that could not be written is complete again.
@@ -25,75 +25,78 @@ class Writer:
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._waiting: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
-        self._kept: dict[Path, str] = {}
-        self._news: list[str] = []
+        self._queue: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
+        self._refused: dict[Path, str] = {}  # text that is not on the disk yet
+        self._problems: list[str] = []
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
 
     def append(self, path: Path, line: str) -> None:
         """Queue a line for the end of a file."""
-        self._waiting.put((path, f"{line}\n"))
+        self._queue.put((path, f"{line}\n"))
 
-    def attempt(self, path: Path, work: Callable[[], object]) -> bool:
-        """Write a file now. Return False if the disk refuses it, in which case it is not tried again."""
+    def try_now(self, path: Path, write: Callable[[], object]) -> bool:
+        """Write a file at once. Return False if the disk refuses it, and do not try again."""
         try:
-            work()
+            write()
         except OSError as error:
-            self._news.append(refused(path, error))
+            self._problems.append(refusal(path, error))
             return False
         return True
 
-    def has_news(self) -> bool:
-        """Return True if a file could not be written since `take_news`."""
-        return bool(self._news)
+    def has_problems(self) -> bool:
+        """Return True if a file could not be written since the last `take_problems`."""
+        return bool(self._problems)
 
-    def take_news(self) -> str | None:
-        """Return and forget the messages about files that could not be written, or None."""
-        news, self._news = self._news, []
-        return "; ".join(dict.fromkeys(news)) or None
+    def take_problems(self) -> str | None:
+        """Return and forget the messages about files that could not be written."""
+        problems, self._problems = self._problems, []
+        return "; ".join(dict.fromkeys(problems)) or None
 
     def close(self) -> None:
         """Write what is queued, for up to `CLOSE_SECONDS`, and end the thread."""
-        self._waiting.put(None)
+        self._queue.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._news.append(
+            self._problems.append(
                 f"the disk did not take the last records within {CLOSE_SECONDS:.0f} s"
             )
 
     def _write_all(self) -> None:
-        while True:
-            jobs = [self._waiting.get()]
-            while not self._waiting.empty():  # one fsync for all lines that are queued
-                jobs.append(self._waiting.get())
-            texts = dict(self._kept) if None in jobs else {}  # a last attempt
+        closing = False
+        while not closing:
+            jobs = [self._queue.get()]
+            while not self._queue.empty():  # one fsync for all lines that are queued
+                jobs.append(self._queue.get())
+            closing = None in jobs
+            texts = dict(self._refused) if closing else {}  # refused lines get a last attempt
             for path, text in filter(None, jobs):
-                texts[path] = texts.get(path, self._kept.get(path, "")) + text
+                texts[path] = texts.get(path, self._refused.get(path, "")) + text
             for path, text in texts.items():
                 self._write(path, text)
-            if None in jobs:
-                return
 
     def _write(self, path: Path, text: str) -> None:
         try:
             durable_files.append(path, text)
         except OSError as error:
-            if path not in self._kept:
-                self._news.append(refused(path, error))
-            self._kept[path] = text
+            if path not in self._refused:
+                self._problems.append(refusal(path, error))
+            self._refused[path] = text
             return
-        if self._kept.pop(path, None) is not None:
-            self._say(f"{path} is written again, with what was missing")
+        if self._refused.pop(path, None) is not None:
+            self._say(f"{path} can be written again and is complete")
 
 
-def refused(path: Path, error: OSError) -> str:
+def refusal(path: Path, error: OSError) -> str:
     """Return the message about a file that the disk refused."""
-    return f"{path} could not be written: {durable_files.reason(error)}. What was written before is whole; free space and resume"
+    return (
+        f"{path} could not be written: {durable_files.reason(error)}. "
+        "What was written before is complete. Free some space and resume"
+    )
 
 
-def settle(problem: str | None, on_failure: str) -> None:
-    """Warn about rank 0's problem with a file, or stop every rank, as `checkpoint.on_failure` says.
+def raise_or_warn(problem: str | None, on_failure: str) -> None:
+    """Handle rank 0's problem with a file on every rank, as `checkpoint.on_failure` says.
 
     Raises:
         SaveError: There is a problem and `on_failure` is `stop`.
@@ -102,6 +105,9 @@ def settle(problem: str | None, on_failure: str) -> None:
     if problem and on_failure == "stop":
         raise durable_files.SaveError(problem)
     if problem and process_group.is_main():
-        warnings.warn(
-            f"{problem}. The training goes on, as checkpoint.on_failure is warn", stacklevel=2
-        )
+        warnings.warn(continuing(problem), stacklevel=2)
+
+
+def continuing(problem: str) -> str:
+    """Return the warning about a file problem that does not stop the run."""
+    return f"{problem}. Training continues because checkpoint.on_failure is warn"

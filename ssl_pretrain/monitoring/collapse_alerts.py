@@ -1,8 +1,9 @@
-"""When a measure says that something is wrong: what it looks like, and what others did about it, in plain words.
+"""Rules that decide when the collapse metrics raise an alert, with the causes that others found.
 
-A run that begins close together, as many do, is not a collapsed one: an alarm asks that a measure is bad, that it was better
-before or has been bad for long, that two measurements in a row say so or one says it loudly, and, where two views of an image
-are measured, that they cannot be told from views of others. docs/health.md shows when each of them rang.
+Many healthy runs begin with similar embeddings, so a bad value alone raises no alert. The value
+must also have fallen from a better one, or have been bad for `GRACE_STEPS`. It must hold for
+`MIN_CONSECUTIVE` measurements, or be severe. And if pairs of views are measured, they must be hard
+to match. docs/health.md shows when each alert was raised in runs made to collapse.
 """
 
 from __future__ import annotations
@@ -11,123 +12,155 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-IN_A_ROW = 2  # measurements
-LOUD = 0.5  # of a rule's `bad` and of its `fell`: one measurement is enough
-WITNESS, CONFUSED = (
-    "positive_chance",
-    0.5,
-)  # half of what chance gives: an image's other view is lost among the others'
-PATIENCE = 1000  # steps that a run may begin in a bad state
+MIN_CONSECUTIVE = 2  # bad measurements in a row that raise an alert
+SEVERE_FRACTION = 0.5  # of a rule's two limits: below both, one measurement is enough
+GUARD_METRIC = "positive_chance"
+CHANCE_THRESHOLD = 0.5  # of the guard metric; below it the views of an image still match
+GRACE_STEPS = 1000  # steps that a run may stay in a bad state from its start
 
 
 @dataclass(frozen=True)
-class Alarm:
+class Alert:
+    """A message for the user."""
+
     title: str
     text: str
-    collapse: bool = True  # else it is only worth a look
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`key` is bad where it is below `bad`, and an alarm where it is also below `fell` times its best so far."""
+    """The metric is bad below `bad_below`, and fallen below `fallen_below` times its best value."""
 
     title: str
-    key: str
-    bad: float
-    fell: float
-    looks: str
-    others: str
-    confused: bool = True  # counts only where the witness says so, if it was measured
-    collapse: bool = True
+    metric: str
+    bad_below: float
+    fallen_below: float
+    symptom: str
+    remedies: str
+    guarded: bool = True  # bad only if the guard metric, where it is measured, agrees
 
-    def is_bad(self, value: float, numbers: dict[str, Any]) -> bool:
-        witness = numbers.get(WITNESS)
-        sure = not self.confused or not isinstance(witness, int | float) or not witness <= CONFUSED
-        return value < self.bad and sure
+    def is_bad(self, value: float, metrics: dict[str, Any]) -> bool:
+        """Return True if the value is bad and the guard metric does not contradict it."""
+        guard = metrics.get(GUARD_METRIC)
+        views_match = isinstance(guard, int | float) and guard <= CHANCE_THRESHOLD
+        return value < self.bad_below and not (self.guarded and views_match)
 
-    def fallen(self, value: float, best: float) -> int:
-        """0: not; 1: yes; IN_A_ROW: so far that once is enough."""
-        if value < LOUD * self.bad and value < LOUD * self.fell * best:
-            return IN_A_ROW
-        return int(value < self.fell * best)
+    def count(self, value: float, best: float) -> int:
+        """Return how many measurements a bad value counts for: 0 unless it has fallen."""
+        limits = (self.bad_below, self.fallen_below * best)
+        if all(value < SEVERE_FRACTION * limit for limit in limits):
+            return MIN_CONSECUTIVE
+        return int(value < self.fallen_below * best)
 
 
 RULES = (
     Rule(
-        "collapse", "embedding_std", 0.2, 0.6,
-        "the embeddings of different images have moved together: on the way to the same output for every image, whatever the loss says",
-        "Others then found the stopped gradient, the predictor or the teacher missing (SimSiam, BYOL), a variance weight of 0 or all "
-        "weights 1 (VICReg), or a learning rate too high for the batch: halve optim.base_lr, lengthen the warm-up",
+        "collapse",
+        "embedding_std",
+        bad_below=0.2,
+        fallen_below=0.6,
+        symptom=(
+            "the embeddings of different images have become similar. The network is on its way to "
+            "the same output for every image, whatever the loss is"
+        ),
+        remedies=(
+            "Causes found by others: a missing stop-gradient, predictor or teacher (SimSiam, "
+            "BYOL), a variance weight of 0 or all weights 1 (VICReg), or a learning rate too high "
+            "for the batch. Halve optim.base_lr or lengthen the warm-up"
+        ),
     ),
     Rule(
-        "shrinking", "embedding_scale", 0.02, 0.25,
-        "the embeddings shrink to a point before they are normalized: what still differs between images is close to rounding",
-        "Others restored the variance term (VICReg: variance_weight 25, eq. 1) or ended the head with batch norm (SimCLR, SimSiam)",
+        "shrinking",
+        "embedding_scale",
+        bad_below=0.02,
+        fallen_below=0.25,
+        symptom=(
+            "before normalization the embeddings shrink to a point. The differences between "
+            "images are close to rounding errors"
+        ),
+        remedies=(
+            "What helped others: the variance term (VICReg: variance_weight 25, equation 1), or "
+            "batch norm at the end of the head (SimCLR, SimSiam)"
+        ),
     ),
     Rule(
-        "dimensional collapse", "rank_share", 0.1, 0.5,
-        "the embeddings have collapsed to a few directions: images still differ, but in almost nothing",
-        "Others raised the covariance or decorrelation weight (VICReg, Barlow Twins), lowered the temperature, weakened the colour "
-        "jitter or widened the head; a linear head collapses so (Jing et al., arXiv:2110.09348)",
+        "dimensional collapse",
+        "rank_share",
+        bad_below=0.1,
+        fallen_below=0.5,
+        symptom=(
+            "the embeddings have collapsed to a few directions. Images still differ, but only "
+            "along those"
+        ),
+        remedies=(
+            "What helped others: a larger covariance or decorrelation weight (VICReg, Barlow "
+            "Twins), a lower temperature, weaker color jitter, or a wider head. A linear head "
+            "collapses this way (Jing et al., arXiv:2110.09348)"
+        ),
     ),
     Rule(
-        "dead prototypes", "prototype_entropy", 0.3, 0.5,
-        "nearly all images are assigned to a few prototypes",
-        "SwAV's authors, with the loss stuck at ln(prototypes), lower epsilon to 0.03, freeze the prototypes longer, use fewer crops, and "
-        "start the queue later; DINO's, a lower teacher temperature or its warm-up, and a frozen last layer",
-        confused=False,
+        "dead prototypes",
+        "prototype_entropy",
+        bad_below=0.3,
+        fallen_below=0.5,
+        guarded=False,
+        symptom="nearly all images are assigned to a few prototypes",
+        remedies=(
+            "If the loss stays at ln(prototypes), SwAV's authors lower epsilon to 0.03, freeze the "
+            "prototypes longer, use fewer crops, and start the queue later. DINO's authors lower "
+            "the teacher temperature or warm it up, and freeze the last layer"
+        ),
     ),
-)  # fmt: skip
+)
 
 
-class Alarms:
-    """Remembers the best of each measure, and which alarms have rung: each rings once, and again only after it was well.
+class AlertHistory:
+    """Applies the rules to one measurement after another.
 
-    past: records of the run so far, whose measures count as seen.
+    Each alert is raised once, and again only after its metric has recovered.
+
+    Args:
+        past_records: Records of a resumed run so far, which count as seen.
     """
 
-    def __init__(self, past: list[dict[str, Any]]):
+    def __init__(self, past_records: list[dict[str, Any]]):
         self._best: dict[str, float] = {}
         self._count: dict[str, int] = {}
-        self._low_since: dict[str, int] = {}
-        self._rung: set[str] = set()
-        for record in past:
-            self.judge(record["step"], record)
+        self._bad_since: dict[str, int] = {}
+        self._raised: set[str] = set()
+        for record in past_records:
+            self.check(record["step"], record)
 
-    def judge(self, step: int, numbers: dict[str, Any]) -> list[Alarm]:
-        """The alarms of this measurement, after `step` steps; usually none. What is missing or not finite is passed over."""
-        found = []
+    def check(self, step: int, metrics: dict[str, Any]) -> list[Alert]:
+        """Return the alerts that a measurement raises, usually none.
+
+        Args:
+            step: Optimizer steps done.
+            metrics: The measurement. Missing and non-finite values are ignored.
+        """
+        alerts = []
         for rule in RULES:
-            value = numbers.get(rule.key)
+            value = metrics.get(rule.metric)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            best = self._best[rule.key] = max(self._best.get(rule.key, value), value)
-            if not rule.is_bad(value, numbers):
-                self._forget(rule)
+            best = self._best[rule.metric] = max(self._best.get(rule.metric, value), value)
+            if not rule.is_bad(value, metrics):
+                self._recover(rule)
                 continue
-            since = self._low_since.setdefault(rule.title, step)
-            fallen = rule.fallen(value, best)
-            self._count[rule.title] = self._count.get(rule.title, 0) + fallen if fallen else 0
-            late = step - since >= PATIENCE
-            if rule.title not in self._rung and (late or self._count[rule.title] >= IN_A_ROW):
-                self._rung.add(rule.title)
-                found.append(self._alarm(rule, step, value, best, since if late else None))
-        return found
+            bad_since = self._bad_since.setdefault(rule.title, step)
+            count = rule.count(value, best)
+            self._count[rule.title] = self._count.get(rule.title, 0) + count if count else 0
+            overdue = step - bad_since >= GRACE_STEPS
+            due = overdue or self._count[rule.title] >= MIN_CONSECUTIVE
+            if due and rule.title not in self._raised:
+                self._raised.add(rule.title)
+                before = f"it has been low for {step - bad_since} steps"
+                reason = before if overdue else f"its best was {best:.3g}"
+                text = f"step {step}: {rule.metric} is {value:.3g}, {reason}: {rule.symptom}. "
+                alerts.append(Alert(rule.title, f"{text}{rule.remedies}."))
+        return alerts
 
-    def _forget(self, rule: Rule) -> None:
+    def _recover(self, rule: Rule) -> None:
         self._count.pop(rule.title, None)
-        self._low_since.pop(rule.title, None)
-        self._rung.discard(rule.title)
-
-    @staticmethod
-    def _alarm(rule: Rule, step: int, value: float, best: float, since: int | None) -> Alarm:
-        was = (
-            f"{step - since} steps without leaving this state"
-            if since is not None
-            else f"it was {best:.3g}"
-        )
-        return Alarm(
-            rule.title,
-            f"step {step}: {rule.key} is {value:.3g}, {was}: {rule.looks}. {rule.others}.",
-            rule.collapse,
-        )
+        self._bad_since.pop(rule.title, None)
+        self._raised.discard(rule.title)

@@ -1,4 +1,4 @@
-"""Pictures that a run leaves in its folder: grids of views, and of queries with their nearest neighbours."""
+"""Pictures that a run saves: views as the network sees them, and queries with their neighbors."""
 
 from __future__ import annotations
 
@@ -6,50 +6,57 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 
 NUM_IMAGES = 8
-RIGHT, WRONG = (0.18, 0.56, 0.36), (0.78, 0.27, 0.24)
+BORDER = 3  # pixels of the frame around a neighbor
+GREEN, RED = (0.18, 0.56, 0.36), (0.78, 0.27, 0.24)
 
 
-def views(views: list[Tensor], mean: list[float], std: list[float]) -> Tensor:
-    """One row an image, its views side by side as the network sees them, for the first 8 images: (3, height, width) in [0, 1]."""
-    size = max(view.shape[-1] for view in views)
-    undo = [
-        view[:NUM_IMAGES].float().cpu() * torch.tensor(std).view(3, 1, 1)
-        + torch.tensor(mean).view(3, 1, 1)
-        for view in views
-    ]
-    padded = [
-        torch.nn.functional.pad(
-            view, (0, size - view.shape[-1], 0, size - view.shape[-2]), value=1.0
-        )
-        for view in undo
-    ]
-    return make_grid(
-        torch.stack(padded, dim=1).flatten(0, 1), nrow=len(views), padding=2, pad_value=1.0
-    ).clamp(0, 1)
-
-
-def neighbours(queries: Tensor, nearest: Tensor, right: Tensor) -> Tensor:
-    """A row a query: the query, then its neighbours in a frame, green where `right`: (3, height, width) in [0, 1].
+def view_grid(views: list[Tensor], mean: list[float], std: list[float]) -> Tensor:
+    """Draw the views of the first images, one row per image.
 
     Args:
-        queries: uint8 (num, 3, size, size).
-        nearest: uint8 (num, k, 3, size, size).
-        right: bool (num, k).
+        views: Normalized views, each (batch, 3, size, size).
+        mean: Channel means that the normalization subtracted.
+        std: Channel deviations that the normalization divided by.
+
+    Returns:
+        Picture (3, height, width) in [0, 1].
     """
-    border = 3
-    shown = torch.cat([queries[:, None], nearest], dim=1).float() / 255
-    framed = torch.nn.functional.pad(shown, (border, border, border, border), value=1.0)
-    colours = torch.where(right[..., None], torch.tensor(RIGHT), torch.tensor(WRONG))
+    size = max(view.shape[-1] for view in views)
+    offset, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    columns = []
+    for view in views:
+        pixels = view[:NUM_IMAGES].float().cpu() * scale + offset
+        height, width = view.shape[-2:]
+        columns.append(F.pad(pixels, (0, size - width, 0, size - height), value=1.0))
+    rows = torch.stack(columns, dim=1).flatten(0, 1)
+    return make_grid(rows, nrow=len(views), padding=2, pad_value=1.0).clamp(0, 1)
+
+
+def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Tensor:
+    """Draw one row per query: the query, then its neighbors in frames, green if of its class.
+
+    Args:
+        queries: uint8 (num_queries, 3, size, size).
+        neighbors: uint8 (num_queries, k, 3, size, size).
+        same_class: bool (num_queries, k).
+
+    Returns:
+        Picture (3, height, width) in [0, 1].
+    """
+    images = torch.cat([queries[:, None], neighbors], dim=1).float() / 255
+    framed = F.pad(images, (BORDER, BORDER, BORDER, BORDER), value=1.0)
+    colors = torch.where(same_class[..., None], torch.tensor(GREEN), torch.tensor(RED))
     frame = torch.ones(framed.shape[-2:], dtype=torch.bool)
-    frame[border:-border, border:-border] = False
-    framed[:, 1:] = torch.where(frame, colours[..., None, None], framed[:, 1:])
+    frame[BORDER:-BORDER, BORDER:-BORDER] = False
+    framed[:, 1:] = torch.where(frame, colors[..., None, None], framed[:, 1:])
     return make_grid(framed.flatten(0, 1), nrow=framed.shape[1], padding=2, pad_value=1.0)
 
 
-def save(picture: Tensor, path: Path) -> Path:
+def save(picture: Tensor, path: Path) -> None:
+    """Write a picture as PNG, in a folder that is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(picture, path)
-    return path

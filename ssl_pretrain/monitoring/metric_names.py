@@ -1,130 +1,137 @@
-"""Every number of metrics.jsonl, named for people: its group, its title, what it means. W&B, the dashboard and the report share it."""
+"""Titles and descriptions of the metrics of a run, and their names in earlier versions.
+
+W&B, the dashboard and the HTML reports take the group and the title of a metric from here.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 class Curve(NamedTuple):
     group: str
     title: str
-    about: str = ""
-    percent: bool = False  # a share in [0, 1], shown times 100
+    description: str = ""
+    percent: bool = False  # a fraction in [0, 1], shown times 100
 
 
-LEARNING, COLLAPSE, NETWORK, SPEED, EVALUATION = (
-    "Learning",
-    "Collapse",
-    "Network",
-    "Speed",
-    "Evaluation",
-)
+LEARNING, COLLAPSE, NETWORK = "Learning", "Collapse", "Network"
+SPEED, EVALUATION = "Speed", "Evaluation"
 GROUPS = (LEARNING, COLLAPSE, EVALUATION, NETWORK, SPEED)
+SPREAD, SPECTRUM = f"{COLLAPSE}/spread of the dimensions", f"{COLLAPSE}/spectrum"
+VIEWS_PICTURE, NEIGHBORS_PICTURE = "Pictures/views", "Pictures/nearest neighbors"
 CURVES = {
     "loss": Curve(
-        LEARNING, "loss", "what is minimized; it may fall while the representation collapses"
+        LEARNING, "loss", "the objective; it can fall while the representation collapses"
     ),
     "knn": Curve(
-        LEARNING,
-        "k-NN accuracy",
-        "of frozen features, on training images held out of the bank",
-        percent=True,
+        LEARNING, "k-NN accuracy", "frozen features, on training images outside the bank", True
     ),
-    "probe": Curve(
-        LEARNING, "linear accuracy", "of the same features, on the same images", percent=True
-    ),
+    "probe": Curve(LEARNING, "linear accuracy", "the same features on the same images", True),
     "lr": Curve(LEARNING, "learning rate"),
     "weight_decay": Curve(LEARNING, "weight decay"),
     "skipped_steps": Curve(
-        LEARNING, "skipped steps", "whose gradient was not finite, since the record before"
+        LEARNING, "skipped steps", "steps since the last record whose gradient was not finite"
     ),
     "replaced_images": Curve(
-        LEARNING, "replaced images", "which could not be read, since the record before"
+        LEARNING, "replaced images", "unreadable images since the last record"
     ),
     "replay_error": Curve(
-        LEARNING, "replay error", "largest difference between the two passes over a part"
+        LEARNING,
+        "replay error",
+        "largest difference between the two forward passes over a micro-batch",
     ),
     "rankme": Curve(
-        COLLAPSE, "RankMe", "effective rank of the embeddings, uncentred; 1 is collapsed"
+        COLLAPSE, "RankMe", "effective rank of the embeddings, not centered; 1 means collapse"
     ),
     "effective_rank_centered": Curve(
-        COLLAPSE, "effective rank, centred", "of what differs between images"
+        COLLAPSE, "effective rank, centered", "effective rank of what differs between images"
     ),
     "rank_share": Curve(
         COLLAPSE,
-        "effective rank over the most possible",
-        "centred, over min(images - 1, dimension)",
+        "relative effective rank",
+        "centered effective rank over its maximum, min(images - 1, dimension)",
     ),
     "top5_ratio": Curve(
         COLLAPSE,
         "variance in five directions",
-        "share of the covariance's first five eigenvalues",
-        percent=True,
+        "share of the five largest eigenvalues of the covariance",
+        True,
     ),
     "embedding_std": Curve(
         COLLAPSE,
         "spread",
-        "deviation of unit-length embeddings times sqrt(dim): 1 is uniform, 0 collapsed",
+        "standard deviation of unit-length embeddings times sqrt(dim): 1 is uniform, 0 collapsed",
     ),
     "embedding_std_min": Curve(COLLAPSE, "spread of the flattest dimension"),
     "embedding_scale": Curve(
         COLLAPSE,
         "deviation before normalization",
-        "mean over dimensions; toward 0 the embeddings shrink to a point",
+        "mean over dimensions; near 0 the embeddings shrink to a point",
     ),
-    "uniformity": Curve(COLLAPSE, "uniformity", "0 is collapsed, -4 the best"),
+    "uniformity": Curve(COLLAPSE, "uniformity", "0 is collapsed, -4 is best"),
     "alignment": Curve(
-        COLLAPSE, "alignment", "squared distance of two views of an image: 0 the same, 2 unrelated"
+        COLLAPSE, "alignment", "squared distance of two views of an image: 0 equal, 2 unrelated"
     ),
     "pair_cosine": Curve(COLLAPSE, "cosine of positive pairs"),
     "positive_rank": Curve(
-        COLLAPSE, "rank of the positive", "among all images of the batch: 1 is first"
+        COLLAPSE, "rank of the positive", "among all images of the batch; 1 is first"
     ),
     "positive_chance": Curve(
         COLLAPSE,
-        "rank of the positive over chance's",
-        "1: an image's other view cannot be told from others'",
+        "rank of the positive relative to chance",
+        "1 means the two views of an image cannot be matched",
     ),
     "prototype_usage": Curve(
-        COLLAPSE,
-        "prototypes in use",
-        "over the most that the measured images can reach",
-        percent=True,
+        COLLAPSE, "prototypes in use", "share of those that the measured images can reach", True
     ),
     "prototype_entropy": Curve(
         COLLAPSE,
         "evenness of prototypes",
-        "entropy of the assignments over the most possible: 0 is one for all",
+        "entropy of the assignments over its maximum; at 0 one prototype has all images",
     ),
     "feature_rank_centered": Curve(
-        COLLAPSE, "effective rank of the features", "of the backbone's output, centred"
+        COLLAPSE, "effective rank of the features", "the backbone's output, centered"
     ),
-    "alpha_req": Curve(COLLAPSE, "alpha-ReQ", "decay of the features' spectrum; about 1 is best"),
-    "teacher_distance": Curve(NETWORK, "teacher from student", "over the student's size"),
+    "alpha_req": Curve(
+        COLLAPSE, "alpha-ReQ", "decay exponent of the features' spectrum; about 1 is best"
+    ),
+    "teacher_distance": Curve(
+        NETWORK, "distance of teacher and student", "relative to the norm of the student"
+    ),
     "gradient_norm": Curve(NETWORK, "gradient, all", "before clipping"),
     "images_per_second": Curve(SPEED, "images per second"),
-    "seconds_per_step": Curve(SPEED, "seconds a step"),
-    "data_wait": Curve(
-        SPEED, "waiting for images", "share of the time, of the slowest rank", percent=True
-    ),
-    "straggler": Curve(SPEED, "slowest rank", "which the others wait for where a step begins"),
-    "straggler_seconds": Curve(SPEED, "seconds waited for it"),
+    "seconds_per_step": Curve(SPEED, "seconds per step"),
+    "data_wait": Curve(SPEED, "waiting for images", "share of the time, on the slowest rank", True),
+    "straggler": Curve(SPEED, "slowest rank", "the rank that the others wait for"),
+    "straggler_seconds": Curve(SPEED, "seconds spent waiting for the slowest rank"),
     "memory_gib": Curve(
-        SPEED, "memory, GiB", "most that a rank held: of its GPU, or of the host's"
+        SPEED, "memory, GiB", "largest peak of any rank, on its GPU or on the host"
     ),
     "model_tflops": Curve(
-        SPEED, "model TFLOP/s of a rank", "forward, twice that backward, and the teacher's forward"
+        SPEED, "model TFLOP/s per rank", "forward, backward, and the teacher's forward"
     ),
     "flops_utilization": Curve(
-        SPEED, "model FLOPs utilization", "of the GPU's peak in bfloat16", percent=True
+        SPEED, "model FLOPs utilization", "share of the GPU's peak in bfloat16", True
     ),
 }
 AXES = ("step", "epoch", "evaluated_step")
 PREFIXES = {"gradient_norm_": "gradient, ", "update_ratio_": "update over weights, "}
 
+# Metrics and files of runs made by earlier versions, with their present names.
+RENAMED = {
+    "alarms.jsonl": "alerts.jsonl",
+    "neighbours": "neighbors",
+    "neighbour_cosine": "neighbor_cosine",
+}
 
-def of(key: str) -> Curve:
-    """The curve of a key; a method's own terms are of the group Learning, under their own names."""
+
+def curve(key: str) -> Curve:
+    """Return the group, title and description of a metric.
+
+    Metrics that only one method has are in the group Learning, under their own names.
+    """
     if key in CURVES:
         return CURVES[key]
     for prefix, title in PREFIXES.items():
@@ -133,11 +140,22 @@ def of(key: str) -> Curve:
     return Curve(LEARNING, key.replace("_", " "))
 
 
-def name(key: str) -> str:
-    """What W&B calls it: Group/title; the axes keep their names."""
-    return key if key in AXES else "/".join(of(key)[:2])
+def display_name(key: str) -> str:
+    """Return the name of a metric in W&B, ``Group/title``. Axes keep their names."""
+    return key if key in AXES else "/".join(curve(key)[:2])
 
 
 def evaluation(result: str, column: str) -> str:
-    """What W&B calls the accuracy of the pretrained features in one column of an evaluation."""
+    """Return the name in W&B of one column of an evaluation of the pretrained features."""
     return f"{EVALUATION}/{result}, {column}"
+
+
+def with_current_names(record: dict[str, Any]) -> dict[str, Any]:
+    """Rename the metrics of a record that an earlier version wrote."""
+    return {RENAMED.get(key, key): value for key, value in record.items()}
+
+
+def existing_paths(run: Path, name: str) -> list[Path]:
+    """Return the paths in a run folder under a name and its earlier names, the earliest first."""
+    earlier = [old for old, new in RENAMED.items() if new == name]
+    return [path for path in (run / each for each in (*earlier, name)) if path.exists()]

@@ -276,5 +276,5 @@ def test_a_reader_that_leaves_ends_neither_training_nor_evaluation(tmp_path):
         env=os.environ | {"PYTHONPATH": str(commands.ROOT)}, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "warning: stdout is closed (Broken pipe); going on without it" in done.stderr
+    assert "warning: stdout is closed (Broken pipe); continuing without it" in done.stderr
     assert newest_step(run) == 8 and (run / "eval" / "knn.json").exists()

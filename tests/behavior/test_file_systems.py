@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_for_the_log_ends_a_run_saved_and_retryable(config, 
     """Told to stop: the steps done are saved, the status is the one that torchrun and SLURM start again, and the file is named."""
     finished = commands.run(*TRAIN, config, "epochs=10", LD_PRELOAD=lacking, FULL="metrics.jsonl")
     assert finished.status == 74, finished.text
-    said = f"error: {tmp_path / 'run' / 'metrics.jsonl'} could not be written: No space left on device. What was written before is whole"
+    said = f"error: {tmp_path / 'run' / 'metrics.jsonl'} could not be written: No space left on device. What was written before is complete"
     assert said in finished.stderr
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     finished = commands.run(*TRAIN, config, "epochs=10", "--stop-after", "1")

@@ -63,10 +63,7 @@ def test_wandb_told_not_to_send_sends_nothing(
     assert finished.status == 0, finished.text
     assert asked == []
     if override == "log.wandb=online":
-        assert (
-            f"W&B: off, as {variable}={value} says, although log.wandb is online; nothing is sent"
-            in finished.stdout
-        )
+        assert f"W&B: off, because {variable}={value} overrides log.wandb=online" in finished.stdout
     assert (tmp_path / "run" / "wandb").exists() == (value == "offline")
 
 

@@ -172,7 +172,7 @@ def test_queries_from_the_training_part_leave_the_bank(made):
 
 def test_k_must_fit_the_images(made):
     with pytest.raises(
-        ValueError, match="k: 1298 neighbours cannot be found among 1297 training images"
+        ValueError, match="k: 1298 neighbors cannot be found among 1297 training images"
     ):
         knn.evaluate(runs.load_run(made, device="cpu"), k=1298)
 

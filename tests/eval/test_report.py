@@ -90,7 +90,7 @@ def write_metrics(run, num=40):
 
 def write_monitors(run):
     """What the monitors leave: an alarm, two sets of curves, two pictures of neighbours, an earlier evaluation."""
-    (run / "alarms.jsonl").write_text(
+    (run / "alerts.jsonl").write_text(
         json.dumps({"title": "collapse", "text": "moved <together>", "time": 1.0}) + "\n"
     )
     plots = [
@@ -104,9 +104,9 @@ def write_monitors(run):
         for step in (5, 40)
     ]
     (run / "plots.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in plots))
-    (run / "neighbours").mkdir()
+    (run / "neighbors").mkdir()
     for step in (5, 40):
-        save_image(torch.rand(3, 30, 40), run / "neighbours" / f"step_{step:08d}.png")
+        save_image(torch.rand(3, 30, 40), run / "neighbors" / f"step_{step:08d}.png")
     earlier = json.loads((run / "eval" / "knn.json").read_text()) | {"step": 3}
     (run / "eval" / "step_00000003").mkdir()
     (run / "eval" / "step_00000003" / "knn.json").write_text(json.dumps(earlier))

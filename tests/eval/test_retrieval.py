@@ -43,7 +43,7 @@ def test_chunks_change_nothing(monkeypatch):
     bank, queries = (torch.randn(n, 5, generator=generator) for n in (40, 23))
     labels, truth = (torch.randint(3, (n,), generator=generator) for n in (40, 23))
     whole, pairs = measures(bank, labels, queries, truth), near_duplicates(bank, 0.9)
-    monkeypatch.setattr(retrieval.online_knn, "SIMILARITIES", 40 * 3)
+    monkeypatch.setattr(retrieval.weighted_knn, "MAX_SIMILARITIES", 40 * 3)
     assert (
         measures(bank, labels, queries, truth) == pytest.approx(whole)
         and near_duplicates(bank, 0.9)[1] == pairs[1]

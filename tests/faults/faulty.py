@@ -113,7 +113,7 @@ class Fault:
         preflight.watched = watched
 
     def plant_knn(self) -> None:
-        real = online_knn.OnlineKNN._own_features
+        real = online_knn.OnlineKNN._embed
 
         def features(monitor, *arguments):
             if self.here():
@@ -121,7 +121,7 @@ class Fault:
                 raise RuntimeError("planted in k-NN")
             return real(monitor, *arguments)
 
-        online_knn.OnlineKNN._own_features = features
+        online_knn.OnlineKNN._embed = features
 
     def plant_differ(self) -> None:
         build = build_.build_method

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
+import wandb_file
 from made_run import edit_manifest, make_run
 
 from ssl_pretrain.checkpoint import folder as manifests
@@ -19,7 +20,6 @@ from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.html import sections
 from ssl_pretrain.fault_tolerance.run_lock import Lock
 from ssl_pretrain.launch import dashboard, evaluate, local
-from ssl_pretrain.monitoring.wandb import offline_file
 
 LOCAL = ["--cluster", "local"]
 
@@ -95,7 +95,7 @@ def test_every_checkpoint_is_judged_once_and_kept_by_step(run, capsys):
     (log,) = (run / "wandb").glob("offline-run-*/*.wandb")
     sent = {
         row["step"]: row["Evaluation/knn, clean"]
-        for row in offline_file.history(log)
+        for row in wandb_file.history(log)
         if "Evaluation/knn, clean" in row
     }
     assert sent == {one["step"]: one["rows"][-1]["metrics"]["clean"] for one in by_step}

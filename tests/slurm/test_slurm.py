@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import wandb_file
 
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.monitoring import metric_names
-from ssl_pretrain.monitoring.wandb import offline_file
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "cluster.sh"
@@ -123,8 +123,8 @@ def wandb_steps(run):
     return [
         row["_step"]
         for file in files
-        for row in offline_file.history(file)
-        if metric_names.name("loss") in row
+        for row in wandb_file.history(file)
+        if metric_names.display_name("loss") in row
     ]
 
 

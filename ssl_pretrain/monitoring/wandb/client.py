@@ -1,7 +1,8 @@
-"""The Weights & Biases client, in a process of its own: whatever the network does, the training does not wait for it.
+"""The Weights & Biases client. It is a process of its own, so the training never waits for a network.
 
-It reads one JSON message a line from its standard input and answers with lines for people. Where the server cannot be reached,
-or refuses, the run is kept offline under the same id, for `wandb sync`. The end of the input ends the run.
+It reads one JSON message per line from standard input and prints lines for the user. If the server
+cannot be reached or refuses, the run is kept offline under the same id, for `wandb sync`. The end
+of the input ends the run.
 """
 
 from __future__ import annotations
@@ -21,78 +22,80 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_pretrain.monitoring import metric_names
-from ssl_pretrain.monitoring.wandb import offline_file
-from ssl_pretrain.monitoring.wandb import run as wandb_run
+from ssl_pretrain.monitoring.wandb import evaluations
+from ssl_pretrain.system import durable_files
 
-START_SECONDS = 20  # to reach the server, before the run is kept offline
-TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # from a process to the one that it becomes in `start_over`
-FINISH_SECONDS = 300  # for what is still on its way at the end
+START_SECONDS = 20  # longest wait for the server, before the run is kept offline
+FINISH_SECONDS = 300  # longest wait at the end for what is still to be sent
+TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # hands the temporary folder over in `restart`
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Client:
-    """One run at W&B: the records of one training, in the order of their steps, each step once."""
+    """One run at W&B, with the records of one training in the order of their steps.
+
+    The name of each public method is a message's kind, and its parameters are the message.
+    """
 
     def __init__(self, settings: dict[str, Any]):
         import wandb
 
         self.wandb: Any = wandb
         self.folder = Path(settings["dir"])
-        (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
-        arguments = {
-            key: settings[key] for key in ("project", "name", "id", "dir", "config", "tags")
-        }
+        self.run_id = settings["id"]
         self.online = settings["mode"] == "online"
+        (self.folder / "wandb").mkdir(parents=True, exist_ok=True)
         try:
-            self.run = wandb.init(
-                **arguments,
-                mode=settings["mode"],
-                resume="allow" if self.online else None,
-                settings=self._settings(),
-            )
-        except Exception as error:  # whatever the client raises
+            self.run = self._init(settings)
+        except Exception as error:  # the library raises errors of many types
             if not self.online:
                 raise
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             command = shlex.join(["wandb", "sync", str(self.folder / "wandb")])
-            say(f"W&B: not reached ({reason}); the run is kept offline, `{command}` sends it later")
-            start_over(settings | {"mode": "offline"})
+            say(f"W&B: not reached ({reason}). The run is kept offline; `{command}` sends it later")
+            restart(settings | {"mode": "offline"})
         if self.online:
             say(f"W&B: {self.run.url}")
-        self.done = (
-            -1 if self.online else offline_file.last_step(self.folder, settings["id"])
-        )  # online, the server knows
-        self.latest = max(self.done, self.run.step - 1)
-        for axis in metric_names.AXES:
-            self.run.define_metric(axis)
-        self.run.define_metric("*", step_metric="step")
-        self.run.define_metric(f"{metric_names.EVALUATION}/*", step_metric="evaluated_step")
-        self.run.define_metric(metric_names.name("loss"), step_metric="step", summary="min")
-        self.run.define_metric(metric_names.name("knn"), step_metric="step", summary="max")
+        # The server ignores steps that it has. Offline, this process has to.
+        self.first_new_step = 0 if self.online else read_last_step(self.folder, self.run_id) + 1
+        self.last_step = max(self.first_new_step, self.run.step) - 1
 
-    def _settings(self) -> Any:
-        return self.wandb.Settings(
-            init_timeout=START_SECONDS,
-            login_timeout=START_SECONDS,
-            console="off",
-            silent=True,
-            x_disable_stats=True,
+    def _init(self, settings: dict[str, Any]) -> Any:
+        names = ("project", "name", "id", "dir", "config", "tags")
+        run = self.wandb.init(
+            **{name: settings[name] for name in names},
+            mode=settings["mode"],
+            resume="allow" if self.online else None,
+            settings=self.wandb.Settings(
+                init_timeout=START_SECONDS,
+                login_timeout=START_SECONDS,
+                console="off",
+                silent=True,
+                x_disable_stats=True,
+            ),
         )
+        for axis in metric_names.AXES:
+            run.define_metric(axis)
+        run.define_metric("*", step_metric="step")
+        run.define_metric(f"{metric_names.EVALUATION}/*", step_metric="evaluated_step")
+        run.define_metric(metric_names.display_name("loss"), step_metric="step", summary="min")
+        run.define_metric(metric_names.display_name("knn"), step_metric="step", summary="max")
+        return run
 
-    def record(self, record: dict[str, Any], plots: dict[str, list[float]] | None = None) -> None:
-        """One record of metrics.jsonl under its names for people, and one evaluation that came since."""
+    def record(self, record: dict[str, Any], curves: dict[str, list[float]] | None = None) -> None:
+        """Log a record of metrics.jsonl, and one evaluation if there is a new one."""
         step = record["step"]
-        if step <= self.done:
+        if step < self.first_new_step:
             return
         row: dict[str, Any] = {
-            metric_names.name(key): value for key, value in record.items() if key != "time"
+            metric_names.display_name(key): value for key, value in record.items() if key != "time"
         }
-        if plots:
-            row[f"{metric_names.COLLAPSE}/spread of the dimensions"] = self.wandb.Histogram(
-                plots["deviations"], num_bins=32
-            )
-            row[f"{metric_names.COLLAPSE}/spectrum"] = self.wandb.plot.line_series(
-                xs=plots["spectrum_index"],
-                ys=[plots["spectrum"]],
+        if curves:
+            deviations, variances = curves["deviations"], curves["spectrum"]
+            row[metric_names.SPREAD] = self.wandb.Histogram(deviations, num_bins=32)
+            row[metric_names.SPECTRUM] = self.wandb.plot.line_series(
+                xs=curves["spectrum_index"],
+                ys=[variances],
                 keys=[f"step {step}"],
                 title="Covariance spectrum",
                 xname="eigenvalue",
@@ -100,65 +103,88 @@ class Client:
         self._log(row | next(self._evaluations(), {}), step)
 
     def image(self, key: str, path: str, caption: str, step: int) -> None:
-        if step > self.done:
+        """Log a picture."""
+        if step >= self.first_new_step:
             self._log({key: self.wandb.Image(path, caption=caption)}, step)
 
-    def _log(self, row: dict[str, Any], step: int) -> None:
-        self.latest = max(self.latest, step)
-        self.run.log(row, step=step)
-
-    def alert(self, title: str, text: str, tag: str = "") -> None:
+    def alert(self, title: str, text: str, tag: str) -> None:
+        """Raise an alert and tag the run."""
         self.run.alert(title=title, text=text, level=self.wandb.AlertLevel.ERROR)
-        if tag and tag not in (self.run.tags or ()):
+        if tag not in (self.run.tags or ()):
             self.run.tags = (*(self.run.tags or ()), tag)
         self.run.summary["health"] = f"{title}: {text}"
 
-    def rest(self) -> None:
-        """The evaluations that no record took along: at the training's last step, unless W&B was told of none."""
-        last = self.latest
+    def log_evaluations(self) -> None:
+        """Log the evaluations that went with no record, at steps after the training's last one."""
+        last_step = self.last_step
         for row in self._evaluations():
-            self._log({"step": max(last, row["evaluated_step"])} | row, self.latest + 1)
+            step = max(last_step, row["evaluated_step"])
+            self._log({"step": step} | row, self.last_step + 1)
+
+    def _log(self, row: dict[str, Any], step: int) -> None:
+        self.run.log(row, step=step)
+        self.last_step = max(self.last_step, step)
+        write_last_step(self.folder, self.run_id, self.last_step)
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
-        """Of RUN/eval/, those not sent yet, one after the other; each with the step whose weights it judged."""
-        for key, content, written in wandb_run.unsent(self.folder):
-            metrics: dict[str, float] = next(
-                (row["metrics"] for row in written["rows"] if row["features"] == "pretrained"), {}
-            )
-            wandb_run.note_sent(self.folder, key, content)
-            yield {"evaluated_step": written["step"]} | {
-                metric_names.evaluation(written["name"], column): value
+        """Yield the new results in RUN/eval/, each with the step whose weights were evaluated."""
+        for key, content, result in evaluations.unsent(self.folder):
+            pretrained = (row for row in result["rows"] if row["features"] == "pretrained")
+            metrics: dict[str, float] = next(pretrained, {"metrics": {}})["metrics"]
+            evaluations.mark_sent(self.folder, key, content)
+            yield {"evaluated_step": result["step"]} | {
+                metric_names.evaluation(result["name"], column): value
                 for column, value in metrics.items()
             }
 
 
-def use_own_temporary_folder() -> Path:
-    """Make W&B's library keep its temporary files in one folder, which goes with this process: it ends too early to do that."""
+def read_last_step(folder: Path, run_id: str) -> int:
+    """Return the last step that any client of this run has logged, or -1."""
+    with suppress(OSError, ValueError):
+        return int((folder / "wandb" / f"last_step_{run_id}").read_text())
+    return -1
+
+
+def write_last_step(folder: Path, run_id: str, step: int) -> None:
+    """Note the last logged step, so that a resumed offline run does not log it again."""
+    with suppress(OSError):
+        durable_files.replace(folder / "wandb" / f"last_step_{run_id}", f"{step}\n")
+
+
+def use_temporary_folder() -> Path:
+    """Make W&B's library keep its temporary files in one folder, which `leave` removes.
+
+    The process ends too early for the library to remove them.
+    """
     folder = os.environ.get(TEMPORARY) or tempfile.mkdtemp(prefix="ssl_pretrain-wandb-")
     os.environ[TEMPORARY] = os.environ["TMPDIR"] = tempfile.tempdir = folder
     return Path(folder)
 
 
-def start_over(settings: dict[str, Any]) -> NoReturn:
-    """This process anew, with the messages not read yet. What an attempt left behind in W&B's library and service, which may hold
-    the run's id for as long as their requests take, cannot reach into the next one."""
-    with tempfile.TemporaryFile() as handed:
-        handed.write(json.dumps(settings).encode())
-        handed.seek(0)
-        os.set_inheritable(handed.fileno(), True)
+def restart(settings: dict[str, Any]) -> NoReturn:
+    """Replace this process by a new one with other settings, which reads the remaining messages.
+
+    A failed attempt leaves threads and a service in W&B's library. They may hold the run's id for
+    as long as their requests take, and must not reach the next attempt.
+    """
+    with tempfile.TemporaryFile() as file:
+        file.write(json.dumps(settings).encode())
+        file.seek(0)
+        os.set_inheritable(file.fileno(), True)
         environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "ssl_pretrain.monitoring.wandb.client", str(handed.fileno())],
-            environment,
-        )
+        module = "ssl_pretrain.monitoring.wandb.client"
+        command = [sys.executable, "-m", module, str(file.fileno())]
+        os.execve(sys.executable, command, environment)
 
 
-def first_message() -> dict[str, Any]:
-    """The run's settings: from the process before this one, else the first line, of which no byte too many is read."""
+def read_settings() -> dict[str, Any]:
+    """Return the run's settings, from the process that restarted or from the first line of input.
+
+    The line is read byte by byte, so that a restarted process finds the rest of the input.
+    """
     if sys.argv[1:]:
-        with open(int(sys.argv[1]), "rb") as handed:
-            return json.loads(handed.read())
+        with open(int(sys.argv[1]), "rb") as file:
+            return json.loads(file.read())
     line = b""
     while not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
         line += byte
@@ -166,58 +192,43 @@ def first_message() -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # client.log
-    with suppress(OSError, ValueError):  # nobody may be listening any more
+    """Print a line to client.log and, if the training still listens, to the training."""
+    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):
         print(line, flush=True)
 
 
-def lines(patience: float) -> Iterator[dict[str, Any] | None]:
-    """The messages; None whenever none came for `patience` seconds."""
-    waiting: queue.Queue[str | None] = queue.Queue()
+def read_messages(timeout: float) -> Iterator[dict[str, Any] | None]:
+    """Yield the messages, and None whenever `timeout` seconds pass without one."""
+    lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
-            waiting.put(line)
-        waiting.put(None)
+            lines.put(line)
+        lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     while True:
         try:
-            line = waiting.get(timeout=patience)
+            line = lines.get(timeout=timeout)
         except queue.Empty:
             yield None
             continue
         if line is None:
             return
-        with suppress(ValueError):  # cut short by a kill
+        with suppress(ValueError):  # a kill cut the line short
             yield json.loads(line)
 
 
-def main() -> None:
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR2,
-        signal.SIGHUP,
-    ):  # meant for the training, which says when it ends
-        signal.signal(number, signal.SIG_IGN)
-    temporary = use_own_temporary_folder()
-    try:
-        serve(first_message(), temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def serve(first: dict[str, Any], temporary: Path) -> None:
-    """Passes the messages on until they end, and ends this process."""
-    client = Client(first)
+def serve(settings: dict[str, Any], temporary: Path) -> NoReturn:
+    """Pass on the messages until they end, and end this process."""
+    client = Client(settings)
     closed, stalled = False, False
-    for message in lines(first["stall_seconds"]):
+    for message in read_messages(settings["stall_seconds"]):
         if message is None:
             if not stalled:
-                client.alert(
-                    "stalled", f"no step ended for {first['stall_seconds']:.0f} seconds", "stalled"
-                )
+                text = f"no step ended for {settings['stall_seconds']:.0f} seconds"
+                client.alert("stalled", text, "stalled")
             stalled = True
             continue
         stalled, kind = False, message.pop("kind")
@@ -225,7 +236,7 @@ def serve(first: dict[str, Any], temporary: Path) -> None:
             closed = True
         else:
             getattr(client, kind)(**message)
-    client.rest()
+    client.log_evaluations()
     threading.Timer(FINISH_SECONDS, lambda: leave(1, temporary)).start()
     client.run.finish(exit_code=0 if closed else 1)
     say("W&B: finished")
@@ -236,6 +247,16 @@ def leave(status: int, temporary: Path) -> NoReturn:
     """End at once, without waiting for the library's threads."""
     shutil.rmtree(temporary, ignore_errors=True)
     os._exit(status)
+
+
+def main() -> None:
+    for number in IGNORED_SIGNALS:  # meant for the training, which closes the input when it ends
+        signal.signal(number, signal.SIG_IGN)
+    temporary = use_temporary_folder()
+    try:
+        serve(read_settings(), temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

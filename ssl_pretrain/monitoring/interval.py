@@ -1,0 +1,93 @@
+"""Training metrics between two records."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain.distributed import collectives
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One interval over all ranks. Every rank has the same, except for the seconds."""
+
+    logs: dict[str, float]  # means over steps and ranks; `skipped_steps` is a sum over steps
+    num_steps: int
+    seconds: float
+    data_wait: float  # fraction of the time spent waiting for data, on the slowest rank
+    memory_gib: float  # largest peak of any rank
+    flags: list[bool]  # one per flag, True if it is set on any rank
+
+
+class Interval:
+    """Sums of what the steps report. They stay on the device until the interval ends."""
+
+    def __init__(self, first_step: int):
+        self._restart(first_step)
+
+    def _restart(self, step: int) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._start, self._start_step, self._seconds_waited = time.monotonic(), step, 0.0
+
+    def time_waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the batches and add up the time that each took to arrive."""
+        while True:
+            start = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._seconds_waited += time.monotonic() - start
+            yield batch
+
+    def add(self, logs: dict[str, Tensor]) -> None:
+        """Add the scalars of one step. Nothing waits for the device."""
+        for name, value in logs.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def finish(self, step: int, flags: Sequence[bool]) -> Summary:
+        """End the interval after `step` and start the next one.
+
+        This is the only place where the host waits for the device.
+
+        Args:
+            step: Optimizer steps done.
+            flags: Conditions of this rank that the others need to know of.
+        """
+        num_steps = max(1, step - self._start_step)
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        status = torch.tensor([self._seconds_waited / seconds, peak_memory_gib(), *flags])
+        sums = torch.stack(
+            [
+                value.double() if value.device.type == "cpu" else value.float()
+                for value in self._sums.values()
+            ]
+        )
+        by_rank = collectives.gather(torch.cat([sums, status.to(sums)])[None]).cpu()
+        means = (by_rank[:, : len(sums)].sum(0) / len(by_rank)).tolist()
+        data_wait, memory, *any_flag = by_rank[:, len(sums) :].amax(0).tolist()
+        logs = {
+            name: total if name == "skipped_steps" else total / num_steps
+            for name, total in zip(self._sums, means)
+        }
+        self._restart(step)
+        return Summary(logs, num_steps, seconds, data_wait, memory, [flag > 0 for flag in any_flag])
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this rank so far: of its GPU, or of the host without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

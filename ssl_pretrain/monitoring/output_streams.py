@@ -1,0 +1,88 @@
+"""Standard output and error that a run survives the loss of."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+TEMPORARY_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)  # the disk may have room again
+
+
+class LastingStream:
+    """A stream that never raises, even after `tee` was killed or the log's disk is full.
+
+    Lines that cannot be written are dropped. A stream without a reader is replaced by the null
+    device, and the other stream reports that once.
+    """
+
+    def __init__(self, stream: TextIO, name: str):
+        self._stream, self._name = stream, name
+        self._closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._handle(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._handle(error)
+
+    def discard_unwritten(self) -> None:
+        """Drop lines that cannot be written, which would make Python fail as it exits."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._redirect_to_null()
+
+    def _handle(self, error: OSError) -> None:
+        if self._closed or error.errno in TEMPORARY_ERRORS:
+            return
+        self._closed = True
+        self._redirect_to_null()
+        other = sys.stderr if self._name == "stdout" else sys.stdout
+        text = f"warning: {self._name} is closed ({error.strerror}); continuing without it"
+        print(text, file=other, flush=True)
+
+    def _redirect_to_null(self) -> None:
+        with suppress(OSError, ValueError):
+            _open_null_device(self._stream.fileno())
+            self._stream.flush()
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Survive the loss of standard output and error, which may also be closed from the start."""
+    previous, streams = (sys.stdout, sys.stderr), []
+    for descriptor, name, stream in ((1, "stdout", sys.stdout), (2, "stderr", sys.stderr)):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file to be opened would receive the output
+            _open_null_device(descriptor)
+        stream = stream or os.fdopen(descriptor, "w", closefd=False)
+        streams.append(LastingStream(stream, name))
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.discard_unwritten()
+        sys.stdout, sys.stderr = previous
+
+
+def _open_null_device(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)

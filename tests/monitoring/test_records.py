@@ -1,0 +1,52 @@
+"""Record files of this version and of earlier ones."""
+
+from __future__ import annotations
+
+import json
+
+from ssl_pretrain.eval.html import sections
+from ssl_pretrain.monitoring import metric_names, records
+
+
+def test_records_have_one_entry_per_step_in_order_without_the_line_that_was_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 4, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 4, "loss": 3}\n{"step": 6, "lo'
+    )
+    assert records.read(path) == [{"step": 2, "loss": 2}, {"step": 4, "loss": 3}]
+    assert records.read(tmp_path / "missing.jsonl") == []
+
+
+def test_non_finite_numbers_are_null():
+    record = {"step": 1, "loss": float("nan"), "knn": float("inf"), "lr": 0.5}
+    assert json.loads(records.encode(record)) == {"step": 1, "loss": None, "knn": None, "lr": 0.5}
+
+
+def test_records_after_the_last_step_are_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6, "lo')
+    assert records.trim(path, 2) == [{"step": 2}] and path.read_text() == '{"step": 2}\n'
+    assert records.trim(path, 0) == [] and path.read_text() == ""
+
+
+def test_metrics_of_an_earlier_version_have_their_present_names(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "neighbour_cosine": 0.5}\n')
+    assert records.read(path) == [{"step": 1, "neighbor_cosine": 0.5}]
+    assert records.trim(path, 1) == [{"step": 1, "neighbor_cosine": 0.5}]
+    assert path.read_text() == '{"step": 1, "neighbor_cosine": 0.5}\n'
+
+
+def test_files_of_an_earlier_version_are_found_before_those_of_this_one(tmp_path):
+    """A run that was continued by this version has both."""
+    for name, text in (("alarms.jsonl", "old"), ("alerts.jsonl", "new")):
+        alert = {"title": name, "text": text, "time": 1.0}
+        (tmp_path / name).write_text(json.dumps(alert) + "\n")
+    for name in ("neighbours", "neighbors"):
+        (tmp_path / name).mkdir()
+    assert metric_names.existing_paths(tmp_path, "neighbors") == [
+        tmp_path / "neighbours",
+        tmp_path / "neighbors",
+    ]
+    html = sections.alerts(tmp_path)
+    assert 0 < html.index("old") < html.index("new")

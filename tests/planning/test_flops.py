@@ -1,0 +1,29 @@
+"""Floating-point operations of a training step."""
+
+from __future__ import annotations
+
+import tiny
+import torch
+
+from ssl_pretrain import build, config
+from ssl_pretrain.planning import estimate, flops
+
+
+def test_flops_of_a_vit_equal_those_counted_by_hand(tmp_path):
+    run = config.load(
+        tiny.config(tmp_path),
+        [
+            "backbone.name=vit_tiny_patch16_224",
+            "backbone.stem=imagenet",
+            "views.crops.global.size=32",
+        ],
+    )
+    tokens, width, depth = 5, 192, 12  # 2 x 2 patches and the class token
+    projections = 2 * tokens * width * width * (3 + 1 + 4 + 4)
+    attention = 2 * 2 * tokens * tokens * width  # scores, and their sum over values
+    patches = 2 * 4 * (3 * 16 * 16) * width
+    head = 2 * (width * 16 + 16 * 8)
+    forward = depth * (projections + attention) + patches + head
+    assert build.flops_per_image(run) == 3 * 2 * forward  # forward and backward of two views
+    assert estimate.method_on_meta(run).backbone.feature_dim == width
+    assert flops.peak_tflops(torch.device("cpu")) == 0
