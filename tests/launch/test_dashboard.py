@@ -1,78 +1,81 @@
-"""The dashboard up to the call of W&B's API: what is built names only what is logged."""
+"""The dashboard, up to the call of W&B's API."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ssl_pretrain.launch import dashboard
-from ssl_pretrain.methods import find, names
-from ssl_pretrain.monitoring import collapse, metric_names
+from ssl_pretrain.monitoring import batch_metrics, metric_names
 
 workspaces = pytest.importorskip(
     "wandb_workspaces.workspaces",
     reason="wandb-workspaces is not installed: pip install 'ssl_pretrain[dashboard]'",
 )
-LOGGED = {"replaced_images", "loss", "knn", "probe", "lr", "weight_decay", "gradient_norm", "images_per_second", "seconds_per_step", "data_wait", "memory_gib",
-          "model_tflops", "flops_utilization", "teacher_distance", "straggler", "straggler_seconds"}  # fmt: skip  # tests/monitoring/test_logger.py and test_health.py see them logged
+LOGGED = {  # test_logger.py and test_collapse.py see them logged
+    *("loss", "knn", "probe", "lr", "weight_decay", "gradient_norm", "replaced_images"),
+    *("images_per_second", "seconds_per_step", "data_wait", "memory_gib", "model_tflops"),
+    *("flops_utilization", "teacher_distance", "straggler", "straggler_seconds"),
+}
 
 
-def shown(workspace):
-    """Section name -> metric names of its panels."""
+def text(metric):
+    return str(getattr(metric, "name", metric))
+
+
+def metrics_of(workspace):
+    """Return the metrics in the panels of each section."""
     return {
-        section.name: [y for panel in section.panels for y in getattr(panel, "y", None) or []]
+        section.name: [text(y) for panel in section.panels for y in getattr(panel, "y", None) or []]
         for section in workspace.sections
     }
 
 
-def test_every_panel_names_a_metric_that_is_logged():
+def test_every_panel_shows_a_metric_that_is_logged():
     z = torch.randn(16, 4)
-    embeddings = {"z_a": z, "z_b": z, "scores": torch.randn(16, 2, 5)}
-    measured, _ = collapse.measure(embeddings, z, collapse.HealthConfig())
-    parts = {part for part in dashboard.PARTS if any(part in parts_of(name) for name in names())}
-    assert parts == set(dashboard.PARTS)
-    network = {f"{prefix}{part}" for prefix in metric_names.PREFIXES for part in parts}
-    logged = {metric_names.name(key) for key in LOGGED | measured.keys() | network} | {
-        dashboard.SPREAD
-    }
-    found = shown(dashboard.build("p", "e"))
-    assert {str(getattr(y, "name", y)) for panels in found.values() for y in panels} == logged
-    assert list(found) == [*metric_names.GROUPS, "Pictures"]
-
-
-def parts_of(name):
-    """The top parts of a method that are trained, as its source names them."""
-    text = Path(find(name).__file__).read_text()
-    return {part for part in dashboard.PARTS if f"self.{part} = " in text or part == "backbone"}
-
-
-def test_evaluations_and_pictures_have_their_places():
-    workspace = dashboard.build("p", "e")
-    by_name = {section.name: section for section in workspace.sections}
-    (evaluations,) = by_name["Evaluation"].panels
-    assert (
-        evaluations.metric_regex == "Evaluation/.*"
-        and str(getattr(evaluations.x, "name", evaluations.x)) == "evaluated_step"
+    assignments = torch.zeros(16, dtype=torch.int64)
+    measured, _ = batch_metrics.measure(
+        z, pair=(z, z), features=z, assignments=assignments, num_prototypes=5
     )
+    logged = {metric_names.display_name(key) for key in LOGGED | measured.keys()}
+    sections = metrics_of(dashboard.build("p", "e"))
+    shown = {metric for metrics in sections.values() for metric in metrics}
+    assert shown == logged | {metric_names.SPREAD}
+    assert list(sections) == [*metric_names.GROUPS, "Pictures"]
+
+
+@pytest.mark.parametrize("prefix", metric_names.PREFIXES)
+def test_one_panel_shows_a_metric_of_all_modules(prefix):
+    (network,) = (
+        section for section in dashboard.build("p", "e").sections if section.name == "Network"
+    )
+    patterns = [panel.metric_regex for panel in network.panels if panel.metric_regex]
+    names = [metric_names.display_name(prefix + module) for module in ("backbone", "projector")]
+    matches = [sum(bool(re.fullmatch(pattern, name)) for pattern in patterns) for name in names]
+    assert matches == [1, 1]
+
+
+def test_evaluations_and_pictures_have_sections():
+    sections = {section.name: section for section in dashboard.build("p", "e").sections}
+    (evaluations,) = sections["Evaluation"].panels
+    assert evaluations.metric_regex == "Evaluation/.*" and text(evaluations.x) == "evaluated_step"
     assert metric_names.evaluation("knn", "clean") == "Evaluation/knn, clean"
-    assert by_name["Pictures"].panels[0].media_keys == [
-        "Pictures/views",
-        "Pictures/nearest neighbours",
-    ]
+    (pictures,) = sections["Pictures"].panels
+    assert pictures.media_keys == ["Pictures/views", "Pictures/nearest neighbors"]
 
 
-def test_a_dry_run_prints_what_would_be_sent_without_an_account(capsys, monkeypatch):
+def test_a_dry_run_prints_the_view_without_an_account(capsys, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert dashboard.main(["digits", "--dry-run"]) == 0
-    text = capsys.readouterr().out
-    assert json.loads(text) and "Collapse/RankMe" in text and "digits" in text
+    output = capsys.readouterr().out
+    assert json.loads(output) and "Collapse/RankMe" in output and "digits" in output
 
 
-def test_bad_input_is_said(capsys, monkeypatch, tmp_path):
+def test_bad_input_is_reported(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -85,17 +88,22 @@ def test_bad_input_is_said(capsys, monkeypatch, tmp_path):
         assert message in capsys.readouterr().err
 
 
-def test_the_saved_workspace_is_the_one_that_was_built(monkeypatch):
-    sent = []
+def test_nothing_is_created_where_wandb_is_set_to_send_nothing(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with pytest.raises(ValueError, match="W&B was told to send nothing"):
+    with pytest.raises(ValueError, match="W&B is set to send nothing"):
         dashboard.create("digits", "team")
+
+
+def test_the_saved_view_is_the_one_that_was_built(monkeypatch):
+    saved = []
+
+    def save(workspace):
+        saved.append(workspace)
+        return SimpleNamespace(url="its address")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(
-        workspaces.Workspace,
-        "save",
-        lambda self: sent.append(self) or SimpleNamespace(url="its address"),
-    )
+    monkeypatch.setattr(workspaces.Workspace, "save", save)
     assert dashboard.create("digits", "team") == "its address"
-    assert shown(sent[0]) == shown(dashboard.build("digits", "team"))
+    assert metrics_of(saved[0]) == metrics_of(dashboard.build("digits", "team"))

@@ -1,0 +1,77 @@
+"""Collapse metrics of one batch, on one rank and on several."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import run_ranks
+
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.monitoring import batch_metrics
+
+NUM_ROWS, NUM_PROTOTYPES = 24, 7
+
+
+def measure(embeddings, **named):
+    scalars, _ = batch_metrics.measure(embeddings, max_rows=NUM_ROWS, **named)
+    return {name: value.item() for name, value in scalars.items()}
+
+
+def test_a_collapsed_batch_shows_in_every_metric():
+    z = torch.ones(NUM_ROWS, 8)
+    assignments = torch.zeros(NUM_ROWS, dtype=torch.int64)
+    metrics = measure(z, pair=(z, z), features=z, assignments=assignments, num_prototypes=100)
+    zeros = (
+        "embedding_std",
+        "embedding_std_min",
+        "embedding_scale",
+        "uniformity",
+        "alignment",
+        "prototype_entropy",
+    )
+    for name in zeros:
+        assert metrics[name] == pytest.approx(0, abs=1e-5), name
+    assert metrics["rankme"] == pytest.approx(1, abs=1e-4)
+    assert metrics["effective_rank_centered"] == pytest.approx(1, abs=1e-4)
+    assert metrics["rank_share"] == pytest.approx(1 / 8, abs=1e-4)
+    assert metrics["pair_cosine"] == pytest.approx(1)
+    assert metrics["positive_rank"] == pytest.approx(12.5)
+    assert metrics["prototype_usage"] == pytest.approx(1 / NUM_ROWS)
+
+
+def test_metrics_of_non_finite_embeddings_are_nan():
+    metrics = measure(torch.full((4, 3), float("inf")))
+    assert metrics and all(math.isnan(value) for value in metrics.values())
+
+
+def test_a_batch_without_a_pair_has_no_pair_metrics():
+    z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    assert "alignment" not in measure(z)
+    assert measure(z, pair=(z, z))["pair_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def _measure_share(z_a, z_b, features, assignments):
+    """Measure this rank's rows of a batch."""
+    share = NUM_ROWS // process_group.world_size()
+    rows = slice(process_group.rank() * share, (process_group.rank() + 1) * share)
+    return measure(
+        z_a[rows],
+        pair=(z_a[rows], z_b[rows]),
+        features=features[rows],
+        assignments=assignments[rows],
+        num_prototypes=NUM_PROTOTYPES,
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_agree_with_one_process(world_size):
+    generator = torch.Generator().manual_seed(1)
+    z_a, noise = torch.randn(2, NUM_ROWS, 5, generator=generator, dtype=torch.float64)
+    features = torch.randn(NUM_ROWS, 9, generator=generator, dtype=torch.float64)
+    batch = (z_a, z_a + 0.3 * noise, features, torch.arange(NUM_ROWS) % NUM_PROTOTYPES)
+    expected = _measure_share(*batch)
+    assert len(expected) == 16
+    for metrics in run_ranks(_measure_share, *batch, world_size=world_size):
+        assert metrics == pytest.approx(expected, rel=1e-9)

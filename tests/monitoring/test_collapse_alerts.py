@@ -1,0 +1,64 @@
+"""When the rules raise an alert."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ssl_pretrain.monitoring.collapse_alerts import RULES, AlertHistory
+
+
+def alerts(metric, values, **others):
+    """Return the index and the title of the alerts of measurements that are 50 steps apart."""
+    history = AlertHistory([])
+    return [
+        (index, alert.title)
+        for index, value in enumerate(values)
+        for alert in history.check(50 * index, {metric: value, **others})
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.title for rule in RULES])
+def test_an_alert_is_raised_once_after_two_low_values_in_a_row(rule):
+    good, bad = 1.5 * rule.bad_below / rule.fallen_below, 0.8 * rule.bad_below
+    assert alerts(rule.metric, [good, bad, bad, bad, bad]) == [(2, rule.title)]
+    assert alerts(rule.metric, [good, bad, good, bad, good]) == []
+    assert alerts(rule.metric, [good, math.nan, math.nan, math.nan]) == []
+    recovered = [good, bad, bad, good, bad, bad]
+    assert alerts(rule.metric, recovered) == [(2, rule.title), (5, rule.title)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.title for rule in RULES])
+def test_one_severe_value_is_enough(rule):
+    good = 1.5 * rule.bad_below / rule.fallen_below
+    assert alerts(rule.metric, [good, good * 1e-3]) == [(1, rule.title)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[rule.title for rule in RULES])
+def test_no_guarded_alert_is_raised_while_views_match(rule):
+    good, bad = 1.5 * rule.bad_below / rule.fallen_below, 0.8 * rule.bad_below
+    values = [good, bad, bad]
+    assert bool(alerts(rule.metric, values, positive_chance=0.4)) is not rule.guarded
+    assert alerts(rule.metric, values, positive_chance=0.9) == [(2, rule.title)]
+
+
+def test_a_run_may_begin_in_a_bad_state_for_a_limited_time():
+    assert alerts("embedding_std", [0.05] * 15 + [0.1, 0.3, 0.8, 0.9]) == []
+    assert alerts("embedding_std", [0.05] * 40) == [(20, "collapse")]  # step 1,000
+
+
+def test_an_alert_names_the_metric_its_value_and_its_best_value():
+    history = AlertHistory([{"step": 2, "embedding_std": 0.4}])
+    (alert,) = history.check(4, {"embedding_std": 0.05})
+    assert alert.text.startswith(
+        "step 4: embedding_std is 0.05, its best was 0.4: the embeddings of different images have "
+        "become similar. "
+    )
+
+
+def test_a_resumed_run_remembers_its_records():
+    past = [{"step": 50, "embedding_std": 0.5}, {"step": 100, "embedding_std": 0.4, "loss": 1.0}]
+    low = {"embedding_std": 0.15}
+    assert AlertHistory(past).check(150, low) == []
+    assert len(AlertHistory([*past, {"step": 125, **low}]).check(150, low)) == 1

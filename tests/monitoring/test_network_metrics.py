@@ -1,0 +1,13 @@
+"""Metrics of a method's weights. test_collapse.py sees them measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssl_pretrain.monitoring import network_metrics
+
+
+def test_the_norm_is_that_of_all_tensors_together():
+    tensors = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]
+    assert network_metrics.norm(tensors).item() == pytest.approx(5)
