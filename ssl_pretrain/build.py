@@ -90,10 +90,10 @@ class Training:
     def measure(self, step: int, embeddings: Embeddings) -> Measurements:
         """Measure what is due after a step: collapse, online k-NN, replaced images."""
         network = self.state.method.get_submodule(self.state.method.evaluated)
-        every_steps = self.config.log.every_steps
-        replaced = self.loader.count_replaced(step, every_steps, self.num_steps)
         measurements = self.collapse_monitor.measure(step, embeddings)
         measurements |= self.online_knn.measure_if_due(step, network)
+        every_steps = self.config.log.every_steps
+        replaced = self.loader.count_replaced(step, every_steps, self.num_steps)
         return measurements | Measurements(replaced)
 
     def stop_requested(self, step: int) -> bool:

@@ -1,11 +1,14 @@
-"""Runs made to collapse, and healthy ones, on digits: when does the alarm ring, and when has the run collapsed?
+"""Runs made to collapse, and healthy ones, on digits: the step of the alert and of the collapse.
 
-PYTHONPATH=. .venv/bin/python tests/bench/collapse.py [--cases byol_without_predictor vicreg ...] [--steps 1000] [--output runs/collapse]
-PYTHONPATH=. .venv/bin/python tests/bench/collapse.py --draw docs/results/health    # tables and pictures of the runs that are there
+PYTHONPATH=. .venv/bin/python tests/bench/collapse.py [--cases byol_without_predictor vicreg ...]
+    [--steps 1000] [--output runs/collapse]
+PYTHONPATH=. .venv/bin/python tests/bench/collapse.py --draw docs/results/health
 
-Collapse is defined by an oracle that shares no code with the monitor: scikit-learn's k-NN of the backbone's features within
-2 points of chance, or the effective rank of the embeddings, by numpy's decomposition, under 2 % of their dimension. The run has
-collapsed at the first step from which on the oracle says so to the end.
+The second command prints a table of the finished runs and draws them. Collapse is defined by an
+oracle that shares no code with the monitor: the k-NN accuracy of the backbone's features, by
+scikit-learn, is within 2 points of chance, or the effective rank of the embeddings, by numpy's
+decomposition, is under 2 % of their dimension. The step of the collapse is the first one from which
+the oracle says so until the end.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from ssl_pretrain import config, methods, train
-from ssl_pretrain.monitoring import collapse
-from ssl_pretrain.monitoring.collapse_alerts import Alarms
+from ssl_pretrain import build, config, methods, train
+from ssl_pretrain.monitoring import records
+from ssl_pretrain.monitoring.collapse import CollapseMonitor, HealthConfig
+from ssl_pretrain.monitoring.collapse_alerts import AlertHistory
+
+Entry = dict[str, float]
 
 YAML = """
 method: {{name: {method}}}
@@ -46,31 +53,35 @@ COLLAPSING = {
         "method.covariance_weight=0",
     ],
 }
-HEALTHY = [name for name in methods.names() if name not in ("cpc",)]
-ORACLE_EVERY = 10
+HEALTHY = [name for name in methods.names() if name != "cpc"]
+ORACLE_STEPS = 10
 CHANCE = 0.1
+NUM_TRAIN = 1297  # digits that the oracle's k-NN is fitted to
+CURVES = (
+    ("embedding_std", "spread", "#1f5fa8"),
+    ("embedding_scale", "deviation before normalization", "#b07aa1"),
+    ("rank_share", "relative effective rank", "#c9762b"),
+    ("positive_chance", "positive relative to chance", "#8a8a8a"),
+)
 
 
-class Watched(collapse.Monitor):
-    """The monitor, and beside it the oracle, which writes oracle.jsonl."""
+class MonitorWithOracle(CollapseMonitor):
+    """The monitor, beside the oracle, which writes oracle.jsonl."""
 
     folder: Path
 
-    def __init__(self, settings, method, optimizer, *arguments, **named):
-        super().__init__(settings, method, optimizer, *arguments, **named)
-        from sklearn.datasets import load_digits
-
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
         images, self.labels = load_digits(return_X_y=True)
         pixels = torch.from_numpy(images.reshape(-1, 1, 8, 8) / 16).float()
-        self.pixels = torch.nn.functional.interpolate(pixels, 16, mode="bilinear").expand(
-            -1, 3, -1, -1
-        )
+        pixels = torch.nn.functional.interpolate(pixels, 16, mode="bilinear")
+        self.pixels = pixels.expand(-1, 3, -1, -1)
 
-    def at(self, step, embeddings):
-        if step % ORACLE_EVERY == 0:
+    def measure(self, step, embeddings):
+        if step % ORACLE_STEPS == 0:
             with (self.folder / "oracle.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **self.oracle(embeddings)}) + "\n")
-        return super().at(step, embeddings)
+        return super().measure(step, embeddings)
 
     @torch.no_grad()
     def oracle(self, embeddings):
@@ -79,14 +90,13 @@ class Watched(collapse.Monitor):
         features = backbone.eval()(self.pixels).numpy()
         backbone.train(training)
         unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-        judge = KNeighborsClassifier(20).fit(unit[:1297], self.labels[:1297])
+        classifier = KNeighborsClassifier(20).fit(unit[:NUM_TRAIN], self.labels[:NUM_TRAIN])
         name = next(name for name in ("z_a", "queries", "p_a") if name in embeddings)
         z = embeddings[name].double().numpy()
-        ranks = [effective_rank(z), effective_rank(z - z.mean(0))]
         return {
-            "knn": judge.score(unit[1297:], self.labels[1297:]),
-            "rank": ranks[0],
-            "rank_centered": ranks[1],
+            "knn": classifier.score(unit[NUM_TRAIN:], self.labels[NUM_TRAIN:]),
+            "rank": effective_rank(z),
+            "rank_centered": effective_rank(z - z.mean(0)),
             "dim": z.shape[1],
         }
 
@@ -97,131 +107,120 @@ def effective_rank(z: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
 
 
-def collapsed(entry: dict[str, float]) -> bool:
+def is_collapsed(entry: Entry) -> bool:
     return entry["knn"] <= CHANCE + 0.02 or entry["rank"] < 0.02 * entry["dim"]
 
 
-def collapsed_at(entries: list[dict[str, float]]) -> int | None:
-    """The first step from which on every entry is collapsed."""
-    alive = [number for number, entry in enumerate(entries) if not collapsed(entry)]
-    first = alive[-1] + 1 if alive else 0
+def collapse_step(entries: list[Entry]) -> int | None:
+    """Return the first step from which every entry of the oracle is collapsed."""
+    healthy = [index for index, entry in enumerate(entries) if not is_collapsed(entry)]
+    first = healthy[-1] + 1 if healthy else 0
     return int(entries[first]["step"]) if first < len(entries) else None
 
 
-def run(case: str, output: Path, steps: int) -> None:
+def run(case: str, output: Path, num_steps: int) -> None:
     folder = output / case
     folder.mkdir(parents=True, exist_ok=True)
     name = COLLAPSING[case][0].partition("=")[2] if case in COLLAPSING else case
     (folder / "run.yaml").write_text(YAML.format(method=name))
-    small = methods.find(name).SMALL
+    method = methods.find(name)
     overrides = [
         *COLLAPSING.get(case, []),
-        *(f"method.{key}={value}" for key, value in small.items()),
+        *(f"method.{key}={value}" for key, value in method.SMALL.items()),
         f"output={folder}",
-    ]
-    overrides += [
-        override
-        for override in getattr(methods.find(name), "PRESET", [])
-        if override.startswith("method.")
+        *(key for key in getattr(method, "PRESET", []) if key.startswith("method.")),
     ]
     if name == "moco":
-        overrides += ["parallel.bn_group_images=32"]
+        overrides.append("parallel.bn_group_images=32")
     if name in ("moco", "nnclr"):
-        overrides += ["method.queue_size=1024"]
-    Watched.folder = folder
+        overrides.append("method.queue_size=1024")
+    MonitorWithOracle.folder = folder
     (folder / "oracle.jsonl").unlink(missing_ok=True)
-    train.health.Monitor = Watched
-    train.train(config.load(folder / "run.yaml", overrides), torch.device("cpu"), steps)
+    build.CollapseMonitor = MonitorWithOracle
+    train.train(config.load(folder / "run.yaml", overrides), torch.device("cpu"), num_steps)
 
 
-def alarms_of(records: list[dict[str, float]]) -> list[tuple[int, str]]:
-    """What would have rung at the default interval, from records that have a measurement every 10 steps."""
-    judge, every = Alarms([]), collapse.HealthConfig().every_steps
-    due = [record for record in records if record["step"] % every == 0]
+def alerts_of(entries: list[Entry]) -> list[tuple[int, str]]:
+    """Return the alerts at the default interval, from records with a measurement every 10 steps."""
+    history, every_steps = AlertHistory([]), HealthConfig().every_steps
     return [
-        (record["step"], alarm.title)
-        for record in due
-        for alarm in judge.judge(record["step"], record)
+        (entry["step"], alert.title)
+        for entry in entries
+        if entry["step"] % every_steps == 0
+        for alert in history.check(entry["step"], entry)
     ]
-
-
-def read(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    return tuple(
-        [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        for name in ("metrics.jsonl", "oracle.jsonl")
-    )
 
 
 def draw(output: Path, pictures: Path) -> None:
-    """A line of a table and a picture for each run that is there."""
+    """Print a table of the finished runs and draw those that collapse."""
     print(
-        "| run | steps | k-NN, first and last | effective rank / dim, first and last | collapsed from step | alarm at step |"
+        "| run | steps | k-NN, first and last | effective rank / dim, first and last "
+        "| collapsed from step | alert at step |"
     )
     print("|---|---|---|---|---|---|")
     for case in [*COLLAPSING, *HEALTHY]:
-        if not (output / case / "oracle.jsonl").exists():
+        folder, name = output / case, case.replace("_", " ")
+        if not (folder / "oracle.jsonl").exists():
             continue
-        records, entries = read(output / case)
-        rung, at, ends = alarms_of(records), collapsed_at(entries), (entries[0], entries[-1])
-        knn = " to ".join(f"{100 * entry['knn']:.0f} %" for entry in ends)
-        rank = " to ".join(f"{entry['rank']:.1f}" for entry in ends)
-        said = ", ".join(f"{step} ({title})" for step, title in rung) or "none"
+        metrics, entries = (
+            records.read(folder / "metrics.jsonl"),
+            records.read(folder / "oracle.jsonl"),
+        )
+        alerts, step = alerts_of(metrics), collapse_step(entries)
+        knn = " to ".join(f"{100 * entry['knn']:.0f} %" for entry in (entries[0], entries[-1]))
+        rank = " to ".join(f"{entry['rank']:.1f}" for entry in (entries[0], entries[-1]))
+        raised = ", ".join(f"{step} ({title})" for step, title in alerts) or "none"
         print(
-            f"| {case.replace('_', ' ')} | {entries[-1]['step']} | {knn} | {rank} / {entries[0]['dim']} | {at or 'never'} | {said} |"
+            f"| {name} | {entries[-1]['step']} | {knn} | {rank} / {entries[0]['dim']} "
+            f"| {step or 'never'} | {raised} |"
         )
         if case in COLLAPSING:
-            picture(case, records, entries, rung, at, pictures / f"{case}.png")
+            alert_step = alerts[0][0] if alerts else None
+            picture(name, metrics, entries, alert_step, step, pictures / f"{case}.png")
 
 
-def picture(case, records, entries, rung, at, path: Path) -> None:
+def picture(
+    name: str,
+    metrics: list[Entry],
+    entries: list[Entry],
+    alert_step: int | None,
+    collapse_step: int | None,
+    path: Path,
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained", dpi=80)
-    shown = [record for record in records if "rank_share" in record]
-    steps = [record["step"] for record in shown]
-    axes[0].plot(
-        [record["step"] for record in records],
-        [record["loss"] for record in records],
-        color="#63686e",
+    figure, (loss, monitor, oracle) = pyplot.subplots(
+        1, 3, figsize=(11, 3), layout="constrained", dpi=80
     )
-    axes[0].set_title("loss")
-    for key, label, colour in (
-        ("embedding_std", "spread", "#1f5fa8"),
-        ("embedding_scale", "deviation before normalization", "#b07aa1"),
-        ("rank_share", "rank share", "#c9762b"),
-        ("positive_chance", "positive over chance", "#8a8a8a"),
-    ):  # fmt: skip
-        axes[1].plot(steps, [record.get(key) for record in shown], color=colour, label=label)
-    axes[1].set_title("what the monitor sees")
-    axes[1].set_ylim(0, 1.25)
-    axes[1].legend(fontsize=7)
-    axes[2].plot(
-        [entry["step"] for entry in entries],
-        [entry["knn"] for entry in entries],
-        color="#2f8f5b",
-        label="k-NN",
-    )
-    axes[2].plot(
-        [entry["step"] for entry in entries],
-        [entry["rank"] / entry["dim"] for entry in entries],
-        color="#c8443c",
-        label="rank / dim",
-    )
-    axes[2].set_title("what the oracle sees")
-    axes[2].set_ylim(0, 1)
-    axes[2].legend(fontsize=8)
-    for ax in axes:
-        ax.set_xlabel("step")
-        for step, _ in rung[:1]:
-            ax.axvline(step, color="#c8443c", linestyle="--", linewidth=1)
-        if at is not None:
-            ax.axvline(at, color="black", linewidth=1)
-    figure.suptitle(
-        f"{case.replace('_', ' ')}: alarm (dashed) at {rung[0][0] if rung else 'none'}, collapsed (solid) {f'from {at}' if at else 'never'}"
-    )
+    steps = [record["step"] for record in metrics]
+    loss.plot(steps, [record["loss"] for record in metrics], color="#63686e")
+    loss.set_title("loss")
+    measured = [record for record in metrics if "rank_share" in record]
+    steps = [record["step"] for record in measured]
+    for key, label, color in CURVES:
+        monitor.plot(steps, [record.get(key) for record in measured], color=color, label=label)
+    monitor.set_title("metrics of the monitor")
+    monitor.set_ylim(0, 1.25)
+    monitor.legend(fontsize=7)
+    steps = [entry["step"] for entry in entries]
+    oracle.plot(steps, [entry["knn"] for entry in entries], color="#2f8f5b", label="k-NN")
+    ranks = [entry["rank"] / entry["dim"] for entry in entries]
+    oracle.plot(steps, ranks, color="#c8443c", label="rank / dim")
+    oracle.set_title("the oracle")
+    oracle.set_ylim(0, 1)
+    oracle.legend(fontsize=8)
+    for axis in (loss, monitor, oracle):
+        axis.set_xlabel("step")
+        if alert_step is not None:
+            axis.axvline(alert_step, color="#c8443c", linestyle="--", linewidth=1)
+        if collapse_step is not None:
+            axis.axvline(collapse_step, color="black", linewidth=1)
+    alert = "none" if alert_step is None else alert_step
+    collapse = "never" if collapse_step is None else f"from {collapse_step}"
+    figure.suptitle(f"{name}: alert (dashed) at {alert}, collapsed (solid) {collapse}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
@@ -231,20 +230,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        default=[*COLLAPSING, *HEALTHY],
-        choices=[*COLLAPSING, *HEALTHY],
-        metavar="CASE",
-    )
+    cases = [*COLLAPSING, *HEALTHY]
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases, metavar="CASE")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("runs/collapse"))
     parser.add_argument(
-        "--draw",
-        type=Path,
-        metavar="FOLDER",
-        help="train nothing: print the table, and put the pictures there",
+        "--draw", type=Path, metavar="FOLDER", help="train nothing; print the table and draw there"
     )
     options = parser.parse_args()
     if options.draw is not None:

@@ -1,11 +1,17 @@
-"""What it costs to watch a run: the step with the monitor, the logger, the console and an offline W&B client, against the bare step.
+"""The cost of monitoring a run: monitored steps against bare steps.
 
-PYTHONPATH=. .venv/bin/python tests/bench/health.py [--images 256] [--backbone resnet18] [--size 32] [--rounds 8] [--threads 1]
+PYTHONPATH=. .venv/bin/python tests/bench/health.py [--images 256] [--backbone resnet18]
+    [--size 32] [--rounds 8] [--threads 1]
 
-One watched and one blind step in turn, each with weights of its own, the first of a pair the other one each time. A watched step is
-ordinary, or writes a record, or measures; its excess is its time over its pair's blind one, minus 1. The cost at the default intervals is
-1 + ordinary + (record - ordinary) / 10 + (measured - ordinary) / 50, of medians of the excess. Here the last two come more often than by
-default, so that there are enough of them.
+A monitored step includes the collapse monitor, the logger, the console and an offline W&B client.
+Monitored and bare steps alternate. Each kind has weights of its own, and each comes first in half
+of the pairs. A monitored step is plain, writes a record, or measures the embeddings. Its excess is
+its time over that of the bare step of its pair, minus 1. From the medians of the excess, the cost at
+the default intervals is
+
+    1 + plain + (record - plain) / 10 + (measured - plain) / 50.
+
+Records and measurements come more often here than by default, so that there are enough of them.
 """
 
 from __future__ import annotations
@@ -14,15 +20,17 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from measure import versions
 
 from ssl_pretrain.methods import simclr
-from ssl_pretrain.models.backbones import BackboneConfig, build
-from ssl_pretrain.monitoring import collapse
-from ssl_pretrain.monitoring import logger as log
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.monitoring.collapse import CollapseMonitor, HealthConfig
+from ssl_pretrain.monitoring.logger import LogConfig, Logger
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import wrap as parallel
@@ -32,16 +40,17 @@ from ssl_pretrain.planning import flops
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
-RECORD, MEASURE = 4, 6  # steps between two, here; where both fall on one step it does not count
+RECORD_STEPS, MEASURE_STEPS = 4, 6  # a step on which both fall does not count
 
 
-def stepper(options: argparse.Namespace, batch: Batch, device: torch.device) -> Stepper:
+def build_benchmark_stepper(
+    options: argparse.Namespace, batch: Batch, device: torch.device
+) -> Stepper:
     torch.manual_seed(0)
-    method = simclr.Config(projector_dims=[2048, 2048, 128]).build(
-        build(BackboneConfig(name=options.backbone), options.size)
-    )
+    backbone = backbones.build(BackboneConfig(name=options.backbone), options.size)
+    method = simclr.Config(projector_dims=[2048, 2048, 128]).build(backbone)
     settings, config = ParallelConfig(), OptimConfig(name="lars")
-    step = build_stepper(
+    stepper = build_stepper(
         method,
         settings,
         config,
@@ -50,88 +59,111 @@ def stepper(options: argparse.Namespace, batch: Batch, device: torch.device) -> 
         global_batch_size=options.images,
         example=batch,
     )
-    optim.set_rates(step.optimizer, config, 0.5, 100, options.images)
-    return step
+    optim.set_rates(stepper.optimizer, config, 0.5, 100, options.images)
+    return stepper
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=8, help="of 12 watched and 12 blind steps")
+    parser.add_argument("--rounds", type=int, default=8, help="12 pairs of steps each")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def random_batch(options: argparse.Namespace, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(1)
-    views = [
-        torch.randn(options.images, 3, options.size, options.size, generator=generator).to(device)
-        for _ in range(2)
-    ]
+    shape = (options.images, 3, options.size, options.size)
+    views = [torch.randn(shape, generator=generator).to(device) for _ in range(2)]
     labels = torch.zeros(options.images, dtype=torch.int64, device=device)
-    batch = Batch(Execution.resolve(ParallelConfig(), device).place_views(views), labels, labels)
-    watched, blind = stepper(options, batch, device), stepper(options, batch, device)
-    method = parallel.unwrap(watched.model)
-    seconds: dict[str, list[float]] = {"blind": [], "ordinary": [], "record": [], "measured": []}
-    excess: dict[str, list[float]] = {"ordinary": [], "record": [], "measured": []}
-    with tempfile.TemporaryDirectory() as folder, log.Logger(
-        log.LogConfig(every_steps=RECORD, wandb="offline"), Path(folder), first_step=0, last_step=10**6, steps_per_epoch=1000,
-        global_batch_size=options.images, config={}, facts={}, flops_per_image=1e9, peak_tflops=flops.peak_tflops(device),
-    ) as logger:  # fmt: skip
-        monitor = collapse.Monitor(
-            collapse.HealthConfig(every_steps=MEASURE),
-            method,
-            watched.optimizer,
-            0,
-            [],
-            logger.alert,
-        )
+    return Batch(Execution.resolve(ParallelConfig(), device).place_views(views), labels, labels)
 
-        def timed(run) -> float:
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter() - start
 
-        def watch(step: int) -> None:
-            embeddings, logs = watched(step - 1, 0.5, batch)
-            logger.step(step, logs, {"lr": 0.1, "weight_decay": 0.0}, monitor.at(step, embeddings))
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def kind_of(step: int) -> str | None:
+    """Return what a monitored step does, or None if it does not count."""
+    records, measures = step % RECORD_STEPS == 0, step % MEASURE_STEPS == 0
+    if step <= 12 or (records and measures):
+        return None
+    return "measured" if measures else "record" if records else "plain"
+
+
+def time_pairs(options: argparse.Namespace, folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return the seconds of the monitored and the bare step of each pair, by kind."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = random_batch(options, device)
+    stepper, bare = (build_benchmark_stepper(options, batch, device) for _ in range(2))
+    pairs: dict[str, list[tuple[float, float]]] = {"plain": [], "record": [], "measured": []}
+    with Logger(
+        LogConfig(every_steps=RECORD_STEPS, wandb="offline"),
+        folder,
+        first_step=0,
+        last_step=10**6,
+        steps_per_epoch=1000,
+        global_batch_size=options.images,
+        config={},
+        flops_per_image=1e9,
+        peak_tflops=flops.peak_tflops(device),
+    ) as logger:
+        method = parallel.unwrap(stepper.model)
+        health = HealthConfig(every_steps=MEASURE_STEPS)
+        monitor = CollapseMonitor(health, method, stepper.optimizer, raise_alert=logger.alert)
+
+        def monitored_step(step: int) -> None:
+            embeddings, logs = stepper(step - 1, 0.5, batch)
+            rates = {"lr": 0.1, "weight_decay": 0.0}
+            logger.log_step(step, logs, rates, monitor.measure(step, embeddings))
 
         for step in range(1, 12 * (options.rounds + 1) + 1):
-            order = 1 if (step + step // 12) % 2 else -1  # of both kinds alike
-            pair = [lambda step=step: watch(step), lambda step=step: blind(step - 1, 0.5, batch)][
-                ::order
+            steps = [
+                lambda step=step: monitored_step(step),
+                lambda step=step: bare(step - 1, 0.5, batch),
             ]
-            found = [timed(run) for run in pair][::order]
-            due = step % MEASURE == 0, step % RECORD == 0
-            if step > 12 and due != (True, True):
-                kind = "measured" if due[0] else "record" if due[1] else "ordinary"
-                seconds[kind].append(found[0])
-                seconds["blind"].append(found[1])
-                excess[kind].append(found[0] / found[1] - 1)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ordinary, record, measured = (
-        statistics.median(excess[kind]) for kind in ("ordinary", "record", "measured")
+            order = 1 if (step + step // 12) % 2 else -1  # balanced over the kinds
+            seconds = [timed(run, device) for run in steps[::order]][::order]
+            if (kind := kind_of(step)) is not None:
+                pairs[kind].append((seconds[0], seconds[1]))
+    return pairs
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = time_pairs(options, Path(folder))
+    seconds = {"bare": [bare for kind in pairs.values() for _, bare in kind]}
+    seconds |= {kind: [monitored for monitored, _ in times] for kind, times in pairs.items()}
+    plain, record, measured = (
+        statistics.median(monitored / bare - 1 for monitored, bare in times)
+        for times in pairs.values()
     )
-    cost = 1 + ordinary + (record - ordinary) / 10 + (measured - ordinary) / 50
+    cost = 1 + plain + (record - plain) / 10 + (measured - plain) / 50
     print(versions("timm", "wandb"))
     print(
-        f"SimCLR, {options.backbone} at {options.size} pixels, {options.images} images, embeddings of 128 dimensions, W&B offline"
+        f"SimCLR, {options.backbone} at {options.size} pixels, {options.images} images, "
+        "embeddings of 128 dimensions, W&B offline"
     )
-    for name, values in seconds.items():
-        quarters = statistics.quantiles(values, n=4)
-        print(
-            f"{name:9s} {medians[name] * 1e3:9.2f} ms   quartiles {quarters[0] * 1e3:.2f} to {quarters[2] * 1e3:.2f}, {len(values)} steps"
-        )
+    for name, times in seconds.items():
+        low, median, high = (1e3 * value for value in statistics.quantiles(times, n=4))
+        quartiles = f"quartiles {low:.2f} to {high:.2f}"
+        print(f"{name:9s} {median:9.2f} ms   {quartiles}, {len(times)} steps")
     print(
-        f"excess over the pair's blind step: ordinary {ordinary:.2%}, record {record:.2%}, measured {measured:.2%}"
+        f"excess over the bare step: plain {plain:.2%}, record {record:.2%}, "
+        f"measured {measured:.2%}"
     )
-    print(f"a measurement costs {(measured - ordinary) / 50:.2%} of 50 steps")
-    print(f"ratios: watched_over_blind={cost:.4f}")
+    print(f"a measurement costs {(measured - plain) / 50:.2%} of 50 steps")
+    print(f"ratios: monitored_over_bare={cost:.4f}")
 
 
 if __name__ == "__main__":

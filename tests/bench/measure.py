@@ -1,4 +1,4 @@
-"""What the benchmarks share: candidates run in turn, medians, peak memory, and the versions they ran with."""
+"""Helpers of the benchmarks: interleaved timing, peak memory, and the versions that were used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Run = Callable[[], object]
 
 
 def interleaved(candidates: dict[str, Run], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, one after the other in every round, so that a slow minute of the machine hits all alike."""
+    """Return the median seconds of each candidate.
+
+    Every round runs all candidates in turn, so that a slow minute of the machine affects all alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
@@ -30,7 +33,10 @@ def interleaved(candidates: dict[str, Run], repeats: int, device: torch.device) 
 
 
 def peaks(candidates: dict[str, Run], device: torch.device) -> dict[str, int]:
-    """Most bytes each held at once above what was held before; each has run before, so that nothing is made once."""
+    """Return the peak memory of each candidate in bytes, above what was allocated before.
+
+    Each candidate must have run before, so that one-time allocations do not count.
+    """
     return {name: memory.peak(run, device) for name, run in candidates.items()}
 
 
@@ -40,23 +46,21 @@ def _synchronize(device: torch.device) -> None:
 
 
 def versions(*packages: str) -> str:
-    """One line: the machine's processor, threads, and the packages."""
-    found = [f"{package} {version(package)}" for package in ("torch", *packages)]
-    processor = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{_cpu()}, {torch.get_num_threads()} threads"
-    )
-    return f"{processor}; Python {platform.python_version()}, {', '.join(found)}"
+    """Return one line with the processor, the number of threads, and the versions of packages."""
+    if torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    else:
+        processor = f"{_cpu()}, {torch.get_num_threads()} threads"
+    installed = ", ".join(f"{package} {version(package)}" for package in ("torch", *packages))
+    return f"{processor}; Python {platform.python_version()}, {installed}"
 
 
 def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())
 
 
-def mib(bytes_: float) -> str:
-    return f"{bytes_ / 2**20:,.1f} MiB"
+def mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
