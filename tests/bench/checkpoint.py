@@ -1,10 +1,12 @@
-"""What a checkpoint adds to the step in which it falls, written behind the training or before it goes on.
+"""Measure what a checkpoint adds to its step, written synchronously or by a thread.
 
-PYTHONPATH=. .venv/bin/python tests/bench/checkpoint.py [--backbone resnet50] [--images 8] [--size 64] [--repeats 5] [--folder DIR]
+PYTHONPATH=. .venv/bin/python tests/bench/checkpoint.py [--backbone resnet50] [--folder DIR]
 
-BYOL with LARS: student, teacher and momentum buffers, which a checkpoint holds. In turn: a step alone, a step that ends in a copy of that
-state to host memory, one that ends in a save which the disk has before the training goes on, one that ends in a save behind it; then the
-step after that, which shares the processor with the writing, and the wait for the end of it, which no step pays unless the next save comes.
+The method is BYOL with LARS, so a checkpoint holds student, teacher and momentum buffers. Measured in
+turn: a step alone, a step that ends in a copy of that state to host memory, one that ends in a
+synchronous save, and one that ends in an asynchronous save. Then the step after that, which shares
+the processor with the writing thread, and the wait for the end of the writing, which no step pays
+unless the next save is due.
 """
 
 from __future__ import annotations

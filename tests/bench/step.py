@@ -1,9 +1,10 @@
-"""An optimizer step in parts against the whole batch at once, where that fits: time and peak memory.
+"""Compare an optimizer step in micro-batches with one on the whole batch: time and peak memory.
 
-PYTHONPATH=. .venv/bin/python tests/bench/step.py [--images 256] [--part 32] [--backbone resnet18] [--size 64]
+PYTHONPATH=. .venv/bin/python tests/bench/step.py [--images 256] [--micro-batch 32] [--size 64]
 
-`coupled` is SimCLR, whose parts are embedded twice; `uncoupled` is a method whose loss is a mean over images (the distance
-of an embedding to a fixed target), whose parts are accumulated in one pass. Batch norm has groups of one part in all of them.
+`coupled` is SimCLR, whose micro-batches are embedded twice. `uncoupled` is a method whose loss is a
+mean over images (the distance of an embedding to a fixed target), whose micro-batches are
+accumulated in one pass. Batch norm groups are micro-batches in every run.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def stepper(
     torch.manual_seed(0)
     backbone = build(BackboneConfig(name=options.backbone), options.size)
     method = kind(simclr.Config(projector_dims=[512, 128]), backbone)
-    settings = ParallelConfig(bn_group_images=options.part)
+    settings = ParallelConfig(bn_group_images=options.micro_batch)
     labels = torch.zeros(images, dtype=torch.int64, device=device)
     example = Batch(
         [torch.zeros(images, 3, options.size, options.size, device=device)] * 2, labels, labels
@@ -63,7 +64,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--part", type=int, default=32)
+    parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -81,9 +82,9 @@ def main() -> None:
     runs = {}
     for label, kind in (("coupled", simclr.SimCLR), ("uncoupled", ToFixedTargets)):
         for name, images, total in (
-            ("whole", options.images, options.images),
-            ("parts", options.part, options.images),
-            ("one part", options.part, options.part),
+            ("whole batch", options.images, options.images),
+            ("micro-batches", options.micro_batch, options.images),
+            ("one micro-batch", options.micro_batch, options.micro_batch),
         ):
             step = stepper(kind, options, images, total, device)
             batch = Batch(
@@ -94,20 +95,21 @@ def main() -> None:
         run()
     print(versions("timm"))
     print(
-        f"{options.backbone} at {options.size} pixels, {options.images} images, 2 views, parts of {options.part}; "
-        f"one step, median of {options.repeats}, in turn"
+        f"{options.backbone} at {options.size} pixels, {options.images} images, 2 views, "
+        f"micro-batches of {options.micro_batch}; one step, median of {options.repeats}, interleaved"
     )
-    seconds, extra = interleaved(runs, options.repeats, device), peaks(runs, device)
+    seconds, memory = interleaved(runs, options.repeats, device), peaks(runs, device)
     for name in runs:
-        print(f"{name:22s} {seconds[name]:8.3f} s   peak extra memory {mib(extra[name]):>12s}")
+        print(f"{name:28s} {seconds[name]:8.3f} s   peak extra memory {mib(memory[name]):>12s}")
     ratios = []
-    for label in ("coupled", "uncoupled"):
-        ratios.append(
-            f"accumulated_over_whole_{label}={seconds[f'{label}, parts'] / seconds[f'{label}, whole']:.2f}"
+    for kind in ("coupled", "uncoupled"):
+        whole, split, single = (
+            f"{kind}, {name}" for name in ("whole batch", "micro-batches", "one micro-batch")
         )
-        ratios.append(
-            f"memory_over_one_part_{label}={extra[f'{label}, parts'] / extra[f'{label}, one part']:.2f}"
-        )
+        time_ratio = seconds[split] / seconds[whole]
+        memory_ratio = memory[split] / memory[single]
+        ratios.append(f"micro_batches_over_whole_{kind}={time_ratio:.2f}")
+        ratios.append(f"memory_over_one_micro_batch_{kind}={memory_ratio:.2f}")
     print("ratios:", *ratios)
 
 

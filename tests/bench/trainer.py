@@ -1,9 +1,10 @@
-"""What the trainer costs beside the model: its whole step over bare forward, loss, backward and optimizer on the same tensors.
+"""Compare the trainer's whole step with a bare forward, loss, backward and optimizer step.
 
-PYTHONPATH=. .venv/bin/python tests/bench/trainer.py [--backbone resnet18] [--images 64] [--size 32] [--steps 20]
+PYTHONPATH=. .venv/bin/python tests/bench/trainer.py [--backbone resnet18] [--images 64]
 
-The trainer is `train._train` itself: rates, step, masks, health, guard, logs, stop requests; its loader hands out one batch from
-memory. Whenever it asks for the next one, a bare step is taken and timed on a copy of the network, so the two alternate.
+The trainer is `train.train` itself, with schedules, masks, collapse metrics, NaN guard, logs and stop
+requests. Its loader yields one batch from memory. Before each batch a bare step is taken and timed on
+a copy of the network, so the two alternate.
 """
 
 from __future__ import annotations
