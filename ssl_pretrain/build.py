@@ -48,7 +48,7 @@ class Training:
 
     config: RunConfig
     first_step: int  # steps done by earlier processes of the run
-    end: int  # the step after which this process ends
+    end_step: int  # the step after which this process stops
     num_steps: int  # steps of the whole run
     execution: Execution
     lock: Lock
@@ -70,7 +70,7 @@ class Training:
         batches = preflight.watched(self.loader, self.first_step, self.execution.device)
         batches = self.logger.time_waiting(self.stop.watched(batches, self.first_step))
         views = self.config.views
-        for step, batch in zip(range(self.first_step + 1, self.end + 1), batches):
+        for step, batch in zip(range(self.first_step + 1, self.end_step + 1), batches):
             self.lock.check()
             describe = partial(self.loader.described, step - 1, image_grids.NUM_IMAGES)
             self.logger.save_views(step, batch.views, views.mean, views.std, describe)
@@ -98,7 +98,7 @@ class Training:
 
     def stop_requested(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""
-        return self.stop.agreed(step) or step == self.end or self.logger.must_stop
+        return self.stop.agreed(step) or step == self.end_step or self.logger.must_stop
 
     def checkpoint_due(self, step: int) -> bool:
         steps_per_epoch = self.loader.steps_per_epoch
@@ -164,28 +164,29 @@ def build_training(
             partial(state.roll_back, run),
             {"seed": config.seed, "steps_per_epoch": batches.steps_per_epoch},
         )
-        yield Training(
-            config,
+        monitor = CollapseMonitor(
+            config.health,
+            method,
+            stepper.optimizer,
             first_step,
-            min(num_steps, first_step + (stop_after or num_steps)),
-            num_steps,
-            execution,
-            lock,
-            batches,
-            stop,
-            stepper,
-            state,
-            logger,
-            guard,
-            build_online_knn(config, batches, execution),
-            CollapseMonitor(
-                config.health,
-                method,
-                stepper.optimizer,
-                first_step,
-                logger.past_records,
-                logger.alert,
-            ),
+            logger.past_records,
+            logger.alert,
+        )
+        yield Training(
+            config=config,
+            first_step=first_step,
+            end_step=min(num_steps, first_step + (stop_after or num_steps)),
+            num_steps=num_steps,
+            execution=execution,
+            lock=lock,
+            loader=batches,
+            stop=stop,
+            stepper=stepper,
+            state=state,
+            logger=logger,
+            nan_guard=guard,
+            online_knn=build_online_knn(config, batches, execution),
+            collapse_monitor=monitor,
         )
 
 
@@ -222,7 +223,7 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
 
 def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -> Stepper:
     """Distribute the method over the ranks and build the optimizer, as the configuration says."""
-    images = micro_batch_size(method, config, execution)
+    images = choose_micro_batch_size(method, config, execution)
     return build_stepper(
         method,
         config.parallel,
@@ -235,7 +236,7 @@ def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -
     )
 
 
-def micro_batch_size(method: Method, config: RunConfig, execution: Execution) -> int:
+def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execution) -> int:
     """Return the configured micro-batch size, or find the largest that fits in memory and print it.
 
     Raises:

@@ -46,7 +46,7 @@ class Outcome:
     """How far a run has come, in optimizer steps from the start of the run."""
 
     step: int  # steps done
-    end: int  # steps to be done when this process ends, as --stop-after says
+    end_step: int  # step at which this process was to stop
     num_steps: int  # steps of the whole run
 
 
@@ -115,7 +115,7 @@ def _train(
                 training.save_checkpoint(step, wait=stopping)
             if stopping:
                 break
-        return Outcome(step, training.end, training.num_steps)
+        return Outcome(step, training.end_step, training.num_steps)
 
 
 def _print(text: str) -> None:
@@ -166,7 +166,7 @@ def _run(options: argparse.Namespace) -> int:
     settings = config.parallel
     device = process_group.start(settings.threads, settings.deterministic, settings.timeout_seconds)
     outcome = train_and_report(config, device, options.stop_after, options.fake_preempt)
-    if outcome.step == outcome.end:
+    if outcome.step == outcome.end_step:
         return 0
     status = exit_status.note_stop()
     collectives.barrier()  # torchrun ends the other ranks as soon as one exits with this status

@@ -11,7 +11,7 @@ from conftest import run_ranks
 from torch import nn
 
 from ssl_pretrain import config
-from ssl_pretrain.build import build_method, build_run_stepper, micro_batch_size
+from ssl_pretrain.build import build_method, build_run_stepper, choose_micro_batch_size
 from ssl_pretrain.data import loader
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.models import backbones
@@ -148,7 +148,9 @@ def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
         tiny.config(tmp_path), ["parallel.bn_group_images=4", "micro_batch_size=auto"]
     )
     method = build_method(settings)
-    assert micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
+    assert (
+        choose_micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
+    )
     assert "micro_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
     costs = {8: 100, 24: 260}
@@ -179,7 +181,9 @@ def test_auto_measures_blocks_that_compute_again(tmp_path, monkeypatch):
         child for child in block.modules() if isinstance(child, torch.nn.Conv2d)
     ).register_forward_hook(lambda *_: forwards.append(1))
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
-    assert micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
+    assert (
+        choose_micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
+    )
     assert len(forwards) == 2 * 3  # of three measurements
     assert "forward" not in vars(block)
 
