@@ -65,14 +65,11 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
         LostRankError: Another rank ended.
         LostWorkerError: A process that reads images was killed.
     """
-    return train_and_report(config, device, stop_after).step
+    return train_and_report(config, device, stop_after, fake_preempt=None).step
 
 
 def train_and_report(
-    config: RunConfig,
-    device: torch.device,
-    stop_after: int | None = None,
-    fake_preempt: int | None = None,
+    config: RunConfig, device: torch.device, stop_after: int | None, fake_preempt: int | None
 ) -> Outcome:
     """Train as `train` does, print how the run ended, and return it."""
     run = Path(config.output)
@@ -89,12 +86,11 @@ def train_and_report(
             )
             return Outcome(step, step, step)
         outcome = _train(config, device, stop_after, fake_preempt)
-    saved_in = checkpoint.folder_of(run, outcome.step)
-    summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {saved_in}"
-    if outcome.step == outcome.num_steps:
-        _print(f"finished: {summary}. Evaluate it: python -m ssl_pretrain.eval.knn {run}")
-    else:
-        _print(f"stopped: {summary}. The same command goes on from there")
+    path = checkpoint.folder_of(run, outcome.step)
+    summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
+    resume_hint = f"stopped: {summary}. The same command goes on from there"
+    evaluate_hint = f"finished: {summary}. Evaluate it: python -m ssl_pretrain.eval.knn {run}"
+    _print(evaluate_hint if outcome.step == outcome.num_steps else resume_hint)
     return outcome
 
 
