@@ -1,0 +1,68 @@
+"""Runs of earlier revisions load, continue and are evaluated.
+
+`golden/earlier_run` was made by the revision before the package's folders: DINO on 96 digits, six of
+sixteen steps, with the keys and file names of that time. `expected.json` has what that revision
+itself made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+from ssl_pretrain import train
+from ssl_pretrain.eval import knn
+
+EARLIER = Path(__file__).parent / "golden" / "earlier_run"
+EXPECTED = json.loads((EARLIER / "expected.json").read_text())
+CPU = json.loads((EARLIER / "run/checkpoints/step_00000006/manifest.json").read_text())["machine"]
+LAST_STEP = 16
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return shutil.copytree(EARLIER / "run", tmp_path / "run")
+
+
+def resume(run: Path, *overrides: str) -> int:
+    recipe = str(EARLIER / "recipe.yaml")
+    return train.main([recipe, f"output={run}", f"data.cache_dir={run.parent}", *overrides])
+
+
+def digest(run: Path) -> str:
+    """SHA-256 of every tensor of the newest checkpoint, optimizer state included."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(ranks.weights(run).items()):
+        total.update(name.encode())
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def test_an_earlier_run_continues_to_its_end(run, capfd):
+    assert resume(run) == 0
+    said = capfd.readouterr()
+    assert f"resumed {run} after step 6" in said.out
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, LAST_STEP + 1))
+    if torch.__version__ != EXPECTED["torch"]:
+        pytest.skip(f"the bits are those of torch {EXPECTED['torch']}")
+    assert digest(run) == EXPECTED["digest_after_16_steps"]
+
+
+def test_an_earlier_run_is_evaluated_to_the_same_accuracy(run):
+    knn.main([str(run)])
+    rows = json.loads((run / "eval" / "knn.json").read_text())["rows"]
+    measured = {row["features"]: row["metrics"] for row in rows}
+    for features, metrics in EXPECTED["knn"].items():
+        assert measured[features] == pytest.approx(metrics, abs=0.2)  # one image of 500
+
+
+def test_a_new_run_starts_from_an_earlier_backbone(run, tmp_path, capfd):
+    assert resume(tmp_path / "new", f"backbone.init={run}", "--stop-after", "1") == 0
+    assert f"backbone.init: {run}" in capfd.readouterr().out
