@@ -27,7 +27,7 @@ class BackgroundWriter:
         self._say = say
         self._queue: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
         self._refused: dict[Path, str] = {}  # text that is not on the disk yet
-        self._problems: list[str] = []
+        self.problems: list[str] = []  # files that could not be written, since `take_problems`
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
 
@@ -40,17 +40,13 @@ class BackgroundWriter:
         try:
             write()
         except OSError as error:
-            self._problems.append(refusal(path, error))
+            self.problems.append(refusal(path, error))
             return False
         return True
 
-    def has_problems(self) -> bool:
-        """Return True if a file could not be written since the last `take_problems`."""
-        return bool(self._problems)
-
     def take_problems(self) -> str | None:
         """Return and forget the messages about files that could not be written."""
-        problems, self._problems = self._problems, []
+        problems, self.problems = self.problems, []
         return "; ".join(dict.fromkeys(problems)) or None
 
     def close(self) -> None:
@@ -58,7 +54,7 @@ class BackgroundWriter:
         self._queue.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._problems.append(
+            self.problems.append(
                 f"the disk did not take the last records within {CLOSE_SECONDS:.0f} s"
             )
 
@@ -80,7 +76,7 @@ class BackgroundWriter:
             durable_files.append(path, text)
         except OSError as error:
             if path not in self._refused:
-                self._problems.append(refusal(path, error))
+                self.problems.append(refusal(path, error))
             self._refused[path] = text
             return
         if self._refused.pop(path, None) is not None:

@@ -114,6 +114,16 @@ RULES = (
 )
 
 
+@dataclass
+class _State:
+    """What the past measurements say about one rule."""
+
+    best: float = -math.inf
+    count: int = 0  # bad measurements in a row that have fallen
+    bad_since: int | None = None  # step
+    raised: bool = False
+
+
 class AlertHistory:
     """Applies the rules to one measurement after another.
 
@@ -124,10 +134,7 @@ class AlertHistory:
     """
 
     def __init__(self, past_records: list[dict[str, Any]]):
-        self._best: dict[str, float] = {}
-        self._count: dict[str, int] = {}
-        self._bad_since: dict[str, int] = {}
-        self._raised: set[str] = set()
+        self._states = {rule.title: _State() for rule in RULES}
         for record in past_records:
             self.check(record["step"], record)
 
@@ -140,27 +147,22 @@ class AlertHistory:
         """
         alerts = []
         for rule in RULES:
-            value = metrics.get(rule.metric)
+            value, state = metrics.get(rule.metric), self._states[rule.title]
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            best = self._best[rule.metric] = max(self._best.get(rule.metric, value), value)
+            state.best = max(state.best, value)
             if not rule.is_bad(value, metrics):
-                self._recover(rule)
+                self._states[rule.title] = _State(state.best)
                 continue
-            bad_since = self._bad_since.setdefault(rule.title, step)
-            count = rule.count(value, best)
-            self._count[rule.title] = self._count.get(rule.title, 0) + count if count else 0
-            overdue = step - bad_since >= GRACE_STEPS
-            due = overdue or self._count[rule.title] >= MIN_CONSECUTIVE
-            if due and rule.title not in self._raised:
-                self._raised.add(rule.title)
-                before = f"it has been low for {step - bad_since} steps"
-                reason = before if overdue else f"its best was {best:.3g}"
+            state.bad_since = step if state.bad_since is None else state.bad_since
+            count = rule.count(value, state.best)
+            state.count = state.count + count if count else 0
+            num_steps = step - state.bad_since
+            overdue = num_steps >= GRACE_STEPS
+            if not state.raised and (overdue or state.count >= MIN_CONSECUTIVE):
+                state.raised = True
+                best = f"its best was {state.best:.3g}"
+                reason = f"low for {num_steps} steps" if overdue else best
                 text = f"step {step}: {rule.metric} is {value:.3g}, {reason}: {rule.symptom}. "
                 alerts.append(Alert(rule.title, f"{text}{rule.remedies}."))
         return alerts
-
-    def _recover(self, rule: Rule) -> None:
-        self._count.pop(rule.title, None)
-        self._bad_since.pop(rule.title, None)
-        self._raised.discard(rule.title)

@@ -69,13 +69,16 @@ class Console:
         eta = f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         return "  ".join([*fields, eta])
 
-    def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        self._print(text)
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line, above the bar if there is one, where it has the style."""
+        if self._bar is None:
+            print(text, file=self.stream, flush=True)
+        else:
+            self._bar.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self._print(f"warning: {text}", "yellow")
+        self.say(f"warning: {text}", "yellow")
 
     def close(self) -> None:
         """Leave the bar as it is and give the terminal back."""
@@ -88,14 +91,6 @@ class Console:
         if seconds := record.get("seconds_per_step"):
             average = seconds if self._seconds_per_step is None else self._seconds_per_step
             self._seconds_per_step = average + SMOOTHING * (seconds - average)
-
-    def _print(self, text: str, style: str | None = None) -> None:
-        if self._bar is not None:
-            self._bar.console.print(
-                text, style=style, markup=False, highlight=False, soft_wrap=True
-            )
-        else:
-            print(text, file=self.stream, flush=True)
 
     def _show_bar(self, record: dict[str, Any]) -> None:
         if self._bar is None:

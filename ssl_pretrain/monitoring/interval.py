@@ -41,14 +41,11 @@ class Interval:
 
     def time_waiting(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches and add up the time that each took to arrive."""
-        while True:
-            start = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        start = time.monotonic()
+        for batch in batches:
             self._seconds_waited += time.monotonic() - start
             yield batch
+            start = time.monotonic()
 
     def add(self, logs: dict[str, Tensor]) -> None:
         """Add the scalars of one step. Nothing waits for the device."""

@@ -136,7 +136,7 @@ class Logger:
         if step % self.settings.every_steps and step != self.last_step:
             return
         summary = self._interval.finish(
-            step, [bool(self._warnings.pending), self._files.has_problems()]
+            step, [bool(self._warnings.pending), bool(self._files.problems)]
         )
         warnings_pending, disk_problem = summary.flags  # the same on every rank
         if warnings_pending:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -27,17 +27,11 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            self._handle(error)
-            return len(text)
+        self._try(lambda: self._stream.write(text))
+        return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._handle(error)
+        self._try(self._stream.flush)
 
     def discard_unwritten(self) -> None:
         """Drop lines that cannot be written, which would make Python fail as it exits."""
@@ -46,9 +40,14 @@ class LastingStream:
         except OSError:
             self._redirect_to_null()
 
-    def _handle(self, error: OSError) -> None:
-        if self._closed or error.errno in TEMPORARY_ERRORS:
-            return
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if not self._closed and error.errno not in TEMPORARY_ERRORS:
+                self._close(error)
+
+    def _close(self, error: OSError) -> None:
         self._closed = True
         self._redirect_to_null()
         other = sys.stderr if self._name == "stdout" else sys.stdout

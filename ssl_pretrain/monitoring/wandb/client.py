@@ -7,9 +7,10 @@ of the input ends the run.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import queue
+import select
 import shlex
 import shutil
 import signal
@@ -167,28 +168,11 @@ def restart(settings: dict[str, Any]) -> NoReturn:
     A failed attempt leaves threads and a service in W&B's library. They may hold the run's id for
     as long as their requests take, and must not reach the next attempt.
     """
-    with tempfile.TemporaryFile() as file:
-        file.write(json.dumps(settings).encode())
-        file.seek(0)
-        os.set_inheritable(file.fileno(), True)
-        environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
-        module = "ssl_pretrain.monitoring.wandb.client"
-        command = [sys.executable, "-m", module, str(file.fileno())]
-        os.execve(sys.executable, command, environment)
-
-
-def read_settings() -> dict[str, Any]:
-    """Return the run's settings, from the process that restarted or from the first line of input.
-
-    The line is read byte by byte, so that a restarted process finds the rest of the input.
-    """
-    if sys.argv[1:]:
-        with open(int(sys.argv[1]), "rb") as file:
-            return json.loads(file.read())
-    line = b""
-    while not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
-        line += byte
-    return json.loads(line)
+    path = Path(os.environ[TEMPORARY]) / "settings.json"
+    path.write_text(json.dumps(settings))
+    os.environ.pop("WANDB_SERVICE", None)
+    module = "ssl_pretrain.monitoring.wandb.client"
+    os.execv(sys.executable, [sys.executable, "-m", module, str(path)])
 
 
 def say(line: str) -> None:
@@ -198,33 +182,23 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def read_messages(timeout: float) -> Iterator[dict[str, Any] | None]:
+def read_messages(source: io.FileIO, timeout: float) -> Iterator[dict[str, Any] | None]:
     """Yield the messages, and None whenever `timeout` seconds pass without one."""
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
     while True:
-        try:
-            line = lines.get(timeout=timeout)
-        except queue.Empty:
+        if not select.select([source], [], [], timeout)[0]:
             yield None
-            continue
-        if line is None:
+        elif line := source.readline():
+            with suppress(ValueError):  # a kill cut the line short
+                yield json.loads(line)
+        else:
             return
-        with suppress(ValueError):  # a kill cut the line short
-            yield json.loads(line)
 
 
-def serve(settings: dict[str, Any], temporary: Path) -> NoReturn:
+def serve(settings: dict[str, Any], source: io.FileIO, temporary: Path) -> NoReturn:
     """Pass on the messages until they end, and end this process."""
     client = Client(settings)
     closed, stalled = False, False
-    for message in read_messages(settings["stall_seconds"]):
+    for message in read_messages(source, settings["stall_seconds"]):
         if message is None:
             if not stalled:
                 text = f"no step ended for {settings['stall_seconds']:.0f} seconds"
@@ -253,8 +227,11 @@ def main() -> None:
     for number in IGNORED_SIGNALS:  # meant for the training, which closes the input when it ends
         signal.signal(number, signal.SIG_IGN)
     temporary = use_temporary_folder()
+    # Without a buffer, so that a process that restarts leaves the rest of the input to be read.
+    source = io.FileIO(sys.stdin.fileno())
     try:
-        serve(read_settings(), temporary)
+        settings = Path(sys.argv[1]).read_bytes() if sys.argv[1:] else source.readline()
+        serve(json.loads(settings), source, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
