@@ -50,7 +50,7 @@ def scaled(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]
 def caption(key: str) -> str:
     found = metric_names.curve(key)
     title = found.title[0].upper() + found.title[1:] + (", %" if found.percent else "")
-    return f"{title}: {found.about}" if found.about else title
+    return f"{title}: {found.description}" if found.description else title
 
 
 def alerts(run: Path, title: str = "Alerts") -> str:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Summary:
-    """One interval over all ranks. Every rank has the same, except for the seconds."""
+    """One interval over all ranks. It is the same on every rank, except for the seconds."""
 
     logs: dict[str, float]  # means over steps and ranks; `skipped_steps` is a sum over steps
     num_steps: int
@@ -34,10 +34,6 @@ class Interval:
 
     def __init__(self, first_step: int):
         self._restart(first_step)
-
-    def _restart(self, step: int) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._start, self._start_step, self._seconds_waited = time.monotonic(), step, 0.0
 
     def time_waiting(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches and add up the time that each took to arrive."""
@@ -80,6 +76,10 @@ class Interval:
         }
         self._restart(step)
         return Summary(logs, num_steps, seconds, data_wait, memory, [flag > 0 for flag in any_flag])
+
+    def _restart(self, step: int) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._start, self._start_step, self._seconds_waited = time.monotonic(), step, 0.0
 
 
 def peak_memory_gib() -> float:

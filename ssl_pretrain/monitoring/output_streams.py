@@ -1,4 +1,4 @@
-"""Standard output and error that a run survives the loss of."""
+"""Standard output and error whose loss does not end a run."""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ YAML = """
 method: {{name: {method}}}
 backbone: {{name: test_resnet}}
 data: {{source: digits, num_workers: 0}}
-views: {{crops: {{global: {{count: 2, size: 16, scale: [0.3, 1.0], flip: 0.0, jitter: 0.8, brightness: 0.4, contrast: 0.4}}}}}}
+views:
+  crops:
+    global: {{count: 2, size: 16, scale: [0.3, 1.0], flip: 0.0, jitter: 0.8, brightness: 0.4,
+             contrast: 0.4}}
 optim: {{name: adamw, base_lr: 0.002, lr_scaling: none, weight_decay: 0.0001, warmup_epochs: 5}}
 parallel: {{threads: 1}}
 log: {{every_steps: 10, wandb: "off"}}

@@ -6,8 +6,8 @@ PYTHONPATH=. .venv/bin/python tests/bench/health.py [--images 256] [--backbone r
 A monitored step includes the collapse monitor, the logger, the console and an offline W&B client.
 Monitored and bare steps alternate. Each kind has weights of its own, and each comes first in half
 of the pairs. A monitored step is plain, writes a record, or measures the embeddings. Its excess is
-its time over that of the bare step of its pair, minus 1. From the medians of the excess, the cost at
-the default intervals is
+its time divided by that of the bare step of its pair, minus 1. The cost at the default intervals,
+from medians of the excess, is
 
     1 + plain + (record - plain) / 10 + (measured - plain) / 50.
 

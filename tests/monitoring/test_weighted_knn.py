@@ -18,7 +18,7 @@ def predict(bank, labels, queries, k, temperature, num_classes=4):
 
 
 def by_the_paper(bank, bank_labels, query, k, temperature, num_classes):
-    """Classify one query in plain Python: the k most similar vote with exp(cosine / temperature)."""
+    """Classify one query in plain Python. The k nearest vote with exp(cosine / temperature)."""
 
     def cosine(a, b):
         norms = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))

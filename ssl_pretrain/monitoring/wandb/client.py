@@ -1,4 +1,4 @@
-"""The Weights & Biases client. It is a process of its own, so the training never waits for a network.
+"""The Weights & Biases client, a process of its own, so that training never waits for a network.
 
 It reads one JSON message per line from standard input and prints lines for the user. If the server
 cannot be reached or refuses, the run is kept offline under the same id, for `wandb sync`. The end
@@ -115,17 +115,21 @@ class Client:
             self.run.tags = (*(self.run.tags or ()), tag)
         self.run.summary["health"] = f"{title}: {text}"
 
-    def log_evaluations(self) -> None:
-        """Log the evaluations that went with no record, at steps after the training's last one."""
+    def finish(self, exit_code: int) -> None:
+        """Log the evaluations that went with no record, after the training's last step, and end."""
         last_step = self.last_step
         for row in self._evaluations():
             step = max(last_step, row["evaluated_step"])
             self._log({"step": step} | row, self.last_step + 1)
+        threading.Timer(FINISH_SECONDS, leave, [1]).start()
+        self.run.finish(exit_code=exit_code)
+        write_last_step(self.folder, self.run_id, self.last_step)
 
     def _log(self, row: dict[str, Any], step: int) -> None:
+        if step > self.last_step:  # only now does the library write the row of the step before
+            write_last_step(self.folder, self.run_id, self.last_step)
+            self.last_step = step
         self.run.log(row, step=step)
-        self.last_step = max(self.last_step, step)
-        write_last_step(self.folder, self.run_id, self.last_step)
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
         """Yield the new results in RUN/eval/, each with the step whose weights were evaluated."""
@@ -152,14 +156,13 @@ def write_last_step(folder: Path, run_id: str, step: int) -> None:
         durable_files.replace(folder / "wandb" / f"last_step_{run_id}", f"{step}\n")
 
 
-def use_temporary_folder() -> Path:
+def use_temporary_folder() -> None:
     """Make W&B's library keep its temporary files in one folder, which `leave` removes.
 
     The process ends too early for the library to remove them.
     """
     folder = os.environ.get(TEMPORARY) or tempfile.mkdtemp(prefix="ssl_pretrain-wandb-")
     os.environ[TEMPORARY] = os.environ["TMPDIR"] = tempfile.tempdir = folder
-    return Path(folder)
 
 
 def restart(settings: dict[str, Any]) -> NoReturn:
@@ -194,7 +197,7 @@ def read_messages(source: io.FileIO, timeout: float) -> Iterator[dict[str, Any] 
             return
 
 
-def serve(settings: dict[str, Any], source: io.FileIO, temporary: Path) -> NoReturn:
+def serve(settings: dict[str, Any], source: io.FileIO) -> NoReturn:
     """Pass on the messages until they end, and end this process."""
     client = Client(settings)
     closed, stalled = False, False
@@ -210,30 +213,28 @@ def serve(settings: dict[str, Any], source: io.FileIO, temporary: Path) -> NoRet
             closed = True
         else:
             getattr(client, kind)(**message)
-    client.log_evaluations()
-    threading.Timer(FINISH_SECONDS, lambda: leave(1, temporary)).start()
-    client.run.finish(exit_code=0 if closed else 1)
+    client.finish(exit_code=0 if closed else 1)
     say("W&B: finished")
-    leave(0, temporary)
+    leave(0)
 
 
-def leave(status: int, temporary: Path) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """End at once, without waiting for the library's threads."""
-    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(os.environ[TEMPORARY], ignore_errors=True)
     os._exit(status)
 
 
 def main() -> None:
     for number in IGNORED_SIGNALS:  # meant for the training, which closes the input when it ends
         signal.signal(number, signal.SIG_IGN)
-    temporary = use_temporary_folder()
+    use_temporary_folder()
     # Without a buffer, so that a process that restarts leaves the rest of the input to be read.
     source = io.FileIO(sys.stdin.fileno())
     try:
         settings = Path(sys.argv[1]).read_bytes() if sys.argv[1:] else source.readline()
-        serve(json.loads(settings), source, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        serve(json.loads(settings), source)
+    finally:  # reached only after an error
+        shutil.rmtree(os.environ[TEMPORARY], ignore_errors=True)
 
 
 if __name__ == "__main__":

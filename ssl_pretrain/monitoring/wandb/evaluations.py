@@ -28,8 +28,8 @@ def unsent(run: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def mark_sent(run: Path, key: str, content: str) -> None:
-    """Remember that a result was sent. If the disk refuses, it will be sent twice to the same step."""
-    with suppress(OSError):
+    """Remember that a result was sent."""
+    with suppress(OSError):  # the result is sent again, to the same step
         durable_files.replace(run / SENT, json.dumps(_sent(run) | {key: content}))
 
 
