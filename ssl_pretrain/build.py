@@ -18,7 +18,8 @@ from ssl_pretrain.checkpoint import rank_agreement
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.resumption import resume
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import loader, preflight, sources
+from ssl_pretrain.data import loader, preflight
+from ssl_pretrain.data.image_source import Source, require_labels
 from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.distributed.stop_request import StopRequest
@@ -202,7 +203,7 @@ def build_loader(config: RunConfig, execution: Execution) -> Loader:
     )
 
 
-def build_method(config: RunConfig, source: sources.Source | None = None) -> Method:
+def build_method(config: RunConfig, source: Source | None = None) -> Method:
     """Build the method and its backbone on the CPU, initialized from the seed alike on every rank.
 
     Raises:
@@ -217,7 +218,7 @@ def build_method(config: RunConfig, source: sources.Source | None = None) -> Met
         print(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}", flush=True)
     method: Method = config.method.build(backbone)
     if method.needs_labels and source is not None:
-        sources.require_labels(source, f"method {config.method.name}")
+        require_labels(source, f"method {config.method.name}")
     return method
 
 

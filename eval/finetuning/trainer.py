@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain import rng
-from ssl_pretrain.data.sources import Source
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval import runs
 from ssl_pretrain.eval.frozen import features, published_linear, shards

@@ -13,15 +13,10 @@ from torch.nn import functional as F
 
 from ssl_pretrain import rng
 from ssl_pretrain.data import loader
+from ssl_pretrain.data.image_source import NoSuchSplit, Source, require_labels
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.sources import (
-    DataConfig,
-    NoSuchSplit,
-    Source,
-    layout_lines,
-    open_source,
-    require_labels,
-)
+from ssl_pretrain.data.layout_report import layout_lines
+from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.results import Unlabelled
 from ssl_pretrain.eval.runs import Run

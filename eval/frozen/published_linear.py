@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.data import loader
-from ssl_pretrain.data.sources import Source
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import protocols, results
 from ssl_pretrain.eval.frozen import evaluation_split, features, linear_heads, shards

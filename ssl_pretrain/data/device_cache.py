@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.data import replacement
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import Plan
-from ssl_pretrain.data.sources import Source
 from ssl_pretrain.data.workers import Chunk, Job, irreplaceable
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.recipe import Crop

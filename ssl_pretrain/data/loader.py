@@ -20,17 +20,14 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.data import device_cache, order, workers
+from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.layout_report import layout_lines
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.native.threads import Threads
-from ssl_pretrain.data.sources import (
-    Beton,
-    DataConfig,
-    Source,
-    UnreadableImage,
-    check_range,
-    layout_lines,
-    open_source,
-)
+from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.value_range import check_range
 from ssl_pretrain.data.workers import Chunk, Chunks, Job
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.views import color, crops, describe, recipe

@@ -1,27 +1,41 @@
-"""How far a long pass over a data set is, on stderr."""
+"""Show the progress of a long pass over a data set on stderr."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from rich.console import Console
+from rich.progress import track
+
 T = TypeVar("T")
-_EVERY_SECONDS = 2.0
+_REPORT_SECONDS = 2.0  # between two lines where stderr is not a terminal
 
 
-def report(results: Iterable[T], total: int, verb: str, done: int = 0) -> Iterator[T]:
-    """The same results; says every two seconds how many of `total` there are and how long the rest will take. `done`: before this pass."""
-    began = reported = time.monotonic()
+def report_progress(results: Iterable[T], total: int, verb: str, num_done: int = 0) -> Iterator[T]:
+    """Yield the results unchanged, and show how many there are and how long the rest will take.
+
+    Args:
+        results: One result per image.
+        total: Number of images, including those done before.
+        verb: Past tense of what is done with an image, such as "read".
+        num_done: Number of images done before.
+    """
+    if sys.stderr.isatty():
+        console = Console(stderr=True)
+        return iter(track(results, f"{verb} images", total, num_done, console=console))
+    return _report_lines(results, total, verb, num_done)
+
+
+def _report_lines(results: Iterable[T], total: int, verb: str, num_done: int) -> Iterator[T]:
+    start = last_report = time.monotonic()
     for number, result in enumerate(results, start=1):
         yield result
         now = time.monotonic()
-        if number == 1:  # starting is not part of the rate
-            began = reported = now
-        if now - reported > _EVERY_SECONDS and done + number < total:
-            reported = now
-            left = (total - done - number) * (now - began) / (number - 1)
-            print(
-                f"{verb} {done + number:,} of {total:,} images, about {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+        if number == 1:  # the first result includes the start of the workers
+            start = last_report = now
+        if now - last_report > _REPORT_SECONDS and num_done + number < total:
+            last_report = now
+            seconds = (total - num_done - number) * (now - start) / (number - 1)
+            line = f"{verb} {num_done + number:,} of {total:,} images, about {seconds:.0f} s left"
+            print(line, file=sys.stderr, flush=True)

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_pretrain.data import replacement
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import Plan
-from ssl_pretrain.data.sources import Source
 from ssl_pretrain.system.exit_status import LostError
 
 # macOS cannot tell who sent a signal, so workers obey all of them there

@@ -8,6 +8,7 @@ from ssl_pretrain import config
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.config import RunConfig, method_on_meta
 from ssl_pretrain.data import order, sources
+from ssl_pretrain.data.layout_report import layout_lines
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers as optim
@@ -201,7 +202,7 @@ def _steps(run: RunConfig) -> list[str]:
     num_images = len(source)
     steps = order.steps_per_epoch(num_images, run.global_batch_size)
     return [
-        *sources.layout_lines(run.data, source),
+        *layout_lines(run.data, source),
         f"steps per epoch: {steps} ({num_images:,} images, the last incomplete batch dropped); "
         f"{round(steps * run.epochs):,} in {run.epochs} epochs",
     ]

@@ -37,9 +37,10 @@ sys.path[:0] = [str(Path(__file__).parent)]
 import colour as colour_bench
 
 from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.native.threads import Threads
 from ssl_pretrain.data.order import Plan
-from ssl_pretrain.data.sources import Beton, DataConfig, open_source
+from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.workers import Job
 from ssl_pretrain.views.recipe import Crop
 
@@ -140,7 +141,7 @@ class Crops(Dataset):
         return 50 * len(self.source)
 
     def __getitem__(self, index: int) -> list[torch.Tensor]:
-        content = self.source.content(index % len(self.source))
+        content = self.source.read_bytes(index % len(self.source))
         if self.with_pillow:
             image = Image.open(io.BytesIO(content)).convert("RGB")
             return [colours(crop(image)) for crop, colours in zip(self.crops, self.colours)]

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from ssl_pretrain.data.beton import writer as beton_writer
-from ssl_pretrain.data.sources import Beton, DataConfig, open_source
+from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.recipe import Crop
 
@@ -72,7 +73,7 @@ def main() -> None:
                 cells.append(f"{np.sqrt(np.mean(errors)):.1f}, {100 * np.mean(enlarged):.0f} %")
             name = str(side) if side else "none"
             print(
-                f"| {name} | {size / 1e3:.0f} | {size * 1281167 / 1e9:.0f} GB | {manifest['kept']} of 600 | "
+                f"| {name} | {size / 1e3:.0f} | {size * 1281167 / 1e9:.0f} GB | {manifest.num_unchanged} of 600 | "
                 + " | ".join(cells)
                 + " |"
             )

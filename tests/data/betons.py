@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from ssl_pretrain.data.beton import writer as beton_writer
-from ssl_pretrain.data.beton.writer import Settings
+from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.beton.encoder import Settings
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.native import decode
-from ssl_pretrain.data.sources import Beton, DataConfig, Source, open_source
+from ssl_pretrain.data.sources import DataConfig, open_source
 
 try:
     decode.library()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,16 @@ from PIL import Image
 
 from ssl_pretrain.data import progress_report
 from ssl_pretrain.data.beton import __main__ as beton
+from ssl_pretrain.data.beton import encoder_pool, tables
 from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.beton import writer as beton_writer
-from ssl_pretrain.data.beton.writer import ENCODED, KEPT, STORED_RAW, Settings
+from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.beton.check import find_problems
+from ssl_pretrain.data.beton.encoder import NEW_JPEG, PIXELS, UNCHANGED, Settings, encode
+from ssl_pretrain.data.beton.manifest import manifest_path
 from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.native import decode as compiled
-from ssl_pretrain.data.sources import Beton, DataConfig, open_source
+from ssl_pretrain.data.sources import DataConfig, open_source
 
 pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
 
@@ -44,7 +49,7 @@ def refused(function, *arguments) -> str:
 def rewritten(stored):
     """The path and the bytes of a .beton, which are written back. Its manifest, which would notice first, is removed."""
     path = Path(stored.where)
-    beton_file.manifest_path(path).unlink()
+    manifest_path(path).unlink()
     content = bytearray(path.read_bytes())
     yield path, content
     path.write_bytes(content)
@@ -62,7 +67,7 @@ class TestRealData:
             source = open_source(config, part)
             path = tmp_path / f"{part}.beton"
             manifest = beton_writer.write(source, path, Settings(), num_workers=1)
-            assert (manifest["num_samples"], manifest["kept"], manifest["bad"]) == (
+            assert (manifest.num_samples, manifest.num_unchanged, manifest.bad_images) == (
                 count,
                 count,
                 [],
@@ -71,30 +76,30 @@ class TestRealData:
             assert stored.classes == source.classes and stored.fingerprint == source.fingerprint
             np.testing.assert_array_equal(stored.labels, source.labels)
             assert all(
-                stored.content(index) == source.content(index) for index in range(0, count, 7)
+                stored.read_bytes(index) == source.read_bytes(index) for index in range(0, count, 7)
             )
             if part == "val":
-                assert beton.problems(stored.samples) == []
+                assert find_problems(stored.samples) == []
 
     def test_the_imagenet_sample_comes_back(self, shared_data, tmp_path):
         source = opened(shared_data("imagenet_sample.zip"))
         path = tmp_path / "train.beton"
         manifest = beton_writer.write(source, path, Settings(max_side=0), num_workers=2)
         stored = opened(path)
-        assert (manifest["num_samples"], manifest["bad"], stored.classes) == (
+        assert (manifest.num_samples, manifest.bad_images, stored.classes) == (
             600,
             [],
             source.classes,
         )
-        assert manifest["kept"] + manifest["encoded"] == 600 and manifest["encoded"] < 10
+        assert manifest.num_unchanged + manifest.num_encoded == 600 and manifest.num_encoded < 10
         assert int(stored.samples.width.max()) == 2400
         np.testing.assert_array_equal(stored.labels, source.labels)
         for index in range(600):
             assert (
-                stored.content(index) == source.content(index)
+                stored.read_bytes(index) == source.read_bytes(index)
                 or np.abs(stored.read(index).astype(int) - source.read(index)).mean() < 3
             )
-        assert beton.problems(stored.samples, num_threads=2) == []
+        assert find_problems(stored.samples, num_threads=2) == []
 
     def test_larger_images_are_resized_once_and_counted(self, shared_data, tmp_path):
         source = opened(shared_data("imagenet_sample.zip"))
@@ -106,8 +111,8 @@ class TestRealData:
         small = sum(max(source.read(index).shape) <= 256 for index in range(0, 600, 20))
         assert (
             0 <= small <= 30
-            and manifest["kept"] + manifest["encoded"] == 600
-            and manifest["kept"] < 60
+            and manifest.num_unchanged + manifest.num_encoded == 600
+            and manifest.num_unchanged < 60
         )
 
 
@@ -135,13 +140,23 @@ def test_what_becomes_of_each_kind_of_image(tmp_path):
         source, tmp_path / "train.beton", Settings(max_side=80), num_workers=1
     )
     stored = opened(tmp_path / "train.beton")
-    decoder = beton_writer.Decoder()
+    decoder = compiled.Decoder()
     became = [
-        beton_writer.encode(source, index, Settings(max_side=80), decoder)[0] for index in range(9)
+        encode(source, index, Settings(max_side=80), decoder)[0].outcome for index in range(9)
     ]
-    assert became == [KEPT, ENCODED, ENCODED, KEPT, KEPT, KEPT, STORED_RAW, ENCODED, ENCODED]
-    assert (manifest["kept"], manifest["encoded"], manifest["raw"]) == (4, 4, 1)
-    assert [stored.content(index) == source.content(index) for index in range(6)] == [
+    assert became == [
+        UNCHANGED,
+        NEW_JPEG,
+        NEW_JPEG,
+        UNCHANGED,
+        UNCHANGED,
+        UNCHANGED,
+        PIXELS,
+        NEW_JPEG,
+        NEW_JPEG,
+    ]
+    assert (manifest.num_unchanged, manifest.num_encoded, manifest.num_raw) == (4, 4, 1)
+    assert [stored.read_bytes(index) == source.read_bytes(index) for index in range(6)] == [
         True,
         False,
         False,
@@ -163,7 +178,7 @@ def test_what_becomes_of_each_kind_of_image(tmp_path):
     assert list(zip(stored.samples.width.tolist(), stored.samples.height.tolist())) == sizes
     np.testing.assert_array_equal(stored.read(6), source.read(6))  # raw pixels lose nothing
     assert np.abs(stored.read(2).astype(int) - source.read(2)).mean() < 2
-    assert beton.problems(stored.samples) == []
+    assert find_problems(stored.samples) == []
 
 
 def test_ffcvs_own_reader_and_loader_read_it_and_we_read_ffcvs(tmp_path):
@@ -208,7 +223,7 @@ print([label for _, labels in loader for label in labels[:, 0].tolist()])
     problems = [
         f"{theirs}: has no manifest (theirs.beton.json): no class names, and nothing to compare with"
     ]
-    assert beton.problems(beton_file.read(theirs)) == problems
+    assert find_problems(beton_file.read(theirs)) == problems
 
 
 def test_bad_images_are_named_and_left_out(tmp_path, capsys):
@@ -258,8 +273,8 @@ def test_check_names_what_is_damaged(tmp_path, capsys):
 
 def _write_slowly(root: Path, path: Path) -> None:
     """So that a kill finds it at work: 300 images take three seconds and more."""
-    make, beton_writer._CHUNK = beton_writer._make, 3
-    beton_writer._make = lambda indices: (time.sleep(0.03), make(indices))[1]
+    encode_chunk, encoder_pool._CHUNK = encoder_pool._encode_chunk, 3
+    encoder_pool._encode_chunk = lambda indices: (time.sleep(0.03), encode_chunk(indices))[1]
     beton_writer.write(opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1)
 
 
@@ -294,9 +309,7 @@ class TestKilled:
         beton_writer.write(
             opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1
         )
-        assert sha(path) == sha(whole) and sha(beton_file.manifest_path(path)) == sha(
-            beton_file.manifest_path(whole)
-        )
+        assert sha(path) == sha(whole) and sha(manifest_path(path)) == sha(manifest_path(whole))
         assert sorted(found.name for found in path.parent.iterdir()) == [
             "train.beton",
             "train.beton.json",
@@ -362,17 +375,17 @@ class TestKilled:
     def test_two_writers_of_one_file_do_not_mix(self, tmp_path):
         source = opened(tree(tmp_path / "data", n=12), loader="folder")
         path = tmp_path / "train.beton"
-        made = beton_writer._made
+        encoded_images = beton_writer.encoded_images
 
         def second(*arguments, **options):
             assert (
                 refused(beton_writer.write, source, path, Settings(), 1)
                 == f"{path}: another process is writing it"
             )
-            return made(*arguments, **options)
+            return encoded_images(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(beton_writer, "_made", second)
+            patch.setattr(beton_writer, "encoded_images", second)
             beton_writer.write(source, path, Settings(), num_workers=1)
         assert path.exists()
 
@@ -405,9 +418,7 @@ class TestMessages:
     @pytest.mark.parametrize("field", ["place", "width", "mode"])
     def test_entries_that_point_elsewhere(self, field, stored):
         with rewritten(stored) as (path, content):
-            samples = np.frombuffer(
-                content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END
-            )
+            samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)
             samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
         expected = (
             "the allocation table does not know image 2; the file is damaged"
@@ -417,7 +428,7 @@ class TestMessages:
         assert refused(beton_file.read, path) == f"data.root: {path}: {expected}"
 
     def test_a_damaged_manifest(self, stored):
-        path = beton_file.manifest_path(Path(stored.where))
+        path = manifest_path(Path(stored.where))
         path.write_text("{")
         assert refused(beton_file.read, Path(stored.where)) == (
             f"data.root: {path} is damaged; copy it again, or run the same write again"
@@ -470,7 +481,7 @@ class TestMessages:
     def test_progress_names_the_time_left(self, monkeypatch, capsys):
         clock = iter(range(0, 100, 2))
         monkeypatch.setattr(progress_report.time, "monotonic", lambda: next(clock))
-        assert list(progress_report.report("abcd", 4, "wrote")) == list("abcd")
+        assert list(progress_report.report_progress("abcd", 4, "wrote")) == list("abcd")
         assert "wrote 3 of 4 images, about " in capsys.readouterr().err
 
 
@@ -484,11 +495,11 @@ class TestDamage:
     def test_every_flipped_bit_of_the_tables_is_found(self, stored):
         path = Path(stored.where)
         content = path.read_bytes()
-        table = int(np.frombuffer(content, beton_file.HEADER, 1)[0]["table"])
-        entries = beton_file.DATA_FIELDS_END + 12 * beton_file.SAMPLE.itemsize
+        table = int(np.frombuffer(content, tables.HEADER, 1)[0]["table"])
+        entries = tables.SAMPLES_BEGIN + 12 * tables.SAMPLE.itemsize
         places = [
-            *range(beton_file.HEADER.itemsize),
-            *range(beton_file.DATA_FIELDS_END, entries),
+            *range(tables.HEADER.itemsize),
+            *range(tables.SAMPLES_BEGIN, entries),
             *range(table, len(content)),
         ]
         for number, place in enumerate(places[::5]):
@@ -500,7 +511,7 @@ class TestDamage:
         assert len(beton_file.read(path)) == 12
 
     def test_every_flipped_bit_of_the_manifest_is_found(self, stored):
-        path = beton_file.manifest_path(Path(stored.where))
+        path = manifest_path(Path(stored.where))
         content = path.read_bytes()
         for place in range(0, len(content), 3):
             flipped = bytearray(content)
@@ -514,7 +525,7 @@ class TestDamage:
         "text", ["[]", "null", "5", '"text"', "{}", "\xff", pytest.param("[" * 200_000, id="deep")]
     )
     def test_a_manifest_of_another_kind_is_damaged(self, text, stored, capsys):
-        path = beton_file.manifest_path(Path(stored.where))
+        path = manifest_path(Path(stored.where))
         path.write_text(text, encoding="latin-1")
         expected = (
             f"error: data.root: {path} is damaged; copy it again, or run the same write again\n"
@@ -524,7 +535,7 @@ class TestDamage:
             assert capsys.readouterr().err == expected
 
     def test_a_manifest_that_lacks_a_key_or_has_another_type_is_damaged(self, stored):
-        path = beton_file.manifest_path(Path(stored.where))
+        path = manifest_path(Path(stored.where))
         manifest = json.loads(path.read_text())
         for key in manifest:
             for other in ({}, {key: None}, {key: [5]}):
@@ -536,7 +547,7 @@ class TestDamage:
                 assert "is damaged" in refused(beton_file.read, Path(stored.where))
 
     def test_a_manifest_of_an_earlier_version_is_read(self, stored):
-        path = beton_file.manifest_path(Path(stored.where))
+        path = manifest_path(Path(stored.where))
         manifest = json.loads(path.read_text())
         path.write_text(
             json.dumps(
@@ -548,9 +559,9 @@ class TestDamage:
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
     def test_a_length_that_wraps_is_refused(self, length, stored):
         with rewritten(stored) as (path, content):
-            table = int(np.frombuffer(content, beton_file.HEADER, 1)[0]["table"])
-            np.frombuffer(content, beton_file.ALLOCATION, 12, offset=table)["length"][3] = (
-                np.uint64(length)
+            table = int(np.frombuffer(content, tables.HEADER, 1)[0]["table"])
+            np.frombuffer(content, tables.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(
+                length
             )
         assert refused(beton_file.read, path).endswith(
             "the entry of image 3 points outside the file; it is damaged"
@@ -560,16 +571,16 @@ class TestDamage:
     def test_a_label_that_is_no_class_is_refused(self, label, stored):
         """A file of FFCV's own writer has no class names. One is made for each class, and none of these may fill the memory."""
         with rewritten(stored) as (path, content):
-            np.frombuffer(content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END)[
-                "label"
-            ][3] = label
+            np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)["label"][3] = (
+                label
+            )
         assert refused(beton_file.read, path) == (
             f"data.root: {path}: the label of image 3 is {label}, and labels are -1 for none or a class below 1,000,000; the file is damaged"
         )
 
     def test_a_file_without_images_is_refused(self, stored):
         with rewritten(stored) as (path, content):
-            np.frombuffer(content, beton_file.HEADER, 1)["num_samples"][0] = 0
+            np.frombuffer(content, tables.HEADER, 1)["num_samples"][0] = 0
         assert refused(opened, path) == f"data.root: {path} holds no image; write it again"
 
     def test_a_folder_in_the_place_of_a_file_is_refused(self, stored):
@@ -582,9 +593,7 @@ class TestDamage:
 
     def test_an_entry_of_too_many_pixels_is_refused(self, stored):
         with rewritten(stored) as (path, content):
-            samples = np.frombuffer(
-                content, beton_file.SAMPLE, 12, offset=beton_file.DATA_FIELDS_END
-            )
+            samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)
             samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
         assert (
             "the entry of image 2 says 65,535 x 65,535 pixels, more than the 178,956,970"
@@ -592,7 +601,7 @@ class TestDamage:
         )
 
     def test_tall_and_wide_images_do_not_add_up(self, stored):
-        samples = beton_file.replace(
+        samples = replace(
             stored.samples, height=np.array([1, 60000] * 6), width=np.array([60000, 1] * 6)
         )
         assert compiled.scratch_for(samples, []).image.nbytes < 20_000_000
@@ -634,7 +643,7 @@ def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_pat
 
         real = os.replace
         steps = {
-            "before the manifest": lambda: patch.setattr(beton_writer, "_replace", killed),
+            "before the manifest": lambda: patch.setattr(beton_writer, "write_manifest", killed),
             "between manifest and data": lambda: patch.setattr(
                 beton_writer.os,
                 "replace",
@@ -657,7 +666,7 @@ def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_pat
 
 def test_a_stored_image_is_its_own_jpeg(tmp_path):
     stored = written(tmp_path / "data", n=12)
-    np.testing.assert_array_equal(stored.read(3), decode(stored.content(3), "x"))
+    np.testing.assert_array_equal(stored.read(3), decode(stored.read_bytes(3), "x"))
     part = stored.take(np.array([5, 2]))
     assert part.fingerprint not in (stored.fingerprint, stored.take(np.array([2, 5])).fingerprint)
     np.testing.assert_array_equal(part.read(0), stored.read(5))

@@ -175,7 +175,9 @@ def test_one_pixel():
 def test_first_of_several_frames():
     frames = [Image.new("L", (3, 2), value) for value in (10, 200)]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert (decode(content, "a.gif") == 10).all() and images.inspect(content, "a.gif").frames == 2
+    assert (decode(content, "a.gif") == 10).all() and images.read_header(
+        content, "a.gif"
+    ).num_frames == 2
 
 
 def test_smaller_copies_of_a_tiff_are_passed_over():
@@ -218,7 +220,7 @@ def test_16_bits_whose_zero_is_white_are_inverted():
 def test_inspect_measures_values_without_the_thousandth_at_either_end():
     stored = RANDOM.integers(200, 3000, (100, 100)).astype(np.uint16)
     stored[0, 0], stored[0, 1] = 65535, 0  # a hot and a dead pixel
-    found = images.inspect(encoded(Image.fromarray(stored), "TIFF"), "a.tif")
+    found = images.read_header(encoded(Image.fromarray(stored), "TIFF"), "a.tif")
     assert found[:4] == ("I;16", 100, 100, 1)
     assert (
         found.low is not None
@@ -268,7 +270,7 @@ class TestTakenForSomethingElse:
     def test_a_range_for_16_bit_color(self):
         content = png_of_16_bits(RANDOM.integers(0, 65536, (4, 6, 3)).astype(np.uint16))
         assert "a: data.range is for gray images without alpha" in refused(
-            content, values=(0.0, 4095.0)
+            content, value_range=(0.0, 4095.0)
         )
 
     def test_a_fourth_band_of_a_tiff(self):
@@ -304,7 +306,7 @@ class TestTakenForSomethingElse:
             struct.pack("<HHIHH", 262, 3, 1, 2, 0), struct.pack("<HHIHH", 262, 3, 1, 9, 0)
         )
         assert refused(content) == (
-            "a: Pillow reads no TIFF of this number of bands, bits or compression; convert it to grey or RGB of 8 or 16 bits"
+            "a: Pillow reads no TIFF of this number of bands, bits or compression; convert it to gray or RGB of 8 or 16 bits"
         )
 
 
@@ -382,4 +384,4 @@ def test_what_cannot_be_read_is_named(case):
 
 def test_inspect_reads_no_pixels_of_8_bits():
     content = encoded(Image.fromarray(COLOUR), "PNG")
-    assert images.inspect(content[:60], "a.png") == ("RGB", 7, 5, 1, None, None)
+    assert images.read_header(content[:60], "a.png") == ("RGB", 7, 5, 1, None, None)

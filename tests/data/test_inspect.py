@@ -11,7 +11,9 @@ from PIL import Image
 
 from ssl_pretrain import config
 from ssl_pretrain.data import inspect
+from ssl_pretrain.data.image_statistics import ImageStatistics, measure
 from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.suggestion import suggest_config
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +68,9 @@ def test_each_image_weighs_the_same(tmp_path):
     for name, size, value in (("1.png", (1, 1), 255), ("2.png", (50, 50), 0)):
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.new("RGB", size, (value, 0, 51)).save(tmp_path / "data" / name)
-    findings = inspect.examine(open_source(DataConfig(root=str(tmp_path / "data")), "train"))
-    np.testing.assert_allclose(findings.mean, [0.5, 0, 0.2], atol=1e-6)
-    np.testing.assert_allclose(findings.std, [0.5, 0, 0], atol=1e-4)
+    statistics = measure(open_source(DataConfig(root=str(tmp_path / "data")), "train"))
+    np.testing.assert_allclose(statistics.mean, [0.5, 0, 0.2], atol=1e-6)
+    np.testing.assert_allclose(statistics.std, [0.5, 0, 0], atol=1e-4)
 
 
 def test_many_classes_are_abridged(tmp_path, capsys):
@@ -98,9 +100,9 @@ def test_the_suggestion_loads(n, side, tmp_path):
         def __len__(self):
             return n
 
-    findings = inspect.Findings(sizes=[(side, 2 * side)])
+    statistics = ImageStatistics(sizes=[(side, 2 * side)])
     path = tmp_path / "my.yaml"
-    path.write_text(inspect.suggestion(DataConfig(root='/data/a "b"'), Counted(), findings))
+    path.write_text(suggest_config(DataConfig(root='/data/a "b"'), Counted(), statistics))
     loaded = config.load(path)
     assert (loaded.method.name, loaded.data.root) == ("simclr", '/data/a "b"')
     assert (

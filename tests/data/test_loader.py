@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 
 from ssl_pretrain.data import workers
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.loader import Loader, build, images
-from ssl_pretrain.data.sources import DataConfig, Source, open_source
+from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
@@ -412,6 +413,12 @@ class Failing(Source):
 
     def name(self, index):
         return f"image_{index}.png"
+
+    def check_present(self):
+        pass
+
+    def _identity(self):
+        return b"failing"
 
 
 class TestFailures:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_pretrain.data import listing, sources
+from ssl_pretrain.data import folder_listing, listing, sources, zip_archive
+from ssl_pretrain.data.image_source import require_labels
 from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage
-from ssl_pretrain.data.sources import DataConfig, check_range, open_source, require_labels
+from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.value_range import check_range
 
 
 def plant(root: Path, *names: str) -> Path:
@@ -272,10 +274,10 @@ class TestList:
     def walks(self, monkeypatch):
         """How often a tree was walked or a zip's directory read."""
         walks = []
-        for name in ("_walk", "_central_directory"):
-            real = getattr(listing, name)
+        for module, name in ((folder_listing, "scan_folder"), (zip_archive, "scan_zip")):
+            scan = getattr(module, name)
             monkeypatch.setattr(
-                listing, name, lambda root, real=real: walks.append(root) or real(root)
+                module, name, lambda root, scan=scan: walks.append(root) or scan(root)
             )
         return walks
 

@@ -23,9 +23,10 @@ from betons import needs_ffcv, opened, written
 from omegaconf import OmegaConf
 
 from ssl_pretrain.data import order
+from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.loader import Loader, build, choose
 from ssl_pretrain.data.native import decode, threads
-from ssl_pretrain.data.sources import Beton, DataConfig
+from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 

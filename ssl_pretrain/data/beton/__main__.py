@@ -1,121 +1,46 @@
-"""FFCV files: `python -m ssl_pretrain.data.beton write | check | info`."""
+"""Write, check and describe .beton files: `python -m ssl_pretrain.data.beton write | check | info`."""
 
 import argparse
 import os
 import sys
-import threading
 import time
-import zlib
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.data import progress_report
 from ssl_pretrain.data.beton import file as beton_file
-from ssl_pretrain.data.beton import writer as beton_writer
-from ssl_pretrain.data.beton.file import Samples
-from ssl_pretrain.data.beton.writer import Settings
+from ssl_pretrain.data.beton import writer
+from ssl_pretrain.data.beton.check import find_problems
+from ssl_pretrain.data.beton.encoder import Settings
+from ssl_pretrain.data.beton.manifest import Manifest
+from ssl_pretrain.data.beton.shard_files import shard_name
+from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.native import decode
-from ssl_pretrain.data.sources import DataConfig, check_range, open_source
+from ssl_pretrain.data.sources import DataConfig, open_source
+from ssl_pretrain.data.value_range import check_range
 from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
 
-_SHOWN = 100  # problems
+_PROBLEMS_SHOWN = 100
+_MIN_PAGE_SIZE = 1 << 21  # FFCV's own minimum
 
 _EPILOG = """\
 examples:
   python -m ssl_pretrain.data.beton write /data/imagenet /fast/imagenet/train.beton
-  python -m ssl_pretrain.data.beton write /data/imagenet /fast/imagenet/val.beton --part val
-  python -m ssl_pretrain.data.beton write /data/imagenet /fast/imagenet/train.beton --max-side 400 --workers 16
+  python -m ssl_pretrain.data.beton write /data/imagenet /fast/imagenet/val.beton --split val
+  python -m ssl_pretrain.data.beton write /data/photos photos.beton --max-side 400 --workers 16
   python -m ssl_pretrain.data.beton check /fast/imagenet/train.beton
-  sbatch --array=0-15 --wrap "python -m ssl_pretrain.data.beton write /data/imagenet /fast/imagenet/train.beton --shards 16"
-then train with data.root=/fast/imagenet. Stopped, the same write goes on where it was.
+  sbatch --array=0-15 --wrap "python -m ssl_pretrain.data.beton write IMAGES FILE --shards 16"
+
+Then train with data.root=/fast/imagenet. A write that was stopped continues when it is run again.
 Exit status: 0; 1 if an image is bad; 2 if nothing can be read or written."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ssl_pretrain.data.beton",
-        description="Writes a data set into FFCV's file format, which is read faster than single files; checks and describes such a file.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    writing = commands.add_parser("write", help="any source -> a .beton")
-    writing.add_argument(
-        "root",
-        help="a folder, a .zip, a list of files, or another .beton; '' for digits and to download CIFAR-10",
-    )
-    writing.add_argument(
-        "path",
-        type=Path,
-        help="the .beton to write; name it train.beton or val.beton, and data.root is its folder",
-    )
-    writing.add_argument(
-        "--source", default="folder", help="digits, cifar10 or folder (default: folder)"
-    )
-    writing.add_argument(
-        "--part", choices=("train", "val"), default="train", help="(default: train)"
-    )
-    writing.add_argument(
-        "--range",
-        type=float,
-        nargs=2,
-        default=[],
-        metavar=("LOW", "HIGH"),
-        help="data.range: the values that become 0 and 255",
-    )
-    writing.add_argument(
-        "--max-side",
-        type=FROM_ZERO,
-        default=Settings.max_side,
-        help="larger images are made so; 0: none is (default: %(default)s)",
-    )
-    writing.add_argument(
-        "--quality",
-        type=QUALITY,
-        default=Settings.quality,
-        help="of the JPEGs that are made (default: %(default)s)",
-    )
-    writing.add_argument(
-        "--page-size",
-        type=COUNT,
-        default=Settings.page_size,
-        help="bytes, a power of two (default: %(default)s)",
-    )
-    writing.add_argument(
-        "--workers",
-        type=THREADS,
-        default=len(os.sched_getaffinity(0)),
-        help="processes (default: %(default)s, the cores here)",
-    )
-    writing.add_argument(
-        "--shards", type=COUNT, default=1, help="write so many files, read as one (default: 1)"
-    )
-    writing.add_argument(
-        "--shard",
-        type=FROM_ZERO,
-        help="only this one, from 0; default: SLURM_ARRAY_TASK_ID, else all",
-    )
-    for name, text in (
-        ("check", "decodes every image of a .beton"),
-        ("info", "what a .beton holds"),
-    ):
-        reading = commands.add_parser(name, help=text)
-        reading.add_argument("path", type=Path, help="a .beton; of a set of shards, any")
-        if name == "check":
-            reading.add_argument(
-                "--threads",
-                type=THREADS,
-                default=len(os.sched_getaffinity(0)),
-                help="(default: %(default)s, the cores here)",
-            )
-    given = parser.parse_args(arguments)
+    """Run the command and return its exit status."""
+    args = _parser().parse_args(arguments)
     try:
-        return {"write": _write, "check": _check, "info": _info}[given.command](given)
+        return args.run(args)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 2
@@ -124,155 +49,179 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _write(given: argparse.Namespace) -> int:
-    if (
-        not 1 <= given.quality <= 100
-        or given.max_side < 0
-        or given.page_size < 1 << 21
-        or given.page_size & (given.page_size - 1)
-    ):
-        raise ValueError(
-            "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least 2,097,152 (FFCV's own least)"
-        )
-    decode.library()  # or a message, before hours of work
-    source = open_source(
-        DataConfig(source=given.source, root=given.root, range=list(given.range)), given.part
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ssl_pretrain.data.beton",
+        description="Write a data set into FFCV's file format, which is read faster than single "
+        "files. Check or describe such a file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("write", help="convert a data set to a .beton")
+    check = commands.add_parser("check", help="decode every image of a .beton")
+    info = commands.add_parser("info", help="describe a .beton")
+    write.set_defaults(run=_write)
+    check.set_defaults(run=_check)
+    info.set_defaults(run=_info)
+    num_cores = len(os.sched_getaffinity(0))
+
+    write.add_argument(
+        "root",
+        help="a folder, a .zip, a list of files, or another .beton; '' for the digits, and to "
+        "download CIFAR-10",
+    )
+    write.add_argument(
+        "path",
+        type=Path,
+        help="the .beton to write; with the name train.beton or val.beton, data.root may be its "
+        "folder",
+    )
+    write.add_argument(
+        "--source", default="folder", help="digits, cifar10 or folder (default: folder)"
+    )
+    write.add_argument(
+        "--split",
+        choices=("train", "val"),
+        default="train",
+        help="images to write (default: %(default)s)",
+    )
+    write.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        default=[],
+        metavar=("LOW", "HIGH"),
+        help="data.range: the values that become 0 and 255",
+    )
+    write.add_argument(
+        "--max-side",
+        type=FROM_ZERO,
+        default=Settings.max_side,
+        help="resize larger images to this many pixels; 0 resizes none (default: %(default)s)",
+    )
+    write.add_argument(
+        "--quality",
+        type=QUALITY,
+        default=Settings.quality,
+        help="quality of new JPEGs (default: %(default)s)",
+    )
+    write.add_argument(
+        "--page-size",
+        type=COUNT,
+        default=Settings.page_size,
+        help="bytes per page, a power of two (default: %(default)s)",
+    )
+    write.add_argument(
+        "--workers",
+        type=THREADS,
+        default=num_cores,
+        help="processes (default: %(default)s, the available cores)",
+    )
+    write.add_argument(
+        "--shards", type=COUNT, default=1, help="files to write, read as one (default: 1)"
+    )
+    write.add_argument(
+        "--shard",
+        type=FROM_ZERO,
+        help="write only this shard, from 0 (default: SLURM_ARRAY_TASK_ID, or all shards)",
+    )
+    for reader in (check, info):
+        reader.add_argument("path", type=Path, help="a .beton, or any shard of a set")
+    check.add_argument(
+        "--threads",
+        type=THREADS,
+        default=num_cores,
+        help="threads that decode (default: %(default)s, the available cores)",
+    )
+    return parser
+
+
+def _write(args: argparse.Namespace) -> int:
+    is_valid_page = args.page_size >= _MIN_PAGE_SIZE and args.page_size.bit_count() == 1
+    if not 1 <= args.quality <= 100 or args.max_side < 0 or not is_valid_page:
+        raise ValueError(
+            "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least "
+            f"{_MIN_PAGE_SIZE:,} (FFCV's own least)"
+        )
+    decode.library()  # raises before hours of work if FFCV is not installed
+    config = DataConfig(source=args.source, root=args.root, range=list(args.range))
+    source = open_source(config, args.split)
     check_range(source)
-    settings = Settings(given.max_side, given.quality, given.page_size)
+    settings = Settings(args.max_side, args.quality, args.page_size)
     num_bad = 0
-    for path, first, end in _outputs(given, len(source)):
-        began = time.monotonic()
-        manifest = beton_writer.write(source, path, settings, given.workers, first, end)
-        print(
-            f"{path}: {_counts(manifest)}; {path.stat().st_size / 1e6:,.1f} MB, {time.monotonic() - began:.1f} s"
-        )
-        print(
-            *(f"  bad, left out: {line}" for line in manifest["bad"]),
-            sep="\n",
-            end="\n" if manifest["bad"] else "",
-        )
-        num_bad += len(manifest["bad"])
+    for path, first, end in _outputs(args, len(source)):
+        start = time.monotonic()
+        manifest = writer.write(source, path, settings, args.workers, first, end)
+        size, seconds = path.stat().st_size / 1e6, time.monotonic() - start
+        print(f"{path}: {_describe_counts(manifest)}; {size:,.1f} MB, {seconds:.1f} s")
+        for line in manifest.bad_images:
+            print(f"  bad, left out: {line}")
+        num_bad += len(manifest.bad_images)
     return 1 if num_bad else 0
 
 
-def _outputs(given: argparse.Namespace, n: int) -> Iterator[tuple[Path, int, int]]:
-    """(file, first image, end) of the file, or of the shards to write here."""
-    if given.path.suffix != ".beton":
-        raise ValueError(f"{given.path}: name the file .beton")
-    if given.shards == 1:
-        yield given.path, 0, n
+def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, int, int]]:
+    """Yield each file to write, with its first image and the end of its images."""
+    path, num_shards, shard = args.path, args.shards, args.shard
+    if path.suffix != ".beton":
+        raise ValueError(f"{path}: name the file .beton")
+    if num_shards == 1:
+        yield path, 0, num_images
         return
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    if given.shard is None and task is not None:
-        given.shard = int(task) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-    if not (1 <= given.shards <= n and (given.shard is None or 0 <= given.shard < given.shards)):
+    if shard is None and task is not None:
+        shard = int(task) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+    if num_shards > num_images or (shard is not None and not 0 <= shard < num_shards):
         raise ValueError(
-            f"--shards {given.shards}, --shard {given.shard}: give 1 to {n:,} shards, and a shard from 0 to their number less one"
+            f"--shards {num_shards}, --shard {shard}: give 1 to {num_images:,} shards, and a shard "
+            "from 0 to their number less one"
         )
-    for number in range(given.shards) if given.shard is None else [given.shard]:
-        path = given.path.with_name(beton_file.shard_name(given.path.stem, number, given.shards))
-        yield path, number * n // given.shards, (number + 1) * n // given.shards
+    for number in range(num_shards) if shard is None else [shard]:
+        first = number * num_images // num_shards
+        end = (number + 1) * num_images // num_shards
+        yield path.with_name(shard_name(path.stem, number, num_shards)), first, end
 
 
-def _counts(manifest: dict[str, Any]) -> str:
-    made = f"{manifest['encoded']:,} encoded at quality {manifest['quality']}"
-    if manifest["max_side"]:
-        made += f" (larger than {manifest['max_side']} pixels, turned, or no plain JPEG)"
+def _describe_counts(manifest: Manifest) -> str:
+    encoded = f"{manifest.num_encoded:,} encoded at quality {manifest.quality}"
+    if manifest.max_side:
+        encoded += f" (larger than {manifest.max_side} pixels, turned, or no plain JPEG)"
     return (
-        f"{manifest['num_samples']:,} images: {manifest['kept']:,} kept as they were, {made}, {manifest['raw']:,} stored as pixels, "
-        f"{len(manifest['bad']):,} bad"
+        f"{manifest.num_samples:,} images: {manifest.num_unchanged:,} kept as they were, "
+        f"{encoded}, {manifest.num_raw:,} stored as pixels, {len(manifest.bad_images):,} bad"
     )
 
 
-def _check(given: argparse.Namespace) -> int:
-    samples = beton_file.read(given.path)
-    bad = problems(samples, given.threads)
+def _check(args: argparse.Namespace) -> int:
+    samples = beton_file.read(args.path)
+    problems = find_problems(samples, args.threads)
+    for problem in problems[:_PROBLEMS_SHOWN]:
+        print(problem)
+    if len(problems) > _PROBLEMS_SHOWN:
+        print(f"... {len(problems) - _PROBLEMS_SHOWN:,} more")
+    print(f"{args.path}: {len(samples):,} images, {len(problems):,} problems")
+    return 1 if problems else 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    samples = beton_file.read(args.path)
+    sides = np.maximum(samples.height, samples.width)
+    size = sum(Path(path).stat().st_size for path in samples.paths)
+    num_raw, num_unlabeled = (samples.mode == RAW).sum(), (samples.label == -1).sum()
+    num_classes = len(samples.manifest.classes) if samples.manifest else 0
     print(
-        *bad[:_SHOWN],
-        *([f"... {len(bad) - _SHOWN:,} more"] if len(bad) > _SHOWN else []),
-        sep="\n",
-        end="\n" if bad else "",
-    )
-    print(f"{given.path}: {len(samples):,} images, {len(bad):,} problems")
-    return 1 if bad else 0
-
-
-def problems(samples: Samples, num_threads: int = 1) -> list[str]:
-    """Everything wrong with the stored images, found by decoding each of them and comparing their checksums with the manifest's."""
-    local = threading.local()
-    handles = [os.open(path, os.O_RDONLY) for path in samples.paths]
-    stored = decode.Stored(
-        np.array(handles, np.int32),
-        samples.file,
-        samples.place,
-        samples.length,
-        samples.mode,
-        samples.height,
-        samples.width,
-    )
-    functions, decoders = decode.functions(decode.library()), []
-
-    def examine(index: int) -> tuple[int, int]:
-        if not hasattr(local, "decoder"):
-            local.decoder, local.scratch = decode.Decoder(), decode.scratch_for(samples, [])
-            decoders.append(local.decoder)
-        became = decode.decode(functions, stored, index, local.decoder.handle, local.scratch)
-        return int(became), zlib.crc32(local.scratch.compressed[: samples.length[index]])
-
-    reasons = decode.REASONS | {
-        decode.CUT: "the file ends before the image does, or cannot be read"
-    }
-    try:
-        with ThreadPoolExecutor(max(1, num_threads)) as pool:
-            results = list(
-                progress_report.report(
-                    pool.map(examine, range(len(samples))), len(samples), "checked"
-                )
-            )
-    finally:
-        for decoder in decoders:
-            decoder.close()
-        for handle in handles:
-            os.close(handle)
-    found = [
-        f"{samples.name(index)}: {reasons[became]}"
-        for index, (became, _) in enumerate(results)
-        if became != decode.DONE
-    ]
-    crcs = np.array([crc for _, crc in results], np.uint32)
-    for number, path in enumerate(samples.paths):
-        manifest = beton_file.manifest_of(Path(path))
-        if not manifest:
-            found.append(
-                f"{path}: has no manifest ({beton_file.manifest_path(Path(path)).name}): no class names, and nothing to compare with"
-            )
-        elif zlib.crc32(crcs[samples.file == number].tobytes()) != manifest["crc32"]:
-            found.append(
-                f"{path}: its bytes are not those that were written (the manifest's crc32 differs)"
-            )
-    return found
-
-
-def _info(given: argparse.Namespace) -> int:
-    samples = beton_file.read(given.path)
-    manifest = samples.manifest
-    sizes = np.maximum(samples.height, samples.width)
-    total = sum(Path(path).stat().st_size for path in samples.paths)
-    labelled = Counter(samples.label.tolist())
-    mean = total / len(samples) / 1e3
-    print(
-        f"{given.path}: {len(samples):,} images in {len(samples.paths)} file(s), {total / 1e6:,.1f} MB, {mean:,.1f} KB an image"
+        f"{args.path}: {len(samples):,} images in {len(samples.paths)} file(s), "
+        f"{size / 1e6:,.1f} MB, {size / len(samples) / 1e3:,.1f} KB per image"
     )
     print(
-        f"longer side: min {sizes.min()}, median {int(np.median(sizes))}, max {sizes.max()} pixels; raw: {int((samples.mode == 1).sum()):,}"
+        f"longer side: min {sides.min()}, median {int(np.median(sides))}, max {sides.max()} "
+        f"pixels; raw: {num_raw:,}"
     )
-    print(
-        f"classes: {len(manifest.get('classes', []))}, images without a label: {labelled.get(-1, 0):,}"
-    )
-    if manifest:
-        print(_counts(manifest))
-        print(f"fingerprint: {manifest['fingerprint']}")
+    print(f"classes: {num_classes}, images without a label: {num_unlabeled:,}")
+    if samples.manifest:
+        print(_describe_counts(samples.manifest))
+        print(f"fingerprint: {samples.manifest.fingerprint}")
     return 0
 
 

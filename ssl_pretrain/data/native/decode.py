@@ -20,7 +20,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ssl_pretrain import rng
-from ssl_pretrain.data.beton.file import RAW, Samples
+from ssl_pretrain.data.beton.file import Samples
+from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import crops, resize
 from ssl_pretrain.views.recipe import Crop

@@ -1,0 +1,66 @@
+"""A source of the images in a .beton file, or in a set of its shards."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+
+from ssl_pretrain.data.beton import file as beton_file
+from ssl_pretrain.data.beton.file import Samples
+from ssl_pretrain.data.beton.tables import RAW
+from ssl_pretrain.data.image_source import EncodedSource
+from ssl_pretrain.data.images import UnreadableImage, decode
+
+
+class Beton(EncodedSource):
+    """Images of a .beton, read one at a time without FFCV. `native` reads them fast."""
+
+    def __init__(self, samples: Samples):
+        if samples.manifest is not None:
+            classes = samples.manifest.classes
+        else:  # FFCV's own writer stores no names
+            classes = [str(label) for label in range(int(samples.label.max(initial=-1)) + 1)]
+        super().__init__(samples.paths[0], samples.label, classes)
+        self.samples = samples
+        self._subset = b""  # numbers of the images in the whole file, if some were taken
+
+    def read(self, index: int) -> np.ndarray:
+        stored = self.read_bytes(index)
+        size = (int(self.samples.height[index]), int(self.samples.width[index]))
+        if self.samples.mode[index] == RAW:
+            return np.frombuffer(stored, np.uint8).reshape(*size, 3).copy()
+        pixels = decode(stored, self.name(index), jpeg=True)
+        if pixels.shape[:2] != size:
+            raise UnreadableImage(f"{self.name(index)}: the JPEG has another size than its entry")
+        return pixels
+
+    def name(self, index: int) -> str:
+        return self.samples.name(index)
+
+    def take(self, indices: np.ndarray) -> Self:
+        subset = super().take(indices)
+        subset.samples = self.samples.take(indices)
+        subset._subset = self._subset + indices.astype(np.int64).tobytes()
+        return subset
+
+    def check_present(self) -> None:
+        beton_file.check_present(self.samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the source images, so that a run can switch between them and the .beton.
+
+        A subset, or a file without a manifest, has a fingerprint of its own.
+        """
+        manifest = self.samples.manifest
+        return manifest.fingerprint if manifest and not self._subset else super().fingerprint
+
+    def _stored_bytes(self, index: int) -> bytes:
+        return beton_file.read_image(self.samples, index)
+
+    def _identity(self) -> bytes:
+        samples = self.samples
+        source_images = str(samples.manifest and samples.manifest.fingerprint).encode()
+        entries = samples.length.tobytes() + samples.place.tobytes() + samples.file.tobytes()
+        return source_images + self._subset + entries

@@ -1,0 +1,106 @@
+"""Decide how each image is stored in a .beton: as its own bytes, as a new JPEG, or as pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ssl_pretrain.data.beton.tables import JPEG, RAW
+from ssl_pretrain.data.image_source import EncodedSource, Source
+from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.native.decode import Decoder
+
+# What happened to an image: stored as it was, as a new JPEG, as pixels, or left out.
+UNCHANGED, NEW_JPEG, PIXELS, BAD = range(4)
+# Other formats than JPEG up to this size stay pixels, as compression would save next to nothing.
+_MAX_RAW_BYTES = 16384
+_MAX_JPEG_SIDE = 65535
+_JPEG_SIGNATURE = b"\xff\xd8"
+_ORIENTATION_TAG = 0x0112
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a .beton is written."""
+
+    max_side: int = 500  # pixels; larger images are resized to it, 0 resizes none
+    quality: int = 95  # of the new JPEGs
+    page_size: int = 1 << 23  # bytes; FFCV reads whole pages, and no image crosses two
+
+
+class Entry(NamedTuple):
+    """One image in the file, without its bytes."""
+
+    outcome: int
+    mode: int = 0
+    width: int = 0
+    height: int = 0
+    place: int = 0  # first byte in the file
+    length: int = 0  # bytes
+    label: int = -1
+    crc: int = 0  # CRC-32 of the bytes
+
+
+def encode_entry(
+    source: Source, index: int, settings: Settings, decoder: Decoder
+) -> tuple[Entry, bytes]:
+    """Return the entry of an image, without its place, and the bytes to store.
+
+    An unreadable image has the outcome `BAD` and no bytes.
+    """
+    label = source.label(index)
+    try:
+        entry, content = encode(source, index, settings, decoder)
+    except UnreadableImage:
+        return Entry(BAD, label=label), b""
+    return entry._replace(length=len(content), label=label, crc=zlib.crc32(content)), content
+
+
+def encode(source: Source, index: int, settings: Settings, decoder: Decoder) -> tuple[Entry, bytes]:
+    """Return how an image is stored, and the bytes to store.
+
+    Raises:
+        UnreadableImage: If the image cannot be read, or is too large for a JPEG.
+    """
+    content = source.read_bytes(index) if isinstance(source, EncodedSource) else b""
+    is_jpeg = content.startswith(_JPEG_SIGNATURE)
+    size = _size_if_fitting(content, settings.max_side) if is_jpeg else None
+    if size is not None and decoder.agrees(content, *size):
+        return Entry(UNCHANGED, JPEG, *size), content
+    pixels = _resize(np.ascontiguousarray(source.read(index)), settings.max_side)
+    height, width = pixels.shape[:2]
+    if pixels.nbytes <= _MAX_RAW_BYTES and not is_jpeg:
+        return Entry(PIXELS, RAW, width, height), pixels.tobytes()
+    if max(height, width) > _MAX_JPEG_SIDE:
+        raise UnreadableImage(
+            f"{source.name(index)}: {width}x{height} pixels are more than a JPEG holds; "
+            "give --max-side"
+        )
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=settings.quality)
+    return Entry(NEW_JPEG, JPEG, width, height), file.getvalue()
+
+
+def _resize(pixels: np.ndarray, max_side: int) -> np.ndarray:
+    """Resize an image whose longer side exceeds `max_side`."""
+    height, width = pixels.shape[:2]
+    if not 0 < max_side < max(height, width):
+        return pixels
+    scale = max_side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def _size_if_fitting(content: bytes, max_side: int) -> tuple[int, int] | None:
+    """Return (width, height) of a gray or RGB JPEG that needs no resizing and no turning."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+        is_upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
+        if image.mode in ("RGB", "L") and is_upright and not 0 < max_side < max(image.size):
+            return image.size
+    return None

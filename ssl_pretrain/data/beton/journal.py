@@ -1,0 +1,137 @@
+"""The two files of an unfinished .beton: the images' bytes, and a journal of their entries.
+
+Images are appended to `train.beton.writing` in the order of the source, each followed by its entry
+in `train.beton.journal`. A new start verifies what it finds there and goes on behind it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ssl_pretrain.data.beton.encoder import Entry
+from ssl_pretrain.data.beton.tables import IMAGE
+
+ENTRY = np.dtype(
+    [("outcome", "u1"), *IMAGE.descr, ("length", "<u8"), ("label", "<i8"), ("crc", "<u4")]
+)
+_SYNC_BYTES = 64 << 20  # bytes after which both files are flushed to the disk itself
+_NUM_VERIFIED = 1000  # last entries that are compared with the data, as a power cut may tear them
+
+
+def data_path(path: Path) -> Path:
+    """Return the path of the unfinished data of a .beton."""
+    return path.with_name(f"{path.name}.writing")
+
+
+def journal_path(path: Path) -> Path:
+    """Return the path of the journal of a .beton."""
+    return path.with_name(f"{path.name}.journal")
+
+
+class Journal:
+    """The images that were written so far. Made by `open_journal`."""
+
+    def __init__(self, data: BinaryIO, log: BinaryIO, first_page: int, page_size: int):
+        self.data = data
+        self._log = log
+        self._first_page = first_page
+        self._page_size = page_size
+        self.entries: list[Entry] = []
+
+    @property
+    def end(self) -> int:
+        """Place behind the last image."""
+        return (
+            self.entries[-1].place + self.entries[-1].length if self.entries else self._first_page
+        )
+
+    def table(self) -> np.ndarray:
+        """Return all entries as an array of `ENTRY`."""
+        return np.array(self.entries, ENTRY)
+
+    def append(self, entry: Entry, content: bytes) -> None:
+        """Write an image, then its entry.
+
+        Raises:
+            ValueError: If the image is larger than a page.
+        """
+        if len(content) > self._page_size:
+            raise ValueError(
+                f"an image of {len(content):,} bytes does not fit into a page of "
+                f"{self._page_size:,}; give --max-side, or a larger --page-size"
+            )
+        place = self.end
+        if place % self._page_size + len(content) > self._page_size:
+            place += self._page_size - place % self._page_size
+        entry = entry._replace(place=place)
+        if content:
+            self.data.seek(place)
+            self.data.write(content)
+            self.data.flush()  # before the entry, which promises that the bytes are there
+        self._log.write(np.array([entry], ENTRY).tobytes())
+        self._log.flush()
+        self.entries.append(entry)
+        if place // _SYNC_BYTES != self.end // _SYNC_BYTES:
+            os.fsync(self.data.fileno())
+            os.fsync(self._log.fileno())
+
+    def restore(self, write_id: str) -> None:
+        """Load the entries of an earlier start with the same identity, and remove the rest."""
+        header = f"{write_id}\n".encode()
+        content = self._log.read()
+        if content.startswith(header):
+            num_whole = (len(content) - len(header)) // ENTRY.itemsize
+            rows = np.frombuffer(content, ENTRY, num_whole, offset=len(header)).tolist()
+            self.entries = self._intact([Entry(*row) for row in rows])
+            self._log.seek(len(header) + len(self.entries) * ENTRY.itemsize)
+            self._log.truncate()
+            self.data.truncate(self.end)
+        else:  # a new journal, or one of another source or other settings
+            self._log.seek(0)
+            self._log.truncate()
+            self._log.write(header)
+            self._log.flush()
+            self.data.truncate(0)
+
+    def _intact(self, entries: list[Entry]) -> list[Entry]:
+        """Return the entries before the first one whose bytes are damaged."""
+        for number in range(max(0, len(entries) - _NUM_VERIFIED), len(entries)):
+            self.data.seek(entries[number].place)
+            if zlib.crc32(self.data.read(entries[number].length)) != entries[number].crc:
+                return entries[:number]
+        return entries
+
+
+@contextmanager
+def open_journal(path: Path, write_id: str, first_page: int, page_size: int) -> Iterator[Journal]:
+    """Open the unfinished files of a .beton, which are locked until the end.
+
+    Args:
+        path: The .beton.
+        write_id: Hash of everything that determines its content. Entries with another are dropped.
+        first_page: Place of the first image.
+        page_size: Bytes per page.
+
+    Raises:
+        ValueError: If another process is writing the same file.
+    """
+    with _open_for_update(journal_path(path)) as log, _open_for_update(data_path(path)) as data:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path}: another process is writing it") from None
+        journal = Journal(data, log, first_page, page_size)
+        journal.restore(write_id)
+        yield journal
+
+
+def _open_for_update(path: Path) -> BinaryIO:
+    return path.open("r+b" if path.exists() else "w+b")

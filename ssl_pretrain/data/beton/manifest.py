@@ -1,0 +1,126 @@
+"""The manifest beside a .beton file, such as `train.beton.json`.
+
+It holds the class names, the counts, and the fingerprint of the source. A hash of the whole
+manifest reveals a flipped bit. Files of FFCV's own writer have no manifest.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain.system import durable_files
+
+_SEAL = "manifest_sha256"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Description of a .beton file. The metadata of a field has its key in the JSON.
+
+    Nothing in it depends on when or by how many processes the file was written.
+    """
+
+    write_id: str = field(
+        metadata={"key": "written"}
+    )  # hash of the source, the settings and the range
+    settings_id: str = field(
+        metadata={"key": "of_source"}
+    )  # the same without the range, equal in all shards
+    num_samples: int
+    num_unchanged: int = field(metadata={"key": "kept"})  # images stored as their own bytes
+    num_encoded: int = field(metadata={"key": "encoded"})  # images stored as new JPEGs
+    num_raw: int = field(metadata={"key": "raw"})  # images stored as pixels
+    bad_images: list[str] = field(metadata={"key": "bad"})  # images left out, each with the reason
+    classes: list[str]
+    fingerprint: str  # of the images in the file
+    source_fingerprint: str = field(
+        metadata={"key": "source"}
+    )  # of the source, unreadable images included
+    first_index: int = field(metadata={"key": "first"})  # number of the first image in the source
+    max_side: int  # pixels, 0 for no limit
+    quality: int  # of the new JPEGs
+    page_size: int  # bytes
+    crc32: int  # CRC-32 of the images' CRC-32 values
+    range: list[float] | None = None  # `data.range`
+    table_sha256: str = ""  # hash of the tables in the file; absent in earlier versions
+
+
+_FIELDS = {each.metadata.get("key", each.name): each for each in fields(Manifest)}
+_REQUIRED = _FIELDS.keys() - {"range", "table_sha256"}
+
+
+def manifest_path(path: Path) -> Path:
+    """Return the path of the manifest beside a .beton file."""
+    return path.with_name(f"{path.name}.json")
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Replace the manifest beside a .beton file."""
+    content = {key: getattr(manifest, each.name) for key, each in _FIELDS.items()}
+    content = {key: value for key, value in content.items() if key != "range" or value}
+    text = json.dumps({**content, _SEAL: _hash(content)}, indent=1)
+    durable_files.replace(manifest_path(path), text)
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """Return the manifest beside a .beton file, or None if there is none.
+
+    Raises:
+        ValueError: If the manifest is damaged.
+    """
+    try:
+        return _parse(json.loads(manifest_path(path).read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):  # a folder, no JSON, or lists nested endlessly
+        raise ValueError(
+            f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write "
+            "again"
+        ) from None
+
+
+def _parse(content: Any) -> Manifest:
+    """Raise ValueError unless all keys are there with values of their types, and the hash fits."""
+    if not isinstance(content, dict):
+        raise ValueError("not a manifest")
+    seal = content.pop(_SEAL, None)
+    is_earlier_version = seal is None and content.keys() == _REQUIRED
+    is_sealed = seal == _hash(content) and "table_sha256" in content
+    if not is_earlier_version and not is_sealed:
+        raise ValueError("the hash differs")
+    if not _REQUIRED <= content.keys() <= _FIELDS.keys():
+        raise ValueError("the keys differ")
+    if not all(_has_type(content[key], _FIELDS[key].type) for key in _REQUIRED):
+        raise ValueError("a value has another type")
+    return Manifest(**{_FIELDS[key].name: value for key, value in content.items()})
+
+
+def _has_type(value: Any, expected: Any) -> bool:
+    if expected == list[str]:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return type(value) is expected
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def merge_manifests(manifests: Sequence[Manifest | None]) -> Manifest | None:
+    """Return one manifest for all shards, or None if they have none."""
+    shards = [manifest for manifest in manifests if manifest is not None]
+    if len(shards) < 2:
+        return shards[0] if shards else None
+    bad_images = [line for shard in shards for line in shard.bad_images]
+    fingerprints = "+".join(shard.fingerprint for shard in shards)
+    return replace(
+        shards[0],
+        num_samples=sum(shard.num_samples for shard in shards),
+        num_unchanged=sum(shard.num_unchanged for shard in shards),
+        num_encoded=sum(shard.num_encoded for shard in shards),
+        num_raw=sum(shard.num_raw for shard in shards),
+        bad_images=bad_images,
+        fingerprint=fingerprints if bad_images else shards[0].source_fingerprint,
+    )

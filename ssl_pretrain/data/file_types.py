@@ -1,0 +1,133 @@
+"""Tell images from other files, by their suffix or by their first bytes.
+
+The same rule holds for folders and zips. Hidden entries are skipped, and so is what operating
+systems and storage servers leave beside the data. Every other file that is not read is counted
+by its reason, with one example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ssl_pretrain.data.images import suffixes
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")  # lists of images and tables of labels
+SIGNATURE_BYTES = 16
+HIDDEN = "hidden or system entries"
+# Names in lower case.
+_MACOS_NAMES = ("__macosx", "icon\r")
+_WINDOWS_NAMES = (
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler"),
+    "system volume information",
+)
+_STORAGE_NAMES = ("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot")
+_SYSTEM_NAMES = frozenset(
+    (*_MACOS_NAMES, *_WINDOWS_NAMES, *_STORAGE_NAMES, "lost+found", "__pycache__")
+)
+_UNFINISHED = frozenset(
+    [".part", ".partial", ".crdownload", ".download", ".tmp", ".filepart", ".aria2", ".bak", ".swp"]
+)
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL
+)
+_SAMPLE_SIZE = 8  # files per unknown suffix whose first bytes are read before all of them are
+
+
+@dataclass(frozen=True)
+class SkippedFiles:
+    """Files that are not read, all for the same reason."""
+
+    reason: str
+    count: int
+    first: str  # the first of their paths in alphabetical order
+
+
+class SkipCounter:
+    """Count skipped files by reason."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[int, str]] = {}
+
+    def add(self, reason: str, path: str) -> None:
+        """Count one file."""
+        count, first = self._counts.get(reason, (0, path))
+        self._counts[reason] = (count + 1, min(first, path))
+
+    def result(self) -> tuple[SkippedFiles, ...]:
+        """Return the counts, sorted by reason."""
+        return tuple(SkippedFiles(reason, *self._counts[reason]) for reason in sorted(self._counts))
+
+
+def is_skipped(name: str) -> bool:
+    """Return True for hidden entries and for system files such as `Thumbs.db`."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def is_image(name: str) -> bool:
+    """Return True if the installed Pillow decodes files with this suffix."""
+    return os.path.splitext(name)[1].lower() in suffixes()
+
+
+def entry_type(entry: os.DirEntry[str]) -> str:
+    """Return "folder", "file", or the reason to skip the entry."""
+    if is_skipped(entry.name):
+        return HIDDEN
+    with contextlib.suppress(OSError):  # a link to itself
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        if not entry.is_symlink() or os.path.exists(entry.path):
+            return "pipes, sockets or devices"
+    return "links to nothing"
+
+
+def any_image_by_content(paths: Sequence[str]) -> bool:
+    """Return True if a file in a sample of these paths begins like an image."""
+    return any(_SIGNATURE.match(read_head(path)) for path in _sample(paths))
+
+
+def images_by_content(
+    paths: Iterable[str], head_of: Callable[[str], bytes], skips: SkipCounter
+) -> list[str]:
+    """Find the images among files whose suffix is unknown or absent.
+
+    All files with one suffix are read if any of a sample is an image.
+
+    Args:
+        paths: Paths of the files.
+        head_of: Returns the first `SIGNATURE_BYTES` bytes of a file.
+        skips: Counts the files that are no images.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in sorted(paths, key=os.fsencode):
+        groups.setdefault(os.path.splitext(path)[1].lower(), []).append(path)
+    images = []
+    for suffix, group in groups.items():
+        may_hold_images = (
+            suffix not in _UNFINISHED
+            and not suffix.endswith("~")
+            and any(_SIGNATURE.match(head_of(path)) for path in _sample(group))
+        )
+        for path in group:
+            if may_hold_images and _SIGNATURE.match(head_of(path)):
+                images.append(path)
+            else:
+                skips.add(f"{suffix} files" if suffix else "files without a suffix", path)
+    return images
+
+
+def read_head(path: str) -> bytes:
+    """Return the first bytes of a regular file, or no bytes if it cannot be read."""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            return file.read(SIGNATURE_BYTES)
+    return b""
+
+
+def _sample(paths: Sequence[str]) -> Sequence[str]:
+    return paths[:: max(1, len(paths) // _SAMPLE_SIZE)]

@@ -1,0 +1,121 @@
+"""The contract of a source of images: what the loader and the evaluations read."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Self
+
+import numpy as np
+
+from ssl_pretrain.data.images import UnreadableImage
+
+
+class NoSuchSplit(ValueError):
+    """The data set has no folder or list for this split."""
+
+
+class Source(ABC):
+    """The images of one split, by number from 0 to len - 1, in one fixed order.
+
+    A source is small to pickle, as every loader worker gets a copy. Reading is safe from several
+    threads and processes.
+
+    Attributes:
+        where: The folder or file, for messages.
+        labels: int64 (n,), an index into `classes` per image, -1 for none. Supervised methods and
+            evaluations need labels.
+        classes: Names of the classes of the training split. The validation split has the same.
+        notes: Lines for the start of a run: how the layout was read, and what was skipped.
+    """
+
+    def __init__(self, where: str, labels: np.ndarray, classes: list[str]):
+        self.where = where
+        self.labels = labels.astype(np.int64)
+        self.classes = classes
+        self.notes: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def label(self, index: int) -> int:
+        """Return the label of one image, -1 for none."""
+        return int(self.labels[index])
+
+    @abstractmethod
+    def read(self, index: int) -> np.ndarray:
+        """Return the RGB pixels of one image, uint8 (height, width, 3).
+
+        Raises:
+            UnreadableImage: If the image is absent or damaged. The message names the file.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return the name of the image's file, for messages."""
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Return a source of some of the images, in this order."""
+        subset = copy.copy(self)
+        subset.labels = self.labels[indices]
+        subset.notes = []
+        return subset
+
+    @abstractmethod
+    def check_present(self) -> None:
+        """Raise FileNotFoundError if the whole folder or file is missing.
+
+        Called after an unreadable image, to tell whether it is worth trying another one.
+        """
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of paths, labels and order, as 16 hexadecimal digits. Ignores the pixels.
+
+        A run resumes only with a source of the same fingerprint.
+        """
+        digest = hashlib.sha256(self._identity())
+        digest.update(self.labels.tobytes())
+        digest.update("\n".join(self.classes).encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    @abstractmethod
+    def _identity(self) -> bytes:
+        """Return bytes that differ between different lists of images."""
+
+
+class EncodedSource(Source):
+    """A source whose images are stored as the bytes of image files."""
+
+    def read_bytes(self, index: int) -> bytes:
+        """Return the stored bytes of one image. Raise UnreadableImage."""
+        try:
+            return self._stored_bytes(index)
+        except OSError as error:
+            raise UnreadableImage(f"{self.name(index)}: {error.strerror or error}") from error
+
+    @abstractmethod
+    def _stored_bytes(self, index: int) -> bytes:
+        """Return the stored bytes of one image. Raise OSError."""
+
+
+def require_labels(source: Source, purpose: str) -> None:
+    """Raise ValueError unless every image has a label.
+
+    Args:
+        source: The images.
+        purpose: What needs the labels, such as "k-NN", for the message.
+    """
+    missing = np.flatnonzero(source.labels < 0)
+    if not len(missing):
+        return
+    number, example = "no", ""
+    if len(missing) < len(source):
+        number = f"{len(source) - len(missing)} of {len(source)}"
+        example = f" (the first without a label: {source.name(int(missing[0]))})"
+    raise ValueError(
+        f"data.root: {purpose} needs labels, and {source.where} has {number} labelled images"
+        f"{example}; put the images in one folder per class (<class>/<file>), or list them in a "
+        "CSV as path,label"
+    )

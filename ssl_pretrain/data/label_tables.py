@@ -1,0 +1,208 @@
+"""Labels from a table beside the images.
+
+Such tables are `val.csv`, `LOC_val_solution.csv`, or ILSVRC2012's ground truth.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ssl_pretrain.data.file_lists import labels_from_table
+from ssl_pretrain.data.file_types import TABLE_SUFFIXES
+from ssl_pretrain.data.folder_tree import FolderTree
+from ssl_pretrain.data.messages import abbreviate
+from ssl_pretrain.data.split_names import SPELLINGS, split_of
+
+_LABEL_WORDS = frozenset({"label", "labels", "annotation", "annotations", "metadata"})
+_PREDICTION_WORDS = frozenset(
+    ["submission", "prediction", "predictions", "pred", "preds", "result", "results", "sample"]
+)
+_MAX_TABLES = 20
+
+
+@dataclass(frozen=True)
+class SplitFolder:
+    """The images of a split, and where tables of their labels may be.
+
+    Tables are looked for in `tree` and in the folders above it, up to `root`.
+    """
+
+    where: str  # the split's path, for messages
+    name: str  # "train", "val" or "test"
+    paths: list[str]
+    tree: FolderTree  # the folder of the split
+    root: FolderTree  # the folder of the data set
+
+
+class UnusableTable(Exception):
+    """A table without certain labels. The message is the reason."""
+
+
+def find_table_labels(
+    split: SplitFolder, classes: list[str] | None
+) -> tuple[dict[str, str], list[str]]:
+    """Read labels from the first table that has them.
+
+    Args:
+        split: The images.
+        classes: Classes of the training split. None for the training split itself.
+
+    Returns:
+        The class by path, empty if no table has labels, and notes on the tables.
+    """
+    notes = []
+    for folder, name in itertools.islice(_candidates(split), _MAX_TABLES):
+        title = os.path.join(folder.where, name)
+        try:
+            labels = _read_table(folder, name, split.paths, classes)
+        except UnusableTable as error:
+            notes.append(f"{title} gives no labels: {error}")
+            continue
+        if labels:
+            return labels, [f"labels of {split.where} from {title}"]
+    return {}, notes
+
+
+def _candidates(split: SplitFolder) -> Iterator[tuple[FolderTree, str]]:
+    """Yield the files that may hold the labels, each with its folder.
+
+    They are named after the split. They lie in its folder, above it up to the root, or in a devkit.
+    """
+    folders = [split.tree]
+    while len(folders[-1].where) > len(split.root.where):
+        folders.append(folders[-1].parent())
+    if len(split.tree.folders) == 1:
+        folders.insert(0, split.tree.child(split.tree.folders[0]))
+    for folder in tuple(folders):
+        for name in folder.folders:
+            if "devkit" in name.lower():
+                kit = folder.child(name)
+                folders += [kit, *(kit.child(inner) for inner in kit.folders if inner == "data")]
+    split_words = {*SPELLINGS[split_of(os.path.basename(split.where)) or split.name]}
+    for folder in folders:
+        is_inside = folder.where.startswith(split.tree.where)
+        for name in folder.files:
+            stem, suffix = os.path.splitext(name)
+            words = set(re.findall("[a-z]+", stem.lower()))
+            is_named = words & split_words or (is_inside and words & _LABEL_WORDS)
+            if suffix.lower() in TABLE_SUFFIXES and is_named and not words & _PREDICTION_WORDS:
+                yield folder, name
+
+
+def _read_table(
+    folder: FolderTree, name: str, paths: list[str], classes: list[str] | None
+) -> dict[str, str]:
+    """Return the class of each path, or nothing if this is no table of labels.
+
+    Raises:
+        UnusableTable: If the labels are damaged or uncertain.
+    """
+    try:
+        content = folder.read(name)
+    except OSError as error:
+        raise UnusableTable(str(error.strerror)) from None
+    labels = {path: label for path, label in labels_from_table(content, paths).items() if label}
+    if not labels:
+        return _labels_from_lines(folder, _lines(content), paths, classes or [])
+    num_labels = len(set(labels.values()))
+    if classes is None and 2 * num_labels > len(labels):
+        raise UnusableTable(f"it has {num_labels:,} different ones for {len(labels):,} images")
+    if not classes:
+        return labels
+    known = set(classes)
+    for path, label in labels.items():
+        # Boxes may follow the class, as in "n03995372 85 1 499 272".
+        labels[path] = label if label in known else label.split(" ")[0]
+        if labels[path] not in known:
+            names = abbreviate(classes)
+            raise UnusableTable(f"{label!r} is no class of the training split, which has {names}")
+    return labels
+
+
+def _lines(content: bytes) -> list[str]:
+    lines = (line.strip() for line in content.decode("utf-8", "replace").splitlines())
+    return [line for line in lines if line]
+
+
+def _labels_from_lines(
+    folder: FolderTree, lines: list[str], paths: list[str], classes: list[str]
+) -> dict[str, str]:
+    """Return the class of each path from a file with one class per line, which names no image.
+
+    The lines are in the order of the images' names, or of the numbers in these names.
+    """
+    rows = _rows_by_name(paths, len(lines))
+    if not classes or not rows:
+        return {}
+    class_of_line = {name: name for name in classes}
+    if not set(lines) <= set(classes):
+        if not all(line.isdecimal() for line in lines):
+            return {}
+        class_of_line = _class_numbers(folder, classes)
+    if unknown := set(lines) - set(class_of_line):
+        raise UnusableTable(f"it has the class {min(unknown)}, which the list of classes has not")
+    return {path: class_of_line[lines[row]] for path, row in zip(paths, rows)}
+
+
+def _rows_by_name(paths: list[str], num_rows: int) -> list[int]:
+    """Return the row of each image by the number in its name, else by the order of the names."""
+    matches = [re.search(r"\d+(?=\.[^./]*$)", path) for path in paths]
+    numbers = [int(match[0]) if match else 0 for match in matches]
+    is_numbered = len(set(numbers)) == len(paths) and min(numbers) >= 1
+    if is_numbered and max(numbers) <= num_rows:
+        return [number - 1 for number in numbers]
+    if num_rows != len(paths):
+        return []
+    names = [os.fsencode(os.path.basename(path)) for path in paths]
+    row_of = {
+        image: row for row, image in enumerate(sorted(range(len(names)), key=names.__getitem__))
+    }
+    return [row_of[image] for image in range(len(names))]
+
+
+def _class_numbers(folder: FolderTree, classes: list[str]) -> dict[str, str]:
+    """Return the class of each of ILSVRC2012's numbers, from `meta.mat` or a list of synsets."""
+    if "meta.mat" in folder.files:
+        return _read_meta(folder.read("meta.mat"), classes)
+    reason = "it numbers the classes, and no list of them (meta.mat, map_clsloc.txt) lies beside it"
+    for name in folder.files:
+        if not name.lower().endswith(TABLE_SUFFIXES):
+            continue
+        try:
+            rows = [line.split() for line in _lines(folder.read(name))]
+        except OSError:
+            continue
+        synsets = [row[0] for row in rows]
+        if not set(synsets) & set(classes):
+            continue
+        if all(len(row) > 1 and row[1].isdecimal() for row in rows):
+            return {row[1]: row[0] for row in rows if row[0] in classes}
+        if not set(classes) <= set(synsets):
+            continue
+        if synsets != sorted(synsets):
+            return {str(number): synset for number, synset in enumerate(synsets, 1)}
+        reason = (
+            f"it numbers the classes, and {name} lists them in alphabetical order, "
+            "which is not that of ILSVRC2012's numbers"
+        )
+    raise UnusableTable(reason)
+
+
+def _read_meta(content: bytes, classes: list[str]) -> dict[str, str]:
+    """Return the class of each number in ILSVRC2012's `meta.mat`."""
+    from scipy.io import loadmat  # slow to import, and only needed for this file
+
+    try:
+        synsets = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
+        pairs = [(str(int(row["ILSVRC2012_ID"])), str(row["WNID"])) for row in synsets]
+    except Exception as error:  # scipy raises almost anything for a damaged file
+        raise UnusableTable(f"meta.mat cannot be read: {type(error).__name__}: {error}") from None
+    numbers = {number: synset for number, synset in pairs if synset in classes}
+    if not numbers:
+        raise UnusableTable("meta.mat lists no class of the training split")
+    return numbers

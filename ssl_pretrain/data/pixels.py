@@ -1,0 +1,151 @@
+"""Convert the pixel formats of image files to 8-bit RGB, and refuse the ambiguous ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Range = tuple[float, float]  # the values that become black and white
+
+# 16-bit color with no more levels in its high byte uses 14 bits or less.
+_MIN_LEVELS = 64
+_EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _NUM_BANDS = 338, 262, 254, 277  # TIFF tags
+_COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by TIFF's photometric interpretation
+_RANGE_REMEDY = (
+    "give data.range=[low, high] (python -m ssl_pretrain.data.inspect measures it), or convert "
+    "the image to 8 or 16 bits"
+)
+
+
+def check_bands(image: Image.Image) -> None:
+    """Raise ValueError for bands and pages that would be taken for something else."""
+    if image.format == "TIFF":
+        _check_tiff_bands(image)
+        _check_tiff_pages(image)
+    elif image.format == "JPEG2000" and len(image.getbands()) == 4:
+        raise ValueError(
+            "a JPEG 2000 of four bands does not say whether the fourth is alpha; choose three "
+            "bands and save them as RGB"
+        )
+    elif image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe" not in image.info:
+        raise ValueError(
+            "four bands that are not said to be inks; choose three bands and save them as RGB"
+        )
+
+
+def _check_tiff_bands(image: Image.Image) -> None:
+    tags = _tags(image)
+    num_bands, extra = tags.get(_NUM_BANDS, 1), tags.get(_EXTRA_SAMPLES, ())
+    surplus = num_bands - _COLOR_BANDS.get(tags.get(_PHOTOMETRIC, 1), num_bands)
+    is_alpha = surplus == 1 and extra and extra[0] in (1, 2)
+    if surplus > 0 and not is_alpha:
+        raise ValueError(
+            f"{num_bands} bands, of which the last is not said to be alpha; choose three bands "
+            "and save them as RGB"
+        )
+
+
+def _check_tiff_pages(image: Image.Image) -> None:
+    num_pages = getattr(image, "n_frames", 1)
+    for page in range(1, num_pages):
+        image.seek(page)
+        is_smaller_copy = _tags(image).get(_SUBFILE, 0) & 1
+        if not is_smaller_copy:
+            raise ValueError(
+                f"{num_pages} pages, of which only one would be seen; save each page as a file of "
+                "its own"
+            )
+    image.seek(0)
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Return True if a file has bands of 16 bits.
+
+    Call it before Pillow loads the pixels, as the tiles that say so are dropped then.
+    """
+    tiles = getattr(image, "tile", [])
+    if not tiles or len(tiles[0]) < 4:
+        return False
+    codec, arguments = tiles[0][0], tiles[0][3]
+    arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+    if codec == "ppm":
+        return len(arguments) > 1 and arguments[1] > 255  # the largest value
+    if codec == "sgi_rle":
+        return arguments[-1] == 2  # bytes per value
+    return codec == "SGI16" or ";16" in str(arguments[0])  # the raw mode, such as RGB;16L
+
+
+def is_wide(mode: str) -> bool:
+    """Return True for Pillow's modes with values wider than 8 bits."""
+    return mode in ("I", "F") or mode.startswith("I;16")
+
+
+def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> np.ndarray:
+    """Return the pixels of a loaded image, uint8 (height, width, 3).
+
+    Args:
+        image: The image.
+        value_range: `data.range`, for values wider than 8 bits.
+        has_16_bits: The file has 16 bits per band.
+
+    Raises:
+        ValueError: If there is no agreed conversion, or little would be left of the image.
+    """
+    if is_wide(image.mode):
+        levels = _to_levels(np.array(image), image.mode, value_range)
+        is_inverted = image.format == "TIFF" and _tags(image).get(_PHOTOMETRIC) == 0
+        return np.repeat((255 - levels if is_inverted else levels)[..., None], 3, axis=2)
+    if image.mode == "LAB":
+        raise ValueError(
+            "pixels of mode LAB have no agreed conversion to RGB; convert the image to 8 or 16 bits"
+        )
+    has_alpha = image.has_transparency_data
+    pixels = np.array(image.convert("RGBA" if has_alpha else "RGB"))
+    if has_16_bits:
+        _check_high_bytes(pixels[..., :3], value_range)
+    if not has_alpha:
+        return pixels
+    if not pixels[..., 3].any():
+        raise ValueError(
+            "its alpha is 0 everywhere, which leaves nothing to see; remove the alpha, or the image"
+        )
+    wide = pixels.astype(np.uint16)
+    return ((wide[..., :3] * wide[..., 3:] + 127) // 255).astype(np.uint8)
+
+
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of a TIFF, which Pillow declares for its own class alone."""
+    return getattr(image, "tag_v2", {})
+
+
+def _to_levels(values: np.ndarray, mode: str, value_range: Range | None) -> np.ndarray:
+    """Map values wider than 8 bits to uint8."""
+    if value_range is not None:
+        low, high = value_range
+        share = (values.astype(np.float64) - low) / (high - low)
+        if not np.isfinite(share).all():
+            raise ValueError("it holds values that are not finite")
+        return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
+    if mode == "F":
+        raise ValueError(f"pixels of mode F have no agreed conversion to RGB; {_RANGE_REMEDY}")
+    values = values.astype(np.int64)  # Pillow reads 16-bit PGM as 32-bit
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"32-bit integers have no agreed range; {_RANGE_REMEDY}")
+    return ((values + 128) // 257).astype(np.uint8)
+
+
+def _check_high_bytes(pixels: np.ndarray, value_range: Range | None) -> None:
+    """Raise ValueError if little of 16-bit color is in its high bytes, which Pillow keeps."""
+    if value_range is not None:
+        raise ValueError(
+            "data.range is for gray images without alpha: of 16-bit color Pillow keeps the high "
+            "byte; convert the image to 8 bits"
+        )
+    # The percentile ignores the few values that a sensor saturates.
+    num_levels = int(np.percentile(pixels, 99.9, method="nearest")) + 1
+    if num_levels <= _MIN_LEVELS:
+        raise ValueError(
+            f"16-bit color of which {num_levels} of 256 levels would be left, as Pillow keeps the "
+            "high byte; convert the image to 8 bits by its own range"
+        )

@@ -1,0 +1,245 @@
+"""Guess which images are for training, and refuse to guess when held-out images might be among them.
+
+Without a folder or list that is called like a training split, all images are for training. Anything
+that suggests splits by other names or by its structure is refused, as training on held-out images
+would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+
+from ssl_pretrain.data.file_types import TABLE_SUFFIXES, is_image
+from ssl_pretrain.data.folder_tree import FolderTree, Location, ZipFolder
+from ssl_pretrain.data.split_names import HELD_OUT, TRAIN, split_of, suggested_split, words
+from ssl_pretrain.data.split_search import (
+    MAX_WRAPPERS,
+    folder_names,
+    split_locations,
+    split_of_file,
+    top_folder,
+    wrappers,
+)
+
+# Words in the names of tables that list no images.
+_RECORD_WORDS = frozenset({"log", "logs", "loss", "losses", "metrics", "result", "results"})
+_FILE_SPLITS = ("train", "val", "test", None)
+_MAX_CHILDREN = 50  # folders of one folder that are searched
+_MAX_FOLDERS = 500  # folders that are searched in all
+_MAX_FILES = 1000  # names of images in one folder that are looked at
+_MANY = 10  # one in this many folders may be a class that is called like a split by chance
+
+Guess = tuple[Location, list[str]]  # the training images, and notes
+
+
+class AmbiguousSplits(ValueError):
+    """A layout that suggests splits without naming them."""
+
+    def __init__(self, reason: str, example: str = ""):
+        remedy = f", as in {example}" if example else ""
+        super().__init__(
+            f"data.train: {reason}{remedy}, or give data.train=. if all images there are for "
+            "training"
+        )
+
+
+def guess_training_split(base: FolderTree, val: str) -> Guess:
+    """Return the training images of a data set whose configuration does not name them.
+
+    Args:
+        base: The root of the data set.
+        val: Name of the validation split in the configuration, or "".
+
+    Raises:
+        AmbiguousSplits: If held-out images might be among them.
+    """
+    top = top_folder(base)
+    locations = split_locations(top, "train")
+    if len(locations) > 1:
+        names = [os.path.basename(location.where) for location in locations]
+        raise AmbiguousSplits(
+            f"{top.where} holds {' and '.join(names)}; say which has the training images",
+            f"data.train={names[0]}",
+        )
+    if not locations and any(split_of_file(name) == "train" for name in top.files):
+        raise AmbiguousSplits(
+            f"{top.where} holds lists of its splits, which are not read inside a zip; unpack it"
+        )
+    if not locations:
+        return _all_images(base, top, val)
+    if locations[0].is_file:
+        return locations[0], []
+    return _training_folder(base, top, locations[0], val)
+
+
+def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: str) -> Guess:
+    """Accept a folder called train, unless it may as well be one class of several."""
+    name = os.path.basename(train.where)
+    folder = top.child(name)
+    others = [other for other in top.folders if other != name]
+    is_only_split = not any(
+        split_of(other) or suggested_split(other) or other == val for other in others
+    )
+    num_classes = len(list(itertools.islice(folder.folders_with_images(), 2)))
+    if is_only_split and num_classes < 2:
+        siblings = [other for other in others if top.child(other).has_images()]
+        if len(siblings) + 1 >= _MANY:
+            note = (
+                f"{train.where} is read as one of {len(siblings) + 1} classes; "
+                f"give data.train={name} if it is the training split"
+            )
+            return base.location(), [note]
+        if siblings:
+            raise AmbiguousSplits(
+                f"{top.where} holds {name}/ beside {folder_names(siblings)}, so it may be the "
+                "training split or one class of several; say which",
+                f"data.train={name}",
+            )
+    _check_inner_splits(folder, f"{name}/")
+    unread = [other for other in others if not split_of(other) and other != val]
+    return train, [f"not read: {folder_names(unread)} in {top.where}"] if unread else []
+
+
+def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
+    """Return all images below the root, without the held-out splits."""
+    names = [name for name in top.folders if name != val]
+    held_out = [name for name in names if split_of(name)]
+    suggestive = [name for name in names if not split_of(name) and suggested_split(name)]
+    if not held_out and not suggestive:
+        _check_structure(base, top)
+        return base.location(), []
+    others = [name for name in names if name not in (*held_out, *suggestive)]
+    num_classes = sum(top.child(name).has_images() for name in others) + len(suggestive)
+    if suggestive and len(suggestive) * _MANY > num_classes:
+        raise AmbiguousSplits(
+            f"{top.where} holds {folder_names([*held_out, *suggestive])}, which are called like "
+            "splits; say which is which",
+            _example([*held_out, *suggestive]),
+        )
+    notes = [f"{name}/ is read as one of {num_classes} classes" for name in suggestive]
+    if not held_out:
+        return base.location(), notes
+    if not num_classes and not top.has_direct_images:
+        raise AmbiguousSplits(
+            f"{top.where} holds {folder_names(held_out)} and no training images; "
+            "say where they are",
+            "data.train=FOLDER",
+        )
+    notes.append(
+        f"{folder_names(held_out)} in {top.where} held out; everything else there is for training"
+    )
+    return top.location(tuple(held_out)), notes
+
+
+def _example(names: list[str]) -> str:
+    """Return configuration keys that name the likely splits among these folders."""
+    train = [name for name in names if not split_of(name) and suggested_split(name) == TRAIN]
+    held_out = [name for name in names if split_of(name) or suggested_split(name) == HELD_OUT]
+    keys = [f"data.train={name}" for name in train[:1]]
+    return " ".join([*keys, *(f"data.val={name}" for name in held_out[:1])])
+
+
+def _check_structure(base: FolderTree, top: FolderTree) -> None:
+    """Raise AmbiguousSplits if folders, lists or images suggest splits below the top folder."""
+    relative = "" if top is base else f"{os.path.relpath(top.where, base.where)}/"
+    _check_inner_splits(top, relative)
+    _check_same_classes(top)
+    for wrapper in wrappers(base):
+        for folder in (wrapper, *_folders_without_images(wrapper)):
+            _check_lists(base, folder)
+    kinds: dict[str, str] = {}
+    for name in top.files[:: max(1, len(top.files) // _MAX_FILES)]:
+        if (kind := suggested_split(name)) and is_image(name):
+            kinds.setdefault(kind, name)
+    if len(kinds) > 1:
+        names = ", ".join(sorted(kinds.values()))
+        raise AmbiguousSplits(
+            f"{top.where} holds images that are called like splits ({names}); "
+            "list those of each split",
+            "data.train=LIST data.val=LIST",
+        )
+
+
+def _check_inner_splits(folder: FolderTree, prefix: str) -> None:
+    """Raise AmbiguousSplits if folders inside this one are called like splits."""
+    if splits := find_inner_splits(folder):
+        train, held_out = splits
+        raise AmbiguousSplits(
+            f"{folder.where} has splits inside its folders ({train}/, {held_out}/); "
+            "name them, or a list of the training images",
+            f"data.train={prefix}{train} data.val={prefix}{held_out}",
+        )
+
+
+def find_inner_splits(top: FolderTree) -> tuple[str, str] | None:
+    """Return the paths of a training and a held-out folder that lie side by side below `top`."""
+    queue = [("", top, 0)]
+    for path, folder, depth in queue:  # grows, so that the nearest folders come first
+        kinds = {suggested_split(name): name for name in reversed(folder.folders)}
+        if kinds.keys() >= {TRAIN, HELD_OUT} and folder.child(kinds[TRAIN]).has_images():
+            return path + kinds[TRAIN], path + kinds[HELD_OUT]
+        if depth < MAX_WRAPPERS and len(queue) < _MAX_FOLDERS:
+            names = folder.folders[:_MAX_CHILDREN]
+            queue += [(f"{path}{name}/", folder.child(name), depth + 1) for name in names]
+    return None
+
+
+def _check_same_classes(top: FolderTree) -> None:
+    """Raise AmbiguousSplits if folders hold the same folders, as splits hold the same classes."""
+    if top.has_direct_images or not 2 <= len(top.folders) < _MANY:
+        return
+    folders = list(top.folders_with_images())
+    classes = [set(top.child(name).folders) for name in folders]
+    all_classes = max(classes, key=len, default=set())
+    shared = sorted(all_classes.intersection(*classes))
+    if len(folders) >= 2 and len(shared) >= 2 and all(names <= all_classes for names in classes):
+        raise AmbiguousSplits(
+            f"{top.where} holds {folder_names(folders)} with the same folders in each "
+            f"({folder_names(shared)}), so they may be splits; say which is which",
+            f"data.train={folders[0]} data.val={folders[1]}",
+        )
+
+
+def _folders_without_images(folder: FolderTree) -> Iterator[FolderTree]:
+    """Yield the folders in a folder that hold no image, and the folders in those."""
+    for name in folder.folders[:_MAX_CHILDREN]:
+        child = folder.child(name)
+        if not child.has_images():
+            yield child
+            yield from (child.child(inner) for inner in child.folders[:_MAX_CHILDREN])
+
+
+def _check_lists(base: FolderTree, folder: FolderTree) -> None:
+    """Raise AmbiguousSplits if files in a folder look like lists of the splits."""
+    kinds = _lists_by_kind(folder.files)
+    if len(kinds) < 2:
+        return
+    reason = f"{folder.where} holds lists that are called like splits"
+    if isinstance(base, ZipFolder):
+        raise AmbiguousSplits(f"{reason}, which are not read inside a zip; unpack it")
+    relative = os.path.relpath(folder.where, base.where)
+    train, held_out = (
+        os.path.normpath(os.path.join(relative, kinds[kind])) for kind in (TRAIN, HELD_OUT)
+    )
+    if train == held_out:
+        train, held_out = "LIST", "LIST"
+    raise AmbiguousSplits(
+        f"{reason}; say which images are for training", f"data.train={train} data.val={held_out}"
+    )
+
+
+def _lists_by_kind(files: Sequence[str]) -> dict[str, str]:
+    """Return a list of training images and one of held-out images by name. Both may be one file."""
+    tables = [
+        name
+        for name in files
+        if name.lower().endswith(TABLE_SUFFIXES) and _RECORD_WORDS.isdisjoint(words(name))
+    ]
+    kinds: dict[str, str] = {}
+    for name in sorted(tables, key=lambda name: (_FILE_SPLITS.index(split_of_file(name)), name)):
+        for word in words(name):
+            if kind := suggested_split(word):
+                kinds.setdefault(kind, name)
+    return kinds

@@ -1,0 +1,130 @@
+"""Suggest a configuration for a data set from measurements of its images."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.image_statistics import ImageStatistics
+from ssl_pretrain.data.sources import DataConfig
+
+_SIZES = (16, 32, 64, 96, 128, 160, 224)  # of the crops, in pixels
+_MAX_SMALL = 64  # largest crop for which CIFAR-10's recipe is suggested
+_MAX_UPSCALING = 1.15
+_IMAGES_SEEN = 40e6  # CIFAR-10's 800 epochs
+_SMALL_RECIPE = {
+    "temperature": "0.5",
+    "weight_decay": "0.0001",
+    "base_lr": "1.0",
+    "lr_scaling": "linear",
+    "lr_reason": "SimCLR's for CIFAR-10, as its temperature, weight decay and colors",
+    "backbone": "resnet18",
+    "stem": "small",
+    "stem_reason": "no stride at the entrance, which small images cannot afford",
+    "strength": "0.4",
+    "hue": "0.1",
+    "blur": "0.0",
+    "max_batch": 512,
+}
+_LARGE_RECIPE = {
+    "temperature": "0.1",
+    "weight_decay": "0.000001",
+    "base_lr": "0.075",
+    "lr_scaling": "sqrt",
+    "lr_reason": "SimCLR's for batches below 4,096, as its temperature, weight decay and colors",
+    "backbone": "resnet50",
+    "stem": "imagenet",
+    "stem_reason": "SimCLR's",
+    "strength": "0.8",
+    "hue": "0.2",
+    "blur": "0.5",
+    "max_batch": 1024,
+}
+
+_TEMPLATE = """\
+# a start: save as my.yaml
+method:
+  name: simclr
+  temperature: {temperature}
+backbone:
+  name: {backbone}
+  stem: {stem}    # {stem_reason}
+data:
+  source: {source}
+  root: {root}{split_keys}
+{value_range}  num_workers: {num_workers}    # processes of each rank; {workers_reason}
+views:
+  mean: [{mean}]    # measured on {num_measured:,} images; SimCLR itself feeds pixels in [0, 1]
+  std: [{std}]
+  crops:
+    global:
+      size: {size}    # {size_reason}
+      flip: 0.5    # 0 if left and right matter, as in digits and text
+      jitter: 0.8
+      brightness: {strength}
+      contrast: {strength}
+      saturation: {strength}
+      hue: {hue}
+      grayscale: 0.2    # 0 if color alone tells images apart
+      blur: {blur}
+optim:
+  name: lars
+  base_lr: {base_lr}    # {lr_reason}
+  lr_scaling: {lr_scaling}
+  weight_decay: {weight_decay}
+global_batch_size: {batch}    # {steps} steps per epoch; each image is told apart from the others
+epochs: {epochs}    # {images_seen:,} images seen; ImageNet's 100 epochs are 128,000,000, \
+CIFAR-10's 800 are 40,000,000"""
+
+
+def suggest_config(config: DataConfig, source: Source, statistics: ImageStatistics) -> str:
+    """Return a YAML that `ssl_pretrain.config` loads, with a reason beside each choice."""
+    num_images = len(source)
+    side = int(np.median([min(size) for size in statistics.sizes]))
+    size = max([_SIZES[0], *(each for each in _SIZES if each <= _MAX_UPSCALING * side)])
+    size_reason = f"the shorter sides have a median of {side} pixels"
+    if size > side:
+        size_reason += f"; with fewer than {_SIZES[0]} a backbone has nothing to stride over"
+    recipe = _SMALL_RECIPE if size <= _MAX_SMALL else _LARGE_RECIPE
+    batch = min(num_images, 2 ** int(np.log2(max(num_images / 4, 1))), recipe["max_batch"])
+    epochs = int(np.clip(round(_IMAGES_SEEN / num_images, -2), 100, 800))
+    is_digits = config.source == "digits"
+    splits = {"train": config.train, "val": config.val}
+    return _TEMPLATE.format(
+        **recipe,
+        source=config.source,
+        root=json.dumps(config.root),
+        split_keys="".join(
+            f"\n  {key}: {json.dumps(value)}" for key, value in splits.items() if value
+        ),
+        value_range=_range_line(config, statistics),
+        num_workers=0 if is_digits else config.num_workers,
+        workers_reason=(
+            "none: the images are tiny and in memory" if is_digits else "as many as cores per GPU"
+        ),
+        mean=format_channels(statistics.mean),
+        std=format_channels(statistics.std),
+        num_measured=len(statistics.sizes),
+        size=size,
+        size_reason=size_reason,
+        batch=batch,
+        steps=num_images // batch,
+        epochs=epochs,
+        images_seen=epochs * num_images,
+    )
+
+
+def format_channels(values: np.ndarray) -> str:
+    """Return one number per channel, separated by commas."""
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def _range_line(config: DataConfig, statistics: ImageStatistics) -> str:
+    """Return the line of `data.range`, if images are wider than 8 bits."""
+    if not statistics.ranges:
+        return ""
+    low, high = config.range or statistics.range
+    reason = "the values that become 0 and 255, without the thousandth at either end"
+    return f"  range: [{low:g}, {high:g}]    # {reason}\n"

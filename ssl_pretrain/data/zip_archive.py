@@ -1,0 +1,193 @@
+"""Read images and tables from a zip in place, without unpacking it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+import zipfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ssl_pretrain.data.file_types import (
+    HIDDEN,
+    SIGNATURE_BYTES,
+    TABLE_SUFFIXES,
+    SkipCounter,
+    images_by_content,
+    is_image,
+    is_skipped,
+)
+from ssl_pretrain.data.images import MAX_BYTES
+from ssl_pretrain.data.listing import Listing, Scan, Span, load_or_scan, pack, stamp
+
+_MAX_TABLE_BYTES = 1 << 28  # tables of labels are read whole
+_MAX_TABLES = 1000
+_MAX_GROWTH = 200  # decompressed bytes per stored byte, for members larger than _LARGE
+_LARGE = 1 << 28
+_LOCAL_HEADER_BYTES = 30
+# RuntimeError stands for an encrypted member or an unknown compression method.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError)
+
+Members = dict[str, zipfile.ZipInfo]
+
+
+def list_zip(path: str | Path, cache: Path) -> Listing:
+    """List the images in a zip, with the position of each. Cached until the file changes.
+
+    Raises:
+        ValueError: If the file is not a zip, or an image is encrypted, of a compression other than
+            stored and deflated, or of an impossible size. The message names the file.
+    """
+    return load_or_scan(os.path.abspath(path), cache, scan_zip)
+
+
+def scan_zip(root: str) -> Scan:
+    """Read the directory of a zip."""
+    status = os.stat(root)
+    skips = SkipCounter()
+    try:
+        with zipfile.ZipFile(root) as archive:
+            images, others = _sort_members(archive, skips)
+
+            def head_of(path: str) -> bytes:
+                try:
+                    with archive.open(others[path]) as file:
+                        return file.read(SIGNATURE_BYTES)
+                except (OSError, *_ZIP_ERRORS):
+                    return b""
+
+            images |= {path: others[path] for path in images_by_content(others, head_of, skips)}
+    except (OSError, *_ZIP_ERRORS) as error:
+        raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
+    paths = sorted(images, key=os.fsencode)
+    spans = [_span(root, path, images[path]) for path in paths]
+    listing = replace(
+        pack(root, paths, np.array(spans, np.int64).reshape(-1, len(Span._fields))),
+        skipped=skips.result(),
+        tables=tuple(p for p in sorted(others) if p.lower().endswith(TABLE_SUFFIXES))[:_MAX_TABLES],
+    )
+    return Scan(listing, [""], stamp(status))
+
+
+def _sort_members(archive: zipfile.ZipFile, skips: SkipCounter) -> tuple[Members, Members]:
+    """Return the images and the other files, by the path that unpacking would give them."""
+    images: Members = {}
+    others: Members = {}
+    for member in archive.infolist():
+        name = _member_name(member)
+        folders = [folder for folder in name.split("/") if folder not in ("", ".")]
+        path = "/".join(folders)
+        if not folders or name.endswith("/"):
+            continue
+        if any(is_skipped(folder) for folder in folders if folder != ".."):
+            skips.add(HIDDEN, path)
+        elif name.startswith("/") or re.match("[A-Za-z]:/", name):
+            skips.add("members with absolute paths", name)
+        elif ".." in folders:
+            skips.add("members outside the archive", name)
+        elif stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+            skips.add("links, pipes or devices", path)
+        else:
+            members = images if is_image(path) else others
+            if path in members:
+                skips.add("earlier members of the same name", path)
+            members[path] = member
+    return images, others
+
+
+def _span(root: str, path: str, member: zipfile.ZipInfo) -> Span:
+    """Return the position of an image. Raise ValueError if it cannot be read in place."""
+    span = Span(
+        member.header_offset,
+        member.compress_size,
+        member.compress_type,
+        member.file_size,
+        member.CRC,
+    )
+    if member.flag_bits & 1 or span.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(
+            f"data.root: {root} holds {path}, encrypted or of a rare compression; "
+            "repack it with `zip -r -0`"
+        )
+    if max(span.offset, span.stored, span.size) >= 2**63:
+        raise ValueError(
+            f"data.root: {root} holds {path} with a size that no file has; the zip is damaged"
+        )
+    return span
+
+
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """Return the member's path with slashes.
+
+    Windows writes backslashes, and macOS writes UTF-8 without setting the flag for it.
+    """
+    name = member.filename
+    if not member.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
+
+
+def read_table(path: str | Path, name: str) -> bytes:
+    """Return the bytes of a table in a zip.
+
+    Args:
+        path: The zip.
+        name: The member's path with slashes.
+
+    Raises:
+        OSError: If the member is damaged or too large for a table.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {_member_name(each).removeprefix("./"): each for each in archive.infolist()}
+            size = members[name].file_size
+            if size > _MAX_TABLE_BYTES:
+                raise OSError(errno.EFBIG, f"{size:,} bytes are more than a table of labels has")
+            return archive.read(members[name])
+    except _ZIP_ERRORS as error:
+        raise OSError(errno.EIO, str(error)) from None
+
+
+def read_span(archive: int, span: Span) -> bytes:
+    """Return the decompressed bytes of an image in a zip.
+
+    Args:
+        archive: File descriptor of the zip.
+        span: Position of the image.
+
+    Raises:
+        OSError: If the zip is damaged, or the image grows more than images do (a zip bomb).
+        zlib.error: If the compressed bytes are damaged.
+    """
+    # The name and the extra field may have other lengths here than in the archive's directory.
+    header = os.pread(archive, _LOCAL_HEADER_BYTES, span.offset)
+    name_bytes = int.from_bytes(header[26:28], "little")
+    extra_bytes = int.from_bytes(header[28:30], "little")
+    start = span.offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+    stored = os.pread(archive, min(span.stored, MAX_BYTES), start)
+    if header[:4] != b"PK\3\4" or len(stored) != span.stored:
+        raise OSError("the zip is damaged here, or was replaced")
+    if span.size > MAX_BYTES or span.size > max(_LARGE, _MAX_GROWTH * span.stored):
+        raise OSError(
+            f"the zip says that it grows from {span.stored:,} to {span.size:,} bytes, "
+            "more than an image does"
+        )
+    content = _inflate(stored, span.size) if span.method else stored
+    if len(content) != span.size:
+        difference = "more" if len(content) > span.size else "fewer"
+        raise OSError(f"the zip says that it has {span.size:,} bytes, and it has {difference}")
+    if zlib.crc32(content) != span.crc:
+        raise OSError("its checksum in the zip differs; the zip is damaged")
+    return content
+
+
+def _inflate(stored: bytes, size: int) -> bytes:
+    """Decompress at most `size` + 1 bytes, enough to notice that the content is too long."""
+    return zlib.decompressobj(-15).decompress(stored, size + 1)
