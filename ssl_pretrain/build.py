@@ -25,7 +25,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.distributed.stop_request import StopRequest
 from ssl_pretrain.fault_tolerance.nan_guard import Guard
 from ssl_pretrain.fault_tolerance.run_lock import Lock
-from ssl_pretrain.methods.base import Embeddings, Method
+from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.monitoring import background_writer, image_grids
 from ssl_pretrain.monitoring.collapse import CollapseMonitor
@@ -33,11 +33,12 @@ from ssl_pretrain.monitoring.logger import Logger
 from ssl_pretrain.monitoring.measurements import Measurements
 from ssl_pretrain.monitoring.online_knn import OnlineKNN
 from ssl_pretrain.optim import optimizers
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.micro_batch import blank_batch, find_micro_batch_size
 from ssl_pretrain.parallel.replicas import check_replicas
 from ssl_pretrain.planning import flops
-from ssl_pretrain.step import Stepper, build_stepper, check_accumulation
+from ssl_pretrain.step import StepOutput, Stepper, build_stepper, check_accumulation
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.views import color, crops, recipe
 from ssl_pretrain.views.batch import Batch
@@ -79,19 +80,22 @@ class Training:
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
         """Set the optimizer's rates for a step and return them for the log."""
-        config, progress = self.config, (step - 1) / self.num_steps
+        config, progress = self.config, self._progress(step)
         return optimizers.set_rates(
             self.stepper.optimizer, config.optim, progress, config.epochs, config.global_batch_size
         )
 
-    def take_step(self, step: int, batch: Batch) -> tuple[Embeddings, dict[str, Tensor]]:
-        """Take an optimizer step and return the embeddings and the logs, on the device."""
-        return self.stepper(step - 1, (step - 1) / self.num_steps, batch)
+    def take_step(self, step: int, batch: Batch) -> StepOutput:
+        """Take an optimizer step and return its embeddings, targets and logs, on the device."""
+        return self.stepper(self._progress(step), batch)
 
-    def measure(self, step: int, embeddings: Embeddings) -> Measurements:
+    def _progress(self, step: int) -> Progress:
+        return Progress(step - 1, self.num_steps, self.loader.steps_per_epoch)
+
+    def measure(self, step: int, output: StepOutput) -> Measurements:
         """Measure what is due after a step: collapse, online k-NN, replaced images."""
         network = self.state.method.get_submodule(self.state.method.evaluated)
-        measurements = self.collapse_monitor.measure(step, embeddings)
+        measurements = self.collapse_monitor.measure(step, output.embeddings, output.targets)
         measurements |= self.online_knn.measure_if_due(step, network)
         every_steps = self.config.log.every_steps
         replaced = self.loader.count_replaced(step, every_steps, self.num_steps)
@@ -140,7 +144,6 @@ def build_training(
         rank_agreement.check_data(source.fingerprint, len(source), config.data.root)
         stop = stack.enter_context(StopRequest(pretend_at=fake_preempt))
         method = build_method(config, source)
-        method.num_steps, method.steps_per_epoch = num_steps, batches.steps_per_epoch
         stepper = build_run_stepper(method, config, execution)
         facts = {
             "last_step": num_steps,
@@ -161,7 +164,7 @@ def build_training(
             config.guard,
             run,
             config.log.every_steps,
-            stepper.broken_embeddings,
+            stepper.describe_bad_embeddings,
             partial(state.roll_back, run),
             {"seed": config.seed, "steps_per_epoch": batches.steps_per_epoch},
         )

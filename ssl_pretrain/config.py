@@ -421,7 +421,7 @@ def _try_method(config: RunConfig) -> None:
         with torch.device("meta"):
             numbers = torch.zeros(num_images, dtype=torch.int64)
             images = [torch.zeros(num_images, 3, size, size) for size in sizes]
-            if method.couples_batch and config.global_batch_size < 2:
+            if method.couples != "nothing" and config.global_batch_size < 2:
                 raise ValueError(
                     f"global_batch_size: {config.global_batch_size} leaves {config.method.name} no other image "
                     "to compare with; give 2 or more"

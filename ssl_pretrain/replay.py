@@ -32,6 +32,7 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.schema import COUNT
 from ssl_pretrain.views.batch import Batch
@@ -63,18 +64,17 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
                 "data that the run had"
             )
         method = build.build_method(config, loader.source)
-        method.num_steps, method.steps_per_epoch = manifest["last_step"], loader.steps_per_epoch
         stepper = build.build_run_stepper(method, config, execution)
         checkpoint.State(method, stepper.optimizer, {}, {}).load(path)
         first = step - 1 if from_checkpoint else first
         for steps_done, batch in zip(range(first, step), loader.starting_at(first)):
-            progress = steps_done / manifest["last_step"]
+            progress = Progress(steps_done, manifest["last_step"], loader.steps_per_epoch)
             optim.set_rates(
                 stepper.optimizer, config.optim, progress, config.epochs, config.global_batch_size
             )
             if steps_done == step - 1:
                 probe = _Probe(method)
-            _, logs = stepper(steps_done, progress, batch)
+            logs = stepper(progress, batch).logs
         lines = [
             f"step {step} of {run}, from {path.name}"
             + (" without the steps between" if from_checkpoint else "")

@@ -1,207 +1,248 @@
-"""One optimizer step over one global batch: whole, or in parts that leave the same gradient."""
+"""One optimizer step over the global batch, whole or in micro-batches that leave the same gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.methods.base import Method
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import batch_norm, replicas
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.views.batch import Batch
 
-Embeddings = dict[str, Tensor]
+
+class StepOutput(NamedTuple):
+    """Tensors on the device after a step. Reading none of them keeps the host from waiting for it."""
+
+    embeddings: Embeddings  # detached, of this rank's images, without the transient ones
+    targets: Embeddings  # likewise
+    logs: dict[str, Tensor]  # scalars
+
+
+class BackwardOutput(NamedTuple):
+    """Embeddings, targets and loss of this rank's images, after the backward pass."""
+
+    embeddings: Embeddings
+    targets: Embeddings
+    loss: LossOutput
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """What stays the same from step to step.
+    """Take optimizer steps with a method.
 
-    Called with the step's number, its progress and this rank's batch, it moves the weights and returns the step's
-    embeddings (local_batch, dim), the targets as `target_<name>`, and its logs, scalars on the device: nothing here waits
-    for the accelerator.
+    Attributes:
+        model: The method, wrapped for the ranks of the run.
+        optimizer: Its optimizer, whose rates are set before each step.
+        config: How the run is spread over ranks and micro-batches.
+        seed: Seed of the run, from which dropout and drop path draw.
+        micro_batch_size: Images per forward pass on this rank.
+        global_batch_size: Images per step over all ranks.
+        optim: Clipping of the gradient.
+        execution: Device and formats of the model.
+        first_bad_step: Number of the first step, counted from 1, at which an embedding of this
+            rank was not finite. One scalar per embedding, -1 while it is finite.
     """
 
-    model: nn.Module  # wrapped
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     config: ParallelConfig
     seed: int
-    micro_batch_size: (
-        int  # images fed at once: this rank's share of the global batch, or a part of it that fits
-    )
+    micro_batch_size: int
     global_batch_size: int
     optim: OptimConfig
     execution: Execution
-    broken: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # per embedding, the first step at which this rank's was not finite
+    first_bad_step: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(
-        self, step: int, progress: float, batch: Any
-    ) -> tuple[Embeddings, dict[str, Tensor]]:
-        method: Any = parallel.unwrap(self.model)
+    def __call__(self, progress: Progress, batch: Batch) -> StepOutput:
+        """Move the weights by the gradient of one global batch.
+
+        Args:
+            progress: Progress of this step.
+            batch: This rank's share of the global batch.
+        """
+        method = self.method
         batch = replace(batch, views=self.execution.place_views(batch.views))
-        before = batch_norm.snapshot_statistics(method)
+        statistics_before = batch_norm.snapshot_statistics(method)
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # graphs may reuse the memory of their outputs
-        embeddings, targets, loss, logs = self._backward(method)(method, batch, step)
-        self._watch(embeddings, step)
-        frozen = [
-            p
-            for name, p in method.named_parameters()
-            if name.startswith(tuple(method.frozen(progress)))
-        ]
-        norm, skipped = optim.guarded_step(
-            self.optimizer, self.optim.clip_norm, self.optim.clip_by, frozen
+            torch.compiler.cudagraph_mark_step_begin()  # graphs may reuse their outputs' memory
+        embeddings, targets, (loss, logs) = self._backward(batch, progress.step)
+        self._record_first_bad_step(embeddings, progress.step)
+        gradient_norm, skipped = optim.guarded_step(
+            self.optimizer,
+            self.optim.clip_norm,
+            self.optim.clip_by,
+            _parameters_under(method, method.frozen(progress)),
         )
         replicas.average_statistics(self.model, self.config, self.global_batch_size)
-        batch_norm.restore_statistics(method, before, skipped > 0)
+        batch_norm.restore_statistics(method, statistics_before, skipped > 0)
         method.stepped = 1 - skipped
         method.after_step(progress, embeddings, targets)
-        seen = {**embeddings, **{f"target_{name}": value for name, value in targets.items()}}
-        return seen, {"loss": loss, **logs, "gradient_norm": norm, "skipped_steps": skipped}
+        logs = {"loss": loss, **logs, "gradient_norm": gradient_norm, "skipped_steps": skipped}
+        return StepOutput(embeddings, targets, logs)
 
     @property
-    def num_parts(self) -> int:
+    def method(self) -> Method:
+        """The method inside the wrapped model."""
+        method = parallel.unwrap(self.model)
+        assert isinstance(method, Method), f"{type(method).__name__} is not a Method"
+        return method
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step on this rank."""
         return self.global_batch_size // process_group.world_size() // self.micro_batch_size
 
-    def _backward(
-        self, method: Any
-    ) -> Callable[..., tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]]:
-        if self.num_parts == 1:
-            return self._whole
-        check_accumulation(method, self.config)
-        two = self.config.accumulation == "two_passes" or (
-            self.config.accumulation == "auto" and method.couples_batch
-        )
-        return self._in_two_passes if two else self._accumulated
+    def describe_bad_embeddings(self) -> str:
+        """List the embeddings that were not finite, with rank and first step; empty if all were.
 
-    def _watch(self, embeddings: Embeddings, step: int) -> None:
-        """Remembers, on the device, the first step at which each embedding was not finite."""
+        A collective: every rank has to call it.
+        """
+        on_this_rank = {name: int(step) for name, step in self.first_bad_step.items() if step >= 0}
+        return ", ".join(
+            f"{name} of rank {rank} since step {step}"
+            for rank, first_steps in enumerate(collectives.gather_objects(on_this_rank))
+            for name, step in first_steps.items()
+        )
+
+    def _record_first_bad_step(self, embeddings: Embeddings, step: int) -> None:
         for name, z in embeddings.items():
-            first = self.broken.setdefault(name, torch.full((), -1, device=z.device))
+            first = self.first_bad_step.setdefault(name, torch.full((), -1, device=z.device))
             first.copy_(torch.where((first < 0) & ~torch.isfinite(z).all(), step + 1, first))
 
-    def broken_embeddings(self) -> str:
-        """Which embeddings of which ranks are not finite, and since which step; empty where none is. Every rank must ask."""
-        own = {name: int(first) for name, first in self.broken.items() if first >= 0}
-        found = [
-            f"{name} of rank {rank} since step {step}"
-            for rank, entries in enumerate(collectives.gather_objects(own))
-            for name, step in entries.items()
-        ]
-        return ", ".join(found)
+    def _backward(self, batch: Batch, step: int) -> BackwardOutput:
+        """Leave the gradient of the global batch's loss in the parameters."""
+        if self.num_micro_batches == 1:
+            return self._backward_whole(batch, step)
+        check_accumulation(self.method, self.config)
+        if needs_two_passes(self.method, self.config):
+            return self._backward_in_two_passes(batch, step)
+        return self._backward_accumulated(batch, step)
 
-    def _seed(self, step: int, part: int) -> None:
-        """Dropout and drop-path by the part of the global batch, so that K parts on one rank draw what K ranks draw."""
-        torch.manual_seed(
-            rng.seed_of(self.seed, step, process_group.rank() * self.num_parts + part)
-        )
-
-    def _embed(self, part: Any) -> Embeddings:
-        with self.execution.forward_context():
-            return self.model(part)
-
-    def _whole(
-        self, method: Any, batch: Any, step: int
-    ) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
+    def _backward_whole(self, batch: Batch, step: int) -> BackwardOutput:
+        method = self.method
         self._seed(step, 0)
         embeddings = self._embed(batch)
-        with self.execution.forward_context():
-            targets = method.targets(batch)
-        loss, logs = method.loss(embeddings, targets)
-        loss.backward()
-        return _detached(embeddings), targets, loss.detach(), logs
+        targets = self._targets(batch)
+        output = method.loss(embeddings, targets)
+        output.loss.backward()
+        return _without_transient(method, embeddings, targets, output)
 
-    def _accumulated(
-        self, method: Any, batch: Any, step: int
-    ) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
-        """Images do not couple: the mean over parts of the parts' losses is the loss."""
-        kept = []
-        leave = _mean_of_statistics(method, self.num_parts)
-        for k in range(self.num_parts):
-            part = batch.slice(k, self.num_parts)
+    def _backward_accumulated(self, batch: Batch, step: int) -> BackwardOutput:
+        """Add up the gradients of the micro-batches.
+
+        Exact where images do not couple: the loss is then the mean of the micro-batches' losses.
+        """
+        method, outputs = self.method, []
+        restore_statistics = _averaging_statistics(method, self.num_micro_batches)
+        for k, micro_batch in enumerate(self._micro_batches(batch)):
             self._seed(step, k)
-            with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
-                embeddings = self._embed(part)
-                with self.execution.forward_context():
-                    targets = method.targets(part)
-                loss, logs = method.loss(embeddings, targets)
-                (loss / self.num_parts).backward()
-            leave(
-                k
-            )  # not before: backward checks that batch norm's buffers are as its forward left them
-            kept.append((_detached(embeddings), targets, {"loss": loss.detach(), **logs}))
-        logs = {name: torch.stack([entry[2][name] for entry in kept]).mean() for name in kept[0][2]}
-        return (
-            _joined([entry[0] for entry in kept]),
-            _joined([entry[1] for entry in kept]),
-            logs.pop("loss"),
-            logs,
+            with self._gradients_travel_after_last(k):
+                embeddings = self._embed(micro_batch)
+                targets = self._targets(micro_batch)
+                output = method.loss(embeddings, targets)
+                (output.loss / self.num_micro_batches).backward()
+            restore_statistics(k)  # after backward, which checks that the buffers are unchanged
+            outputs.append(_without_transient(method, embeddings, targets, output))
+        logs = concatenate_micro_batches(
+            [{name: value[None] for name, value in output.loss.logs.items()} for output in outputs]
+        )
+        return BackwardOutput(
+            concatenate_micro_batches([output.embeddings for output in outputs]),
+            concatenate_micro_batches([output.targets for output in outputs]),
+            LossOutput(
+                torch.stack([output.loss.loss for output in outputs]).mean(),
+                {name: values.mean() for name, values in logs.items()},
+            ),
         )
 
-    def _in_two_passes(
-        self, method: Any, batch: Any, step: int
-    ) -> tuple[Embeddings, Embeddings, Tensor, dict[str, Tensor]]:
-        """Images couple: embed all parts without a graph, take the loss's gradient by the embeddings once over the whole
-        global batch, then embed each part again and send that gradient back (GradCache, arXiv:2101.06983)."""
-        parts = [batch.slice(k, self.num_parts) for k in range(self.num_parts)]
-        leave = _mean_of_statistics(method, self.num_parts)
-        first, targets = [], []
-        with torch.no_grad():
-            for k, part in enumerate(parts):
-                self._seed(step, k)
-                first.append(self._embed(part))
-                with self.execution.forward_context():
-                    targets.append(method.targets(part))
-                leave(k)  # of the student and of the teacher
+    def _backward_in_two_passes(self, batch: Batch, step: int) -> BackwardOutput:
+        """Compute the gradient with respect to the embeddings first, then that of the weights.
+
+        The first pass embeds all micro-batches without a graph. The loss over all of them gives the
+        gradient with respect to the embeddings. The second pass embeds each micro-batch again and
+        sends its rows of that gradient back (GradCache, Gao et al., arXiv:2101.06983).
+        """
+        method = self.method
+        micro_batches = self._micro_batches(batch)
+        embeddings, targets = self._embed_without_graph(micro_batches, step)
         statistics = [buffer.clone() for buffer in batch_norm.statistics(method)]
-        embeddings = {name: z.requires_grad_() for name, z in _joined(first).items()}
-        loss, logs = method.loss(embeddings, _joined(targets))
-        by_name = dict(
-            zip(embeddings, torch.autograd.grad(loss, list(embeddings.values()), allow_unused=True))
-        )
-        gradients = {
-            name: gradient for name, gradient in by_name.items() if gradient is not None
-        }  # some are for after_step alone
-        replay_error = loss.new_zeros(())
-        rows = len(batch) // self.num_parts
-        for k, part in enumerate(parts):
+        output = method.loss(embeddings, targets)
+        gradients = _gradients(output.loss, embeddings)
+        replay_error = output.loss.new_zeros(())  # largest difference between the two passes
+        size = len(batch) // self.num_micro_batches
+        for k, micro_batch in enumerate(micro_batches):
             self._seed(step, k)
-            with parallel.without_sync(self.model) if k < self.num_parts - 1 else _nothing():
-                again = self._embed(part)
-                own = slice(k * rows, (k + 1) * rows)
-                sent_back = [
-                    gradient[own].to(again[name].dtype) for name, gradient in gradients.items()
-                ]
-                torch.autograd.backward([again[name] for name in gradients], sent_back)
-            differences = [
-                (again[name].detach() - embeddings[name].detach()[own]).abs().max()
-                for name in gradients
-            ]
-            replay_error = torch.stack(
-                [replay_error, *(d.to(replay_error.dtype) for d in differences)]
-            ).max()
-        with torch.no_grad():  # pass 2 moved them again
-            for buffer, kept in zip(batch_norm.statistics(method), statistics):
-                buffer.copy_(kept)
-        return (
-            _detached(embeddings),
-            _joined(targets),
-            loss.detach(),
-            {**logs, "replay_error": replay_error},
-        )
+            rows = slice(k * size, (k + 1) * size)
+            with self._gradients_travel_after_last(k):
+                replayed = self._embed(micro_batch)
+                torch.autograd.backward(
+                    [replayed[name] for name in gradients],
+                    [g[rows].to(replayed[name].dtype) for name, g in gradients.items()],
+                )
+            for name in gradients:
+                difference = (replayed[name].detach() - embeddings[name].detach()[rows]).abs().max()
+                replay_error = torch.maximum(replay_error, difference.to(replay_error.dtype))
+        with torch.no_grad():  # the second pass moved the statistics a second time
+            for buffer, value in zip(batch_norm.statistics(method), statistics):
+                buffer.copy_(value)
+        output.logs["replay_error"] = replay_error
+        return _without_transient(method, embeddings, targets, output)
+
+    def _embed_without_graph(
+        self, micro_batches: Sequence[Batch], step: int
+    ) -> tuple[Embeddings, Embeddings]:
+        """Return the embeddings of all micro-batches, as leaves of a new graph, and their targets."""
+        method = self.method
+        restore_statistics = _averaging_statistics(method, self.num_micro_batches)
+        embeddings, targets = [], []
+        with torch.no_grad():
+            for k, micro_batch in enumerate(micro_batches):
+                self._seed(step, k)
+                embeddings.append(self._embed(micro_batch))
+                targets.append(self._targets(micro_batch))
+                restore_statistics(k)  # the student's and the teacher's
+        leaves = {
+            name: z.requires_grad_() for name, z in concatenate_micro_batches(embeddings).items()
+        }
+        return leaves, concatenate_micro_batches(targets)
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        return [batch.slice(k, self.num_micro_batches) for k in range(self.num_micro_batches)]
+
+    def _gradients_travel_after_last(self, k: int) -> AbstractContextManager[object]:
+        is_last = k == self.num_micro_batches - 1
+        return nullcontext() if is_last else parallel.without_sync(self.model)
+
+    def _seed(self, step: int, k: int) -> None:
+        """Seed dropout and drop path by the slice of the global batch that is computed next.
+
+        Micro-batches on one rank then draw what as many ranks draw.
+        """
+        slice_of_batch = process_group.rank() * self.num_micro_batches + k
+        torch.manual_seed(rng.seed_of(self.seed, step, slice_of_batch))
+
+    def _embed(self, batch: Batch) -> Embeddings:
+        with self.execution.forward_context():
+            embeddings: Embeddings = self.model(batch)
+            return embeddings
+
+    def _targets(self, batch: Batch) -> Embeddings:
+        with self.execution.forward_context():
+            return self.method.targets(batch)
 
 
 def build_stepper(
@@ -247,43 +288,79 @@ def build_stepper(
     )
 
 
-def check_accumulation(method: Any, config: ParallelConfig) -> None:
-    """Refuses parts that would train another loss.
+def needs_two_passes(method: Method, config: ParallelConfig) -> bool:
+    """Return True if micro-batches of this method are embedded twice."""
+    chosen = config.accumulation == "auto" and method.couples == "embeddings"
+    return chosen or config.accumulation == "two_passes"
+
+
+def check_accumulation(method: Method, config: ParallelConfig) -> None:
+    """Refuse micro-batches that would train another loss.
 
     Raises:
-        ValueError: one pass was asked for, and the method's loss couples the images of a batch.
+        ValueError: `parallel.accumulation` is one pass, and the method's loss compares images.
+        NotImplementedError: The method's loss couples the targets of different images.
     """
-    if config.accumulation == "one_pass" and method.couples_batch:
-        name = method.config.name
+    name = method.config.name
+    if method.couples == "targets":
+        raise NotImplementedError(
+            f"{name}: a loss that couples targets cannot be computed in micro-batches yet; "
+            "set micro_batch_size=0"
+        )
+    if config.accumulation == "one_pass" and method.couples == "embeddings":
         raise ValueError(
-            f"parallel.accumulation: one_pass does not train {name}: its loss compares the images of a batch with each other, and a sum of "
-            "the parts' losses has only each part's own pairs; choose auto or two_passes, which keep those of the whole global batch"
+            f"parallel.accumulation: one_pass does not train {name}: this loss compares images "
+            "across the whole batch. Summing the losses of micro-batches would drop the pairs "
+            "between them. Set auto or two_passes, which keep all pairs"
         )
 
 
-def _mean_of_statistics(method: nn.Module, num_parts: int) -> Callable[[int], None]:
-    """A function to call after each part's forward: every part starts from the same running statistics, and the mean
-    of what the parts would leave remains after the last."""
+def concatenate_micro_batches(outputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the rows of the micro-batches, name by name."""
+    return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+
+
+def _gradients(loss: Tensor, embeddings: Embeddings) -> Embeddings:
+    """Return the gradient with respect to each embedding that the loss uses.
+
+    The others are only there for `after_step`.
+    """
+    gradients = torch.autograd.grad(loss, list(embeddings.values()), allow_unused=True)
+    return {name: g for name, g in zip(embeddings, gradients) if g is not None}
+
+
+def _without_transient(
+    method: Method, embeddings: Embeddings, targets: Embeddings, output: LossOutput
+) -> BackwardOutput:
+    """Detach everything and drop what the method does not keep."""
+    return BackwardOutput(
+        {name: z.detach() for name, z in embeddings.items() if name not in method.transient},
+        {name: z for name, z in targets.items() if name not in method.transient},
+        LossOutput(
+            output.loss.detach(), {name: value.detach() for name, value in output.logs.items()}
+        ),
+    )
+
+
+def _parameters_under(method: Method, prefixes: Sequence[str]) -> list[Tensor]:
+    return [p for name, p in method.named_parameters() if name.startswith(tuple(prefixes))]
+
+
+def _averaging_statistics(method: Method, num_micro_batches: int) -> Callable[[int], None]:
+    """Return a function to call after each micro-batch, which averages batch norm's statistics.
+
+    Every micro-batch starts from the same running statistics. After the last one they become the
+    mean of what each micro-batch alone would have left.
+    """
     buffers = batch_norm.statistics(method)
-    before = [buffer.clone() for buffer in buffers]
-    total = [torch.zeros_like(buffer) for buffer in buffers]
+    start = [buffer.clone() for buffer in buffers]
+    totals = [torch.zeros_like(buffer) for buffer in buffers]
 
     @torch.no_grad()
-    def leave(k: int) -> None:
-        for buffer, start, sum_ in zip(buffers, before, total):
-            sum_ += buffer
-            buffer.copy_(sum_ / num_parts if k == num_parts - 1 else start)
+    def restore(k: int) -> None:
+        for buffer, initial, total in zip(buffers, start, totals):
+            total += buffer
+            is_last = k == num_micro_batches - 1
+            buffer.copy_(total / num_micro_batches if is_last else initial)
 
-    return leave
-
-
-def _detached(embeddings: Embeddings) -> Embeddings:
-    return {name: z.detach() for name, z in embeddings.items()}
-
-
-def _joined(parts: list[Embeddings]) -> Embeddings:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _nothing() -> Any:
-    return torch.enable_grad()
+    return restore

@@ -102,10 +102,10 @@ def _train(
         for step, batch in training.steps():
             learning_rates = training.set_learning_rates(step)
             straggler = Measurements(collectives.straggler(step, config.log.every_steps))
-            embeddings, logs = training.take_step(step, batch)
-            measurements = training.measure(step, embeddings) | straggler
-            training.logger.log_step(step, logs, learning_rates, measurements)
-            training.nan_guard.after(step, batch.indices, logs)
+            output = training.take_step(step, batch)
+            measurements = training.measure(step, output) | straggler
+            training.logger.log_step(step, output.logs, learning_rates, measurements)
+            training.nan_guard.after(step, batch.indices, output.logs)
             stopping = training.stop_requested(step)
             if stopping or training.checkpoint_due(step):
                 training.save_checkpoint(step, wait=stopping)

@@ -19,6 +19,7 @@ from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
@@ -80,7 +81,6 @@ def setting_up(
     torch.manual_seed(0)
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
     method: Any = methods.find(name).Config(**head).build(network)
-    method.num_steps, method.steps_per_epoch = NUM_STEPS, STEPS_PER_EPOCH
     config = ParallelConfig(**settings)
     world = process_group.world_size()
     images = rows // world // parts
@@ -116,17 +116,18 @@ def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> d
 
 def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
     """The mean loss over ranks."""
+    progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
     optim.set_rates(
         stepper.optimizer,
         stepper.optim,
-        step / NUM_STEPS,
+        progress,
         NUM_STEPS / STEPS_PER_EPOCH,
         stepper.global_batch_size,
     )
     own = batch(step, sizes, stepper.global_batch_size).slice(
         process_group.rank(), process_group.world_size()
     )
-    _, logs = stepper(step, step / NUM_STEPS, own)
+    logs = stepper(progress, own).logs
     return collectives.reduce_sum(logs["loss"].double()).item() / process_group.world_size()
 
 

@@ -12,6 +12,7 @@ import torch
 from ssl_pretrain import config, methods
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.planning import plan
 from ssl_pretrain.train import train
 from ssl_pretrain.views import recipe
@@ -118,8 +119,9 @@ def test_the_learning_rate_is_the_recipes(stem, lr):
 
 
 def test_schedules_that_authors_give_in_absolute_numbers():
-    def rates(stem, progress):
+    def rates(stem, fraction):
         run = config.load(FILES[0].with_name(f"{stem}.yaml"))
+        progress = Progress(round(fraction * 1000 * run.epochs), round(1000 * run.epochs), 1000)
         return optim.rates(run.optim, progress, run.epochs, run.global_batch_size)
 
     assert rates("swav_imagenet", 0)["lr"] == pytest.approx(0.3) and rates("swav_imagenet", 1)[

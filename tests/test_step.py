@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import tiny
 import torch
@@ -13,10 +11,13 @@ from torch import nn
 from ssl_pretrain import config
 from ssl_pretrain.build import build_method, build_run_stepper, choose_micro_batch_size
 from ssl_pretrain.data import loader
+from ssl_pretrain.data.loader import Batch
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.methods.base import LossOutput, Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import batch_norm, memory
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
@@ -26,6 +27,7 @@ from ssl_pretrain.step import Stepper
 pytestmark = pytest.mark.promise
 
 CPU = torch.device("cpu")
+END = Progress(20, 20, 2)
 
 
 def _steps(path, overrides, steps=2):
@@ -39,8 +41,9 @@ def _steps(path, overrides, steps=2):
     method = build_method(settings)
     stepper = build_run_stepper(method, settings, Execution.resolve(settings.parallel, CPU))
     for step, batch in zip(range(steps), batches.starting_at(0)):
-        optim.set_rates(stepper.optimizer, settings.optim, 0.1, settings.epochs, images_of_all)
-        _, logs = stepper(step, 0.1, batch)
+        progress = Progress(step + 2, 20, 2)
+        optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, images_of_all)
+        logs = stepper(progress, batch).logs
     batches.close()
     gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
     return gradients, method.state_dict(), {name: value.item() for name, value in logs.items()}
@@ -104,18 +107,19 @@ def _one_rank_breaks(path):
     stepped = []
     method.after_step = lambda progress, embeddings, targets: stepped.append(float(method.stepped))
     for step, batch in zip(range(2), batches.starting_at(0)):
-        optim.set_rates(stepper.optimizer, settings.optim, 0.5, settings.epochs, 24)
+        progress = Progress(step, 4, 2)
+        optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, 24)
         before = {name: value.clone() for name, value in method.state_dict().items()}
         if step == 1 and process_group.rank() == 1:
             batch.views[1][0, 0, 0, 0] = float("nan")
-        _, logs = stepper(step, 0.5, batch)
+        logs = stepper(progress, batch).logs
     batches.close()
     moved = [
         name
         for name, value in method.state_dict().items()
         if not torch.equal(value, before[name]) and "num_batches" not in name
     ]
-    return moved, stepped, logs["skipped_steps"].item(), stepper.broken_embeddings()
+    return moved, stepped, logs["skipped_steps"].item(), stepper.describe_bad_embeddings()
 
 
 @pytest.mark.case(19)
@@ -135,8 +139,9 @@ def test_one_pass_with_a_coupled_loss_is_refused(tmp_path):
             ["parallel.bn_group_images=8", "micro_batch_size=8", "parallel.accumulation=one_pass"],
         )
     assert str(error.value) == (
-        "parallel.accumulation: one_pass does not train simclr: its loss compares the images of a batch with each other, and a sum of "
-        "the parts' losses has only each part's own pairs; choose auto or two_passes, which keep those of the whole global batch"
+        "parallel.accumulation: one_pass does not train simclr: this loss compares images across "
+        "the whole batch. Summing the losses of micro-batches would drop the pairs between them. "
+        "Set auto or two_passes, which keep all pairs"
     )
     _steps(
         path, ["parallel.accumulation=one_pass"]
@@ -206,32 +211,18 @@ def test_the_seed_of_drop_path_matters(tmp_path):
     )
 
 
-@dataclass(frozen=True)
-class Rows:
-    views: list[torch.Tensor]
-
-    def __len__(self):
-        return len(self.views[0])
-
-    def part(self, k, num_parts):
-        size = len(self) // num_parts
-        return Rows([view[k * size : (k + 1) * size] for view in self.views])
-
-
-class Regression(nn.Module):
-    """Its loss is a mean over images, so parts accumulate in one pass."""
-
-    couples_batch = False
+class Regression(Method):
+    """A method whose loss is a mean over images, so that micro-batches accumulate in one pass."""
 
     def __init__(self):
-        super().__init__()
+        nn.Module.__init__(self)
         torch.manual_seed(0)
         self.norm = nn.BatchNorm1d(3).double()
         self.layer = nn.Linear(3, 2).double()
-        self.embedded, self.moved = 0, 0
+        self.num_forwards, self.num_moves = 0, 0
 
     def forward(self, batch):
-        self.embedded += 1
+        self.num_forwards += 1
         return {"z": self.layer(self.norm(batch.views[0].mean((2, 3))))}
 
     def targets(self, batch):
@@ -239,40 +230,37 @@ class Regression(nn.Module):
 
     def loss(self, embeddings, targets):
         error = (embeddings["z"] - targets["mean"][:, None]).square().mean()
-        return error, {"error": error.detach()}
+        return LossOutput(error, {"error": error})
 
     def frozen(self, progress):
-        return ("layer.bias",) if progress < 0.5 else ()
+        return ("layer.bias",) if progress.fraction < 0.5 else ()
 
     def after_step(self, progress, embeddings, targets):
         assert len(embeddings["z"]) == len(targets["mean"]) == 12
-        self.moved += 1
+        self.num_moves += 1
 
 
-def _regression(num_parts, progress=1.0):
+def _regression(num_micro_batches, progress=END):
     method = Regression()
-    optimizer = optim.build(OptimConfig(name="sgd", weight_decay=0.0), method)
-    optim.set_rates(
-        optimizer,
-        OptimConfig(name="sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0),
-        0.0,
-        1,
-        12,
+    recipe = OptimConfig(
+        name="sgd", base_lr=0.1, lr_scaling="none", warmup_epochs=0, weight_decay=0.0
     )
-    images = 12 // num_parts
-    settings = ParallelConfig(precision="float64", bn_group_images=3)  # a part of four
+    optimizer = optim.build(recipe, method)
+    optim.set_rates(optimizer, recipe, Progress(0, 1, 1), 1, 12)
+    images = 12 // num_micro_batches
+    settings = ParallelConfig(precision="float64", bn_group_images=3)  # one of four micro-batches
     model = batch_norm.convert(method, images, 3)
     stepper = Stepper(
         model, optimizer, settings, 0, images, 12, OptimConfig(), Execution.resolve(settings, CPU)
     )
     views = [torch.randn(12, 3, 2, 2, generator=torch.Generator().manual_seed(1))]
-    _, logs = stepper(0, progress, Rows(views))
+    logs = stepper(progress, Batch(views, torch.zeros(12), torch.arange(12))).logs
     return method, logs
 
 
 def test_parts_of_a_mean_accumulate_in_one_pass():
     (whole, whole_logs), (parts, parts_logs) = _regression(1), _regression(4)
-    assert parts.embedded == 4 and parts.moved == whole.moved == 1
+    assert parts.num_forwards == 4 and parts.num_moves == whole.num_moves == 1
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(
             parts.state_dict()[name],
@@ -286,11 +274,11 @@ def test_parts_of_a_mean_accumulate_in_one_pass():
 
 def test_frozen_parameters_do_not_move():
     untouched = Regression().layer
-    frozen, _ = _regression(1, progress=0.1)
+    frozen, _ = _regression(1, Progress(2, 20, 2))
     assert torch.equal(frozen.layer.bias, untouched.bias) and not torch.equal(
         frozen.layer.weight, untouched.weight
     )
-    free, _ = _regression(1, progress=0.9)
+    free, _ = _regression(1, Progress(18, 20, 2))
     assert not torch.equal(free.layer.bias, untouched.bias)
 
 

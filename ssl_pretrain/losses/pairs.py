@@ -1,4 +1,4 @@
-"""What the losses over pairs share: this rank's embeddings as anchors, those of all ranks as candidates, and who is alike."""
+"""All pairs of this rank's embeddings with those of the global batch, for losses over distances."""
 
 from __future__ import annotations
 
@@ -12,29 +12,44 @@ from ssl_pretrain.distributed import collectives, process_group
 
 @dataclass(frozen=True)
 class Pairs:
-    """Anchors and candidates of both views. `alike` and `unlike` leave out an anchor's pair with itself."""
+    """Pairs of an anchor of this rank with a candidate of the global batch, both views of each.
 
-    squared_distance: Tensor  # (2 * local_batch, 2 * global_batch), with the gradient of both sides
-    alike: Tensor  # of one group, likewise bool
-    unlike: Tensor
+    Every tensor has shape (2 * local_batch, 2 * global_batch).
 
-    def mean(self, terms: Tensor, chosen: Tensor) -> Tensor:
-        """This rank's share of the mean of `terms` over the pairs that all ranks chose: its mean over ranks is that mean."""
-        count = collectives.reduce_sum(chosen.sum().to(terms.dtype))
-        return process_group.world_size() * (terms * chosen).sum() / count.clamp(min=1)
+    Attributes:
+        squared_distance: Squared Euclidean distance, with the gradient of both sides.
+        positive: True where both are of one group. An embedding is not paired with itself.
+        negative: True where they are of different groups.
+    """
+
+    squared_distance: Tensor
+    positive: Tensor
+    negative: Tensor
+
+    def mean(self, terms: Tensor, mask: Tensor) -> Tensor:
+        """Return this rank's share of the mean of `terms` over the masked pairs of all ranks.
+
+        The mean over ranks of the result is that mean.
+        """
+        count = collectives.reduce_sum(mask.sum().to(terms.dtype))
+        return process_group.world_size() * (terms * mask).sum() / count.clamp(min=1)
 
 
-def every_pair(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
-    """All pairs of an embedding of this rank with one of the global batch.
+def all_pairs(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
+    """Pair each embedding of this rank with all embeddings of the global batch.
 
     Args:
-        z_a, z_b: embeddings of two views, (local_batch, dim).
-        groups: (local_batch,) integers; images of one group are alike: labels, or the image's number.
+        z_a: Embeddings of the first view, shape (local_batch, dim).
+        z_b: Embeddings of the second view, same shape.
+        groups: Shape (local_batch,), integers. Images of the same group are positives of each
+            other. Labels, or the images' numbers.
     """
-    own = torch.cat([z_a, z_b])
-    numbers = torch.arange(len(own), device=own.device) + process_group.rank() * len(own)
-    everyone, all_groups = collectives.gather(own), collectives.gather(groups.repeat(2))
-    squares = own.square().sum(1)[:, None] + everyone.square().sum(1) - 2 * own @ everyone.T
-    alike = groups.repeat(2)[:, None] == all_groups
-    other = numbers[:, None] != torch.arange(len(everyone), device=own.device)
-    return Pairs(squares.clamp(min=0), alike & other, ~alike)
+    anchors = torch.cat([z_a, z_b])
+    candidates, candidate_groups = collectives.gather(anchors), collectives.gather(groups.repeat(2))
+    dot_products = anchors @ candidates.T
+    squares = anchors.square().sum(1)[:, None] + candidates.square().sum(1) - 2 * dot_products
+    same_group = groups.repeat(2)[:, None] == candidate_groups
+    device = anchors.device
+    rows = torch.arange(len(anchors), device=device) + process_group.rank() * len(anchors)
+    different_embeddings = rows[:, None] != torch.arange(len(candidates), device=device)
+    return Pairs(squares.clamp(min=0), same_group & different_embeddings, ~same_group)

@@ -1,8 +1,7 @@
-"""Correlation and covariance of embeddings over the global batch, without a rank ever seeing less or another gradient.
+"""Correlation and covariance of embeddings over the global batch, with their exact gradient.
 
-A dim x dim matrix is either summed over ranks in one collective, every rank then holding all of it, or, where it is larger
-than the gathered embeddings, made from them by columns, every rank holding its share. A loss that sums over entries is
-`block.share *` the sum over the block's entries: its mean over ranks is the sum over the matrix.
+A (dim, dim) matrix is summed over ranks in one collective, so that every rank has all of it. Where it
+is larger than the gathered embeddings, each rank computes only its columns from them.
 """
 
 from __future__ import annotations
@@ -11,64 +10,114 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.losses.upcast import upcast
 
 
 @dataclass(frozen=True)
-class Block:
-    """Columns `start` to `start + values.shape[1]` of a (dim, dim) matrix."""
+class GlobalMatrix:
+    """A (dim, dim) matrix over the global batch, or this rank's columns of it.
 
-    values: Tensor  # (dim, columns)
+    Attributes:
+        columns: Shape (dim, columns).
+        start: Index of the first of these columns in the matrix.
+        weight: Number of ranks if each has its own columns, 1 if every rank has all of them.
+    """
+
+    columns: Tensor
     start: int
-    share: float  # 1 where every rank has all columns, the number of ranks where each has its own
+    weight: float
 
     def diagonal(self) -> Tensor:
-        """The matrix's diagonal entries in these columns, (columns,)."""
-        return self.values.diagonal(-self.start)
+        """Return the matrix's diagonal in these columns, shape (columns,)."""
+        return self.columns.diagonal(-self.start)
 
     def off_diagonal(self) -> Tensor:
-        """These columns without the diagonal's entries: zero there, (dim, columns)."""
-        return self.values - torch.diagonal_scatter(
-            torch.zeros_like(self.values), self.diagonal(), -self.start
-        )
+        """Return these columns with zeros on the matrix's diagonal, shape (dim, columns)."""
+        zeros = torch.zeros_like(self.columns)
+        return self.columns - torch.diagonal_scatter(zeros, self.diagonal(), -self.start)
+
+    def sum(self, entries: Tensor) -> Tensor:
+        """Return this rank's share of a sum over the whole matrix.
+
+        The mean over ranks of the result is that sum.
+
+        Args:
+            entries: Values computed from `diagonal` or `off_diagonal`.
+        """
+        return self.weight * entries.sum()
 
 
-def centred(z: Tensor) -> tuple[Tensor, int]:
-    """`z` (local_batch, dim) minus its mean over the global batch, in float32 or wider, and that batch's size."""
-    z = z if z.dtype == torch.float64 else z.float()
+def variance_hinge(covariance: GlobalMatrix) -> Tensor:
+    """Return the mean hinge by which standard deviations are below 1: equation 1 of VICReg."""
+    deviation = (covariance.diagonal() + 1e-4).sqrt()
+    return covariance.sum(F.relu(1 - deviation)) / len(covariance.columns)
+
+
+def diagonal_error(correlation: GlobalMatrix) -> Tensor:
+    """Return the sum of squared differences of the diagonal from 1."""
+    return correlation.sum((correlation.diagonal() - 1).square())
+
+
+def off_diagonal_energy(matrix: GlobalMatrix) -> Tensor:
+    """Return the sum of squares off the diagonal."""
+    return matrix.sum(matrix.off_diagonal().square())
+
+
+def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> GlobalMatrix:
+    """Return the correlation of each dimension of `z_a` with each of `z_b` over the global batch.
+
+    Implements equation 2 of Zbontar et al., ICML 2021 (arXiv:2103.03230). On one process it is::
+
+        z_a, z_b = ((z - z.mean(0)) / (z.var(0, correction=0) + eps).sqrt() for z in (z_a, z_b))
+        correlation = z_a.T @ z_b / len(z_a)
+
+    Args:
+        z_a: Embeddings of the first view, shape (local_batch, dim).
+        z_b: Embeddings of the second view, same shape.
+        eps: Added to the variances, as by the batch norm of the authors' code.
+    """
+    with torch.autocast(z_a.device.type, enabled=False):
+        z_a, count = _centered(z_a)
+        z_b, _ = _centered(z_b)
+        sums = torch.stack([z_a.square().sum(0), z_b.square().sum(0)])
+        variances = collectives.reduce_sum(sums) / count
+        z_a, z_b = (z * (variance + eps).rsqrt() for z, variance in zip((z_a, z_b), variances))
+        return _product(z_a, z_b, count, divisor=count)
+
+
+def global_covariance(z: Tensor) -> GlobalMatrix:
+    """Return the covariance of the dimensions of `z` over the global batch of N images.
+
+    Implements equation 3 of Bardes et al., ICLR 2022 (arXiv:2105.04906). On one process it is::
+
+        centered = z - z.mean(0)
+        covariance = centered.T @ centered / (len(z) - 1)
+
+    Args:
+        z: Embeddings, shape (local_batch, dim).
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z, count = _centered(z)
+        return _product(z, z, count, divisor=max(1, count - 1))
+
+
+def _centered(z: Tensor) -> tuple[Tensor, int]:
+    """Return `z` minus its mean over the global batch, and the size of that batch."""
+    z = upcast(z)
     count = len(z) * process_group.world_size()
     return z - collectives.reduce_sum(z.sum(0)) / count, count
 
 
-def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> Block:
-    """Correlation of each dimension of `z_a` with each of `z_b`: eq. 2 of Barlow Twins (arXiv:2103.03230).
-
-    `eps` is added to the variances, as its authors' batch norm does.
-    """
-    with torch.autocast(z_a.device.type, enabled=False):
-        z_a, count = centred(z_a)
-        z_b, _ = centred(z_b)
-        variances = (
-            collectives.reduce_sum(torch.stack([z_a.square().sum(0), z_b.square().sum(0)])) / count
-        )
-        z_a, z_b = (z * (variance + eps).rsqrt() for z, variance in zip((z_a, z_b), variances))
-        return _product(z_a, z_b, count)
-
-
-def covariance(z: Tensor) -> Block:
-    """Covariance of the dimensions of `z`, over N - 1: eq. 3 of VICReg (arXiv:2105.04906)."""
-    with torch.autocast(z.device.type, enabled=False):
-        z, count = centred(z)
-        return _product(z, z, count, count - 1)
-
-
-def _product(z_a: Tensor, z_b: Tensor, count: int, divisor: int | None = None) -> Block:
-    """z_a.T @ z_b over all ranks' rows, divided by `divisor` (the count)."""
-    dim, world = z_a.shape[1], process_group.world_size()
-    if world == 1 or dim <= count:
-        return Block(collectives.reduce_sum(z_a.T @ z_b) / (divisor or count), 0, 1.0)
-    start, end = (dim * rank // world for rank in (process_group.rank(), process_group.rank() + 1))
+def _product(z_a: Tensor, z_b: Tensor, count: int, divisor: int) -> GlobalMatrix:
+    """Return z_a.T @ z_b / divisor over the rows of all ranks, `count` in number."""
+    dim, world_size = z_a.shape[1], process_group.world_size()
+    if world_size == 1 or dim <= count:
+        return GlobalMatrix(collectives.reduce_sum(z_a.T @ z_b) / divisor, 0, 1.0)
+    rank = process_group.rank()
+    start, end = dim * rank // world_size, dim * (rank + 1) // world_size
     all_a = collectives.gather(z_a)
     all_b = all_a if z_b is z_a else collectives.gather(z_b)
-    return Block(all_a.T @ all_b[:, start:end] / (divisor or count), start, float(world))
+    return GlobalMatrix(all_a.T @ all_b[:, start:end] / divisor, start, float(world_size))

@@ -14,10 +14,12 @@ from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses.tiles import log_sum_exp_among
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -38,36 +40,39 @@ class Config(MethodConfig):
 
 
 class AlignUniform(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False)
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = self.projector(
-            self.backbone(torch.cat(two_views("align_uniform", batch)))
-        ).chunk(2)
+    def forward(self, batch: Batch) -> Embeddings:
+        z = self.projector(self.backbone(torch.cat(self.two_views(batch))))
+        z_a, z_b = z.chunk(2)
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        z_a, z_b = F.normalize(wide(embeddings["z_a"])), F.normalize(wide(embeddings["z_b"]))
-        align = (
-            (z_a - z_b).square().sum(1).clamp(min=1e-12).pow(self.config.alpha / 2).mean()
-        )  # L_align, section 4.1
-        uniform = (
-            log_mean_gaussian(z_a, self.config.t) + log_mean_gaussian(z_b, self.config.t)
-        ) / 2  # L_uniform
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = F.normalize(upcast(embeddings["z_a"])), F.normalize(upcast(embeddings["z_b"]))
+        alpha, t = self.config.alpha, self.config.t
+        squared_distance = (z_a - z_b).square().sum(1).clamp(min=1e-12)
+        align = squared_distance.pow(alpha / 2).mean()  # L_align of section 4.1
+        uniform = (log_mean_gaussian(z_a, t) + log_mean_gaussian(z_b, t)) / 2  # L_uniform
         loss = self.config.align_weight * align + self.config.uniform_weight * uniform
-        return loss, {"align": align.detach(), "uniform": uniform.detach()}
+        return LossOutput(loss, {"align": align, "uniform": uniform})
 
 
 def log_mean_gaussian(z: Tensor, t: float) -> Tensor:
-    """log of the mean over all pairs of the global batch of exp(-t |z_i - z_j|^2), z of unit length: at most 0."""
-    others, _ = log_sum_exp_among(
-        z, scale=2 * t
-    )  # of exp(2 t z_i z_j); the squared distance is 2 - 2 z_i z_j
+    """Return the logarithm of the mean of exp(-t |z_i - z_j|^2) over all pairs of the global batch.
+
+    Args:
+        z: Embeddings of unit length, shape (local_batch, dim).
+        t: Sharpness of the Gaussian.
+
+    Returns:
+        Scalar, at most 0 and the same on all ranks.
+    """
+    # |z_i - z_j|^2 = 2 - 2 z_i @ z_j for unit vectors
+    row_sums, _ = log_sum_exp_among(z, scale=2 * t)
+    total = collectives.reduce_sum(torch.exp(row_sums - 2 * t).sum())
     count = len(z) * process_group.world_size()
-    return torch.log(collectives.reduce_sum(torch.exp(others - 2 * t).sum())) - math.log(
-        count * (count - 1)
-    )
+    return torch.log(total) - math.log(count * (count - 1))

@@ -16,11 +16,16 @@ from typing import Literal
 from torch import Tensor
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.losses.second_moments import cross_correlation
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
+from ssl_pretrain.losses.second_moments import (
+    cross_correlation,
+    diagonal_error,
+    off_diagonal_energy,
+)
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [512, 512, 512]}
 
@@ -42,26 +47,30 @@ class Config(MethodConfig):
 
 
 class BarlowTwins(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_bias=False)
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (
-            self.projector(self.backbone(view)) for view in two_views("barlow_twins", batch)
-        )
+    def forward(self, batch: Batch) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         correlation = cross_correlation(embeddings["z_a"], embeddings["z_b"])
-        invariance = correlation.share * (correlation.diagonal() - 1).square().sum()
-        redundancy = correlation.share * correlation.off_diagonal().square().sum()
-        loss = self.config.loss_scale * (
-            invariance + self.config.redundancy_weight * redundancy
-        )  # eq. 1
+
+        invariance = diagonal_error(correlation)
+        redundancy = off_diagonal_energy(correlation)
+
+        weight = self.config.redundancy_weight
+        loss = self.config.loss_scale * (invariance + weight * redundancy)  # equation 1
         if self.config.gradient_scale == "authors":
-            share = loss / process_group.world_size()
-            loss = share + (loss - share).detach()
-        return loss, {"invariance": invariance.detach(), "redundancy": redundancy.detach()}
+            loss = divide_gradient(loss, process_group.world_size())
+        return LossOutput(loss, {"invariance": invariance, "redundancy": redundancy})
+
+
+def divide_gradient(value: Tensor, divisor: int) -> Tensor:
+    """Return `value`, whose gradient is divided by `divisor`."""
+    share = value / divisor
+    return share + (value - share).detach()

@@ -1,113 +1,177 @@
-"""What a method promises to the training loop: contract 1 of the design."""
+"""The interface between a method and the training step: contract 1 of the design."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ssl_pretrain.losses.upcast import upcast
 from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 Embeddings = dict[str, Tensor]
 
 
-class Views(Protocol):
-    """What a method sees of a batch: the loader's `Batch`."""
+class LossOutput(NamedTuple):
+    """Result of `Method.loss`."""
 
-    views: list[Tensor]  # each (local_batch, 3, height, width), global views first
-    labels: Tensor  # (local_batch,), -1 where there are none
-    indices: Tensor  # (local_batch,), the samples' numbers in the data set
+    loss: Tensor  # scalar on this rank; its mean over ranks is the loss of the global batch
+    logs: dict[str, Tensor]  # scalars worth a curve
+
+
+class Monitored(NamedTuple):
+    """Tensors in which the collapse metrics look for a collapse. Rows are this rank's images."""
+
+    embeddings: Tensor  # (local_batch, ...), the student's, of the first view
+    pair: tuple[Tensor, Tensor] | None = None  # embeddings of two views of the same images
+    assignments: Tensor | None = None  # (local_batch,), index of each image's prototype
+    num_prototypes: int = 0
 
 
 @dataclass
 class MethodConfig:
-    """Configuration that all methods share."""
+    """Fields that the configurations of all methods share."""
 
     name: str = setting("???", "Name of the method: the name of its file in methods/.")
 
     def check(self, run: Any, world_size: int) -> None:
-        """What the method asks of the rest of the `RunConfig`. Raises ValueError with the key, its value and what would do."""
+        """Raise ValueError with the key, its value and a remedy if the `RunConfig` does not suit the method."""
 
     def build(self, backbone: Backbone) -> Method:
         raise NotImplementedError(f"{type(self).__module__}: a method's Config builds its Method")
 
 
 class Method(nn.Module):
-    """A student, its loss, and whatever moves with it. Subclasses live in one file each and never import each other."""
+    """A student, its loss, and the teachers, queues and centers that move with it.
 
-    backbone: Backbone
-    couples_batch: bool = False  # one image's loss depends on the others' embeddings of this batch
+    Each subclass has one file. Methods never import each other.
+
+    Attributes:
+        couples: Which tensors of different images meet in the loss. Decides how a batch that does
+            not fit in memory is split (contract 4 of the design).
+        transient: Names of embeddings and targets that are dropped between `loss` and
+            `after_step`, because they are too large to keep for every micro-batch.
+        needs_labels: True if the data set must have labels.
+        evaluated: Name of the submodule that is evaluated and exported.
+        network: Name of that network in tables.
+        stepped: 1.0 if the optimizer took the step, 0.0 if it was skipped for a gradient that is
+            not finite. Lives on the device, and every movement in `after_step` is multiplied by it.
+    """
+
+    couples: Literal["nothing", "targets", "embeddings"] = "nothing"
+    transient: tuple[str, ...] = ()
     needs_labels: bool = False
-    evaluated: str = "backbone"  # the submodule that evaluations judge
-    network: str = "student"  # its name in tables
-    stepped: Tensor | float = (
-        1.0  # on the device: 0.0 where a non-finite gradient was masked, so that nothing else moves either
-    )
-    num_steps: int = 0  # optimizer steps of the run, and those of one epoch: set by the trainer
-    steps_per_epoch: int = 0
+    evaluated: str = "backbone"
+    network: str = "student"
+    stepped: Tensor | float = 1.0
 
     def __init__(self, config: Any, backbone: Backbone):
         super().__init__()
         self.config = config
         self.backbone = backbone
 
-    def forward(self, batch: Views) -> Embeddings:
-        """The student's embeddings, one row an image in every tensor, with a graph. Writes nothing but batch norm statistics."""
-        raise NotImplementedError
+    def forward(self, batch: Batch) -> Embeddings:
+        """Return the student's embeddings with their graph, one row per image in every tensor.
 
-    @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
-        """What the loss compares with and no gradient reaches: teacher outputs, labels. Once per part."""
-        return {}
-
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, logs): this rank's loss, whose mean over ranks is the global batch's, and scalars worth a curve.
-
-        What is too large to be held until `after_step` it takes out of the dicts (DINO's logits).
+        Only the running statistics of batch norm change.
         """
         raise NotImplementedError
 
     @torch.no_grad()
-    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Moves teachers, queues and centres, once, after the optimizer: each movement times `self.stepped`."""
+    def targets(self, batch: Batch) -> Embeddings:
+        """Return what the loss needs without a gradient, such as teacher outputs and labels.
 
-    def frozen(self, progress: float) -> Sequence[str]:
-        """Prefixes of parameter names that do not move at this progress: their gradients become None after clipping."""
+        Called once per micro-batch.
+        """
+        return {}
+
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return this rank's loss and its logs. Pure: nothing changes, the arguments included."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        """Move teachers, queues and centers once per step, after the optimizer.
+
+        Args:
+            progress: Progress of the step that was just taken.
+            embeddings: Embeddings of this rank's images, detached, without the transient ones.
+            targets: Targets of this rank's images, without the transient ones.
+        """
+
+    def frozen(self, progress: Progress) -> Sequence[str]:
+        """Return prefixes of the names of parameters that do not move in this step."""
         return ()
 
-    def step_of(self, progress: float) -> int:
-        """Steps done."""
-        assert self.num_steps > 0, "num_steps must be set before a schedule counts steps"
-        return round(progress * self.num_steps)
+    def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        """Return the tensors that the collapse metrics watch, from the arguments of `after_step`.
 
-    def epoch_of(self, progress: float) -> int:
-        """Passes over the data done."""
-        assert self.steps_per_epoch > 0, (
-            "steps_per_epoch must be set before a schedule counts epochs"
-        )
-        return self.step_of(progress) // self.steps_per_epoch
+        By default the pair `z_a` and `z_b`. A method without them has its first embedding watched.
+        """
+        if "z_a" not in embeddings:
+            return Monitored(next(iter(embeddings.values())))
+        return Monitored(embeddings["z_a"], (embeddings["z_a"], embeddings["z_b"]))
 
-    def next(self, progress: float) -> float:
-        """The next step's progress: what moves after a step with the value that the authors use in the next one."""
-        return min(1.0, (self.step_of(progress) + 1) / self.num_steps)
+    def if_stepped(self, new: Tensor, old: Tensor) -> Tensor:
+        """Return `new` if the step was taken, else `old`, without the host waiting to know."""
+        return torch.where(torch.as_tensor(self.stepped, device=new.device) > 0, new, old)
+
+    def two_views(self, batch: Batch, *, local_views: bool = False) -> tuple[Tensor, Tensor]:
+        """Return both global views of a batch.
+
+        Args:
+            batch: This rank's images.
+            local_views: True if the method takes any number of local views besides.
+
+        Raises:
+            ValueError: The batch has other views than the method takes.
+        """
+        views = batch.views
+        right_number = len(views) >= 2 if local_views else len(views) == 2
+        if not right_number or views[0].shape != views[1].shape:
+            sizes = ", ".join(str(view.shape[-1]) for view in views)
+            accepted = "2 global views and any number of local ones"
+            raise ValueError(
+                f"{self.config.name}: takes {accepted if local_views else '2 views of one size'}, "
+                f"got {len(views)} ({sizes} pixels); set views.crops.*.count"
+            )
+        return views[0], views[1]
 
 
-def two_views(name: str, batch: Views) -> tuple[Tensor, Tensor]:
-    """Both views of a batch. Raises ValueError for another number of them, or two sizes."""
-    if len(batch.views) != 2 or batch.views[0].shape != batch.views[1].shape:
-        sizes = ", ".join(str(view.shape[-1]) for view in batch.views)
-        raise ValueError(
-            f"{name}: takes 2 views of one size, got {len(batch.views)} ({sizes} pixels); set views.crops to 2 in all"
-        )
-    return batch.views[0], batch.views[1]
+class GroupedPairs(Method):
+    """A method whose loss compares all embeddings of two views and pulls groups of images together.
+
+    A group is one image, or the images of one label if `pairs: labels`.
+    """
+
+    couples = "embeddings"
+
+    def __init__(self, config: Any, backbone: Backbone, projector: nn.Module):
+        super().__init__(config, backbone)
+        self.needs_labels = config.pairs == "labels"
+        self.projector = projector
+
+    def forward(self, batch: Batch) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
+        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Embeddings:
+        return {"groups": batch.labels if self.needs_labels else batch.indices}
 
 
-def by_size(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
-    """`network` of each view, neighbours of one size in one call: batch norm then sees them together, as in SwAV and DINO."""
+def by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """Return `network(view)` of each view, with neighboring views of one size in one call.
+
+    Batch norm then normalizes over all of them together, as in SwAV and DINO.
+    """
     outputs: list[Tensor] = []
     start = 0
     for end in range(1, len(views) + 1):
@@ -117,15 +181,15 @@ def by_size(network: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     return outputs
 
 
-def wide(z: Tensor) -> Tensor:
-    """`z` in float32, or float64 as it is: losses are not computed in bfloat16."""
-    return z if z.dtype == torch.float64 else z.float()
+def mean_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean over rows of the cosine similarity of two (rows, dim) tensors."""
+    return F.cosine_similarity(upcast(a), upcast(b), dim=1).mean()
 
 
 def refuse_init(vit_starts: str, run: Any) -> None:
-    """Raise ValueError if the weights that `backbone.init` loads would be replaced by the authors' first ones."""
+    """Raise ValueError if the authors' initialization would replace the weights of `backbone.init`."""
     if vit_starts == "authors" and run.backbone.init != "random":
         raise ValueError(
-            f"method.vit_starts: authors would replace weights that backbone.init={run.backbone.init} loads; "
-            "set method.vit_starts=as_built"
+            f"method.vit_starts: authors would replace weights that "
+            f"backbone.init={run.backbone.init} loads; set method.vit_starts=as_built"
         )

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, Monitored
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
-from ssl_pretrain.models.teacher import Teacher, to_one
+from ssl_pretrain.models.teacher import Teacher, rising_momentum
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"hidden_dim": 512, "dim": 128}
 
@@ -58,41 +61,41 @@ class Config(MethodConfig):
 class BYOL(Method):
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        self.projector = mlp(
-            backbone.feature_dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False
-        )
-        predictor = partial(
-            mlp, config.dim, config.hidden_dim, config.dim, hidden_bias=True, last_bias=False
-        )
-        self.predictor = nn.Identity() if config.without_predictor else predictor()
+        hidden_dim, dim = config.hidden_dim, config.dim
+        head = partial(mlp, hidden_bias=True, last_bias=False)
+        self.projector = head(backbone.feature_dim, hidden_dim, dim)
+        self.predictor = nn.Identity() if config.without_predictor else head(dim, hidden_dim, dim)
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
         if config.teacher_starts == "redrawn":
-            self.teacher.redraw()
+            self.teacher.reinitialize()
 
-    def forward(self, batch: Views) -> Embeddings:
+    def forward(self, batch: Batch) -> Embeddings:
         p_a, p_b = (
-            self.predictor(self.projector(self.backbone(view))) for view in two_views("byol", batch)
+            self.predictor(self.projector(self.backbone(view))) for view in self.two_views(batch)
         )
         return {"p_a": p_a, "p_b": p_b}  # (local_batch, dim)
 
     @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
+    def targets(self, batch: Batch) -> Embeddings:
         z_a, z_b = (self.teacher(view) for view in batch.views)
         return {"z_a": z_a, "z_b": z_b}
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         a_to_b = squared_distance(embeddings["p_a"], targets["z_b"])
-        loss = a_to_b + squared_distance(
-            embeddings["p_b"], targets["z_a"]
-        )  # eq. 2, both directions summed
-        return loss, {"predicted_cosine": 1 - a_to_b.detach() / 2}
+        b_to_a = squared_distance(embeddings["p_b"], targets["z_a"])
+        loss = a_to_b + b_to_a  # equation 2, summed over both directions
+        return LossOutput(loss, {"predicted_cosine": 1 - a_to_b.detach() / 2})
 
     @torch.no_grad()
-    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        self.teacher.move(self, to_one(progress, self.config.momentum), self.stepped)
+    def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        momentum = rising_momentum(progress, self.config.momentum)
+        self.teacher.move(self, momentum, self.stepped)
+
+    def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        return Monitored(embeddings["p_a"], (embeddings["p_a"], targets["z_b"]))
 
 
 def squared_distance(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over images of the squared distance of unit vectors, 2 - 2 cos."""
-    predicted, target = F.normalize(wide(predicted), dim=1), F.normalize(wide(target), dim=1)
+    """Return the mean over images of the squared distance of unit vectors, which is 2 - 2 cos."""
+    predicted, target = F.normalize(upcast(predicted), dim=1), F.normalize(upcast(target), dim=1)
     return (predicted - target).square().sum(1).mean()

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.losses.tiles import log_sum_exp
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, wide
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, Monitored
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {
     "patch_size": 16,
@@ -53,32 +55,41 @@ class Config(MethodConfig):
 
 
 class Context(nn.Module):
-    """Residual blocks in which a row sees itself and the rows before it: (rows, dim, grid, grid) to the same shape."""
+    """Residual blocks in which a row of patches sees itself and the rows before it."""
 
     def __init__(self, dim: int, config: Config):
         super().__init__()
         width = config.context_dim
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(dim, width, 1), nn.ReLU(), nn.Conv2d(width, width, (1, 3), padding=(0, 1)),
-                nn.ZeroPad2d((0, 0, 1, 0)), nn.Conv2d(width, width, (2, 1)), nn.ReLU(), nn.Conv2d(width, dim, 1),
+                nn.Conv2d(dim, width, 1),
+                nn.ReLU(),
+                nn.Conv2d(width, width, (1, 3), padding=(0, 1)),
+                nn.ZeroPad2d((0, 0, 1, 0)),
+                nn.Conv2d(width, width, (2, 1)),
+                nn.ReLU(),
+                nn.Conv2d(width, dim, 1),
             )
             for _ in range(config.num_blocks)
-        )  # fmt: skip
+        )
         self.predictors = nn.ModuleList(
             nn.Conv2d(dim, config.target_dim, 1) for _ in config.rows_ahead
         )
 
-    def forward(self, grid: Tensor) -> list[Tensor]:
-        """The predictions for each of `rows_ahead`, (rows, target_dim, grid, grid)."""
+    def forward(self, grid: Tensor) -> Tensor:
+        """Predict the patches of later rows from features of shape (rows, dim, side, side).
+
+        Returns:
+            Predictions, shape (rows, len(rows_ahead), target_dim, side, side).
+        """
         for block in self.blocks:
             grid = grid + block(grid)
         grid = F.relu(grid)
-        return [predictor(grid) for predictor in self.predictors]
+        return torch.stack([predictor(grid) for predictor in self.predictors], dim=1)
 
 
 class CPC(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
@@ -87,58 +98,64 @@ class CPC(Method):
             Context(backbone.feature_dim, config) for _ in range(config.num_directions)
         )
 
-    def forward(self, batch: Views) -> Embeddings:
+    def forward(self, batch: Batch) -> Embeddings:
+        patches = self.patches(batch)  # (side, side, local_batch, 3, patch_size, patch_size)
+        features = self.backbone(patches.flatten(0, 2)).view(*patches.shape[:3], -1)
+        features = features.permute(2, 3, 0, 1)  # (local_batch, feature_dim, side, side)
+        predictions = [
+            context(rotate(features, direction)) for direction, context in enumerate(self.contexts)
+        ]
+        return {
+            "targets": self.project(features).flatten(1),
+            # (local_batch, directions, rows_ahead, target_dim, side, side)
+            "predictions": torch.stack(predictions, dim=1),
+        }
+
+    def patches(self, batch: Batch) -> Tensor:
+        """Cut the view into its grid of overlapping patches, position first, as views are."""
         if len(batch.views) != 1:
             raise ValueError(
-                f"cpc: takes 1 view, got {len(batch.views)}; set views.crops to one crop with count 1"
+                f"cpc: takes 1 view, got {len(batch.views)}; "
+                "set views.crops to one crop with count 1"
             )
         view, size, stride = batch.views[0], self.config.patch_size, self.config.stride
         side = (view.shape[-1] - size) // stride + 1
         if side <= max(self.config.rows_ahead):
             raise ValueError(
-                f"method.rows_ahead: {list(self.config.rows_ahead)} does not fit a grid of {side} x {side} patches; "
-                "lower it, method.stride or method.patch_size"
+                f"method.rows_ahead: {list(self.config.rows_ahead)} does not fit a grid of "
+                f"{side} x {side} patches; lower it, method.stride or method.patch_size"
             )
-        patches = (
-            view.unfold(2, size, stride).unfold(3, size, stride).permute(2, 3, 0, 1, 4, 5)
-        )  # by place, then image, as views are
-        features = (
-            self.backbone(patches.flatten(0, 2)).view(side, side, len(view), -1).permute(2, 3, 0, 1)
-        )
-        predicted = [
-            torch.stack(context(turned(features, way)), dim=1)
-            for way, context in enumerate(self.contexts)
-        ]
-        return {
-            "targets": self.project(features).flatten(1),
-            "predictions": torch.stack(predicted, dim=1),
-        }
+        return view.unfold(2, size, stride).unfold(3, size, stride).permute(2, 3, 0, 1, 4, 5)
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        predictions = wide(
-            embeddings["predictions"]
-        )  # (local_batch, directions, rows_ahead, target_dim, side, side)
-        grid = wide(embeddings["targets"]).unflatten(1, predictions.shape[3:])
-        everyone = collectives.gather(
-            grid.permute(0, 2, 3, 1).flatten(0, 2)
-        )  # every patch of every image
-        total = predictions.new_zeros(())
-        for way, number in (
-            (way, number)
-            for way in range(predictions.shape[1])
-            for number in range(predictions.shape[2])
-        ):
-            ahead = self.config.rows_ahead[number]
-            queries = self.config.scale * predictions[:, way, number, :, :-ahead].permute(
-                0, 2, 3, 1
-            ).flatten(0, 2)
-            positives = turned(grid, way)[:, :, ahead:].permute(0, 2, 3, 1).flatten(0, 2)
-            total = total + (log_sum_exp(queries, everyone) - (queries * positives).sum(1)).mean()
-        return total / len(self.contexts), {
-            "info_nce": total.detach() / len(self.contexts) / len(self.config.rows_ahead)
-        }
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        predictions = upcast(embeddings["predictions"])
+        grid = upcast(embeddings["targets"]).unflatten(1, predictions.shape[3:])
+        candidates = collectives.gather(as_rows(grid))  # every patch of every image
+        loss = predictions.new_zeros(())
+        for direction in range(predictions.shape[1]):
+            for i, ahead in enumerate(self.config.rows_ahead):
+                queries = self.config.scale * as_rows(predictions[:, direction, i, :, :-ahead])
+                positives = as_rows(rotate(grid, direction)[:, :, ahead:])
+                positive_logits = (queries * positives).sum(1)
+                loss = loss + (log_sum_exp(queries, candidates) - positive_logits).mean()
+        loss = loss / len(self.contexts)
+        return LossOutput(loss, {"info_nce": loss / len(self.config.rows_ahead)})
+
+    def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        return Monitored(embeddings["targets"])  # a single view has no pair
 
 
-def turned(grid: Tensor, way: int) -> Tensor:
-    """`grid` (rows, dim, side, side) so that "before" is above (0), below (1), to the left (2) or to the right (3)."""
-    return (grid, grid.flip(2), grid.transpose(2, 3), grid.flip(3).transpose(2, 3))[way]
+def as_rows(grid: Tensor) -> Tensor:
+    """Return the patches of a grid as rows, (images, dim, height, width) -> (patches, dim)."""
+    return grid.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def rotate(grid: Tensor, direction: int) -> Tensor:
+    """Turn a square grid of patches so that the rows to predict from come first.
+
+    Args:
+        grid: Shape (images, dim, side, side).
+        direction: Predict from the rows above (0), below (1), to the left (2) or to the right (3).
+    """
+    rotations = grid, grid.flip(2), grid.transpose(2, 3), grid.flip(3).transpose(2, 3)
+    return rotations[direction]

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from ssl_pretrain.losses.contrastive import decoupled
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -37,7 +36,7 @@ class Config(MethodConfig):
 
 
 class Decoupled(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
@@ -49,16 +48,13 @@ class Decoupled(Method):
             init_std=0.01,
         )
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = self.projector(self.backbone(torch.cat(two_views("decoupled", batch)))).chunk(2)
+    def forward(self, batch: Batch) -> Embeddings:
+        z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         temperature, sigma = self.config.temperature, self.config.sigma
-        loss = 2 * decoupled(
-            embeddings["z_a"], embeddings["z_b"], temperature=temperature, sigma=sigma
-        )  # eq. 6 or 7, both directions
-        positive = F.cosine_similarity(
-            wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())
-        ).mean()
-        return loss, {"positive_cosine": positive}
+        mean = decoupled(z_a, z_b, temperature=temperature, sigma=sigma)  # equation 6 or 7
+        loss = 2 * mean  # the sum of both directions
+        return LossOutput(loss, {"positive_cosine": mean_cosine(z_a.detach(), z_b.detach())})

@@ -17,19 +17,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.losses.upcast import upcast
 from ssl_pretrain.methods.base import (
     Embeddings,
+    LossOutput,
     Method,
     MethodConfig,
-    Views,
+    Monitored,
     by_size,
     refuse_init,
-    wide,
 )
 from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.teacher import Teacher, to_one
+from ssl_pretrain.models.teacher import Teacher, rising_momentum
 from ssl_pretrain.optim import schedules
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freeze_last_layer_epochs": 0, "head_batch_norm": True,
          "momentum": 0.99}  # fmt: skip
@@ -78,7 +81,13 @@ class Config(MethodConfig):
 
 
 class UnitRows(nn.Linear):
-    """A linear layer without bias whose weight's rows count as of unit length, or of length `norm` if that is trained."""
+    """A linear layer without bias whose weight's rows are normalized to unit length.
+
+    Args:
+        in_dim: Width of the input.
+        dim: Width of the output.
+        train_norm: Scale each row by a trained `norm`.
+    """
 
     norm: Tensor | None
 
@@ -92,7 +101,7 @@ class UnitRows(nn.Linear):
 
 
 class Head(nn.Module):
-    """Three linear layers with GELU, unit length, then a linear layer whose rows have unit length."""
+    """Three linear layers with GELU to a normalized embedding, then the prototypes' logits."""
 
     def __init__(self, in_dim: int, config: Config):
         super().__init__()
@@ -120,6 +129,7 @@ class Head(nn.Module):
 class DINO(Method):
     evaluated = "teacher.backbone"
     network = "teacher"
+    transient = ("logits",)  # the largest tensors, views * num_prototypes numbers per image
     centre: Tensor
     teacher_temperature: Tensor
 
@@ -127,82 +137,79 @@ class DINO(Method):
         super().__init__(config, backbone)
         class_token = getattr(backbone.model, "cls_token", None)
         if class_token is not None and config.vit_starts == "authors":
-            nn.init.trunc_normal_(
-                class_token, std=0.02
-            )  # the rest of timm's ViT starts as the authors' does
+            nn.init.trunc_normal_(class_token, std=0.02)  # the rest of timm's ViT starts alike
         self.head = Head(backbone.feature_dim, config)
         self.teacher = Teacher(backbone=backbone, head=self.head)
         self.register_buffer("centre", torch.zeros(config.num_prototypes))
         self.register_buffer("teacher_temperature", torch.tensor(temperature_at(config, 0)))
 
-    def forward(self, batch: Views) -> Embeddings:
-        if len(batch.views) < 2 or batch.views[0].shape != batch.views[1].shape:
-            raise ValueError(
-                f"dino: takes 2 global views and any number of local ones, got {len(batch.views)}; set views.crops.*.count"
-            )
+    def forward(self, batch: Batch) -> Embeddings:
+        self.two_views(batch, local_views=True)
+        num_views = len(batch.views)
         z = self.head.embed(torch.cat(by_size(self.backbone, batch.views)))
-        logits = self.head.last_layer(z).chunk(len(batch.views))
-        z_a, z_b = z.detach().chunk(len(batch.views))[:2]
-        return {
-            "z_a": z_a,
-            "z_b": z_b,
-            "logits": torch.stack(logits, dim=1),
-        }  # (local_batch, views, num_prototypes)
+        logits = torch.stack(self.head.last_layer(z).chunk(num_views), dim=1)
+        z_a, z_b = z.detach().chunk(num_views)[:2]
+        # (local_batch, bottleneck_dim) twice, then (local_batch, views, num_prototypes)
+        return {"z_a": z_a, "z_b": z_b, "logits": logits}
 
     @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
-        logits = wide(self.teacher(torch.cat(batch.views[:2])))
+    def targets(self, batch: Batch) -> Embeddings:
+        logits = upcast(self.teacher(torch.cat(batch.views[:2])))
+        logits_a, logits_b = logits.chunk(2)
         return {
-            "logits": torch.stack(logits.chunk(2), dim=1),
-            "mean": logits.mean(0, keepdim=True),
-        }  # the mean of this part
+            "logits": torch.stack([logits_a, logits_b], dim=1),
+            "mean": logits.mean(0, keepdim=True),  # of this micro-batch
+            "assigned": (logits_a - self.centre).argmax(1),
+        }
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        students, teachers = embeddings.pop("logits"), targets.pop("logits")
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         probabilities = [
-            F.softmax((view - self.centre) / self.teacher_temperature, dim=1)
-            for view in teachers.unbind(1)
+            F.softmax((logits - self.centre) / self.teacher_temperature, dim=1)
+            for logits in targets["logits"].unbind(1)
         ]
-        total = students.new_zeros((), dtype=wide(students).dtype)
-        for number, student in enumerate(students.unbind(1)):
-            logits = wide(student) / self.config.temperature
-            others = [q for view, q in enumerate(probabilities) if view != number]
-            # cross entropy with each, -(q log softmax).sum(1), as q sums to 1
-            total = (
-                total
-                + (
-                    len(others) * torch.logsumexp(logits, dim=1) - (sum(others) * logits).sum(1)
-                ).mean()
-            )
-        num_pairs = 2 * students.shape[1] - 2
-        targets["assigned"] = probabilities[0].argmax(1)
-        entropy = -(probabilities[0] * probabilities[0].clamp(min=1e-12).log()).sum(1).mean()
-        return total / num_pairs, {"teacher_entropy": entropy}
+        students = embeddings["logits"]
+        num_views = students.shape[1]
+        loss = students.new_zeros((), dtype=upcast(students).dtype)
+        for view, student_logits in enumerate(students.unbind(1)):
+            logits = upcast(student_logits) / self.config.temperature
+            others = [q for teacher_view, q in enumerate(probabilities) if teacher_view != view]
+            # The sum over others of their cross entropy -(q log_softmax(logits)).sum(1), as each
+            # q sums to 1.
+            cross_entropy = len(others) * torch.logsumexp(logits, dim=1) - (
+                sum(others) * logits
+            ).sum(1)
+            loss = loss + cross_entropy.mean()
+        q = probabilities[0]
+        entropy = -(q * q.clamp(min=1e-12).log()).sum(1).mean()
+        return LossOutput(loss / (2 * num_views - 2), {"teacher_entropy": entropy})
 
     @torch.no_grad()
-    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        self.teacher.move(self, to_one(progress, self.config.momentum), self.stepped)
+    def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        self.teacher.move(self, rising_momentum(progress, self.config.momentum), self.stepped)
         mean = collectives.reduce_sum(targets["mean"].mean(0)) / process_group.world_size()
-        centre = (
-            self.config.center_momentum * self.centre + (1 - self.config.center_momentum) * mean
-        )
-        self.centre.copy_(
-            torch.where(torch.as_tensor(self.stepped, device=mean.device) > 0, centre, self.centre)
-        )
-        epoch = (
-            self.epoch_of(self.next(progress))
-            if self.config.teacher_temperature_warmup_epochs
-            else 0
-        )
-        self.teacher_temperature.fill_(temperature_at(self.config, epoch))
+        momentum = self.config.center_momentum
+        center = momentum * self.centre + (1 - momentum) * mean  # equation 4
+        self.centre.copy_(self.if_stepped(center, self.centre))
+        self.teacher_temperature.fill_(temperature_at(self.config, progress.next().epoch))
 
-    def frozen(self, progress: float) -> Sequence[str]:
-        epochs = self.config.freeze_last_layer_epochs
-        return ("head.last_layer",) if epochs and self.epoch_of(progress) < epochs else ()
+    def frozen(self, progress: Progress) -> Sequence[str]:
+        is_frozen = progress.epoch < self.config.freeze_last_layer_epochs
+        return ("head.last_layer",) if is_frozen else ()
+
+    def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        return Monitored(
+            embeddings["z_a"],
+            (embeddings["z_a"], embeddings["z_b"]),
+            assignments=targets["assigned"],
+            num_prototypes=self.config.num_prototypes,
+        )
 
 
 def temperature_at(config: Config, epoch: int) -> float:
-    """The teacher's temperature in an epoch: evenly spaced from start to end over the warm-up's epochs, both included."""
+    """Return the teacher's temperature in an epoch.
+
+    It takes evenly spaced values over the epochs of the warm-up, from the first value to the last.
+    """
     warmup = config.teacher_temperature_warmup_epochs
     if epoch >= warmup:
         return config.teacher_temperature

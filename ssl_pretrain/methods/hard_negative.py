@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn import functional as F
-
 from ssl_pretrain.losses.contrastive import hard_negative
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -34,28 +32,23 @@ class Config(MethodConfig):
 
 
 class HardNegative(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims)
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (
-            self.projector(self.backbone(view)) for view in two_views("hard_negative", batch)
-        )
+    def forward(self, batch: Batch) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        settings = self.config
-        loss = hard_negative(  # eq. 4
-            embeddings["z_a"],
-            embeddings["z_b"],
-            temperature=settings.temperature,
-            tau_plus=settings.tau_plus,
-            beta=settings.beta,
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = embeddings["z_a"], embeddings["z_b"]
+        loss = hard_negative(  # equation 4
+            z_a,
+            z_b,
+            temperature=self.config.temperature,
+            tau_plus=self.config.tau_plus,
+            beta=self.config.beta,
         )
-        positive = F.cosine_similarity(
-            wide(embeddings["z_a"].detach()), wide(embeddings["z_b"].detach())
-        ).mean()
-        return loss, {"positive_cosine": positive}
+        return LossOutput(loss, {"positive_cosine": mean_cosine(z_a.detach(), z_b.detach())})

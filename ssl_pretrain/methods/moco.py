@@ -11,17 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses.contrastive import info_nce
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import (
+    Embeddings,
+    LossOutput,
+    Method,
+    MethodConfig,
+    Monitored,
+    mean_cosine,
+)
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.models.queue import Queue, check_queue
 from ssl_pretrain.models.teacher import Teacher
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [256, 128], "queue_size": 4096, "momentum": 0.99}
 PRESET = ["parallel.bn_group_images=32"]
@@ -67,42 +77,51 @@ class MoCo(Method):
         self.queue = (
             None if config.without_queue else Queue(config.queue_size, config.projector_dims[-1])
         )
-        self.couples_batch = config.without_queue
+        self.couples = "embeddings" if config.without_queue else "nothing"
 
-    def forward(self, batch: Views) -> Embeddings:
-        view, _ = two_views("moco", batch)
+    def forward(self, batch: Batch) -> Embeddings:
+        view, _ = self.two_views(batch)
         return {"queries": self.projector(self.backbone(view))}  # (local_batch, dim)
 
     @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
-        keys = (
-            exchanged(self.teacher, batch.views[1], batch.indices)
-            if self.config.shuffled_batch_norm
-            else self.teacher(batch.views[1])
-        )
-        return {"keys": F.normalize(wide(keys))}
+    def targets(self, batch: Batch) -> Embeddings:
+        view = batch.views[1]
+        if self.config.shuffled_batch_norm:
+            keys = forward_shuffled(self.teacher, view, batch.indices)
+        else:
+            keys = self.teacher(view)
+        return {"keys": F.normalize(upcast(keys))}
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         queries, keys = embeddings["queries"], targets["keys"]
         queue = None if self.queue is None else self.queue.rows
-        loss = info_nce(queries, keys, temperature=self.config.temperature, queue=queue)  # eq. 1
-        return loss, {"positive_cosine": F.cosine_similarity(wide(queries.detach()), keys).mean()}
+        loss = info_nce(queries, keys, temperature=self.config.temperature, queue=queue)
+        return LossOutput(loss, {"positive_cosine": mean_cosine(queries.detach(), keys)})
 
     @torch.no_grad()
-    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
+    def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
         if self.queue is not None:
             self.queue.push(targets["keys"], self.stepped)
         self.teacher.move(self, self.config.momentum, self.stepped)
 
+    def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        return Monitored(embeddings["queries"], (embeddings["queries"], targets["keys"]))
 
-def exchanged(network: torch.nn.Module, views: Tensor, indices: Tensor) -> Tensor:
-    """`network(views)`, each computed where one permutation of the global batch puts it: among another group of images.
 
-    The permutation is a function of the numbers of the batch's images, so every rank knows it and nothing is carried.
+def forward_shuffled(network: nn.Module, views: Tensor, indices: Tensor) -> Tensor:
+    """Return `network(views)`, computed with the images of the global batch in another order.
+
+    A key then shares its batch-norm group with other images than its query does. The permutation is
+    a function of the images' numbers, so that every rank knows it and no random state is carried.
+
+    Args:
+        network: The teacher.
+        views: This rank's views, shape (local_batch, 3, height, width).
+        indices: Numbers of their images in the data set, shape (local_batch,).
     """
     numbers = collectives.gather(indices)
-    mixed = (numbers + numbers.sum()) * 0x9E3779B1 % 2**31
-    order = torch.argsort((mixed ^ mixed >> 15) * 0x85EBCA6B % 2**31, stable=True)
+    hashes = (numbers + numbers.sum()) * 0x9E3779B1 % 2**31
+    order = torch.argsort((hashes ^ hashes >> 15) * 0x85EBCA6B % 2**31, stable=True)
     rows = slice(process_group.rank() * len(views), (process_group.rank() + 1) * len(views))
-    elsewhere = collectives.gather(network(collectives.gather(views)[order[rows]]))
-    return elsewhere[torch.argsort(order)[rows]]
+    shuffled = collectives.gather(network(collectives.gather(views)[order[rows]]))
+    return shuffled[torch.argsort(order)[rows]]

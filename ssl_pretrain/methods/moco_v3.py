@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from ssl_pretrain.losses.contrastive import info_nce
 from ssl_pretrain.methods.base import (
     Embeddings,
+    LossOutput,
     Method,
     MethodConfig,
-    Views,
+    Monitored,
     refuse_init,
-    two_views,
 )
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
-from ssl_pretrain.models.teacher import Teacher, to_one
+from ssl_pretrain.models.teacher import Teacher, rising_momentum
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"hidden_dim": 512, "dim": 128, "temperature": 0.2}
 
@@ -65,13 +67,13 @@ class Config(MethodConfig):
 
 
 class MoCoV3(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         vit: Any = backbone.model if hasattr(backbone.model, "patch_embed") else None
         if vit is not None and config.vit_starts == "authors":
-            start_as_authors(vit)
+            initialize_as_authors(vit)
         if vit is not None and config.freeze_patch_embed:
             vit.patch_embed.requires_grad_(False)
         widths = [config.hidden_dim] * (config.num_projector_layers - 1) + [config.dim]
@@ -86,63 +88,66 @@ class MoCoV3(Method):
         )
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
 
-    def forward(self, batch: Views) -> Embeddings:
+    def forward(self, batch: Batch) -> Embeddings:
         p_a, p_b = (
-            self.predictor(self.projector(self.backbone(view)))
-            for view in two_views("moco_v3", batch)
+            self.predictor(self.projector(self.backbone(view))) for view in self.two_views(batch)
         )
-        return {"p_a": p_a, "p_b": p_b}  # (local_batch, dim): the authors' queries
+        return {"p_a": p_a, "p_b": p_b}  # (local_batch, dim), the queries of the paper
 
     @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
+    def targets(self, batch: Batch) -> Embeddings:
         z_a, z_b = (self.teacher(view) for view in batch.views)
         return {"z_a": z_a, "z_b": z_b}
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         temperature = self.config.temperature
         a_to_b = info_nce(embeddings["p_a"], targets["z_b"], temperature=temperature)
         b_to_a = info_nce(embeddings["p_b"], targets["z_a"], temperature=temperature)
-        return 2 * temperature * (a_to_b + b_to_a), {
-            "info_nce": (a_to_b + b_to_a).detach() / 2
-        }  # the authors scale by 2 tau
+        both = a_to_b + b_to_a
+        loss = 2 * temperature * both  # the authors' scale
+        return LossOutput(loss, {"info_nce": both / 2})
 
     @torch.no_grad()
-    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        self.teacher.move(self, to_one(self.next(progress), self.config.momentum), self.stepped)
+    def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        momentum = rising_momentum(progress.next(), self.config.momentum)
+        self.teacher.move(self, momentum, self.stepped)
+
+    def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        return Monitored(embeddings["p_a"], (embeddings["p_a"], targets["z_b"]))
 
 
 @torch.no_grad()
-def start_as_authors(vit: Any) -> None:
-    """Their weights' distributions, and positions that are sines and cosines of both coordinates and never move (vits.py)."""
+def initialize_as_authors(vit: Any) -> None:
+    """Draw the weights of a timm ViT from the authors' distributions and fix its positions (vits.py)."""
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
-            fan_out = module.weight.shape[0] // (
-                3 if name.endswith("qkv") else 1
-            )  # q, k and v are three layers
-            bound = math.sqrt(6 / (fan_out + module.weight.shape[1]))
-            nn.init.uniform_(module.weight, -bound, bound)
-            nn.init.zeros_(module.bias)
+            num_layers = 3 if name.endswith("qkv") else 1  # q, k and v count as three layers
+            _xavier_uniform(module, module.weight.shape[1], module.weight.shape[0] // num_layers)
     projection = vit.patch_embed.proj
-    bound = math.sqrt(6 / (projection.weight[0].numel() + projection.weight.shape[0]))
-    nn.init.uniform_(projection.weight, -bound, bound)
-    nn.init.zeros_(projection.bias)
+    _xavier_uniform(projection, projection.weight[0].numel(), projection.weight.shape[0])
     nn.init.normal_(vit.cls_token, std=1e-6)
     height, width = vit.patch_embed.grid_size
-    vit.pos_embed.copy_(
-        torch.cat(
-            [torch.zeros(1, 1, vit.embed_dim), positions(height, width, vit.embed_dim)], dim=1
-        )
-    )
+    class_token = torch.zeros(1, 1, vit.embed_dim)
+    grid = sine_cosine_positions(height, width, vit.embed_dim)
+    vit.pos_embed.copy_(torch.cat([class_token, grid], dim=1))
     vit.pos_embed.requires_grad_(False)
 
 
-def positions(height: int, width: int, dim: int) -> Tensor:
-    """(1, height * width, dim): sine and cosine of the first coordinate, then of the second, at dim / 4 wavelengths."""
+def _xavier_uniform(layer: Any, fan_in: int, fan_out: int) -> None:
+    bound = math.sqrt(6 / (fan_out + fan_in))
+    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.zeros_(layer.bias)
+
+
+def sine_cosine_positions(height: int, width: int, dim: int) -> Tensor:
+    """Return positional embeddings of a grid of patches, shape (1, height * width, dim).
+
+    Sine and cosine of the first coordinate, then of the second, at dim / 4 wavelengths.
+    """
     wavelengths = 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
     first, second = torch.meshgrid(
         torch.arange(width).float(), torch.arange(height).float(), indexing="ij"
     )
     angles = [grid.flatten()[:, None] / wavelengths for grid in (first, second)]
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)[
-        None
-    ]
+    waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
+    return torch.cat(waves, dim=1)[None]

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import Embeddings, GroupedPairs, LossOutput, MethodConfig
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
@@ -39,30 +38,16 @@ class Config(MethodConfig):
         return NPair(self, backbone)
 
 
-class NPair(Method):
-    couples_batch = True
-
+class NPair(GroupedPairs):
     def __init__(self, config: Config, backbone: Backbone):
-        super().__init__(config, backbone)
-        self.needs_labels = config.pairs == "labels"
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims)
+        super().__init__(config, backbone, mlp(backbone.feature_dim, *config.projector_dims))
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("n_pair", batch))
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
-
-    @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
-        return {"groups": batch.labels if self.needs_labels else batch.indices}
-
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        z_a, z_b = wide(embeddings["z_a"]), wide(embeddings["z_b"])
-        same = (targets["groups"][:, None] == collectives.gather(targets["groups"])).to(z_a.dtype)
-        n_pair = F.cross_entropy(
-            z_a @ collectives.gather(z_b).T, same / same.sum(1, keepdim=True)
-        )  # eq. 7
-        length = z_a.square().sum(1).mean() + z_b.square().sum(1).mean()
-        return n_pair + self.config.length_weight / 4 * length, {
-            "n_pair": n_pair.detach(),
-            "squared_length": length.detach() / 2,
-        }
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
+        groups = targets["groups"]
+        logits = z_a @ collectives.gather(z_b).T
+        same_group = (groups[:, None] == collectives.gather(groups)).to(z_a.dtype)
+        n_pair = F.cross_entropy(logits, same_group / same_group.sum(1, keepdim=True))  # equation 7
+        squared_length = z_a.square().sum(1).mean() + z_b.square().sum(1).mean()
+        loss = n_pair + self.config.length_weight / 4 * squared_length
+        return LossOutput(loss, {"n_pair": n_pair, "squared_length": squared_length / 2})

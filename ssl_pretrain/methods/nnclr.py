@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.losses.contrastive import info_nce
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.models.queue import Queue, check_queue
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {
     "projector_dims": [256, 256, 128],
@@ -45,7 +48,7 @@ class Config(MethodConfig):
 
 
 class NNCLR(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
@@ -54,29 +57,33 @@ class NNCLR(Method):
         self.predictor = mlp(dim, config.predictor_dim, dim)
         self.queue = Queue(config.queue_size, dim)
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("nnclr", batch))
+    def forward(self, batch: Batch) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
-        return {
-            "z_a": z_a.detach(),
-            "z_b": z_b.detach(),
-            "p_a": p_a,
-            "p_b": p_b,
-        }  # (local_batch, dim)
+        return {"z_a": z_a.detach(), "z_b": z_b.detach(), "p_a": p_a, "p_b": p_b}
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        near_a, near_b = (nearest(embeddings[name], self.queue.rows) for name in ("z_a", "z_b"))
-        a_to_b = info_nce(near_a, embeddings["p_b"], temperature=self.config.temperature)
-        b_to_a = info_nce(near_b, embeddings["p_a"], temperature=self.config.temperature)
-        similarity = F.cosine_similarity(near_a, wide(embeddings["z_a"].detach())).mean()
-        return (a_to_b + b_to_a) / 2, {"neighbour_cosine": similarity}
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = embeddings["z_a"], embeddings["z_b"]
+        temperature = self.config.temperature
+        neighbor_a, neighbor_b = nearest(z_a, self.queue.rows), nearest(z_b, self.queue.rows)
+        a_to_b = info_nce(neighbor_a, embeddings["p_b"], temperature=temperature)
+        b_to_a = info_nce(neighbor_b, embeddings["p_a"], temperature=temperature)
+        loss = (a_to_b + b_to_a) / 2
+        return LossOutput(loss, {"neighbour_cosine": mean_cosine(neighbor_a, z_a.detach())})
 
     @torch.no_grad()
-    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        self.queue.push(F.normalize(wide(embeddings["z_a"])), self.stepped)
+    def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        self.queue.push(F.normalize(upcast(embeddings["z_a"])), self.stepped)
 
 
 @torch.no_grad()
-def nearest(z: Tensor, past: Tensor) -> Tensor:
-    """The row of `past` (queue_size, dim), of unit length, with the largest cosine to each of `z` (local_batch, dim)."""
-    return past[(F.normalize(wide(z)) @ past.to(wide(z).dtype).T).argmax(1)].to(wide(z).dtype)
+def nearest(z: Tensor, queue: Tensor) -> Tensor:
+    """Return the row of the queue with the largest cosine to each embedding.
+
+    Args:
+        z: Embeddings, shape (local_batch, dim).
+        queue: Past embeddings of unit length, shape (queue_size, dim).
+    """
+    z = upcast(z)
+    cosines = F.normalize(z) @ queue.to(z.dtype).T
+    return queue[cosines.argmax(1)].to(z.dtype)

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.losses.pairs import every_pair
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.losses.pairs import all_pairs
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import Embeddings, GroupedPairs, LossOutput, MethodConfig
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
@@ -38,28 +37,17 @@ class Config(MethodConfig):
         return Pairwise(self, backbone)
 
 
-class Pairwise(Method):
-    couples_batch = True
-
+class Pairwise(GroupedPairs):
     def __init__(self, config: Config, backbone: Backbone):
-        super().__init__(config, backbone)
-        self.needs_labels = config.pairs == "labels"
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims)
+        super().__init__(config, backbone, mlp(backbone.feature_dim, *config.projector_dims))
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("pairwise", batch))
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
-
-    @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
-        return {"groups": batch.labels if self.needs_labels else batch.indices}
-
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        z_a, z_b = wide(embeddings["z_a"]), wide(embeddings["z_b"])
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
         if self.config.unit_length:
             z_a, z_b = F.normalize(z_a), F.normalize(z_b)
-        pairs = every_pair(z_a, z_b, targets["groups"])
+        pairs = all_pairs(z_a, z_b, targets["groups"])
         distance = pairs.squared_distance.clamp(min=1e-12).sqrt()
-        pulled = pairs.mean(pairs.squared_distance / 2, pairs.alike)
-        pushed = pairs.mean(F.relu(self.config.margin - distance).square() / 2, pairs.unlike)
-        return (pulled + pushed) / 2, {"pulled": pulled.detach(), "pushed": pushed.detach()}
+        hinge = F.relu(self.config.margin - distance)
+        pulled = pairs.mean(pairs.squared_distance / 2, pairs.positive)
+        pushed = pairs.mean(hinge.square() / 2, pairs.negative)
+        return LossOutput((pulled + pushed) / 2, {"pulled": pulled, "pushed": pushed})

@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ssl_pretrain.losses.contrastive import nt_xent
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [256, 128], "temperature": 0.2}
 
@@ -36,11 +36,11 @@ class Config(MethodConfig):
 
 
 class SimCLR(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        # Every Linear is followed by batch norm, so none has a bias; the last norm scales without a shift.
+        # Every Linear is followed by batch norm, so none has a bias. The last norm has no shift.
         dims = [] if config.without_projector else config.projector_dims
         self.projector = (
             mlp(backbone.feature_dim, *dims, last_batch_norm=True, last_shift=False, init_std=0.01)
@@ -48,22 +48,14 @@ class SimCLR(Method):
             else nn.Identity()
         )
 
-    def forward(self, batch: Views) -> Embeddings:
-        if len(batch.views) != 2:
-            raise ValueError(
-                f"simclr: takes 2 views of one size, got {len(batch.views)}; set views.crops to one crop with count 2"
-            )
-        z = self.projector(
-            self.backbone(torch.cat(batch.views))
-        )  # one call, so batch norm sees both views, as the authors do
-        z_a, z_b = z.chunk(2)
+    def forward(self, batch: Batch) -> Embeddings:
+        both = torch.cat(self.two_views(batch))  # batch norm sees both views, as in their code
+        z_a, z_b = self.projector(self.backbone(both)).chunk(2)
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = 2 * nt_xent(
-            **embeddings, temperature=self.config.temperature
-        )  # the authors sum loss_a + loss_b
-        positive = F.cosine_similarity(
-            embeddings["z_a"].detach().float(), embeddings["z_b"].detach().float()
-        ).mean()
-        return loss, {"nt_xent": loss.detach() / 2, "positive_cosine": positive}
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = embeddings["z_a"], embeddings["z_b"]
+        mean = nt_xent(z_a, z_b, temperature=self.config.temperature)
+        loss = 2 * mean  # the authors sum both directions
+        positive_cosine = mean_cosine(z_a.detach(), z_b.detach())
+        return LossOutput(loss, {"nt_xent": mean, "positive_cosine": positive_cosine})

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.nn import functional as F
-
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [256, 256, 256], "predictor_dim": 64}
 
@@ -47,21 +45,15 @@ class SimSiam(Method):
         dim = config.projector_dims[-1]
         self.predictor = mlp(dim, config.predictor_dim, dim)
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("simsiam", batch))
+    def forward(self, batch: Batch) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
         if not self.config.without_stop_gradient:
             z_a, z_b = z_a.detach(), z_b.detach()
         return {"p_a": p_a, "p_b": p_b, "z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        cosines = [
-            cosine(embeddings["p_a"], embeddings["z_b"]),
-            cosine(embeddings["p_b"], embeddings["z_a"]),
-        ]
-        loss = -(cosines[0] + cosines[1]) / 2  # eq. 4
-        return loss, {"predicted_cosine": -loss.detach()}
-
-
-def cosine(p: Tensor, z: Tensor) -> Tensor:
-    return F.cosine_similarity(wide(p), wide(z), dim=1).mean()
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        a_to_b = mean_cosine(embeddings["p_a"], embeddings["z_b"])
+        b_to_a = mean_cosine(embeddings["p_b"], embeddings["z_a"])
+        loss = -(a_to_b + b_to_a) / 2  # equation 4
+        return LossOutput(loss, {"predicted_cosine": -loss})

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.losses.contrastive import supervised_contrastive
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [256, 128]}
 
@@ -43,7 +43,7 @@ class Config(MethodConfig):
 
 
 class SupCon(Method):
-    couples_batch = True
+    couples = "embeddings"
     needs_labels = True
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -55,23 +55,20 @@ class SupCon(Method):
             last_bias=config.last_bias,
         )
 
-    def forward(self, batch: Views) -> Embeddings:
-        features = self.backbone(
-            torch.cat(two_views("supcon", batch))
-        )  # one call, so batch norm sees both views
-        z_a, z_b = self.projector(
-            F.normalize(features) if self.config.unit_features else features
-        ).chunk(2)
+    def forward(self, batch: Batch) -> Embeddings:
+        features = self.backbone(torch.cat(self.two_views(batch)))  # batch norm sees both views
+        if self.config.unit_features:
+            features = F.normalize(features)
+        z_a, z_b = self.projector(features).chunk(2)
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
+    def targets(self, batch: Batch) -> Embeddings:
         return {"labels": batch.labels}
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = supervised_contrastive(
-            **embeddings, labels=targets["labels"], temperature=self.config.temperature
-        )  # eq. 2
-        return loss * self.config.temperature / self.config.base_temperature, {
-            "supervised_contrastive": loss.detach()
-        }
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        temperature, base_temperature = self.config.temperature, self.config.base_temperature
+        z_a, z_b, labels = embeddings["z_a"], embeddings["z_b"], targets["labels"]
+        mean = supervised_contrastive(z_a, z_b, labels, temperature=temperature)  # equation 2
+        loss = mean * temperature / base_temperature
+        return LossOutput(loss, {"supervised_contrastive": mean})

@@ -15,11 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, by_size, wide
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import (
+    Embeddings,
+    LossOutput,
+    Method,
+    MethodConfig,
+    Monitored,
+    by_size,
+)
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.models.queue import Queue, check_queue
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"hidden_dim": 256, "dim": 64, "num_prototypes": 300, "freeze_prototypes_steps": 39}
 
@@ -57,7 +67,7 @@ class Config(MethodConfig):
 
 
 class SwAV(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
@@ -69,80 +79,79 @@ class SwAV(Method):
             Queue(config.queue_size, 2, config.dim, random=False) if config.queue_size else None
         )
 
-    def forward(self, batch: Views) -> Embeddings:
-        if len(batch.views) < 2 or batch.views[0].shape != batch.views[1].shape:
-            raise ValueError(
-                f"swav: takes 2 global views and any number of local ones, got {len(batch.views)}; set views.crops.*.count"
-            )
-        z = F.normalize(
-            self.projector(torch.cat(by_size(self.backbone, batch.views)))
-        )  # the head sees all crops at once
-        scores = torch.stack(self.prototypes(z).chunk(len(batch.views)), dim=1)
-        z_a, z_b = z.detach().chunk(len(batch.views))[:2]
-        return {
-            "z_a": z_a,
-            "z_b": z_b,
-            "scores": scores,
-        }  # (local_batch, dim) twice, (local_batch, views, num_prototypes)
+    def forward(self, batch: Batch) -> Embeddings:
+        self.two_views(batch, local_views=True)
+        num_views = len(batch.views)
+        features = torch.cat(by_size(self.backbone, batch.views))
+        z = F.normalize(self.projector(features))  # batch norm sees all views at once
+        scores = torch.stack(self.prototypes(z).chunk(num_views), dim=1)
+        z_a, z_b = z.detach().chunk(num_views)[:2]
+        # (local_batch, dim) twice, then (local_batch, views, num_prototypes)
+        return {"z_a": z_a, "z_b": z_b, "scores": scores}
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = wide(embeddings["scores"])
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        scores = upcast(embeddings["scores"])
         num_views = scores.shape[1]
-        total = scores.new_zeros(())
-        for assigned in (0, 1):
-            q = self.assignments(scores.detach()[:, assigned], assigned)
+        loss = scores.new_zeros(())
+        for global_view in (0, 1):
+            q = self.assignments(scores.detach()[:, global_view], global_view)
             for view in range(num_views):
-                if view != assigned:
-                    predicted = F.log_softmax(scores[:, view] / self.config.temperature, dim=1)
-                    total = total - (q * predicted).sum(1).mean()  # eq. 2
-        return total / (2 * (num_views - 1)), {
-            "assignment_entropy": -(q * q.clamp(min=1e-12).log()).sum(1).mean()
-        }
+                if view != global_view:
+                    log_p = F.log_softmax(scores[:, view] / self.config.temperature, dim=1)
+                    loss = loss - (q * log_p).sum(1).mean()  # equation 2
+        entropy = -(q * q.clamp(min=1e-12).log()).sum(1).mean()
+        return LossOutput(loss / (2 * (num_views - 1)), {"assignment_entropy": entropy})
 
     @torch.no_grad()
     def assignments(self, scores: Tensor, view: int) -> Tensor:
-        """Soft assignments of this rank's images, (local_batch, num_prototypes), equally many for each prototype over the
-        global batch and, once it is full, the queue."""
+        """Return soft assignments of this rank's images, shape (local_batch, num_prototypes).
+
+        Every prototype gets an equal share of the global batch and, once it is full, the queue.
+        """
         present = scores.new_ones(len(scores))
         rows = scores
         if self.queue is not None:
-            share = (
-                len(self.queue.rows) // process_group.world_size()
-            )  # this rank's part of the work
-            past = self.queue.rows[
-                process_group.rank() * share : (process_group.rank() + 1) * share, view
-            ].to(scores.dtype)
-            rows = torch.cat([scores, past @ wide(self.prototypes.weight).T])
+            share = len(self.queue.rows) // process_group.world_size()  # each rank scores a share
+            start = process_group.rank() * share
+            past = self.queue.rows[start : start + share, view].to(scores.dtype)
+            rows = torch.cat([scores, past @ upcast(self.prototypes.weight).T])
             full = (self.queue.filled == len(self.queue.rows)).to(scores.dtype)
             present = torch.cat([present, full.expand(share)])
-        return sinkhorn(
-            rows, present, epsilon=self.config.epsilon, num_iterations=self.config.num_iterations
-        )[: len(scores)]
+        epsilon, num_iterations = self.config.epsilon, self.config.num_iterations
+        q = sinkhorn(rows, present, epsilon=epsilon, num_iterations=num_iterations)
+        return q[: len(scores)]
 
     @torch.no_grad()
-    def after_step(self, progress: float, embeddings: Embeddings, targets: Embeddings) -> None:
-        (weight,) = collectives.shards([self.prototypes.weight])  # whole rows
-        weight.copy_(
-            torch.where(
-                torch.as_tensor(self.stepped, device=weight.device) > 0, F.normalize(weight), weight
-            )
-        )
-        if self.queue is not None and self.epoch_of(progress) >= self.config.queue_from_epoch:
-            self.queue.push(
-                torch.stack([embeddings["z_a"], embeddings["z_b"]], dim=1), self.stepped
-            )
+    def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        (weight,) = collectives.shards([self.prototypes.weight])  # a shard has whole rows
+        weight.copy_(self.if_stepped(F.normalize(weight), weight))
+        if self.queue is not None and progress.epoch >= self.config.queue_from_epoch:
+            z = torch.stack([embeddings["z_a"], embeddings["z_b"]], dim=1)
+            self.queue.push(z, self.stepped)
 
-    def frozen(self, progress: float) -> Sequence[str]:
-        steps = self.config.freeze_prototypes_steps
-        return ("prototypes",) if steps and self.step_of(progress) < steps else ()
+    def frozen(self, progress: Progress) -> Sequence[str]:
+        return ("prototypes",) if progress.step < self.config.freeze_prototypes_steps else ()
+
+    def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        scores = embeddings["scores"]
+        return Monitored(
+            embeddings["z_a"],
+            (embeddings["z_a"], embeddings["z_b"]),
+            assignments=scores[:, 0].argmax(1),
+            num_prototypes=scores.shape[-1],
+        )
 
 
 def sinkhorn(scores: Tensor, present: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
-    """Assignments of all ranks' rows to prototypes, rows summing to 1 and prototypes to equal shares: section 3.1.
+    """Return assignments of all ranks' rows to prototypes: section 3.1.
+
+    Rows sum to 1, and every prototype has the same share of all rows.
 
     Args:
-        scores: (rows, num_prototypes), float32 at least: exp(1 / 0.05) is beyond float16.
-        present: (rows,), 0 for those that do not count.
+        scores: Shape (rows, num_prototypes), at least float32, as exp(1 / 0.05) overflows float16.
+        present: Shape (rows,), 1 for the rows that count and 0 for the others.
+        epsilon: Weight of the assignments' entropy.
+        num_iterations: Rounds of normalizing prototypes and rows.
     """
     q = torch.exp(scores / epsilon) * present[:, None]
     q = q / collectives.reduce_sum(q.sum())

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.losses.pairs import Pairs, every_pair
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.losses.pairs import Pairs, all_pairs
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import Embeddings, GroupedPairs, LossOutput, MethodConfig
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
@@ -37,38 +38,28 @@ class Config(MethodConfig):
         return Triplet(self, backbone)
 
 
-class Triplet(Method):
-    couples_batch = True
-
+class Triplet(GroupedPairs):
     def __init__(self, config: Config, backbone: Backbone):
-        super().__init__(config, backbone)
-        self.needs_labels = config.pairs == "labels"
-        self.projector = mlp(backbone.feature_dim, *config.projector_dims)
+        super().__init__(config, backbone, mlp(backbone.feature_dim, *config.projector_dims))
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("triplet", batch))
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
-
-    @torch.no_grad()
-    def targets(self, batch: Views) -> Embeddings:
-        return {"groups": batch.labels if self.needs_labels else batch.indices}
-
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        pairs = every_pair(
-            F.normalize(wide(embeddings["z_a"])),
-            F.normalize(wide(embeddings["z_b"])),
-            targets["groups"],
-        )
-        terms = F.relu(self.config.margin + pairs.squared_distance - semi_hard(pairs))  # eq. 3
-        return pairs.mean(terms, pairs.alike), {
-            "active": pairs.mean((terms.detach() > 0).to(terms.dtype), pairs.alike)
-        }
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = F.normalize(upcast(embeddings["z_a"])), F.normalize(upcast(embeddings["z_b"]))
+        pairs = all_pairs(z_a, z_b, targets["groups"])
+        negative_distance = semi_hard_distance(pairs)
+        terms = F.relu(self.config.margin + pairs.squared_distance - negative_distance)
+        loss = pairs.mean(terms, pairs.positive)  # equation 3
+        active = (terms.detach() > 0).to(terms.dtype)
+        return LossOutput(loss, {"active": pairs.mean(active, pairs.positive)})
 
 
-def semi_hard(pairs: Pairs) -> Tensor:
-    """For each anchor and candidate, the squared distance of the negative it is compared with, with its gradient."""
+def semi_hard_distance(pairs: Pairs) -> Tensor:
+    """Return the squared distance of the negative that each pair is compared with.
+
+    That is the closest negative farther away than the pair's candidate, or else the farthest one.
+    The result has the shape of `pairs.squared_distance` and carries its gradient.
+    """
     distance = pairs.squared_distance.detach()
-    ordered, number = distance.masked_fill(~pairs.unlike, float("inf")).sort(dim=1)
-    last = (pairs.unlike.sum(1, keepdim=True) - 1).clamp(min=0)
-    chosen = torch.searchsorted(ordered, distance, right=True).minimum(last)
-    return pairs.squared_distance.gather(1, number.gather(1, chosen))
+    ascending, candidate = distance.masked_fill(~pairs.negative, float("inf")).sort(dim=1)
+    last = (pairs.negative.sum(1, keepdim=True) - 1).clamp(min=0)
+    position = torch.searchsorted(ascending, distance, right=True).minimum(last)
+    return pairs.squared_distance.gather(1, candidate.gather(1, position))

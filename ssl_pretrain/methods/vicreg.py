@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.losses.second_moments import Block, covariance
-from ssl_pretrain.methods.base import Embeddings, Method, MethodConfig, Views, two_views, wide
+from ssl_pretrain.losses.second_moments import (
+    global_covariance,
+    off_diagonal_energy,
+    variance_hinge,
+)
+from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.models.heads import mlp
 from ssl_pretrain.schema import setting
+from ssl_pretrain.views.batch import Batch
 
 SMALL = {"projector_dims": [512, 512, 512]}
 
@@ -35,7 +40,7 @@ class Config(MethodConfig):
 
 
 class VICReg(Method):
-    couples_batch = True
+    couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
@@ -43,32 +48,25 @@ class VICReg(Method):
             backbone.feature_dim, *config.projector_dims, hidden_bias=True, last_bias=False
         )
 
-    def forward(self, batch: Views) -> Embeddings:
-        z_a, z_b = (self.projector(self.backbone(view)) for view in two_views("vicreg", batch))
+    def forward(self, batch: Batch) -> Embeddings:
+        z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
-    def loss(self, embeddings: Embeddings, targets: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
-        z_a, z_b = wide(embeddings["z_a"]), wide(embeddings["z_b"])
-        of_a, of_b = covariance(z_a), covariance(z_b)
-        terms = {
-            "invariance": F.mse_loss(z_a, z_b),  # over images and dimensions
-            "variance": (too_little_variance(of_a) + too_little_variance(of_b)) / 2,
-            "covariance": squared_covariance(of_a) + squared_covariance(of_b),
-        }
-        loss = (  # eq. 6
-            self.config.invariance_weight * terms["invariance"]
-            + self.config.variance_weight * terms["variance"]
-            + self.config.covariance_weight * terms["covariance"]
+    def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
+        dim = z_a.shape[1]
+        covariance_a, covariance_b = global_covariance(z_a), global_covariance(z_b)  # equation 3
+
+        invariance = F.mse_loss(z_a, z_b)  # equation 5, also divided by the dimension
+        variance = (variance_hinge(covariance_a) + variance_hinge(covariance_b)) / 2  # equation 1
+        covariance = (  # equation 4
+            off_diagonal_energy(covariance_a) / dim + off_diagonal_energy(covariance_b) / dim
         )
-        return loss, {name: term.detach() for name, term in terms.items()}
 
-
-def too_little_variance(covariance: Block) -> Tensor:
-    """The mean over dimensions of the hinge below a deviation of 1: eq. 1."""
-    deviation = (covariance.diagonal() + 1e-4).sqrt()
-    return covariance.share * F.relu(1 - deviation).sum() / len(covariance.values)
-
-
-def squared_covariance(covariance: Block) -> Tensor:
-    """The sum of squares off the diagonal, over the dimension: eq. 4."""
-    return covariance.share * covariance.off_diagonal().square().sum() / len(covariance.values)
+        loss = (
+            self.config.invariance_weight * invariance
+            + self.config.variance_weight * variance
+            + self.config.covariance_weight * covariance
+        )  # equation 6
+        logs = {"invariance": invariance, "variance": variance, "covariance": covariance}
+        return LossOutput(loss, logs)

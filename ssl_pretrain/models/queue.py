@@ -10,48 +10,56 @@ from ssl_pretrain.distributed import collectives
 
 
 class Queue(nn.Module):
-    """The last `size` rows of shape `shape` that all ranks pushed, oldest overwritten first, in the global batch's order.
+    """The last rows that all ranks pushed, in the order of the global batch.
+
+    The oldest rows are overwritten first.
 
     Args:
-        random: start with random unit rows (MoCo, NNCLR); else with zeros (SwAV).
+        size: Number of rows.
+        shape: Shape of a row.
+        random: Start with random rows of unit length, as MoCo and NNCLR do. Else with zeros, as
+            SwAV does.
     """
 
-    rows: Tensor
-    position: Tensor
-    filled: Tensor
+    rows: Tensor  # (size, *shape)
+    position: Tensor  # index of the oldest row
+    filled: Tensor  # number of rows that came from images
 
     def __init__(self, size: int, *shape: int, random: bool = True):
         super().__init__()
-        self.register_buffer(
-            "rows",
-            F.normalize(torch.randn(size, *shape), dim=-1) if random else torch.zeros(size, *shape),
-        )
+        rows = F.normalize(torch.randn(size, *shape), dim=-1) if random else None
+        self.register_buffer("rows", torch.zeros(size, *shape) if rows is None else rows)
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
-        self.register_buffer(
-            "filled", torch.zeros((), dtype=torch.int64)
-        )  # rows that came from images
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def push(self, rows: Tensor, stepped: Tensor | float) -> None:
-        """Takes every rank's `rows` (local_batch, *shape), or nothing where `stepped` is 0: decided where the queue is."""
+        """Replace the oldest rows by those of all ranks.
+
+        Args:
+            rows: This rank's rows, shape (local_batch, *shape).
+            stepped: 1 to push, 0 to change nothing. May be a tensor, which is not read by the host.
+        """
         new = collectives.gather(rows.detach().to(self.rows.dtype))
         check_queue(len(self.rows), len(new))
-        place = torch.arange(len(new), device=new.device) + self.position
-        taken = torch.as_tensor(stepped, device=new.device) > 0
-        self.rows.index_copy_(0, place, torch.where(taken, new, self.rows.index_select(0, place)))
-        self.position.copy_((self.position + len(new) * taken) % len(self.rows))
-        self.filled.copy_((self.filled + len(new) * taken).clamp(max=len(self.rows)))
+        places = torch.arange(len(new), device=new.device) + self.position
+        is_pushed = torch.as_tensor(stepped, device=new.device) > 0
+        rows_after = torch.where(is_pushed, new, self.rows.index_select(0, places))
+        self.rows.index_copy_(0, places, rows_after)
+        self.position.copy_((self.position + len(new) * is_pushed) % len(self.rows))
+        self.filled.copy_((self.filled + len(new) * is_pushed).clamp(max=len(self.rows)))
 
 
 def check_queue(queue_size: int, global_batch_size: int) -> None:
-    """Raises ValueError for a queue that whole global batches do not fill exactly."""
+    """Raise ValueError unless whole global batches fill the queue exactly."""
     if queue_size < 1 or queue_size % global_batch_size:
         below = queue_size // global_batch_size * global_batch_size
-        near = (
+        nearest = (
             f"the nearest that are {below} and {below + global_batch_size}"
             if below
             else f"the smallest is {global_batch_size}"
         )
         raise ValueError(
-            f"method.queue_size: {queue_size} is not a multiple of global_batch_size {global_batch_size}; {near}"
+            f"method.queue_size: {queue_size} is not a multiple of global_batch_size "
+            f"{global_batch_size}; {nearest}"
         )

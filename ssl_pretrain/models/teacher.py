@@ -10,24 +10,32 @@ from torch import Tensor, nn
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.models.timm_import import timm
 from ssl_pretrain.optim import schedules
+from ssl_pretrain.optim.schedules import Progress
 
 
-def to_one(progress: float, start: float) -> float:
-    """The momentum at `progress`: half a cosine from `start` to 1 (BYOL, arXiv:2006.07733, section 3.3; DINO and MoCo v3 alike)."""
-    return schedules.cosine(progress, start=start, final=1.0)
+def rising_momentum(progress: Progress, start: float) -> float:
+    """Return a teacher's momentum, which rises from `start` to 1 by half a cosine.
+
+    The schedule of BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733, section 3.3), DINO and MoCo v3.
+    """
+    return schedules.cosine(progress.fraction, start=start, final=1.0)
 
 
 class Teacher(nn.Module):
-    """Copies of some of a student's parts, one after the other, that no gradient moves.
+    """Copies of modules of a student, applied one after the other, which no gradient moves.
 
-    Parameters are a moving average. Buffers are the teacher's own: the authors of BYOL, DINO and MoCo run its batch norm
-    in training mode on the teacher's own features. The teacher drops nothing, whatever the student drops.
+    Parameters are a moving average of the student's. Buffers are the teacher's own, because the
+    authors of BYOL, DINO and MoCo run its batch norm in training mode on its own features. Dropout
+    and drop path are off, whatever the student does.
+
+    Args:
+        modules: The student's modules by their names, in the order in which they are applied.
     """
 
-    def __init__(self, **parts: nn.Module):
+    def __init__(self, **modules: nn.Module):
         super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, copy.deepcopy(part).requires_grad_(False))
+        for name, module in modules.items():
+            self.add_module(name, copy.deepcopy(module).requires_grad_(False))
         for module in self.modules():
             if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0
@@ -36,33 +44,39 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, views: Tensor) -> Tensor:
-        for part in self.children():
-            views = part(views)
+        for module in self.children():
+            views = module(views)
         return views
 
     @torch.no_grad()
     def move(self, student: nn.Module, momentum: float, stepped: Tensor | float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student, or nothing where `stepped` is 0.
+        """Move the weights towards the student's.
 
-        Both are sharded alike, or not at all: each rank moves what it holds.
+        Both are sharded alike, or not at all, so each rank moves what it holds.
+
+        Args:
+            student: Module with the same submodules under the same names.
+            momentum: Weight of the teacher in momentum * teacher + (1 - momentum) * student.
+            stepped: 1 to move, 0 to stay. May be a tensor, which is not read by the host.
         """
-        for name, part in self.named_children():
-            own = collectives.shards(parameter.detach() for parameter in part.parameters())
-            student_own = collectives.shards(
-                parameter.detach() for parameter in student.get_submodule(name).parameters()
-            )
-            way = list(torch._foreach_sub(student_own, own))
-            torch._foreach_mul_(
-                way,
-                (1.0 - momentum)
-                * torch.as_tensor(stepped, dtype=own[0].dtype, device=own[0].device),
-            )
-            torch._foreach_add_(own, way)
+        for name, module in self.named_children():
+            weights = _shards(module)
+            steps = list(torch._foreach_sub(_shards(student.get_submodule(name)), weights))
+            rate = torch.as_tensor(stepped, dtype=weights[0].dtype, device=weights[0].device)
+            torch._foreach_mul_(steps, (1.0 - momentum) * rate)
+            torch._foreach_add_(weights, steps)
 
     @torch.no_grad()
-    def redraw(self) -> None:
-        """Other starting weights than the student's, from the same distributions: each weight's numbers in another order."""
+    def reinitialize(self) -> None:
+        """Give the teacher other starting weights than the student's, from the same distributions.
+
+        The numbers of each weight tensor change places.
+        """
         for parameter in self.parameters():
             if parameter.ndim > 1:
-                shuffled = torch.randperm(parameter.numel(), device=parameter.device)
-                parameter.copy_(parameter.flatten()[shuffled].view_as(parameter))
+                order = torch.randperm(parameter.numel(), device=parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+def _shards(module: nn.Module) -> list[Tensor]:
+    return collectives.shards(parameter.detach() for parameter in module.parameters())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.methods.base import Method
+from ssl_pretrain.methods.base import Embeddings, Method
 from ssl_pretrain.monitoring import batch_metrics
 from ssl_pretrain.monitoring.collapse_alerts import AlertHistory
 from ssl_pretrain.monitoring.measurements import Measurements
@@ -75,7 +75,7 @@ class CollapseMonitor:
         """Return True if this step is measured."""
         return self.config.every_steps > 0 and step % self.config.every_steps == 0
 
-    def measure(self, step: int, embeddings: dict[str, Tensor]) -> Measurements:
+    def measure(self, step: int, embeddings: Embeddings, targets: Embeddings) -> Measurements:
         """Measure a step that has ended, if it is due.
 
         Raises:
@@ -85,7 +85,7 @@ class CollapseMonitor:
             self._prepare(step + 1)
             return Measurements()
         metrics, curves = batch_metrics.measure(
-            **_monitored(self.method, embeddings),
+            **self.method.monitored(embeddings, targets)._asdict(),
             features=self._features,
             max_rows=self.config.max_rows,
         )
@@ -122,23 +122,3 @@ class CollapseMonitor:
 
     def _keep(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
         self._features = features.detach()
-
-
-STUDENT = ("z_a", "z", "queries", "p_a", "targets")
-PAIRS = (("z_a", "z_b"), ("queries", "target_keys"), ("p_a", "target_z_b"))
-
-
-def _monitored(method: Any, embeddings: dict[str, Tensor]) -> dict[str, Any]:
-    name = next(name for name in (*STUDENT, *embeddings) if name in embeddings)
-    pair = next((pair for pair in PAIRS if all(name in embeddings for name in pair)), None)
-    num_prototypes = getattr(method.config, "num_prototypes", 0)
-    assignments = embeddings.get("assigned", embeddings.get("target_assigned"))
-    if "scores" in embeddings:
-        assignments = embeddings["scores"][:, 0].argmax(1)
-        num_prototypes = embeddings["scores"].shape[-1]
-    return {
-        "embeddings": embeddings[name],
-        "pair": None if pair is None else (embeddings[pair[0]], embeddings[pair[1]]),
-        "assignments": assignments,
-        "num_prototypes": num_prototypes,
-    }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.optim.larc import LARC, move
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 
 
@@ -175,45 +176,50 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def rates(
-    config: OptimConfig, progress: float, epochs: float, global_batch_size: int
+    config: OptimConfig, progress: Progress, epochs: float, global_batch_size: int
 ) -> dict[str, float]:
-    """Learning rate and weight decay at `progress`, the steps done over all steps."""
+    """Return the learning rate and the weight decay of a step, by name.
+
+    Args:
+        config: The optimizer's configuration.
+        progress: Progress of the step.
+        epochs: Length of the run.
+        global_batch_size: Images per step over all ranks.
+    """
     peak = scaled_lr(config, global_batch_size)
-    at = (
-        math.floor(progress * epochs + 1e-9) / epochs
-        if config.changes_every == "epoch"
-        else progress
-    )
+    if config.changes_every == "epoch":
+        fraction, epochs_done = progress.epoch / epochs, float(progress.epoch)
+    else:
+        fraction, epochs_done = progress.fraction, progress.step / progress.steps_per_epoch
     warmup, start = min(1.0, config.warmup_epochs / epochs), config.warmup_start_ratio * peak
     if config.schedule == "cosine":
-        lr = schedules.warmup_cosine(
-            at, warmup=warmup, start=start, peak=peak, final=config.final_lr_ratio * peak
-        )
+        final = config.final_lr_ratio * peak
+        lr = schedules.warmup_cosine(fraction, warmup=warmup, start=start, peak=peak, final=final)
     else:
-        lr = peak * config.milestone_factor ** sum(
-            at * epochs + 1e-9 >= milestone for milestone in config.milestones
-        )
-        lr = start + (lr - start) * at / warmup if at < warmup else lr
+        num_passed = sum(epochs_done >= milestone for milestone in config.milestones)
+        lr = peak * config.milestone_factor**num_passed
+        lr = start + (lr - start) * fraction / warmup if fraction < warmup else lr
     decay = config.weight_decay
     if config.final_weight_decay is not None:
-        decay = schedules.cosine(progress, start=decay, final=config.final_weight_decay)
+        final = config.final_weight_decay
+        decay = schedules.cosine(progress.fraction, start=decay, final=final)
     return {"lr": lr, "weight_decay": decay}
 
 
 def set_rates(
     optimizer: torch.optim.Optimizer,
     config: OptimConfig,
-    progress: float,
+    progress: Progress,
     epochs: float,
     global_batch_size: int,
 ) -> dict[str, float]:
-    """Writes the rates of this progress into the optimizer and returns them."""
-    now = rates(config, progress, epochs, global_batch_size)
+    """Write the rates of a step into the optimizer and return them. Arguments as of `rates`."""
+    current = rates(config, progress, epochs, global_batch_size)
     for group in optimizer.param_groups:
-        group["lr"] = scaled_lr(config, global_batch_size) if group["constant"] else now["lr"]
-        group["lr"] *= 1.0 if group["adapt"] else config.excluded_lr_ratio
-        group["weight_decay"] = now["weight_decay"] if group["adapt"] else 0.0
-    return now
+        lr = scaled_lr(config, global_batch_size) if group["constant"] else current["lr"]
+        group["lr"] = lr * (1.0 if group["adapt"] else config.excluded_lr_ratio)
+        group["weight_decay"] = current["weight_decay"] if group["adapt"] else 0.0
+    return current
 
 
 @torch.no_grad()

@@ -1,26 +1,68 @@
-"""Progress of a run, in [0, 1], to a rate. Pure functions, so a resumed run needs only its step."""
+"""How far a run has come, and rates as functions of it.
+
+Everything here is a pure function of the step's number, so a resumed run needs to know nothing else.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where in a run an optimizer step stands.
+
+    Attributes:
+        step: Optimizer steps done before this one, so 0 for the first.
+        num_steps: Optimizer steps of the whole run.
+        steps_per_epoch: Optimizer steps of one pass over the data.
+    """
+
+    step: int
+    num_steps: int
+    steps_per_epoch: int
+
+    @property
+    def fraction(self) -> float:
+        """Steps done over all steps, from 0 to 1."""
+        return self.step / self.num_steps
+
+    @property
+    def epoch(self) -> int:
+        """Number of completed passes over the data."""
+        return self.step // self.steps_per_epoch
+
+    def next(self) -> Progress:
+        """Return the progress of the following step, or this one at the end of the run."""
+        return replace(self, step=min(self.step + 1, self.num_steps))
 
 
 def warmup_cosine(
-    progress: float, *, warmup: float, start: float = 0.0, peak: float = 1.0, final: float = 0.0
+    fraction: float, *, warmup: float, start: float = 0.0, peak: float = 1.0, final: float = 0.0
 ) -> float:
-    """Linear from `start` to `peak` while progress < warmup, then half a cosine down to `final` (SGDR, arXiv:1608.03983, eq. 5)."""
-    if progress < warmup:
-        return start + (peak - start) * progress / warmup
-    return cosine(
-        (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0, start=peak, final=final
-    )
+    """Return a linear warm-up from `start` to `peak`, then half a cosine down to `final`.
+
+    The cosine is equation 5 of SGDR (Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983).
+
+    Args:
+        fraction: Share of the run that is done, from 0 to 1.
+        warmup: Share of the run that the warm-up takes, from 0 to 1.
+        start: Value at the first step.
+        peak: Value at the end of the warm-up.
+        final: Value at the end of the run.
+    """
+    if fraction < warmup:
+        return start + (peak - start) * fraction / warmup
+    after_warmup = (fraction - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return cosine(after_warmup, start=peak, final=final)
 
 
-def cosine(progress: float, *, start: float, final: float) -> float:
-    """Half a cosine from `start` at progress 0 to `final` at 1."""
-    return final + (start - final) * (1 + math.cos(math.pi * progress)) / 2
+def cosine(fraction: float, *, start: float, final: float) -> float:
+    """Return half a cosine that falls from `start` at fraction 0 to `final` at 1."""
+    return final + (start - final) * (1 + math.cos(math.pi * fraction)) / 2
 
 
-def linear(progress: float, *, start: float, final: float, end: float = 1.0) -> float:
-    """Straight from `start` at progress 0 to `final` at `end`, constant after it."""
-    return start + (final - start) * min(1.0, progress / end) if end > 0 else final
+def linear(position: float, *, start: float, final: float, end: float = 1.0) -> float:
+    """Return a straight line from `start` at position 0 to `final` at `end`, constant after it."""
+    return start + (final - start) * min(1.0, position / end) if end > 0 else final

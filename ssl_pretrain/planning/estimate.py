@@ -25,6 +25,7 @@ from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, parallel_config
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.memory import GIB, ROOM
@@ -38,6 +39,7 @@ from ssl_pretrain.views.batch import Batch
 RESERVED = (
     1.5 * GIB
 )  # of a GPU, by the CUDA context and the workspaces of cuBLAS, cuDNN and NCCL; assumed
+HALFWAY = Progress(500, 1000, 10)  # the step that is traced
 _AHEAD = 3  # batches of uint8 views on the device at once (data/threads.py)
 
 
@@ -98,9 +100,7 @@ class Program:
     @cached_property
     def counted(self) -> Method:
         """The method, to be counted."""
-        method = method_on_meta(self.run)
-        method.num_steps, method.steps_per_epoch = 1000, 10
-        return method
+        return method_on_meta(self.run)
 
     def on_meta(self) -> Method:
         """The method, to be traced once."""
@@ -185,7 +185,7 @@ class Program:
             self._there(method)
             optimizer = optim.build(self.run.optim, method)
             optim.set_rates(
-                optimizer, self.run.optim, 0.5, self.run.epochs, self.run.global_batch_size
+                optimizer, self.run.optim, HALFWAY, self.run.epochs, self.run.global_batch_size
             )
             _give_gradients(method)
             optim.guarded_step(optimizer)
@@ -205,9 +205,12 @@ class Program:
         def step(there: Any, mark: Any) -> None:
             method, optimizer, embeddings, targets = there
             for group in (embeddings, targets):
-                group.pop("logits", None)  # what DINO's loss has taken out
+                for name in method.transient:
+                    group.pop(name, None)
             optim.guarded_step(optimizer, self.run.optim.clip_norm, self.run.optim.clip_by)
-            method.after_step(0.5, {name: z.detach() for name, z in embeddings.items()}, targets)
+            method.after_step(
+                HALFWAY, {name: z.detach() for name, z in embeddings.items()}, targets
+            )
 
         with process_group.pretended(self.ranks):
             traced = trace.run(made, step)
@@ -283,7 +286,7 @@ class Program:
 
     def two_passes(self, images: int) -> bool:
         accumulation = self.run.parallel.accumulation
-        couples = self.counted.couples_batch
+        couples = self.counted.couples == "embeddings"
         return images < self.share and (
             accumulation == "two_passes" or (accumulation == "auto" and couples)
         )

@@ -47,13 +47,13 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     lines.append(f"views of an image: {', '.join(f'{view.size} px' for view in views)}")
     couples = (
         "every other embedding of the batch"
-        if method.couples_batch
+        if method.couples != "nothing"
         else "none: images do not couple"
     )
     rows = len(views) * run.global_batch_size
     lines.append(
         f"embeddings per loss: {rows:,} ({len(views)} views x {run.global_batch_size:,} images); negatives per anchor: "
-        + (f"{rows - 2:,}, {couples}" if method.couples_batch else couples)
+        + (f"{rows - 2:,}, {couples}" if method.couples != "nothing" else couples)
     )
     group = parallel_config.bn_group_images(run.parallel, run.global_batch_size)
     share, part = run.global_batch_size // world_size, config.part_size(run, world_size)

@@ -49,7 +49,7 @@ REFUSED = {
         "backbone.name: 'resnet18.a1_in1k' names weights too; give backbone.name=resnet18 backbone.init=timm:a1_in1k"
     ),
     ("views.crops.global.count=3",): (
-        "simclr: takes 2 views of one size, got 3; set views.crops to one crop with count 2"
+        "simclr: takes 2 views of one size, got 3 (32, 32, 32 pixels); set views.crops.*.count"
     ),
     ("global_batch_size=1",): (
         "global_batch_size: 1 leaves simclr no other image to compare with; give 2 or more"

@@ -25,10 +25,13 @@ from ssl_pretrain.methods import byol
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
+
+HALFWAY = Progress(50, 100, 1)
 
 SYNC, ASYNC = (
     CheckpointConfig(asynchronous=False, keep_last=1),
@@ -42,7 +45,6 @@ class Run:
     def __init__(self, options: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
         method = byol.Config().build(build(BackboneConfig(name=options.backbone), options.size))
-        method.num_steps, method.steps_per_epoch = 1000, 100
         settings, recipe = ParallelConfig(), OptimConfig(name="lars")
         labels = torch.zeros(options.images, dtype=torch.int64, device=device)
         views = [
@@ -61,12 +63,12 @@ class Run:
             example=self.batch,
         )
         optimizer = self.stepper.optimizer
-        optim.set_rates(optimizer, recipe, 0.5, 100, options.images)
+        optim.set_rates(optimizer, recipe, HALFWAY, 100, options.images)
         self.state = State(method, optimizer, {}, {})
         self.folder, self.number = Path(tempfile.mkdtemp(dir=options.folder)), 0
 
     def step(self) -> None:
-        self.stepper(self.number, 0.5, self.batch)
+        self.stepper(HALFWAY, self.batch)
         self.number += 1
 
     def step_and_copy(self) -> None:

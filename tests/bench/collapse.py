@@ -80,11 +80,11 @@ class MonitorWithOracle(CollapseMonitor):
         pixels = torch.nn.functional.interpolate(pixels, 16, mode="bilinear")
         self.pixels = pixels.expand(-1, 3, -1, -1)
 
-    def measure(self, step, embeddings):
+    def measure(self, step, embeddings, targets):
         if step % ORACLE_STEPS == 0:
             with (self.folder / "oracle.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **self.oracle(embeddings)}) + "\n")
-        return super().measure(step, embeddings)
+        return super().measure(step, embeddings, targets)
 
     @torch.no_grad()
     def oracle(self, embeddings):

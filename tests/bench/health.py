@@ -33,12 +33,15 @@ from ssl_pretrain.monitoring.collapse import CollapseMonitor, HealthConfig
 from ssl_pretrain.monitoring.logger import LogConfig, Logger
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.planning import flops
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
+
+HALFWAY = Progress(50, 100, 1)
 
 RECORD_STEPS, MEASURE_STEPS = 4, 6  # a step on which both fall does not count
 
@@ -59,7 +62,7 @@ def build_benchmark_stepper(
         global_batch_size=options.images,
         example=batch,
     )
-    optim.set_rates(stepper.optimizer, config, 0.5, 100, options.images)
+    optim.set_rates(stepper.optimizer, config, HALFWAY, 100, options.images)
     return stepper
 
 
@@ -121,14 +124,14 @@ def time_pairs(options: argparse.Namespace, folder: Path) -> dict[str, list[tupl
         monitor = CollapseMonitor(health, method, stepper.optimizer, raise_alert=logger.alert)
 
         def monitored_step(step: int) -> None:
-            embeddings, logs = stepper(step - 1, 0.5, batch)
+            embeddings, targets, logs = stepper(HALFWAY, batch)
             rates = {"lr": 0.1, "weight_decay": 0.0}
-            logger.log_step(step, logs, rates, monitor.measure(step, embeddings))
+            logger.log_step(step, logs, rates, monitor.measure(step, embeddings, targets))
 
         for step in range(1, 12 * (options.rounds + 1) + 1):
             steps = [
                 lambda step=step: monitored_step(step),
-                lambda step=step: bare(step - 1, 0.5, batch),
+                lambda: bare(HALFWAY, batch),
             ]
             order = 1 if (step + step // 12) % 2 else -1  # balanced over the kinds
             seconds = [timed(run, device) for run in steps[::order]][::order]

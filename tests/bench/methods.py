@@ -16,10 +16,13 @@ from ssl_pretrain import methods
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
+
+HALFWAY = Progress(50, 100, 1)
 
 
 def step_of(name: str, options: argparse.Namespace, device: torch.device):
@@ -28,7 +31,6 @@ def step_of(name: str, options: argparse.Namespace, device: torch.device):
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
     backbone = build(BackboneConfig(name=options.backbone, stem="no_pool", args=args), options.size)
     method = module.Config(**module.SMALL).build(backbone)
-    method.num_steps, method.steps_per_epoch = 100, 10
     generator = torch.Generator().manual_seed(0)
     views = [
         torch.randn(options.images, 3, options.size, options.size, generator=generator)
@@ -50,8 +52,8 @@ def step_of(name: str, options: argparse.Namespace, device: torch.device):
         global_batch_size=options.images,
         example=images,
     )
-    optim.set_rates(stepper.optimizer, config, 0.5, 100, options.images)
-    return lambda: stepper(50, 0.5, images)
+    optim.set_rates(stepper.optimizer, config, HALFWAY, 100, options.images)
+    return lambda: stepper(HALFWAY, images)
 
 
 def main() -> None:

@@ -14,6 +14,9 @@ from timm.optim.lars import Lars
 
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
+
+HALFWAY = Progress(50, 100, 1)
 
 CONFIG = OptimConfig(name="lars", weight_decay=1e-4, base_lr=0.3)
 
@@ -63,7 +66,7 @@ def main() -> None:
 
     models = {name: network() for name in ("ours", "timm", "loop")}
     ours = optim.build(CONFIG, models["ours"])
-    optim.set_rates(ours, CONFIG, 0.5, 100, 4096)
+    optim.set_rates(ours, CONFIG, HALFWAY, 100, 4096)
     decayed = [
         {**group, "weight_decay": group["weight_decay"]}
         for group in optim.parameter_groups(CONFIG, models["timm"])

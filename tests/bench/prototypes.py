@@ -14,10 +14,13 @@ from ssl_pretrain.methods import dino
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
+
+HALFWAY = Progress(50, 100, 1)
 
 
 def main() -> None:
@@ -37,7 +40,6 @@ def main() -> None:
         method = dino.Config(
             hidden_dim=256, bottleneck_dim=64, num_prototypes=options.prototypes
         ).build(backbone)
-        method.num_steps, method.steps_per_epoch = 100, 10
         settings, numbers = (
             ParallelConfig(bn_group_images=options.part),
             torch.arange(total, device=device),
@@ -60,8 +62,8 @@ def main() -> None:
             global_batch_size=total,
             example=first,
         )
-        optim.set_rates(stepper.optimizer, config, 0.5, 100, total)
-        runs[f"{total} images"] = lambda stepper=stepper, images=images: stepper(50, 0.5, images)
+        optim.set_rates(stepper.optimizer, config, HALFWAY, 100, total)
+        runs[f"{total} images"] = lambda stepper=stepper, images=images: stepper(HALFWAY, images)
     for run in runs.values():
         run()
     found = peaks(runs, device)

@@ -15,23 +15,27 @@ import torch
 from measure import interleaved, mib, peaks, versions
 
 from ssl_pretrain.methods import simclr
+from ssl_pretrain.methods.base import LossOutput
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
+HALFWAY = Progress(50, 100, 1)
+
 
 class ToFixedTargets(simclr.SimCLR):
     """SimCLR's network with a loss that does not couple images."""
 
-    couples_batch = False
+    couples = "nothing"
 
     def loss(self, embeddings, targets):
         loss = sum((z.float() - 1).square().mean() for z in embeddings.values())
-        return loss, {}
+        return LossOutput(loss, {})
 
 
 def stepper(
@@ -55,7 +59,7 @@ def stepper(
         global_batch_size=total,
         example=example,
     )
-    optim.set_rates(step.optimizer, config, 0.5, 100, total)
+    optim.set_rates(step.optimizer, config, HALFWAY, 100, total)
     return step
 
 
@@ -90,7 +94,7 @@ def main() -> None:
             batch = Batch(
                 [view[:total] for view in step_views(views, step)], labels[:total], labels[:total]
             )
-            runs[f"{label}, {name}"] = lambda step=step, batch=batch: step(0, 0.5, batch)
+            runs[f"{label}, {name}"] = lambda step=step, batch=batch: step(HALFWAY, batch)
     for run in runs.values():
         run()
     print(versions("timm"))

@@ -23,8 +23,11 @@ from measure import versions
 
 from ssl_pretrain import build, config, train
 from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.views.batch import Batch
+
+HALFWAY = Progress(50, 100, 1)
 
 CPU = torch.device("cpu")
 
@@ -78,7 +81,7 @@ def bare_step(settings: config.RunConfig, batch: Batch) -> Any:
     method = Execution.resolve(settings.parallel, CPU).place_module(build.build_method(settings))
     optimizer = optim.build(settings.optim, method)
     optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optim.set_rates(optimizer, settings.optim, 0.5, settings.epochs, settings.global_batch_size)
+    optim.set_rates(optimizer, settings.optim, HALFWAY, settings.epochs, settings.global_batch_size)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

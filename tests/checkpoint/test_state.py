@@ -14,6 +14,7 @@ from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.checkpoint.state import CheckpointConfig, SaveError, State
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 
 pytestmark = pytest.mark.promise
 
@@ -24,7 +25,7 @@ def state(seed=0):
     method.backbone = nn.Linear(3, 2)
     optimizer = optim.build(OptimConfig(), method)
     method.backbone(torch.ones(4, 3)).sum().backward()
-    optim.set_rates(optimizer, OptimConfig(), 0.5, 10, 256)
+    optim.set_rates(optimizer, OptimConfig(), Progress(5, 10, 1), 10, 256)
     optim.guarded_step(optimizer)
     return State(method, optimizer, {"seed": seed}, {"wandb_id": None})
 
@@ -64,7 +65,9 @@ def test_moments_are_loaded_in_the_memory_layout_of_their_weights(name, tmp_path
     def step(method, optimizer):
         method.zero_grad()
         method(torch.arange(192.0).view(1, 3, 8, 8)).square().sum().backward()
-        optim.set_rates(optimizer, OptimConfig(name=name, base_lr=0.01), 0.5, 10, 256)
+        optim.set_rates(
+            optimizer, OptimConfig(name=name, base_lr=0.01), Progress(5, 10, 1), 10, 256
+        )
         optim.guarded_step(optimizer)
 
     saved, fresh = stepped(0), stepped(1)
@@ -110,7 +113,9 @@ def test_a_rollback_forgets_the_moments_of_parameters_that_were_frozen(name, tmp
     def step(state, frozen=()):
         state.method.zero_grad()
         state.method(torch.arange(8.0).view(2, 4)).square().sum().backward()
-        optim.set_rates(state.optimizer, OptimConfig(name=name, base_lr=0.01), 0.5, 10, 256)
+        optim.set_rates(
+            state.optimizer, OptimConfig(name=name, base_lr=0.01), Progress(5, 10, 1), 10, 256
+        )
         optim.guarded_step(state.optimizer, frozen=frozen)
 
     torch.manual_seed(0)

@@ -58,9 +58,9 @@ class Fault:
         act = getattr(self, f"act_{self.kind}")
         real = step.Stepper.__call__
 
-        def faulty(stepper, number, progress, batch):
-            changed = act(stepper, batch) if self.now(number + 1) else None
-            return real(stepper, number, progress, batch if changed is None else changed)
+        def faulty(stepper, progress, batch):
+            changed = act(stepper, batch) if self.now(progress.step + 1) else None
+            return real(stepper, progress, batch if changed is None else changed)
 
         step.Stepper.__call__ = faulty
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import ranks
@@ -30,12 +31,12 @@ def _what_each_step_takes(path, output, steps):
     """[(sample numbers of the global batch, SHA-256 of all its views)] of a run on these ranks."""
     taken, real = [], step.Stepper.__call__
 
-    def recording(stepper, number, progress, batch):
+    def recording(stepper, progress, batch):
         digest = hashlib.sha256()
         for view in batch.views:
             digest.update(collectives.gather(view).numpy().tobytes())
         taken.append((collectives.gather(batch.indices).tolist(), digest.hexdigest()))
-        return real(stepper, number, progress, batch)
+        return real(stepper, progress, batch)
 
     step.Stepper.__call__ = recording
     try:
@@ -256,7 +257,7 @@ def test_the_comparison_fails_for_each_part_that_a_checkpoint_lacks(
             optim,
             "set_rates",
             lambda optimizer, now, progress, *rest: set_rates(
-                optimizer, now, progress - 4 / 24, *rest
+                optimizer, now, replace(progress, step=progress.step - 4), *rest
             ),
         )
     elif lacking == "data":

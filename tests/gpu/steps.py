@@ -28,6 +28,7 @@ from ssl_pretrain import config, methods
 from ssl_pretrain.build import build_method
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning import hardware
@@ -36,6 +37,8 @@ from ssl_pretrain.planning.estimate import Program
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views import color, recipe
 from ssl_pretrain.views.batch import Batch
+
+HALFWAY = Progress(50_000, 100_000, 1_000)
 
 PEAK = 790e12  # FLOP/s of bfloat16 matrix products on an H100 or H200
 CONFIGS = {  # name -> YAML, overrides
@@ -133,7 +136,6 @@ def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepp
         for crop in recipe.expand_counts(run.views)
     ]
     method, batch = build_method(run), batch_of(run, execution.place_views(views), device)
-    method.num_steps, method.steps_per_epoch = 100_000, 1_000
     stepper = build_stepper(
         method,
         run.parallel,
@@ -143,7 +145,7 @@ def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepp
         global_batch_size=images,
         example=batch,
     )
-    optim.set_rates(stepper.optimizer, run.optim, 0.5, run.epochs, images)
+    optim.set_rates(stepper.optimizer, run.optim, HALFWAY, run.epochs, images)
     return stepper, batch
 
 
@@ -158,8 +160,8 @@ def largest(
     for images in sizes:
         try:
             stepper, batch = stepper_of(run, images, device)
-            for number in range(2):
-                stepper(50_000 + number, 0.5, batch)
+            for _ in range(2):
+                stepper(HALFWAY, batch)
             return images, stepper, batch
         except torch.OutOfMemoryError:
             stepper = batch = None  # type: ignore[assignment]
@@ -264,11 +266,11 @@ def measured(
 
     def whole() -> None:
         views = colored(run, crops, next(epochs), device)
-        stepper(50_000, 0.5, Batch(views, batch.labels, batch.indices))
+        stepper(HALFWAY, Batch(views, batch.labels, batch.indices))
 
     steps: dict[str, Callable[[], object]] = {
         "whole": whole,
-        "step": lambda: stepper(50_000, 0.5, batch),
+        "step": lambda: stepper(HALFWAY, batch),
         "color": lambda: colored(run, crops, next(epochs), device),
         "alone": backbone_alone(stepper, batch),
         "bare": bare_step(stepper, batch, len(kinds)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
+
+HALFWAY = Progress(50, 100, 1)
+FIRST, SECOND = Progress(10, 100, 10), Progress(11, 100, 10)
 
 pytestmark = NEEDS_CUDA
 
@@ -35,11 +40,8 @@ def method_of(name: str, backbone: str = "test_resnet") -> Method:
     torch.manual_seed(0)
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
-    method = module.Config(**module.SMALL).build(
-        backbones.build(BackboneConfig(name=backbone, stem="no_pool", args=args), SIZE)
-    )
-    method.num_steps, method.steps_per_epoch = 100, 10
-    return method
+    network = backbones.build(BackboneConfig(name=backbone, stem="no_pool", args=args), SIZE)
+    return module.Config(**module.SMALL).build(network)
 
 
 def batch_for(name: str, device: torch.device, images: int = IMAGES) -> Batch:
@@ -70,7 +72,7 @@ def stepper_for(
         global_batch_size=IMAGES,
         example=example,
     )
-    optim.set_rates(step.optimizer, recipe, 0.5, 100, IMAGES)
+    optim.set_rates(step.optimizer, recipe, HALFWAY, 100, IMAGES)
     return step
 
 
@@ -81,9 +83,9 @@ def test_nothing_in_a_step_waits_for_the_device(name, parts, cuda, never_blockin
     settings = ParallelConfig(bn_group_images=IMAGES // parts)
     step = stepper_for(method, cuda, settings, OPTIM["lars"], IMAGES // parts)
     batch = batch_for(name, cuda)
-    step(10, 0.1, batch)  # the first step may wait, as it allocates and compiles
+    step(FIRST, batch)  # the first step may wait, as it allocates and compiles
     with never_blocking():
-        _, logs = step(11, 0.11, batch)
+        logs = step(SECOND, batch).logs
     assert torch.isfinite(logs["loss"]).item()
 
 
@@ -93,7 +95,7 @@ def test_the_optimizer_moves_weights_as_on_a_cpu(recipe, cuda):
     there = copy.deepcopy(plain).to(cuda)
     for module in (plain, there):
         optimizer = optim.build(OPTIM[recipe], module)
-        optim.set_rates(optimizer, OPTIM[recipe], 0.5, 100, 256)
+        optim.set_rates(optimizer, OPTIM[recipe], HALFWAY, 100, 256)
         for number in range(5):
             for place, parameter in enumerate(module.parameters()):
                 generator = torch.Generator().manual_seed(10 * number + place)
@@ -123,11 +125,11 @@ def test_fused_adamw_is_the_plain_one(cuda):
 def test_a_broken_gradient_moves_nothing(cuda):
     method = method_of("simclr")
     step = stepper_for(method, cuda, ParallelConfig(), OPTIM["lars"])
-    step(0, 0.1, batch_for("simclr", cuda))
+    step(FIRST, batch_for("simclr", cuda))
     before = {name: value.clone() for name, value in method.state_dict().items()}
     broken = batch_for("simclr", cuda)
     broken.views[0][0] = float("nan")
-    _, logs = step(1, 0.1, broken)
+    logs = step(SECOND, broken).logs
     assert logs["skipped_steps"].item() == 1
     for name, value in method.state_dict().items():
         assert torch.equal(value, before[name]) or "num_batches" in name, name
@@ -144,7 +146,7 @@ def test_float32_gives_the_numbers_of_a_cpu(name, cuda):
             )
             losses.append(
                 [
-                    step(number, 0.1, batch_for(name, device))[1]["loss"].item()
+                    step(replace(FIRST, step=number), batch_for(name, device)).logs["loss"].item()
                     for number in range(3)
                 ]
             )
@@ -158,7 +160,7 @@ def test_bfloat16_is_near_float32_and_its_weights_stay_wide(cuda):
     for precision in ("float32", "auto"):
         method = method_of("simclr")
         step = stepper_for(method, cuda, ParallelConfig(precision=precision), OPTIM["lars"])
-        embeddings, logs = step(0, 0.1, batch_for("simclr", cuda))
+        embeddings, _, logs = step(FIRST, batch_for("simclr", cuda))
         losses[precision] = logs["loss"].item()
         assert embeddings["z_a"].dtype == (torch.bfloat16 if precision == "auto" else torch.float32)
         assert all(

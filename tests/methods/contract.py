@@ -28,6 +28,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper, build_stepper
@@ -65,7 +66,6 @@ def build(name: str, **overrides: Any) -> Any:
         .Config(**{**test_file(name).METHOD, **overrides})
         .build(Backbone(Network()))
     )
-    method.num_steps, method.steps_per_epoch = NUM_STEPS, STEPS_PER_EPOCH
     return method.double()
 
 
@@ -128,9 +128,10 @@ def run(
     optimizer.register_step_pre_hook(before_the_update)
     losses = []
     for step in range(first, first + steps):
-        progress = step / NUM_STEPS
+        progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
         optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
-        _, logs = stepper(step, progress, batch(name, step).slice(process_group.rank(), world))
+        share = batch(name, step).slice(process_group.rank(), world)
+        logs = stepper(progress, share).logs
         losses.append(collectives.reduce_sum(logs["loss"].double()).item() / world)
     if folder:
         state.save(folder, first + steps, CheckpointConfig(), STEPS_PER_EPOCH)
@@ -146,7 +147,7 @@ def one_step(
 ) -> None:
     """The method after one whole step of its run, as one process takes it."""
     optimizer = optim.build(recipe, method)
-    progress = step / NUM_STEPS
+    progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
     optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
     settings = ParallelConfig(precision=precision)
     Stepper(
@@ -158,7 +159,7 @@ def one_step(
         len(images),
         recipe,
         Execution.resolve(settings, CPU),
-    )(step, progress, images)
+    )(progress, images)
 
 
 def plain_step(

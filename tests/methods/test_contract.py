@@ -10,6 +10,7 @@ import torch
 from conftest import run_ranks
 
 from ssl_pretrain import methods
+from ssl_pretrain.optim.schedules import Progress
 
 pytestmark = pytest.mark.promise
 
@@ -135,12 +136,12 @@ def test_a_masked_step_moves_nothing(name):
     method, images = contract.build(name), contract.batch(name)
     with torch.no_grad():
         embeddings, targets = method(images), method.targets(images)
-        method.loss(embeddings, targets)
         for parameter in method.backbone.parameters():
             parameter.add_(0.1)
         before = {key: value.clone() for key, value in method.state_dict().items()}
         method.stepped = torch.zeros(())
-        method.after_step(0.5, embeddings, targets)
+        halfway = Progress(contract.NUM_STEPS // 2, contract.NUM_STEPS, contract.STEPS_PER_EPOCH)
+        method.after_step(halfway, embeddings, targets)
     scheduled = getattr(
         contract.test_file(name), "SCHEDULED", set()
     )  # functions of progress, not movements
@@ -149,6 +150,41 @@ def test_a_masked_step_moves_nothing(name):
         for key, value in method.state_dict().items()
         if key not in scheduled
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_pure(name):
+    method, images = contract.build(name), contract.batch(name)
+    embeddings, targets = method(images), method.targets(images)
+    tensors = {**embeddings, **targets, **method.state_dict()}
+    before = {key: value.clone() for key, value in tensors.items()}
+    first, second = (method.loss(embeddings, targets) for _ in range(2))
+    assert torch.equal(first.loss, second.loss)
+    same(first.logs, second.logs, rtol=0, atol=0)
+    same({**embeddings, **targets, **method.state_dict()}, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_collapse_metrics_watch_two_views_of_the_same_images(name):
+    method, images = contract.build(name), contract.batch(name)
+    embeddings, targets = method(images), method.targets(images)
+    kept = [
+        {key: z for key, z in tensors.items() if key not in method.transient}
+        for tensors in (embeddings, targets)
+    ]
+    monitored = method.monitored(*kept)
+    assert len(monitored.embeddings) == contract.ROWS
+    if name == "cpc":
+        assert monitored.pair is None
+    else:
+        z_a, z_b = monitored.pair
+        assert z_a is monitored.embeddings and z_a.shape == z_b.shape
+        assert not torch.equal(z_a, z_b)
+    has_prototypes = hasattr(method.config, "num_prototypes")
+    assert (monitored.assignments is not None) is has_prototypes
+    if has_prototypes:
+        assert monitored.assignments.shape == (contract.ROWS,)
+        assert monitored.assignments.max() < monitored.num_prototypes
 
 
 @pytest.mark.parametrize("name", NAMES)

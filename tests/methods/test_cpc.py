@@ -8,7 +8,7 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.methods.cpc import turned
+from ssl_pretrain.methods.cpc import rotate
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (20,)
@@ -45,7 +45,7 @@ def plain_loss(method, images):
     loss = torch.zeros((), dtype=torch.float64)
     for way, context in enumerate(method.contexts):
         flip = (lambda x: x) if way == 0 else (lambda x: x.flip(2))
-        for ahead, predicted in zip((1, 2), context(flip(grid))):
+        for ahead, predicted in zip((1, 2), context(flip(grid)).unbind(1)):
             terms = []
             for b in range(n):
                 for i in range(4 - ahead):
@@ -80,7 +80,7 @@ def test_a_prediction_sees_its_own_row_and_those_before(row):
 
 def test_the_four_directions_turn_the_grid():
     grid = torch.arange(9.0).view(1, 1, 3, 3)  # row by row
-    assert [turned(grid, way)[0, 0, 0].tolist() for way in range(4)] == [
+    assert [rotate(grid, way)[0, 0, 0].tolist() for way in range(4)] == [
         [0, 1, 2],
         [6, 7, 8],
         [0, 3, 6],

@@ -11,8 +11,9 @@ import torch
 from conftest import run_ranks
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.methods.moco import Config, exchanged
+from ssl_pretrain.methods.moco import Config, forward_shuffled
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 
 METHOD = {"projector_dims": [8, 4], "queue_size": 72, "momentum": 0.9}
 OPTIM = OptimConfig(
@@ -82,7 +83,7 @@ class Whoami(torch.nn.Module):
 def _exchange():
     rank = process_group.rank()
     numbers = torch.arange(8) + 8 * rank
-    return exchanged(Whoami(), numbers.double().view(-1, 1, 1, 1), numbers + 100)
+    return forward_shuffled(Whoami(), numbers.double().view(-1, 1, 1, 1), numbers + 100)
 
 
 def test_key_views_are_computed_elsewhere_and_come_back():
@@ -131,9 +132,6 @@ def test_without_its_queue_the_negatives_are_the_batchs_other_keys():
         for q, k in zip(queries, keys)
     )
     torch.testing.assert_close(method.loss(embeddings, targets)[0], expected / len(images))
-    assert (
-        method.couples_batch
-        and not contract.build("moco").couples_batch
-        and not any("queue" in key for key in method.state_dict())
-    )
-    method.after_step(0.0, embeddings, targets)
+    assert method.couples == "embeddings" and contract.build("moco").couples == "nothing"
+    assert not any("queue" in key for key in method.state_dict())
+    method.after_step(Progress(0, 20, 2), embeddings, targets)

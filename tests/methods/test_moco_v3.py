@@ -11,7 +11,7 @@ import contract
 import pytest
 import torch
 
-from ssl_pretrain.methods.moco_v3 import Config, positions
+from ssl_pretrain.methods.moco_v3 import Config, sine_cosine_positions
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.models.backbones import build as build_backbone
 from ssl_pretrain.optim.optimizers import OptimConfig
@@ -93,7 +93,7 @@ def test_a_vit_starts_as_the_authors():
 
 
 def test_positions_are_sines_and_cosines_of_both_coordinates():
-    got = positions(3, 3, 8)[0]
+    got = sine_cosine_positions(3, 3, 8)[0]
     for patch in range(9):
         first, second = divmod(patch, 3)
         waves = [

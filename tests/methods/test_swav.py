@@ -13,6 +13,7 @@ import torch
 
 from ssl_pretrain.methods.swav import Config, sinkhorn
 from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 
 VIEWS = (9, 9, 7, 7)
 METHOD = {
@@ -122,7 +123,8 @@ def test_collapse_costs_the_log_of_the_prototypes():
 
 def test_prototypes_are_frozen_for_their_steps():
     method = contract.build("swav")
-    assert method.frozen(0.0) == ("prototypes",) and method.frozen(1 / contract.NUM_STEPS) == ()
+    assert method.frozen(Progress(0, 20, 2)) == ("prototypes",)
+    assert method.frozen(Progress(1, 20, 2)) == ()
 
 
 def test_a_queue_that_the_batch_does_not_fill_is_refused():

@@ -12,7 +12,8 @@ from torch import nn
 
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.models.queue import Queue, check_queue
-from ssl_pretrain.models.teacher import Teacher, to_one
+from ssl_pretrain.models.teacher import Teacher, rising_momentum
+from ssl_pretrain.optim.schedules import Progress
 
 pytestmark = pytest.mark.promise
 
@@ -60,8 +61,12 @@ def test_the_teacher_drops_nothing_in_training_mode():
 
 
 def test_the_momentum_rises_to_one_by_half_a_cosine():
-    assert [to_one(p, 0.99) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.99, 0.995, 1.0])
-    assert to_one(0.3, 0.996) == pytest.approx(1 - (1 - 0.996) * (math.cos(math.pi * 0.3) + 1) / 2)
+    assert [rising_momentum(Progress(step, 10, 1), 0.99) for step in (0, 5, 10)] == pytest.approx(
+        [0.99, 0.995, 1.0]
+    )
+    assert rising_momentum(Progress(3, 10, 1), 0.996) == pytest.approx(
+        1 - (1 - 0.996) * (math.cos(math.pi * 0.3) + 1) / 2
+    )
 
 
 def test_the_queue_overwrites_its_oldest():

@@ -11,6 +11,7 @@ from torch import nn
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.methods.base import Monitored
 from ssl_pretrain.models.teacher import Teacher
 from ssl_pretrain.monitoring.collapse import CollapseError, CollapseMonitor, HealthConfig
 from ssl_pretrain.train import train
@@ -31,6 +32,9 @@ class Student(nn.Module):
     def forward(self, x):
         return self.projector(self.backbone(x))
 
+    def monitored(self, embeddings, targets):
+        return Monitored(embeddings["z"])
+
 
 class Run:
     """A student, its optimizer and its monitor, which is due every second step."""
@@ -50,7 +54,7 @@ class Run:
         for parameter in (self.student.backbone.weight, self.student.projector.weight):
             parameter.grad = torch.full_like(parameter, gradient)
         self.optimizer.step()
-        return self.monitor.measure(number, {"z": z})
+        return self.monitor.measure(number, {"z": z}, {})
 
 
 def test_only_due_steps_are_measured():

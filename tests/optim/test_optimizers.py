@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import LARS, OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 
 pytestmark = pytest.mark.promise
 
@@ -127,7 +128,7 @@ def test_adam_takes_betas_and_eps_from_the_configuration(name):
     module = nn.Module()
     module.weight = weight
     optimizer = optim.build(config, module)
-    optim.set_rates(optimizer, config, 0.0, 1, 1)
+    optim.set_rates(optimizer, config, Progress(0, 1, 1), 1, 1)
     expected, first, second = weight.detach().clone(), torch.zeros(2, 2), torch.zeros(2, 2)
     for step in (1, 2):
         weight.grad = torch.full((2, 2), 0.3 * step, dtype=torch.float64)
@@ -146,7 +147,7 @@ def test_a_non_finite_gradient_changes_nothing(name, bad):
         name=name, base_lr=0.1, lr_scaling="none", warmup_epochs=0, weight_decay=0.01
     )
     for step in range(3):
-        optim.set_rates(optimizer, settings, 0.1, 10, 256)
+        optim.set_rates(optimizer, settings, Progress(1, 10, 1), 10, 256)
         for p, g in zip(model.parameters(), gradients(step)):
             p.grad = g.clone()
         if step == 1:
@@ -210,10 +211,15 @@ def test_scaled_lr_at_8192(scaling, base, expected):
 
 def test_rates_of_a_run():
     settings = OptimConfig(base_lr=0.3, warmup_epochs=10, weight_decay=1e-6)
-    assert optim.rates(settings, 0.0, 100, 4096) == {"lr": 0.0, "weight_decay": 1e-6}
-    assert optim.rates(settings, 0.1, 100, 4096)["lr"] == pytest.approx(4.8)
-    assert optim.rates(settings, 0.55, 100, 4096)["lr"] == pytest.approx(2.4)
-    assert optim.rates(settings, 1.0, 100, 4096)["lr"] == pytest.approx(0.0, abs=1e-12)
+    assert optim.rates(settings, Progress(0, 100, 1), 100, 4096) == {
+        "lr": 0.0,
+        "weight_decay": 1e-6,
+    }
+    assert optim.rates(settings, Progress(10, 100, 1), 100, 4096)["lr"] == pytest.approx(4.8)
+    assert optim.rates(settings, Progress(55, 100, 1), 100, 4096)["lr"] == pytest.approx(2.4)
+    assert optim.rates(settings, Progress(100, 100, 1), 100, 4096)["lr"] == pytest.approx(
+        0.0, abs=1e-12
+    )
 
 
 def plain_larc(model, rates, clip, weight_decay=0.01, momentum=0.9, eta=0.02):
@@ -257,12 +263,13 @@ def test_larc_equals_apex_on_every_parameter(clip):
 def test_milestones_and_epochs():
     moco = OptimConfig(base_lr=0.03, schedule="milestones", milestones=[120, 160], warmup_epochs=0)
     lrs = [
-        optim.rates(moco, epoch / 200, 200, 256)["lr"] for epoch in (0, 119.9, 120, 159.9, 160, 199)
+        optim.rates(moco, Progress(step, 2000, 10), 200, 256)["lr"]
+        for step in (0, 1199, 1200, 1599, 1600, 1990)
     ]
     assert lrs == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
     by_epoch = OptimConfig(base_lr=1.0, changes_every="epoch", warmup_epochs=0)
     steps = [
-        optim.rates(by_epoch, step / 12, 4, 256)["lr"] for step in range(12)
+        optim.rates(by_epoch, Progress(step, 12, 3), 4, 256)["lr"] for step in range(12)
     ]  # 3 steps an epoch
     assert steps == pytest.approx(
         [(1 + math.cos(math.pi * (step // 3) / 4)) / 2 for step in range(12)]
@@ -271,11 +278,11 @@ def test_milestones_and_epochs():
 
 def test_the_weight_decay_of_dino_rises_by_half_a_cosine():
     dino = OptimConfig(weight_decay=0.04, final_weight_decay=0.4)
-    assert [optim.rates(dino, p, 100, 256)["weight_decay"] for p in (0, 0.5, 1)] == pytest.approx(
-        [0.04, 0.22, 0.4]
-    )
+    assert [
+        optim.rates(dino, Progress(step, 100, 1), 100, 256)["weight_decay"] for step in (0, 50, 100)
+    ] == pytest.approx([0.04, 0.22, 0.4])
     optimizer = optim.build(dino, network())
-    optim.set_rates(optimizer, dino, 0.5, 100, 256)
+    optim.set_rates(optimizer, dino, Progress(50, 100, 1), 100, 256)
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.22, 0.0])
 
 
@@ -288,7 +295,7 @@ def test_constant_and_excluded_learning_rates():
         ("adapted", ["0.weight"]), ("excluded", ["0.bias", "1.weight", "1.bias"]), ("constant adapted", ["3.weight"]), ("constant excluded", ["3.bias"]),
     ]  # fmt: skip
     optimizer = optim.build(settings, network())
-    optim.set_rates(optimizer, settings, 0.5, 100, 256)
+    optim.set_rates(optimizer, settings, Progress(50, 100, 1), 100, 256)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
         [0.1, 0.0024, 0.2, 0.0048]
     )

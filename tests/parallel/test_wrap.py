@@ -14,6 +14,7 @@ from traffic import Traffic, predicted
 
 from ssl_pretrain.checkpoint import state as checkpoint
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import batch_norm
 from ssl_pretrain.parallel import wrap as parallel
 
@@ -123,7 +124,7 @@ def _nothing_moves():
         before = networks.whole(parallel.unwrap(stepper.model))
         own = networks.batch(1, sizes).slice(process_group.rank(), process_group.world_size())
         own.views[1][0, 0, 0, 0] = float("nan") if process_group.rank() else 0.0
-        _, logs = stepper(1, 0.05, own)
+        logs = stepper(Progress(1, 20, 2), own).logs
         after = networks.whole(parallel.unwrap(stepper.model))
         assert logs["skipped_steps"] == 1
         moved[name] = [
@@ -228,7 +229,7 @@ def _bytes(name, strategy):
     networks.take_step(stepper, sizes, 0)
     own = networks.batch(1, sizes, 6).slice(process_group.rank(), process_group.world_size())
     with Traffic() as traffic:
-        stepper(1, 0.05, own)
+        stepper(Progress(1, 20, 2), own)
     expected = predicted(
         parallel.unwrap(stepper.model),
         strategy,

@@ -1,0 +1,14 @@
+"""The precision in which losses are computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def upcast(z: Tensor) -> Tensor:
+    """Return `z` in float32, or unchanged if it is float64.
+
+    Under autocast embeddings are bfloat16, too coarse for similarities and their exponentials.
+    """
+    return z if z.dtype == torch.float64 else z.float()
