@@ -298,20 +298,19 @@ def check_accumulation(method: Method, config: ParallelConfig) -> None:
     """Refuse micro-batches that would train another loss.
 
     Raises:
-        ValueError: `parallel.accumulation` is one pass, and the method's loss compares images.
-        NotImplementedError: The method's loss couples the targets of different images.
+        ValueError: `parallel.accumulation` is one pass and the method's loss compares images, or
+            the loss couples the targets of different images.
     """
-    name = method.config.name
     if method.couples == "targets":
-        raise NotImplementedError(
-            f"{name}: a loss that couples targets cannot be computed in micro-batches yet; "
-            "set micro_batch_size=0"
+        raise ValueError(
+            f"micro_batch_size: {method.config.name} cannot be trained in micro-batches, because "
+            "its loss couples the targets of different images; set micro_batch_size=0"
         )
     if config.accumulation == "one_pass" and method.couples == "embeddings":
         raise ValueError(
-            f"parallel.accumulation: one_pass does not train {name}: this loss compares images "
-            "across the whole batch. Summing the losses of micro-batches would drop the pairs "
-            "between them. Set auto or two_passes, which keep all pairs"
+            f"parallel.accumulation: one_pass does not train {method.config.name}: this loss "
+            "compares images across the whole batch. Summing the losses of micro-batches would "
+            "drop the pairs between them. Set auto or two_passes, which keep all pairs"
         )
 
 
