@@ -133,10 +133,10 @@ class Client:
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
         """Yield the new results in RUN/eval/, each with the step whose weights were evaluated."""
-        for key, content, result in evaluations.unsent(self.folder):
+        for result in evaluations.unsent(self.folder):
             pretrained = (row for row in result["rows"] if row["features"] == "pretrained")
             metrics: dict[str, float] = next(pretrained, {"metrics": {}})["metrics"]
-            evaluations.mark_sent(self.folder, key, content)
+            evaluations.mark_sent(self.folder, result)
             yield {"evaluated_step": result["step"]} | {
                 metric_names.evaluation(result["name"], column): value
                 for column, value in metrics.items()

@@ -14,23 +14,28 @@ from ssl_pretrain.system import durable_files
 SENT = "wandb/evaluations_sent.json"
 
 
-def unsent(run: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield a key, a hash and the content of each result that `mark_sent` was not called with."""
+def unsent(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield the results that `mark_sent` was not called with, each once."""
     sent = _sent(run)
     for path in sorted([*run.glob("eval/*.json"), *run.glob("eval/step_*/*.json")]):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # perhaps half written by another
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not a result, or half written
             result = json.loads(path.read_text())
-            key = f"{result['name']} of step {result['step']}"
-            content = hashlib.sha256(json.dumps(result["rows"]).encode()).hexdigest()[:16]
-            if sent.get(key) != content:
-                sent[key] = content  # the latest result is stored twice
-                yield key, content, result
+            identity = _identity(result)
+            if not identity.items() <= sent.items():
+                sent |= identity  # the latest result is stored twice
+                yield result
 
 
-def mark_sent(run: Path, key: str, content: str) -> None:
+def mark_sent(run: Path, result: dict[str, Any]) -> None:
     """Remember that a result was sent."""
     with suppress(OSError):  # the result is sent again, to the same step
-        durable_files.replace(run / SENT, json.dumps(_sent(run) | {key: content}))
+        durable_files.replace(run / SENT, json.dumps(_sent(run) | _identity(result)))
+
+
+def _identity(result: dict[str, Any]) -> dict[str, str]:
+    """Return the name of a result with a hash of its numbers."""
+    digest = hashlib.sha256(json.dumps(result["rows"]).encode()).hexdigest()[:16]
+    return {f"{result['name']} of step {result['step']}": digest}
 
 
 def _sent(run: Path) -> dict[str, str]:
