@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 
 class WarningCollector:
@@ -58,7 +58,8 @@ class WarningCollector:
         category: type[Warning],
         filename: str,
         lineno: int,
-        *_unused: Any,
+        file: TextIO | None = None,
+        line: str | None = None,
     ) -> None:
         text = f"{message} ({os.path.basename(filename)}:{lineno})"
         if text not in self._known:
