@@ -69,7 +69,7 @@ class NNCLR(Method):
         a_to_b = info_nce(neighbor_a, embeddings["p_b"], temperature=temperature)
         b_to_a = info_nce(neighbor_b, embeddings["p_a"], temperature=temperature)
         loss = (a_to_b + b_to_a) / 2
-        return LossOutput(loss, {"neighbour_cosine": mean_cosine(neighbor_a, z_a.detach())})
+        return LossOutput(loss, {"neighbor_cosine": mean_cosine(neighbor_a, z_a.detach())})
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.methods.base import Monitored
 from ssl_pretrain.monitoring import collapse_metrics
 
 NUM_POINTS = 64  # points of a curve that are stored
@@ -17,13 +18,7 @@ Curves = dict[str, Tensor]
 
 @torch.no_grad()
 def measure(
-    embeddings: Tensor,
-    *,
-    pair: tuple[Tensor, Tensor] | None = None,
-    assignments: Tensor | None = None,
-    num_prototypes: int = 0,
-    features: Tensor | None = None,
-    max_rows: int = 1024,
+    monitored: Monitored, features: Tensor | None = None, max_rows: int = 1024
 ) -> tuple[Scalars, Curves]:
     """Measure the embeddings of all ranks. Nothing waits for the device.
 
@@ -31,10 +26,7 @@ def measure(
     NaN guard reports such a step better.
 
     Args:
-        embeddings: The student's on this rank, of one view per image, (local_batch, ...).
-        pair: Embeddings of two views of the same images on this rank, (local_batch, dim) each.
-        assignments: Prototype of each image on this rank, (local_batch,).
-        num_prototypes: Number of prototypes.
+        monitored: The method's tensors on this rank.
         features: The backbone's outputs on this rank, (rows, feature_dim).
         max_rows: Number of rows, over all ranks, that are measured.
 
@@ -47,10 +39,12 @@ def measure(
         narrow = rows.is_floating_point() and rows.dtype != torch.float64
         return collectives.gather(rows.float() if narrow else rows)
 
-    z, finite = _zero_unless_finite(gather(embeddings.flatten(1)))
+    z, finite = _zero_unless_finite(gather(monitored.embeddings.flatten(1)))
     scalars, curves = _embedding_metrics(z)
-    if pair is not None:
-        (z_a, finite_a), (z_b, finite_b) = (_zero_unless_finite(gather(view)) for view in pair)
+    if monitored.pair is not None:
+        (z_a, finite_a), (z_b, finite_b) = (
+            _zero_unless_finite(gather(view)) for view in monitored.pair
+        )
         scalars |= _pair_metrics(z_a, z_b)
         finite = finite & finite_a & finite_b
     if features is not None:
@@ -59,8 +53,10 @@ def measure(
         scalars["feature_rank_centered"] = collapse_metrics.effective_rank(spectrum)
         scalars["alpha_req"] = collapse_metrics.alpha_req(spectrum.square())
         finite = finite & finite_features
-    if assignments is not None:
-        usage, entropy = collapse_metrics.prototype_use(gather(assignments), num_prototypes)
+    if monitored.assignments is not None:
+        usage, entropy = collapse_metrics.prototype_use(
+            gather(monitored.assignments), monitored.num_prototypes
+        )
         scalars |= {"prototype_usage": usage, "prototype_entropy": entropy}
     return {name: torch.where(finite, value, torch.nan) for name, value in scalars.items()}, curves
 

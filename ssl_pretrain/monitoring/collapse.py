@@ -85,9 +85,7 @@ class CollapseMonitor:
             self._prepare(step + 1)
             return Measurements()
         metrics, curves = batch_metrics.measure(
-            **self.method.monitored(embeddings, targets)._asdict(),
-            features=self._features,
-            max_rows=self.config.max_rows,
+            self.method.monitored(embeddings, targets), self._features, self.config.max_rows
         )
         metrics |= self._network.metrics
         values = torch.stack([value.double().to("cpu") for value in metrics.values()]).tolist()

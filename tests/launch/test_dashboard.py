@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssl_pretrain.launch import dashboard
+from ssl_pretrain.methods.base import Monitored
 from ssl_pretrain.monitoring import batch_metrics, metric_names
 
 workspaces = pytest.importorskip(
@@ -38,9 +39,7 @@ def metrics_of(workspace):
 def test_every_panel_shows_a_metric_that_is_logged():
     z = torch.randn(16, 4)
     assignments = torch.zeros(16, dtype=torch.int64)
-    measured, _ = batch_metrics.measure(
-        z, pair=(z, z), features=z, assignments=assignments, num_prototypes=5
-    )
+    measured, _ = batch_metrics.measure(Monitored(z, (z, z), assignments, 5), features=z)
     logged = {metric_names.display_name(key) for key in LOGGED | measured.keys()}
     sections = metrics_of(dashboard.build("p", "e"))
     shown = {metric for metrics in sections.values() for metric in metrics}

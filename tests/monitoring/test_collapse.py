@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import tiny
 import torch
@@ -22,7 +20,6 @@ class Student(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = SimpleNamespace()
         self.backbone, self.projector = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
         self.teacher = Teacher(backbone=self.backbone)
         for parameter in (self.backbone.weight, self.projector.weight):
