@@ -1,8 +1,11 @@
-"""Measure one training step on a GPU and print one JSON line: python tests/gpu/steps.py simclr_resnet50 [--compile]
+"""Measure one training step on a GPU and print the result as one line of JSON.
 
-The line has the largest batch that fits, images per second, the share of loss and optimizer in the step, and the shares of the
-roofline and of 790 TFLOP/s. For SimCLR with ResNet-50 it also has lightly's step, interleaved with ours. tests/gpu/run.py runs
-all of them. `--tiny` takes small networks on any device, to see that this script works.
+    python tests/gpu/steps.py simclr_resnet50 [--compile]
+
+The line has the largest batch that fits, images per second, the share of loss and optimizer in the
+step, and the fractions of the roofline and of 790 TFLOP/s. For SimCLR with ResNet-50 it also has
+lightly's step, interleaved with ours. tests/gpu/run.py runs all steps. `--tiny` uses small
+networks on any device, to check this script.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from ssl_pretrain.views.batch import Batch
 HALFWAY = Progress(50_000, 100_000, 1_000)
 
 PEAK = 790e12  # FLOP/s of bfloat16 matrix products on an H100 or H200
+ADAMW = ["backbone.args={}", "optim.name=adamw", "optim.base_lr=1e-3"]
 CONFIGS = {  # name -> YAML, overrides
     "simclr_resnet50": ("simclr_imagenet", []),
     "swav_resnet50_multicrop": ("swav_imagenet", []),
@@ -50,38 +54,19 @@ CONFIGS = {  # name -> YAML, overrides
     "dino_vit_base": ("dino_imagenet", ["backbone.name=vit_base_patch16_224"]),
     "barlow_twins_vit_small": (
         "barlow_twins_imagenet",
-        [
-            "backbone.name=vit_small_patch16_224",
-            "backbone.args={}",
-            "optim.name=adamw",
-            "optim.base_lr=1e-3",
-        ],
+        ["backbone.name=vit_small_patch16_224", *ADAMW],
     ),
-    "vit_large_simclr": (
-        "simclr_imagenet",
-        [
-            "backbone.name=vit_large_patch16_224",
-            "backbone.args={}",
-            "optim.name=adamw",
-            "optim.base_lr=1e-3",
-        ],
-    ),
+    "vit_large_simclr": ("simclr_imagenet", ["backbone.name=vit_large_patch16_224", *ADAMW]),
 }
-BATCH = {
-    "barlow_twins_vit_small": 256,
-    "vit_large_simclr": 384,
-}  # as published; the others take the largest that fits
+# Published batch sizes. The other steps use the largest batch that fits.
+BATCH = {"barlow_twins_vit_small": 256, "vit_large_simclr": 384}
 SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
 
 
-def run_of(name: str, tiny: bool, compiled: bool) -> RunConfig:
+def load_run(name: str, tiny: bool, compiled: bool) -> RunConfig:
     """Return the configuration of a step, with a small network and quartered views if `tiny`."""
     stem, overrides = CONFIGS[name]
-    overrides = [
-        *overrides,
-        "launch.gpus_per_node=0",
-        *(["parallel.compile=true"] if compiled else []),
-    ]
+    overrides = [*overrides, "launch.gpus_per_node=0", f"parallel.compile={str(compiled).lower()}"]
     run = config.load(ROOT / "configs" / f"{stem}.yaml", overrides)
     if tiny:
         small = methods.find(run.method.name)
@@ -92,41 +77,39 @@ def run_of(name: str, tiny: bool, compiled: bool) -> RunConfig:
     return run
 
 
-def crops_of(run: RunConfig, images: int) -> list[torch.Tensor]:
-    """Return uint8 crops of random pixels in pinned host memory, as a loader hands them over: one tensor per view."""
+def random_crops(run: RunConfig, images: int) -> list[torch.Tensor]:
+    """Return uint8 crops of random pixels in pinned host memory, one tensor per view."""
     generator = np.random.default_rng(0)
     crops = [
-        generator.integers(0, 256, (images, 3, crop.size, crop.size), dtype=np.uint8)
+        torch.from_numpy(
+            generator.integers(0, 256, (images, 3, crop.size, crop.size), dtype=np.uint8)
+        )
         for crop in recipe.expand_counts(run.views)
     ]
-    return [
-        torch.from_numpy(pixels).pin_memory()
-        if torch.cuda.is_available()
-        else torch.from_numpy(pixels)
-        for pixels in crops
-    ]
+    return [crop.pin_memory() for crop in crops] if torch.cuda.is_available() else crops
 
 
-def colored(
+def augment_colors(
     run: RunConfig, crops: list[torch.Tensor], epoch: int, device: torch.device
 ) -> list[torch.Tensor]:
-    """Send the crops, draw their colors and apply them, as the loader does for every step."""
-    numbers, views = np.arange(len(crops[0])), []
+    """Upload the crops and apply random colors, as the loader does in every step."""
+    indices, views = np.arange(len(crops[0])), []
+    dtype = Execution.resolve(run.parallel, device).view_dtype
     for crop in run.views.crops.values():
-        places = range(len(views), len(views) + crop.count)
-        drawn = [color.draw(crop, 0, epoch, numbers, place) for place in places]
-        pixels = [crops[place].to(device, non_blocking=True) for place in places]
-        dtype = Execution.resolve(run.parallel, device).view_dtype
-        views += color.apply_to_group(pixels, drawn, crop, run.views.mean, run.views.std, dtype)
+        positions = range(len(views), len(views) + crop.count)
+        parameters = [color.draw(crop, 0, epoch, indices, position) for position in positions]
+        pixels = [crops[position].to(device, non_blocking=True) for position in positions]
+        mean, std = run.views.mean, run.views.std
+        views += color.apply_to_group(pixels, parameters, crop, mean, std, dtype)
     return views
 
 
-def batch_of(run: RunConfig, views: list[torch.Tensor], device: torch.device) -> Batch:
+def make_batch(run: RunConfig, views: list[torch.Tensor], device: torch.device) -> Batch:
     numbers = torch.arange(len(views[0]), device=device)
     return Batch(views, numbers % 10, numbers)
 
 
-def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepper, Batch]:
+def make_stepper(run: RunConfig, images: int, device: torch.device) -> tuple[Stepper, Batch]:
     run = replace(
         run, global_batch_size=images, parallel=replace(run.parallel, bn_group_images="global")
     )
@@ -135,7 +118,7 @@ def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepp
         torch.randn(images, 3, crop.size, crop.size, device=device).to(execution.view_dtype)
         for crop in recipe.expand_counts(run.views)
     ]
-    method, batch = build_method(run), batch_of(run, execution.place_views(views), device)
+    method, batch = build_method(run), make_batch(run, execution.place_views(views), device)
     stepper = build_stepper(
         method,
         run.parallel,
@@ -149,17 +132,22 @@ def stepper_of(run: RunConfig, images: int, device: torch.device) -> tuple[Stepp
     return stepper, batch
 
 
-def largest(
+def largest_that_fits(
     run: RunConfig, device: torch.device, sizes: tuple[int, ...]
 ) -> tuple[int, Stepper, Batch]:
-    """Return the first of `sizes`, largest first, of which two steps fit into memory, with its stepper and its batch.
+    """Return the first batch size of which two steps fit in memory, with its stepper and batch.
+
+    Args:
+        run: The configuration.
+        device: A GPU.
+        sizes: Batch sizes to try, the largest first.
 
     Raises:
         RuntimeError: Not even the smallest fits.
     """
     for images in sizes:
         try:
-            stepper, batch = stepper_of(run, images, device)
+            stepper, batch = make_stepper(run, images, device)
             for _ in range(2):
                 stepper(HALFWAY, batch)
             return images, stepper, batch
@@ -169,8 +157,8 @@ def largest(
     raise RuntimeError(f"not even {sizes[-1]} images fit")
 
 
-def backbone_alone(stepper: Stepper, batch: Batch) -> Callable[[], object]:
-    """Return a step without loss and optimizer: forward, teacher, and backward from gradients of one."""
+def backbone_step(stepper: Stepper, batch: Batch) -> Callable[[], object]:
+    """Return a step without loss and optimizer: the gradient of every embedding is 1."""
     method: Any = parallel.unwrap(stepper.model)
 
     def run() -> None:
@@ -184,8 +172,8 @@ def backbone_alone(stepper: Stepper, batch: Batch) -> Callable[[], object]:
     return run
 
 
-def lightlys_step(name: str, images: int, size: int, device: torch.device) -> Callable[[], object]:
-    """Return SimCLR's step built of lightly's parts, on the same network, views, precision and memory format."""
+def lightly_step(name: str, images: int, size: int, device: torch.device) -> Callable[[], object]:
+    """Return SimCLR's step made with lightly, on the same network, views and precision."""
     import timm
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import SimCLRProjectionHead
@@ -212,7 +200,7 @@ def lightlys_step(name: str, images: int, size: int, device: torch.device) -> Ca
 
 
 def bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object]:
-    """Return the shortest step of the same backbone: forward of the student's views, backward, fused SGD."""
+    """Return forward, backward and fused SGD of the same backbone on the student's views."""
     method: Any = parallel.unwrap(stepper.model)
     backbone = method.backbone
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
@@ -228,7 +216,7 @@ def bare_step(stepper: Stepper, batch: Batch, views: int) -> Callable[[], object
     return run
 
 
-def measured(
+def measure(
     name: str,
     device: torch.device,
     tiny: bool,
@@ -248,101 +236,85 @@ def measured(
         images: Try no more than these at once, 0 for no limit.
         trace: File for the profile of five steps, on a GPU.
     """
-    run = run_of(name, tiny, compiled)
-    wanted = images or BATCH.get(name, 0)
-    sizes = (
-        (8,)
-        if tiny
-        else tuple(size for size in SIZES if size <= wanted) or (wanted,)
-        if wanted
-        else SIZES
-    )
-    began = time.perf_counter()
-    images, stepper, batch = largest(run, device, sizes)
-    found: dict[str, Any] = {"versions": versions("timm"), "images": images, "compiled": compiled}
-    found["seconds_to_first_step"] = time.perf_counter() - began
-    crops, kinds = crops_of(run, images), recipe.expand_counts(run.views)
+    run = load_run(name, tiny, compiled)
+    limit = images or BATCH.get(name, SIZES[0])
+    sizes = (8,) if tiny else tuple(size for size in SIZES if size <= limit) or (limit,)
+    start = time.perf_counter()
+    images, stepper, batch = largest_that_fits(run, device, sizes)
+    result: dict[str, Any] = {"versions": versions("timm"), "images": images, "compiled": compiled}
+    result["seconds_to_first_step"] = time.perf_counter() - start
+    crops, kinds = random_crops(run, images), recipe.expand_counts(run.views)
     epochs = itertools.count()
 
     def whole() -> None:
-        views = colored(run, crops, next(epochs), device)
+        views = augment_colors(run, crops, next(epochs), device)
         stepper(HALFWAY, Batch(views, batch.labels, batch.indices))
 
     steps: dict[str, Callable[[], object]] = {
         "whole": whole,
         "step": lambda: stepper(HALFWAY, batch),
-        "color": lambda: colored(run, crops, next(epochs), device),
-        "alone": backbone_alone(stepper, batch),
+        "color": lambda: augment_colors(run, crops, next(epochs), device),
+        "backbone": backbone_step(stepper, batch),
         "bare": bare_step(stepper, batch, len(kinds)),
     }
     if name == "simclr_resnet50" and not compiled:
         try:
-            steps["lightly"] = lightlys_step(run.backbone.name, images, kinds[0].size, device)
+            steps["lightly"] = lightly_step(run.backbone.name, images, kinds[0].size, device)
             steps["lightly"]()
         except ImportError:
-            found["lightly"] = "not installed"
+            result["lightly"] = "not installed"
         except torch.OutOfMemoryError:
             steps.pop("lightly", None)
-            found["lightly"] = f"out of memory at {images} images"
+            result["lightly"] = f"out of memory at {images} images"
     for step in steps.values():
         step()
     seconds = interleaved(steps, repeats, device)
-    on = (
-        next(
-            (
-                machine
-                for key, machine in hardware.MACHINES.items()
-                if key in torch.cuda.get_device_name().split()
-            ),
-            None,
-        )
-        if device.type == "cuda"
-        else None
-    )
+    words = torch.cuda.get_device_name().split() if device.type == "cuda" else []
+    machine = next((hardware.MACHINES[word] for word in words if word in hardware.MACHINES), None)
     program = Program(
-        replace(run, global_batch_size=images), Cluster(1, 1), on or hardware.MACHINES["H100"]
+        replace(run, global_batch_size=images),
+        Cluster(1, 1),
+        machine or hardware.MACHINES["H100"],
     )
-    part = program.part.at(images)
-    found |= {
+    trace_of_step = program.part.at(images)
+    roofline = sum(program.machine.bounds(trace_of_step))
+    result |= {
         "ms": seconds["whole"] * 1e3,
         "ms_without_color": seconds["step"] * 1e3,
         "ms_color": seconds["color"] * 1e3,
         "images_per_second": images / seconds["whole"],
         "views_per_second": len(kinds) * images / seconds["whole"],
-        "loss_and_optimizer": 1 - seconds["alone"] / seconds["step"],
+        "loss_and_optimizer": 1 - seconds["backbone"] / seconds["step"],
         "bare_over_whole": seconds["bare"] / seconds["whole"],
-        "of_790_tflops": float(part.flops.sum()) / seconds["whole"] / PEAK,
-        "of_roofline": sum(program.machine.bounds(part)) / seconds["step"] if on else None,
+        "of_790_tflops": float(trace_of_step.flops.sum()) / seconds["whole"] / PEAK,
+        "of_roofline": roofline / seconds["step"] if machine else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
     if "lightly" in seconds:
-        found["lightly"] = {
+        result["lightly"] = {
             "images_per_second": images / seconds["lightly"],
             "ours_over_theirs": seconds["lightly"] / seconds["step"],
         }
     if trace is not None and device.type == "cuda":
-        found["kernels"] = traced(whole, trace)
-    return found
+        result["kernels"] = profile(whole, trace)
+    return result
 
 
-def traced(step: Callable[[], object], path: Path) -> list[str]:
+def profile(step: Callable[[], object], path: Path) -> list[str]:
     """Profile five steps, write the table of kernels, and return its costliest lines."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    ) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(5):
             step()
         torch.cuda.synchronize()
     averages = profiler.key_averages()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(averages.table(sort_by="self_cuda_time_total", row_limit=60))
-    costly = sorted(
-        (event for event in averages if event.self_device_time_total > 0),
-        key=lambda event: -event.self_device_time_total,
-    )
+    on_gpu = [event for event in averages if event.self_device_time_total > 0]
+    on_gpu.sort(key=lambda event: -event.self_device_time_total)
     return [
         f"{event.self_device_time_total / 5e3:.2f} ms {event.count / 5:.0f} x {event.key[:70]}"
-        for event in costly[:25]
+        for event in on_gpu[:25]
     ]
 
 
@@ -358,8 +330,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True  # as distributed.start sets it
-    found = measured(
+    torch.backends.cudnn.benchmark = True  # as in process_group.start
+    result = measure(
         options.name,
         device,
         options.tiny,
@@ -368,7 +340,7 @@ def main() -> None:
         options.images,
         options.trace,
     )
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One optimizer step on a GPU makes no host wait and has the numbers of a CPU."""
+"""An optimizer step on a GPU never blocks the host and equals a step on a CPU."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ OPTIM = {
 }
 
 
-def method_of(name: str, backbone: str = "test_resnet") -> Method:
-    """Build a method with its small heads, always with the same weights."""
+def make_method(name: str, backbone: str = "test_resnet") -> Method:
+    """Return a method with small heads and always the same weights."""
     torch.manual_seed(0)
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
@@ -44,8 +44,8 @@ def method_of(name: str, backbone: str = "test_resnet") -> Method:
     return module.Config(**module.SMALL).build(network)
 
 
-def batch_for(name: str, device: torch.device, images: int = IMAGES) -> Batch:
-    """Return a batch of noise with the views that the method takes, always the same."""
+def make_batch(name: str, device: torch.device, images: int = IMAGES) -> Batch:
+    """Return noise in the views that the method takes, always the same."""
     generator = torch.Generator().manual_seed(1)
     views = [
         torch.randn(images, 3, size, size, generator=generator)
@@ -55,14 +55,14 @@ def batch_for(name: str, device: torch.device, images: int = IMAGES) -> Batch:
     return Batch(views, labels, torch.arange(images)).to(device)
 
 
-def stepper_for(
+def make_stepper(
     method: Method,
     device: torch.device,
     settings: ParallelConfig,
     recipe: OptimConfig,
     images: int = IMAGES,
 ) -> Stepper:
-    example = batch_for(method.config.name, device, images)
+    example = make_batch(method.config.name, device, images)
     step = build_stepper(
         method,
         settings,
@@ -76,40 +76,40 @@ def stepper_for(
     return step
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("name", methods.names())
-def test_nothing_in_a_step_waits_for_the_device(name, parts, cuda, never_blocking):
-    method = method_of(name)
-    settings = ParallelConfig(bn_group_images=IMAGES // parts)
-    step = stepper_for(method, cuda, settings, OPTIM["lars"], IMAGES // parts)
-    batch = batch_for(name, cuda)
-    step(FIRST, batch)  # the first step may wait, as it allocates and compiles
+def test_a_step_never_blocks_the_host(name, num_micro_batches, cuda, never_blocking):
+    method = make_method(name)
+    settings = ParallelConfig(bn_group_images=IMAGES // num_micro_batches)
+    step = make_stepper(method, cuda, settings, OPTIM["lars"], IMAGES // num_micro_batches)
+    batch = make_batch(name, cuda)
+    step(FIRST, batch)  # the first step may block, because it allocates and compiles
     with never_blocking():
         logs = step(SECOND, batch).logs
     assert torch.isfinite(logs["loss"]).item()
 
 
 @pytest.mark.parametrize("recipe", OPTIM)
-def test_the_optimizer_moves_weights_as_on_a_cpu(recipe, cuda):
+def test_the_optimizer_updates_weights_as_on_a_cpu(recipe, cuda):
     plain = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
-    there = copy.deepcopy(plain).to(cuda)
-    for module in (plain, there):
+    on_gpu = copy.deepcopy(plain).to(cuda)
+    for module in (plain, on_gpu):
         optimizer = optim.build(OPTIM[recipe], module)
         optim.set_rates(optimizer, OPTIM[recipe], HALFWAY, 100, 256)
         for number in range(5):
-            for place, parameter in enumerate(module.parameters()):
-                generator = torch.Generator().manual_seed(10 * number + place)
+            for position, parameter in enumerate(module.parameters()):
+                generator = torch.Generator().manual_seed(10 * number + position)
                 parameter.grad = torch.randn(parameter.shape, generator=generator).to(
                     parameter.device
                 )
             optim.guarded_step(optimizer, OPTIM[recipe].clip_norm)
-    for ours, expected in zip(there.parameters(), plain.parameters()):
+    for ours, expected in zip(on_gpu.parameters(), plain.parameters()):
         torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_fused_adamw_is_the_plain_one(cuda):
+def test_fused_adamw_equals_plain_adamw(cuda):
     weights = torch.randn(1000, device=cuda)
-    ends = []
+    results = []
     for fused in (True, False):
         parameter = torch.nn.Parameter(weights.clone())
         optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1, fused=fused)
@@ -118,35 +118,35 @@ def test_fused_adamw_is_the_plain_one(cuda):
                 1000, generator=torch.Generator(cuda).manual_seed(number), device=cuda
             )
             optimizer.step()
-        ends.append(parameter.detach())
-    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_a_broken_gradient_moves_nothing(cuda):
-    method = method_of("simclr")
-    step = stepper_for(method, cuda, ParallelConfig(), OPTIM["lars"])
-    step(FIRST, batch_for("simclr", cuda))
+def test_a_nonfinite_gradient_moves_nothing(cuda):
+    method = make_method("simclr")
+    step = make_stepper(method, cuda, ParallelConfig(), OPTIM["lars"])
+    step(FIRST, make_batch("simclr", cuda))
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    broken = batch_for("simclr", cuda)
-    broken.views[0][0] = float("nan")
-    logs = step(SECOND, broken).logs
+    batch = make_batch("simclr", cuda)
+    batch.views[0][0] = float("nan")
+    logs = step(SECOND, batch).logs
     assert logs["skipped_steps"].item() == 1
     for name, value in method.state_dict().items():
         assert torch.equal(value, before[name]) or "num_batches" in name, name
 
 
 @pytest.mark.parametrize("name", ["simclr", "moco_v3", "dino"])
-def test_float32_gives_the_numbers_of_a_cpu(name, cuda):
+def test_float32_equals_a_cpu(name, cuda):
     losses = []
     torch.backends.cudnn.allow_tf32 = False
     try:
         for device in (torch.device("cpu"), cuda):
-            step = stepper_for(
-                method_of(name), device, ParallelConfig(precision="float32"), OPTIM["lars"]
+            step = make_stepper(
+                make_method(name), device, ParallelConfig(precision="float32"), OPTIM["lars"]
             )
             losses.append(
                 [
-                    step(replace(FIRST, step=number), batch_for(name, device)).logs["loss"].item()
+                    step(replace(FIRST, step=number), make_batch(name, device)).logs["loss"].item()
                     for number in range(3)
                 ]
             )
@@ -155,12 +155,12 @@ def test_float32_gives_the_numbers_of_a_cpu(name, cuda):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_bfloat16_is_near_float32_and_its_weights_stay_wide(cuda):
+def test_bfloat16_is_close_to_float32_and_weights_stay_float32(cuda):
     losses = {}
     for precision in ("float32", "auto"):
-        method = method_of("simclr")
-        step = stepper_for(method, cuda, ParallelConfig(precision=precision), OPTIM["lars"])
-        embeddings, _, logs = step(FIRST, batch_for("simclr", cuda))
+        method = make_method("simclr")
+        step = make_stepper(method, cuda, ParallelConfig(precision=precision), OPTIM["lars"])
+        embeddings, _, logs = step(FIRST, make_batch("simclr", cuda))
         losses[precision] = logs["loss"].item()
         assert embeddings["z_a"].dtype == (torch.bfloat16 if precision == "auto" else torch.float32)
         assert all(
