@@ -110,7 +110,7 @@ def create(project: str, entity: str = "") -> str:
     """
     if not wandb_mode.has_key():
         raise ValueError(
-            "W&B has no key here: run `wandb login`, or set WANDB_API_KEY; --dry-run needs none"
+            "no W&B key was found: run `wandb login`, or set WANDB_API_KEY; --dry-run needs none"
         )
     if wandb_mode.resolve("online")[0] != "online":
         raise ValueError(

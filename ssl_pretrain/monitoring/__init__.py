@@ -1,1 +1,1 @@
-"""What a run records about itself: logs, collapse metrics and alerts, online evaluation."""
+"""Records of a run: logs, collapse metrics and alerts, online evaluation."""

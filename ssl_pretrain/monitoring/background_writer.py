@@ -15,19 +15,22 @@ CLOSE_SECONDS = 60.0  # longest wait for the last records at the end of a run
 
 
 class BackgroundWriter:
-    """Appends lines to files in a thread of its own, in order, with an fsync.
+    """Thread that appends lines to files, in order and with an fsync.
 
     A line that the disk refuses stays in memory. It is written with the next one, or at the end.
 
     Args:
         say: Prints a message. Called when a file that could not be written is complete again.
+
+    Attributes:
+        problems: Messages about files that could not be written, since `take_problems`.
     """
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
         self._queue: queue.SimpleQueue[tuple[Path, str] | None] = queue.SimpleQueue()
         self._refused: dict[Path, str] = {}  # text that is not on the disk yet
-        self.problems: list[str] = []  # files that could not be written, since `take_problems`
+        self.problems: list[str] = []
         self._thread = threading.Thread(target=self._write_all, daemon=True)
         self._thread.start()
 

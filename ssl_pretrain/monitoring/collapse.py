@@ -44,7 +44,7 @@ class CollapseError(RuntimeError):
 
 
 class CollapseMonitor:
-    """Measures a method while it trains. No random number, weight or mode of the training changes.
+    """Monitor of a method while it trains. No random number, weight or mode changes.
 
     Args:
         config: The `health` section of the configuration.

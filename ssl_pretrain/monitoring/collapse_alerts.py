@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MIN_CONSECUTIVE = 2  # bad measurements in a row that raise an alert
-SEVERE_FRACTION = 0.5  # of a rule's two limits: below both, one measurement is enough
+SEVERE_FRACTION = 0.5  # one value below this fraction of both limits is enough
 GUARD_METRIC = "positive_chance"
-CHANCE_THRESHOLD = 0.5  # of the guard metric; below it the views of an image still match
+CHANCE_THRESHOLD = 0.5  # below it the guard metric says that the views of an image still match
 GRACE_STEPS = 1000  # steps that a run may stay in a bad state from its start
 
 
@@ -29,7 +29,10 @@ class Alert:
 
 @dataclass(frozen=True)
 class Rule:
-    """The metric is bad below `bad_below`, and fallen below `fallen_below` times its best value."""
+    """Limits of one metric, and the alert that it raises.
+
+    A value is bad below `bad_below`. It has fallen below `fallen_below` times the best value so far.
+    """
 
     title: str
     metric: str
@@ -116,7 +119,7 @@ RULES = (
 
 @dataclass
 class _State:
-    """What the past measurements say about one rule."""
+    """Past measurements of one rule's metric."""
 
     best: float = -math.inf
     count: int = 0  # bad measurements in a row that have fallen
@@ -125,7 +128,7 @@ class _State:
 
 
 class AlertHistory:
-    """Applies the rules to one measurement after another.
+    """Rules and their state over successive measurements.
 
     Each alert is raised once, and again only after its metric has recovered.
 

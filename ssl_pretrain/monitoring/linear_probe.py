@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NUM_ITERATIONS = 50  # of L-BFGS at most
+MAX_ITERATIONS = 50  # L-BFGS
 WEIGHT_DECAY = 1e-4  # L2 penalty beside the mean cross entropy
 
 
@@ -36,7 +36,7 @@ def predict(
         F.pad((features - mean) * scale, (0, 1), value=1.0) for features in (train, test)
     )
     weights = train.new_zeros(train.shape[1], num_classes).requires_grad_()
-    solver = torch.optim.LBFGS([weights], max_iter=NUM_ITERATIONS, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([weights], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         with torch.enable_grad():

@@ -50,7 +50,7 @@ class LogConfig:
 
 
 class Logger:
-    """Writes one record every `every_steps`, on rank 0, from what all ranks report.
+    """Records of a run, written on rank 0 every `every_steps` from what all ranks report.
 
     Args:
         settings: The `log` section of the configuration.

@@ -9,7 +9,7 @@ from ssl_pretrain.models.teacher import Teacher
 
 
 class NetworkMonitor:
-    """Measures the optimizer steps that it is told to observe.
+    """Monitor of the optimizer steps that it is told to observe.
 
     Attributes:
         metrics: Scalars on the device, of the step that was observed.

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class WarningCollector:
-    """Collects Python's warnings while it is installed.
+    """Receiver of Python's warnings while it is installed.
 
     Rank 0 shows its own at once. The other ranks keep theirs until rank 0 gathers them.
 

@@ -80,7 +80,7 @@ def test_bad_input_is_reported(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for arguments, message in (
         ([], "PROJECT: give the W&B project"),
-        (["digits"], "W&B has no key here: run `wandb login`"),
+        (["digits"], "no W&B key was found: run `wandb login`"),
         (["--send", str(tmp_path)], "error: "),
     ):
         assert dashboard.main(arguments) == 2

@@ -1,4 +1,4 @@
-"""Whether a run is sent to Weights & Biases, kept offline, or neither."""
+"""The mode of a run at Weights & Biases: online, offline or off."""
 
 from __future__ import annotations
 
