@@ -122,7 +122,7 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     save_file({"images": images, "features": found}, folder / REFERENCE)
     (folder / ARGUMENTS).touch()
     for file in (WEIGHTS, REFERENCE):  # safetensors makes 0600
-        durable_files.allow_as_usual(folder / file, like=folder / ARGUMENTS)
+        durable_files.copy_mode(folder / ARGUMENTS, folder / file)
     written = arguments_of(run) | {"sha256": _sha256(folder / WEIGHTS), "formats": formats}
     (folder / ARGUMENTS).write_text(json.dumps(written, indent=1) + "\n")
     load(folder)

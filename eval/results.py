@@ -178,7 +178,7 @@ def _run(main: Callable[[list[str]], None], name: str) -> None:
         sys.exit(SKIPPED if skipping else MISTAKE)
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(DISK_REFUSED if durable_files.is_trouble(error) else MISTAKE)
+        sys.exit(DISK_REFUSED if durable_files.is_disk_failure(error) else MISTAKE)
     except LostWorkerError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(LOST)

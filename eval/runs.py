@@ -13,7 +13,9 @@ import yaml
 from torch import nn
 
 from ssl_pretrain import config, schema
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.initial_weights import initialize
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.models import backbones
@@ -72,9 +74,9 @@ def load_run(
         raise ValueError(
             f"{path}: there is no such run folder; give the `output` of a run's config"
         )
-    found = Path(checkpoint_path) if checkpoint_path else checkpoint.newest(path)
+    found = Path(checkpoint_path) if checkpoint_path else newest_checkpoint(path)
     try:
-        manifest, tensors = checkpoint.read(found)
+        manifest, tensors = read_checkpoint(found)
     except ValueError as error:
         raise ValueError(
             f"{found.parent}: {error}. Nothing was loaded; give another, or none for the newest whole one"
@@ -145,7 +147,7 @@ def _load_weights(weights: str, overrides: list[str], device: str) -> Run:
     )
     _claim(path, run_config)
     backbone: nn.Module = backbones.build(run_config.backbone, size)
-    notes = checkpoint.initialize(backbone, run_config.backbone)
+    notes = initialize(backbone, run_config.backbone)
     if process_group.is_main():
         print(
             "; ".join([f"{weights}: {name} at {size} pixels", *notes, f"results in {path}"]),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain import config, rng
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.frozen import evaluation_split, features
 from ssl_pretrain.eval.results import Row
@@ -92,7 +92,7 @@ def networks(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
             f"{run.path}: method {run.config.method.name} has no projector, whose output this measures; see eval.knn, eval.linear"
         )
     if trained:
-        _, tensors = checkpoint.read(run.checkpoint_path)
+        _, tensors = read_checkpoint(run.checkpoint_path)
         backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
     # the student's heads on the student's backbone, whatever network the other evaluations judge
     return runs.place(method.backbone, run.device), method.get_submodule("projector").eval().to(

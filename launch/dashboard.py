@@ -13,8 +13,9 @@ from typing import Any
 if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ssl_pretrain.checkpoint import state as checkpoint
-from ssl_pretrain.fault_tolerance import run_lock
+from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import read_manifest
+from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.wandb import evaluations
 from ssl_pretrain.monitoring.wandb import mode as wandb_mode
@@ -142,7 +143,7 @@ def send_evaluations(run: Path) -> None:
     Raises:
         ValueError: The run has no checkpoint, or was not logged to W&B.
     """
-    manifest = checkpoint.verify(checkpoint.newest(run))
+    manifest = read_manifest(newest_checkpoint(run))
     if not manifest.get("wandb_id"):
         raise ValueError(
             f"{run}: was not logged to W&B (log.wandb). Its numbers are in {run / 'eval'} and on "
@@ -170,9 +171,7 @@ def send_evaluations(run: Path) -> None:
 
 def send(run: Path) -> None:
     """Send the results if the run has a W&B page and is not training, and print any error."""
-    if run_lock.holder(run) is not None or not any(
-        _wandb_id(path) for path in checkpoint.checkpoints(run)
-    ):
+    if find_holder(run) is not None or not any(_wandb_id(path) for path in list_checkpoints(run)):
         return
     try:
         send_evaluations(run)
@@ -181,8 +180,8 @@ def send(run: Path) -> None:
 
 
 def _wandb_id(path: Path) -> str | None:
-    with suppress(OSError, ValueError):
-        return json.loads((path / checkpoint.MANIFEST).read_text()).get("wandb_id")
+    with suppress(ValueError):
+        return read_manifest(path).get("wandb_id")
     return None
 
 

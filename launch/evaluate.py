@@ -9,16 +9,17 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints, newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import MANIFEST
 from ssl_pretrain.eval import results
-from ssl_pretrain.fault_tolerance import run_lock
+from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm
 from ssl_pretrain.launch.pretrain import EVALUATIONS, check_evaluations
 from ssl_pretrain.schema import POSITIVE
@@ -137,10 +138,15 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--jobs: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}"
         )
-    trainer = run_lock.holder(options.run)
-    if options.device.startswith("cuda") and trainer and trainer["here"] and not options.share_gpu:
+    trainer = find_holder(options.run)
+    if (
+        options.device.startswith("cuda")
+        and trainer
+        and trainer.is_on_this_host()
+        and not options.share_gpu
+    ):
         raise ValueError(
-            f"--device {options.device}: process {trainer['pid']} trains in {options.run} on this machine and holds its GPUs; "
+            f"--device {options.device}: process {trainer.pid} trains in {options.run} on this machine and holds its GPUs; "
             "add --share-gpu to share them, or take --device cpu"
         )
 
@@ -165,13 +171,9 @@ class Jobs:
 
     def due(self) -> list[tuple[Path, str]]:
         """(checkpoint, name) of what is not done and was not tried by this process, oldest first."""
-        found = (
-            [self.options.checkpoint]
-            if self.options.checkpoint
-            else checkpoint.checkpoints(self.run)
-        )
+        found = [self.options.checkpoint] if self.options.checkpoint else list_checkpoints(self.run)
         if self.options.newest and found:
-            found = [checkpoint.newest(self.run)]
+            found = [newest_checkpoint(self.run)]
         each = [(path, name) for path in found for name in self.names]
         return [
             (path, name)
@@ -249,14 +251,14 @@ class Jobs:
 
     def device(self) -> str:
         """The CPU while the run trains on this machine, unless told to share its GPUs."""
-        trainer = run_lock.holder(self.run)
+        trainer = find_holder(self.run)
         if (
             self.options.device != "auto"
             or self.options.share_gpu
-            or not (trainer and trainer["here"])
+            or not (trainer and trainer.is_on_this_host())
         ):
             return self.options.device
-        told = f"on the CPU, as process {trainer['pid']} trains in {self.run} on this machine; --share-gpu takes the GPU"
+        told = f"on the CPU, as process {trainer.pid} trains in {self.run} on this machine; --share-gpu takes the GPU"
         if told != self._said:
             self._said = told
             print(told, flush=True)
@@ -321,7 +323,7 @@ def linked(path: Path, to: Path) -> Path | None:
                 other.mkdir(exist_ok=True)
             else:
                 os.link(file, other)
-        manifest = json.loads((to / checkpoint.MANIFEST).read_text())
+        manifest = json.loads((to / MANIFEST).read_text())
         return to if all((to / name).exists() for name in manifest["files"]) else None
     except FileNotFoundError:
         return None
@@ -340,9 +342,9 @@ def watch(jobs: Jobs, options: argparse.Namespace) -> int:
         status = jobs.once()
         if local.stop_requested():
             return status
-        if ended(jobs.run) and not jobs.due():
+        if is_finished(jobs.run) and not jobs.due():
             return status
-        alone_since = None if run_lock.holder(jobs.run) else alone_since or time.monotonic()
+        alone_since = None if find_holder(jobs.run) else alone_since or time.monotonic()
         if alone_since and time.monotonic() - alone_since > 60 * options.give_up_minutes:
             print(
                 f"nobody has trained in {jobs.run} for {options.give_up_minutes:g} minutes and it has not reached its end: gave up",
@@ -352,15 +354,6 @@ def watch(jobs: Jobs, options: argparse.Namespace) -> int:
         local.wait(options.every_seconds)
         if local.stop_requested():
             return _stopped()
-
-
-def ended(run: Path) -> bool:
-    """Whether the newest checkpoint is the run's last."""
-    for path in reversed(checkpoint.checkpoints(run)):
-        with suppress(OSError, ValueError, KeyError):  # pruned or damaged
-            manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-            return bool(manifest["step"] >= manifest["last_step"])
-    return False
 
 
 if __name__ == "__main__":

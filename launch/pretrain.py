@@ -16,7 +16,7 @@ if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints, newest_checkpoint
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.eval import results
 from ssl_pretrain.launch import dashboard, local, slurm
@@ -173,23 +173,17 @@ def pretrain_and_evaluate(
 
 def _status_of_training(config: RunConfig, status: int) -> int:
     """Return 0 for a finished training, 75 for a stopped one, and the status of one that failed."""
-    if status == 0 and _finished(config):
+    if status == 0 and is_finished(config.output):
         return 0
     killed = local.stop_requested() and status >= 128  # before it could heed the request
     if status not in (0, STOPPED) and not killed:
         return status
-    saved = checkpoint.checkpoints(config.output)
+    saved = list_checkpoints(config.output)
     where = (
         f"goes on from {saved[-1].name}" if saved else "starts it anew, as nothing was saved yet"
     )
     print(f"stopped before its end, and so not evaluated: the same command {where}", flush=True)
     return STOPPED
-
-
-def _finished(config: RunConfig) -> bool:
-    """Return True if the newest checkpoint is the run's last: the training wrote it only if it saw the end."""
-    manifest = checkpoint.verify(checkpoint.newest(config.output))
-    return manifest["step"] >= manifest["last_step"]
 
 
 @dataclass
@@ -217,7 +211,7 @@ def _due_evaluations(config: RunConfig, options: dict[str, list[str]]) -> Iterat
     The report is due again after any other evaluation has been run.
     """
     written = configuration.to_dict(config)
-    folder = Path(config.output) / "eval" / checkpoint.newest(config.output).name
+    folder = Path(config.output) / "eval" / newest_checkpoint(config.output).name
     made = False
     for name in config.evaluation.at_end:
         arguments = options.get(name, [])

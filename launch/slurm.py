@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain import train
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.config import ConfigError, RunConfig, check_slurm_keys
 from ssl_pretrain.launch import local
 from ssl_pretrain.system import stop_signals
@@ -313,7 +313,7 @@ class Pretraining:
     requeue: bool = True
 
     def __call__(self) -> int:
-        stop_signals.note_signals()  # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step
+        stop_signals.remember_signals()  # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step
         _become_a_rank()
         run = Path(
             next(
@@ -337,7 +337,7 @@ class Pretraining:
             os._exit(status)  # a rank may still hang in a collective with the lost one
         if status not in (0, STOPPED):
             os._exit(status)
-        if status == STOPPED or not _finished(run):
+        if status == STOPPED or not is_finished(run):
             if self.requeue:
                 _requeue_and_wait(delay=0.0 if os.environ["RANK"] == "0" else GRACE_SECONDS / 2)
             os._exit(UNFINISHED)
@@ -362,17 +362,12 @@ def _become_a_rank() -> None:
     )
 
 
-def _finished(run: Path) -> bool:
-    manifest = checkpoint.verify(checkpoint.newest(run))
-    return manifest["step"] >= manifest["last_step"]
-
-
 def _made_progress(run: Path) -> bool:
     """Return True if the run has saved a checkpoint since it last failed, and note the newest one.
 
     A failure that repeats at the same step is not retried.
     """
-    found = checkpoint.checkpoints(run)
+    found = list_checkpoints(run)
     if not found:
         return False
     note = run / "slurm" / f"failed.{os.environ['RANK']}.json"

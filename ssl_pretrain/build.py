@@ -15,16 +15,19 @@ from torch import Tensor
 from ssl_pretrain import config as configuration
 from ssl_pretrain import rng
 from ssl_pretrain.checkpoint import rank_agreement
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.checkpoints import Checkpoints
+from ssl_pretrain.checkpoint.initial_weights import initialize
 from ssl_pretrain.checkpoint.resumption import resume
+from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import loader, preflight
 from ssl_pretrain.data.image_source import Source, require_labels
 from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.distributed.stop_request import StopRequest
-from ssl_pretrain.fault_tolerance.nan_guard import Guard
-from ssl_pretrain.fault_tolerance.run_lock import Lock
+from ssl_pretrain.fault_tolerance.nan_guard import NanGuard
+from ssl_pretrain.fault_tolerance.run_lock import RunLock
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.monitoring import background_writer, image_grids
@@ -53,13 +56,13 @@ class Training:
     end_step: int  # the step after which this process stops
     num_steps: int  # steps of the whole run
     execution: Execution
-    lock: Lock
+    lock: RunLock
     loader: Loader
     stop: StopRequest
     stepper: Stepper
-    state: checkpoint.State
+    checkpoints: Checkpoints
     logger: Logger
-    nan_guard: Guard
+    nan_guard: NanGuard
     online_knn: OnlineKNN
     collapse_monitor: CollapseMonitor
 
@@ -70,7 +73,7 @@ class Training:
         each step the lock of the run's folder is checked.
         """
         batches = preflight.watched(self.loader, self.first_step, self.execution.device)
-        batches = self.logger.time_waiting(self.stop.watched(batches, self.first_step))
+        batches = self.logger.time_waiting(self.stop.watch(batches, self.first_step))
         views = self.config.views
         for step, batch in zip(range(self.first_step + 1, self.end_step + 1), batches):
             self.lock.check()
@@ -94,7 +97,8 @@ class Training:
 
     def measure(self, step: int, output: StepOutput) -> Measurements:
         """Measure what is due after a step: collapse, online k-NN, replaced images."""
-        network = self.state.method.get_submodule(self.state.method.evaluated)
+        method = self.checkpoints.state.method
+        network = method.get_submodule(method.evaluated)
         measurements = self.collapse_monitor.measure(step, output.embeddings, output.targets)
         measurements |= self.online_knn.measure_if_due(step, network)
         every_steps = self.config.log.every_steps
@@ -103,11 +107,7 @@ class Training:
 
     def stop_requested(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""
-        return self.stop.agreed(step) or step == self.end_step or self.logger.must_stop
-
-    def checkpoint_due(self, step: int) -> bool:
-        steps_per_epoch = self.loader.steps_per_epoch
-        return checkpoint.due(self.config.checkpoint, step, self.num_steps, steps_per_epoch)
+        return self.stop.exchange(step) or step == self.end_step or self.logger.must_stop
 
     def save_checkpoint(self, step: int, wait: bool) -> None:
         """Check that all ranks have the same weights and save them.
@@ -117,8 +117,7 @@ class Training:
             wait: Return only when the checkpoint is on disk.
         """
         check_replicas(self.stepper.model)
-        run, settings = Path(self.config.output), self.config.checkpoint
-        self.state.save(run, step, settings, self.loader.steps_per_epoch, wait=wait)
+        self.checkpoints.save(step, wait=wait)
 
 
 @contextmanager
@@ -138,35 +137,35 @@ def build_training(
     """
     run, execution = Path(config.output), Execution.resolve(config.parallel, device)
     with ExitStack() as stack:
-        lock = stack.enter_context(Lock(run))
+        lock = stack.enter_context(RunLock(run))
         batches = stack.enter_context(build_loader(config, execution))
         source, num_steps = batches.source, round(config.epochs * batches.steps_per_epoch)
         rank_agreement.check_data(source.fingerprint, len(source), config.data.root)
-        stop = stack.enter_context(StopRequest(pretend_at=fake_preempt))
+        stop = stack.enter_context(StopRequest(fake_preempt=fake_preempt))
         method = build_method(config, source)
         stepper = build_run_stepper(method, config, execution)
-        facts = {
-            "last_step": num_steps,
-            "micro_batch_size": stepper.micro_batch_size,
-            "data": source.fingerprint,
-            "wandb_id": None,
-        }
-        values = configuration.to_dict(config)
-        state = checkpoint.State(method, stepper.optimizer, values, facts, lock.check)
-        compare = partial(configuration.compare_for_resume, config=config)
-        first_step = resume(state, run, config.checkpoint, source.fingerprint, compare)
-        write_config(config, first_step)
-        logger = stack.enter_context(
-            build_logger(config, state, batches, device, first_step, num_steps)
+        facts = RunFacts(num_steps, stepper.micro_batch_size, source.fingerprint)
+        checkpoints = Checkpoints(
+            run,
+            TrainingState(method, stepper.optimizer),
+            config.checkpoint,
+            facts,
+            configuration.to_dict(config),
+            batches.steps_per_epoch,
+            lock.check,
         )
-        state.facts["wandb_id"] = logger.wandb_id
-        guard = Guard(
+        first_step = resume(checkpoints, partial(configuration.compare_for_resume, config=config))
+        write_config(config, first_step)
+        logger = stack.enter_context(build_logger(config, checkpoints, batches, device, first_step))
+        facts.wandb_id = logger.wandb_id
+        nan_guard = NanGuard(
             config.guard,
             run,
             config.log.every_steps,
-            stepper.describe_bad_embeddings,
-            partial(state.roll_back, run),
-            {"seed": config.seed, "steps_per_epoch": batches.steps_per_epoch},
+            seed=config.seed,
+            steps_per_epoch=batches.steps_per_epoch,
+            describe_bad_embeddings=stepper.describe_bad_embeddings,
+            roll_back=checkpoints.roll_back,
         )
         monitor = CollapseMonitor(
             config.health,
@@ -186,9 +185,9 @@ def build_training(
             loader=batches,
             stop=stop,
             stepper=stepper,
-            state=state,
+            checkpoints=checkpoints,
             logger=logger,
-            nan_guard=guard,
+            nan_guard=nan_guard,
             online_knn=build_online_knn(config, batches, execution),
             collapse_monitor=monitor,
         )
@@ -216,7 +215,7 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
     image_size = recipe.expand_counts(config.views)[0].size
     torch.manual_seed(rng.seed_of(config.seed, 0, 0))
     backbone = backbones.build(config.backbone, image_size)
-    notes = checkpoint.initialize(backbone, config.backbone)
+    notes = initialize(backbone, config.backbone)
     if notes and process_group.is_main():
         print(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}", flush=True)
     method: Method = config.method.build(backbone)
@@ -293,22 +292,21 @@ def flops_per_image(config: RunConfig) -> float:
 
 def build_logger(
     config: RunConfig,
-    state: checkpoint.State,
+    checkpoints: Checkpoints,
     batches: Loader,
     device: torch.device,
     first_step: int,
-    num_steps: int,
 ) -> Logger:
     """Open the run's records and start the console and Weights & Biases."""
     return Logger(
         config.log,
         Path(config.output),
         first_step=first_step,
-        last_step=num_steps,
+        last_step=checkpoints.facts.last_step,
         steps_per_epoch=batches.steps_per_epoch,
         global_batch_size=config.global_batch_size,
-        config=state.config,
-        wandb_id=state.facts.get("wandb_id"),
+        config=checkpoints.config,
+        wandb_id=checkpoints.facts.wandb_id,
         flops_per_image=flops_per_image(config),
         peak_tflops=flops.peak_tflops(device),
         on_failure=config.checkpoint.on_failure,

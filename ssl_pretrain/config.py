@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from ssl_pretrain import methods, schema
-from ssl_pretrain.checkpoint.state import CheckpointConfig
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig
 from ssl_pretrain.data import sources
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig

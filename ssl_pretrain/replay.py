@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from ssl_pretrain import build
 from ssl_pretrain import config as configuration
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import read_manifest, verify
+from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.schedules import Progress
@@ -53,7 +55,8 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     record = _skip_record(run, step)
     _check_reached(run, step)
     path, first = _start(run, step, record)
-    manifest = checkpoint.opened(path)
+    verify(path)
+    manifest = read_manifest(path)
     config = replace(configuration.from_dict(manifest["config"]), micro_batch_size=0)
     device = process_group.start(config.parallel.threads, config.parallel.deterministic)
     execution = Execution.resolve(config.parallel, device)
@@ -65,7 +68,7 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
             )
         method = build.build_method(config, loader.source)
         stepper = build.build_run_stepper(method, config, execution)
-        checkpoint.State(method, stepper.optimizer, {}, {}).load(path)
+        TrainingState(method, stepper.optimizer).restore(path)
         first = step - 1 if from_checkpoint else first
         for steps_done, batch in zip(range(first, step), loader.starting_at(first)):
             progress = Progress(steps_done, manifest["last_step"], loader.steps_per_epoch)
@@ -99,9 +102,9 @@ def _skip_record(run: Path, step: int) -> dict[str, Any]:
 
 
 def _check_reached(run: Path, step: int) -> None:
-    if not checkpoint.checkpoints(run):
+    if not list_checkpoints(run):
         return  # `_start` reports it
-    manifest = checkpoint.opened(checkpoint.newest(run), verified=True)
+    manifest = read_manifest(newest_checkpoint(run))
     last = manifest["last_step"]
     if step > last:
         raise ValueError(
@@ -128,7 +131,7 @@ def _recorded_steps(run: Path) -> list[int]:
 
 def _start(run: Path, step: int, record: dict[str, Any]) -> tuple[Path, int]:
     """Return the checkpoint that led to a step, and the step after which training continued."""
-    paths = {_step_of(path): path for path in checkpoint.checkpoints(run)}
+    paths = {_step_of(path): path for path in list_checkpoints(run)}
     newest = max((saved for saved in paths if saved < step), default=None)
     if newest is None:
         raise ValueError(

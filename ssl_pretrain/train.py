@@ -22,11 +22,13 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain import methods
 from ssl_pretrain.build import build_training
 from ssl_pretrain.checkpoint import rank_agreement
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import checkpoint_path
 from ssl_pretrain.checkpoint.resumption import finished_step
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import workers
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.distributed.lost_ranks import explain_lost_ranks
+from ssl_pretrain.distributed.straggler import measure_straggler
 from ssl_pretrain.monitoring.collapse import CollapseError
 from ssl_pretrain.monitoring.measurements import Measurements
 from ssl_pretrain.monitoring.output_streams import lasting_output
@@ -74,19 +76,19 @@ def train_and_report(
     """Train as `train` does, print how the run ended, and return it."""
     run = Path(config.output)
     workers.refuse_in_worker()
-    with only_training_of_process(), process_group.naming_lost_ranks():
+    with only_training_of_process(), explain_lost_ranks():
         rank_agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
         configuration.check(config, process_group.world_size())
         compare = partial(configuration.compare_for_resume, config=config)
         if (step := finished_step(run, config.checkpoint, config.epochs, compare)) is not None:
             _print(
                 f"finished before: {run} has done its {step} steps, the last in "
-                f"{checkpoint.folder_of(run, step)}. Nothing was trained or changed; give a new "
+                f"{checkpoint_path(run, step)}. Nothing was trained or changed; give a new "
                 "output for another run"
             )
             return Outcome(step, step, step)
         outcome = _train(config, device, stop_after, fake_preempt)
-    path = checkpoint.folder_of(run, outcome.step)
+    path = checkpoint_path(run, outcome.step)
     summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
     resume_hint = f"stopped: {summary}. The same command goes on from there"
     evaluate_hint = f"finished: {summary}. Evaluate it: python -m ssl_pretrain.eval.knn {run}"
@@ -101,13 +103,13 @@ def _train(
         step = training.first_step
         for step, batch in training.steps():
             learning_rates = training.set_learning_rates(step)
-            straggler = Measurements(collectives.straggler(step, config.log.every_steps))
+            straggler = Measurements(measure_straggler(step, config.log.every_steps))
             output = training.take_step(step, batch)
             measurements = training.measure(step, output) | straggler
             training.logger.log_step(step, output.logs, learning_rates, measurements)
-            training.nan_guard.after(step, batch.indices, output.logs)
+            training.nan_guard.check(step, batch.indices, output.logs)
             stopping = training.stop_requested(step)
-            if stopping or training.checkpoint_due(step):
+            if stopping or training.checkpoints.due(step):
                 training.save_checkpoint(step, wait=stopping)
             if stopping:
                 break
@@ -136,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     if (status := exit_status.status_to_repeat()) is not None:
         return status
-    with stop_signals.signals_noted(), lasting_output():
+    with stop_signals.remembering_signals(), lasting_output():
         try:
             return _run(options)
         except (*EXPECTED_ERRORS, torch.OutOfMemoryError) as error:
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(error, ValueError) and not for_users:
                 raise
             print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
-            return exit_status.note_failure(error)
+            return exit_status.record_failure(error)
         finally:
             process_group.stop()
 
@@ -164,7 +166,7 @@ def _run(options: argparse.Namespace) -> int:
     outcome = train_and_report(config, device, options.stop_after, options.fake_preempt)
     if outcome.step == outcome.end_step:
         return 0
-    status = exit_status.note_stop()
+    status = exit_status.record_stop()
     collectives.barrier()  # torchrun ends the other ranks as soon as one exits with this status
     return status
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ssl_pretrain import methods
-from ssl_pretrain.checkpoint import state as checkpoint
-from ssl_pretrain.checkpoint.state import CheckpointConfig
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
@@ -104,13 +105,17 @@ def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> d
     """`steps` steps, going on from the checkpoint in `folder` and leaving one there: losses, and the whole state."""
     stepper, sizes = setting_up(name, **settings)
     method: Any = parallel.unwrap(stepper.model)
-    state = checkpoint.State(method, stepper.optimizer, {}, {})
-    first = state.resume(folder, CheckpointConfig(), lambda manifest: None) if folder else 0
+    first, checkpoints = 0, None
+    if folder:
+        state = TrainingState(method, stepper.optimizer)
+        facts = RunFacts(NUM_STEPS, stepper.micro_batch_size, "")
+        checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
+        first = checkpoints.resume(lambda manifest: None)
     losses = []
     for step in range(first, first + steps):
         losses.append(take_step(stepper, sizes, step))
-    if folder:
-        state.save(folder, first + steps, CheckpointConfig(), STEPS_PER_EPOCH)
+    if checkpoints:
+        checkpoints.save(first + steps)
     return {"losses": losses, "state": whole(method)}
 
 

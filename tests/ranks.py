@@ -1,4 +1,4 @@
-"""The ranks of a run as processes of this machine, started in under a second: forked from one that has imported everything."""
+"""The ranks of a run as processes, forked within a second from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 
 
 def free_port() -> int:
@@ -22,12 +23,16 @@ def free_port() -> int:
 
 
 class Ranks:
-    """`python -m ssl_pretrain.train CONFIG ARGUMENTS` on `size` ranks, without an agent that would end the others.
+    """`python -m ssl_pretrain.train CONFIG ARGUMENTS` on several ranks, without torchrun's agent.
+
+    An agent would end the other ranks when one of them ends.
 
     Args:
-        path: the YAML; the ranks' output and what marks a fault as done lie beside it.
-        fault: planted by tests/faults/faulty.py, which says how it is written; empty for none.
-        environment: more of it, for all ranks.
+        path: The YAML. The outputs of the ranks and the mark of a fault that happened go beside it.
+        arguments: Further arguments of the command.
+        size: Number of ranks.
+        fault: Faults that tests/faults/faulty.py plants, in its notation. Empty for none.
+        environment: Additional environment variables of all ranks.
     """
 
     def __init__(
@@ -38,69 +43,66 @@ class Ranks:
         fault: str = "",
         environment: dict[str, str] | None = None,
     ):
-        self.log = path.parent / f"said_{time.monotonic_ns()}"
+        self.log = path.parent / f"output_{time.monotonic_ns()}"
         self.log.mkdir()
         done = str(path.parent / "fault_done")
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        variables = {**address, **(environment or {})}
+        command = [str(path), *arguments]
+        context = multiprocessing.get_context("forkserver")  # preloaded by tests/conftest.py
         self.processes = [
-            multiprocessing.get_context(
-                "forkserver"
-            ).Process(  # tests/conftest.py has told it what to import
+            context.Process(
                 target=_rank,
-                args=(
-                    rank,
-                    size,
-                    {**meeting, **(environment or {})},
-                    self.log / str(rank),
-                    [str(path), *arguments],
-                    fault,
-                    done,
-                ),
+                args=(rank, size, variables, self.log / str(rank), command, fault, done),
             )
             for rank in range(size)
         ]
         for process in self.processes:
             process.start()
 
-    def said(self, rank: int | None = None) -> str:
-        chosen = range(len(self.processes)) if rank is None else [rank]
-        return "".join(
-            (self.log / str(one)).read_text() for one in chosen if (self.log / str(one)).exists()
-        )
+    def output(self, rank: int | None = None) -> str:
+        """Return the output of one rank or of all ranks so far."""
+        numbers = range(len(self.processes)) if rank is None else [rank]
+        files = [self.log / str(number) for number in numbers]
+        return "".join(file.read_text() for file in files if file.exists())
 
-    def until(self, text: str, seconds: float = 600) -> None:
-        """Waits until some rank has said it."""
+    def wait_for_text(self, text: str, seconds: float = 600) -> None:
+        """Wait until some rank has printed the text."""
         end = time.monotonic() + seconds
-        while text not in self.said():
-            assert time.monotonic() < end and any(
-                process.is_alive() for process in self.processes
-            ), f"{text!r} not in:\n{self.said()}"
+        while text not in self.output():
+            assert self._may_continue(end), f"{text!r} not in:\n{self.output()}"
             time.sleep(0.02)
 
-    def until_step(self, run: Path, step: int, seconds: float = 600) -> None:
-        """Waits until the run has logged so many steps; the console leaves some out."""
+    def wait_for_step(self, run: Path, step: int, seconds: float = 600) -> None:
+        """Wait until the run has logged so many steps. The console does not show all of them."""
         end, records = time.monotonic() + seconds, run / "metrics.jsonl"
         while not records.exists() or records.read_text().count("\n") < step:
-            assert time.monotonic() < end and any(
-                process.is_alive() for process in self.processes
-            ), self.said()
+            assert self._may_continue(end), self.output()
             time.sleep(0.02)
 
+    def _may_continue(self, end: float) -> bool:
+        return time.monotonic() < end and any(process.is_alive() for process in self.processes)
+
     def send(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to one rank or to all ranks that are alive."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    def end(self, seconds: float = 600) -> list[int]:
-        """The exit status of each rank; negative: the signal that ended it."""
-        until = time.monotonic() + seconds
+    def wait(self, seconds: float = 600) -> list[int]:
+        """Wait for the end of all ranks and return their exit statuses.
+
+        A negative status is the number of the signal that ended the rank.
+        """
+        end = time.monotonic() + seconds
         for process in self.processes:
-            process.join(max(0.1, until - time.monotonic()))
+            process.join(max(0.1, end - time.monotonic()))
         alive = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         self.send(signal.SIGKILL)
         for process in self.processes:
             process.join(10)
-        assert not alive, f"ranks {alive} were alive after {seconds} s:\n{self.said()[-3000:]}"
+        output = self.output()[-3000:]
+        assert not alive, f"ranks {alive} were alive after {seconds} s:\n{output}"
         return [process.exitcode for process in self.processes]
 
 
@@ -110,13 +112,10 @@ def _rank(rank, size, environment, log, arguments, fault, done):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
-    names = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-    }
-    os.environ.update((names if size > 1 else {}) | environment)
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= environment
     if fault:
         sys.path.insert(0, str(Path(__file__).parent / "faults"))
         import faulty
@@ -128,12 +127,12 @@ def _rank(rank, size, environment, log, arguments, fault, done):
 
 
 def weights(run: Path) -> dict:
-    """What the newest checkpoint holds: the method's tensors and the optimizer's."""
-    path = checkpoint.newest(run)
-    return checkpoint.read(path)[1] | load_file(path / "optimizer.safetensors")
+    """Return the method's and the optimizer's tensors in the newest checkpoint."""
+    path = newest_checkpoint(run)
+    return read_checkpoint(path)[1] | load_file(path / "optimizer.safetensors")
 
 
 def run(path: Path, *arguments: str, **named) -> tuple[list[int], str]:
-    """(exit statuses, what all ranks said) of a run to its end."""
+    """Run all ranks to their end and return their exit statuses and outputs."""
     ranks = Ranks(path, *arguments, **named)
-    return ranks.end(), ranks.said()
+    return ranks.wait(), ranks.output()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 COPIES = 41  # of 600 images: 24,600, three steps of 8,192
@@ -37,7 +38,7 @@ def test_the_flagship_runs_at_8192_on_8_ranks(shared_data, tmp_path):
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-4000:]
-    manifest, tensors = checkpoint.read(checkpoint.newest(run))
+    manifest, tensors = read_checkpoint(newest_checkpoint(run))
     assert (
         manifest["step"] == 3
         and manifest["machine"]["world_size"] == 8

@@ -212,7 +212,7 @@ def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path)
         path.write_text((CONFIGS / "simclr_digits.yaml").read_text())
         keys = [f"guard.max_skipped_steps={limit}", f"output={path.parent / 'run'}"]
         output[kind] = train_for(20, path, *overrides, *keys, size=size, fault="nan@0:15")
-    assert "weights and optimizer went back to step_00000014" in output["rolled back"]
+    assert "Weights and optimizer were restored from step_00000014" in output["rolled back"]
     assert "went back" not in output["skipped"]
     # Only batch norm's counters differ, by the skipped batch. No computation uses them.
     rolled_back, skipped = tmp_path / "rolled back" / "run", tmp_path / "skipped" / "run"

@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 
 from ssl_pretrain import config
 from ssl_pretrain.build import build_method
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint import state
+from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.train import main, train
 
@@ -33,14 +36,14 @@ def _train(path, overrides=(), stop_after=None):
     settings = config.load(path, overrides)
     device = torch.device("cpu")
     done = train(settings, device, stop_after)
-    return done, checkpoint.read(checkpoint.newest(settings.output))[1]
+    return done, read_checkpoint(newest_checkpoint(settings.output))[1]
 
 
 def _trained(path, *arguments, output=None):
     """The weights after the command `python -m ssl_pretrain.train`, in this process, was stopped."""
     output = output or config.load(path).output
     assert main([str(path), *arguments, f"output={output}"]) == 0
-    return checkpoint.read(checkpoint.newest(output))[1]
+    return read_checkpoint(newest_checkpoint(output))[1]
 
 
 def _trained_by_torchrun(path, ranks, *arguments):
@@ -64,9 +67,9 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
     _, alone = _train(path, [wide, f"output={tmp_path / 'one'}"], stop_after=20)
     result = _trained_by_torchrun(path, 2, wide, f"output={tmp_path / 'two'}", "--stop-after", "20")
     assert result.returncode == 0, result.stderr[-3000:]
-    manifest, together = checkpoint.read(checkpoint.newest(tmp_path / "two"))
+    manifest, together = read_checkpoint(newest_checkpoint(tmp_path / "two"))
     assert manifest["step"] == 20 and manifest["machine"]["world_size"] == 2
-    moved = checkpoint.read(checkpoint.newest(tmp_path / "one"))[1]
+    moved = read_checkpoint(newest_checkpoint(tmp_path / "one"))[1]
     assert alone.keys() == together.keys()
     for name, value in alone.items():
         if value.is_floating_point():
@@ -105,7 +108,7 @@ def test_three_ranks_resumed_twice_within_an_epoch_are_bit_for_bit_the_undisturb
         for name, value in undisturbed[rank][1].items():
             assert torch.equal(resumed[rank][1][name], value), name
     optimizers = [
-        load_file(checkpoint.newest(tmp_path / run) / "optimizer.safetensors")
+        load_file(newest_checkpoint(tmp_path / run) / "optimizer.safetensors")
         for run in ("straight", "stopped")
     ]
     assert optimizers[0].keys() == optimizers[1].keys()
@@ -126,9 +129,9 @@ def test_the_comparison_sees_a_checkpoint_that_lacks_a_part(tmp_path, omitted, m
     path = tiny.config(tmp_path)
     _, undisturbed = _train(path, [f"output={tmp_path / 'straight'}"], stop_after=6)
     _train(path, stop_after=3)
-    real = checkpoint.load_file
+    real = state.load_file
     monkeypatch.setattr(
-        checkpoint, "load_file", lambda file: {} if str(file).endswith(omitted) else real(file)
+        state, "load_file", lambda file: {} if str(file).endswith(omitted) else real(file)
     )
     if omitted == "method.safetensors":
         monkeypatch.setattr(
@@ -136,7 +139,7 @@ def test_the_comparison_sees_a_checkpoint_that_lacks_a_part(tmp_path, omitted, m
         )
     train(config.load(path), torch.device("cpu"), 3)
     monkeypatch.undo()
-    resumed = checkpoint.read(checkpoint.newest(config.load(path).output))[1]
+    resumed = read_checkpoint(newest_checkpoint(config.load(path).output))[1]
     assert not all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
 
 
@@ -149,7 +152,7 @@ def test_another_world_size_sees_the_same_batches(tmp_path, precision, steps, to
     run_ranks(_train, path, [wide, f"output={tmp_path / 'grown'}"], steps, world_size=2)
     with pytest.warns(
         UserWarning,
-        match="resuming is exact but not bit for bit, as these differ: world_size 2 then, 1 now",
+        match="resuming is exact but not bit for bit: world_size was 2 and is 1",
     ):
         _, grown = _train(path, [wide, f"output={tmp_path / 'grown'}"], stop_after=steps)
     for name, value in alone.items():
@@ -168,15 +171,16 @@ def test_a_finished_run_started_again_does_nothing(tmp_path):
 
 KILLED = """
 import sys, time
-from ssl_pretrain import checkpoint, train
-real = checkpoint.save_file
+from ssl_pretrain import train
+from ssl_pretrain.checkpoint import tensor_files
+real = tensor_files.save_file
 def slow(tensors, path):
     real(tensors, path)
     if "step_00000006" in str(path) and path.name == sys.argv[2]:
         path.write_bytes(path.read_bytes()[:1000])  # half written
         print("writing", flush=True)
         time.sleep(60)
-checkpoint.save_file = slow
+tensor_files.save_file = slow
 train.main([sys.argv[1], "checkpoint.every_epochs=1"])
 """
 
@@ -201,10 +205,10 @@ def test_kill_9_while_a_checkpoint_is_written_loses_only_the_steps_since_the_las
     process.send_signal(signal.SIGKILL)
     process.wait()
     folder = tmp_path / "run" / "checkpoints"
-    assert [found.name for found in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000003"]
+    assert [found.name for found in list_checkpoints(tmp_path / "run")] == ["step_00000003"]
     assert list(folder.glob(".writing-*"))
     resumed = _trained(path, "checkpoint.every_epochs=1", "--stop-after", "6")
-    assert checkpoint.newest(tmp_path / "run").name == "step_00000009" and not list(
+    assert newest_checkpoint(tmp_path / "run").name == "step_00000009" and not list(
         folder.glob(".writing-*")
     )
     undisturbed = _trained(
@@ -225,7 +229,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(tmp_path):
     process.terminate()
     process.stdout.read()
     assert process.wait(60) == 75
-    assert checkpoint.verify(checkpoint.newest(tmp_path / "run"))["step"] >= 1
+    assert verify(newest_checkpoint(tmp_path / "run"))["step"] >= 1
 
 
 def test_no_worker_is_left_behind(tmp_path):

@@ -1,6 +1,7 @@
-"""A run that takes seconds: 78 seeded images in a class-per-folder tree, a 0.4 M-parameter ResNet, SimCLR.
+"""A run that takes seconds: 78 seeded images, a ResNet of 0.4 M parameters, SimCLR.
 
-How it computes is as shipped, on one thread, as tests share the cores. A test that needs another setting asks for it.
+It computes as the shipped presets do, on one thread, since tests share the cores. A test that needs
+another setting overrides it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ YAML = """
 method: {name: simclr, temperature: 0.2, projector_dims: [16, 8]}
 backbone: {name: test_resnet, stem: no_pool}
 data: {source: folder, num_workers: 0}
-views: {crops: {global: {count: 2, size: 16, scale: [0.3, 1.0], jitter: 0.8, brightness: 0.4, contrast: 0.4, saturation: 0.4, hue: 0.1}}}
+views:
+  crops:
+    global:
+      {count: 2, size: 16, scale: [0.3, 1.0], jitter: 0.8, brightness: 0.4, contrast: 0.4,
+       saturation: 0.4, hue: 0.1}
 optim: {name: lars, base_lr: 4.0, warmup_epochs: 0.5}
 parallel: {threads: 1}
 checkpoint: {every_epochs: 0, keep_last: 10}
@@ -28,22 +33,24 @@ epochs: 8
 
 
 def images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) -> Path:
-    """root/train/<class>/<n>.png: coloured noise around a colour of the class. 78 images: 3 steps an epoch at batch 24, 6 left over."""
+    """Write root/<split>/<class>/<number>.png: colored noise around a color of the class.
+
+    With 78 training images and batches of 24, an epoch has 3 steps and 6 images left over.
+    """
     generator = np.random.default_rng(0)
-    for part, count in (("train", per_class), ("val", 4)):
+    for split, count in (("train", per_class), ("val", 4)):
         for label in range(classes):
-            folder = root / part / f"class_{label}"
+            folder = root / split / f"class_{label}"
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                pixels = generator.integers(0, 120, (size, size, 3)) + np.roll([120, 40, 0], label)
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-                    folder / f"{number:02d}.png"
-                )
+                noise = generator.integers(0, 120, (size, size, 3))
+                pixels = (noise + np.roll([120, 40, 0], label)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:02d}.png")
     return root
 
 
 def config(folder: Path) -> Path:
-    """The YAML on disk, its images beside it; `output` and `data.root` are in it."""
+    """Write the YAML, which names its `output` and `data.root`, and the images beside it."""
     folder.mkdir(exist_ok=True)
     path = folder / "tiny.yaml"
     root = images(folder / "images")

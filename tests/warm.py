@@ -1,6 +1,6 @@
-"""What a small run spends half of its processor time on: loaded once, where ranks are forked from.
+"""Load what a small run would spend half of its processor time on.
 
-conftest.py has the server of forks import this module.
+conftest.py makes the fork server import this module, so that ranks are forked with it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_pretrain import rng
 
 torch.set_num_threads(1)  # a pool of threads would not survive the fork
-rng.seed_of(0, 0, 0)  # numba
-with torch.device("meta"), FlopCounterMode(display=False):  # torch's decompositions
+rng.seed_of(0, 0, 0)  # loads numba's code
+with torch.device("meta"), FlopCounterMode(display=False):  # loads torch's decompositions
     nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))(torch.empty(2, 3, 8, 8))

@@ -182,7 +182,7 @@ def batches(
     """This rank's share of the training batches, seed 0: the same images and crops on any number of ranks."""
     workers = min(
         run.config.data.num_workers,
-        max(1, process_group.available_cores() // process_group.local_world_size()),
+        process_group.cores_per_rank(),
     )
     views = ViewsConfig({"train": view}, run.config.views.mean, run.config.views.std)
     how: loader.How = loader.choose(run.config.data, source)[0] if finish is None else "folder"

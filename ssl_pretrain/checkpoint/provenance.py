@@ -1,4 +1,4 @@
-"""On what, and with which code, a run computes: for the manifests of its checkpoints."""
+"""The machine, package versions and revision of the code, recorded in each checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import torch
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.system.import_path import PACKAGE
 
+PACKAGES = ("ssl_pretrain", "torch", "torchvision", "timm", "numpy")
+
 
 def machine() -> dict[str, Any]:
-    """What must be the same for a resumed run to be bit for bit the one that never stopped."""
+    """Describe what must stay the same for a resume that is bit for bit."""
     return {
         "world_size": process_group.world_size(),
         "threads": torch.get_num_threads(),
@@ -25,41 +27,33 @@ def machine() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and the main packages, and the revision of this code."""
+    installed = {package: _version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **installed, "revision": _revision()}
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
+        model = next(line for line in lines if line.startswith("model name"))
+        return model.partition(":")[2].strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("ssl_pretrain", "torch", "torchvision", "timm", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {"revision": _revision()}
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 @functools.cache
 def _revision() -> str:
-    """Of the code, where it is a git checkout."""
+    command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        command = [
-            "git",
-            "-C",
-            str(PACKAGE),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=12",
-        ]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return result.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "not a git checkout"

@@ -1,7 +1,7 @@
-"""Compare what the ranks were started with: settings, code, versions, data and checkpoints.
+"""Refuse to train unless all ranks have the same settings, code, versions, data and checkpoints.
 
-Each machine of a run has its own command line and its own copy of the code and the data. Ranks
-that differ in one of them would train on together, each on something else.
+Each machine of a run has its own command line and its own copy of the code and the data. Ranks that
+differ in one of them would otherwise train on together, each on something else.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from typing import Any
 
 from ssl_pretrain import schema
 from ssl_pretrain.checkpoint import provenance
+from ssl_pretrain.checkpoint.folder import list_checkpoints
+from ssl_pretrain.checkpoint.manifest import MANIFEST
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.system.import_path import PACKAGE
 
-# Keys that may differ between machines without changing what is computed.
-PER_MACHINE = ("data.root", "data.cache_dir", "data.num_workers")
+# Keys and sections that may differ between machines without changing what is computed.
+PER_MACHINE_KEYS = ("data.root", "data.cache_dir", "data.num_workers")
 PER_MACHINE_SECTIONS = ("launch", "plan")
-SHOWN = 4  # differences in one message
-MOUNT_SECONDS = 90.0  # in which a network file system shows another machine's new files
+NOT_TRAINING = {"eval", "launch"}  # in a clone these are links, in a wheel they are folders
+MAX_DIFFERENCES = 4  # in one message
+MOUNT_SECONDS = 90.0  # time in which a network file system shows another machine's new files
+RETRY_SECONDS = 2.0
 
 
 def check_programs(values: dict[str, Any], method_module: str) -> None:
@@ -39,89 +43,95 @@ def check_programs(values: dict[str, Any], method_module: str) -> None:
     settings = {
         key: value for key, value in schema.flatten(values).items() if not _is_per_machine(key)
     }
-    _require(
-        lambda: settings, "start every rank with the same configuration and the same key=value"
-    )
     versions = {key: value for key, value in provenance.versions().items() if key != "revision"}
-    _require(lambda: versions, "install the same versions on every machine")
-    _require(lambda: _sources(method_module), "give every machine the same revision of the code")
+    sources = _source_hashes(method_module)
+    _require_equal(lambda: settings, "start every rank with the same configuration and overrides")
+    _require_equal(lambda: versions, "install the same versions on every machine")
+    _require_equal(lambda: sources, "give every machine the same revision of the code")
 
 
 def check_data(fingerprint: str, num_images: int, root: str) -> None:
     """Raise ValueError on all ranks unless they read the same training images."""
-    facts = {"data.root: training images": num_images, "data.root: fingerprint": fingerprint}
-    where = f" (data.root is {root!r} here)" if root else ""
-    _require(lambda: facts, f"give every machine the same copy of the data set{where}")
+    values = {"data.root: training images": num_images, "data.root: fingerprint": fingerprint}
+    place = f" (data.root of this rank is {root!r})" if root else ""
+    _require_equal(lambda: values, f"give every machine the same copy of the data set{place}")
 
 
-def check_checkpoints(run: Path, manifests: Callable[[], list[Path]]) -> None:
-    """Raise ValueError on all ranks unless they would resume from the same checkpoints."""
+def check_checkpoints(run: Path) -> None:
+    """Raise ValueError on all ranks unless they see the same checkpoints of the run."""
 
-    def facts() -> dict[str, str]:
-        names = {path.parent.name: _digest(path) for path in manifests()}
-        return {
-            "output: checkpoints": ", ".join(f"{name} {digest}" for name, digest in names.items())
-        }
+    def values() -> dict[str, str]:
+        hashes = [f"{path.name} {_hash(path / MANIFEST)}" for path in list_checkpoints(run)]
+        return {"output: checkpoints": ", ".join(hashes)}
 
-    remedy = f"put output ({run}) on a file system that every machine has mounted at that place"
-    _require(facts, remedy, MOUNT_SECONDS)
+    remedy = f"put output ({run}) on a file system that every machine mounts at that path"
+    _require_equal(values, remedy, MOUNT_SECONDS)
 
 
-def _require(facts: Callable[[], dict[str, Any]], remedy: str, patience: float = 0.0) -> None:
+def _require_equal(
+    values: Callable[[], dict[str, Any]], remedy: str, patience_seconds: float = 0.0
+) -> None:
+    """Raise ValueError on all ranks if their values still differ after some time."""
     if process_group.world_size() == 1:
         return
-    patience = min(patience, process_group.timeout_seconds() / 2)
+    patience_seconds = min(patience_seconds, process_group.timeout_seconds() / 2)
     began = time.monotonic()
     while True:
-        own = facts()
+        own = values()
         digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
         digests, elapsed = zip(*collectives.gather_objects((digest, time.monotonic() - began)))
         if len(set(digests)) == 1:
             return
-        if elapsed[0] >= patience:  # the same decision on all ranks
+        if elapsed[0] >= patience_seconds:  # rank 0's clock, so that all ranks decide alike
             break
-        time.sleep(2)
+        time.sleep(RETRY_SECONDS)
     answers = collectives.gather_objects((socket.gethostname(), own))
-    raise ValueError(f"the ranks disagree: {_differences(answers)}; {remedy}")
+    raise ValueError(f"the ranks disagree: {_describe_differences(answers)}; {remedy}")
 
 
-def _differences(answers: list[tuple[str, dict[str, Any]]]) -> str:
-    """The keys that differ, each with its values and the ranks that have them."""
-    keys = sorted({key for _, facts in answers for key in facts})
-    texts = []
-    for key in keys:
-        holders: dict[str, list[int]] = {}
-        for rank, (_, facts) in enumerate(answers):
-            holders.setdefault(repr(facts[key]) if key in facts else "absent", []).append(rank)
-        if len(holders) > 1:
-            parts = [f"{value} on {_named(ranks, answers)}" for value, ranks in holders.items()]
-            texts.append(f"{key}: {', '.join(parts)}")
-    more = [f"and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
-    return "; ".join(texts[:SHOWN] + more)
+def _describe_differences(answers: list[tuple[str, dict[str, Any]]]) -> str:
+    """List the keys that differ, each with its values and the ranks that have them.
+
+    Args:
+        answers: Host name and values of each rank.
+    """
+    descriptions = []
+    for key in sorted({key for _, values in answers for key in values}):
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, (_, values) in enumerate(answers):
+            value = repr(values[key]) if key in values else "absent"
+            ranks_by_value.setdefault(value, []).append(rank)
+        if len(ranks_by_value) > 1:
+            holders = [
+                f"{value} on {_name_ranks(ranks, answers[ranks[0]][0])}"
+                for value, ranks in ranks_by_value.items()
+            ]
+            descriptions.append(f"{key}: {', '.join(holders)}")
+    num_hidden = len(descriptions) - MAX_DIFFERENCES
+    more = [f"and {num_hidden} more"] if num_hidden > 0 else []
+    return "; ".join(descriptions[:MAX_DIFFERENCES] + more)
 
 
-def _named(ranks: list[int], answers: list[tuple[str, dict[str, Any]]]) -> str:
-    first = f"rank {ranks[0]} ({answers[ranks[0]][0]})"
-    return first if len(ranks) == 1 else f"{first} and {len(ranks) - 1} more"
+def _name_ranks(ranks: list[int], first_host: str) -> str:
+    more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+    return f"rank {ranks[0]} ({first_host}){more}"
 
 
-NOT_TRAINING = {"eval", "launch"}  # in a clone these are links, in a wheel they are folders
-
-
-def _sources(method_module: str) -> dict[str, str]:
-    """Digest of every source file that training uses, and of a method that lies outside the package."""
+def _source_hashes(method_module: str) -> dict[str, str]:
+    """Return the hash of each source file that training uses, including a user's own method."""
+    paths = [(path.relative_to(PACKAGE), path) for path in PACKAGE.rglob("*.py")]
     files = {
-        f"{PACKAGE.name}/{path.relative_to(PACKAGE)}": path
-        for path in PACKAGE.rglob("*.py")
-        if path.relative_to(PACKAGE).parts[0] not in NOT_TRAINING
+        f"{PACKAGE.name}/{relative}": path
+        for relative, path in paths
+        if relative.parts[0] not in NOT_TRAINING
     }
-    own = getattr(sys.modules.get(method_module), "__file__", None)
-    if own and not Path(own).is_relative_to(PACKAGE):
-        files[f"method {method_module}"] = Path(own)
-    return {name: _digest(path) for name, path in sorted(files.items())}
+    method_file = getattr(sys.modules.get(method_module), "__file__", None)
+    if method_file and not Path(method_file).is_relative_to(PACKAGE):
+        files[f"method {method_module}"] = Path(method_file)
+    return {name: _hash(path) for name, path in sorted(files.items())}
 
 
-def _digest(path: Path) -> str:
+def _hash(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError as error:
@@ -129,4 +139,4 @@ def _digest(path: Path) -> str:
 
 
 def _is_per_machine(key: str) -> bool:
-    return key in PER_MACHINE or key.partition(".")[0] in PER_MACHINE_SECTIONS
+    return key in PER_MACHINE_KEYS or key.partition(".")[0] in PER_MACHINE_SECTIONS

@@ -6,30 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssl_pretrain.checkpoint import rank_agreement
-from ssl_pretrain.checkpoint import state as checkpoint
-from ssl_pretrain.checkpoint.state import CheckpointConfig
+from ssl_pretrain.checkpoint import folder, rank_agreement
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from ssl_pretrain.checkpoint.manifest import read_manifest
 from ssl_pretrain.distributed import collectives, process_group
 
-# Called with `saved`, the configuration in a manifest, and `path`, its checkpoint. Raises ValueError
-# if this run may not go on from it.
+# Called with `saved`, the configuration in a manifest, and `path`, its checkpoint. Raises
+# ValueError if this run may not continue from it.
 Compare = Callable[..., None]
 
 
-def resume(
-    state: checkpoint.State,
-    run: Path,
-    settings: CheckpointConfig,
-    fingerprint: str,
-    compare: Compare,
-) -> int:
-    """Prepare the run's folder and load its newest checkpoint.
+def resume(checkpoints: Checkpoints, compare: Compare) -> int:
+    """Prepare the run's folder and restore its newest checkpoint.
 
     Args:
-        state: The state to load into.
-        run: The run's folder.
-        settings: Says whether to resume.
-        fingerprint: Fingerprint of the training images.
+        checkpoints: The run's checkpoints.
         compare: Compares the checkpoint's configuration with this run's.
 
     Returns:
@@ -38,21 +29,19 @@ def resume(
     Raises:
         ValueError: The run cannot resume with this configuration or these images.
     """
-    checkpoint.prepare(run)
-    rank_agreement.check_checkpoints(
-        run, lambda: [path / checkpoint.MANIFEST for path in checkpoint.checkpoints(run)]
-    )
+    run, fingerprint = checkpoints.run, checkpoints.facts.data
+    folder.prepare_folder(run)
+    rank_agreement.check_checkpoints(run)
 
     def check(manifest: dict[str, Any]) -> None:
-        path = checkpoint.folder_of(run, manifest["step"])
-        compare(saved=manifest["config"], path=str(path))
+        compare(saved=manifest["config"], path=str(folder.checkpoint_path(run, manifest["step"])))
         if manifest.get("data", fingerprint) != fingerprint:
             raise ValueError(
                 f"data.root: the training images are not those that {run} was trained on (another "
                 f"list of files); give that data set, or a new output with backbone.init={run}"
             )
 
-    return state.resume(run, settings, check)
+    return checkpoints.resume(check)
 
 
 def finished_step(
@@ -78,10 +67,10 @@ def finished_step(
 
 
 def _finished_step(run: Path, epochs: float, compare: Compare) -> int | None:
-    path = checkpoint.last_that_reached(run, epochs)
+    path = folder.newest_if_reached(run, epochs)
     if path is None:
         return None
-    manifest = checkpoint.opened(path, verified=True)
+    manifest = read_manifest(path)
     saved_epochs, step = manifest["config"]["epochs"], int(manifest["step"])
     if saved_epochs != epochs:
         raise ValueError(

@@ -329,7 +329,7 @@ def build(
         device=device,
         num_workers=min(
             data.num_workers,
-            max(1, process_group.available_cores() // process_group.local_world_size()),
+            process_group.cores_per_rank(),
         ),
         rank=process_group.rank(),
         world_size=process_group.world_size(),

@@ -87,7 +87,7 @@ def describe(
 
 def remedy(loader: Loader) -> str:
     """What makes this loader faster, the largest step first."""
-    cores = max(1, process_group.available_cores() // process_group.local_world_size())
+    cores = process_group.cores_per_rank()
     if loader.num_workers < cores:
         return (
             f"raise data.num_workers from {loader.num_workers} to {cores}, the cores of each rank"

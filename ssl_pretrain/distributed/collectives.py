@@ -1,13 +1,12 @@
-"""Every collective in the package. With no process group, each function is the one-process identity.
+"""Every collective of the package. With one process each collective is the identity.
 
-Gradient rule. DDP *averages* gradients over ranks. So a method returns, on rank r, a loss L_r with
-mean_r(L_r) = L(global batch), and every collective below has the true (summed) backward. Then DDP's
-average is exactly dL/dparams of one process on the whole batch.
+Gradient rule. DDP *averages* gradients over ranks. A method therefore returns, on rank r, a loss
+L_r with mean_r(L_r) = L(global batch), and every collective has its true (summed) backward. DDP's
+average is then exactly dL/dparams of one process on the whole batch.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ssl_pretrain.distributed import process_group
 
-# torch 2.13 renamed both; 2.11 has the old names only
+# torch 2.13 renamed both. torch 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -27,69 +26,74 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.shape, ctx.group = x.shape, group
-        out = x.new_empty(process_group.group_size(group) * x.shape[0], *x.shape[1:])
-        _all_gather(out, x.contiguous(), group=group)
-        return out
+        gathered = x.new_empty(process_group.group_size(group) * x.shape[0], *x.shape[1:])
+        _all_gather(gathered, x.contiguous(), group=group)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        own = grad.new_empty(ctx.shape)  # autograd owns grad: never reduce it in place
-        _reduce_scatter(
-            own, grad.contiguous(), group=ctx.group
-        )  # other ranks' losses use this rank's rows too
-        return own, None
+        # The losses of other ranks use this rank's rows too. Autograd owns `grad`, so it is never
+        # reduced in place.
+        total = grad.new_empty(ctx.shape)
+        _reduce_scatter(total, grad.contiguous(), group=ctx.group)
+        return total, None
 
 
 class _ReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        out = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(out, group=group)
-        return out
+        return _sum_of_copies(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _sum_of_copies(grad, ctx.group), None
+
+
+def _sum_of_copies(x: Tensor, group: Any) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def gather(x: Tensor, group: Any = None) -> Tensor:
-    """Concatenates every rank's (local_batch, ...) in rank order: (global_batch, ...). Differentiable."""
+    """Concatenate `x` of all ranks, (local_batch, ...), to (global_batch, ...). Differentiable."""
     return _Gather.apply(x, group) if process_group.group_size(group) > 1 else x
 
 
 def reduce_sum(x: Tensor, group: Any = None) -> Tensor:
-    """Sum of every rank's `x`, same shape on all ranks. Differentiable."""
+    """Sum `x` over all ranks. Differentiable."""
     return _ReduceSum.apply(x, group) if process_group.group_size(group) > 1 else x
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each rank holds a part of it alone, as FSDP's weights and their gradients."""
+    """Return True if each rank holds only a shard, as of FSDP's weights and their gradients."""
     return isinstance(tensor, DTensor)
 
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's part of each, sharing its memory: its rows of a sharded tensor, all of any other. Carries no graph."""
+    """Return this rank's rows of sharded tensors, and other tensors whole.
+
+    The results share memory with the tensors and have no graph.
+    """
     with torch.no_grad():
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
-    """The 2-norms of each list's tensors, (len(list),): of whole tensors, also where ranks hold shards. One collective for all."""
-    found = [torch.stack(torch._foreach_norm(shards(tensors))) for tensors in lists]
+    """Return the 2-norms of the tensors of each list, which may be sharded, in one collective."""
+    local = [torch.stack(torch._foreach_norm(shards(tensors))) for tensors in lists]
     first = lists[0][0]
     if not isinstance(first, DTensor):
-        return found
+        return local
     dims = [dim for dim, placement in enumerate(first.placements) if placement.is_shard()]
     assert len(dims) == 1, "tensors are sharded along one dimension of the mesh"
-    total = reduce_sum(torch.cat(found).square(), first.device_mesh.get_group(dims[0])).sqrt()
+    total = reduce_sum(torch.cat(local).square(), first.device_mesh.get_group(dims[0])).sqrt()
     return list(total.split([len(tensors) for tensors in lists]))
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """Every rank's `value`, in rank order. Sent as a pickle between the ranks of one run only."""
+    """Return the values of all ranks in rank order. They travel as pickles between these ranks."""
     if process_group.world_size() == 1:
         return [value]
     values: list[Any] = [None] * process_group.world_size()
@@ -98,7 +102,7 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 
 
 def broadcast_object(value: Any, group: Any = None) -> Any:
-    """Rank 0's `value`, on every rank."""
+    """Return rank 0's value on every rank."""
     if process_group.world_size() == 1:
         return value
     box = [value]
@@ -107,18 +111,6 @@ def broadcast_object(value: Any, group: Any = None) -> Any:
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if process_group.world_size() > 1:
         dist.barrier(group=process_group.cpu_group())
-
-
-def straggler(step: int, every_steps: int) -> dict[str, float]:
-    """Which rank the others wait for where a step begins, and how long, by the hosts' clocks: its images, its processor, its logging.
-
-    Measured every `every_steps`, on the CPU group. Time within a step is shared: there, all wait for each other in every collective.
-    """
-    if process_group.world_size() == 1 or step % every_steps:
-        return {}
-    began = time.monotonic()
-    barrier()
-    waited = gather_objects(time.monotonic() - began)
-    return {"straggler": waited.index(min(waited)), "straggler_seconds": max(waited) - min(waited)}

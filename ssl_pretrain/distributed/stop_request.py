@@ -1,4 +1,4 @@
-"""A request to stop, agreed by all ranks."""
+"""A request to stop, on which all ranks agree."""
 
 from __future__ import annotations
 
@@ -17,73 +17,74 @@ from ssl_pretrain.system.stop_signals import STOP_SIGNALS, StopSignals
 from ssl_pretrain.system.watchdog import watchdog
 
 Batch = TypeVar("Batch")
-_NO_IMAGES = (
-    "the disk or a worker that reads images does not answer; see whether data.root can be read, whether /dev/shm has room "
-    "(docker --shm-size or --ipc=host), set data.num_workers lower, or raise parallel.timeout_seconds where it is only slow"
+NO_IMAGES_REMEDY = (
+    "the disk or a worker that reads images does not answer; check that data.root can be read and "
+    "that /dev/shm has room (docker --shm-size or --ipc=host), lower data.num_workers, or raise "
+    "parallel.timeout_seconds if reading is only slow"
 )
-_NO_STEP = (
-    "another rank or the device does not answer, or this machine is too slow; the stacks above say where; see the other ranks' "
-    "outputs, or raise parallel.timeout_seconds where a step takes that long"
+NO_STEP_REMEDY = (
+    "another rank or the device does not answer, or this machine is too slow; the stacks above "
+    "show where; look at the outputs of the other ranks, or raise parallel.timeout_seconds if a "
+    "step takes that long"
 )
 
 
 class StopRequest:
-    """A signal sets a flag; all ranks agree on it once a step, and the answer is used one step later.
+    """Agreement of all ranks on a request to stop, and the signs of life for the watchdog.
 
-    The reduction of one step travels on a CPU group while the next step computes, so asking costs nothing. A second
-    signal ends this process at once. `watched` and `agreed` are also the rank's signs of life: where the next one does
-    not come within the time given to `start`, the process ends with a message, so that the others, and the scheduler,
-    do not wait for it.
+    A signal sets a flag. All ranks exchange their flags once per step, on a CPU group while the
+    next step computes, and use the answer one step later. The exchange therefore costs no time. A
+    second signal ends this process at once.
+
+    Args:
+        signals: Signals that request a stop.
+        fake_preempt: Step after which rank 0 sends itself SIGUSR2, as a scheduler would.
     """
 
-    def __init__(self, signals: tuple[int, ...] = STOP_SIGNALS, pretend_at: int | None = None):
-        self._pretend_at = (
-            pretend_at  # after this step rank 0 sends itself SIGUSR2, as a scheduler would
-        )
+    def __init__(
+        self, signals: tuple[int, ...] = STOP_SIGNALS, fake_preempt: int | None = None
+    ) -> None:
+        self._fake_preempt = fake_preempt
         self._pending: tuple[Tensor, Any] | None = None
         self._signals = StopSignals(signals)
 
-    @property
-    def requested(self) -> bool:
-        """Whether this rank was asked to stop."""
-        return self._signals.requested
+    def watch(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
+        """Yield the batches, with the wait for each one and its step under the watchdog.
 
-    def watched(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
-        """The batches, the wait for each of them and the step that follows under the watchdog."""
-        iterator = iter(batches)
+        Args:
+            batches: The batches of the steps after `first_step`.
+            first_step: Optimizer steps done before. The step after it also compiles.
+        """
+        iterator, timeout = iter(batches), process_group.timeout_seconds()
         for step in itertools.count(first_step + 1):
-            first = step == first_step + 1
-            watchdog.beat(
-                process_group.timeout_seconds(),
-                f"waiting for the images of step {step}",
-                _NO_IMAGES,
-                compiles=first,
-            )
+            compiles = step == first_step + 1
+            waiting = f"waiting for the images of step {step}"
+            watchdog.beat(timeout, waiting, NO_IMAGES_REMEDY, compiles=compiles)
             batch = next(iterator, None)
             if batch is None:
                 return
-            watchdog.beat(
-                process_group.timeout_seconds(), f"training step {step}", _NO_STEP, compiles=first
-            )
+            watchdog.beat(timeout, f"training step {step}", NO_STEP_REMEDY, compiles=compiles)
             yield batch
 
-    def agreed(self, step: int = -1) -> bool:
-        """Whether any rank had been asked to stop when the previous step ended; the same answer on all ranks."""
-        watchdog.beat(process_group.timeout_seconds(), f"ending step {step}", _NO_STEP)
-        if step == self._pretend_at and process_group.rank() == 0:
+    def exchange(self, step: int = -1) -> bool:
+        """Send this rank's request and give a sign of life at the end of a step.
+
+        Returns:
+            True if any rank had been asked to stop when the previous step ended. All ranks get the
+            same answer.
+        """
+        watchdog.beat(process_group.timeout_seconds(), f"ending step {step}", NO_STEP_REMEDY)
+        if step == self._fake_preempt and process_group.is_main():
             if self._signals.handled:
                 os.kill(os.getpid(), signal.SIGUSR2)
             self._signals.requested = True
         if process_group.world_size() == 1:
-            return self.requested
+            return self._signals.requested
         answer = self._wait()
-        flag = torch.tensor([int(self.requested)])
-        self._pending = (
-            flag,
-            dist.all_reduce(
-                flag, op=dist.ReduceOp.MAX, group=process_group.cpu_group(), async_op=True
-            ),
-        )
+        flag = torch.tensor([int(self._signals.requested)])
+        group = process_group.cpu_group()
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group, async_op=True)
+        self._pending = flag, work
         return answer
 
     def _wait(self) -> bool:
@@ -94,19 +95,11 @@ class StopRequest:
         self._pending = None
         return bool(flag.item())
 
-    def close(self) -> None:
-        """Finishes the reduction under way and gives the signals back."""
-        self._wait()
-        self._rest()
-
     def __enter__(self) -> StopRequest:
         return self
 
-    def __exit__(self, kind: object, *_exception: object) -> None:
-        if kind is None:
-            self._wait()  # after an error the others may never answer
-        self._rest()
-
-    def _rest(self) -> None:
-        watchdog.rest()
+    def __exit__(self, exception_type: object, *_exception: object) -> None:
+        if exception_type is None:  # after an error the others may never answer
+            self._wait()
+        watchdog.disarm()
         self._signals.close()

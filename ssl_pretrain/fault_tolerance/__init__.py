@@ -1,1 +1,1 @@
-"""What keeps a run alive and alone: the lock of its folder, the guard against non-finite steps."""
+"""The lock of a run's folder, and the guard against non-finite gradients."""

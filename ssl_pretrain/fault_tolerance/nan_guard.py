@@ -1,9 +1,10 @@
-"""What happens when gradients are not finite: the step is masked (optim.py), and here counted, recorded, answered.
+"""Recover from steps whose gradient is not finite.
 
-Up to `max_skipped_steps` in a row are passed over. Then the weights go back to the newest checkpoint, while the data go on,
-so that the run does not meet the same batch in the same state; after `max_rollbacks` of those, the run stops. What skipped batches
-were made of is kept in `<run>/skipped/`, for `python -m ssl_pretrain.replay RUN STEP`: the sample numbers, the seed and the epoch, of
-which every draw is a function, and the checkpoint whose weights they met.
+The optimizer masks such a step on the device, so no weight moves. `NanGuard` counts the skipped
+steps and records their images in `<run>/skipped/`, where `python -m ssl_pretrain.replay RUN STEP`
+finds them. After `max_skipped_steps` in a row it restores the newest checkpoint. The data order is
+not rewound, so the run does not meet the same batch in the same state again. After `max_rollbacks`
+restores the run ends with an error.
 """
 
 from __future__ import annotations
@@ -33,89 +34,101 @@ class GuardConfig:
     max_rollbacks: int = setting(1, "Rollbacks per process before the run ends. 0: none.")
 
 
-class Guard:
-    """Reads the device every `every_steps`, as the logger does.
+class NanGuard:
+    """Skips, rolls back or ends a run whose gradients are not finite.
 
     Args:
-        run: the run's folder.
-        broken: says which embeddings are not finite; asked on every rank.
-        roll_back: loads the newest checkpoint's weights and optimizer state, and says which; None where there is none.
-        drawn: `seed` and `steps_per_epoch`.
+        config: The limits.
+        run: Folder of the run.
+        every_steps: Interval at which the host reads the device, as the logger does.
+        seed: Seed of the run, recorded with each skipped step.
+        steps_per_epoch: Optimizer steps per epoch.
+        describe_bad_embeddings: Names the embeddings that are not finite, or returns an empty
+            text. Called on every rank.
+        roll_back: Restores the newest checkpoint and returns its name, or None if there is none.
     """
 
     def __init__(
-        self, config: GuardConfig, run: Path, every_steps: int, broken: Callable[[], str], roll_back: Callable[[], str | None],
-        drawn: dict[str, int],
-    ):  # fmt: skip
-        self.config, self.run, self.every_steps, self.drawn = config, run, every_steps, drawn
-        self._went_back: dict[
-            str, int
-        ] = {}  # the last rollback: after this step, to the checkpoint of that one
-        self.broken, self.roll_back = broken, roll_back
-        self.rollbacks, self._streak = 0, 0
-        self._seen: list[
-            tuple[int, Tensor, Tensor]
-        ] = []  # step, skipped, the batch's sample numbers
+        self,
+        config: GuardConfig,
+        run: Path,
+        every_steps: int,
+        *,
+        seed: int,
+        steps_per_epoch: int,
+        describe_bad_embeddings: Callable[[], str],
+        roll_back: Callable[[], str | None],
+    ):
+        self.config, self.run, self.every_steps = config, run, every_steps
+        self.seed, self.steps_per_epoch = seed, steps_per_epoch
+        self._describe_bad_embeddings, self._roll_back = describe_bad_embeddings, roll_back
+        self._num_rollbacks = self._skipped_in_a_row = 0
+        self._last_rollback: dict[str, int] = {}  # after which step, and to which checkpoint
+        self._unread: list[tuple[int, Tensor, Tensor]] = []  # step, skipped, image indices
 
-    def after(self, step: int, indices: Tensor, logs: dict[str, Tensor]) -> None:
-        """Takes a step's outcome; at the interval rolls back or stops where too many were skipped.
+    def check(self, step: int, indices: Tensor, logs: dict[str, Tensor]) -> None:
+        """Take a step's result. Every `every_steps`, roll back or stop if too many were skipped.
+
+        Args:
+            step: Optimizer steps done.
+            indices: Indices of this rank's images.
+            logs: Scalars of the step. `skipped_steps` is 1 for a step that was masked.
 
         Raises:
-            FloatingPointError: they still are after the last rollback, or there is nothing to go back to.
+            FloatingPointError: Too many steps were skipped after the last rollback, or there is no
+                checkpoint.
         """
-        self._seen.append((step, logs["skipped_steps"], indices))
-        if step % self.every_steps and len(self._seen) < self.every_steps:
+        self._unread.append((step, logs["skipped_steps"], indices))
+        if step % self.every_steps and len(self._unread) < self.every_steps:
             return
-        flags = torch.stack(
-            [skipped for _, skipped, _ in self._seen]
-        ).tolist()  # the same on every rank
-        for (number, _, numbers), flag in zip(self._seen, flags):
-            self._streak = self._streak + 1 if flag else 0
-            if flag:
-                self._record(number, numbers)
-        self._seen.clear()
-        if self._streak >= self.config.max_skipped_steps:
-            self._answer(step)
+        flags = torch.stack([skipped for _, skipped, _ in self._unread]).tolist()
+        for (number, _, batch_indices), skipped in zip(self._unread, flags):  # same on all ranks
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+            if skipped:
+                self._record(number, batch_indices)
+        self._unread.clear()
+        if self._skipped_in_a_row >= self.config.max_skipped_steps:
+            self._recover(step)
 
-    def _answer(self, step: int) -> None:
-        where = self.broken()
-        what = f"step {step}: {self._streak} steps in a row had a non-finite gradient"
-        what += f"; not finite embeddings: {where}" if where else ""
-        restored = self.roll_back() if self.rollbacks < self.config.max_rollbacks else None
+    def _recover(self, step: int) -> None:
+        problem = f"step {step}: {self._skipped_in_a_row} steps in a row had a non-finite gradient"
+        if bad := self._describe_bad_embeddings():
+            problem += f"; embeddings that are not finite: {bad}"
+        may_roll_back = self._num_rollbacks < self.config.max_rollbacks
+        restored = self._roll_back() if may_roll_back else None
         if restored is None:
             command = shlex.join(["python", "-m", "ssl_pretrain.replay", str(self.run), str(step)])
             raise FloatingPointError(
-                f"{what}; the weights are those of the last finite step. Lower optim.base_lr, lengthen optim.warmup_epochs, or train in "
-                f"float32; resuming goes on from the last checkpoint. `{command}` repeats that step"
+                f"{problem}. The weights are those of the last finite step. Lower optim.base_lr, "
+                "lengthen optim.warmup_epochs, or train in float32. The same command resumes from "
+                f"the last checkpoint. `{command}` repeats this step alone"
             )
-        self.rollbacks += 1
-        self._streak = 0
-        self._went_back = {
+        self._num_rollbacks += 1
+        self._skipped_in_a_row = 0
+        self._last_rollback = {
             "rolled_back_after": step,
             "rolled_back_to": int(restored.rpartition("_")[2]),
         }
         if process_group.is_main():
             print(
-                f"{what}; weights and optimizer went back to {restored}, the data go on", flush=True
+                f"{problem}. Weights and optimizer were restored from {restored}. "
+                "Training continues with the next images",
+                flush=True,
             )
 
     def _record(self, step: int, indices: Tensor) -> None:
-        numbers = collectives.gather(indices).tolist()
-        if process_group.is_main():
-            path = self.run / "skipped" / f"step_{step:08d}.json"
-            epoch = (step - 1) // self.drawn["steps_per_epoch"]
-            facts = {
-                "step": step,
-                "seed": self.drawn["seed"],
-                "epoch": epoch,
-                **self._went_back,
-                "indices": numbers,
-            }
-            try:
-                path.parent.mkdir(exist_ok=True)
-                durable_files.replace(path, json.dumps(facts))
-            except OSError as error:  # the run is worth more than the note
-                warnings.warn(
-                    f"{path} could not be written: {durable_files.reason(error)}; that step cannot be replayed",
-                    stacklevel=2,
-                )
+        all_indices = collectives.gather(indices).tolist()
+        if not process_group.is_main():
+            return
+        path = self.run / "skipped" / f"step_{step:08d}.json"
+        epoch = (step - 1) // self.steps_per_epoch
+        record = {"step": step, "seed": self.seed, "epoch": epoch, **self._last_rollback}
+        try:
+            path.parent.mkdir(exist_ok=True)
+            durable_files.replace(path, json.dumps(record | {"indices": all_indices}))
+        except OSError as error:  # the run is worth more than this record
+            warnings.warn(
+                f"{path} could not be written: {durable_files.reason(error)}; "
+                "that step cannot be replayed",
+                stacklevel=2,
+            )

@@ -175,7 +175,7 @@ def convert(module: nn.Module, images: int, group_images: int) -> nn.Module:
             f"parallel.bn_group_images: {group_images} is {ranks} ranks of {images} images, which "
             f"does not divide {world_size} ranks"
         )
-    group = process_group.new_groups(ranks) if ranks > 1 else None
+    group = process_group.new_subgroup(ranks) if ranks > 1 else None
     for name, child in list(module.named_modules()):
         if isinstance(child, _BatchNorm):
             on_cuda = child.weight is not None and child.weight.is_cuda

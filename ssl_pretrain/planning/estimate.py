@@ -169,7 +169,7 @@ class Program:
             torch.autograd.grad(loss, leaves, allow_unused=True)
 
         with (
-            process_group.pretended(self.ranks),
+            process_group.fake_process_group(self.ranks),
             tiles.sized_for("cpu" if self.machine.on_cpu else "cuda"),
         ):
             return trace.run(made, both)
@@ -212,7 +212,7 @@ class Program:
                 HALFWAY, {name: z.detach() for name, z in embeddings.items()}, targets
             )
 
-        with process_group.pretended(self.ranks):
+        with process_group.fake_process_group(self.ranks):
             traced = trace.run(made, step)
         return traced, state_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ssl_pretrain import config
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.initial_weights import initialize
 from ssl_pretrain.config import RunConfig, method_on_meta
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.data.layout_report import layout_lines
@@ -37,7 +37,7 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     """
     config.check(run, world_size)
     method = method_on_meta(run)
-    notes = checkpoint.initialize(method.backbone, run.backbone)
+    notes = initialize(method.backbone, run.backbone)
     lines = ["# resolved configuration", config.to_yaml(run), "# plan"]
     lines += _rates(run)
     lines += _parameters(run, method)

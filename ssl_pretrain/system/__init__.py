@@ -1,1 +1,1 @@
-"""The operating system and the compiler: durable files, signals, exit statuses, cached machine code."""
+"""Services around the operating system: durable files, signals, exit statuses, compiled code."""

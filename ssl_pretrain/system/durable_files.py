@@ -1,4 +1,4 @@
-"""Small files that survive a crash or a power cut, on file systems that may lack something."""
+"""Small files that survive a crash or a power cut, on file systems that lack some features."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from pathlib import Path
 # Errors of a file system that does not implement a call. All others are real failures.
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 # Errors of the disk rather than of the command. The same command may succeed later.
-TROUBLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN,
-}  # fmt: skip
+SPACE_ERRORS = {errno.ENOSPC, errno.EDQUOT}
+DEVICE_ERRORS = {errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO}
+NETWORK_ERRORS = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
 
 
 class SaveError(OSError):
     """The disk refused a file of the run. Files written before are untouched."""
 
 
-def is_trouble(error: BaseException) -> bool:
-    """Return True if the disk is at fault (full, read-only, lost) rather than a path or a permission."""
-    return isinstance(error, OSError) and error.errno in TROUBLE
+def is_disk_failure(error: BaseException) -> bool:
+    """Return True if the disk is full, read-only or lost. A wrong path is no such failure."""
+    failures = SPACE_ERRORS | DEVICE_ERRORS | NETWORK_ERRORS
+    return isinstance(error, OSError) and error.errno in failures
+
+
+def save_error(error: OSError, message: str) -> SaveError | ValueError:
+    """Return a SaveError for a failure of the disk that may pass, a ValueError for any other."""
+    may_pass = is_disk_failure(error) and error.errno != errno.EROFS
+    return SaveError(message) if may_pass else ValueError(message)
 
 
 def reason(error: OSError) -> str:
@@ -35,20 +42,18 @@ def replace(path: Path, text: str) -> None:
     Raises:
         OSError: The old file is untouched and the temporary one is removed.
     """
-    beside = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
-            beside.unlink()
-        if isinstance(error, OSError):
-            raise OSError(
-                error.errno, reason(error), str(path)
-            ) from None  # a write's error has no name
+            temporary.unlink()
+        if isinstance(error, OSError):  # the error of a write does not name the file
+            raise OSError(error.errno, reason(error), str(path)) from None
         raise
     sync_folder(path.parent)
 
@@ -88,7 +93,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Fsync a folder, which makes the names in it durable. Do nothing on file systems that lack this call."""
+    """Fsync a folder to make the names in it durable, where the file system supports that."""
     try:
         sync(path)
     except OSError as error:
@@ -96,7 +101,7 @@ def sync_folder(path: Path) -> None:
             raise
 
 
-def allow_as_usual(path: Path, like: Path) -> None:
-    """Copy the mode bits that the umask gave another file. For writers that always create 0600."""
+def copy_mode(source: Path, target: Path) -> None:
+    """Copy a file's permissions to a file whose writer ignores the umask and always sets 0600."""
     with suppress(OSError):  # a file system without modes
-        path.chmod(like.stat().st_mode & 0o777)
+        target.chmod(source.stat().st_mode & 0o777)

@@ -1,4 +1,4 @@
-"""Exit statuses of a run, and which of them torchrun must not answer with a restart.
+"""Exit statuses of a run, and those after which torchrun must not restart the ranks.
 
 torchrun restarts all ranks when one of them exits with a nonzero status. That is right after a lost
 rank. It is useless after a user's mistake, which would only repeat, and wrong for a run that was
@@ -14,11 +14,9 @@ from pathlib import Path
 
 from ssl_pretrain.system import durable_files
 
-# Exit statuses, those above 2 from sysexits.h. docs/reliability.md tells users about them.
+# Exit statuses, those above 2 from sysexits.h. docs/reliability.md explains them to users.
 MISTAKE = 2  # the same command would fail in the same way
-LOST = (
-    69  # EX_UNAVAILABLE: the ranks did not meet, one was lost, or a process was silent for too long
-)
+LOST = 69  # EX_UNAVAILABLE: a rank did not come, was lost, or was silent for too long
 DISK_REFUSED = 74  # EX_IOERR
 STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
 
@@ -27,32 +25,39 @@ class LostError(RuntimeError):
     """A rank or a process that the run depends on has ended or does not answer."""
 
 
-def note_end(status: int) -> None:
-    """Write down the exit status that restarted ranks must repeat."""
-    if (note := _note()) is not None:
+def record_failure(error: BaseException) -> int:
+    """Return the exit status for an error, and record it if restarted ranks must repeat it."""
+    if isinstance(error, LostError):
+        return LOST
+    if isinstance(error, durable_files.SaveError) or durable_files.is_disk_failure(error):
+        return DISK_REFUSED
+    _record(MISTAKE)
+    return MISTAKE
+
+
+def record_stop() -> int:
+    """Return the exit status for a stop request, and record it if restarted ranks must repeat it.
+
+    With torchrun on several hosts and restarts allowed it is 0. After any other status the agents
+    would wait for each other to restart the ranks.
+    """
+    num_agents = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if num_agents > 1 and max_restarts > 0:
+        return 0
+    _record(STOPPED)
+    return STOPPED
+
+
+def _record(status: int) -> None:
+    note = _note()
+    if note is not None:
         with suppress(OSError):
             note.write_text(str(status))
 
 
-def note_failure(error: BaseException) -> int:
-    """Return the exit status for an error. Write it down if restarted ranks must repeat it."""
-    if isinstance(error, LostError):
-        return LOST
-    if isinstance(error, durable_files.SaveError) or durable_files.is_trouble(error):
-        return DISK_REFUSED
-    note_end(MISTAKE)
-    return MISTAKE
-
-
-def note_stop() -> int:
-    """Return the exit status for a stop request. Write it down if restarted ranks must repeat it."""
-    if (status := stopped_status()) == STOPPED:
-        note_end(status)
-    return status
-
-
 def status_to_repeat() -> int | None:
-    """Return the status in the note if torchrun has restarted these ranks, else None."""
+    """Return the recorded status if torchrun has restarted these ranks, else None."""
     note = _note()
     if note is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
@@ -61,19 +66,8 @@ def status_to_repeat() -> int | None:
     return None
 
 
-def stopped_status() -> int:
-    """Return the exit status of a rank that was asked to stop.
-
-    With torchrun on several hosts and restarts allowed it is 0. After any other status the agents
-    would wait for each other to restart the ranks.
-    """
-    agents = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return 0 if agents > 1 and restarts > 0 else STOPPED
-
-
 def _note() -> Path | None:
-    """Return the path of this torchrun's note on this machine, None without torchrun.
+    """Return the path of this launch's note on this machine, or None without torchrun.
 
     torchrun's error file is FOLDER/attempt_N/<rank>/error.json.
     """

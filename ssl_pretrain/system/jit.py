@@ -1,9 +1,9 @@
-"""Machine code by numba, cached on disk where that is possible and compiled again where it is not.
+"""Machine code by numba, cached on disk if possible and compiled again if not.
 
-numba refuses to start where no folder for its cache can be written to, and raises where a cached
-file is empty, damaged or cannot be written. A cache only saves time, so none of these may end a
-run: this module finds a place for the cache before numba is imported, and treats a file that
-fails its checksum as absent. All modules of the project take ``njit`` from here.
+numba refuses to start if it cannot write to any folder for its cache. It raises if a cached file is
+empty, damaged or cannot be written. A cache only saves time, so none of these may end a run. This
+module chooses a folder for the cache before numba is imported, and treats a file that fails its
+checksum as absent. All modules of the project take `njit` from this module.
 """
 
 from __future__ import annotations
@@ -21,50 +21,51 @@ from typing import Any
 
 from ssl_pretrain.system.import_path import PACKAGE
 
-# Folders with cached functions. numba keeps the cache of each in its __pycache__.
-CACHED = (PACKAGE, PACKAGE / "views", PACKAGE / "data" / "native", PACKAGE / "eval")
+# Folders whose modules have cached functions. numba keeps their cache in `__pycache__`.
+CACHED_FOLDERS = (PACKAGE, PACKAGE / "views", PACKAGE / "data" / "native", PACKAGE / "eval")
 VARIABLE = "NUMBA_CACHE_DIR"
+CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
-def place_cache() -> None:
-    """Set NUMBA_CACHE_DIR to a private temporary folder where nothing else can be written to.
+def choose_cache_folder() -> None:
+    """Set NUMBA_CACHE_DIR to a private temporary folder if no other folder can be written to.
 
-    The places that numba itself would take come first: NUMBA_CACHE_DIR, the ``__pycache__``
-    folders beside the source, and the user's cache folder. Worker processes inherit the choice.
+    numba's own choices come first: NUMBA_CACHE_DIR, the `__pycache__` folders beside the source,
+    and the user's cache folder. Worker processes inherit the choice.
     """
-    chosen = os.environ.get(VARIABLE)
-    if chosen:
-        usable = _is_writable(Path(chosen))
+    if os.environ.get(VARIABLE):
+        usable = _is_writable(Path(os.environ[VARIABLE]))
     else:
-        beside = all(_is_writable(folder / "__pycache__") for folder in CACHED if folder.is_dir())
-        usable = beside or _is_writable(_user_cache())
+        folders = [folder for folder in CACHED_FOLDERS if folder.is_dir()]
+        beside_source = all(_is_writable(folder / "__pycache__") for folder in folders)
+        usable = beside_source or _is_writable(_user_cache())
     if usable:
         return
-    with suppress(OSError):  # without any folder everything is compiled in memory
+    try:
         os.environ[VARIABLE] = str(private_folder())
-        return
-    os.environ.pop(VARIABLE, None)
+    except OSError:  # without any folder everything is compiled in memory
+        os.environ.pop(VARIABLE, None)
 
 
 def private_folder() -> Path:
-    """Create or find a folder of the temporary directory that only this user can write to.
+    """Create or reuse a temporary folder that only this user can write to.
 
-    Cached machine code is executed, so a folder that another user made under this name is not
-    taken. Without a trustworthy one this process gets a fresh folder.
+    Cached machine code is executed, so a folder that another user made under this name is not used.
+    This process then gets a new folder.
     """
     folder = Path(tempfile.gettempdir()) / f"ssl_pretrain-numba-{os.geteuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700)
     with suppress(OSError):
-        found = folder.lstat()
-        private = stat.S_ISDIR(found.st_mode) and not stat.S_IMODE(found.st_mode) & 0o077
-        if private and found.st_uid == os.geteuid() and _is_writable(folder):
+        status = folder.lstat()
+        private = stat.S_ISDIR(status.st_mode) and not stat.S_IMODE(status.st_mode) & 0o077
+        if private and status.st_uid == os.geteuid() and _is_writable(folder):
             return folder
     return Path(tempfile.mkdtemp(prefix="ssl_pretrain-numba-"))
 
 
 def _user_cache() -> Path:
-    """The folder that numba would take in the user's home; a relative one never counts."""
+    """Return the folder that numba would use in the user's home. A relative path never counts."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "numba" if os.path.isabs(base) else Path(os.devnull)
 
@@ -78,55 +79,54 @@ def _is_writable(folder: Path) -> bool:
         return False
 
 
-place_cache()
+choose_cache_folder()
 
 import numba  # noqa: E402  # NUMBA_CACHE_DIR is read when numba is imported
 from numba.core import caching  # noqa: E402
 
 if VARIABLE in os.environ:
-    # numba may have been imported before.
+    # Takes effect even if numba was imported before this module.
     numba.config.CACHE_DIR = os.environ[VARIABLE]  # type: ignore[attr-defined]
 
 
 def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a function as ``numba.njit`` does, with a cache that never stops a start."""
+    """Decorate a function as `numba.njit` does, with a cache whose faults never end the process."""
 
-    def compile_when_called(function: Callable[..., Any]) -> Any:
+    def decorate(function: Callable[..., Any]) -> Any:
         if not cache:
             return numba.njit(**options)(function)
         try:
             dispatcher = numba.njit(cache=True, **options)(function)
-        except (RuntimeError, OSError):  # no place for a cache
+        except (RuntimeError, OSError):  # no folder for a cache
             return numba.njit(**options)(function)
         if hasattr(dispatcher, "_cache"):  # absent under NUMBA_DISABLE_JIT
             dispatcher._cache._cache_file.__class__ = CheckedCacheFile
         return dispatcher
 
-    return compile_when_called
+    return decorate
 
 
 class CheckedCacheFile(caching.IndexDataCacheFile):
     """numba's two files of a cached function, each followed by the SHA-256 of its content.
 
-    numba's own reader stops before the checksum, so both kinds of files can be read by both.
+    numba's own reader stops before the checksum, so each reader accepts the other's files.
     """
 
     def load(self, key: Any) -> Any:
+        """Return the cached code, or None if it is absent or damaged."""
         try:
             return super().load(key)
-        except Exception:  # a pickle that is damaged can raise anything
+        except Exception:  # a damaged pickle can raise anything
             return None
 
     def save(self, key: Any, data: Any) -> None:
-        try:
+        """Write the code to the cache. If the disk is full, it stays in memory."""
+        with suppress(OSError):
             super().save(key, data)
-        except OSError:  # a full disk: the code stays in memory
-            return
 
     def _load_index(self) -> dict[Any, str]:
         try:
-            content = _unsealed(Path(self._index_path))
-            stream = io.BytesIO(content)
+            stream = io.BytesIO(_checked_content(Path(self._index_path)))
             if pickle.load(stream) != self._version:
                 return {}
             stamp, overloads = pickle.load(stream)
@@ -135,24 +135,25 @@ class CheckedCacheFile(caching.IndexDataCacheFile):
             return {}
 
     def _load_data(self, name: str) -> Any:
-        return pickle.loads(_unsealed(Path(self._data_path(name))))
+        return pickle.loads(_checked_content(Path(self._data_path(name))))
 
     @contextmanager
     def _open_for_write(self, filepath: str) -> Iterator[io.BytesIO]:
-        content = io.BytesIO()
+        buffer = io.BytesIO()
         with super()._open_for_write(filepath) as file:
-            yield content
-            file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+            yield buffer
+            content = buffer.getvalue()
+            file.write(content + hashlib.sha256(content).digest())
 
 
-def _unsealed(path: Path) -> bytes:
-    """Content of a file whose checksum is right.
+def _checked_content(path: Path) -> bytes:
+    """Return the content of a file without its checksum.
 
     Raises:
-        OSError: The file is absent, damaged, or not one of ours.
+        OSError: The file is absent, damaged, or was not written by this module.
     """
     stored = path.read_bytes()
-    content, checksum = stored[:-32], stored[-32:]
+    content, checksum = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]
     if hashlib.sha256(content).digest() != checksum:
         raise OSError(f"{path} is damaged")
     return content

@@ -44,7 +44,7 @@ def test_ranks_with_other_settings_do_not_train(tmp_path):
         host = socket.gethostname()
         assert done.stderr.splitlines()[-1] == (
             f"error: the ranks disagree: seed: 0 on rank 0 ({host}), 1 on rank 1 ({host}); "
-            "start every rank with the same configuration and the same key=value"
+            "start every rank with the same configuration and overrides"
         )
     assert not (tmp_path / "run" / "checkpoints").exists()
 

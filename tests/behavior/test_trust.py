@@ -11,7 +11,7 @@ import threading
 import commands
 import pytest
 
-from ssl_pretrain.checkpoint import folder as checkpoint_folder
+from ssl_pretrain.checkpoint.manifest import to_json
 
 TRAIN = ("-m", "ssl_pretrain.train")
 
@@ -72,7 +72,7 @@ def plant(folder, **log):
     path = folder / "manifest.json"
     written = json.loads(path.read_text())
     written["config"]["log"] |= log
-    path.write_text(checkpoint_folder.dumps(written))
+    path.write_text(to_json(written))
 
 
 @pytest.mark.full

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from measure import interleaved, mib, versions
 
-from ssl_pretrain.checkpoint import state as checkpoint
-from ssl_pretrain.checkpoint.state import CheckpointConfig, State
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.methods import byol
 from ssl_pretrain.models.backbones import BackboneConfig, build
 from ssl_pretrain.optim import optimizers as optim
@@ -64,8 +66,9 @@ class Run:
         )
         optimizer = self.stepper.optimizer
         optim.set_rates(optimizer, recipe, HALFWAY, 100, options.images)
-        self.state = State(method, optimizer, {}, {})
         self.folder, self.number = Path(tempfile.mkdtemp(dir=options.folder)), 0
+        state, facts = TrainingState(method, optimizer), RunFacts(100, options.images, "")
+        self.checkpoints = Checkpoints(self.folder, state, CheckpointConfig(), facts, {}, 100)
 
     def step(self) -> None:
         self.stepper(HALFWAY, self.batch)
@@ -73,17 +76,18 @@ class Run:
 
     def step_and_copy(self) -> None:
         self.step()
-        self.state._snapshot(self.number)
+        self.checkpoints.state.snapshot()
 
     def step_and_save(self, settings: CheckpointConfig) -> None:
         self.step()
-        self.state.save(self.folder, self.number, settings, 100, wait=False)
+        self.checkpoints.settings = settings
+        self.checkpoints.save(self.number, wait=False)
 
     def finish_writing(self) -> None:
-        self.state._written()
+        self.checkpoints.wait_for_disk()
 
     def bytes(self) -> int:
-        return sum(file.stat().st_size for file in checkpoint.newest(self.folder).iterdir())
+        return sum(file.stat().st_size for file in newest_checkpoint(self.folder).iterdir())
 
 
 def main() -> None:

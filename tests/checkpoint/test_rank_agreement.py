@@ -1,16 +1,17 @@
-"""Ranks that were started with different things refuse to train, and every rank says why."""
+"""Ranks that were started differently refuse to train, and every rank gives the reason."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 
-import pytest
 from conftest import run_ranks
 
-from ssl_pretrain.checkpoint import rank_agreement
+from ssl_pretrain.checkpoint import provenance, rank_agreement
 from ssl_pretrain.distributed import process_group
 
+METHOD_MODULE = "ssl_pretrain.methods.simclr"
 SETTINGS = {
     "seed": 0,
     "method": {"name": "simclr", "temperature": 0.2},
@@ -19,124 +20,107 @@ SETTINGS = {
 }
 
 
-def said(function, *arguments, world_size=3):
+def common_answer(function, *arguments, world_size=3):
+    """Run a function on all ranks and return their common answer, without the host's name."""
     answers = run_ranks(function, *arguments, world_size=world_size)
-    assert len(set(answers)) == 1, "every rank says the same"
+    assert len(set(answers)) == 1
     return answers[0].replace(f" ({socket.gethostname()})", "")
 
 
-def _refused(function, *arguments):
+def error_or_agreed(check, *arguments):
     try:
-        function(*arguments)
+        check(*arguments)
     except ValueError as error:
         return str(error)
     return "agreed"
 
 
-def _programs(changes, rank):
+def check_settings(changes, rank):
     values = SETTINGS | changes if process_group.rank() == rank else SETTINGS
-    return _refused(rank_agreement.check_programs, values, "ssl_pretrain.methods.simclr")
+    return error_or_agreed(rank_agreement.check_programs, values, METHOD_MODULE)
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"seed": 1}, "seed: 0 on rank 0 and 1 more, 1 on rank 2"),
-        (
-            {"method": {"name": "simclr", "temperature": 0.5, "queue": 8}},
-            "method.queue: absent on rank 0 and 1 more, 8 on rank 2; method.temperature: 0.2 on rank 0 and 1 more, 0.5 on rank 2",
-        ),
-    ],
-)
-def test_settings(changes, expected):
-    remedy = "start every rank with the same configuration and the same key=value"
-    assert said(_programs, changes, 2) == f"the ranks disagree: {expected}; {remedy}"
-
-
-def test_what_belongs_to_a_machine_may_differ():
-    assert (
-        said(_programs, {"data": {"root": "/b", "num_workers": 9}, "launch": {"ranks": 1}}, 1)
-        == "agreed"
+def test_different_settings_are_refused():
+    remedy = "start every rank with the same configuration and overrides"
+    assert common_answer(check_settings, {"seed": 1}, 2) == (
+        f"the ranks disagree: seed: 0 on rank 0 and 1 more, 1 on rank 2; {remedy}"
+    )
+    method = {"name": "simclr", "temperature": 0.5, "queue": 8}
+    assert common_answer(check_settings, {"method": method}, 2) == (
+        "the ranks disagree: method.queue: absent on rank 0 and 1 more, 8 on rank 2; "
+        f"method.temperature: 0.2 on rank 0 and 1 more, 0.5 on rank 2; {remedy}"
     )
 
 
-def _other_versions():
+def test_settings_of_a_machine_may_differ():
+    changes = {"data": {"root": "/b", "num_workers": 9}, "launch": {"ranks": 1}}
+    assert common_answer(check_settings, changes, 1) == "agreed"
+
+
+def check_with_other_versions():
     if process_group.rank() == 1:
-        real = rank_agreement.provenance.versions
-        rank_agreement.provenance.versions = lambda: (
-            real() | {"timm": "0.0.1", "revision": "another"}
-        )
-    return _refused(rank_agreement.check_programs, SETTINGS, "ssl_pretrain.methods.simclr")
+        versions = provenance.versions() | {"timm": "0.0.1", "revision": "another"}
+        provenance.versions = lambda: versions
+    return error_or_agreed(rank_agreement.check_programs, SETTINGS, METHOD_MODULE)
 
 
-def test_versions():
-    text = said(_other_versions)
-    assert re.fullmatch(
-        r"the ranks disagree: timm: '[\d.]+' on rank 0 and 1 more, '0.0.1' on rank 1; .*same versions.*",
-        text,
+def test_different_versions_are_refused():
+    expected = (
+        r"the ranks disagree: timm: '[\d.]+' on rank 0 and 1 more, '0\.0\.1' on rank 1; "
+        r"install the same versions on every machine"
     )
+    assert re.fullmatch(expected, common_answer(check_with_other_versions))
 
 
-def _other_code(package, own):
+def check_with_other_code(folder):
     if process_group.rank() == 1:
-        rank_agreement.PACKAGE = package / "ssl_pretrain"
-    return _refused(rank_agreement.check_programs, SETTINGS, own)
+        rank_agreement.PACKAGE = folder / "ssl_pretrain"
+    return error_or_agreed(rank_agreement.check_programs, SETTINGS, "x")
 
 
-def test_code(tmp_path):
-    import shutil
-
+def test_different_code_is_refused(tmp_path):
     copy = tmp_path / "ssl_pretrain"
-    shutil.copytree(
-        rank_agreement.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "configs")
-    )
-    assert said(_other_code, tmp_path, "x", world_size=2) == "agreed"
+    ignored = shutil.ignore_patterns("__pycache__", "configs")
+    shutil.copytree(rank_agreement.PACKAGE, copy, ignore=ignored)
+    assert common_answer(check_with_other_code, tmp_path, world_size=2) == "agreed"
     with (copy / "optim" / "larc.py").open("a") as file:
         file.write("# changed\n")
-    text = said(_other_code, tmp_path, "x", world_size=2)
-    assert re.fullmatch(
-        r"the ranks disagree: ssl_pretrain/\S+\.py: '\w+' on rank 0, '\w+' on rank 1; give every machine the same revision of the code",
-        text,
+    expected = (
+        r"the ranks disagree: ssl_pretrain/\S+\.py: '\w+' on rank 0, '\w+' on rank 1; "
+        r"give every machine the same revision of the code"
     )
+    assert re.fullmatch(expected, common_answer(check_with_other_code, tmp_path, world_size=2))
 
 
-def _data(fingerprints, numbers):
+def check_data(fingerprints, counts):
     rank = process_group.rank()
-    return _refused(rank_agreement.check_data, fingerprints[rank], numbers[rank], "")
+    return error_or_agreed(rank_agreement.check_data, fingerprints[rank], counts[rank], "")
 
 
-def test_data_of_another_number_and_of_the_same_number():
-    text = said(_data, ["f", "f", "g"], [200, 200, 199])
-    assert "data.root: training images: 200 on rank 0 and 1 more, 199 on rank 2" in text
-    text = said(_data, ["f", "g", "f"], [200, 200, 200])
-    assert (
-        "data.root: fingerprint: 'f' on rank 0 and 1 more, 'g' on rank 1" in text
-        and "training images" not in text
-    )
-    assert text.endswith("; give every machine the same copy of the data set")
+def test_different_data_are_refused():
+    answer = common_answer(check_data, ["f", "f", "g"], [200, 200, 199])
+    assert "data.root: training images: 200 on rank 0 and 1 more, 199 on rank 2" in answer
+    answer = common_answer(check_data, ["f", "g", "f"], [200, 200, 200])
+    assert "data.root: fingerprint: 'f' on rank 0 and 1 more, 'g' on rank 1" in answer
+    assert "training images" not in answer
+    assert answer.endswith("; give every machine the same copy of the data set")
 
 
-def _checkpoints(runs):
+def check_checkpoints(runs):
     process_group._timeout_seconds = 4.0
-    run = runs[process_group.rank()]
-    return _refused(
-        rank_agreement.check_checkpoints, "r", lambda: sorted(run.glob("*/manifest.json"))
-    ).replace("\\", "")
+    answer = error_or_agreed(rank_agreement.check_checkpoints, runs[process_group.rank()])
+    return re.sub(r"\(/\S+\)", "(RUN)", answer)
 
 
-def test_checkpoints_that_a_machine_does_not_see(tmp_path):
-    """A folder that only the first machine has: its ranks would resume, the others would start anew."""
-    for name in ("a", "b", "c"):
-        (tmp_path / name / "step_00000004").mkdir(parents=True)
-        (tmp_path / name / "step_00000004" / "manifest.json").write_text(
-            "{}" if name != "c" else "{ }"
-        )
-    runs = [tmp_path / "a", tmp_path / "b", tmp_path / "nowhere"]
-    text = said(_checkpoints, runs)
-    assert (
-        "output: checkpoints: 'step_00000004 " in text
-        and "'' on rank 2" in text
-        and "a file system that every machine" in text
-    )
-    assert "on rank 2" in said(_checkpoints, [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
-    assert said(_checkpoints, [tmp_path / "a", tmp_path / "b", tmp_path / "b"]) == "agreed"
+def test_checkpoints_that_a_machine_does_not_see_are_refused(tmp_path):
+    """Ranks that see the folder would resume, and the others would start from step 0."""
+    for name, content in (("a", "{}"), ("b", "{}"), ("c", "{ }")):
+        folder = tmp_path / name / "checkpoints" / "step_00000004"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(content)
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    answer = common_answer(check_checkpoints, [a, b, tmp_path / "missing"])
+    assert "output: checkpoints: 'step_00000004 " in answer and "'' on rank 2" in answer
+    assert answer.endswith("on a file system that every machine mounts at that path")
+    assert "on rank 2" in common_answer(check_checkpoints, [a, b, c])
+    assert common_answer(check_checkpoints, [a, b, b]) == "agreed"

@@ -10,8 +10,11 @@ from PIL import Image
 
 from ssl_pretrain import config, rng
 from ssl_pretrain.build import build_method
-from ssl_pretrain.checkpoint import folder as manifests
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.checkpoints import Checkpoints
+from ssl_pretrain.checkpoint.folder import list_checkpoints
+from ssl_pretrain.checkpoint.manifest import MANIFEST, describe_files, to_json
+from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.optim import optimizers as optim
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,20 +30,24 @@ def make_run(folder: Path, *overrides: str, step: int = 7, weights_seed: int = 1
         REPOSITORY / "configs/simclr_digits.yaml", [*TINY, *overrides, f"seed={weights_seed}"]
     )
     method = build_method(seeded)
-    state = checkpoint.State(
-        method, optim.build(written.optim, method), config.to_dict(written), {"wandb_id": None}
-    )
-    state.save(folder, step, written.checkpoint, steps_per_epoch=5)
+    Checkpoints(
+        folder,
+        TrainingState(method, optim.build(written.optim, method)),
+        written.checkpoint,
+        RunFacts(last_step=1000, micro_batch_size=written.global_batch_size, data=""),
+        config.to_dict(written),
+        steps_per_epoch=5,
+    ).save(step)
     (folder / "config.yaml").write_text(config.to_yaml(written))
     return folder
 
 
 def checkpoint_of(run: Path) -> Path:
-    return checkpoint.checkpoints(run)[-1]
+    return list_checkpoints(run)[-1]
 
 
 def edit_manifest(run: Path, **entries: object) -> None:
-    path = checkpoint_of(run) / checkpoint.MANIFEST
+    path = checkpoint_of(run) / MANIFEST
     manifest = json.loads(path.read_text())
     for dotted, value in entries.items():
         *sections, key = dotted.split("__")
@@ -48,13 +55,13 @@ def edit_manifest(run: Path, **entries: object) -> None:
         for section in sections:
             place = place[section]
         place[key] = value
-    path.write_text(manifests.dumps(manifest))
+    path.write_text(to_json(manifest))
 
 
 def describe_again(run: Path) -> None:
     """Make the newest checkpoint whole again after its tensors were changed."""
     folder = checkpoint_of(run)
-    edit_manifest(run, files=manifests.described(sorted(folder.glob("*.safetensors"))))
+    edit_manifest(run, files=describe_files(sorted(folder.glob("*.safetensors"))))
 
 
 def write_images(root: Path, names: list[str], size: int = 12) -> Path:

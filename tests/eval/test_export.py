@@ -16,8 +16,7 @@ from torch import nn
 
 from ssl_pretrain import config
 from ssl_pretrain.build import build_method
-from ssl_pretrain.checkpoint import folder as manifests
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.manifest import MANIFEST, to_json
 from ssl_pretrain.eval import export, knn, runs
 from ssl_pretrain.eval.exporting import onnx
 from ssl_pretrain.models import backbones
@@ -54,9 +53,9 @@ def resave(run: Path, rename, **entries):
     save_file({rename(key): value for key, value in load_file(file).items()}, file)
     digest = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     edit_manifest(run, **entries)
-    manifest = json.loads((checkpoint_of(run) / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((checkpoint_of(run) / MANIFEST).read_text())
     manifest["files"]["method.safetensors"] = digest
-    (checkpoint_of(run) / checkpoint.MANIFEST).write_text(manifests.dumps(manifest))
+    (checkpoint_of(run) / MANIFEST).write_text(to_json(manifest))
 
 
 def compiled_names(run: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from made_run import checkpoint_of, describe_again, edit_manifest, make_run, wri
 from safetensors.torch import load_file, save_file
 
 from ssl_pretrain.build import build_method
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.eval import runs
 from ssl_pretrain.eval.frozen import evaluation_split, features
 
@@ -180,7 +180,7 @@ def test_a_run_folder_is_only_read(made):
     runs.load_run(made, device="cpu")
     assert {
         path: path.stat().st_mtime_ns for path in made.rglob("*")
-    } == before and checkpoint.checkpoints(made)
+    } == before and list_checkpoints(made)
 
 
 def test_batch_norm_is_recalibrated_on_mixed_batches(tmp_path, monkeypatch):

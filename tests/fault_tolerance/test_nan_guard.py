@@ -1,4 +1,4 @@
-"""Gradients that are not finite: skipped, recorded, rolled back, stopped; and the step repeated alone."""
+"""Non-finite gradients: steps are skipped, recorded and rolled back, or the run ends."""
 
 from __future__ import annotations
 
@@ -9,92 +9,92 @@ import tiny
 import torch
 
 from ssl_pretrain import replay
-from ssl_pretrain.fault_tolerance.nan_guard import Guard, GuardConfig
+from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig, NanGuard
 from ssl_pretrain.train import main
 
 pytestmark = pytest.mark.promise
 
-SKIPPED, TAKEN = {"skipped_steps": torch.tensor(1.0)}, {"skipped_steps": torch.tensor(0.0)}
+BROKEN = "z_a of rank 0 since step 5"
+PROBLEM = f"3 steps in a row had a non-finite gradient; embeddings that are not finite: {BROKEN}"
 
 
-def _guard(run, roll_back, rollbacks=1):
-    return Guard(
-        GuardConfig(3, rollbacks),
+def guard(run, roll_back):
+    """Return a guard with three skipped steps and one rollback allowed, which looks every 2 steps."""
+    return NanGuard(
+        GuardConfig(3, 1),
         run,
         2,
-        lambda: "z_a of rank 0 since step 5",
-        roll_back,
-        {"seed": 7, "steps_per_epoch": 3},
+        seed=7,
+        steps_per_epoch=3,
+        describe_bad_embeddings=lambda: BROKEN,
+        roll_back=roll_back,
     )
 
 
-def _take(guard, flags, first=1):
-    for step, flag in enumerate(flags, start=first):
-        guard.after(step, torch.tensor([10 * step, 10 * step + 1]), SKIPPED if flag else TAKEN)
+def check(nan_guard, flags, first=1):
+    for step, skipped in enumerate(flags, start=first):
+        logs = {"skipped_steps": torch.tensor(float(skipped))}
+        nan_guard.check(step, torch.tensor([10 * step, 10 * step + 1]), logs)
 
 
-def test_skipped_steps_are_recorded_with_their_images_and_a_few_are_passed_over(tmp_path):
-    _take(_guard(tmp_path, lambda: pytest.fail("too early")), [1, 1, 0, 1, 1, 0])
-    found = {file.name: json.loads(file.read_text()) for file in (tmp_path / "skipped").iterdir()}
-    assert sorted(found) == [f"step_0000000{step}.json" for step in (1, 2, 4, 5)]
-    assert found["step_00000004.json"] == {"step": 4, "seed": 7, "epoch": 1, "indices": [40, 41]}
+def test_skipped_steps_are_recorded_with_their_images_and_a_few_are_allowed(tmp_path):
+    check(guard(tmp_path, lambda: pytest.fail("too early")), [1, 1, 0, 1, 1, 0])
+    records = {file.name: json.loads(file.read_text()) for file in (tmp_path / "skipped").iterdir()}
+    assert sorted(records) == [f"step_0000000{step}.json" for step in (1, 2, 4, 5)]
+    assert records["step_00000004.json"] == {"step": 4, "seed": 7, "epoch": 1, "indices": [40, 41]}
 
 
-def test_too_many_in_a_row_roll_back_and_then_stop(tmp_path, capsys):
+def test_too_many_in_a_row_roll_back_and_then_end_the_run(tmp_path, capsys):
     calls = []
-    guard = _guard(tmp_path, lambda: calls.append(1) or "step_00000002")
-    _take(guard, [0, 1, 1, 1])
+    nan_guard = guard(tmp_path, lambda: calls.append(1) or "step_00000002")
+    check(nan_guard, [0, 1, 1, 1])
     assert calls == [1]
     assert capsys.readouterr().out == (
-        "step 4: 3 steps in a row had a non-finite gradient; not finite embeddings: z_a of rank 0 since step 5; "
-        "weights and optimizer went back to step_00000002, the data go on\n"
+        f"step 4: {PROBLEM}. Weights and optimizer were restored from step_00000002. "
+        "Training continues with the next images\n"
     )
     with pytest.raises(FloatingPointError) as error:
-        _take(guard, [0, 1, 1, 1], first=5)
+        check(nan_guard, [0, 1, 1, 1], first=5)
     assert str(error.value) == (
-        "step 8: 3 steps in a row had a non-finite gradient; not finite embeddings: z_a of rank 0 since step 5; the weights are those of the "
-        "last finite step. Lower optim.base_lr, lengthen optim.warmup_epochs, or train in float32; resuming goes on from the last "
-        f"checkpoint. `python -m ssl_pretrain.replay {tmp_path} 8` repeats that step"
+        f"step 8: {PROBLEM}. The weights are those of the last finite step. Lower optim.base_lr, "
+        "lengthen optim.warmup_epochs, or train in float32. The same command resumes from the last "
+        f"checkpoint. `python -m ssl_pretrain.replay {tmp_path} 8` repeats this step alone"
     )
-    went_back = {"rolled_back_after": 4, "rolled_back_to": 2}
     assert json.loads((tmp_path / "skipped" / "step_00000007.json").read_text()) == {
-        "step": 7, "seed": 7, "epoch": 2, **went_back, "indices": [70, 71],
-    }  # fmt: skip
+        "step": 7,
+        "seed": 7,
+        "epoch": 2,
+        "rolled_back_after": 4,
+        "rolled_back_to": 2,
+        "indices": [70, 71],
+    }
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
+def test_without_a_checkpoint_the_run_ends(tmp_path):
     with pytest.raises(FloatingPointError, match=r"^step 4: 4 steps in a row"):
-        _take(_guard(tmp_path, lambda: None), [1, 1, 1, 1])
+        check(guard(tmp_path, lambda: None), [1, 1, 1, 1])
 
 
-def test_a_run_goes_back_to_its_checkpoint_and_stops_when_that_does_not_help(tmp_path, capsys):
+def test_a_run_is_restored_from_its_checkpoint_and_ends_if_that_does_not_help(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "4"]) == 0
-    wild = [
+    diverging = [
         "optim.name=sgd",
         "optim.base_lr=1e30",
         "optim.lr_scaling=none",
         "optim.warmup_epochs=0",
-        f"output={tmp_path / 'wild'}",
+        f"output={tmp_path / 'diverging'}",
     ]
-    arguments = [
-        str(path),
-        *wild,
-        "checkpoint.every_epochs=0.4",
-        "guard.max_skipped_steps=2",
-        "log.every_steps=2",
-    ]
-    assert main(arguments) == 2
-    said = capsys.readouterr()
-    assert (
-        "steps in a row had a non-finite gradient" in said.out
-        and "went back to step_0000000" in said.out
-    )
-    assert "repeats that step" in said.err
-    assert list((tmp_path / "wild" / "skipped").iterdir())
+    often = ["checkpoint.every_epochs=0.4", "guard.max_skipped_steps=2", "log.every_steps=2"]
+    assert main([str(path), *diverging, *often]) == 2
+    out, err = capsys.readouterr()
+    assert "steps in a row had a non-finite gradient" in out
+    assert "were restored from step_0000000" in out
+    assert "repeats this step alone" in err
+    assert list((tmp_path / "diverging" / "skipped").iterdir())
 
 
-def test_a_step_repeated_alone_is_the_step_that_was(tmp_path, capsys):
+def test_a_replayed_step_equals_the_original(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "6"]) == 0
     capsys.readouterr()

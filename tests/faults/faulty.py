@@ -1,14 +1,27 @@
-"""A run with a fault planted (several: separated by commas): FAULT=kind@rank:step[:argument] python tests/faults/faulty.py CONFIG [key=value ...], under torchrun or alone.
+"""Train with planted faults: `FAULT=kind@rank:step[:argument] python faulty.py CONFIG ...`.
 
-The package itself knows of no fault: this wraps its functions. A fault happens once in the life of a run's folder (FAULT_DONE), so
-that the resumed run is whole. Steps are numbered from 1, as metrics.jsonl numbers them.
+Several faults are separated by commas. The package itself contains no faults: this script wraps its
+functions. A fault happens once in the life of a run's folder (FAULT_DONE marks it), so the resumed
+run is free of faults. Steps are counted from 1, as in metrics.jsonl.
 
-kill, stop: the rank sends itself SIGKILL or SIGSTOP in that step. hang: it sleeps in a loop. raise: an error that nobody expects.
-oom: the GPU's memory ran out. nan: its images are not numbers. inf: a gradient is infinite. flip: a weight of it has changed.
-slow: from that step on, a quarter of a second passes before each of its batches. knn: its k-NN fails. differ: its first weights are
-others. clock: its wall clock goes back a day. writing: the save of that step (0: any) prints "writing" and takes ARGUMENT seconds longer.
-kill_writing: it is killed in that save, after the file ARGUMENT was half written, before `rename`, or after it, before `prune`.
-refuse: the disk answers that save with the error ARGUMENT, such as EIO.
+In a step:
+    kill, stop     The rank sends itself SIGKILL or SIGSTOP.
+    hang           The rank sleeps forever.
+    raise          The rank raises an unexpected error.
+    oom            The rank's GPU runs out of memory.
+    nan            The rank's images are not numbers.
+    inf            A gradient of the rank is infinite.
+    flip           A weight of the rank changes.
+    clock          The rank's wall clock goes back a day.
+    slow           From that step on, each batch of the rank is a quarter of a second late.
+In a save (step 0 means any save):
+    writing        Print "writing" and take ARGUMENT seconds longer.
+    kill_writing   Kill the rank when the file ARGUMENT is half written, before `rename`, or after
+                   it, before `prune`.
+    refuse         The disk answers with the error ARGUMENT, such as EIO.
+Elsewhere:
+    knn            The rank's online k-NN fails.
+    differ         The rank's initial weights differ.
 """
 
 from __future__ import annotations
@@ -23,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from ssl_pretrain import build as build_
+from ssl_pretrain import build as build_module
 from ssl_pretrain import step, train
 from ssl_pretrain.data import preflight
 from ssl_pretrain.distributed import process_group
@@ -31,36 +44,42 @@ from ssl_pretrain.monitoring import online_knn
 
 
 class Fault:
-    """One fault, by the text of FAULT: `plant` wraps what it needs."""
+    """One fault, described by the text of FAULT. `plant` wraps the functions it needs.
+
+    Args:
+        text: kind@rank:step[:argument].
+        done: File that marks a fault that has happened.
+    """
 
     def __init__(self, text: str, done: Path):
         self.kind, _, place = text.partition("@")
         rank, at, *argument = place.split(":", 2)
         self.rank, self.at, self.argument, self.done = int(rank), int(at), "".join(argument), done
 
-    def here(self) -> bool:
+    def is_pending(self) -> bool:
+        """Return True on the fault's rank until the fault has happened."""
         return process_group.rank() == self.rank and not self.done.exists()
 
-    def now(self, number: int) -> bool:
-        """Whether it happens in this step; it will not again."""
-        if not self.here() or number != self.at:
+    def begin(self, number: int) -> bool:
+        """Mark the fault as done and return True if it happens in this step."""
+        if not self.is_pending() or number != self.at:
             return False
         self.done.write_text("")
         return True
 
     def plant(self) -> None:
-        getattr(self, f"plant_{self.kind}", self.plant_in_a_step)()
+        getattr(self, f"plant_{self.kind}", self.plant_in_step)()
 
     def plant_none(self) -> None:
         pass
 
-    def plant_in_a_step(self) -> None:
+    def plant_in_step(self) -> None:
         act = getattr(self, f"act_{self.kind}")
-        real = step.Stepper.__call__
+        take_step = step.Stepper.__call__
 
         def faulty(stepper, progress, batch):
-            changed = act(stepper, batch) if self.now(progress.step + 1) else None
-            return real(stepper, progress, batch if changed is None else changed)
+            changed = act(stepper, batch) if self.begin(progress.step + 1) else None
+            return take_step(stepper, progress, batch if changed is None else changed)
 
         step.Stepper.__call__ = faulty
 
@@ -79,12 +98,13 @@ class Fault:
 
     def act_oom(self, stepper, batch):
         raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try"
+            "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is "
+            "large try"
         )
 
     def act_clock(self, stepper, batch):
-        real = time.time
-        time.time = lambda: real() - 86400
+        true_time = time.time
+        time.time = lambda: true_time() - 86400
 
     def act_nan(self, stepper, batch):
         return replace(batch, views=[torch.full_like(view, float("nan")) for view in batch.views])
@@ -102,10 +122,10 @@ class Fault:
             next(stepper.model.parameters()).flatten()[0] += 10
 
     def plant_slow(self) -> None:
-        real = preflight.watched
+        watch = preflight.watched
 
         def watched(loader, first_step, device):
-            for number, batch in enumerate(real(loader, first_step, device), start=first_step + 1):
+            for number, batch in enumerate(watch(loader, first_step, device), start=first_step + 1):
                 if process_group.rank() == self.rank and number >= self.at:
                     time.sleep(0.25)
                 yield batch
@@ -113,33 +133,33 @@ class Fault:
         preflight.watched = watched
 
     def plant_knn(self) -> None:
-        real = online_knn.OnlineKNN._embed
+        embed = online_knn.OnlineKNN._embed
 
         def features(monitor, *arguments):
-            if self.here():
+            if self.is_pending():
                 self.done.write_text("")
                 raise RuntimeError("planted in k-NN")
-            return real(monitor, *arguments)
+            return embed(monitor, *arguments)
 
         online_knn.OnlineKNN._embed = features
 
     def plant_differ(self) -> None:
-        build = build_.build_method
+        build_method = build_module.build_method
 
         def differing(*arguments, **named):
-            method = build(*arguments, **named)
+            method = build_method(*arguments, **named)
             with torch.no_grad():
                 for parameter in method.parameters():
                     parameter.add_(0.1 * (process_group.rank() == self.rank))
             return method
 
-        build_.build_method = differing
+        build_module.build_method = differing
 
     def _in_this_save(self, path: str) -> bool:
-        return ("step_" if self.at == 0 else f"step_{self.at:08d}") in path and self.here()
+        return ("step_" if self.at == 0 else f"step_{self.at:08d}") in path and self.is_pending()
 
-    def _at_each_file(self, act) -> None:
-        """`act(path, descriptor)` where a file of that save is about to be on disk."""
+    def _before_each_fsync(self, act) -> None:
+        """Call `act(path)` before a file of that save is fsynced."""
         fsync = os.fsync
 
         def faulty(descriptor):
@@ -156,7 +176,7 @@ class Fault:
             print("writing", flush=True)
             time.sleep(float(self.argument))
 
-        self._at_each_file(wait)
+        self._before_each_fsync(wait)
 
     def plant_refuse(self) -> None:
         def refuse(path):
@@ -164,7 +184,7 @@ class Fault:
             number = getattr(errno, self.argument)
             raise OSError(number, os.strerror(number))
 
-        self._at_each_file(refuse)
+        self._before_each_fsync(refuse)
 
     def plant_kill_writing(self) -> None:
         rename = os.rename
@@ -189,7 +209,7 @@ class Fault:
         if self.argument in ("rename", "prune"):
             os.rename = at_rename
         else:
-            self._at_each_file(half_written)
+            self._before_each_fsync(half_written)
 
 
 def main(arguments: list[str], fault: str = "", done: str = "") -> int:

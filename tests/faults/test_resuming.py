@@ -1,4 +1,4 @@
-"""Runs that go on elsewhere, with other settings, or with a part of their state missing."""
+"""Runs that resume on other ranks, with other settings, or without some of their state."""
 
 from __future__ import annotations
 
@@ -13,179 +13,174 @@ import tiny
 import torch
 from conftest import run_ranks
 from ranks import Ranks
+from reference_run import MORE, STEPS, paths, reference, resume
 from safetensors.torch import load_file, save_file
-from undisturbed import MORE, STEPS, goes_on, place, undisturbed
 
 from ssl_pretrain import config, step, train
 from ssl_pretrain.build import build_method
-from ssl_pretrain.checkpoint import folder as manifests
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import describe_files, to_json
 from ssl_pretrain.data import preflight
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.optim import optimizers as optim
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
+CPU = torch.device("cpu")
+FLOAT64 = "parallel.precision=float64"
 
 
-def _what_each_step_takes(path, output, steps):
-    """[(sample numbers of the global batch, SHA-256 of all its views)] of a run on these ranks."""
-    taken, real = [], step.Stepper.__call__
+def train_and_record_batches(path, output, steps):
+    """Train on these ranks. Return each step's image indices and the hash of all its views."""
+    recorded, take_step = [], step.Stepper.__call__
 
-    def recording(stepper, progress, batch):
+    def record(stepper, progress, batch):
         digest = hashlib.sha256()
         for view in batch.views:
             digest.update(collectives.gather(view).numpy().tobytes())
-        taken.append((collectives.gather(batch.indices).tolist(), digest.hexdigest()))
-        return real(stepper, progress, batch)
+        recorded.append((collectives.gather(batch.indices).tolist(), digest.hexdigest()))
+        return take_step(stepper, progress, batch)
 
-    step.Stepper.__call__ = recording
+    step.Stepper.__call__ = record
     try:
-        train.train(
-            config.load(path, [f"output={output}", "parallel.precision=float64"]),
-            torch.device("cpu"),
-            steps,
-        )
+        train.train(config.load(path, [f"output={output}", FLOAT64]), CPU, steps)
     finally:
-        step.Stepper.__call__ = real
-    return taken
+        step.Stepper.__call__ = take_step
+    return recorded
+
+
+def largest_difference(run, expected_run, tolerance):
+    """Compare the floating-point tensors of two runs and return their largest difference."""
+    largest, tensors = 0.0, ranks.weights(run)
+    for name, value in ranks.weights(expected_run).items():
+        if value.is_floating_point():
+            torch.testing.assert_close(tensors[name], value, rtol=tolerance, atol=tolerance)
+            largest = max(largest, float((tensors[name] - value).abs().max()))
+    return largest
 
 
 @pytest.mark.case(11)
-def test_four_two_and_one_ranks_take_the_same_batches_and_views(tmp_path, seen):
-    """In float64, so that sums in another order leave the same weights to 1e-9."""
+def test_four_two_and_one_ranks_see_the_same_batches_and_views(tmp_path, observe):
+    """In float64, sums in another order leave the weights equal to 1e-9."""
     path, run = tiny.config(tmp_path), tmp_path / "shrinking"
-    straight = _what_each_step_takes(path, tmp_path / "run", 12)
+    straight = train_and_record_batches(path, tmp_path / "run", 12)
     shrinking = []
     for size in (4, 2, 4):
-        of_ranks = run_ranks(_what_each_step_takes, path, run, 3, world_size=size)
-        assert all(taken == of_ranks[0] for taken in of_ranks)
-        shrinking += of_ranks[0]
-    with pytest.warns(UserWarning, match="world_size 4 then, 1 now"):
-        shrinking += _what_each_step_takes(path, run, 3)
+        by_rank = run_ranks(train_and_record_batches, path, run, 3, world_size=size)
+        assert all(batches == by_rank[0] for batches in by_rank)
+        shrinking += by_rank[0]
+    with pytest.warns(UserWarning, match="world_size was 4 and is 1"):
+        shrinking += train_and_record_batches(path, run, 3)
     assert shrinking == straight and len({digest for _, digest in straight}) == 12
-    largest = 0.0
-    tensors = ranks.weights(run)
-    for name, value in ranks.weights(tmp_path / "run").items():
-        if value.is_floating_point():
-            torch.testing.assert_close(tensors[name], value, rtol=1e-9, atol=1e-9)
-            largest = max(largest, float((tensors[name] - value).abs().max()))
-    seen(
-        f"4, 2, 4, then 1 rank, 3 steps each: 12 of 12 batches and views the same bytes; weights within {largest:.0e}"
+    largest = largest_difference(run, tmp_path / "run", 1e-9)
+    observe(
+        "4, 2, 4, then 1 rank, 3 steps each: 12 of 12 batches and views the same bytes; weights "
+        f"within {largest:.0e}"
     )
 
 
 @pytest.mark.case(11)
-def test_a_world_size_that_does_not_divide_is_refused_by_name(place, seen):
-    path, _ = place
+def test_a_world_size_that_does_not_divide_the_batch_is_refused(paths, observe):
+    path, _ = paths
     assert ranks.run(path, *MORE, "--stop-after", "4", size=1)[0] == [0]
-    statuses, said = ranks.run(path, *MORE, size=5)
+    statuses, output = ranks.run(path, *MORE, size=5)
     assert statuses == [2] * 5
-    assert (
-        said.count(
-            "error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 and 25\n"
-        )
-        == 5
+    message = (
+        "error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 "
+        "and 25\n"
     )
-    seen("5 ranks: refused on all, status 2")
+    assert output.count(message) == 5
+    observe("5 ranks: refused on all, status 2")
 
 
 @pytest.mark.case(12)
-def test_another_part_size_goes_on_to_rounding(tmp_path, seen):
-    path, run, wide = tiny.config(tmp_path), tmp_path / "run", "parallel.precision=float64"
-    assert ranks.run(path, *MORE, wide, f"output={tmp_path / 'straight'}", size=1)[0] == [0]
-    assert ranks.run(path, *MORE, wide, "--stop-after", "5", size=1)[0] == [0]
-    statuses, said = ranks.run(path, *MORE, wide, "micro_batch_size=8", size=1)
-    assert statuses == [0] and "micro_batch_size 24 then, 8 now" in said
-    tensors, largest = ranks.weights(run), 0.0
-    for name, value in ranks.weights(tmp_path / "straight").items():
-        if value.is_floating_point():
-            torch.testing.assert_close(tensors[name], value, rtol=1e-8, atol=1e-8)
-            largest = max(largest, float((tensors[name] - value).abs().max()))
-    seen(f"parts of 24, then of 8: said, weights within {largest:.0e}")
+def test_a_run_resumes_to_rounding_with_another_micro_batch_size(tmp_path, observe):
+    path, run, straight = tiny.config(tmp_path), tmp_path / "run", tmp_path / "straight"
+    assert ranks.run(path, *MORE, FLOAT64, f"output={straight}", size=1)[0] == [0]
+    assert ranks.run(path, *MORE, FLOAT64, "--stop-after", "5", size=1)[0] == [0]
+    statuses, output = ranks.run(path, *MORE, FLOAT64, "micro_batch_size=8", size=1)
+    assert statuses == [0] and "micro_batch_size was 24 and is 8" in output
+    largest = largest_difference(run, straight, 1e-8)
+    observe(f"micro-batches of 24, then of 8: reported, weights within {largest:.0e}")
 
 
 @pytest.mark.case(13)
-def test_other_images_are_refused(place, goes_on, seen):
-    path, run = place
+def test_other_images_are_refused(paths, resume, observe):
+    path, run = paths
     assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
-    image = sorted((path.parent / "images" / "train").rglob("*.png"))[0]
-    image.rename(path.parent / "kept.png")
-    statuses, said = ranks.run(path, *MORE)
-    message = f"error: data.root: the training images are not those that {run} was trained on (another list of files); give that data set, "
-    assert (
-        statuses == [2, 2, 2]
-        and said.count(f"{message}or a new output with backbone.init={run}") == 3
-    ), said
-    (path.parent / "kept.png").rename(image)
-    goes_on()
-    seen("one image of 78 missing: refused on all ranks, status 2; put back: the same bits")
+    image = min((path.parent / "images" / "train").rglob("*.png"))
+    image.rename(path.parent / "moved.png")
+    statuses, output = ranks.run(path, *MORE)
+    message = (
+        f"error: data.root: the training images are not those that {run} was trained on (another "
+        f"list of files); give that data set, or a new output with backbone.init={run}"
+    )
+    assert statuses == [2, 2, 2] and output.count(message) == 3, output
+    (path.parent / "moved.png").rename(image)
+    resume()
+    observe("one image of 78 missing: refused on all ranks, status 2; put back: the same bits")
 
 
 @pytest.mark.case(25)
-def test_another_configuration_is_refused_and_a_free_key_is_not(place, goes_on, seen):
-    path, run = place
+def test_other_settings_are_refused_except_for_free_keys(paths, resume, observe):
+    path, run = paths
     assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
-    statuses, said = ranks.run(path, *MORE, "optim.base_lr=0.5", "method.temperature=0.5")
-    message = f"error: {run}/checkpoints/step_00000004 was made by another configuration: method.temperature: 0.2 then, 0.5 now; "
-    message += f"optim.base_lr: 4.0 then, 0.5 now. Give a new output, or start a new run from its weights with backbone.init={run}\n"
-    assert statuses == [2, 2, 2] and said.count(message) == 3, said
-    goes_on("log.every_steps=3", "checkpoint.keep_last=5")
-    seen(
-        "lr and temperature: refused with both differences on all ranks; logging and pruning: free, the same bits"
+    statuses, output = ranks.run(path, *MORE, "optim.base_lr=0.5", "method.temperature=0.5")
+    message = (
+        f"error: {run}/checkpoints/step_00000004 was made by another configuration: "
+        "method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. Give a new "
+        f"output, or start a new run from its weights with backbone.init={run}\n"
+    )
+    assert statuses == [2, 2, 2] and output.count(message) == 3, output
+    resume("log.every_steps=3", "checkpoint.keep_last=5")
+    observe(
+        "lr and temperature: refused with both differences on all ranks; logging and pruning: "
+        "free, the same bits"
     )
 
 
 @pytest.mark.case(28)
-def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_is_taken_over(
-    place, goes_on, seen
-):
-    path, run = place
+def test_a_second_run_in_the_folder_is_refused_and_a_dead_one_is_replaced(paths, resume, observe):
+    path, run = paths
     first = Ranks(path, *MORE, fault="slow@0:1")
-    first.until_step(run, 1)
-    statuses, said = ranks.run(path, *MORE)
-    assert (
-        statuses == [2, 2, 2]
-        and said.count(f"error: output: {run} is in use by process {first.processes[0].pid} on ")
-        == 3
-    ), said
+    first.wait_for_step(run, 1)
+    statuses, output = ranks.run(path, *MORE)
+    message = f"error: output: {run} is in use by process {first.processes[0].pid} on "
+    assert statuses == [2, 2, 2] and output.count(message) == 3, output
     first.send(9)
-    first.end(10)
+    first.wait(10)
     assert (run / "lock.json").exists()
-    goes_on()
-    seen(
-        "the second refused with process and machine on all ranks; after SIGKILL of the first, taken over: the same bits"
+    resume()
+    observe(
+        "the second refused with process and machine on all ranks; after SIGKILL of the first, "
+        "taken over: the same bits"
     )
 
 
 @pytest.mark.case(31)
 @pytest.mark.parametrize("stopped", [3, STEPS - 1, STEPS])
-def test_resumed_at_an_edge(place, goes_on, seen, stopped):
-    path, run = place
+def test_a_run_resumes_at_the_edges_of_an_epoch_and_of_the_run(paths, resume, observe, stopped):
+    path, run = paths
     assert ranks.run(path, *MORE, "--stop-after", str(stopped))[0] == [0] * 3
-    records = (run / "metrics.jsonl").read_text()
-    assert (
-        f"has done its {STEPS} steps" if stopped == STEPS else f"after step {stopped}"
-    ) in goes_on()
+    before = (run / "metrics.jsonl").read_text()
+    finished = stopped == STEPS
+    output = resume()
+    assert (f"has done its {STEPS} steps" if finished else f"after step {stopped}") in output
     after = (run / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in after.splitlines()] == list(range(1, STEPS + 1))
-    assert stopped < STEPS or after == records
-    seen(
-        f"after step {stopped} of {STEPS}: the same bits"
-        + ("; nothing done, nothing logged" if stopped == STEPS else "")
-    )
+    assert not finished or after == before
+    result = "the same bits" + ("; nothing done, nothing logged" if finished else "")
+    observe(f"after step {stopped} of {STEPS}: {result}")
 
 
-SMALL = {
-    "simclr": [],
-    "moco": ["method={name: moco, projector_dims: [16, 8], queue_size: 48, momentum: 0.9}"],
-    "dino": [
-        "method={name: dino, hidden_dim: 16, bottleneck_dim: 8, num_prototypes: 12, momentum: 0.9}"
-    ],
-    "swav": [
-        "method={name: swav, hidden_dim: 16, dim: 8, num_prototypes: 12, queue_size: 48, queue_from_epoch: 0, freeze_prototypes_steps: 0}"
-    ],
+SMALL_METHODS = {
+    "simclr": "{name: simclr, temperature: 0.2, projector_dims: [16, 8]}",
+    "moco": "{name: moco, projector_dims: [16, 8], queue_size: 48, momentum: 0.9}",
+    "dino": "{name: dino, hidden_dim: 16, bottleneck_dim: 8, num_prototypes: 12, momentum: 0.9}",
+    "swav": "{name: swav, hidden_dim: 16, dim: 8, num_prototypes: 12, queue_size: 48, "
+    "queue_from_epoch: 0, freeze_prototypes_steps: 0}",
 }
-PARTS = {  # what is left out: a method that has it, the names of its tensors
+# The state that is left out, a method that has it, and a piece of the names of its tensors.
+OMISSIONS = {
     "nothing": ("simclr", None),
     "nothing, moco": ("moco", None),
     "nothing, dino": ("dino", None),
@@ -196,87 +191,83 @@ PARTS = {  # what is left out: a method that has it, the names of its tensors
     "teacher": ("moco", "teacher."),
     "queue": ("moco", "queue."),
     "queue of assignments": ("swav", "queue."),
-    "centre": ("dino", "centre"),
+    "center": ("dino", "cent"),
     "schedule position": ("simclr", "schedule"),
     "data position": ("simclr", "data"),
 }
-_stopped: dict[str, tuple] = {}
+_stopped_runs: dict[str, tuple] = {}
 
 
 @pytest.fixture(scope="module")
 def stopped_at_4(tmp_path_factory):
-    """`stopped_at_4(method)`: (its YAML, the folder of a run stopped after 4 of 8 steps, the tensors of the undisturbed one)."""
+    """Return a function of a method's name that runs 4 of 8 steps, once per method.
 
-    def of(method):
-        if method not in _stopped:
+    It returns the YAML, the folder of the stopped run, and the tensors of a run of 8 steps.
+    """
+
+    def stopped_run(method):
+        if method not in _stopped_runs:
             folder = tmp_path_factory.mktemp(method)
             path = tiny.config(folder)
-            text = path.read_text()
-            for override in SMALL[method]:
-                key, _, value = override.partition("=")
-                text = "\n".join(
-                    f"{key}: {value}" if line.startswith(f"{key}:") else line
-                    for line in text.splitlines()
-                )
+            text = path.read_text().replace(SMALL_METHODS["simclr"], SMALL_METHODS[method])
+            assert f"name: {method}" in text
             path.write_text(text)
             for name, steps in (("straight", 8), ("run", 4)):
-                train.train(
-                    config.load(path, [f"output={folder / name}"]), torch.device("cpu"), steps
-                )
-            _stopped[method] = path, folder / "run", ranks.weights(folder / "straight")
-        return _stopped[method]
+                train.train(config.load(path, [f"output={folder / name}"]), CPU, steps)
+            _stopped_runs[method] = path, folder / "run", ranks.weights(folder / "straight")
+        return _stopped_runs[method]
 
-    return of
+    return stopped_run
 
 
-def rewritten(folder, file, change):
-    """The checkpoint with other tensors in one of its files, and a manifest that knows no other."""
+def rewrite(folder, file, change):
+    """Change the tensors in a file of a checkpoint, with a manifest that matches."""
     tensors = load_file(folder / file)
     save_file(change(tensors), folder / file)
     manifest = json.loads((folder / "manifest.json").read_text())
-    content = (folder / file).read_bytes()
-    manifest["files"][file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(manifests.dumps(manifest))
+    manifest["files"] |= describe_files([folder / file])
+    (folder / "manifest.json").write_text(to_json(manifest))
 
 
 @pytest.mark.case(32)
-@pytest.mark.parametrize("part", PARTS)
-def test_the_comparison_fails_for_each_part_that_a_checkpoint_lacks(
-    part, stopped_at_4, tmp_path, monkeypatch, seen
+@pytest.mark.parametrize("state", OMISSIONS)
+def test_the_comparison_fails_for_any_state_that_a_checkpoint_lacks(
+    state, stopped_at_4, tmp_path, monkeypatch, observe
 ):
-    """A part that is lacking has the values with which a run begins."""
-    method, lacking = PARTS[part]
-    path, run, expected = stopped_at_4(method)
-    shutil.copytree(run, tmp_path / "run")
-    settings = config.load(path, [f"output={tmp_path / 'run'}"])
+    """The omitted state has the values of a new run."""
+    method, omitted = OMISSIONS[state]
+    path, stopped, expected = stopped_at_4(method)
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    settings = config.load(path, [f"output={run}"])
     set_rates, watched = optim.set_rates, preflight.watched
-    if lacking == "optimizer":
-        rewritten(checkpoint.newest(tmp_path / "run"), "optimizer.safetensors", lambda tensors: {})
-    elif lacking == "schedule":
-        monkeypatch.setattr(
-            optim,
-            "set_rates",
-            lambda optimizer, now, progress, *rest: set_rates(
-                optimizer, now, replace(progress, step=progress.step - 4), *rest
-            ),
-        )
-    elif lacking == "data":
-        monkeypatch.setattr(
-            preflight, "watched", lambda batches, first_step, device: watched(batches, 0, device)
-        )
-    elif lacking is not None:
+    if omitted == "optimizer":
+        rewrite(newest_checkpoint(run), "optimizer.safetensors", lambda tensors: {})
+    elif omitted == "schedule":
+
+        def set_earlier_rates(optimizer, config, progress, *rest):
+            return set_rates(optimizer, config, replace(progress, step=progress.step - 4), *rest)
+
+        monkeypatch.setattr(optim, "set_rates", set_earlier_rates)
+    elif omitted == "data":
+
+        def watch_from_step_0(batches, first_step, device):
+            return watched(batches, 0, device)
+
+        monkeypatch.setattr(preflight, "watched", watch_from_step_0)
+    elif omitted is not None:
         fresh = build_method(settings).state_dict()
 
-        def without(tensors):
-            assert any(lacking in name for name in tensors)
+        def reset(tensors):
+            assert any(omitted in name for name in tensors)
             return {
-                name: fresh[name].to(value.dtype).contiguous() if lacking in name else value
+                name: fresh[name].to(value.dtype).contiguous() if omitted in name else value
                 for name, value in tensors.items()
             }
 
-        rewritten(checkpoint.newest(tmp_path / "run"), "method.safetensors", without)
-    train.train(settings, torch.device("cpu"), 4)
-    resumed = ranks.weights(tmp_path / "run")
+        rewrite(newest_checkpoint(run), "method.safetensors", reset)
+    train.train(settings, CPU, 4)
+    resumed = ranks.weights(run)
     same = all(torch.equal(resumed[name], value) for name, value in expected.items())
-    assert same == (lacking is None)
-    seen(f"without {part}: {'the same bits' if same else 'other bits'}")
+    assert same == (omitted is None)
+    observe(f"without {state}: {'the same bits' if same else 'other bits'}")

@@ -1,4 +1,4 @@
-"""A W&B server that is down, mute, or does not know the key: planted as an address of this machine."""
+"""A W&B server that refuses, never answers, or rejects the key. It runs on this machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from contextlib import contextmanager
 import pytest
 import ranks
 from ranks import free_port
-from undisturbed import MORE, STEPS, goes_on, place, undisturbed
+from reference_run import MORE, STEPS, paths, reference, resume
 
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import verify
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
-SECRET = "f00d" * 10  # as long as a key
+API_KEY = "f00d" * 10  # as long as a real key
 
 
 @contextmanager
@@ -27,10 +28,8 @@ def refusing():
 
 
 @contextmanager
-def mute():
-    with socket.create_server(
-        ("127.0.0.1", 0), backlog=50
-    ) as server:  # takes connections, and never answers
+def silent():
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
         yield server.getsockname()[1]
 
 
@@ -56,34 +55,36 @@ def unauthorized():
 
 
 @pytest.mark.case(24)
-@pytest.mark.parametrize("server", [refusing, mute, unauthorized])
-def test_the_training_goes_on_without_its_dashboard(place, goes_on, seen, server, tmp_path):
-    path, run = place
+@pytest.mark.parametrize("server", [refusing, silent, unauthorized])
+def test_training_continues_without_its_dashboard(paths, resume, observe, server, tmp_path):
+    path, run = paths
     with server() as port:
-        there = {
+        environment = {
             "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
-            "WANDB_API_KEY": SECRET,
+            "WANDB_API_KEY": API_KEY,
             "WANDB_MODE": "online",
             "NETRC": str(tmp_path / "netrc"),
         }
         online = ("log.wandb=online", "log.every_steps=1")
         began = time.monotonic()
-        statuses, said = ranks.run(path, *MORE, *online, "--stop-after", "6", environment=there)
-        assert statuses == [0] * 3, said
-        first = checkpoint.verify(checkpoint.newest(run))["wandb_id"]
-        goes_on(*online, environment=there)
-        took = time.monotonic() - began
-    assert first and checkpoint.verify(checkpoint.newest(run))["wandb_id"] == first
+        statuses, output = ranks.run(
+            path, *MORE, *online, "--stop-after", "6", environment=environment
+        )
+        assert statuses == [0] * 3, output
+        wandb_id = verify(newest_checkpoint(run))["wandb_id"]
+        resume(*online, environment=environment)
+        seconds = time.monotonic() - began
+    assert wandb_id and verify(newest_checkpoint(run))["wandb_id"] == wandb_id
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    waits = [
+    longest = max(
         after["time"] - before["time"]
         for before, after in itertools.pairwise(records)
-        if after["step"] != 7
-    ]
-    assert not [
-        file for file in run.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()
-    ]
-    seen(
-        f"{server.__name__}: two starts in {took:.0f} s, longest step {max(waits):.1f} s, all records kept, one run id, the same bits"
+        if after["step"] != 7  # the first step after the resume
+    )
+    files = [file for file in run.rglob("*") if file.is_file()]
+    assert not [file for file in files if API_KEY.encode() in file.read_bytes()]
+    observe(
+        f"{server.__name__}: two starts in {seconds:.0f} s, longest step {longest:.1f} s, all "
+        "records kept, one run id, the same bits"
     )

@@ -14,11 +14,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import wandb_file
 from made_run import edit_manifest, make_run
 
-from ssl_pretrain.checkpoint import folder as manifests
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import list_checkpoints
+from ssl_pretrain.checkpoint.manifest import (
+    MANIFEST,
+    METHOD_FILE,
+    OPTIMIZER_FILE,
+    to_json,
+    verify,
+)
 from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.html import sections
-from ssl_pretrain.fault_tolerance.run_lock import Lock
+from ssl_pretrain.fault_tolerance.run_lock import RunLock
 from ssl_pretrain.launch import dashboard, evaluate, local
 
 LOCAL = ["--cluster", "local"]
@@ -40,11 +46,9 @@ def made(tmp_path_factory):
     """A run with checkpoints of steps 5 and 10, the last one its end."""
     run = make_run(tmp_path_factory.mktemp("runs") / "made", "log.wandb=offline", step=5)
     make_run(run, "log.wandb=offline", step=10, weights_seed=2)
-    for path in checkpoint.checkpoints(run):
-        manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-        (path / checkpoint.MANIFEST).write_text(
-            manifests.dumps(manifest | {"last_step": 10, "wandb_id": "abc12345"})
-        )
+    for path in list_checkpoints(run):
+        manifest = json.loads((path / MANIFEST).read_text())
+        (path / MANIFEST).write_text(to_json(manifest | {"last_step": 10, "wandb_id": "abc12345"}))
     return run
 
 
@@ -112,10 +116,10 @@ def test_an_earlier_step_does_not_replace_the_newest(tmp_path):
 
 
 def test_a_checkpoint_stays_whole_while_it_is_judged(run):
-    path = checkpoint.checkpoints(run)[0]
+    path = list_checkpoints(run)[0]
     with evaluate.held(path, run / "eval" / ".held") as kept:
         shutil.rmtree(path)  # as the training prunes
-        assert checkpoint.verify(kept)["step"] == 5 and kept.name == path.name
+        assert verify(kept)["step"] == 5 and kept.name == path.name
         backbone = runs.load_run(run, kept, device="cpu").backbone
     assert backbone.feature_dim == 96 and not kept.exists()
 
@@ -137,7 +141,7 @@ def test_a_pruned_one_is_passed_over_with_a_line(run, capsys):
 
 
 def test_half_a_checkpoint_is_a_pruned_one(run, tmp_path):
-    path = checkpoint.checkpoints(run)[0]
+    path = list_checkpoints(run)[0]
     (path / "optimizer.safetensors").unlink()  # rmtree is at work
     assert evaluate.linked(path, tmp_path / "kept") is None
 
@@ -151,7 +155,7 @@ def test_a_failure_is_told_and_not_repeated(run, capsys, monkeypatch):
 
 
 def test_watching_takes_new_checkpoints_and_ends_with_the_training(run, monkeypatch):
-    last = checkpoint.checkpoints(run)[-1]
+    last = list_checkpoints(run)[-1]
     aside = last.rename(run / "aside")
     judged = []
 
@@ -178,8 +182,8 @@ def test_watching_takes_new_checkpoints_and_ends_with_the_training(run, monkeypa
 
 
 def test_watching_gives_up_when_nobody_trains(run, monkeypatch, capsys):
-    shutil.rmtree(checkpoint.checkpoints(run)[-1])
-    fake_result(run, checkpoint.checkpoints(run)[0])
+    shutil.rmtree(list_checkpoints(run)[-1])
+    fake_result(run, list_checkpoints(run)[0])
     clock = iter(range(0, 100000, 40))
     monkeypatch.setattr(local, "wait", lambda _seconds: None)
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
@@ -194,7 +198,7 @@ def test_watching_gives_up_when_nobody_trains(run, monkeypatch, capsys):
 
 def test_no_gpu_is_taken_that_training_holds(run, capsys):
     assert evaluate.Jobs(run, options(run)).device() == "auto"
-    with Lock(run):
+    with RunLock(run):
         jobs = evaluate.Jobs(run, options(run))
         assert jobs.device() == jobs.device() == "cpu"
         told = capsys.readouterr().out
@@ -229,7 +233,7 @@ def test_mistakes_are_one_line(run, capsys):
 
 def test_a_damaged_checkpoint_fails_and_the_others_go_on(run, capsys):
     edit_manifest(
-        run, files={name: {"bytes": 1, "sha256": ""} for name in manifests.WHOLE_FILES}
+        run, files={name: {"bytes": 1, "sha256": ""} for name in (METHOD_FILE, OPTIMIZER_FILE)}
     )  # the newest
     assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 1
     assert (

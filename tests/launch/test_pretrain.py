@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from ssl_pretrain import config
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.launch import local, pretrain, slurm, sweep
 from ssl_pretrain.train import main
 
@@ -247,7 +247,7 @@ def test_a_pretended_preemption_saves_and_the_run_goes_on(tmp_path, capsys):
     path = tiny.config(tmp_path)
     for status in (75, 0):
         assert main([str(path), "epochs=3", "--fake-preempt", "4"]) == status
-    assert [found.name for found in checkpoint.checkpoints(tmp_path / "run")] == [
+    assert [found.name for found in list_checkpoints(tmp_path / "run")] == [
         "step_00000004",
         "step_00000009",
     ]

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from ssl_pretrain import methods
-from ssl_pretrain.checkpoint import state as checkpoint
-from ssl_pretrain.checkpoint.state import CheckpointConfig
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models.backbones import Backbone
 from ssl_pretrain.optim import optimizers as optim
@@ -116,8 +117,11 @@ def run(
         example=example,
     )
     optimizer = stepper.optimizer
-    state = checkpoint.State(method, optimizer, {}, {})
-    first = state.resume(folder, CheckpointConfig(), lambda manifest: None) if folder else 0
+    first, checkpoints = 0, None
+    if folder:
+        state, facts = TrainingState(method, optimizer), RunFacts(NUM_STEPS, local // parts, "")
+        checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
+        first = checkpoints.resume(lambda manifest: None)
     gradients: dict[str, torch.Tensor] = {}
 
     def before_the_update(*_: Any) -> None:  # LARS writes over the gradients
@@ -133,8 +137,8 @@ def run(
         share = batch(name, step).slice(process_group.rank(), world)
         logs = stepper(progress, share).logs
         losses.append(collectives.reduce_sum(logs["loss"].double()).item() / world)
-    if folder:
-        state.save(folder, first + steps, CheckpointConfig(), STEPS_PER_EPOCH)
+    if checkpoints:
+        checkpoints.save(first + steps)
     return {
         "losses": losses,
         "gradients": gradients,

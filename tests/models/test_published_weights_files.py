@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.initial_weights import initialize
 from ssl_pretrain.models import backbones, published_weights
 from ssl_pretrain.models.backbones import BackboneConfig
 
@@ -181,7 +181,7 @@ def test_a_folder_of_files_and_a_tag_without_a_name_are_refused(tmp_path):
     save_file(BARE, tmp_path / "model.safetensors")
     backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
     with pytest.raises(ValueError) as error:
-        checkpoint.initialize(backbone, BackboneConfig(init=str(tmp_path)))
+        initialize(backbone, BackboneConfig(init=str(tmp_path)))
     assert str(error.value) == (
         f"backbone.init: '{tmp_path}' is a folder; give a file of it, such as {tmp_path / 'model.safetensors'}"
     )

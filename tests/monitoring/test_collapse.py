@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ssl_pretrain import config
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.methods.base import Monitored
 from ssl_pretrain.models.teacher import Teacher
 from ssl_pretrain.monitoring.collapse import CollapseError, CollapseMonitor, HealthConfig
@@ -88,7 +89,7 @@ def test_a_monitored_run_has_the_same_weights_bit_for_bit(tmp_path):
         output = tmp_path / f"every_{every_steps}"
         overrides = [f"health.every_steps={every_steps}", f"output={output}"]
         train(config.load(path, overrides), torch.device("cpu"), 4)
-        weights.append(checkpoint.read(checkpoint.newest(output))[1])
+        weights.append(read_checkpoint(newest_checkpoint(output))[1])
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
 
 

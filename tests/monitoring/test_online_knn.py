@@ -14,7 +14,7 @@ from conftest import run_ranks
 from torch import nn
 
 from ssl_pretrain import config
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.monitoring import linear_probe, weighted_knn
 from ssl_pretrain.monitoring.online_knn import OnlineConfig, OnlineKNN
@@ -151,7 +151,7 @@ def test_a_run_has_the_same_weights_with_measurements_on_or_off(tmp_path):
         run = tmp_path / name
         overrides = ["epochs=3", "backbone.drop_path=0.2", f"output={run}", *online]
         train(config.load(path, overrides), CPU)
-        weights = checkpoint.checkpoints(run)[-1] / "method.safetensors"
+        weights = list_checkpoints(run)[-1] / "method.safetensors"
         hashes.append(hashlib.sha256(weights.read_bytes()).hexdigest())
         records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         num_measured.append(sum("probe" in record for record in records))

@@ -16,7 +16,8 @@ import torch
 import wandb_file
 
 from ssl_pretrain import config
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import list_checkpoints
+from ssl_pretrain.checkpoint.manifest import verify
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.logger import LogConfig, Logger
 from ssl_pretrain.monitoring.wandb import client as wandb_client
@@ -54,7 +55,7 @@ def resumed(tmp_path_factory):
         ]
         result = {"name": "linear", "step": step, "rows": rows}
         (run / place / "linear.json").write_text(json.dumps(result))
-    for saved in checkpoint.checkpoints(run)[-2:]:
+    for saved in list_checkpoints(run)[-2:]:
         if saved.name > "step_00000003":
             for file in saved.iterdir():
                 file.unlink()
@@ -72,7 +73,7 @@ def of_type(file, kind):
 
 def test_both_halves_are_one_run_with_config_and_tags(resumed):
     run, files = resumed
-    ids = {checkpoint.verify(saved)["wandb_id"] for saved in checkpoint.checkpoints(run)}
+    ids = {verify(saved)["wandb_id"] for saved in list_checkpoints(run)}
     starts = [start for file in files for start in of_type(file, "run")]
     assert len(files) == 2 and {start.run_id for start in starts} == ids and len(ids) == 1
     shown = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
@@ -101,7 +102,7 @@ def test_every_metric_is_logged_once_per_step_in_order(resumed):
 
 def test_a_client_knows_the_last_step_that_was_logged(resumed):
     run, _ = resumed
-    (run_id,) = {checkpoint.verify(saved)["wandb_id"] for saved in checkpoint.checkpoints(run)}
+    (run_id,) = {verify(saved)["wandb_id"] for saved in list_checkpoints(run)}
     assert wandb_client.read_last_step(run, run_id) == 7
     assert wandb_client.read_last_step(run, "another") == -1
 

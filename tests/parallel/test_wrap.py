@@ -12,7 +12,10 @@ from conftest import run_ranks
 from networks import CASES, run
 from traffic import Traffic, predicted
 
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.initial_weights import read_evaluated_weights
+from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.tensor_files import sharded_storage
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import batch_norm
@@ -92,7 +95,7 @@ def test_twenty_steps_whole_or_sharded_on_one_two_or_four_ranks_are_the_same(nam
         key.removeprefix(prefix): value for key, value in straight.items() if key.startswith(prefix)
     }
     for place in ("four", "two ddp", "two fsdp", "one"):
-        _same(checkpoint.evaluated_weights(checkpoint.newest(tmp_path / place))[1], expected)
+        _same(read_evaluated_weights(newest_checkpoint(tmp_path / place)), expected)
     assert not torch.allclose(
         straight["backbone.model.norm.weight" if name != "simclr" else "backbone.model.bn1.weight"],
         torch.ones(()).double(),
@@ -282,7 +285,7 @@ def test_a_rank_that_cannot_write_is_named_on_all_and_older_checkpoints_stay(tmp
         and "Older ones are whole" in said[0]
     )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
-    checkpoint.verify(checkpoint.newest(tmp_path))
+    verify(newest_checkpoint(tmp_path))
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {
         ".json",
         ".safetensors",
@@ -294,7 +297,7 @@ def test_a_torch_without_safetensors_shards_is_refused(monkeypatch):
 
     monkeypatch.delattr(dcp, "HuggingFaceStorageWriter")
     with pytest.raises(ValueError) as error:
-        checkpoint._storage()
+        sharded_storage()
     assert str(error.value) == (
         "parallel.strategy: sharded checkpoints need torch.distributed.checkpoint's safetensors storage, which torch "
         f"{torch.__version__} has not; install torch>=2.13, or train with parallel.strategy=ddp"

@@ -162,7 +162,7 @@ def test_sharded_weights_travel_as_the_counted_bytes_do(run, ranks):
     there, back = communication.of_weights(
         units, settings, Cluster(1, ranks), low=False, itemsize=8
     )
-    with process_group.pretended(ranks):
+    with process_group.fake_process_group(ranks):
         expected = traffic.predicted(method, "fsdp", dim=8, rows=2, calls=1)
     assert sum(m.sent for m in [*there, *back] if m.collective == "allgather") == pytest.approx(
         float(expected["weights"])

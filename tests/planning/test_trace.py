@@ -127,7 +127,7 @@ def test_a_rank_among_many_gathers_what_the_loss_needs(ranks):
     def both(there, mark):
         nt_xent(*there, temperature=0.1).backward()
 
-    with process_group.pretended(ranks):
+    with process_group.fake_process_group(ranks):
         traced = trace.run(lambda: [torch.zeros(8, 16, requires_grad=True) for _ in range(2)], both)
     assert traced.sent == [("allgather", ranks * 16 * 16 * 4), ("allgather", ranks * 16 * 3 * 4)]
     assert process_group.world_size() == 1

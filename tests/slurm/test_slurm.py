@@ -16,7 +16,9 @@ import tiny
 import torch
 import wandb_file
 
-from ssl_pretrain.checkpoint import state as checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import verify
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.monitoring import metric_names
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +116,7 @@ def undisturbed(path, output, *overrides):
         timeout=900,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return checkpoint.read(checkpoint.newest(output))
+    return read_checkpoint(newest_checkpoint(output))
 
 
 def wandb_steps(run):
@@ -136,7 +138,7 @@ def logs_of(run):
 
 
 @pytest.mark.case(4)
-def test_preempted_once_and_evaluated(cluster, tmp_path, seen):
+def test_preempted_once_and_evaluated(cluster, tmp_path, observe):
     """The smoke: one signal, one requeue by the job itself, the same bits, then k-NN as a job of its own."""
     path, run = tiny.config(tmp_path), tmp_path / "run"
     jobs = submitted(path, *FEW, "epochs=30", "evaluation.at_end=[knn]")
@@ -151,7 +153,7 @@ def test_preempted_once_and_evaluated(cluster, tmp_path, seen):
         logs_of(run)
     )
     assert stat.S_IMODE((run / "slurm").stat().st_mode) == 0o700
-    manifest, tensors = checkpoint.read(checkpoint.newest(run))
+    manifest, tensors = read_checkpoint(newest_checkpoint(run))
     _, expected = undisturbed(path, tmp_path / "straight", *FEW, "epochs=30")
     assert manifest["step"] == 90 and all(
         torch.equal(tensors[name], value) for name, value in expected.items()
@@ -163,7 +165,7 @@ def test_preempted_once_and_evaluated(cluster, tmp_path, seen):
         ["scontrol", "show", "job", "-d", jobs[0]], capture_output=True, text=True, check=True
     ).stdout
     assert SECRET not in asked
-    seen(
+    observe(
         f"SLURM, 4 ranks on 2 nodes: pre-empted once, the same job again, the same bits; the W&B key in none of {len(files)} files"
     )
 
@@ -171,7 +173,7 @@ def test_preempted_once_and_evaluated(cluster, tmp_path, seen):
 @pytest.mark.full
 @pytest.mark.case(1)
 @pytest.mark.case(4)
-def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
+def test_preempted_twice_and_a_node_lost(cluster, tmp_path, observe):
     path, run = tiny.config(tmp_path), tmp_path / "run"
     more = [*FEW, "epochs=40", "checkpoint.every_epochs=2", "log.wandb=offline"]
     (job,) = submitted(path, "evaluation.at_end=[]", *more)
@@ -195,7 +197,7 @@ def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
     cluster("node-up", "n2")
     until("the end", lambda: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
     assert show(job)["JobState"] == "COMPLETED", logs_of(run)
-    manifest, tensors = checkpoint.read(checkpoint.newest(run))
+    manifest, tensors = read_checkpoint(newest_checkpoint(run))
     _, expected = undisturbed(path, tmp_path / "straight", *more)
     assert manifest["step"] == 120 and all(
         torch.equal(tensors[name], value) for name, value in expected.items()
@@ -205,7 +207,7 @@ def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
     assert offline == {manifest["wandb_id"]}
     sent = wandb_steps(run)
     assert sent == sorted(set(sent)) and sent[-1] == 120 and len(sent) > 90, sent
-    seen(
+    observe(
         f"SLURM, 4 ranks on 2 nodes: SIGUSR2, `scontrol requeue`, then a node killed: job {job} {show(job)['Restarts']} times again, the same "
         f"bits, one W&B run whose {len(sent)} steps neither repeat nor go back"
     )
@@ -213,13 +215,13 @@ def test_preempted_twice_and_a_node_lost(cluster, tmp_path, seen):
 
 @pytest.mark.full
 @pytest.mark.case(4)
-def test_a_time_limit_ends_nothing(cluster, tmp_path, seen):
+def test_a_time_limit_ends_nothing(cluster, tmp_path, observe):
     """SLURM itself sends the signal, up to a minute earlier than asked."""
     path, run = tiny.config(tmp_path), tmp_path / "run"
     more = ["epochs=100000", "launch.hours=0.05", "launch.signal_seconds=90", "log.every_steps=20"]
     (job,) = submitted(path, *FEW, *more, "evaluation.at_end=[]")
     until("the limit", lambda: show(job)["Restarts"] == "1", job)
-    saved = checkpoint.verify(checkpoint.newest(run))["step"]
+    saved = verify(newest_checkpoint(run))["step"]
     until(
         "training again",
         lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] > saved + 20,
@@ -228,7 +230,7 @@ def test_a_time_limit_ends_nothing(cluster, tmp_path, seen):
     subprocess.run(["scancel", job], check=True)
     until("the end", lambda: show(job)["JobState"] == "CANCELLED", job)
     assert f"resumed {run} after step {saved}" in logs_of(run)
-    seen(f"SLURM, time limit of 3 minutes: saved at step {saved}, the same job again from there")
+    observe(f"SLURM, time limit of 3 minutes: saved at step {saved}, the same job again from there")
 
 
 @pytest.mark.full
@@ -243,8 +245,7 @@ def test_a_chain_of_jobs_that_are_not_requeued_and_an_array(cluster, tmp_path):
     until("the end", lambda: show(jobs[1])["JobState"] in ("COMPLETED", "FAILED"), jobs[1])
     assert (show(jobs[0])["JobState"], show(jobs[0])["Restarts"]) == ("FAILED", "0"), logs_of(run)
     assert (
-        show(jobs[1])["JobState"] == "COMPLETED"
-        and checkpoint.verify(checkpoint.newest(run))["step"] == 90
+        show(jobs[1])["JobState"] == "COMPLETED" and verify(newest_checkpoint(run))["step"] == 90
     ), logs_of(run)
     assert steps_logged(run) == list(range(1, 91))
     array = submitted(
@@ -261,10 +262,7 @@ def test_a_chain_of_jobs_that_are_not_requeued_and_an_array(cluster, tmp_path):
         until("the array", lambda job=job: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
         assert show(job)["JobState"] == "COMPLETED", logs_of(tmp_path / "sweep")
         assert (
-            checkpoint.verify(checkpoint.newest(tmp_path / "sweep" / f"seed={seed}"))["config"][
-                "seed"
-            ]
-            == seed
+            verify(newest_checkpoint(tmp_path / "sweep" / f"seed={seed}"))["config"]["seed"] == seed
         )
 
 

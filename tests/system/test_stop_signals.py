@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered once, obeyed at once the second time."""
+"""Signals that ask a run to stop. The first is remembered, a second one ends the process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import ctypes
 lock = ctypes.create_string_buffer(64)
 ctypes.CDLL(None).pthread_mutex_lock(lock)
 print("ready", flush=True)
-ctypes.CDLL(None).pthread_mutex_lock(lock)  # for ever, and no signal interrupts it
+ctypes.CDLL(None).pthread_mutex_lock(lock)  # never returns, and no signal interrupts it
 """
 SLEEPING = """
 print("ready", flush=True)
@@ -56,18 +56,21 @@ def test_a_second_signal_ends_the_process_at_once(waiting, first, second):
     assert process.returncode == 128 + second
     assert err.splitlines() == [
         "",
-        f"{first.name}: saves and stops after this step; a second signal ends at once",
+        f"{first.name}: saving and stopping after this step; a second signal ends at once",
         "",
         f"a second signal ({second.name}): ended at once, nothing saved",
     ]
 
 
-def test_the_same_signal_passed_on_by_a_launcher_counts_once_and_a_scheduler_may_warn_before():
-    process = start(
-        "s = stop_signals.StopSignals()\nprint('ready', flush=True)\ntime.sleep(3.5)\nprint(s.requested)"
-    )
+def test_a_warning_of_the_scheduler_and_a_repetition_by_the_launcher_do_not_count_as_second():
+    process = start("""
+s = stop_signals.StopSignals()
+print("ready", flush=True)
+time.sleep(3.5)
+print(s.requested)
+""")
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGUSR2)  # pre-emption is announced, and the time limit follows
+    process.send_signal(signal.SIGUSR2)  # announces preemption, before SIGTERM
     time.sleep(1.3)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
@@ -75,8 +78,8 @@ def test_the_same_signal_passed_on_by_a_launcher_counts_once_and_a_scheduler_may
     assert process.communicate(timeout=20)[0] == "True\n" and process.returncode == 0
 
 
-def test_signals_before_the_run_can_answer_are_counted_too():
-    process = start("stop_signals.note_signals()\n" + SLEEPING)
+def test_signals_during_the_preparation_of_a_run_count():
+    process = start("stop_signals.remember_signals()\n" + SLEEPING)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     time.sleep(1.3)
@@ -99,23 +102,23 @@ thread = threading.Thread(target=run); thread.start(); thread.join()
     assert (out, err) == ("the program's own\n", "")
 
 
-def test_handlers_and_the_wakeup_of_an_event_loop_come_back():
+def test_the_handlers_of_an_event_loop_are_restored():
     code = """
 import asyncio
 async def main():
-    loop, heard = asyncio.get_running_loop(), []
-    loop.add_signal_handler(signal.SIGTERM, heard.append, 1)
+    loop, received = asyncio.get_running_loop(), []
+    loop.add_signal_handler(signal.SIGTERM, received.append, 1)
     s = stop_signals.StopSignals(); s.close(); s.close()
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.sleep(0.3)
-    print(heard)
+    print(received)
 asyncio.run(main())
 """
     out, err = start(code).communicate(timeout=20)
     assert (out, err) == ("[1]\n", "")
 
 
-def test_a_closed_terminal_asks_to_stop_and_its_output_is_dropped(tmp_path):
+def test_a_closed_terminal_is_a_stop_request_and_later_output_is_dropped(tmp_path):
     main, terminal = pty.openpty()
     code = f"""
 import fcntl, termios
@@ -129,15 +132,21 @@ open({str(tmp_path / "saved")!r}, "w").close()
 """
     process = start(code, stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL)
     os.close(terminal)
-    said = b""
-    while not said.endswith(b"\n"):  # a terminal may hand a line over in pieces
-        said += os.read(main, 100)
-    assert said == b"ready\r\n"
+    line = b""
+    while not line.endswith(b"\n"):  # a terminal may pass on a line in pieces
+        line += os.read(main, 100)
+    assert line == b"ready\r\n"
     os.close(main)
     assert process.wait(60) == 0 and (tmp_path / "saved").exists()
 
 
-def test_under_nohup_a_closed_terminal_is_nothing():
-    code = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\ns = stop_signals.StopSignals()\nos.kill(os.getpid(), signal.SIGHUP)\n"
-    out, _ = start(code + "time.sleep(0.3)\nprint(s.requested)").communicate(timeout=20)
+def test_under_nohup_a_closed_terminal_is_ignored():
+    process = start("""
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+s = stop_signals.StopSignals()
+os.kill(os.getpid(), signal.SIGHUP)
+time.sleep(0.3)
+print(s.requested)
+""")
+    out, _ = process.communicate(timeout=20)
     assert out == "False\n"

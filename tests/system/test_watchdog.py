@@ -9,42 +9,60 @@ import sys
 import time
 
 ENVIRONMENT = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "PYTHONPATH": os.getcwd()}
+PREPARE = """
+import ctypes, os, time
+from ssl_pretrain.system import watchdog as module
+watchdog = module.watchdog
+"""
 
 
 def start(code: str) -> subprocess.Popen[str]:
-    text = f"import os, time\nfrom ssl_pretrain.system import watchdog as module\nw = module.watchdog\n{code}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", text], env=ENVIRONMENT, text=True, **pipes)
+    command = [sys.executable, "-c", PREPARE + code]
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes)
 
 
-def ended(code: str) -> tuple[int, str, str]:
+def run(code: str) -> tuple[int, str, str]:
+    """Return the exit status, the output and the errors of a process."""
     process = start(code)
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
 
-def test_silence_ends_the_process_and_names_what_it_waited_for():
-    status, _, err = ended(
-        "w.beat(0.5, 'waiting for the images of step 1', 'see the disk')\ntime.sleep(50)"
-    )
+def test_silence_ends_the_process_and_the_message_names_its_activity():
+    status, _, err = run("""
+watchdog.beat(0.5, "waiting for the images of step 1", "check the disk")
+time.sleep(50)
+""")
     assert status == 69
     message = err.splitlines()[-1]
     assert message.startswith("error: rank 1 of 2 on ")
     assert message.endswith(
         ": no sign of life for 0.5 s (parallel.timeout_seconds) while waiting for the images of "
-        "step 1: see the disk"
+        "step 1: check the disk"
     )
-    assert 'File "<string>"' in err  # the stacks say where
+    assert 'File "<string>"' in err  # the stack of the hung call
 
 
-def test_signs_of_life_and_rest_keep_it_quiet():
-    code = "for step in range(8):\n    w.beat(1.0, 'x', 'y')\n    time.sleep(0.3)\nw.rest()\ntime.sleep(2)"
-    assert ended(code) == (0, "", "")
+def test_signs_of_life_keep_the_process_alive_and_so_does_disarming():
+    code = """
+for step in range(8):
+    watchdog.beat(1.0, "x", "y")
+    time.sleep(0.3)
+watchdog.disarm()
+time.sleep(2)
+"""
+    assert run(code) == (0, "", "")
 
 
-def test_a_suspension_is_no_silence():
-    code = "w.beat(6.0, 'x', 'y')\nprint('ready', flush=True)\ntime.sleep(1)\nprint('alive', flush=True)\nw.rest()"
-    process = start(code)
+def test_a_suspended_process_is_not_silent():
+    process = start("""
+watchdog.beat(6.0, "x", "y")
+print("ready", flush=True)
+time.sleep(1)
+print("alive", flush=True)
+watchdog.disarm()
+""")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGSTOP)
     time.sleep(8)
@@ -53,19 +71,28 @@ def test_a_suspension_is_no_silence():
     assert (process.returncode, out, err) == (0, "alive\n", "")
 
 
-def test_a_call_that_keeps_the_interpreter_is_ended_too():
-    code = "import ctypes\nmodule.BACKUP_SECONDS = 1.0\nw.beat(0.5, 'x', 'y')\ntime.sleep(0.3)\n"
-    status, _, err = ended(code + "ctypes.PyDLL(None).sleep(50)")
+def test_a_call_that_holds_the_interpreter_lock_is_ended():
+    status, _, err = run("""
+module.BACKUP_SECONDS = 1.0
+watchdog.beat(0.5, "x", "y")
+time.sleep(0.3)
+ctypes.PyDLL(None).sleep(50)
+""")
     assert status != 0 and "File" in err
 
 
-def test_compiling_is_no_silence_and_waiting_is():
-    busy = "w.beat(1.0, 'x', 'y', compiles=True)\nend = time.monotonic() + 4\nwhile time.monotonic() < end: pass\n"
-    assert ended(busy + "w.rest()") == (0, "", "")
+def test_a_process_that_compiles_is_not_silent_unless_it_waits():
+    computing = """
+watchdog.beat(1.0, "x", "y", compiles=True)
+end = time.monotonic() + 4
+while time.monotonic() < end: pass
+watchdog.disarm()
+"""
+    assert run(computing) == (0, "", "")
     began = time.monotonic()
-    assert ended("w.beat(1.0, 'x', 'y', compiles=True)\ntime.sleep(50)")[0] == 69
+    assert run('watchdog.beat(1.0, "x", "y", compiles=True)\ntime.sleep(50)')[0] == 69
     assert time.monotonic() - began < 20
 
 
-def test_the_status_can_be_that_of_the_disk():
-    assert ended("w.beat(0.3, 'x', 'y', 74)\ntime.sleep(50)")[0] == 74
+def test_the_exit_status_can_be_that_of_the_disk():
+    assert run('watchdog.beat(0.3, "x", "y", 74)\ntime.sleep(50)')[0] == 74

@@ -1,0 +1,201 @@
+"""Save a run's checkpoints and resume from them, bit for bit."""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ssl_pretrain.checkpoint import folder, provenance, tensor_files
+from ssl_pretrain.checkpoint.manifest import FORMAT, read_manifest
+from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.save_thread import SaveThread
+from ssl_pretrain.checkpoint.state import TrainingState
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.schema import setting
+from ssl_pretrain.system.durable_files import SaveError
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are saved, and which ones stay."""
+
+    every_epochs: float = setting(5.0, "Epochs between two checkpoints.")
+    keep_last: int = setting(2, "Number of newest checkpoints that stay on disk.")
+    keep_every_epochs: float = setting(
+        0.0,
+        "Checkpoints at multiples of this many epochs are never deleted. 0: no such checkpoint.",
+    )
+    asynchronous: bool = setting(
+        True,
+        "Write to disk while training continues. A step only waits for the copy to host memory.",
+    )
+    on_failure: Literal["stop", "warn"] = setting(
+        "stop",
+        "If the disk refuses a checkpoint, end the run, or warn and try again at the next save. "
+        "The last save of a run always stops it.",
+    )
+    resume: bool = setting(
+        True,
+        "Continue from the newest checkpoint in `output`. false: refuse an output that has one.",
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        run: Folder of the run.
+        state: The tensors to save and restore.
+        settings: When to save, and what to keep.
+        facts: Facts about the run, stored in each manifest as they are when it is saved.
+        config: The resolved configuration as plain values, for the manifest.
+        steps_per_epoch: Optimizer steps per epoch.
+        check_lock: Called before every save. Raises if another run has taken over the folder.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        state: TrainingState,
+        settings: CheckpointConfig,
+        facts: RunFacts,
+        config: dict[str, Any],
+        steps_per_epoch: int,
+        check_lock: Callable[[], None] = lambda: None,
+    ):
+        self.run, self.state, self.settings, self.facts = run, state, settings, facts
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+        self._check_lock = check_lock
+        self._thread = SaveThread()
+
+    def due(self, step: int) -> bool:
+        """Return True if a checkpoint is due after a step: every `every_epochs`, and at the end."""
+        at_interval = _passed(step, self.settings.every_epochs * self.steps_per_epoch)
+        return step == self.facts.last_step or at_interval
+
+    def save(self, step: int, wait: bool = True) -> None:
+        """Copy the state to host memory, write the checkpoint of a step, and prune older ones.
+
+        An asynchronous save is written by a thread while training goes on.
+
+        Args:
+            step: Optimizer steps done.
+            wait: Return only when the checkpoint is on disk, as for the last one of a run.
+
+        Raises:
+            SaveError: The disk refused this save or the one before. Older checkpoints are untouched
+                and the unfinished one is removed. With `wait` it is raised whatever `on_failure`
+                says, since these weights exist nowhere else.
+        """
+        self._check_lock()
+        earlier, problem = self._thread.wait(), None
+        path = folder.checkpoint_path(self.run, step)
+        unfinished = f"{folder.WRITING_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+        if self.state.sharded:  # the ranks write into one folder
+            unfinished = collectives.broadcast_object(unfinished)
+        if self.state.sharded or process_group.is_main():
+            files, manifest = self.state.snapshot(), self._manifest(step)
+
+            def write() -> None:
+                self._write_and_prune(path, path.with_name(unfinished), files, manifest)
+
+            self._thread.start(write, step, path.parent)
+        if wait or not self.settings.asynchronous:
+            problem = self._thread.wait()
+        earlier, problem = collectives.broadcast_object((earlier, problem))
+        if problem and wait:  # no later save makes up for it
+            raise SaveError(problem)
+        for text in filter(None, (problem, earlier)):
+            if self.settings.on_failure == "stop":
+                raise SaveError(text)
+            if process_group.is_main():
+                warnings.warn(text, stacklevel=2)
+
+    def resume(self, check: Callable[[dict[str, Any]], None]) -> int:
+        """Restore the newest intact checkpoint and return its step, 0 if there is none.
+
+        Args:
+            check: Called with the manifest before anything is loaded. Raises if this run may not
+                resume from it.
+
+        Raises:
+            ValueError: A checkpoint exists and resuming is off, or all checkpoints are damaged.
+        """
+        checkpoints = folder.list_checkpoints(self.run)
+        if not checkpoints:
+            return 0
+        if not self.settings.resume:
+            raise ValueError(
+                f"output: {self.run} already holds {checkpoints[-1].name} and checkpoint.resume is "
+                "false; give another output, or set checkpoint.resume=true"
+            )
+        path = folder.newest_checkpoint(self.run)
+        manifest = read_manifest(path)
+        check(manifest)
+        machine = self._machine()
+        differences = [
+            f"{key} was {old!r} and is {machine.get(key)!r}"
+            for key, old in manifest["machine"].items()
+            if machine.get(key) != old
+        ]
+        if differences and process_group.is_main():
+            warnings.warn(
+                f"{path.name}: resuming is exact but not bit for bit: {'; '.join(differences)}",
+                stacklevel=2,
+            )
+        self.state.restore(path)
+        self.facts.wandb_id = self.facts.wandb_id or manifest.get("wandb_id")
+        return int(manifest["step"])
+
+    def wait_for_disk(self) -> None:
+        """Wait until no rank is writing a checkpoint."""
+        self._thread.wait()
+
+    def roll_back(self) -> str | None:
+        """Restore the newest intact checkpoint and return its name, None if there is none."""
+        self._thread.wait()
+        collectives.barrier()
+        if not folder.list_checkpoints(self.run):
+            return None
+        path = folder.newest_checkpoint(self.run)
+        self.state.restore(path)
+        return path.name
+
+    def _write_and_prune(
+        self, path: Path, unfinished: Path, files: tensor_files.Files, manifest: dict[str, Any]
+    ) -> None:
+        self._check_lock()
+        if self.state.sharded:
+            tensor_files.write_shards(path, unfinished, files, manifest, group=self.state.group)
+        else:
+            tensor_files.write_whole(path, unfinished, files, manifest)
+        if process_group.is_main():
+            interval = self.settings.keep_every_epochs * self.steps_per_epoch
+            folder.prune(path, self.settings.keep_last, lambda step: _passed(step, interval))
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "step": step,
+            "evaluated": getattr(self.state.method, "evaluated", "backbone"),
+            "network": getattr(self.state.method, "network", "student"),
+            "versions": provenance.versions(),
+            "machine": self._machine(),
+            **asdict(self.facts),
+            "config": self.config,
+        }
+
+    def _machine(self) -> dict[str, Any]:
+        """Describe everything that must stay the same for a resume that is bit for bit."""
+        parallel = self.config.get("parallel", {})
+        modes = {key: parallel[key] for key in ("strategy", "compile") if key in parallel}
+        return provenance.machine() | {"micro_batch_size": self.facts.micro_batch_size} | modes
+
+
+def _passed(step: int, interval: float) -> bool:
+    """Return True if a multiple of the interval lies in the step that ends at `step`."""
+    return interval > 0 and step > 0 and int(step / interval) > int((step - 1) / interval)

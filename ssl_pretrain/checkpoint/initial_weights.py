@@ -1,0 +1,72 @@
+"""The weights a backbone starts from: those of a run, of a file, or of timm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import MANIFEST
+from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
+from ssl_pretrain.models import backbones, published_weights
+from ssl_pretrain.models.backbones import BackboneConfig
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
+def initialize(backbone: nn.Module, config: BackboneConfig) -> list[str]:
+    """Load the weights that `backbone.init` names. Return notes on what was left out or converted.
+
+    Raises:
+        ValueError: The weights cannot be read, or do not fit this backbone.
+    """
+    weights, notes = read_initial_weights(config.init, config.init_key)
+    if weights is None:
+        return []
+    return notes + backbones.load_strict(
+        backbone, weights, f"backbone.init: {config.init!r}", config.init_prefix
+    )
+
+
+def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | None, list[str]]:
+    """Read the weights of a run, a .safetensors file or a torch file.
+
+    Args:
+        init: The value of `backbone.init`.
+        key: The value of `backbone.init_key`, for torch files with several state dicts.
+
+    Returns:
+        The weights and notes on their conversion. The weights are None for `random` and
+        `timm:<tag>`, which the backbone's constructor handles.
+
+    Raises:
+        ValueError: There is no such file or run, or the file is of another kind.
+    """
+    if init == "random" or init.startswith("timm:"):
+        return None, []
+    path = Path(init)
+    if not init or not path.exists():
+        raise ValueError(
+            f"backbone.init: {init!r} does not exist; give random, timm:<tag>, a weights file or "
+            "the folder of a run"
+        )
+    if not path.is_dir():
+        return published_weights.read_file(path, f"backbone.init: {init!r}", key)
+    is_checkpoint = (path / MANIFEST).exists()
+    weight_files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    if weight_files and not is_checkpoint:
+        raise ValueError(
+            f"backbone.init: {init!r} is a folder; give one of its files, such as "
+            f"{path / weight_files[0]}"
+        )
+    return read_evaluated_weights(path if is_checkpoint else newest_checkpoint(path)), []
+
+
+def read_evaluated_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint's network to evaluate, named as in a backbone."""
+    manifest, tensors = read_checkpoint(path)
+    prefix = f"{manifest['evaluated']}."
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }

@@ -1,0 +1,165 @@
+"""The manifest of a checkpoint: its format, and the verification of the files it lists.
+
+The manifest is a JSON file that lists the size and SHA-256 of every other file and ends with a
+SHA-256 of its own text. Format 1 had no hash of the manifest itself. Such manifests are still read,
+with every other check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain import schema
+from ssl_pretrain.system import durable_files
+
+FORMAT = 2
+READABLE_FORMATS = (1, FORMAT)
+MANIFEST = "manifest.json"
+HASH_KEY = "manifest_sha256"  # last entry of the manifest: SHA-256 of the text before it
+METHOD_FILE = "method.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+SHARD_PREFIX = "shard-"
+TYPE_NAMES = {int: "a number", dict: "an object", str: "a text"}
+REQUIRED_TYPES = {
+    "step": int,
+    "files": dict,
+    "config": dict,
+    "machine": dict,
+    "versions": dict,
+    "evaluated": str,
+    "network": str,
+}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and check the manifest of a checkpoint folder, without reading the files it lists.
+
+    Raises:
+        ValueError: The manifest is damaged, belongs to another folder, or has a format that this
+            version cannot read.
+    """
+    manifest = _parse(path)
+    if manifest.get("format") not in READABLE_FORMATS:
+        versions = manifest["versions"]
+        raise ValueError(
+            f"{path} has checkpoint format {manifest.get('format')!r}; this version reads format "
+            f"{FORMAT}. It was written by ssl_pretrain {versions.get('ssl_pretrain')} "
+            f"({versions.get('revision')}). Use that version, or start a new run"
+        )
+    return manifest
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check the size and SHA-256 of every file of a checkpoint, and return its manifest.
+
+    A checkpoint of a newer format can be intact although this version cannot read it.
+
+    Raises:
+        ValueError: A file is missing, truncated, changed or unreadable. The message names it.
+    """
+    manifest = _parse(path)
+    for name, expected in manifest["files"].items():
+        file, label = path / name, f"{path.name}/{name}"
+        try:
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise ValueError(f"{label} is truncated: {size} bytes of {expected['bytes']}")
+            if _file_hash(file) != expected["sha256"]:
+                raise ValueError(f"{label} is damaged: its SHA-256 differs from the manifest")
+        except FileNotFoundError:
+            raise ValueError(f"{label} is missing") from None
+        except OSError as error:
+            raise ValueError(f"{label} cannot be read: {durable_files.reason(error)}") from None
+    return manifest
+
+
+def to_json(manifest: dict[str, Any]) -> str:
+    """Format a manifest as JSON that ends with the SHA-256 of the text before it."""
+    entries = {key: value for key, value in manifest.items() if key != HASH_KEY}
+    body = json.dumps(entries, indent=1).removesuffix("\n}")
+    return f"{body}{_closing_line(body)}"
+
+
+def describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Return the manifest's entry for each file: its size in bytes and its SHA-256."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _file_hash(path)} for path in paths}
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    name = f"{path.name}/{MANIFEST}"
+    try:
+        text = (path / MANIFEST).read_bytes().decode()
+        manifest = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{name} cannot be read: it is not a JSON object")
+    if not _hash_matches(text) and not _has_no_hash(manifest, text):
+        raise ValueError(f"{name} is damaged: its SHA-256 does not match")
+    problem = _wrong_entry(manifest) or _wrong_folder(path, manifest)
+    if problem:
+        raise ValueError(f"{name} cannot be read: {problem}")
+    return _with_current_names(manifest) | {"machine": _with_current_names(manifest["machine"])}
+
+
+def _with_current_names(entries: dict[str, Any]) -> dict[str, Any]:
+    """Rename entries of manifests that older versions wrote."""
+    return {schema.RENAMED.get(key, key): value for key, value in entries.items()}
+
+
+def _closing_line(body: str) -> str:
+    return f',\n "{HASH_KEY}": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}'
+
+
+def _hash_matches(text: str) -> bool:
+    body, comma, end = text.rpartition(",\n")
+    return comma + end == _closing_line(body)
+
+
+def _has_no_hash(manifest: dict[str, Any], text: str) -> bool:
+    """Return True for format 1, which had no hash, and for an unknown format without a hash line.
+
+    One flipped bit cannot turn a manifest of this format into either. The numbers 1 and 2 differ in
+    two bits, and the hash line stays.
+    """
+    if manifest.get("format") == 1:
+        return HASH_KEY not in manifest
+    return manifest.get("format") not in READABLE_FORMATS and f',\n "{HASH_KEY}": "' not in text
+
+
+def _wrong_entry(manifest: dict[str, Any]) -> str | None:
+    """Describe the first entry that is missing or has the wrong type, or return None."""
+    for key, kind in REQUIRED_TYPES.items():
+        if not isinstance(manifest.get(key), kind) or isinstance(manifest[key], bool):
+            return f"{key} is missing or is not {TYPE_NAMES[kind]}"
+    names = manifest["files"].keys()
+    for name, entry in manifest["files"].items():
+        if not name or Path(name).name != name or name == MANIFEST:
+            return f"files: {name!r} is not the name of a file in that folder"
+        size, digest = (
+            (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (0, 0)
+        )
+        if not isinstance(size, int) or not isinstance(digest, str):
+            return f"files: {name!r} has no bytes or no sha256"
+    sharded = any(name.startswith(SHARD_PREFIX) for name in names)
+    if not sharded and not {METHOD_FILE, OPTIMIZER_FILE} <= names:
+        return f"files: neither {METHOD_FILE} and {OPTIMIZER_FILE} nor a {SHARD_PREFIX}* file"
+    return None
+
+
+def _wrong_folder(path: Path, manifest: dict[str, Any]) -> str | None:
+    """Describe a mismatch between the manifest and the folder it lies in, or return None."""
+    number = path.name.removeprefix("step_")
+    if number != path.name and number.isdecimal() and int(number) != manifest["step"]:
+        return f"it is the manifest of step {manifest['step']}"
+    tensor_files = {file.name for file in path.glob("*.safetensors")}
+    unlisted = sorted(tensor_files - manifest["files"].keys())
+    return f"files: {unlisted[0]} is in the folder and not in the list" if unlisted else None
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,76 @@
+"""A thread that writes one checkpoint while training goes on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.system.exit_status import DISK_REFUSED
+from ssl_pretrain.system.watchdog import watchdog
+
+# Multiple of parallel.timeout_seconds that a save may take before the disk counts as dead.
+DISK_PATIENCE = 10.0
+POLL_SECONDS = 5.0
+DISK_REMEDY = (
+    "the disk is slow or does not answer; check that it can be written to, then start the run again"
+)
+
+
+class SaveThread:
+    """Runs one save at a time and keeps its failure until `wait`."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._description = ""
+        self._problem: str | None = None
+
+    def start(self, write: Callable[[], None], step: int, folder: Path) -> None:
+        """Run `write`, which saves the checkpoint of a step in a folder."""
+        self._description = f"the checkpoint of step {step} in {folder}"
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:
+                self._problem = (
+                    f"checkpoint of step {step} could not be written to {folder}: {error}. "
+                    "Older checkpoints are intact. Free space and resume"
+                )
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Wait for the current save of every rank. Return this rank's problem, or None.
+
+        A slow disk is reported now and then. A dead one ends the process.
+        """
+        self._wait_for_all_ranks()
+        problem, self._thread, self._problem = self._problem, None, None
+        return problem
+
+    def _wait_for_all_ranks(self) -> None:
+        limit, began = process_group.timeout_seconds(), time.monotonic()
+        reported, armed = 0.0, False
+        activity = f"waiting for the disk to take {self._description}"
+        while True:
+            if self._thread is not None:
+                self._thread.join(min(POLL_SECONDS, limit / 4))
+            busy = self._thread is not None and self._thread.is_alive()
+            if not any(collectives.gather_objects(busy)):
+                return
+            if not armed:
+                armed = True
+                watchdog.beat(DISK_PATIENCE * limit, activity, DISK_REMEDY, DISK_REFUSED)
+            waited = time.monotonic() - began
+            if waited - reported > limit and process_group.is_main():
+                reported = waited
+                print(
+                    f"still {activity}, for {waited:.0f} s so far. The disk is slow",
+                    file=sys.stderr,
+                    flush=True,
+                )

@@ -1,0 +1,156 @@
+"""The safetensors files of a checkpoint.
+
+Rank 0 writes whole tensors to method.safetensors and optimizer.safetensors. Sharded tensors (FSDP)
+are in one file per rank, in the safetensors storage of torch.distributed.checkpoint. An entry of
+the optimizer's state is named `<parameter>::<entry>`. Both kinds can be read on any number of
+ranks, sharded or not. Nothing is a pickle.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssl_pretrain.checkpoint import folder
+from ssl_pretrain.checkpoint.manifest import METHOD_FILE, describe_files, read_manifest, verify
+from ssl_pretrain.distributed import collectives, process_group
+
+Files = dict[str, dict[str, Tensor]]  # tensors by name, by file
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Verify a checkpoint. Return its manifest and the method's whole tensors, on the CPU.
+
+    Raises:
+        ValueError: A file is damaged, or this version cannot read the checkpoint's format.
+    """
+    path = Path(path)
+    verify(path)
+    manifest = read_manifest(path)
+    if (path / METHOD_FILE).exists():
+        return manifest, load_file(path / METHOD_FILE)
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in read_shapes(path).items()
+        if "::" not in key
+    }
+    fill(tensors, path)
+    return manifest, tensors
+
+
+def write_whole(path: Path, unfinished: Path, files: Files, manifest: dict[str, Any]) -> None:
+    """Write a checkpoint of whole tensors from one process, unless an intact one exists."""
+    folder.discard_if_damaged(path)
+    if path.exists():
+        return
+    unfinished.mkdir(parents=True)
+    try:
+        for name, tensors in files.items():
+            save_file(tensors, unfinished / name)
+        folder.publish(unfinished, path, manifest, describe_files(sorted(unfinished.iterdir())))
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def write_shards(
+    path: Path, unfinished: Path, files: Files, manifest: dict[str, Any], *, group: Any
+) -> None:
+    """Write a sharded checkpoint, unless an intact one exists.
+
+    Each rank writes and hashes its own file. Rank 0 writes the manifest. Every failure is shared,
+    since a rank that failed alone would leave the others waiting.
+
+    Raises:
+        OSError: On every rank, if any of them could not write.
+    """
+    exists, problem = False, None
+    if process_group.is_main():
+        try:
+            folder.discard_if_damaged(path)
+            exists = path.exists()
+            if not exists:
+                unfinished.mkdir(parents=True)
+        except OSError as error:
+            problem = str(error)
+    exists, problem = collectives.broadcast_object((exists, problem), group)
+    if problem:
+        raise OSError(problem)
+    if exists:
+        return
+    entries, problem = _write_own_shard(unfinished, files, group)
+    results = collectives.gather_objects((entries, problem), group)
+    problem = next((problem for _, problem in results if problem), None)
+    if process_group.is_main():
+        try:
+            if problem is None:
+                all_entries = {name: entry for own, _ in results for name, entry in own.items()}
+                folder.publish(unfinished, path, manifest, all_entries)
+        except OSError as error:
+            problem = str(error)
+        if problem:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    if problem := collectives.broadcast_object(problem, group):
+        raise OSError(problem)
+
+
+def _write_own_shard(
+    unfinished: Path, files: Files, group: Any
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Write this rank's file. Return its manifest entry, and a problem of any rank or None."""
+    dcp = sharded_storage()
+    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+    tensors = {key: value for entries in files.values() for key, value in entries.items()}
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+        own_files = sorted(unfinished.glob(f"shard-{process_group.rank() + 1:05d}-*"))
+        return describe_files(own_files), None
+    except dcp.CheckpointException as error:  # also raised for failures of other ranks
+        failures = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+        return {}, "; ".join(failures)
+    except Exception as error:
+        return {}, f"rank {process_group.rank()}: {error}"
+
+
+def read_shapes(path: Path) -> dict[str, Any]:
+    """Return the size and type of every tensor of a checkpoint by name, from the files' headers."""
+    reader = sharded_storage().HuggingFaceStorageReader(str(path))
+    shapes: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    return shapes
+
+
+def fill(tensors: dict[str, Tensor], path: Path, group: Any = None) -> None:
+    """Fill tensors, whole or sharded, from a checkpoint.
+
+    Without a group this process reads alone.
+    """
+    dcp = sharded_storage()
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+def sharded_storage() -> Any:
+    """Return torch.distributed.checkpoint if it can write shards as safetensors, not as pickles.
+
+    Raises:
+        ValueError: This torch is too old.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    writer = getattr(dcp, "HuggingFaceStorageWriter", None)
+    if writer is None or "save_distributed" not in inspect.signature(writer).parameters:
+        raise ValueError(
+            "parallel.strategy: sharded checkpoints need the safetensors storage of "
+            f"torch.distributed.checkpoint, which torch {torch.__version__} does not have; install "
+            "torch>=2.13, or train with parallel.strategy=ddp"
+        )
+    return dcp

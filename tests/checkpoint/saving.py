@@ -1,0 +1,30 @@
+"""Checkpoints of small networks, for the tests of this folder."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.state import TrainingState
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.optimizers import OptimConfig
+
+
+def linear() -> TrainingState:
+    """Return the state of a method with a linear backbone that has not taken a step."""
+    method = nn.Module()
+    method.backbone = nn.Linear(3, 2)
+    return TrainingState(method, optim.build(OptimConfig(), method))
+
+
+def checkpoints(run, state, config=None, last_step=100, steps_per_epoch=1, **settings):
+    """Return the checkpoints of a run, with these settings of `CheckpointConfig`."""
+    facts = RunFacts(last_step, micro_batch_size=8, data="abc")
+    settings = CheckpointConfig(**settings)
+    return Checkpoints(run, state, settings, facts, config or {}, steps_per_epoch)
+
+
+def resume(run, state) -> int:
+    """Restore the newest checkpoint of a run and return its step."""
+    return checkpoints(run, state).resume(lambda manifest: None)

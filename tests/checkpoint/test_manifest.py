@@ -1,0 +1,166 @@
+"""A manifest is trusted only if every bit of it is as it was written."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import saving
+import torch
+
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.manifest import HASH_KEY, read_manifest, to_json, verify
+
+NAME = "step_00000004/manifest.json"
+CONFIG = {"method": {"name": "simclr"}, "views": {"mean": [0.1, 0.2], "name": "µ"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    torch.manual_seed(0)
+    checkpoints = saving.checkpoints(tmp_path, saving.linear(), config=CONFIG, keep_last=5)
+    for step in (2, 4):
+        checkpoints.save(step)
+    return tmp_path
+
+
+def manifest_file(run):
+    return run / "checkpoints" / NAME
+
+
+def problem_of_newest(run):
+    """Return why the newest checkpoint is not used. The one before it is used instead."""
+    with pytest.warns(UserWarning) as warned:
+        assert newest_checkpoint(run).name == "step_00000002"
+    text = str(warned[0].message)
+    return text.removesuffix("; using step_00000002 instead").removeprefix(f"{NAME} ")
+
+
+@pytest.mark.parametrize("number", [400, pytest.param(3000, marks=pytest.mark.full)])
+def test_any_flipped_bit_is_detected(run, number):
+    path, rng = manifest_file(run), random.Random(0)
+    intact = path.read_bytes()
+    positions = rng.sample(range(8 * len(intact)), min(number, 8 * len(intact)))
+    for text in (b'"format"', b"manifest_sha256"):
+        start = 8 * intact.index(text)
+        positions += range(start, start + 8 * 14)
+    accepted = []
+    for position in positions:
+        content = bytearray(intact)
+        content[position // 8] ^= 1 << position % 8
+        path.write_bytes(content)
+        try:
+            verify(path.parent)
+            accepted.append(position)
+        except ValueError:
+            pass
+    assert accepted == []
+    path.write_bytes(intact)
+    assert verify(path.parent)["step"] == 4
+
+
+def test_truncations_and_additions_are_detected(run):
+    path = manifest_file(run)
+    intact = path.read_bytes()
+    for content in (
+        intact[:-1],
+        intact[: len(intact) // 2],
+        b"",
+        intact + b"\n",
+        intact + b"{}",
+        intact.replace(b"\n", b"\r\n"),
+        bytes(len(intact)),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{NAME} (cannot be read|is damaged)"):
+            verify(path.parent)
+
+
+def test_the_manifest_of_another_step_is_detected(run):
+    other = run / "checkpoints" / "step_00000002" / "manifest.json"
+    manifest_file(run).write_bytes(other.read_bytes())
+    assert problem_of_newest(run) == "cannot be read: it is the manifest of step 2"
+
+
+MALFORMED = {
+    "a list": ([], "it is not a JSON object"),
+    "null": (None, "it is not a JSON object"),
+    "a number": (5, "it is not a JSON object"),
+    "files is a list": ({"files": []}, "files is missing or is not an object"),
+    "a file without its size": (
+        {"files": {"method.safetensors": {}}},
+        "files: 'method.safetensors' has no bytes or no sha256",
+    ),
+    "a file elsewhere": (
+        {"files": {"../x": {"bytes": 1, "sha256": ""}}},
+        "files: '../x' is not the name of a file in that folder",
+    ),
+    "no files": (
+        {"files": {}},
+        "files: neither method.safetensors and optimizer.safetensors nor a shard-* file",
+    ),
+    "step is text": ({"step": "4"}, "step is missing or is not a number"),
+    "config is text": ({"config": "x"}, "config is missing or is not an object"),
+    "machine is null": ({"machine": None}, "machine is missing or is not an object"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_manifests_are_refused_even_with_a_correct_hash(run, name):
+    changes, message = MALFORMED[name]
+    path = manifest_file(run)
+    if isinstance(changes, dict):
+        path.write_text(to_json(json.loads(path.read_text()) | changes))
+    else:
+        path.write_text(json.dumps(changes))
+    assert problem_of_newest(run) == f"cannot be read: {message}"
+
+
+def test_a_deeply_nested_manifest_is_refused(run):
+    manifest_file(run).write_text("[" * 100_000)
+    assert problem_of_newest(run).startswith("cannot be read (")
+
+
+def test_a_tensor_file_that_is_not_listed_is_detected(run):
+    path = manifest_file(run)
+    manifest = json.loads(path.read_text())
+    entry = manifest["files"].pop("optimizer.safetensors")
+    manifest["files"]["shard-00001-of-00001.safetensors"] = entry
+    path.write_text(to_json(manifest))
+    expected = "files: optimizer.safetensors is in the folder and not in the list"
+    assert problem_of_newest(run) == f"cannot be read: {expected}"
+
+
+def test_a_folder_in_the_place_of_a_file_is_detected(run):
+    file = manifest_file(run).with_name("method.safetensors")
+    file.unlink()
+    file.mkdir()
+    manifest = json.loads(manifest_file(run).read_text())
+    manifest["files"]["method.safetensors"]["bytes"] = file.stat().st_size
+    manifest_file(run).write_text(to_json(manifest))
+    with pytest.raises(ValueError, match=r"method\.safetensors cannot be read: Is a directory"):
+        verify(manifest_file(run).parent)
+
+
+def test_manifests_of_format_1_are_read_with_every_other_check(run):
+    path = manifest_file(run)
+    manifest = json.loads(path.read_text())
+    del manifest[HASH_KEY]
+    path.write_text(json.dumps(manifest | {"format": 1}, indent=1))
+    assert read_manifest(path.parent)["step"] == 4
+    path.write_text(json.dumps(manifest | {"format": 1, "step": 6}, indent=1))
+    assert problem_of_newest(run) == "cannot be read: it is the manifest of step 6"
+    path.write_text(json.dumps(manifest, indent=1))
+    assert problem_of_newest(run) == "is damaged: its SHA-256 does not match"
+
+
+def test_entries_of_older_manifests_are_read_under_their_current_names(run):
+    path = manifest_file(run)
+    manifest = json.loads(path.read_text())
+    manifest["local_batch_size"] = manifest.pop("micro_batch_size")
+    manifest["machine"]["local_batch_size"] = manifest["machine"].pop("micro_batch_size")
+    path.write_text(to_json(manifest))
+    renamed = read_manifest(path.parent)
+    assert renamed["micro_batch_size"] == renamed["machine"]["micro_batch_size"] == 8
+    assert "local_batch_size" not in renamed.keys() | renamed["machine"].keys()

@@ -1,0 +1,28 @@
+"""A stop request on one rank stops all ranks at the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from conftest import run_ranks
+
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.distributed.stop_request import StopRequest
+
+pytestmark = pytest.mark.promise
+
+
+def stop_on_rank_1():
+    answers = []
+    with StopRequest() as stop:
+        for step in range(4):
+            if step == 1 and process_group.rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR2)
+            answers.append(stop.exchange())
+    return answers
+
+
+def test_a_signal_on_one_rank_stops_all_at_the_same_step():
+    assert run_ranks(stop_on_rank_1, world_size=3) == [[False, False, True, True]] * 3
