@@ -1,4 +1,4 @@
-"""A run takes the view functions of SimCLR's and BYOL's code, and says for each view what was done."""
+"""A run trains on the views of SimCLR's and BYOL's code and describes each of them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
             assert "black outside" in view
 
 
-def test_an_option_that_does_not_exist_is_refused_by_name(tmp_path):
+def test_an_unknown_option_is_refused(tmp_path):
     text = CONFIG.replace("size: 16,", "size: 16, crop_sampler: inception,")
     config = write_config(tmp_path, class_folders(tmp_path / "data", "train"), text)
     ((status, _, err),) = each([["ssl_pretrain.train", str(config)]])
     assert status == 2
     assert err.endswith(
-        "views.crops.global.crop_sampler: 'inception' is not known; choose one of: torchvision, tensorflow, clipped\n"
+        "views.crops.global.crop_sampler: 'inception' is not known; choose one of: torchvision, "
+        "tensorflow, clipped\n"
     )

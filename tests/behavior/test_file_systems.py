@@ -64,7 +64,7 @@ def test_what_a_checkpoint_cannot_do_without_is_refused_at_the_start(
     assert finished.status == 2, finished.text
     place = tmp_path / "run" / "checkpoints"
     assert (
-        f"error: output: no checkpoint can be written to {place}: {said}; make room or give the right"
+        f"error: output: no checkpoint can be written to {place}: {said}; free space, get "
         in finished.stderr
     )
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and list(place.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A run that is stopped and started again ends with the weights of one that was not, through the command and with its defaults."""
+"""A run that stops and resumes has exactly the weights of one that did not, with default settings."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ CASES = {
 
 
 def tensors(folder):
-    """Everything that the newest checkpoint holds."""
+    """Return the method's and the optimizer's tensors in the newest checkpoint."""
     newest = max((folder / "checkpoints").glob("step_*"))
     return load_file(newest / "method.safetensors") | load_file(newest / "optimizer.safetensors")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(case, tmp_path):
-    """With `parallel.channels_last` as shipped, 4-D weights and their moments are not in row-major order."""
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(case, tmp_path):
+    """With the default `parallel.channels_last`, 4-D weights and moments are not in row order."""
     class_folders(tmp_path / "images", "train", per_class=12)
     path = write_config(tmp_path, tmp_path / "images")
 
     def train(name, steps):
         keys = [*CASES[case], "epochs=4", f"output={tmp_path / name}"]
-        finished = run("-m", "ssl_pretrain.train", path, *keys, "--stop-after", str(steps))
-        assert finished.status == 0, finished.text
-        return finished.text
+        result = run("-m", "ssl_pretrain.train", path, *keys, "--stop-after", str(steps))
+        assert result.status == 0, result.text
+        return result.text
 
     train("straight", 6)
     train("stopped", 3)

@@ -75,7 +75,7 @@ def test_no_such_run(tmp_path):
 
 def test_no_checkpoint(tmp_path):
     assert message(tmp_path).startswith(
-        f"{tmp_path}: no checkpoint there (looked for {tmp_path}/checkpoints/step_*)"
+        f"{tmp_path}: no checkpoint found (looked for {tmp_path}/checkpoints/step_*)"
     )
 
 

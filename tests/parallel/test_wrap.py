@@ -87,7 +87,7 @@ def test_twenty_steps_whole_or_sharded_on_one_two_or_four_ranks_are_the_same(nam
             _same(state, straight)
     with pytest.warns(
         UserWarning,
-        match="resuming is exact but not bit for bit, as these differ: world_size 4 then, 1 now",
+        match="resuming is exact but not bit for bit: world_size was 4 and is 1",
     ):
         _same(run(name, LAST - SAVED, tmp_path / "one", **WIDE)["state"], straight)
     prefix = "teacher.backbone." if name == "dino" else "backbone."
@@ -282,7 +282,7 @@ def test_a_rank_that_cannot_write_is_named_on_all_and_older_checkpoints_stay(tmp
     assert (
         said[0] == said[1]
         and "rank 1: [Errno 27] File too large" in said[0]
-        and "Older ones are whole" in said[0]
+        and "Older checkpoints are intact" in said[0]
     )
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     verify(newest_checkpoint(tmp_path))
@@ -299,6 +299,7 @@ def test_a_torch_without_safetensors_shards_is_refused(monkeypatch):
     with pytest.raises(ValueError) as error:
         sharded_storage()
     assert str(error.value) == (
-        "parallel.strategy: sharded checkpoints need torch.distributed.checkpoint's safetensors storage, which torch "
-        f"{torch.__version__} has not; install torch>=2.13, or train with parallel.strategy=ddp"
+        "parallel.strategy: sharded checkpoints need the safetensors storage of "
+        f"torch.distributed.checkpoint, which torch {torch.__version__} does not have; install "
+        "torch>=2.13, or train with parallel.strategy=ddp"
     )
