@@ -49,7 +49,10 @@ from ssl_pretrain.views.batch import Batch
 
 @dataclass
 class Training:
-    """Everything that the training loop calls. Steps are counted from 1."""
+    """Everything that the training loop calls.
+
+    Its methods count steps from 1, as records and checkpoints do.
+    """
 
     config: RunConfig
     first_step: int  # steps done by earlier processes of the run
@@ -66,8 +69,8 @@ class Training:
     online_knn: OnlineKNN
     collapse_monitor: CollapseMonitor
 
-    def steps(self) -> Iterator[tuple[int, Batch]]:
-        """Yield the number and the batch of each step, and save the views of the first batch.
+    def steps(self) -> Iterator[tuple[Progress, Batch]]:
+        """Yield the progress and the batch of each step, and save the views of the first batch.
 
         The batches pass through the preflight check, the watchdog and the logger's clock. Before
         each step the lock of the run's folder is checked.
@@ -75,29 +78,22 @@ class Training:
         batches = preflight.watched(self.loader, self.first_step, self.execution.device)
         batches = self.logger.time_waiting(self.stop.watch(batches, self.first_step))
         views = self.config.views
-        for step, batch in zip(range(self.first_step + 1, self.end_step + 1), batches):
+        for step, batch in zip(range(self.first_step, self.end_step), batches):
             self.lock.check()
-            describe = partial(self.loader.described, step - 1, image_grids.NUM_IMAGES)
-            self.logger.save_views(step, batch.views, views.mean, views.std, describe)
-            yield step, batch
+            describe = partial(self.loader.described, step, image_grids.NUM_IMAGES)
+            self.logger.save_views(step + 1, batch.views, views.mean, views.std, describe)
+            yield Progress(step, self.num_steps, self.loader.steps_per_epoch), batch
 
-    def set_learning_rates(self, step: int) -> dict[str, float]:
+    def set_learning_rates(self, progress: Progress) -> dict[str, float]:
         """Set the optimizer's rates for a step and return them for the log."""
-        config, progress = self.config, self._progress(step)
+        config, optimizer = self.config, self.stepper.optimizer
         return optimizers.set_rates(
-            self.stepper.optimizer, config.optim, progress, config.epochs, config.global_batch_size
+            optimizer, config.optim, progress, config.epochs, config.global_batch_size
         )
-
-    def take_step(self, step: int, batch: Batch) -> StepOutput:
-        """Take an optimizer step and return its embeddings, targets and logs, on the device."""
-        return self.stepper(self._progress(step), batch)
-
-    def _progress(self, step: int) -> Progress:
-        return Progress(step - 1, self.num_steps, self.loader.steps_per_epoch)
 
     def measure(self, step: int, output: StepOutput) -> Measurements:
         """Measure what is due after a step: collapse, online k-NN, replaced images."""
-        method = self.checkpoints.state.method
+        method = self.stepper.method
         network = method.get_submodule(method.evaluated)
         measurements = self.collapse_monitor.measure(step, output.embeddings, output.targets)
         measurements |= self.online_knn.measure_if_due(step, network)

@@ -90,9 +90,9 @@ def train_and_report(
         outcome = _train(config, device, stop_after, fake_preempt)
     path = checkpoint_path(run, outcome.step)
     summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
-    resume_hint = f"stopped: {summary}. The same command goes on from there"
-    evaluate_hint = f"finished: {summary}. Evaluate it: python -m ssl_pretrain.eval.knn {run}"
-    _print(evaluate_hint if outcome.step == outcome.num_steps else resume_hint)
+    finished = f"finished: {summary}. Evaluate it: python -m ssl_pretrain.eval.knn {run}"
+    stopped = f"stopped: {summary}. The same command goes on from there"
+    _print(finished if outcome.step == outcome.num_steps else stopped)
     return outcome
 
 
@@ -101,10 +101,11 @@ def _train(
 ) -> Outcome:
     with build_training(config, device, stop_after, fake_preempt) as training:
         step = training.first_step
-        for step, batch in training.steps():
-            learning_rates = training.set_learning_rates(step)
+        for progress, batch in training.steps():
+            step = progress.step + 1  # records and checkpoints count from 1
+            learning_rates = training.set_learning_rates(progress)
             straggler = Measurements(measure_straggler(step, config.log.every_steps))
-            output = training.take_step(step, batch)
+            output = training.stepper(progress, batch)
             measurements = training.measure(step, output) | straggler
             training.logger.log_step(step, output.logs, learning_rates, measurements)
             training.nan_guard.check(step, batch.indices, output.logs)
