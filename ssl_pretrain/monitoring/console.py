@@ -102,7 +102,7 @@ class Console:
                 auto_refresh=False,
             )
             self._bar.add_task("", total=self.last_step)
-            self._bar.start()
         task = self._bar.task_ids[0]
         self._bar.update(task, completed=record["step"], description=self.line(record))
+        self._bar.start()
         self._bar.refresh()
