@@ -21,7 +21,7 @@ from ssl_pretrain.checkpoint.resumption import resume
 from ssl_pretrain.checkpoint.run_facts import RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import loader, preflight
+from ssl_pretrain.data import loader, single_pass, throughput_check
 from ssl_pretrain.data.image_source import Source, require_labels
 from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.distributed import process_group
@@ -72,15 +72,17 @@ class Training:
     def steps(self) -> Iterator[tuple[Progress, Batch]]:
         """Yield the progress and the batch of each step, and save the views of the first batch.
 
-        The batches pass through the preflight check, the watchdog and the logger's clock. Before
+        The batches pass through the throughput check, the watchdog and the logger's clock. Before
         each step the lock of the run's folder is checked.
         """
-        batches = preflight.watched(self.loader, self.first_step, self.execution.device)
+        batches = throughput_check.report_bottleneck(
+            self.loader, self.first_step, self.execution.device
+        )
         batches = self.logger.time_waiting(self.stop.watch(batches, self.first_step))
         views = self.config.views
         for step, batch in zip(range(self.first_step, self.end_step), batches):
             self.lock.check()
-            describe = partial(self.loader.described, step, image_grids.NUM_IMAGES)
+            describe = partial(self.loader.describe_views, step, image_grids.NUM_IMAGES)
             self.logger.save_views(step + 1, batch.views, views.mean, views.std, describe)
             yield Progress(step, self.num_steps, self.loader.steps_per_epoch), batch
 
@@ -320,7 +322,7 @@ def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -
     )
 
     def read(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        return loader.images(source, indices, transform, 256, 0, config.data.max_replaced)
+        return single_pass.read_images(source, indices, transform, 256, 0, config.data.max_replaced)
 
     def normalized(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in read(indices):

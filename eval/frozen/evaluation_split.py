@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain import rng
-from ssl_pretrain.data import loader
+from ssl_pretrain.data import single_pass
 from ssl_pretrain.data.image_source import NoSuchSplit, Source, require_labels
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.layout_report import layout_lines
@@ -55,7 +55,7 @@ class Part:
             crop_ratio=evaluation.crop_ratio,
             interpolation=evaluation.interpolation,
         )
-        for images, labels in loader.images(
+        for images, labels in single_pass.read_images(
             self.source, self.numbers, view, BATCH, data.num_workers, data.max_replaced
         ):
             if keep:

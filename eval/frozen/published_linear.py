@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_pretrain.data import loader
+from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.loader import Loader
+from ssl_pretrain.data.order import Plan
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import protocols, results
 from ssl_pretrain.eval.frozen import evaluation_split, features, linear_heads, shards
@@ -177,20 +179,23 @@ def train_views(
 
 
 def batches(
-    run: Run, source: Source, view: Crop, batch_size: int, finish: loader.Finish | None = None
-) -> loader.Loader:
+    run: Run, source: Source, view: Crop, batch_size: int, finish: readers.Finish | None = None
+) -> Loader:
     """This rank's share of the training batches, seed 0: the same images and crops on any number of ranks."""
-    workers = min(
-        run.config.data.num_workers,
-        process_group.cores_per_rank(),
+    data, views = run.config.data, run.config.views
+    kind = readers.ReaderKind.PROCESSES
+    if finish is None:
+        kind, _ = readers.choose_reader(data, source)
+    reader = readers.build_reader(
+        source,
+        ViewsConfig({"train": view}, views.mean, views.std),
+        Plan(0, len(source), batch_size, process_group.rank(), process_group.world_size()),
+        kind,
+        num_workers=min(data.num_workers, process_group.cores_per_rank()),
+        device=run.device,
+        finish=finish,
     )
-    views = ViewsConfig({"train": view}, run.config.views.mean, run.config.views.std)
-    how: loader.How = loader.choose(run.config.data, source)[0] if finish is None else "folder"
-    return loader.Loader(
-        source, views, seed=0, global_batch_size=batch_size, device=run.device, num_workers=workers,
-        rank=process_group.rank(), world_size=process_group.world_size(), how=how, finish=finish,
-        max_replaced=run.config.data.max_replaced,
-    )  # fmt: skip
+    return Loader(reader, max_replaced=data.max_replaced)
 
 
 @torch.no_grad()

@@ -33,8 +33,9 @@ from ssl_pretrain.planning import communication, trace
 from ssl_pretrain.planning.communication import Cluster, Message, Unit
 from ssl_pretrain.planning.hardware import Machine
 from ssl_pretrain.planning.trace import Line, Shape, Trace
-from ssl_pretrain.views import color, recipe
+from ssl_pretrain.views import color_torch, recipe
 from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.color_parameters import draw_colors
 
 RESERVED = (
     1.5 * GIB
@@ -224,7 +225,7 @@ class Program:
         images = 64
         bounds = 0.0
         for number, crop in enumerate(recipe.expand_counts(self.run.views)):
-            parameters = color.draw(crop, 0, 0, np.arange(images), number)
+            parameters = draw_colors(crop, 0, 0, np.arange(images), number)
 
             def made(size: int = crop.size) -> Any:
                 return torch.zeros(images, 3, size, size, dtype=torch.uint8)
@@ -232,9 +233,7 @@ class Program:
             def colours(
                 pixels: Any, mark: Any, crop: Any = crop, parameters: Any = parameters
             ) -> None:
-                color.apply_in_batches(
-                    pixels, parameters, crop, self.run.views.mean, self.run.views.std
-                )
+                color_torch.apply(pixels, parameters, crop, self.run.views.mean, self.run.views.std)
 
             bounds += sum(self.machine.bounds(trace.run(made, colours)))
         return bounds / self.machine.attained / images

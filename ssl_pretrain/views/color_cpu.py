@@ -1,90 +1,93 @@
-"""`colour.apply` on the CPU, in machine code: image after image, so that each stays in the cache through all its operations.
+"""Apply the colors of views on the CPU, in compiled code.
 
-Operation by operation over a batch, every image comes from memory and goes back a dozen times; here it does so once.
-The arithmetic is `colour`'s, in float32; sums are taken in another order, which shows in the seventh digit.
+Each image passes through all its operations before the next one, so that it stays in the processor's
+cache. Operation by operation, every image would be read from memory and written back a dozen times.
+The arithmetic is that of `color_torch`, in float32. Sums are taken in another order, which changes
+the seventh digit.
 """
 
+from __future__ import annotations
+
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
 from ssl_pretrain.system.jit import njit
+from ssl_pretrain.views.color_parameters import ColorParameters, strengths
+from ssl_pretrain.views.recipe import Crop, blur_taps
 
-_CONTRACT = {
-    "contract"
-}  # a product and a sum may be rounded once: twice the speed, and nearer to the truth
-_SUM = {"contract", "reassoc", "nsz"}  # sums in lanes
+# A product and a sum may be rounded once: twice the speed, and nearer to the exact value.
+_CONTRACT = {"contract"}
+_SUM = {"contract", "reassoc", "nsz"}  # sums may be taken in the lanes of a vector
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(number) for number in (0, 1, 2, 3, 4, 6))
 TINY = np.finfo(np.float32).tiny
 
 
 def apply(
-    pixels,
-    jitter,
-    order,
-    factors,
-    modes,
-    strengths,
-    grayscale,
-    blur,
-    sigma,
-    taps,
-    solarize,
-    threshold,
-    mean,
-    std,
-    num_threads,
-    out,
-):
-    """Write the finished views to `out`, float32 (n, 3, height, width); see `colour.apply`. `num_threads` threads share the rows.
+    pixels: np.ndarray,
+    parameters: ColorParameters,
+    crop: Crop,
+    mean: np.ndarray,
+    std: np.ndarray,
+    num_threads: int,
+    out: np.ndarray,
+) -> None:
+    """Write the finished views to `out`.
 
-    modes: whether brightness is added, contrast keeps each channel's mean, saturation is HSV's, and the blur pads with zeros.
+    Args:
+        pixels: Crops, uint8 (n, 3, height, width).
+        parameters: Random numbers of these n views.
+        crop: Recipe that they were drawn with.
+        mean: Mean of red, green and blue in [0, 1], float32 (3,).
+        std: Standard deviation of red, green and blue, float32 (3,).
+        num_threads: Number of threads that share the images.
+        out: float32 (n, 3, height, width).
     """
-    n = len(pixels)
-    rows = max(1, -(-n // num_threads))
-    scaled = (np.asarray(mean, np.float32), np.asarray(std, np.float32))
-    parts = [slice(first, first + rows) for first in range(0, n, rows)]
-
-    def part(rows):
-        _apply(
-            pixels[rows], jitter[rows], order[rows], factors[rows], modes, strengths, grayscale[rows], blur[rows], sigma[rows], taps,
-            solarize[rows], np.float32(threshold), *scaled, out[rows],
-        )  # fmt: skip
-
-    if len(parts) < 2:
-        for rows_of_it in parts:
-            part(rows_of_it)
-        return
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(part, parts))
+    recipe = (
+        strengths(crop),
+        crop.brightness_mode == "add",
+        crop.contrast_mean == "channel",
+        crop.saturation_mode == "hsv",
+        blur_taps(crop),
+        crop.blur_border == "zero",
+        np.float32(crop.solarize_threshold),
+        mean,
+        std,
+    )
+    columns = (
+        pixels,
+        parameters.jitter,
+        parameters.order,
+        parameters.factors,
+        parameters.grayscale,
+        parameters.blur,
+        parameters.sigma,
+        parameters.solarize,
+        out,
+    )
+    num_rows = max(1, -(-len(pixels) // num_threads))
+    slices = [
+        tuple(column[first : first + num_rows] for column in columns)
+        for first in range(0, len(pixels), num_rows)
+    ]
+    if len(slices) == 1:
+        _apply(recipe, slices[0])
+    elif slices:
+        with ThreadPoolExecutor(len(slices)) as pool:
+            list(pool.map(partial(_apply, recipe), slices))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _apply(
-    pixels,
-    jitter,
-    order,
-    factors,
-    modes,
-    strengths,
-    grayscale,
-    blur,
-    sigma,
-    taps,
-    solarize,
-    threshold,
-    mean,
-    std,
-    out,
-):
-    adds, by_channel, in_hsv, zero_border = modes
+def _apply(recipe, rows):
+    strengths, _, _, _, taps, zero_border, threshold, mean, std = recipe
+    pixels, jitter, order, factors, grayscale, blur, sigma, solarize, out = rows
     _, _, height, width = pixels.shape
     kernel = np.empty(taps, np.float32)
     padded = np.empty(width + taps, np.float32)
-    rows = np.zeros(
-        (height + 1, width), np.float32
-    )  # the last one stays zero: what lies outside, for a zero border
+    # The last row stays zero. It is what lies outside of the view if the border is zero.
+    blurred_rows = np.zeros((height + 1, width), np.float32)
     for number in range(len(pixels)):
         image = out[number].reshape(3, height * width)
         source = pixels[number].reshape(3, height * width)
@@ -93,34 +96,38 @@ def _apply(
         if jitter[number]:
             for stage in range(4):
                 operation = order[number, stage]
-                factor = factors[number, operation]
-                if strengths[operation] == 0:
-                    continue
-                if operation == 0 and adds:
-                    _shift(image.reshape(-1), factor)
-                elif operation == 0:
-                    _scale(image.reshape(-1), factor)
-                elif operation == 1 and by_channel:
-                    for channel in range(3):
-                        _blend_with_mean(image[channel], factor, _mean(image[channel]))
-                elif operation == 1:
-                    _blend_with_mean(
-                        image.reshape(-1), factor, _mean_grey(image[0], image[1], image[2])
-                    )
-                elif operation == 2 and in_hsv:
-                    _scale_saturation(image[0], image[1], image[2], factor)
-                elif operation == 2:
-                    _blend_with_grey(image[0], image[1], image[2], factor)
-                else:
-                    _turn_hue(image[0], image[1], image[2], SIX * factor)
+                if strengths[operation] != 0:
+                    _adjust(image, operation, factors[number, operation], recipe)
         if grayscale[number]:
-            _to_grey(image[0], image[1], image[2])
+            _to_gray(image[0], image[1], image[2])
         if blur[number]:
             _fill_kernel(kernel, sigma[number])
             for channel in range(3):
-                _blur(out[number, channel], kernel, padded, rows, zero_border)
+                _blur(out[number, channel], kernel, padded, blurred_rows, zero_border)
         for channel in range(3):
             _finish(image[channel], solarize[number], threshold, mean[channel], std[channel])
+
+
+@njit(nogil=True, error_model="numpy")
+def _adjust(image, operation, factor, recipe):
+    """Apply one operation of the color jitter: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    adds, by_channel, in_hsv = recipe[1], recipe[2], recipe[3]
+    if operation == 0 and adds:
+        _shift(image.reshape(-1), factor)
+    elif operation == 0:
+        _scale(image.reshape(-1), factor)
+    elif operation == 1 and by_channel:
+        for channel in range(3):
+            _blend_with_mean(image[channel], factor, _mean(image[channel]))
+    elif operation == 1:
+        mean = _mean_gray(image[0], image[1], image[2])
+        _blend_with_mean(image.reshape(-1), factor, mean)
+    elif operation == 2 and in_hsv:
+        _scale_saturation(image[0], image[1], image[2], factor)
+    elif operation == 2:
+        _blend_with_gray(image[0], image[1], image[2], factor)
+    else:
+        _turn_hue(image[0], image[1], image[2], SIX * factor)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -142,13 +149,13 @@ def _shift(image, delta):
 
 
 @njit(nogil=True, fastmath=_SUM)
-def _mean_grey(red, green, blue):
+def _mean_gray(red, green, blue):
     total = 0.0
     for first in range(0, len(red), 1024):  # short sums in float32, their sum in float64
-        part = ZERO
+        short = ZERO
         for i in range(first, min(first + 1024, len(red))):
-            part += red[i] * RED + green[i] * GREEN + blue[i] * BLUE
-        total += np.float64(part)
+            short += red[i] * RED + green[i] * GREEN + blue[i] * BLUE
+        total += np.float64(short)
     return np.float32(total / len(red))
 
 
@@ -156,10 +163,10 @@ def _mean_grey(red, green, blue):
 def _mean(channel):
     total = 0.0
     for first in range(0, len(channel), 1024):
-        part = ZERO
+        short = ZERO
         for i in range(first, min(first + 1024, len(channel))):
-            part += channel[i]
-        total += np.float64(part)
+            short += channel[i]
+        total += np.float64(short)
     return np.float32(total / len(channel))
 
 
@@ -171,18 +178,18 @@ def _blend_with_mean(image, factor, mean):
 
 
 @njit(nogil=True, fastmath=_CONTRACT)
-def _blend_with_grey(red, green, blue, factor):
+def _blend_with_gray(red, green, blue, factor):
     rest = ONE - factor
     for i in range(len(red)):
-        grey = (red[i] * RED + green[i] * GREEN + blue[i] * BLUE) * rest
-        red[i] = min(max(red[i] * factor + grey, ZERO), ONE)
-        green[i] = min(max(green[i] * factor + grey, ZERO), ONE)
-        blue[i] = min(max(blue[i] * factor + grey, ZERO), ONE)
+        gray = (red[i] * RED + green[i] * GREEN + blue[i] * BLUE) * rest
+        red[i] = min(max(red[i] * factor + gray, ZERO), ONE)
+        green[i] = min(max(green[i] * factor + gray, ZERO), ONE)
+        blue[i] = min(max(blue[i] * factor + gray, ZERO), ONE)
 
 
 @njit(nogil=True, error_model="numpy")
 def _scale_saturation(red, green, blue, factor):
-    """`colour._saturation_in_hsv`: the distances to the largest channel grow by one factor, until the smallest channel is 0."""
+    """Multiply HSV's saturation at constant hue and value, as `color_torch` does."""
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
         high = max(max(r, g), b)
@@ -195,7 +202,7 @@ def _scale_saturation(red, green, blue, factor):
 
 @njit(nogil=True, error_model="numpy")
 def _turn_hue(red, green, blue, turn):
-    """`colour._hue`: sixths of the circle, without a branch, so that it runs in lanes."""
+    """Rotate the hue by `turn` sixths, without a branch, so that it runs in the lanes of a vector."""
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
         low, high = min(min(r, g), b), max(max(r, g), b)
@@ -211,10 +218,10 @@ def _turn_hue(red, green, blue, turn):
 
 
 @njit(nogil=True)
-def _to_grey(red, green, blue):
+def _to_gray(red, green, blue):
     for i in range(len(red)):
-        grey = red[i] * RED + green[i] * GREEN + blue[i] * BLUE
-        red[i], green[i], blue[i] = grey, grey, grey
+        gray = red[i] * RED + green[i] * GREEN + blue[i] * BLUE
+        red[i], green[i], blue[i] = gray, gray, gray
 
 
 @njit(nogil=True, error_model="numpy")
@@ -229,7 +236,7 @@ def _fill_kernel(kernel, sigma):
 
 @njit(nogil=True)
 def _blur(image, kernel, padded, rows, zero_border):
-    """Along the rows, then along the columns. `rows` has one row more than the image, of zeros."""
+    """Blur along the rows, then along the columns. `rows` has one row of zeros below the image."""
     height, width = image.shape
     radius = len(kernel) // 2
     for y in range(height):
@@ -242,25 +249,17 @@ def _blur(image, kernel, padded, rows, zero_border):
         padded[radius : radius + width] = image[y]
         rows[y] = ZERO
         for tap in range(0, len(kernel) - 2, 3):
-            _add_three(
-                rows[y],
-                padded[tap:],
-                padded[tap + 1 :],
-                padded[tap + 2 :],
-                kernel[tap],
-                kernel[tap + 1],
-                kernel[tap + 2],
-            )
+            a, b, c = padded[tap:], padded[tap + 1 :], padded[tap + 2 :]
+            _add_three(rows[y], a, b, c, kernel[tap], kernel[tap + 1], kernel[tap + 2])
         for tap in range(len(kernel) // 3 * 3, len(kernel)):
             _add_one(rows[y], padded[tap:], kernel[tap])
     for y in range(height):
         image[y] = ZERO
         for tap in range(0, len(kernel) - 2, 3):
-            a, b, c = (
-                rows[_inside(y + tap - radius, height, zero_border)],
-                rows[_inside(y + tap + 1 - radius, height, zero_border)],
-                rows[_inside(y + tap + 2 - radius, height, zero_border)],
-            )
+            first = y + tap - radius
+            a = rows[_inside(first, height, zero_border)]
+            b = rows[_inside(first + 1, height, zero_border)]
+            c = rows[_inside(first + 2, height, zero_border)]
             _add_three(image[y], a, b, c, kernel[tap], kernel[tap + 1], kernel[tap + 2])
         for tap in range(len(kernel) // 3 * 3, len(kernel)):
             _add_one(image[y], rows[_inside(y + tap - radius, height, zero_border)], kernel[tap])
@@ -268,7 +267,7 @@ def _blur(image, kernel, padded, rows, zero_border):
 
 @njit(nogil=True)
 def _inside(place, length, zero_border):
-    """The row that stands at `place`: its reflection, or row `length`, of zeros, where it lies outside."""
+    """Return the row for a place that may lie outside: its reflection, or row `length`, of zeros."""
     if zero_border:
         return place if 0 <= place < length else length
     place = abs(place)

@@ -1,10 +1,10 @@
 """Color uint8 crops on CUDA and normalize them, in four kernel launches for a whole group of views.
 
-`colour.apply_in_batches` runs one operation at a time. That takes 289 kernels per view and moves 66 MiB per 224-pixel
-view. Here one program applies all operations to a tile of pixels in registers. Contrast needs the mean of its image, so
-a first kernel applies the operations before it and computes that mean. The blur is separable. Images to be blurred
-pass through two buffers, one before the blur along the rows and one before that along the columns. The arithmetic is that
-of `colour`.
+`color_torch` runs one operation at a time. That takes 289 kernels per view and moves 66 MiB per
+224-pixel view. Here one program applies all operations to a tile of pixels in registers. Contrast
+needs the mean of its image, so a first kernel applies the operations before it and computes that
+mean. The blur is separable. Images to be blurred pass through two buffers, one before the blur along
+the rows and one before the blur along the columns. The arithmetic is that of `color_torch`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from ssl_pretrain.views.upload import upload
 
 _PIXELS = 1024  # pixels per program
 _MEAN_PIXELS = 2048  # pixels per iteration of the loop over an image in `_means`
-_COLUMNS = 13  # columns of the table that `pack` makes
+
+# Columns of the table that `pack` makes. The first four are the operations of the stages.
+_FACTORS = tl.constexpr(4)
+_SIGMA = tl.constexpr(8)
+_GRAYSCALE = tl.constexpr(9)
+_SOLARIZE = tl.constexpr(10)
+_SLOT = tl.constexpr(11)
+_VIEW_IN_SLOT = tl.constexpr(12)
+_COLUMNS = tl.constexpr(13)
 
 
 def pack(
@@ -32,8 +40,9 @@ def pack(
 ) -> np.ndarray:
     """Return the parameters of n views as one float32 table (n, 13), which takes one copy to the device.
 
-    Columns 0 to 3 have the operations of the four stages, 4 to 7 their factors, 8 the sigma, 9 and 10 whether the view is
-    turned gray and solarized, 11 the view's slot in the blur buffers (-1 for none), and 12, in row k, the view in slot k.
+    Its columns are the operations of the four stages, their factors, the sigma, two flags for
+    grayscale and solarization, the view's slot in the blur buffers (-1 for none) and, in row k, the
+    view in slot k.
 
     Args:
         codes: Operation of each stage of the color jitter, -1 for none, (n, 4).
@@ -43,13 +52,15 @@ def pack(
         blur: Blurred views, (n,) bool.
         solarize: Solarized views, (n,) bool.
     """
-    table = np.zeros((len(codes), _COLUMNS), np.float32)
-    table[:, :4], table[:, 4:8], table[:, 8] = codes, factors, sigma
-    table[:, 9], table[:, 10] = grayscale, solarize
+    table = np.zeros((len(codes), _COLUMNS.value), np.float32)
+    table[:, : _FACTORS.value] = codes
+    table[:, _FACTORS.value : _SIGMA.value] = factors
+    table[:, _SIGMA.value] = sigma
+    table[:, _GRAYSCALE.value], table[:, _SOLARIZE.value] = grayscale, solarize
     rows = np.flatnonzero(blur)
-    table[:, 11] = -1
-    table[rows, 11] = np.arange(len(rows))
-    table[: len(rows), 12] = rows
+    table[:, _SLOT.value] = -1
+    table[rows, _SLOT.value] = np.arange(len(rows))
+    table[: len(rows), _VIEW_IN_SLOT.value] = rows
     return table
 
 
@@ -96,24 +107,27 @@ def apply(
     buffers = torch.empty(2, num_blurred, 3, area, device=pixels.device)
     strides = (3, 1) if channels_last else (1, area)  # elements between pixels, between channels
     normalization = (*mean, *(1 / value for value in std))
+    modes = {"ADDS": adds, "HSV": hsv}
     _means[(n,)](
-        pixels, parameters, means, area,
-        COLUMNS=_COLUMNS, ADDS=adds, HSV=hsv, CHANNEL_MEAN=channel_mean, PIXELS=_MEAN_PIXELS, num_warps=8,
-    )  # fmt: skip
+        pixels,
+        parameters,
+        means,
+        area,
+        CHANNEL_MEAN=channel_mean,
+        PIXELS=_MEAN_PIXELS,
+        num_warps=8,
+        **modes,
+    )
+    tile = {"PIXELS": _PIXELS, "num_warps": 4}
+    outputs = (views, *strides, threshold, *normalization)
     _colors[(n, triton.cdiv(area, _PIXELS))](
-        pixels, parameters, means, buffers, views, area, *strides, threshold, *normalization,
-        COLUMNS=_COLUMNS, ADDS=adds, HSV=hsv, PIXELS=_PIXELS, num_warps=4,
-    )  # fmt: skip
+        pixels, parameters, means, buffers, area, *outputs, **modes, **tile
+    )
     if num_blurred:
         grid = (num_blurred, 3, triton.cdiv(area, _PIXELS))
-        _blur_rows[grid](
-            buffers[0], buffers[1], parameters, height, width,
-            COLUMNS=_COLUMNS, TAPS=taps, ZERO_BORDER=zero_border, PIXELS=_PIXELS, num_warps=4,
-        )  # fmt: skip
-        _blur_columns[grid](
-            buffers[1], views, parameters, height, width, *strides, threshold, *normalization,
-            COLUMNS=_COLUMNS, TAPS=taps, ZERO_BORDER=zero_border, PIXELS=_PIXELS, num_warps=4,
-        )  # fmt: skip
+        blur = {"TAPS": taps, "ZERO_BORDER": zero_border}
+        _blur_rows[grid](buffers[0], buffers[1], parameters, height, width, **blur, **tile)
+        _blur_columns[grid](buffers[1], parameters, height, width, *outputs, **blur, **tile)
     return views
 
 
@@ -192,7 +206,7 @@ def _adjust(
     ADDS: tl.constexpr,
     HSV: tl.constexpr,
 ):
-    """Apply one stage of the color jitter. Codes: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 nothing."""
+    """Apply one stage of the jitter: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1 nothing."""
     if code == 0:
         if ADDS:
             red, green, blue = _clamp(red + factor), _clamp(green + factor), _clamp(blue + factor)
@@ -212,12 +226,21 @@ def _adjust(
 
 @triton.jit
 def _means(
-    pixels, parameters, means, area,
-    COLUMNS: tl.constexpr, ADDS: tl.constexpr, HSV: tl.constexpr, CHANNEL_MEAN: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """Store the mean with which each image's contrast blends, taken after the stages before it. Skip images without contrast."""
+    pixels,
+    parameters,
+    means,
+    area,
+    ADDS: tl.constexpr,
+    HSV: tl.constexpr,
+    CHANNEL_MEAN: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """Store the mean with which each image's contrast blends, after the stages before contrast.
+
+    Images without contrast are skipped.
+    """
     image = tl.program_id(0)
-    row = parameters + image * COLUMNS
+    row = parameters + image * _COLUMNS
     stage = 4
     for k in tl.static_range(4):
         stage = tl.where(tl.load(row + k) == 1.0, k, stage)
@@ -232,16 +255,14 @@ def _means(
             for k in tl.static_range(3):
                 code = tl.where(k < stage, tl.load(row + k), -1.0).to(tl.int32)
                 red, green, blue = _adjust(
-                    red, green, blue, code, tl.load(row + 4 + k), 0.0, 0.0, 0.0, ADDS, HSV
+                    red, green, blue, code, tl.load(row + _FACTORS + k), 0.0, 0.0, 0.0, ADDS, HSV
                 )
             red_sum += tl.where(mask, red, 0.0)
             green_sum += tl.where(mask, green, 0.0)
             blue_sum += tl.where(mask, blue, 0.0)
-        red_mean, green_mean, blue_mean = (
-            tl.sum(red_sum) / area,
-            tl.sum(green_sum) / area,
-            tl.sum(blue_sum) / area,
-        )
+        red_mean = tl.sum(red_sum) / area
+        green_mean = tl.sum(green_sum) / area
+        blue_mean = tl.sum(blue_sum) / area
         if not CHANNEL_MEAN:
             gray = _gray(red_mean, green_mean, blue_mean)
             red_mean, green_mean, blue_mean = gray, gray, gray
@@ -251,14 +272,40 @@ def _means(
 
 
 @triton.jit
+def _solarize(values, threshold):
+    return tl.where(values >= threshold, 1.0 - values, values)
+
+
+@triton.jit
+def _store_normalized(target, values, mean, over, mask):
+    """Store (values - mean) * over, where `over` is 1 / std."""
+    tl.store(target, ((values - mean) * over).to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _colors(
-    pixels, parameters, means, buffer, views, area, pixel_stride, channel_stride, threshold,
-    mean_red, mean_green, mean_blue, over_red, over_green, over_blue,
-    COLUMNS: tl.constexpr, ADDS: tl.constexpr, HSV: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """Apply jitter and grayscale to a tile. Then finish it, or store it in the buffer of images to be blurred."""
+    pixels,
+    parameters,
+    means,
+    buffer,
+    area,
+    views,
+    pixel_stride,
+    channel_stride,
+    threshold,
+    mean_red,
+    mean_green,
+    mean_blue,
+    over_red,
+    over_green,
+    over_blue,
+    ADDS: tl.constexpr,
+    HSV: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """Apply jitter and grayscale to a tile. Then finish it, or store it to be blurred."""
     image = tl.program_id(0)
-    row = parameters + image * COLUMNS
+    row = parameters + image * _COLUMNS
     place = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     mask = place < area
     red, green, blue = _load(pixels, image, place, mask, area)
@@ -268,41 +315,36 @@ def _colors(
         second = tl.load(means + image * 3 + 1, mask=code == 1, other=0.0)
         third = tl.load(means + image * 3 + 2, mask=code == 1, other=0.0)
         red, green, blue = _adjust(
-            red, green, blue, code, tl.load(row + 4 + k), first, second, third, ADDS, HSV
+            red, green, blue, code, tl.load(row + _FACTORS + k), first, second, third, ADDS, HSV
         )
-    if tl.load(row + 9) > 0.0:
+    if tl.load(row + _GRAYSCALE) > 0.0:
         gray = _gray(red, green, blue)
         red, green, blue = gray, gray, gray
-    slot = tl.load(row + 11).to(tl.int64)
+    slot = tl.load(row + _SLOT).to(tl.int64)
     if slot >= 0:
-        kept = buffer + slot * 3 * area + place
-        tl.store(kept, red, mask=mask)
-        tl.store(kept + area, green, mask=mask)
-        tl.store(kept + 2 * area, blue, mask=mask)
+        sharp = buffer + slot * 3 * area + place
+        tl.store(sharp, red, mask=mask)
+        tl.store(sharp + area, green, mask=mask)
+        tl.store(sharp + 2 * area, blue, mask=mask)
     else:
-        if tl.load(row + 10) > 0.0:
-            red = tl.where(red >= threshold, 1.0 - red, red)
-            green = tl.where(green >= threshold, 1.0 - green, green)
-            blue = tl.where(blue >= threshold, 1.0 - blue, blue)
-        to = views + image.to(tl.int64) * 3 * area + place * pixel_stride
-        tl.store(to, ((red - mean_red) * over_red).to(views.dtype.element_ty), mask=mask)
-        tl.store(
-            to + channel_stride,
-            ((green - mean_green) * over_green).to(views.dtype.element_ty),
-            mask=mask,
-        )
-        tl.store(
-            to + 2 * channel_stride,
-            ((blue - mean_blue) * over_blue).to(views.dtype.element_ty),
-            mask=mask,
-        )
+        if tl.load(row + _SOLARIZE) > 0.0:
+            red = _solarize(red, threshold)
+            green = _solarize(green, threshold)
+            blue = _solarize(blue, threshold)
+        target = views + image.to(tl.int64) * 3 * area + place * pixel_stride
+        _store_normalized(target, red, mean_red, over_red, mask)
+        _store_normalized(target + channel_stride, green, mean_green, over_green, mask)
+        _store_normalized(target + 2 * channel_stride, blue, mean_blue, over_blue, mask)
 
 
 @triton.jit
 def _blurred(
     source, along, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr
 ):
-    """Return the Gaussian mean along one axis. `along` is a pixel's place on the axis, `source` points at its start."""
+    """Return the Gaussian mean along one axis.
+
+    `along` is the place of each pixel on the axis, and `source` points to the start of the axis.
+    """
     radius: tl.constexpr = TAPS // 2
     total = tl.zeros(along.shape, tl.float32)
     weights = 0.0
@@ -322,11 +364,11 @@ def _blurred(
 
 
 @triton.jit
-def _blur_tile(parameters, area, COLUMNS: tl.constexpr, PIXELS: tl.constexpr):
-    """Return a blur program's image, channel, sigma, offset of the channel in a buffer, tile of pixels, and mask of the tile."""
+def _blur_tile(parameters, area, PIXELS: tl.constexpr):
+    """Return image, channel, sigma, offset in a buffer, pixels and mask of a blur program's tile."""
     slot, channel = tl.program_id(0), tl.program_id(1)
-    image = tl.load(parameters + slot * COLUMNS + 12).to(tl.int32)
-    sigma = tl.load(parameters + image * COLUMNS + 8)
+    image = tl.load(parameters + slot * _COLUMNS + _VIEW_IN_SLOT).to(tl.int32)
+    sigma = tl.load(parameters + image * _COLUMNS + _SIGMA)
     start = (slot.to(tl.int64) * 3 + channel) * area
     place = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
     return image, channel, sigma, start, place, place < area
@@ -334,44 +376,52 @@ def _blur_tile(parameters, area, COLUMNS: tl.constexpr, PIXELS: tl.constexpr):
 
 @triton.jit
 def _blur_rows(
-    buffer, blurred, parameters, height, width,
-    COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    buffer,
+    blurred,
+    parameters,
+    height,
+    width,
+    TAPS: tl.constexpr,
+    ZERO_BORDER: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     """Blur a tile of one channel along the rows, from the first buffer into the second."""
-    _, _, sigma, start, place, mask = _blur_tile(parameters, height * width, COLUMNS, PIXELS)
+    _, _, sigma, start, place, mask = _blur_tile(parameters, height * width, PIXELS)
     x = place % width
-    values = _blurred(buffer + start + (place - x), x, width, 1, mask, sigma, TAPS, ZERO_BORDER)
+    source = buffer + start + (place - x)
+    values = _blurred(source, x, width, 1, mask, sigma, TAPS, ZERO_BORDER)
     tl.store(blurred + start + place, values, mask=mask)
 
 
 @triton.jit
 def _blur_columns(
-    blurred, views, parameters, height, width, pixel_stride, channel_stride, threshold,
-    mean_red, mean_green, mean_blue, over_red, over_green, over_blue,
-    COLUMNS: tl.constexpr, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """Blur a tile of one channel along the columns, solarize and normalize it, and store it in the view."""
-    image, channel, sigma, start, place, mask = _blur_tile(
-        parameters, height * width, COLUMNS, PIXELS
-    )
-    values = _blurred(
-        blurred + start + place % width,
-        place // width,
-        height,
-        width,
-        mask,
-        sigma,
-        TAPS,
-        ZERO_BORDER,
-    )
-    if tl.load(parameters + image * COLUMNS + 10) > 0.0:
-        values = tl.where(values >= threshold, 1.0 - values, values)
+    blurred,
+    parameters,
+    height,
+    width,
+    views,
+    pixel_stride,
+    channel_stride,
+    threshold,
+    mean_red,
+    mean_green,
+    mean_blue,
+    over_red,
+    over_green,
+    over_blue,
+    TAPS: tl.constexpr,
+    ZERO_BORDER: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """Blur a tile of one channel along the columns, solarize, normalize and store it."""
+    area = height * width
+    image, channel, sigma, start, place, mask = _blur_tile(parameters, area, PIXELS)
+    source, y = blurred + start + place % width, place // width
+    values = _blurred(source, y, height, width, mask, sigma, TAPS, ZERO_BORDER)
+    if tl.load(parameters + image * _COLUMNS + _SOLARIZE) > 0.0:
+        values = _solarize(values, threshold)
     mean = tl.where(channel == 0, mean_red, tl.where(channel == 1, mean_green, mean_blue))
     over = tl.where(channel == 0, over_red, tl.where(channel == 1, over_green, over_blue))
-    to = (
-        views
-        + image.to(tl.int64) * 3 * height * width
-        + place * pixel_stride
-        + channel * channel_stride
-    )
-    tl.store(to, ((values - mean) * over).to(views.dtype.element_ty), mask=mask)
+    target = views + image.to(tl.int64) * 3 * area
+    target += place * pixel_stride + channel * channel_stride
+    _store_normalized(target, values, mean, over, mask)

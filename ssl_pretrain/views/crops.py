@@ -36,12 +36,10 @@ LONGEST = 16  # an evaluation resizes at most so many shorter sides of a long th
 TRIES = 10  # attempts of torchvision
 TENSORFLOW_TRIES = 100  # SimCLR's max_attempts
 TENSORFLOW_COVERED = 0.1  # SimCLR's min_object_covered: smallest share of the image in a box
-SAMPLERS = {
-    "torchvision": 0.0,
-    "tensorflow": 1.0,
-    "clipped": 2.0,
-}  # numbers, as jitted code takes no strings
-_CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)  # jitted code takes no enumeration
+# Compiled code takes neither strings nor enumerations.
+TORCHVISION, TENSORFLOW, CLIPPED = 0.0, 1.0, 2.0
+SAMPLERS = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "clipped": CLIPPED}
+_CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)
 
 
 class Box(NamedTuple):
@@ -54,7 +52,9 @@ class Box(NamedTuple):
     flip: bool
 
 
-def draw(crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, width: int) -> Box:
+def draw_box(
+    crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, width: int
+) -> Box:
     """Draw the box of one view of one image, with a random area and aspect ratio at a random place.
 
     torchvision's sampler makes up to 10 attempts with an area uniform in `crop.scale` (as a share of
@@ -70,68 +70,50 @@ def draw(crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, 
         height: Height of the decoded image, in pixels.
         width: Width of the decoded image, in pixels.
     """
-    return Box(*box_at(*chances(crop), seed, epoch, index, view, height, width))
+    return Box(*box_at(chances(crop), (seed, epoch, index, view), height, width))
 
 
-def chances(crop: Crop) -> tuple[float, float, float, float, float, float]:
-    """Return what `box_at` takes of a recipe: ranges of areas and of ratios, probability of a flip, number of the sampler."""
-    return (
-        *map(float, crop.scale),
-        *map(float, crop.ratio),
-        float(crop.flip),
-        SAMPLERS[crop.crop_sampler],
-    )  # type: ignore[return-value]
+def chances(crop: Crop) -> tuple[float, ...]:
+    """Return the numbers that `box_at` needs of a recipe.
+
+    They are the range of areas, the range of ratios, the probability of a flip and the sampler.
+    """
+    sampler = SAMPLERS[crop.crop_sampler]
+    return (*map(float, (*crop.scale, *crop.ratio, crop.flip)), sampler)
 
 
 @njit(nogil=True, cache=True)
-def box_at(
-    low_area,
-    high_area,
-    low_ratio,
-    high_ratio,
-    flip,
-    sampler,
-    seed,
-    epoch,
-    index,
-    view,
-    height,
-    width,
-):
-    """Draw a box as `draw` does, in jitted code, and return (top, left, height, width, flip)."""
+def box_at(chances, key, height, width):
+    """Draw a box as `draw` does, in compiled code.
+
+    Args:
+        chances: The recipe's numbers, from `chances`.
+        key: Seed, epoch, index and view, integers.
+        height: Height of the image.
+        width: Width of the image.
+
+    Returns:
+        The fields of a `Box`.
+    """
+    low_area, high_area, low_ratio, high_ratio, flip, sampler = chances
+    seed, epoch, index, view = key
     flipped = rng.uniform_at(seed, epoch, index, view, _FLIP, 0) < flip
-    if sampler == 1.0:
-        top, left, box_height, box_width = _tensorflow_box(
-            low_area, high_area, low_ratio, high_ratio, seed, epoch, index, view, height, width
-        )
-        return top, left, box_height, box_width, flipped
+    if sampler == TENSORFLOW:
+        areas = (low_area * height * width, high_area * height * width)
+        box = _tensorflow_box(areas, (low_ratio, high_ratio), key, height, width)
+        return box[0], box[1], box[2], box[3], flipped
     low_log, high_log = math.log(low_ratio), math.log(high_ratio)
-    for number in range(TRIES):
-        lane = 4 * number
-        area = (
-            height
-            * width
-            * (
-                low_area
-                + (high_area - low_area) * rng.uniform_at(seed, epoch, index, view, _CROP, lane)
-            )
-        )
-        ratio = math.exp(
-            low_log
-            + (high_log - low_log) * rng.uniform_at(seed, epoch, index, view, _CROP, lane + 1)
-        )
+    for attempt in range(TRIES):
+        spread_area, spread_ratio, spread_top, spread_left = _attempt(key, attempt)
+        area = height * width * (low_area + (high_area - low_area) * spread_area)
+        ratio = math.exp(low_log + (high_log - low_log) * spread_ratio)
         box_width = int(np.rint(math.sqrt(area * ratio)))
         box_height = int(np.rint(math.sqrt(area / ratio)))
-        if sampler == 2.0:
+        if sampler == CLIPPED:
             box_height, box_width = max(1, min(box_height, height)), max(1, min(box_width, width))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(
-                rng.uniform_at(seed, epoch, index, view, _CROP, lane + 2)
-                * (height - box_height + 1)
-            )
-            left = int(
-                rng.uniform_at(seed, epoch, index, view, _CROP, lane + 3) * (width - box_width + 1)
-            )
+            top = int(spread_top * (height - box_height + 1))
+            left = int(spread_left * (width - box_width + 1))
             return top, left, box_height, box_width, flipped
     box_height, box_width = height, width
     if width / height < low_ratio:
@@ -142,28 +124,36 @@ def box_at(
 
 
 @njit(nogil=True, cache=True)
-def _tensorflow_box(
-    low_area, high_area, low_ratio, high_ratio, seed, epoch, index, view, height, width
-):
+def _attempt(key, attempt):
+    """Return the four random numbers of an attempt to place a box."""
+    seed, epoch, index, view = key
+    lane = 4 * attempt
+    return (
+        rng.uniform_at(seed, epoch, index, view, _CROP, lane),
+        rng.uniform_at(seed, epoch, index, view, _CROP, lane + 1),
+        rng.uniform_at(seed, epoch, index, view, _CROP, lane + 2),
+        rng.uniform_at(seed, epoch, index, view, _CROP, lane + 3),
+    )
+
+
+@njit(nogil=True, cache=True)
+def _tensorflow_box(areas, ratios, key, height, width):
     """Draw (top, left, height, width) as tf.image.sample_distorted_bounding_box does.
 
-    After 100 attempts it is the whole image. As in TensorFlow's kernel, a box that is smaller than the
-    image never touches its bottom or right edge.
+    After 100 attempts it is the whole image. As in TensorFlow's kernel, a box that is smaller than
+    the image never touches its bottom or right edge.
     """
-    least, most = low_area * height * width, high_area * height * width
-    for number in range(TENSORFLOW_TRIES):
-        lane = 4 * number
-        ratio = low_ratio + (high_ratio - low_ratio) * rng.uniform_at(
-            seed, epoch, index, view, _CROP, lane
-        )
+    (least, most), (low_ratio, high_ratio) = areas, ratios
+    for attempt in range(TENSORFLOW_TRIES):
+        spread_ratio, spread_height, spread_top, spread_left = _attempt(key, attempt)
+        ratio = low_ratio + (high_ratio - low_ratio) * spread_ratio
         tallest = int(np.rint(math.sqrt(most / ratio)))
         if np.rint(tallest * ratio) > width:  # the largest height whose width still fits
             tallest = int((width + 0.5) / ratio)
             tallest -= np.rint(tallest * ratio) > width
         tallest = min(tallest, height)
         shortest = min(int(np.rint(math.sqrt(least / ratio))), tallest)
-        spread = rng.uniform_at(seed, epoch, index, view, _CROP, lane + 1)
-        box_height = shortest + int(spread * (tallest - shortest + 1))
+        box_height = shortest + int(spread_height * (tallest - shortest + 1))
         box_width = int(np.rint(box_height * ratio))
         if box_height * box_width < least:  # rounding can leave the range of areas by one row
             box_height += 1
@@ -174,17 +164,13 @@ def _tensorflow_box(
         area = box_height * box_width
         fits = 0 < box_height <= height and 0 < box_width <= width
         if fits and least <= area <= most and area >= TENSORFLOW_COVERED * height * width:
-            top = int(
-                rng.uniform_at(seed, epoch, index, view, _CROP, lane + 2) * (height - box_height)
-            )
-            left = int(
-                rng.uniform_at(seed, epoch, index, view, _CROP, lane + 3) * (width - box_width)
-            )
+            top = int(spread_top * (height - box_height))
+            left = int(spread_left * (width - box_width))
             return top, left, box_height, box_width
     return 0, 0, height, width
 
 
-def boxes(
+def draw_boxes(
     crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int, sizes: np.ndarray
 ) -> np.ndarray:
     """Draw the boxes of many images as `draw` does.
@@ -200,30 +186,17 @@ def boxes(
     Returns:
         int64 array of shape (n, 5), one `Box` per row.
     """
-    drawn = np.empty((len(indices), 5), np.int64)
-    _fill_boxes(chances(crop), seed, epoch, indices, view, sizes, drawn)
-    return drawn
+    filled = np.empty((len(indices), 5), np.int64)
+    _fill_boxes(chances(crop), seed, epoch, indices, view, sizes, filled)
+    return filled
 
 
 @njit(nogil=True, cache=True)
-def _fill_boxes(chances, seed, epoch, indices, view, sizes, drawn):
-    low, high, low_ratio, high_ratio, flip, sampler = chances
+def _fill_boxes(chances, seed, epoch, indices, view, sizes, boxes):
     for row in range(len(indices)):
-        box = box_at(
-            low,
-            high,
-            low_ratio,
-            high_ratio,
-            flip,
-            sampler,
-            seed,
-            epoch,
-            indices[row],
-            view,
-            sizes[row, 0],
-            sizes[row, 1],
-        )
-        drawn[row, 0], drawn[row, 1], drawn[row, 2], drawn[row, 3], drawn[row, 4] = box
+        key = (seed, epoch, indices[row], view)
+        box = box_at(chances, key, sizes[row, 0], sizes[row, 1])
+        boxes[row, 0], boxes[row, 1], boxes[row, 2], boxes[row, 3], boxes[row, 4] = box
 
 
 def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:

@@ -233,18 +233,19 @@ def _blend(target, source, first, pitch, count, weights, n, bits, at, sums):
 
 
 @njit(nogil=True)
-def write_view(turned, pitch, top, left, height, width, flip, size, bicubic, room, out):
+def write_view(turned, pitch, box, size, bicubic, room, out):
     """Write one view, uint8 (3, size, size), from a transposed image, in which row 3 * x + channel is a column.
 
     Args:
         turned: The transposed image as `turn` writes it, flat.
         pitch: Bytes between its rows.
-        top, left, height, width, flip: The box, in pixels of the image.
+        box: Top, left, height, width and flip, as in `crops.Box`.
         size: Side of the view, in pixels.
         bicubic: Use the cubic filter instead of the triangle.
         room: Buffers from `room_for`.
         out: Output, flat, 3 * size * size bytes.
     """
+    top, left, height, width, flip = box
     middle, back, starts, counts, weights, exact, at, sums = room
     bits = axis(width, size, bicubic, flip, starts, counts, weights, exact)
     wide, tall = padded(size), padded(height)
@@ -284,12 +285,13 @@ def write_view(turned, pitch, top, left, height, width, flip, size, bicubic, roo
 
 
 @njit(nogil=True)
-def write_plain_view(turned, pitch, top, left, height, width, flip, size, bicubic, out):
+def write_plain_view(turned, pitch, box, size, bicubic, out):
     """Write one view without antialiasing. The arguments are those of `write_view`, without buffers.
 
     Where the filter reaches over the edge of the box, the pixels that exist share its weight
     (TensorFlow's half_pixel_centers). For the triangle this is the same as repeating the edge.
     """
+    top, left, height, width, flip = box
     along_x, along_y = np.zeros((size, 4), np.float32), np.zeros((size, 4), np.float32)
     first_x, first_y = np.zeros(size, np.int64), np.zeros(size, np.int64)
     _plain_axis(width, size, bicubic, flip, first_x, along_x)
@@ -339,7 +341,7 @@ def _add_weighted(sums, source, weight):
 @njit(nogil=True, cache=True)
 def write_plain_cut(turned, height, width, flip, size, bicubic, out):
     """Call `write_plain_view` on a whole image, for callers that are not compiled. The compiled code is cached on disk."""
-    write_plain_view(turned, height, 0, 0, height, width, flip, size, bicubic, out)
+    write_plain_view(turned, height, (0, 0, height, width, flip), size, bicubic, out)
 
 
 def room_for(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:

@@ -105,7 +105,7 @@ def test_a_cell_without_a_file_trains(script):
 def test_a_transform_of_the_script_itself_needs_the_guard_and_a_message_says_so(script, tmp_path):
     """Workers import the script where they need what is defined in it."""
     text = """
-from ssl_pretrain.data import loader, sources
+from ssl_pretrain.data import single_pass, sources
 
 class Half:
     def __call__(self, image):
@@ -113,7 +113,7 @@ class Half:
 
 source = sources.open_source(sources.DataConfig(source="digits"), "val")
 GUARD
-    shapes = [tuple(pixels.shape) for pixels, labels in loader.images(source, range(5), Half(), 4, 2)]
+    shapes = [tuple(pixels.shape) for pixels, labels in single_pass.read_images(source, range(5), Half(), 4, 2)]
     print(shapes)
 """
     guarded = script(text.replace("GUARD", 'if __name__ == "__main__":'))

@@ -59,7 +59,7 @@ REFUSED = {
         "give groups and a global_batch_size (8) of 2 images or more"
     ),
     ("views.crops.global.count=1000000000",): (
-        "views.crops.global.count: 1000000000 is too large; give a whole number <= 1000"
+        "views.crops.global.count: 1000000000 is out of range; give a whole number >= 1 and <= 1000"
     ),
     ("optim.name=adamw", "optim.betas=[0.9]"): (
         "optim.betas: [0.9] has 1 numbers; give 2, such as [0.9, 0.999]"

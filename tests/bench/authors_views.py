@@ -30,7 +30,8 @@ import authors
 
 from ssl_pretrain.config import load
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.views import color, crops, recipe
+from ssl_pretrain.views import color, color_parameters, color_torch, crops, recipe
+from ssl_pretrain.views.color_parameters import ColorParameters, draw_colors
 from ssl_pretrain.views.crops import Box
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
@@ -105,7 +106,7 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
         "blur, inside": Crop(size=224, blur=1.0, blur_kernel=23),
         "blur, outermost 11 pixels": Crop(size=224, blur=1.0, blur_kernel=23),
     }.items():
-        drawn = color.draw(crop, 0, 0, np.arange(len(images)), 0)
+        drawn = draw_colors(crop, 0, 0, np.arange(len(images)), 0)
         expected = np.stack(
             [_theirs(name, floats[row], drawn, row, crop) for row in range(len(images))]
         )
@@ -152,13 +153,17 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
 
 
 def _theirs(
-    name: str, image: np.ndarray, drawn: color.Parameters, row: int, crop: Crop
+    name: str, image: np.ndarray, drawn: ColorParameters, row: int, crop: Crop
 ) -> np.ndarray:
     """Apply the authors' function to an image in [0, 1], shape (height, width, 3), with the parameters of row `row`."""
     if name == "contrast":
-        return authors.adjust_contrast(image, float(drawn.factors[row, color.CONTRAST])).clip(0, 1)
+        return authors.adjust_contrast(
+            image, float(drawn.factors[row, color_parameters.CONTRAST])
+        ).clip(0, 1)
     if name == "saturation":
-        return authors.adjust_saturation(image, float(drawn.factors[row, color.SATURATION]))
+        return authors.adjust_saturation(
+            image, float(drawn.factors[row, color_parameters.SATURATION])
+        )
     return authors.gaussian_blur(image, float(drawn.sigma[row]), blur_taps(crop))
 
 
@@ -202,16 +207,16 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
     """Return the border over the whole and the detail of view `number`, as means over four views of each image."""
     frames, details = [], []
     for epoch in range(4):
-        drawn = color.draw(crop, 0, epoch, np.arange(len(images)), number)
+        drawn = draw_colors(crop, 0, epoch, np.arange(len(images)), number)
         boxes = [
-            crops.draw(crop, 0, epoch, index, number, *image.shape[:2])
+            crops.draw_box(crop, 0, epoch, index, number, *image.shape[:2])
             for index, image in enumerate(images)
         ]
         cut = torch.stack(
             [crops.apply(pixels(image), box, crop) for image, box in zip(images, boxes)]
         )
         views = color.apply(cut, drawn, crop, *PLAIN)
-        luminance = (views * torch.tensor(color.LUMA)[:, None, None]).sum(1)
+        luminance = (views * torch.tensor(color_torch.LUMA)[:, None, None]).sum(1)
         inside = luminance[:, FRAME:-FRAME, FRAME:-FRAME]
         border = (luminance.sum((1, 2)) - inside.sum((1, 2))) / (
             luminance[0].numel() - inside[0].numel()
@@ -237,7 +242,7 @@ def areas() -> list[float]:
     for height, width in SHAPES:
         sizes, numbers = np.full((DRAWS, 2), [height, width]), np.arange(DRAWS)
         drawn = {
-            name: crops.boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes)
+            name: crops.draw_boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes)
             for name in crops.SAMPLERS
         }
         found = {

@@ -8,7 +8,7 @@ contender reads the same JPEGs of the same file. Two cores (--threads) for each.
     torchvision tensors  worker processes, decode_jpeg, RandomResizedCrop on uint8 tensors, flip
     torchvision PIL      worker processes, SimCLR's whole augmentation on Pillow images
 
-Colour is compared by itself, on one batch of 256 x 3 x 224 x 224 on the CPU: `colour.py` beside this.
+Colour is compared by itself, on one batch of 256 x 3 x 224 x 224 on the CPU: `color.py` beside this.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from torchvision.transforms.v2 import functional as F
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-import colour as colour_bench
+import color as color_bench
 
 from ssl_pretrain.data.beton import writer as beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.native.threads import Threads
+from ssl_pretrain.data.chunks import ChunkRequest
+from ssl_pretrain.data.native.threads import ThreadPool
 from ssl_pretrain.data.order import Plan
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.data.workers import Job
 from ssl_pretrain.views.recipe import Crop
 
 BATCH = 100
@@ -64,13 +64,13 @@ def cpu_seconds(processes: list[int]) -> float:
 class Ours:
     def __init__(self, source: Beton, each: list[Crop], threads: int):
         jobs = (
-            Job(step, np.random.default_rng(step).integers(0, len(source), BATCH))
+            ChunkRequest(step, np.random.default_rng(step).integers(0, len(source), BATCH))
             for step in itertools.count()
         )
-        self.maker = Threads(
-            source.samples, each, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu")
+        self.pool = ThreadPool(
+            source, each, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu")
         )
-        self.chunks = self.maker.take(jobs)
+        self.chunks = self.pool.take(jobs)
         self.processes: list[int] = []
         self.ahead = 4 * BATCH
 
@@ -80,7 +80,7 @@ class Ours:
         return images // BATCH * BATCH
 
     def close(self) -> None:
-        self.maker.close()
+        self.pool.close()
 
 
 class PerView:
@@ -131,7 +131,7 @@ class Crops(Dataset):
             for crop in each
         ]
         strong = v2.ColorJitter(0.8, 0.8, 0.8, 0.2)
-        self.colours = [
+        self.colors = [
             v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply([strong], 0.8), v2.RandomGrayscale(0.2),
                         v2.RandomApply([v2.GaussianBlur(max(3, crop.size // 10 | 1), (0.1, 2.0))], 0.5), v2.PILToTensor()])
             for crop in each
@@ -144,7 +144,7 @@ class Crops(Dataset):
         content = self.source.read_bytes(index % len(self.source))
         if self.with_pillow:
             image = Image.open(io.BytesIO(content)).convert("RGB")
-            return [colours(crop(image)) for crop, colours in zip(self.crops, self.colours)]
+            return [colors(crop(image)) for crop, colors in zip(self.crops, self.colors)]
         image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         image = image if len(image) == 3 else image.expand(3, -1, -1)
         views = [crop(image) for crop in self.crops]
@@ -276,9 +276,9 @@ def main() -> None:
                 )
                 if side == given.sides[0]:
                     ratios |= {f"{recipe} {name}": ratio for name, ratio in versus.items()}
-    compared = colour_bench.compare()
+    compared = color_bench.compare()
     print(
-        f"colour, 256 x 3 x 224 x 224: ours {compared['ours']:.2f} s, kornia {compared['kornia']:.2f} s, "
+        f"color, 256 x 3 x 224 x 224: ours {compared['ours']:.2f} s, kornia {compared['kornia']:.2f} s, "
         f"difference at most {compared['largest']:.2f} grey levels, {compared['mean']:.3f} in the mean"
     )
     multi = "2x224+6x96 ours"
@@ -287,7 +287,7 @@ def main() -> None:
         f"multicrop_vs_torchvision_tensor={ratios.get(f'{multi}/torchvision tensors', float('nan')):.2f} "
         f"multicrop_vs_pil={ratios.get(f'{multi}/torchvision PIL', float('nan')):.1f} "
         f"two_views_vs_ffcv_per_view={ratios.get('2x224 ours/FFCV per view', float('nan')):.2f} "
-        f"colour_vs_kornia={compared['ratio']:.2f}"
+        f"color_vs_kornia={compared['ratio']:.2f}"
     )
 
 

@@ -82,7 +82,7 @@ def main() -> None:
 
 def compare(original: np.ndarray, stored: np.ndarray, crop: Crop, index: int) -> tuple[float, bool]:
     """(mean square difference of one view, whether its box is enlarged)."""
-    box = crops.draw(crop, 0, 0, index, 0, *stored.shape[:2])
+    box = crops.draw_box(crop, 0, 0, index, 0, *stored.shape[:2])
     by_y, by_x = original.shape[0] / stored.shape[0], original.shape[1] / stored.shape[1]
 
     def view(image: np.ndarray, by_y: float, by_x: float) -> np.ndarray:

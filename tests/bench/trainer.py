@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from measure import versions
 
 from ssl_pretrain import build, config, train
+from ssl_pretrain.data.readers import ReaderKind
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
@@ -35,8 +37,8 @@ CPU = torch.device("cpu")
 class Alternating:
     """A loader of one batch, in whose waits the bare steps are taken."""
 
-    num_workers = 1
-    how, num_made, seconds = "folder", 0, 0.0
+    reader = SimpleNamespace(kind=ReaderKind.PROCESSES, num_workers=1)
+    num_read, reading_seconds = 0, 0.0
     steps_per_epoch = 10
 
     def __init__(self, batch: Batch, bare: Any, steps: int):
@@ -47,7 +49,7 @@ class Alternating:
         ] = []  # seconds by the clock, and of this process's processors
         self.of_bare: list[tuple[float, float]] = []
 
-    def described(self, step: int, num_images: int) -> list[list[str]]:
+    def describe_views(self, step: int, num_images: int) -> list[list[str]]:
         return [["made up"] * len(self.batch.views)] * num_images
 
     def count_replaced(self, step: int, every_steps: int, last_step: int) -> dict[str, int]:

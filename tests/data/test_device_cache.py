@@ -1,4 +1,4 @@
-"""Images on the device: the loader's batches, without the loader's work."""
+"""Images that are kept and cropped on the device give the batches of worker processes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 from betons import opened, tree
+from loaders import build_loader
 
 from ssl_pretrain.data import device_cache
-from ssl_pretrain.data.loader import Loader, choose
+from ssl_pretrain.data.readers import ReaderKind, choose_reader
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
@@ -28,73 +29,67 @@ DEVICES = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_batches_are_those_of_the_folder_loader_within_one_grey_level(device, tmp_path):
+def test_batches_equal_those_of_worker_processes_within_one_gray_level(device, tmp_path):
     source = opened(tree(tmp_path / "data", n=50), loader="folder")
     with (
-        Loader(source, PLAIN, seed=3, global_batch_size=12, how="device", device=device) as cached,
-        Loader(source, PLAIN, seed=3, global_batch_size=12) as read,
+        build_loader(source, PLAIN, "device", device=device) as cached,
+        build_loader(source, PLAIN) as read,
     ):
-        for _, ours, theirs in zip(range(6), cached.starting_at(2), read.starting_at(2)):
-            assert torch.equal(ours.indices.cpu(), theirs.indices) and torch.equal(
-                ours.labels.cpu(), theirs.labels
-            )
-            for view, expected in zip(ours.views, theirs.views):
-                assert view.device.type == device and view.shape == expected.shape
-                difference = (view.cpu() - expected).abs() * 255
+        for _, batch, expected in zip(range(6), cached.starting_at(2), read.starting_at(2)):
+            assert torch.equal(batch.indices.cpu(), expected.indices)
+            assert torch.equal(batch.labels.cpu(), expected.labels)
+            for view, expected_view in zip(batch.views, expected.views):
+                assert view.device.type == device and view.shape == expected_view.shape
+                difference = (view.cpu() - expected_view).abs() * 255
                 assert difference.max() < 1.01 and (difference > 0.5).float().mean() < 0.001
 
 
-def test_steps_resume_and_ranks_share_as_ever():
+def test_resumed_steps_and_ranks_give_the_same_batches():
     source = open_source(DataConfig("digits"), "val")
-    options = {"seed": 3, "global_batch_size": 60, "how": "device"}
-    straight = [
-        batch.views
-        for batch in itertools.islice(Loader(source, PLAIN, **options).starting_at(0), 4)
-    ]
-    resumed = next(Loader(source, PLAIN, **options).starting_at(3)).views
-    ranks = [
-        next(Loader(source, PLAIN, rank=rank, world_size=2, **options).starting_at(3)).views
-        for rank in range(2)
-    ]
-    for view, again, *parts in zip(straight[3], resumed, *ranks):
-        assert torch.equal(view, again) and torch.equal(view, torch.cat(parts))
+
+    def batches(first: int, **options):
+        loader = build_loader(source, PLAIN, "device", global_batch_size=60, **options)
+        return loader.starting_at(first)
+
+    expected = [batch.views for batch in itertools.islice(batches(0), 4)][3]
+    resumed = next(batches(3)).views
+    ranks = [next(batches(3, rank=rank, world_size=2)).views for rank in range(2)]
+    for view, view_after_resume, *slices in zip(expected, resumed, *ranks):
+        assert torch.equal(view, view_after_resume) and torch.equal(view, torch.cat(slices))
 
 
 def test_an_unreadable_image_is_replaced_and_counted(tmp_path):
     root = tree(tmp_path / "data", n=12)
     source = opened(root, loader="folder")
     (root / "train" / "class_0" / "0003.jpg").write_bytes(b"")
-    options = {"seed": 3, "global_batch_size": 6, "max_replaced": 1.0}
+    options = {"global_batch_size": 6, "max_replaced": 1.0}
     with (
-        Loader(source, PLAIN, **options, how="device") as cached,
+        build_loader(source, PLAIN, "device", **options) as cached,
         pytest.warns(UserWarning, match="the file is empty"),
     ):
-        ours = list(itertools.islice(cached.starting_at(0), 2))
+        batches = list(itertools.islice(cached.starting_at(0), 2))
     assert cached.num_replaced == 1
-    with Loader(source, PLAIN, **options) as read:
-        for batch, theirs in zip(ours, read.starting_at(0)):
-            assert torch.equal(batch.labels, theirs.labels)
-            assert all(
-                (view - other).abs().max() * 255 < 1.01
-                for view, other in zip(batch.views, theirs.views)
-            )
+    with build_loader(source, PLAIN, **options) as read:
+        for batch, expected in zip(batches, read.starting_at(0)):
+            assert torch.equal(batch.labels, expected.labels)
+            for view, expected_view in zip(batch.views, expected.views):
+                assert (view - expected_view).abs().max() * 255 < 1.01
 
 
-def test_more_than_the_device_holds_is_refused(monkeypatch):
+def test_a_data_set_larger_than_the_device_is_refused(monkeypatch):
     source = open_source(DataConfig("digits"), "val")
-    monkeypatch.setattr(device_cache, "_room", lambda device: 50_000.0)
+    monkeypatch.setattr(device_cache, "_usable_bytes", lambda device: 50_000.0)
     with pytest.raises(ValueError) as caught:
-        Loader(source, PLAIN, seed=0, global_batch_size=12, how="device")
+        build_loader(source, PLAIN, "device")
     assert str(caught.value) == (
         "data.cache: device: the 500 images of scikit-learn's digits need at least 0.0 GiB, "
         "and half of what is free on cpu is 0.0 GiB; set data.cache=none"
     )
 
 
-def test_the_config_asks_for_it():
-    assert choose(
-        DataConfig("digits", cache="device"), open_source(DataConfig("digits"), "val")
-    ) == (
-        "device",
+def test_the_config_chooses_the_device():
+    source = open_source(DataConfig("digits"), "val")
+    assert choose_reader(DataConfig("digits", cache="device"), source) == (
+        ReaderKind.DEVICE_CACHE,
         "data.cache asks for all images on the device",
     )

@@ -1,7 +1,6 @@
-"""The loader: the same batches whatever the workers, ranks and the step resumed at; bad images; failures; no process left."""
+"""Batches are the same for any workers, ranks and first step, and failures are clear."""
 
 import gc
-import hashlib
 import itertools
 import multiprocessing.forkserver
 import os
@@ -19,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loaders import build_loader, digest, digests
 from PIL import Image
 
 from ssl_pretrain.data import workers
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.loader import Loader, build, images
+from ssl_pretrain.data.loader import Loader, build
+from ssl_pretrain.data.single_pass import read_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import Batch
@@ -56,7 +57,7 @@ VIEWS = ViewsConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_forkserver():
-    """The loader's is deaf to the signals that stop a run; processes that other tests start must hear them."""
+    """End the loader's forkserver, whose processes would ignore the signals of other tests."""
     yield
     multiprocessing.forkserver._forkserver._stop()
 
@@ -78,47 +79,17 @@ def source(tmp_path_factory) -> Source:
     return open_source(plant(tmp_path_factory.mktemp("loader") / "data", 50), "train")
 
 
-def loader(
-    source: Source,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 3,
-    global_batch_size: int = 12,
-    max_replaced: float = DataConfig.max_replaced,
-) -> Loader:
-    return Loader(
-        source,
-        VIEWS,
-        seed=seed,
-        global_batch_size=global_batch_size,
-        num_workers=num_workers,
-        rank=rank,
-        world_size=world_size,
-        max_replaced=max_replaced,
-    )
-
-
-def digest(batch: Batch) -> str:
-    total = hashlib.sha256()
-    for tensor in (*batch.views, batch.labels, batch.indices):
-        total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        total.update(tensor.numpy().tobytes())
-    return total.hexdigest()
-
-
-def digests(loader: Loader, first: int, count: int) -> list[str]:
-    with loader:
-        return [digest(batch) for batch in itertools.islice(loader.starting_at(first), count)]
+def loader(source: Source, num_workers: int = 0, views: ViewsConfig = VIEWS, **options) -> Loader:
+    return build_loader(source, views, num_workers=num_workers, **options)
 
 
 @pytest.fixture(scope="module")
 def expected(source) -> list[str]:
-    """Of steps 0 to 9 of one process, two and a half epochs of 4 steps."""
+    """Return the digests of steps 0 to 9 of one process, two and a half epochs."""
     return digests(loader(source), 0, 10)
 
 
-def test_what_a_batch_holds(source):
+def test_a_batch_has_normalized_views_labels_and_indices(source):
     batch = next(loader(source).starting_at(0))
     assert [tuple(view.shape) for view in batch.views] == [(12, 3, 12, 12)] * 2 + [(12, 3, 6, 6)]
     assert all(view.dtype == torch.float32 and torch.isfinite(view).all() for view in batch.views)
@@ -129,16 +100,14 @@ def test_what_a_batch_holds(source):
     assert low - 1e-5 <= batch.views[0][:, 0].min() and batch.views[0][:, 0].max() <= high + 1e-5
 
 
-def test_views_are_those_that_the_recipe_draws(source):
+def test_views_are_the_crops_of_the_recipe(source):
     plain = ViewsConfig(crops={"global": Crop(count=2, size=12)})
-    batch = next(
-        Loader(source, plain, seed=5, global_batch_size=12).starting_at(6)
-    )  # epoch 1, step 2
+    batch = next(loader(source, views=plain, seed=5).starting_at(6))  # epoch 1, step 2
     for row, index in enumerate(batch.indices.tolist()):
         image = torch.from_numpy(source.read(index)).permute(2, 0, 1)
         for number in range(2):
             crop = plain.crops["global"]
-            box = crops.draw(crop, 5, 1, index, number, *image.shape[1:])
+            box = crops.draw_box(crop, 5, 1, index, number, *image.shape[1:])
             torch.testing.assert_close(
                 batch.views[number][row], crops.apply(image, box, crop) / 255
             )
@@ -156,7 +125,7 @@ def test_a_zip_gives_the_batches_of_its_folder(source, expected, tmp_path):
     packed = open_source(
         DataConfig(root=str(tmp_path / "data.zip"), cache_dir=str(tmp_path)), "train"
     )
-    packed.read(0)  # opens it here: a worker has to open it for itself
+    packed.read(0)  # the archive is open in this process, and each worker has to open it anew
     assert digests(loader(packed, 2), 0, 10) == expected
 
 
@@ -178,11 +147,11 @@ def test_ranks_make_up_the_global_batch(world_size, source, expected):
 
 @pytest.mark.parametrize("first", [1, 4, 6])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resuming_goes_on_as_if_never_stopped(first, num_workers, source, expected):
+def test_resumed_batches_equal_uninterrupted_ones(first, num_workers, source, expected):
     assert digests(loader(source, num_workers), first, 10 - first) == expected[first:]
 
 
-def test_starting_again_uses_the_same_workers(source, expected):
+def test_a_second_start_uses_the_same_workers(source, expected):
     with loader(source, 2) as batches:
         next(batches.starting_at(0))
         before = children()
@@ -196,7 +165,7 @@ def test_seeds_epochs_and_views_differ(source, expected):
     assert len({*expected, *digests(loader(source, seed=4), 0, 10)}) == 20
 
 
-def test_large_batches_travel_in_chunks_that_do_not_show(source):
+def test_chunks_do_not_change_a_batch(source):
     sizes = {"global_batch_size": 50}
     assert digests(loader(source, 2, **sizes), 0, 2) == digests(
         loader(source, **sizes), 0, 2
@@ -206,7 +175,7 @@ def test_large_batches_travel_in_chunks_that_do_not_show(source):
     )  # 17, 17 and 16
 
 
-def test_the_trainers_random_state_is_left_alone(source):
+def test_the_trainers_random_state_does_not_change(source):
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     digests(loader(source, 1), 0, 2)
@@ -235,15 +204,16 @@ def test_digits_need_no_worker():
     assert len(seen.unique()) == 5 * 256
 
 
-def test_parts_of_a_batch(source):
+def test_slices_of_a_batch_are_equal_and_complete(source):
     batch = next(loader(source).starting_at(0))
-    parts = [batch.slice(k, 3) for k in range(3)]
-    assert [len(part) for part in parts] == [4, 4, 4]
+    slices = [batch.slice(number, 3) for number in range(3)]
+    assert [len(rows) for rows in slices] == [4, 4, 4]
     for name in ("labels", "indices"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
-    assert all(
-        torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v]) for v in range(3)
-    )
+        assert torch.equal(
+            torch.cat([getattr(rows, name) for rows in slices]), getattr(batch, name)
+        )
+    for view, expected in enumerate(batch.views):
+        assert torch.equal(torch.cat([rows.views[view] for rows in slices]), expected)
     with pytest.raises(ValueError) as caught:
         batch.slice(0, 5)
     assert str(caught.value) == "a batch of 12 images does not divide into 5 equal slices"
@@ -265,9 +235,8 @@ class TestUnreadable(Bad):
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_an_image_outside_the_batch_takes_its_place(self, num_workers, source):
         plain = ViewsConfig(crops={"global": Crop(count=1, size=6)})
-        with Loader(
-            source, plain, seed=0, global_batch_size=8, num_workers=num_workers, max_replaced=1.0
-        ) as batches:
+        options = {"seed": 0, "global_batch_size": 8, "max_replaced": 1.0}
+        with loader(source, num_workers, plain, **options) as batches:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 steps = list(itertools.islice(batches.starting_at(0), 6))
@@ -302,7 +271,9 @@ class TestUnreadable(Bad):
                 loader(source, 2, max_replaced=1.0), 0, 4
             )
             ranks = [
-                itertools.islice(loader(source, 0, rank, 3, max_replaced=1.0).starting_at(0), 4)
+                itertools.islice(
+                    loader(source, rank=rank, world_size=3, max_replaced=1.0).starting_at(0), 4
+                )
                 for rank in range(3)
             ]
             for batch, *parts in zip(one, *ranks):
@@ -321,7 +292,7 @@ class TestUnreadable(Bad):
         ) and "give a smaller global_batch_size" in str(caught.value)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_more_than_the_ceiling_stop_the_run(self, num_workers, source):
+    def test_more_than_the_limit_stop_the_run(self, num_workers, source):
         with (
             loader(source, num_workers) as batches,
             warnings.catch_warnings(),
@@ -333,20 +304,20 @@ class TestUnreadable(Bad):
             "^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value)
         )  # as many as the chunk has
         assert message.startswith(
-            f"data.max_replaced: 2 of 24 images of {source.where} could not be read in one pass, more than the 1 that may be replaced "
-            "(0.01 of the images); the last: "
+            f"data.max_replaced: 2 of 24 images of {source.where} could not be read in one pass, "
+            "more than the 1 that may be replaced (0.01 of the images); the last: "
         )
         assert message.endswith(
             "; restore the files, remove them from the data set, or raise data.max_replaced"
         )
 
-    def test_an_epoch_with_fewer_than_the_ceiling_goes_on(self, source):
+    def test_an_epoch_within_the_limit_continues(self, source):
         with loader(source, max_replaced=0.13) as batches, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             list(itertools.islice(batches.starting_at(0), 8))  # three of 24 in each of four epochs
         assert batches.num_replaced == 12
 
-    def test_none_may_be_replaced_where_the_share_is_zero(self, source):
+    def test_no_image_may_be_replaced_if_the_share_is_zero(self, source):
         for index in (3, 4):
             Path(source.name(index)).write_bytes(Path(source.name(5)).read_bytes())
         with (
@@ -359,7 +330,7 @@ class TestUnreadable(Bad):
         assert "more than the 0 that may be replaced" in str(caught.value)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_none_readable(self, num_workers, source):
+    def test_no_readable_image_is_an_error(self, num_workers, source):
         for index in range(23):
             Path(source.name(index)).write_bytes(b"")
         with (
@@ -373,7 +344,7 @@ class TestUnreadable(Bad):
         )
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_the_folder_goes(self, num_workers, source):
+    def test_a_folder_that_disappears_is_named(self, num_workers, source):
         with loader(source, num_workers) as batches:
             os.rename(source.where, f"{source.where}.gone")
             with pytest.raises(
@@ -387,21 +358,21 @@ class TestUnreadable(Bad):
 
 
 def number_of(source: Source, crop: Crop, epoch: int, batch: Batch, row: int) -> int:
-    """The image whose view is in a row of a batch, found by making the view of every image of the source."""
+    """Return which image a row of a batch shows, by comparing it with the view of every image."""
     index = int(batch.indices[row])
     for number in range(len(source)):
         try:
             image = torch.from_numpy(source.read(number)).permute(2, 0, 1)
         except UnreadableImage:
             continue
-        view = crops.apply(image, crops.draw(crop, 0, epoch, index, 0, *image.shape[1:]), crop)
+        view = crops.apply(image, crops.draw_box(crop, 0, epoch, index, 0, *image.shape[1:]), crop)
         if torch.equal((batch.views[0][row] * 255).round().to(torch.uint8), view):
             return number
     raise AssertionError("the row shows no image of the source")
 
 
 class Failing(Source):
-    """Reads like a source of 8 grey images; image 5 raises what no rule covers."""
+    """A source of 8 gray images. Image 5 raises an error that no rule covers."""
 
     def __init__(self):
         super().__init__("nowhere", np.zeros(8), ["a"])
@@ -423,7 +394,7 @@ class Failing(Source):
 
 class TestFailures:
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_the_trainer_learns_which_image(self, num_workers):
+    def test_an_error_names_the_image(self, num_workers):
         began = time.monotonic()
         with (
             loader(Failing(), num_workers, global_batch_size=8) as batches,
@@ -433,7 +404,7 @@ class TestFailures:
         assert "image 5, image_5.png: KeyError: 'a mistake in the code'" in str(caught.value)
         assert time.monotonic() - began < 60
 
-    def test_a_killed_worker_is_noticed(self, source):
+    def test_a_killed_worker_raises_an_error(self, source):
         with loader(source, 2) as batches:
             steps = batches.starting_at(0)
             next(steps)
@@ -442,13 +413,14 @@ class TestFailures:
                 for _ in range(100):
                     next(steps)
         assert re.fullmatch(
-            r"data\.num_workers: a process that reads images was killed( by SIGKILL)?, as it happens where memory runs out; "
-            "give the job more memory or set data.num_workers lower, then start the command again",
+            r"data\.num_workers: a process that reads images was killed( by SIGKILL)?, as it "
+            "happens where memory runs out; give the job more memory or set data.num_workers lower, "
+            "then start the command again",
             str(caught.value),
         )
 
     def test_workers_outlive_the_signals_that_stop_a_run(self):
-        """In a process of its own, as a run is: this one may have forked ranks from a server that obeys signals."""
+        """Train in a process of its own, as the forkserver of this one may obey signals."""
         pipe = subprocess.PIPE
         trainer = subprocess.Popen(
             [sys.executable, "-c", SIGNALLED],
@@ -476,12 +448,12 @@ class TestFailures:
             ]
         assert trainer.returncode == 0 and [float(word) for word in got.split()] == expected
 
-    def test_a_worker_killed_while_sending_is_noticed_alike(self):
+    def test_a_worker_killed_while_sending_raises_the_same_error(self):
         def sending():
             yield "a chunk"
             raise ConnectionResetError
 
-        chunks = workers._taken(sending())
+        chunks = workers.raise_worker_errors(sending())
         assert next(chunks) == "a chunk"
         with pytest.raises(
             workers.LostWorkerError,
@@ -491,7 +463,7 @@ class TestFailures:
 
 
 class TestProcesses:
-    def test_close_leaves_none_behind(self, source):
+    def test_close_leaves_no_process(self, source):
         batches = loader(source, 2)
         next(batches.starting_at(0))
         made = children()
@@ -502,7 +474,7 @@ class TestProcesses:
         assert not children() and not any(alive(worker) for worker in made)
         assert threading.active_count() <= threads
 
-    def test_forgetting_leaves_none_behind(self, source):
+    def test_a_dropped_loader_leaves_no_process(self, source):
         batches = loader(source, 1)
         next(batches.starting_at(0))
         del batches
@@ -512,7 +484,7 @@ class TestProcesses:
     @pytest.mark.parametrize(
         "how", ["killed", pytest.param("ended without closing", marks=pytest.mark.full)]
     )
-    def test_a_trainer_that_is_gone_leaves_none_behind(self, how):
+    def test_a_trainer_that_ended_leaves_no_process(self, how):
         root = Path(__file__).parents[2]
         pipe = subprocess.PIPE
         trainer = subprocess.Popen(
@@ -550,7 +522,8 @@ from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 if __name__ == "__main__":
     views = ViewsConfig(crops={"global": Crop(size=8)})
-    batches = build(DataConfig("digits", num_workers=2), views, seed=0, global_batch_size=32, device="cpu")
+    data = DataConfig("digits", num_workers=2)
+    batches = build(data, views, seed=0, global_batch_size=32, device="cpu")
     next(batches.starting_at(0))
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     sys.stdin.read()
@@ -564,12 +537,15 @@ from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 if __name__ == "__main__":
     views = ViewsConfig(crops={"global": Crop(size=8)})
-    with build(DataConfig("digits", num_workers=2), views, seed=0, global_batch_size=32, device="cpu") as batches:
+    data = DataConfig("digits", num_workers=2)
+    with build(data, views, seed=0, global_batch_size=32, device="cpu") as batches:
         steps = batches.starting_at(0)
         first = next(steps)
-        print(forkserver._forkserver._forkserver_pid, *(child.pid for child in multiprocessing.active_children()), flush=True)
+        workers = [child.pid for child in multiprocessing.active_children()]
+        print(forkserver._forkserver._forkserver_pid, *workers, flush=True)
         sys.stdin.readline()
-        print(*(batch.views[0].sum().item() for batch in [first, *itertools.islice(steps, 39)]), flush=True)
+        forty = [first, *itertools.islice(steps, 39)]
+        print(*(batch.views[0].sum().item() for batch in forty), flush=True)
 """
 
 
@@ -585,12 +561,12 @@ def alive(process: int) -> bool:
 
 
 class TestImages:
-    """The deterministic pass of evaluations."""
+    """One pass in order, as evaluations make."""
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_each_image_once_in_order(self, num_workers, source):
+    def test_each_image_is_read_once_in_order(self, num_workers, source):
         batches = list(
-            images(
+            read_images(
                 source,
                 None,
                 partial(crops.evaluate, size=8),
@@ -610,36 +586,42 @@ class TestImages:
         assert pixels.dtype == torch.uint8 and torch.equal(pixels, torch.stack(expected))
         assert not children()
 
-    def test_chosen_ones(self, source):
-        ((_, labels),) = images(
+    def test_indices_choose_the_images(self, source):
+        ((_, labels),) = read_images(
             source, [7, 3, 7], partial(crops.evaluate, size=8), batch_size=16, num_workers=0
         )
         assert labels.tolist() == [source.label(7), source.label(3), source.label(7)]
 
-    def test_leaving_early_leaves_no_process(self, source):
-        passes = images(source, None, partial(crops.evaluate, size=8), batch_size=4, num_workers=2)
+    def test_an_early_exit_leaves_no_process(self, source):
+        passes = read_images(
+            source, None, partial(crops.evaluate, size=8), batch_size=4, num_workers=2
+        )
         next(passes)
         passes.close()
         assert not children()
 
-    def test_none(self, source):
+    def test_no_images_give_no_batches(self, source):
         assert (
-            list(images(source, [], partial(crops.evaluate, size=8), batch_size=4, num_workers=2))
+            list(
+                read_images(
+                    source, [], partial(crops.evaluate, size=8), batch_size=4, num_workers=2
+                )
+            )
             == []
         )
 
 
 class TestUnreadableInEvaluation(Bad):
-    def test_is_replaced_label_and_all(self, source):
+    def test_an_unreadable_image_is_replaced_with_its_label(self, source):
         with pytest.warns(UserWarning, match="the file is empty; .* takes its place"):
-            ((_, labels),) = images(
+            ((_, labels),) = read_images(
                 source, [2, 3], partial(crops.evaluate, size=8), batch_size=4, num_workers=0
             )
         assert labels.tolist() == [source.label(2), source.label(5)]
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_more_than_the_ceiling_end_the_pass(self, num_workers, source):
-        passes = images(source, None, partial(crops.evaluate, size=8), 4, num_workers)
+    def test_more_than_the_limit_end_the_pass(self, num_workers, source):
+        passes = read_images(source, None, partial(crops.evaluate, size=8), 4, num_workers)
         with warnings.catch_warnings(), pytest.raises(ValueError) as caught:
             warnings.simplefilter("ignore")
             list(passes)
@@ -656,7 +638,8 @@ class TestMessages:
             ),
             (
                 {"world_size": 5},
-                "global_batch_size: 12 does not divide over 5 ranks; the nearest that do are 10 and 15",
+                "global_batch_size: 12 does not divide over 5 ranks; "
+                "the nearest that do are 10 and 15",
             ),
         ],
     )
@@ -667,4 +650,4 @@ class TestMessages:
 
     def test_views_are_checked(self, source):
         with pytest.raises(ValueError, match=r"views\.crops"):
-            Loader(source, ViewsConfig(), seed=0, global_batch_size=12)
+            loader(source, views=ViewsConfig())

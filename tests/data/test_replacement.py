@@ -1,10 +1,10 @@
-"""Replacements of unreadable images: outside the batch, all different, and the same for any number of ranks."""
+"""Images that replace others are outside the batch, distinct, and the same for any ranks."""
 
 import numpy as np
 import pytest
 
 from ssl_pretrain.data.order import Plan
-from ssl_pretrain.data.replacement import spare
+from ssl_pretrain.data.replacement import find_spare
 
 
 @pytest.mark.parametrize("window", [0, 64])
@@ -20,7 +20,8 @@ def test_each_gets_another_image_outside_the_batch(num_images, batch, num_bad, w
             images = plan.indices(step).tolist()
             rows = [row for row, number in enumerate(images) if number in bad]
             taken = [
-                spare(plan, step, row, lambda number, bad=bad: number not in bad) for row in rows
+                find_spare(plan, step, row, lambda number, bad=bad: number not in bad)
+                for row in rows
             ]
             chosen = [number for number in taken if number is not None]
             outside = set(range(num_images)) - set(images) - bad
@@ -34,10 +35,11 @@ def test_ranks_agree_with_one_process():
     bad = {3, 5, 8, 13, 21, 34}
     for step in range(4):
         whole = [
-            spare(Plan(7, 40, 12), step, row, lambda number: number not in bad) for row in range(12)
+            find_spare(Plan(7, 40, 12), step, row, lambda number: number not in bad)
+            for row in range(12)
         ]
         shared = [
-            spare(Plan(7, 40, 12, rank, 3), step, row, lambda number: number not in bad)
+            find_spare(Plan(7, 40, 12, rank, 3), step, row, lambda number: number not in bad)
             for rank in range(3)
             for row in range(4)
         ]
@@ -46,5 +48,5 @@ def test_ranks_agree_with_one_process():
 
 def test_few_images_are_read_to_know():
     calls = []
-    spare(Plan(0, 100_000, 4096), 3, 17, lambda number: calls.append(number) or True)
+    find_spare(Plan(0, 100_000, 4096), 3, 17, lambda number: calls.append(number) or True)
     assert len(calls) == 1

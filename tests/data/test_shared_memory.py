@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from loaders import build_loader
 
-from ssl_pretrain.data import loader, workers
+from ssl_pretrain.data.shared_memory import REMEDY, plan_transfer
+from ssl_pretrain.data.single_pass import read_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import Batch
@@ -28,44 +31,40 @@ def room(monkeypatch, free: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "num_workers", "ranks", "chunk", "copied"),
+    ("free", "num_workers", "num_ranks", "size", "copies"),
     [
-        (
-            64 * MIB,
-            2,
-            1,
-            32,
-            False,
-        ),  # 4 chunks ahead and 2 batches of 64 held: 256 images of 0.1 MiB
+        # 4 chunks ahead and 2 batches of 64 held are 256 images of 0.1 MiB.
+        (64 * MIB, 2, 1, 32, False),
         (16 * MIB, 2, 1, 25, True),
         (16 * MIB, 2, 4, 6, True),
         (16 * MIB, 16, 1, 3, True),
         (1 * MIB, 0, 1, 32, False),  # nothing is sent
     ],
 )
-def test_chunks_shrink_with_the_room(monkeypatch, free, num_workers, ranks, chunk, copied):
+def test_chunks_shrink_with_the_free_memory(
+    monkeypatch, free, num_workers, num_ranks, size, copies
+):
     room(monkeypatch, free)
-    assert workers.sending(MIB // 10, 32, num_workers, 4, 128, ranks) == workers.Sending(
-        chunk, copied
+    transfer = plan_transfer(
+        MIB // 10, 32, num_workers, chunks_ahead=4, images_held=128, num_ranks=num_ranks
     )
+    assert (transfer.chunk_size, transfer.copies, bool(transfer.note)) == (size, copies, copies)
 
 
 def test_no_room_at_all_is_refused_by_name(monkeypatch):
     room(monkeypatch, MIB)
     with pytest.raises(ValueError) as error:
-        workers.sending(MIB, 32, 4, 4, 128, 2)
+        plan_transfer(MIB, 32, 4, chunks_ahead=4, images_held=128, num_ranks=2)
     assert str(error.value) == (
-        "data.num_workers: 4 workers for each of 2 ranks here have at least 18 images of 1.00 MiB under way, and /dev/shm has 1.0 MiB "
-        "free; give the container more shared memory (--shm-size=8g or --ipc=host), or set data.num_workers lower (0 needs none)"
+        "data.num_workers: 4 workers for each of 2 ranks on this machine have at least 18 images "
+        f"of 1.00 MiB under way, and /dev/shm has 1.0 MiB free; {REMEDY}"
     )
 
 
-def batches(num_workers: int, count: int = 4) -> list[Batch]:
+def batches(num_workers: int) -> list[Batch]:
     source = open_source(DataConfig(source="digits"), "train")
-    with loader.Loader(
-        source, VIEWS, seed=3, global_batch_size=64, num_workers=num_workers
-    ) as made:
-        return [batch for batch, _ in zip(made.starting_at(0), range(count))]
+    with build_loader(source, VIEWS, global_batch_size=64, num_workers=num_workers) as loader:
+        return list(itertools.islice(loader.starting_at(0), 4))
 
 
 def test_small_chunks_give_the_same_batches(monkeypatch):
@@ -82,16 +81,16 @@ def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
         np.arange(5, 105),
         partial(crops.evaluate, size=32, crop_ratio=1.0, interpolation="bilinear"),
     )
-    expected = list(loader.images(source, numbers, transform, 32, 0))
+    expected = list(read_images(source, numbers, transform, 32, 0))
     room(monkeypatch, 20 * 3 * 32 * 32)
-    found = list(loader.images(source, numbers, transform, 32, 2))
+    found = list(read_images(source, numbers, transform, 32, 2))
     assert [len(labels) for _, labels in found] == [32, 32, 32, 4]
     for here, there in zip(found, expected, strict=True):
         assert all(torch.equal(*pair) for pair in zip(here, there))
 
 
 def in_worker() -> bool:
-    """Return False where the loader tries the transform on one image, in the process of the tests."""
+    """Return False in the process of the tests, where the transform is tried on one image."""
     return torch.utils.data.get_worker_info() is not None
 
 
@@ -126,7 +125,7 @@ class Unsendable:
 def test_a_worker_without_room_is_heard_in_the_trainer():
     source = open_source(DataConfig(source="digits"), "val")
     with pytest.raises(ValueError) as error:
-        list(loader.images(source, None, NoRoom(), 64, 2))
+        list(read_images(source, None, NoRoom(), 64, 2))
     assert str(error.value).startswith("a worker's images do not fit /dev/shm: ")
     assert "No space left on device" in str(error.value) and "--shm-size=8g or --ipc=host" in str(
         error.value
@@ -136,4 +135,4 @@ def test_a_worker_without_room_is_heard_in_the_trainer():
 def test_a_worker_that_cannot_send_is_heard_in_the_trainer():
     source = open_source(DataConfig(source="digits"), "val")
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
-        list(loader.images(source, None, Unsendable(), 64, 2))
+        list(read_images(source, None, Unsendable(), 64, 2))

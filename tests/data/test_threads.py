@@ -1,9 +1,8 @@
-"""The compiled loader: the same bytes for any threads, ranks and resumption, those of the folder loader; and FFCV's faults, absent."""
+"""Compiled threads give the bytes of worker processes, without the faults of FFCV's loader."""
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -20,12 +19,14 @@ import pytest
 import torch
 import yaml
 from betons import needs_ffcv, opened, written
+from loaders import build_loader, digest, digests
 from omegaconf import OmegaConf
 
 from ssl_pretrain.data import order
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.loader import Loader, build, choose
+from ssl_pretrain.data.loader import Loader, build
 from ssl_pretrain.data.native import decode, threads
+from ssl_pretrain.data.readers import choose_reader
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
@@ -61,48 +62,25 @@ def damageable(tmp_path) -> Beton:
     return written(tmp_path / "data", n=24)
 
 
-def loader(
-    source, num_workers=2, seed=3, global_batch_size=12, how="ffcv", views=VIEWS, **options
-) -> Loader:
-    return Loader(
-        source,
-        views,
-        seed=seed,
-        global_batch_size=global_batch_size,
-        num_workers=num_workers,
-        how=how,
-        **options,
-    )
-
-
-def digest(batch: Batch) -> str:
-    total = hashlib.sha256()
-    for tensor in (*batch.views, batch.labels, batch.indices):
-        total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        total.update(tensor.contiguous().numpy().tobytes())
-    return total.hexdigest()
-
-
-def digests(batches: Loader, first: int, count: int) -> list[str]:
-    with batches:
-        return [digest(batch) for batch in itertools.islice(batches.starting_at(first), count)]
+def loader(source, num_workers=2, kind="ffcv", views=VIEWS, **options) -> Loader:
+    return build_loader(source, views, kind, num_workers=num_workers, **options)
 
 
 @pytest.fixture(scope="module")
 def expected(stored) -> list[str]:
-    """Of steps 0 to 9 by the folder loader, which reads the same file without FFCV: two and a half epochs."""
-    return digests(loader(stored, num_workers=0, how="folder"), 0, 10)
+    """Return the digests of steps 0 to 9, read without FFCV from the same file."""
+    return digests(loader(stored, num_workers=0, kind="folder"), 0, 10)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_threads_change_nothing_and_give_what_folders_give(num_workers, stored, expected):
+def test_any_number_of_threads_gives_the_bytes_of_processes(num_workers, stored, expected):
     assert digests(loader(stored, num_workers), 0, 10) == expected
 
 
 def test_a_folder_gives_the_batches_of_the_file_written_from_it(stored, expected):
     source = opened(Path(stored.where).parent / "data", loader="folder")
     assert source.fingerprint == stored.fingerprint
-    assert digests(loader(source, num_workers=0, how="folder"), 0, 10) == expected
+    assert digests(loader(source, num_workers=0, kind="folder"), 0, 10) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -123,11 +101,11 @@ def test_ranks_make_up_the_global_batch(world_size, stored, expected):
 
 
 @pytest.mark.parametrize("first", range(1, 10))
-def test_resuming_at_any_step_goes_on_as_if_never_stopped(first, stored, expected):
+def test_batches_resumed_at_any_step_equal_uninterrupted_ones(first, stored, expected):
     assert digests(loader(stored), first, 10 - first) == expected[first:]
 
 
-def test_starting_again_ends_the_batches_before(stored, expected):
+def test_a_second_start_ends_the_first_batches(stored, expected):
     with loader(stored) as batches:
         before = batches.starting_at(0)
         next(before)
@@ -141,7 +119,7 @@ def _digests_of(path: str, first: int, count: int) -> list[str]:
     return digests(loader(opened(Path(path))), first, count)
 
 
-def test_closed_it_starts_again(stored, expected):
+def test_a_closed_loader_can_start_again(stored, expected):
     batches = loader(stored)
     assert digests(batches, 0, 2) == expected[:2]
     assert digests(batches, 2, 2) == expected[2:4]
@@ -155,7 +133,9 @@ def test_a_spawned_process_gives_the_same_bytes(stored, expected):
 def test_a_batch_larger_than_a_threads_share_is_whole(stored):
     views = ViewsConfig(crops={"global": Crop(count=1, size=8)})
     rows = digests(loader(stored, 3, global_batch_size=50, views=views), 0, 2)
-    assert rows == digests(loader(stored, 0, global_batch_size=50, views=views, how="folder"), 0, 2)
+    assert rows == digests(
+        loader(stored, 0, global_batch_size=50, views=views, kind="folder"), 0, 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +146,7 @@ def test_a_batch_larger_than_a_threads_share_is_whole(stored):
         {"crop_sampler": "tensorflow", "scale": [0.2, 0.6]},
     ],
 )
-def test_samplers_and_plain_resizes_are_those_of_the_folder_loader(options, stored):
+def test_samplers_and_plain_resizes_are_those_of_processes(options, stored):
     views = ViewsConfig(
         crops={
             "global": Crop(count=2, size=24, **options),
@@ -174,20 +154,21 @@ def test_samplers_and_plain_resizes_are_those_of_the_folder_loader(options, stor
         }
     )
     rows = digests(loader(stored, views=views), 0, 3)
-    assert rows == digests(loader(stored, 0, views=views, how="folder"), 0, 3)
+    assert rows == digests(loader(stored, 0, views=views, kind="folder"), 0, 3)
     plain = ViewsConfig(crops={"global": Crop(count=2, size=24), "local": Crop(count=1, size=10)})
     assert not set(rows) & set(digests(loader(stored, views=plain), 0, 3))
 
 
 def test_raw_pixels_are_read_as_they_are(tmp_path):
     from ssl_pretrain.data.beton import writer as beton_writer
+    from ssl_pretrain.data.beton.encoder import Settings
     from ssl_pretrain.data.sources import open_source
 
     digits = open_source(DataConfig("digits"), "val")
-    beton_writer.write(digits, tmp_path / "train.beton", beton_writer.Settings(), num_workers=1)
+    beton_writer.write(digits, tmp_path / "train.beton", Settings(), num_workers=1)
     source = opened(tmp_path / "train.beton")
     assert isinstance(source, Beton) and source.samples.mode.tolist() == [1] * 500
-    assert digests(loader(source), 0, 4) == digests(loader(digits, 0, how="folder"), 0, 4)
+    assert digests(loader(source), 0, 4) == digests(loader(digits, 0, kind="folder"), 0, 4)
 
 
 def test_shards_are_read_as_one_file(tmp_path, stored, expected):
@@ -221,7 +202,8 @@ def test_shards_are_read_as_one_file(tmp_path, stored, expected):
     first = tmp_path / "train-00000-of-00003.beton"
     assert (
         str(caught.value)
-        == f"data.root: 1 of 3 shards are missing beside {first}: train-00001-of-00003.beton; write them, or wait"
+        == f"data.root: 1 of 3 shards are missing beside {first}: train-00001-of-00003.beton; "
+        "write them, or wait"
     )
 
 
@@ -236,28 +218,29 @@ class TestChoice:
     def test_a_folder_is_read_as_a_folder(self, stored):
         source = opened(Path(stored.where).parent / "data", loader="folder")
         where = Path(stored.where).parent / "data" / "train"
-        assert choose(DataConfig(), source) == (
+        assert choose_reader(DataConfig(), source) == (
             "folder",
-            f"{where} is not a .beton; python -m ssl_pretrain.data.beton write writes one, which is read faster",
+            f"{where} is not a .beton; python -m ssl_pretrain.data.beton write writes one, "
+            "which is read faster",
         )
         with pytest.raises(ValueError) as caught:
-            choose(DataConfig(loader="ffcv"), source)
+            choose_reader(DataConfig(loader="ffcv"), source)
         assert str(caught.value) == (
-            f"data.loader: ffcv reads .beton files, and {where} is none; python -m ssl_pretrain.data.beton write writes one,"
-            " or set data.loader=folder"
+            f"data.loader: ffcv reads .beton files, and {where} is none; "
+            "python -m ssl_pretrain.data.beton write writes one, or set data.loader=folder"
         )
 
     def test_without_ffcv_the_file_is_read_all_the_same(self, stored, expected, monkeypatch):
         monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
-        message = "FFCV is not installed; install it with `make ffcv`, or `pip install ffcv` where OpenCV and libturbojpeg are (docs/install.md)"
-        how, why = choose(DataConfig(), stored)
+        message = f"FFCV is not installed; {decode.INSTALL}"
+        how, why = choose_reader(DataConfig(), stored)
         assert (how, why) == (
             "folder",
             f"a .beton, but not by FFCV ({message}, or set data.loader=folder)",
         )
-        assert digests(loader(stored, num_workers=0, how=how), 0, 2) == expected[:2]
+        assert digests(loader(stored, num_workers=0, kind=how), 0, 2) == expected[:2]
         with pytest.raises(ValueError) as caught:
-            choose(DataConfig(loader="ffcv"), stored)
+            choose_reader(DataConfig(loader="ffcv"), stored)
         assert str(caught.value) == f"data.loader: {message}, or set data.loader=folder"
 
 
@@ -266,7 +249,7 @@ class TestFaultsOfFFCV:
 
     @pytest.mark.case(18)
     def test_1_the_order_of_operations_cannot_be_wrong(self, stored, expected):
-        """FFCV loops for ever on one; here the recipe's keys come in any order, and the views are the same."""
+        """FFCV never returns for one order. Here the order of the recipe's keys changes nothing."""
         written = yaml.safe_dump(
             {name: dict(reversed(asdict(crop).items())) for name, crop in VIEWS.crops.items()},
             sort_keys=False,
@@ -278,14 +261,14 @@ class TestFaultsOfFFCV:
         assert digests(loader(stored, views=read), 0, 2) == expected[:2]
 
     @pytest.mark.case(17)
-    @pytest.mark.parametrize("part", ["make", "scratch_for"])
-    def test_2_an_exception_of_a_thread_is_the_trainers(self, part, stored, monkeypatch):
+    @pytest.mark.parametrize("function", ["make", "allocate_scratch"])
+    def test_2_an_exception_of_a_thread_is_the_trainers(self, function, stored, monkeypatch):
         """FFCV's consumer waits for ever."""
 
         def broken(*_arguments):
             raise MemoryError("no room for an image")
 
-        monkeypatch.setattr(threads.compiled, part, broken)
+        monkeypatch.setattr(threads.decode, function, broken)
         with loader(stored) as batches, pytest.raises(MemoryError) as caught:
             next(batches.starting_at(0))
         assert str(caught.value) == "no room for an image"
@@ -347,7 +330,7 @@ class TestFaultsOfFFCV:
         whole = loader(
             written(Path(path).parent / "again" / "data", n=24),
             0,
-            how="folder",
+            kind="folder",
             global_batch_size=12,
             views=plain,
         )
@@ -366,7 +349,7 @@ class TestFaultsOfFFCV:
             warnings.simplefilter("ignore")
             by_threads = digests(loader(damageable, global_batch_size=10, max_replaced=10.0), 0, 4)
             assert by_threads == digests(
-                loader(damageable, 0, how="folder", global_batch_size=10, max_replaced=10.0), 0, 4
+                loader(damageable, 0, kind="folder", global_batch_size=10, max_replaced=10.0), 0, 4
             )
 
     @pytest.mark.case(14)
@@ -383,15 +366,18 @@ class TestFaultsOfFFCV:
                 pass
         last = re.search(r"the last: (.* takes its place); ", str(caught.value))[1]
         assert str(caught.value) == (
-            f"data.max_replaced: 2 of 24 images of {damageable.where} could not be read in one pass, more than the 1 that may be replaced "
-            f"(0.001 of the images); the last: {last}; all of them could be read when the file was written, so it is damaged now; "
+            f"data.max_replaced: 2 of 24 images of {damageable.where} could not be read in one "
+            f"pass, more than the 1 that may be replaced (0.001 of the images); the last: {last}; "
+            "all of them could be read when the file was written, so it is damaged now; "
             "`python -m ssl_pretrain.data.beton check` names them; copy or write it again"
         )
 
     def test_4_a_file_without_a_good_image_is_an_error(self, damageable):
         for index in range(24):
             ruin(damageable, index, "no jpeg")
-        message = r"not a JPEG; no other readable image of the 24 in .*train.beton is left outside its batch"
+        message = (
+            r"not a JPEG; no other readable image of the 24 in .*train.beton is left outside its"
+        )
         with loader(damageable) as batches, pytest.raises(ValueError, match=message):
             next(batches.starting_at(0))
 
@@ -404,7 +390,8 @@ class TestFaultsOfFFCV:
         with pytest.raises(ValueError) as caught:
             opened(Path(damageable.where))
         assert str(caught.value) == (
-            f"data.root: {damageable.where} was never finished: its writer was stopped; run the same write again, and it goes on"
+            f"data.root: {damageable.where} was never finished: its writer was stopped; "
+            "run the same write again, and it goes on"
         )
 
     def test_6_the_seed_decides_everything(self, stored, expected):
@@ -443,11 +430,12 @@ class TestFailures:
                 next(batches.starting_at(0))
         missing = int(damageable.samples.length[last]) - 10
         assert str(caught.value) == (
-            f"data.root: {damageable.where}, image {last}: the file ends {missing:,} bytes before the image does, and it did not when the run began; "
-            "copy it again, then start the run again"
+            f"data.root: {damageable.where}, image {last}: the file ends {missing:,} bytes before "
+            "the image does, and it did not when the run began; copy it again, then start "
+            "the run again"
         )
 
-    def test_a_file_that_is_gone_is_named(self, damageable):
+    def test_a_deleted_file_is_named(self, damageable):
         batches = loader(damageable)
         os.unlink(damageable.where)
         with pytest.raises(FileNotFoundError, match=re.escape(damageable.where)):
@@ -456,7 +444,7 @@ class TestFailures:
     def test_after_an_exception_it_starts_again(self, stored, expected, monkeypatch):
         batches = loader(stored)
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(threads._Run, "_make", lambda *_arguments: 1 // 0)
+            patch.setattr(threads._Run, "_make_rows", lambda *_arguments: 1 // 0)
             next(batches.starting_at(0))
         assert digests(batches, 0, 3) == expected[:3]
 
@@ -470,7 +458,8 @@ source = opened(Path(sys.argv[1]))
 with loader(source) as batches:
     next(batches.starting_at(0))
 pids = {str(os.getpid())}
-def held():    # names of shared memory hold the number of the process that made them; other processes' come and go
+def held():
+    # Names of shared memory contain the number of the process that made it.
     shared = [name for name in os.listdir("/dev/shm") if pids & set(re.split("[-_.]", name))]
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), sorted(shared)
 time.sleep(2)    # the system forgets a thread a moment after it has ended
@@ -553,9 +542,10 @@ def test_memory_does_not_grow_over_50_epochs(stored):
 def test_what_is_compiled_is_kept_on_disk(stored, expected):
     """Another process loads the machine code that this one made: a warm start compiles nothing."""
     assert digests(loader(stored), 0, 1) == expected[:1]
-    code = "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; assert digests(loader(opened(Path(sys.argv[1]))), 0, 1); "
-    code += (
-        "print([sum(made.stats.cache_hits.values()) for made in (compiled.make, compiled.decode)])"
+    code = (
+        "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; "
+        "assert digests(loader(opened(Path(sys.argv[1]))), 0, 1); "
+        "print([sum(code.stats.cache_hits.values()) for code in (decode.make, decode.decode)])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -591,7 +581,7 @@ def test_the_quasi_random_order_is_exact_too(stored, monkeypatch):
         os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:3]) or advise(*arguments)
     )
     order._permutation.cache_clear()
-    expected = digests(loader(stored, 0, how="folder", **options), 0, 6)
+    expected = digests(loader(stored, 0, kind="folder", **options), 0, 6)
     assert digests(loader(stored, 2, **options), 0, 6) == expected
     assert digests(loader(stored, 1, **options), 3, 3) == expected[3:]
     order._permutation.cache_clear()

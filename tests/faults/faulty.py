@@ -38,7 +38,7 @@ import torch
 
 from ssl_pretrain import build as build_module
 from ssl_pretrain import step, train
-from ssl_pretrain.data import preflight
+from ssl_pretrain.data import throughput_check
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.monitoring import online_knn
 
@@ -122,7 +122,7 @@ class Fault:
             next(stepper.model.parameters()).flatten()[0] += 10
 
     def plant_slow(self) -> None:
-        watch = preflight.watched
+        watch = throughput_check.report_bottleneck
 
         def watched(loader, first_step, device):
             for number, batch in enumerate(watch(loader, first_step, device), start=first_step + 1):
@@ -130,7 +130,7 @@ class Fault:
                     time.sleep(0.25)
                 yield batch
 
-        preflight.watched = watched
+        throughput_check.report_bottleneck = watched
 
     def plant_knn(self) -> None:
         embed = online_knn.OnlineKNN._embed

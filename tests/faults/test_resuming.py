@@ -20,7 +20,7 @@ from ssl_pretrain import config, step, train
 from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import describe_files, to_json
-from ssl_pretrain.data import preflight
+from ssl_pretrain.data import throughput_check
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.optim import optimizers as optim
 
@@ -240,7 +240,7 @@ def test_the_comparison_fails_for_any_state_that_a_checkpoint_lacks(
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     settings = config.load(path, [f"output={run}"])
-    set_rates, watched = optim.set_rates, preflight.watched
+    set_rates, report_bottleneck = optim.set_rates, throughput_check.report_bottleneck
     if omitted == "optimizer":
         rewrite(newest_checkpoint(run), "optimizer.safetensors", lambda tensors: {})
     elif omitted == "schedule":
@@ -251,10 +251,10 @@ def test_the_comparison_fails_for_any_state_that_a_checkpoint_lacks(
         monkeypatch.setattr(optim, "set_rates", set_earlier_rates)
     elif omitted == "data":
 
-        def watch_from_step_0(batches, first_step, device):
-            return watched(batches, 0, device)
+        def report_from_step_0(batches, first_step, device):
+            return report_bottleneck(batches, 0, device)
 
-        monkeypatch.setattr(preflight, "watched", watch_from_step_0)
+        monkeypatch.setattr(throughput_check, "report_bottleneck", report_from_step_0)
     elif omitted is not None:
         fresh = build_method(settings).state_dict()
 

@@ -40,6 +40,7 @@ from ssl_pretrain.planning.estimate import Program
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views import color, recipe
 from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.color_parameters import draw_colors
 
 HALFWAY = Progress(50_000, 100_000, 1_000)
 
@@ -97,7 +98,7 @@ def augment_colors(
     dtype = Execution.resolve(run.parallel, device).view_dtype
     for crop in run.views.crops.values():
         positions = range(len(views), len(views) + crop.count)
-        parameters = [color.draw(crop, 0, epoch, indices, position) for position in positions]
+        parameters = [draw_colors(crop, 0, epoch, indices, position) for position in positions]
         pixels = [crops[position].to(device, non_blocking=True) for position in positions]
         mean, std = run.views.mean, run.views.std
         views += color.apply_to_group(pixels, parameters, crop, mean, std, dtype)

@@ -15,15 +15,24 @@ import pytest
 import torch
 from on_cuda import NEEDS_CUDA, cuda, never_blocking  # noqa: F401
 
-from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import color, crops
+from ssl_pretrain.views.color_parameters import draw_colors
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 from ssl_pretrain.views.upload import upload
 
 pytestmark = NEEDS_CUDA
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+
+
+def build_loader(*arguments, **options):
+    """Import `loaders` of the tests of data, whose folder is on the path now, and build a loader."""
+    import loaders
+
+    return loaders.build_loader(*arguments, **options)
+
+
 MEAN, STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
 EVERYTHING = {
     "jitter": 0.8,
@@ -49,7 +58,7 @@ def test_colors_equal_those_of_a_cpu_without_blocking(size, options, cuda, never
     pixels = torch.from_numpy(
         np.random.default_rng(0).integers(0, 256, (32, 3, size, size), dtype=np.uint8)
     )
-    parameters = color.draw(crop, 1, 2, np.arange(32), 0)
+    parameters = draw_colors(crop, 1, 2, np.arange(32), 0)
     expected = color.apply(pixels, parameters, crop, MEAN, STD)
     on_gpu = pixels.to(cuda)
     color.apply(on_gpu, parameters, crop, MEAN, STD)  # the first call uploads constants
@@ -74,7 +83,7 @@ def test_fused_colors_of_a_group_equal_those_of_a_cpu_without_blocking(
         torch.from_numpy(generator.integers(0, 256, (32, 3, size, size), dtype=np.uint8))
         for _ in range(2)
     ]
-    parameters = [color.draw(crop, 1, 2, np.arange(32), view) for view in range(2)]
+    parameters = [draw_colors(crop, 1, 2, np.arange(32), view) for view in range(2)]
     expected = color.apply_to_group(pixels, parameters, crop, MEAN, STD)
     on_gpu = [view.to(cuda) for view in pixels]
     color.apply_to_group(on_gpu, parameters, crop, MEAN, STD, dtype)  # compiles
@@ -103,7 +112,7 @@ def test_crops_are_within_one_gray_level_of_a_cpus_without_blocking(
     images = torch.from_numpy(
         np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
     )
-    boxes = crops.boxes(crop, 1, 2, np.arange(40), 0, np.full((40, 2), 32))
+    boxes = crops.draw_boxes(crop, 1, 2, np.arange(40), 0, np.full((40, 2), 32))
     expected, on_gpu = crops.apply_to_batch(images, boxes, crop), images.to(cuda)
     with never_blocking():
         views = crops.apply_to_batch(on_gpu, boxes, crop)
@@ -113,12 +122,12 @@ def test_crops_are_within_one_gray_level_of_a_cpus_without_blocking(
 
 def test_digits_from_the_device_arrive_without_blocking(cuda, never_blocking):
     source = open_source(DataConfig("digits"), "val")
-    with Loader(source, SIMCLR, seed=3, global_batch_size=64, how="device", device=cuda) as on_gpu:
+    with build_loader(source, SIMCLR, "device", global_batch_size=64, device=cuda) as on_gpu:
         batches = on_gpu.starting_at(0)
         next(batches)
         with never_blocking():
             ours = next(batches)
-    with Loader(source, SIMCLR, seed=3, global_batch_size=64) as on_cpu:
+    with build_loader(source, SIMCLR, global_batch_size=64) as on_cpu:
         _, expected = itertools.islice(on_cpu.starting_at(0), 2)
     assert torch.equal(ours.indices.cpu(), expected.indices) and torch.equal(
         ours.labels.cpu(), expected.labels
@@ -135,8 +144,8 @@ def test_digits_from_the_device_arrive_without_blocking(cuda, never_blocking):
 def test_all_of_cifar10_is_on_the_device(cuda):
     before = torch.cuda.memory_allocated()
     source = open_source(DataConfig("cifar10", root=CIFAR10, cache="device"), "train")
-    with Loader(
-        source, SIMCLR, seed=0, global_batch_size=512, how="device", device=cuda
+    with build_loader(
+        source, SIMCLR, "device", seed=0, global_batch_size=512, device=cuda
     ) as batches:
         taken = torch.cuda.memory_allocated() - before
         assert taken >= 50_000 * 3 * 32 * 32
@@ -151,8 +160,8 @@ def test_a_folders_batches_arrive_intact(cuda, tmp_path):
 
     source = opened(tree(tmp_path / "data", n=50), loader="folder")
     with (
-        Loader(source, SIMCLR, seed=3, global_batch_size=12, device=cuda, num_workers=2) as on_gpu,
-        Loader(source, SIMCLR, seed=3, global_batch_size=12) as on_cpu,
+        build_loader(source, SIMCLR, device=cuda, num_workers=2) as on_gpu,
+        build_loader(source, SIMCLR) as on_cpu,
     ):
         for _, batch, expected in zip(range(12), on_gpu.starting_at(0), on_cpu.starting_at(0)):
             assert torch.equal(batch.indices.cpu(), expected.indices)
@@ -167,16 +176,15 @@ def test_the_pinned_ring_sends_the_same_views(cuda, tmp_path):
 
     plain = ViewsConfig(crops={"global": Crop(count=2, size=24)})
     source = written(tmp_path / "data")
-    options = {"seed": 3, "global_batch_size": 12, "num_workers": 2, "how": "ffcv"}
     with (
-        Loader(source, plain, device=cuda, **options) as on_gpu,
-        Loader(source, plain, **options) as on_cpu,
+        build_loader(source, plain, "ffcv", num_workers=2, device=cuda) as on_gpu,
+        build_loader(source, plain, "ffcv", num_workers=2) as on_cpu,
     ):
         for _, batch, expected in zip(range(12), on_gpu.starting_at(0), on_cpu.starting_at(0)):
             torch.testing.assert_close(
                 [view.cpu() for view in batch.views], expected.views, rtol=0, atol=1e-6
             )
-        assert all(slot.is_pinned() for slot in on_gpu._maker._slots)
+        assert all(buffer.is_pinned() for buffer in on_gpu.reader.pool.buffers)
 
 
 def test_an_upload_is_intact_and_does_not_block(cuda, never_blocking):

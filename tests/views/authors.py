@@ -1,4 +1,4 @@
-"""The view functions of SimCLR's and BYOL's code in plain numpy, float64: the reference of our options.
+"""The view functions of SimCLR's and BYOL's code in plain numpy and float64.
 
 Written from the published formulas, one image at a time, and compared once with TensorFlow 2.21:
 contrast, saturation, blur and resize agree within 0.2 levels of 255, boxes in distribution.
@@ -91,7 +91,7 @@ def simclr_boxes(
     area: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """tf.image.sample_distorted_bounding_box as SimCLR calls it: int (n, 4), top, left, height, width.
+    """Draw boxes as SimCLR does: tf.image.sample_distorted_bounding_box. int (n, 4), like `Box`.
 
     All boxes that have failed so far draw again together. A try draws the ratio uniformly, then the
     height uniformly among the integers from round(sqrt(least area / ratio)) to the tallest that is

@@ -1,6 +1,7 @@
-"""Run the color kernels in Triton's interpreter and print their largest difference from the CPU's colors: one line per case.
+"""Run the color kernels in Triton's interpreter and compare them with the colors on a CPU.
 
-TRITON_INTERPRET=1 has to be set before Triton is imported, so tests run this file in a process of its own.
+Prints one line per case with the largest difference. TRITON_INTERPRET=1 has to be set before Triton
+is imported, so tests run this file in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from ssl_pretrain.views import color
+from ssl_pretrain.views.color_parameters import draw_colors
 from ssl_pretrain.views.recipe import Crop
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -56,13 +58,9 @@ def difference(crop: Crop) -> float:
         for _ in range(crop.count)
     ]
     for view in pixels:
-        view[0], view[1, 1:], view[2] = (
-            255,
-            view[1, :1],
-            0,
-        )  # white all over; gray all over; black all over
+        view[0], view[1, 1:], view[2] = 255, view[1, :1], 0  # white, gray and black
     pixels = [torch.from_numpy(view) for view in pixels]
-    drawn = [color.draw(crop, 1, 2, np.arange(10), view) for view in range(crop.count)]
+    drawn = [draw_colors(crop, 1, 2, np.arange(10), view) for view in range(crop.count)]
     expected = color.apply_to_group(pixels, drawn, crop, MEAN, STD)
     with mock.patch.object(color, "FUSED_ON", ("cpu",)):
         views = color.apply_to_group(pixels, drawn, crop, MEAN, STD)

@@ -1,4 +1,4 @@
-"""Pictures on which resizing shows its every step."""
+"""Pictures with sharp edges, which reveal every rounding of a resize."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import numpy as np
 
 
 def picture(height: int, width: int, kind: str) -> np.ndarray:
-    """Return seeded noise, uint8 (height, width, 3), or the same in black and white, where the cubic overshoots most."""
+    """Return seeded noise, uint8 (height, width, 3), of the kind "noise" or "black and white".
+
+    The cubic filter overshoots most in black and white.
+    """
     noise = np.random.default_rng(height * 1000 + width).integers(
         0, 256, (height, width, 3), dtype=np.uint8
     )

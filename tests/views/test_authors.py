@@ -1,4 +1,4 @@
-"""The options of SimCLR's and BYOL's recipes equal the authors' functions (tests/views/authors.py) on the same random numbers."""
+"""The options of SimCLR's and BYOL's recipes equal the authors' functions in authors.py."""
 
 from __future__ import annotations
 
@@ -12,33 +12,61 @@ from scipy import stats
 from sharp_pictures import picture
 
 from ssl_pretrain.config import load
-from ssl_pretrain.views import color, crops, describe, recipe, resize
-from ssl_pretrain.views.color import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from ssl_pretrain.views import color, color_torch, crops, recipe, resize
+from ssl_pretrain.views.color_parameters import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    ColorParameters,
+    draw_colors,
+)
 from ssl_pretrain.views.crops import Box
+from ssl_pretrain.views.describe import describe_view
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation: no normalization
 LEVEL = 1 / 255  # one gray level
-ROUNDING = 0.01 * LEVEL  # of float32 against float64
+ROUNDING = 0.01 * LEVEL  # difference of float32 from float64
 TENSORFLOW = {
     "contrast_mean": "channel",
     "saturation_mode": "hsv",
     "blur_border": "zero",
     "antialias": False,
 }
-SIMCLR = TENSORFLOW | {"crop_sampler": "tensorflow", "interpolation": "bicubic", "jitter": 0.8, "brightness": 0.8, "contrast": 0.8,
-                       "saturation": 0.8, "hue": 0.2, "grayscale": 0.2, "blur": 0.5}  # fmt: skip
-BYOL = TENSORFLOW | {"crop_sampler": "clipped", "interpolation": "bicubic", "jitter": 0.8, "brightness": 0.4, "brightness_mode": "add",
-                     "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grayscale": 0.2, "blur": 1.0, "solarize": 0.2}  # fmt: skip
+SIMCLR = TENSORFLOW | {
+    "crop_sampler": "tensorflow",
+    "interpolation": "bicubic",
+    "jitter": 0.8,
+    "brightness": 0.8,
+    "contrast": 0.8,
+    "saturation": 0.8,
+    "hue": 0.2,
+    "grayscale": 0.2,
+    "blur": 0.5,
+}
+BYOL = SIMCLR | {
+    "crop_sampler": "clipped",
+    "brightness": 0.4,
+    "brightness_mode": "add",
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "blur": 1.0,
+    "solarize": 0.2,
+}
 ON_EACH = pytest.mark.parametrize(
-    "apply", [color.apply, color.apply_in_batches], ids=["compiled", "batches"]
+    "apply", [color.apply, color_torch.apply], ids=["compiled", "batches"]
 )
 
 
 def images(n: int, size: int) -> torch.Tensor:
-    """Return noise, uint8 (n, 3, size, size). Image 0 has the corners of the color cube, image 1 is gray, image 2 black."""
+    """Return noise, uint8 (n, 3, size, size).
+
+    Image 0 has the corners of the color cube, image 1 is gray and image 2 is black.
+    """
     noise = torch.randint(
         0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)
     )
@@ -53,12 +81,12 @@ def images(n: int, size: int) -> torch.Tensor:
 
 
 def floats(pixels: torch.Tensor) -> np.ndarray:
-    """Return uint8 pixels (3, height, width) as float64 (height, width, 3) in [0, 1], as the authors' functions take them."""
+    """Return uint8 pixels (3, height, width) as float64 (height, width, 3) in [0, 1]."""
     return pixels.movedim(0, -1).numpy().astype(np.float64) / 255
 
 
 def largest_difference(view: torch.Tensor, expected: np.ndarray) -> float:
-    """Return the largest difference of a view (3, height, width) from an array (height, width, 3)."""
+    """Return the largest difference of a view (3, h, w) from an array (h, w, 3)."""
     return float(np.abs(view.movedim(0, -1).numpy() - expected).max())
 
 
@@ -73,7 +101,7 @@ def largest_difference(view: torch.Tensor, expected: np.ndarray) -> float:
 )
 def test_an_adjustment_is_the_authors(apply, options, operation, theirs):
     crop = Crop(size=40, jitter=1.0, **options)
-    pixels, parameters = images(24, 40), color.draw(crop, 0, 0, np.arange(24), 0)
+    pixels, parameters = images(24, 40), draw_colors(crop, 0, 0, np.arange(24), 0)
     for view, image, factors in zip(
         apply(pixels, parameters, crop, *PLAIN), pixels, parameters.factors
     ):
@@ -89,34 +117,27 @@ def test_a_blur_has_black_around_it_as_the_authors(apply, size, kernel):
     pixels = torch.randint(
         0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(7)
     )
-    parameters = color.draw(crop, 0, 0, np.arange(3), 0)
-    for view, image, sigma in zip(
-        apply(pixels, parameters, crop, *PLAIN), pixels, parameters.sigma
-    ):
-        assert (
-            largest_difference(
-                view, authors.gaussian_blur(floats(image), float(sigma), blur_taps(crop))
-            )
-            < ROUNDING
-        )
+    parameters = draw_colors(crop, 0, 0, np.arange(3), 0)
+    views = apply(pixels, parameters, crop, *PLAIN)
+    for view, image, sigma in zip(views, pixels, parameters.sigma):
+        expected = authors.gaussian_blur(floats(image), float(sigma), blur_taps(crop))
+        assert largest_difference(view, expected) < ROUNDING
 
 
 @ON_EACH
 @pytest.mark.parametrize("options", [SIMCLR, BYOL], ids=["simclr", "byol"])
 def test_the_whole_chain_is_the_authors_in_the_drawn_order(apply, options):
     crop = Crop(size=32, **options)
-    pixels, parameters = images(64, 32), color.draw(crop, 0, 0, np.arange(64), 0)
+    pixels, parameters = images(64, 32), draw_colors(crop, 0, 0, np.arange(64), 0)
     for row, view in enumerate(apply(pixels, parameters, crop, *PLAIN)):
-        assert (
-            largest_difference(view, colored_by_authors(floats(pixels[row]), parameters, row, crop))
-            < 0.1 * LEVEL
-        )
+        expected = apply_authors_colors(floats(pixels[row]), parameters, row, crop)
+        assert largest_difference(view, expected) < 0.1 * LEVEL
 
 
-def colored_by_authors(
-    image: np.ndarray, parameters: color.Parameters, row: int, crop: Crop
+def apply_authors_colors(
+    image: np.ndarray, parameters: ColorParameters, row: int, crop: Crop
 ) -> np.ndarray:
-    """Apply the authors' functions in the order and with the parameters that were drawn for row `row`."""
+    """Apply the authors' functions in the order and with the parameters of a row."""
     for operation in parameters.order[row] if parameters.jitter[row] else ():
         factor = float(parameters.factors[row, operation])
         if operation == BRIGHTNESS:
@@ -138,16 +159,23 @@ def colored_by_authors(
     return image
 
 
-BOXES = [  # (height, width) of an image, (top, left, height, width) of a box, side of the view
-    ((70, 90), (5, 11, 41, 53), 16), ((70, 90), (5, 11, 41, 53), 96), ((375, 500), (10, 20, 300, 400), 224), ((33, 21), (0, 0, 33, 21), 7),
-    ((1, 1), (0, 0, 1, 1), 16), ((3, 2), (0, 0, 3, 2), 5), ((17, 640), (3, 100, 2, 500), 20), ((640, 17), (100, 3, 500, 2), 20),
-]  # fmt: skip
+# height and width of an image: (top, left, height, width) of a box, size of the view
+BOXES = {
+    (70, 90): [((5, 11, 41, 53), 16), ((5, 11, 41, 53), 96)],
+    (375, 500): [((10, 20, 300, 400), 224)],
+    (33, 21): [((0, 0, 33, 21), 7)],
+    (1, 1): [((0, 0, 1, 1), 16)],
+    (3, 2): [((0, 0, 3, 2), 5)],
+    (17, 640): [((3, 100, 2, 500), 20)],
+    (640, 17): [((100, 3, 500, 2), 20)],
+}
+CASES = [(shape, *case) for shape, cases in BOXES.items() for case in cases]
 
 
 @pytest.mark.parametrize("kind", ["noise", "black and white"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize(("shape", "box", "size"), BOXES)
+@pytest.mark.parametrize(("shape", "box", "size"), CASES)
 def test_a_resize_without_antialias_is_the_authors_within_one_level(
     shape, box, size, flip, interpolation, kind
 ):
@@ -159,9 +187,8 @@ def test_a_resize_without_antialias_is_the_authors_within_one_level(
     crop = Crop(size=size, interpolation=interpolation, antialias=False)
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     one = crops.apply(pixels, Box(*box, flip), crop).numpy()
-    together = crops.apply_to_batch(pixels[None].contiguous(), np.array([[*box, flip]]), crop)[
-        0
-    ].numpy()
+    boxes = np.array([[*box, flip]])
+    together = crops.apply_to_batch(pixels[None].contiguous(), boxes, crop)[0].numpy()
     assert np.abs(one - expected).max() < 0.51
     assert np.abs(together - expected).max() < 0.51
     assert np.array_equal(compiled(image, (*box, flip), size, interpolation == "bicubic"), one)
@@ -170,14 +197,14 @@ def test_a_resize_without_antialias_is_the_authors_within_one_level(
 def compiled(
     image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool
 ) -> np.ndarray:
-    """Resize a box of an image that was transposed as a whole, as the loader of .beton files does."""
+    """Resize a box of an image that was transposed as a whole, as `native.decode` does."""
     height, width, _ = image.shape
     tall, wide = (-(-side // resize.TILE) * resize.TILE for side in (height, 3 * width))
     stored, turned = np.zeros((tall, wide), np.uint8), np.zeros(wide * tall, np.uint8)
     stored[:height, : 3 * width] = image.reshape(height, -1)
     resize.turn(stored.reshape(-1), wide, height, 3 * width, turned, tall)
     out = np.full(3 * size * size, 77, np.uint8)
-    resize.write_plain_view(turned, tall, *box, size, bicubic, out)
+    resize.write_plain_view(turned, tall, box, size, bicubic, out)
     return out.reshape(3, size, size)
 
 
@@ -185,13 +212,11 @@ def compiled(
 @pytest.mark.parametrize(
     ("sampler", "theirs"), [("tensorflow", authors.simclr_boxes), ("clipped", authors.byol_boxes)]
 )
-def test_boxes_are_spread_as_the_authors(sampler, theirs, height, width):
+def test_boxes_are_distributed_as_the_authors(sampler, theirs, height, width):
     n = 100_000
     sizes = np.full((n, 2), [height, width])
-    ours, expected = (
-        crops.boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(n), 0, sizes),
-        theirs(n, height, width, seed=1),
-    )
+    ours = crops.draw_boxes(Crop(crop_sampler=sampler), 0, 0, np.arange(n), 0, sizes)
+    expected = theirs(n, height, width, seed=1)
     measures = {
         "area": lambda b: b[:, 2] * b[:, 3],
         "ratio": lambda b: b[:, 3] / b[:, 2],
@@ -200,7 +225,7 @@ def test_boxes_are_spread_as_the_authors(sampler, theirs, height, width):
     }
     for name, measure in measures.items():
         assert stats.ks_2samp(measure(ours), measure(expected)).statistic < 0.01, name
-    torchvisions = crops.boxes(Crop(), 0, 0, np.arange(n), 0, sizes)
+    torchvisions = crops.draw_boxes(Crop(), 0, 0, np.arange(n), 0, sizes)
     assert stats.ks_2samp(measures["area"](ours), measures["area"](torchvisions)).statistic > 0.09
 
 
@@ -211,14 +236,8 @@ def test_boxes_are_spread_as_the_authors(sampler, theirs, height, width):
 )
 def test_a_box_is_inside_the_image(sampler, height, width, options):
     n = 500
-    top, left, tall, wide, _ = crops.boxes(
-        Crop(crop_sampler=sampler, **options),
-        0,
-        0,
-        np.arange(n),
-        0,
-        np.full((n, 2), [height, width]),
-    ).T
+    crop, sizes = Crop(crop_sampler=sampler, **options), np.full((n, 2), [height, width])
+    top, left, tall, wide, _ = crops.draw_boxes(crop, 0, 0, np.arange(n), 0, sizes).T
     assert min(top.min(), left.min()) >= 0
     assert min(tall.min(), wide.min()) >= 1
     assert (top + tall).max() <= height
@@ -226,10 +245,10 @@ def test_a_box_is_inside_the_image(sampler, height, width, options):
 
 
 def test_a_smaller_box_of_tensorflow_never_touches_the_bottom_or_right_edge():
-    """Its kernel draws the place below height - box height, so the last place is never taken. Other samplers take it."""
+    """Its kernel draws the place below height - box height. Others take the last place too."""
     sizes = np.full((4000, 2), [24, 30])
     for sampler, reaches in (("tensorflow", False), ("clipped", True), ("torchvision", True)):
-        top, left, tall, wide, _ = crops.boxes(
+        top, left, tall, wide, _ = crops.draw_boxes(
             Crop(crop_sampler=sampler), 0, 0, np.arange(4000), 0, sizes
         ).T
         assert ((tall < 24) & (top + tall == 24)).any() == reaches, sampler
@@ -237,26 +256,29 @@ def test_a_smaller_box_of_tensorflow_never_touches_the_bottom_or_right_edge():
 
 
 def test_tensorflow_takes_the_whole_image_where_no_box_fits():
-    assert crops.draw(Crop(crop_sampler="tensorflow"), 0, 0, 0, 0, 10, 1000)[:4] == (0, 0, 10, 1000)
+    box = crops.draw_box(Crop(crop_sampler="tensorflow"), 0, 0, 0, 0, 10, 1000)
+    assert box[:4] == (0, 0, 10, 1000)
 
 
 @pytest.mark.parametrize("sampler", ["tensorflow", "clipped"])
 def test_one_box_is_that_of_the_batch(sampler):
     crop = Crop(crop_sampler=sampler)
-    together = crops.boxes(crop, 1, 2, np.arange(20), 3, np.full((20, 2), [90, 130]))
+    together = crops.draw_boxes(crop, 1, 2, np.arange(20), 3, np.full((20, 2), [90, 130]))
     assert [tuple(row) for row in together.tolist()] == [
-        crops.draw(crop, 1, 2, index, 3, 90, 130) for index in range(20)
+        crops.draw_box(crop, 1, 2, index, 3, 90, 130) for index in range(20)
     ]
 
 
-def test_a_view_says_which_functions_made_it():
+def test_a_description_names_the_authors_functions():
     crop = Crop(size=8, **(SIMCLR | {"jitter": 1.0, "blur": 1.0, "grayscale": 0.0}))
-    text = describe.text(crop, Box(0, 0, 8, 8, False), color.draw(crop, 0, 0, np.arange(1), 0), 0)
+    text = describe_view(crop, Box(0, 0, 8, 8, False), draw_colors(crop, 0, 0, np.arange(1), 0), 0)
     assert " by channel" in text
     assert " in HSV" in text
     assert text.endswith(", black outside")
     plain = Crop(size=8, jitter=1.0, contrast=0.8, saturation=0.8, blur=1.0)
-    text = describe.text(plain, Box(0, 0, 8, 8, False), color.draw(plain, 0, 0, np.arange(1), 0), 0)
+    text = describe_view(
+        plain, Box(0, 0, 8, 8, False), draw_colors(plain, 0, 0, np.arange(1), 0), 0
+    )
     assert not any(word in text for word in ("channel", "HSV", "outside"))
 
 

@@ -1,4 +1,4 @@
-"""The color kernels without a GPU: their values by Triton's interpreter, and their launches compiled for every architecture."""
+"""The color kernels are interpreted, and compiled for each architecture, without a GPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def test_the_kernels_compute_the_colors_of_a_cpu():
         line.split("  ", 1)[1]: float(line.split()[0]) for line in done.stdout.splitlines()
     }
     assert set(differences) == set(interpreted.CASES)
-    # One gray level is 1 / 255 / 0.2 = 0.02 of a normalized view. Sums in another order move the last digits only.
+    # One gray level is 1 / 255 / 0.2 = 0.02 of a normalized view. Sums in another order change only
+    # the last digits.
     assert max(differences.values()) < 2e-5, done.stdout
 
 
@@ -76,7 +77,7 @@ def test_the_kernels_compute_the_colors_of_a_cpu():
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_a_kernel_compiles_and_takes_next_to_no_shared_memory(capability, name, authors):
     kernel, constants, num_warps = KERNELS[name]
-    constants = {"COLUMNS": color_triton._COLUMNS, **constants(authors)}
+    constants = constants(authors)
     integers = ("area", "height", "width", "pixel_stride", "channel_stride")
     signature = {
         argument: "constexpr"

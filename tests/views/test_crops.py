@@ -1,3 +1,5 @@
+"""Boxes and crops equal torchvision's, in value or in distribution."""
+
 import math
 
 import numpy as np
@@ -13,7 +15,9 @@ from ssl_pretrain.views.recipe import Crop
 
 pytestmark = pytest.mark.promise
 
-CHANCE = 1e-4  # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
+# Probability that a statistical test fails for a correct distribution. It is small, as there are
+# many tests. The seeds are fixed, so a test that passes once always passes.
+CHANCE = 1e-4
 
 
 def image(height: int, width: int) -> torch.Tensor:
@@ -27,7 +31,7 @@ def image(height: int, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [16, 96])  # shrinking and enlarging
+@pytest.mark.parametrize("size", [16, 96])  # smaller and larger than the box
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
     pixels, box = image(70, 90), Box(5, 11, 41, 53, flip)
@@ -39,16 +43,14 @@ def test_a_view_is_torchvisions_resized_crop(interpolation, size, flip):
     assert torch.equal(view, F.horizontal_flip(expected) if flip else expected)
 
 
-def test_memory_order_changes_nothing():
+def test_the_memory_format_changes_nothing():
     pixels, crop, box = image(70, 90), Crop(size=32), Box(5, 11, 41, 53, True)
-    as_decoded = (
-        pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    )  # height, width, channel in memory
-    assert torch.equal(crops.apply(as_decoded, box, crop), crops.apply(pixels, box, crop))
+    channels_last = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert torch.equal(crops.apply(channels_last, box, crop), crops.apply(pixels, box, crop))
 
 
 def boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray:
-    return np.array([crops.draw(crop, 0, 0, index, 0, height, width)[:4] for index in range(n)])
+    return np.array([crops.draw_box(crop, 0, 0, index, 0, height, width)[:4] for index in range(n)])
 
 
 def torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray:
@@ -66,12 +68,12 @@ def torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray
         (Crop(), 375, 500),
         (Crop(size=96, scale=[0.05, 0.14]), 375, 500),  # SwAV's local crops
         (Crop(ratio=[0.5, 3.0]), 300, 200),
-        (Crop(), 400, 130),  # a narrow image: many tries do not fit, some fall back
+        (Crop(), 400, 130),  # a narrow image: many attempts do not fit, and some fall back
     ],
 )
-def test_boxes_are_spread_as_torchvisions(crop, height, width):
+def test_boxes_are_distributed_as_in_torchvision(crop, height, width):
     n = 4000
-    ours, theirs = (drawn(crop, height, width, n) for drawn in (boxes, torchvision_boxes))
+    ours, theirs = (draw(crop, height, width, n) for draw in (boxes, torchvision_boxes))
     measures = {
         "area": lambda b: b[:, 2] * b[:, 3],
         "ratio": lambda b: b[:, 3] / b[:, 2],
@@ -86,34 +88,26 @@ def test_boxes_are_spread_as_torchvisions(crop, height, width):
 
 
 def test_area_and_ratio_are_uniform_and_log_uniform():
-    drawn = boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # no try is refused at these sizes
+    drawn = boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # all attempts fit at these sizes
     area, ratio = drawn[:, 2] * drawn[:, 3] / 2000**2, drawn[:, 3] / drawn[:, 2]
     assert stats.kstest(area, stats.uniform(0.1, 0.4).cdf).pvalue > CHANCE
-    assert (
-        stats.kstest(np.log(ratio), stats.uniform(math.log(3 / 4), math.log(16 / 9)).cdf).pvalue
-        > CHANCE
-    )
+    log_uniform = stats.uniform(math.log(3 / 4), math.log(16 / 9))
+    assert stats.kstest(np.log(ratio), log_uniform.cdf).pvalue > CHANCE
     assert abs(np.corrcoef(area, ratio)[0, 1]) < 0.05
-    assert (
-        abs(
-            np.corrcoef(drawn[:, 0] / (2000 - drawn[:, 2]), drawn[:, 1] / (2000 - drawn[:, 3]))[
-                0, 1
-            ]
-        )
-        < 0.05
-    )
+    top, left = drawn[:, 0] / (2000 - drawn[:, 2]), drawn[:, 1] / (2000 - drawn[:, 3])
+    assert abs(np.corrcoef(top, left)[0, 1]) < 0.05
 
 
 @pytest.mark.parametrize(
     ("height", "width"), [(300, 60), (60, 300), (101, 7), (8, 100), (100, 8), (1, 1), (1, 9)]
 )
-def test_what_fits_nowhere_falls_back_as_torchvision(height, width):
-    crop = Crop(scale=[1.0, 1.0]) if height != width else Crop(scale=[4.0, 4.0])  # no try fits
+def test_the_fallback_is_torchvisions(height, width):
+    crop = Crop(scale=[1.0, 1.0]) if height != width else Crop(scale=[4.0, 4.0])  # no attempt fits
     assert np.array_equal(boxes(crop, height, width, 3), torchvision_boxes(crop, height, width, 3))
 
 
 def test_a_whole_image_within_the_ratio_falls_back_to_itself():
-    assert crops.draw(Crop(scale=[4.0, 4.0]), 0, 0, 0, 0, 100, 120)[:4] == (0, 0, 100, 120)
+    assert crops.draw_box(Crop(scale=[4.0, 4.0]), 0, 0, 0, 0, 100, 120)[:4] == (0, 0, 100, 120)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (1, 1), (2, 50), (375, 500)])
@@ -125,10 +119,11 @@ def test_a_box_is_inside_the_image(height, width):
     assert (left + wide).max() <= width
 
 
-def test_a_flip_is_as_likely_as_the_recipe_says():
+def test_a_flip_has_the_probability_of_the_recipe():
     def flips(probability):
         return [
-            crops.draw(Crop(flip=probability), 0, 0, index, 0, 40, 40).flip for index in range(4000)
+            crops.draw_box(Crop(flip=probability), 0, 0, index, 0, 40, 40).flip
+            for index in range(4000)
         ]
 
     assert not any(flips(0.0))
@@ -136,11 +131,11 @@ def test_a_flip_is_as_likely_as_the_recipe_says():
     assert np.mean(flips(0.3)) == pytest.approx(0.3, abs=0.025)  # 3.5 standard deviations
 
 
-def test_a_box_depends_on_its_name_alone():
-    box = crops.draw(Crop(), 1, 2, 3, 4, 300, 400)
-    assert box == crops.draw(Crop(), 1, 2, 3, 4, 300, 400)
-    for name in [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)]:
-        assert crops.draw(Crop(), *name, 300, 400)[:4] != box[:4]
+def test_a_box_depends_on_seed_epoch_index_and_view_alone():
+    box = crops.draw_box(Crop(), 1, 2, 3, 4, 300, 400)
+    assert box == crops.draw_box(Crop(), 1, 2, 3, 4, 300, 400)
+    for key in [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)]:
+        assert crops.draw_box(Crop(), *key, 300, 400)[:4] != box[:4]
 
 
 @pytest.mark.parametrize(
@@ -162,22 +157,21 @@ def test_a_box_depends_on_its_name_alone():
         {"antialias": False, "crop_sampler": "clipped"},
     ],
 )
-def test_a_batch_is_cut_as_its_images_one_by_one(interpolation, size, device, options):
+def test_a_batch_is_cropped_like_its_images_one_by_one(interpolation, size, device, options):
     crop = Crop(size=size, interpolation=interpolation, scale=[0.05, 1.0], **options)
     sizes = np.array([[32, 32], [20, 31], [32, 9], [1, 1], [13, 32]] * 8)
     images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
     expected = []
     for row, (height, width) in enumerate(sizes.tolist()):
         images[row, :, :height, :width] = image(height, width)
-        box = crops.draw(crop, 1, 2, 10 + row, 3, height, width)
+        box = crops.draw_box(crop, 1, 2, 10 + row, 3, height, width)
         expected.append(crops.apply(images[row, :, :height, :width], box, crop))
-    drawn = crops.boxes(crop, 1, 2, np.arange(10, 50), 3, sizes)
+    drawn = crops.draw_boxes(crop, 1, 2, np.arange(10, 50), 3, sizes)
     assert drawn[:, 4].min() == 0 and drawn[:, 4].max() == 1
     views = crops.apply_to_batch(images.to(device), drawn, crop).cpu()
     difference = (views.int() - torch.stack(expected).int()).abs()
-    assert (
-        difference.max() <= 1 and (difference > 0).float().mean() < 0.002
-    )  # halves are rounded either way
+    # Halves may be rounded up or down.
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -185,7 +179,7 @@ def test_a_batch_is_cut_as_its_images_one_by_one(interpolation, size, device, op
 @pytest.mark.parametrize(
     ("size", "crop_ratio", "resized"), [(224, 0.875, 256), (32, 1.0, 32), (96, 0.875, 110)]
 )
-def test_evaluation_sees_the_resized_centre(
+def test_evaluation_takes_the_resized_center(
     interpolation, height, width, size, crop_ratio, resized
 ):
     transform = v2.Compose(
@@ -202,7 +196,7 @@ def test_evaluation_sees_the_resized_centre(
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(40, 901), (901, 37), (16, 1000), (3, 250)])
 @pytest.mark.parametrize(("size", "crop_ratio", "resized"), [(32, 0.875, 37), (24, 1.0, 24)])
-def test_evaluation_of_a_long_thin_image_sees_nearly_the_resized_centre(
+def test_evaluation_of_a_long_thin_image_takes_nearly_the_resized_center(
     interpolation, height, width, size, crop_ratio, resized
 ):
     smooth = F.resize(
@@ -214,14 +208,10 @@ def test_evaluation_of_a_long_thin_image_sees_nearly_the_resized_centre(
             v2.CenterCrop(size),
         ]
     )
-    difference = (
-        (crops.evaluate(smooth, size, crop_ratio, interpolation).int() - transform(smooth).int())
-        .abs()
-        .float()
-    )
-    assert (
-        difference.mean() < 1 and difference.max() <= 8
-    )  # of 255: the scale along the longer side is rounded
+    view = crops.evaluate(smooth, size, crop_ratio, interpolation)
+    difference = (view.int() - transform(smooth).int()).abs().float()
+    # In gray levels. The scale along the longer side is rounded.
+    assert difference.mean() < 1 and difference.max() <= 8
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 40_000), (30_000, 2), (5, 9_000)])

@@ -47,19 +47,11 @@ def _decode_all(samples: Samples, num_threads: int) -> list[tuple[int, int]]:
     decoders: list[decode.Decoder] = []
     functions = decode.functions(decode.library())
     handles = [os.open(path, os.O_RDONLY) for path in samples.paths]
-    stored = decode.Stored(
-        np.array(handles, np.int32),
-        samples.file,
-        samples.place,
-        samples.length,
-        samples.mode,
-        samples.height,
-        samples.width,
-    )
+    stored = decode.pack_stored(samples, handles)
 
     def decode_one(index: int) -> tuple[int, int]:
         if not hasattr(local, "decoder"):
-            local.decoder, local.scratch = decode.Decoder(), decode.scratch_for(samples, [])
+            local.decoder, local.scratch = decode.Decoder(), decode.allocate_scratch(samples, [])
             decoders.append(local.decoder)
         outcome = decode.decode(functions, stored, index, local.decoder.handle, local.scratch)
         return int(outcome), zlib.crc32(local.scratch.compressed[: samples.length[index]])

@@ -1,14 +1,18 @@
-"""Stored images -> all their views, in machine code and without Python's lock: each image is read once and decoded once.
+"""Read a stored image and make all its views, in compiled code and without Python's lock.
 
-FFCV brings libturbojpeg, and this calls it there with a decoder of its own for each thread. FFCV's own call, imdecode,
-does the same but keeps two decoders for every thread that ever lived, and answers with one number for a harmless
-warning and a destroyed image; its fast DCT would also part our pixels from Pillow's and torchvision's, to save 4 %.
+Each image is read and decoded once. FFCV brings libturbojpeg, which is called here directly, with one
+decoder per thread. FFCV's own function, imdecode, does the same but keeps two decoders for every
+thread that ever lived, and returns the same number for a harmless warning and a destroyed image. Its
+fast DCT would also give other pixels than Pillow and torchvision, to save 4 % of the time.
 """
+
+from __future__ import annotations
 
 import ctypes
 import hashlib
 import importlib.util
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -26,17 +30,20 @@ from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import crops, resize
 from ssl_pretrain.views.recipe import Crop
 
-DONE, CUT, NO_JPEG, OTHER_SIZE, DAMAGED = range(5)  # what became of an image
+DONE, CUT, NO_JPEG, OTHER_SIZE, DAMAGED = range(5)  # status of an image after `decode`
 REASONS = {
     NO_JPEG: "not a JPEG",
     OTHER_SIZE: "the JPEG has another size than its entry",
     DAMAGED: "the JPEG is damaged",
 }
-_INSTALL = "install it with `make ffcv`, or `pip install ffcv` where OpenCV and libturbojpeg are (docs/install.md)"
+INSTALL = (
+    "install it with `make ffcv`, or `pip install ffcv` where OpenCV and libturbojpeg are "
+    "(docs/install.md)"
+)
 
 
 class Functions(NamedTuple):
-    """Addresses in this process: compiled code that is kept on disk must not hold any."""
+    """Addresses of C functions in this process. Compiled code that is kept on disk must not hold any."""
 
     pread: int
     header: int
@@ -44,7 +51,7 @@ class Functions(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Where every image lies; arrays of `Samples`. handles: of the open files."""
+    """Where every image is stored: the open files, and arrays of `Samples`."""
 
     handles: np.ndarray
     file: np.ndarray
@@ -56,56 +63,61 @@ class Stored(NamedTuple):
 
 
 class Views(NamedTuple):
-    """The recipe of every view, for compiled code. chances: `crops.chances` of each. begins: where its bytes begin in a batch."""
+    """The recipe of every view, for compiled code."""
 
-    chances: np.ndarray  # float64 (views, 6)
+    chances: np.ndarray  # float64 (views, 6), `crops.chances` of each
     sizes: np.ndarray  # int64 (views,)
     bicubic: np.ndarray  # bool (views,)
     antialias: np.ndarray  # bool (views,)
-    begins: np.ndarray  # int64 (views,)
+    begins: np.ndarray  # int64 (views,), first byte of each view in a batch
 
 
 class Scratch(NamedTuple):
-    """The memory of one thread."""
+    """Buffers of one thread."""
 
     compressed: np.ndarray
     image: np.ndarray
     turned: np.ndarray
-    header: np.ndarray  # int32: width, height, subsampling, colour space
+    header: np.ndarray  # int32: width, height, subsampling, color space
     room: tuple[np.ndarray, ...]
 
 
 def library() -> ctypes.CDLL:
-    """FFCV's, through which its libturbojpeg is reached. Raises ValueError with the install line where there is none."""
-    spec = importlib.util.find_spec(
-        "ffcv"
-    )  # found and not imported: that takes seconds, and OpenCV's Python half
+    """Load FFCV's library, through which its libturbojpeg is reached.
+
+    Raises:
+        ValueError: There is none. The message has the command that installs it.
+    """
+    # FFCV is located but not imported. That would take seconds, and needs OpenCV's Python package.
+    spec = importlib.util.find_spec("ffcv")
     folders = (spec.submodule_search_locations or []) if spec else []
-    found = [path for folder in folders for path in sorted(Path(folder).glob("_libffcv*.so"))]
-    if not found:
+    paths = [path for folder in folders for path in sorted(Path(folder).glob("_libffcv*.so"))]
+    if not paths:
         raise ValueError(
-            f"data.loader: FFCV is not installed; {_INSTALL}, or set data.loader=folder"
+            f"data.loader: FFCV is not installed; {INSTALL}, or set data.loader=folder"
         )
     try:
-        loaded = ctypes.CDLL(str(found[0]))
+        loaded = ctypes.CDLL(str(paths[0]))
         loaded.tjInitDecompress.restype = ctypes.c_void_p
         loaded.tjDestroy.argtypes = [ctypes.c_void_p]
     except (OSError, AttributeError) as error:
         raise ValueError(
-            f"data.loader: FFCV does not load ({error}); {_INSTALL} again, or set data.loader=folder"
+            f"data.loader: FFCV does not load ({error}); {INSTALL} again, or set data.loader=folder"
         ) from None
     return loaded
 
 
 def functions(loaded: ctypes.CDLL) -> Functions:
+    """Return the addresses of the C functions that `decode` calls."""
     calls = (ctypes.CDLL(None).pread, loaded.tjDecompressHeader3, loaded.tjDecompress2)
     return Functions(*(ctypes.cast(call, ctypes.c_void_p).value or 0 for call in calls))
 
 
 class Decoder:
-    """libturbojpeg's decompressor, for one thread. Close it.
+    """libturbojpeg's decompressor, for one thread. Close it, or use it in a `with` statement.
 
-    A header that cannot be read leaves it unable to read any other; a decompression, which fails then, mends it.
+    A header that cannot be read leaves it unable to read any other. A decompression, which fails
+    then, repairs it.
     """
 
     def __init__(self) -> None:
@@ -113,68 +125,93 @@ class Decoder:
         self.handle = self._library.tjInitDecompress()
 
     def agrees(self, content: bytes, width: int, height: int) -> bool:
-        """Whether these bytes are a JPEG of this size that decodes without even a warning."""
+        """Return True if the bytes are a JPEG of this size that decodes without even a warning."""
         size, pixels = (ctypes.c_int * 4)(), np.empty(width * height * 3, np.uint8)
-        at = [ctypes.byref(size, 4 * k) for k in range(4)]
+        fields = [ctypes.byref(size, 4 * k) for k in range(4)]
         handle, length = ctypes.c_void_p(self.handle), ctypes.c_ulong(len(content))
-        unknown = self._library.tjDecompressHeader3(handle, content, length, *at)
+        target = ctypes.c_void_p(pixels.ctypes.data)
+        no_header = self._library.tjDecompressHeader3(handle, content, length, *fields)
         failed = self._library.tjDecompress2(
-            handle, content, length, ctypes.c_void_p(pixels.ctypes.data), width, 0, height, 0, 0
+            handle, content, length, target, width, 0, height, 0, 0
         )
-        return not unknown and not failed and (size[0], size[1]) == (width, height)
+        return not no_header and not failed and (size[0], size[1]) == (width, height)
 
     def close(self) -> None:
+        """Free the decompressor. Idempotent."""
         if self.handle:
             self._library.tjDestroy(self.handle)
         self.handle = None
 
+    def __enter__(self) -> Decoder:
+        return self
 
-def views_of(each: list[Crop], batch: int) -> Views:
-    """The views of `batch` images, one kind after the other in memory: all images' view 0, then view 1, ..."""
-    sizes = np.array([crop.size for crop in each], np.int64)
-    ends = np.cumsum(batch * 3 * sizes**2)
-    chances = np.array([crops.chances(crop) for crop in each])
-    bicubic, antialias = (
-        np.array([crop.interpolation == "bicubic" for crop in each]),
-        np.array([crop.antialias for crop in each]),
-    )
-    return Views(chances, sizes, bicubic, antialias, ends - batch * 3 * sizes**2)
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
 
 
-def scratch_for(samples: Samples, each: list[Crop]) -> Scratch:
-    """Memory for the largest of these images."""
-    tall = -(-samples.height.astype(np.int64) // resize.TILE) * resize.TILE
-    turned_rows = -(-3 * samples.width.astype(np.int64) // resize.TILE) * resize.TILE
-    most = int((tall * turned_rows).max())  # of one image: the tallest and the widest may be two
-    longest = (
-        -(-max(int(samples.height.max()), int(samples.width.max())) // resize.TILE) * resize.TILE
+def pack_stored(samples: Samples, handles: Sequence[int]) -> Stored:
+    """Describe the stored images to compiled code.
+
+    Args:
+        samples: The images.
+        handles: Descriptors of the open files, in the order of `samples.paths`.
+    """
+    columns = (getattr(samples, name) for name in Stored._fields[1:])
+    return Stored(np.array(handles, np.int32), *columns)
+
+
+def pack_views(view_crops: list[Crop], batch_size: int) -> Views:
+    """Describe the views of a batch to compiled code. In memory, all images' view 0 comes first."""
+    sizes = np.array([crop.size for crop in view_crops], np.int64)
+    num_bytes = batch_size * 3 * sizes**2
+    return Views(
+        chances=np.array([crops.chances(crop) for crop in view_crops]),
+        sizes=sizes,
+        bicubic=np.array([crop.interpolation == "bicubic" for crop in view_crops]),
+        antialias=np.array([crop.antialias for crop in view_crops]),
+        begins=np.cumsum(num_bytes) - num_bytes,
     )
-    room = resize.room_for(
-        longest,
-        [crop.size for crop in each] or [1],
-        any(crop.interpolation == "bicubic" for crop in each),
-    )
-    compressed = np.empty(int(samples.length.max()), np.uint8)
+
+
+def allocate_scratch(samples: Samples, view_crops: list[Crop]) -> Scratch:
+    """Allocate buffers for the largest of these images."""
+    heights, widths = samples.height.astype(np.int64), samples.width.astype(np.int64)
+    # The tallest and the widest image may be different ones, so the product is taken per image.
+    num_bytes = int((_whole_tiles(heights) * _whole_tiles(3 * widths)).max())
+    longest_side = int(_whole_tiles(max(heights.max(), widths.max())))
+    sizes = [crop.size for crop in view_crops] or [1]
+    bicubic = any(crop.interpolation == "bicubic" for crop in view_crops)
     return Scratch(
-        compressed, np.zeros(most, np.uint8), np.zeros(most, np.uint8), np.zeros(4, np.int32), room
+        compressed=np.empty(int(samples.length.max()), np.uint8),
+        image=np.zeros(num_bytes, np.uint8),
+        turned=np.zeros(num_bytes, np.uint8),
+        header=np.zeros(4, np.int32),
+        room=resize.room_for(longest_side, sizes, bicubic),
     )
+
+
+def _whole_tiles(counts: np.ndarray) -> np.ndarray:
+    return -(-counts // resize.TILE) * resize.TILE
 
 
 def _foreign(result: types.Type, *parameters: types.Type):
-    """A jitted function (address, (arguments)) that calls the C function at an address known only when it runs."""
+    """Return a jitted function (address, arguments) that calls a C function at an address.
+
+    The address is known only at run time.
+    """
 
     @intrinsic
     def call(_context, address, arguments):
         def codegen(context, builder, signature, values):
             words = cgutils.unpack_tuple(builder, values[1])
             kinds = [context.get_value_type(parameter) for parameter in parameters]
-            given = [
-                context.cast(builder, word, kind, to)
-                for word, kind, to in zip(words, signature.args[1], parameters)
+            casts = [
+                context.cast(builder, word, kind, parameter)
+                for word, kind, parameter in zip(words, signature.args[1], parameters)
             ]
             function_type = ir.FunctionType(context.get_value_type(result), kinds)
-            answer = builder.call(builder.inttoptr(values[0], function_type.as_pointer()), given)
-            return context.cast(builder, answer, result, types.intp)
+            function = builder.inttoptr(values[0], function_type.as_pointer())
+            return context.cast(builder, builder.call(function, casts), result, types.intp)
 
         return types.intp(types.intp, arguments), codegen
 
@@ -182,168 +219,95 @@ def _foreign(result: types.Type, *parameters: types.Type):
 
 
 _pread = _foreign(types.int64, types.int32, types.intp, types.uint64, types.int64)
-_header = _foreign(
-    types.int32,
-    types.intp,
-    types.intp,
-    types.uint64,
-    types.intp,
-    types.intp,
-    types.intp,
-    types.intp,
-)
-_decompress = _foreign(
-    types.int32,
-    types.intp,
-    types.intp,
-    types.uint64,
-    types.intp,
-    types.int32,
-    types.int32,
-    types.int32,
-    types.int32,
-    types.int32,
-)
-
-
-def _sources_of(*modules: ModuleType) -> str:
-    return hashlib.sha256(
-        b"".join(Path(inspect.getfile(module)).read_bytes() for module in modules)
-    ).hexdigest()
+_header = _foreign(types.int32, *[types.intp] * 2, types.uint64, *[types.intp] * 4)
+_decompress = _foreign(types.int32, *[types.intp] * 2, types.uint64, types.intp, *[types.int32] * 5)
 
 
 @njit(nogil=True, cache=True)
 def decode(functions, stored, number, decoder, scratch):
-    """Reads one image into `scratch.image`, RGB, its rows padded to whole tiles; returns what became of it."""
-    length, height, width = (
-        stored.length[number],
-        np.int64(stored.height[number]),
-        np.int64(stored.width[number]),
-    )
-    handle, bytes_at, image_at = (
-        stored.handles[stored.file[number]],
-        scratch.compressed.ctypes.data,
-        scratch.image.ctypes.data,
-    )
-    done = 0
-    while done < length:  # one read gives at most 2 GiB, and may be interrupted
-        got = _pread(
-            functions.pread, (handle, bytes_at + done, length - done, stored.place[number] + done)
-        )
-        if got <= 0:
-            return CUT
-        done += got
+    """Read one image into `scratch.image`, RGB with rows padded to whole tiles, and return its status."""
+    length = stored.length[number]
+    height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
+    if not _read(functions, stored, number, scratch):
+        return CUT
     pitch = resize.padded(3 * width)
     if stored.mode[number] == RAW:
         for row in range(height):
-            scratch.image[row * pitch : row * pitch + 3 * width] = scratch.compressed[
-                row * 3 * width : (row + 1) * 3 * width
-            ]
+            source = scratch.compressed[row * 3 * width : (row + 1) * 3 * width]
+            scratch.image[row * pitch : row * pitch + 3 * width] = source
         return DONE
-    size, size_at = scratch.header, scratch.header.ctypes.data
-    if (
-        _header(
-            functions.header,
-            (decoder, bytes_at, length, size_at, size_at + 4, size_at + 8, size_at + 12),
-        )
-        != 0
-    ):
-        _decompress(
-            functions.decompress, (decoder, bytes_at, length, image_at, width, pitch, height, 0, 0)
-        )  # fails, and so recovers
+    content, size = scratch.compressed.ctypes.data, scratch.header.ctypes.data
+    header = (decoder, content, length, size, size + 4, size + 8, size + 12)
+    image = (decoder, content, length, scratch.image.ctypes.data, width, pitch, height, 0, 0)
+    if _header(functions.header, header) != 0:
+        _decompress(functions.decompress, image)  # fails, and so repairs the decoder
         return NO_JPEG
-    if size[0] != width or size[1] != height:
+    if scratch.header[0] != width or scratch.header[1] != height:
         return OTHER_SIZE
-    if (
-        _decompress(
-            functions.decompress, (decoder, bytes_at, length, image_at, width, pitch, height, 0, 0)
-        )
-        != 0
-    ):
-        return DAMAGED  # by a warning too: what was written here gave none
+    if _decompress(functions.decompress, image) != 0:
+        return DAMAGED  # even if it is only a warning: the writer stored no image with one
     return DONE
 
 
-def _compiled(sources: str):
-    """numba keeps `make` on disk for as long as this file is the same; `sources`, in its closure, adds the files it calls."""
+@njit(nogil=True)
+def _read(functions, stored, number, scratch):
+    """Read the bytes of one image into `scratch.compressed`. Return False if the file ends early."""
+    length, place = stored.length[number], stored.place[number]
+    handle, target = stored.handles[stored.file[number]], scratch.compressed.ctypes.data
+    done = 0
+    while done < length:  # one call reads at most 2 GiB, and may be interrupted
+        count = _pread(functions.pread, (handle, target + done, length - done, place + done))
+        if count <= 0:
+            return False
+        done += count
+    return True
+
+
+@njit(nogil=True)
+def _write_views(stored, views, number, seed, epoch, index, row, scratch, batch):
+    """Write the views of the image in `scratch`, drawn as those of `index`, to a row of the batch."""
+    height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
+    tall, wide = resize.padded(height), resize.padded(3 * width)
+    resize.turn(scratch.image, wide, height, 3 * width, scratch.turned, tall)
+    for view in range(len(views.sizes)):
+        box = crops.box_at(views.chances[view], (seed, epoch, index, view), height, width)
+        size, bicubic = views.sizes[view], views.bicubic[view]
+        place = views.begins[view] + row * 3 * size * size
+        out = batch[place : place + 3 * size * size]
+        if views.antialias[view]:
+            resize.write_view(scratch.turned, tall, box, size, bicubic, scratch.room, out)
+        else:
+            resize.write_plain_view(scratch.turned, tall, box, size, bicubic, out)
+
+
+def _compile(sources: str):
+    """Compile `make`, which numba keeps on disk for as long as this file is the same.
+
+    Args:
+        sources: Digest of the files that `make` calls. In its closure it makes numba compile again
+            when one of them changes.
+    """
 
     @njit(nogil=True, cache=True)
-    def make(
-        functions,
-        stored,
-        views,
-        numbers,
-        indices,
-        first_row,
-        seed,
-        epoch,
-        decoder,
-        scratch,
-        batch,
-        status,
-    ):
-        """Writes the views of images `numbers`, drawn as those of `indices`, to the rows of `batch` from `first_row` on."""
+    def make(inputs, numbers, indices, first_row, seed, epoch, decoder, scratch, batch, status):
+        """Write the views of images `numbers`, drawn as those of `indices`, from `first_row` on."""
         assert sources
+        functions, stored, views = inputs
         for row in range(len(numbers)):
             number = numbers[row]
             status[row] = decode(functions, stored, number, decoder, scratch)
-            if status[row] != DONE:
-                continue
-            height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
-            tall = resize.padded(height)
-            resize.turn(
-                scratch.image, resize.padded(3 * width), height, 3 * width, scratch.turned, tall
-            )
-            for view in range(len(views.sizes)):
-                low, high, low_ratio, high_ratio, flip, sampler = views.chances[view]
-                box = crops.box_at(
-                    low,
-                    high,
-                    low_ratio,
-                    high_ratio,
-                    flip,
-                    sampler,
-                    seed,
-                    epoch,
-                    indices[row],
-                    view,
-                    height,
-                    width,
+            if status[row] == DONE:
+                place = first_row + row
+                _write_views(
+                    stored, views, number, seed, epoch, indices[row], place, scratch, batch
                 )
-                top, left, box_height, box_width, flipped = box
-                size = views.sizes[view]
-                place = views.begins[view] + (first_row + row) * 3 * size * size
-                out = batch[place : place + 3 * size * size]
-                bicubic = views.bicubic[view]
-                if views.antialias[view]:
-                    resize.write_view(
-                        scratch.turned,
-                        tall,
-                        top,
-                        left,
-                        box_height,
-                        box_width,
-                        flipped,
-                        size,
-                        bicubic,
-                        scratch.room,
-                        out,
-                    )
-                else:
-                    resize.write_plain_view(
-                        scratch.turned,
-                        tall,
-                        top,
-                        left,
-                        box_height,
-                        box_width,
-                        flipped,
-                        size,
-                        bicubic,
-                        out,
-                    )
 
     return make
 
 
-make = _compiled(_sources_of(rng, crops, resize))
+def _digest_sources(*modules: ModuleType) -> str:
+    sources = (Path(inspect.getfile(module)).read_bytes() for module in modules)
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
+make = _compile(_digest_sources(rng, crops, resize))

@@ -1,9 +1,12 @@
-"""Threads that make batches ahead of the trainer, in one ring of memory. What goes wrong in one of them is the trainer's at once.
+"""Threads of compiled code that make batches of crops ahead of the trainer, in one ring of memory.
 
-A batch is one flat piece of memory, filled row by row by whichever thread is free, and used again when the trainer is done
-with it: nothing is allocated from step to step. On a GPU the ring is pinned and each batch, as soon as its last row is
-written, is sent on a stream of its own while the trainer computes.
+A batch is one flat piece of memory. Whichever thread is free fills its next rows, and the memory is
+used again when the trainer is done with the batch, so nothing is allocated from step to step. On a
+GPU the ring is pinned. Each batch is sent on a stream of its own as soon as its last row is written,
+while the trainer computes. An error in a thread is raised in the trainer at once.
 """
+
+from __future__ import annotations
 
 import os
 import threading
@@ -11,333 +14,352 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.data import replacement
-from ssl_pretrain.data.beton.file import Samples
+from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.chunks import Chunk, ChunkRequest
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.order import BLOCK, Plan
-from ssl_pretrain.data.workers import Chunk, Job, irreplaceable
+from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.views.recipe import Crop
 
-_ROWS = 16  # images that a thread makes at a time, at most: some tens of milliseconds, in which it hears nothing
-_LOOK_SECONDS = 1.0  # between looks at whether the threads live
-_JOIN_SECONDS = 60.0
+# A thread makes at most this many images at a time. That takes some tens of milliseconds, in which it
+# does not notice a request to stop.
+MAX_ROWS = 16
+POLL_SECONDS = 1.0  # interval between checks that the threads are alive
+JOIN_SECONDS = 60.0
+
+
+@dataclass
+class _Slot:
+    """Memory of one batch in the ring. It may be filled after the event, when the GPU has read it."""
+
+    pixels: Tensor
+    free_after: torch.cuda.Event | None = None
 
 
 @dataclass
 class _Batch:
-    """One job on its way. rows_taken, rows_made: by the threads. sent: on the device, with the event that says so."""
+    """One request in progress.
 
-    slot: Tensor
-    free_after: Any  # an event: what the slot held before has left for the GPU
-    epoch: int
-    indices: np.ndarray
-    step: int
+    Attributes:
+        request: The images.
+        slot: Memory for their crops.
+        labels: int64 (n,).
+        rows_begun: Rows that threads have begun.
+        rows_done: Rows that are finished.
+        seconds: Sum of the threads' time.
+        replacements: The images that could not be decoded, with their rows.
+        on_device: The pixels on the GPU, and the event after which they are there.
+        ready: The trainer may take the batch.
+    """
+
+    request: ChunkRequest
+    slot: _Slot
     labels: np.ndarray
-    rows_taken: int = 0
-    rows_made: int = 0
+    rows_begun: int = 0
+    rows_done: int = 0
     seconds: float = 0.0
-    replaced: list[tuple[int, str, str]] = field(default_factory=list)
-    sent: tuple[Tensor, Any] | None = None
+    replacements: list[tuple[int, Replacement]] = field(default_factory=list)
+    on_device: tuple[Tensor, torch.cuda.Event] | None = None
     ready: bool = False
 
+    def __len__(self) -> int:
+        return len(self.request.indices)
 
-class Threads:
-    """The threads of one rank. `take` starts them; `close` ends them, and gives back files, memory and decoders.
 
-    Args:
-        samples: the stored images.
-        each: the recipe of every view.
-        plan: the order of the run; each job is a batch of it.
-        num_threads: at least one.
-        num_ahead: batches made before they are asked for.
-        device: where the pixels are to be.
-    """
+class ThreadPool:
+    """The threads of one rank. `take` starts them. `close` ends them and releases files and memory."""
 
     def __init__(
         self,
-        samples: Samples,
-        each: list[Crop],
+        source: Beton,
+        view_crops: list[Crop],
         plan: Plan,
         num_threads: int,
         num_ahead: int,
         device: torch.device,
     ):
-        self._samples, self._each, self._plan, self._device = samples, each, plan, device
-        self._batch_size = batch_size = plan.global_batch_size // plan.world_size
-        self._num_threads = max(1, num_threads)
-        self._rows = max(1, min(_ROWS, -(-batch_size // self._num_threads)))
-        self._functions = decode.functions(decode.library())
-        self._views = decode.views_of(each, batch_size)
-        self._shapes = [torch.Size((3, crop.size, crop.size)) for crop in each]
-        self._num_slots = num_ahead + 1
-        self._slots: list[Tensor] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._handles: list[int] = []
+        """Prepare the threads.
+
+        Args:
+            source: The images.
+            view_crops: The recipe of every view.
+            plan: The order of the run. Each request is a whole batch of it.
+            num_threads: Number of threads, at least one is started.
+            num_ahead: Batches that are made before they are needed.
+            device: Device of the pixels.
+        """
+        self.source, self.view_crops, self.plan, self.device = source, view_crops, plan, device
+        self.num_threads = max(1, num_threads)
+        self.rows_at_once = max(1, min(MAX_ROWS, -(-plan.local_batch_size // self.num_threads)))
+        self.functions = decode.functions(decode.library())
+        self.views = decode.pack_views(view_crops, plan.local_batch_size)
+        self.shapes = [torch.Size((3, crop.size, crop.size)) for crop in view_crops]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.buffers: list[Tensor] = []
+        self.files: list[int] = []
+        self._num_buffers = num_ahead + 1
         self._run: _Run | None = None
 
-    def take(self, jobs: Iterable[Job]) -> Iterator[Chunk]:
-        """The batch of each job, in their order. The threads begin at once; a new call ends those of the one before.
+    def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
+        """Return the batch of each request in order. The threads begin at once.
 
-        The pixels of a batch are valid until the next one is asked for.
+        A new call ends the threads of the one before. The pixels of a batch are valid until the next
+        one is taken.
         """
-        self._end()
-        if not self._slots:
-            total = self._batch_size * sum(shape.numel() for shape in self._shapes)
-            pinned = self._device.type == "cuda"
-            self._slots = [
-                torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
-                for _ in range(self._num_slots)
+        self._stop()
+        if not self.buffers:
+            num_bytes = self.plan.local_batch_size * sum(shape.numel() for shape in self.shapes)
+            pinned = self.device.type == "cuda"
+            self.buffers = [
+                torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+                for _ in range(self._num_buffers)
             ]
-        if not self._handles:
-            self._handles = [
-                os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                for path in self._samples.paths
-            ]
-        self._run = _Run(self, iter(jobs))
+        if not self.files:
+            flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+            self.files = [os.open(path, flags) for path in self.source.samples.paths]
+        self._run = _Run(self, self._prefetch(requests) if self.plan.window else iter(requests))
         return self._run.chunks()
 
-    def expect(self, blocks: np.ndarray) -> None:
-        """Asks the system to read these blocks of `order.BLOCK` images into memory, and does not wait. blocks: their first images."""
-        samples = self._samples
-        for first in blocks.tolist():
-            last = min(first + BLOCK, len(samples)) - 1
-            while samples.file[last] != samples.file[first]:  # the next shard's
-                last -= 1
-            begin, end = int(samples.place[first]), int(samples.place[last] + samples.length[last])
-            os.posix_fadvise(
-                self._handles[samples.file[first]], begin, end - begin, os.POSIX_FADV_WILLNEED
-            )
-
     def close(self) -> None:
-        self._end()
-        while self._handles:
-            os.close(self._handles.pop())
-        self._slots = []
+        self._stop()
+        while self.files:
+            os.close(self.files.pop())
+        self.buffers = []
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         run, self._run = self._run, None
         if run is not None:
             run.stop()
 
+    def _prefetch(self, requests: Iterable[ChunkRequest]) -> Iterator[ChunkRequest]:
+        """Yield the requests. At the first of a window let the system read the next window."""
+        prefetched: list[int] = []
+        for request in requests:
+            blocks = self.plan.next_blocks(request.step).tolist()
+            if blocks != prefetched:
+                prefetched = blocks
+                for first in blocks:
+                    self._advise(first)
+            yield request
+
+    def _advise(self, first: int) -> None:
+        """Ask the system to read a block of images into memory, without waiting for it."""
+        samples = self.source.samples
+        last = min(first + BLOCK, len(samples)) - 1
+        while samples.file[last] != samples.file[first]:  # the block ends in the next shard
+            last -= 1
+        begin, end = int(samples.place[first]), int(samples.place[last] + samples.length[last])
+        file = self.files[samples.file[first]]
+        os.posix_fadvise(file, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
 
 class _Run:
-    """From one start to its end. `changed` guards everything that threads and trainer share."""
+    """The threads from one start to their end. `changed` guards what they share with the trainer."""
 
-    def __init__(self, owner: Threads, jobs: Iterator[Job]):
-        self.owner, self.jobs = owner, jobs
-        samples = owner._samples
-        self.stored = decode.Stored(
-            np.array(owner._handles, np.int32),
-            samples.file,
-            samples.place,
-            samples.length,
-            samples.mode,
-            samples.height,
-            samples.width,
-        )
+    def __init__(self, pool: ThreadPool, requests: Iterator[ChunkRequest]):
+        self.pool, self.requests = pool, requests
+        self.stored = decode.pack_stored(pool.source.samples, pool.files)
         self.changed = threading.Condition()
         self.stopping = False
         self.error: BaseException | None = None
-        self.free: deque[tuple[Tensor, Any]] = deque((slot, None) for slot in owner._slots)
-        self.batches: deque[_Batch] = (
-            deque()
-        )  # in the order of the jobs; the last one may have rows that nobody took
+        self.free = deque(_Slot(pixels) for pixels in pool.buffers)
+        # In the order of the requests. Only the last one may have rows that no thread has begun.
+        self.batches: deque[_Batch] = deque()
         self.threads = [
-            threading.Thread(target=self._work, name=f"views-{n}", daemon=True)
-            for n in range(owner._num_threads)
+            threading.Thread(target=self._work, name=f"views-{number}", daemon=True)
+            for number in range(pool.num_threads)
         ]
         for thread in self.threads:
             thread.start()
 
     def stop(self) -> None:
+        """Stop the threads and wait for them.
+
+        Raises:
+            RuntimeError: The disk does not answer.
+        """
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
         for thread in self.threads:
-            thread.join(_JOIN_SECONDS)  # each ends after the few rows that it is at
+            thread.join(JOIN_SECONDS)  # each finishes its few rows
         if any(thread.is_alive() for thread in self.threads):
-            where = self.owner._samples.paths[0]
             raise RuntimeError(
-                f"{where}: reading has not come back for {_JOIN_SECONDS:.0f} s; its disk does not answer"
+                f"{self.pool.source.where}: a read has not returned for {JOIN_SECONDS:.0f} s; "
+                "its disk does not answer"
             )
-        if self.owner._stream is not None:
-            self.owner._stream.synchronize()  # the ring may be used again
+        if self.pool.stream is not None:
+            self.pool.stream.synchronize()  # the ring may be used again
 
     def chunks(self) -> Iterator[Chunk]:
-        while True:
-            batch = self._next()
-            if batch is None:
-                return
-            pixels, event = batch.slot, None
-            if batch.sent is not None:
-                pixels, event = batch.sent
-                torch.cuda.current_stream(self.owner._device).wait_event(event)
-                pixels.record_stream(torch.cuda.current_stream(self.owner._device))
-            replaced = [(name, message) for _, name, message in sorted(batch.replaced)]
-            yield Chunk(pixels, self.owner._shapes, batch.labels, replaced, batch.seconds)
+        """Yield the batches, and give the memory of each back to the threads."""
+        while (batch := self._wait_for_batch()) is not None:
+            pixels, event = batch.slot.pixels, None
+            if batch.on_device is not None:
+                pixels, event = batch.on_device
+                current = torch.cuda.current_stream(self.pool.device)
+                current.wait_event(event)
+                pixels.record_stream(current)
+            replacements = [replacement for _, replacement in sorted(batch.replacements)]
+            yield Chunk(pixels, self.pool.shapes, batch.labels, replacements, batch.seconds)
             with self.changed:
-                self.free.append((batch.slot, event))
+                self.free.append(_Slot(batch.slot.pixels, event))
                 self.changed.notify_all()
 
-    def _next(self) -> _Batch | None:
+    def _wait_for_batch(self) -> _Batch | None:
         with self.changed:
-            while True:
-                if self.error is not None:
-                    raise self.error
-                if self.stopping:  # what was ready lies in slots that are no longer this run's
+            while self.error is None:
+                if self.stopping:  # batches that are ready lie in memory of the next run
                     return None
                 if self.batches and self.batches[0].ready:
                     return self.batches.popleft()
                 if not any(thread.is_alive() for thread in self.threads):
-                    assert not self.batches, "threads end when the jobs do, or with an error"
+                    assert not self.batches, "threads end after all requests, or with an error"
                     return None
-                self.changed.wait(_LOOK_SECONDS)
+                self.changed.wait(POLL_SECONDS)
+            raise self.error
 
     def _work(self) -> None:
-        decoder = None
         try:
-            decoder = decode.Decoder()
-            scratch = decode.scratch_for(self.owner._samples, self.owner._each)
-            while (work := self._take_rows()) is not None:
-                self._make(*work, decoder, scratch)
+            with decode.Decoder() as decoder:
+                scratch = decode.allocate_scratch(self.pool.source.samples, self.pool.view_crops)
+                while (rows := self._begin_rows()) is not None:
+                    self._make_rows(*rows, _Thread(decoder, scratch))
         except BaseException as error:
             with self.changed:
                 self.error = self.error or error
                 self.stopping = True
-                self.changed.notify_all()
         finally:
-            if decoder is not None:
-                decoder.close()
             with self.changed:
                 self.changed.notify_all()
 
-    def _take_rows(self) -> tuple[_Batch, int, int] | None:
-        """Rows of a batch that nobody has begun; waits while the trainer has every slot."""
+    def _begin_rows(self) -> tuple[_Batch, int, int] | None:
+        """Return a batch and the first and last + 1 of rows that no thread has begun.
+
+        Waits while the trainer has all memory. Returns None at the end.
+        """
         with self.changed:
             while not self.stopping:
                 batch = self.batches[-1] if self.batches else None
-                if batch is None or batch.rows_taken == len(batch.indices):
+                if batch is None or batch.rows_begun == len(batch):
                     if not self.free:
-                        self.changed.wait(_LOOK_SECONDS)
+                        self.changed.wait(POLL_SECONDS)
                         continue
-                    job = next(self.jobs, None)
-                    if job is None:
+                    request = next(self.requests, None)
+                    if request is None:
                         return None
-                    labels = np.empty(len(job.indices), np.int64)
-                    batch = _Batch(*self.free.popleft(), job.epoch, job.indices, job.step, labels)
-                    assert len(batch.indices) == self.owner._batch_size, "every job fills a slot"
+                    labels = np.empty(len(request.indices), np.int64)
+                    batch = _Batch(request, self.free.popleft(), labels)
+                    assert len(batch) == self.pool.plan.local_batch_size, "requests fill a slot"
                     self.batches.append(batch)
-                first = batch.rows_taken
-                batch.rows_taken = min(first + self.owner._rows, len(batch.indices))
-                return batch, first, batch.rows_taken
+                first = batch.rows_begun
+                batch.rows_begun = min(first + self.pool.rows_at_once, len(batch))
+                return batch, first, batch.rows_begun
             return None
 
-    def _make(
-        self, batch: _Batch, first: int, end: int, decoder: decode.Decoder, scratch: decode.Scratch
-    ) -> None:
-        if batch.free_after is not None:
-            batch.free_after.synchronize()
-        began = time.perf_counter()
-        indices = batch.indices[first:end].astype(np.int64)
-        numbers, status = indices.copy(), np.zeros(end - first, np.int8)
-        self._call(batch, numbers, indices, first, decoder, scratch, status)
-        bad = np.flatnonzero(status).tolist()
-        replaced = [
-            self._replace(batch, first + row, int(status[row]), numbers, first, decoder, scratch)
-            for row in bad
-        ]
-        batch.labels[first:end] = self.owner._samples.label[numbers]
+    def _make_rows(self, batch: _Batch, first: int, end: int, thread: _Thread) -> None:
+        if batch.slot.free_after is not None:
+            batch.slot.free_after.synchronize()
+        start = time.perf_counter()
+        indices = batch.request.indices[first:end].astype(np.int64)
+        numbers = indices.copy()
+        status = self._write_rows(batch, numbers, indices, first, thread)
+        replacements = []
+        for row in np.flatnonzero(status).tolist():
+            replacement = self._replace(batch, first + row, int(status[row]), thread)
+            numbers[row] = replacement.number
+            replacements.append((first + row, replacement))
+        batch.labels[first:end] = self.pool.source.samples.label[numbers]
         with self.changed:
-            batch.seconds += time.perf_counter() - began
-            batch.replaced += replaced
-            batch.rows_made += end - first
-            last = batch.rows_made == len(batch.indices)
-        if last:
-            sent = self._send(batch.slot)
+            batch.seconds += time.perf_counter() - start
+            batch.replacements += replacements
+            batch.rows_done += end - first
+            complete = batch.rows_done == len(batch)
+        if complete:
+            on_device = self._upload(batch.slot.pixels)
             with self.changed:
-                batch.sent, batch.ready = sent, True
+                batch.on_device, batch.ready = on_device, True
                 self.changed.notify_all()
 
-    def _call(
-        self,
-        batch: _Batch,
-        numbers,
-        indices,
-        first: int,
-        decoder: decode.Decoder,
-        scratch: decode.Scratch,
-        status,
-    ) -> None:
+    def _write_rows(
+        self, batch: _Batch, numbers: np.ndarray, indices: np.ndarray, first: int, thread: _Thread
+    ) -> np.ndarray:
+        """Write the crops of images `numbers`, drawn as those of `indices`, and return their status."""
+        pool, status = self.pool, np.zeros(len(numbers), np.int8)
         decode.make(
-            self.owner._functions, self.stored, self.owner._views, numbers, indices, first, self.owner._plan.seed, batch.epoch,
-            decoder.handle, scratch, batch.slot.numpy(), status,
-        )  # fmt: skip
+            (pool.functions, self.stored, pool.views),
+            numbers,
+            indices,
+            first,
+            pool.plan.seed,
+            batch.request.epoch,
+            thread.decoder.handle,
+            thread.scratch,
+            batch.slot.pixels.numpy(),
+            status,
+        )
+        return status
 
-    def _replace(
-        self,
-        batch: _Batch,
-        row: int,
-        reason: int,
-        numbers: np.ndarray,
-        first: int,
-        decoder: decode.Decoder,
-        scratch: decode.Scratch,
-    ) -> tuple[int, str, str]:
-        """Puts another image in the place of one that cannot be decoded, the one that the folder loader takes; (row, file, message)."""
-        samples, index = self.owner._samples, batch.indices[row : row + 1].astype(np.int64)
+    def _replace(self, batch: _Batch, row: int, status: int, thread: _Thread) -> Replacement:
+        """Put the image that worker processes would choose in the place of one that is unreadable."""
+        pool, index = self.pool, batch.request.indices[row : row + 1].astype(np.int64)
         unreadable = int(index[0])
-        if reason == decode.CUT:
+        if status == decode.CUT:
             self._explain_cut(unreadable)
 
-        def readable(number: int) -> bool:
-            became = decode.decode(
-                self.owner._functions, self.stored, number, decoder.handle, scratch
+        def try_read(number: int) -> bool:
+            status = decode.decode(
+                pool.functions, self.stored, number, thread.decoder.handle, thread.scratch
             )
-            if became == decode.CUT:
+            if status == decode.CUT:
                 self._explain_cut(number)
-            return bool(became == decode.DONE)
+            return bool(status == decode.DONE)
 
-        message = f"{samples.name(unreadable)}: {decode.REASONS[reason]}"
-        taken = replacement.spare(self.owner._plan, batch.step, row, readable)
-        if taken is None:
-            raise ValueError(irreplaceable(message, samples.paths[0], len(samples)))
-        status = np.zeros(1, np.int8)
-        self._call(batch, np.array([taken]), index, row, decoder, scratch, status)
-        assert status[0] == decode.DONE, "it could be decoded a moment ago"
-        numbers[row - first] = taken
-        return row, samples.name(unreadable), f"{message}; {samples.name(taken)} takes its place"
+        reason = f"{pool.source.name(unreadable)}: {decode.REASONS[status]}"
+        spare = find_spare(pool.plan, batch.request.step, row, try_read)
+        replacement = Replacement.create(pool.source, unreadable, reason, spare)
+        written = self._write_rows(batch, np.array([replacement.number]), index, row, thread)
+        assert written[0] == decode.DONE, "try_read has just decoded it"
+        return replacement
 
     def _explain_cut(self, number: int) -> None:
-        """Read the image's bytes again to name the cause.
+        """Read the image's bytes again to find the cause.
 
         Raises:
             ValueError: The file has become shorter since the run began.
             OSError: The disk does not answer.
         """
-        samples = self.owner._samples
-        handle = self.owner._handles[samples.file[number]]
+        samples = self.pool.source.samples
+        file = self.pool.files[samples.file[number]]
         try:
-            got = len(os.pread(handle, int(samples.length[number]), int(samples.place[number])))
+            content = os.pread(file, int(samples.length[number]), int(samples.place[number]))
         except OSError as error:
             raise OSError(error.errno, error.strerror, samples.name(number)) from None
-        missing = samples.length[number] - got
+        missing = samples.length[number] - len(content)
         raise ValueError(
-            f"data.root: {samples.name(number)}: the file ends {missing:,} bytes before the image does, and it did not when the run "
-            "began; copy it again, then start the run again"
+            f"data.root: {samples.name(number)}: the file ends {missing:,} bytes before the image "
+            "does, and it did not when the run began; copy it again, then start the run again"
         )
 
-    def _send(self, slot: Tensor) -> tuple[Tensor, Any] | None:
-        stream = self.owner._stream
+    def _upload(self, pixels: Tensor) -> tuple[Tensor, torch.cuda.Event] | None:
+        stream = self.pool.stream
         if stream is None:
             return None
-        with torch.cuda.device(self.owner._device), torch.cuda.stream(stream):
-            pixels = slot.to(self.owner._device, non_blocking=True)
+        with torch.cuda.device(self.pool.device), torch.cuda.stream(stream):
+            on_device = pixels.to(self.pool.device, non_blocking=True)
             event = torch.cuda.Event()
             event.record(stream)
-        return pixels, event
+        return on_device, event
+
+
+@dataclass(frozen=True)
+class _Thread:
+    """What one thread decodes with."""
+
+    decoder: decode.Decoder
+    scratch: decode.Scratch

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.views import color
+from ssl_pretrain.views import color, color_parameters
+from ssl_pretrain.views.color_parameters import ColorParameters, draw_colors
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 SIMCLR = Crop(
@@ -26,7 +27,12 @@ SIMCLR = Crop(
     blur=0.5,
     blur_kernel=23,
 )
-ORDER = (color.BRIGHTNESS, color.CONTRAST, color.SATURATION, color.HUE)
+ORDER = (
+    color_parameters.BRIGHTNESS,
+    color_parameters.CONTRAST,
+    color_parameters.SATURATION,
+    color_parameters.HUE,
+)
 
 
 def batch(n: int, seed: int = 0) -> Tensor:
@@ -39,17 +45,17 @@ def batch(n: int, seed: int = 0) -> Tensor:
     )
 
 
-def parameters(n: int) -> color.Parameters:
+def parameters(n: int) -> ColorParameters:
     """SimCLR's, drawn as in a run, with one order for all."""
-    drawn = color.draw(SIMCLR, 0, 0, np.arange(n), 0)
+    drawn = draw_colors(SIMCLR, 0, 0, np.arange(n), 0)
     return replace(drawn, order=np.tile(np.array(ORDER), (n, 1)))
 
 
-def ours(pixels: Tensor, drawn: color.Parameters) -> Tensor:
+def ours(pixels: Tensor, drawn: ColorParameters) -> Tensor:
     return color.apply(pixels, drawn, SIMCLR, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
 
 
-def kornias(pixels: Tensor, drawn: color.Parameters) -> Tensor:
+def kornias(pixels: Tensor, drawn: ColorParameters) -> Tensor:
     """Kornia's functions on the images each was drawn for, as its augmentations select and put back."""
     from kornia import enhance, filters
     from kornia.color import rgb_to_grayscale
@@ -60,11 +66,11 @@ def kornias(pixels: Tensor, drawn: color.Parameters) -> Tensor:
     chosen = images[jitter]
     for operation in ORDER:
         factor = factors[:, operation]
-        if operation == color.BRIGHTNESS:
+        if operation == color_parameters.BRIGHTNESS:
             chosen = enhance.adjust_brightness_accumulative(chosen, factor)
-        elif operation == color.CONTRAST:
+        elif operation == color_parameters.CONTRAST:
             chosen = enhance.adjust_contrast_with_mean_subtraction(chosen, factor)
-        elif operation == color.SATURATION:
+        elif operation == color_parameters.SATURATION:
             chosen = enhance.adjust_saturation_with_gray_subtraction(chosen, factor)
         else:
             chosen = enhance.adjust_hue(chosen, factor * 2 * torch.pi)

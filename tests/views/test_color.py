@@ -1,3 +1,5 @@
+"""Colors equal torchvision's functions, and their random numbers have the stated distributions."""
+
 from dataclasses import fields
 
 import numpy as np
@@ -7,23 +9,27 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ssl_pretrain.views import color
-from ssl_pretrain.views.color import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from ssl_pretrain.views import color, color_torch
+from ssl_pretrain.views.color_parameters import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    ColorParameters,
+    draw_colors,
+)
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 pytestmark = pytest.mark.promise
 
-CHANCE = 1e-4  # how often right draws would fail a test: small, as there are many; the seeds are fixed, so a pass stays one
-TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # of pixels in [0, 1]: a hundred roundings of float32
+# Probability that a statistical test fails for a correct distribution. It is small, as there are
+# many tests. The seeds are fixed, so a test that passes once always passes.
+CHANCE = 1e-4
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}  # for pixels in [0, 1], a hundred roundings of float32
 PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and std that change nothing
-JITTER = {
-    "jitter": 0.8,
-    "brightness": 0.8,
-    "contrast": 0.8,
-    "saturation": 0.8,
-    "hue": 0.2,
-}  # SimCLR's
-EVERYTHING = JITTER | {"grayscale": 0.2, "blur": 0.5, "solarize": 0.2}
+STRENGTHS = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+SIMCLR_JITTER = STRENGTHS | {"jitter": 0.8}
+EVERYTHING = SIMCLR_JITTER | {"grayscale": 0.2, "blur": 0.5, "solarize": 0.2}
 ADJUST = {
     BRIGHTNESS: F.adjust_brightness,
     CONTRAST: F.adjust_contrast,
@@ -33,7 +39,11 @@ ADJUST = {
 
 
 def images(n: int, size: int = 16) -> torch.Tensor:
-    """Noise, and in front of it the corners of the colour cube and two greys, where hue and saturation are singular."""
+    """Return noise, uint8 (n, 3, size, size).
+
+    The first image begins with the corners of the color cube and two grays, where hue and
+    saturation are singular. The second is gray, and the third is white.
+    """
     noise = torch.randint(
         0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -42,7 +52,7 @@ def images(n: int, size: int = 16) -> torch.Tensor:
         [128, 128, 128],
     ]
     noise[0].view(3, -1)[:, :10] = torch.tensor(corners, dtype=torch.uint8).T
-    noise[1] = noise[1, :1]  # grey all over
+    noise[1] = noise[1, :1]
     noise[2] = 255
     return noise
 
@@ -51,15 +61,17 @@ def floats(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(torch.float32) / 255
 
 
-def drawn(crop: Crop, n: int, seed: int = 0, epoch: int = 0, view: int = 0) -> color.Parameters:
-    return color.draw(crop, seed, epoch, np.arange(n), view)
+def parameters_of(
+    crop: Crop, n: int, seed: int = 0, epoch: int = 0, view: int = 0
+) -> ColorParameters:
+    return draw_colors(crop, seed, epoch, np.arange(n), view)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_one_adjustment_is_torchvisions(name):
     operation = ["brightness", "contrast", "saturation", "hue"].index(name)
     crop = Crop(size=16, jitter=1.0, **{name: 0.5 if name == "hue" else 0.9})
-    pixels, parameters = images(24), drawn(crop, 24)
+    pixels, parameters = images(24), parameters_of(crop, 24)
     views = color.apply(pixels, parameters, crop, *PLAIN)
     assert views.dtype == torch.float32
     for view, image, factors in zip(views, floats(pixels), parameters.factors):
@@ -69,11 +81,11 @@ def test_one_adjustment_is_torchvisions(name):
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.25, 0.0, 1 / 6, 0.5])
-def test_hue_turns_every_colour_as_torchvision(shift):
+def test_hue_rotates_every_color_as_in_torchvision(shift):
     steps = torch.linspace(0, 1, 12)
     cube = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 12, 144)
     torch.testing.assert_close(
-        color._hue(cube.clone(), torch.full((1, 1, 1, 1), shift)),
+        color_torch._hue(cube.clone(), torch.full((1, 1, 1, 1), shift)),
         F.adjust_hue(cube, shift),
         **TOLERANCE,
     )
@@ -81,7 +93,7 @@ def test_hue_turns_every_colour_as_torchvision(shift):
 
 def test_added_brightness_shifts_and_clamps():
     crop = Crop(size=16, jitter=1.0, brightness=0.4, brightness_mode="add")
-    pixels, parameters = images(24), drawn(crop, 24)
+    pixels, parameters = images(24), parameters_of(crop, 24)
     delta = torch.from_numpy(parameters.factors[:, BRIGHTNESS])
     assert delta.min() < 0 < delta.max()
     expected = (floats(pixels) + delta[:, None, None, None]).clamp(0, 1)
@@ -90,7 +102,7 @@ def test_added_brightness_shifts_and_clamps():
 
 def test_grayscale_is_torchvisions():
     crop, pixels = Crop(size=16, grayscale=1.0), images(8)
-    views = color.apply(pixels, drawn(crop, 8), crop, *PLAIN)
+    views = color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN)
     torch.testing.assert_close(
         views, F.rgb_to_grayscale(floats(pixels), num_output_channels=3), **TOLERANCE
     )
@@ -99,7 +111,7 @@ def test_grayscale_is_torchvisions():
 @pytest.mark.parametrize(("size", "kernel"), [(32, 0), (224, 0), (8, 15), (16, 5)])
 def test_blur_is_torchvisions(size, kernel):
     crop = Crop(size=size, blur=1.0, blur_kernel=kernel)
-    pixels, parameters = images(4, size), drawn(crop, 4)
+    pixels, parameters = images(4, size), parameters_of(crop, 4)
     taps = blur_taps(crop)
     for view, image, sigma in zip(
         color.apply(pixels, parameters, crop, *PLAIN), floats(pixels), parameters.sigma
@@ -112,20 +124,20 @@ def test_blur_is_torchvisions(size, kernel):
 @pytest.mark.parametrize("threshold", [0.5, 0.25, 1.0])
 def test_solarize_is_torchvisions(threshold):
     crop, pixels = Crop(size=16, solarize=1.0, solarize_threshold=threshold), images(8)
-    views = color.apply(pixels, drawn(crop, 8), crop, *PLAIN)
+    views = color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN)
     torch.testing.assert_close(views, F.solarize(floats(pixels), threshold), **TOLERANCE)
 
 
-def test_solarizing_at_half_is_pils_threshold_of_128():
+def test_a_solarize_threshold_of_half_is_128_in_pillow():
     crop, pixels = Crop(size=16, solarize=1.0), images(8)
     expected = floats(F.solarize(pixels, 128))
     torch.testing.assert_close(
-        color.apply(pixels, drawn(crop, 8), crop, *PLAIN), expected, **TOLERANCE
+        color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN), expected, **TOLERANCE
     )
 
 
-def one_by_one(pixels: torch.Tensor, parameters: color.Parameters, crop: Crop) -> torch.Tensor:
-    """torchvision on one sample after another, in the order of SimCLR: jitter, grayscale, blur, solarize."""
+def one_by_one(pixels: torch.Tensor, parameters: ColorParameters, crop: Crop) -> torch.Tensor:
+    """Apply torchvision's functions to one image after another, in the order of SimCLR."""
     views = []
     for row, image in enumerate(floats(pixels)):
         if parameters.jitter[row]:
@@ -145,7 +157,7 @@ def one_by_one(pixels: torch.Tensor, parameters: color.Parameters, crop: Crop) -
 
 def test_the_whole_chain_is_torchvisions_in_the_drawn_order():
     crop = Crop(size=32, **EVERYTHING)
-    pixels, parameters = images(96, 32), drawn(crop, 96)
+    pixels, parameters = images(96, 32), parameters_of(crop, 96)
     for mask in (parameters.jitter, parameters.grayscale, parameters.blur, parameters.solarize):
         assert 0 < mask.sum() < 96
     assert len(np.unique(parameters.order, axis=0)) > 12
@@ -163,28 +175,26 @@ def test_the_whole_chain_is_torchvisions_in_the_drawn_order():
 @pytest.mark.parametrize("size", [8, 33])
 def test_the_operations_for_a_gpu_give_the_same_views(options, size):
     crop = Crop(size=size, **(EVERYTHING | options))
-    pixels, parameters = images(96, size), drawn(crop, 96)
+    pixels, parameters = images(96, size), parameters_of(crop, 96)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    in_batches = color.apply_in_batches(pixels, parameters, crop, mean, std)
-    torch.testing.assert_close(
-        color.apply(pixels, parameters, crop, mean, std), in_batches, rtol=0.0, atol=5e-5
-    )  # 1e-5 / std
+    views = color.apply(pixels, parameters, crop, mean, std)
+    expected = color_torch.apply(pixels, parameters, crop, mean, std)
+    torch.testing.assert_close(views, expected, rtol=0.0, atol=5e-5)  # 1e-5 / std
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, 200])
-def test_threads_change_no_bit(num_threads, monkeypatch):
+def test_the_number_of_threads_changes_no_bit(num_threads, monkeypatch):
     crop = Crop(size=32, **EVERYTHING)
-    pixels, parameters = images(64, 32), drawn(crop, 64)
+    pixels, parameters = images(64, 32), parameters_of(crop, 64)
     expected = color.apply(pixels, parameters, crop, *PLAIN)
     monkeypatch.setattr(color.torch, "get_num_threads", lambda: num_threads)
     assert torch.equal(color.apply(pixels, parameters, crop, *PLAIN), expected)
 
 
-def test_what_was_not_drawn_is_not_touched():
-    crop = Crop(
-        size=16, jitter=0.5, hue=0.3, blur=0.3, blur_sigma=[1.0, 2.0]
-    )  # a sigma of 0.1 moves nothing
-    pixels, parameters = images(40), drawn(crop, 40)
+def test_an_operation_changes_only_the_images_it_was_drawn_for():
+    # The least sigma is 1, as a blur with a sigma of 0.1 changes nothing.
+    crop = Crop(size=16, jitter=0.5, hue=0.3, blur=0.3, blur_sigma=[1.0, 2.0])
+    pixels, parameters = images(40), parameters_of(crop, 40)
     views = color.apply(pixels, parameters, crop, *PLAIN)
     untouched = ~(parameters.jitter | parameters.blur)
     assert 0 < untouched.sum() < 40
@@ -193,20 +203,18 @@ def test_what_was_not_drawn_is_not_touched():
 
 
 @pytest.mark.parametrize("size", [8, 30, 32])
-def test_a_view_is_the_same_in_any_batch(size):
+def test_a_view_has_the_same_bits_in_any_batch(size):
     crop = Crop(size=size, **EVERYTHING)
     pixels, indices = images(64, size), np.arange(64)
-    whole = color.apply(pixels, color.draw(crop, 1, 2, indices, 3), crop, *PLAIN)
+    whole = color.apply(pixels, draw_colors(crop, 1, 2, indices, 3), crop, *PLAIN)
     for subset in (indices[::-1].copy(), indices[10:13], indices[::5], indices[7:8], indices[:0]):
-        part = color.apply(pixels[subset], color.draw(crop, 1, 2, subset, 3), crop, *PLAIN)
-        assert torch.equal(
-            part, whole[subset]
-        )  # to the bit: more ranks and parts must not change a view
+        views = color.apply(pixels[subset], draw_colors(crop, 1, 2, subset, 3), crop, *PLAIN)
+        assert torch.equal(views, whole[subset])
 
 
-def test_memory_order_changes_nothing():
+def test_the_memory_format_changes_nothing():
     crop = Crop(size=32, **EVERYTHING)
-    pixels, parameters = images(16, 32), drawn(crop, 16)
+    pixels, parameters = images(16, 32), parameters_of(crop, 16)
     rows_last = pixels.contiguous(memory_format=torch.channels_last)
     expected = color.apply(pixels, parameters, crop, *PLAIN)
     torch.testing.assert_close(
@@ -214,21 +222,21 @@ def test_memory_order_changes_nothing():
     )
 
 
-def test_the_pixels_given_are_left_alone():
+def test_the_input_is_not_changed():
     crop = Crop(size=16, **EVERYTHING)
     pixels = images(8)
-    color.apply(pixels, drawn(crop, 8), crop, *PLAIN)
+    color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN)
     assert torch.equal(pixels, images(8))
 
 
-def test_views_are_standardized_as_torchvision_does():
+def test_views_are_normalized_as_in_torchvision():
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     crop, pixels = Crop(size=16, **EVERYTHING), images(8)
     expected = v2.Normalize(mean, std)(floats(pixels))
     torch.testing.assert_close(color.normalize(pixels, mean, std), expected, **TOLERANCE)
-    plain = color.apply(pixels, drawn(crop, 8), crop, *PLAIN)
+    plain = color.apply(pixels, parameters_of(crop, 8), crop, *PLAIN)
     torch.testing.assert_close(
-        color.apply(pixels, drawn(crop, 8), crop, mean, std),
+        color.apply(pixels, parameters_of(crop, 8), crop, mean, std),
         v2.Normalize(mean, std)(plain),
         **TOLERANCE,
     )
@@ -237,14 +245,10 @@ def test_views_are_standardized_as_torchvision_does():
 N = 20000
 
 
-def test_factors_are_spread_as_colour_jitters():
-    strengths = {
-        "brightness": 1.2,
-        "contrast": 0.4,
-        "saturation": 0.8,
-        "hue": 0.1,
-    }  # 1.2: the range is cut at 0
-    parameters = drawn(Crop(jitter=1.0, **strengths), N)
+def test_factors_are_distributed_as_those_of_color_jitter():
+    # The range of a strength above 1 is cut at 0.
+    strengths = {"brightness": 1.2, "contrast": 0.4, "saturation": 0.8, "hue": 0.1}
+    parameters = parameters_of(Crop(jitter=1.0, **strengths), N)
     transform = v2.ColorJitter(**strengths)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -258,14 +262,16 @@ def test_factors_are_spread_as_colour_jitters():
         assert stats.ks_2samp(ours, [params[f"{name}_factor"] for params in theirs]).pvalue > CHANCE
 
 
-def test_every_order_of_jitter_is_equally_frequent():
-    orders, counts = np.unique(drawn(Crop(), N).order, axis=0, return_counts=True)
+def test_every_order_of_the_jitter_is_equally_frequent():
+    orders, counts = np.unique(parameters_of(Crop(), N).order, axis=0, return_counts=True)
     assert len(orders) == 24
     assert stats.chisquare(counts).pvalue > CHANCE
 
 
 def test_added_brightness_and_sigma_are_uniform_in_their_ranges():
-    parameters = drawn(Crop(brightness=0.4, brightness_mode="add", blur_sigma=[0.1, 2.0]), N)
+    parameters = parameters_of(
+        Crop(brightness=0.4, brightness_mode="add", blur_sigma=[0.1, 2.0]), N
+    )
     assert (
         stats.kstest(parameters.factors[:, BRIGHTNESS], stats.uniform(-0.4, 0.8).cdf).pvalue
         > CHANCE
@@ -274,17 +280,17 @@ def test_added_brightness_and_sigma_are_uniform_in_their_ranges():
 
 
 @pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "solarize"])
-def test_an_operation_is_as_likely_as_the_recipe_says(name):
+def test_an_operation_has_the_probability_of_the_recipe(name):
     def mask(probability):
-        return getattr(drawn(Crop(**{name: probability}), N), name)
+        return getattr(parameters_of(Crop(**{name: probability}), N), name)
 
     assert not mask(0.0).any()
     assert mask(1.0).all()
     assert mask(0.2).mean() == pytest.approx(0.2, abs=0.011)  # 3.9 standard deviations
 
 
-def test_choices_are_independent_of_each_other():
-    p = drawn(Crop(**EVERYTHING), N)
+def test_random_numbers_are_independent_of_each_other():
+    p = parameters_of(Crop(**EVERYTHING), N)
     columns = [p.jitter, p.grayscale, p.blur, p.solarize, p.sigma, *p.factors.T, *p.order[:, :2].T]
     correlations = np.corrcoef(np.array(columns, dtype=float))
     allowed = np.eye(len(columns), dtype=bool)
@@ -294,16 +300,16 @@ def test_choices_are_independent_of_each_other():
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}, {"view": 1}])
 def test_parameters_differ_by_seed_epoch_and_view(other):
-    a, b = drawn(Crop(**EVERYTHING), 500), drawn(Crop(**EVERYTHING), 500, **other)
+    a, b = parameters_of(Crop(**EVERYTHING), 500), parameters_of(Crop(**EVERYTHING), 500, **other)
     for name in ("jitter", "order", "factors", "grayscale", "blur", "sigma", "solarize"):
         assert not np.array_equal(getattr(a, name), getattr(b, name)), name
 
 
-def test_a_sample_draws_the_same_in_any_batch():
+def test_an_image_gets_the_same_parameters_in_any_batch():
     crop, subset = Crop(**EVERYTHING), np.array([40, 3, 17])
-    whole, part = drawn(crop, 100), color.draw(crop, 0, 0, subset, 0)
-    for field in fields(color.Parameters):
-        assert np.array_equal(getattr(part, field.name), getattr(whole, field.name)[subset]), (
+    whole, few = parameters_of(crop, 100), draw_colors(crop, 0, 0, subset, 0)
+    for field in fields(ColorParameters):
+        assert np.array_equal(getattr(few, field.name), getattr(whole, field.name)[subset]), (
             field.name
         )
 
@@ -313,32 +319,32 @@ def test_a_sample_draws_the_same_in_any_batch():
     [
         (
             torch.zeros(4, 3, 8, 8),
-            "colour: pixels must be uint8 (4, 3, height, width), got torch.float32 (4, 3, 8, 8)",
+            "color: pixels must be uint8 (4, 3, height, width), got torch.float32 (4, 3, 8, 8)",
         ),
         (
             torch.zeros(5, 3, 8, 8, dtype=torch.uint8),
-            "colour: pixels must be uint8 (4, 3, height, width), got torch.uint8 (5, 3, 8, 8)",
+            "color: pixels must be uint8 (4, 3, height, width), got torch.uint8 (5, 3, 8, 8)",
         ),
         (
             torch.zeros(3, 8, 8, dtype=torch.uint8),
-            "colour: pixels must be uint8 (4, 3, height, width), got torch.uint8 (3, 8, 8)",
+            "color: pixels must be uint8 (4, 3, height, width), got torch.uint8 (3, 8, 8)",
         ),
     ],
 )
-def test_other_pixels_are_refused(pixels, message):
+def test_pixels_of_another_type_or_shape_are_refused(pixels, message):
     with pytest.raises(ValueError) as error:
-        color.apply(pixels, drawn(Crop(size=8), 4), Crop(size=8), *PLAIN)
+        color.apply(pixels, parameters_of(Crop(size=8), 4), Crop(size=8), *PLAIN)
     assert str(error.value) == message
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("size", [32, 224])
-def test_a_gpu_gives_the_same_views_and_is_never_waited_for(size):
+def test_a_gpu_gives_the_same_views_without_blocking_the_host(size):
     crop = Crop(size=size, **EVERYTHING)
-    pixels, parameters = images(32, size), drawn(crop, 32)
+    pixels, parameters = images(32, size), parameters_of(crop, 32)
     expected = color.apply(pixels, parameters, crop, *PLAIN)
     on_gpu = pixels.cuda()
-    color.apply(on_gpu, parameters, crop, *PLAIN)  # the first call makes its constants
+    color.apply(on_gpu, parameters, crop, *PLAIN)  # the first call uploads constants
     torch.cuda.set_sync_debug_mode("error")
     try:
         views = color.apply(on_gpu, parameters, crop, *PLAIN)
@@ -347,13 +353,13 @@ def test_a_gpu_gives_the_same_views_and_is_never_waited_for(size):
     torch.testing.assert_close(views.cpu(), expected, **TOLERANCE)
 
 
-def test_kornias_functions_give_the_same_views():
+def test_kornia_gives_the_same_views():
     pytest.importorskip("kornia", reason="kornia is not installed: uv pip install kornia")
     import importlib.util
     from pathlib import Path
 
     spec = importlib.util.spec_from_file_location(
-        "colour_bench", Path(__file__).parents[1] / "bench" / "colour.py"
+        "color_bench", Path(__file__).parents[1] / "bench" / "color.py"
     )
     assert spec is not None and spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
@@ -363,4 +369,4 @@ def test_kornias_functions_give_the_same_views():
     difference = (
         bench.ours(bench.batch(24), parameters) - bench.kornias(bench.batch(24), parameters)
     ).abs()
-    assert difference.max() < 0.25 / 255  # a quarter of a grey level
+    assert difference.max() < 0.25 / 255  # a quarter of a gray level

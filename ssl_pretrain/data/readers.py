@@ -1,0 +1,165 @@
+"""Choose how the images of a source are read, and build what reads them and cuts their crops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.chunks import ChunkPool
+from ssl_pretrain.data.cropping import CropDataset
+from ssl_pretrain.data.device_cache import DeviceCache
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.native import decode
+from ssl_pretrain.data.native.threads import ThreadPool
+from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.shared_memory import plan_transfer
+from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.data.workers import ProcessPool
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.views import crops, recipe
+from ssl_pretrain.views.recipe import Crop, ViewsConfig
+
+MAX_CHUNK = 64  # images; all workers share the first batch, and little shared memory is held
+MIN_CHUNK = 16
+BATCHES_AHEAD = 2  # batches that are made while the trainer uses one
+
+# What else is done to a view, uint8 (3, s, s), given its epoch and index. Picklable.
+Finish = Callable[[Tensor, int, int], Tensor]
+
+
+class ReaderKind(StrEnum):
+    """Who reads the images. The values are those of `data.loader`, and `device` for `data.cache`."""
+
+    PROCESSES = "folder"
+    THREADS = "ffcv"
+    DEVICE_CACHE = "device"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads the images of a run and cuts their crops.
+
+    Attributes:
+        kind: Who reads them.
+        source: The images.
+        views: The recipe of their views.
+        plan: Their order.
+        device: Device of the batches.
+        num_workers: Number of processes or threads.
+        chunk_size: Images per chunk.
+        pool: Makes the chunks.
+        note: Message to the user, or empty.
+    """
+
+    kind: ReaderKind
+    source: Source
+    views: ViewsConfig
+    plan: Plan
+    device: torch.device
+    num_workers: int
+    chunk_size: int
+    pool: ChunkPool
+    note: str = ""
+
+
+def build_reader(
+    source: Source,
+    views: ViewsConfig,
+    plan: Plan,
+    kind: ReaderKind = ReaderKind.PROCESSES,
+    *,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    finish: Finish | None = None,
+) -> Reader:
+    """Build what reads the images and cuts their crops.
+
+    Args:
+        source: The images.
+        views: The recipe of their views.
+        plan: Their order.
+        kind: Who reads them.
+        num_workers: Number of processes or threads.
+        device: Device of the batches.
+        finish: Applied to each crop. Only processes can do this.
+
+    Raises:
+        ValueError: A bad key of `views`, or too little memory.
+    """
+    recipe.check(views)
+    assert finish is None or kind is ReaderKind.PROCESSES, "only processes finish a view"
+    device, view_crops = torch.device(device), recipe.expand_counts(views)
+    if kind is not ReaderKind.PROCESSES:
+        pool: ChunkPool
+        if kind is ReaderKind.THREADS:
+            assert isinstance(source, Beton), "threads read .beton files alone"
+            pool = ThreadPool(source, view_crops, plan, num_workers, BATCHES_AHEAD, device)
+        else:
+            pool = DeviceCache(source, view_crops, plan, device)
+        return Reader(kind, source, views, plan, device, num_workers, plan.local_batch_size, pool)
+    chunk_size = _preferred_chunk(plan.local_batch_size, num_workers)
+    transfer = plan_transfer(
+        sum(3 * crop.size**2 for crop in view_crops),
+        chunk_size,
+        num_workers,
+        chunks_ahead=BATCHES_AHEAD * -(-plan.local_batch_size // chunk_size),
+        images_held=2 * plan.local_batch_size,
+        num_ranks=process_group.local_world_size(),
+    )
+    dataset = CropDataset(source, partial(_cut_crops, view_crops, plan.seed, finish), plan)
+    pool = ProcessPool(dataset, num_workers, transfer, pinned=device.type == "cuda")
+    return Reader(
+        kind, source, views, plan, device, num_workers, transfer.chunk_size, pool, transfer.note
+    )
+
+
+def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
+    """Return who reads this source, and why.
+
+    Raises:
+        ValueError: `data.loader` names one that cannot read it. The message has the remedy.
+    """
+    if data.cache == "device":
+        return ReaderKind.DEVICE_CACHE, "data.cache asks for all images on the device"
+    if data.loader == "folder":
+        return ReaderKind.PROCESSES, "data.loader asks for it"
+    if not isinstance(source, Beton):
+        write = "python -m ssl_pretrain.data.beton write writes one"
+        if data.loader == "ffcv":
+            raise ValueError(
+                f"data.loader: ffcv reads .beton files, and {source.where} is none; {write}, "
+                "or set data.loader=folder"
+            )
+        reason = f"{source.where} is not a .beton; {write}, which is read faster"
+        return ReaderKind.PROCESSES, reason
+    try:
+        decode.library()
+    except ValueError as error:
+        if data.loader == "ffcv":
+            raise
+        reason = str(error).removeprefix("data.loader: ")
+        return ReaderKind.PROCESSES, f"a .beton, but not by FFCV ({reason})"
+    return ReaderKind.THREADS, f"{source.where} is a .beton, and FFCV is installed"
+
+
+def _preferred_chunk(local_batch_size: int, num_workers: int) -> int:
+    if num_workers == 0:
+        return local_batch_size
+    return min(MAX_CHUNK, max(MIN_CHUNK, -(-local_batch_size // num_workers)))
+
+
+def _cut_crops(
+    view_crops: list[Crop], seed: int, finish: Finish | None, image: Tensor, epoch: int, index: int
+) -> list[Tensor]:
+    _, height, width = image.shape
+    views = [
+        crops.apply(image, crops.draw_box(crop, seed, epoch, index, view, height, width), crop)
+        for view, crop in enumerate(view_crops)
+    ]
+    return views if finish is None else [finish(view, epoch, index) for view in views]

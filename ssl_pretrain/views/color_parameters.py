@@ -1,0 +1,78 @@
+"""Draw the colors of every view. Each number depends on the seed, the epoch, the image and the view alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssl_pretrain import rng
+from ssl_pretrain.rng import Purpose
+from ssl_pretrain.views.recipe import Crop
+
+# The operations of the color jitter, numbered as in torchvision.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@dataclass(frozen=True)
+class ColorParameters:
+    """All random numbers of the colors of one view of n images. Row i belongs to image `indices[i]`.
+
+    Attributes:
+        jitter: bool (n,), which images are jittered.
+        order: int64 (n, 4), the operation of each of the four stages.
+        factors: float32 (n, 4), by operation: brightness (added if configured so), contrast,
+            saturation and the shift of the hue.
+        grayscale: bool (n,).
+        blur: bool (n,).
+        sigma: float32 (n,), standard deviation of the blur in pixels.
+        solarize: bool (n,).
+    """
+
+    jitter: np.ndarray
+    order: np.ndarray
+    factors: np.ndarray
+    grayscale: np.ndarray
+    blur: np.ndarray
+    sigma: np.ndarray
+    solarize: np.ndarray
+
+
+def draw_colors(
+    crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int
+) -> ColorParameters:
+    """Draw the parameters of one view of n images, from torchvision's ranges.
+
+    Args:
+        crop: Recipe of the view.
+        seed: Seed of the run.
+        epoch: Number of passes over the data before this one.
+        indices: Numbers of the images in the data set, (n,) integers.
+        view: Number of the view, in the order of `recipe.expand_counts`.
+    """
+
+    def uniform(purpose: Purpose, count: int) -> np.ndarray:
+        return rng.uniform(seed, epoch, indices, view, purpose, count)
+
+    strength = strengths(crop)
+    low, high = np.maximum(0.0, 1.0 - strength), 1.0 + strength
+    low[HUE], high[HUE] = -crop.hue, crop.hue
+    if crop.brightness_mode == "add":
+        low[BRIGHTNESS], high[BRIGHTNESS] = -crop.brightness, crop.brightness
+    low_sigma, high_sigma = crop.blur_sigma
+
+    jitter, blur = uniform(Purpose.JITTER, 5), uniform(Purpose.BLUR, 2)
+    return ColorParameters(
+        jitter=jitter[:, 0] < crop.jitter,
+        order=np.argsort(uniform(Purpose.JITTER_ORDER, 4), axis=1, kind="stable"),
+        factors=(low + (high - low) * jitter[:, 1:]).astype(np.float32),
+        grayscale=uniform(Purpose.GRAYSCALE, 1)[:, 0] < crop.grayscale,
+        blur=blur[:, 0] < crop.blur,
+        sigma=(low_sigma + (high_sigma - low_sigma) * blur[:, 1]).astype(np.float32),
+        solarize=uniform(Purpose.SOLARIZE, 1)[:, 0] < crop.solarize,
+    )
+
+
+def strengths(crop: Crop) -> np.ndarray:
+    """Return the strength of each operation of the color jitter, (4,), 0 for one that is off."""
+    return np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])

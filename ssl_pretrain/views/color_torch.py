@@ -1,0 +1,175 @@
+"""Apply the colors of views with torch's own operations, on any device.
+
+Each operation is applied at once to all images that it was drawn for.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_pretrain.views.color_parameters import ColorParameters, strengths
+from ssl_pretrain.views.recipe import Crop, blur_taps
+from ssl_pretrain.views.upload import upload
+
+LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue (ITU-R BT.601)
+
+
+def apply(
+    pixels: Tensor, parameters: ColorParameters, crop: Crop, mean: list[float], std: list[float]
+) -> Tensor:
+    """Return the finished views. The arguments are those of `color.apply`."""
+    images = pixels.to(torch.float32).div_(255)
+    rows, values = _upload_parameters(parameters, crop, pixels.device)
+    brighten = _add if crop.brightness_mode == "add" else _brightness
+    contrast = _contrast_by_channel if crop.contrast_mean == "channel" else _contrast
+    saturate = _saturation_in_hsv if crop.saturation_mode == "hsv" else _saturation
+    operations = (brighten, contrast, saturate, _hue)
+
+    for number, stage_rows in enumerate(rows[:16]):
+        operation = number % 4
+        if len(stage_rows):
+            factor = values[:, operation].index_select(0, stage_rows).view(-1, 1, 1, 1)
+            adjusted = operations[operation](images.index_select(0, stage_rows), factor)
+            images.index_copy_(0, stage_rows, adjusted)
+    grayscale, blur, solarize = rows[16:]
+    if len(grayscale):
+        gray = _gray(images.index_select(0, grayscale)).expand(-1, 3, -1, -1)
+        images.index_copy_(0, grayscale, gray)
+    if len(blur):
+        sigma = values[:, 4].index_select(0, blur)
+        sharp = images.index_select(0, blur)
+        images.index_copy_(0, blur, _blur(sharp, sigma, blur_taps(crop), crop.blur_border))
+    if len(solarize):
+        plain = images.index_select(0, solarize)
+        images.index_copy_(0, solarize, _solarize(plain, crop.solarize_threshold))
+    return standardize(images, mean, std)
+
+
+def _upload_parameters(
+    parameters: ColorParameters, crop: Crop, device: torch.device
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return on the device the rows that each operation changes, and the values of every row.
+
+    The 19 lists of rows, int64, are the brightness of stage 0, its contrast and so on, then
+    grayscale, blur and solarization. The values are the four factors and sigma, float32 (n, 5).
+    """
+    jitter, order, is_on = parameters.jitter, parameters.order, strengths(crop) > 0
+    masks = [
+        jitter & (order[:, stage] == operation) & is_on[operation]
+        for stage in range(4)
+        for operation in range(4)
+    ]
+    masks += [parameters.grayscale, parameters.blur, parameters.solarize]
+    lists = [np.flatnonzero(mask) for mask in masks]
+    rows = upload(torch.from_numpy(np.concatenate(lists)), device)
+    values = torch.from_numpy(np.column_stack([parameters.factors, parameters.sigma]))
+    return rows.split([len(numbers) for numbers in lists]), upload(values, device)
+
+
+# The operations below take images, float32 (m, 3, height, width) in [0, 1], which they may overwrite,
+# and a factor (m, 1, 1, 1).
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return images.mul_(factor).clamp_(0, 1)
+
+
+def _add(images: Tensor, delta: Tensor) -> Tensor:
+    return images.add_(delta).clamp_(0, 1)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    mean = _gray(images).mean(dim=(1, 2, 3), keepdim=True)
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _contrast_by_channel(images: Tensor, factor: Tensor) -> Tensor:
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _saturation(images: Tensor, factor: Tensor) -> Tensor:
+    gray = _gray(images).mul_(1 - factor)
+    return images.mul_(factor).add_(gray).clamp_(0, 1)
+
+
+def _saturation_in_hsv(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply HSV's saturation at constant hue and value, and limit it to 1.
+
+    Saturation is chroma / value. Hue and value do not change if the distance of every channel to the
+    largest one is multiplied by the same number: the factor, or the number that makes the smallest
+    channel 0.
+    """
+    low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
+    chroma = (high - low).clamp_min_(torch.finfo(torch.float32).tiny)
+    scale = torch.minimum(factor, high / chroma)
+    return torch.sub(high, (high - images).mul_(scale)).clamp_(0, 1)
+
+
+def _hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Rotate the hue by `shift` turns of HSV's hexagon, at constant value and chroma."""
+    red, green, blue = images.split(1, dim=1)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - low
+    # Gray has no hue. Any will do, as its chroma is 0.
+    safe = chroma.clamp_min(torch.finfo(torch.float32).tiny)
+    from_green = (blue - red).div_(safe).add_(2)
+    from_blue = (red - green).div_(safe).add_(4)
+    sixths = torch.where(high == green, from_green, from_blue)
+    sixths = torch.where(high == red, (green - blue).div_(safe), sixths)
+    sixths = sixths.add_(6 * shift).remainder_(6)
+    turned = torch.cat(
+        [
+            (sixths - 3).abs_().sub_(1),
+            (sixths - 2).abs_().neg_().add_(2),
+            (sixths - 4).abs_().neg_().add_(2),
+        ],
+        dim=1,
+    )
+    return turned.clamp_(0, 1).mul_(chroma).add_(low)
+
+
+def _gray(images: Tensor) -> Tensor:
+    red, green, blue = images.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def _solarize(images: Tensor, threshold: float) -> Tensor:
+    return torch.where(images >= threshold, 1 - images, images)
+
+
+def _blur(images: Tensor, sigma: Tensor, taps: int, border: str = "reflect") -> Tensor:
+    """Blur each image with a Gaussian of its own sigma (m,). The border is reflected or "zero".
+
+    Every channel of every image is a channel of one depthwise convolution, along the rows and then
+    along the columns. That is 2 * taps products per pixel. torchvision's square kernel has taps^2.
+    """
+    m, channels, height, width = images.shape
+    radius = taps // 2
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32, device=images.device)
+    kernel = torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, dim=1)  # (m, taps)
+    kernel = kernel.repeat_interleave(channels, dim=0)
+    mode = "constant" if border == "zero" else "reflect"
+    padded = F.pad(images, (radius, radius, radius, radius), mode=mode)
+    stack = padded.reshape(1, m * channels, height + 2 * radius, width + 2 * radius)
+    stack = F.conv2d(stack, kernel[:, None, None, :], groups=m * channels)
+    stack = F.conv2d(stack, kernel[:, None, :, None], groups=m * channels)
+    return stack.view(m, channels, height, width)
+
+
+def standardize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """Return (images - mean) / std, in the memory of `images`."""
+    constants = _constants(tuple(mean), tuple(std), images.device)
+    return images.sub_(constants[0]).div_(constants[1])
+
+
+@lru_cache(maxsize=16)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return mean and std on the device, (2, 3, 1, 1). Each copy of a list would block the host."""
+    return torch.tensor([mean, std], device=device)[:, :, None, None]

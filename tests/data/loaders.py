@@ -1,0 +1,47 @@
+"""Loaders for tests, built with one call."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.loader import Loader
+from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.readers import ReaderKind, build_reader
+from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.recipe import ViewsConfig
+
+
+def build_loader(
+    source: Source,
+    views: ViewsConfig,
+    kind: str = "folder",
+    *,
+    seed: int = 3,
+    global_batch_size: int = 12,
+    rank: int = 0,
+    world_size: int = 1,
+    window: int = 0,
+    max_replaced: float = DataConfig.max_replaced,
+    **reader_options,
+) -> Loader:
+    plan = Plan(seed, len(source), global_batch_size, rank, world_size, window)
+    reader = build_reader(source, views, plan, ReaderKind(kind), **reader_options)
+    return Loader(reader, max_replaced=max_replaced)
+
+
+def digest(batch: Batch) -> str:
+    """Return a digest of every tensor of a batch on the CPU."""
+    total = hashlib.sha256()
+    for tensor in (*batch.views, batch.labels, batch.indices):
+        total.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        total.update(tensor.contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def digests(loader: Loader, first: int, count: int) -> list[str]:
+    """Return the digests of `count` batches from step `first` on, and close the loader."""
+    with loader:
+        return [digest(batch) for batch in itertools.islice(loader.starting_at(first), count)]
