@@ -1,4 +1,4 @@
-"""Chunks of crops: what worker processes, compiled threads and the device cache hand to the loader."""
+"""Chunks of crops, which the loader gets from processes, threads or the device cache."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class DeviceCache:
             yield Chunk(pixels, shapes, self._source.labels[numbers], replacements)
 
     def _choose_readable(self, request: ChunkRequest) -> tuple[np.ndarray, list[Replacement]]:
-        """Return the images that fill the rows of a chunk, int64 (n,), and those that replace others."""
+        """Return the images for the rows of a chunk, int64 (n,), and the replacements."""
         numbers = request.indices.astype(np.int64)
         replacements = []
         for row, index in enumerate(request.indices.tolist()):

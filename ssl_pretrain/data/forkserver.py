@@ -19,9 +19,9 @@ BLOCKED_SIGNALS = STOP_SIGNALS if hasattr(signal, "sigtimedwait") else set()
 def start(needs_main: bool) -> None:
     """Start the process that workers fork from.
 
-    It has imported everything, and runs no threads that a fork would break. It and the workers block
-    the signals that stop a run. A scheduler sends those to every process, and the trainer, which then
-    saves a checkpoint, needs its workers until it ends them.
+    It has imported everything, and runs no threads that a fork would break. It and the workers
+    block the signals that stop a run. A scheduler sends those to every process, and the trainer,
+    which then saves a checkpoint, needs its workers until it ends them.
 
     Args:
         needs_main: Workers import the program's main module.

@@ -1,4 +1,4 @@
-"""Yield batches of views: the same images and views for any number of workers and ranks, and from any step.
+"""Yield the same batches of views for any number of workers and ranks, and from any first step.
 
 A reader reads each image once and cuts all of its crops as uint8. Threads of compiled code do this
 if the images are in a .beton and FFCV is installed, else worker processes do. Both use the same
@@ -221,8 +221,8 @@ def build(
         view_dtype: Type of the views on a GPU.
 
     Raises:
-        ValueError: A bad key of `data` or `views`, fewer images than the batch, or a batch that does
-            not divide evenly over the ranks.
+        ValueError: A bad key of `data` or `views`, fewer images than the batch, or a batch
+            that does not divide evenly over the ranks.
     """
     rank, world_size = process_group.rank(), process_group.world_size()
     check_divides(global_batch_size, world_size)

@@ -69,7 +69,7 @@ class Plan:
         return order[start : start + self.local_batch_size]
 
     def order(self, step: int) -> tuple[np.ndarray, int]:
-        """Return the order of all images in a step's epoch, and where its global batch begins in it.
+        """Return the order of all images in a step's epoch, and where its global batch begins.
 
         The order is int64 (num_images,), read-only.
         """

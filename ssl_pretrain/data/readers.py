@@ -34,7 +34,7 @@ Finish = Callable[[Tensor, int, int], Tensor]
 
 
 class ReaderKind(StrEnum):
-    """Who reads the images. The values are those of `data.loader`, and `device` for `data.cache`."""
+    """Who reads the images. The values are those of `data.loader` and `data.cache`."""
 
     PROCESSES = "folder"
     THREADS = "ffcv"

@@ -1,4 +1,6 @@
-"""Choose the image that replaces an unreadable one: the same in every run, and never one of the same batch.
+"""Choose the image that replaces an unreadable one, the same in every run.
+
+It is never an image of the same batch.
 
 Each slot of a global batch owns a few of the images outside the batch, its spares. An unreadable
 image takes the first readable spare of its own slot. If there is none, it looks through the slots
@@ -55,7 +57,7 @@ class Replacement(NamedTuple):
 
 
 def find_spare(plan: Plan, step: int, row: int, try_read: Callable[[int], bool]) -> int | None:
-    """Return the number of the image that replaces the unreadable one in a row of this rank's batch.
+    """Choose an image to replace the unreadable one in a row of this rank's batch.
 
     Args:
         plan: The order of the run on this rank.

@@ -90,9 +90,9 @@ def plan_transfer(
     least = PREFETCH * num_workers + 1  # chunks under way
     if capacity < least:
         raise ValueError(
-            f"data.num_workers: {num_workers} workers for each of {num_ranks} ranks on this machine "
-            f"have at least {num_ranks * least} images of {image_bytes / 2**20:.2f} MiB under way, "
-            f"and {SHARED_MEMORY} has {free / 2**20:.1f} MiB free; {REMEDY}"
+            f"data.num_workers: {num_workers} workers for each of {num_ranks} ranks on this "
+            f"machine have at least {num_ranks * least} images of {image_bytes / 2**20:.2f} MiB "
+            f"under way, and {SHARED_MEMORY} has {free / 2**20:.1f} MiB free; {REMEDY}"
         )
     smaller = min(chunk_size, int(capacity / least))
     note = (

@@ -80,7 +80,10 @@ def describe(loader: Loader, measured: Throughput) -> str:
         working_seconds = measured.seconds - measured.reading_seconds
     model_rate = ranks * measured.num_images / max(working_seconds, 1e-9)
     if not measured.reading_seconds:
-        return f"throughput: loader on the device, model {model_rate:,.0f} images/s: nothing to wait for"
+        return (
+            f"throughput: loader on the device, model {model_rate:,.0f} images/s: "
+            "nothing to wait for"
+        )
     loader_rate = ranks * num_workers * measured.num_read / measured.reading_seconds
     waiting_share = measured.waiting_seconds / max(measured.seconds, 1e-9)
     rates = (
@@ -103,6 +106,6 @@ def remedy(loader: Loader) -> str:
             "all views, or give the rank more cores"
         )
     return (
-        "write the .beton with a smaller --max-side (docs/data.md has what that costs), or give the "
-        "rank more cores"
+        "write the .beton with a smaller --max-side (docs/data.md has what that costs), or give "
+        "the rank more cores"
     )

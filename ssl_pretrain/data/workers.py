@@ -28,7 +28,7 @@ class LostWorkerError(LostError):
 
 
 class ProcessPool:
-    """Processes that make chunks ahead of the trainer, or the trainer itself without any process."""
+    """Processes that make chunks ahead of the trainer, or the trainer itself if there are none."""
 
     def __init__(self, dataset: CropDataset, num_workers: int, transfer: Transfer, pinned: bool):
         """Prepare the processes. They start with the first call of `take`.
@@ -130,7 +130,8 @@ def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         line = next((line for line in lines if "shared memory" in line), str(error))
         raise _full_memory_error(line.partition(": ")[2] or line) from None
     except RuntimeError as error:
-        statuses = [worker.exitcode or 0 for worker in chunks._workers]  # type: ignore[attr-defined]
+        processes = chunks._workers  # type: ignore[attr-defined]
+        statuses = [process.exitcode or 0 for process in processes]
         if UNGUARDED_SCRIPT in statuses:
             raise _unguarded_script_error() from None
         if "shared memory" in str(error) or -signal.SIGBUS in statuses:
@@ -169,6 +170,6 @@ def refuse_in_worker() -> None:
 def _unguarded_script_error() -> ValueError:
     script = getattr(sys.modules["__main__"], "__file__", "the main module")
     return ValueError(
-        f"data.num_workers: each worker process imports {script}, which starts to train wherever it "
-        'is imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
+        f"data.num_workers: each worker process imports {script}, which starts to train wherever "
+        'it is imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
     )

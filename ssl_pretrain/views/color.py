@@ -5,12 +5,12 @@ jitter (its four operations in an order of its own per image), grayscale, blur, 
 (x - mean) / std. An operation changes only the images that it was drawn for. The host knows which
 ones they are, so it never waits for a GPU.
 
-The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1], unless the recipe
-asks for that of SimCLR's and BYOL's code (TensorFlow and JAX). Then contrast blends with the mean of
-each channel instead of the mean gray (contrast_mean: channel), saturation is scaled in HSV at
-constant value instead of blended with gray (saturation_mode: hsv), the blur pads with zeros instead
-of a reflection (blur_border: zero), and brightness is added (brightness_mode: add). Hue, grayscale
-and solarization are the same in both.
+The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1], unless the
+recipe asks for that of SimCLR's and BYOL's code (TensorFlow and JAX). Then contrast blends with
+the mean of each channel instead of the mean gray (contrast_mean: channel), saturation is scaled in
+HSV at constant value instead of blended with gray (saturation_mode: hsv), the blur pads with zeros
+instead of a reflection (blur_border: zero), and brightness is added (brightness_mode: add). Hue,
+grayscale and solarization are the same in both.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Apply the colors of views on the CPU, in compiled code.
 
-Each image passes through all its operations before the next one, so that it stays in the processor's
-cache. Operation by operation, every image would be read from memory and written back a dozen times.
-The arithmetic is that of `color_torch`, in float32. Sums are taken in another order, which changes
-the seventh digit.
+Each image passes through all its operations before the next one, so that it stays in the
+processor's cache. Operation by operation, every image would be read from memory and written back a
+dozen times. The arithmetic is that of `color_torch`, in float32. Sums are taken in another order,
+which changes the seventh digit.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _scale_saturation(red, green, blue, factor):
 
 @njit(nogil=True, error_model="numpy")
 def _turn_hue(red, green, blue, turn):
-    """Rotate the hue by `turn` sixths, without a branch, so that it runs in the lanes of a vector."""
+    """Rotate the hue by `turn` sixths of a turn, without a branch, so that it is vectorized."""
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
         low, high = min(min(r, g), b), max(max(r, g), b)
@@ -267,7 +267,7 @@ def _blur(image, kernel, padded, rows, zero_border):
 
 @njit(nogil=True)
 def _inside(place, length, zero_border):
-    """Return the row for a place that may lie outside: its reflection, or row `length`, of zeros."""
+    """Return the row at a place. Outside it is the reflection, or row `length`, of zeros."""
     if zero_border:
         return place if 0 <= place < length else length
     place = abs(place)

@@ -1,4 +1,4 @@
-"""Draw the colors of every view. Each number depends on the seed, the epoch, the image and the view alone."""
+"""Draw the random numbers of colors. They depend on seed, epoch, image and view alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 @dataclass(frozen=True)
 class ColorParameters:
-    """All random numbers of the colors of one view of n images. Row i belongs to image `indices[i]`.
+    """All random numbers of the colors of one view of n images, one image per row.
 
     Attributes:
         jitter: bool (n,), which images are jittered.

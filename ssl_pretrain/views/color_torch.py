@@ -71,8 +71,8 @@ def _upload_parameters(
     return rows.split([len(numbers) for numbers in lists]), upload(values, device)
 
 
-# The operations below take images, float32 (m, 3, height, width) in [0, 1], which they may overwrite,
-# and a factor (m, 1, 1, 1).
+# The operations below take images, float32 (m, 3, height, width) in [0, 1], which they may
+# overwrite, and a factor (m, 1, 1, 1).
 
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -101,9 +101,9 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 def _saturation_in_hsv(images: Tensor, factor: Tensor) -> Tensor:
     """Multiply HSV's saturation at constant hue and value, and limit it to 1.
 
-    Saturation is chroma / value. Hue and value do not change if the distance of every channel to the
-    largest one is multiplied by the same number: the factor, or the number that makes the smallest
-    channel 0.
+    Saturation is chroma / value. Hue and value do not change if the distance of every channel to
+    the largest one is multiplied by the same number: the factor, or the number that makes the
+    smallest channel 0.
     """
     low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
     chroma = (high - low).clamp_min_(torch.finfo(torch.float32).tiny)

@@ -3,8 +3,8 @@
 `color_torch` runs one operation at a time. That takes 289 kernels per view and moves 66 MiB per
 224-pixel view. Here one program applies all operations to a tile of pixels in registers. Contrast
 needs the mean of its image, so a first kernel applies the operations before it and computes that
-mean. The blur is separable. Images to be blurred pass through two buffers, one before the blur along
-the rows and one before the blur along the columns. The arithmetic is that of `color_torch`.
+mean. The blur is separable. Images to be blurred pass through two buffers, one before the blur
+along the rows and one before the blur along the columns. The arithmetic is that of `color_torch`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pack(
     blur: np.ndarray,
     solarize: np.ndarray,
 ) -> np.ndarray:
-    """Return the parameters of n views as one float32 table (n, 13), which takes one copy to the device.
+    """Return the parameters of n views as one float32 table (n, 13), to be copied at once.
 
     Its columns are the operations of the four stages, their factors, the sigma, two flags for
     grayscale and solarization, the view's slot in the blur buffers (-1 for none) and, in row k, the
@@ -80,7 +80,7 @@ def apply(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Tensor:
-    """Return the finished views, shape (n, 3, height, width). The host does not wait for the device.
+    """Return the finished views, (n, 3, height, width), without blocking the host.
 
     Args:
         pixels: Crops, uint8 (n, 3, height, width).
@@ -157,7 +157,7 @@ def _saturate(red, green, blue, factor, HSV: tl.constexpr):
     if HSV:
         value = tl.maximum(tl.maximum(red, green), blue)
         chroma = value - tl.minimum(tl.minimum(red, green), blue)
-        # S = chroma / value is scaled and limited to 1, so chroma is limited to value. Gray stays gray.
+        # S = chroma / value is limited to 1, so chroma is limited to value. Gray does not change.
         ratio = tl.minimum(factor, value / tl.maximum(chroma, 1.1754944e-38))
         return (
             value - (value - red) * ratio,
@@ -365,7 +365,7 @@ def _blurred(
 
 @triton.jit
 def _blur_tile(parameters, area, PIXELS: tl.constexpr):
-    """Return image, channel, sigma, offset in a buffer, pixels and mask of a blur program's tile."""
+    """Return image, channel, sigma, buffer offset, pixels and mask of a program's tile."""
     slot, channel = tl.program_id(0), tl.program_id(1)
     image = tl.load(parameters + slot * _COLUMNS + _VIEW_IN_SLOT).to(tl.int32)
     sigma = tl.load(parameters + image * _COLUMNS + _SIGMA)

@@ -5,12 +5,12 @@ torchvision's RandomResizedCrop (after Inception's "distorted bounding box", Sze
 2015, arXiv:1409.4842, section 6). Only the source of random numbers differs. `crop_sampler` chooses
 the distribution of the boxes, by the official code that it follows:
 
-- torchvision: The area is uniform and the ratio log-uniform. Both are drawn again until the box fits,
-  10 times at most.
-- tensorflow, for SimCLR: The ratio is uniform. Then the height is uniform among the integers that the
-  range of areas and the image allow, so that small areas are more frequent. This is
-  tf.image.sample_distorted_bounding_box with min_object_covered = 0.1, as SimCLR's code calls it. It
-  refuses areas below a tenth of the image, although the range of areas begins at 0.08.
+- torchvision: The area is uniform and the ratio log-uniform. Both are drawn again until the box
+  fits, 10 times at most.
+- tensorflow, for SimCLR: The ratio is uniform. Then the height is uniform among the integers that
+  the range of areas and the image allow, so that small areas are more frequent. This is
+  tf.image.sample_distorted_bounding_box with min_object_covered = 0.1, as SimCLR's code calls it.
+  It refuses areas below a tenth of the image, although the range of areas begins at 0.08.
 - clipped, for BYOL: The area is uniform and the ratio log-uniform, drawn once. Width and height are
   clipped to those of the image.
 
@@ -32,7 +32,7 @@ from ssl_pretrain.views import resize
 from ssl_pretrain.views.recipe import Crop, Interpolation
 from ssl_pretrain.views.upload import upload
 
-LONGEST = 16  # an evaluation resizes at most so many shorter sides of a long thin image
+MAX_ASPECT = 16  # an evaluation resizes only the middle of an image that is longer than this
 TRIES = 10  # attempts of torchvision
 TENSORFLOW_TRIES = 100  # SimCLR's max_attempts
 TENSORFLOW_COVERED = 0.1  # SimCLR's min_object_covered: smallest share of the image in a box
@@ -57,9 +57,10 @@ def draw_box(
 ) -> Box:
     """Draw the box of one view of one image, with a random area and aspect ratio at a random place.
 
-    torchvision's sampler makes up to 10 attempts with an area uniform in `crop.scale` (as a share of
-    the image's) and a ratio log-uniform in `crop.ratio`. If no box fits into the image, it takes the
-    largest central box whose ratio is in range. The module's docstring describes the other samplers.
+    torchvision's sampler makes up to 10 attempts with an area uniform in `crop.scale` (as a share
+    of the image's) and a ratio log-uniform in `crop.ratio`. If no box fits into the image, it
+    takes the largest central box whose ratio is in range. The module's docstring describes the
+    other samplers.
 
     Args:
         crop: Recipe of the view.
@@ -200,7 +201,7 @@ def _fill_boxes(chances, seed, epoch, indices, view, sizes, boxes):
 
 
 def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """Cut `box` out of an image, resize it, flip it if the box says so, and return it as uint8 (3, size, size).
+    """Cut a box out of an image, resize and flip it, and return it as uint8 (3, size, size).
 
     Args:
         image: Decoded image, uint8 (3, height, width), in any memory format.
@@ -239,9 +240,10 @@ def _without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
 
 
 def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
-    """Do what `apply` does for a whole batch on its device, within one gray level: uint8 (n, 3, size, size).
+    """Crop a whole batch on its device, within one gray level of `apply`: uint8 (n, 3, size, size).
 
-    A resize is a product with one matrix along x and one along y. Each image has its own, as its box differs.
+    A resize is a product with one matrix along x and one along y. Each image has its own, as its
+    box differs.
 
     Args:
         images: Decoded images, uint8 (n, 3, height, width).
@@ -259,7 +261,9 @@ def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
 
 
 def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
-    """Return the weights of the pixels of an image for those of a view along one axis, float32 (n, size, total).
+    """Return how much each pixel of a view takes of each pixel of an image along one axis.
+
+    The weights are float32 (n, size, total).
 
     They are the weights of `resize.axis`, rounded as there. Without antialiasing they are those of
     `resize.write_plain_view`, which are not rounded.
@@ -273,13 +277,13 @@ def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
     widest = 2.0 if crop.interpolation == "bicubic" else 1.0
     scale = (length.to(torch.float64) / crop.size)[:, None, None]
     widened = scale.clamp_min(1.0) if crop.antialias else torch.ones_like(scale)
-    centre = scale * (torch.arange(crop.size, device=first.device)[:, None] + 0.5)
+    center = scale * (torch.arange(crop.size, device=first.device)[:, None] + 0.5)
     pixel = torch.arange(total, device=first.device) - first[:, None, None]
-    start = (centre - widest * widened + 0.5).trunc().clamp_min(0)
+    start = (center - widest * widened + 0.5).trunc().clamp_min(0)
     end = torch.minimum(
-        (centre + widest * widened + 0.5).trunc(), length[:, None, None].to(torch.float64)
+        (center + widest * widened + 0.5).trunc(), length[:, None, None].to(torch.float64)
     )
-    x = ((pixel - centre + 0.5) / widened).abs()
+    x = ((pixel - center + 0.5) / widened).abs()
     if crop.interpolation == "bicubic":
         weights = torch.where(
             x < 1,
@@ -307,10 +311,10 @@ def evaluate(
 ) -> Tensor:
     """Return the view that evaluations use, uint8 (3, size, size).
 
-    The shorter side is resized to round(size / crop_ratio) pixels at the same aspect ratio, and the
-    central square is cut out. For the usual ImageNet protocol that is 256 and 224 pixels. Of an image
-    more than 16 times as long as wide only the middle is resized, so that memory depends on the view
-    and not on the file.
+    The shorter side is resized to round(size / crop_ratio) pixels at the same aspect ratio, and
+    the central square is cut out. For the usual ImageNet protocol that is 256 and 224 pixels. Of
+    an image more than 16 times as long as wide only the middle is resized, so that memory depends
+    on the view and not on the file.
 
     Args:
         image: Decoded image, uint8 (3, height, width).
@@ -326,7 +330,7 @@ def evaluate(
     mode = F.InterpolationMode(interpolation)
     resized_side = round(size / crop_ratio)
     height, width = image.shape[-2:]
-    if max(height, width) > LONGEST * min(height, width):
+    if max(height, width) > MAX_ASPECT * min(height, width):
         length = _middle(max(height, width), min(height, width), resized_side)
         image = F.center_crop(image, [min(height, length), min(width, length)])
     resized = F.resize(image, [resized_side], mode, antialias=True)
@@ -334,13 +338,14 @@ def evaluate(
 
 
 def _middle(longer: int, shorter: int, resized_side: int) -> int:
-    """Return how many pixels of the longer side to resize, so that the central crop is that of the whole image.
+    """Return how many pixels of the longer side to resize without changing the central crop.
 
-    As much is cut off at either end, and the resized lengths differ by a multiple of 4. Otherwise the center would fall
-    on another fraction of a pixel, as torchvision rounds half a pixel to even.
+    As much is cut off at either end, and the resized lengths differ by a multiple of 4. Otherwise
+    the center would fall on another fraction of a pixel, as torchvision rounds half a pixel to
+    even.
     """
     whole = resized_side * longer // shorter
-    first = LONGEST * shorter + (longer - LONGEST * shorter) % 2
+    first = MAX_ASPECT * shorter + (longer - MAX_ASPECT * shorter) % 2
     candidates = range(first, min(longer, first + 64) + 1, 2)
     return next(
         (length for length in candidates if (whole - resized_side * length // shorter) % 4 == 0),

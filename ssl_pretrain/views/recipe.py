@@ -174,7 +174,8 @@ def _check_blur(key: str, crop: Crop) -> None:
     if crop.blur and crop.blur_border == "reflect" and taps > largest:
         remedy = f"give at most {largest}" if largest >= 3 else "set blur to 0"
         raise ValueError(
-            f"{key}.blur_kernel: {taps} is too wide to reflect an image of size {crop.size}; {remedy}"
+            f"{key}.blur_kernel: {taps} is too wide to reflect an image of size {crop.size}; "
+            f"{remedy}"
         )
 
 

@@ -1,16 +1,17 @@
-"""Resize a box of a decoded image to a view, compiled: torch's antialiased bilinear and bicubic resize.
+"""Resize a box of a decoded image to a view in compiled code, with the arithmetic of torch.
 
-A separable resize multiplies along x, then along y. Both passes run over consecutive bytes, 32 at a time. For that the
-image is transposed once, and the result of the first pass is transposed back. All views of an image share its decoding
-and the first transposition.
+A separable resize multiplies along x, then along y. Both passes run over consecutive bytes, 32 at
+a time. For that the image is transposed once, and the result of the first pass is transposed back.
+All views of an image share its decoding and the first transposition.
 
-The arithmetic is that of torch's uint8 kernels (aten/native/cpu/UpSampleKernel.cpp, after Pillow). The filter is the
-triangle or Keys' cubic with a = -0.5, widened by the scale where the image shrinks. Weights are rounded to 16-bit fixed
-point, with as many fractional bits as the largest weight allows. Sums have 32 bits. After each pass they are rounded
-and clamped to a byte.
+The arithmetic is that of torch's uint8 kernels (aten/native/cpu/UpSampleKernel.cpp, after Pillow).
+The filter is the triangle or Keys' cubic with a = -0.5, widened by the scale where the image
+shrinks. Weights are rounded to 16-bit fixed point, with as many fractional bits as the largest
+weight allows. Sums have 32 bits. After each pass they are rounded and clamped to a byte.
 
-`write_plain_view` resizes without antialiasing, as tf.image.resize does: the filter is never widened, so that a pixel
-depends on at most 4 x 4 others however much the image shrinks. Its sums are float32, rounded to a byte once.
+`write_plain_view` resizes without antialiasing, as tf.image.resize does: the filter is never
+widened, so that a pixel depends on at most 4 x 4 others however much the image shrinks. Its sums
+are float32, rounded to a byte once.
 """
 
 import math
@@ -22,7 +23,8 @@ from numba.extending import intrinsic
 
 from ssl_pretrain.system.jit import njit
 
-TILE = 16  # side in bytes of the tiles that are transposed; rows and columns are padded to multiples of it
+# Side in bytes of the tiles that are transposed. Rows and columns are padded to multiples of it.
+TILE = 16
 
 
 @njit(nogil=True)
@@ -32,14 +34,17 @@ def padded(count):
 
 
 def most_taps(longest_side: int, size: int, bicubic: bool) -> int:
-    """Return the largest number of pixels on which one pixel of a view depends along an axis, as a multiple of 4."""
+    """Return how many pixels one pixel of a view depends on along an axis, at most.
+
+    The number is rounded up to a multiple of 4.
+    """
     reach = 2 if bicubic else 1
     return -(-(2 * math.ceil(reach * max(1.0, longest_side / size)) + 1) // 4) * 4
 
 
 @intrinsic
 def _turn_tile(_context, source, source_pitch, target, target_pitch):
-    """Transpose the 16 x 16 bytes at address `source` to `target`, by four rounds of interleaving vector registers."""
+    """Transpose 16 x 16 bytes between two addresses, by interleaving registers four times."""
 
     def codegen(context, builder, _signature, arguments):
         source, source_pitch, target, target_pitch = arguments
@@ -74,16 +79,16 @@ def _turn_tile(_context, source, source_pitch, target, target_pitch):
 def turn(source, source_pitch, rows, columns, target, target_pitch):
     """Transpose bytes: target[column, row] = source[row, column].
 
-    Both arrays are flat, with rows `source_pitch` and `target_pitch` bytes apart and room for whole tiles at every edge.
+    Both arrays are flat, with rows `source_pitch` and `target_pitch` bytes apart and room for
+    whole tiles at every edge.
     """
     source_at, target_at = source.ctypes.data, target.ctypes.data
     for column in range(0, columns, TILE):
         for row in range(0, rows, TILE):
-            source_tile, target_tile = (
-                source_at + row * source_pitch + column,
-                target_at + column * target_pitch + row,
-            )
-            _turn_tile(source_tile, source_pitch, target_tile, target_pitch)  # type: ignore[call-arg]  # numba gives the context
+            tile = source_at + row * source_pitch + column
+            to = target_at + column * target_pitch + row
+            # numba passes the context.
+            _turn_tile(tile, source_pitch, to, target_pitch)  # type: ignore[call-arg]
 
 
 @njit(nogil=True)
@@ -121,14 +126,14 @@ def axis(length, size, bicubic, mirrored, starts, counts, weights, exact):
     inverse = 1.0 / max(scale, 1.0)
     largest = 0.0
     for pixel in range(size):
-        centre = scale * (pixel + 0.5)
-        start = max(int(centre - reach + 0.5), 0)
-        count = min(int(centre + reach + 0.5), length) - start
+        center = scale * (pixel + 0.5)
+        start = max(int(center - reach + 0.5), 0)
+        count = min(int(center + reach + 0.5), length) - start
         row = size - 1 - pixel if mirrored else pixel
         starts[row], counts[row] = start, count
         total = 0.0
         for tap in range(count):
-            weight = _filter((tap + start - centre + 0.5) * inverse, bicubic)
+            weight = _filter((tap + start - center + 0.5) * inverse, bicubic)
             exact[row, tap] = weight
             total += weight
         for tap in range(count):
@@ -214,13 +219,13 @@ def _rounded(target, sums, n, bits):
 def _blend(target, source, first, pitch, count, weights, n, bits, at, sums):
     """Write the weighted sum of `count` rows of `n` bytes of source, rounded to bytes.
 
-    The rows begin at `first`, `pitch` apart. `at` and `sums` are buffers for the beginnings and for int32 sums.
+    The rows begin at `first`, `pitch` apart. `at` and `sums` are buffers for the beginnings and
+    for int32 sums.
     """
     groups = (count + 3) // 4 * 4
     for tap in range(groups):
-        at[tap] = (
-            first + min(tap, count - 1) * pitch
-        )  # rows that fill up a group of 4 have weight 0
+        # Rows that fill up a group of 4 have weight 0.
+        at[tap] = first + min(tap, count - 1) * pitch
     if count <= 2:
         _two(target, source, at, weights, n, bits)
     elif count <= 4:
@@ -234,7 +239,7 @@ def _blend(target, source, first, pitch, count, weights, n, bits, at, sums):
 
 @njit(nogil=True)
 def write_view(turned, pitch, box, size, bicubic, room, out):
-    """Write one view, uint8 (3, size, size), from a transposed image, in which row 3 * x + channel is a column.
+    """Write one view from a transposed image, whose row 3 * x + channel is a column of the image.
 
     Args:
         turned: The transposed image as `turn` writes it, flat.
@@ -286,7 +291,7 @@ def write_view(turned, pitch, box, size, bicubic, room, out):
 
 @njit(nogil=True)
 def write_plain_view(turned, pitch, box, size, bicubic, out):
-    """Write one view without antialiasing. The arguments are those of `write_view`, without buffers.
+    """Write one view without antialiasing. The arguments are those of `write_view`.
 
     Where the filter reaches over the edge of the box, the pixels that exist share its weight
     (TensorFlow's half_pixel_centers). For the triangle this is the same as repeating the edge.
@@ -316,7 +321,7 @@ def write_plain_view(turned, pitch, box, size, bicubic, out):
 
 @njit(nogil=True)
 def _plain_axis(length, size, bicubic, mirrored, first, weights):
-    """Compute, for each of `size` pixels, the first of `length` pixels on which it depends, and the weights of that and the next three."""
+    """Compute the first pixel that each pixel of a view depends on, and four weights."""
     reach = 2 if bicubic else 1
     for pixel in range(size):
         center = length / size * (pixel + 0.5)
@@ -340,12 +345,18 @@ def _add_weighted(sums, source, weight):
 
 @njit(nogil=True, cache=True)
 def write_plain_cut(turned, height, width, flip, size, bicubic, out):
-    """Call `write_plain_view` on a whole image, for callers that are not compiled. The compiled code is cached on disk."""
+    """Call `write_plain_view` on a whole image, for callers that are not compiled."""
     write_plain_view(turned, height, (0, 0, height, width, flip), size, bicubic, out)
 
 
 def room_for(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:
-    """Allocate the buffers of `write_view` for one thread, for images of up to `longest_side` pixels and views of `sizes`."""
+    """Allocate the buffers of `write_view` for one thread.
+
+    Args:
+        longest_side: Longest side of all images, in pixels.
+        sizes: Sizes of the views.
+        bicubic: Any view uses the cubic filter.
+    """
     wide, tall = -(-max(sizes) // TILE) * TILE, -(-longest_side // TILE) * TILE
     taps = max(most_taps(longest_side, size, bicubic) for size in sizes)
     longest = max(wide, tall)

@@ -1,9 +1,10 @@
 """Read a stored image and make all its views, in compiled code and without Python's lock.
 
-Each image is read and decoded once. FFCV brings libturbojpeg, which is called here directly, with one
-decoder per thread. FFCV's own function, imdecode, does the same but keeps two decoders for every
-thread that ever lived, and returns the same number for a harmless warning and a destroyed image. Its
-fast DCT would also give other pixels than Pillow and torchvision, to save 4 % of the time.
+Each image is read and decoded once. FFCV brings libturbojpeg, which is called here directly, with
+one decoder per thread. FFCV's own function, imdecode, does the same but keeps two decoders for
+every thread that ever lived, and returns the same number for a harmless warning and a destroyed
+image. Its fast DCT would also give other pixels than Pillow and torchvision, to save 4 % of the
+time.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ INSTALL = (
 
 
 class Functions(NamedTuple):
-    """Addresses of C functions in this process. Compiled code that is kept on disk must not hold any."""
+    """Addresses of C functions in this process, which must not be part of cached code."""
 
     pread: int
     header: int
@@ -225,7 +226,7 @@ _decompress = _foreign(types.int32, *[types.intp] * 2, types.uint64, types.intp,
 
 @njit(nogil=True, cache=True)
 def decode(functions, stored, number, decoder, scratch):
-    """Read one image into `scratch.image`, RGB with rows padded to whole tiles, and return its status."""
+    """Read one image into `scratch.image`, with rows padded to whole tiles. Return its status."""
     length = stored.length[number]
     height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
     if not _read(functions, stored, number, scratch):
@@ -251,7 +252,7 @@ def decode(functions, stored, number, decoder, scratch):
 
 @njit(nogil=True)
 def _read(functions, stored, number, scratch):
-    """Read the bytes of one image into `scratch.compressed`. Return False if the file ends early."""
+    """Read the bytes of one image into `scratch`. Return False if the file ends early."""
     length, place = stored.length[number], stored.place[number]
     handle, target = stored.handles[stored.file[number]], scratch.compressed.ctypes.data
     done = 0
@@ -265,7 +266,7 @@ def _read(functions, stored, number, scratch):
 
 @njit(nogil=True)
 def _write_views(stored, views, number, seed, epoch, index, row, scratch, batch):
-    """Write the views of the image in `scratch`, drawn as those of `index`, to a row of the batch."""
+    """Write the views of the decoded image, drawn as those of `index`, to a row of the batch."""
     height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
     tall, wide = resize.padded(height), resize.padded(3 * width)
     resize.turn(scratch.image, wide, height, 3 * width, scratch.turned, tall)

@@ -1,9 +1,9 @@
 """Threads of compiled code that make batches of crops ahead of the trainer, in one ring of memory.
 
-A batch is one flat piece of memory. Whichever thread is free fills its next rows, and the memory is
-used again when the trainer is done with the batch, so nothing is allocated from step to step. On a
-GPU the ring is pinned. Each batch is sent on a stream of its own as soon as its last row is written,
-while the trainer computes. An error in a thread is raised in the trainer at once.
+A batch is one flat piece of memory. Whichever thread is free fills its next rows, and the memory
+is used again when the trainer is done with the batch, so nothing is allocated from step to step.
+On a GPU the ring is pinned. Each batch is sent on a stream of its own as soon as its last row is
+written, while the trainer computes. An error in a thread is raised in the trainer at once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ssl_pretrain.data.order import BLOCK, Plan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.views.recipe import Crop
 
-# A thread makes at most this many images at a time. That takes some tens of milliseconds, in which it
-# does not notice a request to stop.
+# A thread makes at most this many images at a time. That takes some tens of milliseconds, in which
+# it does not notice a request to stop.
 MAX_ROWS = 16
 POLL_SECONDS = 1.0  # interval between checks that the threads are alive
 JOIN_SECONDS = 60.0
@@ -35,7 +35,7 @@ JOIN_SECONDS = 60.0
 
 @dataclass
 class _Slot:
-    """Memory of one batch in the ring. It may be filled after the event, when the GPU has read it."""
+    """Memory of one batch in the ring, free after the event, when the GPU has read it."""
 
     pixels: Tensor
     free_after: torch.cuda.Event | None = None
@@ -72,7 +72,7 @@ class _Batch:
 
 
 class ThreadPool:
-    """The threads of one rank. `take` starts them. `close` ends them and releases files and memory."""
+    """The threads of one rank. `take` starts them, and `close` ends them and frees memory."""
 
     def __init__(
         self,
@@ -108,8 +108,8 @@ class ThreadPool:
     def take(self, requests: Iterable[ChunkRequest]) -> Iterator[Chunk]:
         """Return the batch of each request in order. The threads begin at once.
 
-        A new call ends the threads of the one before. The pixels of a batch are valid until the next
-        one is taken.
+        A new call ends the threads of the one before. The pixels of a batch are valid until the
+        next one is taken.
         """
         self._stop()
         if not self.buffers:
@@ -159,7 +159,7 @@ class ThreadPool:
 
 
 class _Run:
-    """The threads from one start to their end. `changed` guards what they share with the trainer."""
+    """The threads from start to end. `changed` guards what they share with the trainer."""
 
     def __init__(self, pool: ThreadPool, requests: Iterator[ChunkRequest]):
         self.pool, self.requests = pool, requests
@@ -289,7 +289,7 @@ class _Run:
     def _write_rows(
         self, batch: _Batch, numbers: np.ndarray, indices: np.ndarray, first: int, thread: _Thread
     ) -> np.ndarray:
-        """Write the crops of images `numbers`, drawn as those of `indices`, and return their status."""
+        """Write the crops of images `numbers`, drawn as those of `indices`. Return their status."""
         pool, status = self.pool, np.zeros(len(numbers), np.int8)
         decode.make(
             (pool.functions, self.stored, pool.views),
@@ -306,7 +306,7 @@ class _Run:
         return status
 
     def _replace(self, batch: _Batch, row: int, status: int, thread: _Thread) -> Replacement:
-        """Put the image that worker processes would choose in the place of one that is unreadable."""
+        """Replace an unreadable image, with the one that worker processes would choose."""
         pool, index = self.pool, batch.request.indices[row : row + 1].astype(np.int64)
         unreadable = int(index[0])
         if status == decode.CUT:
