@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step, counted at the collectives, and by the formulas of docs/scaling.md."""
+"""Bytes that a rank sends in a step, counted at the collectives and computed by formula."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.models import backbones
 from ssl_pretrain.parallel.batch_norm import GroupBatchNorm
 
-# the first of these functions that is calling says what a collective is for; DDP's reducer is C++ and has none
+# The first of these functions on the stack tells what a collective is for. DDP's reducer is C++ and
+# has none.
 KINDS = {
     "_Synchronized.forward": "batch norm forward",
     "_Synchronized.backward": "batch norm backward",
@@ -28,14 +29,16 @@ KINDS = {
 
 
 class Traffic(TorchDispatchMode):
-    """Counts, by kind, what a ring sends from each rank: (W - 1) parts of a gather or a reduce-scatter, twice that of an all-reduce,
-    a part being what one rank gives to a gather, or gets from a reduction."""
+    """Count the bytes that each rank of a ring sends, by kind.
+
+    With W ranks, a gather or a reduce-scatter sends W - 1 shards and an all-reduce twice as many. A
+    shard is what one rank contributes to a gather, or receives from a reduction.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: Counter[str] = (
-            Counter()
-        )  # exact, as a part of an all-reduce need not be whole bytes
+        # Exact fractions, since a shard of an all-reduce need not be whole bytes.
+        self.sent: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -61,23 +64,25 @@ class Traffic(TorchDispatchMode):
 
 def _kind() -> str:
     frame: Any = sys._getframe()
-    calling = []
+    functions = []
     while frame is not None:
-        calling.append(frame.f_code.co_qualname)
+        functions.append(frame.f_code.co_qualname)
         frame = frame.f_back
-    outer = [kind for name, kind in KINDS.items() if name in calling]
-    return outer[0] if outer else "gradients"
+    kinds = [kind for name, kind in KINDS.items() if name in functions]
+    return kinds[0] if kinds else "gradients"
 
 
 def predicted(
     method: Any, strategy: str, *, dim: int, rows: int, calls: int
 ) -> dict[str, Fraction | int]:
-    """The table of docs/scaling.md, in float64.
+    """Return the bytes by kind, as in the table of docs/scaling.md, in float64.
 
     Args:
-        dim: of an embedding.
-        rows: images of this rank, in two views each.
-        calls: of the networks in a step: 1 where the views go through together, 2 where one by one.
+        method: The method.
+        strategy: ddp or fsdp.
+        dim: Dimension of an embedding.
+        rows: Images of this rank, in two views each.
+        calls: Forward passes per step: 1 if the views are concatenated, 2 if not.
     """
     world, size, views = process_group.world_size(), 8, 2
     others, all_reduced = world - 1, Fraction(2 * (world - 1), world)
@@ -123,6 +128,6 @@ def _channels(module: nn.Module) -> list[int]:
 
 
 def _share(parameters: Any) -> int:
-    """Numbers that each rank has of these parameters: of their first dimension an equal part, rounded up."""
+    """Return how many numbers of these parameters a rank has, by equal shards of their rows."""
     world = process_group.world_size()
     return sum(-(-len(p) // world) * (p.numel() // len(p)) for p in parameters)

@@ -1,4 +1,4 @@
-"""Run the product's commands as a user types them, on images and a configuration that take seconds."""
+"""Run the product's commands as a user types them, on runs that take seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Every key that is not here has its shipped default.
+# All other keys have their default values.
 CONFIG = """
 method: {name: simclr, temperature: 0.2, projector_dims: [16, 8]}
 backbone: {name: test_resnet, stem: no_pool}
@@ -51,7 +51,7 @@ class Finished:
 
 
 def noise(number: int, size: tuple[int, int] = (20, 20)) -> Image.Image:
-    """Seeded color noise, a different image for each number."""
+    """Return seeded color noise, a different image for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -94,17 +94,17 @@ def start(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subpr
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_heed_hangups,
+        preexec_fn=_restore_hangups,
     )
 
 
-def _heed_hangups() -> None:
-    """A child would ignore SIGHUP where the tests run under nohup."""
+def _restore_hangups() -> None:
+    """Undo nohup, under which a child would ignore SIGHUP."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
-    """Wait for a started command. A process that outlives the timeout is killed, with its children."""
+    """Wait for a started command, and kill it with its children after the timeout."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -122,39 +122,40 @@ def run(
 
 
 def each(commands: list[list[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
-    """Run `python -m NAME ARGUMENTS` for every list, one after the other. Returns status, stdout and stderr.
+    """Run `python -m NAME ARGUMENTS` for each list, and return status, stdout and stderr of each.
 
-    All run in one process, forked from one that has imported everything: seconds less per command.
+    All of them run in one process, forked from one that has imported everything. This saves seconds
+    per command.
     """
-    context = multiprocessing.get_context("forkserver")  # conftest.py has told it what to import
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_each, args=(commands, sending))
+    context = multiprocessing.get_context("forkserver")  # preloaded by conftest.py
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_each, args=(commands, sender))
     process.start()
-    sending.close()
+    sender.close()
     try:
-        assert receiving.poll(timeout), f"still running after {timeout} s: {commands}"
-        return receiving.recv()
+        assert receiver.poll(timeout), f"still running after {timeout} s: {commands}"
+        return receiver.recv()
     finally:
         process.kill()
         process.join()
 
 
-def _each(commands: list[list[str]], sending: Connection) -> None:
+def _each(commands: list[list[str]], sender: Connection) -> None:
     os.chdir(ROOT)
-    # Here, unlike in a new interpreter, the modules have been imported before.
+    # Unlike in a new interpreter, the modules have been imported before.
     warnings.filterwarnings(
         "ignore", ".* found in sys.modules after import of package", RuntimeWarning
     )
     results = []
-    for line in commands:
-        sys.argv, out, err, status = line, io.StringIO(), io.StringIO(), 0
+    for words in commands:
+        sys.argv, out, err, status = words, io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                runpy.run_module(line[0], run_name="__main__")
+                runpy.run_module(words[0], run_name="__main__")
             except SystemExit as end:
                 status = end.code or 0
             except BaseException:  # what a new interpreter would print and end with
                 traceback.print_exc()
                 status = 1
         results.append((status, out.getvalue(), err.getvalue()))
-    sending.send(results)
+    sender.send(results)

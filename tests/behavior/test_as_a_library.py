@@ -1,4 +1,4 @@
-"""Train from a program: a script without a guard, a thread, an event loop, a notebook's cell."""
+"""Train from a program: a script without a guard, a thread, an event loop, a notebook cell."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.full
-def test_a_process_that_may_start_no_workers_is_told_of_the_ways_out(script):
+def test_a_process_that_may_not_start_workers_gets_remedies(script):
     text = """
 import multiprocessing
 
@@ -88,22 +88,23 @@ if __name__ == "__main__":
     done = commands.run(script(text))
     assert done.status == 0 and "pool0 steps 2" in done.stdout, done.text
     assert (
-        "data.num_workers: 2 in a daemonic process, as those of multiprocessing.Pool are, which may start no other; "
+        "data.num_workers: 2 in a daemonic process, as those of "
+        "multiprocessing.Pool are, which may start no other; "
         "set data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor\n"
     ) in done.stdout
 
 
 @pytest.mark.full
 def test_a_cell_without_a_file_trains(script):
-    """A notebook's kernel has a main module without a file or a spec; its loop is running."""
+    """A notebook's kernel has a main module without a file or a spec, and its loop is running."""
     path = script("async def cell():\n    go('cell', 2)\nimport asyncio\nasyncio.run(cell())\n")
     done = commands.run("-c", path.read_text())
     assert done.status == 0 and "cell steps 2" in done.stdout, done.text
 
 
 @pytest.mark.full
-def test_a_transform_of_the_script_itself_needs_the_guard_and_a_message_says_so(script, tmp_path):
-    """Workers import the script where they need what is defined in it."""
+def test_a_transform_defined_in_the_script_needs_a_guard_and_the_error_says_so(script, tmp_path):
+    """Workers import the script to use what is defined in it."""
     text = """
 from ssl_pretrain.data import single_pass, sources
 
@@ -113,8 +114,8 @@ class Half:
 
 source = sources.open_source(sources.DataConfig(source="digits"), "val")
 GUARD
-    shapes = [tuple(pixels.shape) for pixels, labels in single_pass.read_images(source, range(5), Half(), 4, 2)]
-    print(shapes)
+    batches = single_pass.read_images(source, range(5), Half(), 4, 2)
+    print([tuple(pixels.shape) for pixels, labels in batches])
 """
     guarded = script(text.replace("GUARD", 'if __name__ == "__main__":'))
     done = commands.run(guarded)
@@ -122,6 +123,7 @@ GUARD
     done = commands.run(script(text.replace("GUARD", "if True:")))
     assert done.status == 1
     assert done.stderr.splitlines()[-1] == (
-        f"ValueError: data.num_workers: each worker process imports {tmp_path / 'program.py'}, which starts to train wherever it is "
+        f"ValueError: data.num_workers: each worker process imports "
+        f"{tmp_path / 'program.py'}, which starts to train wherever it is "
         'imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
     )

@@ -1,6 +1,7 @@
-"""How a data set on disk is read: which images are trained on, which are held out, and what their labels are.
+"""How a data set on disk is read: its training images, its validation images, and their labels.
 
-The commands run in this process, as a start costs seconds and there are many layouts. Two tests start a real run.
+The commands run in this process, since a start costs seconds and there are many layouts. Two tests
+start a real run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Inspect = Callable[..., "Seen"]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a command says about a data set: its exit status and its output, with ROOT for the data set's path."""
+    """Exit status and output of a command, with ROOT in place of the data set's path."""
 
     status: int
     text: str
@@ -73,40 +74,67 @@ SPLITS = {
     ),
     "longer names, sorted": (
         "training/a/1.png training/b/2.png validation/b/3.png",
-        "data: training ROOT/training: 2 images, 2 classes (a, b); validation ROOT/validation: 1 image, 1 of 2 classes (b)",
+        (
+            "data: training ROOT/training: 2 images, 2 classes (a, b); validation "
+            "ROOT/validation: 1 image, 1 of 2 classes (b)"
+        ),
     ),
     "test images alone": (
         "TRAIN/a/1.png TRAIN/b/2.png TEST/3.png",
-        "data: training ROOT/TRAIN: 2 images, 2 classes (a, b); validation ROOT/TEST: 1 image, no labels",
+        (
+            "data: training ROOT/TRAIN: 2 images, 2 classes (a, b); validation "
+            "ROOT/TEST: 1 image, no labels"
+        ),
     ),
     "held out beside class folders": (
         "a/1.png b/2.png test/3.png dev/a/4.png",
-        "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT/dev: 1 image, 1 of 2 classes (a)",
+        (
+            "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT/dev: "
+            "1 image, 1 of 2 classes (a)"
+        ),
     ),
     "below folders that wrap them": (
-        "ILSVRC/Data/CLS-LOC/train/n1/1.png ILSVRC/Data/CLS-LOC/train/n2/2.png ILSVRC/Data/CLS-LOC/val/n1/3.png",
+        (
+            "ILSVRC/Data/CLS-LOC/train/n1/1.png ILSVRC/Data/CLS-LOC/train/n2/2.png "
+            "ILSVRC/Data/CLS-LOC/val/n1/3.png"
+        ),
         "data: training ROOT/ILSVRC/Data/CLS-LOC/train: 2 images, 2 classes (n1, n2);"
         " validation ROOT/ILSVRC/Data/CLS-LOC/val: 1 image, 1 of 2 classes (n1)",
     ),
     "below a folder that is called like a split": (
         "training_data/train/a/1.png training_data/train/b/2.png training_data/val/a/3.png",
-        "data: training ROOT/training_data/train: 2 images, 2 classes (a, b); validation ROOT/training_data/val: 1 image, 1 of 2 classes (a)",
+        (
+            "data: training ROOT/training_data/train: 2 images, 2 classes (a, b); "
+            "validation ROOT/training_data/val: 1 image, 1 of 2 classes (a)"
+        ),
     ),
     "a folder between": (
         "train/a/1.png train/b/2.png val/more/a/3.png val/more/b/4.png",
-        "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 images, 2 classes (a, b)",
+        (
+            "data: training ROOT/train: 2 images, 2 classes (a, b); validation "
+            "ROOT/val: 2 images, 2 classes (a, b)"
+        ),
     ),
     "a class is missing in val": (
         "train/a/1.png train/b/2.png train/c/3.png val/c/4.png val/b/5.png",
-        "data: training ROOT/train: 3 images, 3 classes (a, b, c); validation ROOT/val: 2 images, 2 of 3 classes (b, c)",
+        (
+            "data: training ROOT/train: 3 images, 3 classes (a, b, c); validation "
+            "ROOT/val: 2 images, 2 of 3 classes (b, c)"
+        ),
     ),
     "classes in val alone": (
         "train/1.png train/2.png val/a/3.png val/b/4.png",
-        "data: training ROOT/train: 2 images, no labels; validation ROOT/val: 2 images, 2 classes (a, b)",
+        (
+            "data: training ROOT/train: 2 images, no labels; validation ROOT/val: "
+            "2 images, 2 classes (a, b)"
+        ),
     ),
     "deeper class folders": (
         "train/n1/images/1.png train/n2/images/2.png train/n2/3.png val/n1/images/4.png",
-        "data: training ROOT/train: 3 images, 2 classes (n1, n2); validation ROOT/val: 1 image, 1 of 2 classes (n1)",
+        (
+            "data: training ROOT/train: 3 images, 2 classes (n1, n2); validation "
+            "ROOT/val: 1 image, 1 of 2 classes (n1)"
+        ),
     ),
 }
 
@@ -122,48 +150,71 @@ ALL = "or give data.train=. if all images there are for training\n"
 REFUSED = {
     "years": (
         "train2017/1.png val2017/2.png",
-        "ROOT holds train2017/, val2017/, which are called like splits; say which is which, as in data.train=train2017 data.val=val2017",
+        (
+            "ROOT holds train2017/, val2017/, which are called like splits; say "
+            "which is which, as in data.train=train2017 data.val=val2017"
+        ),
     ),
     "words": (
         "cat/1.png dog/2.png test_images/3.png",
-        "ROOT holds test_images/, which are called like splits; say which is which, as in data.val=test_images",
+        (
+            "ROOT holds test_images/, which are called like splits; say which is "
+            "which, as in data.val=test_images"
+        ),
     ),
     "splits inside classes": (
         "bottle/train/1.png bottle/test/2.png cable/train/3.png cable/test/4.png",
-        "ROOT has splits inside its folders (bottle/train/, bottle/test/); name them, or a list of the training images,"
+        "ROOT has splits inside its folders (bottle/train/, bottle/test/); "
+        "name them, or a list of the training images,"
         " as in data.train=bottle/train data.val=bottle/test",
     ),
     "splits inside the second of two folders": (
         "samples/1.png ILSVRC/Data/CLS-LOC/train/n1/2.png ILSVRC/Data/CLS-LOC/val/n1/3.png",
-        "ROOT has splits inside its folders (ILSVRC/Data/CLS-LOC/train/, ILSVRC/Data/CLS-LOC/val/); name them, or a list of the training"
+        "ROOT has splits inside its folders (ILSVRC/Data/CLS-LOC/train/, "
+        "ILSVRC/Data/CLS-LOC/val/); name them, or a list of the training"
         " images, as in data.train=ILSVRC/Data/CLS-LOC/train data.val=ILSVRC/Data/CLS-LOC/val",
     ),
     "splits inside the training split": (
         "train/train/a/1.png train/train/b/2.png train/test/a/3.png",
-        "ROOT/train has splits inside its folders (train/, test/); name them, or a list of the training images,"
+        "ROOT/train has splits inside its folders (train/, test/); name them, "
+        "or a list of the training images,"
         " as in data.train=train/train data.val=train/test",
     ),
     "names of another language": (
-        "entrenamiento/a/1.png entrenamiento/b/2.png entrenamiento/c/3.png prueba/a/4.png prueba/c/5.png",
-        "ROOT holds entrenamiento/, prueba/ with the same folders in each (a/, c/), so they may be splits; say which is which,"
+        (
+            "entrenamiento/a/1.png entrenamiento/b/2.png entrenamiento/c/3.png "
+            "prueba/a/4.png prueba/c/5.png"
+        ),
+        "ROOT holds entrenamiento/, prueba/ with the same folders in each (a/, "
+        "c/), so they may be splits; say which is which,"
         " as in data.train=entrenamiento data.val=prueba",
     ),
     "images called like splits": (
         "train_1.png train_2.png test_1.png",
-        "ROOT holds images that are called like splits (test_1.png, train_1.png); list those of each split,"
+        "ROOT holds images that are called like splits (test_1.png, "
+        "train_1.png); list those of each split,"
         " as in data.train=LIST data.val=LIST",
     ),
     "held-out images alone": (
         "val/a/1.png test/b/2.png",
-        "ROOT holds test/, val/ and no training images; say where they are, as in data.train=FOLDER",
+        (
+            "ROOT holds test/, val/ and no training images; say where they are, as "
+            "in data.train=FOLDER"
+        ),
     ),
     "a class called train": (
         "bus/1.png car/2.png train/3.png",
-        "ROOT holds train/ beside bus/, car/, so it may be the training split or one class of several; say which, as in data.train=train",
+        (
+            "ROOT holds train/ beside bus/, car/, so it may be the training split "
+            "or one class of several; say which, as in data.train=train"
+        ),
     ),
     "two training splits": (
         "train/1.png Training/2.png val/3.png",
-        "ROOT holds Training and train; say which has the training images, as in data.train=Training",
+        (
+            "ROOT holds Training and train; say which has the training images, as "
+            "in data.train=Training"
+        ),
     ),
 }
 
@@ -177,21 +228,24 @@ def test_what_may_be_splits_is_refused(layout, tmp_path, inspect):
 def test_keys_name_the_splits(tmp_path, inspect):
     root = tree(tmp_path, "train2017/1.png val2017/2.png val2017/3.png extra/4.png")
     named = inspect(root, "--train", "train2017", "--val", str(root / "val2017"))
-    assert (
-        named.first
-        == "data: training ROOT/train2017: 1 image, no labels; validation ROOT/val2017: 2 images, no labels"
+    assert named.first == (
+        "data: training ROOT/train2017: 1 image, no labels; validation "
+        "ROOT/val2017: 2 images, no labels"
     )
     assert inspect(root, "--train", ".").first.startswith(
         "data: training ROOT: 4 images, 3 classes (extra, train2017, val2017); validation none ("
     )
     rest = inspect(root, "--train", ".", "--val", "val2017")
-    assert (
-        rest.first
-        == "data: training ROOT: 2 images, 2 classes (extra, train2017); validation ROOT/val2017: 2 images, no labels"
+    assert rest.first == (
+        "data: training ROOT: 2 images, 2 classes (extra, train2017); "
+        "validation ROOT/val2017: 2 images, no labels"
     )
     assert inspect(root, "--train", "trian") == Seen(
         2,
-        "data.train: ROOT has no folder or list 'trian'; it has extra/, train2017/, val2017/; name the one that holds the training images\n",
+        (
+            "data.train: ROOT has no folder or list 'trian'; it has extra/, "
+            "train2017/, val2017/; name the one that holds the training images\n"
+        ),
     )
 
 
@@ -222,19 +276,25 @@ def test_lists_that_nobody_named_are_not_passed_over(layout, tmp_path, inspect):
     for name, content in lists.items():
         (root / folder / name).write_text(content)
     where = "ROOT" if folder == "." else f"ROOT/{folder}"
-    text = f"{where} holds lists that are called like splits; say which images are for training, as in data.train={names}"
+    text = (
+        f"{where} holds lists that are called like splits; say which images are "
+        f"for training, as in data.train={names}"
+    )
     assert inspect(root) == Seen(2, f"data.train: {text}, {ALL}")
     zipped = inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)))
     assert zipped == Seen(
         2,
-        f"data.train: {where} holds lists that are called like splits, which are not read inside a zip; unpack it, {ALL}",
+        (
+            f"data.train: {where} holds lists that are called like splits, which "
+            f"are not read inside a zip; unpack it, {ALL}"
+        ),
     )
     if folder != ".":
         train, val = names.split(" data.val=")
         named = inspect(root, "--train", train, "--val", val)
-        assert (
-            named.first
-            == f"data: training ROOT/{train}: 2 images, no labels; validation ROOT/{val}: 1 image, no labels"
+        assert named.first == (
+            f"data: training ROOT/{train}: 2 images, no labels; validation "
+            f"ROOT/{val}: 1 image, no labels"
         )
 
 
@@ -261,9 +321,9 @@ def test_images_of_both_splits_are_counted(tmp_path, inspect):
     commands.write_images(root, ["data/val/a/3.png"], first=3)
     named = inspect(root, "--train", "data")
     assert (
-        "data: ROOT/data has splits inside its folders (train/, val/), and all of them are for training\n"
-        in named.text
-    )
+        "data: ROOT/data has splits inside its folders (train/, val/), and all "
+        "of them are for training\n"
+    ) in named.text
     assert (
         "data: 1 of 1 validation images are training images too (first: ROOT/data/val/a/3.png)\n"
         in named.text
@@ -286,16 +346,19 @@ def test_one_class_of_many_may_be_called_like_a_split(tmp_path, inspect):
         "data: training ROOT: 10 images, 10 classes (a, b, c, ...); validation none ("
     )
     assert (
-        "data: ROOT/train is read as one of 10 classes; give data.train=train if it is the training split\n"
-        in seen.text
-    )
+        "data: ROOT/train is read as one of 10 classes; give data.train=train "
+        "if it is the training split\n"
+    ) in seen.text
     seen = inspect(tree(tmp_path / "2", f"{classes} bullet_train/1.png"))
     assert "data: bullet_train/ is read as one of 10 classes\n" in seen.text
 
 
 def test_two_validation_splits_are_refused(tmp_path, inspect):
     seen = inspect(tree(tmp_path, "train/a/1.png train/b/2.png val/a/3.png valid/b/4.png"))
-    expected = "none (data.val: ROOT holds val and valid; say which has the validation images, as in data.val=val)"
+    expected = (
+        "none (data.val: ROOT holds val and valid; say which has the "
+        "validation images, as in data.val=val)"
+    )
     assert seen.first.endswith(f"validation {expected}")
 
 
@@ -321,7 +384,8 @@ def test_a_stray_image_costs_no_other_label(tmp_path, inspect):
 
 
 FOREIGN = (
-    ".hidden/1.png __MACOSX/a/2.png @eaDir/3.png lost+found/4.png $RECYCLE.BIN/5.png .ipynb_checkpoints/6.png"
+    ".hidden/1.png __MACOSX/a/2.png @eaDir/3.png lost+found/4.png "
+    "$RECYCLE.BIN/5.png .ipynb_checkpoints/6.png"
     " train/.ipynb_checkpoints/7.png train/a/._1.png train/a/@eaDir/8.png val/a/Thumbs.db.png"
 )
 
@@ -329,7 +393,10 @@ FOREIGN = (
 def test_folders_and_archives_skip_the_same(tmp_path, inspect):
     names = f"{FOREIGN} train/a/1.png train/b/2.png val/a/3.png"
     root = tree(tmp_path, names)
-    expected = "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 images, 1 of 2 classes (a)"
+    expected = (
+        "data: training ROOT/train: 2 images, 2 classes (a, b); validation "
+        "ROOT/val: 2 images, 1 of 2 classes (a)"
+    )
     assert inspect(root).first == expected
     assert (
         inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root))).first == expected
@@ -363,13 +430,14 @@ def test_archives_of_other_systems(system, tmp_path, inspect):
     seen = inspect(archive(tmp_path, ARCHIVES[system]))
     below = "ROOT/d" if system == "macOS" else "ROOT"
     assert seen.first == (
-        f"data: training {below}/train: 2 images, 2 classes (a, b); validation {below}/val: 1 image, 1 of 2 classes (a)"
+        f"data: training {below}/train: 2 images, 2 classes (a, b); validation "
+        f"{below}/val: 1 image, 1 of 2 classes (a)"
     )
     if system == "outside":
         assert (
-            "left out in ROOT: 2 members outside the archive (first: ../train/c/5.png), 2 members with absolute paths (first: /train"
-            in seen.text
-        )
+            "left out in ROOT: 2 members outside the archive (first: "
+            "../train/c/5.png), 2 members with absolute paths (first: /train"
+        ) in seen.text
 
 
 def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
@@ -380,7 +448,8 @@ def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
         file.writestr("a/1.png", b"another")
     assert inspect(path).text.splitlines()[1] == (
-        "data: left out in ROOT: 1 earlier members of the same name (first: a/1.png), 1 links, pipes or devices (first: b/link.png)"
+        "data: left out in ROOT: 1 earlier members of the same name (first: "
+        "a/1.png), 1 links, pipes or devices (first: b/link.png)"
     )
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("train.csv", "a/1.png,a\n")
@@ -451,8 +520,10 @@ def test_what_is_not_read_is_counted_and_named(tmp_path, inspect):
         "data: training ROOT/train: 5 images, 2 classes (a, b); validation none ("
     )
     assert seen.text.splitlines()[1] == (
-        "data: left out in ROOT/train: 2 links to folders that are listed already (first: a/up), 2 links to nothing (first: a/gone.png),"
-        " 1 .part files (first: a/4.jpg.part), 1 .txt files (first: a/notes.txt), 1 pipes, sockets or devices (first: a/pipe.png)"
+        "data: left out in ROOT/train: 2 links to folders that are listed "
+        "already (first: a/up), 2 links to nothing (first: a/gone.png),"
+        " 1 .part files (first: a/4.jpg.part), 1 .txt files (first: "
+        "a/notes.txt), 1 pipes, sockets or devices (first: a/pipe.png)"
     )
 
 
@@ -471,7 +542,8 @@ TABLES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "LOC_val_solution": (
         "val/ILSVRC2012_val_1.png val/ILSVRC2012_val_2.png",
         lambda root: (root / "LOC_val_solution.csv").write_text(
-            "ImageId,PredictionString\nILSVRC2012_val_2,n2 85 1 49 27 n2 1 2 3 4 \nILSVRC2012_val_1,n1 5 1 9 2 \n"
+            "ImageId,PredictionString\nILSVRC2012_val_2,n2 85 1 49 27 n2 1 2 3 4 "
+            "\nILSVRC2012_val_1,n1 5 1 9 2 \n"
         ),
     ),
     "val.csv": (
@@ -500,12 +572,16 @@ def test_unsorted_validation_images_get_labels_from_a_table(table, tmp_path, ins
 def test_numbers_of_classes_in_an_order_that_nobody_states_give_no_labels(tmp_path, inspect):
     root = tree(
         tmp_path,
-        "train/n1/1.png train/n2/2.png val/ILSVRC2012_val_00000001.png val/ILSVRC2012_val_00000002.png",
+        (
+            "train/n1/1.png train/n2/2.png val/ILSVRC2012_val_00000001.png "
+            "val/ILSVRC2012_val_00000002.png"
+        ),
     )
     (root / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
     (root / "synsets.txt").write_text("n1\nn2\n")
     expected = (
-        "data: ROOT/ILSVRC2012_validation_ground_truth.txt gives no labels: it numbers the classes, and synsets.txt lists them in "
+        "data: ROOT/ILSVRC2012_validation_ground_truth.txt gives no labels: it "
+        "numbers the classes, and synsets.txt lists them in "
         "alphabetical order, which is not that of ILSVRC2012's numbers\n"
     )
     assert expected in inspect(root).text
@@ -524,26 +600,49 @@ def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
     seen = inspect(root)
     assert "; validation ROOT/val: 2 images, no labels" in seen.first
     assert (
-        "data: ROOT/val.txt gives no labels: '0' is no class of the training split, which has n1, n2"
-        in seen.text
-    )
+        "data: ROOT/val.txt gives no labels: '0' is no class of the training "
+        "split, which has n1, n2"
+    ) in seen.text
 
 
 LISTS: dict[str, tuple[str, bytes, str]] = {
-    "a spreadsheet's": ("l.csv", '\ufeffpath;label\r\n"images/1.png";"b; c"\r\nimages/2.png;a\r\n'.encode(), "2 images, 2 classes (a, b; c)"),
+    "a spreadsheet's": (
+        "l.csv",
+        '\ufeffpath;label\r\n"images/1.png";"b; c"\r\nimages/2.png;a\r\n'.encode(),
+        "2 images, 2 classes (a, b; c)",
+    ),
     "UTF-16 of a spreadsheet": (
-        "l.txt", "path\tlabel\r\nimages\\1.png\tä\r\nimages\\2.png\tb\r\n".encode("utf-16"), "2 images, 2 classes (b, ä)",
+        "l.txt",
+        "path\tlabel\r\nimages\\1.png\tä\r\nimages\\2.png\tb\r\n".encode("utf-16"),
+        "2 images, 2 classes (b, ä)",
     ),
     "a data frame's, a label missing": (
-        "l.csv", b",Image Name,Target\n0,images/1.png,10.0\n1,images/2.png,2.0\n2,images/3.png,\n",
+        "l.csv",
+        b",Image Name,Target\n0,images/1.png,10.0\n1,images/2.png,2.0\n2,images/3.png,\n",
         "3 images, 2 classes (2, 10), 1 without a label",
     ),
-    "another machine's paths": ("l.tsv", b"C:\\d\\images\\1.png\ta\nC:\\d\\images\\2.png\tb\n", "2 images, 2 classes (a, b)"),
+    "another machine's paths": (
+        "l.tsv",
+        b"C:\\d\\images\\1.png\ta\nC:\\d\\images\\2.png\tb\n",
+        "2 images, 2 classes (a, b)",
+    ),
     "names alone": ("l.csv", b"id,breed\n1,a\n2,b\n", "2 images, 2 classes (a, b)"),
-    "separated by a space": ("l.txt", b"images/1.png a\nimages/2.png b\n", "2 images, 2 classes (a, b)"),
-    "comments": ("l.txt", b"# made by a program\n# for 2 images\nimages/1.png a\nimages/2.png b\n", "2 images, 2 classes (a, b)"),
-    "numbers first": ("l.csv", b"1,images/1.png,a\n2,images/2.png,b\n", "2 images, 2 classes (a, b)"),
-}  # fmt: skip
+    "separated by a space": (
+        "l.txt",
+        b"images/1.png a\nimages/2.png b\n",
+        "2 images, 2 classes (a, b)",
+    ),
+    "comments": (
+        "l.txt",
+        b"# made by a program\n# for 2 images\nimages/1.png a\nimages/2.png b\n",
+        "2 images, 2 classes (a, b)",
+    ),
+    "numbers first": (
+        "l.csv",
+        b"1,images/1.png,a\n2,images/2.png,b\n",
+        "2 images, 2 classes (a, b)",
+    ),
+}
 
 
 @pytest.mark.parametrize("written", LISTS)
@@ -560,9 +659,9 @@ def test_rows_of_the_same_image_are_counted(tmp_path, inspect):
     root = tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,label\n1.png,a\n1.png,b\n2.png,a\n")
     assert (
-        "data: 1 of 3 rows of ROOT name an image that an earlier row names, and it is read as often\n"
-        in inspect(root / "l.csv").text
-    )
+        "data: 1 of 3 rows of ROOT name an image that an earlier row names, "
+        "and it is read as often\n"
+    ) in inspect(root / "l.csv").text
 
 
 def test_a_list_may_name_images_that_are_gone(tmp_path, inspect):
@@ -590,9 +689,9 @@ def test_a_list_that_names_its_splits(tmp_path, inspect):
         "path,label,split\nimages/1.png,a,train\nimages/2.png,b,train\nimages/3.png,a,valid\n"
     )
     seen = inspect(root / "all.csv")
-    assert (
-        seen.first
-        == "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT: 1 image, 1 of 2 classes (a)"
+    assert seen.first == (
+        "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT: 1 "
+        "image, 1 of 2 classes (a)"
     )
 
 
@@ -601,9 +700,9 @@ def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
     (root / "train.csv").write_text("image,label\n1,a\n2,b\n")
     (root / "test.csv").write_text("image\n3\n")
     seen = inspect(root)
-    assert (
-        seen.first
-        == "data: training ROOT/train.csv: 2 images, 2 classes (a, b); validation ROOT/test.csv: 1 image, no labels"
+    assert seen.first == (
+        "data: training ROOT/train.csv: 2 images, 2 classes (a, b); validation "
+        "ROOT/test.csv: 1 image, no labels"
     )
 
 
@@ -613,22 +712,25 @@ def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
     seen = inspect(root / "l.csv")
     assert seen.first.startswith("data: training ROOT: 2 images, no labels;")
     assert (
-        "data: of the columns 'path', 'width', 'height' none is called label, so the images have no labels\n"
-        in seen.text
-    )
+        "data: of the columns 'path', 'width', 'height' none is called label, "
+        "so the images have no labels\n"
+    ) in seen.text
 
 
 def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     assert inspect(tmp_path / "train.parquet") == Seen(
         2,
-        "data.root: ROOT is a table of a kind that is not read; save it as .csv, with the columns path and label\n",
+        (
+            "data.root: ROOT is a table of a kind that is not read; save it as "
+            ".csv, with the columns path and label\n"
+        ),
     )
 
 
 @pytest.mark.full
 def test_training_and_knn_go_on_without_the_stray_images(tmp_path):
-    """A pipe, a stray image in each split and one in an unknown place stop neither the run nor its evaluation."""
+    """Neither the run nor its evaluation stops because of a pipe or stray images."""
     root = tree(
         tmp_path,
         " ".join(f"Train/{c}/{n}.png" for c in "ab" for n in range(6))

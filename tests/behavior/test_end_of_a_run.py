@@ -1,4 +1,4 @@
-"""The end of a run: finished, stopped or failed, said in words and by the exit status."""
+"""The end of a run: finished, stopped or failed, by its messages and its exit status."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ def unlabelled(folder: Path) -> Path:
 
 
 def snapshot(run: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of the last change and content of each file of the run."""
+    """Return the modification time and the content of each file of the run."""
     files = [path for path in run.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def until(reached, process: subprocess.Popen, seconds: float = 200) -> None:
-    """Wait until `reached()`, while the process runs."""
+def wait_until(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    """Wait until `condition()` is true, while the process runs."""
     end = time.monotonic() + seconds
-    while not reached():
+    while not condition():
         assert process.poll() is None, commands.finish(process).text
-        assert time.monotonic() < end, "not in time"
+        assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.05)
 
 
 def has_trained(run: Path):
-    return lambda: (
-        (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 0
-    )
+    """Return a function that returns True once a step was logged."""
+    records = run / "metrics.jsonl"
+    return lambda: records.exists() and "\n" in records.read_text()
 
 
 def trainers(run: Path) -> list[int]:
-    """Process ids of what trains in that folder."""
-    found = []
+    """Return the ids of the processes that train in that folder."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
         if "ssl_pretrain.train" in words and any(str(run.parent) in word for word in words):
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
 def newest_step(run: Path) -> int:
@@ -80,7 +80,7 @@ def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
     assert result.stdout.count(f"eval.knn: skipped: {reason}") == 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Accuracies need labels, and these images have none." in page
-    # given again, finished and evaluated: nothing is trained, nothing is changed
+    # The same command again finds a finished and evaluated run, and changes nothing.
     before = snapshot(tmp_path / "run")
     again = commands.run(
         "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
@@ -91,8 +91,8 @@ def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
     assert snapshot(tmp_path / "run") == before
 
 
-def test_a_failing_evaluation_keeps_the_report_from_nothing(tmp_path):
-    """A class of the validation images that was never trained on fails k-NN."""
+def test_a_failing_evaluation_does_not_prevent_the_report(tmp_path):
+    """k-NN fails because of a validation class that was never trained on."""
     config = labelled(tmp_path)
     commands.write_images(tmp_path / "data", ["val/class_9/0.png"], first=90)
     result = commands.run(
@@ -120,13 +120,17 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert third.status == 0 and "finished before: " in third.stdout, third.text
     fewer = commands.run("-m", "ssl_pretrain.train", config, "epochs=1")
     assert fewer.status == 2 and fewer.stderr.endswith(
-        f"error: epochs: 1 leaves nothing to train: {tmp_path / 'run'} has reached step 4 with epochs=2. "
+        f"error: epochs: 1 leaves nothing to train: {tmp_path / 'run'} has "
+        f"reached step 4 with epochs=2. "
         "Nothing was changed; give epochs=2 or more, or a new output\n"
     )
     for step, reason in (
         (
             "5",
-            f"error: STEP: 5 is after the last step of {tmp_path / 'run'}, 4; give one from 1 to 4\n",
+            (
+                f"error: STEP: 5 is after the last step of {tmp_path / 'run'}, 4; give "
+                f"one from 1 to 4\n"
+            ),
         ),
         ("0", "argument step: '0' is out of range; give a whole number >= 1 "),
     ):
@@ -139,7 +143,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 def test_the_launcher_forwards_a_signal_and_every_rank_saves(tmp_path, name, ranks):
     config, run = labelled(tmp_path), tmp_path / "run"
     process = commands.start("launch/pretrain.py", config, MANY, f"launch.ranks={ranks}")
-    until(has_trained(run), process)
+    wait_until(has_trained(run), process)
     assert len(trainers(run)) >= ranks
     process.send_signal(getattr(signal, name))
     result = commands.finish(process)
@@ -158,7 +162,7 @@ def test_a_sweep_stops_with_its_run(tmp_path):
     config, sweep = labelled(tmp_path), tmp_path / "sweep"
     values = ["seed=0,1", MANY, "evaluation.at_end=[]", f"output={sweep}"]
     process = commands.start("launch/sweep.py", config, *values)
-    until(has_trained(sweep / "seed=0"), process)
+    wait_until(has_trained(sweep / "seed=0"), process)
     process.send_signal(signal.SIGTERM)
     result = commands.finish(process)
     assert result.status == 75, result.text
@@ -169,7 +173,7 @@ def test_a_sweep_stops_with_its_run(tmp_path):
 def test_a_closed_terminal_saves_the_run(tmp_path):
     config, run = labelled(tmp_path), tmp_path / "run"
     process = commands.start("-m", "ssl_pretrain.train", config, MANY)
-    until(has_trained(run), process)
+    wait_until(has_trained(run), process)
     process.send_signal(signal.SIGHUP)
     result = commands.finish(process)
     assert result.status == 75 and newest_step(run) > 0, result.text
@@ -183,20 +187,28 @@ def test_the_launcher_stops_as_process_1_of_a_container(tmp_path):
     ).returncode:
         pytest.skip("no PID namespace can be made here")
     config, run = labelled(tmp_path), tmp_path / "run"
-    shell = f"exec unshare --pid --fork --mount-proc {commands.sys.executable} launch/pretrain.py {config} {MANY}"
+    shell = (
+        f"exec unshare --pid --fork --mount-proc {commands.sys.executable} "
+        f"launch/pretrain.py {config} {MANY}"
+    )
     process = subprocess.Popen(
-        ["bash", "-c", shell], cwd=commands.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
-    )  # fmt: skip
-    until(has_trained(run), process)
+        ["bash", "-c", shell],
+        cwd=commands.ROOT,
+        env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(has_trained(run), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGTERM)
     result = commands.finish(process)
     assert result.status == 75 and newest_step(run) > 0, result.text
 
 
-def test_the_last_save_must_not_fail(tmp_path):
-    """With checkpoint.on_failure=warn, too: these weights are nowhere else."""
+def test_a_failure_of_the_last_save_is_an_error_whatever_on_failure_says(tmp_path):
+    """These weights exist nowhere else."""
     config, run = labelled(tmp_path), tmp_path / "run"
     process = commands.start(
         "-m",
@@ -206,7 +218,7 @@ def test_the_last_save_must_not_fail(tmp_path):
         "checkpoint.on_failure=warn",
         "checkpoint.every_epochs=0",
     )
-    until(has_trained(run), process)
+    wait_until(has_trained(run), process)
     (run / "checkpoints").rmdir()
     (run / "checkpoints").write_text("no folder")
     process.send_signal(signal.SIGTERM)
@@ -218,7 +230,7 @@ def test_the_last_save_must_not_fail(tmp_path):
 @pytest.mark.parametrize(
     "command", ["launch/pretrain.py", "launch/sweep.py", "-m ssl_pretrain.train"]
 )
-def test_keys_of_slurm_are_refused_where_nothing_is_submitted(tmp_path, command):
+def test_slurm_keys_are_refused_if_nothing_is_submitted(tmp_path, command):
     config = labelled(tmp_path)
     keys = ["launch.partition=gpu", "seed=0", "launch.hours=2"]
     result = commands.run(*command.split(), config, *keys, PATH=str(tmp_path))
@@ -230,7 +242,7 @@ def test_keys_of_slurm_are_refused_where_nothing_is_submitted(tmp_path, command)
     assert not (tmp_path / "run").exists()
 
 
-def test_slurm_without_slurm_is_one_line(tmp_path):
+def test_a_missing_slurm_is_a_one_line_error(tmp_path):
     config = labelled(tmp_path)
     result = commands.run("launch/pretrain.py", config, "launch.cluster=slurm", PATH=str(tmp_path))
     assert result.status == 2 and "Traceback" not in result.text
@@ -240,7 +252,7 @@ def test_slurm_without_slurm_is_one_line(tmp_path):
     )
 
 
-def test_what_a_killed_evaluation_held_is_released_by_the_next(tmp_path):
+def test_a_checkpoint_held_by_a_killed_evaluation_is_released_by_the_next(tmp_path):
     config, run = labelled(tmp_path), tmp_path / "run"
     assert commands.run("-m", "ssl_pretrain.train", config).status == 0
     arguments = (
@@ -255,7 +267,7 @@ def test_what_a_killed_evaluation_held_is_released_by_the_next(tmp_path):
     )
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = commands.start(*arguments)
-        until(lambda: list((run / "eval").rglob("*.safetensors")), process)
+        wait_until(lambda: list((run / "eval").rglob("*.safetensors")), process)
         process.send_signal(number)
         result = commands.finish(process)
         assert result.status == (75 if number == signal.SIGTERM else -signal.SIGKILL), result.text
@@ -265,16 +277,21 @@ def test_what_a_killed_evaluation_held_is_released_by_the_next(tmp_path):
     assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 2
 
 
-def test_a_reader_that_leaves_ends_neither_training_nor_evaluation(tmp_path):
-    """As `... | tee log` does whose `tee` was killed."""
+def test_a_closed_pipe_ends_neither_training_nor_evaluation(tmp_path):
+    """`... | tee log` closes the pipe if `tee` is killed."""
     config, run = labelled(tmp_path), tmp_path / "run"
     command = (
         f"{commands.sys.executable} launch/pretrain.py {config} epochs=4 evaluation.at_end=[knn]"
     )
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command} | head -1"], cwd=commands.ROOT, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(commands.ROOT)}, timeout=300, check=False,
-    )  # fmt: skip
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"],
+        cwd=commands.ROOT,
+        env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "warning: stdout is closed (Broken pipe); continuing without it" in done.stderr
     assert newest_step(run) == 8 and (run / "eval" / "knn.json").exists()

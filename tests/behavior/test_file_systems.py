@@ -1,4 +1,4 @@
-"""File systems and containers that lack something: a run works there, or is refused at its start by name."""
+"""Unusual file systems and containers: a run works, or is refused at its start with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAIN = ("-m", "ssl_pretrain.train")
 
 @pytest.fixture(scope="module")
 def lacking(tmp_path_factory):
-    """A library that makes every file system lack what the variable LACKS names."""
+    """Return a library that removes the features in the variable LACKS from every file system."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -41,7 +41,7 @@ def records(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_does_without_hard_links_flock_and_fsync_of_folders(config, lacking, tmp_path):
+def test_a_run_needs_no_hard_links_flock_or_fsync_of_folders(config, lacking, tmp_path):
     finished = commands.run(*TRAIN, config, LD_PRELOAD=lacking, LACKS="link flock folder_fsync")
     assert finished.status == 0, finished.text
     assert records(tmp_path / "run") == [1, 2]
@@ -57,7 +57,7 @@ def test_a_run_does_without_hard_links_flock_and_fsync_of_folders(config, lackin
         ),
     ],
 )
-def test_what_a_checkpoint_cannot_do_without_is_refused_at_the_start(
+def test_a_file_system_that_cannot_hold_checkpoints_is_refused_at_the_start(
     config, lacking, tmp_path, lacks, said
 ):
     finished = commands.run(*TRAIN, config, LD_PRELOAD=lacking, LACKS=lacks)
@@ -71,10 +71,13 @@ def test_what_a_checkpoint_cannot_do_without_is_refused_at_the_start(
 
 
 def test_a_disk_that_is_full_for_the_log_ends_a_run_saved_and_retryable(config, lacking, tmp_path):
-    """Told to stop: the steps done are saved, the status is the one that torchrun and SLURM start again, and the file is named."""
+    """The steps done are saved, the file is named, and torchrun and SLURM start the run again."""
     finished = commands.run(*TRAIN, config, "epochs=10", LD_PRELOAD=lacking, FULL="metrics.jsonl")
     assert finished.status == 74, finished.text
-    said = f"error: {tmp_path / 'run' / 'metrics.jsonl'} could not be written: No space left on device. What was written before is complete"
+    said = (
+        f"error: {tmp_path / 'run' / 'metrics.jsonl'} could not be written: No "
+        f"space left on device. What was written before is complete"
+    )
     assert said in finished.stderr
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     finished = commands.run(*TRAIN, config, "epochs=10", "--stop-after", "1")
@@ -87,9 +90,15 @@ def test_a_disk_that_is_slow_or_full_for_the_log_does_not_hold_up_a_run_told_to_
 ):
     run = tmp_path / "run"
     finished = commands.run(
-        *TRAIN, config, "epochs=4", "checkpoint.on_failure=warn", "health.every_steps=1",
-        LD_PRELOAD=lacking, SLOW="metrics.jsonl", FULL="plots.jsonl",
-    )  # fmt: skip
+        *TRAIN,
+        config,
+        "epochs=4",
+        "checkpoint.on_failure=warn",
+        "health.every_steps=1",
+        LD_PRELOAD=lacking,
+        SLOW="metrics.jsonl",
+        FULL="plots.jsonl",
+    )
     assert finished.status == 0, finished.text
     assert f"{run / 'plots.jsonl'} could not be written: No space left on device" in finished.text
     assert finished.text.count("plots.jsonl could not be written") == 1
@@ -103,7 +112,10 @@ def test_a_disk_that_is_slow_or_full_for_the_log_does_not_hold_up_a_run_told_to_
 
 @pytest.mark.full
 def test_records_on_the_disk_survive_a_power_cut_during_a_resumed_run(config, tmp_path):
-    """On an ext4 that does not flush before a rename, as XFS does not. The cut is a copy of the device under the mounted one."""
+    """The file system is an ext4 that, like XFS, does not flush before a rename.
+
+    The power cut is a copy of the device while it is mounted.
+    """
     if os.getuid() != 0:
         pytest.skip("a loop device needs root")
     for name in ("m", "c"):
@@ -155,8 +167,8 @@ def test_records_on_the_disk_survive_a_power_cut_during_a_resumed_run(config, tm
 
 
 @pytest.mark.full
-def test_two_containers_exclude_each_other_and_a_dead_one_is_taken_over(config, tmp_path):
-    """The host's name, and process ids of their own: as docker run --network host."""
+def test_two_containers_exclude_each_other_and_a_dead_one_is_replaced(config, tmp_path):
+    """Containers of `docker run --network host` share the host name but not the process ids."""
     if os.getuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("a PID namespace needs root and unshare")
     first = commands.start(*TRAIN, config, "epochs=100000")
@@ -193,7 +205,7 @@ def test_two_containers_exclude_each_other_and_a_dead_one_is_taken_over(config, 
 
 
 def test_a_checkout_with_a_space_trains_as_a_user_without_a_passwd_entry(tmp_path):
-    """As in a container that is started with an arbitrary user: a number without a name, and no home."""
+    """A container may be started with a user id that has no name and no home."""
     nobody = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
     if (
         shutil.which("unshare") is None
@@ -213,7 +225,11 @@ def test_a_checkout_with_a_space_trains_as_a_user_without_a_passwd_entry(tmp_pat
     }
     finished = subprocess.run(
         [*nobody, sys.executable, "launch/pretrain.py", config, "evaluation.at_end=[]"],
-        cwd=checkout, env=environment | {"HOME": "/nonexistent"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        cwd=checkout,
+        env=environment | {"HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert records(tmp_path / "run") == [1, 2]

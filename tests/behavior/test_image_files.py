@@ -1,4 +1,4 @@
-"""Image files as people have them: unreadable ones, deep ones, bombs, and files damaged on the way."""
+"""Image files as people have them: unreadable, with many bits, bombs, and damaged in transit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def damage(files: list[Path]) -> None:
 
 
 class TestReplaced:
-    """Unreadable images are replaced, counted, and too many of them stop the run, whatever the source."""
+    """Unreadable images are replaced and counted, and too many of them stop the run."""
 
     def test_images_that_vanish_stop_the_run(self, tmp_path):
         root = class_folders(tmp_path / "data", "train", classes=4, per_class=10)
@@ -85,7 +85,7 @@ class TestReplaced:
 
     @pytest.mark.full
     def test_ranks_count_together(self, tmp_path):
-        """Each of two ranks meets fewer unreadable images than may be replaced, both together more."""
+        """Each of two ranks sees fewer unreadable images than the limit, both together more."""
         root = class_folders(tmp_path / "data", "train", classes=4, per_class=50)
         damage(sorted(root.rglob("*.png"))[10:14])  # 4 of 200, and 2 may be
         torchrun = (
@@ -191,7 +191,7 @@ class TestRange:
 
 
 class TestTrust:
-    """Files that are not what they say are refused by name, and memory does not follow what they say."""
+    """Files with false headers are refused, and memory is not allocated as their headers say."""
 
     def test_bombs_and_other_programs_are_named(self, tmp_path):
         root = class_folders(tmp_path / "data", "train")

@@ -1,4 +1,4 @@
-"""Failures that nobody would hear of: ranks that differ, little shared memory, a lost folder."""
+"""Failures that could stay unnoticed: ranks that differ, little shared memory, a lost folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def free_port() -> str:
 
 
 def two_ranks(config, first: str, second: str) -> list[commands.Finished]:
-    """Run two ranks as two machines would start them, each with an argument of its own."""
-    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    """Run two ranks as two machines would start them, each with its own argument."""
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
-        commands.start(*TRAIN, config, own, RANK=str(rank), **meeting)
+        commands.start(*TRAIN, config, own, RANK=str(rank), **variables)
         for rank, own in enumerate((first, second))
     ]
     return [commands.finish(process, 300) for process in processes]
@@ -62,9 +62,9 @@ def test_ranks_with_other_images_do_not_train(tmp_path):
 
 @pytest.mark.full
 def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
-    """A container has 64 MiB of /dev/shm; here 1 MiB, and chunks of 16 images of 0.3 MiB."""
+    """Containers have 64 MiB of /dev/shm. The test has 1 MiB, and 16 images of 0.3 MiB each."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
-        pytest.skip("a mount of its own needs root")
+        pytest.skip("mounting needs root")
     root = commands.class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
     more = ["data.num_workers=1", "views.crops.global.size=160", "global_batch_size=16"]
@@ -89,8 +89,8 @@ def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
 
 
 @pytest.mark.full
-def test_a_killed_worker_is_named_and_worth_another_start(tmp_path):
-    """As the kernel does where memory runs out."""
+def test_a_killed_worker_is_reported_and_the_run_may_be_started_again(tmp_path):
+    """The kernel kills a worker when memory runs out."""
     root = commands.class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
     process = commands.start(*TRAIN, config, "epochs=100000", "data.num_workers=2")
@@ -106,8 +106,8 @@ def test_a_killed_worker_is_named_and_worth_another_start(tmp_path):
 
 
 def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in found.stdout.split()]
+    result = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in result.stdout.split()]
 
 
 @pytest.mark.full
@@ -124,7 +124,7 @@ def test_a_suspended_run_that_lost_its_folder_ends_when_it_wakes(tmp_path):
         process.send_signal(signal.SIGSTOP)
         lock = run / "lock.json"
         lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "elsewhere", "pid": 7}))
-        time.sleep(31)  # longer than a heartbeat
+        time.sleep(31)  # longer than the interval of the lock's checks
     finally:
         process.send_signal(signal.SIGCONT)
     done = commands.finish(process, 60)

@@ -1,4 +1,4 @@
-"""A network is tried on the views' sizes when the configuration is checked, so the first step can run it."""
+"""Checking a configuration tries the network on the views' sizes, so the first step can run it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ def config(tmp_path_factory) -> Path:
 
 REFUSED = {
     ("backbone.name=vit_tiny_patch16_224", "views.crops.global.size=40"): (
-        "views.crops.global.size: 40 pixels do not fit backbone.name vit_tiny_patch16_224 (patches of 16): "
+        "views.crops.global.size: 40 pixels do not fit backbone.name "
+        "vit_tiny_patch16_224 (patches of 16): "
         "Input height (40) should be divisible by patch size (16); sizes that do: 32, 48, 224"
     ),
     ("backbone.name=test_resnet", "backbone.args.in_chans=4"): (
-        "backbone.args.in_chans: 4 does not fit the images, which have three channels (red, green and blue); leave it out"
+        "backbone.args.in_chans: 4 does not fit the images, which have three "
+        "channels (red, green and blue); leave it out"
     ),
     ("backbone.name=test_resnet", "backbone.args.global_pool=''"): (
-        "backbone.args: test_resnet with {'global_pool': ''} gives shape (96, 1, 1) for an image, and one vector is needed; "
+        "backbone.args: test_resnet with {'global_pool': ''} gives shape (96, "
+        "1, 1) for an image, and one vector is needed; "
         "leave out global_pool, features_only and whatever else changes the output"
     ),
     ("backbone.name=test_resnet", "backbone.args.features_only=true"): (
-        "backbone.args: test_resnet with {'features_only': True} gives a list for an image, and one vector is needed; "
+        "backbone.args: test_resnet with {'features_only': True} gives a list "
+        "for an image, and one vector is needed; "
         "leave out global_pool, features_only and whatever else changes the output"
     ),
     ("backbone.name=test_vit", "evaluation.image_size=36"): (
@@ -46,7 +50,8 @@ REFUSED = {
         "backbone.drop_path: 0.1 is not for vgg11, which takes none; set it to 0"
     ),
     ("backbone.name=resnet18.a1_in1k",): (
-        "backbone.name: 'resnet18.a1_in1k' names weights too; give backbone.name=resnet18 backbone.init=timm:a1_in1k"
+        "backbone.name: 'resnet18.a1_in1k' names weights too; give "
+        "backbone.name=resnet18 backbone.init=timm:a1_in1k"
     ),
     ("views.crops.global.count=3",): (
         "simclr: takes 2 views of one size, got 3 (32, 32, 32 pixels); set views.crops.*.count"
@@ -55,7 +60,8 @@ REFUSED = {
         "global_batch_size: 1 leaves simclr no other image to compare with; give 2 or more"
     ),
     ("method={name: moco, queue_size: 64}", "parallel.bn_group_images=1"): (
-        "parallel.bn_group_images: batch norm cannot take its statistics from one image of one position; "
+        "parallel.bn_group_images: batch norm cannot take its statistics from "
+        "one image of one position; "
         "give groups and a global_batch_size (8) of 2 images or more"
     ),
     ("views.crops.global.count=1000000000",): (
@@ -65,7 +71,8 @@ REFUSED = {
         "optim.betas: [0.9] has 1 numbers; give 2, such as [0.9, 0.999]"
     ),
     ("optim.schedule=milestones",): (
-        "optim.milestones: [] leaves optim.schedule=milestones nothing to do; give epochs, such as [120, 160]"
+        "optim.milestones: [] leaves optim.schedule=milestones nothing to do; "
+        "give epochs, such as [120, 160]"
     ),
 }
 

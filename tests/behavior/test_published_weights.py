@@ -62,7 +62,10 @@ FILES = {  # what the file holds, and what is said of it
             "args": argparse.Namespace(lr=1.0),
             "best": np.float64(70.5),
         },
-        "read at 'teacher'; prefix 'backbone.'; 1 tensors outside it left out; left out fc.bias, fc.weight",
+        (
+            "read at 'teacher'; prefix 'backbone.'; 1 tensors outside it left out; "
+            "left out fc.bias, fc.weight"
+        ),
     ),
     "lightning": (
         {
@@ -123,7 +126,8 @@ REFUSED = {
     "a program": (
         {"state_dict": network(), "where": Path("a")},
         [],
-        "holds Python objects (pathlib.PosixPath) beside its tensors, and unpickling those can run any program. "
+        "holds Python objects (pathlib.PosixPath) beside its tensors, and "
+        "unpickling those can run any program. "
         "Where you trust the file, keep its tensors alone: ",
     ),
 }
@@ -228,7 +232,10 @@ def test_results_of_weights_are_not_mixed_with_others(config, tmp_path):
     assert first[0] == 0, first
     assert (
         second[0] == 2
-        and "judged holds a run, or the results of other weights; give another folder with output=FOLDER"
+        and (
+            "judged holds a run, or the results of other weights; give another "
+            "folder with output=FOLDER"
+        )
         in second[2]
     )
     assert (

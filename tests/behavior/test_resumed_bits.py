@@ -1,4 +1,4 @@
-"""A run that stops and resumes has exactly the weights of one that did not, with default settings."""
+"""With default settings, a resumed run has exactly the weights of an uninterrupted one."""
 
 from __future__ import annotations
 

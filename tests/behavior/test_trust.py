@@ -1,4 +1,4 @@
-"""What a user told another program, or never meant as a command, is not overruled: W&B, job scripts, pages, manifests."""
+"""Settings of other programs are respected, and data of other people are never executed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def config(tmp_path):
 
 @pytest.fixture
 def server():
-    """A W&B server of this machine that counts what it is asked: (address, the list of requests)."""
-    asked: list[str] = []
+    """Return the address of a W&B server on this machine and the list of requests it gets."""
+    requests: list[str] = []
 
     class Count(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(500)
             self.end_headers()
 
@@ -39,7 +39,7 @@ def server():
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Count) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{serving.server_port}", asked
+        yield f"http://127.0.0.1:{serving.server_port}", requests
         serving.shutdown()
 
 
@@ -52,23 +52,23 @@ def server():
         ("WANDB_DISABLED", "true", "log.wandb=online"),
     ],
 )
-def test_wandb_told_not_to_send_sends_nothing(
+def test_wandb_sends_nothing_if_its_variables_forbid_it(
     config, server, tmp_path, monkeypatch, variable, value, override
 ):
-    address, asked = server
+    address, requests = server
     for name in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
-    told = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": address, variable: value}
-    finished = commands.run(*TRAIN, config, override, **told)
+    variables = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": address, variable: value}
+    finished = commands.run(*TRAIN, config, override, **variables)
     assert finished.status == 0, finished.text
-    assert asked == []
+    assert requests == []
     if override == "log.wandb=online":
         assert f"W&B: off, because {variable}={value} overrides log.wandb=online" in finished.stdout
     assert (tmp_path / "run" / "wandb").exists() == (value == "offline")
 
 
 def plant(folder, **log):
-    """A checkpoint whose manifest holds other values of `log`, and a hash that fits."""
+    """Change values of `log` in a checkpoint's manifest, with a hash that matches."""
     path = folder / "manifest.json"
     written = json.loads(path.read_text())
     written["config"]["log"] |= log
@@ -93,8 +93,8 @@ def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_ya
     assert f"the checkpoint's config: {refused}" in judged.stderr and "hunter2" not in judged.text
 
 
-def test_the_live_page_answers_for_its_own_host_alone(tmp_path):
-    """A page of another site, whose name is made to point to this machine, gets nothing of a run."""
+def test_the_live_page_answers_only_to_its_own_host(tmp_path):
+    """A page of another site whose name points to this machine gets nothing of a run."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("method: {name: secret_method}\n")

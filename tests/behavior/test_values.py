@@ -1,4 +1,4 @@
-"""The type of a key decides how its value is read, and values that can only be mistakes are refused."""
+"""The type of a key decides how its value is read, and obvious mistakes are refused."""
 
 from __future__ import annotations
 
@@ -119,22 +119,45 @@ def test_a_sweep_takes_its_folder_as_it_is_and_splits_only_at_plain_commas(confi
 MISTAKES = {
     "optim.base_lr=-1": "optim.base_lr: -1.0 is out of range; give a finite number >= 0",
     "optim.weight_decay=-1": "optim.weight_decay: -1.0 is out of range; give a finite number >= 0",
-    "optim.warmup_epochs=-5": "optim.warmup_epochs: -5.0 is out of range; give a finite number >= 0",
-    "optim.warmup_epochs=nan": "optim.warmup_epochs: 'nan' is not a finite number; give one such as 0.3",
-    "checkpoint.every_epochs=.nan": "checkpoint.every_epochs: '.nan' is not a finite number; give one such as 0.3",
-    "parallel.threads=-1": "parallel.threads: -1 is out of range; give a whole number >= 0 and <= 1024",
-    "parallel.timeout_seconds=.inf": "parallel.timeout_seconds: '.inf' is not a finite number; give one such as 0.3",
-    "seed=99999999999999999999999": "seed: 99999999999999999999999 is out of range; give a whole number >= 0 and <= 9223372036854775807",
+    "optim.warmup_epochs=-5": (
+        "optim.warmup_epochs: -5.0 is out of range; give a finite number >= 0"
+    ),
+    "optim.warmup_epochs=nan": (
+        "optim.warmup_epochs: 'nan' is not a finite number; give one such as 0.3"
+    ),
+    "checkpoint.every_epochs=.nan": (
+        "checkpoint.every_epochs: '.nan' is not a finite number; give one such as 0.3"
+    ),
+    "parallel.threads=-1": (
+        "parallel.threads: -1 is out of range; give a whole number >= 0 and <= 1024"
+    ),
+    "parallel.timeout_seconds=.inf": (
+        "parallel.timeout_seconds: '.inf' is not a finite number; give one such as 0.3"
+    ),
+    "seed=99999999999999999999999": (
+        "seed: 99999999999999999999999 is out of range; give a whole number >= "
+        "0 and <= 9223372036854775807"
+    ),
     "seed=-1": "seed: -1 is out of range; give a whole number >= 0 and <= 9223372036854775807",
-    "epochs=1000000000000000000000": "epochs: 1000000000000000000000 is out of range; give a whole number >= 1 and <= 2147483647",
-    "guard.max_skipped_steps=0": "guard.max_skipped_steps: 0 is out of range; give a whole number >= 1 and <= 2147483647",
-    "log.every_steps=0": "log.every_steps: 0 is out of range; give a whole number >= 1 and <= 2147483647",
+    "epochs=1000000000000000000000": (
+        "epochs: 1000000000000000000000 is out of range; give a whole number >= 1 and <= 2147483647"
+    ),
+    "guard.max_skipped_steps=0": (
+        "guard.max_skipped_steps: 0 is out of range; give a whole number >= 1 and <= 2147483647"
+    ),
+    "log.every_steps=0": (
+        "log.every_steps: 0 is out of range; give a whole number >= 1 and <= 2147483647"
+    ),
     "epochs=1e3": "epochs: '1e3' is not a whole number; write one in decimal digits, such as 100",
-    "method.projector_dims=[1000000000000]": "method.projector_dims[0]: 1000000000000 is out of range; "
-    "give a whole number >= 1 and <= 1048576",
+    "method.projector_dims=[1000000000000]": (
+        "method.projector_dims[0]: 1000000000000 is out of range; give a whole number >= 1 and "
+        "<= 1048576"
+    ),
     "method.temperature=0": "method.temperature: 0.0 is out of range; give a finite number > 0",
     "views.mean=[.nan, 0, 0]": "views.mean[0]: '.nan' is not a finite number; give one such as 0.3",
-    "optim.betas=[0.9, 1]": "optim.betas[1]: 1.0 is out of range; give a finite number >= 0 and < 1",
+    "optim.betas=[0.9, 1]": (
+        "optim.betas[1]: 1.0 is out of range; give a finite number >= 0 and < 1"
+    ),
     "optim.nesterov=maybe": "optim.nesterov: 'maybe' is not a truth value; give true or false",
     "launch=4": "launch: '4' is not a section; write its keys below it, or as {key: value}",
     "log.tags=a": "log.tags: 'a' is not a list; write it as [a, b]",
@@ -161,7 +184,10 @@ FILES = {
     ),
     "a NUL": (
         b"seed: 1\nlog: {name: a\0b}\n",
-        "not valid YAML at line 2: control characters are not allowed. Write each key once, as 'key: value'",
+        (
+            "not valid YAML at line 2: control characters are not allowed. Write "
+            "each key once, as 'key: value'"
+        ),
     ),
     "an alias of itself": (
         b"log: &a {tags: *a}\n",

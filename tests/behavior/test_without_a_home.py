@@ -1,4 +1,4 @@
-"""Start where no folder can be written to, and with damaged files in numba's cache."""
+"""Start without a writable folder, and with damaged files in numba's cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def as_stranger(*arguments: str | Path, **environment: str) -> commands.Finished
 
 @pytest.fixture
 def open_folder(tmp_path):
-    """A folder for temporary files that every user may write to, as /tmp."""
+    """Return a folder for temporary files that every user may write to, like /tmp."""
     for parent in (tmp_path, *tmp_path.parents):
         if parent.owner() == "root" and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o011)
@@ -65,7 +65,7 @@ def test_trains_without_a_home_and_a_passwd_entry(open_folder):
 @needs_root
 @pytest.mark.parametrize("trap", ["another user's", "open to all", "a link"])
 def test_a_cache_folder_that_another_user_prepared_is_not_taken(open_folder, trap):
-    """Cached machine code is executed: whoever can write it can run anything."""
+    """Cached machine code is executed, so whoever can write it can run anything."""
     folder = open_folder / "ssl_pretrain-numba-12345"
     target = open_folder / "elsewhere" if trap == "a link" else folder
     target.mkdir(mode=0o700)
@@ -91,8 +91,8 @@ def test_a_cache_folder_that_cannot_be_made_is_replaced(tmp_path):
     assert list(temporary.rglob("*.nbi"))
 
 
-def test_an_empty_cache_and_a_full_disk_stop_no_start(tmp_path):
-    """A power cut leaves files of no bytes; where no file may grow, nothing can replace them."""
+def test_an_empty_cache_and_a_full_disk_do_not_prevent_a_start(tmp_path):
+    """A power cut leaves empty files, and on a full disk nothing can replace them."""
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
     first = commands.run(*DRAW, NUMBA_CACHE_DIR=str(tmp_path))
     files = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
