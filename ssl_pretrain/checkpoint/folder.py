@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain.checkpoint import manifest as manifests
-from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.distributed import collectives
 from ssl_pretrain.system import durable_files
 
 WRITING_PREFIX = ".writing-"
@@ -106,16 +106,12 @@ def prepare_folder(run: Path) -> None:
             the reason.
         SaveError: The same for a disk that is full or failing, which may pass.
     """
-    problem: Exception | None = None
-    if process_group.is_main():
-        try:
-            remove_unfinished(run)
-            check_writable(run)
-        except (ValueError, OSError) as error:
-            problem = error
-    problem = collectives.broadcast_object(problem)
-    if problem is not None:
-        raise problem
+
+    def prepare() -> None:
+        remove_unfinished(run)
+        check_writable(run)
+
+    collectives.run_on_main(prepare)
 
 
 def remove_unfinished(run: Path) -> None:
@@ -134,28 +130,25 @@ def check_writable(run: Path) -> None:
     folder = run / "checkpoints"
     probe = folder / f"{WRITING_PREFIX}probe-{uuid.uuid4().hex[:8]}"
     renamed = probe.with_name(f"{probe.name}-renamed")
-    attempt = "make a folder"
-    try:
-        probe.mkdir(parents=True)
-        attempt = "write a file"
-        (probe / "probe").write_bytes(bytes(4096))
-        attempt = "fsync a file"
-        durable_files.sync(probe / "probe")
-        attempt = "fsync a folder"
-        durable_files.sync_folder(probe)
-        attempt = "rename a folder"
-        os.rename(probe, renamed)
-        durable_files.sync_folder(folder)
-        attempt = "remove a folder"
-        shutil.rmtree(renamed)
-    except OSError as error:
-        for path in (probe, renamed):
-            shutil.rmtree(path, ignore_errors=True)
-        message = (
-            f"output: no checkpoint can be written to {folder}: {durable_files.reason(error)} "
-            f"({attempt}); free space, get write permission, or give another output"
-        )
-        raise durable_files.save_error(error, message) from None
+    calls: dict[str, Callable[[], Any]] = {
+        "make a folder": lambda: probe.mkdir(parents=True),
+        "write a file": lambda: (probe / "probe").write_bytes(bytes(4096)),
+        "fsync a file": lambda: durable_files.sync(probe / "probe"),
+        "fsync a folder": lambda: durable_files.sync_folder(probe),
+        "rename a folder": lambda: os.rename(probe, renamed),
+        "remove a folder": lambda: shutil.rmtree(renamed),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except OSError as error:
+            for path in (probe, renamed):
+                shutil.rmtree(path, ignore_errors=True)
+            message = (
+                f"output: no checkpoint can be written to {folder}: {durable_files.reason(error)} "
+                f"({name}); free space, get write permission, or give another output"
+            )
+            raise durable_files.save_error(error, message) from None
 
 
 def discard_if_damaged(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from ssl_pretrain.checkpoint import folder, rank_agreement
 from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from ssl_pretrain.checkpoint.manifest import read_manifest
-from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.distributed import collectives
 
 # Called with `saved`, the configuration in a manifest, and `path`, its checkpoint. Raises
 # ValueError if this run may not continue from it.
@@ -54,16 +54,9 @@ def finished_step(
     Raises:
         ValueError: The run has done these epochs already and was configured otherwise.
     """
-    step = problem = None
-    if process_group.is_main() and settings.resume:
-        try:
-            step = _finished_step(run, epochs, compare)
-        except ValueError as error:
-            problem = str(error)
-    step, problem = collectives.broadcast_object((step, problem))
-    if problem:
-        raise ValueError(problem)
-    return step
+    if not settings.resume:
+        return None
+    return collectives.run_on_main(lambda: _finished_step(run, epochs, compare))
 
 
 def _finished_step(run: Path, epochs: float, compare: Compare) -> int | None:

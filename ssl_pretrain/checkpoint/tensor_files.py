@@ -71,34 +71,30 @@ def write_shards(
     Raises:
         OSError: On every rank, if any of them could not write.
     """
-    exists, problem = False, None
-    if process_group.is_main():
-        try:
-            folder.discard_if_damaged(path)
-            exists = path.exists()
-            if not exists:
-                unfinished.mkdir(parents=True)
-        except OSError as error:
-            problem = str(error)
-    exists, problem = collectives.broadcast_object((exists, problem), group)
-    if problem:
-        raise OSError(problem)
-    if exists:
+
+    def begin() -> bool:
+        folder.discard_if_damaged(path)
+        if path.exists():
+            return False
+        unfinished.mkdir(parents=True)
+        return True
+
+    if not collectives.run_on_main(begin, group):
         return
-    entries, problem = _write_own_shard(unfinished, files, group)
-    results = collectives.gather_objects((entries, problem), group)
+    results = collectives.gather_objects(_write_own_shard(unfinished, files, group), group)
     problem = next((problem for _, problem in results if problem), None)
-    if process_group.is_main():
+    entries = {name: entry for own_entries, _ in results for name, entry in own_entries.items()}
+
+    def finish() -> None:
         try:
-            if problem is None:
-                all_entries = {name: entry for own, _ in results for name, entry in own.items()}
-                folder.publish(unfinished, path, manifest, all_entries)
-        except OSError as error:
-            problem = str(error)
-        if problem:
+            if problem is not None:
+                raise OSError(problem)
+            folder.publish(unfinished, path, manifest, entries)
+        except OSError:
             shutil.rmtree(unfinished, ignore_errors=True)
-    if problem := collectives.broadcast_object(problem, group):
-        raise OSError(problem)
+            raise
+
+    collectives.run_on_main(finish, group)
 
 
 def _write_own_shard(

@@ -7,8 +7,8 @@ average is then exactly dL/dparams of one process on the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ssl_pretrain.distributed import process_group
 
+T = TypeVar("T")
 # torch 2.13 renamed both. torch 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -108,6 +109,20 @@ def broadcast_object(value: Any, group: Any = None) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group or process_group.cpu_group())
     return box[0]
+
+
+def run_on_main(function: Callable[[], T], group: Any = None) -> T:
+    """Call a function on rank 0. Return its result, or raise its error, on every rank."""
+    outcome: tuple[Any, Exception | None] = None, None
+    if process_group.is_main():
+        try:
+            outcome = function(), None
+        except (ValueError, OSError) as error:  # raised below, after the others know
+            outcome = None, error
+    result, problem = broadcast_object(outcome, group)
+    if problem is not None:
+        raise problem
+    return cast(T, result)
 
 
 def barrier() -> None:

@@ -53,10 +53,7 @@ class RunLock:
         self._own = LockHolder.this_process()
 
     def __enter__(self) -> RunLock:
-        problem = self._take() if process_group.is_main() else None
-        problem = collectives.broadcast_object(problem)
-        if problem:
-            raise problem
+        collectives.run_on_main(self._take)
         if process_group.is_main():
             threading.Thread(target=self._touch_regularly, daemon=True).start()
         return self
@@ -88,8 +85,8 @@ class RunLock:
             if problem:
                 raise ValueError(problem)
 
-    def _take(self) -> Exception | None:
-        """Take the lock. Return None, or the error for the user."""
+    def _take(self) -> None:
+        """Take the lock, or raise the error for the user."""
         candidate = self.path.with_name(f".lock-{os.getpid()}-{time.monotonic_ns()}")
         try:
             self.run.mkdir(parents=True, exist_ok=True)
@@ -98,14 +95,13 @@ class RunLock:
             self._flock.release()
             reason = durable_files.reason(error)
             message = f"output: {self.run} cannot be written to: {reason}; give another output"
-            return durable_files.save_error(error, message)
+            raise durable_files.save_error(error, message) from None
         finally:
             with suppress(OSError):
                 candidate.unlink()
         if problem:
             self._flock.release()
-            return ValueError(problem)
-        return None
+            raise ValueError(problem)
 
     def _wait_and_take(self, candidate: Path) -> str | None:
         """Take the lock. Return None, or a message that names the run that holds the folder.
@@ -226,7 +222,8 @@ class RunLock:
         with suppress(OSError):
             if device_and_inode(self.run) != self._flock.name:  # a new folder has a new flock
                 self._flock.release()
-        self._take()
+        with suppress(ValueError, OSError):  # the caller compares the holder
+            self._take()
         self._last_check = time.monotonic()
         holder = (
             self._holder()
