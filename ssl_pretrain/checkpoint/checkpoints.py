@@ -74,7 +74,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Return True if a checkpoint is due after a step: every `every_epochs`, and at the end."""
-        at_interval = _passed(step, self.settings.every_epochs * self.steps_per_epoch)
+        at_interval = _crosses_multiple(step, self.settings.every_epochs * self.steps_per_epoch)
         return step == self.facts.last_step or at_interval
 
     def save(self, step: int, wait: bool = True) -> None:
@@ -175,7 +175,9 @@ class Checkpoints:
             tensor_files.write_whole(path, unfinished, files, manifest)
         if process_group.is_main():
             interval = self.settings.keep_every_epochs * self.steps_per_epoch
-            folder.prune(path, self.settings.keep_last, lambda step: _passed(step, interval))
+            folder.prune(
+                path, self.settings.keep_last, lambda step: _crosses_multiple(step, interval)
+            )
 
     def _manifest(self, step: int) -> dict[str, Any]:
         return {
@@ -196,6 +198,6 @@ class Checkpoints:
         return provenance.machine() | {"micro_batch_size": self.facts.micro_batch_size} | modes
 
 
-def _passed(step: int, interval: float) -> bool:
+def _crosses_multiple(step: int, interval: float) -> bool:
     """Return True if a multiple of the interval lies in the step that ends at `step`."""
     return interval > 0 and step > 0 and int(step / interval) > int((step - 1) / interval)

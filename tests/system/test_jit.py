@@ -1,4 +1,4 @@
-"""numba's cache on disk: used while it is whole, written anew where it is not."""
+"""numba's cache on disk: an intact file is used, a damaged one is written again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def triple(x):
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """Load a module with one cached function anew, as a new process would."""
+    """Return a function that loads a module with one cached function, as a new process would.
+
+    Its files in the cache are returned too. The function returns the number of cache hits.
+    """
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "triple.py"
     path.write_text(MODULE)
@@ -35,22 +38,22 @@ def compiled(tmp_path, monkeypatch):
     return load, sorted((tmp_path / "cache").rglob("*.nb?"))
 
 
-def flipped(content: bytes, place: float) -> bytes:
-    at = int(place * (len(content) - 1))
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+def flip_bit(content: bytes, fraction: float) -> bytes:
+    position = int(fraction * (len(content) - 1))
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
 
 DAMAGES = {
-    "no bytes": lambda content: b"",
-    "cut": lambda content: content[: len(content) // 2],
-    "its first bit": lambda content: flipped(content, 0.0),
-    "a bit in the middle": lambda content: flipped(content, 0.5),
-    "its last bit": lambda content: flipped(content, 1.0),
-    "another program's": lambda content: b"not a pickle\n" * 9,
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "first bit": lambda content: flip_bit(content, 0.0),
+    "middle bit": lambda content: flip_bit(content, 0.5),
+    "last bit": lambda content: flip_bit(content, 1.0),
+    "of another program": lambda content: b"not a pickle\n" * 9,
 }
 
 
-def test_a_whole_cache_is_used(compiled):
+def test_an_intact_cache_is_used(compiled):
     load, files = compiled
     assert [path.suffix for path in files] == [".nbc", ".nbi"]
     assert load() == 1
@@ -58,7 +61,7 @@ def test_a_whole_cache_is_used(compiled):
 
 @pytest.mark.parametrize("kind", [".nbi", ".nbc"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_written_anew(compiled, kind, damage):
+def test_a_damaged_file_is_written_again(compiled, kind, damage):
     load, files = compiled
     (path,) = (path for path in files if path.suffix == kind)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
@@ -66,7 +69,7 @@ def test_a_damaged_file_is_written_anew(compiled, kind, damage):
     assert load() == 1
 
 
-def test_a_folder_in_the_place_of_a_file_costs_time_only(compiled):
+def test_a_folder_in_the_place_of_a_file_only_costs_time(compiled):
     load, files = compiled
     for path in files:
         path.unlink()
@@ -74,10 +77,10 @@ def test_a_folder_in_the_place_of_a_file_costs_time_only(compiled):
     assert load() == 0
 
 
-def test_without_any_place_for_a_cache_functions_are_compiled_in_memory(tmp_path, monkeypatch):
+def test_without_a_folder_for_the_cache_functions_are_compiled_in_memory(tmp_path, monkeypatch):
     from numba.core import caching
 
-    monkeypatch.setattr(caching._CacheLocator, "ensure_cache_path", _refuse)
+    monkeypatch.setattr(caching._CacheLocator, "ensure_cache_path", refuse)
     path = tmp_path / "triple.py"
     path.write_text(MODULE)
     spec = importlib.util.spec_from_file_location("triple", path)
@@ -86,5 +89,5 @@ def test_without_any_place_for_a_cache_functions_are_compiled_in_memory(tmp_path
     assert module.triple(14) == 42
 
 
-def _refuse(locator) -> None:
+def refuse(locator) -> None:
     raise PermissionError(os.strerror(13))
