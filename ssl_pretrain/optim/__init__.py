@@ -1,1 +1,1 @@
-"""Optimizers that skip non-finite steps, and schedules."""
+"""Optimizers whose steps can be masked, and schedules."""

@@ -1,4 +1,4 @@
-"""LARS, LARC, AdamW, Adam and SGD; which parameters are excluded; what the rates are at a step."""
+"""The optimizer of a run: its configuration, parameter groups, rates and steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.optim import schedules
-from ssl_pretrain.optim.larc import LARC, move
+from ssl_pretrain.optim.momentum_sgd import LARC, LARS, SGD
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 
@@ -91,88 +91,81 @@ def check(config: OptimConfig) -> None:
     """Raise ValueError, naming the key, if a value can only be a mistake."""
     if len(config.betas) != 2:
         raise ValueError(
-            f"optim.betas: {config.betas} has {len(config.betas)} numbers; give 2, such as [0.9, 0.999]"
+            f"optim.betas: {config.betas} has {len(config.betas)} numbers; "
+            "give 2, such as [0.9, 0.999]"
         )
     if config.schedule == "milestones" and not config.milestones:
         raise ValueError(
-            "optim.milestones: [] leaves optim.schedule=milestones nothing to do; give epochs, such as [120, 160]"
+            "optim.milestones: [] leaves optim.schedule=milestones nothing to do; "
+            "give epochs, such as [120, 160]"
         )
 
 
 def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
-    """The peak learning rate at this global batch."""
-    scale = {"linear": global_batch_size / 256, "sqrt": math.sqrt(global_batch_size), "none": 1.0}[
-        config.lr_scaling
-    ]
-    return config.base_lr * scale
+    """Return the peak learning rate at a global batch size."""
+    scale = {"linear": global_batch_size / 256, "sqrt": math.sqrt(global_batch_size), "none": 1.0}
+    return config.base_lr * scale[config.lr_scaling]
 
 
 def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, Any]]:
-    """The groups `adapted` and `excluded`, each with its parameters and their names, and `constant adapted` and
-    `constant excluded` where constant_lr_names names some. Excluded ones have no weight decay."""
+    """Divide the trained parameters of a module into the optimizer's groups.
 
-    def excluded(name: str, parameter: Tensor) -> bool:
+    Groups are `adapted` and `excluded`. Excluded parameters have no weight decay and are not adapted
+    by LARS. `constant adapted` and `constant excluded` are added if `constant_lr_names` is given.
+
+    Raises:
+        ValueError: No name starts with one of `constant_lr_names`.
+    """
+
+    def is_excluded(name: str, parameter: Tensor) -> bool:
         if config.exclude_by == "ndim":
             return parameter.ndim <= 1
-        return config.exclude_by == "name" and any(part in name for part in config.exclude_names)
+        return config.exclude_by == "name" and any(text in name for text in config.exclude_names)
 
-    def constant(name: str) -> bool:
-        return any(name.startswith(prefix) for prefix in config.constant_lr_names)
-
-    named = [
-        (name, parameter)
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     for prefix in config.constant_lr_names:
-        if not any(name.startswith(prefix) for name, _ in named):
+        if not any(name.startswith(prefix) for name, _ in trained):
             raise ValueError(
                 f"optim.constant_lr_names: no trained parameter's name starts with {prefix!r}"
             )
-    groups = []
-    for steady in (False, True) if config.constant_lr_names else (False,):
-        for out in (False, True):
-            chosen = [
-                (name, parameter)
-                for name, parameter in named
-                if excluded(name, parameter) == out and constant(name) == steady
-            ]
-            groups.append(
-                {
-                    "group": ("constant " if steady else "") + ("excluded" if out else "adapted"),
-                    "names": [name for name, _ in chosen],
-                    "params": [parameter for _, parameter in chosen],
-                    "weight_decay": 0.0 if out else config.weight_decay,
-                    "adapt": not out,
-                    "constant": steady,
-                }
-            )
-    return groups
+    groups: dict[str, dict[str, Any]] = {}
+    for constant in (False, True) if config.constant_lr_names else (False,):
+        for excluded in (False, True):
+            name = ("constant " if constant else "") + ("excluded" if excluded else "adapted")
+            groups[name] = {
+                "group": name,
+                "names": [],
+                "params": [],
+                "weight_decay": 0.0 if excluded else config.weight_decay,
+                "adapt": not excluded,
+                "constant": constant,
+            }
+    for name, parameter in trained:
+        constant = name.startswith(tuple(config.constant_lr_names))
+        excluded = is_excluded(name, parameter)
+        group = groups[("constant " if constant else "") + ("excluded" if excluded else "adapted")]
+        group["names"].append(name)
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over `parameter_groups`. Its learning rate is set every step by `set_rates`."""
+    """Build the optimizer over `parameter_groups`. `set_rates` sets its rates before each step."""
     groups = [group for group in parameter_groups(config, module) if group["params"]]
+    momentum, trust_coefficient = config.momentum, config.trust_coefficient
     if config.name == "lars":
+        convention = config.momentum_convention
         return LARS(
-            groups,
-            momentum=config.momentum,
-            trust_coefficient=config.trust_coefficient,
-            convention=config.momentum_convention,
+            groups, momentum=momentum, trust_coefficient=trust_coefficient, convention=convention
         )
     if config.name == "larc":
-        return LARC(
-            groups,
-            momentum=config.momentum,
-            trust_coefficient=config.trust_coefficient,
-            clip=config.larc_clip,
-        )
+        clip = config.larc_clip
+        return LARC(groups, momentum=momentum, trust_coefficient=trust_coefficient, clip=clip)
     if config.name == "sgd":
-        return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(
-        groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
-    )
+        return SGD(groups, momentum=momentum, nesterov=config.nesterov)
+    adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    betas = config.betas[0], config.betas[1]
+    return adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
 
 
 def rates(
@@ -229,16 +222,20 @@ def guarded_step(
     clip_by: str = "whole",
     frozen: Iterable[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step that a non-finite gradient turns into none: weights and optimizer state stay as they are.
+    """Take an optimizer step, or none if the gradient is not finite.
 
-    The decision is made on the device, without the host reading it, and is the same on every rank because
-    the gradients are.
+    Weights and optimizer state then stay as they are. The decision is made on the device, where the
+    host does not read it, and is the same on every rank because the gradients are.
 
     Args:
-        frozen: parameters that do not move in this step. Their gradients count for clipping, as DINO's authors do, then become None.
+        optimizer: An optimizer of `build`.
+        clip_norm: Largest norm of the gradient, 0 for any.
+        clip_by: `whole` clips the whole gradient, `tensor` each tensor's.
+        frozen: Parameters that do not move in this step. Their gradients count for clipping, as in
+            DINO's code, and then become None.
 
     Returns:
-        The gradient's norm before clipping, and 1.0 where the step was skipped, 0.0 where it was taken.
+        The norm of the gradient before clipping, and 1.0 if the step was skipped, else 0.0.
     """
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
@@ -253,90 +250,7 @@ def guarded_step(
         torch._foreach_mul_(gradients, list((clip_norm / (norms + 1e-6)).clamp(max=1.0).unbind()))
     for parameter in frozen:
         parameter.grad = None
-    optimizer.found_inf, optimizer.grad_scale = skipped, None  # type: ignore[attr-defined]  # the fused kernels leave everything alone where found_inf is 1
-    optimizer.step()
+    masked: Any = optimizer  # see SGD for the protocol
+    masked.found_inf, masked.grad_scale = skipped, None
+    masked.step()
     return norm, skipped
-
-
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888), as multi-tensor operations.
-
-    Adapted tensors move by trust * (gradient + weight_decay * weight), with
-    trust = trust_coefficient * |weight| / |gradient + weight_decay * weight|, or 1 where a norm is zero.
-    Excluded ones (`adapt: False`) are plain momentum SGD. The gradients are overwritten; how many operations a step takes
-    does not depend on how many tensors there are.
-
-    Args:
-        convention: `classic`, v = m v + lr * trust * u and p = p - v (google-research/simclr lars_optimizer.py), or
-            `popular`, v = m v + trust * u and p = p - lr * v. They differ while lr changes.
-    """
-
-    def __init__(
-        self, params: Iterable[Any], *, momentum: float, trust_coefficient: float, convention: str
-    ):
-        if convention not in ("classic", "popular"):
-            raise ValueError(
-                f"optim.momentum_convention: {convention!r}; choose classic or popular"
-            )
-        self.found_inf: Tensor | None = None
-        self.grad_scale: Tensor | None = None
-        self.convention = convention
-        defaults = {
-            "lr": 0.0,
-            "weight_decay": 0.0,
-            "adapt": True,
-            "momentum": momentum,
-            "trust_coefficient": trust_coefficient,
-        }
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(group, params)
-
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        whole = [p.grad for p in params if p.grad is not None]
-        updates = collectives.shards(whole)
-        if group["weight_decay"]:  # in place: copies of all gradients cost more than the arithmetic
-            torch._foreach_add_(updates, collectives.shards(params), alpha=group["weight_decay"])
-        classic = self.convention == "classic"
-        if group["adapt"]:
-            weight_norm, update_norm = collectives.norms(params, whole)
-            trust = group["trust_coefficient"] * weight_norm / update_norm
-            trust = torch.where(
-                (weight_norm > 0) & (update_norm > 0), trust, torch.ones_like(trust)
-            )
-            torch._foreach_mul_(updates, list((trust * group["lr"] if classic else trust).unbind()))
-        elif classic:
-            torch._foreach_mul_(updates, group["lr"])
-        move(self, group, params, updates, lr=1.0 if classic else group["lr"])
-
-
-class SGD(torch.optim.Optimizer):
-    """Momentum SGD with torch.optim.SGD's arithmetic, v = m v + g + weight_decay * p, p = p - lr * v, on whole or sharded tensors."""
-
-    def __init__(self, params: Iterable[Any], *, momentum: float, nesterov: bool):
-        self.found_inf: Tensor | None = None
-        self.grad_scale: Tensor | None = None
-        super().__init__(
-            params, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "nesterov": nesterov}
-        )
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                updates = collectives.shards(p.grad for p in params if p.grad is not None)
-                move(
-                    self,
-                    group,
-                    params,
-                    updates,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    nesterov=group["nesterov"],
-                )

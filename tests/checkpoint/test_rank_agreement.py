@@ -83,7 +83,7 @@ def test_different_code_is_refused(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", "configs")
     shutil.copytree(rank_agreement.PACKAGE, copy, ignore=ignored)
     assert common_answer(check_with_other_code, tmp_path, world_size=2) == "agreed"
-    with (copy / "optim" / "larc.py").open("a") as file:
+    with (copy / "optim" / "schedules.py").open("a") as file:
         file.write("# changed\n")
     expected = (
         r"the ranks disagree: ssl_pretrain/\S+\.py: '\w+' on rank 0, '\w+' on rank 1; "

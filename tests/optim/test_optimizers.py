@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.optim.optimizers import LARS, OptimConfig
+from ssl_pretrain.optim.momentum_sgd import LARS
+from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
 
 pytestmark = pytest.mark.promise

@@ -1,0 +1,164 @@
+"""Momentum SGD, LARS and LARC, whose steps a gradient that is not finite turns into none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain.distributed import collectives
+
+Group = dict[str, Any]
+
+
+class SGD(torch.optim.Optimizer):
+    """Momentum SGD, v = momentum * v + gradient + weight_decay * p and p = p - lr * v.
+
+    The step is masked on the device by the protocol of torch's fused kernels, which `GradScaler`
+    uses too. `optimizer.found_inf` is a scalar tensor, set before `step`. Where it is 1 the kernel
+    changes neither weights nor buffers, and the host does not wait to know. The fused Adam and AdamW
+    of torch follow it as well. `torch.optim.SGD` does not if its first step is masked, because it
+    creates momentum buffers without initializing them.
+
+    Sharded parameters are moved by each rank's shards.
+
+    Args:
+        params: Parameters, or groups of them.
+        momentum: Weight of the past in the momentum buffer.
+        nesterov: Look ahead by one step.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, momentum: float, nesterov: bool = False, **defaults: Any
+    ):
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        rates = {"lr": 0.0, "weight_decay": 0.0}
+        super().__init__(params, rates | {"momentum": momentum, "nesterov": nesterov} | defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                gradients = [p.grad for p in params if p.grad is not None]
+                self._step_group(group, params, gradients)
+
+    def _step_group(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
+        updates, decay = collectives.shards(gradients), group["weight_decay"]
+        self._move(group, params, updates, lr=group["lr"], weight_decay=decay)
+
+    def _move(
+        self,
+        group: Group,
+        params: list[Tensor],
+        updates: list[Tensor],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Apply momentum and move this rank's shards of the parameters, in one kernel."""
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = collectives.shards(self.state[p]["momentum_buffer"] for p in params)
+        torch._fused_sgd_(
+            collectives.shards(params),
+            updates,
+            buffers if group["momentum"] else [],
+            weight_decay=weight_decay,
+            momentum=group["momentum"],
+            lr=lr,
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+            is_first_step=False,
+            grad_scale=None,
+            found_inf=self.found_inf,
+        )
+
+
+class LARS(SGD):
+    """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888).
+
+    An adapted tensor moves by trust * u with u = gradient + weight_decay * p, where
+    trust = trust_coefficient * |p| / |u|, or 1 if a norm is zero. Groups with `adapt: False` are
+    plain momentum SGD. The gradients are overwritten. A step takes the same number of operations
+    however many tensors there are.
+
+    Args:
+        params: Parameters, or groups of them.
+        momentum: Weight of the past in the momentum buffer.
+        trust_coefficient: Length of a step relative to the weights.
+        convention: `classic` has the rate in the buffer, v = momentum * v + lr * trust * u and
+            p = p - v (google-research/simclr, lars_optimizer.py). `popular` has it outside,
+            v = momentum * v + trust * u and p = p - lr * v. They differ while lr changes.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, momentum: float, trust_coefficient: float, convention: str
+    ):
+        if convention not in ("classic", "popular"):
+            raise ValueError(
+                f"optim.momentum_convention: {convention!r}; choose classic or popular"
+            )
+        self.convention = convention
+        super().__init__(params, momentum=momentum, adapt=True, trust_coefficient=trust_coefficient)
+
+    def _step_group(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
+        updates = collectives.shards(gradients)
+        if group["weight_decay"]:  # in place, as copies of all gradients cost more than the sums
+            torch._foreach_add_(updates, collectives.shards(params), alpha=group["weight_decay"])
+        is_classic = self.convention == "classic"
+        if group["adapt"]:
+            weight_norms, update_norms = collectives.norms(params, gradients)
+            trust = group["trust_coefficient"] * weight_norms / update_norms
+            nonzero = (weight_norms > 0) & (update_norms > 0)
+            trust = torch.where(nonzero, trust, torch.ones_like(trust))
+            factors = trust * group["lr"] if is_classic else trust
+            torch._foreach_mul_(updates, list(factors.unbind()))
+        elif is_classic:
+            torch._foreach_mul_(updates, group["lr"])
+        self._move(group, params, updates, lr=1.0 if is_classic else group["lr"])
+
+
+class LARC(SGD):
+    """Layer-wise adaptive rate control, of NVIDIA/apex at 0bfb8300 (apex/parallel/LARC.py).
+
+    The optimizer of SwAV and of solo-learn's CIFAR-10 recipes. An adapted tensor moves by
+    rate * (gradient + weight_decay * p), where
+    rate = trust_coefficient * |p| / (|gradient| + weight_decay * |p| + 1e-8). LARS has the norm of
+    the sum where this has the sum of norms. If a norm is zero, the tensor moves by its gradient.
+    Groups with `adapt: False` are plain momentum SGD.
+
+    Args:
+        params: Parameters, or groups of them.
+        momentum: Weight of the past in the momentum buffer.
+        trust_coefficient: Length of a step relative to the weights.
+        clip: Use min(rate / lr, 1), so that no tensor moves by more than lr times its gradient.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, momentum: float, trust_coefficient: float, clip: bool
+    ):
+        self.clip = clip
+        super().__init__(params, momentum=momentum, adapt=True, trust_coefficient=trust_coefficient)
+
+    def _step_group(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
+        if not group["adapt"]:
+            super()._step_group(group, params, gradients)
+            return
+        weights, updates = collectives.shards(params), collectives.shards(gradients)
+        weight_norms, gradient_norms = collectives.norms(params, gradients)
+        norms = gradient_norms + group["weight_decay"] * weight_norms + 1e-8
+        rate = group["trust_coefficient"] * weight_norms / norms
+        if self.clip:
+            rate = (rate / group["lr"]).clamp(max=1.0) if group["lr"] else torch.ones_like(rate)
+        nonzero = (weight_norms > 0) & (gradient_norms > 0)
+        rate = torch.where(nonzero, rate, torch.ones_like(rate))
+        decay = group["weight_decay"] * nonzero.to(rate.dtype)
+        decayed = torch._foreach_add(updates, torch._foreach_mul(weights, list(decay.unbind())))
+        updates = list(torch._foreach_mul(decayed, list(rate.unbind())))
+        self._move(group, params, updates, lr=group["lr"])
