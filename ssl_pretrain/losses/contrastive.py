@@ -1,7 +1,8 @@
-"""Losses of the form "logits of anchors against candidates". This rank's anchors meet the candidates of all ranks, by tiles.
+"""Contrastive losses over the global batch: logits of anchors against candidates.
 
-Every function returns this rank's mean over its anchors, in nats. The mean over ranks is the global loss, which is what
-DDP's averaging needs; its gradient is that of one process on the whole batch.
+The anchors of this rank meet the candidates of all ranks, in tiles. Every function returns the mean
+over this rank's anchors, in nats. The mean over ranks is the loss of the global batch, and DDP's
+average of the gradients is the gradient of one process on the whole batch.
 """
 
 from __future__ import annotations
@@ -14,86 +15,120 @@ from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.losses.tiles import log_sum_exp, log_sum_exp_among
+from ssl_pretrain.losses.upcast import upcast
+
+
+def plain_nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
+    """NT-Xent of one process as the paper writes it. `nt_xent` computes the same in tiles."""
+    z = F.normalize(torch.cat([z_a, z_b]), dim=1)
+    logits = z @ z.T / temperature
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = torch.arange(len(z), device=z.device).roll(len(z_a))
+    return F.cross_entropy(logits.masked_fill(itself, float("-inf")), positive)
 
 
 def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
-    """Normalized-temperature cross entropy: eq. 1 of SimCLR (Chen et al., ICML 2020, arXiv:2002.05709).
+    """Normalized temperature-scaled cross entropy loss of SimCLR, over the global batch.
 
-    Row i of `z_a` has one positive, row i of `z_b`, and 2N - 2 negatives: every other
-    embedding of both views on all ranks, N = local_batch * world_size.
+    Implements equation 1 of Chen et al., ICML 2020 (arXiv:2002.05709). Each embedding has one
+    positive, the other view of its image, and 2N - 2 negatives gathered from all ranks.
 
     Args:
-        z_a: embeddings of view a, (local_batch, dim). Normalized here, so any scale.
-        z_b: embeddings of view b, same shape; row i is the same image as z_a[i].
-        temperature: divides cosine similarities, so dimensionless; the paper uses 0.1 to 0.5.
+        z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
+        z_b: Embeddings of the second view, same shape. Row i is the same image as ``z_a[i]``.
+        temperature: Divisor of the cosine similarities. The paper uses 0.1 to 0.5.
 
     Returns:
-        The mean over this rank's 2 * local_batch anchors.
+        Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
+        global loss.
 
     Raises:
-        ValueError: the shapes differ or are not 2-D, or temperature is not positive.
+        ValueError: The shapes differ or are not 2-D, or the temperature is not positive.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> z_a, z_b = torch.randn(2, 8, 16)
+        >>> nt_xent(z_a, z_b, temperature=0.2)
+        tensor(2.79...)
     """
     z_a, z_b = _unit_pair("nt_xent", "z_a", z_a, "z_b", z_b, temperature)
     lse, _ = log_sum_exp_among(torch.cat([z_a, z_b]), scale=1 / temperature)
-    return (
-        lse.mean() - (z_a * z_b).sum(1).mean() / temperature
-    )  # SimCLR's method multiplies by 2, as its authors sum both directions
+    return lse.mean() - (z_a * z_b).sum(1).mean() / temperature
 
 
 def info_nce(
     queries: Tensor, keys: Tensor, *, temperature: float, queue: Tensor | None = None
 ) -> Tensor:
-    """Cross entropy of each query with its own key: eq. 1 of MoCo (He et al., CVPR 2020, arXiv:1911.05722).
+    """InfoNCE loss of MoCo: the cross entropy of each query with its own key.
 
-    The negatives are the queue's rows; without a queue they are all other keys of all ranks (MoCo v3, NNCLR). One
-    direction: MoCo v3 adds info_nce(queries_b, keys_a) itself.
+    Implements equation 1 of He et al., CVPR 2020 (arXiv:1911.05722). The negatives are the rows of
+    the queue. Without a queue they are all other keys of all ranks, as in MoCo v3 and NNCLR. Only
+    queries are anchors, so symmetric losses call it twice.
 
     Args:
-        queries: (local_batch, dim). Normalized here.
-        keys: (local_batch, dim); row i is the positive of queries[i]. With a graph, they get their gradient.
-        temperature: divides cosine similarities; 0.07 (v1), 0.2 (v2), 1.0 (v3 ResNet-50).
-        queue: (queue_size, dim) past keys, unit length, the same on all ranks.
+        queries: Embeddings, shape (local_batch, dim). Normalized inside.
+        keys: Same shape. Row i is the positive of ``queries[i]``. They may carry a gradient.
+        temperature: Divisor of the cosine similarities. MoCo uses 0.07 (v1), 0.2 (v2) and 1.0 (v3).
+        queue: Past keys of unit length, shape (queue_size, dim), the same on all ranks.
+
+    Returns:
+        Scalar mean over this rank's queries, in nats. The mean over ranks is the global loss.
 
     Raises:
-        ValueError: the shapes differ or are not 2-D, or temperature is not positive.
+        ValueError: The shapes differ or are not 2-D, or the temperature is not positive.
+
+    Example:
+        >>> queries = keys = torch.eye(4)
+        >>> info_nce(queries, keys, temperature=1.0)
+        tensor(0.74...)
     """
     queries, keys = _unit_pair("info_nce", "queries", queries, "keys", keys, temperature)
-    positive = (queries * keys).sum(1) / temperature
+    positive, bound = (queries * keys).sum(1) / temperature, 1 / temperature
     if queue is None:
-        return (
-            log_sum_exp(queries / temperature, collectives.gather(keys), bound=1 / temperature)
-            - positive
-        ).mean()
+        candidates = collectives.gather(keys)
+        return (log_sum_exp(queries / temperature, candidates, bound=bound) - positive).mean()
     if queue.ndim != 2 or queue.shape[1] != keys.shape[1]:
         raise ValueError(
             f"info_nce: the queue must be (queue_size, {keys.shape[1]}), got {tuple(queue.shape)}"
         )
-    negatives = log_sum_exp(queries / temperature, queue.to(queries.dtype), bound=1 / temperature)
+    negatives = log_sum_exp(queries / temperature, queue.to(queries.dtype), bound=bound)
     return (torch.logaddexp(negatives, positive) - positive).mean()
 
 
 def supervised_contrastive(
     z_a: Tensor, z_b: Tensor, labels: Tensor, *, temperature: float
 ) -> Tensor:
-    """SupCon: eq. 2 (L_out) of Khosla et al. (NeurIPS 2020, arXiv:2004.11362), the mean over positives outside the logarithm.
+    """Supervised contrastive loss, over the global batch.
 
-    An anchor's positives are all other embeddings of its label on all ranks, its own other view among them.
+    Implements equation 2, L_out, of Khosla et al., NeurIPS 2020 (arXiv:2004.11362), where the mean
+    over positives is outside the logarithm. The positives of an embedding are all others of its
+    label on all ranks, the other view of its image among them. The authors multiply the loss by
+    temperature / base_temperature, and so does the method.
 
     Args:
-        z_a, z_b: embeddings of the two views, (local_batch, dim). Normalized here.
-        labels: (local_batch,) integers, in any number an image's class.
-        temperature: divides cosine similarities; the paper uses 0.1.
+        z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
+        z_b: Embeddings of the second view, same shape.
+        labels: Class of each image, integers of shape (local_batch,).
+        temperature: Divisor of the cosine similarities. The paper uses 0.1.
 
     Returns:
-        The mean over 2 * local_batch anchors; its authors multiply by temperature / base_temperature, and so does the method.
+        Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
+        global loss.
 
     Raises:
-        ValueError: the shapes differ or are not 2-D, the labels are not (local_batch,), or temperature is not positive.
+        ValueError: The shapes do not match, or the temperature is not positive.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> z_a, z_b = torch.randn(2, 8, 16)
+        >>> supervised_contrastive(z_a, z_b, torch.arange(8) % 2, temperature=0.2)
+        tensor(3.53...)
     """
     z_a, z_b = _unit_pair("supervised_contrastive", "z_a", z_a, "z_b", z_b, temperature)
     if labels.shape != (len(z_a),):
         raise ValueError(
-            f"supervised_contrastive: labels must be ({len(z_a)},), one an image, got {tuple(labels.shape)}"
+            f"supervised_contrastive: labels must be ({len(z_a)},), one per image, "
+            f"got {tuple(labels.shape)}"
         )
     lse, positives = log_sum_exp_among(
         torch.cat([z_a, z_b]), scale=1 / temperature, labels=labels.repeat(2)
@@ -104,37 +139,67 @@ def supervised_contrastive(
 def decoupled(
     z_a: Tensor, z_b: Tensor, *, temperature: float, sigma: float | None = None
 ) -> Tensor:
-    """Decoupled contrastive learning: eq. 6 of Yeh et al. (ECCV 2022, arXiv:2110.06848); with `sigma` eq. 7, DCLW.
+    """Decoupled contrastive loss: NT-Xent without the positive in the denominator.
 
-    NT-Xent without the positive in the denominator. DCLW weighs the positive's term by 2 - exp(s_i / sigma) / its mean
-    over the global batch, s_i the pair's cosine.
+    Implements equation 6 of Yeh et al., ECCV 2022 (arXiv:2110.06848), and with `sigma` equation 7,
+    DCLW. That weights the positive's term by 2 - exp(s_i / sigma) / mean_j exp(s_j / sigma), where
+    s_i is the cosine of a pair and the mean is over the global batch.
 
-    Args: as `nt_xent`.
+    Args:
+        z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
+        z_b: Embeddings of the second view, same shape.
+        temperature: Divisor of the cosine similarities.
+        sigma: Sharpness of the weights. None for equal weights.
+
+    Returns:
+        Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
+        global loss.
 
     Raises:
-        ValueError: as `nt_xent`, or there is a single image, which has no negative.
+        ValueError: As `nt_xent`, or the global batch has a single image and so no negative.
+
+    Example:
+        >>> same = torch.ones(8, 4)
+        >>> decoupled(same, same, temperature=0.1)  # ln(14)
+        tensor(2.63...)
     """
-    z_a, z_b, negatives, positive = _negatives_and_positive("decoupled", z_a, z_b, temperature, 1.0)
+    z_a, z_b = _unit_pair("decoupled", "z_a", z_a, "z_b", z_b, temperature)
+    negatives = _log_sum_over_negatives("decoupled", z_a, z_b, 1 / temperature)
+    positive = _positive_logits(z_a, z_b, temperature)
     if sigma is None:
         return (negatives - positive).mean()
     closeness = torch.exp((z_a * z_b).sum(1) / sigma)
-    weights = 2 - closeness * (len(z_a) * process_group.world_size()) / collectives.reduce_sum(
-        closeness.sum()
-    )
+    global_batch_size = len(z_a) * process_group.world_size()
+    weights = 2 - closeness * global_batch_size / collectives.reduce_sum(closeness.sum())
     return (negatives - weights.repeat(2) * positive).mean()
 
 
 def debiased(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float) -> Tensor:
-    """Debiased contrastive loss: eq. 8 of Chuang et al. (NeurIPS 2020, arXiv:2007.00224).
+    """Debiased contrastive loss: NT-Xent less what negatives of the same class are expected to add.
 
-    Subtracts from the negatives' sum what same-class images contribute: with N = 2 * global_batch - 2,
-    Ng = max((negatives - N * tau_plus * positive) / (1 - tau_plus), N * exp(-1 / temperature)).
+    Implements equation 8 of Chuang et al., NeurIPS 2020 (arXiv:2007.00224). With N negatives, their
+    sum becomes max((sum - N * tau_plus * positive) / (1 - tau_plus), N * exp(-1 / temperature)).
 
-    Args: as `nt_xent`, and
-        tau_plus: the probability that a negative is of the anchor's class, in [0, 1); 0 is NT-Xent.
+    Args:
+        z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
+        z_b: Embeddings of the second view, same shape.
+        temperature: Divisor of the cosine similarities.
+        tau_plus: Probability, in [0, 1), that a negative has the class of the anchor. 0 is NT-Xent.
+
+    Returns:
+        Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
+        global loss.
 
     Raises:
-        ValueError: as `decoupled`, or tau_plus outside [0, 1).
+        ValueError: As `decoupled`, or `tau_plus` is outside [0, 1).
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> z_a, z_b = torch.randn(2, 8, 16)
+        >>> torch.allclose(
+        ...     debiased(z_a, z_b, temperature=0.5, tau_plus=0.0), nt_xent(z_a, z_b, temperature=0.5)
+        ... )
+        True
     """
     return hard_negative(z_a, z_b, temperature=temperature, tau_plus=tau_plus, beta=0.0)
 
@@ -142,79 +207,108 @@ def debiased(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float) -
 def hard_negative(
     z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float, beta: float
 ) -> Tensor:
-    """Contrastive learning with hard negatives: eq. 4 of Robinson et al. (ICLR 2021, arXiv:2010.04592).
+    """Contrastive loss with hard negatives: `debiased`, where close negatives count for more.
 
-    `debiased`, each negative exp(s) weighted by exp(beta * s) over the weights' mean.
+    Implements equation 4 of Robinson et al., ICLR 2021 (arXiv:2010.04592). A negative with logit s
+    is weighted by exp(beta * s) over the mean of these weights.
 
-    Args: as `debiased`, and
-        beta: concentration on hard negatives; 0 is `debiased`.
+    Args:
+        z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
+        z_b: Embeddings of the second view, same shape.
+        temperature: Divisor of the cosine similarities.
+        tau_plus: Probability, in [0, 1), that a negative has the class of the anchor.
+        beta: Concentration on hard negatives. 0 is `debiased`.
+
+    Returns:
+        Scalar mean over this rank's 2 * local_batch anchors, in nats. The mean over ranks is the
+        global loss.
 
     Raises:
-        ValueError: as `debiased`, or beta is negative.
+        ValueError: As `debiased`, or `beta` is negative.
+
+    Example:
+        >>> same = torch.ones(8, 4)
+        >>> hard_negative(same, same, temperature=0.5, tau_plus=0.0, beta=1.0)  # ln(15)
+        tensor(2.70...)
     """
     name = "hard_negative" if beta else "debiased"
     if not 0 <= tau_plus < 1:
         raise ValueError(f"{name}: tau_plus must be in [0, 1), got {tau_plus}")
     if beta < 0:
         raise ValueError(f"{name}: beta must be >= 0, got {beta}")
+    z_a, z_b = _unit_pair(name, "z_a", z_a, "z_b", z_b, temperature)
     num_negatives = 2 * len(z_a) * process_group.world_size() - 2
-    _, _, negatives, positive = _negatives_and_positive(name, z_a, z_b, temperature, 1.0 + beta)
-    if beta:  # sum of weight * exp(s) over the mean weight, in logarithms
-        negatives = (
-            negatives
-            - _negatives_and_positive(name, z_a, z_b, temperature, beta)[2]
-            + math.log(num_negatives)
-        )
-    # Ng over the negatives' sum, so that nothing overflows at low temperatures
-    debiased_share = (1 - tau_plus * num_negatives * torch.exp(positive - negatives)) / (
-        1 - tau_plus
-    )
+    positive = _positive_logits(z_a, z_b, temperature)
+    negatives = _log_sum_over_negatives(name, z_a, z_b, (1.0 + beta) / temperature)
+    if beta:  # the sum of weight * exp(s) over the mean weight, in logarithms
+        weights = _log_sum_over_negatives(name, z_a, z_b, beta / temperature)
+        negatives = negatives - weights + math.log(num_negatives)
+    # All terms are divided by the negatives' sum, so that nothing overflows at low temperatures.
+    relative_positive = torch.exp(positive - negatives)
+    estimate = (1 - tau_plus * num_negatives * relative_positive) / (1 - tau_plus)
     least = num_negatives * torch.exp(-1 / temperature - negatives)
-    share = torch.maximum(debiased_share, least)
+    share = torch.maximum(estimate, least)
     return (torch.log(torch.exp(positive - negatives) + share) + negatives - positive).mean()
 
 
 def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric image-text loss: figure 3 of CLIP (Radford et al., ICML 2021, arXiv:2103.00020): the mean of both directions.
+    """Symmetric image-text loss of CLIP, over the global batch.
+
+    Implements figure 3 of Radford et al., ICML 2021 (arXiv:2103.00020), the mean of both directions.
 
     Args:
-        images, texts: embeddings of the pairs, (local_batch, dim). Normalized here.
-        logit_scale: (local_batch,), the learned 1 / temperature, one value expanded to a row an image.
+        images: Embeddings of the images, shape (local_batch, dim). Normalized inside.
+        texts: Embeddings of their texts, same shape.
+        logit_scale: The learned 1 / temperature, expanded to shape (local_batch,).
+
+    Returns:
+        Scalar mean over this rank's pairs, in nats. The mean over ranks is the global loss.
 
     Raises:
-        ValueError: the shapes differ or are not 2-D.
+        ValueError: The shapes do not match.
+
+    Example:
+        >>> images = texts = torch.eye(4)
+        >>> image_text(images, texts, torch.ones(4))
+        tensor(0.74...)
     """
     images, texts = _unit_pair("image_text", "images", images, "texts", texts, 1.0)
     if logit_scale.shape != (len(images),):
         raise ValueError(
-            f"image_text: logit_scale must be ({len(images)},), a row an image, got {tuple(logit_scale.shape)}"
+            f"image_text: logit_scale must be ({len(images)},), one per image, "
+            f"got {tuple(logit_scale.shape)}"
         )
-    scale = _precise(logit_scale)
+    scale = upcast(logit_scale)
     positive = scale * (images * texts).sum(1)
     to_texts = log_sum_exp(images * scale[:, None], collectives.gather(texts))
     to_images = log_sum_exp(texts * scale[:, None], collectives.gather(images))
     return ((to_texts + to_images) / 2 - positive).mean()
 
 
-def _negatives_and_positive(
-    name: str, z_a: Tensor, z_b: Tensor, temperature: float, power: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit embeddings; log of each anchor's sum over negatives of exp(power * s), and s with its positive: (2 * local_batch,)."""
-    z_a, z_b = _unit_pair(name, "z_a", z_a, "z_b", z_b, temperature)
+def _positive_logits(z_a: Tensor, z_b: Tensor, temperature: float) -> Tensor:
+    """Return the logit of each anchor with its positive, shape (2 * local_batch,)."""
+    return ((z_a * z_b).sum(1) / temperature).repeat(2)
+
+
+def _log_sum_over_negatives(name: str, z_a: Tensor, z_b: Tensor, scale: float) -> Tensor:
+    """Return the log of each anchor's sum over negatives of exp(scale * cosine).
+
+    The shape is (2 * local_batch,).
+    """
     rows = len(z_a)
     if rows * process_group.world_size() < 2:
         raise ValueError(
-            f"{name}: needs at least 2 images in the global batch, got 1: it would have no negative"
+            f"{name}: needs at least 2 images in the global batch, got 1, which has no negative"
         )
-    negatives, _ = log_sum_exp_among(
-        torch.cat([z_a, z_b]), scale=power / temperature, excluded=(0, rows, -rows)
-    )
-    return z_a, z_b, negatives, ((z_a * z_b).sum(1) / temperature).repeat(2)
+    excluded = (0, rows, -rows)  # the anchor itself and its positive
+    negatives, _ = log_sum_exp_among(torch.cat([z_a, z_b]), scale=scale, excluded=excluded)
+    return negatives
 
 
 def _unit_pair(
     name: str, name_a: str, a: Tensor, name_b: str, b: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
+    """Check two tensors of embeddings and return them in float32 or wider, with unit length."""
     if a.shape != b.shape or a.ndim != 2:
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
         raise ValueError(
@@ -222,10 +316,4 @@ def _unit_pair(
         )
     if temperature <= 0:
         raise ValueError(f"{name}: temperature must be > 0, got {temperature}")
-    return F.normalize(_precise(a), dim=1), F.normalize(_precise(b), dim=1)
-
-
-def _precise(z: Tensor) -> Tensor:
-    return (
-        z if z.dtype == torch.float64 else z.float()
-    )  # similarities in float32 whatever the autocast
+    return F.normalize(upcast(a), dim=1), F.normalize(upcast(b), dim=1)

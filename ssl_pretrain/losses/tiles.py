@@ -1,46 +1,24 @@
-"""Sums over all pairs of embeddings, tile by tile: nothing of size anchors x candidates is ever stored.
+"""Sums over all pairs of embeddings, tile by tile, so that no matrix of all pairs is stored.
 
-Forward keeps one log-sum-exp an anchor; backward computes each tile again (as FlashAttention, arXiv:2205.14135, does
-for softmax). Everything is float32, or float64 where the embeddings are, whatever the autocast.
+Forward keeps one log-sum-exp per anchor. Backward computes each tile again, as FlashAttention
+(arXiv:2205.14135) does for softmax. Everything is float32, or float64 if the embeddings are,
+whatever the autocast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.losses import positives as positive_pairs
+from ssl_pretrain.losses.backend import Backend, backend_for
 
-T = TypeVar("T")
-TILE = {
-    "cpu": (512, 1024),
-    "cuda": (8192, 8192),
-}  # rows x columns; on CPU a tile stays in the cache
-FUSED_ON = ("cuda",)  # devices whose sums are the kernels of tiles_triton
-SAFE = 40.0  # exp of logits up to here, and sums of 2**30 of them, are normal float32 numbers: no maximum is needed
-
-
-@contextmanager
-def sized_for(device_type: str) -> Iterator[None]:
-    """Tiles on a CPU as large as those of another device: for a plan, which traces that device's program."""
-    before = TILE["cpu"]
-    TILE["cpu"] = TILE[device_type]
-    try:
-        yield
-    finally:
-        TILE["cpu"] = before
-
-
-class _Tile(NamedTuple):
-    rows: slice
-    columns: slice
-    own: bool  # its columns are this rank's rows
+# exp(40) and a sum of 2**30 such terms are normal float32 numbers, so no maximum is subtracted.
+LARGEST_SAFE_LOGIT = 40.0
 
 
 def log_sum_exp(
@@ -48,43 +26,63 @@ def log_sum_exp(
     candidates: Tensor,
     *,
     bound: float = float("inf"),
-    own: int = 0,
+    local_start: int = 0,
     excluded: Sequence[int] = (),
+    backend: Backend | None = None,
 ) -> Tensor:
-    """log sum_j exp(anchors[i] @ candidates[j]): (num_anchors,), differentiable in both.
+    """Return log sum_j exp(anchors[i] @ candidates[j]), differentiable in both.
+
+    On one process it is ``torch.logsumexp(anchors @ candidates.T, dim=1)``.
 
     Args:
-        anchors: this rank's, (num_anchors, dim), with the temperature already in them.
-        candidates: of all ranks, (num_candidates, dim). Gathered with a graph, their gradient is reduce-scattered.
-        bound: no |logit| is larger; a small one saves the search for maxima.
-        own: the column of this rank's first candidate, for `excluded`.
-        excluded: the pairs (i, own + i + d), for each d here, do not count.
+        anchors: Embeddings of this rank, divided by the temperature, shape (num_anchors, dim).
+        candidates: Embeddings of all ranks, shape (num_candidates, dim). If they were gathered with
+            a graph, their gradient is reduced to their ranks.
+        bound: Largest absolute value of a logit. A small one saves the search for maxima.
+        local_start: Index of this rank's first candidate, for `excluded`.
+        excluded: Offsets d. The pairs (i, local_start + i + d) do not count.
+        backend: How to compute it. By default as suits the device.
+
+    Returns:
+        Tensor of shape (num_anchors,).
     """
+    backend = backend or backend_for(anchors)
+    is_safe = bound <= LARGEST_SAFE_LOGIT
     with torch.autocast(anchors.device.type, enabled=False):
-        return _LogSumExp.apply(anchors, candidates, bound <= SAFE, own, tuple(excluded))
+        return _LogSumExp.apply(anchors, candidates, is_safe, local_start, tuple(excluded), backend)
 
 
 def log_sum_exp_among(
-    z: Tensor, *, scale: float, excluded: Sequence[int] = (0,), labels: Tensor | None = None
+    z: Tensor,
+    *,
+    scale: float,
+    excluded: Sequence[int] = (0,),
+    labels: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Over the embeddings of all ranks, each against all others: the similarity matrix is symmetric.
+    """Sum over the embeddings of all ranks, each against all others.
 
-    The embeddings travel once, forward. Backward takes the column's part of the gradient from everybody's
-    log-sum-exps: grad_i = scale * sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j, so that only two numbers
-    an embedding travel.
+    The matrix of similarities is symmetric, so the embeddings travel only once, in forward. Backward
+    takes the gradient of the columns from the log-sum-exps of all ranks,
+    grad_i = scale * sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j, which are a few
+    numbers per embedding.
 
     Args:
-        z: this rank's embeddings, unit length, (rows, dim).
+        z: Embeddings of this rank, of unit length, shape (rows, dim).
         scale: 1 / temperature.
-        excluded: offsets d within this rank's rows: the pairs (i, i + d) do not count. Mutual: with d, also -d.
-        labels: (rows,), to sum over the positives too.
+        excluded: Offsets d within this rank's rows. The pairs (i, i + d) do not count. With d it has
+            to contain -d.
+        labels: Shape (rows,), to average over the positives too.
+        backend: How to compute it. By default as suits the device.
 
     Returns:
-        log sum_j exp(scale * z_i @ z_j), (rows,), and the mean of scale * z_i @ z_j over the other rows j of i's label,
-        (rows,), 0 where there are none; without labels, zeros.
+        log sum_j exp(scale * z_i @ z_j), shape (rows,), and the mean of scale * z_i @ z_j over the
+        other rows j with the label of i, shape (rows,). The mean is 0 if there are no such rows, or
+        no labels.
     """
+    backend = backend or backend_for(z)
     with torch.autocast(z.device.type, enabled=False):
-        return _LogSumExpAmong.apply(z, scale, tuple(excluded), labels)
+        return _LogSumExpAmong.apply(z, scale, tuple(excluded), labels, backend)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -93,235 +91,235 @@ class _LogSumExp(torch.autograd.Function):
         ctx: Any,
         anchors: Tensor,
         candidates: Tensor,
-        bounded: bool,
-        own: int,
+        is_safe: bool,
+        local_start: int,
         excluded: tuple[int, ...],
+        backend: Backend,
     ) -> Tensor:
-        lse = _fused(
-            anchors, lambda kernels: kernels.log_sum_exp(anchors, candidates, own, excluded)
+        lse = backend.run_fused(
+            anchors,
+            lambda kernels: kernels.log_sum_exp(anchors, candidates, local_start, excluded),
         )
         if lse is None:
-            accumulate = _Sums(len(anchors), anchors, bounded)
-            for tile, logits in _logits(anchors, candidates, own, excluded):
-                accumulate.rows(tile, logits)
-            lse = accumulate.log()
+            sums = _RunningSums(anchors, is_safe)
+            for tile, logits in _logits(anchors, candidates, local_start, excluded, backend):
+                sums.add_to_rows(tile, logits)
+            lse = sums.log()
         ctx.save_for_backward(anchors, candidates, lse)
-        ctx.arguments = own, excluded
+        ctx.arguments = local_start, excluded, backend
         return lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         anchors, candidates, lse = ctx.saved_tensors
-        own, excluded = ctx.arguments
-        fused = _fused(anchors, lambda kernels: _by_kernels(kernels, ctx, grad))
+        local_start, excluded, backend = ctx.arguments
+        fused = backend.run_fused(anchors, lambda kernels: _fused_gradients(kernels, ctx, grad))
         if fused is not None:
-            return *fused, None, None, None
-        for_anchors = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
-        for_candidates = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
+            return *fused, None, None, None, None
+        anchors_grad = torch.zeros_like(anchors) if ctx.needs_input_grad[0] else None
+        candidates_grad = torch.zeros_like(candidates) if ctx.needs_input_grad[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
-            for tile, logits in _logits(anchors, candidates, own, excluded):
+            for tile, logits in _logits(anchors, candidates, local_start, excluded, backend):
                 weights = logits.sub_(lse[tile.rows, None]).exp_().mul_(grad[tile.rows, None])
-                if for_anchors is not None:
-                    for_anchors[tile.rows].addmm_(weights, candidates[tile.columns])
-                if for_candidates is not None:
-                    for_candidates[tile.columns].addmm_(weights.T, anchors[tile.rows])
-        return for_anchors, for_candidates, None, None, None
+                if anchors_grad is not None:
+                    anchors_grad[tile.rows].addmm_(weights, candidates[tile.columns])
+                if candidates_grad is not None:
+                    candidates_grad[tile.columns].addmm_(weights.T, anchors[tile.rows])
+        return anchors_grad, candidates_grad, None, None, None, None
 
 
 class _LogSumExpAmong(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, scale: float, excluded: tuple[int, ...], labels: Tensor | None
+        ctx: Any,
+        z: Tensor,
+        scale: float,
+        excluded: tuple[int, ...],
+        labels: Tensor | None,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor]:
-        everyone, own, bounded = collectives.gather(z), process_group.rank() * len(z), scale <= SAFE
-        lse = _fused(z, lambda kernels: kernels.log_sum_exp(z * scale, everyone, own, excluded))
+        all_z, local_start = collectives.gather(z), process_group.rank() * len(z)
+        is_safe = scale <= LARGEST_SAFE_LOGIT
+        lse = backend.run_fused(
+            z, lambda kernels: kernels.log_sum_exp(z * scale, all_z, local_start, excluded)
+        )
         if lse is None:
-            accumulate = _Sums(len(z), z, bounded)
-            for tile, logits in _logits(z * scale, everyone, own, excluded, halved=bounded):
-                accumulate.rows(tile, logits)
-                if (
-                    bounded and tile.own and tile.columns.start != own + tile.rows.start
-                ):  # its mirror image is not visited
-                    accumulate.columns(
-                        slice(tile.columns.start - own, tile.columns.stop - own), logits
-                    )
-            lse = accumulate.log()
-        classes = _classes(collectives.gather(labels)) if labels is not None else None
+            sums = _RunningSums(z, is_safe)
+            for tile, logits in _logits(
+                z * scale, all_z, local_start, excluded, backend, half=is_safe
+            ):
+                sums.add_to_rows(tile, logits)
+                if is_safe and tile.is_off_diagonal(local_start):  # its mirror image is skipped
+                    sums.add_to_columns(tile.local_columns(local_start), logits)
+            lse = sums.log()
+        classes = (
+            None if labels is None else positive_pairs.number_classes(collectives.gather(labels))
+        )
         positives = torch.zeros_like(lse)
         if classes is not None:
-            sums, others, mine = (
-                _class_sums(everyone, classes),
-                _class_sizes(classes) - 1,
-                slice(own, own + len(z)),
-            )
-            positives = ((sums[classes[mine]] - z) * z).sum(1) * scale / others[mine].clamp(min=1)
-        ctx.save_for_backward(z, everyone, lse, classes)
-        ctx.arguments = scale, own, excluded, bounded
+            positives = positive_pairs.mean_positive(z, all_z, classes, local_start, scale)
+        ctx.save_for_backward(z, all_z, lse, classes)
+        ctx.arguments = scale, local_start, excluded, is_safe, backend
         return lse, positives
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_positives: Tensor) -> Any:
-        z, everyone, lse, classes = ctx.saved_tensors
-        scale, own, excluded, _ = ctx.arguments
+    def backward(ctx: Any, grad: Tensor, positives_grad: Tensor) -> Any:
+        z, all_z, lse, classes = ctx.saved_tensors
+        scale, local_start, excluded, _, backend = ctx.arguments
         with torch.autocast(z.device.type, enabled=False):
-            all_lse, all_grad, all_positives = collectives.gather(
-                torch.stack([lse, grad, grad_positives], dim=1)
+            all_lse, all_grad, all_positives_grad = collectives.gather(
+                torch.stack([lse, grad, positives_grad], dim=1)
             ).unbind(1)
-            weights = {
-                "own": own,
-                "excluded": excluded,
-                "of_anchors": (lse, grad),
-                "of_candidates": (all_lse, all_grad),
-            }
-            total = _fused(z, lambda kernels: kernels.weighted_sum(z * scale, everyone, **weights))
+            total = backend.run_fused(
+                z,
+                lambda kernels: kernels.weighted_sum(
+                    z * scale,
+                    all_z,
+                    local_start=local_start,
+                    excluded=excluded,
+                    of_anchors=(lse, grad),
+                    of_candidates=(all_lse, all_grad),
+                ),
+            )
             if total is None:
-                total = _by_tiles(ctx.arguments, z, everyone, all_lse, all_grad)
-            if classes is not None:  # sum_p of s_ip is symmetric, too
-                mine, share = (
-                    classes[own : own + len(z)],
-                    (all_positives / (_class_sizes(classes) - 1).clamp(min=1))[:, None],
+                total = _tiled_gradient(ctx.arguments, z, all_z, all_lse, all_grad)
+            if classes is not None:
+                total += positive_pairs.mean_positive_gradient(
+                    z, all_z, classes, local_start, all_positives_grad
                 )
-                sums, weighted = (
-                    _class_sums(everyone, classes),
-                    _class_sums(everyone * share, classes),
-                )
-                own_share = share[own : own + len(z)]
-                total += own_share * (sums[mine] - z) + weighted[mine] - own_share * z
-        return total * scale, None, None, None
+        return total * scale, None, None, None, None
 
 
-def _by_kernels(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `_LogSumExp` by its anchors and candidates."""
-    (anchors, candidates, lse), (own, excluded) = ctx.saved_tensors, ctx.arguments
-    for_anchors = for_candidates = None
+def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of `_LogSumExp` with respect to its anchors and candidates."""
+    anchors, candidates, lse = ctx.saved_tensors
+    local_start, excluded, _ = ctx.arguments
+    pairs = {"local_start": local_start, "excluded": excluded}
+    anchors_grad = candidates_grad = None
     if ctx.needs_input_grad[0]:
-        for_anchors = kernels.weighted_sum(
-            anchors, candidates, own=own, excluded=excluded, of_anchors=(lse, grad)
-        )
+        anchors_grad = kernels.weighted_sum(anchors, candidates, **pairs, of_anchors=(lse, grad))
     if ctx.needs_input_grad[1]:
-        for_candidates = kernels.weighted_sum(
-            candidates, anchors, own=own, excluded=excluded, of_candidates=(lse, grad), swapped=True
+        candidates_grad = kernels.weighted_sum(
+            candidates, anchors, **pairs, of_candidates=(lse, grad), swapped=True
         )
-    return for_anchors, for_candidates
+    return anchors_grad, candidates_grad
 
 
-def _by_tiles(
-    arguments: Any, z: Tensor, everyone: Tensor, all_lse: Tensor, all_grad: Tensor
+def _tiled_gradient(
+    arguments: Any, z: Tensor, all_z: Tensor, all_lse: Tensor, all_grad: Tensor
 ) -> Tensor:
-    """sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i."""
-    scale, own, excluded, bounded = arguments
+    """Return sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j for this rank's rows i."""
+    scale, local_start, excluded, is_safe, backend = arguments
     total = torch.zeros_like(z)
-    shares = all_grad * torch.exp(-all_lse) if bounded else None
-    for tile, logits in _logits(z * scale, everyone, own, excluded, halved=bounded):
-        rows = slice(own + tile.rows.start, own + tile.rows.stop)
+    shares = all_grad * torch.exp(-all_lse) if is_safe else None
+    for tile, logits in _logits(z * scale, all_z, local_start, excluded, backend, half=is_safe):
+        rows, columns = tile.global_rows(local_start), tile.columns
         if shares is not None:
-            weights = logits.exp_().mul_(shares[rows, None] + shares[None, tile.columns])
+            weights = logits.exp_().mul_(shares[rows, None] + shares[None, columns])
         else:
             weights = (logits - all_lse[rows, None]).exp_().mul_(all_grad[rows, None])
-            weights += (
-                logits.sub_(all_lse[None, tile.columns]).exp_().mul_(all_grad[None, tile.columns])
-            )
-        total[tile.rows].addmm_(weights, everyone[tile.columns])
-        if bounded and tile.own and tile.columns.start != rows.start:
-            total[tile.columns.start - own : tile.columns.stop - own].addmm_(
-                weights.T, z[tile.rows]
-            )
+            weights += logits.sub_(all_lse[None, columns]).exp_().mul_(all_grad[None, columns])
+        total[tile.rows].addmm_(weights, all_z[columns])
+        if is_safe and tile.is_off_diagonal(local_start):
+            total[tile.local_columns(local_start)].addmm_(weights.T, z[tile.rows])
     return total
 
 
-def _fused(anchors: Tensor, compute: Callable[[ModuleType], T]) -> T | None:
-    """Return `compute(kernels)` where the fused kernels take these embeddings, else None.
+class _RunningSums:
+    """Sums of exponentials, one per row.
 
-    They run on CUDA, in float32, where Triton is installed. A device on which a launch does not fit is left to the plain
-    tiles from then on, with one warning.
+    Args:
+        like: Tensor with as many rows, for type and device.
+        is_safe: Logits are small, so that no maximum has to be subtracted.
     """
-    if anchors.device.type not in FUSED_ON or find_spec("triton") is None:
-        return None
-    from ssl_pretrain.losses import tiles_triton
 
-    if not tiles_triton.fits(anchors):
-        return None
-    try:
-        return compute(tiles_triton)
-    except tiles_triton.OutOfResources as error:
-        tiles_triton.refuse(anchors.device, error)
-        return None
-
-
-class _Sums:
-    """Running sums of exponentials, one a row."""
-
-    def __init__(self, rows: int, like: Tensor, bounded: bool):
+    def __init__(self, like: Tensor, is_safe: bool):
+        rows, smallest = len(like), torch.finfo(like.dtype).min
         self.sum = like.new_zeros(rows)
-        self.maximum = None if bounded else like.new_full((rows,), torch.finfo(like.dtype).min)
+        self.maximum = None if is_safe else like.new_full((rows,), smallest)
 
-    def rows(self, tile: _Tile, logits: Tensor) -> None:
-        """Adds a tile to its rows and leaves its exponentials in `logits`, shifted where they are not bounded."""
+    def add_to_rows(self, tile: _Tile, logits: Tensor) -> None:
+        """Add a tile to its rows. `logits` becomes its exponentials, shifted by the maximum."""
         if self.maximum is None:
             self.sum[tile.rows] += logits.exp_().sum(1)
             return
         before = self.maximum[tile.rows].clone()
-        now = torch.maximum(before, logits.amax(1))
-        self.sum[tile.rows] = self.sum[tile.rows] * torch.exp(before - now) + logits.sub_(
-            now[:, None]
-        ).exp_().sum(1)
-        self.maximum[tile.rows] = now
+        maximum = torch.maximum(before, logits.amax(1))
+        exponentials = logits.sub_(maximum[:, None]).exp_()
+        rescaled = self.sum[tile.rows] * torch.exp(before - maximum)
+        self.sum[tile.rows] = rescaled + exponentials.sum(1)
+        self.maximum[tile.rows] = maximum
 
-    def columns(self, rows: slice, exponentials: Tensor) -> None:
+    def add_to_columns(self, rows: slice, exponentials: Tensor) -> None:
         self.sum[rows] += exponentials.sum(0)
 
     def log(self) -> Tensor:
         return self.sum.log() if self.maximum is None else self.sum.log() + self.maximum
 
 
-def _logits(
-    anchors: Tensor, candidates: Tensor, own: int, excluded: tuple[int, ...], halved: bool = False
-) -> Iterator[tuple[_Tile, Tensor]]:
-    """Every tile with its logits, -inf where excluded, in one buffer that the next tile overwrites.
+class _Tile(NamedTuple):
+    rows: slice  # of this rank's anchors
+    columns: slice  # of the candidates of all ranks
+    is_local: bool  # its columns are this rank's
 
-    halved: of this rank's rows against themselves, only the diagonal and what is above it.
+    def global_rows(self, local_start: int) -> slice:
+        return slice(local_start + self.rows.start, local_start + self.rows.stop)
+
+    def local_columns(self, local_start: int) -> slice:
+        return slice(self.columns.start - local_start, self.columns.stop - local_start)
+
+    def is_off_diagonal(self, local_start: int) -> bool:
+        return self.is_local and self.columns.start != local_start + self.rows.start
+
+
+def _logits(
+    anchors: Tensor,
+    candidates: Tensor,
+    local_start: int,
+    excluded: tuple[int, ...],
+    backend: Backend,
+    half: bool = False,
+) -> Iterator[tuple[_Tile, Tensor]]:
+    """Yield every tile with its logits, which are -inf for excluded pairs.
+
+    All tiles share one buffer, which the next tile overwrites.
+
+    Args:
+        anchors: As in `log_sum_exp`.
+        candidates: As in `log_sum_exp`.
+        local_start: As in `log_sum_exp`.
+        excluded: As in `log_sum_exp`.
+        backend: Gives the size of the tiles.
+        half: Of this rank's rows against themselves, yield only the tiles on the diagonal and above.
     """
-    height, width = TILE[anchors.device.type]
-    width = height if halved else width  # square, so that the diagonal cuts no tile but its own
+    height = backend.tile_rows
+    # Square tiles, so that the diagonal cuts no tile but those that it starts.
+    width = height if half else backend.tile_columns
     buffer = anchors.new_empty(min(height, len(anchors)) * min(width, len(candidates)))
-    for tile in _tiles(len(anchors), len(candidates), own, height, width):
-        if halved and tile.own and tile.columns.start - own < tile.rows.start:
+    for tile in _tiles(len(anchors), len(candidates), local_start, height, width):
+        if half and tile.is_local and tile.columns.start - local_start < tile.rows.start:
             continue
         shape = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
         logits = buffer[: shape[0] * shape[1]].view(shape)
         torch.mm(anchors[tile.rows], candidates[tile.columns].T, out=logits)
-        for offset in excluded if tile.own else ():
-            logits.diagonal(own + tile.rows.start + offset - tile.columns.start).fill_(
-                float("-inf")
-            )
+        for offset in excluded if tile.is_local else ():
+            diagonal = local_start + tile.rows.start + offset - tile.columns.start
+            logits.diagonal(diagonal).fill_(float("-inf"))
         yield tile, logits
 
 
-def _tiles(num_rows: int, num_columns: int, own: int, height: int, width: int) -> Iterator[_Tile]:
-    """Tiles that cover everything once; none holds both this rank's columns and others'."""
+def _tiles(
+    num_rows: int, num_columns: int, local_start: int, height: int, width: int
+) -> Iterator[_Tile]:
+    """Yield tiles that cover every pair once. None holds columns of this rank and of others."""
+    local_stop = local_start + num_rows
+    bounds = (
+        (0, local_start, False),
+        (local_start, min(local_stop, num_columns), True),
+        (local_stop, num_columns, False),
+    )
     for row in range(0, num_rows, height):
         rows = slice(row, min(row + height, num_rows))
-        for start, stop, is_own in (
-            (0, own, False),
-            (own, min(own + num_rows, num_columns), True),
-            (own + num_rows, num_columns, False),
-        ):
+        for start, stop, is_local in bounds:
             for column in range(start, stop, width):
-                yield _Tile(rows, slice(column, min(column + width, stop)), is_own)
-
-
-def _classes(labels: Tensor) -> Tensor:
-    """Labels as numbers below len(labels), equal where they are; the device is not read."""
-    ordered, where = labels.sort()
-    first = torch.ones_like(ordered)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(labels).scatter_(0, where, first.cumsum(0) - 1)
-
-
-def _class_sums(rows: Tensor, classes: Tensor) -> Tensor:
-    return torch.zeros_like(rows).index_add_(0, classes, rows)
-
-
-def _class_sizes(classes: Tensor) -> Tensor:
-    """(rows,): how many rows share each row's class."""
-    return torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]
+                yield _Tile(rows, slice(column, min(column + width, stop)), is_local)

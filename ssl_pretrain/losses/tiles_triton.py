@@ -92,14 +92,16 @@ def refuse(device: torch.device, error: Exception) -> None:
     )
 
 
-def log_sum_exp(anchors: Tensor, candidates: Tensor, own: int, excluded: Sequence[int]) -> Tensor:
+def log_sum_exp(
+    anchors: Tensor, candidates: Tensor, local_start: int, excluded: Sequence[int]
+) -> Tensor:
     """Return log sum_j exp(anchors[i] @ candidates[j]) for each anchor i, without the excluded pairs.
 
     Args:
         anchors: Embeddings of this rank with the temperature already in them, shape (num_anchors, dim).
         candidates: Embeddings of all ranks, shape (num_candidates, dim).
-        own: Index of this rank's first candidate. As many candidates as anchors, from there on, are this rank's.
-        excluded: Up to three offsets d. The pairs (i, own + i + d) are left out if that candidate is this rank's.
+        local_start: Index of this rank's first candidate. As many candidates as anchors, from there on, are this rank's.
+        excluded: Up to three offsets d. The pairs (i, local_start + i + d) are left out if that candidate is this rank's.
 
     Returns:
         float32 tensor of shape (num_anchors,).
@@ -110,7 +112,7 @@ def log_sum_exp(anchors: Tensor, candidates: Tensor, own: int, excluded: Sequenc
     parts = anchors.new_empty(splits, len(anchors))
     grid = (triton.cdiv(len(anchors), blocks.rows), splits)
     _log_sum_exp[grid](
-        anchors, candidates, parts, len(anchors), len(candidates), per_split, own, len(anchors), *_offsets(excluded), False,
+        anchors, candidates, parts, len(anchors), len(candidates), per_split, local_start, len(anchors), *_offsets(excluded), False,
         DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=blocks.rows, COLUMNS=blocks.columns, PRECISION=_precision(anchors),
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
@@ -118,7 +120,7 @@ def log_sum_exp(anchors: Tensor, candidates: Tensor, own: int, excluded: Sequenc
 
 
 def weighted_sum(
-    anchors: Tensor, candidates: Tensor, *, own: int, excluded: Sequence[int],
+    anchors: Tensor, candidates: Tensor, *, local_start: int, excluded: Sequence[int],
     of_anchors: tuple[Tensor, Tensor] | None = None, of_candidates: tuple[Tensor, Tensor] | None = None, swapped: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return sum_j weight_ij * candidates[j] for each anchor i, where excluded pairs have no weight.
@@ -129,11 +131,11 @@ def weighted_sum(
     Args:
         anchors: Shape (num_anchors, dim).
         candidates: Shape (num_candidates, dim).
-        own: As in `log_sum_exp`.
+        local_start: As in `log_sum_exp`.
         excluded: As in `log_sum_exp`.
         of_anchors: (lse, gradient) of the anchors, each of shape (num_anchors,).
         of_candidates: (lse, gradient) of the candidates, each of shape (num_candidates,).
-        swapped: The roles are exchanged: `anchors` are the candidates of `log_sum_exp`, and `own` and `excluded` are as there.
+        swapped: The roles are exchanged: `anchors` are the candidates of `log_sum_exp`, and `local_start` and `excluded` are as there.
 
     Returns:
         float32 tensor of shape (num_anchors, dim).
@@ -152,7 +154,7 @@ def weighted_sum(
     grid = (triton.cdiv(len(anchors), blocks.rows), splits)
     _weighted_sum[grid](
         anchors, candidates, parts, *rows, *columns, len(anchors), len(candidates), per_split,
-        own, len(candidates if swapped else anchors), *_offsets(excluded), swapped,
+        local_start, len(candidates if swapped else anchors), *_offsets(excluded), swapped,
         DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=blocks.rows, COLUMNS=blocks.columns, PRECISION=_precision(anchors),
         BY_ROW=of_anchors is not None, BY_COLUMN=of_candidates is not None,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
@@ -193,16 +195,16 @@ def _precision(anchors: Tensor) -> str:
 
 
 @triton.jit
-def _counts(row, column, own, num_own, first, second, third, SWAPPED: tl.constexpr):
-    """Return a mask of the pairs that count. Anchor i and candidate own + i + d do not, if that is one of the `num_own` of this rank."""
+def _counts(row, column, local_start, num_local, first, second, third, SWAPPED: tl.constexpr):
+    """Return a mask of the pairs that count. Anchor i and candidate local_start + i + d do not, if that is one of the `num_local` of this rank."""
     if SWAPPED:
-        anchor, candidate = column, row - own
+        anchor, candidate = column, row - local_start
     else:
-        anchor, candidate = row, column - own
+        anchor, candidate = row, column - local_start
     away = candidate - anchor
     return (
         (candidate < 0)
-        | (candidate >= num_own)
+        | (candidate >= num_local)
         | ((away != first) & (away != second) & (away != third))
     )
 
@@ -220,21 +222,21 @@ def _vectors(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _tile(
-    a, rows, candidates, columns, num_candidates, own, num_own, first, second, third, SWAPPED: tl.constexpr,
+    a, rows, candidates, columns, num_candidates, local_start, num_local, first, second, third, SWAPPED: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return the candidates of a tile and its logits, which are minus infinity where a pair does not count."""
     c = _vectors(candidates, columns, num_candidates, DIM, PADDED)
     logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
     counts = (columns < num_candidates)[None, :] & _counts(
-        rows[:, None], columns[None, :], own, num_own, first, second, third, SWAPPED
+        rows[:, None], columns[None, :], local_start, num_local, first, second, third, SWAPPED
     )
     return c, tl.where(counts, logits, float("-inf"))
 
 
 @triton.jit
 def _log_sum_exp(
-    anchors, candidates, parts, num_anchors, num_candidates, per_split, own, num_own, first, second, third, SWAPPED: tl.constexpr,
+    anchors, candidates, parts, num_anchors, num_candidates, per_split, local_start, num_local, first, second, third, SWAPPED: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the log-sum-exp of ROWS anchors over this program's share of the candidates."""
@@ -251,8 +253,8 @@ def _log_sum_exp(
             candidates,
             columns,
             num_candidates,
-            own,
-            num_own,
+            local_start,
+            num_local,
             first,
             second,
             third,
@@ -277,7 +279,7 @@ def _log_sum_exp(
 @triton.jit
 def _weighted_sum(
     anchors, candidates, parts, row_lse, row_gradient, column_lse, column_gradient,
-    num_anchors, num_candidates, per_split, own, num_own, first, second, third, SWAPPED: tl.constexpr,
+    num_anchors, num_candidates, per_split, local_start, num_local, first, second, third, SWAPPED: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
@@ -297,8 +299,8 @@ def _weighted_sum(
             candidates,
             columns,
             num_candidates,
-            own,
-            num_own,
+            local_start,
+            num_local,
             first,
             second,
             third,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from ssl_pretrain.config import RunConfig, method_on_meta
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.losses import tiles
+from ssl_pretrain.losses.backend import BACKENDS, use_backend
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
@@ -169,9 +169,10 @@ class Program:
             loss, _ = method.loss(embeddings, targets)
             torch.autograd.grad(loss, leaves, allow_unused=True)
 
+        tiles = BACKENDS["cpu" if self.machine.on_cpu else "cuda"]
         with (
             process_group.fake_process_group(self.ranks),
-            tiles.sized_for("cpu" if self.machine.on_cpu else "cuda"),
+            use_backend(replace(tiles, fused=False)),
         ):
             return trace.run(made, both)
 

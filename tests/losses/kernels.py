@@ -7,14 +7,15 @@ relative error of each value; `check` is what the tests call.
 from __future__ import annotations
 
 import sys
-from unittest import mock
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
 from ssl_pretrain.losses import tiles
+from ssl_pretrain.losses.backend import BACKENDS, use_backend
 
-CASES = {  # rows, candidates, dim, own, excluded, scale; None candidates: among themselves
+CASES = {  # rows, candidates, dim, local_start, excluded, scale; None candidates: among themselves
     "nt_xent": (70, None, 24, 0, (0,), 10.0),
     "decoupled": (66, None, 16, 0, (0, 33, -33), 5.0),
     "cold, so that exponentials overflow without a maximum": (40, None, 16, 0, (0,), 500.0),
@@ -26,7 +27,7 @@ CASES = {  # rows, candidates, dim, own, excluded, scale; None candidates: among
 
 def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
     """The log-sum-exps of a case, and the gradients of their weighted sum."""
-    rows, columns, dim, own, excluded, scale = CASES[name]
+    rows, columns, dim, local_start, excluded, scale = CASES[name]
     generator = torch.Generator().manual_seed(0)
 
     def unit(count: int) -> torch.Tensor:
@@ -38,13 +39,15 @@ def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
 
     weights = torch.randn(rows, generator=generator).to(device)
     z = unit(rows)
-    with mock.patch.object(tiles, "FUSED_ON", (device,) if fused else ()):
+    with use_backend(replace(BACKENDS[device], fused=fused)):
         if columns is None:
             lse, _ = tiles.log_sum_exp_among(z, scale=scale, excluded=excluded)
             (for_z,) = torch.autograd.grad((lse * weights).sum(), [z])
             return {"lse": lse, "by z": for_z}
         candidates = unit(columns)
-        lse = tiles.log_sum_exp(z * scale, candidates, bound=scale, own=own, excluded=excluded)
+        lse = tiles.log_sum_exp(
+            z * scale, candidates, bound=scale, local_start=local_start, excluded=excluded
+        )
         for_z, for_candidates = torch.autograd.grad((lse * weights).sum(), [z, candidates])
         return {"lse": lse, "by anchors": for_z, "by candidates": for_candidates}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import kernels
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from ssl_pretrain.losses import tiles
+from ssl_pretrain.losses.backend import BACKENDS, backend_for
 
 pytestmark = pytest.mark.promise
 
@@ -47,7 +49,8 @@ def test_the_kernels_compute_what_the_tiles_do():
 
 
 def test_they_are_for_cuda_and_float32_alone():
-    assert tiles._fused(torch.zeros(4, 8), lambda kernels: kernels) is None  # on a CPU
+    on_cpu = torch.zeros(4, 8)
+    assert backend_for(on_cpu).run_fused(on_cpu, lambda kernels: kernels) is None
     from ssl_pretrain.losses import tiles_triton
 
     assert tiles_triton.fits(torch.zeros(4, 8)) and tiles_triton.fits(torch.zeros(4, 256))
@@ -59,7 +62,6 @@ def test_they_are_for_cuda_and_float32_alone():
 def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(monkeypatch):
     from ssl_pretrain.losses import tiles_triton
 
-    monkeypatch.setattr(tiles, "FUSED_ON", ("cpu",))
     monkeypatch.setattr(tiles_triton, "_refused_on", set())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of a test")
 
@@ -72,8 +74,9 @@ def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(mon
         torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), dim=1
     ).requires_grad_()
 
-    def loss_and_gradient():
-        lse, _ = tiles.log_sum_exp_among(z, scale=5.0)
+    def loss_and_gradient(fused=True):
+        backend = replace(BACKENDS["cpu"], fused=fused)
+        lse, _ = tiles.log_sum_exp_among(z, scale=5.0, backend=backend)
         return lse.detach(), torch.autograd.grad(lse.sum(), z)[0]
 
     with pytest.warns(UserWarning) as warned:
@@ -83,5 +86,4 @@ def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(mon
         "the fused loss kernels do not fit GPU of a test (out of resource: shared memory, Required: 262144, Hardware limit: 232448. "
         "Reducing block sizes or `num_stages` may help.); the loss is computed by plain tiles, with the same result but slower"
     ]
-    monkeypatch.setattr(tiles, "FUSED_ON", ())
-    torch.testing.assert_close(fallen_back, loss_and_gradient(), rtol=0, atol=0)
+    torch.testing.assert_close(fallen_back, loss_and_gradient(fused=False), rtol=0, atol=0)

@@ -1,0 +1,68 @@
+"""How sums over pairs of embeddings are computed on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Size of the tiles, and whether Triton kernels take their place.
+
+    Attributes:
+        tile_rows: Anchors per tile.
+        tile_columns: Candidates per tile.
+        fused: Use the kernels of `tiles_triton` for embeddings that they can take.
+    """
+
+    tile_rows: int
+    tile_columns: int
+    fused: bool = False
+
+    def run_fused(self, anchors: Tensor, compute: Callable[[ModuleType], T]) -> T | None:
+        """Return `compute(kernels)`, or None if the kernels cannot take these embeddings.
+
+        The kernels need float32 and Triton. If a launch does not fit a device, its sums are computed
+        in plain tiles from then on, and one warning says so.
+        """
+        if not self.fused or find_spec("triton") is None:
+            return None
+        from ssl_pretrain.losses import tiles_triton
+
+        if not tiles_triton.fits(anchors):
+            return None
+        try:
+            return compute(tiles_triton)
+        except tiles_triton.OutOfResources as error:
+            tiles_triton.refuse(anchors.device, error)
+            return None
+
+
+# On a CPU a tile stays in the cache.
+BACKENDS = {"cpu": Backend(512, 1024), "cuda": Backend(8192, 8192, fused=True)}
+_chosen: ContextVar[Backend | None] = ContextVar("backend", default=None)
+
+
+def backend_for(anchors: Tensor) -> Backend:
+    """Return the backend of `use_backend`, else the one that suits the device of the anchors."""
+    return _chosen.get() or BACKENDS[anchors.device.type]
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Compute the sums that start inside by this backend, on any device."""
+    token = _chosen.set(backend)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
