@@ -1,4 +1,4 @@
-"""One optimizer step over the global batch, whole or in micro-batches that leave the same gradient."""
+"""One optimizer step over the global batch, whole or in micro-batches with the same gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ssl_pretrain.views.batch import Batch
 
 
 class StepOutput(NamedTuple):
-    """Tensors on the device after a step. Reading none of them keeps the host from waiting for it."""
+    """Tensors on the device after a step. The host waits for the device if it reads one."""
 
     embeddings: Embeddings  # detached, of this rank's images, without the transient ones
     targets: Embeddings  # likewise
@@ -205,7 +205,7 @@ class Stepper:
     def _embed_without_graph(
         self, micro_batches: Sequence[Batch], step: int
     ) -> tuple[Embeddings, Embeddings]:
-        """Return the embeddings of all micro-batches, as leaves of a new graph, and their targets."""
+        """Return the embeddings of all micro-batches, as leaves of a graph, and the targets."""
         method = self.method
         restore_statistics = _averaging_statistics(method, self.num_micro_batches)
         embeddings, targets = [], []

@@ -32,8 +32,8 @@ class Backend:
     def run_fused(self, anchors: Tensor, compute: Callable[[ModuleType], T]) -> T | None:
         """Return `compute(kernels)`, or None if the kernels cannot take these embeddings.
 
-        The kernels need float32 and Triton. If a launch does not fit a device, its sums are computed
-        in plain tiles from then on, and one warning says so.
+        The kernels need float32 and Triton. If a launch does not fit a device, its sums are
+        computed in plain tiles from then on, and one warning says so.
         """
         if not self.fused or find_spec("triton") is None:
             return None

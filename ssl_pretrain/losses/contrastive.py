@@ -1,8 +1,8 @@
 """Contrastive losses over the global batch: logits of anchors against candidates.
 
-The anchors of this rank meet the candidates of all ranks, in tiles. Every function returns the mean
-over this rank's anchors, in nats. The mean over ranks is the loss of the global batch, and DDP's
-average of the gradients is the gradient of one process on the whole batch.
+The anchors of this rank meet the candidates of all ranks, in tiles. Every function returns the
+mean over this rank's anchors, in nats. The mean over ranks is the loss of the global batch, and
+DDP's average of the gradients is the gradient of one process on the whole batch.
 """
 
 from __future__ import annotations
@@ -175,10 +175,11 @@ def decoupled(
 
 
 def debiased(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float) -> Tensor:
-    """Debiased contrastive loss: NT-Xent less what negatives of the same class are expected to add.
+    """Debiased contrastive loss: NT-Xent corrected for negatives of the anchor's own class.
 
     Implements equation 8 of Chuang et al., NeurIPS 2020 (arXiv:2007.00224). With N negatives, their
-    sum becomes max((sum - N * tau_plus * positive) / (1 - tau_plus), N * exp(-1 / temperature)).
+    sum becomes
+    max((sum - N * tau_plus * positive) / (1 - tau_plus), N * exp(-1 / temperature)).
 
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
@@ -196,9 +197,8 @@ def debiased(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float) -
     Example:
         >>> _ = torch.manual_seed(0)
         >>> z_a, z_b = torch.randn(2, 8, 16)
-        >>> torch.allclose(
-        ...     debiased(z_a, z_b, temperature=0.5, tau_plus=0.0), nt_xent(z_a, z_b, temperature=0.5)
-        ... )
+        >>> loss = debiased(z_a, z_b, temperature=0.5, tau_plus=0.0)
+        >>> torch.allclose(loss, nt_xent(z_a, z_b, temperature=0.5))
         True
     """
     return hard_negative(z_a, z_b, temperature=temperature, tau_plus=tau_plus, beta=0.0)
@@ -254,7 +254,8 @@ def hard_negative(
 def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric image-text loss of CLIP, over the global batch.
 
-    Implements figure 3 of Radford et al., ICML 2021 (arXiv:2103.00020), the mean of both directions.
+    Implements figure 3 of Radford et al., ICML 2021 (arXiv:2103.00020): the mean of both
+    directions.
 
     Args:
         images: Embeddings of the images, shape (local_batch, dim). Normalized inside.

@@ -1,7 +1,7 @@
 """Correlation and covariance of embeddings over the global batch, with their exact gradient.
 
-A (dim, dim) matrix is summed over ranks in one collective, so that every rank has all of it. Where it
-is larger than the gathered embeddings, each rank computes only its columns from them.
+A (dim, dim) matrix is summed over ranks in one collective, so that every rank has all of it. If
+it is larger than the gathered embeddings, each rank computes only its columns from them.
 """
 
 from __future__ import annotations

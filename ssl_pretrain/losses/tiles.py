@@ -62,16 +62,16 @@ def log_sum_exp_among(
 ) -> tuple[Tensor, Tensor]:
     """Sum over the embeddings of all ranks, each against all others.
 
-    The matrix of similarities is symmetric, so the embeddings travel only once, in forward. Backward
-    takes the gradient of the columns from the log-sum-exps of all ranks,
+    The matrix of similarities is symmetric, so the embeddings travel only once, in forward.
+    Backward takes the gradient of the columns from the log-sum-exps of all ranks,
     grad_i = scale * sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j, which are a few
     numbers per embedding.
 
     Args:
         z: Embeddings of this rank, of unit length, shape (rows, dim).
         scale: 1 / temperature.
-        excluded: Offsets d within this rank's rows. The pairs (i, i + d) do not count. With d it has
-            to contain -d.
+        excluded: Offsets d within this rank's rows. The pairs (i, i + d) do not count. With d it
+            has to contain -d.
         labels: Shape (rows,), to average over the positives too.
         backend: How to compute it. By default as suits the device.
 
@@ -290,7 +290,7 @@ def _logits(
         local_start: As in `log_sum_exp`.
         excluded: As in `log_sum_exp`.
         backend: Gives the size of the tiles.
-        half: Of this rank's rows against themselves, yield only the tiles on the diagonal and above.
+        half: Leave out the tiles of this rank's rows against themselves below the diagonal.
     """
     height = backend.tile_rows
     # Square tiles, so that the diagonal cuts no tile but those that it starts.

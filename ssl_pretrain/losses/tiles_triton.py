@@ -1,9 +1,10 @@
-"""Compute the sums of `tiles` on CUDA by two fused kernels, which never write the matrix of logits to memory.
+"""Two fused CUDA kernels for the sums of `tiles`, which never store the matrix of logits.
 
-A tile of logits lives in registers. Forward is an online log-sum-exp over tiles of candidates, and backward computes each
-tile again. Few anchors against many candidates would leave most of a GPU idle, so several programs share the candidates of
-an anchor and their results are combined afterwards. Inputs and outputs are float32. On tensor cores a product is three
-TF32 products, which has about the precision of float32.
+A tile of logits stays in registers. Forward is an online log-sum-exp over tiles of candidates,
+and backward computes each tile again. Few anchors against many candidates would leave most of a
+GPU idle, so several programs share the candidates of an anchor and their results are combined
+afterwards. Inputs and outputs are float32. On tensor cores a product is three TF32 products,
+which have about the precision of float32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,8 +36,9 @@ class Blocks(NamedTuple):
     num_stages: int  # iterations whose loads overlap
 
 
-# Blocks by the bytes of shared memory that one program may use, and then by padded dimension. Among the sizes that fit,
-# these spill the fewest registers. tests/losses/test_tiles_compile.py compiles each for an architecture with that limit.
+# Blocks by the bytes of shared memory that one program may use, and then by padded dimension. Among
+# the sizes that fit, these spill the fewest registers. tests/losses/test_tiles_compile.py compiles
+# each for an architecture with that limit.
 _BLOCKS: dict[int, dict[int, Blocks]] = {
     232_448: {
         64: Blocks(64, 64, 4, 3),
@@ -86,8 +88,8 @@ def refuse(device: torch.device, error: Exception) -> None:
     """
     _refused_on.add(device)
     warnings.warn(
-        f"the fused loss kernels do not fit {torch.cuda.get_device_name(device)} ({error}); the loss is computed by plain tiles, "
-        "with the same result but slower",
+        f"the fused loss kernels do not fit {torch.cuda.get_device_name(device)} ({error}); the "
+        "loss is computed by plain tiles, with the same result but slower",
         stacklevel=2,
     )
 
@@ -95,13 +97,15 @@ def refuse(device: torch.device, error: Exception) -> None:
 def log_sum_exp(
     anchors: Tensor, candidates: Tensor, local_start: int, excluded: Sequence[int]
 ) -> Tensor:
-    """Return log sum_j exp(anchors[i] @ candidates[j]) for each anchor i, without the excluded pairs.
+    """Return log sum_j exp(anchors[i] @ candidates[j]) for each anchor i.
 
     Args:
-        anchors: Embeddings of this rank with the temperature already in them, shape (num_anchors, dim).
+        anchors: Embeddings of this rank, divided by the temperature, shape (num_anchors, dim).
         candidates: Embeddings of all ranks, shape (num_candidates, dim).
-        local_start: Index of this rank's first candidate. As many candidates as anchors, from there on, are this rank's.
-        excluded: Up to three offsets d. The pairs (i, local_start + i + d) are left out if that candidate is this rank's.
+        local_start: Index of this rank's first candidate. The rank has as many candidates as
+            anchors.
+        excluded: Up to three offsets d. The pairs (i, local_start + i + d) do not count if that
+            candidate is this rank's.
 
     Returns:
         float32 tensor of shape (num_anchors,).
@@ -109,24 +113,30 @@ def log_sum_exp(
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
     splits, per_split = _split(anchors, candidates, blocks)
-    parts = anchors.new_empty(splits, len(anchors))
+    partial_results = anchors.new_empty(splits, len(anchors))
     grid = (triton.cdiv(len(anchors), blocks.rows), splits)
-    _log_sum_exp[grid](
-        anchors, candidates, parts, len(anchors), len(candidates), per_split, local_start, len(anchors), *_offsets(excluded), False,
-        DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=blocks.rows, COLUMNS=blocks.columns, PRECISION=_precision(anchors),
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
-    )  # fmt: skip
-    return parts[0] if splits == 1 else torch.logsumexp(parts, dim=0)
+    sizes = len(anchors), len(candidates), per_split
+    pairs = local_start, len(anchors), *_offsets(excluded), False
+    constants = _constants(anchors, blocks)
+    _log_sum_exp[grid](anchors, candidates, partial_results, *sizes, *pairs, **constants)
+    return partial_results[0] if splits == 1 else torch.logsumexp(partial_results, dim=0)
 
 
 def weighted_sum(
-    anchors: Tensor, candidates: Tensor, *, local_start: int, excluded: Sequence[int],
-    of_anchors: tuple[Tensor, Tensor] | None = None, of_candidates: tuple[Tensor, Tensor] | None = None, swapped: bool = False,
-) -> Tensor:  # fmt: skip
-    """Return sum_j weight_ij * candidates[j] for each anchor i, where excluded pairs have no weight.
+    anchors: Tensor,
+    candidates: Tensor,
+    *,
+    local_start: int,
+    excluded: Sequence[int],
+    of_anchors: tuple[Tensor, Tensor] | None = None,
+    of_candidates: tuple[Tensor, Tensor] | None = None,
+    swapped: bool = False,
+) -> Tensor:
+    """Return sum_j weight_ij * candidates[j] for each anchor i. Excluded pairs have no weight.
 
-    With s_ij = anchors[i] @ candidates[j], weight_ij = gradient_i exp(s_ij - lse_i) + gradient_j exp(s_ij - lse_j). The first
-    term is there if `of_anchors` is given, the second if `of_candidates` is.
+    With s_ij = anchors[i] @ candidates[j],
+    weight_ij = gradient_i exp(s_ij - lse_i) + gradient_j exp(s_ij - lse_j).
+    The first term needs `of_anchors`, the second `of_candidates`.
 
     Args:
         anchors: Shape (num_anchors, dim).
@@ -135,7 +145,8 @@ def weighted_sum(
         excluded: As in `log_sum_exp`.
         of_anchors: (lse, gradient) of the anchors, each of shape (num_anchors,).
         of_candidates: (lse, gradient) of the candidates, each of shape (num_candidates,).
-        swapped: The roles are exchanged: `anchors` are the candidates of `log_sum_exp`, and `local_start` and `excluded` are as there.
+        swapped: Exchange the roles. `anchors` are the candidates of `log_sum_exp`, and
+            `local_start` and `excluded` are as they were there.
 
     Returns:
         float32 tensor of shape (num_anchors, dim).
@@ -146,24 +157,37 @@ def weighted_sum(
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
     splits, per_split = _split(anchors, candidates, blocks)
-    parts = anchors.new_empty(splits, *anchors.shape)
-    rows = (
-        tuple(x.contiguous() for x in of_anchors) if of_anchors else (anchors, anchors)
-    )  # the kernel does not read them
-    columns = tuple(x.contiguous() for x in of_candidates) if of_candidates else (anchors, anchors)
+    partial_results = anchors.new_empty(splits, *anchors.shape)
+    unread = anchors, anchors  # the kernel needs pointers, but does not read them
+    rows = [x.contiguous() for x in of_anchors or unread]
+    columns = [x.contiguous() for x in of_candidates or unread]
     grid = (triton.cdiv(len(anchors), blocks.rows), splits)
+    sizes = len(anchors), len(candidates), per_split
+    num_local = len(candidates if swapped else anchors)
+    pairs = local_start, num_local, *_offsets(excluded), swapped
+    constants = _constants(anchors, blocks)
+    constants |= {"BY_ROW": of_anchors is not None, "BY_COLUMN": of_candidates is not None}
     _weighted_sum[grid](
-        anchors, candidates, parts, *rows, *columns, len(anchors), len(candidates), per_split,
-        local_start, len(candidates if swapped else anchors), *_offsets(excluded), swapped,
-        DIM=anchors.shape[1], PADDED=_padded(anchors), ROWS=blocks.rows, COLUMNS=blocks.columns, PRECISION=_precision(anchors),
-        BY_ROW=of_anchors is not None, BY_COLUMN=of_candidates is not None,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
-    )  # fmt: skip
-    return parts[0] if splits == 1 else parts.sum(0)
+        anchors, candidates, partial_results, *rows, *columns, *sizes, *pairs, **constants
+    )
+    return partial_results[0] if splits == 1 else partial_results.sum(0)
+
+
+def _constants(anchors: Tensor, blocks: Blocks) -> dict[str, Any]:
+    """Return the constants that the kernels are compiled with."""
+    return {
+        "DIM": anchors.shape[1],
+        "PADDED": _padded(anchors),
+        "ROWS": blocks.rows,
+        "COLUMNS": blocks.columns,
+        "PRECISION": _precision(anchors),
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+    }
 
 
 def _split(anchors: Tensor, candidates: Tensor, blocks: Blocks) -> tuple[int, int]:
-    """Return the number of programs that share the candidates, and the number of candidates of each."""
+    """Return how many programs share the candidates, and the number of candidates of each."""
     turns = triton.cdiv(len(candidates), blocks.columns)
     wanted = max(1, min(_PROGRAMS // triton.cdiv(len(anchors), blocks.rows), turns))
     per_split = triton.cdiv(turns, wanted) * blocks.columns
@@ -172,11 +196,15 @@ def _split(anchors: Tensor, candidates: Tensor, blocks: Blocks) -> tuple[int, in
 
 @lru_cache(maxsize=16)
 def _shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program may use. Triton's interpreter has no limit and takes the blocks of sm_90."""
+    """Return the bytes of shared memory that a program may use.
+
+    Triton's interpreter has no limit and takes the blocks of sm_90.
+    """
     if device.type != "cuda":
         return max(_BLOCKS)
     index = torch.cuda.current_device() if device.index is None else device.index
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"])
 
 
 def _padded(anchors: Tensor) -> int:
@@ -196,7 +224,11 @@ def _precision(anchors: Tensor) -> str:
 
 @triton.jit
 def _counts(row, column, local_start, num_local, first, second, third, SWAPPED: tl.constexpr):
-    """Return a mask of the pairs that count. Anchor i and candidate local_start + i + d do not, if that is one of the `num_local` of this rank."""
+    """Return a mask of the pairs that count.
+
+    Anchor i and candidate local_start + i + d do not count for an excluded offset d, if that is one
+    of the `num_local` candidates of this rank.
+    """
     if SWAPPED:
         anchor, candidate = column, row - local_start
     else:
@@ -211,7 +243,10 @@ def _counts(row, column, local_start, num_local, first, second, third, SWAPPED: 
 
 @triton.jit
 def _vectors(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Load rows of a (count, DIM) matrix, padded to PADDED columns. Rows and columns beyond the matrix are 0."""
+    """Load rows of a (count, DIM) matrix, padded to PADDED columns.
+
+    Rows and columns beyond the matrix are 0.
+    """
     at = tl.arange(0, PADDED)
     return tl.load(
         pointer + rows[:, None] * DIM + at[None, :],
@@ -222,10 +257,22 @@ def _vectors(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _tile(
-    a, rows, candidates, columns, num_candidates, local_start, num_local, first, second, third, SWAPPED: tl.constexpr,
-    DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return the candidates of a tile and its logits, which are minus infinity where a pair does not count."""
+    a,
+    rows,
+    candidates,
+    columns,
+    num_candidates,
+    local_start,
+    num_local,
+    first,
+    second,
+    third,
+    SWAPPED: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return the candidates of a tile and its logits, -inf for pairs that do not count."""
     c = _vectors(candidates, columns, num_candidates, DIM, PADDED)
     logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
     counts = (columns < num_candidates)[None, :] & _counts(
@@ -236,9 +283,24 @@ def _tile(
 
 @triton.jit
 def _log_sum_exp(
-    anchors, candidates, parts, num_anchors, num_candidates, per_split, local_start, num_local, first, second, third, SWAPPED: tl.constexpr,
-    DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    anchors,
+    candidates,
+    results,
+    num_anchors,
+    num_candidates,
+    per_split,
+    local_start,
+    num_local,
+    first,
+    second,
+    third,
+    SWAPPED: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Store the log-sum-exp of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     a = _vectors(anchors, rows, num_anchors, DIM, PADDED)
@@ -264,13 +326,12 @@ def _log_sum_exp(
             PRECISION,
         )
         now = tl.maximum(largest, tl.max(logits, axis=1))
-        shift = tl.where(
-            now == float("-inf"), 0.0, now
-        )  # every pair of the row was excluded so far
+        # While all pairs of a row are excluded, its maximum is -inf.
+        shift = tl.where(now == float("-inf"), 0.0, now)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         largest = now
     tl.store(
-        parts + tl.program_id(1) * num_anchors + rows,
+        results + tl.program_id(1) * num_anchors + rows,
         largest + tl.log(total),
         mask=rows < num_anchors,
     )
@@ -278,11 +339,30 @@ def _log_sum_exp(
 
 @triton.jit
 def _weighted_sum(
-    anchors, candidates, parts, row_lse, row_gradient, column_lse, column_gradient,
-    num_anchors, num_candidates, per_split, local_start, num_local, first, second, third, SWAPPED: tl.constexpr,
-    DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
-):  # fmt: skip
+    anchors,
+    candidates,
+    results,
+    row_lse,
+    row_gradient,
+    column_lse,
+    column_gradient,
+    num_anchors,
+    num_candidates,
+    per_split,
+    local_start,
+    num_local,
+    first,
+    second,
+    third,
+    SWAPPED: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+):
     """Store the weighted sums of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     a = _vectors(anchors, rows, num_anchors, DIM, PADDED)
@@ -318,5 +398,5 @@ def _weighted_sum(
             weights += tl.exp(logits - lse[None, :]) * gradient[None, :]
         total += tl.dot(weights, c, input_precision=PRECISION)
     at = tl.arange(0, PADDED)
-    to = parts + tl.program_id(1) * num_anchors * DIM + rows[:, None] * DIM + at[None, :]
+    to = results + tl.program_id(1) * num_anchors * DIM + rows[:, None] * DIM + at[None, :]
     tl.store(to, total, mask=(rows < num_anchors)[:, None] & (at < DIM)[None, :])

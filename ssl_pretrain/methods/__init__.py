@@ -1,4 +1,7 @@
-"""Methods, found by their file's name: `method.name: simclr` is methods/simclr.py. There is no list to edit."""
+"""Methods, each found by the name of its file.
+
+`method.name: simclr` is methods/simclr.py. There is no list to edit.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ def names() -> list[str]:
 
 
 def find(name: str) -> ModuleType:
-    """The module of method `name`, whose `Config` builds it.
+    """Return the module of a method, whose `Config` builds it.
 
     Raises:
-        ValueError: no such method; lists those there are.
+        ValueError: There is no such method. The message lists all.
     """
     if name not in names():
         raise ValueError(

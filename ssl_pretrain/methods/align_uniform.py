@@ -1,6 +1,7 @@
-"""Alignment and uniformity (Wang and Isola, ICML 2020, arXiv:2005.10242): views of an image close, images spread over the sphere.
+"""Alignment and uniformity (Wang and Isola, ICML 2020, arXiv:2005.10242).
 
-The loss follows the authors' code (ssnl/align_uniform, README): uniformity of each view alone, the mean of both.
+Both views of an image are pulled together while all images spread over the unit sphere. As in the
+authors' code (ssnl/align_uniform, README), uniformity is the mean over the two views, each alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""Barlow Twins (Zbontar et al., ICML 2021, arXiv:2103.03230): the cross-correlation of two views' embeddings becomes the identity.
+"""Barlow Twins (Zbontar et al., ICML 2021, arXiv:2103.03230).
 
-Projector and loss follow facebookresearch/barlowtwins at 8e8d284c (main.py). Its in-place all-reduce of the correlation has
-no backward, so on W ranks its gradient is 1/W of the loss's. LARS, which makes the length of a weight's step independent of
-the gradient's, hides that from the weights up to their decay: it adapts gradient + decay * weight, in which the true gradient
-needs W times the decay. It does not hide it from biases and batch norm, whose learning rate 0.0048 was used at W = 16.
-`gradient_scale: authors` gives that gradient; with the true one, the same steps need optim.excluded_lr_ratio / W and
-optim.weight_decay * W.
+The cross-correlation of the embeddings of two views becomes the identity. Projector and loss
+follow facebookresearch/barlowtwins at 8e8d284c (main.py).
+
+The all-reduce of the correlation in that code has no backward, so on W ranks its gradient is 1/W
+of the loss's. LARS makes the length of a weight's step independent of the gradient's length,
+except for weight decay: it adapts gradient + decay * weight, where the true gradient needs W
+times the decay. Biases and batch norm are not adapted, and their learning rate of 0.0048 was used
+with W = 16. `gradient_scale: authors` gives that gradient. With the true one the same steps need
+optim.excluded_lr_ratio / W and optim.weight_decay * W.
 """
 
 from __future__ import annotations

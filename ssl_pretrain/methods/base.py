@@ -42,7 +42,7 @@ class MethodConfig:
     name: str = setting("???", "Name of the method: the name of its file in methods/.")
 
     def check(self, run: Any, world_size: int) -> None:
-        """Raise ValueError with the key, its value and a remedy if the `RunConfig` does not suit the method."""
+        """Raise ValueError, naming key and remedy, if the `RunConfig` does not suit the method."""
 
     def build(self, backbone: Backbone) -> Method:
         raise NotImplementedError(f"{type(self).__module__}: a method's Config builds its Method")
@@ -187,7 +187,7 @@ def mean_cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def refuse_init(vit_starts: str, run: Any) -> None:
-    """Raise ValueError if the authors' initialization would replace the weights of `backbone.init`."""
+    """Raise ValueError if the authors' initialization would replace loaded weights."""
     if vit_starts == "authors" and run.backbone.init != "random":
         raise ValueError(
             f"method.vit_starts: authors would replace weights that "

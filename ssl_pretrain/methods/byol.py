@@ -1,7 +1,9 @@
-"""BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733): the student predicts a teacher's embedding of the other view.
+"""BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733).
 
-Heads, loss and order of updates follow google-deepmind/deepmind-research at f5de0ede (byol/): the teacher moves after the
-optimizer's step, with that step's momentum, and its batch norm runs in training mode on its own features.
+The student predicts a teacher's embedding of the other view. Heads, loss and order of updates
+follow google-deepmind/deepmind-research at f5de0ede (byol/). The teacher moves after the
+optimizer's step, with that step's momentum. Its batch norm runs in training mode on its own
+features.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ class Config(MethodConfig):
     def check(self, run: Any, world_size: int) -> None:
         if self.teacher_starts == "redrawn" and run.backbone.init != "random":
             raise ValueError(
-                f"method.teacher_starts: redrawn would replace the teacher's weights that backbone.init={run.backbone.init} loads; "
-                "set method.teacher_starts=copied"
+                "method.teacher_starts: redrawn would replace the teacher's weights that "
+                f"backbone.init={run.backbone.init} loads; set method.teacher_starts=copied"
             )
 
     def build(self, backbone: Backbone) -> BYOL:

@@ -1,8 +1,11 @@
-"""CPC v2 for images (Hénaff et al., ICML 2020, arXiv:1905.09272): rows of patches are predicted from the rows before them.
+"""CPC v2 for images (Hénaff et al., ICML 2020, arXiv:1905.09272).
 
-There is no official code. The grid, the masked context network and the loss follow the paper's appendix: dot products of
-64-number predictions, scaled by 0.1, with the projections of every patch of every image. Batch norm would let patches of one
-image tell each other what is to be predicted: give the backbone layer norm (backbone.args.norm_layer: groupnorm1).
+Rows of patches are predicted from the rows before them. There is no official code. The grid, the
+masked context network and the loss follow the paper's appendix: dot products of 64-dimensional
+predictions, scaled by 0.1, with the projections of every patch of every image.
+
+Batch norm would leak the patches that are to be predicted into the others of the same image. Give
+the backbone layer norm (backbone.args.norm_layer: groupnorm1).
 """
 
 from __future__ import annotations

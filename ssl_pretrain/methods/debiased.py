@@ -1,6 +1,7 @@
-"""Debiased contrastive learning (Chuang et al., NeurIPS 2020, arXiv:2007.00224): SimCLR less what false negatives add.
+"""Debiased contrastive learning (Chuang et al., NeurIPS 2020, arXiv:2007.00224).
 
-Head, loss and one backbone call a view follow chingyaoc/DCL at 30189fb7 (main.py, model.py).
+SimCLR, corrected for negatives that have the class of the anchor. Head, loss and one call of the
+backbone per view follow chingyaoc/DCL at 30189fb7 (main.py, model.py).
 """
 
 from __future__ import annotations

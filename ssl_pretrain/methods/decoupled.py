@@ -1,7 +1,9 @@
-"""Decoupled contrastive learning (Yeh et al., ECCV 2022, arXiv:2110.06848): SimCLR without the positive in the denominator.
+"""Decoupled contrastive learning (Yeh et al., ECCV 2022, arXiv:2110.06848).
 
-The loss sums both directions, as the dcl.py that circulates as the authors' (raindrop313/DCL) and its copies do: DCL, or with
-`sigma` the weighted DCLW, whose weights carry a gradient there and here; lightly's do not. SimCLR's head.
+SimCLR without the positive in the denominator, and with SimCLR's head. The loss sums both
+directions, as the dcl.py that circulates as the authors' (raindrop313/DCL) and its copies do.
+`sigma` gives the weighted form, DCLW. Its weights carry a gradient in that code and here, but not
+in lightly.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""DINO (Caron et al., ICCV 2021, arXiv:2104.14294): the student's crops predict a centred, sharpened teacher's global ones.
+"""DINO (Caron et al., ICCV 2021, arXiv:2104.14294).
 
-Head, loss and order of updates follow facebookresearch/dino at 7c446df5 (main_dino.py, vision_transformer.py). Logits are the
-largest thing here, (2 + crops) * num_prototypes numbers an image: `loss` takes them out of the dicts it is given, so that
-of a part of the batch nothing larger than an embedding and one mean is left when the next part comes.
+From any view the student predicts a teacher's output for a global view, centered and sharpened.
+Head, loss and order of updates follow facebookresearch/dino at 7c446df5 (main_dino.py,
+vision_transformer.py).
+
+Logits are transient, so a micro-batch leaves nothing larger than an embedding and one mean.
 """
 
 from __future__ import annotations
@@ -34,8 +36,14 @@ from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 1024, "freeze_last_layer_epochs": 0, "head_batch_norm": True,
-         "momentum": 0.99}  # fmt: skip
+SMALL = {
+    "hidden_dim": 256,
+    "bottleneck_dim": 64,
+    "num_prototypes": 1024,
+    "freeze_last_layer_epochs": 0,
+    "head_batch_norm": True,
+    "momentum": 0.99,
+}
 
 
 @dataclass
@@ -173,11 +181,9 @@ class DINO(Method):
         for view, student_logits in enumerate(students.unbind(1)):
             logits = upcast(student_logits) / self.config.temperature
             others = [q for teacher_view, q in enumerate(probabilities) if teacher_view != view]
-            # The sum over others of their cross entropy -(q log_softmax(logits)).sum(1), as each
-            # q sums to 1.
-            cross_entropy = len(others) * torch.logsumexp(logits, dim=1) - (
-                sum(others) * logits
-            ).sum(1)
+            # The sum of the cross entropies -(q * log_softmax(logits)).sum(1), as each q sums to 1
+            log_normalizer = torch.logsumexp(logits, dim=1)
+            cross_entropy = len(others) * log_normalizer - (sum(others) * logits).sum(1)
             loss = loss + cross_entropy.mean()
         q = probabilities[0]
         entropy = -(q * q.clamp(min=1e-12).log()).sum(1).mean()

@@ -1,8 +1,10 @@
-"""MoCo v1 (He et al., CVPR 2020, arXiv:1911.05722) and v2 (Chen et al., 2020, arXiv:2003.04297): a queue of past keys.
+"""MoCo v1 (He et al., CVPR 2020, arXiv:1911.05722) and v2 (Chen et al., 2020, arXiv:2003.04297).
 
-Head, queue and order of updates follow facebookresearch/moco at 7397dfe1 (moco/builder.py). Its authors move the momentum
-encoder before the key's forward; here it moves after the step, so that it meets the next batch with the same weights. Batch
-norm's groups are parallel.bn_group_images (32 images a GPU); key views change places so that a key's group is not its query's.
+Queries find their keys among a queue of past keys. Head, queue and order of updates follow
+facebookresearch/moco at 7397dfe1 (moco/builder.py). The authors move the momentum encoder before
+the forward pass of the keys. Here it moves after the step, so it meets the next batch with the
+same weights. Groups of batch norm are parallel.bn_group_images, 32 images per GPU. Key views
+change places so that the group of a key is not that of its query.
 """
 
 from __future__ import annotations
@@ -56,13 +58,13 @@ class Config(MethodConfig):
     def check(self, run: Any, world_size: int) -> None:
         if not self.without_queue:
             check_queue(self.queue_size, run.global_batch_size)
-        if self.shuffled_batch_norm and run.micro_batch_size not in (
-            0,
-            run.global_batch_size // world_size,
-        ):
+        share = run.global_batch_size // world_size
+        if self.shuffled_batch_norm and run.micro_batch_size not in (0, share):
             raise ValueError(
-                f"micro_batch_size: {run.micro_batch_size} cannot be with method.shuffled_batch_norm, which exchanges key views over the "
-                "whole global batch at once; set micro_batch_size=0, or method.shuffled_batch_norm=false, which departs from the recipe"
+                f"micro_batch_size: {run.micro_batch_size} cannot be with "
+                "method.shuffled_batch_norm, which exchanges key views over the whole global batch "
+                "at once; set micro_batch_size=0, or method.shuffled_batch_norm=false, which "
+                "departs from the recipe"
             )
 
     def build(self, backbone: Backbone) -> MoCo:

@@ -1,7 +1,9 @@
-"""MoCo v3 (Chen, Xie, He, ICCV 2021, arXiv:2104.02057): keys of the whole batch instead of a queue, a predictor, ResNets or ViTs.
+"""MoCo v3 (Chen, Xie, He, ICCV 2021, arXiv:2104.02057).
 
-Heads, loss and order of updates follow facebookresearch/moco-v3 at c349e6e2 (moco/builder.py, vits.py). Its authors move the
-momentum encoder before the keys' forward; here it moves after the step, with the next step's momentum.
+The negatives are the keys of the whole batch instead of a queue, the student has a predictor, and
+backbones are ResNets or ViTs. Heads, loss and order of updates follow facebookresearch/moco-v3 at
+c349e6e2 (moco/builder.py, vits.py). The authors move the momentum encoder before the forward pass
+of the keys. Here it moves after the step, with the next step's momentum.
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class MoCoV3(Method):
 
 @torch.no_grad()
 def initialize_as_authors(vit: Any) -> None:
-    """Draw the weights of a timm ViT from the authors' distributions and fix its positions (vits.py)."""
+    """Initialize a timm ViT as the authors do and fix its positions (vits.py)."""
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
             num_layers = 3 if name.endswith("qkv") else 1  # q, k and v count as three layers

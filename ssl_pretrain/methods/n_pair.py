@@ -1,7 +1,9 @@
-"""Multi-class N-pair loss (Sohn, NeurIPS 2016; no arXiv): an anchor's positive against the positives of all other pairs.
+"""Multi-class N-pair loss (Sohn, NeurIPS 2016).
 
-Inner products, not cosines, held in check by a penalty on the embeddings' squared length; where several pairs are of one
-class, the target is shared among them, as in TensorFlow's npairs_loss (tensorflow/addons at 0.20, losses/npairs.py).
+The positive of an anchor competes with the positives of all other pairs. Logits are inner
+products instead of cosines, and a penalty bounds the squared length of the embeddings. If several
+pairs are of one class, the target is shared among them, as in npairs_loss of tensorflow/addons at
+0.20 (losses/npairs.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""NNCLR (Dwibedi et al., ICCV 2021, arXiv:2104.14548): the positive of an image is its nearest neighbour among past embeddings.
+"""NNCLR (Dwibedi et al., ICCV 2021, arXiv:2104.14548).
 
-There is no official code; heads follow the paper as lightly at e8d317fc and solo-learn at 9187ea39 (nnclr.py) read it.
+The positive of an image is its nearest neighbor in a queue of past embeddings. There is no
+official code. Heads follow the paper as lightly at e8d317fc and solo-learn at 9187ea39 (nnclr.py)
+read it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Pairwise contrastive loss (Hadsell, Chopra, LeCun, CVPR 2006, eq. 4; no arXiv): alike pulled together, others pushed to a margin.
+"""Pairwise contrastive loss (Hadsell, Chopra, LeCun, CVPR 2006, equation 4).
 
-For labelled data, alike is of one class; for two views, of one image. Each kind of pair has weight one half whatever its
-number, as the paper draws them. No official code.
+Positive pairs are pulled together and negative pairs are pushed apart up to a margin. Positives
+are images of one class, or two views of one image. Both kinds of pairs have weight one half
+however many there are, as the paper samples them equally often. There is no official code.
 """
 
 from __future__ import annotations

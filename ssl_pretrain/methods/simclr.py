@@ -1,6 +1,7 @@
-"""SimCLR (Chen et al., ICML 2020, arXiv:2002.05709; v2: NeurIPS 2020, arXiv:2006.10029): two views, in-batch negatives.
+"""SimCLR (Chen et al., ICML 2020, arXiv:2002.05709) and v2 (NeurIPS 2020, arXiv:2006.10029).
 
-Head, initialization and the sum of both directions follow google-research/simclr at 383d4143 (model_util.py, objective.py).
+Two views, whose negatives are the other images of the batch. Head, initialization and the sum of
+both directions follow google-research/simclr at 383d4143 (model_util.py, objective.py).
 """
 
 from __future__ import annotations

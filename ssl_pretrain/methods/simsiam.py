@@ -1,7 +1,9 @@
-"""SimSiam (Chen and He, CVPR 2021, arXiv:2011.10566): two views, a predictor and a stopped gradient; no teacher, no negatives.
+"""SimSiam (Chen and He, CVPR 2021, arXiv:2011.10566).
 
-Heads and loss follow facebookresearch/simsiam at a7bc1772 (simsiam/builder.py). Its frozen bias before the last batch norm
-is absent here: the norm removes it. Its predictor's constant learning rate is optim.constant_lr_names: [predictor].
+Two views, a predictor and a stopped gradient, without a teacher or negatives. Heads and loss
+follow facebookresearch/simsiam at a7bc1772 (simsiam/builder.py). The frozen bias before the last
+batch norm is left out, because the norm removes it. The predictor's constant learning rate is
+optim.constant_lr_names: [predictor].
 """
 
 from __future__ import annotations

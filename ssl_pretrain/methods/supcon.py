@@ -1,7 +1,8 @@
-"""Supervised contrastive learning (Khosla et al., NeurIPS 2020, arXiv:2004.11362): all views of a class are positives.
+"""Supervised contrastive learning (Khosla et al., NeurIPS 2020, arXiv:2004.11362).
 
-Loss and scale follow HobbitLong/SupContrast at 66a8fe53 (losses.py, networks/resnet_big.py) and google-research supcon at
-0c1bbe5f (projection_head.py, whose last layer has no bias).
+All views of a class are positives of each other. Loss and scale follow HobbitLong/SupContrast at
+66a8fe53 (losses.py, networks/resnet_big.py) and google-research supcon at 0c1bbe5f
+(projection_head.py, whose last layer has no bias).
 """
 
 from __future__ import annotations

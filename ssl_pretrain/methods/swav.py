@@ -1,7 +1,9 @@
-"""SwAV (Caron et al., NeurIPS 2020, arXiv:2006.09882): one view's prototype assignments are predicted from the others.
+"""SwAV (Caron et al., NeurIPS 2020, arXiv:2006.09882).
 
-Heads, Sinkhorn, queue and order of updates follow facebookresearch/swav at 06b1b7cb (main_swav.py). The prototypes, which
-its authors normalize before each forward, are normalized after each step: the same weights are met.
+The prototypes assigned to one view are predicted from the other views. Heads, Sinkhorn
+iterations, queue and order of updates follow facebookresearch/swav at 06b1b7cb (main_swav.py).
+The authors normalize the prototypes before each forward pass. Here that is done after each step,
+so the forward passes use the same weights.
 """
 
 from __future__ import annotations

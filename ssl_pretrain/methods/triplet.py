@@ -1,7 +1,8 @@
-"""Triplet loss with semi-hard mining (Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, arXiv:1503.03832).
+"""Triplet loss with semi-hard mining (Schroff, Kalenichenko, Philbin, CVPR 2015, arXiv:1503.03832).
 
-Every pair of an anchor and an image alike meets the closest negative that is farther away than that image or, where there is
-none, the farthest: the mining of tensorflow/addons at 0.20 (losses/triplet.py), over the global batch.
+Every pair of an anchor and a positive is compared with the closest negative that is farther away
+than the positive, or else with the farthest one. That is the mining of tensorflow/addons at 0.20
+(losses/triplet.py), over the global batch.
 """
 
 from __future__ import annotations

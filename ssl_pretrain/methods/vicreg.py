@@ -1,7 +1,8 @@
-"""VICReg (Bardes, Ponce, LeCun, ICLR 2022, arXiv:2105.04906): two views, no negatives, no teacher.
+"""VICReg (Bardes, Ponce, LeCun, ICLR 2022, arXiv:2105.04906).
 
-Projector and loss follow facebookresearch/vicreg at 4e12602f (main_vicreg.py): the variance term is the mean of both
-branches', the covariance term their sum, both over the global batch.
+Two views, without negatives or a teacher. Projector and loss follow facebookresearch/vicreg at
+4e12602f (main_vicreg.py). The variance term is the mean over both branches and the covariance term
+their sum, both over the global batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Features to embeddings: the heads that are thrown away after pretraining."""
+"""Heads that map features to embeddings, discarded after pretraining."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ def mlp(
     last_bias: bool = True,
     init_std: float | None = None,
 ) -> nn.Sequential:
-    """Linear layers of the given widths with ReLU between: (rows, in_dim) -> (rows, dims[-1]).
+    """Build linear layers with ReLU between them, (rows, in_dim) -> (rows, dims[-1]).
 
     Args:
-        batch_norm: normalize the hidden layers; their Linear then has no bias, since the norm would remove it.
-        hidden_bias: keep that bias all the same, as the authors of BYOL, SwAV and VICReg do.
-        last_batch_norm: normalize the output too.
-        last_affine: the output's norm has a scale and a shift.
-        last_shift: the output's norm keeps its shift; False leaves scale alone (SimCLR: `center=False`).
-        last_bias: the last Linear has a bias, where no norm follows it.
-        init_std: normal initialization of every Linear's weight with this deviation; None keeps torch's.
+        in_dim: Width of the input.
+        dims: Widths of the layers.
+        batch_norm: Normalize the hidden layers. Their Linear then has no bias, which the norm would
+            remove.
+        last_batch_norm: Normalize the output too.
+        last_affine: Give the output's norm a scale and a shift.
+        last_shift: Give the output's norm a shift. False leaves the scale alone, as SimCLR's
+            `center=False`.
+        hidden_bias: Give hidden layers a bias before their norm, as the authors of BYOL, SwAV and
+            VICReg do.
+        last_bias: Give the last Linear a bias if no norm follows it.
+        init_std: Standard deviation of every Linear's initial weights. None for torch's default.
 
     Raises:
-        ValueError: no widths, or a width that is not positive.
+        ValueError: There are no widths, or one is not positive.
     """
     if not dims or min(in_dim, *dims) < 1:
         raise ValueError(f"mlp: widths must be positive, got in_dim={in_dim}, dims={dims}")

@@ -16,7 +16,8 @@ from ssl_pretrain.optim.schedules import Progress
 def rising_momentum(progress: Progress, start: float) -> float:
     """Return a teacher's momentum, which rises from `start` to 1 by half a cosine.
 
-    The schedule of BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733, section 3.3), DINO and MoCo v3.
+    The schedule of BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733, section 3.3), DINO and MoCo
+    v3.
     """
     return schedules.cosine(progress.fraction, start=start, final=1.0)
 

@@ -69,7 +69,10 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _per_stage(rules: Rules) -> list[tuple[str, str]]:
-    """Write out the rules of all stages. Stages are at odd numbers, downsampling before them at even ones."""
+    """Write out the rules of all stages.
+
+    Stages have odd numbers, and the downsampling before them has even ones.
+    """
     expanded = []
     for pattern, replacement in rules:
         first = 1 if "{even}" in pattern else 0  # nothing is downsampled before the first stage

@@ -17,10 +17,10 @@ class SGD(torch.optim.Optimizer):
     """Momentum SGD, v = momentum * v + gradient + weight_decay * p and p = p - lr * v.
 
     The step is masked on the device by the protocol of torch's fused kernels, which `GradScaler`
-    uses too. `optimizer.found_inf` is a scalar tensor, set before `step`. Where it is 1 the kernel
-    changes neither weights nor buffers, and the host does not wait to know. The fused Adam and AdamW
-    of torch follow it as well. `torch.optim.SGD` does not if its first step is masked, because it
-    creates momentum buffers without initializing them.
+    uses too. `optimizer.found_inf` is a scalar tensor, set before `step`. If it is 1, the kernel
+    changes neither weights nor buffers, and the host does not wait to know. The fused Adam and
+    AdamW of torch follow the protocol as well. `torch.optim.SGD` breaks it if its first step is
+    masked, because it creates momentum buffers without initializing them.
 
     Sharded parameters are moved by each rank's shards.
 

@@ -110,8 +110,9 @@ def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
 def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, Any]]:
     """Divide the trained parameters of a module into the optimizer's groups.
 
-    Groups are `adapted` and `excluded`. Excluded parameters have no weight decay and are not adapted
-    by LARS. `constant adapted` and `constant excluded` are added if `constant_lr_names` is given.
+    Groups are `adapted` and `excluded`. Excluded parameters have no weight decay and are not
+    adapted by LARS. `constant adapted` and `constant excluded` are added if `constant_lr_names` is
+    given.
 
     Raises:
         ValueError: No name starts with one of `constant_lr_names`.

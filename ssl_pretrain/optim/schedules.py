@@ -1,6 +1,7 @@
 """How far a run has come, and rates as functions of it.
 
-Everything here is a pure function of the step's number, so a resumed run needs to know nothing else.
+Everything in this module is a pure function of the step's number, which is all that a resumed run
+needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compile the loss kernels for architectures that this machine does not have, with the `ptxas` of Triton's wheel."""
+"""Compile the loss kernels for GPUs that are absent, with the `ptxas` of Triton's wheel."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from triton.compiler import ASTSource
 
 from ssl_pretrain.losses import tiles_triton
 
-# Compute capability -> bytes of shared memory that one program may use (CUDA C++ Programming Guide, "Technical
-# Specifications per Compute Capability"): A100, RTX 4090 and L40S, H100 and H200.
+# Compute capability -> bytes of shared memory that one program may use (CUDA C++ Programming Guide,
+# "Technical Specifications per Compute Capability"): A100, RTX 4090 and L40S, H100 and H200.
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}
 KERNELS = {
     "log_sum_exp": (tiles_triton._log_sum_exp, {}),
@@ -22,7 +22,7 @@ KERNELS = {
 _POINTERS = (
     "anchors",
     "candidates",
-    "parts",
+    "results",
     "row_lse",
     "row_gradient",
     "column_lse",
@@ -46,16 +46,17 @@ def compile_kernel(
     blocks = blocks or tiles_triton.blocks_for(padded, SHARED_MEMORY[capability])
     kernel, flags = KERNELS[name]
     constants = {
-        "SWAPPED": False, "DIM": dim, "PADDED": padded, "ROWS": blocks.rows, "COLUMNS": blocks.columns, "PRECISION": "tf32x3", **flags,
-    }  # fmt: skip
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else "*fp32"
-        if argument in _POINTERS
-        else "i32"
-        for argument in kernel.arg_names
+        "SWAPPED": False,
+        "DIM": dim,
+        "PADDED": padded,
+        "ROWS": blocks.rows,
+        "COLUMNS": blocks.columns,
+        "PRECISION": "tf32x3",
+        **flags,
     }
+    signature = dict.fromkeys(kernel.arg_names, "i32")
+    signature |= {name: "*fp32" for name in _POINTERS if name in signature}
+    signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
