@@ -60,7 +60,7 @@ _refused_on: set[torch.device] = set()  # devices on which a launch did not fit
 
 
 def fits(anchors: Tensor) -> bool:
-    """Return True if the kernels can take these embeddings, shape (num_anchors, dim), on their device."""
+    """Return True if the kernels can take these embeddings, shape (num_anchors, dim)."""
     return (
         anchors.dtype == torch.float32
         and anchors.shape[1] <= MAX_DIM
@@ -226,8 +226,8 @@ def _precision(anchors: Tensor) -> str:
 def _counts(row, column, local_start, num_local, first, second, third, SWAPPED: tl.constexpr):
     """Return a mask of the pairs that count.
 
-    Anchor i and candidate local_start + i + d do not count for an excluded offset d, if that is one
-    of the `num_local` candidates of this rank.
+    Anchor i and candidate local_start + i + d do not, for an excluded offset d, if that candidate
+    is one of the `num_local` of this rank.
     """
     if SWAPPED:
         anchor, candidate = column, row - local_start
