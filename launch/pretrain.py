@@ -74,7 +74,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         hosts = local.host_names(config)
         ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * max(1, len(hosts))
         if options.plan:
-            print(plan.describe(config, plan.ranks(config, ranks)))
+            print(plan.describe(config, plan.num_ranks(config, ranks)))
             if submitting:
                 print("\n".join(slurm.describe(config)))
             return 0

@@ -40,7 +40,7 @@ from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.micro_batch import blank_batch, find_micro_batch_size
 from ssl_pretrain.parallel.replicas import check_replicas
-from ssl_pretrain.planning import flops
+from ssl_pretrain.planning import flops, hardware
 from ssl_pretrain.step import StepOutput, Stepper, build_stepper, check_accumulation
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.views import color, crops, recipe
@@ -246,7 +246,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
     """
     world_size, global_batch_size = process_group.world_size(), config.global_batch_size
     share = global_batch_size // world_size
-    images = configuration.part_size(config, world_size)
+    images = configuration.configured_micro_batch_size(config, world_size)
     if images is None:
         images, estimate = find_micro_batch_size(
             method,
@@ -284,7 +284,8 @@ def write_config(config: RunConfig, first_step: int) -> None:
 def flops_per_image(config: RunConfig) -> float:
     """Count the floating-point operations of a training step per image, on the meta device."""
     execution = Execution.resolve(config.parallel, torch.device("meta"))
-    method = execution.place_module(configuration.method_on_meta(config))
+    method = configuration.method_on_meta(config)
+    execution.place_module(method)
     return flops.per_image(method, blank_batch(config.views, 2, execution))
 
 
@@ -306,7 +307,7 @@ def build_logger(
         config=checkpoints.config,
         wandb_id=checkpoints.facts.wandb_id,
         flops_per_image=flops_per_image(config),
-        peak_tflops=flops.peak_tflops(device),
+        peak_tflops=hardware.peak_tflops(device),
         on_failure=config.checkpoint.on_failure,
     )
 

@@ -1,12 +1,12 @@
-"""Counter-based random numbers: every draw is a pure function of what it is for.
+"""Counter-based random numbers: each is a pure function of what it is for.
 
-A draw is named by (seed, epoch, index, view, purpose, lane); hashing that tuple gives its
-64 bits, so nothing is carried from one draw to the next. Order, batch size, rank, worker
-and resume step change nothing. The hash absorbs the tuple's parts one after another, each
-with the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014, doi:10.1145/2660193.2660195):
-integer arithmetic only, so the bits are the same on every machine.
+A number is named by (seed, epoch, index, view, purpose, lane). Hashing that tuple gives its 64
+bits, so no state is carried from one number to the next, and batch size, ranks, workers and the
+step of a resume change nothing. The hash absorbs the elements of the tuple one after another, each
+with the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014, doi:10.1145/2660193.2660195). It
+uses integer arithmetic only, so the bits are the same on every machine.
 
-The hash and the numbers of `Purpose` are a contract: a change gives resumed runs other views.
+The hash and the numbers of `Purpose` are a contract. Changing them gives resumed runs other views.
 """
 
 from enum import IntEnum
@@ -18,11 +18,11 @@ from ssl_pretrain.system.jit import njit
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 FIRST_MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)
 SECOND_MULTIPLIER = np.uint64(0x94D049BB133111EB)
-ULP = 2.0**-53  # the top 53 of 64 bits are all that a double in [0, 1) holds
+ULP = 2.0**-53  # a double in [0, 1) holds the top 53 of 64 bits
 
 
 class Purpose(IntEnum):
-    """What a draw is for. Append only: a number that moves changes every run."""
+    """Uses of random numbers. Append only: another number for a purpose changes every run."""
 
     ORDER = 0
     CROP = 1
@@ -42,8 +42,8 @@ class Purpose(IntEnum):
 
 
 @njit(cache=True, nogil=True)
-def _absorb(state, part):
-    mixed = (state ^ np.uint64(part)) + GAMMA
+def _absorb(state, element):
+    mixed = (state ^ np.uint64(element)) + GAMMA
     mixed = (mixed ^ (mixed >> np.uint64(30))) * FIRST_MULTIPLIER
     mixed = (mixed ^ (mixed >> np.uint64(27))) * SECOND_MULTIPLIER
     return mixed ^ (mixed >> np.uint64(31))
@@ -51,7 +51,7 @@ def _absorb(state, part):
 
 @njit(cache=True, nogil=True)
 def bits_at(seed, epoch, index, view, purpose, lane):
-    """64 hashed bits of one draw, for use inside other jitted functions (every argument an integer)."""
+    """Return 64 random bits. For use inside jitted functions; every argument is an integer."""
     state = _absorb(np.uint64(0), seed)
     state = _absorb(state, epoch)
     state = _absorb(state, index)
@@ -62,7 +62,7 @@ def bits_at(seed, epoch, index, view, purpose, lane):
 
 @njit(cache=True, nogil=True)
 def uniform_at(seed, epoch, index, view, purpose, lane):
-    """One draw in [0, 1), for use inside other jitted functions: `uniform(...)[i, lane]` bit for bit."""
+    """Return one number in [0, 1), equal to `uniform(...)[i, lane]`. For jitted functions."""
     return np.float64(bits_at(seed, epoch, index, view, purpose, lane) >> np.uint64(11)) * ULP
 
 
@@ -82,18 +82,21 @@ def _fill_bits(seed, epoch, purpose, out):
 def uniform(
     seed: int, epoch: int, indices: np.ndarray | int, view: int, purpose: Purpose, count: int
 ) -> np.ndarray:
-    """Independent uniform draws in [0, 1): float64 (len(indices), count), (1, count) for a single index.
+    """Return independent uniform numbers in [0, 1).
 
-    Row i depends on `indices[i]` alone, never on the other indices; column `lane` does not
-    depend on `count`, so a purpose can grow a draw without changing its earlier ones.
+    Row i depends on `indices[i]` alone, not on the other indices. A column does not depend on
+    `count`, so a purpose can use more numbers without changing its earlier ones.
 
     Args:
-        seed: of the run, in [0, 2**63).
-        epoch: passes over the data before this one.
-        indices: of the samples in the data set, (n,) integers.
-        view: number of the view, as `views.recipe.expand_counts` orders them.
-        purpose: what the numbers decide.
-        count: draws per index.
+        seed: Seed of the run, in [0, 2**63).
+        epoch: Passes over the data before this one.
+        indices: Numbers of the images in the data set, int64 of shape (n,), or one number.
+        view: Number of the view in the order of `views.recipe.expand_counts`.
+        purpose: Use of the numbers.
+        count: Numbers per index.
+
+    Returns:
+        float64 array of shape (n, count). A single index gives (1, count).
     """
     rows = np.atleast_1d(np.asarray(indices, dtype=np.int64))
     out = np.empty((len(rows), count))
@@ -102,19 +105,20 @@ def uniform(
 
 
 def permutation(seed: int, epoch: int, n: int, purpose: Purpose = Purpose.ORDER) -> np.ndarray:
-    """A random order of range(n), another one each epoch: int64 (n,).
+    """Return a random order of range(n) that differs between epochs: int64 of shape (n,).
 
-    The sorting order of hashed keys; stable, so even equal keys have one order on every
-    machine, which numpy's own generators do not promise between versions.
+    It sorts hashed keys. The sort is stable, so that equal keys have one order on every machine,
+    which numpy's generators do not promise across versions.
     """
     keys = np.empty(n, dtype=np.uint64)
     _fill_bits(seed, epoch, int(purpose), keys)
     return np.argsort(keys, kind="stable")
 
 
-def seed_of(seed: int, step: int, part: int) -> int:
-    """A seed for `torch.manual_seed`, in [0, 2**63): dropout and drop path of one part of one step's global batch.
+def seed_of(seed: int, step: int, micro_batch: int) -> int:
+    """Return a seed in [0, 2**63) for `torch.manual_seed`, for the dropout of one micro-batch.
 
-    It names the part and not the rank, so that K parts on one rank drop what K ranks drop.
+    It depends on the micro-batch's place in the global batch, not on the rank, so that K
+    micro-batches on one rank drop what K ranks drop.
     """
-    return int(bits_at(seed, step, part, 0, int(Purpose.DROPOUT), 0)) >> 1
+    return int(bits_at(seed, step, micro_batch, 0, int(Purpose.DROPOUT), 0)) >> 1

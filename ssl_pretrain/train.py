@@ -127,10 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ssl_pretrain.train",
         description=__doc__,
-        epilog=f"methods: {', '.join(methods.names())}. --plan prints all keys and their values.",
+        epilog=f"keys:\n{configuration.explain()}\n\nmethods: {', '.join(methods.names())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
     option = parser.add_argument
+    help_action, about_help = configuration.HelpAction, "print this, or the help of a key"
+    option("-h", "--help", nargs="?", action=help_action, metavar="KEY", help=about_help)
     option("config", help="a YAML file, such as those in configs/")
     option("overrides", nargs="*", metavar="key=value", help="for example optim.base_lr=0.4")
     option("--plan", action="store_true", help="print the resolved configuration and its costs")
@@ -143,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(options)
         except (*EXPECTED_ERRORS, torch.OutOfMemoryError) as error:
-            for_users = type(error).__module__ in (configuration.__name__, "builtins")
+            for_users = type(error) in (ValueError, configuration.ConfigError)
             if isinstance(error, ValueError) and not for_users:
                 raise
             print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
@@ -160,7 +163,7 @@ def _run(options: argparse.Namespace) -> int:
             config, options.overrides, "this command submits nothing", remedy, typed_only=True
         )
     if options.plan:
-        print(plan.describe(config, plan.ranks(config, here=1)))
+        print(plan.describe(config, plan.num_ranks(config, default=1)))
         return 0
     settings = config.parallel
     device = process_group.start(settings.threads, settings.deterministic, settings.timeout_seconds)

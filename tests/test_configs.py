@@ -1,4 +1,4 @@
-"""Every YAML of configs/: loads, opens with its provenance, builds its real model, and takes one reduced step."""
+"""Every file of configs/ loads, names its source, builds its model and takes a reduced step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ssl_pretrain.train import train
 from ssl_pretrain.views import recipe
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-BACKBONE_PARAMETERS = {  # timm's, without a classifier, by name and stem
+BACKBONE_PARAMETERS = {  # of timm's models without a classifier, by name and stem
     "resnet50 imagenet": 23_508_032,
     "resnet50 small": 23_500_352,
     "resnet18 small": 11_168_832,
@@ -26,16 +26,15 @@ BACKBONE_PARAMETERS = {  # timm's, without a classifier, by name and stem
     "test_resnet imagenet": 372_688,
     "test_resnet no_pool": 372_688,
 }
-FIRST = [
-    path for path in FILES if "imagenet" in path.stem or "digits" in path.stem
-]  # one a method; the others' steps are long tests
+# At least one file per method. The steps of the others are in the long suite.
+FIRST = [path for path in FILES if "imagenet" in path.stem or "digits" in path.stem]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_header_says_where_it_comes_from(path):
+def test_the_header_names_the_source_and_the_command(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    for wanted in ("arXiv:", "Paper's number:", "Ours:", "Hardware:", "Command:"):
-        assert any(wanted in line for line in header), f"{path.name}: its header lacks {wanted!r}"
+    for label in ("arXiv:", "Paper's number:", "Ours:", "Hardware:", "Command:"):
+        assert any(label in line for line in header), f"{path.name}: its header lacks {label!r}"
     assert any(path.name in line for line in header), f"{path.name}: its command names another file"
     assert re.match(r"[a-z0-9]+_[a-z0-9]+", path.stem)
     if "imagenet" in path.stem:
@@ -55,7 +54,7 @@ def test_it_builds_its_real_model(path):
 
 
 def _reduced(path, folder):
-    """The recipe on tiny images, a tiny backbone and the heads that its method has for small networks."""
+    """Return the recipe with tiny images, a tiny backbone and its method's small heads."""
     values = config.to_dict(config.load(path))
     for crop in values["views"]["crops"].values():
         crop |= {"size": 16 if crop["size"] == 96 else 32, "blur_kernel": 3}
@@ -77,11 +76,11 @@ def _reduced(path, folder):
     return config.from_dict(values | {"output": str(folder / "run"), "global_batch_size": 16})
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path if path in FIRST else pytest.param(path, marks=pytest.mark.full) for path in FILES],
-    ids=lambda path: path.stem,
-)
+def first_or_full(path):
+    return path if path in FIRST else pytest.param(path, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("path", map(first_or_full, FILES), ids=lambda path: path.stem)
 def test_it_takes_a_reduced_step(path, tmp_path):
     assert train(_reduced(path, tmp_path), torch.device("cpu"), stop_after=1).step == 1
 
@@ -91,58 +90,70 @@ def test_every_method_has_its_recipes():
         assert {f"{name}_imagenet", f"{name}_cifar10"} <= {path.stem for path in FILES}, name
 
 
-def test_the_flagship_is_the_papers():
+def test_the_flagship_has_the_papers_batch_and_learning_rate():
     run = config.load(FILES[0].with_name("simclr_imagenet.yaml"))
     assert optim.scaled_lr(run.optim, run.global_batch_size) == pytest.approx(6.788, abs=5e-4)
     described = plan.describe(run, world_size=8)
-    assert (
-        "embeddings per loss: 16,384 (2 views x 8,192 images); negatives per anchor: 16,382"
-        in described
-    )
-    assert "learning rate: 6.78823 (0.075 x sqrt(8192))" in described
-    assert (
-        "batch norm over 8,192 images; each rank's share of 1,024 images in 1 part, at 8 ranks"
-        in described
-    )
-    assert "group adapted: 56 tensors" in described and "group excluded: 111 tensors" in described
+    for line in (
+        "embeddings per loss: 16,384 (2 views x 8,192 images); negatives per anchor: 16,382",
+        "learning rate: 6.78823 (0.075 x sqrt(8192))",
+        "batch norm over 8,192 images; each rank's share of 1,024 images in 1 micro-batch, "
+        "at 8 ranks",
+        "group adapted: 56 tensors",
+        "group excluded: 111 tensors",
+    ):
+        assert line in described
 
 
-@pytest.mark.parametrize(
-    ("stem", "lr"),
-    [("byol_imagenet", 4.8), ("moco_v3_imagenet", 9.6), ("moco_v3_vit_imagenet", 2.4e-3), ("simsiam_imagenet", 0.1), ("moco_imagenet", 0.03),
-     ("swav_imagenet", 4.8), ("swav_256_imagenet", 0.6), ("barlow_twins_imagenet", 1.6), ("vicreg_imagenet", 1.6), ("dino_imagenet", 1e-3),
-     ("nnclr_imagenet", 4.8), ("supcon_imagenet", 9.6), ("supcon_cifar10", 0.5), ("moco_cifar10", 0.06)],
-)  # fmt: skip
-def test_the_learning_rate_is_the_recipes(stem, lr):
+LEARNING_RATES = {
+    "barlow_twins_imagenet": 1.6,
+    "byol_imagenet": 4.8,
+    "dino_imagenet": 1e-3,
+    "moco_cifar10": 0.06,
+    "moco_imagenet": 0.03,
+    "moco_v3_imagenet": 9.6,
+    "moco_v3_vit_imagenet": 2.4e-3,
+    "nnclr_imagenet": 4.8,
+    "simsiam_imagenet": 0.1,
+    "supcon_cifar10": 0.5,
+    "supcon_imagenet": 9.6,
+    "swav_256_imagenet": 0.6,
+    "swav_imagenet": 4.8,
+    "vicreg_imagenet": 1.6,
+}
+
+
+@pytest.mark.parametrize("stem", LEARNING_RATES)
+def test_the_scaled_learning_rate_is_the_papers(stem):
     run = config.load(FILES[0].with_name(f"{stem}.yaml"))
-    assert optim.scaled_lr(run.optim, run.global_batch_size) == pytest.approx(lr)
+    scaled = optim.scaled_lr(run.optim, run.global_batch_size)
+    assert scaled == pytest.approx(LEARNING_RATES[stem])
 
 
-def test_schedules_that_authors_give_in_absolute_numbers():
+def test_schedules_reach_the_authors_absolute_numbers():
     def rates(stem, fraction):
         run = config.load(FILES[0].with_name(f"{stem}.yaml"))
         progress = Progress(round(fraction * 1000 * run.epochs), round(1000 * run.epochs), 1000)
         return optim.rates(run.optim, progress, run.epochs, run.global_batch_size)
 
-    assert rates("swav_imagenet", 0)["lr"] == pytest.approx(0.3) and rates("swav_imagenet", 1)[
-        "lr"
-    ] == pytest.approx(0.0048)
     assert rates("dino_imagenet", 1) == pytest.approx({"lr": 1e-6, "weight_decay": 0.4})
-    assert rates("supcon_cifar10", 0)["lr"] == pytest.approx(0.01) and rates("supcon_cifar10", 1)[
-        "lr"
-    ] == pytest.approx(0.5 * 0.1**3)
-    assert rates("moco_v1_imagenet", 0.9)["lr"] == pytest.approx(0.03 * 0.01)
+    for stem, fraction, expected in (
+        ("swav_imagenet", 0, 0.3),
+        ("swav_imagenet", 1, 0.0048),
+        ("supcon_cifar10", 0, 0.01),
+        ("supcon_cifar10", 1, 0.5 * 0.1**3),
+        ("moco_v1_imagenet", 0.9, 0.03 * 0.01),
+    ):
+        assert rates(stem, fraction)["lr"] == pytest.approx(expected), (stem, fraction)
 
 
-def test_the_plan_says_what_is_special_about_a_schedule():
-    def described(stem):
+def test_the_plan_names_unusual_schedules():
+    def describe(stem):
         return plan.describe(config.load(FILES[0].with_name(f"{stem}.yaml")), world_size=8)
 
-    assert "reached after 0 epochs, times 0.1 at epochs 120, 160" in described("moco_v1_imagenet")
-    assert "weight decay 0.04 to 0.4" in described("dino_imagenet")
-    assert "weight decay 0, learning rate times 0.0015" in described("barlow_twins_imagenet")
-    simsiam = described("simsiam_imagenet")
-    assert (
-        "2,100,224 numbers, weight decay 0.0001, constant learning rate" in simsiam
-        and "group excluded" not in simsiam
-    )
+    assert "reached after 0 epochs, times 0.1 at epochs 120, 160" in describe("moco_v1_imagenet")
+    assert "weight decay 0.04 to 0.4" in describe("dino_imagenet")
+    assert "weight decay 0, learning rate times 0.0015" in describe("barlow_twins_imagenet")
+    simsiam = describe("simsiam_imagenet")
+    assert "2,100,224 numbers, weight decay 0.0001, constant learning rate" in simsiam
+    assert "group excluded" not in simsiam

@@ -1,437 +1,281 @@
-"""What a run would take of a machine: memory by part, seconds of a step by part, computed without that machine.
+"""Estimate the memory and the time of an optimizer step on GPUs that are not there.
 
-The step's real program is traced without memory (`trace`): the forward, the teacher and the backward of a part, the loss as one of
-all ranks computes it, the optimizer. Each operation is priced by the machine's rates (`hardware`). What the trace does not hold
-follows from the configuration: the gradients' all-reduce, batch norm's statistics, the loader. Not in it: the time of kernels that
-share the device with collectives, what an allocator wastes, compilation.
+The real program of a step is traced on fake tensors (`step_trace`). The machine's rates give the
+time of each operation (`hardware`). Everything else follows from the configuration: gradients sent
+between ranks, batch norm's statistics, the loader. The estimate leaves out memory that an allocator
+wastes, compilation, and kernels slowed by collectives beside them.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 import numpy as np
 import torch
 
 from ssl_pretrain.config import RunConfig, method_on_meta
-from ssl_pretrain.distributed import process_group
-from ssl_pretrain.losses.backend import BACKENDS, use_backend
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
-from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, parallel_config
+from ssl_pretrain.parallel import batch_norm
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.memory import GIB, ROOM
-from ssl_pretrain.planning import communication, trace
-from ssl_pretrain.planning.communication import Cluster, Message, Unit
+from ssl_pretrain.parallel.parallel_config import bn_group_images
+from ssl_pretrain.planning import communication, step_trace
+from ssl_pretrain.planning.communication import Cluster, Message, Overlap, Unit
 from ssl_pretrain.planning.hardware import Machine
-from ssl_pretrain.planning.trace import Line, Shape, Trace
-from ssl_pretrain.views import color_torch, recipe
-from ssl_pretrain.views.batch import Batch
-from ssl_pretrain.views.color_parameters import draw_colors
+from ssl_pretrain.planning.step_trace import COLORED, MicroBatch
+from ssl_pretrain.planning.trace import Trace
+from ssl_pretrain.views import recipe
 
-RESERVED = (
-    1.5 * GIB
-)  # of a GPU, by the CUDA context and the workspaces of cuBLAS, cuDNN and NCCL; assumed
-HALFWAY = Progress(500, 1000, 10)  # the step that is traced
-_AHEAD = 3  # batches of uint8 views on the device at once (data/threads.py)
+RESERVED = 1.5 * GIB  # CUDA context and workspaces of cuBLAS, cuDNN and NCCL; an assumption
+UPLOADED = 3  # batches of uint8 views on the device at once (data/native)
 
 
 @dataclass(frozen=True)
-class Step:
-    """Seconds of one optimizer step by part; `total` is its length. arithmetic, memory: the shares of compute that each bounds."""
+class StepTime:
+    """Seconds of one optimizer step, by component."""
 
-    compute: float  # forward, teacher and backward of all parts
-    views: float  # colours, on the device
+    compute: float  # forward and backward passes and the teacher, of all micro-batches
+    views: float  # color augmentation
     loss: float
-    optimizer: float  # and what moves after it
+    optimizer: float  # with what moves after the step
     exposed: float  # communication that no computation hides
-    hidden: float  # communication behind the backward
-    data: float  # the wait for the loader, beyond all of these
-    arithmetic: float
-    flops: float  # of the model, for this rank
+    hidden: float  # communication during the backward pass
+    data: float  # waiting for the loader
+    arithmetic: float  # share of the computing that is bound by arithmetic, not by memory
+    flops: float  # operations of the model on this rank
 
     @property
     def total(self) -> float:
+        """Length of the step."""
         return self.compute + self.views + self.loss + self.optimizer + self.exposed + self.data
 
     @property
     def bound(self) -> str:
-        """What the largest part of the step waits for."""
-        parts = {
-            "arithmetic": self.compute * self.arithmetic, "memory": self.compute * (1 - self.arithmetic) + self.views,
-            "communication": self.exposed, "data": self.data, "loss": self.loss, "optimizer": self.optimizer,
-        }  # fmt: skip
-        return max(parts, key=lambda name: parts[name])
+        """Name of the resource that takes most of the step."""
+        seconds = {
+            "arithmetic": self.compute * self.arithmetic,
+            "memory": self.compute * (1 - self.arithmetic) + self.views,
+            "communication": self.exposed,
+            "data": self.data,
+            "loss": self.loss,
+            "optimizer": self.optimizer,
+        }
+        return max(seconds, key=seconds.__getitem__)
 
 
-class Program:
-    """The step of a configuration on a cluster of one machine. Nothing is traced before it is asked for.
+@dataclass
+class Estimate:
+    """Memory and time of a configuration's step on a cluster of GPUs.
 
-    Args:
-        like: the same model on another batch or other ranks, whose traces serve here too.
+    Traces take about a second each and are made when they are first needed.
     """
 
-    def __init__(
-        self, run: RunConfig, cluster: Cluster, machine: Machine, like: Program | None = None
-    ):
-        self.run, self.cluster, self.machine, self.ranks = run, cluster, machine, cluster.ranks
-        self.share = run.global_batch_size // self.ranks
-        self.calls: dict[str, int] = {}  # of each backbone, in a forward and the targets
-        kind = torch.device("cpu" if machine.on_cpu else "cuda")
-        self.execution = Execution.resolve(run.parallel, kind)
-        self.dtype = self.execution.dtype
-        if like is not None:
-            self.counted, self.part, self.calls = like.counted, like.part, like.calls
-            self.optimizer, self.views_seconds = like.optimizer, like.views_seconds
+    run: RunConfig
+    cluster: Cluster
+    machine: Machine
 
     @cached_property
-    def part(self) -> Line:
-        """Forward, targets and backward of any number of images."""
-        few, more = (2, 4) if self.share > 1 else (1, 2)
-        return Line(self._traced(few), self._traced(more), few, more)
+    def execution(self) -> Execution:
+        return Execution.resolve(self.run.parallel, torch.device("cuda"))
 
     @cached_property
-    def counted(self) -> Method:
-        """The method, to be counted."""
+    def method(self) -> Method:
+        """The method on the meta device."""
         return method_on_meta(self.run)
 
-    def on_meta(self) -> Method:
-        """The method, to be traced once."""
-        return copy.deepcopy(self.counted)  # a tenth of what building it takes
+    @cached_property
+    def micro_batch(self) -> MicroBatch:
+        """Trace of the forward and backward pass, for any number of images."""
+        sizes = (2, 4) if self.share > 1 else (1, 2)
+        return step_trace.trace_micro_batch(self.run, self.method, self.execution, sizes)
 
-    def _there(self, method: Method) -> Any:
-        return trace.without_memory(method, self.dtype, self.run.parallel.channels_last)
+    @cached_property
+    def loss(self) -> Callable[[int], Trace]:
+        """Function that returns the trace of the loss for a number of images on this rank."""
 
-    def _traced(self, images: int) -> Trace:
-        method = self.on_meta()
+        def trace_loss(images: int) -> Trace:
+            results = self.micro_batch.results(images)
+            return step_trace.trace_loss(self.method, self.execution, results, self.cluster.ranks)
 
-        def made() -> Any:
-            layout = (
-                torch.channels_last if self.run.parallel.channels_last else torch.contiguous_format
-            )
-            sizes = [crop.size for crop in recipe.expand_counts(self.run.views)]
-            views = [
-                torch.zeros(images, 3, size, size, dtype=self.dtype).to(memory_format=layout)
-                for size in sizes
-            ]
-            numbers = torch.zeros(images, dtype=torch.int64)
-            self.calls.clear()
-            there = self._there(method)
-            for name, module in there.named_modules():
-                if isinstance(module, backbones.Backbone):
-                    module.register_forward_pre_hook(
-                        lambda *_, name=name: self.calls.update({name: self.calls.get(name, 0) + 1})
-                    )
-            compile_and_checkpoint.recompute_activations(
-                there, self.run.parallel.activation_checkpointing
-            )
-            return there, Batch(views, numbers, numbers)
-
-        def embed(there: Any, mark: Any) -> Any:
-            method, batch = there
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.execution.autocast):
-                mark("forward")
-                embeddings = method(batch)
-                mark("targets")
-                targets = method.targets(batch)
-            mark("backward")
-            trained = [z for z in embeddings.values() if z.requires_grad]
-            torch.autograd.backward(trained, [torch.ones_like(z) for z in trained])
-            groups = {"embeddings": embeddings, "targets": targets}
-            return {
-                name: {key: trace.shape_of(z) for key, z in group.items()}
-                for name, group in groups.items()
-            }
-
-        return trace.run(made, embed)
-
-    @cache  # noqa: B019  # as long as the program
-    def loss(self, images: int) -> Trace:
-        """The loss of `images` of this rank against those of all ranks, and its gradient by the embeddings."""
-        results, method = self.part.at(images).results, self.on_meta()
-
-        def made() -> Any:
-            return self._there(method), *(
-                _tensors(results[name]) for name in ("embeddings", "targets")
-            )
-
-        def both(there: Any, mark: Any) -> None:
-            method, embeddings, targets = there
-            leaves = [z for z in embeddings.values() if z.requires_grad]
-            loss, _ = method.loss(embeddings, targets)
-            torch.autograd.grad(loss, leaves, allow_unused=True)
-
-        tiles = BACKENDS["cpu" if self.machine.on_cpu else "cuda"]
-        with (
-            process_group.fake_process_group(self.ranks),
-            use_backend(replace(tiles, fused=False)),
-        ):
-            return trace.run(made, both)
+        return cache(trace_loss)
 
     @cached_property
     def optimizer(self) -> tuple[Trace, int]:
-        """The optimizer's step with what moves after it, and the bytes of its state."""
-        results, method = self.part.at(self.share).results, self.on_meta()
-        state_bytes = 0
-
-        def made() -> Any:
-            nonlocal state_bytes
-            self._there(method)
-            optimizer = optim.build(self.run.optim, method)
-            optim.set_rates(
-                optimizer, self.run.optim, HALFWAY, self.run.epochs, self.run.global_batch_size
-            )
-            _give_gradients(method)
-            optim.guarded_step(optimizer)
-            state_bytes = sum(
-                z.nbytes
-                for state in optimizer.state.values()
-                for z in state.values()
-                if isinstance(z, torch.Tensor)
-            )
-            _give_gradients(method)
-            return (
-                method,
-                optimizer,
-                *(_tensors(results[name]) for name in ("embeddings", "targets")),
-            )
-
-        def step(there: Any, mark: Any) -> None:
-            method, optimizer, embeddings, targets = there
-            for group in (embeddings, targets):
-                for name in method.transient:
-                    group.pop(name, None)
-            optim.guarded_step(optimizer, self.run.optim.clip_norm, self.run.optim.clip_by)
-            method.after_step(
-                HALFWAY, {name: z.detach() for name, z in embeddings.items()}, targets
-            )
-
-        with process_group.fake_process_group(self.ranks):
-            traced = trace.run(made, step)
-        return traced, state_bytes
+        """Trace of the optimizer's step, and the bytes of its state."""
+        results, ranks = self.micro_batch.results(self.share), self.cluster.ranks
+        return step_trace.trace_optimizer(self.run, self.method, self.execution, results, ranks)
 
     @cached_property
-    def views_seconds(self) -> float:
-        """Of one image's colours on the device; on a CPU the loader has made them."""
-        if self.machine.on_cpu:
-            return 0.0
-        images = 64
-        bounds = 0.0
-        for number, crop in enumerate(recipe.expand_counts(self.run.views)):
-            parameters = draw_colors(crop, 0, 0, np.arange(images), number)
+    def color_seconds(self) -> float:
+        """Seconds of the color augmentation per image."""
+        traces = step_trace.trace_coloring(self.run)
+        seconds = sum(sum(self.machine.bounds(trace)) for trace in traces)
+        return seconds / self.machine.attained / COLORED
 
-            def made(size: int = crop.size) -> Any:
-                return torch.zeros(images, 3, size, size, dtype=torch.uint8)
+    @property
+    def share(self) -> int:
+        """Images of the global batch on one rank."""
+        return self.run.global_batch_size // self.cluster.ranks
 
-            def colours(
-                pixels: Any, mark: Any, crop: Any = crop, parameters: Any = parameters
-            ) -> None:
-                color_torch.apply(pixels, parameters, crop, self.run.views.mean, self.run.views.std)
-
-            bounds += sum(self.machine.bounds(trace.run(made, colours)))
-        return bounds / self.machine.attained / images
-
-    def memory(self, images: int) -> dict[str, float]:
-        """Bytes on each GPU at the step's peak, by part, when `images` are fed at once."""
-        method = self.counted
-        teacher = sum(
-            self._bytes(p) for name, p in method.named_parameters() if name.startswith("teacher.")
-        )
-        pixels = sum(3 * crop.size**2 for crop in recipe.expand_counts(self.run.views))
-        largest = (
-            sorted(unit.numbers for unit in self.units)[-2:] if self.shards > 1 else []
-        )  # the next is gathered before this one goes
-        return {
-            "parameters": (sum(self._bytes(p) for p in method.parameters()) - teacher)
-            / self.shards,
-            "DDP's buckets": self.gradient_bytes if self.ranks > 1 and self.shards == 1 else 0.0,
-            "gathered weights": sum(largest) * self.dtype.itemsize,
-            "optimizer": self.optimizer[1] / self.shards,
-            "teacher": teacher / self.shards,
-            "buffers": sum(self._bytes(buffer) for buffer in method.buffers()),
-            "views": pixels
-            * self.share
-            * (self.dtype.itemsize + (0 if self.machine.on_cpu else _AHEAD)),
-            "the step's peak": self.peak(images),
-            "reserved": 0.0 if self.machine.on_cpu else RESERVED,
-        }
-
-    def activations(self, images: int) -> float:
-        """Bytes that the forward leaves for the backward."""
-        return float(self.part.at(images).phase("forward").held[-1])
-
-    def peak(self, images: int) -> float:
-        """Most bytes that forward, loss, backward and optimizer hold at once, the gradients among them."""
-        whole = not self.two_passes(
-            images
-        )  # the loss is computed while a part's activations are there
-        loss = self.loss(images if whole else self.share)
-        at_loss = loss.peak + (self.activations(images) if whole else 0.0)
-        elsewhere = self.gradient_bytes * (1 - 1 / self.shards)  # of the gradients, on other ranks
-        at_step = (self.gradient_bytes + self.optimizer[0].peak) / self.shards
-        return max(float(self.part.at(images).peak) - elsewhere, at_loss, at_step)
-
-    def _bytes(self, tensor: torch.Tensor) -> int:
-        return tensor.numel() * (
-            self.dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
-        )
-
-    def two_passes(self, images: int) -> bool:
-        accumulation = self.run.parallel.accumulation
-        couples = self.counted.couples == "embeddings"
-        return images < self.share and (
-            accumulation == "two_passes" or (accumulation == "auto" and couples)
-        )
-
-    def largest(self) -> tuple[int, str]:
-        """Images that a rank can feed at once at most, 0 for none; and why no more, or what would do."""
-        room = ROOM * self.machine.memory
-        group = parallel_config.bn_group_images(self.run.parallel, self.run.global_batch_size)
-        normed = bool(batch_norm.statistics(self.counted))
-        smallest = min(group, self.share) if normed else 1
-        sizes = [
-            images
-            for images in range(smallest, self.share + 1, smallest)
-            if self.share % images == 0
-        ]
-        count = bisect_left(
-            sizes, True, key=lambda images: sum(self.memory(images).values()) > room
-        )
-        if count:
-            return sizes[count - 1], f"of its share of {self.share:,}"
-        why = (
-            f"batch norm over {group:,} images takes {smallest:,} at once"
-            if normed
-            else "not even one image fits"
-        )
-        return (
-            0,
-            f"{why}, {sum(self.memory(smallest).values()) / GIB:.1f} GiB of {room / GIB:.1f}; more GPUs, or a smaller group, would do",
-        )
-
-    def step(self, images: int) -> Step:
-        """One optimizer step with `images` fed at once."""
-        machine, part, parts = self.machine, self.part.at(images), self.share // images
-        forward, targets, backward = (
-            part.phase(name) for name in ("forward", "targets", "backward")
-        )
-        two = self.two_passes(images)
-        passes = [forward, targets, backward] + ([forward] if two else [])
-        loss = self.loss(self.share if two else images)
-        losses = 1 if two or parts == 1 else parts
-        bounds = np.array([machine.bounds(phase) for phase in passes])
-        compute = parts * sum(machine.seconds(phase) for phase in passes)
-        colours = self.share * self.views_seconds
-        loss_seconds, optimizer = losses * machine.seconds(loss), machine.seconds(self.optimizer[0])
-        times = machine.seconds(forward) + machine.seconds(targets), machine.seconds(backward)
-        exposed, hidden = self._communication(images, loss, losses, 2 if two else 1, *times)
-        busy = compute + colours + loss_seconds + optimizer + exposed
-        workers = self.run.data.num_workers
-        decoding = (
-            self.share / (machine.decoded_per_core * max(1, workers))
-            if machine.decoded_per_core
-            else 0.0
-        )
-        return Step(
-            compute, colours, loss_seconds, optimizer, exposed, hidden, max(0.0, decoding - busy),
-            float(bounds[:, 0].sum() / bounds.sum()), parts * sum(float(phase.flops.sum()) for phase in (forward, targets, backward)),
-        )  # fmt: skip
-
-    def _communication(
-        self, images: int, loss: Trace, losses: int, forwards: int, forward: float, backward: float
-    ) -> tuple[float, float]:
-        """Seconds that nothing hides, and those behind the forward and the backward of a part."""
-        if self.ranks == 1:
-            return 0.0, 0.0
-        cluster, settings = self.cluster, self.run.parallel
-        traced = [*(losses * loss.sent), *self.optimizer[0].sent]
-        open_ = [Message(name, size, self.ranks) for name, size in traced]
-        ranks = parallel_config.bn_group_images(settings, self.run.global_batch_size) // images
-        open_ += communication.of_batch_norm(self.part.few.norms, ranks, self.dtype.itemsize)
-        if settings.strategy == "ddp":
-            size = self.gradient_bytes / (
-                2 if settings.gradients == "bfloat16" and self.dtype == torch.float32 else 1
-            )
-            gradients, last = (
-                Message("allreduce", min(size, most), self.ranks)
-                for most in (math.inf, communication.BUCKET)
-            )
-            behind = [([gradients], backward, [last])]
-        else:
-            low = self.execution.autocast
-            there, back = communication.of_weights(
-                self.units, settings, cluster, low, self.dtype.itemsize
-            )
-            parts = self.share // images
-            behind = parts * [
-                *(forwards * [(there, forward, there[:1])]),
-                (back, backward, back[-1:]),
-            ]
-        exposed = self.time_of(open_)
-        hidden = 0.0
-        for (
-            messages,
-            computing,
-            first,
-        ) in behind:  # the first or last of them meets nothing to hide behind
-            took = self.time_of(messages)
-            exposed += max(self.time_of(first), took - computing)
-            hidden += took - max(self.time_of(first), took - computing)
-        return exposed, hidden
-
-    def time_of(self, messages: list[Message]) -> float:
-        return communication.seconds(self.machine, self.cluster, messages)
+    @property
+    def num_shards(self) -> int:
+        return communication.num_shards(self.run.parallel, self.cluster)
 
     @cached_property
     def units(self) -> list[Unit]:
-        return communication.units(self.counted, self.calls, self.shards)
-
-    @property
-    def shards(self) -> int:
-        return communication.shards(self.run.parallel, self.cluster)
+        """Weights that FSDP gathers together."""
+        return communication.units(self.method, self.micro_batch.backbone_calls, self.num_shards)
 
     @cached_property
     def gradient_bytes(self) -> int:
-        return sum(
-            self._bytes(parameter)
-            for parameter in self.counted.parameters()
-            if parameter.requires_grad
+        return sum(self._bytes(p) for p in self.method.parameters() if p.requires_grad)
+
+    def memory(self, images: int) -> dict[str, float]:
+        """Return the bytes on each GPU at the peak of a step, by component.
+
+        Args:
+            images: The micro-batch size.
+        """
+        method, itemsize = self.method, self.execution.dtype.itemsize
+        weights = sum(self._bytes(p) for p in method.parameters())
+        teacher = sum(
+            self._bytes(p) for name, p in method.named_parameters() if name.startswith("teacher.")
+        )
+        # FSDP gathers the next unit before it frees the current one.
+        gathered = sorted(unit.numbers for unit in self.units)[-2:] if self.num_shards > 1 else []
+        replicated = self.cluster.ranks > 1 and self.num_shards == 1
+        pixels = sum(3 * crop.size**2 for crop in recipe.expand_counts(self.run.views))
+        return {
+            "parameters": (weights - teacher) / self.num_shards,
+            "DDP buckets": self.gradient_bytes if replicated else 0.0,
+            "gathered weights": sum(gathered) * itemsize,
+            "optimizer": self.optimizer[1] / self.num_shards,
+            "teacher": teacher / self.num_shards,
+            "buffers": sum(self._bytes(buffer) for buffer in method.buffers()),
+            "views": pixels * self.share * (itemsize + UPLOADED),
+            "peak of the step": self.peak(images),
+            "reserved": RESERVED,
+        }
+
+    def activations(self, images: int) -> float:
+        """Return the bytes that the forward pass keeps for the backward pass."""
+        return float(self.micro_batch.at(images).phase("forward").held[-1])
+
+    def peak(self, images: int) -> float:
+        """Return the largest number of bytes that the passes, the loss or the optimizer hold.
+
+        Gradients are among them.
+        """
+        if self.two_passes(images):
+            at_loss = float(self.loss(self.share).peak)
+        else:  # the loss is computed beside the activations of the micro-batch
+            at_loss = self.loss(images).peak + self.activations(images)
+        on_other_ranks = self.gradient_bytes * (1 - 1 / self.num_shards)
+        in_passes = self.micro_batch.at(images).peak - on_other_ranks
+        at_step = (self.gradient_bytes + self.optimizer[0].peak) / self.num_shards
+        return max(in_passes, at_loss, at_step)
+
+    def _bytes(self, tensor: torch.Tensor) -> int:
+        dtype = self.execution.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.numel() * dtype.itemsize
+
+    def two_passes(self, images: int) -> bool:
+        """Return True if each micro-batch is embedded twice."""
+        accumulation = self.run.parallel.accumulation
+        coupled = accumulation == "auto" and self.method.couples == "embeddings"
+        return images < self.share and (accumulation == "two_passes" or coupled)
+
+    def largest(self) -> tuple[int, str]:
+        """Return the largest micro-batch size that fits, 0 if none does, and the reason."""
+        room = ROOM * self.machine.memory
+        group = bn_group_images(self.run.parallel, self.run.global_batch_size)
+        has_batch_norm = bool(batch_norm.statistics(self.method))
+        smallest = min(group, self.share) if has_batch_norm else 1
+        candidates = range(smallest, self.share + 1, smallest)
+        sizes = [images for images in candidates if self.share % images == 0]
+
+        def too_large(images: int) -> bool:
+            return sum(self.memory(images).values()) > room
+
+        num_fitting = bisect_left(sizes, True, key=too_large)
+        if num_fitting:
+            return sizes[num_fitting - 1], f"of its share of {self.share:,}"
+        reason = "not even one image fits"
+        if has_batch_norm:
+            reason = f"batch norm over {group:,} images takes {smallest:,} at once"
+        needed = sum(self.memory(smallest).values())
+        return 0, (
+            f"{reason}, {needed / GIB:.1f} GiB of {room / GIB:.1f}; "
+            "more GPUs, or a smaller group, would do"
         )
 
-
-def _tensors(shapes: dict[str, Shape]) -> dict[str, torch.Tensor]:
-    return {name: shape.like() for name, shape in shapes.items()}
-
-
-def _give_gradients(method: Method) -> None:
-    for parameter in method.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-
-
-def backbone_step(name: str, size: int, images: int, bfloat16: bool) -> Trace:
-    """Forward and backward of a timm backbone alone, on views of `size` pixels."""
-    backbone = backbones.on_meta(BackboneConfig(name=name), size)
-
-    def made() -> Any:
-        return trace.without_memory(backbone), torch.zeros(images, 3, size, size).to(
-            memory_format=torch.channels_last
+    def step(self, images: int) -> StepTime:
+        """Return the time of one optimizer step with a micro-batch of `images`."""
+        machine, num_micro_batches = self.machine, self.share // images
+        names = ("forward", "targets", "backward")
+        phases = [self.micro_batch.at(images).phase(name) for name in names]
+        forward, targets, backward = (machine.seconds(phase) for phase in phases)
+        two_passes = self.two_passes(images)
+        passes = [*phases, phases[0]] if two_passes else phases
+        bounds = np.array([machine.bounds(phase) for phase in passes])
+        compute = sum(machine.seconds(phase) for phase in passes) * num_micro_batches
+        loss = self.loss(self.share if two_passes else images)
+        num_losses = 1 if two_passes else num_micro_batches
+        loss_seconds = num_losses * machine.seconds(loss)
+        optimizer = machine.seconds(self.optimizer[0])
+        exposed, hidden = (0.0, 0.0)
+        if self.cluster.ranks > 1:
+            exposed, hidden = communication.exposed_and_hidden(
+                machine,
+                self.cluster,
+                self._messages(images, num_losses * loss.sent),
+                self._overlaps(images, forward + targets, backward),
+            )
+        views = self.share * self.color_seconds
+        busy = compute + views + loss_seconds + optimizer + exposed
+        return StepTime(
+            compute,
+            views,
+            loss_seconds,
+            optimizer,
+            exposed,
+            hidden,
+            data=max(0.0, self._decoding_seconds() - busy),
+            arithmetic=float(bounds[:, 0].sum() / bounds.sum()),
+            flops=num_micro_batches * sum(float(phase.flops.sum()) for phase in phases),
         )
 
-    def step(there: Any, mark: Any) -> None:
-        network, views = there
-        mark("forward")
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            features = network(views)
-        mark("backward")
-        features.float().mean().backward()
+    def _decoding_seconds(self) -> float:
+        """Seconds in which the loader decodes a rank's images, 0 if the loader is not planned."""
+        rate = self.machine.decoded_per_core * max(1, self.run.data.num_workers)
+        return self.share / rate if rate else 0.0
 
-    return trace.run(made, step)
+    def _messages(self, images: int, sent_by_loss: list[tuple[str, int]]) -> list[Message]:
+        """Messages during which the GPU waits."""
+        ranks = self.cluster.ranks
+        group = bn_group_images(self.run.parallel, self.run.global_batch_size) // images
+        norms, itemsize = self.micro_batch.line.few.norms, self.execution.dtype.itemsize
+        return [
+            *(Message(*sent, ranks) for sent in (*sent_by_loss, *self.optimizer[0].sent)),
+            *communication.batch_norm_messages(norms, group, itemsize),
+        ]
+
+    def _overlaps(self, images: int, forward: float, backward: float) -> list[Overlap]:
+        """Messages of weights and gradients, with the computation beside them."""
+        settings, dtype, cluster = self.run.parallel, self.execution.dtype, self.cluster
+        if settings.strategy == "ddp":
+            halved = settings.gradients == "bfloat16" and dtype == torch.float32
+            size = self.gradient_bytes / (2 if halved else 1)
+            return [communication.ddp_overlap(size, cluster.ranks, backward)]
+        gathered, reduced = communication.weight_messages(
+            self.units, settings, cluster, self.execution.autocast, dtype.itemsize
+        )
+        num_forwards = 2 if self.two_passes(images) else 1
+        overlaps = [
+            *num_forwards * [Overlap(gathered, forward, gathered[:1])],
+            Overlap(reduced, backward, reduced[-1:]),
+        ]
+        return self.share // images * overlaps

@@ -1,47 +1,50 @@
-"""What a plan knows of machines: GPUs by name from their data sheets, clusters, and this machine as `calibrate` measured it."""
+"""Rates of GPUs and their links, from data sheets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 
 from ssl_pretrain.config import PlanConfig
 from ssl_pretrain.planning.trace import CONVOLUTION, Trace
 
 GIGA, TERA = 1e9, 1e12
+MATMUL_SHARE = 0.8  # of the peak: large bfloat16 products reach 790 of 989 TFLOP/s on an H100
+BANDWIDTH_SHARE = 0.85  # of the memory bandwidth, reached by a copy
+LINK_SHARE = 0.8  # of the link bandwidth, reached by large all-reduces of NCCL
+ATTAINED = 0.75  # share of the roofline that eager training steps reach; an assumption
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One device and its links. Rates are per second, bandwidths in bytes and one way."""
+    """Rates of one GPU and its links, per second. Bandwidths are in bytes and one way."""
 
     name: str
     memory: float  # bytes
-    matmul: float  # bfloat16 products, float32 sums, dense; on a CPU float32
+    matmul: float  # bfloat16 products with float32 sums, dense
     wide_matmul: float  # float32, without tensor cores
     convolution: float
-    bandwidth: float
-    intra_node: float  # of one device
-    inter_node: float  # of one node
+    bandwidth: float  # of memory
+    intra_node: float  # from one GPU to the others of its node
+    inter_node: float  # from one node to the others
     attained: float = 1.0  # share of the roofline that a training step reaches
-    launch_seconds: float = 7e-6  # of the host, per operation, eager
-    latency_seconds: float = 7e-6  # of a collective, per level of a tree of ranks
-    decoded_per_core: float = 0.0
-    on_cpu: bool = False
-    source: str = "data sheets"
+    launch_seconds: float = 7e-6  # time of the host per eager operation
+    latency_seconds: float = 7e-6  # time of a collective per level of a tree of ranks
+    decoded_per_core: float = 0.0  # images; 0: the loader is not planned
 
     def seconds(self, trace: Trace) -> float:
-        """Of a computation: each operation as slow as its arithmetic or its memory, over what is attained. A CPU
-        launches before it computes, a GPU meanwhile."""
-        computing, launching = (
-            sum(self.bounds(trace)) / self.attained,
-            int((trace.moved > 0).sum()) * self.launch_seconds,
-        )
-        return computing + launching if self.on_cpu else max(computing, launching)
+        """Return the time of a computation. The host launches operations while the GPU computes."""
+        launching = int((trace.moved > 0).sum()) * self.launch_seconds
+        return max(sum(self.bounds(trace)) / self.attained, launching)
 
     def bounds(self, trace: Trace) -> tuple[float, float]:
-        """Seconds of the operations that arithmetic bounds, and of those that memory bounds, at the full rates."""
+        """Return the seconds of operations bound by arithmetic and of those bound by memory.
+
+        Both are at full rates. An operation takes the longer of its arithmetic and its memory time.
+        """
         rate = np.full(len(trace.flops), self.matmul)
         rate[trace.wide] = self.wide_matmul
         rate[trace.kind == CONVOLUTION] = self.convolution
@@ -50,48 +53,70 @@ class Machine:
         return float(arithmetic[by_arithmetic].sum()), float(memory[~by_arithmetic].sum())
 
 
-MATMUL_SHARE = (
-    0.8  # of a data sheet's peak: 790 of 989 TFLOP/s, what large bfloat16 products reach on an H100
-)
-BANDWIDTH_SHARE = 0.85  # of a data sheet's: what a copy reaches
-LINK_SHARE = 0.8  # of a data sheet's: what NCCL's large all-reduces reach
-# Share of the roofline over these rates that eager training steps reach: assumed. `python -m ssl_pretrain.planning.scaling` prints beside it what
-# published speeds attain, `python -m ssl_pretrain.planning.calibrate` measures it.
-ATTAINED = 0.75
+@dataclass(frozen=True)
+class DataSheet:
+    """Published rates of a GPU. Only GPUs with a memory size can be planned."""
+
+    bf16: float  # dense TFLOP/s in bfloat16, or in float16 for GPUs without bfloat16
+    memory: float = 0  # GB
+    fp32: float = 0  # TFLOP/s without tensor cores
+    bandwidth: float = 0  # of memory, TB/s
+    link: float = 0  # GB/s, one way, of a GPU's links in its node
+    node: float = 0  # GB/s, one way, of all network ports of a node
 
 
-def from_data_sheet(
-    name: str,
-    gigabytes: float,
-    bf16: float,
-    fp32: float,
-    bandwidth: float,
-    link: float,
-    node: float,
-) -> Machine:
-    """GB of memory, dense bfloat16 and float32 TFLOP/s, TB/s of memory, GB/s one way of a GPU's links and of a node's ports."""
-    matmul = bf16 * TERA * MATMUL_SHARE
+# NVIDIA's data sheets, by a part of the name that CUDA reports. The first that matches counts.
+# Nodes: DGX H100 and H200, 8 ports of 400 Gbit/s; DGX A100, 8 ports of 200 Gbit/s; two ports of
+# 200 Gbit/s are assumed for the L40S.
+DATA_SHEETS = {
+    "B200": DataSheet(2250.0),
+    "H200": DataSheet(989.4, memory=141, fp32=67, bandwidth=4.8, link=450, node=400),
+    "H100 PCIe": DataSheet(756.0),
+    "H100 NVL": DataSheet(835.0),
+    "H100": DataSheet(989.4, memory=80, fp32=67, bandwidth=3.35, link=450, node=400),
+    "A100": DataSheet(312.0, memory=80, fp32=19.5, bandwidth=2.039, link=300, node=200),
+    "A40": DataSheet(149.7),
+    "L40S": DataSheet(362.05, memory=48, fp32=91.6, bandwidth=0.864, link=32, node=50),
+    "L40": DataSheet(181.0),
+    "L4": DataSheet(121.0),
+    "A10": DataSheet(125.0),
+    "V100": DataSheet(125.0),
+    "T4": DataSheet(65.0),
+    "RTX 4090": DataSheet(165.2),
+    "RTX 3090": DataSheet(71.0),
+}
+
+
+def peak_tflops(device: torch.device) -> float:
+    """Return the peak of a device in bfloat16, 0 if it is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((sheet.bf16 for part, sheet in DATA_SHEETS.items() if part in name), 0.0)
+
+
+def from_data_sheet(name: str, sheet: DataSheet) -> Machine:
+    """Return the rates that training reaches on a GPU."""
+    matmul = sheet.bf16 * TERA * MATMUL_SHARE
     return Machine(
-        name, gigabytes * GIGA, matmul, fp32 * TERA * MATMUL_SHARE, matmul, bandwidth * TERA * BANDWIDTH_SHARE,
-        link * GIGA * LINK_SHARE, node * GIGA * LINK_SHARE, ATTAINED,
-    )  # fmt: skip
+        name,
+        memory=sheet.memory * GIGA,
+        matmul=matmul,
+        wide_matmul=sheet.fp32 * TERA * MATMUL_SHARE,
+        convolution=matmul,
+        bandwidth=sheet.bandwidth * TERA * BANDWIDTH_SHARE,
+        intra_node=sheet.link * GIGA * LINK_SHARE,
+        inter_node=sheet.node * GIGA * LINK_SHARE,
+        attained=ATTAINED,
+    )
 
 
 MACHINES = {
-    # NVIDIA H100 data sheet, SXM: 80 GB, 1,979 with sparsity, 67, 3.35, NVLink 900 both ways; DGX H100 data sheet: 8 ports of 400 Gbit/s
-    "H100": from_data_sheet("H100", 80, 989.4, 67, 3.35, 450, 400),
-    # NVIDIA H200 data sheet, SXM: 141 GB, the same rates, 4.8, NVLink 900 both ways; DGX H200 data sheet: 8 ports of 400 Gbit/s
-    "H200": from_data_sheet("H200", 141, 989.4, 67, 4.8, 450, 400),
-    # NVIDIA A100 80GB data sheet, SXM: 312, 19.5, 2.039, NVLink 600 both ways; DGX A100 data sheet: 8 ports of 200 Gbit/s
-    "A100": from_data_sheet("A100", 80, 312, 19.5, 2.039, 300, 200),
-    # NVIDIA L40S data sheet: 48 GB, 362.05, 91.6, 0.864, PCIe 4.0 x16 64 both ways; a node with 2 ports of 200 Gbit/s assumed
-    "L40S": from_data_sheet("L40S", 48, 362.05, 91.6, 0.864, 32, 50),
+    name: from_data_sheet(name, sheet) for name, sheet in DATA_SHEETS.items() if sheet.memory
 }
 
 
 def machine(config: PlanConfig) -> Machine:
-    """Return the machine that `plan.gpu` names, with the links and the loader that the config gives."""
-    given = {
+    """Return the machine that `plan.gpu` names, with the rates that the configuration gives."""
+    given: dict[str, Any] = {
         "intra_node": config.intra_node_gb_per_second * GIGA,
         "inter_node": config.inter_node_gb_per_second * GIGA,
         "decoded_per_core": config.decoded_per_core,

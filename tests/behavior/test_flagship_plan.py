@@ -30,6 +30,6 @@ def test_eight_gpus_hold_the_flagship(gpu, overrides, fits):
     memory = next(
         line
         for line in done.stdout.splitlines()
-        if line.startswith("memory of each, 1,024 images at once")
+        if line.startswith("memory of each GPU with a micro-batch of 1,024 images")
     )
     assert memory.endswith("; fits") == fits, memory

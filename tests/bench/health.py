@@ -37,7 +37,7 @@ from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.planning import flops
+from ssl_pretrain.planning import hardware
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
@@ -117,7 +117,7 @@ def time_pairs(options: argparse.Namespace, folder: Path) -> dict[str, list[tupl
         global_batch_size=options.images,
         config={},
         flops_per_image=1e9,
-        peak_tflops=flops.peak_tflops(device),
+        peak_tflops=hardware.peak_tflops(device),
     ) as logger:
         method = parallel.unwrap(stepper.model)
         health = HealthConfig(every_steps=MEASURE_STEPS)

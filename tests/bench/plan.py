@@ -17,8 +17,8 @@ from measure import interleaved, mib, versions
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.parallel import memory
-from ssl_pretrain.planning.estimate import backbone_step
 from ssl_pretrain.planning.hardware import MACHINES
+from ssl_pretrain.planning.step_trace import trace_backbone
 
 CASES = [  # backbone, image size in pixels, images on a CPU
     ("resnet18", 96, 16),
@@ -59,7 +59,7 @@ def main() -> None:
     print("|---" * 6 + "|")
     for name, size, images in CASES:
         images *= GPU_FACTOR if device.type == "cuda" else 1
-        trace = backbone_step(name, size, images, bfloat16=device.type == "cuda")
+        trace = trace_backbone(name, size, images, bfloat16=device.type == "cuda")
         step = build_step(name, size, images, device)
         step()
         measured = interleaved({"step": step}, options.repeats, device)["step"] * 1e3

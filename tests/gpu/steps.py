@@ -36,7 +36,7 @@ from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning import hardware
 from ssl_pretrain.planning.communication import Cluster
-from ssl_pretrain.planning.estimate import Program
+from ssl_pretrain.planning.estimate import Estimate
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views import color, recipe
 from ssl_pretrain.views.batch import Batch
@@ -272,13 +272,13 @@ def measure(
     seconds = interleaved(steps, repeats, device)
     words = torch.cuda.get_device_name().split() if device.type == "cuda" else []
     machine = next((hardware.MACHINES[word] for word in words if word in hardware.MACHINES), None)
-    program = Program(
+    estimate = Estimate(
         replace(run, global_batch_size=images),
         Cluster(1, 1),
         machine or hardware.MACHINES["H100"],
     )
-    trace_of_step = program.part.at(images)
-    roofline = sum(program.machine.bounds(trace_of_step))
+    trace_of_step = estimate.micro_batch.at(images)
+    roofline = sum(estimate.machine.bounds(trace_of_step))
     result |= {
         "ms": seconds["whole"] * 1e3,
         "ms_without_color": seconds["step"] * 1e3,

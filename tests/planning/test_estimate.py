@@ -1,4 +1,4 @@
-"""What a plan says of a machine: counted parts against the built run, the models of time against numbers known without them."""
+"""Estimated memory against the built run, and models of time against numbers known by hand."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import torch
 import traffic
 from test_configs import FIRST, _reduced
 
-from ssl_pretrain import config
+from ssl_pretrain import config, schema
 from ssl_pretrain.build import build_method
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel.memory import ROOM
+from ssl_pretrain.parallel.memory import GIB, ROOM
 from ssl_pretrain.planning import communication, hardware, plan
 from ssl_pretrain.planning.communication import Cluster, Message
-from ssl_pretrain.planning.estimate import Program
+from ssl_pretrain.planning.estimate import Estimate
 from ssl_pretrain.planning.hardware import MACHINES, Machine
 from ssl_pretrain.planning.trace import CONVOLUTION, MATMUL, OTHER, Trace
 
-QUICK = ("simclr", "swav")  # the others are long tests
+QUICK = ("simclr", "swav")  # the other methods are in the long suite
 TOY = Machine(
     "toy",
-    1e9,
-    1e12,
-    1e11,
-    5e11,
-    1e9,
-    1e8,
-    1e7,
+    memory=1e10,
+    matmul=1e12,
+    wide_matmul=1e11,
+    convolution=5e11,
+    bandwidth=1e9,
+    intra_node=1e8,
+    inter_node=1e7,
     launch_seconds=0.0,
     latency_seconds=1e-3,
-    on_cpu=True,
 )
+ONE_GPU = Cluster(1, 1)
 
 
 @pytest.fixture
@@ -43,28 +43,17 @@ def run(tmp_path):
     return _reduced(path, tmp_path)
 
 
-def columns(flops, moved, kinds, wide) -> Trace:
-    return Trace(
-        np.array(flops),
-        np.array(moved),
-        np.zeros(len(flops)),
-        np.array(kinds),
-        np.array(wide),
-        [],
-        {},
-    )
+def make_trace(flops, moved, kinds, wide) -> Trace:
+    columns = [np.array(column) for column in (flops, moved, np.zeros(len(flops)), kinds, wide)]
+    return Trace(*columns, sent=[], norms={})
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        path
-        if path.stem.split("_imagenet")[0] in QUICK
-        else pytest.param(path, marks=pytest.mark.full)
-        for path in FIRST
-    ],
-    ids=lambda path: path.stem,
-)
+def quick_or_full(path):
+    quick = path.stem.split("_imagenet")[0] in QUICK
+    return path if quick else pytest.param(path, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("path", map(quick_or_full, FIRST), ids=lambda path: path.stem)
 def test_every_method_has_a_plan(path, tmp_path):
     run = _reduced(path, tmp_path)
     run = replace(
@@ -72,80 +61,67 @@ def test_every_method_has_a_plan(path, tmp_path):
         plan=replace(run.plan, gpu="H100", num_images=10_000),
         launch=replace(run.launch, nodes=2, gpus_per_node=2),
     )
-    text = plan.describe(run, plan.ranks(run, here=1))
+    text = plan.describe(run, plan.num_ranks(run, default=1))
     for line in (
         "# on 4 x H100, 2 nodes of 2: rates from data sheets",
-        "of the step's peak:",
-        "largest local batch: 4 of its share of 4",
+        "in the peak of the step:",
+        "largest micro-batch: 4 of its share of 4",
         "a step: ",
     ):
         assert line in text, text
-    seconds = float(text.partition("a step: ")[2].partition(" ms")[0].replace(",", ""))
-    listed = [
-        float(line.split()[0])
-        for line in text.splitlines()
-        if line.startswith("  ") and " ms  " in line
-    ]
-    assert sum(listed) == pytest.approx(seconds, rel=0.05, abs=0.1)
+    total = float(text.partition("a step: ")[2].partition(" ms")[0].replace(",", ""))
+    components = [line for line in text.splitlines() if line.startswith("  ") and " ms  " in line]
+    listed = sum(float(line.split()[0]) for line in components)
+    assert listed == pytest.approx(total, rel=0.05, abs=0.1)
 
 
-def test_parameters_gradients_and_optimizer_are_those_of_the_run(run):
-    for settings in (run.optim, replace(run.optim, name="adamw")):
-        run = replace(run, optim=settings)
-        method = build_method(run)
-        optimizer = optim.build(run.optim, method)
-        for parameter in method.parameters():
-            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-        optim.guarded_step(optimizer)
-        program = Program(run, Cluster(1, 1), TOY)
-        sizes = program.memory(4)
-        assert sizes["parameters"] + sizes["teacher"] == sum(p.nbytes for p in method.parameters())
-        assert program.gradient_bytes == sum(
-            p.nbytes for p in method.parameters() if p.requires_grad
-        )
-        assert sizes["optimizer"] == sum(
-            z.nbytes for state in optimizer.state.values() for z in state.values()
-        )
-        assert sizes["buffers"] == sum(b.nbytes for b in method.buffers())
+@pytest.mark.parametrize("optimizer_name", ["lars", "adamw"])
+def test_weights_and_optimizer_take_the_memory_of_the_built_run(run, optimizer_name):
+    run = replace(run, optim=replace(run.optim, name=optimizer_name))
+    method = build_method(run)
+    optimizer = optim.build(run.optim, method)
+    for parameter in method.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optim.guarded_step(optimizer)
+    estimate = Estimate(run, ONE_GPU, TOY)
+    sizes = estimate.memory(4)
+    assert sizes["parameters"] + sizes["teacher"] == sum(p.nbytes for p in method.parameters())
+    assert estimate.gradient_bytes == sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    state = [value for entries in optimizer.state.values() for value in entries.values()]
+    assert sizes["optimizer"] == sum(value.nbytes for value in state)
+    assert sizes["buffers"] == sum(buffer.nbytes for buffer in method.buffers())
 
 
-def test_each_operation_is_as_slow_as_its_arithmetic_or_its_memory():
-    trace = columns(
+def test_an_operation_takes_the_longer_of_its_arithmetic_and_its_memory_time():
+    trace = make_trace(
         [2e12, 1e11, 5e11, 10],
         [10, 10, 3e9, 2e9],
         [MATMUL, MATMUL, CONVOLUTION, OTHER],
         [False, True, False, False],
     )
     assert TOY.bounds(trace) == pytest.approx((2.0 + 1.0, 3.0 + 2.0))
-    assert replace(TOY, attained=0.5, launch_seconds=0.25).seconds(trace) == pytest.approx(
-        16.0 + 4 * 0.25
-    )  # a CPU does both itself
-    gpu = replace(TOY, attained=0.5, on_cpu=False)
-    assert replace(gpu, launch_seconds=0.25).seconds(trace) == pytest.approx(16.0)
-    assert replace(gpu, launch_seconds=5.0).seconds(trace) == pytest.approx(20.0)
+    attained = replace(TOY, attained=0.5)
+    assert replace(attained, launch_seconds=0.25).seconds(trace) == pytest.approx(16.0)
+    assert replace(attained, launch_seconds=5.0).seconds(trace) == pytest.approx(20.0)
 
 
 def test_a_collective_takes_its_ring_and_its_tree():
     inside, across = Cluster(1, 16), Cluster(4, 4)
     gather, reduction = (Message(name, 16_000_000, 16) for name in ("allgather", "allreduce"))
-    assert communication.seconds(TOY, inside, [gather]) == pytest.approx(15 / 16 * 0.16 + 4e-3)
-    assert communication.seconds(TOY, inside, [reduction, gather]) == pytest.approx(
-        3 * 15 / 16 * 0.16 + 8e-3
-    )
-    assert communication.seconds(TOY, across, [gather]) == pytest.approx(15 / 16 * 1.6 + 4e-3)
     within = replace(gather, ranks=4)
-    assert communication.seconds(TOY, across, [within, replace(within, times=2)]) == pytest.approx(
-        3 * (3 / 4 * 0.16 + 2e-3)
-    )
-    assert communication.seconds(TOY, across, [replace(within, across=True)]) == pytest.approx(
-        3 / 4 * 1.6 + 2e-3
-    )
+    for cluster, messages, expected in (
+        (inside, [gather], 15 / 16 * 0.16 + 4e-3),
+        (inside, [reduction, gather], 3 * 15 / 16 * 0.16 + 8e-3),
+        (across, [gather], 15 / 16 * 1.6 + 4e-3),
+        (across, [within, replace(within, times=2)], 3 * (3 / 4 * 0.16 + 2e-3)),
+        (across, [replace(within, across=True)], 3 / 4 * 1.6 + 2e-3),
+    ):
+        assert communication.seconds(TOY, cluster, messages) == pytest.approx(expected)
 
 
 def test_batch_norm_across_ranks_sends_its_sums():
-    messages = communication.of_batch_norm(
-        {"forward": [3, 5], "backward": [5]}, ranks=4, itemsize=4
-    )
+    norms = {"forward": [3, 5], "backward": [5]}
+    messages = communication.batch_norm_messages(norms, ranks=4, itemsize=4)
     assert [(m.collective, m.size) for m in messages] == [
         ("allgather", 4 * 4 * 7),
         ("allgather", 4 * 4 * 11),
@@ -154,114 +130,110 @@ def test_batch_norm_across_ranks_sends_its_sums():
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
-def test_sharded_weights_travel_as_the_counted_bytes_do(run, ranks):
-    """tests/traffic.py's formula, which the tests of FSDP hold against bytes counted at the collectives."""
+def test_sharded_weights_send_the_counted_bytes(run, ranks):
+    """The formula of tests/traffic.py, which the tests of FSDP compare with counted bytes."""
     method = build_method(run).double()
     settings = replace(run.parallel, strategy="fsdp")
     units = communication.units(method, {"backbone": 1}, ranks)
-    there, back = communication.of_weights(
-        units, settings, Cluster(1, ranks), low=False, itemsize=8
+    forward, backward = communication.weight_messages(
+        units, settings, Cluster(1, ranks), low_precision=False, itemsize=8
     )
     with process_group.fake_process_group(ranks):
         expected = traffic.predicted(method, "fsdp", dim=8, rows=2, calls=1)
-    assert sum(m.sent for m in [*there, *back] if m.collective == "allgather") == pytest.approx(
-        float(expected["weights"])
-    )
-    assert sum(m.sent for m in back if m.collective == "reduce_scatter") == pytest.approx(
-        float(expected["gradients"])
-    )
+    gathered = sum(m.sent for m in forward + backward if m.collective == "allgather")
+    reduced = sum(m.sent for m in backward if m.collective == "reduce_scatter")
+    assert gathered == pytest.approx(float(expected["weights"]))
+    assert reduced == pytest.approx(float(expected["gradients"]))
 
 
-def test_shards_divide_what_stays_and_cost_what_is_gathered(run):
-    nodes = replace(TOY, inter_node=1e6)
-    plain, whole, hybrid = (
-        Program(
-            replace(run, parallel=replace(run.parallel, strategy=strategy)), Cluster(2, 2), nodes
+def test_shards_divide_memory_and_cost_communication(run):
+    machine = replace(TOY, inter_node=1e6)
+    ddp, fsdp, hybrid = (
+        Estimate(
+            replace(run, parallel=replace(run.parallel, strategy=strategy)), Cluster(2, 2), machine
         )
         for strategy in ("ddp", "fsdp", "hybrid")
     )
-    for program, shards in ((whole, 4), (hybrid, 2)):
-        for part in ("parameters", "optimizer", "teacher"):
-            assert program.memory(4)[part] == plain.memory(4)[part] / shards
-        assert program.memory(4)["DDP's buckets"] == 0 < program.memory(4)["gathered weights"]
-        assert program.peak(4) < plain.peak(4)
-    exposed = {
-        name: program.step(4).exposed
-        for name, program in (("plain", plain), ("whole", whole), ("hybrid", hybrid))
-    }
-    assert (
-        exposed["whole"] > exposed["plain"] > exposed["hybrid"]
-    )  # thrice the bytes; the slow links carry half of the gradients
+    for estimate, num_shards in ((fsdp, 4), (hybrid, 2)):
+        for name in ("parameters", "optimizer", "teacher"):
+            assert estimate.memory(4)[name] == ddp.memory(4)[name] / num_shards
+        assert estimate.memory(4)["DDP buckets"] == 0 < estimate.memory(4)["gathered weights"]
+        assert estimate.peak(4) < ddp.peak(4)
+    # FSDP sends three times the bytes. Hybrid's slow links carry half of the gradients.
+    exposed = [estimate.step(4).exposed for estimate in (fsdp, ddp, hybrid)]
+    assert exposed[0] > exposed[1] > exposed[2]
 
 
-def test_activations_computed_again_are_not_kept(run):
+def test_activation_checkpointing_saves_memory_and_repeats_operations(run):
     run = replace(run, backbone=replace(run.backbone, name="test_vit"))
-    kept, again = (
-        Program(
-            replace(run, parallel=replace(run.parallel, activation_checkpointing=how)),
-            Cluster(1, 1),
-            TOY,
+    whole, recomputed = (
+        Estimate(
+            replace(run, parallel=replace(run.parallel, activation_checkpointing=how)), ONE_GPU, TOY
         )
         for how in ("none", "blocks")
     )
-    assert again.activations(4) < kept.activations(4)
-    assert (
-        again.part.few.phase("backward").flops.sum() > kept.part.few.phase("backward").flops.sum()
-    )
-    assert again.part.few.phase("forward").flops.sum() == kept.part.few.phase("forward").flops.sum()
+
+    def flops(estimate: Estimate, phase: str) -> float:
+        return estimate.micro_batch.at(2).phase(phase).flops.sum()
+
+    assert recomputed.activations(4) < whole.activations(4)
+    assert flops(recomputed, "backward") > flops(whole, "backward")
+    assert flops(recomputed, "forward") == flops(whole, "forward")
 
 
-def test_the_largest_part_is_the_largest_that_fits(run):
-    program = Program(
-        replace(run, parallel=replace(run.parallel, bn_group_images=2)), Cluster(1, 1), TOY
-    )
-    needed = sum(program.memory(8).values())
+def test_the_largest_micro_batch_just_fits(run):
+    run = replace(run, parallel=replace(run.parallel, bn_group_images=2))
+    estimate = Estimate(run, ONE_GPU, TOY)
+    needed = sum(estimate.memory(8).values())
     for room, expected in ((needed, 8), (needed - 1, 4)):
-        program.machine = replace(TOY, memory=room / ROOM)
-        assert program.largest()[0] == expected
-    assert program.two_passes(8) and program.step(8).compute > program.step(16).compute
-    program.machine = replace(TOY, memory=1000.0)
-    assert program.largest() == (
+        estimate.machine = replace(TOY, memory=room / ROOM)
+        assert estimate.largest()[0] == expected
+    assert estimate.two_passes(8) and estimate.step(8).compute > estimate.step(16).compute
+    estimate.machine = replace(TOY, memory=1000.0)
+    assert estimate.largest() == (
         0,
-        f"batch norm over 2 images takes 2 at once, {sum(program.memory(2).values()) / 2**30:.1f} GiB of 0.0; more GPUs, or a smaller group, would do",
+        f"batch norm over 2 images takes 2 at once, {sum(estimate.memory(2).values()) / GIB:.1f} "
+        "GiB of 0.0; more GPUs, or a smaller group, would do",
     )
 
 
-def test_half_the_cores_wait_for_the_loader(run):
+def test_a_slow_loader_bounds_the_step(run):
     fast, slow = (
-        Program(run, Cluster(1, 1), replace(TOY, decoded_per_core=rate)).step(16)
-        for rate in (1e9, 1e-3)
+        Estimate(run, ONE_GPU, replace(TOY, decoded_per_core=rate)).step(16) for rate in (1e9, 1e-3)
     )
     assert fast.data == 0 and slow.bound == "data"
     assert slow.total == pytest.approx(16 / 1e-3 / max(1, run.data.num_workers))
 
 
-def test_the_links_of_the_config_replace_the_data_sheets(run):
+def test_the_links_of_the_config_replace_those_of_the_data_sheet(run):
     settings = replace(run.plan, gpu="H100", inter_node_gb_per_second=25.0)
     assert hardware.machine(settings) == replace(MACHINES["H100"], inter_node=25e9)
 
 
 def test_data_sheets_are_in_the_right_units():
     for machine in MACHINES.values():
-        assert (
-            1e14 < machine.matmul < 1e15
-            and 5e11 < machine.bandwidth < 5e12
-            and 4e10 < machine.memory < 2e11
-        )
+        assert 1e14 < machine.matmul < 1e15
+        assert 5e11 < machine.bandwidth < 5e12
+        assert 4e10 < machine.memory < 2e11
     assert MACHINES["H200"].bandwidth / MACHINES["H100"].bandwidth == pytest.approx(4.8 / 3.35)
 
 
-def test_the_cluster_of_a_plan_is_launchs(run):
-    settings = replace(
+def test_every_gpu_that_can_be_planned_has_rates():
+    gpus = schema.hints(config.PlanConfig)["gpu"].__args__
+    assert set(gpus) - {""} == MACHINES.keys()
+
+
+def test_the_cluster_of_a_plan_is_that_of_launch(run):
+    cluster = replace(
         run,
         plan=replace(run.plan, gpu="A100"),
         launch=replace(run.launch, nodes=3, gpus_per_node=8),
     )
-    assert plan.ranks(settings, here=2) == 24
-    assert plan.ranks(run, here=2) == 2
+    assert plan.num_ranks(cluster, default=2) == 24
+    assert plan.num_ranks(run, default=2) == 2
     assert "memory and time: plan.gpu=H100 computes them" in plan.describe(run)
 
 
-def test_a_plan_is_for_any_run_that_goes_on(run):
+def test_a_resumed_run_may_have_another_plan(run):
     other = replace(run, plan=replace(run.plan, gpu="L40S"))
     config.compare_for_resume(config.to_dict(run), other, "runs/x/checkpoints/step_1")

@@ -1,0 +1,80 @@
+"""Explain the keys of a configuration, from the help of their settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, Union, get_args, get_origin
+
+from ssl_pretrain import methods, schema
+from ssl_pretrain.config.resume_policy import resume_policy
+from ssl_pretrain.config.run_config import RunConfig
+from ssl_pretrain.methods.base import MethodConfig
+from ssl_pretrain.schema import Policy
+
+ON_RESUME = {
+    "same": "A resumed run must keep it.",
+    "free": "A resumed run may change it.",
+    "warn": "A resumed run may change it, with a warning.",
+}
+
+
+class HelpAction(argparse.Action):
+    """The option `--help [KEY]`: print the help of the command, or of one key, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, key: Any, *_: Any) -> None:
+        try:
+            print(explain(key) if key else parser.format_help())
+        except ValueError as error:
+            parser.error(str(error))
+        parser.exit()
+
+
+def explain(key: str = "") -> str:
+    """Return the help of a key, or the list of a section's keys. Empty: the sections.
+
+    The keys of a method stand below its name, as in `method.simclr.temperature`.
+
+    Raises:
+        ValueError: There is no such key.
+    """
+    kind: Any = RunConfig
+    names = key.split(".") if key else []
+    if names[:1] == ["method"] and len(names) > 1:
+        method_config = methods.find(names.pop(1)).Config
+    else:
+        method_config = MethodConfig
+    replaced = {"method": method_config}
+    for depth in range(len(names)):
+        owner, path = kind, ".".join(names[: depth + 1])
+        kind = schema.declared_type(RunConfig, path, replaced)
+    if dataclasses.is_dataclass(kind):
+        return _explain_section(typing.cast(type, kind))
+    if not dataclasses.is_dataclass(owner):
+        raise ValueError(f"{key}: has no help of its own; see {key.rpartition('.')[0]}")
+    return _explain_setting(typing.cast(type, owner), key, resume_policy(path, method_config))
+
+
+def _explain_section(kind: type) -> str:
+    names = [field.name for field in dataclasses.fields(kind)]
+    width = max(map(len, names))
+    return "\n".join(f"{name:{width}}  {schema.metadata(kind, name)['help']}" for name in names)
+
+
+def _explain_setting(kind: type, key: str, policy: Policy) -> str:
+    name = key.rpartition(".")[2]
+    type_name, default = _describe_type(schema.hints(kind)[name]), getattr(kind(), name)
+    text = schema.metadata(kind, name)["help"]
+    return f"{key} ({type_name}, default {default!r})\n  {text}\n  {ON_RESUME[policy]}"
+
+
+def _describe_type(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(choice or repr(choice) for choice in get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " | ".join(_describe_type(inner) for inner in get_args(kind))
+    if kind is types.NoneType:
+        return "null"
+    return str(kind) if get_origin(kind) else kind.__name__

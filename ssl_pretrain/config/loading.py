@@ -1,0 +1,170 @@
+"""Read a configuration from YAML and `key=value` overrides, or from a checkpoint's manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ssl_pretrain import methods, schema
+from ssl_pretrain.config.run_config import RunConfig
+from ssl_pretrain.methods.base import MethodConfig
+from ssl_pretrain.schema import Scalar
+
+NO_METHOD = "none"  # method.name of weights that were not trained by this project
+INTERPOLATION = (
+    "'${' is not allowed: nothing is interpolated, so that no secret of the environment enters a "
+    "logged config"
+)
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration. The message names the file, key, value and allowed values."""
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Turn a ValueError into a ConfigError whose message begins with the name of the file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the configuration of a YAML file with `key=value` overrides.
+
+    Raises:
+        ConfigError: A key or a value is not allowed.
+    """
+    tree = override(read_yaml(Path(path)), overrides, str(path))
+    if schema.at(tree, "output") in (None, "", Scalar("")):
+        tree["output"] = f"runs/{Path(path).stem}"
+    return from_dict(tree, str(path))
+
+
+def from_dict(tree: dict[str, Any], source: str = "the checkpoint's config") -> RunConfig:
+    """Build a configuration from the values of a checkpoint's manifest or of a YAML file.
+
+    Raises:
+        ConfigError: A key or a value is not allowed.
+    """
+    if "${" in str(tree):
+        raise ConfigError(f"{source}: {INTERPOLATION}")
+    with naming(source):
+        tree = schema.rename_keys(tree, source)
+        config = schema.build(RunConfig, tree, {"method": _method_config(tree)})
+        schema.check(config)
+    assert isinstance(config, RunConfig), "the schema is RunConfig"
+    return config
+
+
+def without_method(overrides: Sequence[str], source: str) -> RunConfig:
+    """Return the configuration for evaluating weights that were not trained by this project.
+
+    Raises:
+        ConfigError: An override is not allowed.
+    """
+    return from_dict(override({"method": {"name": NO_METHOD}}, overrides, source), source)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as the plain values of a manifest."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the configuration as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    """Set `key=value` overrides in the values of a YAML file or a manifest.
+
+    Raises:
+        ConfigError: An override is not key=value, or its key does not exist.
+    """
+    pairs = [pair for pair in map(_split_override, overrides) if pair is not None]
+    with naming(source):
+        values = schema.rename_keys(values, source)
+        named = values
+        # The name of the method decides the types of its keys.
+        for key, text in pairs:
+            if key in ("method", "method.name"):
+                any_method = {"method": dict[str, str]}
+                named = schema.merge(named, schema.override(RunConfig, key, text, any_method))
+        method_type = {"method": _method_config(named)}
+        for key, text in pairs:
+            values = schema.merge(values, schema.override(RunConfig, key, text, method_type))
+    return values
+
+
+def _split_override(text: str) -> tuple[str, str] | None:
+    """Return key and value of an override, None if its key no longer has an effect."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r}: an override is key=value, such as optim.base_lr=0.3")
+    if "${" in text:
+        raise ConfigError(f"{key}: {INTERPOLATION}")
+    present = schema.present_key(key, value)
+    return (present, value) if present else None
+
+
+def _method_config(tree: dict[str, Any]) -> type[MethodConfig]:
+    """Return the Config of the method that `method.name` names."""
+    name = schema.at(tree, "method.name")
+    name = name.text if isinstance(name, Scalar) else name
+    if not name or name == "???":
+        raise ValueError(f"method.name is missing; choose one of: {', '.join(methods.names())}")
+    return MethodConfig if name == NO_METHOD else methods.find(str(name)).Config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file. Its scalars stay text until the types of their keys are known.
+
+    Raises:
+        ConfigError: There is no such file, or it is not a YAML mapping in UTF-8.
+    """
+    if not path.is_file():
+        neighbors = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
+        hint = "Give the path of a YAML, such as configs/simclr_digits.yaml"
+        if neighbors:
+            hint = f"There are: {', '.join(neighbors)}"
+        raise ConfigError(f"{path}: no such file. {hint}")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        problem = f"not UTF-8 text: byte 0x{byte:02x} at line {line}. Save the file as UTF-8"
+        raise ConfigError(f"{path}: {problem}") from None
+    if "${" in text:
+        raise ConfigError(f"{path}: {INTERPOLATION}")
+    try:
+        tree = schema.parse_yaml(text)
+    except yaml.YAMLError as error:
+        problem = f"not valid YAML{_yaml_problem(error, text)}"
+        raise ConfigError(f"{path}: {problem}. Write each key once, as 'key: value'") from None
+    if tree == Scalar(""):
+        return {}
+    if not isinstance(tree, dict):
+        kind = "a list" if isinstance(tree, list) else f"the text {tree.text!r}"
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, got {kind}")
+    return tree
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
+    """Return a problem of PyYAML as ` at line N: PROBLEM`."""
+    if isinstance(error, yaml.reader.ReaderError):
+        character = chr(error.character) if isinstance(error.character, int) else error.character
+        line = text.count("\n", 0, max(0, text.find(str(character)))) + 1
+        return f" at line {line}: {error.reason}"
+    mark = getattr(error, "problem_mark", None)
+    where = f" at line {mark.line + 1}" if mark else ""
+    return f"{where}: {getattr(error, 'problem', None) or error}"

@@ -1,0 +1,82 @@
+"""Compare the configuration of a resumed run with that of its checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain import schema
+from ssl_pretrain.config.loading import ConfigError, from_dict, to_dict
+from ssl_pretrain.config.run_config import RunConfig
+from ssl_pretrain.schema import Policy
+from ssl_pretrain.views.recipe import Crop
+
+
+def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:
+    """Refuse to resume a checkpoint with a configuration that computes something else.
+
+    The `on_resume` policy of a key says if it may differ. A key that the saving version did not
+    have counts as its default.
+
+    Args:
+        saved: The configuration in the checkpoint's manifest.
+        config: The configuration to resume with.
+        path: Folder of the checkpoint, for the message.
+
+    Raises:
+        ConfigError: Lists the keys that differ, and two remedies.
+    """
+    old, new = schema.flatten(schema.rename_keys(saved, path)), schema.flatten(to_dict(config))
+    old = _defaults(config, old, new) | old
+    differing = {
+        key: f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
+    policies = {key: resume_policy(key, type(config.method)) for key in differing}
+    refused = [text for key, text in differing.items() if policies[key] == "same"]
+    if refused:
+        raise ConfigError(
+            f"{path} was made by another configuration: {'; '.join(refused)}. "
+            "Give a new output, or start a new run from its weights with "
+            f"backbone.init={Path(path).parent.parent}"
+        )
+    for key, text in differing.items():
+        if policies[key] == "warn":
+            warnings.warn(f"{text}: the schedule changes from here on", stacklevel=2)
+
+
+def _defaults(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the new configuration's keys.
+
+    The options of a crop have defaults, but a crop that the saved run did not have is a difference.
+    """
+    defaults = schema.flatten(to_dict(from_dict({"method": {"name": config.method.name}})))
+    defaults = {key: value for key, value in defaults.items() if key in new}
+    for name in config.views.crops:
+        options = schema.flatten(dataclasses.asdict(Crop()), f"views.crops.{name}.")
+        if options.keys() & old.keys():
+            defaults |= options
+    return defaults
+
+
+def resume_policy(key: str, method_config: type) -> Policy:
+    """Return the policy of a dotted key: that of its section, else its own.
+
+    Args:
+        key: The key, such as `optim.base_lr`.
+        method_config: The Config of the run's method.
+    """
+    kind: Any = RunConfig
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            break
+        kind = typing.cast(type, kind)
+        policy: Policy = schema.metadata(kind, name).get("on_resume", "same")
+        if policy != "same":
+            return policy
+        kind = method_config if name == "method" else schema.hints(kind).get(name)
+    return "same"

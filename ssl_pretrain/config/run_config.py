@@ -1,0 +1,163 @@
+"""The settings of a run: sections, most of them declared beside their component, and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig
+from ssl_pretrain.data.sources import DataConfig
+from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig
+from ssl_pretrain.methods.base import MethodConfig
+from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.monitoring.collapse import HealthConfig
+from ssl_pretrain.monitoring.logger import LogConfig
+from ssl_pretrain.monitoring.online_knn import OnlineConfig
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.schema import setting
+from ssl_pretrain.views.recipe import ViewsConfig
+
+
+@dataclass
+class PlanConfig:
+    """Machine for which `--plan` estimates memory and time."""
+
+    gpu: Literal["", "H100", "H200", "A100", "L40S"] = setting(
+        "",
+        "Type of GPU. The number of GPUs is launch.nodes x launch.gpus_per_node. "
+        "Empty: no estimate of memory and time.",
+    )
+    intra_node_gb_per_second: float = setting(
+        0.0,
+        "Bandwidth in GB/s, one way, from one GPU to the others of its node. "
+        "0: the GPU's data sheet.",
+    )
+    inter_node_gb_per_second: float = setting(
+        0.0,
+        "Bandwidth in GB/s, one way, from one node to the others, all ports together. "
+        "0: the GPU's data sheet.",
+    )
+    decoded_per_core: float = setting(
+        0.0, "Images per second that one CPU core decodes and crops. 0: the loader is not planned."
+    )
+    num_images: int = setting(
+        0, "Training images of the data set. 0: counted, which needs data that can be read."
+    )
+
+
+@dataclass
+class LaunchConfig:
+    """Machines and processes of a run, for launch/pretrain.py."""
+
+    cluster: Literal["auto", "slurm", "local"] = setting(
+        "auto", "Place where the run starts. auto: SLURM if sbatch is installed, else this machine."
+    )
+    ranks: int = setting(0, "Processes per machine. 0: one per GPU, or one on CPU.")
+    max_restarts: int = setting(
+        3,
+        "How often torchrun restarts all ranks from the newest checkpoint after losing one. "
+        "SLURM requeues the job instead.",
+    )
+    hosts: str = setting(
+        "", "Host names, such as a,b. Print one torchrun command per host without running it."
+    )
+    port: int = setting(29500, "Port of the first host, at which the ranks of several hosts meet.")
+    nodes: int = setting(1, "SLURM: number of nodes.")
+    gpus_per_node: int = setting(
+        0, "SLURM: GPUs per node. 0: CPU nodes, with `ranks` processes each."
+    )
+    cpus_per_rank: int = setting(0, "SLURM: CPU cores per rank. 0: as many as data.num_workers.")
+    memory_gb: int = setting(0, "SLURM: memory per node in GB. 0: the cluster's default.")
+    hours: float = setting(
+        24.0,
+        "SLURM: time limit of one job. A run that takes longer continues when the job is requeued, "
+        "or in the next job of the chain.",
+    )
+    signal_seconds: int = setting(
+        120,
+        "SLURM: seconds before the time limit at which the job is signaled. "
+        "One step and one checkpoint must fit into them.",
+    )
+    requeue: bool = setting(
+        True, "SLURM: requeue the job after preemption, a time limit or the loss of a node."
+    )
+    chain: int = setting(
+        1, "SLURM: number of jobs that follow each other, for clusters that do not requeue."
+    )
+    partition: str = setting("", "SLURM: partition. Empty: the cluster's default.")
+    account: str = setting("", "SLURM: account. Empty: the user's default.")
+    qos: str = setting("", "SLURM: quality of service. Empty: the cluster's default.")
+    constraint: str = setting("", "SLURM: required features of the nodes. Empty: none.")
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluations after a run, and the settings they share."""
+
+    at_end: list[str] = setting(
+        ["knn", "linear", "report"],
+        "Evaluation commands that launch/pretrain.py runs after training.",
+    )
+    image_size: int = setting(
+        0, "Height and width of the images in pixels. 0: the size of the first crop in views.crops."
+    )
+    crop_ratio: float = setting(
+        0.875,
+        "Side of the center crop divided by the side of the resized image.",
+        above=0,
+        maximum=1,
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting(
+        "bilinear", "Interpolation when images are resized."
+    )
+    k: int = setting(20, "Number of nearest neighbors that vote.")
+    temperature: float = setting(0.07, "Divisor of the neighbors' cosine similarities.")
+
+
+@dataclass
+class RunConfig:
+    """Everything about one pretraining run."""
+
+    method: MethodConfig = setting(MethodConfig(), "The self-supervised method and its loss.")
+    backbone: BackboneConfig = setting(
+        BackboneConfig(), "The network that is pretrained and its initial weights."
+    )
+    data: DataConfig = setting(DataConfig(), "The images and how they are read.")
+    views: ViewsConfig = setting(ViewsConfig(), "Crops and augmentations.")
+    optim: OptimConfig = setting(OptimConfig(), "The optimizer and its schedule.")
+    parallel: ParallelConfig = setting(ParallelConfig(), "How the ranks share the computation.")
+    checkpoint: CheckpointConfig = setting(
+        CheckpointConfig(), "When checkpoints are saved, and which ones stay.", on_resume="free"
+    )
+    log: LogConfig = setting(LogConfig(), "Metrics and Weights & Biases.", on_resume="free")
+    online: OnlineConfig = setting(
+        OnlineConfig(), "Accuracies measured during the run.", on_resume="free"
+    )
+    health: HealthConfig = setting(HealthConfig(), "Detection of collapse.", on_resume="free")
+    guard: GuardConfig = setting(
+        GuardConfig(), "Recovery from gradients that are not finite.", on_resume="free"
+    )
+    launch: LaunchConfig = setting(
+        LaunchConfig(), "Machines and processes, for launch/pretrain.py.", on_resume="free"
+    )
+    evaluation: EvaluationConfig = setting(
+        EvaluationConfig(), "Evaluations after the run.", on_resume="free"
+    )
+    plan: PlanConfig = setting(
+        PlanConfig(), "Machine for which `--plan` estimates memory and time.", on_resume="free"
+    )
+    seed: int = setting(0, "Seed of every random number of the run.", minimum=0, maximum=2**63 - 1)
+    epochs: int = setting(100, "Passes over the training images.", on_resume="warn", minimum=1)
+    global_batch_size: int = setting(
+        4096, "Images per optimizer step, over all ranks and micro-batches.", minimum=1
+    )
+    micro_batch_size: int | str = setting(
+        0,
+        "Images per forward pass on one rank. 0: the rank's whole share of the global batch. "
+        "auto: the largest micro-batch that fits in memory, found by trial.",
+        on_resume="free",
+    )
+    output: str = setting(
+        "", "Folder of the run. Empty: runs/<name of the YAML>.", on_resume="free"
+    )

@@ -1,0 +1,191 @@
+"""Trace computations on tensors without memory.
+
+The real program runs on fake tensors, which have a shape and no storage, so that a step of any
+size takes about a second.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ssl_pretrain.planning.flops import FORMULAS
+from ssl_pretrain.planning.trace import CONVOLUTION, MATMUL, OTHER, Trace
+
+# Positions of the arguments that an operation reads twice. Batch norm reads its input for the
+# statistics and again to normalize. Its backward and a convolution's read the gradient twice.
+READ_TWICE = {
+    "native_batch_norm": (0,),
+    "native_batch_norm_backward": (0, 1),
+    "convolution_backward": (0,),
+}
+BATCH_NORMS = {  # phase, and the position of the argument that is True in training
+    "native_batch_norm": ("forward", 5),
+    "native_batch_norm_backward": ("backward", 7),
+}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+Inputs = TypeVar("Inputs")
+Results = TypeVar("Results")
+Mark = Callable[[str], None]
+
+
+def trace(
+    prepare: Callable[[], Inputs], function: Callable[[Inputs, Mark], Results]
+) -> tuple[Trace, Results]:
+    """Trace `function` on fake tensors and return the trace with the function's results.
+
+    Args:
+        prepare: Makes the inputs, which are not part of the trace.
+        function: The computation. It takes the inputs, and a function that marks the beginning of
+            a phase.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = prepare()
+        with Recorder() as recorder:
+            results = function(inputs, recorder.mark)
+    return recorder.trace(), results
+
+
+class Recorder(TorchDispatchMode):
+    """Context manager that records every operation, on real and on fake tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, int, int, int, bool]] = []
+        self.sent: list[tuple[str, int]] = []
+        self.norms: dict[str, list[int]] = {"forward": [], "backward": []}
+        self.marks: dict[str, int] = {}
+        self._alive: dict[int, int] = {}  # bytes of each storage that was allocated here
+        self._held = 0
+
+    def mark(self, name: str) -> None:
+        """Begin a phase."""
+        self.marks[name] = len(self.rows)
+
+    def trace(self) -> Trace:
+        """Return the operations recorded so far."""
+        rows = np.array(self.rows, dtype=np.int64).reshape(-1, 5)
+        flops, moved, held, kind, wide = rows.T
+        marks = self.marks or {"": 0}
+        return Trace(flops, moved, held, kind, wide.astype(bool), self.sent, self.norms, marks)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if function.namespace == "prim":
+            return out
+        name = function._overloadpacket.__name__
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        for tensor in outputs:
+            self._hold(tensor)
+        if function.namespace == "c10d":
+            self._send(name, args)
+            return out
+        phase, training = BATCH_NORMS.get(name, ("", 0))
+        if phase and args[training]:
+            self.norms[phase].append(inputs[0].shape[1])
+        flops, kind = _flops(function._overloadpacket, args, kwargs, out)
+        moved = _bytes_moved(function, name, args, inputs, outputs)
+        wide = bool(outputs) and outputs[0].dtype in (torch.float32, torch.float64)
+        self.rows.append((flops, moved, self._held, kind, wide))
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        """Count a storage as held until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        self._held += storage.nbytes()
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self._held -= self._alive.pop(key, 0)
+
+    def _send(self, name: str, args: Any) -> None:
+        # The first argument of a reduce-scatter is its result, one rank's shard.
+        tensors = [args[1]] if name == "_reduce_scatter_base_" else _tensors(args[0])
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.sent.append((name.strip("_").removesuffix("_base"), size))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+    """Return the floating-point operations of an operation, and its kind."""
+    if packet not in FORMULAS:
+        return 0, OTHER
+    kind = CONVOLUTION if "conv" in packet.__name__ else MATMUL
+    return int(FORMULAS[packet](*args, **kwargs, out_val=out)), kind
+
+
+def _bytes_moved(
+    function: Any, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]
+) -> int:
+    """Return the bytes an operation reads and writes if it touches each tensor once.
+
+    An allocation or a view moves nothing.
+    """
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+    mutable = function._schema.is_mutable
+    is_view = not mutable and all(out.untyped_storage()._cdata in storages for out in outputs)
+    if name in ALLOCATIONS or is_view:
+        return 0
+    written: list[Tensor] = outputs
+    if mutable and not outputs:  # foreach and fused operations write to their inputs
+        written = list(_mutated(function, args))
+    twice = [args[place] for place in READ_TWICE.get(name, ())]
+    return sum(_num_bytes(tensor) for tensor in (*inputs, *written, *twice))
+
+
+def _mutated(function: Any, args: Any) -> Iterator[Tensor]:
+    for argument, value in zip(function._schema.arguments, args):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from _tensors(value)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Return the bytes behind a tensor. An expanded value is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def make_fake(
+    module: nn.Module, dtype: torch.dtype = torch.float32, channels_last: bool = True
+) -> nn.Module:
+    """Move a module from the meta device to fake CPU tensors, in place, and return it.
+
+    Call it in the `prepare` of `trace`. Parameters shared by modules stay shared.
+    """
+    parameters: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in parameters:
+                    parameters[id(parameter)] = nn.Parameter(
+                        _empty(parameter, dtype, channels_last), parameter.requires_grad
+                    )
+                child._parameters[name] = parameters[id(parameter)]
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = _empty(buffer, dtype, channels_last)
+    return module
+
+
+def _empty(like: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last and like.ndim == 4 else torch.contiguous_format
+    dtype = dtype if like.is_floating_point() else like.dtype
+    return torch.empty(like.shape, dtype=dtype, memory_format=layout, device="cpu")

@@ -1,0 +1,225 @@
+"""Trace one rank's optimizer step of a configuration: micro-batch, loss, optimizer and coloring."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_pretrain.config import RunConfig
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.losses import tiles
+from ssl_pretrain.methods.base import Method
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.optim import optimizers as optim
+from ssl_pretrain.optim.schedules import Progress
+from ssl_pretrain.parallel.compile_and_checkpoint import recompute_activations
+from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.planning.recorder import Mark, make_fake, trace
+from ssl_pretrain.planning.trace import Line, Shape, Trace
+from ssl_pretrain.views import color, recipe
+from ssl_pretrain.views.batch import Batch
+
+COLORED = 64  # images in the trace of the coloring
+HALFWAY = Progress(500, 1000, 10)  # the step that is traced
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Shapes of what a forward pass returns."""
+
+    embeddings: dict[str, Shape]
+    targets: dict[str, Shape]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Forward, targets and backward pass for any number of images."""
+
+    line: Line
+    few: Results
+    more: Results
+    backbone_calls: dict[str, int]  # how often each backbone runs, by its name
+
+    def at(self, images: int) -> Trace:
+        """Return the trace for a number of images."""
+        return self.line.at(images)
+
+    def results(self, images: int) -> Results:
+        """Return the shapes of the results for a number of images."""
+        return Results(
+            self.line.shapes(self.few.embeddings, self.more.embeddings, images),
+            self.line.shapes(self.few.targets, self.more.targets, images),
+        )
+
+
+def trace_micro_batch(
+    run: RunConfig, method: Method, execution: Execution, sizes: tuple[int, int]
+) -> MicroBatch:
+    """Trace micro-batches of two sizes, from which those of all sizes follow.
+
+    Args:
+        run: The configuration.
+        method: Its method on the meta device.
+        execution: Number formats and memory layout.
+        sizes: Images of the two micro-batches, the smaller one first.
+    """
+    (few, few_results, calls), (more, more_results, _) = (
+        _trace_images(run, method, execution, images) for images in sizes
+    )
+    return MicroBatch(Line(few, more, *sizes), few_results, more_results, calls)
+
+
+def _trace_images(
+    run: RunConfig, method: Method, execution: Execution, images: int
+) -> tuple[Trace, Results, dict[str, int]]:
+    network, calls = copy.deepcopy(method), Counter[str]()
+
+    def prepare() -> tuple[Method, Batch]:
+        _make_fake(network, execution)
+        for name, module in network.named_modules():
+            if isinstance(module, backbones.Backbone):
+                module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+        recompute_activations(network, run.parallel.activation_checkpointing)
+        views = [
+            torch.zeros(images, 3, crop.size, crop.size, dtype=execution.dtype)
+            for crop in recipe.expand_counts(run.views)
+        ]
+        views = [view.to(memory_format=execution.memory_format) for view in views]
+        numbers = torch.zeros(images, dtype=torch.int64)
+        return network, Batch(views, numbers, numbers)
+
+    def embed(inputs: tuple[Method, Batch], mark: Mark) -> Results:
+        network, batch = inputs
+        with torch.autocast("cpu", torch.bfloat16, enabled=execution.autocast):
+            mark("forward")
+            embeddings = network(batch)
+            mark("targets")
+            targets = network.targets(batch)
+        mark("backward")
+        trained = [z for z in embeddings.values() if z.requires_grad]
+        torch.autograd.backward(trained, [torch.ones_like(z) for z in trained])
+        return Results(_shapes(embeddings), _shapes(targets))
+
+    return *trace(prepare, embed), dict(calls)
+
+
+def trace_loss(method: Method, execution: Execution, results: Results, ranks: int) -> Trace:
+    """Trace the loss of one rank's images against those of all ranks, and its gradient.
+
+    Args:
+        method: The method on the meta device.
+        execution: Number formats and memory layout.
+        results: Shapes of this rank's embeddings and targets.
+        ranks: Number of ranks.
+    """
+    network = copy.deepcopy(method)
+
+    def prepare() -> tuple[Tensors, Tensors]:
+        _make_fake(network, execution)
+        return _empty(results.embeddings), _empty(results.targets)
+
+    def differentiate(inputs: tuple[Tensors, Tensors], mark: Mark) -> None:
+        embeddings, targets = inputs
+        leaves = [z for z in embeddings.values() if z.requires_grad]
+        loss, _ = network.loss(embeddings, targets)
+        torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    with process_group.fake_process_group(ranks), tiles.sized_for("cuda"):
+        return trace(prepare, differentiate)[0]
+
+
+def trace_optimizer(
+    run: RunConfig, method: Method, execution: Execution, results: Results, ranks: int
+) -> tuple[Trace, int]:
+    """Trace the optimizer's step and what moves after it. Return it with the bytes of its state."""
+    network = copy.deepcopy(method)
+
+    def prepare() -> tuple[torch.optim.Optimizer, Tensors, Tensors]:
+        _make_fake(network, execution)
+        optimizer = optim.build(run.optim, network)
+        optim.set_rates(optimizer, run.optim, HALFWAY, run.epochs, run.global_batch_size)
+        _set_gradients(network)
+        optim.guarded_step(optimizer)  # the first step allocates the state
+        _set_gradients(network)
+        return optimizer, _empty(results.embeddings), _empty(results.targets)
+
+    def step(inputs: tuple[torch.optim.Optimizer, Tensors, Tensors], mark: Mark) -> int:
+        optimizer, embeddings, targets = inputs
+        for group in (embeddings, targets):
+            for name in network.transient:
+                group.pop(name, None)
+        optim.guarded_step(optimizer, run.optim.clip_norm, run.optim.clip_by)
+        detached = {name: z.detach() for name, z in embeddings.items()}
+        network.after_step(HALFWAY, detached, targets)
+        state = [value for entries in optimizer.state.values() for value in entries.values()]
+        return sum(value.nbytes for value in state if isinstance(value, Tensor))
+
+    with process_group.fake_process_group(ranks):
+        return trace(prepare, step)
+
+
+def trace_coloring(run: RunConfig) -> list[Trace]:
+    """Trace the color augmentation of `COLORED` images, one trace per view."""
+    traces = []
+    for number, crop in enumerate(recipe.expand_counts(run.views)):
+        parameters = color.draw(crop, 0, 0, np.arange(COLORED), number)
+        shape = (COLORED, 3, crop.size, crop.size)
+
+        def prepare(shape: tuple[int, ...] = shape) -> Tensor:
+            return torch.zeros(shape, dtype=torch.uint8)
+
+        def apply(
+            pixels: Tensor,
+            mark: Mark,
+            crop: recipe.Crop = crop,
+            parameters: color.Parameters = parameters,
+        ) -> None:
+            color.apply_in_batches(pixels, parameters, crop, run.views.mean, run.views.std)
+
+        traces.append(trace(prepare, apply)[0])
+    return traces
+
+
+def trace_backbone(name: str, size: int, images: int, *, bfloat16: bool) -> Trace:
+    """Trace the forward and backward pass of a timm backbone on views of `size` pixels."""
+    backbone = backbones.on_meta(BackboneConfig(name=name), size)
+
+    def prepare() -> Tensor:
+        make_fake(backbone)
+        views = torch.zeros(images, 3, size, size)
+        return views.to(memory_format=torch.channels_last)
+
+    def step(views: Tensor, mark: Mark) -> None:
+        mark("forward")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            features = backbone(views)
+        mark("backward")
+        features.float().mean().backward()
+
+    return trace(prepare, step)[0]
+
+
+def _make_fake(network: nn.Module, execution: Execution) -> None:
+    make_fake(network, execution.dtype, execution.memory_format == torch.channels_last)
+
+
+def _shapes(tensors: Tensors) -> dict[str, Shape]:
+    return {name: Shape.of(tensor) for name, tensor in tensors.items()}
+
+
+def _empty(shapes: dict[str, Shape]) -> Tensors:
+    return {name: shape.empty() for name, shape in shapes.items()}
+
+
+def _set_gradients(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)

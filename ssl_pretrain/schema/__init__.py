@@ -1,0 +1,49 @@
+"""Typed settings: dataclass fields with help, range and resume policy, read from YAML."""
+
+from ssl_pretrain.schema.former_keys import RENAMED, present_key, rename_keys
+from ssl_pretrain.schema.option_types import (
+    BELOW_ONE,
+    COSINE,
+    COUNT,
+    FROM_ZERO,
+    NOT_NEGATIVE,
+    PERCENT,
+    PORT,
+    POSITIVE,
+    QUALITY,
+    SHARE,
+    THREADS,
+)
+from ssl_pretrain.schema.settings import Policy, check, hints, metadata, setting
+from ssl_pretrain.schema.typed_values import build, declared_type, override
+from ssl_pretrain.schema.yaml_tree import Scalar, at, flatten, merge, parse_yaml
+
+__all__ = [
+    "BELOW_ONE",
+    "COSINE",
+    "COUNT",
+    "FROM_ZERO",
+    "NOT_NEGATIVE",
+    "PERCENT",
+    "PORT",
+    "POSITIVE",
+    "QUALITY",
+    "RENAMED",
+    "SHARE",
+    "THREADS",
+    "Policy",
+    "Scalar",
+    "at",
+    "build",
+    "check",
+    "declared_type",
+    "flatten",
+    "hints",
+    "merge",
+    "metadata",
+    "override",
+    "parse_yaml",
+    "present_key",
+    "rename_keys",
+    "setting",
+]

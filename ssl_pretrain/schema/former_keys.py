@@ -1,0 +1,58 @@
+"""Former names of keys, accepted in old YAMLs, on the command line and in runs made before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from ssl_pretrain.schema.yaml_tree import Scalar, at
+
+RENAMED = {  # former key: present key, in the same section
+    "local_batch_size": "micro_batch_size",
+    "method.centre_momentum": "method.center_momentum",
+}
+# Keys without effect. If a value is given, only that value has none.
+REMOVED = {"plan.calibration": None, "plan.gpu": "here"}
+
+
+def rename_keys(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return a tree with the present names of its keys. One warning lists the former ones.
+
+    Args:
+        tree: The values of a YAML file or of a manifest.
+        source: Name of the file, for the warning.
+
+    Raises:
+        ValueError: A key is present under both names.
+    """
+    tree, notices = deepcopy(dict(tree)), []
+    for key in (*RENAMED, *REMOVED):
+        section, _, name = key.rpartition(".")
+        keys = at(tree, section) if section else tree
+        if not isinstance(keys, dict) or name not in keys:
+            continue
+        value = keys[name].text if isinstance(keys[name], Scalar) else keys[name]
+        if key in RENAMED:
+            new_name = RENAMED[key].rpartition(".")[2]
+            if new_name in keys:
+                raise ValueError(f"{key} is the former name of {RENAMED[key]}; give one of them")
+            keys[new_name] = keys.pop(name)
+            notices.append(f"{key} is now {RENAMED[key]}")
+        elif REMOVED[key] in (None, value):
+            del keys[name]
+            notices.append(f"{key}: {value} no longer has an effect")
+    if notices:
+        warnings.warn(f"{source}: {'; '.join(notices)}", stacklevel=3)
+    return tree
+
+
+def present_key(key: str, value: str) -> str | None:
+    """Return the present name of a key on the command line, None if it no longer has an effect."""
+    if key in REMOVED and REMOVED[key] in (None, value):
+        warnings.warn(f"{key}={value} no longer has an effect", stacklevel=3)
+        return None
+    if key in RENAMED:
+        warnings.warn(f"{key} is now {RENAMED[key]}", stacklevel=3)
+    return RENAMED.get(key, key)

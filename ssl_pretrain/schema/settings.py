@@ -1,0 +1,159 @@
+"""Fields of configuration dataclasses: help text, resume policy and range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+MAX_INT = 2**31 - 1  # upper bound of whole numbers whose setting has none
+
+T = TypeVar("T")
+Policy = Literal["same", "free", "warn"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number. Both ends are included unless they are open."""
+
+    low: float = 0
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def contain(self, value: float) -> bool:
+        """Return True if the value is finite and in the range."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        low = f"{'>' if self.open_low else '>='} {self.low:,}".replace(",", "")
+        high = f"{'<' if self.open_high else '<='} {self.high:,}".replace(",", "")
+        return low if self.high == math.inf else f"{low} and {high}"
+
+
+# Ranges by name, for settings that declare none.
+BY_NAME: tuple[tuple[re.Pattern[str], Bounds], ...] = (
+    (re.compile(r"(.*_)?temperature"), Bounds(open_low=True)),
+    (re.compile(r"(.*_)?seconds|hours"), Bounds(high=1e9)),
+    (re.compile(r"(.*_)?dims?"), Bounds(1, 2**20)),
+    (re.compile(r"(.*_)?momentum"), Bounds(high=1)),
+    (re.compile(r"(.*_)?(threads|workers)"), Bounds(high=1024)),
+    (re.compile(r"port"), Bounds(high=65535)),
+    (re.compile(r"k"), Bounds(1, MAX_INT)),
+)
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    on_resume: Policy = "same",
+    minimum: float | None = None,
+    maximum: float = math.inf,
+    above: float | None = None,
+    below: float | None = None,
+) -> T:
+    """Declare a field of a configuration dataclass.
+
+    Without a declared range, a number is finite and at least 0, or in the range of `BY_NAME`.
+
+    Args:
+        default: Default value. Each instance gets its own copy of a list, dict or section.
+        help: Meaning, unit and special values, in sentences.
+        on_resume: Policy for a resumed run. same: the value must not change. free: it may change,
+            because it does not affect what is computed. warn: it may change, with a warning.
+            A section's policy covers all its keys.
+        minimum: Smallest number allowed.
+        maximum: Largest number allowed.
+        above: Exclusive lower end, instead of `minimum`.
+        below: Exclusive upper end, instead of `maximum`.
+    """
+    limits = None
+    if (minimum, maximum, above, below) != (None, math.inf, None, None):
+        limits = Bounds(
+            low=above if above is not None else minimum or 0,
+            high=below if below is not None else maximum,
+            open_low=above is not None,
+            open_high=below is not None,
+        )
+    metadata = {"help": help, "on_resume": on_resume, "bounds": limits}
+    field: Any
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+        field = dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
+    else:
+        field = dataclasses.field(default=default, metadata=metadata)
+    return typing.cast(T, field)
+
+
+def metadata(kind: type, name: str) -> Mapping[str, Any]:
+    """Return the metadata of a field. A subclass that only changes a default inherits it."""
+    for ancestor in kind.__mro__:
+        field = getattr(ancestor, "__dataclass_fields__", {}).get(name)
+        if field is not None and field.metadata:
+            return typing.cast(Mapping[str, Any], field.metadata)
+    return {}
+
+
+@cache
+def hints(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields, by name."""
+    return typing.get_type_hints(kind)
+
+
+def bounds(field: dataclasses.Field[Any]) -> Bounds:
+    """Return the range of a number: declared, else usual for its name, else at least 0."""
+    if field.metadata.get("bounds"):
+        return typing.cast(Bounds, field.metadata["bounds"])
+    return next((usual for pattern, usual in BY_NAME if pattern.fullmatch(field.name)), Bounds())
+
+
+def check(section: Any, key: str = "") -> None:
+    """Check the range of every number and the characters of every text below a dataclass.
+
+    Raises:
+        ValueError: Names the key, the value and the range.
+    """
+    for field in dataclasses.fields(section):
+        name = f"{key}.{field.name}".lstrip(".")
+        _check_value(getattr(section, field.name), name, bounds(field))
+
+
+def _check_value(value: Any, key: str, limits: Bounds) -> None:
+    if dataclasses.is_dataclass(value):
+        check(value, key)
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise ValueError(
+                f"{key}: {value!r} holds a NUL character, which no name or path can; leave it out"
+            )
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_number(value, key, limits)
+    else:
+        for name, element in _elements(value):
+            inner = Bounds(-math.inf) if isinstance(value, Mapping) else limits
+            _check_value(element, f"{key}{name}", inner)
+
+
+def _elements(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the elements of a list or mapping, each with its place as messages name it."""
+    if isinstance(value, (list, tuple)):
+        yield from ((f"[{number}]", element) for number, element in enumerate(value))
+    elif isinstance(value, Mapping):
+        yield from ((f".{name}", element) for name, element in value.items())
+
+
+def _check_number(value: float, key: str, limits: Bounds) -> None:
+    whole = isinstance(value, int)
+    if whole and limits.high == math.inf:
+        limits = dataclasses.replace(limits, high=MAX_INT)
+    if (whole and abs(value) >= 2**64) or not limits.contain(value):
+        number = "whole number" if whole else "finite number"
+        raise ValueError(f"{key}: {value} is out of range; give a {number} {limits}")

@@ -1,0 +1,242 @@
+"""Convert text and YAML trees to the declared types of keys.
+
+A text key takes its text unchanged, a number key takes a number, and `null` has a meaning only for
+a key that may be empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from ssl_pretrain.schema.settings import hints
+from ssl_pretrain.schema.yaml_tree import Scalar, parse_yaml
+
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True)
+BOOLEANS |= dict.fromkeys(("false", "no", "off", "0"), False)
+NULLS = ("", "~", "null", "none")  # spellings of "no value", for keys that may be empty
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def declared_type(kind: Any, key: str, replaced: Mapping[str, Any]) -> Any:
+    """Return the declared type of a dotted key.
+
+    Args:
+        kind: The dataclass in which the key starts.
+        key: Names joined by dots, such as `optim.base_lr`.
+        replaced: Types that replace the declared ones, by dotted key.
+
+    Raises:
+        ValueError: There is no such key. The message suggests one.
+    """
+    parents: list[str] = []
+    for name in key.split("."):
+        if dataclasses.is_dataclass(kind):
+            _check_name(typing.cast(type, kind), ".".join([*parents, name]))
+            kind = hints(typing.cast(type, kind))[name]
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif kind is not Any:
+            raise ValueError(f"{key}: no such key. {'.'.join(parents)} is a single value")
+        parents.append(name)
+        kind = replaced.get(".".join(parents), kind)
+    return kind
+
+
+def _check_name(kind: type, key: str) -> None:
+    allowed = [field.name for field in dataclasses.fields(kind)]
+    name = key.rpartition(".")[2]
+    if name not in allowed:
+        close = get_close_matches(name, allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{key}: no such key.{hint} Allowed: {', '.join(allowed)}")
+
+
+def override(kind: Any, key: str, text: str, replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree that `key=text` sets. Only lists, mappings and untyped values are YAML.
+
+    Raises:
+        ValueError: There is no such key, or the text of a list or a mapping is not YAML.
+    """
+    kind = declared_type(kind, key, replaced)
+    structured = dataclasses.is_dataclass(kind) or get_origin(kind) in (list, dict)
+    value: Any = Scalar(text)
+    if structured or (kind is Any and text[:1] in ("[", "{", "'", '"')):
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or error
+            raise ValueError(f"{key}: {text!r} is not YAML: {problem}") from None
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def build(kind: Any, tree: Any, replaced: Mapping[str, Any] | None = None, key: str = "") -> Any:
+    """Build a value of the declared type.
+
+    Args:
+        kind: A dataclass, or the type of one value.
+        tree: Dicts, lists and `Scalar`s of YAML, or the plain values of a manifest.
+        replaced: Types that replace the declared ones, by dotted key.
+        key: Dotted key of the value, for messages.
+
+    Raises:
+        ValueError: A value does not have its key's type. The message says what is allowed.
+    """
+    replaced = replaced or {}
+    kind = replaced.get(key, kind)
+    origin, inner = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_section(typing.cast(type, kind), tree, replaced, key)
+    if kind is Any:
+        return _guess(tree)
+    if origin in (Union, types.UnionType):
+        return _build_union(inner, tree, key)
+    if origin is list:
+        if not isinstance(tree, (list, tuple)):
+            raise ValueError(f"{key}: {_shown(tree)} is not a list; write it as [a, b]")
+        return [build(inner[0], value, key=f"{key}[{number}]") for number, value in enumerate(tree)]
+    if origin is dict:
+        items = _mapping(tree, key).items()
+        return {
+            str(name): build(inner[1], value, replaced, f"{key}.{name}") for name, value in items
+        }
+    if origin is Literal:
+        return _build_choice(inner, tree, key)
+    assert kind in BUILDERS, f"{key}: a field of type {kind} cannot be configured"
+    return BUILDERS[kind](tree, key)
+
+
+def _build_section(kind: type, tree: Any, replaced: Mapping[str, Any], key: str) -> Any:
+    values = {}
+    for name, value in _mapping(tree, key).items():
+        full = f"{key}.{name}".lstrip(".")
+        _check_name(kind, full)
+        values[name] = build(hints(kind)[name], value, replaced, full)
+    return kind(**values)
+
+
+def _mapping(tree: Any, key: str) -> Mapping[str, Any]:
+    if tree is None or tree == Scalar(""):  # a section in which every line is a comment
+        return {}
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f"{key}: {_shown(tree)} is not a section; write its keys below it, or as {{key: value}}"
+        )
+    return tree
+
+
+def _build_union(kinds: Sequence[Any], tree: Any, key: str) -> Any:
+    empty = isinstance(tree, Scalar) and tree.plain and tree.text.lower() in NULLS
+    if types.NoneType in kinds and (tree is None or empty):
+        return None
+    problem = ""
+    for kind in kinds:
+        if kind is not types.NoneType:
+            try:
+                return build(kind, tree, key=key)
+            except ValueError as error:
+                problem = str(error)
+    raise ValueError(problem + (", or null" if types.NoneType in kinds else ""))
+
+
+def _build_choice(allowed: Sequence[str], tree: Any, key: str) -> str:
+    text = tree.text if isinstance(tree, Scalar) else tree
+    if text not in allowed:
+        choices = ", ".join(choice or repr(choice) for choice in allowed)
+        raise ValueError(f"{key}: {_shown(tree)} is not known; choose one of: {choices}")
+    return typing.cast(str, text)
+
+
+def _build_text(tree: Any, key: str) -> str:
+    if isinstance(tree, Scalar):
+        return tree.text
+    if isinstance(tree, str):
+        return tree
+    raise ValueError(f"{key}: {_shown(tree)} is not text; put it in quotes")
+
+
+def _build_bool(tree: Any, key: str) -> bool:
+    if isinstance(tree, bool):
+        return tree
+    word = tree.text.lower() if isinstance(tree, Scalar) else ""
+    if word not in BOOLEANS:
+        raise ValueError(f"{key}: {_shown(tree)} is not a truth value; give true or false")
+    return BOOLEANS[word]
+
+
+def _build_int(tree: Any, key: str) -> int:
+    if isinstance(tree, int) and not isinstance(tree, bool):
+        return tree
+    if isinstance(tree, Scalar):
+        try:
+            return int(tree.text)
+        except ValueError:
+            pass  # the message follows
+    raise ValueError(
+        f"{key}: {_shown(tree)} is not a whole number; write one in decimal digits, such as 100"
+    )
+
+
+def _build_float(tree: Any, key: str) -> float:
+    number = tree
+    if isinstance(tree, Scalar):  # YAML writes .inf and .nan
+        number = tree.text.strip().lower().replace(".inf", "inf").replace(".nan", "nan")
+    elif isinstance(tree, bool) or not isinstance(tree, (int, float)):
+        number = "not a number"
+    try:
+        value = float(number)
+    except OverflowError:
+        value = math.inf
+    except ValueError:
+        remedy = "write one such as 0.3 or 1e-6"
+        raise ValueError(f"{key}: {_shown(tree)} is not a number; {remedy}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{key}: {_shown(tree)} is not a finite number; give one such as 0.3")
+    return value
+
+
+BUILDERS: dict[Any, Callable[[Any, str], Any]] = {
+    str: _build_text,
+    bool: _build_bool,
+    int: _build_int,
+    float: _build_float,
+}
+
+
+def _guess(tree: Any) -> Any:
+    """Return the value of a key without a declared type. Quotes make it text."""
+    if isinstance(tree, Mapping):
+        return {str(key): _guess(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_guess(value) for value in tree]
+    if not isinstance(tree, Scalar):
+        return tree
+    text, word = tree.text, tree.text.lower()
+    if not tree.plain:
+        return text
+    if word in ("true", "false"):
+        return word == "true"
+    if word in NULLS:
+        return None
+    if re.fullmatch(r"[-+]?\d+", text):
+        return int(text)
+    return float(text) if NUMBER.fullmatch(text) else text
+
+
+def _shown(tree: Any) -> str:
+    """Return a value as messages show it."""
+    if isinstance(tree, Scalar):
+        return repr(tree.text)
+    if isinstance(tree, Mapping):
+        return "a mapping"
+    return "a list" if isinstance(tree, (list, tuple)) else repr(tree)

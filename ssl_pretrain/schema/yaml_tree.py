@@ -1,0 +1,87 @@
+"""The structure of a YAML text: dicts and lists whose scalars stay text.
+
+YAML guesses the type of a scalar from its looks: `010` is 8, `1e5` is a number, `no` is a boolean.
+Only its structure is used. `typed_values` converts the text as the declared type of a key asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+MERGE = "tag:yaml.org,2002:merge"
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """Text of a YAML scalar or of a command line's `key=text`."""
+
+    text: str
+    plain: bool = True  # written without quotes
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML text into dicts, lists and `Scalar`s.
+
+    Raises:
+        yaml.YAMLError: The text is not YAML, or a mapping has a key twice.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        node = loader.get_single_node()
+        return Scalar("") if node is None else _structure(loader, node, ())
+    finally:
+        loader.dispose()
+
+
+def _structure(loader: Any, node: yaml.Node, parents: tuple[int, ...]) -> Any:
+    if id(node) in parents:
+        raise _problem("an alias contains itself", node)
+    path = (*parents, id(node))
+    if isinstance(node, yaml.ScalarNode):
+        return Scalar(node.value, plain=not node.style)  # the style is None or "" without quotes
+    if isinstance(node, yaml.SequenceNode):
+        return [_structure(loader, element, path) for element in node.value]
+    assert isinstance(node, yaml.MappingNode), "a YAML node is a scalar, a sequence or a mapping"
+    keys: set[str] = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _problem("a key is a list or a mapping", key)
+        if key.value in keys and key.tag != MERGE:
+            raise _problem(f"found duplicate key {key.value}", key)
+        keys.add(key.value)
+    loader.flatten_mapping(node)  # `<<: *anchor`; the mapping's own keys come last and win
+    return {key.value: _structure(loader, value, path) for key, value in node.value}
+
+
+def _problem(text: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+
+
+def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two trees, mapping by mapping. The other's value wins where both have one."""
+    merged = dict(tree)
+    for key, value in other.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value
+    return merged
+
+
+def at(tree: Any, key: str) -> Any:
+    """Return the value of a dotted key in a tree, None if it is absent."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a tree by dotted key. An empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
