@@ -111,8 +111,7 @@ class Estimate:
     @cached_property
     def color_seconds(self) -> float:
         """Seconds of the color augmentation per image."""
-        traces = step_trace.trace_coloring(self.run)
-        seconds = sum(sum(self.machine.bounds(trace)) for trace in traces)
+        seconds = sum(self.machine.bounds(step_trace.trace_coloring(self.run)))
         return seconds / self.machine.attained / COLORED
 
     @property

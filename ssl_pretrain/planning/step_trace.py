@@ -166,26 +166,21 @@ def trace_optimizer(
         return trace(prepare, step)
 
 
-def trace_coloring(run: RunConfig) -> list[Trace]:
-    """Trace the color augmentation of `COLORED` images, one trace per view."""
-    traces = []
-    for number, crop in enumerate(recipe.expand_counts(run.views)):
-        parameters = color.draw(crop, 0, 0, np.arange(COLORED), number)
-        shape = (COLORED, 3, crop.size, crop.size)
+def trace_coloring(run: RunConfig) -> Trace:
+    """Trace the color augmentation of all views of `COLORED` images."""
+    crops = recipe.expand_counts(run.views)
 
-        def prepare(shape: tuple[int, ...] = shape) -> Tensor:
-            return torch.zeros(shape, dtype=torch.uint8)
+    def prepare() -> list[Tensor]:
+        shapes = [(COLORED, 3, crop.size, crop.size) for crop in crops]
+        return [torch.zeros(shape, dtype=torch.uint8) for shape in shapes]
 
-        def apply(
-            pixels: Tensor,
-            mark: Mark,
-            crop: recipe.Crop = crop,
-            parameters: color.Parameters = parameters,
-        ) -> None:
-            color.apply_in_batches(pixels, parameters, crop, run.views.mean, run.views.std)
+    def apply(views: list[Tensor], mark: Mark) -> None:
+        for crop, values, pixels in zip(crops, parameters, views):
+            color.apply_in_batches(pixels, values, crop, run.views.mean, run.views.std)
 
-        traces.append(trace(prepare, apply)[0])
-    return traces
+    images = np.arange(COLORED)
+    parameters = [color.draw(crop, 0, 0, images, number) for number, crop in enumerate(crops)]
+    return trace(prepare, apply)[0]
 
 
 def trace_backbone(name: str, size: int, images: int, *, bfloat16: bool) -> Trace:
