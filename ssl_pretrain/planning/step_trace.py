@@ -22,8 +22,9 @@ from ssl_pretrain.parallel.compile_and_checkpoint import recompute_activations
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning.recorder import Mark, make_fake, trace
 from ssl_pretrain.planning.trace import Line, Shape, Trace
-from ssl_pretrain.views import color, recipe
+from ssl_pretrain.views import color_torch, recipe
 from ssl_pretrain.views.batch import Batch
+from ssl_pretrain.views.color_parameters import draw_colors
 
 COLORED = 64  # images in the trace of the coloring
 HALFWAY = Progress(500, 1000, 10)  # the step that is traced
@@ -176,10 +177,10 @@ def trace_coloring(run: RunConfig) -> Trace:
 
     def apply(views: list[Tensor], mark: Mark) -> None:
         for crop, values, pixels in zip(crops, parameters, views):
-            color.apply_in_batches(pixels, values, crop, run.views.mean, run.views.std)
+            color_torch.apply(pixels, values, crop, run.views.mean, run.views.std)
 
     images = np.arange(COLORED)
-    parameters = [color.draw(crop, 0, 0, images, number) for number, crop in enumerate(crops)]
+    parameters = [draw_colors(crop, 0, 0, images, number) for number, crop in enumerate(crops)]
     return trace(prepare, apply)[0]
 
 
