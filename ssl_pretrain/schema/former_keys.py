@@ -17,17 +17,17 @@ RENAMED = {  # former key: present key, in the same section
 REMOVED = {"plan.calibration": None, "plan.gpu": "here"}
 
 
-def rename_keys(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return a tree with the present names of its keys. One warning lists the former ones.
 
     Args:
-        tree: The values of a YAML file or of a manifest.
+        values: The tree of a YAML file, or the values of a manifest.
         source: Name of the file, for the warning.
 
     Raises:
         ValueError: A key is present under both names.
     """
-    tree, notices = deepcopy(dict(tree)), []
+    tree, notices = deepcopy(dict(values)), []
     for key in (*RENAMED, *REMOVED):
         section, _, name = key.rpartition(".")
         keys = at(tree, section) if section else tree
