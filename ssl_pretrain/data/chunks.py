@@ -1,10 +1,8 @@
 """Chunks of crops, which the loader gets from processes, threads or the device cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -51,11 +49,11 @@ class Chunk:
     seconds: float = 0.0
     error: Exception | None = None
 
-    def pin_memory(self) -> Chunk:
+    def pin_memory(self) -> Self:
         """Copy the pixels to pinned memory. torch's DataLoader calls this."""
         return replace(self, pixels=self.pixels.pin_memory())
 
-    def to(self, device: torch.device) -> Chunk:
+    def to(self, device: torch.device) -> Self:
         """Copy the pixels to a device without waiting for the copy."""
         return replace(self, pixels=self.pixels.to(device, non_blocking=True))
 

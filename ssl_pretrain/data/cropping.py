@@ -1,7 +1,5 @@
 """Read images and cut their crops, in worker processes or in the trainer itself."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 No pixel passes through the host after the start.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import numpy as np

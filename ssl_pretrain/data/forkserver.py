@@ -1,7 +1,5 @@
 """Start worker processes fast, and so that they end with the trainer and at no other signal."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -6,12 +6,11 @@ order, random numbers and resizing, so they give the same views of the same byte
 to whole batches on their device. No random state is carried: a resumed run needs only the step.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 import weakref
 from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.layout_report import layout_lines
 from ssl_pretrain.data.order import Plan, check_divides
 from ssl_pretrain.data.readers import Reader
-from ssl_pretrain.data.replacement_limit import ReplacementLimit
+from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.value_range import check_range
 from ssl_pretrain.distributed import collectives, process_group
@@ -95,7 +94,7 @@ class Loader:
         """End the workers and the iterators of `starting_at`. Idempotent."""
         self.reader.pool.close()
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:

@@ -7,8 +7,6 @@ disk reads whole blocks, memory holds one window and the next, and each epoch st
 once.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Choose how the images of a source are read, and build what reads them and cuts their crops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,6 +1,6 @@
-"""Choose the image that replaces an unreadable one, the same in every run.
+"""Choose the images that replace unreadable ones, and end the run if there are too many of them.
 
-It is never an image of the same batch.
+The choice is the same in every run, and never an image of the same batch.
 
 Each slot of a global batch owns a few of the images outside the batch, its spares. An unreadable
 image takes the first readable spare of its own slot. If there is none, it looks through the slots
@@ -9,13 +9,16 @@ matching of brackets. So the ranks and workers that make one batch never take th
 although they exchange nothing. Usually one image is read to find it.
 """
 
-from __future__ import annotations
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
-from collections.abc import Callable
-from typing import NamedTuple
-
+from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.order import Plan
+from ssl_pretrain.distributed import collectives
+
+BETON_FACTOR = 0.1  # a .beton may lose fewer images, as all were readable when it was written
 
 
 class Replacement(NamedTuple):
@@ -32,9 +35,7 @@ class Replacement(NamedTuple):
     message: str
 
     @classmethod
-    def create(
-        cls, source: Source, unreadable: int, reason: str, number: int | None
-    ) -> Replacement:
+    def create(cls, source: Source, unreadable: int, reason: str, number: int | None) -> Self:
         """Record that an image is shown in place of an unreadable one.
 
         Args:
@@ -85,3 +86,79 @@ def find_spare(plan: Plan, step: int, row: int, try_read: Callable[[int], bool])
                 if unmatched == 0:
                     return candidate
     return None
+
+
+class ReplacementLimit:
+    """Enforces `data.max_replaced` over one pass after another, and warns of each file once.
+
+    Attributes:
+        total: Replaced images of all passes so far.
+    """
+
+    def __init__(self, source: Source, num_images: int, max_replaced: float):
+        """Allow a share of the images of each pass, but at least one image if the share is not 0.
+
+        Args:
+            source: The images, for messages.
+            num_images: Images per pass.
+            max_replaced: The share, `data.max_replaced`.
+        """
+        self.total = 0
+        self._source, self._num_images = source, num_images
+        self._share = max_replaced * (BETON_FACTOR if isinstance(source, Beton) else 1.0)
+        self._allowed = max(1, int(self._share * num_images)) if self._share > 0 else 0
+        self._in_pass, self._num_reported = 0, 0
+        self._files: set[str] = set()
+
+    def begin_pass(self) -> None:
+        """Start to count from 0 towards the limit."""
+        self._in_pass = 0
+
+    def add(self, replacements: Sequence[Replacement]) -> None:
+        """Count replacements.
+
+        Raises:
+            ValueError: The pass has too many of them.
+        """
+        for replacement in replacements:
+            if replacement.file not in self._files:
+                self._files.add(replacement.file)
+                warnings.warn(replacement.message, stacklevel=5)
+        self.total += len(replacements)
+        self._in_pass += len(replacements)
+        if replacements:
+            self._check(self._in_pass, replacements[-1].message)
+
+    def add_ranks(self, report: bool) -> int:
+        """Apply the limit to the sum of all ranks. A collective on the CPU.
+
+        Args:
+            report: Count the images that are returned as reported.
+
+        Returns:
+            Images that all ranks have replaced since the last report.
+
+        Raises:
+            ValueError: The ranks have replaced too many images in this pass.
+        """
+        counts = collectives.gather_objects((self._in_pass, self.total - self._num_reported))
+        self._check(sum(in_pass for in_pass, _ in counts))
+        if report:
+            self._num_reported = self.total
+        return sum(unreported for _, unreported in counts)
+
+    def _check(self, num_replaced: int, example: str = "") -> None:
+        if num_replaced <= self._allowed:
+            return
+        remedy = "restore the files, remove them from the data set, or raise data.max_replaced"
+        if isinstance(self._source, Beton):
+            remedy = (
+                "all of them could be read when the file was written, so it is damaged now; "
+                "`python -m ssl_pretrain.data.beton check` names them; copy or write it again"
+            )
+        last = f"; the last: {example}" if example else ""
+        raise ValueError(
+            f"data.max_replaced: {num_replaced:,} of {self._num_images:,} images of "
+            f"{self._source.where} could not be read in one pass, more than the {self._allowed:,} "
+            f"that may be replaced ({self._share:.3g} of the images){last}; {remedy}"
+        )

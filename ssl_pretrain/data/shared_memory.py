@@ -1,7 +1,5 @@
 """Keep the chunks that worker processes send within the shared memory of the machine."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Read images once and in order, for evaluations."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -13,7 +11,7 @@ from torch import Tensor
 from ssl_pretrain.data.chunks import ChunkRequest
 from ssl_pretrain.data.cropping import CropDataset
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.replacement_limit import ReplacementLimit
+from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.shared_memory import Transfer, plan_transfer
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.data.workers import ProcessPool

@@ -1,7 +1,5 @@
 """Report whether reading images or the model limits the speed, as measured on the first steps."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 import time

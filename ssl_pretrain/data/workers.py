@@ -1,7 +1,5 @@
 """Worker processes that make chunks of crops. They report their failures, and end with the run."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

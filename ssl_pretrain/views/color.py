@@ -13,8 +13,6 @@ instead of a reflection (blur_border: zero), and brightness is added (brightness
 grayscale and solarization are the same in both.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import numpy as np

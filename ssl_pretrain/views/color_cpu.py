@@ -6,8 +6,6 @@ dozen times. The arithmetic is that of `color_torch`, in float32. Sums are taken
 which changes the seventh digit.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Draw the random numbers of colors. They depend on seed, epoch, image and view alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

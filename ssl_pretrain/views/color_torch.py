@@ -3,8 +3,6 @@
 Each operation is applied at once to all images that it was drawn for.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

@@ -7,8 +7,6 @@ mean. The blur is separable. Images to be blurred pass through two buffers, one 
 along the rows and one before the blur along the columns. The arithmetic is that of `color_torch`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import triton

@@ -1,7 +1,5 @@
 """Describe the random choices of a view in words."""
 
-from __future__ import annotations
-
 from ssl_pretrain.views.color_parameters import (
     BRIGHTNESS,
     CONTRAST,

@@ -7,8 +7,6 @@ image. Its fast DCT would also give other pixels than Pillow and torchvision, to
 time.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import importlib.util
@@ -16,7 +14,7 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from llvmlite import ir
@@ -143,7 +141,7 @@ class Decoder:
             self._library.tjDestroy(self.handle)
         self.handle = None
 
-    def __enter__(self) -> Decoder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:

@@ -6,8 +6,6 @@ On a GPU the ring is pinned. Each batch is sent on a stream of its own as soon a
 written, while the trainer computes. An error in a thread is raised in the trainer at once.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -69,6 +67,14 @@ class _Batch:
 
     def __len__(self) -> int:
         return len(self.request.indices)
+
+
+@dataclass(frozen=True)
+class _Thread:
+    """What one thread decodes with."""
+
+    decoder: decode.Decoder
+    scratch: decode.Scratch
 
 
 class ThreadPool:
@@ -355,11 +361,3 @@ class _Run:
             event = torch.cuda.Event()
             event.record(stream)
         return on_device, event
-
-
-@dataclass(frozen=True)
-class _Thread:
-    """What one thread decodes with."""
-
-    decoder: decode.Decoder
-    scratch: decode.Scratch
