@@ -1,15 +1,16 @@
-"""Compare the views of SimCLR's and BYOL's recipes with their authors' functions, for the tables of docs/methods.md.
+"""Compare the views of SimCLR's and BYOL's recipes with their authors' functions.
 
     PYTHONPATH=. python tests/bench/authors_views.py --data ../shared/data/imagenet_sample.zip
 
-It prints three tables:
+It prints the three tables of docs/methods.md:
 
-1. Differences of each operation from the authors' (tests/views/authors.py) on the same images and random numbers, in levels
-   of 255, with torchvision's functions (the defaults of a crop) and with the options of the two recipes.
-2. Statistics of whole views: the luminance of the outermost 2 pixels over that of the whole view, and the detail, which is
-   the mean absolute Laplacian of the luminance in [0, 1].
-3. The mean area of a crop over the image's, and the Kolmogorov-Smirnov distance of the distribution of areas from the
-   authors', over 100,000 draws.
+1. Differences of each operation from the authors' (tests/views/authors.py) on the same images and
+   random numbers, in levels of 255, with torchvision's functions (the defaults of a crop) and with
+   the options of the two recipes.
+2. Statistics of whole views: the luminance of the outermost 2 pixels over that of the whole view,
+   and the detail, which is the mean absolute Laplacian of the luminance in [0, 1].
+3. The mean area of a crop over the image's, and the Kolmogorov-Smirnov distance of the distribution
+   of areas from the authors', over 100,000 boxes.
 """
 
 from __future__ import annotations
@@ -78,16 +79,21 @@ def main() -> None:
     frame, detail = whole_views(images)
     distances = areas()
     print(
-        f"ratios: saturation_before={before['saturation']:.2f} saturation_after={after['saturation']:.4f} "
+        f"ratios: saturation_before={before['saturation']:.2f} "
+        f"saturation_after={after['saturation']:.4f} "
         f"contrast_before={before['contrast']:.2f} contrast_after={after['contrast']:.4f} "
-        f"blur_border_before={before['blur, outermost 11 pixels']:.2f} blur_border_after={after['blur, outermost 11 pixels']:.4f} "
-        f"resize_after_max={after['largest resize']:.2f} byol_frame={frame:.3f} byol_detail_over_torchvision={detail:.2f} "
-        f"crop_area_ks={max(distances):.4f}"
+        f"blur_border_before={before['blur, outermost 11 pixels']:.2f} "
+        f"blur_border_after={after['blur, outermost 11 pixels']:.4f} "
+        f"resize_after_max={after['largest resize']:.2f} byol_frame={frame:.3f} "
+        f"byol_detail_over_torchvision={detail:.2f} crop_area_ks={max(distances):.4f}"
     )
 
 
 def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
-    """Print the first table and return the mean difference by operation, of torchvision's functions and of the recipes' options."""
+    """Print the first table and return the mean difference by operation.
+
+    The first result is for torchvision's functions and the second for the options of the recipes.
+    """
     resized = torch.stack(
         [
             crops.apply(pixels(image), Box(0, 0, *image.shape[:2], False), Crop(size=224))
@@ -97,7 +103,8 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
     floats = resized.permute(0, 2, 3, 1).numpy() / 255.0
     means: list[dict[str, float]] = [{}, {}]
     print(
-        f"| operation, {len(images)} images | torchvision's: mean, max, share > 10 | the recipes': mean, max, share > 10 |"
+        f"| operation, {len(images)} images | torchvision's: mean, max, share > 10 | "
+        "the recipes': mean, max, share > 10 |"
     )
     print("|---|---|---|")
     for name, crop in {
@@ -111,7 +118,7 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
             [_theirs(name, floats[row], drawn, row, crop) for row in range(len(images))]
         )
         cells = []
-        for found, options in zip(means, (TORCHVISION, TENSORFLOW)):
+        for mean, options in zip(means, (TORCHVISION, TENSORFLOW)):
             view = (
                 color.apply(resized, drawn, replace(crop, **options), *PLAIN)
                 .permute(0, 2, 3, 1)
@@ -122,7 +129,7 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
                 inside = np.zeros((224, 224), bool)
                 inside[BORDER:-BORDER, BORDER:-BORDER] = True
                 difference = difference[:, inside if name == "blur, inside" else ~inside]
-            found[name] = float(difference.mean())
+            mean[name] = float(difference.mean())
             cells.append(_cell(difference))
         print(f"| {name} | {cells[0]} | {cells[1]} |")
     for name, (low, high) in {
@@ -130,7 +137,7 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
         "2 to 4 times": (2, 4),
     }.items():
         cells = []
-        for found, options in zip(means, (TORCHVISION, TENSORFLOW)):
+        for mean, options in zip(means, (TORCHVISION, TENSORFLOW)):
             differences = []
             for number, image in enumerate(images):
                 side = min(image.shape[:2])
@@ -145,8 +152,9 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
                     np.abs(view - authors.resize(cut, size, "bicubic").clip(0, 255)).ravel()
                 )
             difference = np.concatenate(differences)
-            found[name] = float(difference.mean())
-            found["largest resize"] = max(found.get("largest resize", 0.0), float(difference.max()))
+            mean[name] = float(difference.mean())
+            largest = max(mean.get("largest resize", 0.0), float(difference.max()))
+            mean["largest resize"] = largest
             cells.append(_cell(difference))
         print(f"| {name} | {cells[0]} | {cells[1]} |")
     return means[0], means[1]
@@ -155,15 +163,13 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
 def _theirs(
     name: str, image: np.ndarray, drawn: ColorParameters, row: int, crop: Crop
 ) -> np.ndarray:
-    """Apply the authors' function to an image in [0, 1], shape (height, width, 3), with the parameters of row `row`."""
+    """Apply the authors' function, with a row's parameters, to a float image in [0, 1]."""
     if name == "contrast":
-        return authors.adjust_contrast(
-            image, float(drawn.factors[row, color_parameters.CONTRAST])
-        ).clip(0, 1)
+        factor = float(drawn.factors[row, color_parameters.CONTRAST])
+        return authors.adjust_contrast(image, factor).clip(0, 1)
     if name == "saturation":
-        return authors.adjust_saturation(
-            image, float(drawn.factors[row, color_parameters.SATURATION])
-        )
+        factor = float(drawn.factors[row, color_parameters.SATURATION])
+        return authors.adjust_saturation(image, factor)
     return authors.gaussian_blur(image, float(drawn.sigma[row]), blur_taps(crop))
 
 
@@ -180,9 +186,13 @@ def pixels(image: np.ndarray) -> torch.Tensor:
 
 
 def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
-    """Print the second table. Return the border over the whole and the detail over torchvision's, of BYOL's first view."""
+    """Print the second table and return two numbers for BYOL's first view.
+
+    They are the border over the whole, and the detail over that of torchvision's functions.
+    """
     print(
-        "| whole views | border over whole, torchvision's | the recipe's | detail, torchvision's | the recipe's |"
+        "| whole views | border over whole, torchvision's | the recipe's | detail, torchvision's | "
+        "the recipe's |"
     )
     print("|---|---|---|---|---|")
     result = (0.0, 0.0)
@@ -196,7 +206,8 @@ def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
                 )
             )
             print(
-                f"| {name}, view {number + 1} | {frames[0]:.3f} | {frames[1]:.3f} | {details[0]:.4f} | {details[1]:.4f} |"
+                f"| {name}, view {number + 1} | {frames[0]:.3f} | {frames[1]:.3f} | "
+                f"{details[0]:.4f} | {details[1]:.4f} |"
             )
             if name == "byol" and number == 0:
                 result = frames[1], details[1] / details[0]
@@ -204,7 +215,7 @@ def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
 
 
 def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[float, float]:
-    """Return the border over the whole and the detail of view `number`, as means over four views of each image."""
+    """Return the border over the whole and the detail, as means over four views of each image."""
     frames, details = [], []
     for epoch in range(4):
         drawn = draw_colors(crop, 0, epoch, np.arange(len(images)), number)
@@ -233,9 +244,10 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
 
 
 def areas() -> list[float]:
-    """Print the third table and return the distances of both samplers from the authors', for every shape."""
+    """Print the third table and return the distances of both samplers from the authors'."""
     print(
-        "| image | mean area, torchvision | SimCLR | BYOL | KS of torchvision from SimCLR, BYOL | KS of ours from SimCLR, BYOL |"
+        "| image | mean area, torchvision | SimCLR | BYOL | KS of torchvision from SimCLR, BYOL | "
+        "KS of ours from SimCLR, BYOL |"
     )
     print("|---|---|---|---|---|---|")
     distances = []
@@ -245,22 +257,21 @@ def areas() -> list[float]:
             name: crops.draw_boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes)
             for name in crops.SAMPLERS
         }
-        found = {
-            name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in drawn.items()
-        }
+        area = {name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in drawn.items()}
         theirs = {"tensorflow": authors.simclr_boxes, "clipped": authors.byol_boxes}
         expected = {name: draw(DRAWS, height, width, seed=1) for name, draw in theirs.items()}
         expected = {
             name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in expected.items()
         }
         before = [
-            stats.ks_2samp(found["torchvision"], area).statistic for area in expected.values()
+            stats.ks_2samp(area["torchvision"], theirs).statistic for theirs in expected.values()
         ]
-        after = [stats.ks_2samp(found[name], area).statistic for name, area in expected.items()]
+        after = [stats.ks_2samp(area[name], theirs).statistic for name, theirs in expected.items()]
         distances += after
-        means = " | ".join(f"{area.mean():.3f}" for area in found.values())
+        means = " | ".join(f"{shares.mean():.3f}" for shares in area.values())
         print(
-            f"| {height}x{width} | {means} | {before[0]:.3f}, {before[1]:.3f} | {after[0]:.4f}, {after[1]:.4f} |"
+            f"| {height}x{width} | {means} | {before[0]:.3f}, {before[1]:.3f} | "
+            f"{after[0]:.4f}, {after[1]:.4f} |"
         )
     return distances
 

@@ -1,6 +1,7 @@
-"""The colour part of the views, ours and kornia's: one batch of 256 x 3 x 224 x 224, the same parameters, the same result.
+"""Compare the colors of views with kornia's, in speed and in value.
 
-Kornia draws one order of jitter for a whole batch, so that is what both do here; ours usually has one for each image.
+Both apply the same parameters to one batch of 256 x 3 x 224 x 224. Kornia has one order of the
+jitter for a whole batch, so both use that here. Ours usually has one order per image.
 """
 
 from __future__ import annotations
@@ -12,8 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.views import color, color_parameters
-from ssl_pretrain.views.color_parameters import ColorParameters, draw_colors
+from ssl_pretrain.views import color
+from ssl_pretrain.views.color_parameters import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    ColorParameters,
+    draw_colors,
+)
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 SIMCLR = Crop(
@@ -27,26 +35,20 @@ SIMCLR = Crop(
     blur=0.5,
     blur_kernel=23,
 )
-ORDER = (
-    color_parameters.BRIGHTNESS,
-    color_parameters.CONTRAST,
-    color_parameters.SATURATION,
-    color_parameters.HUE,
-)
+ORDER = (BRIGHTNESS, CONTRAST, SATURATION, HUE)
 
 
 def batch(n: int, seed: int = 0) -> Tensor:
-    """Smooth pictures with noise on them: uint8 (n, 3, 224, 224)."""
+    """Return smooth pictures with some noise, uint8 (n, 3, 224, 224)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 7, 7, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bilinear")
-    return (255 * (0.9 * smooth + 0.1 * torch.rand(smooth.shape, generator=generator))).to(
-        torch.uint8
-    )
+    noise = torch.rand(smooth.shape, generator=generator)
+    return (255 * (0.9 * smooth + 0.1 * noise)).to(torch.uint8)
 
 
 def parameters(n: int) -> ColorParameters:
-    """SimCLR's, drawn as in a run, with one order for all."""
+    """Draw SimCLR's parameters as in a run, but with one order for all images."""
     drawn = draw_colors(SIMCLR, 0, 0, np.arange(n), 0)
     return replace(drawn, order=np.tile(np.array(ORDER), (n, 1)))
 
@@ -56,27 +58,27 @@ def ours(pixels: Tensor, drawn: ColorParameters) -> Tensor:
 
 
 def kornias(pixels: Tensor, drawn: ColorParameters) -> Tensor:
-    """Kornia's functions on the images each was drawn for, as its augmentations select and put back."""
+    """Apply kornia's functions to the images that each was drawn for, as its augmentations do."""
     from kornia import enhance, filters
     from kornia.color import rgb_to_grayscale
 
     images = pixels.to(torch.float32) / 255
     jitter = torch.from_numpy(np.flatnonzero(drawn.jitter))
     factors = torch.from_numpy(drawn.factors)[jitter]
-    chosen = images[jitter]
+    jittered = images[jitter]
     for operation in ORDER:
         factor = factors[:, operation]
-        if operation == color_parameters.BRIGHTNESS:
-            chosen = enhance.adjust_brightness_accumulative(chosen, factor)
-        elif operation == color_parameters.CONTRAST:
-            chosen = enhance.adjust_contrast_with_mean_subtraction(chosen, factor)
-        elif operation == color_parameters.SATURATION:
-            chosen = enhance.adjust_saturation_with_gray_subtraction(chosen, factor)
+        if operation == BRIGHTNESS:
+            jittered = enhance.adjust_brightness_accumulative(jittered, factor)
+        elif operation == CONTRAST:
+            jittered = enhance.adjust_contrast_with_mean_subtraction(jittered, factor)
+        elif operation == SATURATION:
+            jittered = enhance.adjust_saturation_with_gray_subtraction(jittered, factor)
         else:
-            chosen = enhance.adjust_hue(chosen, factor * 2 * torch.pi)
-    images[jitter] = chosen
-    grey = torch.from_numpy(np.flatnonzero(drawn.grayscale))
-    images[grey] = rgb_to_grayscale(images[grey]).expand(-1, 3, -1, -1)
+            jittered = enhance.adjust_hue(jittered, factor * 2 * torch.pi)
+    images[jitter] = jittered
+    gray = torch.from_numpy(np.flatnonzero(drawn.grayscale))
+    images[gray] = rgb_to_grayscale(images[gray]).expand(-1, 3, -1, -1)
     blur = torch.from_numpy(np.flatnonzero(drawn.blur))
     sigma = torch.from_numpy(drawn.sigma)[blur, None].expand(-1, 2)
     images[blur] = filters.gaussian_blur2d(images[blur], (blur_taps(SIMCLR),) * 2, sigma, "reflect")
@@ -84,17 +86,16 @@ def kornias(pixels: Tensor, drawn: ColorParameters) -> Tensor:
 
 
 def compare(n: int = 256, rounds: int = 3) -> dict[str, float]:
-    """Seconds of each, the best of interleaved rounds, and the largest and mean difference in grey levels."""
+    """Return the median seconds of interleaved rounds, and the differences in gray levels."""
     pixels, drawn = batch(n), parameters(n)
-    difference = (
-        ours(pixels[:32], parameters(32)) - kornias(pixels[:32], parameters(32))
-    ).abs() * 255
+    few = parameters(32)
+    difference = (ours(pixels[:32], few) - kornias(pixels[:32], few)).abs() * 255
     seconds: dict[str, list[float]] = {"ours": [], "kornia": []}
     for _ in range(rounds):
         for name, function in (("ours", ours), ("kornia", kornias)):
-            began = time.perf_counter()
+            start = time.perf_counter()
             function(pixels, drawn)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - start)
     ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["kornia"])]
     return {
         "ours": float(np.median(seconds["ours"])),

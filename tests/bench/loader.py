@@ -1,14 +1,17 @@
-"""Loaders compared in one run, interleaved and warm: PYTHONPATH=. OMP_NUM_THREADS=1 python tests/bench/loader.py
+"""Compare loaders in one run, warm and with interleaved rounds.
 
-The images are those of imagenet_sample.zip, written by `ssl_pretrain.data.beton` at each --sides and repeated; every
-contender reads the same JPEGs of the same file. Two cores (--threads) for each.
+    PYTHONPATH=. OMP_NUM_THREADS=1 python tests/bench/loader.py
 
-    ours                 data/threads.py: decoded once, all crops, into the ring: all that the CPU does for a GPU
-    FFCV per view        as FFCV-SSL: a pipeline, and so a decoding, for each view
+The images are those of imagenet_sample.zip, written by `ssl_pretrain.data.beton` at each of
+--sides and repeated. All contenders read the same JPEGs of the same file with the same number of
+threads.
+
+    ours                 native/threads.py: each image is decoded once for all crops
+    FFCV per view        like FFCV-SSL: one pipeline, and so one decoding, per view
     torchvision tensors  worker processes, decode_jpeg, RandomResizedCrop on uint8 tensors, flip
     torchvision PIL      worker processes, SimCLR's whole augmentation on Pillow images
 
-Colour is compared by itself, on one batch of 256 x 3 x 224 x 224 on the CPU: `color.py` beside this.
+Colors are compared by `color.py`, on one batch of 256 x 3 x 224 x 224 on the CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +42,7 @@ import color as color_bench
 
 from ssl_pretrain.data.beton import writer as beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.beton.encoder import Settings
 from ssl_pretrain.data.chunks import ChunkRequest
 from ssl_pretrain.data.native.threads import ThreadPool
 from ssl_pretrain.data.order import Plan
@@ -49,11 +54,11 @@ RECIPES = {
     "2x224+6x96": [Crop(size=224, scale=[0.25, 1.0])] * 2 + [Crop(size=96, scale=[0.05, 0.25])] * 6,
     "2x224": [Crop(size=224, scale=[0.25, 1.0])] * 2,
 }
-Contender = Callable[[int], int]  # makes about so many images, and says how many
+Contender = Callable[[int], int]  # makes about a number of images, and returns how many
 
 
 def cpu_seconds(processes: list[int]) -> float:
-    """User and system time of this process and of `processes`."""
+    """Return the user and system time of this process and of `processes`."""
     ticks = 0
     for process in [os.getpid(), *processes]:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
@@ -62,15 +67,15 @@ def cpu_seconds(processes: list[int]) -> float:
 
 
 class Ours:
-    def __init__(self, source: Beton, each: list[Crop], threads: int):
-        jobs = (
+    def __init__(self, source: Beton, view_crops: list[Crop], threads: int):
+        requests = (
             ChunkRequest(step, np.random.default_rng(step).integers(0, len(source), BATCH))
             for step in itertools.count()
         )
         self.pool = ThreadPool(
-            source, each, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu")
+            source, view_crops, Plan(0, len(source), BATCH), threads, 2, torch.device("cpu")
         )
-        self.chunks = self.pool.take(jobs)
+        self.chunks = self.pool.take(requests)
         self.processes: list[int] = []
         self.ahead = 4 * BATCH
 
@@ -84,7 +89,7 @@ class Ours:
 
 
 class PerView:
-    def __init__(self, source: Beton, each: list[Crop], threads: int):
+    def __init__(self, source: Beton, view_crops: list[Crop], threads: int):
         from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
         from ffcv.loader import Loader, OrderOption
         from ffcv.pipeline.pipeline_spec import PipelineSpec
@@ -94,10 +99,10 @@ class PerView:
                 (crop.size, crop.size), tuple(crop.scale), tuple(crop.ratio)
             )
 
-        pipelines = {"image": [decoder(each[0])], "label": [IntDecoder()]}
+        pipelines = {"image": [decoder(view_crops[0])], "label": [IntDecoder()]}
         pipelines |= {
             f"view{number}": PipelineSpec("image", decoder=decoder(crop))
-            for number, crop in enumerate(each[1:], 1)
+            for number, crop in enumerate(view_crops[1:], 1)
         }
         indices = np.tile(np.arange(len(source)), 50)
         options = {
@@ -121,21 +126,21 @@ class PerView:
 
 
 class Crops(Dataset):
-    """Every crop of an image, by torchvision: on uint8 tensors, or on Pillow images with all of SimCLR's colour."""
+    """Crops by torchvision, on uint8 tensors or on Pillow images with SimCLR's colors."""
 
-    def __init__(self, source: Beton, each: list[Crop], with_pillow: bool):
-        self.source, self.each, self.with_pillow = source, each, with_pillow
-        mode = F.InterpolationMode(each[0].interpolation)
+    def __init__(self, source: Beton, view_crops: list[Crop], with_pillow: bool):
+        self.source, self.view_crops, self.with_pillow = source, view_crops, with_pillow
+        mode = F.InterpolationMode(view_crops[0].interpolation)
         self.crops = [
             v2.RandomResizedCrop(crop.size, tuple(crop.scale), interpolation=mode, antialias=True)
-            for crop in each
+            for crop in view_crops
         ]
-        strong = v2.ColorJitter(0.8, 0.8, 0.8, 0.2)
-        self.colors = [
-            v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply([strong], 0.8), v2.RandomGrayscale(0.2),
-                        v2.RandomApply([v2.GaussianBlur(max(3, crop.size // 10 | 1), (0.1, 2.0))], 0.5), v2.PILToTensor()])
-            for crop in each
-        ]  # fmt: skip
+        jitter = v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8)
+        self.colors = []
+        for crop in view_crops:
+            blur = v2.RandomApply([v2.GaussianBlur(max(3, crop.size // 10 | 1), (0.1, 2.0))], 0.5)
+            operations = [v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(0.2), blur]
+            self.colors.append(v2.Compose([*operations, v2.PILToTensor()]))
 
     def __len__(self) -> int:
         return 50 * len(self.source)
@@ -152,11 +157,11 @@ class Crops(Dataset):
 
 
 class Torchvision:
-    def __init__(self, source: Beton, each: list[Crop], threads: int, with_pillow: bool):
+    def __init__(self, source: Beton, view_crops: list[Crop], threads: int, with_pillow: bool):
         torch.manual_seed(0)
         self.batch = 16 if with_pillow else BATCH
         loader = DataLoader(
-            Crops(source, each, with_pillow),
+            Crops(source, view_crops, with_pillow),
             self.batch,
             shuffle=True,
             num_workers=threads,
@@ -176,17 +181,17 @@ class Torchvision:
         self.batches._shutdown_workers()
 
 
-def paced(contender: Contender, images: int) -> tuple[float, float]:
-    """(images a second, CPU milliseconds an image), what was made ahead before the clock began being used up first."""
+def measure(contender: Contender, images: int) -> tuple[float, float]:
+    """Return images per second and CPU milliseconds per image, with empty buffers at the start."""
     contender(contender.ahead)
-    cpu, began = cpu_seconds(contender.processes), time.perf_counter()
-    made = contender(images)
-    seconds = time.perf_counter() - began
-    return made / seconds, 1000 * (cpu_seconds(contender.processes) - cpu) / made
+    cpu, start = cpu_seconds(contender.processes), time.perf_counter()
+    num_images = contender(images)
+    seconds = time.perf_counter() - start
+    return num_images / seconds, 1000 * (cpu_seconds(contender.processes) - cpu) / num_images
 
 
-def settle(processes: list[int]) -> None:
-    """Waits until every contender has filled its buffers and nobody computes."""
+def wait_until_idle(processes: list[int]) -> None:
+    """Wait until all contenders have filled their buffers and none computes."""
     while True:
         before = cpu_seconds(processes)
         time.sleep(1.0)
@@ -195,29 +200,41 @@ def settle(processes: list[int]) -> None:
 
 
 def race(
-    source: Beton, each: list[Crop], threads: int, rounds: int, images: int
+    source: Beton, view_crops: list[Crop], threads: int, rounds: int, images: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Rounds of each contender, one after the other within a round; those that wait have all their buffers full and do nothing."""
-    bicubic = [Crop(size=crop.size, scale=crop.scale, interpolation="bicubic") for crop in each]
+    """Measure each contender in turn, in several rounds. The others are idle with full buffers."""
+    bicubic = [replace(crop, interpolation="bicubic") for crop in view_crops]
     contenders = {  # processes are forked before there are threads
-        "torchvision tensors": Torchvision(source, each, threads, False),
-        "torchvision PIL": Torchvision(source, each, threads, True),
-        "FFCV per view": PerView(source, each, threads),
-        "ours": Ours(source, each, threads),
+        "torchvision tensors": Torchvision(source, view_crops, threads, False),
+        "torchvision PIL": Torchvision(source, view_crops, threads, True),
+        "FFCV per view": PerView(source, view_crops, threads),
+        "ours": Ours(source, view_crops, threads),
         "ours, bicubic": Ours(source, bicubic, threads),
     }
     few = {"FFCV per view": images // 3, "torchvision PIL": images // 16}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for contender in contenders.values():
-        contender(contender.ahead)  # compiled, and the file in memory
-    everyone = [process for contender in contenders.values() for process in contender.processes]
+        contender(contender.ahead)  # compiles, and reads the file into memory
+    processes = [process for contender in contenders.values() for process in contender.processes]
     for _ in range(rounds):
         for name, contender in contenders.items():
-            settle(everyone)
-            times[name].append(paced(contender, few.get(name, images)))
+            wait_until_idle(processes)
+            results[name].append(measure(contender, few.get(name, images)))
     for contender in contenders.values():
         contender.close()
-    return times
+    return results
+
+
+def compare(results: dict[str, list[tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Return the median speedup of ours over the others, by wall clock and by CPU time."""
+    speedups = {}
+    for mine in ("ours", "ours, bicubic"):
+        for other in list(results)[:3]:
+            rounds = list(zip(results[mine], results[other]))
+            wall = statistics.median(ours[0] / theirs[0] for ours, theirs in rounds)
+            cpu = statistics.median(theirs[1] / ours[1] for ours, theirs in rounds)
+            speedups[f"{mine}/{other}"] = (wall, cpu)
+    return speedups
 
 
 def main() -> None:
@@ -239,7 +256,7 @@ def main() -> None:
         "--images",
         type=int,
         default=1200,
-        help="of each contender and round (FFCV: a third, PIL: a 16th)",
+        help="images per contender and round (FFCV: a third, PIL: a 16th)",
     )
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -250,45 +267,41 @@ def main() -> None:
         )
         for side in given.sides:
             path = Path(folder) / f"{side}.beton"
-            beton_writer.write(zipped, path, beton_writer.Settings(max_side=side), num_workers=1)
+            beton_writer.write(zipped, path, Settings(max_side=side), num_workers=1)
             source = open_source(DataConfig(root=str(path)), "train")
             assert isinstance(source, Beton)
-            print(f"max side {side}: {path.stat().st_size / 600e3:.0f} KB an image", flush=True)
+            print(f"max side {side}: {path.stat().st_size / 600e3:.0f} KB per image", flush=True)
             for recipe in given.recipes:
-                times = race(source, RECIPES[recipe], given.threads, given.rounds, given.images)
-                for name, rounds in times.items():
+                results = race(source, RECIPES[recipe], given.threads, given.rounds, given.images)
+                for name, rounds in results.items():
                     speeds, cpu = zip(*rounds)
                     spread = f"{min(speeds):.0f} to {max(speeds):.0f}"
                     print(
-                        f"  {recipe:<11} {name:<20} {statistics.median(speeds):7.0f} images/s ({spread}), {statistics.median(cpu):6.2f} CPU ms an image"
+                        f"  {recipe:<11} {name:<20} {statistics.median(speeds):7.0f} images/s "
+                        f"({spread}), {statistics.median(cpu):6.2f} CPU ms per image"
                     )
-                versus, by_cpu = ({
-                    f"{mine}/{theirs}": statistics.median(ratio(a, b) for a, b in zip(times[mine], times[theirs]))
-                    for mine in ("ours", "ours, bicubic") for theirs in list(times)[:3]
-                } for ratio in (lambda a, b: a[0] / b[0], lambda a, b: b[1] / a[1]))  # fmt: skip
-                print(
-                    "  "
-                    + "; ".join(
-                        f"{name} {ratio:.2f} (by CPU time {by_cpu[name]:.2f})"
-                        for name, ratio in versus.items()
-                    ),
-                    flush=True,
-                )
+                speedups = compare(results)
+                texts = [
+                    f"{name} {wall:.2f} (by CPU time {cpu:.2f})"
+                    for name, (wall, cpu) in speedups.items()
+                ]
+                print("  " + "; ".join(texts), flush=True)
                 if side == given.sides[0]:
-                    ratios |= {f"{recipe} {name}": ratio for name, ratio in versus.items()}
-    compared = color_bench.compare()
+                    ratios |= {f"{recipe} {name}": wall for name, (wall, _) in speedups.items()}
+    colors = color_bench.compare()
     print(
-        f"color, 256 x 3 x 224 x 224: ours {compared['ours']:.2f} s, kornia {compared['kornia']:.2f} s, "
-        f"difference at most {compared['largest']:.2f} grey levels, {compared['mean']:.3f} in the mean"
+        f"color, 256 x 3 x 224 x 224: ours {colors['ours']:.2f} s, "
+        f"kornia {colors['kornia']:.2f} s, difference at most {colors['largest']:.2f} gray levels, "
+        f"{colors['mean']:.3f} in the mean"
     )
-    multi = "2x224+6x96 ours"
-    print(
-        f"ratios: multicrop_vs_ffcv_per_view={ratios.get(f'{multi}/FFCV per view', float('nan')):.2f} "
-        f"multicrop_vs_torchvision_tensor={ratios.get(f'{multi}/torchvision tensors', float('nan')):.2f} "
-        f"multicrop_vs_pil={ratios.get(f'{multi}/torchvision PIL', float('nan')):.1f} "
-        f"two_views_vs_ffcv_per_view={ratios.get('2x224 ours/FFCV per view', float('nan')):.2f} "
-        f"color_vs_kornia={compared['ratio']:.2f}"
-    )
+    names = {
+        "multicrop_vs_ffcv_per_view": "2x224+6x96 ours/FFCV per view",
+        "multicrop_vs_torchvision_tensor": "2x224+6x96 ours/torchvision tensors",
+        "multicrop_vs_pil": "2x224+6x96 ours/torchvision PIL",
+        "two_views_vs_ffcv_per_view": "2x224 ours/FFCV per view",
+    }
+    texts = [f"{name}={ratios.get(pair, float('nan')):.3g}" for name, pair in names.items()]
+    print(f"ratios: {' '.join(texts)} color_vs_kornia={colors['ratio']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The table of docs/data.md: what a file of smaller images costs. PYTHONPATH=. python tests/bench/resolution.py
+"""Measure what a file of smaller images costs, for the table of docs/data.md.
 
-Every number is of imagenet_sample.zip. Pixel error: the same part of the image as a view, cut from the file and from the
-original by Pillow, whose boxes may begin between pixels, both antialiased bilinear; root of the mean square over views, in grey levels. Enlarged: views whose box has fewer
-pixels than the view along at least one side.
+    PYTHONPATH=. python tests/bench/resolution.py
+
+All numbers are for imagenet_sample.zip. The pixel error compares the same region of the image as a
+view, cut from the file and from the original by Pillow, whose boxes may begin between pixels. Both
+are antialiased bilinear. The error is the root of the mean square over views, in gray levels. A
+view is enlarged if its box has fewer pixels than the view along at least one side.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from PIL import Image
 
 from ssl_pretrain.data.beton import writer as beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
+from ssl_pretrain.data.beton.encoder import Settings
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.recipe import Crop
@@ -41,10 +44,10 @@ def main() -> None:
         ),
     )
     parser.add_argument("--sides", type=int, nargs="+", default=[0, 500, 400, 256])
-    parser.add_argument("--images", type=int, default=600, help="for pixel errors")
+    parser.add_argument("--images", type=int, default=600, help="images for pixel errors")
     given = parser.parse_args()
     print(
-        "| max side | KB an image | ImageNet | kept as they were | "
+        "| max side | KB per image | ImageNet | unchanged | "
         + " | ".join(f"{name}: error, enlarged" for name in VIEWS)
         + " |"
     )
@@ -55,14 +58,10 @@ def main() -> None:
         )
         for side in given.sides:
             path = Path(folder) / f"{side}.beton"
-            manifest = beton_writer.write(
-                originals, path, beton_writer.Settings(max_side=side), num_workers=1
-            )
+            manifest = beton_writer.write(originals, path, Settings(max_side=side), num_workers=1)
             stored = open_source(DataConfig(root=str(path)), "train")
             assert isinstance(stored, Beton)
-            size = float(
-                stored.samples.length.mean()
-            )  # without the first page, which this small set hardly fills
+            size = float(stored.samples.length.mean())  # without the tables of the file
             cells = []
             for crop in VIEWS.values():
                 errors, enlarged = [], []
@@ -72,37 +71,29 @@ def main() -> None:
                     enlarged.append(larger)
                 cells.append(f"{np.sqrt(np.mean(errors)):.1f}, {100 * np.mean(enlarged):.0f} %")
             name = str(side) if side else "none"
-            print(
-                f"| {name} | {size / 1e3:.0f} | {size * 1281167 / 1e9:.0f} GB | {manifest.num_unchanged} of 600 | "
-                + " | ".join(cells)
-                + " |"
-            )
-            sys.stdout.flush()
+            row = [name, f"{size / 1e3:.0f}", f"{size * 1281167 / 1e9:.0f} GB"]
+            row += [f"{manifest.num_unchanged} of 600", *cells]
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 def compare(original: np.ndarray, stored: np.ndarray, crop: Crop, index: int) -> tuple[float, bool]:
-    """(mean square difference of one view, whether its box is enlarged)."""
+    """Return the mean square difference of one view, and True if its box is enlarged."""
     box = crops.draw_box(crop, 0, 0, index, 0, *stored.shape[:2])
     by_y, by_x = original.shape[0] / stored.shape[0], original.shape[1] / stored.shape[1]
 
     def view(image: np.ndarray, by_y: float, by_x: float) -> np.ndarray:
-        part = (
+        region = (
             box.left * by_x,
             box.top * by_y,
             (box.left + box.width) * by_x,
             (box.top + box.height) * by_y,
         )
-        side = (crop.size, crop.size)
-        return np.asarray(
-            Image.fromarray(np.ascontiguousarray(image)).resize(
-                side, Image.Resampling.BILINEAR, part
-            ),
-            np.float32,
-        )
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        size = (crop.size, crop.size)
+        return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, region), np.float32)
 
-    return float(np.square(view(stored, 1, 1) - view(original, by_y, by_x)).mean()), min(
-        box.height, box.width
-    ) < crop.size
+    error = np.square(view(stored, 1, 1) - view(original, by_y, by_x)).mean()
+    return float(error), min(box.height, box.width) < crop.size
 
 
 if __name__ == "__main__":
