@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ssl_pretrain.eval import results
+from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.html import charts, page, sections
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.system import durable_files
@@ -187,4 +187,4 @@ def _curves(records: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    results.command(main, "ssl_pretrain.eval.compare")
+    command_line.execute(main, "ssl_pretrain.eval.compare")

@@ -1,11 +1,12 @@
-"""Common corruptions of images at five severities (Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261).
+"""Common corruptions of images (Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261).
 
-Written from the definitions and constants of hendrycks/robustness at its `create_c` scripts: those of CIFAR-10-C for images
-of up to SMALL pixels, those of ImageNet-C above. Twelve of the fifteen: snow and motion blur are ImageMagick's, frost needs
-the authors' photographs. Each is a pure function of (image, severity, number of the image, seed); all severities of an image
-use the same draws.
+The definitions and constants are those of the `create_c` scripts of hendrycks/robustness: of
+CIFAR-10-C for images of up to SMALL pixels, of ImageNet-C above. Twelve of the fifteen are here.
+Snow and motion blur need ImageMagick, and frost needs the authors' photographs.
 
-Elastic transformation interpolates exactly where OpenCV rounds places to 1/32 pixel; the random numbers are not numpy's.
+Each corruption is a pure function of image, severity, index of the image, and seed. All severities
+of an image use the same random numbers, which are not numpy's. Elastic transformation interpolates
+exactly, where OpenCV rounds positions to 1/32 pixel.
 """
 
 from __future__ import annotations
@@ -13,294 +14,291 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage, special, stats
 
-from ssl_pretrain import rng
+from ssl_pretrain import rng as counter_rng
 from ssl_pretrain.rng import Purpose
 from ssl_pretrain.system.jit import njit
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SMALL = 64
+SMALL = 64  # pixels of the longer side up to which the constants are CIFAR-10-C's
 
 
 @dataclass
-class Draws:
-    """Uniform numbers in [0, 1) of one corruption of one image, one after the other."""
+class ImageRng:
+    """Random numbers of one corruption of one image, counter-based."""
 
     seed: int
     index: int
-    number: int  # of the corruption
-    taken: int = 0
+    corruption: int
+    num_used: int = 0
 
     def uniform(self, *shape: int) -> np.ndarray:
-        count = int(np.prod(shape))
-        lanes = rng.uniform(
-            self.seed, 0, self.index, self.number, Purpose.CORRUPTION, self.taken + count
-        )[0, self.taken :]
-        self.taken += count
+        """Return numbers in [0, 1)."""
+        end = self.num_used + int(np.prod(shape))
+        lanes = counter_rng.uniform(
+            self.seed, 0, self.index, self.corruption, Purpose.CORRUPTION, end
+        )[0, self.num_used :]
+        self.num_used = end
         return lanes.reshape(shape)
 
     def normal(self, *shape: int) -> np.ndarray:
+        """Return numbers of a standard normal distribution."""
         return special.ndtri(self.uniform(*shape).clip(1e-12, 1 - 1e-12))
 
 
-Corruption = Callable[
-    [np.ndarray, int, Draws], np.ndarray
-]  # float64 (h, w, 3) in [0, 1], severity, draws -> the same, unclipped
-
-
 def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0) -> np.ndarray:
-    """The image, uint8 (height, width, 3), corrupted: the same kind.
+    """Return the corrupted image, uint8 (height, width, 3).
 
     Args:
-        name: one of NAMES.
+        name: One of NAMES.
+        image: Image, uint8 (height, width, 3).
         severity: 1 to 5.
-        index: the image's number in its data set, which names its draws.
+        index: Index of the image in its data set, which selects its random numbers.
+        seed: Selects other random numbers for all images.
 
     Raises:
-        ValueError: no such corruption or severity.
+        ValueError: If the corruption or the severity is unknown.
     """
     if name not in CORRUPTIONS:
-        raise ValueError(f"corruption: {name!r} is none; choose among: {', '.join(NAMES)}")
+        raise ValueError(f"corruption: {name!r} is unknown; choose among: {', '.join(NAMES)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity: {severity} is not one of 1 to 5")
-    corrupted = CORRUPTIONS[name](image / 255.0, severity, Draws(seed, index, NAMES.index(name)))
-    return (corrupted.clip(0, 1) * 255).astype(np.uint8)  # cut off, as the authors do
+    corruption = CORRUPTIONS[name]
+    small = max(image.shape[:2]) <= SMALL
+    strength = (corruption.small if small else corruption.large)[severity - 1]
+    rng = ImageRng(seed, index, NAMES.index(name))
+    corrupted = corruption.function(image / 255.0, strength, rng)
+    return (corrupted.clip(0, 1) * 255).astype(np.uint8)  # truncated, as the authors do
 
 
-def of_size(image: np.ndarray, severity: int, small: tuple, large: tuple):
-    """The constant for the severity: CIFAR-10-C's or ImageNet-C's."""
-    return (small if max(image.shape[:2]) <= SMALL else large)[severity - 1]
+# Each function below takes an image, float64 (height, width, 3) in [0, 1], the constants of a
+# severity, and random numbers. It returns the corrupted image, not yet clipped.
 
 
-def gaussian_noise(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    return image + drawn.normal(*image.shape) * of_size(
-        image, severity, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)
-    )
+def gaussian_noise(image: np.ndarray, std: float, rng: ImageRng) -> np.ndarray:
+    return image + rng.normal(*image.shape) * std
 
 
-def shot_noise(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    photons = of_size(image, severity, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3))
-    return stats.poisson.ppf(drawn.uniform(*image.shape), image * photons).clip(min=0) / photons
+def shot_noise(image: np.ndarray, photons: float, rng: ImageRng) -> np.ndarray:
+    return stats.poisson.ppf(rng.uniform(*image.shape), image * photons).clip(min=0) / photons
 
 
-def impulse_noise(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    share = of_size(image, severity, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27))
-    hit, white = drawn.uniform(*image.shape) < share, drawn.uniform(*image.shape) < 0.5
+def impulse_noise(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
+    hit, white = rng.uniform(*image.shape) < share, rng.uniform(*image.shape) < 0.5
     return np.where(hit, white, image)
 
 
-def defocus_blur(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    radius, alias = of_size(
-        image,
-        severity,
-        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
-        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
-    )
-    kernel = disk(radius, alias)
-    return np.stack(
-        [ndimage.correlate(image[..., channel], kernel, mode="mirror") for channel in range(3)],
-        axis=-1,
-    )
+def defocus_blur(image: np.ndarray, disk_size: tuple[float, float], rng: ImageRng) -> np.ndarray:
+    return ndimage.correlate(image, disk(*disk_size)[..., None], mode="mirror")
 
 
 def disk(radius: float, alias: float) -> np.ndarray:
-    """A disk of total weight 1 whose edge is then smoothed by a Gaussian of deviation `alias`, over 3 places, 5 for a large one."""
+    """Return a disk of total weight 1, smoothed by a Gaussian of standard deviation `alias`.
+
+    The Gaussian spans 3 pixels, or 5 for a large disk.
+    """
     reach, taps = (8, 1) if radius <= 8 else (radius, 2)
-    places = np.arange(-reach, reach + 1)
-    inside = (places[:, None] ** 2 + places**2 <= radius**2).astype(np.float64)
-    inside /= inside.sum()
+    positions = np.arange(-reach, reach + 1)
+    kernel = (positions[:, None] ** 2 + positions**2 <= radius**2).astype(np.float64)
+    kernel /= kernel.sum()
     weights = np.exp(-(np.arange(-taps, taps + 1) ** 2) / (2 * alias**2))
     for axis in (0, 1):
-        inside = ndimage.correlate1d(inside, weights / weights.sum(), axis=axis, mode="mirror")
-    return inside
+        kernel = ndimage.correlate1d(kernel, weights / weights.sum(), axis=axis, mode="mirror")
+    return kernel
 
 
-def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest")
 
 
-def glass_blur(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    sigma, reach, rounds = of_size(
-        image, severity, ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
-        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-    )  # fmt: skip
-    pixels = (blurred(image, sigma) * 255).astype(np.uint8)
-    height, width = pixels.shape[:2]
-    moves = np.floor(drawn.uniform(rounds, height, width, 2) * 2 * reach).astype(np.int64) - reach
-    _exchange(pixels, moves, reach)
-    return blurred(pixels / 255.0, sigma)
+def glass_blur(image: np.ndarray, constants: tuple[float, int, int], rng: ImageRng) -> np.ndarray:
+    sigma, reach, num_rounds = constants
+    pixels = (gaussian_blur(image, sigma) * 255).astype(np.uint8)
+    offsets = np.floor(rng.uniform(num_rounds, *image.shape[:2], 2) * 2 * reach)
+    _exchange(pixels, offsets.astype(np.int64) - reach, reach)
+    return gaussian_blur(pixels / 255.0, sigma)
 
 
 @njit(cache=True, nogil=True)
-def _exchange(pixels, moves, reach):
-    """Each pixel, from the last to the first, changes places with one near it."""
+def _exchange(pixels, offsets, reach):
+    """Exchange each pixel, from the last to the first, with one near it."""
     height, width, channels = pixels.shape
-    for turn in range(moves.shape[0]):
-        for row in range(height - reach, reach, -1):
-            for column in range(width - reach, reach, -1):
-                if row >= height or column >= width:
-                    continue
-                other_row, other_column = (
-                    row + moves[turn, row, column, 1],
-                    column + moves[turn, row, column, 0],
-                )
+    for turn in range(offsets.shape[0]):
+        for row in range(min(height - reach, height - 1), reach, -1):
+            for column in range(min(width - reach, width - 1), reach, -1):
+                other_row = row + offsets[turn, row, column, 1]
+                other_column = column + offsets[turn, row, column, 0]
                 for channel in range(channels):
-                    kept = pixels[row, column, channel]
+                    value = pixels[row, column, channel]
                     pixels[row, column, channel] = pixels[other_row, other_column, channel]
-                    pixels[other_row, other_column, channel] = kept
+                    pixels[other_row, other_column, channel] = value
 
 
-def zoom_blur(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    end, step = of_size(
-        image, severity, ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
-        ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
-    )  # fmt: skip
+def zoom_blur(image: np.ndarray, zoom: tuple[float, float], rng: ImageRng) -> np.ndarray:
+    end, step = zoom
     factors = np.arange(1, end, step)
-    return (image + sum(zoomed(image, factor) for factor in factors)) / (len(factors) + 1)
+    return (image + sum(enlarge(image, factor) for factor in factors)) / (len(factors) + 1)
 
 
-def zoomed(image: np.ndarray, factor: float) -> np.ndarray:
-    """The middle of a square image enlarged to its own size."""
+def enlarge(image: np.ndarray, factor: float) -> np.ndarray:
+    """Enlarge the center of a square image to the image's size."""
     side = len(image)
-    kept = int(np.ceil(side / factor))
-    first = (side - kept) // 2
-    larger = ndimage.zoom(
-        image[first : first + kept, first : first + kept], (factor, factor, 1), order=1
-    )
+    crop = int(np.ceil(side / factor))
+    first = (side - crop) // 2
+    center = image[first : first + crop, first : first + crop]
+    larger = ndimage.zoom(center, (factor, factor, 1), order=1)
     first = (len(larger) - side) // 2
     return larger[first : first + side, first : first + side]
 
 
-def fog(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    amount, decay = of_size(
-        image,
-        severity,
-        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-    )
+def fog(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.ndarray:
+    amount, decay = constants
     height, width = image.shape[:2]
-    clouds = plasma(1 << (max(height, width) - 1).bit_length(), decay, drawn)[:height, :width, None]
+    side = 1 << (max(height, width) - 1).bit_length()
+    clouds = plasma(side, decay, rng)[:height, :width, None]
     return (image + amount * clouds) * image.max() / (image.max() + amount)
 
 
-def plasma(side: int, decay: float, drawn: Draws) -> np.ndarray:
-    """Clouds in [0, 1], (side, side), by midpoint displacement on a torus: the noise falls by `decay` a level."""
+def plasma(side: int, decay: float, rng: ImageRng) -> np.ndarray:
+    """Return clouds in [0, 1], (side, side), by midpoint displacement on a torus.
+
+    The noise is divided by `decay` from one level to the next finer one.
+    """
     grid, noise, step = np.zeros((side, side)), 100.0, side
 
-    def displaced(total: np.ndarray) -> np.ndarray:
-        return total / 4 + noise * noise * (2 * drawn.uniform(*total.shape) - 1)
+    def displace(total: np.ndarray) -> np.ndarray:
+        return total / 4 + noise * noise * (2 * rng.uniform(*total.shape) - 1)
 
     while step >= 2:
         half = step // 2
         corners = grid[::step, ::step]
         pairs = corners + np.roll(corners, -1, axis=0)
-        centres = displaced(pairs + np.roll(pairs, -1, axis=1))
-        grid[half::step, half::step] = centres
-        grid[::step, half::step] = displaced(
-            centres + np.roll(centres, 1, axis=0) + corners + np.roll(corners, -1, axis=1)
-        )
-        grid[half::step, ::step] = displaced(
-            centres + np.roll(centres, 1, axis=1) + corners + np.roll(corners, -1, axis=0)
-        )
+        centers = displace(pairs + np.roll(pairs, -1, axis=1))
+        above = centers + np.roll(centers, 1, axis=0)
+        before = centers + np.roll(centers, 1, axis=1)
+        grid[half::step, half::step] = centers
+        grid[::step, half::step] = displace(above + corners + np.roll(corners, -1, axis=1))
+        grid[half::step, ::step] = displace(before + corners + np.roll(corners, -1, axis=0))
         step, noise = half, noise / decay
     grid -= grid.min()
     return grid / grid.max()
 
 
-def brightness(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    """The value of hue, saturation and value raised: each pixel scaled, black ones grey."""
+def brightness(image: np.ndarray, amount: float, rng: ImageRng) -> np.ndarray:
+    """Raise the value of hue, saturation and value. Each pixel is scaled; black becomes gray."""
     value = image.max(axis=-1, keepdims=True)
-    raised = (
-        value + of_size(image, severity, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5))
-    ).clip(max=1)
-    return np.where(value > 0, image / np.where(value > 0, value, 1), 1.0) * raised
+    scaled = np.where(value > 0, image / np.where(value > 0, value, 1), 1.0)
+    return scaled * (value + amount).clip(max=1)
 
 
-def contrast(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
+def contrast(image: np.ndarray, factor: float, rng: ImageRng) -> np.ndarray:
     mean = image.mean(axis=(0, 1), keepdims=True)
-    return (image - mean) * of_size(
-        image, severity, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)
-    ) + mean
+    return (image - mean) * factor + mean
 
 
-def elastic_transform(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
+def elastic_transform(
+    image: np.ndarray, constants: tuple[float, float, float], rng: ImageRng
+) -> np.ndarray:
+    """Map three points of the image to displaced ones, then move every pixel by smooth noise."""
     side = min(image.shape[:2])
-    small = (
-        (0, 0, 0.08),
-        (0.05, 0.2, 0.07),
-        (0.08, 0.06, 0.06),
-        (0.1, 0.04, 0.05),
-        (0.1, 0.03, 0.03),
-    )
-    wide = (
-        (2, 0.7, 0.1),
-        (2, 0.08, 0.2),
-        (0.05, 0.01, 0.02),
-        (0.07, 0.01, 0.02),
-        (0.12, 0.01, 0.02),
-    )
-    unit = (
-        side if side <= SMALL else side * 244 / 224
-    )  # the authors' constants are of 244 pixels, at images of 224
-    strength, sigma, affine = (unit * share for share in of_size(image, severity, small, wide))
+    # The authors' constants for images of 224 pixels are multiples of 244.
+    unit = side if side <= SMALL else side * 244 / 224
+    strength, sigma, affine = (unit * constant for constant in constants)
     rows, columns = np.meshgrid(*(np.arange(length) for length in image.shape[:2]), indexing="ij")
-    centre, third = np.array(image.shape[:2]) // 2, side // 3
-    corners = np.array(
-        [centre + third, [centre[0] + third, centre[1] - third], centre - third], dtype=np.float64
-    )  # as (x, y)
-    moved = corners + affine * (2 * drawn.uniform(3, 2) - 1)
-    back = np.linalg.solve(
-        np.column_stack([moved, np.ones(3)]), corners
-    )  # from a place of the result to the image's
-    x, y = np.moveaxis(np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ back, -1, 0)
-    bent = sampled(image, y, x, "mirror")
+    center, third = np.array(image.shape[:2]) // 2, side // 3
+    corners = center + third * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])  # (x, y)
+    displaced = corners + affine * (2 * rng.uniform(3, 2) - 1)
+    to_source = np.linalg.solve(np.column_stack([displaced, np.ones(3)]), corners)
+    homogeneous = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
+    x, y = np.moveaxis(homogeneous @ to_source, -1, 0)
+    image = sample(image, y, x, "mirror")
     across, down = (
-        ndimage.gaussian_filter(
-            2 * drawn.uniform(*image.shape[:2]) - 1, sigma, mode="reflect", truncate=3
+        strength
+        * ndimage.gaussian_filter(
+            2 * rng.uniform(*rows.shape) - 1, sigma, mode="reflect", truncate=3
         )
-        * strength
         for _ in range(2)
     )
-    return sampled(bent, rows + down, columns + across, "reflect")
+    return sample(image, rows + down, columns + across, "reflect")
 
 
-def sampled(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) -> np.ndarray:
-    """The image at these places, linear between pixels."""
-    return np.stack(
-        [
-            ndimage.map_coordinates(image[..., channel], [rows, columns], order=1, mode=mode)
-            for channel in range(3)
-        ],
-        axis=-1,
-    )
+def sample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) -> np.ndarray:
+    """Return the image at these positions, interpolated linearly."""
+    channels = [
+        ndimage.map_coordinates(channel, [rows, columns], order=1, mode=mode)
+        for channel in np.moveaxis(image, -1, 0)
+    ]
+    return np.stack(channels, axis=-1)
 
 
-def pixelate(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    share = of_size(image, severity, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25))
+def pixelate(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
     height, width = image.shape[:2]
-    whole = Image.fromarray(np.rint(image * 255).astype(np.uint8))
-    fewer = whole.resize(
-        (max(1, int(width * share)), max(1, int(height * share))), Image.Resampling.BOX
-    )
-    return np.asarray(fewer.resize((width, height), Image.Resampling.BOX)) / 255.0
+    small_size = max(1, int(width * share)), max(1, int(height * share))
+    small = _to_pil(image).resize(small_size, Image.Resampling.BOX)
+    return np.asarray(small.resize((width, height), Image.Resampling.BOX)) / 255.0
 
 
-def jpeg_compression(image: np.ndarray, severity: int, drawn: Draws) -> np.ndarray:
-    quality = of_size(image, severity, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7))
+def jpeg_compression(image: np.ndarray, quality: int, rng: ImageRng) -> np.ndarray:
     content = io.BytesIO()
-    Image.fromarray(np.rint(image * 255).astype(np.uint8)).save(content, "JPEG", quality=quality)
+    _to_pil(image).save(content, "JPEG", quality=quality)
     return np.asarray(Image.open(content)) / 255.0
 
 
-CORRUPTIONS: dict[str, Corruption] = {
-    function.__name__: function
-    for function in (
-        gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, zoom_blur, fog, brightness, contrast, elastic_transform,
-        pixelate, jpeg_compression,
-    )
-}  # fmt: skip
+def _to_pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(image * 255).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """A corruption and its constants, one entry per severity."""
+
+    function: Callable[[np.ndarray, Any, ImageRng], np.ndarray]
+    small: tuple[Any, ...]  # of CIFAR-10-C
+    large: tuple[Any, ...]  # of ImageNet-C
+
+
+# The order is part of the random numbers.
+CORRUPTIONS = {
+    "gaussian_noise": Corruption(
+        gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)
+    ),
+    "shot_noise": Corruption(shot_noise, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
+    "impulse_noise": Corruption(
+        impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)
+    ),
+    "defocus_blur": Corruption(
+        defocus_blur,
+        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+    ),
+    "glass_blur": Corruption(
+        glass_blur,
+        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+    ),
+    "zoom_blur": Corruption(
+        zoom_blur,
+        ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
+        ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
+    ),
+    "fog": Corruption(
+        fog,
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+    ),
+    "brightness": Corruption(brightness, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": Corruption(contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "elastic_transform": Corruption(
+        elastic_transform,
+        ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+        ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
+    ),
+    "pixelate": Corruption(pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
+    "jpeg_compression": Corruption(jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
+}
 NAMES = tuple(CORRUPTIONS)

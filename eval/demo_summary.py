@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.eval import knn, linear, report, results, runs
+from ssl_pretrain.eval import command_line, knn, report, results, runs
+from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
 
 COMPARED = (
     ("raw pixels", "raw pixels"),
-    ("random backbone", results.BETTER),
+    ("random backbone", results.BETTER_RANDOM),
     ("pretrained", "pretrained"),
 )
 HELP = """usage: python -m ssl_pretrain.eval.demo RUN [phase=seconds ...]
@@ -117,12 +118,12 @@ def evaluate(path: str | Path) -> dict[str, float]:
     run = runs.load_run(path)
     phases = {
         "k-NN": lambda: knn.evaluate(run),
-        "linear": lambda: linear.evaluate(run, labels_per_class=[1, 5]),
+        "linear": lambda: cached_linear.evaluate(run, labels_per_class=[1, 5]),
         "report": lambda: report.write(run),
     }
     seconds = {}
     for name, phase in phases.items():
-        results.say(f"{name}:")
+        results.print_progress(f"{name}:")
         began = time.monotonic()
         phase()
         seconds[name] = time.monotonic() - began
@@ -143,4 +144,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    results.command(main, "ssl_pretrain.eval.demo")
+    command_line.execute(main, "ssl_pretrain.eval.demo")

@@ -1,83 +1,93 @@
-"""Weighted k-NN accuracy of a run's features: `python -m ssl_pretrain.eval.knn RUN`, or `torchrun --nproc-per-node 8 -m ssl_pretrain.eval.knn RUN`."""
+"""Weighted k-NN accuracy of a run's features: `python -m ssl_pretrain.eval.knn RUN`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval import results, runs
-from ssl_pretrain.eval.frozen import evaluation_split, features, shards
-from ssl_pretrain.eval.frozen.evaluation_split import Part
-from ssl_pretrain.eval.results import Row
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval import command_line, results
+from ssl_pretrain.eval.frozen import features, knn_search, shards, shifts
+from ssl_pretrain.eval.frozen.evaluation_split import (
+    MAX_CACHE_BYTES,
+    EvaluationSplit,
+    describe_splits,
+    labeled_splits,
+)
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.schema import COUNT, FROM_ZERO, POSITIVE
 
-KS = (
-    10,
-    20,
-    100,
-    200,
-)  # DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino)
-TEMPERATURES = (0.07, 0.1)  # DINO's and InstDisc's; the one usual for CIFAR-10
-QUERIES, TILE = 1024, 16384  # a tile of similarities is 64 MiB
-HELP = """Weighted k-NN accuracy of a run's frozen features, beside raw pixels and the untrained network.
+# DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino).
+KS = (10, 20, 100, 200)
+TEMPERATURES = (0.07, 0.1)  # of DINO and InstDisc, and the usual one for CIFAR-10
+NORMALIZATION = (
+    "features scaled to length 1, not centered; raw pixels centered on the training mean first"
+)
+HELP = """Weighted k-NN accuracy of frozen features, beside raw pixels and a random backbone.
 
-Each test image takes the class of its k nearest training images, which vote with exp(cosine similarity / temperature).
-Nothing is trained and nothing is chosen, so this is the quickest honest measure. The numbers and their protocol are
-printed and kept in RUN/eval/knn.json; the same search gives RUN/eval/knn_grid.json, k of 10, 20, 100 and 200 by
-temperatures of 0.07 and 0.1, with nothing chosen among them either.
+Each test image takes the class of its k nearest training images, which vote with
+exp(cosine similarity / temperature). Nothing is trained and no hyperparameter is selected, so this
+is the quickest reliable measure. The result is printed and saved to RUN/eval/knn.json. The same
+search fills RUN/eval/knn_grid.json: k of 10, 20, 100 and 200 by temperatures of 0.07 and 0.1.
 
     python -m ssl_pretrain.eval.knn runs/demo
-    python -m ssl_pretrain.eval.knn runs/demo --k 200 --temperature 0.1     # the protocol often used for CIFAR-10
-    python -m ssl_pretrain.eval.knn runs/demo --shifts 1 2                  # and the test images moved by 1 and 2 pixels
-    python -m ssl_pretrain.eval.knn runs/demo --split train                 # queries held out of the training part: to choose k
-    python -m ssl_pretrain.eval.knn runs/demo data.root=/new/place          # the images have moved
-    torchrun --nproc-per-node 8 -m ssl_pretrain.eval.knn runs/imagenet      # each rank embeds and searches its share of the images"""
+    # the protocol often used for CIFAR-10
+    python -m ssl_pretrain.eval.knn runs/demo --k 200 --temperature 0.1
+    # the test images also shifted by 1 and 2 pixels
+    python -m ssl_pretrain.eval.knn runs/demo --shifts 1 2
+    # queries held out of the training images, to choose k
+    python -m ssl_pretrain.eval.knn runs/demo --split train
+    # the images have moved
+    python -m ssl_pretrain.eval.knn runs/demo data.root=/new/place
+    # each rank embeds and searches its share of the images
+    torchrun --nproc-per-node 8 -m ssl_pretrain.eval.knn runs/imagenet"""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--k": {
+        "type": COUNT,
+        "help": "number of neighbors that vote (default: the run's evaluation.k)",
+    },
+    "--temperature": {
+        "type": POSITIVE,
+        "help": "divisor of the similarities (default: the run's evaluation.temperature)",
+    },
+    "--shifts": {
+        "type": FROM_ZERO,
+        "nargs": "*",
+        "metavar": "N",
+        "help": (
+            "also shift the test images by N original pixels"
+            " (default: 1 2 for images under 32 pixels, else none)"
+        ),
+    },
+    "--split": {
+        "choices": ["val", "train"],
+        "default": "val",
+        "help": "queries: the test images, or a tenth of the training images",
+    },
+    "--backend": {
+        "choices": ["auto", "faiss", "torch"],
+        "default": "auto",
+        "help": "both are exact; auto takes faiss if it is installed",
+    },
+    "--rows": {
+        "nargs": "+",
+        "choices": features.ROWS,
+        "default": features.ROWS,
+        "help": "features to evaluate (default: all three)",
+    },
+}
 
 
 def main(arguments: list[str]) -> None:
-    parser = runs.parser("ssl_pretrain.eval.knn", HELP)
-    parser.add_argument(
-        "--k", type=COUNT, help="neighbours that vote (default: evaluation.k of the run)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=POSITIVE,
-        help="divides their similarities (default: evaluation.temperature)",
-    )
-    shifts = "move the test images by N original pixels (default: 1 2 for images under 32 pixels, else none)"
-    parser.add_argument("--shifts", type=FROM_ZERO, nargs="*", metavar="N", help=shifts)
-    parser.add_argument(
-        "--split",
-        choices=["val", "train"],
-        default="val",
-        help="queries: test images, or a tenth of the training images",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=["auto", "faiss", "torch"],
-        default="auto",
-        help="both exact; auto: faiss if installed",
-    )
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=features.ROWS,
-        default=features.ROWS,
-        help="what is judged (default: all three)",
-    )
-    options = parser.parse_intermixed_args(arguments)
-    with shards.ranks(options.device) as device:
-        run = runs.load_run(options.run, options.checkpoint, options.overrides, device)
-        made = evaluate(
+    parser = command_line.parser("ssl_pretrain.eval.knn", HELP, OPTIONS)
+    command_line.evaluate_and_print(
+        parser,
+        arguments,
+        lambda run, options: evaluate(
             run,
             options.k,
             options.temperature,
@@ -85,275 +95,121 @@ def main(arguments: list[str]) -> None:
             options.split,
             options.backend,
             options.rows,
-        )
-        if process_group.is_main():
-            print(f"\n{results.text(made)}")
-            grid = next(
-                result
-                for result in results.load(run.path)
-                if result["name"] == f"{made['name']}_grid"
-            )
-            folder = run.path / "eval"
-            kept = f"every k in {grid['name']}.json, kept in {folder / made['name']}.json"
-            print(f"\n{results.text(grid)}\n\n{made['seconds']:.0f} s; {kept}")
+        ),
+    )
 
 
 def evaluate(
     run: Run,
     k: int | None = None,
     temperature: float | None = None,
-    shifts: list[int] | None = None,
-    split: str = "val",
+    distances: list[int] | None = None,
+    queries: str = "val",
     backend: str = "auto",
     rows: Sequence[str] = features.ROWS,
 ) -> dict[str, Any]:
-    """Accuracy in percent of raw pixels, the random backbone and the pretrained one; see HELP. Kept in RUN/eval/knn.json.
+    """Measure the accuracy in percent of each row's features and save it to RUN/eval/knn.json.
+
+    Args:
+        run: Run to evaluate.
+        k: Number of neighbors that vote. Default: the run's.
+        temperature: Divisor of the similarities. Default: the run's.
+        distances: Shifts of the queries, in original pixels. Default: 1 and 2 for small images.
+        queries: "val" for the test images, "train" for held-out training images.
+        backend: "faiss", "torch" or "auto".
+        rows: Features to evaluate, of `features.ROWS`.
+
+    Returns:
+        The content of the result file.
 
     Raises:
-        ValueError: the images have no labels, k does not fit them, or the features do not fit into memory.
+        ValueError: If the images have no labels, k does not fit them, or the features do not fit
+            into memory.
     """
     began = time.monotonic()
     k = run.config.evaluation.k if k is None else k
     temperature = run.config.evaluation.temperature if temperature is None else temperature
-    backend = choose(backend)
-    train, test = evaluation_split.labelled_parts(run, "k-NN", split)
+    backend = knn_search.choose_backend(backend)
+    train, test = labeled_splits(run, "k-NN", queries)
     weighted_knn.check(k, temperature, len(train))
     check_memory(run, train, test, rows)
-    shifts = evaluation_split.default_shifts(test) if shifts is None else shifts
-    moves = {
-        f"shifted {distance}": evaluation_split.directions(run, test, distance)
-        for distance in shifts
-    }
-    grid = {
-        f"k {each}, T {by:g}": (each, by)
-        for each in KS
-        if each <= len(train)
-        for by in TEMPERATURES
-    }
-    table, grid_table = [], []
-    own_train, own_test = shards.share(train), shards.share(test)
-    for judged in features.judged(run, train, rows):
-        search = Search(*judged.embed(own_train), len(train.classes), backend, judged.centred)
-        queries = shards.embedded(judged.embed, test, own_test)
-        clean, *of_grid = search.accuracies(*queries, [(k, temperature), *grid.values()])
-        row = Row(judged.name, {"clean": clean})
-        for column, offsets in moves.items():
-            each = [
-                search.accuracies(
-                    *shards.embedded(judged.embed, test, own_test, offset), [(k, temperature)]
-                )[0]
-                for offset in offsets
-            ]
-            row.metrics[column] = sum(each) / len(each)
-        results.say(
-            f"{judged.name}: "
-            + ", ".join(f"{column} {value:.1f} %" for column, value in row.metrics.items())
+    distances = shifts.default_distances(test) if distances is None else distances
+    fitting = [each for each in KS if each <= len(train)]
+    votes = [(each, divisor) for each in fitting for divisor in TEMPERATURES]
+    table, grid = [], []
+    for representation in features.representations(run, train, rows):
+        embed = representation.embed
+        bank, bank_labels = embed(train.rank_share)
+        search = knn_search.Search(
+            bank, bank_labels, len(train.classes), backend, representation.centered
         )
+        accuracy, *accuracies = search.accuracies(
+            *shards.embed_split(embed, test), [(k, temperature), *votes]
+        )
+        row = results.Row(representation.name, {"clean": accuracy})
+        for distance in distances:
+            shifted = [
+                search.accuracies(*shards.embed_split(embed, test, offset), [(k, temperature)])[0]
+                for offset in shifts.directions(test, distance)
+            ]
+            row.metrics[f"shifted {distance}"] = sum(shifted) / len(shifted)
+        results.print_progress(row.summary())
         table.append(row)
-        grid_table.append(Row(judged.name, dict(zip(grid, of_grid))))
-    shared = {
-        **evaluation_split.protocol(run, train, test, split, "random" in rows),
-        "normalization": "features scaled to length 1, not centred; raw pixels centred on the training mean first",
+        names = [f"k {each}, T {divisor:g}" for each, divisor in votes]
+        grid.append(results.Row(representation.name, dict(zip(names, accuracies))))
+    protocol = describe_splits(run, train, test, queries, "random" in rows)
+    protocol["normalization"] = NORMALIZATION
+    name, seconds = "knn" if queries == "val" else "knn_train", time.monotonic() - began
+    grid_protocol = protocol | {
+        "k and temperature": "in each column's name (T); one search, with nothing selected"
     }
-    protocol = {
-        **shared,
-        "k": k,
-        "temperature": temperature,
-        "backend": backend,
-        **({"shifts": evaluation_split.describe_shifts(run, test, shifts)} if shifts else {}),
-    }
-    left_out = [str(each) for each in KS if each > len(train)]
-    grid_protocol = {
-        **shared,
-        "k and temperature": "in each column's name (T); one search, nothing chosen among them",
-        **(
-            {"left out": f"k {', '.join(left_out)}: there are {len(train)} training images"}
-            if left_out
-            else {}
-        ),
-    }
-    name = "knn" if split == "val" else "knn_train"
-    seconds = time.monotonic() - began
-    results.save(
-        run.path,
-        f"{name}_grid",
-        grid_protocol,
-        results.with_better_random(grid_table),
-        run.about(),
-        seconds,
-    )
-    return results.save(
-        run.path, name, protocol, results.with_better_random(table), run.about(), seconds
-    )
+    if len(fitting) < len(KS):
+        too_large = ", ".join(str(each) for each in KS if each not in fitting)
+        grid_protocol["left out"] = f"k {too_large}: there are {len(train)} training images"
+    grid = results.with_better_random(grid)
+    results.save(run.path, f"{name}_grid", grid_protocol, grid, run.about(), seconds)
+    protocol |= {"k": k, "temperature": temperature, "backend": backend}
+    if distances:
+        protocol["shifts"] = shifts.describe(test, distances)
+    table = results.with_better_random(table)
+    return results.save(run.path, name, protocol, table, run.about(), seconds)
 
 
-def choose(backend: str) -> str:
-    """faiss or torch. Raises ValueError where faiss is asked for and not installed."""
-    if backend == "torch":
-        return "torch"
-    try:
-        import faiss  # noqa: F401
-    except ImportError:
-        if backend == "faiss":
-            raise ValueError(
-                "--backend faiss: it is not installed; pip install 'ssl_pretrain[faiss]', or take --backend torch"
-            ) from None
-        return "torch"
-    return "faiss"
-
-
-def estimate(num_bank: int, num_queries: int, dim: int, num_classes: int, view_bytes: int) -> int:
-    """Bytes a rank holds at most: its share of the bank twice (as embedded, of length 1), all queries twice, tiles, and the kept views."""
-    bank = -(-num_bank // process_group.world_size()) * dim * 4
-    votes = QUERIES * num_classes * 4
-    return 2 * bank + 2 * num_queries * dim * 4 + 3 * QUERIES * TILE * 4 + votes + view_bytes
-
-
-def check_memory(run: Run, train: Part, test: Part, rows: Sequence[str]) -> None:
-    """Prints what the search will hold beside what is free.
+def check_memory(
+    run: Run, train: EvaluationSplit, test: EvaluationSplit, rows: Sequence[str]
+) -> None:
+    """Print how much memory the search takes beside what is free.
 
     Raises:
-        ValueError: it does not fit; says what would.
+        ValueError: If it does not fit.
     """
-    own: Any = run.backbone.feature_dim
-    dim = max(
-        3 * min(run.image_size, features.RAW_SIZE) ** 2 if row == "raw" else own for row in rows
-    )
-    kept = [len(part) * 3 * run.image_size**2 for part in (train, test)]
-    views = (
-        sum(size for size in kept if size <= evaluation_split.KEPT_BYTES)
-        if run.device.type == "cpu"
-        else 0
-    )
-    needed = estimate(len(train), len(test), dim, len(train.classes), views)
+    feature_dim: Any = run.backbone.feature_dim
+    raw_dim = 3 * min(run.image_size, features.RAW_SIZE) ** 2
+    dim = max(raw_dim if row == "raw" else feature_dim for row in rows)
+    view_bytes = 0
+    if run.device.type == "cpu":
+        sizes = [len(split) * 3 * run.image_size**2 for split in (train, test)]
+        view_bytes = sum(size for size in sizes if size <= MAX_CACHE_BYTES)
+    needed = knn_search.required_bytes(len(train), len(test), dim, len(train.classes), view_bytes)
+    held = f"holds at most {needed / memory.GIB:.2f} GiB"
     try:
         free = memory.available(run.device)
     except ValueError:  # neither CUDA nor Linux
-        results.say(
-            f"k-NN holds at most {needed / memory.GIB:.2f} GiB; how much is free cannot be asked here"
-        )
+        results.print_progress(f"k-NN {held}; how much memory is free is unknown on this system")
         return
-    each = (
-        "" if process_group.world_size() == 1 else f" on each of {process_group.world_size()} ranks"
-    )
-    results.say(
-        f"k-NN holds at most {needed / memory.GIB:.2f} GiB{each}, of {free / memory.GIB:.2f} GiB free"
-    )
+    num_ranks = process_group.world_size()
+    per_rank = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
+    results.print_progress(f"k-NN {held}{per_rank}, of {free / memory.GIB:.2f} GiB free")
     if needed > memory.ROOM * free:
-        pixels = "; --rows pretrained leaves out raw pixels, the widest" if dim > own else ""
+        narrower = "; --rows pretrained leaves out raw pixels, the widest features"
         raise ValueError(
-            f"k-NN of {len(train):,} training and {len(test):,} test images of {dim:,} numbers holds {needed / memory.GIB:.2f} GiB{each},"
-            f" more than {memory.ROOM:.0%} of the {free / memory.GIB:.2f} GiB free. Spread it over more ranks"
-            f" (torchrun --nproc-per-node N -m ssl_pretrain.eval.knn ...), or take fewer images (data.subset=N){pixels}"
+            f"k-NN of {len(train):,} training and {len(test):,} test images with {dim:,} numbers"
+            f" each {held}{per_rank}, more than {memory.ROOM:.0%} of the"
+            f" {free / memory.GIB:.2f} GiB free. Use more ranks (torchrun --nproc-per-node N -m"
+            " ssl_pretrain.eval.knn ...), or fewer images (data.subset=N)"
+            f"{narrower if dim > feature_dim else ''}"
         )
-
-
-class Search:
-    """A bank of training features, ready to be asked: exact cosine search. With several ranks each brings its own rows.
-
-    Args:
-        bank: this rank's training features, (n, dim); n may differ from rank to rank.
-        labels: their classes, (n,).
-        num_classes: of all of them.
-        backend: faiss or torch.
-        centred: subtract the mean of all ranks' bank from it and from the queries.
-    """
-
-    def __init__(
-        self, bank: Tensor, labels: Tensor, num_classes: int, backend: str, centred: bool = False
-    ):
-        self.num_classes, self.labels, self.backend = num_classes, labels, backend
-        self.mean = _mean(bank) if centred else None
-        self.bank = self._unit(bank)
-
-    def predict(self, queries: Tensor, votes: Sequence[tuple[int, float]]) -> list[Tensor]:
-        """The class of each query, (queries,), for each (k, temperature): one search, whose nearest k vote."""
-        most = max(k for k, _ in votes)
-        found: list[list[Tensor]] = [[] for _ in votes]
-        for similarities, labels in self.neighbours(queries, most):
-            for predictions, (k, temperature) in zip(found, votes):
-                predictions.append(
-                    weighted_knn.vote(
-                        similarities[:, :k], labels[:, :k], temperature, self.num_classes
-                    )
-                )
-        return [torch.cat(predictions) for predictions in found]
-
-    def accuracies(
-        self, queries: Tensor, labels: Tensor, votes: Sequence[tuple[int, float]]
-    ) -> list[float]:
-        """Percent of the queries whose predicted class is theirs, for each (k, temperature)."""
-        return [
-            100 * (predicted == labels).double().mean().item()
-            for predicted in self.predict(queries, votes)
-        ]
-
-    def neighbours(self, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(similarities, labels), each (some queries, k), nearest first, of all queries in order; the same on every rank."""
-        for some in queries.split(QUERIES):
-            similarities, places = self._own(self._unit(some), min(k, len(self.bank)))
-            yield shards.nearest(similarities, self.labels[places], k)
-
-    def _unit(self, x: Tensor) -> Tensor:
-        return F.normalize(x if self.mean is None or not len(x) else x - self.mean, dim=1)
-
-    def _own(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest of this rank's bank: similarities and places, (queries, k), nearest first."""
-        if k == 0:
-            return queries.new_empty(len(queries), 0), self.labels.new_empty(len(queries), 0)
-        return (
-            _by_faiss(queries, self.bank, k)
-            if self.backend == "faiss"
-            else _by_torch(queries, self.bank, k)
-        )
-
-
-def _mean(bank: Tensor) -> Tensor:
-    """Of all ranks' rows, summed in float64, so that the number of ranks does not show in float32."""
-    own = bank.sum(dim=0, keepdim=True, dtype=torch.float64)[
-        : len(bank)
-    ]  # a rank without images adds no row
-    total = shards.gather_rows(own).sum(dim=0)
-    count = sum(collectives.gather_objects(len(bank)))
-    return (total / count).to(bank.dtype)
-
-
-def _by_torch(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    best, places, first = (
-        queries.new_empty(len(queries), 0),
-        torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device),
-        0,
-    )
-    for tile in bank.split(TILE):
-        found, at = (queries @ tile.T).topk(min(k, len(tile)), dim=1)
-        joined, joined_places = (
-            torch.cat([best, found], dim=1),
-            torch.cat([places, at + first], dim=1),
-        )
-        best, order = joined.topk(min(k, joined.shape[1]), dim=1)
-        places, first = joined_places.gather(1, order), first + len(tile)
-    return best, places
-
-
-def _by_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Without an index, which would be a second copy of the bank."""
-    import faiss
-
-    asked, among = queries.cpu().numpy(), bank.cpu().numpy()
-    if bank.is_cuda and faiss.get_num_gpus():
-        resources = faiss.StandardGpuResources()
-        found, places = faiss.knn_gpu(
-            resources,
-            asked,
-            among,
-            k,
-            metric=faiss.METRIC_INNER_PRODUCT,
-            device=bank.device.index or 0,
-        )
-    else:
-        found, places = faiss.knn(asked, among, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return torch.from_numpy(found).to(queries.device), torch.from_numpy(places).to(queries.device)
 
 
 if __name__ == "__main__":
-    results.command(main, "ssl_pretrain.eval.knn")
+    command_line.execute(main, "ssl_pretrain.eval.knn")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ssl_pretrain.eval import results, runs
+from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.html import charts, live, page, pictures, sections
 from ssl_pretrain.eval.html.pictures import Neighbours
 from ssl_pretrain.eval.runs import Run
@@ -29,7 +30,7 @@ the features, and the config.
 
 
 def main(arguments: list[str]) -> None:
-    parser = runs.parser("ssl_pretrain.eval.report", HELP)
+    parser = command_line.parser("ssl_pretrain.eval.report", HELP, {})
     parser.add_argument(
         "--follow",
         action="store_true",
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> None:
     if options.follow:
         live.follow(Path(options.run), options.port)
         return
-    run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
+    run = command_line.open_run(options)
     print(f"report: {write(run)}")
 
 
@@ -50,7 +51,9 @@ def write(run: Run) -> Path:
     """Makes RUN/report.html and returns its path."""
     records = sections.read_metrics(run.path)
     bank, queries, kind = pictures.open_parts(run)
-    results.say(f"report: embedding {len(bank)} training images and {len(queries)} {kind}")
+    results.print_progress(
+        f"report: embedding {len(bank)} training images and {len(queries)} {kind}"
+    )
     parts = [
         header(run, records),
         sections.alerts(run.path),
@@ -129,7 +132,7 @@ def evaluations(run: Run, labelled: bool) -> str:
     )
 
 
-def neighbours(found: list[Neighbours], bank: pictures.Part, kind: str) -> str:
+def neighbours(found: list[Neighbours], bank: EvaluationSplit, kind: str) -> str:
     names = [*bank.classes, ""]
     labelled = any(query.label >= 0 for query in found)
 
@@ -173,7 +176,7 @@ def neighbours(found: list[Neighbours], bank: pictures.Part, kind: str) -> str:
     return page.section("Nearest neighbours", page.paragraph(about), table)
 
 
-def projection(run: Run, queries: pictures.Part, kind: str) -> str:
+def projection(run: Run, queries: EvaluationSplit, kind: str) -> str:
     embedded, labels = features.extract(run.backbone, queries)
     pixels, _ = features.raw_pixels(queries)
     drawn = [
@@ -203,4 +206,4 @@ def config_text(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    results.command(main, "ssl_pretrain.eval.report")
+    command_line.execute(main, "ssl_pretrain.eval.report")

@@ -1,10 +1,9 @@
-"""Retrieval by a run's features, and images that are nearly the same: `python -m ssl_pretrain.eval.retrieval RUN`."""
+"""Image retrieval and near-duplicates by features: `python -m ssl_pretrain.eval.retrieval RUN`."""
 
 from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,72 +11,83 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.eval import results, runs
-from ssl_pretrain.eval.frozen import evaluation_split, features
-from ssl_pretrain.eval.frozen.evaluation_split import Part
-from ssl_pretrain.eval.results import Row
+from ssl_pretrain.eval import command_line, results
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.evaluation_split import (
+    EvaluationSplit,
+    describe_splits,
+    labeled_splits,
+)
+from ssl_pretrain.eval.knn import NORMALIZATION
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.schema import COSINE
 
-RECALLS = (1, 5, 10)
-MOST_PAIRS = 1000
-HELP = f"""How well a run's frozen features retrieve images of the query's class, and which images are nearly the same.
+RECALL_RANKS = (1, 5, 10)
+MAX_PAIRS = 1000
+NUM_PRINTED = 10
+ROUNDING = 1e-6  # of cosines in float32
+HELP = f"""Retrieval of images of the query's class, and near-duplicates, by frozen features.
 
-Each test image ranks all training images by cosine similarity. mAP: mean over queries of the average precision of the
-ranking, an image of the query's class being right. recall@n: share of queries with one right image or more among the first
-n. Raw pixels and the untrained network stand beside it. The numbers and their protocol are printed and kept in
-RUN/eval/retrieval.json; pairs of images, training and test, whose features' cosine reaches --duplicates are listed with
-their files in RUN/eval/near_duplicates.csv, the nearest {MOST_PAIRS} at most.
+Each test image ranks all training images by cosine similarity. mAP is the mean average precision
+over the queries, where an image of the query's class is relevant. recall@n is the share of queries
+with a relevant image among the first n. Raw pixels and a random backbone stand beside the run. The
+result is printed and saved to RUN/eval/retrieval.json. Pairs of training and test images whose
+cosine reaches --duplicates go to RUN/eval/near_duplicates.csv, at most the {MAX_PAIRS} nearest.
 
     python -m ssl_pretrain.eval.retrieval runs/demo
     python -m ssl_pretrain.eval.retrieval runs/demo --duplicates 0.999"""
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--duplicates": {
+        "type": COSINE,
+        "default": 0.995,
+        "metavar": "COSINE",
+        "help": "smallest similarity of a pair in the list (default: 0.995)",
+    },
+}
+
 
 def main(arguments: list[str]) -> None:
-    parser = runs.parser("ssl_pretrain.eval.retrieval", HELP)
-    parser.add_argument(
-        "--duplicates",
-        type=COSINE,
-        default=0.995,
-        metavar="COSINE",
-        help="of a pair to be listed (default: 0.995)",
-    )
-    options = parser.parse_intermixed_args(arguments)
-    run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
-    result = evaluate(run, options.duplicates)
-    print(
-        f"\n{results.text(result)}\n\n{result['seconds']:.0f} s; kept in {run.path / 'eval/retrieval.json'}"
+    parser = command_line.parser("ssl_pretrain.eval.retrieval", HELP, OPTIONS)
+    command_line.evaluate_and_print(
+        parser, arguments, lambda run, options: evaluate(run, options.duplicates)
     )
 
 
 def evaluate(run: Run, duplicates: float = 0.995) -> dict[str, Any]:
-    """mAP and recalls in percent of raw pixels, the random backbone and the pretrained one; see HELP. Kept in RUN/eval/retrieval.json.
+    """Measure mAP and recall in percent and save them to RUN/eval/retrieval.json.
+
+    Args:
+        run: Run to evaluate.
+        duplicates: Smallest cosine of two images that are listed as near-duplicates.
+
+    Returns:
+        The content of the result file.
 
     Raises:
-        ValueError: the images have no labels, or `duplicates` is not in (0, 1].
+        ValueError: If the images have no labels, or `duplicates` is not in (0, 1].
     """
     began = time.monotonic()
     if not 0 < duplicates <= 1:
-        raise ValueError(f"--duplicates: {duplicates} is not a cosine in (0, 1]; 0.995 is usual")
-    train, test = evaluation_split.labelled_parts(run, "the retrieval evaluation")
-    rows: list[Row] = []
-    for judged in features.judged(run, train):
-        (bank, bank_labels), (queries, labels) = judged.embed(train), judged.embed(test)
-        mean = bank.mean(dim=0) if judged.centred else 0.0
-        rows.append(Row(judged.name, measures(bank - mean, bank_labels, queries - mean, labels)))
-        results.say(
-            f"{judged.name}: "
-            + ", ".join(f"{column} {value:.1f} %" for column, value in rows[-1].metrics.items())
-        )
-        if judged.name == "pretrained":
-            pairs, total = near_duplicates(torch.cat([bank, queries]), duplicates)
+        raise ValueError(f"--duplicates {duplicates}: give a cosine in (0, 1]; 0.995 is usual")
+    train, test = labeled_splits(run, "the retrieval evaluation")
+    rows: list[results.Row] = []
+    for representation in features.representations(run, train):
+        bank, bank_labels = representation.embed(train)
+        queries, labels = representation.embed(test)
+        mean = bank.mean(dim=0) if representation.centered else 0.0
+        metrics = retrieval_metrics(bank - mean, bank_labels, queries - mean, labels)
+        rows.append(results.Row(representation.name, metrics))
+        results.print_progress(rows[-1].summary())
+    pairs, num_pairs = near_duplicates(torch.cat([bank, queries]), duplicates)
     path = write_pairs(run, train, test, pairs)
     protocol = {
-        **evaluation_split.protocol(run, train, test),
-        "normalization": "features scaled to length 1, not centred; raw pixels centred on the training mean first",
-        "ranking": "each test image ranks all training images; images at the same similarity in the order of the data set",
-        "near duplicates": f"{total} pairs at cosine {duplicates:g} or more among training and test images; {path.name} has {len(pairs)}",
+        **describe_splits(run, train, test),
+        "normalization": NORMALIZATION,
+        "ranking": "each test image ranks all training images; ties in the order of the data set",
+        "near duplicates": f"{num_pairs} pairs at cosine {duplicates:g} or more among training and"
+        f" test images; {path.name} has {len(pairs)}",
     }
     result = results.save(
         run.path,
@@ -86,93 +96,94 @@ def evaluate(run: Run, duplicates: float = 0.995) -> dict[str, Any]:
         results.with_better_random(rows),
         run.about(),
         time.monotonic() - began,
-        "%",
+        measure="%",
     )
-    for similarity, a, b in [*csv.reader(path.open(newline=""))][1:11]:
-        results.say(f"near duplicates, cosine {similarity}: {a} and {b}")
+    with path.open(newline="") as file:
+        for similarity, a, b in list(csv.reader(file))[1 : 1 + NUM_PRINTED]:
+            results.print_progress(f"near duplicates, cosine {similarity}: {a} and {b}")
     return result
 
 
-def measures(
+def retrieval_metrics(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor
 ) -> dict[str, float]:
-    """{"mAP", "recall@1", ...} in percent. A query whose class has no image in the bank counts as 0."""
-    bank, total = (
-        F.normalize(bank.float(), dim=1),
-        torch.zeros(1 + len(RECALLS), dtype=torch.float64, device=bank.device),
-    )
-    places = torch.arange(1, len(bank) + 1, device=bank.device)
-    for chunk, truth in zip(
-        *(
-            each.split(max(1, weighted_knn.MAX_SIMILARITIES // len(bank)))
-            for each in (queries, labels)
-        )
-    ):
-        order = (F.normalize(chunk.float(), dim=1) @ bank.T).argsort(
-            dim=1, descending=True, stable=True
-        )
-        right = bank_labels[order] == truth[:, None]
-        hits = right.cumsum(dim=1)
-        precision = (hits / places * right).sum(dim=1, dtype=torch.float64) / hits[:, -1].clamp(
-            min=1
-        )
-        total += torch.stack(
-            [
-                precision.sum(),
-                *((hits[:, min(n, len(bank)) - 1] > 0).double().sum() for n in RECALLS),
-            ]
-        )
-    shares = (100 * total / len(queries)).tolist()
-    return dict(zip(("mAP", *(f"recall@{n}" for n in RECALLS)), shares))
+    """Return mAP and recall@n in percent.
+
+    A query whose class has no image in the bank counts as 0.
+
+    Args:
+        bank: Features to rank, (n, dim).
+        bank_labels: Their classes, (n,).
+        queries: Features of the queries, (num_queries, dim).
+        labels: Their classes, (num_queries,).
+    """
+    bank = F.normalize(bank.float(), dim=1)
+    total = torch.zeros(1 + len(RECALL_RANKS), dtype=torch.float64, device=bank.device)
+    positions = torch.arange(1, len(bank) + 1, device=bank.device)
+    chunk_size = max(1, weighted_knn.MAX_SIMILARITIES // len(bank))
+    for chunk, truth in zip(queries.split(chunk_size), labels.split(chunk_size)):
+        similarities = F.normalize(chunk.float(), dim=1) @ bank.T
+        order = similarities.argsort(dim=1, descending=True, stable=True)
+        relevant = bank_labels[order] == truth[:, None]
+        hits = relevant.cumsum(dim=1)
+        precision = (hits / positions * relevant).sum(dim=1, dtype=torch.float64)
+        average_precision = precision / hits[:, -1].clamp(min=1)
+        recalls = [hits[:, min(n, len(bank)) - 1] > 0 for n in RECALL_RANKS]
+        total += torch.stack([each.double().sum() for each in (average_precision, *recalls)])
+    percentages = (100 * total / len(queries)).tolist()
+    return dict(zip(("mAP", *(f"recall@{n}" for n in RECALL_RANKS)), percentages))
 
 
-def near_duplicates(vectors: Tensor, least: float) -> tuple[list[tuple[float, int, int]], int]:
-    """([(cosine, a, b), ...] with a < b, the nearest first, at most MOST_PAIRS; how many pairs there are)."""
-    unit = F.normalize(vectors.float(), dim=1)
-    kept, total = torch.zeros(0, 3, dtype=torch.float64), 0
-    for first, similar in _blocks(unit):
-        rows, columns = (similar >= least - 1e-6).nonzero(
-            as_tuple=True
-        )  # as float32's rounding has it
-        later = columns > rows + first
-        rows, columns = rows[later], columns[later]
-        total += len(rows)
-        kept = torch.cat(
-            [
-                kept,
-                torch.stack(
-                    [similar[rows, columns].double(), (rows + first).double(), columns.double()],
-                    dim=1,
-                ).cpu(),
-            ]
-        )
-        if len(kept) > MOST_PAIRS:
-            kept = kept[kept[:, 0].argsort(descending=True, stable=True)[:MOST_PAIRS]]
-    kept = kept[kept[:, 0].argsort(descending=True, stable=True)]
-    return [(min(1.0, cosine), int(a), int(b)) for cosine, a, b in kept.tolist()], total
+def near_duplicates(
+    features: Tensor, min_cosine: float
+) -> tuple[list[tuple[float, int, int]], int]:
+    """Find pairs of nearly equal features.
+
+    Args:
+        features: Features of all images, (n, dim).
+        min_cosine: Smallest similarity of a pair.
+
+    Returns:
+        At most MAX_PAIRS pairs (cosine, a, b) with a < b, nearest first, and the number of all
+        pairs.
+    """
+    unit = F.normalize(features.float(), dim=1)
+    pairs, num_pairs = torch.zeros(0, 3, dtype=torch.float64), 0
+    block_size = max(1, weighted_knn.MAX_SIMILARITIES // len(unit))
+    for first in range(0, len(unit), block_size):
+        similarities = unit[first : first + block_size] @ unit.T
+        rows, columns = (similarities >= min_cosine - ROUNDING).nonzero(as_tuple=True)
+        above_diagonal = columns > rows + first
+        rows, columns = rows[above_diagonal], columns[above_diagonal]
+        num_pairs += len(rows)
+        cosines = similarities[rows, columns].double()
+        block = torch.stack([cosines, (rows + first).double(), columns.double()], dim=1).cpu()
+        pairs = torch.cat([pairs, block])
+        nearest = pairs[:, 0].argsort(descending=True, stable=True)
+        pairs = pairs[nearest[:MAX_PAIRS]]
+    return [(min(1.0, cosine), int(a), int(b)) for cosine, a, b in pairs.tolist()], num_pairs
 
 
-def _blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
-    rows = max(1, weighted_knn.MAX_SIMILARITIES // len(unit))
-    for first in range(0, len(unit), rows):
-        yield first, unit[first : first + rows] @ unit.T
+def write_pairs(
+    run: Run,
+    train: EvaluationSplit,
+    test: EvaluationSplit,
+    pairs: list[tuple[float, int, int]],
+) -> Path:
+    """Write RUN/eval/near_duplicates.csv: the cosine and the two files of each pair."""
 
-
-def write_pairs(run: Run, train: Part, test: Part, pairs: list[tuple[float, int, int]]) -> Path:
-    """RUN/eval/near_duplicates.csv: cosine and the two files of each pair."""
-
-    def name(number: int) -> str:
-        part, own = (train, number) if number < len(train) else (test, number - len(train))
-        return part.source.name(int(part.numbers[own]))
+    def file_of(image: int) -> str:
+        split, row = (train, image) if image < len(train) else (test, image - len(train))
+        return split.source.name(int(split.indices[row]))
 
     path = run.path / "eval" / "near_duplicates.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["cosine", "a", "b"])
-        writer.writerows([f"{cosine:.4f}", name(a), name(b)] for cosine, a, b in pairs)
+        writer.writerows([f"{cosine:.4f}", file_of(a), file_of(b)] for cosine, a, b in pairs)
     return path
 
 
 if __name__ == "__main__":
-    results.command(main, "ssl_pretrain.eval.retrieval")
+    command_line.execute(main, "ssl_pretrain.eval.retrieval")

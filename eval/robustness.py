@@ -1,4 +1,4 @@
-"""k-NN accuracy of a run's features on corrupted test images: `python -m ssl_pretrain.eval.robustness RUN`."""
+"""k-NN accuracy on corrupted test images: `python -m ssl_pretrain.eval.robustness RUN`."""
 
 from __future__ import annotations
 
@@ -9,130 +9,148 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain import rng
-from ssl_pretrain.eval import corruptions, results, runs
+from ssl_pretrain.eval import command_line, corruptions, results
 from ssl_pretrain.eval.corruptions import NAMES, SEVERITIES
-from ssl_pretrain.eval.frozen import evaluation_split, features
-from ssl_pretrain.eval.frozen.evaluation_split import Part
-from ssl_pretrain.eval.results import Row
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.evaluation_split import (
+    EvaluationSplit,
+    describe_splits,
+    labeled_splits,
+)
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.monitoring import weighted_knn
 from ssl_pretrain.schema import FROM_ZERO
 
-HELP = f"""k-NN accuracy of a run's frozen features on test images under common corruptions, at five severities.
+HELP = f"""k-NN accuracy of frozen features on corrupted test images, at five severities.
 
-The corruptions of ImageNet-C and CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019), applied here to the evaluation views of the
-test images: {", ".join(NAMES)}.
-The bank is of clean training images, and nothing is trained. The numbers and their protocol are printed and kept in
-RUN/eval/robustness.json; the row `pretrained` is the mean over corruptions.
+The corruptions are those of ImageNet-C and CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019),
+applied to the evaluation views of the test images:
+{", ".join(NAMES[:7])},
+{", ".join(NAMES[7:])}.
+The bank holds clean training images, and nothing is trained. The result is printed and saved to
+RUN/eval/robustness.json. Its row `pretrained` is the mean over corruptions.
 
     python -m ssl_pretrain.eval.robustness runs/demo
     python -m ssl_pretrain.eval.robustness runs/demo --corruptions fog contrast --max-images 500"""
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--corruptions": {
+        "nargs": "+",
+        "default": list(NAMES),
+        "metavar": "NAME",
+        "help": "default: all",
+    },
+    "--max-images": {
+        "type": FROM_ZERO,
+        "default": 2000,
+        "help": "number of test images, a fixed random choice (default: 2000; 0: all)",
+    },
+}
+
 
 def main(arguments: list[str]) -> None:
-    parser = runs.parser("ssl_pretrain.eval.robustness", HELP)
-    parser.add_argument(
-        "--corruptions", nargs="+", default=list(NAMES), metavar="NAME", help="default: all"
-    )
-    parser.add_argument(
-        "--max-images",
-        type=FROM_ZERO,
-        default=2000,
-        help="test images, a fixed random choice (default: 2000; 0: all)",
-    )
-    options = parser.parse_intermixed_args(arguments)
-    run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
-    result = evaluate(run, options.corruptions, options.max_images)
-    print(
-        f"\n{results.text(result)}\n\n{result['seconds']:.0f} s; kept in {run.path / 'eval/robustness.json'}"
+    parser = command_line.parser("ssl_pretrain.eval.robustness", HELP, OPTIONS)
+    command_line.evaluate_and_print(
+        parser,
+        arguments,
+        lambda run, options: evaluate(run, options.corruptions, options.max_images),
     )
 
 
-def evaluate(run: Run, names: list[str] | None = None, max_images: int = 2000) -> dict[str, Any]:
-    """Accuracy in percent by corruption and severity; see HELP. Kept in RUN/eval/robustness.json.
+def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, Any]:
+    """Measure the accuracy in percent by corruption and severity, for RUN/eval/robustness.json.
+
+    Args:
+        run: Run to evaluate.
+        names: Corruptions to apply, of `corruptions.NAMES`.
+        max_images: Number of test images, a fixed random choice. 0 stands for all.
+
+    Returns:
+        The content of the result file.
 
     Raises:
-        ValueError: the images have no labels, there is no such corruption, or k does not fit.
+        ValueError: If the images have no labels, a corruption is unknown, or k does not fit.
     """
     began = time.monotonic()
-    names = list(NAMES) if names is None else names
     unknown = [name for name in names if name not in NAMES]
     if unknown:
-        raise ValueError(f"--corruptions: {unknown[0]!r} is none; choose among: {', '.join(NAMES)}")
-    train, test = evaluation_split.labelled_parts(run, "the robustness evaluation")
-    if max_images and max_images < len(test):
-        test = Part(
-            run,
-            test.source,
-            test.numbers[rng.permutation(0, 0, len(test), rng.Purpose.SUBSET)[:max_images]],
+        raise ValueError(
+            f"--corruptions: {unknown[0]!r} is unknown; choose among: {', '.join(NAMES)}"
         )
+    train, test = labeled_splits(run, "the robustness evaluation")
+    if max_images and max_images < len(test):
+        test = test.random_subset(max_images)
     evaluation = run.config.evaluation
-    bank, labels = features.extract(run.backbone, train)
+    bank, bank_labels = features.extract(run.backbone, train)
 
     def accuracy(name: str, severity: int) -> float:
-        found, truth = extract(run, test, name, severity)
+        queries, labels = extract_corrupted(run, test, name, severity)
         predicted = weighted_knn.predict(
             bank,
-            labels,
-            found,
+            bank_labels,
+            queries,
             k=evaluation.k,
             temperature=evaluation.temperature,
             num_classes=len(train.classes),
         )
-        return 100 * (predicted == truth).double().mean().item()
+        return 100 * (predicted == labels).double().mean().item()
 
-    rows = [Row("clean", {"mean": accuracy("", 0)})]
+    rows = []
     for name in names:
-        each = {str(severity): accuracy(name, severity) for severity in SEVERITIES}
-        rows.append(Row(name, {"mean": float(np.mean(list(each.values()))), **each}))
-        results.say(f"{name}: " + " ".join(f"{value:.1f}" for value in each.values()))
-    rows.append(
-        Row(
-            "pretrained",
-            {
-                column: float(np.mean([row.metrics[column] for row in rows[1:]]))
-                for column in rows[1].metrics
-            },
+        by_severity = {str(severity): accuracy(name, severity) for severity in SEVERITIES}
+        rows.append(
+            results.Row(name, {"mean": float(np.mean(list(by_severity.values()))), **by_severity})
         )
-    )
-    of = "CIFAR-10-C" if run.image_size <= corruptions.SMALL else "ImageNet-C"
+        results.print_progress(
+            f"{name}: " + " ".join(f"{value:.1f}" for value in by_severity.values())
+        )
+    means = {
+        column: float(np.mean([row.metrics[column] for row in rows])) for column in rows[0].metrics
+    }
+    table = [
+        results.Row("clean", {"mean": accuracy("", 0)}),
+        *rows,
+        results.Row("pretrained", means),
+    ]
+    constants = "CIFAR-10-C" if run.image_size <= corruptions.SMALL else "ImageNet-C"
     protocol = {
-        **evaluation_split.protocol(run, train, test),
+        **describe_splits(run, train, test),
         "k": evaluation.k,
         "temperature": evaluation.temperature,
-        "corruptions": f"{len(names)} at severities 1 to 5, the constants of {of}, applied to evaluation views of {run.image_size} pixels",
+        "corruptions": f"{len(names)} at severities 1 to 5, with the constants of {constants},"
+        f" applied to evaluation views of {run.image_size} pixels",
         "mean": f"over severities; the row pretrained: over the {len(names)} corruptions",
     }
     return results.save(
         run.path,
         "robustness",
         protocol,
-        rows,
+        table,
         run.about(),
         time.monotonic() - began,
-        "k-NN accuracy, %",
+        measure="k-NN accuracy, %",
     )
 
 
 @torch.no_grad()
-def extract(run: Run, part: Part, name: str, severity: int) -> tuple[Tensor, Tensor]:
-    """(features, labels) of the part's images under one corruption; no name: as they are."""
-    found, truth, done = [], [], 0
-    for images, labels in part.batches():
-        numbers = part.numbers[done : done + len(images)]
-        done += len(images)
+def extract_corrupted(
+    run: Run, split: EvaluationSplit, name: str, severity: int
+) -> tuple[Tensor, Tensor]:
+    """Return features and labels of the images under one corruption, or clean for name ""."""
+    batches, first = [], 0
+    for images, labels in split.batches():
+        indices = split.indices[first : first + len(images)]
+        first += len(images)
         if name:
             pixels = images.permute(0, 2, 3, 1).numpy()
             corrupted = [
-                corruptions.apply(name, image, severity, int(number))
-                for image, number in zip(pixels, numbers)
+                corruptions.apply(name, image, severity, int(index))
+                for image, index in zip(pixels, indices)
             ]
             images = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
-        found.append(run.backbone(features.normalize(run, images)).float())
-        truth.append(labels)
-    return torch.cat(found), torch.cat(truth).to(run.device)
+        batches.append((run.backbone(features.normalize(run, images)).float(), labels))
+    return features.concatenate(batches, run.device)
 
 
 if __name__ == "__main__":
-    results.command(main, "ssl_pretrain.eval.robustness")
+    command_line.execute(main, "ssl_pretrain.eval.robustness")

@@ -18,12 +18,11 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints, newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import MANIFEST
-from ssl_pretrain.eval import results
 from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm
 from ssl_pretrain.launch.pretrain import EVALUATIONS, check_evaluations
 from ssl_pretrain.schema import POSITIVE
-from ssl_pretrain.system.exit_status import STOPPED
+from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
 
 HELD = ".held"  # folder in RUN/eval of the checkpoints that are being evaluated
 
@@ -225,7 +224,7 @@ class Jobs:
                 )
                 return
             print(f"--- {name} of {path.name}", flush=True)
-            where = ["--skip-unlabelled", "--checkpoint", str(kept), "--device", self.device()]
+            where = ["--skip-unlabeled", "--checkpoint", str(kept), "--device", self.device()]
             patience = ["nice", "-n", "10"] if where[-1] == "cpu" and shutil.which("nice") else []
             status = local.run(
                 [
@@ -238,7 +237,7 @@ class Jobs:
                     *self.options.overrides,
                 ]
             )
-        if status == results.SKIPPED or local.stop_requested():
+        if status == SKIPPED or local.stop_requested():
             return
         if status == 0:
             folder = self.run / "eval" / path.name

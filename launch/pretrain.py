@@ -18,10 +18,9 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints, newest_checkpoint
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.eval import results
 from ssl_pretrain.launch import dashboard, local, slurm
 from ssl_pretrain.planning import plan
-from ssl_pretrain.system.exit_status import STOPPED
+from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
 
 EVALUATIONS = (
     "knn",
@@ -158,7 +157,7 @@ def pretrain_and_evaluate(
             return STOPPED, seconds
         if status == 0:
             due.note()
-        elif status != results.SKIPPED:
+        elif status != SKIPPED:
             failed.append(f"{due.name} (status {status})")
     if seconds.keys() > {"pretraining"}:
         dashboard.send(Path(config.output))
@@ -224,7 +223,7 @@ def _due_evaluations(config: RunConfig, options: dict[str, list[str]]) -> Iterat
             "-m",
             f"ssl_pretrain.eval.{name}",
             config.output,
-            "--skip-unlabelled",
+            "--skip-unlabeled",
             *arguments,
         ]
         due = Evaluation(name, command, folder / f".{name}.done", settings)

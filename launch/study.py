@@ -16,9 +16,10 @@ from ssl_pretrain import schema
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.eval import results
 from ssl_pretrain.launch import local, methods, pretrain, slurm
+from ssl_pretrain.system import markdown
 from ssl_pretrain.system.exit_status import STOPPED
 
-BESIDE = ("raw pixels", results.BETTER)
+BESIDE = ("raw pixels", results.BETTER_RANDOM)
 ACCURACY, SHARE = "linear, %", "top-5 of all, %"
 COLUMNS = {  # column -> (evaluation, its column)
     ACCURACY: ("linear", "all labels"),
@@ -157,15 +158,14 @@ def write(study: Study, planned: Sequence[Planned], command: str, table: Path) -
     rows: dict[str, list[dict[str, float]]] = {}
     for name, _, numbers in finished:
         rows.setdefault(name, []).append(numbers)
+    cells = [
+        [name, len(seeds), *(cell(seeds, column) for column in COLUMNS)]
+        for name, seeds in rows.items()
+    ]
     lines += [
         *about(finished[0][1], rows),
         "",
-        f"| run | seeds | {' | '.join(COLUMNS)} |",
-        "|---" * (len(COLUMNS) + 2) + "|",
-    ]
-    lines += [
-        f"| {name} | {len(seeds)} | {' | '.join(cell(seeds, column) for column in COLUMNS)} |"
-        for name, seeds in rows.items()
+        markdown.table(["run", "seeds", *COLUMNS], cells),
     ]
     missing = [name for name, config, _ in planned if not done(config)]
     if missing:
@@ -187,7 +187,7 @@ def about(config: RunConfig, rows: dict[str, list[dict[str, float]]]) -> list[st
     return [
         f"{config.backbone.name}, {images}, batch {config.global_batch_size}, {config.epochs} epochs. {ACCURACY}: a linear classifier on "
         f"frozen features, learning rate chosen on held-out training images, accuracy on the test images; raw pixels reach "
-        f"{beside['raw pixels']:.1f}, the random backbone {beside[results.BETTER]:.1f}. {SHARE}: of the covariance of embeddings scaled to "
+        f"{beside['raw pixels']:.1f}, the random backbone {beside[results.BETTER_RANDOM]:.1f}. {SHARE}: of the covariance of embeddings scaled to "
         "length 1, the share of the five largest eigenvalues in the sum of all; effective rank: exp of the entropy of the eigenvalues' "
         "shares; variance: the sum itself, 100 for embeddings all over the sphere, 0 for one point. The same of features in the last two "
         "columns. ± is the deviation over seeds."

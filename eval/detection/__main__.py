@@ -14,7 +14,7 @@ import torch
 
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval import results, runs
+from ssl_pretrain.eval import command_line, results, runs
 from ssl_pretrain.eval.detection import annotations as images
 from ssl_pretrain.eval.detection import detectors, detectron2, metrics, training
 from ssl_pretrain.eval.detection.annotations import Images
@@ -37,7 +37,7 @@ printed and kept in RUN/eval/detection.json.
 
 
 def parser() -> argparse.ArgumentParser:
-    made = runs.parser("ssl_pretrain.eval.detection", HELP)
+    made = command_line.parser("ssl_pretrain.eval.detection", HELP, {})
     made.add_argument(
         "--voc",
         nargs="+",
@@ -203,9 +203,9 @@ def evaluate(
     for init in inits:
         found, losses = [], []
         for seed in seeds:
-            results.say(f"{init} backbone, seed {seed}: {len(train)} training images")
+            results.print_progress(f"{init} backbone, seed {seed}: {len(train)} training images")
             numbers, curve = one(run, train, test, protocol, init, seed)
-            results.say(
+            results.print_progress(
                 f"{init} backbone, seed {seed}: "
                 + ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
             )
@@ -285,4 +285,4 @@ def described(
 
 
 if __name__ == "__main__":
-    results.command(main, "ssl_pretrain.eval.detection")
+    command_line.execute(main, "ssl_pretrain.eval.detection")

@@ -184,7 +184,7 @@ def train(
             nn.utils.clip_grad_norm_(trained, protocol.clip)
         optimizer.step()
         if (step + 1) % SAY_EVERY == 0 or step + 1 == protocol.steps:
-            results.say(
+            results.print_progress(
                 f"  step {step + 1} of {protocol.steps}: loss {np.mean(losses[-SAY_EVERY:]):.3f}"
             )
     recalibrate(model, detector, batches, protocol, device)

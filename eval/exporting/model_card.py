@@ -1,4 +1,4 @@
-"""README.md of an exported backbone: how to load it, what it is, what was measured, and its checksum."""
+"""README.md of an exported backbone: how to load it, what it is, its results and its checksum."""
 
 from __future__ import annotations
 
@@ -10,109 +10,124 @@ import yaml
 from ssl_pretrain import config as configuration
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.system import markdown
 
-PRIVATE = (
-    ("data", "root"),
-    ("data", "cache_dir"),
-    ("backbone", "init"),
-)  # where things lay on the machine that trained it
+# Keys with paths of the machine that trained the network.
+PRIVATE = (("data", "root"), ("data", "cache_dir"), ("backbone", "init"))
 
 
-def text(
-    run: Run, written: dict[str, Any], doubts: list[str], measured: dict[str, Any] | None
-) -> str:
-    """The whole card, Markdown. `measured`: what `onnx_model.write` returns."""
-    published = written["method"] == configuration.NO_METHOD
-    title = f"# {written['architecture']} {'of ' + written['checkpoint'] if published else 'by ' + written['method']}"
-    parts = [title, *warnings(doubts), what(run, written), loading(written), numbers(run)]
-    parts += [onnx(measured)] if measured else []
-    return "\n\n".join([*parts, checks(written), config_text(run)]) + "\n"
+def render(run: Run, arguments: dict[str, Any], doubts: list[str], onnx_section: str = "") -> str:
+    """Return the card as Markdown.
 
-
-def warnings(doubts: list[str]) -> list[str]:
-    return [f"> **WARNING: exported with --force.** {doubt}" for doubt in doubts]
-
-
-def what(run: Run, written: dict[str, Any]) -> str:
-    data, source = run.config.data, written["input"]
-    trained = f"The {written['network']}'s backbone of step {written['step']:,}, pretrained by {written['method']} on {data.source}, "
-    lines = [
-        "Weights that were not trained by this project, without their classifier."
-        if written["method"] == configuration.NO_METHOD
-        else f"{trained}without its projector.",
-        f"Input: float32 (n, 3, {source['size']}, {source['size']}), pixels in [0, 1] minus {source['mean']}, divided by {source['std']};"
-        f" shorter side to {round(source['size'] / source['crop_ratio'])} pixels ({source['interpolation']}), central square.",
-        f"Output: features (n, {written['facts']['feature_dim']}).",
+    Args:
+        run: Exported run.
+        arguments: Content of timm.json.
+        doubts: Reasons why the weights may be worthless.
+        onnx_section: Section about the ONNX models, if there are any.
+    """
+    published = arguments["method"] == configuration.NO_METHOD
+    origin = f"of {arguments['checkpoint']}" if published else f"by {arguments['method']}"
+    sections = [
+        f"# {arguments['architecture']} {origin}",
+        *(f"> **WARNING: exported with --force.** {doubt}" for doubt in doubts),
+        _description(run, arguments, published),
+        _loading(arguments),
+        _results(run),
+        onnx_section,
+        _checks(arguments),
+        _config(run),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def loading(written: dict[str, Any]) -> str:
-    call = ", ".join(f"{key}={value!r}" for key, value in written["create_model"].items())
-    ours = 'from eval import export\n\nbackbone = export.load("this folder")    # strict, and its features are compared with the reference'
-    text = ["## Loading", f"```python\n{ours}\n```"]
-    if written["stem"] != "imagenet":
-        text.append(
-            f"timm and torchvision have no `{written['stem']}` stem: their {written['architecture']} is another network."
-        )
-        return "\n\n".join(text)
-    timm = f'timm.create_model("{written["architecture"]}", {call}, checkpoint_path="model.safetensors")'
-    text.append(f"```python\nimport timm\n\nbackbone = {timm}\n```")
-    text.append(
-        "Then `export.check(backbone, folder)` compares its features with the reference; `timm.json` has all arguments."
+def _description(run: Run, arguments: dict[str, Any], published: bool) -> str:
+    view, source = arguments["input"], run.config.data.source
+    origin = (
+        f"The {arguments['network']}'s backbone of step {arguments['step']:,}, pretrained by"
+        f" {arguments['method']} on {source}, without its projector."
     )
-    if "torchvision" in written["formats"]:
-        imports = "import torch, torchvision\nfrom safetensors.torch import load_file"
-        model = f"model = torchvision.models.{written['architecture']}()\nmodel.fc = torch.nn.Identity()"
-        text.append(
-            f'```python\n{imports}\n\n{model}\nmodel.load_state_dict(load_file("model.safetensors"))\n```'
+    if published:
+        origin = "Weights that were not trained by this project, without their classifier."
+    return (
+        f"{origin}\n"
+        f"Input: float32 (n, 3, {view['size']}, {view['size']}), pixels in [0, 1] minus"
+        f" {view['mean']}, divided by {view['std']}; shorter side to"
+        f" {round(view['size'] / view['crop_ratio'])} pixels ({view['interpolation']}), central"
+        " square.\n"
+        f"Output: features (n, {arguments['facts']['feature_dim']})."
+    )
+
+
+def _loading(arguments: dict[str, Any]) -> str:
+    name, stem = arguments["architecture"], arguments["stem"]
+    sections = [
+        "## Loading",
+        _python(
+            "from ssl_pretrain.eval import export\n\n"
+            'backbone = export.load("this folder")  # strict, and compared with reference features'
+        ),
+    ]
+    if stem != "imagenet":
+        other = f"timm and torchvision have no `{stem}` stem: their {name} is another network."
+        return "\n\n".join([*sections, other])
+    call = ", ".join(f"{key}={value!r}" for key, value in arguments["create_model"].items())
+    weights = "model.safetensors"
+    sections += [
+        _python(
+            "import timm\n\n"
+            f'backbone = timm.create_model("{name}", {call}, checkpoint_path="{weights}")'
+        ),
+        "Then `export.check(backbone, folder)` compares its features with the reference."
+        " `timm.json` has all arguments.",
+    ]
+    if "torchvision" in arguments["formats"]:
+        sections.append(
+            _python(
+                "import torch, torchvision\nfrom safetensors.torch import load_file\n\n"
+                f"model = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\n"
+                f'model.load_state_dict(load_file("{weights}"))'
+            )
         )
-    return "\n\n".join(text)
+    return "\n\n".join(sections)
 
 
-def numbers(run: Run) -> str:
-    """Every table of RUN/eval that is of this checkpoint, with its protocol."""
-    found = results.load(run.path)
-    own = [
-        result
-        for result in found
-        if result.get("checkpoint") == run.checkpoint_path.name and "rows" in result
-    ]
-    if not own:
-        other = f"; {len(found)} of other checkpoints" if found else ""
-        return f"## Numbers\n\nNone of this checkpoint{other}: `python -m ssl_pretrain.eval.knn`, `eval.linear` measure it."
-    return "\n\n".join(["## Numbers", *(_table(result) for result in own)])
+def _python(code: str) -> str:
+    return f"```python\n{code}\n```"
 
 
-def _table(result: dict[str, Any]) -> str:
-    names = results.columns(result)
-    lines = [f"| accuracy, % | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    lines += [
-        f"| {row['features']} | {' | '.join(results.number(row, name) for name in names)} |"
-        for row in result["rows"]
-    ]
-    protocol = "; ".join(f"{key}: {value}" for key, value in result["protocol"].items())
-    return f"### {result['name']}\n\n" + "\n".join(lines) + f"\n\n{protocol}"
+def _results(run: Run) -> str:
+    """Return the results of this checkpoint with their protocols."""
+    saved = results.load(run.path)
+    checkpoint = run.checkpoint_path.name
+    sections = ["## Results"]
+    for result in saved:
+        if result.get("checkpoint") == checkpoint and "rows" in result:
+            protocol = "; ".join(f"{key}: {value}" for key, value in result["protocol"].items())
+            table = markdown.table(*results.cells(result))
+            sections += [f"### {result['name']}", table, protocol]
+    if len(sections) == 1:
+        others = f" ({len(saved)} of other checkpoints)" if saved else ""
+        sections.append(
+            f"None of this checkpoint{others}. `python -m ssl_pretrain.eval.knn` and"
+            " `python -m ssl_pretrain.eval.linear` measure it."
+        )
+    return "\n\n".join(sections)
 
 
-def onnx(measured: dict[str, Any]) -> str:
-    rows = [
-        f"| {row['name']} | {row['accuracy']} | {row['latency']} | {row['megabytes']} |"
-        for row in measured["rows"]
-    ]
-    head = ["| | k-NN, % | ms an image, median | MB |", "|---|---|---|---|"]
-    return "\n".join(["## ONNX", "", *head, *rows, "", *measured["notes"]])
+def _checks(arguments: dict[str, Any]) -> str:
+    facts = markdown.table(["what the weights do not tell", ""], arguments["facts"].items())
+    return "\n\n".join(
+        [
+            "## Checks",
+            f"SHA-256 of model.safetensors: `{arguments['sha256']}`",
+            facts,
+            f"Written with timm {version('timm')}, torch {version('torch')}.",
+        ]
+    )
 
 
-def checks(written: dict[str, Any]) -> str:
-    facts = "\n".join(f"| {key} | {value} |" for key, value in written["facts"].items())
-    made = f"Written with timm {version('timm')}, torch {version('torch')}."
-    table = f"| what the weights do not tell | |\n|---|---|\n{facts}"
-    return f"## Checks\n\nSHA-256 of model.safetensors: `{written['sha256']}`\n\n{table}\n\n{made}"
-
-
-def config_text(run: Run) -> str:
-    """The configuration, without the paths of the machine that trained it."""
+def _config(run: Run) -> str:
+    """Return the configuration without paths of the machine that trained it."""
     values = configuration.to_dict(run.config) | {"output": ""}
     for section, key in PRIVATE:
         if "/" in str(values[section][key]):

@@ -1,4 +1,4 @@
-"""A backbone as ONNX: checked against torch, and once more in 8 bits with its accuracy and latency beside the full one's."""
+"""A backbone as ONNX: checked against torch, and quantized to 8 bits with accuracy and latency."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain import rng
-from ssl_pretrain.eval import knn, results
-from ssl_pretrain.eval.frozen import evaluation_split, features
-from ssl_pretrain.eval.frozen.evaluation_split import Part
+from ssl_pretrain.data.sources import open_source
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
+from ssl_pretrain.eval.frozen.knn_search import Search
+from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.system import markdown
 
 FULL, SMALL = "model.onnx", "model_int8.onnx"
-SAME = 1e-4  # of the largest feature, between onnxruntime and torch
-CALIBRATION = 256  # training images that set the ranges of 8-bit activations
-MOST = 10_000  # images of each part that the accuracy is measured on
-TIMED = 30  # images, one at a time
+TOLERANCE = 1e-4  # between onnxruntime and torch, as a share of the largest feature
+NUM_CALIBRATION = 256  # training images that set the ranges of 8-bit activations
+MAX_IMAGES = 10_000  # images per split that the accuracy is measured on
+NUM_TIMED = 30  # images, one at a time
 INSTALL = "pip install 'ssl_pretrain[onnx]'"
 
-Embed = Callable[[Tensor], Tensor]  # normalized images -> features, both on the CPU
+Embed = Callable[[Tensor], Tensor]  # normalized images to features, both on the CPU
 
 
-def require() -> None:
-    """Nothing where the packages are there, else ValueError with the install line."""
+def require_packages() -> None:
+    """Raise ValueError with the install line if a package is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -39,113 +40,134 @@ def require() -> None:
         raise ValueError(f"--format onnx: {error.name} is not installed; {INSTALL}") from None
 
 
-def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> dict[str, Any]:
-    """Writes model.onnx and model_int8.onnx, and returns what was measured: `rows` of a table and `notes`.
+def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> str:
+    """Write model.onnx and model_int8.onnx.
+
+    Args:
+        run: Run to export.
+        folder: Folder to write to.
+        images: Reference images.
+        expected: Their features from torch.
+
+    Returns:
+        Section of the model card with accuracy, latency and size.
 
     Raises:
-        ValueError: onnxruntime gives other features than torch does.
+        ValueError: If the features of onnxruntime differ from torch's.
     """
-    require()
+    require_packages()
     model = run.backbone.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     convert(model, images, folder / FULL)
-    full = session(folder / FULL)
-    differs = (full(images) - expected).abs().max().item()
-    if not differs <= SAME * expected.abs().max().item():
-        largest = expected.abs().max().item()
+    full = open_session(folder / FULL)
+    difference, largest = (full(images) - expected).abs().max().item(), expected.abs().max().item()
+    if not difference <= TOLERANCE * largest:
         raise ValueError(
-            f"{folder / FULL}: its features differ from torch's by {differs:.2g}, where the largest is {largest:.2g}"
+            f"{folder / FULL}: its features differ from torch's by {difference:.2g}, where the"
+            f" largest is {largest:.2g}"
         )
-    train = evaluation_split.open_source(run.config.data, "train")
-    mixed = rng.permutation(0, 0, len(train), rng.Purpose.SUBSET)
-    kind = quantize(folder, run, Part(run, train, mixed[:CALIBRATION]))
+    kind = quantize(folder, run)
+    embeds: dict[str, Embed] = {
+        "torch, 32 bits": model,
+        "onnx, 32 bits": full,
+        "onnx, 8 bits": open_session(folder / SMALL),
+    }
+    files = {"onnx, 32 bits": folder / FULL, "onnx, 8 bits": folder / SMALL}
     with torch.no_grad():
-        embeds: dict[str, Embed] = {
-            "torch, 32 bits": model,
-            "onnx, 32 bits": full,
-            "onnx, 8 bits": session(folder / SMALL),
-        }
         milliseconds = latencies(embeds, images)
-        accuracy, how = accuracies(run, embeds)
-    sizes = {"onnx, 32 bits": FULL, "onnx, 8 bits": SMALL}
-    rows = [
-        {
-            "name": name,
-            "accuracy": f"{accuracy[name]:.1f}" if name in accuracy else "-",
-            "latency": f"{milliseconds[name]:.2f}",
-            "megabytes": f"{(folder / sizes[name]).stat().st_size / 1e6:.2f}"
-            if name in sizes
-            else "-",
-        }
-        for name in embeds
-    ]
-    versions = ", ".join(
-        f"{package} {version(package)}" for package in ("onnx", "onnxruntime", "torch")
-    )
+        accuracies, how = measure_accuracies(run, embeds)
+    rows = []
+    for name in embeds:
+        accuracy = f"{accuracies[name]:.1f}" if name in accuracies else "-"
+        megabytes = f"{files[name].stat().st_size / 1e6:.2f}" if name in files else "-"
+        rows.append([name, accuracy, f"{milliseconds[name]:.2f}", megabytes])
+        print_progress(f"{name}: k-NN {accuracy} %, {milliseconds[name]:.2f} ms, {megabytes} MB")
+    packages = ("onnx", "onnxruntime", "torch")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     notes = [
-        f"Largest difference of onnxruntime's features from torch's: {differs:.1e}. 8 bits: {kind}.",
+        f"Largest difference of onnxruntime's features from torch's: {difference:.1e}."
+        f" 8 bits: {kind}.",
         f"k-NN: {how}.",
-        f"Latency: one image of {run.image_size} pixels on a CPU, median of {TIMED}; {torch.get_num_threads()} threads; {versions}.",
+        f"Latency: one image of {run.image_size} pixels on a CPU, median of {NUM_TIMED};"
+        f" {torch.get_num_threads()} threads; {versions}.",
     ]
-    for row in rows:
-        results.say(
-            f"{row['name']}: k-NN {row['accuracy']} %, {row['latency']} ms, {row['megabytes']} MB"
-        )
-    return {"rows": rows, "notes": notes}
+    table = markdown.table(["", "k-NN, %", "ms per image, median", "MB"], rows)
+    return "\n\n".join(["## ONNX", table, "\n".join(notes)])
 
 
 def convert(model: nn.Module, images: Tensor, path: Path) -> None:
-    """torch.onnx's export of images (n, 3, size, size) to features (n, feature_dim), any n."""
+    """Export images (n, 3, size, size) to features (n, feature_dim) for any n."""
     batch = {0: torch.export.Dim("n", min=1)}
     torch.onnx.export(
-        model, (images,), str(path), input_names=["images"], output_names=["features"], dynamic_shapes=({**batch},),
-        dynamo=True, external_data=False, verbose=False,
-    )  # fmt: skip
+        model,
+        (images,),
+        str(path),
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes=({**batch},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
 
 
-def session(path: Path) -> Embed:
+def open_session(path: Path) -> Embed:
+    """Load an ONNX model into onnxruntime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(
-        opened.run(None, {"images": images.contiguous().numpy()})[0]
-    )
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def embed(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+
+    return embed
 
 
-def quantize(folder: Path, run: Run, calibration: Part) -> str:
-    """Writes the 8-bit model; returns how, in words. Convolutions have fixed ranges, a ViT's matrices those of each input."""
+def quantize(folder: Path, run: Run) -> str:
+    """Write the 8-bit model and describe how its ranges were set.
+
+    Convolutions have fixed activation ranges. A ViT's matrix products take those of each input.
+    """
     import onnxruntime.quantization as quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = folder / ".prepared.onnx"
-    quant_pre_process(str(folder / FULL), str(prepared), skip_symbolic_shape=True)
+    prepared, target = str(folder / ".prepared.onnx"), str(folder / SMALL)
+    quant_pre_process(str(folder / FULL), prepared, skip_symbolic_shape=True)
+    int8 = quantization.QuantType.QInt8
     try:
         if hasattr(run.backbone.model, "blocks"):
-            quantization.quantize_dynamic(
-                str(prepared),
-                str(folder / SMALL),
-                weight_type=quantization.QuantType.QInt8,
-                per_channel=True,
+            quantization.quantize_dynamic(prepared, target, weight_type=int8, per_channel=True)
+            return (
+                "weights of matrix products per channel, activations by each input's range"
+                " (onnxruntime's quantize_dynamic)"
             )
-            return "weights of matrix products a channel, activations by each input's range (onnxruntime's quantize_dynamic)"
+        train = EvaluationSplit(run, open_source(run.config.data, "train"))
+        calibration = train.random_subset(NUM_CALIBRATION)
         quantization.quantize_static(
-            str(prepared), str(folder / SMALL), _Reader(run, calibration), per_channel=True,
+            prepared,
+            target,
+            _CalibrationReader(calibration),
+            per_channel=True,
             quant_format=quantization.QuantFormat.QDQ,
-            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-        )  # fmt: skip
-        return f"weights a channel, activations by the range over {len(calibration)} training images (onnxruntime's quantize_static, QDQ)"
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=int8,
+        )
+        return (
+            f"weights per channel, activations by the range over {len(calibration)} training images"
+            " (onnxruntime's quantize_static, QDQ)"
+        )
     finally:
-        prepared.unlink(missing_ok=True)
+        Path(prepared).unlink(missing_ok=True)
 
 
-class _Reader:
-    """The calibration images as onnxruntime asks for them: one batch a call, None after the last."""
+class _CalibrationReader:
+    """Calibration images in onnxruntime's protocol: one batch per call, None after the last."""
 
-    def __init__(self, run: Run, part: Part):
+    def __init__(self, split: EvaluationSplit):
         self.batches: Iterator[Tensor] = (
-            features.normalize(run, images).cpu() for images, _ in part.batches()
+            features.normalize(split.run, images).cpu() for images, _ in split.batches()
         )
 
     def get_next(self) -> dict[str, np.ndarray] | None:
@@ -154,43 +176,44 @@ class _Reader:
 
 
 def latencies(embeds: dict[str, Embed], images: Tensor) -> dict[str, float]:
-    """Median milliseconds of one image, the candidates in turn, so that a slow moment hits all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in embeds}
-    for _ in range(TIMED + 1):
+    """Return the median milliseconds for one image.
+
+    The candidates take turns, so that a slow moment affects all of them alike.
+    """
+    milliseconds: dict[str, list[float]] = {name: [] for name in embeds}
+    for _ in range(NUM_TIMED + 1):
         for name, embed in embeds.items():
             began = time.perf_counter()
             embed(images[:1])
-            taken[name].append(1000 * (time.perf_counter() - began))
-    return {name: statistics.median(each[1:]) for name, each in taken.items()}
+            milliseconds[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(times[1:]) for name, times in milliseconds.items()}
 
 
-def accuracies(run: Run, embeds: dict[str, Embed]) -> tuple[dict[str, float], str]:
-    """k-NN accuracy in percent of each, and how; nothing for images without labels."""
+def measure_accuracies(run: Run, embeds: dict[str, Embed]) -> tuple[dict[str, float], str]:
+    """Return the k-NN accuracy of each model in percent, and how it was measured.
+
+    There is none for images without labels.
+    """
     try:
-        train, test = evaluation_split.labelled_parts(run, "k-NN")
+        splits = labeled_splits(run, "k-NN")
     except ValueError as error:
-        results.say(str(error))
-        return {}, "not measured, as there are no labelled test images"
+        print_progress(str(error))
+        return {}, "not measured, because there are no labeled test images"
     k, temperature = run.config.evaluation.k, run.config.evaluation.temperature
-    bank, queries = (Part(run, part.source, _some(len(part))) for part in (train, test))
-    reached = {}
+    bank, queries = (split.random_subset(MAX_IMAGES, sort=True) for split in splits)
+    accuracies = {}
     for name, embed in embeds.items():
-        (found, labels), asked = _embedded(run, bank, embed), _embedded(run, queries, embed)
-        reached[name] = knn.Search(found, labels, len(train.classes), "torch").accuracies(
-            *asked, [(k, temperature)]
-        )[0]
-    return (
-        reached,
-        f"k {k}, temperature {temperature}, {len(queries):,} test images among {len(bank):,} training images",
+        search = Search(*_embed_split(bank, embed), len(bank.classes), "torch")
+        accuracies[name] = search.accuracies(*_embed_split(queries, embed), [(k, temperature)])[0]
+    return accuracies, (
+        f"k {k}, temperature {temperature}, {len(queries):,} test images among {len(bank):,}"
+        " training images"
     )
 
 
-def _some(n: int) -> np.ndarray:
-    return np.sort(rng.permutation(0, 0, n, rng.Purpose.SUBSET)[:MOST])
-
-
-def _embedded(run: Run, part: Part, embed: Embed) -> tuple[Tensor, Tensor]:
-    found = [
-        (embed(features.normalize(run, images).cpu()), labels) for images, labels in part.batches()
+def _embed_split(split: EvaluationSplit, embed: Embed) -> tuple[Tensor, Tensor]:
+    batches = [
+        (embed(features.normalize(split.run, images).cpu()), labels)
+        for images, labels in split.batches()
     ]
-    return torch.cat([each for each, _ in found]), torch.cat([labels for _, labels in found])
+    return features.concatenate(batches, torch.device("cpu"))

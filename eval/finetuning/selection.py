@@ -1,11 +1,15 @@
-"""The tables of tuned networks: what is tried is chosen on held-out labelled images, then trained on all of them and tested once."""
+"""Fine-tuning with selected hyperparameters.
+
+Settings are selected on held-out labeled images. The selected one is then trained on all labeled
+images and tested once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,23 +17,75 @@ from torch import nn
 
 from ssl_pretrain.data import order
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval import protocols, results
+from ssl_pretrain.eval import results
 from ssl_pretrain.eval.finetuning import trainer
-from ssl_pretrain.eval.frozen import evaluation_split, features
-from ssl_pretrain.eval.frozen.evaluation_split import Part
-from ssl_pretrain.eval.protocols import TuningProtocol
-from ssl_pretrain.eval.results import Row
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, describe_splits, hold_out
+from ssl_pretrain.eval.frozen.linear_heads import setting_name
+from ssl_pretrain.eval.protocols import TuningProtocol, batch_that_fits
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 
 ROWS = ("random", "pretrained")
+MIN_STEPS = 3  # per epoch, below which the published batch is made smaller
+MIXING_OPTION = {
+    "type": NOT_NEGATIVE,
+    "metavar": "ALPHA",
+    "help": "0 turns it off (default: the protocol's)",
+}
+TUNING_OPTIONS: dict[str, dict[str, Any]] = {
+    "--lrs": {
+        "type": POSITIVE,
+        "nargs": "+",
+        "metavar": "LR",
+        "help": (
+            "learning rates to try; one is selected on a held-out tenth of the labeled images"
+            " (default: the published one)"
+        ),
+    },
+    "--weight-decays": {
+        "type": NOT_NEGATIVE,
+        "nargs": "+",
+        "metavar": "WD",
+        "help": "weight decays to try, selected likewise",
+    },
+    "--epochs": {
+        "type": POSITIVE,
+        "help": "passes over the labeled images (default: the protocol's)",
+    },
+    "--batch-size": {
+        "type": COUNT,
+        "help": "images per step over all ranks (default: the protocol's where it fits the images)",
+    },
+    "--layer-decay": {
+        "type": SHARE,
+        "help": (
+            "ratio of each block's learning rate to the next block's (default: the protocol's;"
+            " BEiT and MAE take 0.65 to 0.75)"
+        ),
+    },
+    "--mixup": MIXING_OPTION,
+    "--cutmix": MIXING_OPTION,
+    "--ema": {
+        "type": BELOW_ONE,
+        "default": 0.0,
+        "metavar": "DECAY",
+        "help": "evaluate the moving average of the weights with this decay, such as 0.9999",
+    },
+    "--rows": {
+        "nargs": "+",
+        "choices": ROWS,
+        "default": ["pretrained"],
+        "help": "random: the same network trained from random weights (default: pretrained)",
+    },
+}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is tried, or departs from a published protocol; None: as published."""
+class TuningOptions:
+    """Settings to try and departures from a published protocol. None stands for its value."""
 
-    lrs: list[float] | None = None  # for the batch that the protocol gives its rate for
+    lrs: list[float] | None = None  # at the protocol's `lr_batch`
     weight_decays: list[float] | None = None
     epochs: float | None = None
     batch_size: int | None = None
@@ -42,194 +98,170 @@ class Settings:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: some labelled training images, and how the networks are trained on them."""
+    """A column of the table: some labeled training images, and how networks are trained on them."""
 
-    rows: np.ndarray  # of the training part
+    rows: np.ndarray  # of the training split
     protocol: TuningProtocol
-    notes: list[str] = field(default_factory=list)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    lrs = "learning rates to try, chosen on a tenth of the labelled images held out (default: the published one)"
-    parser.add_argument("--lrs", type=POSITIVE, nargs="+", metavar="LR", help=lrs)
-    parser.add_argument(
-        "--weight-decays",
-        type=NOT_NEGATIVE,
-        nargs="+",
-        metavar="WD",
-        help="the same for weight decays",
+def options_from(namespace: argparse.Namespace) -> TuningOptions:
+    """Return the options that TUNING_OPTIONS defines."""
+    return TuningOptions(
+        lrs=namespace.lrs,
+        weight_decays=namespace.weight_decays,
+        epochs=namespace.epochs,
+        batch_size=namespace.batch_size,
+        layer_decay=namespace.layer_decay,
+        mixup=namespace.mixup,
+        cutmix=namespace.cutmix,
+        ema=namespace.ema,
+        rows=tuple(namespace.rows),
     )
-    parser.add_argument(
-        "--epochs", type=POSITIVE, help="passes over the labelled images (default: the protocol's)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=COUNT,
-        help="images a step, over all ranks (default: the protocol's, where it fits the images)",
-    )
-    decay = "the rate of each block, as a share of that of the block after it (default: the protocol's; BEiT and MAE take 0.65 to 0.75)"
-    parser.add_argument("--layer-decay", type=SHARE, help=decay)
-    parser.add_argument(
-        "--mixup",
-        type=NOT_NEGATIVE,
-        metavar="ALPHA",
-        help="0 turns it off (default: the protocol's)",
-    )
-    parser.add_argument(
-        "--cutmix",
-        type=NOT_NEGATIVE,
-        metavar="ALPHA",
-        help="0 turns it off (default: the protocol's)",
-    )
-    parser.add_argument(
-        "--ema",
-        type=BELOW_ONE,
-        default=0.0,
-        metavar="DECAY",
-        help="judge the moving average of the weights, such as 0.9999",
-    )
-    rows = "random: the same network trained from its own first weights (default: pretrained)"
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["pretrained"], help=rows)
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    return Settings(
-        options.lrs, options.weight_decays, options.epochs, options.batch_size, options.layer_decay,
-        options.mixup, options.cutmix, options.ema, tuple(options.rows),
-    )  # fmt: skip
-
-
-def departing(published: TuningProtocol, settings: Settings, num_images: int) -> TuningProtocol:
-    """The protocol with these departures and a batch that fits the images.
+def adapt(published: TuningProtocol, options: TuningOptions, num_images: int) -> TuningProtocol:
+    """Return the protocol with the departures and a batch that fits the images.
 
     Raises:
-        ValueError: there is nothing to train, the batch does not fit or cannot be mixed in pairs, or a share is outside of [0, 1].
+        ValueError: If there is nothing to train, the batch does not fit or cannot be mixed in
+            pairs, or a value is out of range.
     """
-    world = process_group.world_size()
-    batch = settings.batch_size or protocols.batch_that_fits(
-        published.batch_size, num_images, world, steps=3
+    world_size = process_group.world_size()
+    batch = options.batch_size or batch_that_fits(
+        published.batch_size, num_images, world_size, MIN_STEPS
     )
-    changes: dict[str, Any] = {"batch_size": batch}
-    for name in ("layer_decay", "mixup", "cutmix"):
-        if (value := getattr(settings, name)) is not None:
-            changes[name] = value
-    if settings.epochs is not None:
-        changes |= {"epochs": settings.epochs, "steps": 0}
-    protocol = replace(published, **changes)
-    order.check_divides(batch, world)
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("layer_decay", "mixup", "cutmix")
+        if (value := getattr(options, name)) is not None
+    }
+    if options.epochs is not None:
+        changes |= {"epochs": options.epochs, "steps": 0}
+    protocol = replace(published, batch_size=batch, **changes)
+    order.check_divides(batch, world_size)
     if not 1 <= batch <= num_images or (protocol.epochs <= 0 and not protocol.steps):
-        wanted = f"give more than 0 epochs, and a batch of 1 to {num_images} images"
-        raise ValueError(f"--epochs {protocol.epochs:g}, --batch-size {batch}: {wanted}")
-    if (protocol.mixup or protocol.cutmix) and batch // world % 2:
-        remedy = "give an even number, or --mixup 0 --cutmix 0"
         raise ValueError(
-            f"--batch-size {batch}: {batch // world} images a rank cannot be mixed in pairs; {remedy}"
+            f"--epochs {protocol.epochs:g}, --batch-size {batch}: give more than 0 epochs, and a"
+            f" batch of 1 to {num_images} images"
         )
-    if not 0 < protocol.layer_decay <= 1 or not 0 <= settings.ema < 1:
+    if (protocol.mixup or protocol.cutmix) and batch // world_size % 2:
         raise ValueError(
-            f"--layer-decay {protocol.layer_decay:g} is a share in (0, 1], --ema {settings.ema:g} one in [0, 1)"
+            f"--batch-size {batch}: {batch // world_size} images per rank cannot be mixed in pairs;"
+            " give an even number, or --mixup 0 --cutmix 0"
+        )
+    if not 0 < protocol.layer_decay <= 1 or not 0 <= options.ema < 1:
+        raise ValueError(
+            f"--layer-decay {protocol.layer_decay:g}, --ema {options.ema:g}: give a layer decay in"
+            " (0, 1] and a moving average in [0, 1)"
         )
     return protocol
 
 
-def evaluate(
+def evaluate_columns(
     run: Run,
     name: str,
     columns: dict[str, Column],
-    train: Part,
-    test: Part,
-    settings: Settings,
+    train: EvaluationSplit,
+    test: EvaluationSplit,
+    options: TuningOptions,
     about: dict[str, str],
 ) -> dict[str, Any]:
-    """Accuracy in percent of each network in each column. Kept in RUN/eval/<name>.json.
+    """Measure the accuracy in percent of each network in each column, and save it.
 
     Args:
-        about: further lines of the protocol.
+        run: Run to evaluate.
+        name: Name of the result: RUN/eval/<name>.json.
+        columns: Columns of the table.
+        train: Training images, of which each column takes some.
+        test: Test images.
+        options: Settings to try.
+        about: Further entries of the protocol.
+
+    Returns:
+        The content of the result file.
     """
     began = time.monotonic()
     table = []
-    for row_name, backbone in features.networks(run, train, settings.rows):
+    for row_name, backbone in features.networks(run, train, options.rows):
         if row_name == "random, recalibrated":
-            continue  # its statistics are trained here anyhow
-        row = Row("trained from random weights" if row_name.startswith("random") else row_name, {})
-        for column, what in columns.items():
-            row.metrics[column], note = _reached(run, backbone, what, train, test, settings)
+            continue  # training updates the statistics in any case
+        random = row_name.startswith("random")
+        row = results.Row("trained from random weights" if random else row_name, {})
+        for title, column in columns.items():
+            row.metrics[title], note = _tune_and_test(run, backbone, column, train, test, options)
             if note:
-                row.notes[column] = note
-            results.say(f"{row.features}: {column} {row.metrics[column]:.1f} %")
+                row.notes[title] = note
+            results.print_progress(f"{row.features}: {title} {row.metrics[title]:.1f} %")
         table.append(row)
     protocol = {
-        **evaluation_split.protocol(run, train, test, random=False),
-        "feature": "none: the whole network is trained, with a linear classifier on its pooled output",
+        **describe_splits(run, train, test, random=False),
+        "feature": "none: the whole network is trained, with a linear classifier on its pooled"
+        " output",
         **about,
-        **{f"training, {column}": describe(what, settings) for column, what in columns.items()},
+        **{f"training, {title}": describe(column, options) for title, column in columns.items()},
     }
     return results.save(run.path, name, protocol, table, run.about(), time.monotonic() - began)
 
 
-def _reached(
-    run: Run, backbone: nn.Module, what: Column, train: Part, test: Part, settings: Settings
+def _tune_and_test(
+    run: Run,
+    backbone: nn.Module,
+    column: Column,
+    train: EvaluationSplit,
+    test: EvaluationSplit,
+    options: TuningOptions,
 ) -> tuple[float, str]:
-    """Percent of the test images, and what was chosen on which images."""
-    protocol, num_classes = what.protocol, len(train.classes)
-    grid = list(
-        itertools.product(
-            settings.lrs or [protocol.base_lr], settings.weight_decays or [protocol.weight_decay]
-        )
-    )
+    """Return the percentage of correct test images, and a note about the selected setting."""
+    protocol, num_classes = column.protocol, len(train.classes)
 
-    def tuned(rows: np.ndarray, lr: float, weight_decay: float) -> nn.Module:
-        batch = protocols.batch_that_fits(
-            protocol.batch_size, len(rows), process_group.world_size(), steps=1
-        )  # a tenth may be held out
-        each = replace(protocol, base_lr=lr, weight_decay=weight_decay, batch_size=batch)
-        model = trainer.network(run, backbone, each, num_classes)
-        return trainer.train(
-            run, model, train.source.take(rows), each, num_classes, each.layer_decay, settings.ema
+    def tune(rows: np.ndarray, lr: float, weight_decay: float) -> nn.Module:
+        # A tenth of the images may be held out.
+        batch = batch_that_fits(
+            protocol.batch_size, len(rows), process_group.world_size(), min_steps=1
         )
+        setting = replace(protocol, base_lr=lr, weight_decay=weight_decay, batch_size=batch)
+        model = trainer.build_network(run, backbone, setting, num_classes)
+        source = train.source.take(rows)
+        return trainer.train(run, model, source, setting, num_classes, options.ema)
 
-    chosen, note = grid[0], ""
+    lrs = options.lrs or [protocol.base_lr]
+    grid = list(itertools.product(lrs, options.weight_decays or [protocol.weight_decay]))
+    selected, note = grid[0], ""
     if len(grid) > 1:
-        kept, aside = evaluation_split.hold_out(len(what.rows))
-        held_out = Part(run, train.source, what.rows[aside])
-        tried = [trainer.scores(tuned(what.rows[kept], *each), held_out) for each in grid]
-        best = max(
-            range(len(grid)), key=lambda i: (tried[i][0], -np.nan_to_num(tried[i][1], nan=np.inf))
+        fit, aside = hold_out(len(column.rows))
+        held_out = train.subset(column.rows[aside])
+        scores = [trainer.scores(tune(column.rows[fit], *setting), held_out) for setting in grid]
+
+        def quality(index: int) -> tuple[float, float]:
+            accuracy, loss = scores[index]
+            return accuracy, -np.nan_to_num(loss, nan=np.inf)
+
+        selected = grid[max(range(len(grid)), key=quality)]
+        tried = ", ".join(
+            f"lr {lr:g} wd {decay:g} {100 * accuracy:.1f} %"
+            for (lr, decay), (accuracy, _) in zip(grid, scores)
         )
-        chosen = grid[best]
-        listed = ", ".join(
-            f"lr {lr:g} wd {wd:g} {100 * reached:.1f} %"
-            for (lr, wd), (reached, _) in zip(grid, tried)
-        )
-        note = f"lr {chosen[0]:g}, wd {chosen[1]:g}, on {len(aside)} held-out labelled images ({listed})"
-    return 100 * trainer.scores(tuned(what.rows, *chosen), test)[0], note
+        note = f"{setting_name(*selected)}, on {len(aside)} held-out labeled images ({tried})"
+    return 100 * trainer.scores(tune(column.rows, *selected), test)[0], note
 
 
-def describe(what: Column, settings: Settings) -> str:
-    protocol = what.protocol
-    lrs = ", ".join(f"{lr:g}" for lr in settings.lrs or [protocol.base_lr])
-    decays = ", ".join(f"{decay:g}" for decay in settings.weight_decays or [protocol.weight_decay])
-    said = [
+def describe(column: Column, options: TuningOptions) -> str:
+    """Describe the training of a column for the protocol."""
+    protocol = column.protocol
+    lrs = ", ".join(f"{lr:g}" for lr in options.lrs or [protocol.base_lr])
+    decays = ", ".join(f"{decay:g}" for decay in options.weight_decays or [protocol.weight_decay])
+    entries = [
         "SGD with Nesterov momentum 0.9" if protocol.optimizer == "sgd" else "AdamW",
         f"learning rate {lrs} at a batch of {protocol.lr_batch}",
-        f"batch {protocol.batch_size} of {len(what.rows):,} labelled images",
+        f"batch {protocol.batch_size} of {len(column.rows):,} labeled images",
         f"{protocol.steps} steps" if protocol.steps else f"{protocol.epochs:g} epochs",
         f"warm-up {protocol.warmup_epochs:g} epochs, cosine to {protocol.min_lr:g}",
         f"weight decay {decays}" + ("" if protocol.decay_all else " (not biases and norms)"),
+        "" if protocol.layer_decay == 1 else f"layer decay {protocol.layer_decay}",
     ]
-    extras = {
-        "layer_decay": 1.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "smoothing": 0.0,
-        "erasing": 0.0,
-        "drop_path": 0.0,
-        "randaugment": "",
-    }
-    said += [
-        f"{name.replace('_', ' ')} {getattr(protocol, name)}"
-        for name, off in extras.items()
-        if getattr(protocol, name) != off
-    ]
-    said += [f"moving average {settings.ema:g}"] if settings.ema else []
-    return ", ".join([*said, *what.notes])
+    for name in ("mixup", "cutmix", "smoothing", "erasing", "drop_path", "randaugment"):
+        if value := getattr(protocol, name):
+            entries.append(f"{name.replace('_', ' ')} {value}")
+    if options.ema:
+        entries.append(f"moving average {options.ema:g}")
+    return ", ".join(filter(None, entries))

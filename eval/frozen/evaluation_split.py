@@ -1,53 +1,78 @@
-"""The images that an evaluation sees: a part of the data in its evaluation views, and the same moved by some pixels."""
+"""The images of an evaluation: splits of the data in their evaluation views."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssl_pretrain import rng
 from ssl_pretrain.data import single_pass
 from ssl_pretrain.data.image_source import NoSuchSplit, Source, require_labels
-from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.layout_report import layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval.results import Unlabelled
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.rng import Purpose
 from ssl_pretrain.views import crops
 
-BATCH = 250  # images a forward pass
-KEPT_BYTES = 2**30  # the views of one part are kept for the next network up to this size
+BATCH_SIZE = 250  # images per forward pass
+MAX_CACHE_BYTES = 2**30  # limit up to which the views of a split stay in memory
 SPLIT_SEED = 0
-SMALL = 32  # pixels; the test images of smaller sources are moved by default
 
 
-class Part:
-    """Some images of a source in their evaluation views, decoded once and kept while they are few."""
+class UnlabeledError(ValueError):
+    """The images have no labels to measure with, or there are none to test on."""
 
-    def __init__(self, run: Run, source: Source, numbers: np.ndarray | None = None):
+
+class EvaluationSplit:
+    """Images of a source in their evaluation views, cached in memory while they are few.
+
+    Args:
+        run: Run whose configuration defines the evaluation view.
+        source: Data set.
+        indices: Images of the source. Default: all.
+    """
+
+    def __init__(self, run: Run, source: Source, indices: np.ndarray | None = None):
         self.run, self.source, self.classes = run, source, source.classes
-        self.numbers = np.arange(len(source)) if numbers is None else numbers
-        self.labels = source.labels[self.numbers]
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self.indices = np.arange(len(source)) if indices is None else indices
+        self.labels = source.labels[self.indices]
+        self._cache: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
+
+    def subset(self, rows: np.ndarray) -> EvaluationSplit:
+        """Return a split of some rows of this one."""
+        return EvaluationSplit(self.run, self.source, self.indices[rows])
+
+    def random_subset(self, num_images: int, sort: bool = False) -> EvaluationSplit:
+        """Return at most `num_images` of the images, a fixed random choice in random order.
+
+        With `sort` they keep the order of the data set.
+        """
+        rows = rng.permutation(0, 0, len(self), Purpose.SUBSET)[:num_images]
+        return self.subset(np.sort(rows) if sort else rows)
+
+    @cached_property
+    def rank_share(self) -> EvaluationSplit:
+        """This rank's images of the split, which is the split itself without other ranks."""
+        if process_group.world_size() == 1:
+            return self
+        return self.subset(rows_of(process_group.rank(), len(self)))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(uint8 (n, 3, size, size), labels int64 (n,)), in order."""
-        if self._kept:
-            yield from self._kept
+        """Yield views, uint8 (n, 3, size, size), and labels, int64 (n,), in order."""
+        if self._cache:
+            yield from self._cache
             return
-        kept = []
-        keep = len(self) * 3 * self.run.image_size**2 <= KEPT_BYTES
+        cache = []
+        fits = len(self) * 3 * self.run.image_size**2 <= MAX_CACHE_BYTES
         evaluation, data = self.run.config.evaluation, self.run.config.data
         view = partial(
             crops.evaluate,
@@ -56,151 +81,149 @@ class Part:
             interpolation=evaluation.interpolation,
         )
         for images, labels in single_pass.read_images(
-            self.source, self.numbers, view, BATCH, data.num_workers, data.max_replaced
+            self.source, self.indices, view, BATCH_SIZE, data.num_workers, data.max_replaced
         ):
-            if keep:
-                kept.append((images.clone(), labels))  # out of the workers' shared memory
+            if fits:
+                # The clone leaves the shared memory of the workers.
+                cache.append((images.clone(), labels))
             yield images, labels
-        self._kept = kept
+        self._cache = cache
 
 
-def labelled_parts(run: Run, what: str, split: str = "val") -> tuple[Part, Part]:
-    """(training images, queries): the two parts of the data, or for split "train" the training part without a tenth, and that tenth.
+def rows_of(rank: int, num_images: int) -> np.ndarray:
+    """Return the rows that a rank embeds: every world_size-th batch.
+
+    Whole batches make the numbers independent of the number of ranks.
+    """
+    rows = np.arange(num_images)
+    return rows[rows // BATCH_SIZE % process_group.world_size() == rank]
+
+
+def labeled_splits(
+    run: Run, purpose: str, queries: str = "val"
+) -> tuple[EvaluationSplit, EvaluationSplit]:
+    """Return the training images and the queries.
+
+    Args:
+        run: Run whose data are opened.
+        purpose: Name of the evaluation, for error messages.
+        queries: "val" for the test images. "train" holds a tenth of the training images out.
 
     Raises:
-        ValueError: an image has no label, there is one class or no test image, or the test images have classes that the training
-            images have not; names the data and the remedy.
+        ValueError: If no image has a label, there is only one class or no test image, or the two
+            splits disagree on the classes.
     """
-    train = labelled(run, "train", what)
+    train = open_labeled(run, "train", purpose)
     if len(train.classes) < 2:
-        raise Unlabelled(
-            f"data.root: {what} needs two classes or more, and {train.where} has {len(train.classes)}"
-            f" ({', '.join(train.classes)}): every answer would be right; put the images in one folder per class"
+        raise UnlabeledError(
+            f"data.root: {purpose} needs two classes or more, and {train.where} has"
+            f" {len(train.classes)} ({', '.join(train.classes)}), so every answer would be right;"
+            " put the images in one folder per class"
         )
-    if split == "val":
-        test = labelled(run, "val", what)
-        if not len(test):
-            raise Unlabelled(
-                f"data.val: {test.where} holds no image, so there is nothing to test; name the part that has them"
-            )
-        _check_classes(train, test)
-        return Part(run, train), Part(run, test)
-    fit, held_out = hold_out(len(train))
-    return Part(run, train, fit), Part(run, train, held_out)
+    if queries == "train":
+        whole = EvaluationSplit(run, train)
+        fit, held_out = hold_out(len(train))
+        return whole.subset(fit), whole.subset(held_out)
+    test = open_labeled(run, "val", purpose)
+    if not len(test):
+        raise UnlabeledError(
+            f"data.val: {test.where} holds no image, so there is nothing to test on; name the split"
+            " that has test images"
+        )
+    check_classes(train, test)
+    return EvaluationSplit(run, train), EvaluationSplit(run, test)
 
 
-def labelled(run: Run, split: Literal["train", "val"], what: str) -> Source:
-    """Open the images of a split that have a label. Those without one are counted in the lines about the data, and left out.
+def open_labeled(run: Run, split: Literal["train", "val"], purpose: str) -> Source:
+    """Open the images of a split that have a label.
+
+    Images without a label are counted in the printed description of the data and left out. One rank
+    per machine lists the files first; the other ranks read its list.
 
     Raises:
-        Unlabelled: No image has a label, or there is no validation split and none was named.
+        UnlabeledError: If no image has a label, or there is no test split and none was named.
     """
-    if (
-        process_group.local_rank() == 0
-    ):  # lists of files are made by one rank a machine, the others find them on disk
-        source = _opened(run, split)
+    if process_group.local_rank() == 0:
+        source = _open(run, split)
     collectives.barrier()
     if process_group.local_rank() != 0:
-        source = _opened(run, split)
+        source = _open(run, split)
     if split == "train" and process_group.is_main():
         print(*layout_lines(run.config.data, source), sep="\n", file=sys.stderr, flush=True)
     known = np.flatnonzero(source.labels >= 0)
     if 0 < len(known) < len(source):
         source = source.take(known)
     try:
-        require_labels(source, what)
+        require_labels(source, purpose)
     except ValueError as error:
-        raise Unlabelled(str(error)) from None
+        raise UnlabeledError(str(error)) from None
     return source
 
 
-def _opened(run: Run, split: Literal["train", "val"]) -> Source:
+def _open(run: Run, split: Literal["train", "val"]) -> Source:
     try:
         return open_source(run.config.data, split)
     except NoSuchSplit as error:
-        if run.config.data.val not in (DataConfig().val, "none"):  # named, and not there: a mistake
-            raise
-        raise Unlabelled(str(error)) from None
+        if run.config.data.val not in (DataConfig().val, "none"):
+            raise  # A split that the user named is missing.
+        raise UnlabeledError(str(error)) from None
 
 
-def _check_classes(train: Source, test: Source) -> None:
-    """A .beton brings a list of classes of its own; labels mean the same only where the two lists are one."""
+def check_classes(train: Source, test: Source) -> None:
+    """Raise ValueError unless a label means the same class in both splits.
+
+    A .beton file has its own list of classes, so two of them may disagree.
+    """
     unseen = [name for name in test.classes if name not in set(train.classes)]
     if unseen:
         raise ValueError(
-            f"data.val: {test.where} has {len(test.classes)} classes and {train.where} {len(train.classes)}: {len(unseen)} were never"
-            f" trained on ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}); give parts of one data set"
+            f"data.val: {test.where} has {len(test.classes)} classes and {train.where}"
+            f" {len(train.classes)}, and {len(unseen)} of the former were never trained on"
+            f" ({', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}); give splits of one"
+            " data set"
         )
     if test.classes != train.classes[: len(test.classes)]:
         raise ValueError(
-            f"data.val: {test.where} numbers its {len(test.classes)} classes otherwise than {train.where} its {len(train.classes)};"
-            " write both .beton files from one data set"
+            f"data.val: {test.where} numbers its {len(test.classes)} classes in another order than"
+            f" {train.where} its {len(train.classes)}; write both .beton files from one data set"
         )
 
 
-def hold_out(n: int, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """(kept, held out): a fixed random tenth of range(n) aside, the same on every machine."""
-    mixed = rng.permutation(SPLIT_SEED, 0, n, Purpose.SPLIT)
-    aside = max(1, round(n * share))
-    return np.sort(mixed[aside:]), np.sort(mixed[:aside])
+def hold_out(num_images: int, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """Split range(num_images) into training rows and a fixed random share that is held out."""
+    order = rng.permutation(SPLIT_SEED, 0, num_images, Purpose.SPLIT)
+    num_held_out = max(1, round(num_images * share))
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
 
-def _shorter_side(part: Part) -> int:
-    """Pixels of the shorter side of the first image that can be read."""
-    for number in part.numbers.tolist():
-        try:
-            return min(part.source.read(number).shape[:2])
-        except UnreadableImage:
-            part.source.check_present()
-    raise ValueError(
-        f"data.root: none of the {len(part):,} images of {part.source.where} can be read"
-    )
-
-
-def shift(images: Tensor, dx: int, dy: int) -> Tensor:
-    """Images (n, channels, height, width) moved dx pixels to the right and dy down; black enters at the edge."""
-    if not dx and not dy:
-        return images
-    height, width = images.shape[-2:]
-    padded = F.pad(images, (max(dx, 0), max(-dx, 0), max(dy, 0), max(-dy, 0)))
-    return padded[..., max(-dy, 0) :, max(-dx, 0) :][..., :height, :width]
-
-
-def scale(run: Run, part: Part) -> float:
-    """Evaluation pixels per original pixel, from the first image: its shorter side becomes image_size / crop_ratio."""
-    return run.image_size / run.config.evaluation.crop_ratio / _shorter_side(part)
-
-
-def directions(run: Run, part: Part, distance: int) -> list[tuple[int, int]]:
-    """The four moves by `distance` original pixels: right, left, down, up, in evaluation pixels."""
-    moved = round(distance * scale(run, part))
-    return [(moved, 0), (-moved, 0), (0, moved), (0, -moved)]
-
-
-def default_shifts(part: Part) -> list[int]:
-    return [1, 2] if _shorter_side(part) < SMALL else []
-
-
-def describe_shifts(run: Run, part: Part, shifts: list[int]) -> str:
-    moved = ", ".join(
-        f"{distance} original = {directions(run, part, distance)[0][0]} evaluation pixels"
-        for distance in shifts
-    )
-    return f"queries only, right, left, down and up ({4 * len(part)} queries a distance), black fill: {moved}"
-
-
-def protocol(
-    run: Run, train: Part, test: Part, split: str = "val", random: bool = True
+def describe_splits(
+    run: Run,
+    train: EvaluationSplit,
+    test: EvaluationSplit,
+    queries: str = "val",
+    random: bool = True,
 ) -> dict[str, Any]:
-    """What every number of this run shares, to be printed beside it. `random`: the table has a row for the random backbone."""
+    """Return the protocol entries that all evaluations of a run share.
+
+    Args:
+        run: Evaluated run.
+        train: Training images.
+        test: Test images, or held-out training images.
+        queries: Where the test images come from, as in `labeled_splits`.
+        random: Whether the table has a row for the random backbone.
+    """
     evaluation, size = run.config.evaluation, run.image_size
-    resized = round(size / evaluation.crop_ratio)
-    queries = "held-out training images" if split == "train" else "test images"
-    first = "the network before its first step, by the run's seed; recalibrated: its batch norm's statistics are of training images"
+    kind = "held-out training images" if queries == "train" else "test images"
+    random_entry = {
+        "random": "the network before its first step, from the run's seed; recalibrated: with the"
+        " batch-norm statistics of training images"
+    }
     return {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}",
-        **({"random": first} if random else {}),
+        **(random_entry if random else {}),
         "feature": f"pooled output of the backbone, {run.backbone.feature_dim} numbers",
-        "transform": f"shorter side to {resized}, central {size}x{size}, {evaluation.interpolation}, nothing random",
-        "images": f"{run.config.data.source}: {len(train)} training, {len(test)} {queries}, {len(train.classes)} classes",
+        "transform": f"shorter side to {round(size / evaluation.crop_ratio)}, central"
+        f" {size}x{size}, {evaluation.interpolation}, nothing random",
+        "images": f"{run.config.data.source}: {len(train)} training, {len(test)} {kind},"
+        f" {len(train.classes)} classes",
     }

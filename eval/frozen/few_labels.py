@@ -1,4 +1,4 @@
-"""Accuracy when only a few images of each class have a label."""
+"""Accuracy when only a few images per class have a label."""
 
 from __future__ import annotations
 
@@ -10,32 +10,55 @@ from torch import Tensor
 from ssl_pretrain.rng import Purpose, permutation
 
 NUM_DRAWS = 10
-C = 1.0  # scikit-learn's inverse regularization; the same for all features, as one label per class leaves nothing to choose it on
+# scikit-learn's inverse regularization, the same for all features: with one label per class there
+# are no images to select it on.
+C = 1.0
 PROTOCOL = (
-    f"logistic regression (scikit-learn, C = {C}, fixed beforehand) on standardized features divided by the root of their number;"
-    f" mean ± deviation over {NUM_DRAWS} fixed draws of the labelled images, the same for all rows"
+    f"logistic regression (scikit-learn, C = {C}, fixed beforehand) on standardized features"
+    f" divided by the root of their number; mean ± deviation over {NUM_DRAWS} fixed draws of the"
+    " labeled images, the same for all rows"
 )
 
 
-def draws(labels: np.ndarray, number: int, classes: list[str]) -> list[np.ndarray]:
-    """`number` images of each class, NUM_DRAWS times: each (number * classes,) numbers of training images.
+def draw(labels: np.ndarray, num_per_class: int, classes: list[str]) -> list[np.ndarray]:
+    """Draw `num_per_class` training images of each class, NUM_DRAWS times.
 
     Raises:
-        ValueError: a class has fewer images, or number is not positive.
+        ValueError: If a class has fewer images, or the number is not positive.
     """
-    if number < 1:
-        raise ValueError(f"labels-per-class: {number} is not a number of labels; give at least 1")
-    counts = np.bincount(labels, minlength=len(classes))
-    if counts.min() < number:
-        smallest = classes[counts.argmin()]
-        raise ValueError(
-            f"labels-per-class: {number} is more than the {counts.min()} training images of class {smallest!r}; give fewer"
-        )
-    orders = [permutation(draw, 0, len(labels), Purpose.SUBSET) for draw in range(NUM_DRAWS)]
+    if num_per_class < 1:
+        raise ValueError(f"--labels-per-class {num_per_class}: give at least 1")
     return [
-        np.concatenate([order[labels[order] == label][:number] for label in range(len(classes))])
-        for order in orders
+        balanced_rows(labels, num_per_class, classes, seed, f"--labels-per-class {num_per_class}")
+        for seed in range(NUM_DRAWS)
     ]
+
+
+def balanced_rows(
+    labels: np.ndarray, num_per_class: int, classes: list[str], seed: int, option: str
+) -> np.ndarray:
+    """Draw the same number of images of each class, class by class.
+
+    Args:
+        labels: Class of each image.
+        num_per_class: Number of images per class.
+        classes: Names of the classes.
+        seed: Seed of the draw.
+        option: Option of the command line that error messages name.
+
+    Raises:
+        ValueError: If a class has fewer images.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < num_per_class:
+        raise ValueError(
+            f"{option}: takes {num_per_class} images per class, and {classes[counts.argmin()]!r}"
+            f" has {counts.min()}; give a smaller number"
+        )
+    order = permutation(seed, 0, len(labels), Purpose.SUBSET)
+    return np.concatenate(
+        [order[labels[order] == label][:num_per_class] for label in range(len(classes))]
+    )
 
 
 def accuracy(
@@ -43,21 +66,22 @@ def accuracy(
     train_labels: Tensor,
     test_features: Tensor,
     test_labels: Tensor,
-    drawn: list[np.ndarray],
+    draws: list[np.ndarray],
 ) -> tuple[float, float]:
-    """(mean, standard deviation) over the draws, in percent. Features are standardized already."""
+    """Return the mean and standard deviation over the draws, in percent.
+
+    The features are standardized already.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    scale = train_features.shape[1] ** -0.5  # so that C weighs 96 features and 3,072 pixels alike
+    scale = train_features.shape[1] ** -0.5  # gives C one meaning for 96 features and 3,072 pixels
     test, truth = (test_features * scale).cpu().numpy(), test_labels.cpu().numpy()
-    reached = []
-    for chosen in drawn:
-        classifier = LogisticRegression(C=C, max_iter=1000)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier.fit(
-                (train_features[chosen] * scale).cpu().numpy(), train_labels[chosen].cpu().numpy()
-            )
-        reached.append(100 * float((classifier.predict(test) == truth).mean()))
-    return float(np.mean(reached)), float(np.std(reached))
+    train, labels = (train_features * scale).cpu().numpy(), train_labels.cpu().numpy()
+    accuracies = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for rows in draws:
+            classifier = LogisticRegression(C=C, max_iter=1000).fit(train[rows], labels[rows])
+            accuracies.append(100 * float((classifier.predict(test) == truth).mean()))
+    return float(np.mean(accuracies)), float(np.std(accuracies))

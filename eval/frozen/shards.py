@@ -1,4 +1,7 @@
-"""One rank's share of an evaluation under torchrun: whole batches of images, so that any number of ranks embeds the same batches."""
+"""Evaluation over several ranks: each rank embeds its share of a split.
+
+A share consists of whole batches, so that any number of ranks embeds the same batches.
+"""
 
 from __future__ import annotations
 
@@ -12,87 +15,88 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval.frozen.evaluation_split import BATCH, Part
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rows_of
 
-Embed = Callable[..., tuple[Tensor, Tensor]]  # (part, offset) -> features (n, dim), labels (n,)
+Embed = Callable[..., tuple[Tensor, Tensor]]  # (split, offset) -> features (n, dim), labels (n,)
 
 
 @contextmanager
 def ranks(device: str) -> Iterator[str]:
-    """Joins the ranks that torchrun started, and gives this one's device; without torchrun, `device` as it is.
+    """Join the ranks that torchrun started and yield this rank's device.
+
+    Without torchrun, `device` is yielded unchanged.
 
     Raises:
-        ValueError: the CPU is asked for on several ranks where there are GPUs, over which their messages would go.
+        ValueError: If several ranks are to run on the CPU of a machine with GPUs, because their
+            messages would go over the GPUs.
     """
     if "RANK" not in os.environ:
         yield device
         return
     if device == "cpu" and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "--device cpu: several ranks on a CPU beside GPUs; hide those first: CUDA_VISIBLE_DEVICES= torchrun ..."
+            "--device cpu: several ranks on a CPU beside GPUs; hide the GPUs with"
+            " CUDA_VISIBLE_DEVICES= torchrun ..."
         )
-    own = process_group.start()
+    rank_device = process_group.start()
     try:
-        yield str(own) if device == "auto" else device
+        yield str(rank_device) if device == "auto" else device
     finally:
         process_group.stop()
 
 
-def rows_of(rank: int, n: int) -> np.ndarray:
-    """Which of n images a rank embeds: every world_size-th batch, whole."""
-    rows = np.arange(n)
-    return rows[rows // BATCH % process_group.world_size() == rank]
-
-
-def share(part: Part) -> Part:
-    """This rank's images of a part; all of them where there is one rank. Make it once: it keeps its decoded views."""
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate every rank's rows on all ranks. Ranks may have different numbers of rows."""
     if process_group.world_size() == 1:
-        return part
-    return Part(part.run, part.source, part.numbers[rows_of(process_group.rank(), len(part))])
-
-
-def gather_rows(x: Tensor) -> Tensor:
-    """Every rank's rows, rank after rank, on all of them. Ranks may hold different numbers of rows, and none at all."""
-    if process_group.world_size() == 1:
-        return x
-    shapes = collectives.gather_objects(tuple(x.shape))
-    most = max(shape[0] for shape in shapes)
+        return rows
+    shapes = collectives.gather_objects(tuple(rows.shape))
+    longest = max(shape[0] for shape in shapes)
     inner = next(shape[1:] for shape in shapes if shape[0])
-    padded = x.new_zeros(most, *inner)
-    padded[: len(x)] = x.view(len(x), *inner)
-    found = collectives.gather(padded).split(most)
-    return torch.cat([rows[: shape[0]] for rows, shape in zip(found, shapes)])
+    padded = rows.new_zeros(longest, *inner)
+    padded[: len(rows)] = rows.view(len(rows), *inner)
+    gathered = collectives.gather(padded).split(longest)
+    return torch.cat([padded[: shape[0]] for padded, shape in zip(gathered, shapes)])
 
 
-def embedded(
-    embed: Embed, part: Part, own: Part, offset: tuple[int, int] = (0, 0)
+def embed_split(
+    embed: Embed, split: EvaluationSplit, offset: tuple[int, int] = (0, 0)
 ) -> tuple[Tensor, Tensor]:
-    """Features and labels of all of `part` in its order, on every rank, each having embedded `own`, its share of it."""
-    if process_group.world_size() == 1:
-        return embed(part, offset)
-    found, labels = (gather_rows(values) for values in embed(own, offset))
-    order = np.concatenate([rows_of(rank, len(part)) for rank in range(process_group.world_size())])
-    back = torch.from_numpy(np.argsort(order)).to(found.device)
-    return found[back], labels[back]
+    """Return features and labels of a whole split in order, on every rank.
+
+    Args:
+        embed: Computes features and labels of a split.
+        split: Split to embed.
+        offset: Shift of the images in pixels.
+    """
+    world_size = process_group.world_size()
+    if world_size == 1:
+        return embed(split, offset)
+    features, labels = (gather_rows(values) for values in embed(split.rank_share, offset))
+    gathered_rows = np.concatenate([rows_of(rank, len(split)) for rank in range(world_size)])
+    order = torch.from_numpy(np.argsort(gathered_rows)).to(features.device)
+    return features[order], labels[order]
 
 
-def nearest(similarities: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest of all ranks' (similarities, labels), each (queries, at most k): (queries, k), nearest first."""
+def merge_nearest(similarities: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Merge the nearest neighbors that each rank found in its share of the bank.
+
+    Args:
+        similarities: Similarities of this rank's neighbors, (queries, at most k), nearest first.
+        labels: Their labels, same shape.
+        k: Number of neighbors to keep.
+
+    Returns:
+        Similarities and labels of the k nearest on any rank, each (queries, k), nearest first.
+    """
     if process_group.world_size() == 1:
         return similarities, labels
-    short = k - similarities.shape[1]
-    similarities, labels = (
-        F.pad(similarities, (0, short), value=-torch.inf),
-        F.pad(labels, (0, short)),
-    )
+    missing = k - similarities.shape[1]
+    similarities = F.pad(similarities, (0, missing), value=-torch.inf)
+    labels = F.pad(labels, (0, missing))
 
-    def beside(x: Tensor) -> Tensor:
-        return (
-            collectives.gather(x)
-            .view(process_group.world_size(), *x.shape)
-            .transpose(0, 1)
-            .flatten(1)
-        )
+    def side_by_side(neighbors: Tensor) -> Tensor:
+        gathered = collectives.gather(neighbors)
+        return gathered.unflatten(0, (-1, len(neighbors))).transpose(0, 1).flatten(1)
 
-    best, places = beside(similarities).topk(k, dim=1)
-    return best, beside(labels).gather(1, places)
+    nearest, columns = side_by_side(similarities).topk(k, dim=1)
+    return nearest, side_by_side(labels).gather(1, columns)

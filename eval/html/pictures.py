@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain import rng
+from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.sources import open_source
-from ssl_pretrain.eval.frozen import evaluation_split, features
-from ssl_pretrain.eval.frozen.evaluation_split import Part
+from ssl_pretrain.eval.frozen import features, shifts
+from ssl_pretrain.eval.frozen.evaluation_split import SPLIT_SEED, EvaluationSplit
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.rng import Purpose
 
@@ -33,10 +34,10 @@ class Neighbours:
     by_features: list[tuple[np.ndarray, int]]
 
 
-def open_parts(run: Run) -> tuple[Part, Part, str]:
+def open_parts(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, str]:
     """(bank, queries, what they are): training and test images, or two parts of the training images where there is no test part."""
     train = open_source(run.config.data, "train")
-    order = rng.permutation(evaluation_split.SPLIT_SEED, 0, len(train), Purpose.SPLIT)
+    order = rng.permutation(SPLIT_SEED, 0, len(train), Purpose.SPLIT)
     try:
         test = open_source(run.config.data, "val")
     except ValueError:
@@ -46,23 +47,21 @@ def open_parts(run: Run) -> tuple[Part, Part, str]:
             _part(run, train, order[:aside]),
             "held-out training images",
         )
-    chosen = rng.permutation(evaluation_split.SPLIT_SEED, 0, len(test), Purpose.SPLIT)[
-        :MAX_PROJECTED
-    ]
+    chosen = rng.permutation(SPLIT_SEED, 0, len(test), Purpose.SPLIT)[:MAX_PROJECTED]
     return _part(run, train, order[:MAX_BANK]), _part(run, test, chosen), "test images"
 
 
-def _part(run: Run, source: evaluation_split.Source, numbers: np.ndarray) -> Part:
-    return Part(run, source, np.sort(numbers))
+def _part(run: Run, source: Source, numbers: np.ndarray) -> EvaluationSplit:
+    return EvaluationSplit(run, source, np.sort(numbers))
 
 
-def neighbours(run: Run, bank: Part, queries: Part) -> list[Neighbours]:
+def neighbours(run: Run, bank: EvaluationSplit, queries: EvaluationSplit) -> list[Neighbours]:
     """Ten queries, of ten classes where there are as many; those of small images are moved by 1 or 2 original pixels."""
-    chosen = Part(run, queries.source, queries.numbers[_one_of_each(queries.labels)])
+    chosen = EvaluationSplit(run, queries.source, queries.indices[_one_of_each(queries.labels)])
     pixels = torch.cat([images for images, _ in chosen.batches()])
     offsets, names = _moves(run, chosen)
     asked = torch.cat(
-        [evaluation_split.shift(image[None], *offset) for image, offset in zip(pixels, offsets)]
+        [shifts.shift(image[None], *offset) for image, offset in zip(pixels, offsets)]
     )
     bank_features, labels = features.extract(run.backbone, bank)
     bank_pixels, _ = features.raw_pixels(bank)
@@ -70,10 +69,10 @@ def neighbours(run: Run, bank: Part, queries: Part) -> list[Neighbours]:
     with torch.no_grad():
         query_features = run.backbone(features.normalize(run, asked)).float()
     by_features = _nearest(bank_features, query_features)
-    by_pixels = _nearest(bank_pixels - mean, features.flat(run, asked) - mean)
+    by_pixels = _nearest(bank_pixels - mean, features.flatten_views(run, asked) - mean)
     wanted = np.unique(torch.cat([by_features, by_pixels]).cpu().numpy())
     shown = torch.cat(
-        [images for images, _ in Part(run, bank.source, bank.numbers[wanted]).batches()]
+        [images for images, _ in EvaluationSplit(run, bank.source, bank.indices[wanted]).batches()]
     ).numpy()
     views = dict(zip(wanted.tolist(), shown))
     return [
@@ -99,14 +98,14 @@ def _one_of_each(labels: np.ndarray) -> np.ndarray:
     return first[np.linspace(0, len(classes) - 1, NUM_QUERIES).round().astype(int)]
 
 
-def _moves(run: Run, chosen: Part) -> tuple[list[tuple[int, int]], list[str]]:
-    distances = evaluation_split.default_shifts(chosen)
+def _moves(run: Run, chosen: EvaluationSplit) -> tuple[list[tuple[int, int]], list[str]]:
+    distances = shifts.default_distances(chosen)
     if not distances:
         return [(0, 0)] * len(chosen), [""] * len(chosen)
     offsets, names = [], []
     for row in range(len(chosen)):
         distance, direction = distances[row % len(distances)], row // len(distances) % 4
-        offsets.append(evaluation_split.directions(run, chosen, distance)[direction])
+        offsets.append(shifts.directions(chosen, distance)[direction])
         names.append(f"{distance} {('right', 'left', 'down', 'up')[direction]}")
     return offsets, names
 

@@ -19,6 +19,7 @@ MISTAKE = 2  # the same command would fail in the same way
 LOST = 69  # EX_UNAVAILABLE: a rank did not come, was lost, or was silent for too long
 DISK_REFUSED = 74  # EX_IOERR
 STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
+SKIPPED = 77  # an evaluation found no labels and was told to skip such images
 
 
 class LostError(RuntimeError):

@@ -240,6 +240,6 @@ def test_results_of_weights_are_not_mixed_with_others(config, tmp_path):
     )
     assert (
         unnamed[0] == 2
-        and "which network are these weights of? Give its timm name, as in backbone.name=resnet50"
+        and "the network of these weights is not known; give its timm name, as in backbone.name=resnet50"
         in unnamed[2]
     )

@@ -1,8 +1,9 @@
-"""k-NN beside scikit-learn's brute force, and what a grid of learning rates costs: `python tests/bench/evaluation.py`.
+"""Speed of k-NN beside scikit-learn, and the cost of a grid of learning rates.
 
-knn_vs_sklearn: seconds of scikit-learn's fastest brute force over ours, the faster backend; more is better. grid12_over_one:
-seconds of a training step with 12 learning rates over those with one, backbone included; less is better. The cached step,
-where features are kept and nothing else is computed, is in the table: there the classifiers are all of the work.
+`python tests/bench/evaluation.py` prints two ratios. knn_vs_sklearn is the time of scikit-learn's
+fastest brute force over that of the faster of our backends; more is better. grid12_over_one is the
+time of a training step with 12 learning rates over that with one, backbone included; less is
+better. The table also has the step on cached features, where the linear heads are all of the work.
 """
 
 from __future__ import annotations
@@ -10,109 +11,98 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 from measure import interleaved, mib, versions
+from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-from ssl_pretrain.eval import knn, protocols
-from ssl_pretrain.eval.frozen import published_linear
+from ssl_pretrain.eval import protocols
 from ssl_pretrain.eval.frozen.features import Feature
-from ssl_pretrain.eval.frozen.linear_heads import Classifiers
+from ssl_pretrain.eval.frozen.knn_search import Search
+from ssl_pretrain.eval.frozen.linear_heads import LinearHeads
+from ssl_pretrain.eval.frozen.published_linear import ProbedNetwork
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.parallel import memory
 
 CPU = torch.device("cpu")
-CLASSES = 1000
+NUM_CLASSES = 1000
 CANDIDATES = ["ours, torch", "scikit-learn, euclidean", "ours, faiss", "scikit-learn, cosine"]
 
 
-def clusters(n: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features that are not all alike: a class's centre and as much noise, (n, dim), and labels."""
+def clusters(num_images: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features, a class center plus as much noise, (n, dim), and labels."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(CLASSES, (n,), generator=generator)
-    centres = torch.randn(CLASSES, dim, generator=torch.Generator().manual_seed(0))
-    return torch.randn(n, dim, generator=generator).add_(centres[labels]), labels
+    labels = torch.randint(NUM_CLASSES, (num_images,), generator=generator)
+    centers = torch.randn(NUM_CLASSES, dim, generator=torch.Generator().manual_seed(0))
+    return torch.randn(num_images, dim, generator=generator).add_(centers[labels]), labels
 
 
-def neighbours(
-    num_bank: int, num_queries: int, dim: int, k: int, repeats: int, chosen: list[str]
-) -> float:
-    from sklearn.neighbors import NearestNeighbors
-
-    (bank, labels), (queries, _) = clusters(num_bank, dim, 1), clusters(num_queries, dim, 2)
+def compare_searches(options: argparse.Namespace) -> float:
+    """Print time and memory of each candidate and return scikit-learn's time over ours."""
+    bank, labels = clusters(options.bank, options.dim, 1)
+    queries, _ = clusters(options.queries, options.dim, 2)
 
     def ours(backend: str) -> None:
-        knn.Search(bank, labels, CLASSES, backend).predict(queries, [(k, 0.07)])
+        Search(bank, labels, NUM_CLASSES, backend).predict(queries, [(options.k, 0.07)])
 
     def theirs(metric: str) -> None:
-        exact = NearestNeighbors(n_neighbors=k, algorithm="brute", metric=metric).fit(
-            F.normalize(bank, dim=1).numpy()
-        )
-        exact.kneighbors(F.normalize(queries, dim=1).numpy())
+        search = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric=metric)
+        search.fit(F.normalize(bank, dim=1).numpy())
+        search.kneighbors(F.normalize(queries, dim=1).numpy())
 
-    candidates = {
-        "ours, torch": lambda: ours("torch"),
-        "scikit-learn, euclidean": lambda: theirs("euclidean"),
-        "ours, faiss": lambda: ours("faiss"),
-        "scikit-learn, cosine": lambda: theirs("cosine"),
-    }
     print(
-        f"k-NN, {num_bank:,} x {dim:,} features, {num_queries:,} queries, k {k}; the bank itself is {mib(bank.nbytes)}"
+        f"k-NN, {options.bank:,} x {options.dim:,} features, {options.queries:,} queries, k"
+        f" {options.k}; the bank itself is {mib(bank.nbytes)}"
     )
-    taken: dict[str, list[float]] = {}
-    for _ in range(repeats):  # in turn, so that a slow minute of the machine hits all alike
-        for name in chosen:
+    seconds: dict[str, list[float]] = {name: [] for name in options.candidates}
+    for _ in range(options.repeats):  # in turn, so that a slow minute affects all of them alike
+        for name, times in seconds.items():
+            owner, kind = name.split(", ")
             began = time.perf_counter()
-            held = memory.peak(candidates[name], CPU)
-            taken.setdefault(name, []).append(time.perf_counter() - began)
-            print(f"  {name:24} {taken[name][-1]:8.2f} s  {mib(held)} more", flush=True)
-    fastest = {
-        who: min(statistics.median(each) for name, each in taken.items() if name.startswith(who))
-        for who in ("ours", "scikit")
-    }
-    return fastest["scikit"] / fastest["ours"]
+            peak = memory.peak(partial(ours if owner == "ours" else theirs, kind), CPU)
+            times.append(time.perf_counter() - began)
+            print(f"  {name:24} {times[-1]:8.2f} s  {mib(peak)} more", flush=True)
+    fastest_ours, fastest_theirs = (
+        min(statistics.median(times) for name, times in seconds.items() if name.startswith(owner))
+        for owner in ("ours", "scikit")
+    )
+    return fastest_theirs / fastest_ours
 
 
-def grid(name: str, image_size: int, batch: int, repeats: int) -> float:
-    backbone = (
-        backbones.build(BackboneConfig(name), image_size)
-        .eval()
-        .to(memory_format=torch.channels_last)
-    )
-    images = torch.rand(batch, 3, image_size, image_size).contiguous(
-        memory_format=torch.channels_last
-    )
-    labels = torch.randint(CLASSES, (batch,))
-    protocol = protocols.LINEAR["simclr"]
-    rates = [(0.001 * 2**power, 1e-6) for power in range(12)]
-    judged = {
-        n: published_linear._judged(
-            "grid", Feature(backbone, "pooled"), rates[:n], protocol, CLASSES, CPU
-        )
-        for n in (1, 12)
-    }
+def compare_grids(options: argparse.Namespace) -> float:
+    """Print the time of a step with one and twelve heads and return their ratio."""
+    name, size, batch = options.backbone, options.image_size, options.batch
+    backbone = backbones.build(BackboneConfig(name), size).eval()
+    backbone.to(memory_format=torch.channels_last)
+    images = torch.rand(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(NUM_CLASSES, (batch,))
     features = torch.randn(batch, backbone.feature_dim)
-    heads = {
-        n: Classifiers(backbone.feature_dim, CLASSES, [0.1] * n, [1e-6] * n, like=features)
-        for n in (1, 12)
-    }
+    grid = [(0.001 * 2**power, 1e-6) for power in range(12)]
+    whole_steps, cached_steps = {}, {}
+    for count in (1, 12):
+        network = ProbedNetwork(
+            "grid",
+            Feature(backbone, "pooled"),
+            grid[:count],
+            protocols.LINEAR["simclr"],
+            NUM_CLASSES,
+            CPU,
+        )
+        heads = LinearHeads(
+            backbone.feature_dim, NUM_CLASSES, [0.1] * count, [1e-6] * count, like=features
+        )
+        whole_steps[str(count)] = partial(network.step, images, labels, 1.0)
+        cached_steps[str(count)] = partial(heads.step, features, labels, 1.0)
     with torch.no_grad():
-        whole = interleaved(
-            {str(n): lambda n=n: judged[n].step(images, labels, 1.0) for n in judged}, repeats, CPU
-        )
-        cached = interleaved(
-            {str(n): lambda n=n: heads[n].step(features, labels, 1.0) for n in heads}, repeats, CPU
-        )
-    print(f"a step of {batch} images of {image_size} pixels, {name}, {CLASSES:,} classes")
-    for what, seconds in (
-        ("backbone and classifiers", whole),
-        ("classifiers on kept features", cached),
-    ):
-        print(
-            f"  {what:28} one {seconds['1']:7.3f} s, twelve {seconds['12']:7.3f} s, {seconds['12'] / seconds['1']:.2f} times"
-        )
+        whole = interleaved(whole_steps, options.repeats, CPU)
+        cached = interleaved(cached_steps, options.repeats, CPU)
+    print(f"a step of {batch} images of {size} pixels, {name}, {NUM_CLASSES:,} classes")
+    for kind, seconds in (("backbone and heads", whole), ("heads on cached features", cached)):
+        ratio = seconds["12"] / seconds["1"]
+        print(f"  {kind:28} one {seconds['1']:.3f} s, twelve {seconds['12']:.3f} s, {ratio:.2f} x")
     return whole["12"] / whole["1"]
 
 
@@ -129,9 +119,9 @@ def main() -> None:
         nargs="+",
         default=CANDIDATES,
         choices=CANDIDATES,
-        help="of each kind at least one",
+        help="at least one of each kind",
     )
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=256)
@@ -140,11 +130,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(versions("scikit-learn", "timm", "numpy"))
-    faster = neighbours(
-        options.bank, options.queries, options.dim, options.k, options.repeats, options.candidates
-    )
-    dearer = grid(options.backbone, options.image_size, options.batch, options.repeats)
-    print(f"ratios: knn_vs_sklearn={faster:.2f} grid12_over_one={dearer:.2f}")
+    search_ratio, grid_ratio = compare_searches(options), compare_grids(options)
+    print(f"ratios: knn_vs_sklearn={search_ratio:.2f} grid12_over_one={grid_ratio:.2f}")
 
 
 if __name__ == "__main__":

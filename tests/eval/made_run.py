@@ -1,4 +1,4 @@
-"""A run folder made by hand: real config, real checkpoint, untrained weights of another seed."""
+"""A run folder without training: a real config and checkpoint with weights of another seed."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ TINY = ["backbone.stem=imagenet", "method.projector_dims=[16,8]", "data.num_work
 
 
 def make_run(folder: Path, *overrides: str, step: int = 7, weights_seed: int = 1) -> Path:
-    """A run of configs/simclr_digits.yaml whose checkpoint holds the weights that `weights_seed` gives; the config says seed 0."""
-    written = config.load(
-        REPOSITORY / "configs/simclr_digits.yaml", [*TINY, f"output={folder}", "seed=0", *overrides]
-    )
-    seeded = config.load(
-        REPOSITORY / "configs/simclr_digits.yaml", [*TINY, *overrides, f"seed={weights_seed}"]
-    )
-    method = build_method(seeded)
+    """Write a run of configs/simclr_digits.yaml and return its folder.
+
+    The checkpoint holds the weights that `weights_seed` gives. The config says seed 0.
+    """
+    file, values = REPOSITORY / "configs/simclr_digits.yaml", [*TINY, *overrides]
+    run_config = config.load(file, [*TINY, f"output={folder}", "seed=0", *overrides])
+    method = build_method(config.load(file, [*values, f"seed={weights_seed}"]))
     Checkpoints(
         folder,
-        TrainingState(method, optim.build(written.optim, method)),
-        written.checkpoint,
-        RunFacts(last_step=1000, micro_batch_size=written.global_batch_size, data=""),
-        config.to_dict(written),
+        TrainingState(method, optim.build(run_config.optim, method)),
+        run_config.checkpoint,
+        RunFacts(last_step=1000, micro_batch_size=run_config.global_batch_size, data=""),
+        config.to_dict(run_config),
         steps_per_epoch=5,
     ).save(step)
-    (folder / "config.yaml").write_text(config.to_yaml(written))
+    (folder / "config.yaml").write_text(config.to_yaml(run_config))
     return folder
 
 
 def checkpoint_of(run: Path) -> Path:
+    """Return the newest checkpoint of a run."""
     return list_checkpoints(run)[-1]
 
 
 def edit_manifest(run: Path, **entries: object) -> None:
+    """Change entries of the newest manifest. Two underscores separate section and key."""
     path = checkpoint_of(run) / MANIFEST
     manifest = json.loads(path.read_text())
     for dotted, value in entries.items():
         *sections, key = dotted.split("__")
-        place = manifest
-        for section in sections:
-            place = place[section]
-        place[key] = value
+        section = manifest
+        for name in sections:
+            section = section[name]
+        section[key] = value
     path.write_text(to_json(manifest))
 
 
 def describe_again(run: Path) -> None:
-    """Make the newest checkpoint whole again after its tensors were changed."""
+    """Make the newest checkpoint intact after its tensors were changed."""
     folder = checkpoint_of(run)
     edit_manifest(run, files=describe_files(sorted(folder.glob("*.safetensors"))))
 
 
 def write_images(root: Path, names: list[str], size: int = 12) -> Path:
-    """One random image for each name below `root`."""
+    """Write one random image per name below `root` and return `root`."""
+    shape = size, size, 3
     for number, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = rng.uniform(0, 0, number, 0, rng.Purpose.CROP, size * size * 3).reshape(
-            size, size, 3
-        )
+        pixels = rng.uniform(0, 0, number, 0, rng.Purpose.CROP, size * size * 3).reshape(shape)
         Image.fromarray((pixels * 255).astype(np.uint8)).save(path)
     return root

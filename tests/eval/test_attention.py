@@ -1,4 +1,4 @@
-"""Attention maps and component pictures: the weights are those that timm's own layer uses, the components those of scikit-learn."""
+"""eval.attention: the weights are those of timm's layer, the components those of scikit-learn."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ def vit(tmp_path_factory):
     return runs.load_run(make_run(tmp_path_factory.mktemp("runs") / "vit", *VIT), device="cpu")
 
 
+@torch.no_grad()
 def test_the_weights_reproduce_the_layers_output():
     torch.manual_seed(0)
-    layer = Attention(
-        12, num_heads=3, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm
-    ).eval()
+    options = {"qkv_bias": True, "qk_norm": True, "norm_layer": torch.nn.LayerNorm}
+    layer = Attention(12, num_heads=3, **options).eval()
     tokens = torch.randn(2, 5, 12)
-    with torch.no_grad():
-        weights = attention.attention(layer, tokens)
-        values = layer.qkv(tokens).reshape(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)[2]
-        rebuilt = layer.proj((weights @ values).transpose(1, 2).reshape(2, 5, 12))
-        torch.testing.assert_close(rebuilt, layer(tokens))
+    weights = attention.attention_weights(layer, tokens)
+    values = layer.qkv(tokens).reshape(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)[2]
+    output = layer.proj((weights @ values).transpose(1, 2).reshape(2, 5, 12))
+    torch.testing.assert_close(output, layer(tokens))
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 5))
 
 
@@ -43,63 +42,56 @@ def test_the_mask_keeps_the_fewest_patches_that_hold_the_mass():
     assert attention.mass_mask(weights, 0.5)[0].tolist() == [[True, False], [False, False]]
 
 
-def test_components_are_those_of_scikit_learn():
+def test_the_components_are_those_of_scikit_learn():
     patches = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = attention.components(patches)
-    expected = PCA(3, svd_solver="full").fit_transform(
-        patches.permute(0, 2, 3, 1).reshape(-1, 6).double().numpy()
-    )
+    ours = attention.principal_components(patches).numpy()
+    flat = patches.permute(0, 2, 3, 1).reshape(-1, 6).double().numpy()
+    expected = PCA(3, svd_solver="full").fit_transform(flat)
     low, high = np.quantile(expected, [0.01, 0.99], axis=0)
-    expected = (
-        ((expected - low) / (high - low)).clip(0, 1).reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)
-    )
-    for channel in range(3):  # a component's sign is free
-        ours, theirs = found[:, channel].numpy(), expected[:, channel]
-        assert (
-            min(np.abs(ours - theirs).max(), np.abs(ours - (1 - theirs)).max()) < 0.1
-            and abs(np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]) > 0.999
-        )
+    stretched = ((expected - low) / (high - low)).clip(0, 1)
+    theirs = stretched.reshape(2, 4, 5, 3).transpose(0, 3, 1, 2)
+    for channel in range(3):
+        a, b = ours[:, channel], theirs[:, channel]
+        # The sign of a component is arbitrary.
+        assert min(np.abs(a - b).max(), np.abs(a - (1 - b)).max()) < 0.1
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) > 0.999
 
 
-def test_a_vit_attends_and_a_resnet_has_components_alone(vit, tmp_path):
+def test_a_vit_has_attention_and_components(vit, tmp_path):
     root = write_images(tmp_path / "photos", ["a.png", "b.png"], size=40)
-    written = attention.write(vit, [root / "a.png", root / "b.png"], tmp_path / "out", size=32)
-    assert [path.name for path in written] == [
-        f"0{n}_{name}_{kind}.png"
-        for n, name in ((1, "a"), (2, "b"))
-        for kind in ("attention", "components")
+    paths = attention.write(vit, [root / "a.png", root / "b.png"], tmp_path / "out", size=32)
+    assert [path.name for path in paths] == [
+        "01_a_attention.png",
+        "01_a_components.png",
+        "02_b_attention.png",
+        "02_b_components.png",
     ]
-    assert Image.open(written[0]).size == (32 * 5, 32 * 3) and Image.open(written[1]).size == (
-        64,
-        32,
-    )
-    resnet = runs.load_run(make_run(tmp_path / "resnet"), device="cpu")
-    assert [
-        path.name
-        for path in attention.write(resnet, [root / "a.png"], tmp_path / "resnet_out", size=32)
-    ] == ["01_a_components.png"]
+    assert Image.open(paths[0]).size == (32 * 5, 32 * 3)
+    assert Image.open(paths[1]).size == (64, 32)
 
 
-def test_the_class_token_of_each_head_is_what_is_shown(vit):
-    found = attention.look(
-        vit,
-        torch.randint(
-            0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        ),
-    )
-    assert found.attention.shape == (2, 3, 2, 2) and bool(
-        (found.attention.sum((2, 3)) < 1).all()
-    )  # the rest is on itself
-    assert found.components.shape == (2, 3, 2, 2)
-
-
-def test_bad_input_is_said(vit, tmp_path):
+def test_a_resnet_has_components_only(tmp_path):
     root = write_images(tmp_path / "photos", ["a.png"], size=40)
-    with pytest.raises(
-        ValueError, match=r"--size: 30 pixels do not fit patches of 8; give a multiple of 8"
-    ):
+    run = runs.load_run(make_run(tmp_path / "resnet"), device="cpu")
+    paths = attention.write(run, [root / "a.png"], tmp_path / "out", size=32)
+    assert [path.name for path in paths] == ["01_a_components.png"]
+
+
+def test_the_attention_is_that_of_the_class_token_in_each_head(vit):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    maps = attention.compute_maps(vit, images)
+    assert maps.attention.shape == (2, 3, 2, 2)
+    assert (maps.attention.sum((2, 3)) < 1).all()  # the class token attends to itself too
+    assert maps.components.shape == (2, 3, 2, 2)
+
+
+def test_unusable_input_is_refused(vit, tmp_path):
+    root = write_images(tmp_path / "photos", ["a.png"], size=40)
+    message = "--size: 30 pixels do not fit patches of 8; give a multiple of 8"
+    with pytest.raises(ValueError, match=message):
         attention.write(vit, [root / "a.png"], tmp_path, size=30)
-    with pytest.raises(ValueError, match="there is no such image"):
+    with pytest.raises(ValueError, match=r"none\.png: no such image"):
         attention.write(vit, [tmp_path / "none.png"], tmp_path)
     (tmp_path / "text.png").write_text("x")
     with pytest.raises(ValueError, match=r"text\.png"):

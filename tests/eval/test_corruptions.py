@@ -1,149 +1,131 @@
-"""The corruptions: pure functions whose distance from the clean image grows with the severity, and known values of some."""
+"""The corruptions: pure functions that grow with the severity, and known values of some."""
 
 from __future__ import annotations
+
+import colorsys
 
 import numpy as np
 import pytest
 
 from ssl_pretrain import rng
 from ssl_pretrain.eval import corruptions
-from ssl_pretrain.eval.corruptions import NAMES, SEVERITIES, Draws, apply
+from ssl_pretrain.eval.corruptions import NAMES, SEVERITIES, ImageRng, apply
 from ssl_pretrain.rng import Purpose
 
-# the authors' own order is not by distance: constants of three kinds, and pixels whose number divides the image's side or does not
+# The authors do not order these by distance. They have constants of several kinds, or numbers of
+# pixels that may or may not divide the image's side.
 NOT_BY_DISTANCE = {"glass_blur", "elastic_transform", "pixelate"}
+RANDOM = {
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "glass_blur",
+    "fog",
+    "elastic_transform",
+}
 
 
 def picture(side: int, index: int = 0) -> np.ndarray:
     """Smooth shapes with an edge, uint8 (side, side, 3)."""
     rows, columns = np.meshgrid(np.arange(side) / side, np.arange(side) / side, indexing="ij")
-    waves = np.stack(
-        [np.sin(7 * rows + 3 * columns + channel + index) for channel in range(3)], axis=-1
-    )
+    waves = np.sin((7 * rows + 3 * columns + index)[..., None] + np.arange(3))
     waves[side // 4 : side // 2, side // 3 : 2 * side // 3] *= -1
     return (127 + 90 * waves).astype(np.uint8)
 
 
 def distance(name: str, severity: int, side: int) -> float:
-    images = [picture(side, index) for index in range(4)]
-    return float(
-        np.mean(
-            [
-                np.square(apply(name, i, severity, n).astype(float) - i).mean() ** 0.5
-                for n, i in enumerate(images)
-            ]
-        )
-    )
+    """Root mean square change of a pixel, averaged over four pictures."""
+    changes = []
+    for index in range(4):
+        clean = picture(side, index)
+        corrupted = apply(name, clean, severity, index).astype(float)
+        changes.append(np.square(corrupted - clean).mean() ** 0.5)
+    return float(np.mean(changes))
 
 
 @pytest.mark.parametrize("side", [32, 96])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_distance_from_the_clean_image_grows_with_the_severity(name, side):
-    away = [distance(name, severity, side) for severity in SEVERITIES]
-    assert min(away) > 0.1 or (name, side) == (
-        "glass_blur",
-        32,
-    )  # exchanges neighbours alone, which are alike here
+    distances = [distance(name, severity, side) for severity in SEVERITIES]
+    if (name, side) != ("glass_blur", 32):  # exchanges neighbors, which are alike in the picture
+        assert min(distances) > 0.1
     if name in NOT_BY_DISTANCE:
-        assert len(set(away)) == 5
+        assert len(set(distances)) == 5
     else:
-        assert away == sorted(away) and away[4] > 1.2 * away[0]
+        assert distances == sorted(distances)
+        assert distances[4] > 1.2 * distances[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_corruption_is_a_function_of_the_images_number_and_the_seed(name):
+def test_a_corruption_is_a_function_of_the_image_its_index_and_the_seed(name):
     image = picture(32)
     first = apply(name, image, 3, index=5)
-    assert first.dtype == np.uint8 and first.shape == image.shape
+    assert (first.dtype, first.shape) == (np.uint8, image.shape)
     np.testing.assert_array_equal(apply(name, image.copy(), 3, index=5), first)
-    drawn = name in {
-        "gaussian_noise",
-        "shot_noise",
-        "impulse_noise",
-        "glass_blur",
-        "fog",
-        "elastic_transform",
-    }
-    assert np.array_equal(apply(name, image, 3, index=6), first) != drawn
-    assert np.array_equal(apply(name, image, 3, index=5, seed=1), first) != drawn
+    for other in (apply(name, image, 3, index=6), apply(name, image, 3, index=5, seed=1)):
+        assert np.array_equal(other, first) == (name not in RANDOM)
 
 
-def test_noise_is_of_its_draws():
+def test_noise_comes_from_the_counter_based_generator():
     image = np.full((32, 32, 3), 128, dtype=np.uint8)
-    uniform = rng.uniform(
-        7, 0, 9, NAMES.index("impulse_noise"), Purpose.CORRUPTION, 2 * image.size
-    )[0]
-    hit, white = (
-        uniform[: image.size].reshape(image.shape) < 0.07,
-        uniform[image.size :].reshape(image.shape) < 0.5,
-    )
-    np.testing.assert_array_equal(
-        apply("impulse_noise", image, 5, index=9, seed=7),
-        np.where(hit, np.where(white, 255, 0), image),
-    )
-    flat = (
-        np.concatenate([apply("gaussian_noise", image, 5, index).ravel() for index in range(30)])
-        / 255
-        - 128 / 255
-    )
-    assert flat.std() == pytest.approx(0.10, rel=0.02) and flat.mean() == pytest.approx(
-        -0.5 / 255, abs=5e-4
-    )  # cut off, not rounded
-    photons = (
-        np.concatenate([apply("shot_noise", image, 5, index).ravel() for index in range(30)]) / 255
-    )
-    assert photons.std() == pytest.approx((128 / 255 / 50) ** 0.5, rel=0.03)  # a Poisson variance
+    lane = NAMES.index("impulse_noise")
+    values = rng.uniform(7, 0, 9, lane, Purpose.CORRUPTION, 2 * image.size)[0]
+    hit, white = values.reshape(2, *image.shape) < np.array([0.07, 0.5])[:, None, None, None]
+    expected = np.where(hit, np.where(white, 255, 0), image)
+    corrupted = apply("impulse_noise", image, 5, index=9, seed=7)
+    np.testing.assert_array_equal(corrupted, expected)
 
 
-def test_brightness_is_the_value_of_hsv():
-    import colorsys
+def test_noise_has_the_published_strength():
+    image = np.full((32, 32, 3), 128, dtype=np.uint8)
+    gaussian, photons = (
+        np.concatenate([apply(name, image, 5, index).ravel() for index in range(30)]) / 255
+        for name in ("gaussian_noise", "shot_noise")
+    )
+    assert gaussian.std() == pytest.approx(0.10, rel=0.02)
+    # The result is truncated, not rounded.
+    assert gaussian.mean() - 128 / 255 == pytest.approx(-0.5 / 255, abs=5e-4)
+    assert photons.std() == pytest.approx((128 / 255 / 50) ** 0.5, rel=0.03)  # of Poisson
 
+
+def test_brightness_raises_the_value_of_hsv():
     image = np.array([[[10, 200, 60], [0, 0, 0], [250, 250, 250]]], dtype=np.uint8)
     bright = apply("brightness", image, 4, 0)[0] / 255
     for pixel, ours in zip(image[0] / 255, bright):
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
-        np.testing.assert_allclose(
-            ours, colorsys.hsv_to_rgb(hue, saturation, min(1, value + 0.2)), atol=1 / 255
-        )
+        expected = colorsys.hsv_to_rgb(hue, saturation, min(1, value + 0.2))
+        np.testing.assert_allclose(ours, expected, atol=1 / 255)
 
 
-def test_a_disk_weighs_one_and_is_round():
+def test_a_disk_has_weight_one_and_is_round():
     for radius, alias in ((0.3, 0.4), (1.5, 0.1), (3, 0.1), (10, 0.5)):
         kernel = corruptions.disk(radius, alias)
-        assert (
-            kernel.sum() == pytest.approx(1, abs=0.02)
-            and np.allclose(kernel, kernel.T)
-            and np.allclose(kernel, kernel[::-1])
-        )
-    assert (corruptions.disk(3, 0.1) > 1e-6).sum() == 29  # lattice points with x^2 + y^2 <= 9
+        assert kernel.sum() == pytest.approx(1, abs=0.02)
+        np.testing.assert_allclose(kernel, kernel.T)
+        np.testing.assert_allclose(kernel, kernel[::-1])
+    # The number of lattice points with x^2 + y^2 <= 9.
+    assert (corruptions.disk(3, 0.1) > 1e-6).sum() == 29
 
 
-def test_clouds_fill_zero_to_one_and_keep_their_large_shape_as_the_noise_falls_faster():
-    rough, smooth = (
-        [corruptions.plasma(32, decay, Draws(0, index, 0)) for index in range(8)]
-        for decay in (1.5, 3.0)
-    )
-    for clouds in (*rough, *smooth):
-        assert clouds.min() == 0 and clouds.max() == 1
-    finest = [
-        np.mean([np.abs(np.diff(clouds, 2, axis=0)).mean() for clouds in each])
-        for each in (rough, smooth)
-    ]
-    assert finest[0] > 4 * finest[1]
+def test_clouds_become_smoother_as_the_noise_decays_faster():
+    roughness = []
+    for decay in (1.5, 3.0):
+        clouds = [corruptions.plasma(32, decay, ImageRng(0, index, 0)) for index in range(8)]
+        assert all(cloud.min() == 0 and cloud.max() == 1 for cloud in clouds)
+        roughness.append(np.abs(np.diff(clouds, 2, axis=1)).mean())
+    assert roughness[0] > 4 * roughness[1]
 
 
-def test_no_move_leaves_an_image_as_it_is():
+def test_no_movement_leaves_an_image_unchanged():
     image = picture(32) / 255
     rows, columns = np.meshgrid(np.arange(32), np.arange(32), indexing="ij")
-    np.testing.assert_allclose(corruptions.sampled(image, rows, columns, "mirror"), image)
-    np.testing.assert_allclose(corruptions.zoomed(image, 1.0), image)
+    np.testing.assert_allclose(corruptions.sample(image, rows, columns, "mirror"), image)
+    np.testing.assert_allclose(corruptions.enlarge(image, 1.0), image)
 
 
-def test_mistakes():
-    with pytest.raises(ValueError) as error:
+def test_an_unknown_corruption_and_severity_are_refused():
+    message = "corruption: 'frost' is unknown; choose among: gaussian_noise, shot_noise"
+    with pytest.raises(ValueError, match=message):
         apply("frost", picture(32), 1, 0)
-    assert str(error.value).startswith(
-        "corruption: 'frost' is none; choose among: gaussian_noise, shot_noise"
-    )
     with pytest.raises(ValueError, match="severity: 6 is not one of 1 to 5"):
         apply("fog", picture(32), 6, 0)

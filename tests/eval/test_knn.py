@@ -1,4 +1,4 @@
-"""eval.knn: faiss and torch give one number, on real digits end to end; what it cannot do it says in one line."""
+"""eval.knn: faiss and torch give the same accuracy, and unusable input is refused in one line."""
 
 from __future__ import annotations
 
@@ -10,142 +10,113 @@ import pytest
 import torch
 from conftest import run_ranks
 from made_run import make_run, write_images
+from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-from ssl_pretrain.eval import knn, results, runs
-from ssl_pretrain.eval.frozen import evaluation_split
+from ssl_pretrain.eval import command_line, knn, results, runs
+from ssl_pretrain.eval.frozen import evaluation_split, knn_search, shifts
+from ssl_pretrain.eval.frozen.knn_search import Search
 from ssl_pretrain.eval.results import Row
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("runs") / "made")
-
 
 VOTES = [(k, temperature) for k in (10, 20, 100, 200) for temperature in (0.07, 0.1)]
 
 
-def features_of(n, seed, dim=32, num_classes=10):
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+def clusters(num_images, seed, dim=32, num_classes=10):
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(num_classes, (n,), generator=generator)
-    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(0))
-    return centres[labels] + 2 * torch.randn(n, dim, generator=generator), labels
+    labels = torch.randint(num_classes, (num_images,), generator=generator)
+    centers = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(0))
+    return centers[labels] + 2 * torch.randn(num_images, dim, generator=generator), labels
 
 
-def test_the_neighbours_are_scikit_learns():
-    from sklearn.neighbors import NearestNeighbors
-
-    bank, queries = (
-        features_of(n, seed)[0].double() for n, seed in ((2000, 1), (500, 2))
-    )  # in float32 rounding orders near ties
-    names = torch.arange(
-        len(bank)
-    )  # each training image a class of its own, so that labels are places
-    found = [
-        neighbours
-        for _, neighbours in knn.Search(bank, names, len(bank), "torch").neighbours(queries, 200)
-    ]
+def test_the_neighbors_are_those_of_scikit_learn():
+    # In float64, because float32 rounding orders near ties.
+    bank, queries = clusters(2000, 1)[0].double(), clusters(500, 2)[0].double()
+    rows = torch.arange(len(bank))  # as labels, so that the search returns rows of the bank
+    search = Search(bank, rows, len(bank), "torch")
+    neighbors = torch.cat([labels for _, labels in search.neighbors(queries, 200)])
     exact = NearestNeighbors(n_neighbors=200, algorithm="brute", metric="cosine").fit(bank.numpy())
-    assert np.array_equal(
-        torch.cat(found).numpy(), exact.kneighbors(queries.numpy(), return_distance=False)
-    )
+    expected = exact.kneighbors(queries.numpy(), return_distance=False)
+    np.testing.assert_array_equal(neighbors.numpy(), expected)
 
 
 @pytest.mark.parametrize("vote", VOTES)
-def test_the_predictions_are_lightlys(vote):
+def test_the_predictions_are_those_of_lightly(vote):
     knn_predict = pytest.importorskip("lightly.utils.benchmarking").knn_predict
-    (bank, labels), (queries, _) = features_of(2000, 1), features_of(500, 2)
+    (bank, labels), (queries, _) = clusters(2000, 1), clusters(500, 2)
     k, temperature = vote
-    theirs = knn_predict(
-        F.normalize(queries, dim=1),
-        F.normalize(bank, dim=1).T,
-        labels,
-        10,
-        knn_k=k,
-        knn_t=temperature,
-    )[:, 0]
-    assert torch.equal(
-        knn.Search(bank, labels, 10, "torch").predict(queries, VOTES)[VOTES.index(vote)], theirs
-    )
+    unit_queries, unit_bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
+    theirs = knn_predict(unit_queries, unit_bank.T, labels, 10, knn_k=k, knn_t=temperature)[:, 0]
+    ours = Search(bank, labels, 10, "torch").predict(queries, VOTES)[VOTES.index(vote)]
+    assert torch.equal(ours, theirs)
 
 
 def test_every_tile_of_the_bank_is_searched(monkeypatch):
-    (bank, labels), (queries, _) = features_of(700, 1), features_of(90, 2)
-    whole = knn.Search(bank, labels, 10, "torch").predict(queries, VOTES)
-    monkeypatch.setattr(knn, "TILE", 64)
-    monkeypatch.setattr(knn, "QUERIES", 7)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(knn.Search(bank, labels, 10, "torch").predict(queries, VOTES), whole)
-    )
+    (bank, labels), (queries, _) = clusters(700, 1), clusters(90, 2)
+    whole = Search(bank, labels, 10, "torch").predict(queries, VOTES)
+    monkeypatch.setattr(knn_search, "TILE", 64)
+    monkeypatch.setattr(knn_search, "QUERIES", 7)
+    tiled = Search(bank, labels, 10, "torch").predict(queries, VOTES)
+    assert all(torch.equal(a, b) for a, b in zip(tiled, whole))
 
 
-def judged_digits(path):
-    """What one rank finds: raw pixels, which are centred over all ranks, and the backbone."""
+def evaluate_digits(path):
+    """Evaluate raw pixels, which are centered over all ranks, and the backbone, on one rank."""
     run = runs.load_run(path, device="cpu")
-    return knn.evaluate(run, shifts=[], backend="torch", rows=["raw", "pretrained"])[
-        "rows"
-    ], results.load(run.path)[1]["rows"]
+    result = knn.evaluate(run, distances=[], backend="torch", rows=["raw", "pretrained"])
+    return result["rows"], results.load(run.path)[1]["rows"]
 
 
-@pytest.mark.parametrize(
-    "world_size", [2, 3]
-)  # of 3 ranks one has none of the two batches of test images
-def test_ranks_find_what_one_process_finds(made, world_size):
-    alone = judged_digits(made)
+# Of 3 ranks, one has none of the two batches of test images.
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_agree_with_one_process(run_folder, world_size):
+    alone = evaluate_digits(run_folder)
     assert len(alone[1][0]["metrics"]) == len(VOTES)
-    assert run_ranks(judged_digits, made, world_size=world_size) == [alone] * world_size
+    assert run_ranks(evaluate_digits, run_folder, world_size=world_size) == [alone] * world_size
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_faiss_and_torch_predict_alike(centred):
+@pytest.mark.parametrize("centered", [False, True])
+def test_faiss_and_torch_agree(centered):
     pytest.importorskip("faiss")
-    (bank, labels), (queries, truth) = features_of(700, 1), features_of(300, 2)
-    searches = [
-        knn.Search(bank + 3, labels, 10, backend, centred) for backend in ("faiss", "torch")
-    ]
-    by_faiss, by_torch = (search.predict(queries + 3, VOTES) for search in searches)
-    assert all(torch.equal(a, b) for a, b in zip(by_faiss, by_torch))
-    by_faiss, by_torch = (search.accuracies(queries + 3, truth, VOTES) for search in searches)
-    assert by_faiss == by_torch and min(by_torch) > 50 and len(set(by_torch)) > 1
+    (bank, labels), (queries, truth) = clusters(700, 1), clusters(300, 2)
+    faiss, torch_ = (
+        Search(bank + 3, labels, 10, backend, centered) for backend in ("faiss", "torch")
+    )
+    predictions = zip(faiss.predict(queries + 3, VOTES), torch_.predict(queries + 3, VOTES))
+    assert all(torch.equal(a, b) for a, b in predictions)
+    accuracies = torch_.accuracies(queries + 3, truth, VOTES)
+    assert faiss.accuracies(queries + 3, truth, VOTES) == accuracies
+    assert min(accuracies) > 50
+    assert len(set(accuracies)) > 1
 
 
-def test_centring_subtracts_the_training_mean_from_both_sides():
-    (bank, labels), (queries, _) = features_of(200, 1), features_of(50, 2)
+def test_centering_subtracts_the_training_mean_from_bank_and_queries():
+    (bank, labels), (queries, _) = clusters(200, 1), clusters(50, 2)
     mean = bank.mean(dim=0)
-    centred = knn.Search(bank, labels, 10, "torch", centred=True)
-    by_hand = knn.Search(bank - mean, labels, 10, "torch")
-    assert torch.equal(
-        centred.predict(queries, [(5, 0.07)])[0], by_hand.predict(queries - mean, [(5, 0.07)])[0]
-    )
+    centered = Search(bank, labels, 10, "torch", centered=True).predict(queries, [(5, 0.07)])[0]
+    by_hand = Search(bank - mean, labels, 10, "torch").predict(queries - mean, [(5, 0.07)])[0]
+    assert torch.equal(centered, by_hand)
 
 
-def test_judges_digits_end_to_end(made):
-    result = knn.evaluate(runs.load_run(made, device="cpu"))
-    assert result == json.loads((made / "eval/knn.json").read_text())
+def test_digits_end_to_end(run_folder):
+    result = knn.evaluate(runs.load_run(run_folder, device="cpu"))
+    assert result == json.loads((run_folder / "eval/knn.json").read_text())
     rows = {row["features"]: row["metrics"] for row in result["rows"]}
-    assert list(rows) == [
-        "raw pixels",
-        "random, as built",
-        "random, recalibrated",
-        results.BETTER,
-        "pretrained",
-    ]
-    assert list(rows["raw pixels"]) == ["clean", "shifted 1", "shifted 2"]
-    assert (
-        rows["raw pixels"]["clean"] > 95
-        and rows["raw pixels"]["shifted 2"] < rows["raw pixels"]["shifted 1"] < 70
-    )
-    assert rows["pretrained"] != rows["random, as built"]  # other weights
-    as_built, recalibrated = rows["random, as built"], rows["random, recalibrated"]
-    assert rows[results.BETTER] == {
-        column: max(as_built[column], recalibrated[column]) for column in as_built
-    }
-    assert (result["checkpoint"], result["step"], result["network"]) == (
-        "step_00000007",
-        7,
-        "student",
-    )
+    random = ["random, as built", "random, recalibrated", results.BETTER_RANDOM]
+    assert list(rows) == ["raw pixels", *random, "pretrained"]
+    pixels = rows["raw pixels"]
+    assert list(pixels) == ["clean", "shifted 1", "shifted 2"]
+    assert pixels["clean"] > 95
+    assert pixels["shifted 2"] < pixels["shifted 1"] < 70
+    as_built, recalibrated, better = (rows[name] for name in random)
+    assert rows["pretrained"] != as_built
+    assert better == {column: max(as_built[column], recalibrated[column]) for column in as_built}
+    about = result["checkpoint"], result["step"], result["network"]
+    assert about == ("step_00000007", 7, "student")
     protocol = result["protocol"]
     assert (protocol["k"], protocol["temperature"]) == (20, 0.07)
     assert protocol["images"] == "digits: 1297 training, 500 test images, 10 classes"
@@ -154,102 +125,94 @@ def test_judges_digits_end_to_end(made):
     )
 
 
-def test_queries_from_the_training_part_leave_the_bank(made):
-    run = runs.load_run(made, device="cpu")
-    train, held_out = evaluation_split.labelled_parts(run, "a test", "train")
-    assert (
-        not set(train.numbers) & set(held_out.numbers)
-        and len(train) + len(held_out) == 1297
-        and len(held_out) == 130
+def test_queries_from_the_training_images_are_not_in_the_bank(run_folder):
+    run = runs.load_run(run_folder, device="cpu")
+    train, held_out = evaluation_split.labeled_splits(run, "a test", "train")
+    assert not set(train.indices) & set(held_out.indices)
+    assert (len(train), len(held_out)) == (1167, 130)
+    result = knn.evaluate(run, distances=[], queries="train")
+    assert result["protocol"]["images"] == (
+        "digits: 1167 training, 130 held-out training images, 10 classes"
     )
-    result = knn.evaluate(run, shifts=[], split="train")
-    assert (
-        result["protocol"]["images"]
-        == "digits: 1167 training, 130 held-out training images, 10 classes"
-    )
-    assert (made / "eval/knn_train.json").exists()
+    assert (run_folder / "eval/knn_train.json").exists()
 
 
-def test_k_must_fit_the_images(made):
-    with pytest.raises(
-        ValueError, match="k: 1298 neighbors cannot be found among 1297 training images"
-    ):
-        knn.evaluate(runs.load_run(made, device="cpu"), k=1298)
+def test_k_must_fit_the_images(run_folder):
+    message = "k: 1298 neighbors cannot be found among 1297 training images"
+    with pytest.raises(ValueError, match=message):
+        knn.evaluate(runs.load_run(run_folder, device="cpu"), k=1298)
 
 
-def test_unlabelled_images_are_refused_with_the_remedy(tmp_path):
+def test_unlabeled_images_are_refused_with_a_remedy(tmp_path):
     root = write_images(tmp_path / "photos", [f"{number}.png" for number in range(12)])
-    made = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}")
+    folder = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}")
     with pytest.raises(ValueError) as error:
-        knn.evaluate(runs.load_run(made, device="cpu"))
+        knn.evaluate(runs.load_run(folder, device="cpu"))
     assert str(error.value) == (
         f"data.root: k-NN needs labels, and {root} has no labelled images;"
-        " put the images in one folder per class (<class>/<file>), or list them in a CSV as path,label"
+        " put the images in one folder per class (<class>/<file>), or list them in a CSV as"
+        " path,label"
     )
 
 
-def test_what_cannot_fit_is_refused_before_it_starts(made, monkeypatch):
+def test_a_search_that_exceeds_the_memory_is_refused_before_it_starts(run_folder, monkeypatch):
     monkeypatch.setattr(knn.memory, "available", lambda device: 200 * 2**20)
     with pytest.raises(ValueError) as error:
-        knn.evaluate(runs.load_run(made, device="cpu"))
+        knn.evaluate(runs.load_run(run_folder, device="cpu"))
     assert str(error.value) == (
-        "k-NN of 1,297 training and 500 test images of 768 numbers holds 0.20 GiB, more than 85% of the 0.20 GiB free. Spread it over"
-        " more ranks (torchrun --nproc-per-node N -m ssl_pretrain.eval.knn ...), or take fewer images (data.subset=N); --rows pretrained leaves out"
-        " raw pixels, the widest"
+        "k-NN of 1,297 training and 500 test images with 768 numbers each holds at most 0.20 GiB,"
+        " more than 85% of the 0.20 GiB free. Use more ranks (torchrun --nproc-per-node N -m"
+        " ssl_pretrain.eval.knn ...), or fewer images (data.subset=N); --rows pretrained leaves out"
+        " raw pixels, the widest features"
     )
 
 
-def test_the_estimate_is_of_one_ranks_share():
-    one = knn.estimate(50_000, 10_000, 2048, 10, 0)
-    assert one == 2 * (50_000 + 10_000) * 2048 * 4 + 3 * 2**26 + 10 * 1024 * 4 < 2**31
+def test_the_memory_of_a_rank_is_bounded():
+    needed = knn_search.required_bytes(50_000, 10_000, 2048, 10, 0)
+    assert needed == 2 * (50_000 + 10_000) * 2048 * 4 + 3 * 2**26 + 10 * 1024 * 4 < 2**31
 
 
-def folder_run(tmp_path, train, val, *overrides):
-    root = write_images(
-        tmp_path / "photos", [f"train/{name}" for name in train] + [f"val/{name}" for name in val]
-    )
-    return runs.load_run(
-        make_run(tmp_path / "run", "data.source=folder", f"data.root={root}", *overrides),
-        device="cpu",
-    ), root
+def folder_run(tmp_path, train, val):
+    names = [f"train/{name}" for name in train] + [f"val/{name}" for name in val]
+    root = write_images(tmp_path / "photos", names)
+    folder = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}")
+    return runs.load_run(folder, device="cpu"), root
 
 
-def test_one_class_alone_is_refused(tmp_path):
+def test_a_single_class_is_refused(tmp_path):
     run, root = folder_run(tmp_path, [], ["a/0.png"])
-    (root / "train.csv").write_text(
-        "path,label\n" + "".join(f"val/a/{n}.png,cat\n" for n in range(1))
-    )
+    (root / "train.csv").write_text("path,label\nval/a/0.png,cat\n")
     run.config.data.train = "train.csv"
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
     assert str(error.value) == (
-        f"data.root: k-NN needs two classes or more, and {root / 'train.csv'} has 1 (cat): every answer would be right;"
-        " put the images in one folder per class"
+        f"data.root: k-NN needs two classes or more, and {root / 'train.csv'} has 1 (cat), so every"
+        " answer would be right; put the images in one folder per class"
     )
 
 
-def test_a_class_never_trained_on_is_refused(tmp_path):
+def test_a_class_without_training_images_is_refused(tmp_path):
     run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png", "c/2.png"])
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
-    assert (
-        str(error.value)
-        == f"data.val: {root / 'val'} has the class 'c', which the training split has not; it has a, b"
+    assert str(error.value) == (
+        f"data.val: {root / 'val'} has the class 'c', which the training split has not; it has a, b"
     )
 
 
-def test_lists_of_classes_that_disagree_are_refused(tmp_path):
+def test_class_lists_that_disagree_are_refused(tmp_path):
     run, root = folder_run(tmp_path, ["a/0.png", "b/1.png"], ["a/0.png", "b/1.png"])
-    train, val = (evaluation_split.labelled(run, split, "a test") for split in ("train", "val"))
+    train, val = (evaluation_split.open_labeled(run, split, "k-NN") for split in ("train", "val"))
     val.classes = ["a", "c", "d", "e", "f"]
     with pytest.raises(ValueError) as error:
-        evaluation_split._check_classes(train, val)
+        evaluation_split.check_classes(train, val)
     assert str(error.value) == (
-        f"data.val: {root / 'val'} has 5 classes and {root / 'train'} 2: 4 were never trained on (c, d, e, ...); give parts of one data set"
+        f"data.val: {root / 'val'} has 5 classes and {root / 'train'} 2, and 4 of the former were"
+        " never trained on (c, d, e, ...); give splits of one data set"
     )
     val.classes = ["b", "a"]
-    with pytest.raises(ValueError, match="numbers its 2 classes otherwise than"):
-        evaluation_split._check_classes(train, val)
+    with pytest.raises(ValueError, match="numbers its 2 classes in another order than"):
+        evaluation_split.check_classes(train, val)
 
 
 def test_an_empty_test_set_is_refused(tmp_path):
@@ -257,20 +220,19 @@ def test_an_empty_test_set_is_refused(tmp_path):
     (root / "val").mkdir()
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
-    assert (
-        str(error.value)
-        == f"data.root: {root / 'val'} holds no image that Pillow decodes, at any depth"
+    assert str(error.value) == (
+        f"data.root: {root / 'val'} holds no image that Pillow decodes, at any depth"
     )
 
 
-def test_a_missing_faiss_is_a_message_only_when_it_is_asked_for(monkeypatch):
+def test_a_missing_faiss_is_an_error_only_if_it_is_required(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert knn.choose("auto") == "torch"
+    assert knn_search.choose_backend("auto") == "torch"
     with pytest.raises(ValueError) as error:
-        knn.choose("faiss")
-    assert (
-        str(error.value)
-        == "--backend faiss: it is not installed; pip install 'ssl_pretrain[faiss]', or take --backend torch"
+        knn_search.choose_backend("faiss")
+    assert str(error.value) == (
+        "--backend faiss: it is not installed; pip install 'ssl_pretrain[faiss]', or take --backend"
+        " torch"
     )
 
 
@@ -284,47 +246,35 @@ def test_the_better_random_backbone_is_taken_column_by_column():
     assert better.notes == {"a": "recalibrated", "b": "as built"}
 
 
-def test_a_users_mistake_ends_in_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_ends_in_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval/knn.py", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as ended:
-        results.command(knn.main, "eval.knn")
+        command_line.execute(knn.main, "eval.knn")
     assert ended.value.code == 2
     assert capsys.readouterr() == (
         "",
-        f"eval.knn: {tmp_path / 'none'}: there is no such run folder; give the `output` of a run's config\n",
+        f"eval.knn: {tmp_path / 'none'}: no such run folder; give the `output` of a run's config\n",
     )
 
 
-def test_the_command_line_prints_protocol_and_table(made, capsys):
-    knn.main(
-        [
-            str(made),
-            "--k",
-            "5",
-            "--shifts",
-            "1",
-            "--backend",
-            "torch",
-            "--device",
-            "cpu",
-            "evaluation.temperature=0.1",
-        ]
-    )
+def test_the_command_prints_protocol_and_table(run_folder, capsys):
+    options = "--k 5 --shifts 1 --backend torch --device cpu evaluation.temperature=0.1"
+    knn.main([str(run_folder), *options.split()])
     printed = capsys.readouterr().out
     assert "  k: 5\n  temperature: 0.1\n  backend: torch\n" in printed
-    assert "accuracy, %             clean  shifted 1\n" in printed and "\npretrained  " in printed
-    assert printed.rstrip().endswith(f"kept in {made / 'eval/knn.json'}")
+    assert "accuracy, %             clean  shifted 1\n" in printed
+    assert "\npretrained  " in printed
+    assert printed.rstrip().endswith(f"saved to {run_folder / 'eval/knn.json'}")
 
 
 @pytest.mark.parametrize("offset", [(2, 0), (-2, 0), (0, 3), (0, -3), (1, -2)])
-def test_a_shift_moves_every_pixel_and_lets_black_in(offset):
+def test_a_shift_moves_every_pixel_and_fills_with_black(offset):
     images = torch.randint(1, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    moved = evaluation_split.shift(images, *offset)
+    shifted = shifts.shift(images, *offset)
     dx, dy = offset
+    black = torch.zeros(2, 3, dtype=torch.uint8)
     for y in range(8):
         for x in range(8):
             inside = 0 <= y - dy < 8 and 0 <= x - dx < 8
-            expected = (
-                images[:, :, y - dy, x - dx] if inside else torch.zeros(2, 3, dtype=torch.uint8)
-            )
-            assert torch.equal(moved[:, :, y, x], expected)
+            expected = images[:, :, y - dy, x - dx] if inside else black
+            assert torch.equal(shifted[:, :, y, x], expected)

@@ -1,0 +1,196 @@
+"""Linear classifiers on features that are computed once, with selected hyperparameters."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_pretrain import rng
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval import results
+from ssl_pretrain.eval.frozen import features, few_labels, linear_heads, shards
+from ssl_pretrain.eval.frozen.evaluation_split import describe_splits, hold_out, labeled_splits
+from ssl_pretrain.eval.runs import Run
+
+LEARNING_RATES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+WEIGHT_DECAYS = (0.0, 1e-6)  # of DINO and MoCo; of SimCLR
+NUM_SETTINGS = len(LEARNING_RATES) * len(WEIGHT_DECAYS)
+MOMENTUM = 0.9  # Nesterov's
+BATCH_SIZE = 256
+PROTOCOL = {
+    "normalization": "every feature to mean 0, deviation 1 over the training images; raw pixels"
+    " too",
+    "classifier": f"linear, SGD with Nesterov momentum {MOMENTUM}, batch {BATCH_SIZE},"
+    " {epochs} epochs, cosine to 0, from zero",
+    "selection": f"learning rate of {', '.join(f'{lr:g}' for lr in LEARNING_RATES)}, weight decay"
+    f" of {', '.join(f'{decay:g}' for decay in WEIGHT_DECAYS)}, by accuracy on a held-out tenth of"
+    " the training images; then trained on all of them",
+}
+
+
+def evaluate(
+    run: Run,
+    epochs: int = 50,
+    labels_per_class: Sequence[int] = (),
+    rows: Sequence[str] = features.ROWS,
+) -> dict[str, Any]:
+    """Measure the accuracy in percent of each row's features and save it to RUN/eval/linear.json.
+
+    Args:
+        run: Run to evaluate.
+        epochs: Passes over the training images.
+        labels_per_class: Numbers of labels per class to evaluate as well.
+        rows: Features to evaluate, of `features.ROWS`.
+
+    Returns:
+        The content of the result file.
+
+    Raises:
+        ValueError: If the images have no labels or a class has too few.
+    """
+    began = time.monotonic()
+    train, test = labeled_splits(run, "the linear evaluation")
+    num_classes = len(train.classes)
+    draws = {
+        number: few_labels.draw(train.labels, number, train.classes) for number in labels_per_class
+    }
+    table, grid = [], []
+    for representation in features.representations(run, train, rows):
+        embed = representation.embed
+        train_features, train_labels = shards.embed_split(embed, train)
+        test_features, test_labels = shards.embed_split(embed, test)
+        standardize = Standardize.fit(train_features)
+        train_features, test_features = standardize(train_features), standardize(test_features)
+        selected = select(train_features, train_labels, num_classes, epochs)
+        weights = train_heads(
+            train_features,
+            train_labels,
+            num_classes,
+            [selected.lr],
+            [selected.weight_decay],
+            epochs,
+        )
+        accuracy = 100 * linear_heads.scores(weights, test_features, test_labels)[0].item()
+        row = results.Row(
+            representation.name, {"all labels": accuracy}, notes={"all labels": str(selected)}
+        )
+        for number, images in draws.items():
+            column = f"{number} per class"
+            row.metrics[column], row.spread[column] = few_labels.accuracy(
+                train_features, train_labels, test_features, test_labels, images
+            )
+        results.print_progress(row.summary())
+        table.append(row)
+        grid.append(results.Row(representation.name, selected.tried))
+    protocol = describe_splits(run, train, test, random="random" in rows)
+    protocol |= {key: text.format(epochs=epochs) for key, text in PROTOCOL.items()}
+    if draws:
+        protocol["few labels"] = few_labels.PROTOCOL
+    grid_protocol = protocol | {
+        "accuracy": "on the held-out tenth of the training images, by learning rate (lr) and weight"
+        " decay (wd)"
+    }
+    seconds = time.monotonic() - began
+    results.save(run.path, "linear_grid", grid_protocol, grid, run.about(), seconds)
+    table = results.with_better_random(table)
+    return results.save(run.path, "linear", protocol, table, run.about(), seconds)
+
+
+@dataclass
+class Standardize:
+    """Map every feature to mean 0 and standard deviation 1 over the training images."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def fit(cls, train_features: Tensor) -> Standardize:
+        """Compute the statistics. The infinite deviation of a constant feature maps it to 0."""
+        std, mean = torch.std_mean(train_features, dim=0, correction=0)
+        constant = std <= 1e-6 * std.max().clamp(min=1e-30)
+        return cls(mean, std.masked_fill(constant, torch.inf))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+
+@dataclass
+class Selection:
+    """The hyperparameters that do best on held-out training images."""
+
+    lr: float
+    weight_decay: float
+    held_out_accuracy: float
+    tried: dict[str, float]  # accuracy in percent on the held-out images by setting
+
+    def __str__(self) -> str:
+        at_edge = self.lr in (LEARNING_RATES[0], LEARNING_RATES[-1])
+        edge = ", at the edge of those tried" if at_edge else ""
+        accuracy = f"{100 * self.held_out_accuracy:.1f} % of held-out training images"
+        return f"learning rate {self.lr:g}{edge}, weight decay {self.weight_decay:g} ({accuracy})"
+
+
+def select(
+    train_features: Tensor, train_labels: Tensor, num_classes: int, epochs: int
+) -> Selection:
+    """Select the learning rate and weight decay on held-out training images.
+
+    The best accuracy wins, then the lowest cross entropy.
+    """
+    fit, held_out = hold_out(len(train_features))
+    grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
+    lrs, decays = map(list, zip(*grid))
+    weights = train_heads(train_features[fit], train_labels[fit], num_classes, lrs, decays, epochs)
+    accuracies, losses = linear_heads.scores(
+        weights, train_features[held_out], train_labels[held_out]
+    )
+    head = linear_heads.best(accuracies, losses)
+    names = [linear_heads.setting_name(*setting) for setting in grid]
+    tried = {name: 100 * accuracy for name, accuracy in zip(names, accuracies.tolist())}
+    return Selection(*grid[head], accuracies[head].item(), tried)
+
+
+def train_heads(
+    train_features: Tensor,
+    train_labels: Tensor,
+    num_classes: int,
+    lrs: list[float],
+    weight_decays: list[float],
+    epochs: int,
+) -> Tensor:
+    """Train linear classifiers side by side on the same batches.
+
+    Each is what torch.optim.SGD(nesterov=True) with a cosine schedule makes of a linear layer that
+    starts at zero. All ranks hold all features, and each takes its share of every batch.
+
+    Args:
+        train_features: Features, (n, dim).
+        train_labels: Their classes, (n,).
+        num_classes: Number of classes.
+        lrs: Learning rate of each classifier.
+        weight_decays: Weight decay of each classifier.
+        epochs: Passes over the features.
+
+    Returns:
+        Weights (num_heads, dim + 1, num_classes). The last row is the bias.
+    """
+    num_images, dim = train_features.shape
+    heads = linear_heads.LinearHeads(
+        dim, num_classes, lrs, weight_decays, like=train_features, momentum=MOMENTUM
+    )
+    steps_per_epoch = -(-num_images // BATCH_SIZE)
+    for epoch in range(epochs):
+        order = torch.from_numpy(rng.permutation(0, epoch, num_images)).to(train_features.device)
+        for step, batch in enumerate(order.split(BATCH_SIZE)):
+            fraction = (epoch + step / steps_per_epoch) / epochs
+            rows = batch[process_group.rank() :: process_group.world_size()]
+            factor = 0.5 * (1 + math.cos(math.pi * fraction))
+            heads.step(train_features[rows], train_labels[rows], factor, len(batch))
+    return heads.weights.transpose(0, 1)

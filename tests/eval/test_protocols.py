@@ -1,0 +1,48 @@
+"""The numbers of the published protocols, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from ssl_pretrain.eval import protocols
+
+
+def test_the_published_numbers():
+    numbers = {
+        name: (p.base_lr, p.batch_size, p.epochs, p.weight_decay, p.nesterov, p.milestones)
+        for name, p in protocols.LINEAR.items()
+    }
+    assert numbers == {
+        "simclr": (0.1, 4096, 90, 1e-6, True, ()),
+        "moco": (30.0, 256, 100, 0.0, False, (60, 80)),
+        "dino": (0.001, 1024, 100, 0.0, False, ()),
+        "swav": (0.3, 256, 100, 1e-6, False, ()),
+        "vissl": (0.01, 256, 28, 5e-4, True, (8, 16, 24)),
+        "vicreg": (0.02, 256, 100, 1e-6, False, ()),
+        "simsiam": (0.1, 4096, 90, 0.0, False, ()),
+        "moco_v3": (0.1, 1024, 90, 0.0, False, ()),
+        "moco_v3_vit": (3.0, 1024, 90, 0.0, False, ()),
+        "byol": (0.2, 4096, 80, 0.0, True, ()),
+    }
+    tensorflow_samplers = {"simclr": "tensorflow", "byol": "clipped"}
+    starts = {"vissl": "uniform", "byol": "truncated"}
+    for name, protocol in protocols.LINEAR.items():
+        assert protocol.trust == (0.001 if name == "simsiam" else 0.0)
+        assert protocol.batch_norm == (name == "vissl")
+        assert protocol.start == starts.get(name, "normal")
+        assert protocol.crop_sampler == tensorflow_samplers.get(name, "torchvision")
+        assert protocol.antialias == (name not in tensorflow_samplers)
+
+
+def test_the_learning_rate_schedules():
+    moco, simclr = protocols.LINEAR["moco"], protocols.LINEAR["simclr"]
+    assert [round(moco.lr_factor(epoch), 6) for epoch in (0, 59.9, 60, 80)] == [1, 1, 0.1, 0.01]
+    assert simclr.lr_factor(45.5) == pytest.approx((1 + math.cos(math.pi * 45.5 / 90)) / 2)
+
+
+def test_a_batch_that_makes_few_steps_becomes_smaller():
+    assert protocols.batch_that_fits(4096, 1_281_167, 8) == 4096
+    assert protocols.batch_that_fits(4096, 1000, 1) == 64
+    assert protocols.batch_that_fits(4096, 1000, 3) == 63

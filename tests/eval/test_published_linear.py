@@ -1,0 +1,320 @@
+"""The published linear protocols equal torch's optimizers and schedules, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import run_ranks
+from made_run import make_run
+from torch import nn
+from torch.nn import functional as F
+
+from ssl_pretrain.eval import linear, protocols, runs, training_views
+from ssl_pretrain.eval.frozen import evaluation_split, features, linear_heads, published_linear
+from ssl_pretrain.eval.frozen.features import Feature
+from ssl_pretrain.eval.frozen.linear_heads import FeatureNorm, LinearHeads
+from ssl_pretrain.eval.frozen.published_linear import LinearOptions, ProbedNetwork
+from ssl_pretrain.models import backbones
+from ssl_pretrain.models.backbones import BackboneConfig
+
+STEPS_PER_EPOCH = 4
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "run", "data.subset=200")
+
+
+def load(path):
+    return runs.load_run(path, device="cpu")
+
+
+def read_result(path, name):
+    return json.loads((path / f"eval/{name}.json").read_text())
+
+
+def train_with_torch(protocol, batches, lr, weight_decay, first_weights):
+    layer = nn.Linear(5, 3).double()
+    norm = nn.BatchNorm1d(5).double() if protocol.batch_norm else nn.Identity()
+    with torch.no_grad():
+        layer.weight.copy_(first_weights[:-1].T)
+        layer.bias.copy_(first_weights[-1])
+    sgd_decay = 0.0 if protocol.trust else weight_decay
+    groups = [{"params": list(layer.parameters()), "weight_decay": sgd_decay}]
+    if protocol.batch_norm:  # VISSL's regularize_bn is false
+        groups.append({"params": list(norm.parameters()), "weight_decay": 0.0})
+    optimizer = torch.optim.SGD(groups, lr, momentum=protocol.momentum, nesterov=protocol.nesterov)
+    if protocol.milestones:
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(protocol.milestones))
+    else:
+        length = protocol.epochs * (1 if protocol.by_epoch else STEPS_PER_EPOCH)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
+    for step, (values, labels) in enumerate(batches):
+        optimizer.zero_grad()
+        F.cross_entropy(layer(norm(values)), labels).backward()
+        if protocol.trust:
+            apply_larc(layer, protocol.trust, weight_decay)
+        optimizer.step()
+        if not protocol.by_epoch or (step + 1) % STEPS_PER_EPOCH == 0:
+            schedule.step()
+    if protocol.batch_norm:
+        # Fold scale and shift into the layer, as `LinearHeads.weights` does.
+        with torch.no_grad():
+            layer.bias += layer.weight @ norm.bias
+            layer.weight *= norm.weight
+    return torch.cat([layer.weight.T, layer.bias[None]]).detach(), norm
+
+
+@torch.no_grad()
+def apply_larc(layer, trust, weight_decay):
+    """Change the gradients as apex.parallel.LARC does with clip=False."""
+    for parameter in layer.parameters():
+        norm, gradient_norm = parameter.norm(), parameter.grad.norm()
+        if norm != 0 and gradient_norm != 0:
+            parameter.grad += weight_decay * parameter
+            parameter.grad *= trust * norm / (gradient_norm + norm * weight_decay + 1e-8)
+
+
+@pytest.mark.parametrize("name", protocols.LINEAR)
+def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
+    protocol = LinearOptions(name, epochs=7, batch_size=16).adapted(1000)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            3 + torch.randn(16, 5, generator=generator).double(),
+            torch.randint(3, (16,), generator=generator),
+        )
+        for _ in range(7 * STEPS_PER_EPOCH)
+    ]
+    # LARC scales a step to 1 / 1,000 of the weights' norm, which small rates would hide.
+    lrs = [lr * (300 if protocol.trust else 1) for lr in (0.03, 0.3, 0.3)]
+    decays = [0.0, protocol.weight_decay, 0.1]
+    heads = LinearHeads(
+        5,
+        3,
+        lrs,
+        decays,
+        like=batches[0][0],
+        nesterov=protocol.nesterov,
+        start=protocol.start,
+        init_std=protocol.init_std,
+        affine=protocol.batch_norm,
+        trust=protocol.trust,
+    )
+    norm = FeatureNorm(5, batches[0][0]) if protocol.batch_norm else None
+    first_weights = heads.weights[:, 0].clone()
+    for step, (values, labels) in enumerate(batches):
+        values = norm.normalize_batch(values) if norm else values
+        heads.step(values, labels, protocol.lr_factor(step / STEPS_PER_EPOCH))
+    for head, lr, decay in zip(heads.weights.transpose(0, 1), lrs, decays):
+        expected, torch_norm = train_with_torch(protocol, batches, lr, decay, first_weights)
+        torch.testing.assert_close(head, expected)
+        if norm:
+            scale, shift = torch_norm.weight.detach(), torch_norm.bias.detach()
+            assert (scale - 1).abs().max() > 0.01  # trained
+            assert shift.abs().max() > 0.01
+            ours, theirs = norm(batches[0][0]), torch_norm.eval()(batches[0][0]).detach()
+            torch.testing.assert_close(ours * scale + shift, theirs)
+
+
+def test_first_weights_have_the_authors_distributions():
+    dim, classes = 64, 4000
+    normal, uniform, truncated = (
+        linear_heads.first_weights(dim, classes, start, 0.01)[:, 0]
+        for start in ("normal", "uniform", "truncated")
+    )
+    assert normal[:-1].std().item() == pytest.approx(0.01, rel=0.01)
+    assert not normal[-1].any()
+    # nn.Linear: uniform below 1 / sqrt(inputs), biases too.
+    assert uniform.abs().max().item() == pytest.approx(1 / 8, rel=1e-3)
+    assert uniform.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.01)
+    assert uniform[-1].std().item() > 0.07
+    # Haiku: a normal distribution cut at two deviations, which leaves 0.8796 of its deviation.
+    assert truncated[:-1].abs().max().item() == pytest.approx(2 / 8, rel=1e-3)
+    assert truncated[:-1].std().item() == pytest.approx(0.8796 / 8, rel=0.01)
+    assert not truncated[-1].any()
+    assert not linear_heads.first_weights(dim, classes, "normal", 0.0).any()
+
+
+class DoubleInput(nn.Module):
+    """The backbone in float64, so that the number of images fed at once does not matter."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.feature_dim = backbone, backbone.feature_dim
+
+    def forward(self, images):
+        return self.backbone(images.double())
+
+
+def train_and_score(path, name):
+    """Return the weights of every head after two epochs, and their accuracies, on one rank."""
+    run = load(path)
+    run.backbone.double()
+    options = LinearOptions(name, epochs=2, batch_size=24)
+    train, test = evaluation_split.labeled_splits(run, "a test")
+    protocol, feature = options.adapted(len(train)), DoubleInput(run.backbone)
+    network = ProbedNetwork("pretrained", feature, options.grid(), protocol, 10, run.device)
+    view = training_views.train_view(run, protocol.interpolation)
+    published_linear.train_heads([network], run, train.source, view, protocol)
+    return network.heads.weights, network.scores(test)[0]
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.full), 3])
+@pytest.mark.parametrize("name", ["vissl"])
+def test_ranks_agree_with_one_process(run_folder, name, world_size):
+    weights, accuracies = train_and_score(run_folder, name)
+    assert weights.abs().max() > 0.01
+    for rank_result in run_ranks(train_and_score, run_folder, name, world_size=world_size):
+        torch.testing.assert_close(rank_result[0], weights, rtol=1e-4, atol=1e-6)
+        assert torch.equal(rank_result[1], accuracies)
+
+
+def test_digits_end_to_end(run_folder, capsys):
+    options = "--device cpu --protocol simclr --epochs 2 --rows random pretrained"
+    linear.main([str(run_folder), *options.split()])
+    assert "google-research/simclr" in capsys.readouterr().out
+    result = read_result(run_folder, "linear_simclr")
+    rows = {row["features"]: row for row in result["rows"]}
+    random = ["random, as built", "random, recalibrated", "random (better of two)"]
+    assert list(rows) == [*random, "pretrained"]
+    metrics = rows["pretrained"]["metrics"]
+    assert list(metrics) == ["published setting", "chosen on held-out images"]
+    names = [f"lr {lr:g}, wd {decay:g}" for lr in (0.1, 0.01, 0.03, 0.3, 1) for decay in (1e-6, 0)]
+    grid_rows = read_result(run_folder, "linear_simclr_grid")["rows"]
+    grid = {row["features"]: row["metrics"] for row in grid_rows}
+    assert [list(row) for row in grid.values()] == [names] * 6
+    held_out, test = grid["pretrained, held-out images"], grid["pretrained, test images"]
+    note = rows["pretrained"]["notes"]["chosen on held-out images"]
+    selected = note.partition(", at")[0]
+    assert held_out[selected] == max(held_out.values())
+    assert test[selected] == metrics["chosen on held-out images"]
+    assert test[names[0]] == metrics["published setting"]
+    protocol = result["protocol"]
+    assert protocol["selection"] == (
+        "on 20 training images held out, by accuracy; not trained on them afterwards"
+    )
+    changes = "batch 16 (published: 4096, 180 images), 2 epochs (published: 90)"
+    assert changes in protocol["classifier"]
+    assert protocol["views"].endswith(
+        "bicubic, tensorflow sampler, not antialiased, not flipped, like the views of the"
+        " pretraining"
+    )
+    assert protocol["transform"].endswith("bicubic, nothing random")
+
+
+def test_the_published_rate_is_scaled_by_the_batch(run_folder):
+    run = load(run_folder)
+    protocol = LinearOptions("moco", batch_size=64).adapted(200)
+    feature = Feature(run.backbone, "pooled")
+    network = ProbedNetwork("pretrained", feature, [(30.0, 0.0)], protocol, 10, run.device)
+    assert network.heads.lr.item() == 30.0 * 64 / 256
+
+
+def test_a_selection_on_the_test_images_says_so(run_folder, capsys):
+    options = "--device cpu --protocol dino --epochs 1 --select test"
+    linear.main([str(run_folder), *options.split()])
+    printed = capsys.readouterr().out
+    assert "chosen on the test images" in printed
+    assert "ON THE TEST IMAGES" in printed
+    result = read_result(run_folder, "linear_dino_test_selected")
+    metrics = result["rows"][0]["metrics"]
+    assert list(metrics) == ["published setting", "chosen on the test images"]
+    assert result["protocol"]["selection"].startswith(
+        "ON THE TEST IMAGES, as in DINO's convention: an upper bound"
+    )
+    grid = read_result(run_folder, "linear_dino_test_selected_grid")["rows"][0]["metrics"]
+    assert metrics["chosen on the test images"] == max(grid.values())
+
+
+def test_selecting_nothing_trains_the_published_setting_on_every_image(run_folder):
+    options = LinearOptions("swav", epochs=1, selection="published")
+    result = published_linear.evaluate(load(run_folder), options)
+    row = result["rows"][0]
+    assert list(row["metrics"]) == ["published setting"]
+    assert not row["notes"]
+    assert "200 images" in result["protocol"]["classifier"]
+
+
+@torch.no_grad()
+def test_the_last_blocks_class_tokens_are_those_of_hooks():
+    backbone = backbones.build(BackboneConfig("test_vit"), 32).eval()
+    tokens = []
+    for block in backbone.model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pooled = backbone(images)
+    normed = [backbone.model.norm(each) for each in tokens]
+    last4, cls_mean = Feature(backbone, "last4"), Feature(backbone, "cls_mean")
+    class_tokens = torch.cat([each[:, 0] for each in normed[-4:]], dim=1)
+    class_and_mean = torch.cat([normed[-1][:, 0], normed[-1][:, 1:].mean(dim=1)], dim=1)
+    torch.testing.assert_close(last4(images), class_tokens)
+    torch.testing.assert_close(cls_mean(images), class_and_mean)
+    torch.testing.assert_close(last4(images)[:, -backbone.feature_dim :], pooled)
+    assert last4(images).shape[1] == last4.feature_dim
+
+
+def test_the_feature_of_dino_depends_on_the_width():
+    assert features.dino_feature(backbones.build(BackboneConfig("test_vit"), 32)) == "last4"
+    wide = backbones.on_meta(BackboneConfig("vit_base_patch16_224"), 224)
+    assert features.dino_feature(wide) == "cls_mean"
+    assert Feature(wide, "cls_mean").feature_dim == 1536
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--protocol dino --feature last4",
+            "--feature last4: ResNet has no class token; give pooled",
+        ),
+        (
+            "--protocol moco --rows raw",
+            "--rows raw: the published protocols train on crops that go through a network; only"
+            " --protocol cached has a row of raw pixels",
+        ),
+        (
+            "--lrs 1",
+            "--lrs: --protocol cached does not take it; leave it out or give a published"
+            " --protocol",
+        ),
+        (
+            "--select test",
+            "--select test: --protocol cached selects on held-out training images; leave it out or"
+            " give a published --protocol",
+        ),
+        (
+            "--protocol moco --labels-per-class 1",
+            "--labels-per-class: --protocol moco does not take it; leave it out or give --protocol"
+            " cached",
+        ),
+        (
+            "--protocol moco --select published --lrs 1",
+            "--select published: trains the published setting only; leave out --lrs and"
+            " --weight-decays",
+        ),
+        (
+            "--protocol moco --batch-size 999",
+            "--epochs 100, --batch-size 999: give at least 1 epoch, and a batch of 1 to 180 images",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(run_folder, options, message):
+    with pytest.raises(ValueError) as error:
+        linear.main([str(run_folder), "--device", "cpu", *options.split()])
+    assert str(error.value) == message
+
+
+def test_accuracies_do_not_depend_on_the_chunks(monkeypatch):
+    monkeypatch.setattr(linear_heads, "MAX_LOGITS", 12 * 7)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, 6, 4, generator=generator)
+    values = torch.randn(50, 5, generator=generator)
+    labels = torch.randint(4, (50,), generator=generator)
+    padded = F.pad(values, (0, 1), value=1.0)
+    expected = [(padded @ head).argmax(dim=1).eq(labels).double().mean() for head in weights]
+    accuracies, _ = linear_heads.scores(weights, values, labels)
+    torch.testing.assert_close(accuracies, torch.stack(expected))
