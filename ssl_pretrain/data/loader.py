@@ -52,7 +52,7 @@ class Loader:
         view_dtype: torch.dtype = torch.float32,
         max_replaced: float = DataConfig.max_replaced,
     ):
-        """Make batches of what a reader reads.
+        """Make batches of the chunks of a reader.
 
         Args:
             reader: Reads the images and cuts their crops. The loader closes it.

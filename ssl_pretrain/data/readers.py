@@ -27,12 +27,12 @@ MAX_CHUNK = 64  # images; all workers share the first batch, and little shared m
 MIN_CHUNK = 16
 BATCHES_AHEAD = 2  # batches that are made while the trainer uses one
 
-# What else is done to a view, uint8 (3, s, s), given its epoch and index. Picklable.
+# A further change of a view: (view uint8 (3, s, s), epoch, index) -> view. Picklable.
 Finish = Callable[[Tensor, int, int], Tensor]
 
 
 class ReaderKind(StrEnum):
-    """Who reads the images. The values are those of `data.loader` and `data.cache`."""
+    """The ways to read images. The values are those of `data.loader` and `data.cache`."""
 
     PROCESSES = "folder"
     THREADS = "ffcv"
@@ -41,10 +41,10 @@ class ReaderKind(StrEnum):
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads the images of a run and cuts their crops.
+    """The images of a run, and the pool that reads them and cuts their crops.
 
     Attributes:
-        kind: Who reads them.
+        kind: The way to read them.
         source: The images.
         views: The recipe of their views.
         plan: Their order.
@@ -76,13 +76,13 @@ def build_reader(
     device: torch.device | str = "cpu",
     finish: Finish | None = None,
 ) -> Reader:
-    """Build what reads the images and cuts their crops.
+    """Build the pool that reads the images and cuts their crops.
 
     Args:
         source: The images.
         views: The recipe of their views.
         plan: Their order.
-        kind: Who reads them.
+        kind: The way to read them.
         num_workers: Number of processes or threads.
         device: Device of the batches.
         finish: Applied to each crop. Only processes can do this.
@@ -118,10 +118,10 @@ def build_reader(
 
 
 def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
-    """Return who reads this source, and why.
+    """Return the way to read this source, and the reason.
 
     Raises:
-        ValueError: `data.loader` names one that cannot read it. The message has the remedy.
+        ValueError: `data.loader` names a way that is not possible. The message has the remedy.
     """
     if data.cache == "device":
         return ReaderKind.DEVICE_CACHE, "data.cache asks for all images on the device"

@@ -20,7 +20,7 @@ MIN_SECONDS = 3.0
 
 @dataclass
 class Throughput:
-    """What was measured on this rank.
+    """The measurement of this rank.
 
     Attributes:
         num_images: Images in the steps.

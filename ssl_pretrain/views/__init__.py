@@ -1,1 +1,1 @@
-"""What a view is, and how an image becomes its views."""
+"""Views: their recipe, and how an image becomes its views."""

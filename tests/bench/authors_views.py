@@ -69,12 +69,12 @@ def main() -> None:
     parser.add_argument(
         "--views", type=int, default=200, help="images for whole views (default: %(default)s)"
     )
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = open_source(DataConfig(root=str(given.data), cache_dir=folder), "train")
-        chosen = np.linspace(0, len(source) - 1, given.views).astype(int).tolist()
-        images = [np.ascontiguousarray(source.read(index)) for index in chosen]
-    few = images[:: max(1, len(images) // given.images)][: given.images]
+        source = open_source(DataConfig(root=str(args.data), cache_dir=folder), "train")
+        indices = np.linspace(0, len(source) - 1, args.views).astype(int).tolist()
+        images = [np.ascontiguousarray(source.read(index)) for index in indices]
+    few = images[:: max(1, len(images) // args.images)][: args.images]
     before, after = operations(few)
     frame, detail = whole_views(images)
     distances = areas()
@@ -113,14 +113,14 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
         "blur, inside": Crop(size=224, blur=1.0, blur_kernel=23),
         "blur, outermost 11 pixels": Crop(size=224, blur=1.0, blur_kernel=23),
     }.items():
-        drawn = draw_colors(crop, 0, 0, np.arange(len(images)), 0)
+        parameters = draw_colors(crop, 0, 0, np.arange(len(images)), 0)
         expected = np.stack(
-            [_theirs(name, floats[row], drawn, row, crop) for row in range(len(images))]
+            [_theirs(name, floats[row], parameters, row, crop) for row in range(len(images))]
         )
         cells = []
         for mean, options in zip(means, (TORCHVISION, TENSORFLOW)):
             view = (
-                color.apply(resized, drawn, replace(crop, **options), *PLAIN)
+                color.apply(resized, parameters, replace(crop, **options), *PLAIN)
                 .permute(0, 2, 3, 1)
                 .numpy()
             )
@@ -161,16 +161,16 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
 
 
 def _theirs(
-    name: str, image: np.ndarray, drawn: ColorParameters, row: int, crop: Crop
+    name: str, image: np.ndarray, parameters: ColorParameters, row: int, crop: Crop
 ) -> np.ndarray:
     """Apply the authors' function, with a row's parameters, to a float image in [0, 1]."""
     if name == "contrast":
-        factor = float(drawn.factors[row, color_parameters.CONTRAST])
+        factor = float(parameters.factors[row, color_parameters.CONTRAST])
         return authors.adjust_contrast(image, factor).clip(0, 1)
     if name == "saturation":
-        factor = float(drawn.factors[row, color_parameters.SATURATION])
+        factor = float(parameters.factors[row, color_parameters.SATURATION])
         return authors.adjust_saturation(image, factor)
-    return authors.gaussian_blur(image, float(drawn.sigma[row]), blur_taps(crop))
+    return authors.gaussian_blur(image, float(parameters.sigma[row]), blur_taps(crop))
 
 
 def _cell(difference: np.ndarray) -> str:
@@ -218,7 +218,7 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
     """Return the border over the whole and the detail, as means over four views of each image."""
     frames, details = [], []
     for epoch in range(4):
-        drawn = draw_colors(crop, 0, epoch, np.arange(len(images)), number)
+        parameters = draw_colors(crop, 0, epoch, np.arange(len(images)), number)
         boxes = [
             crops.draw_box(crop, 0, epoch, index, number, *image.shape[:2])
             for index, image in enumerate(images)
@@ -226,7 +226,7 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
         cut = torch.stack(
             [crops.apply(pixels(image), box, crop) for image, box in zip(images, boxes)]
         )
-        views = color.apply(cut, drawn, crop, *PLAIN)
+        views = color.apply(cut, parameters, crop, *PLAIN)
         luminance = (views * torch.tensor(color_torch.LUMA)[:, None, None]).sum(1)
         inside = luminance[:, FRAME:-FRAME, FRAME:-FRAME]
         border = (luminance.sum((1, 2)) - inside.sum((1, 2))) / (
@@ -252,28 +252,32 @@ def areas() -> list[float]:
     print("|---|---|---|---|---|---|")
     distances = []
     for height, width in SHAPES:
+        size = height * width
         sizes, numbers = np.full((DRAWS, 2), [height, width]), np.arange(DRAWS)
-        drawn = {
-            name: crops.draw_boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes)
+        ours = {
+            name: _area(crops.draw_boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes), size)
             for name in crops.SAMPLERS
         }
-        area = {name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in drawn.items()}
-        theirs = {"tensorflow": authors.simclr_boxes, "clipped": authors.byol_boxes}
-        expected = {name: draw(DRAWS, height, width, seed=1) for name, draw in theirs.items()}
+        samplers = {"tensorflow": authors.simclr_boxes, "clipped": authors.byol_boxes}
         expected = {
-            name: boxes[:, 2] * boxes[:, 3] / (height * width) for name, boxes in expected.items()
+            name: _area(draw(DRAWS, height, width, seed=1), size) for name, draw in samplers.items()
         }
         before = [
-            stats.ks_2samp(area["torchvision"], theirs).statistic for theirs in expected.values()
+            stats.ks_2samp(ours["torchvision"], theirs).statistic for theirs in expected.values()
         ]
-        after = [stats.ks_2samp(area[name], theirs).statistic for name, theirs in expected.items()]
+        after = [stats.ks_2samp(ours[name], theirs).statistic for name, theirs in expected.items()]
         distances += after
-        means = " | ".join(f"{shares.mean():.3f}" for shares in area.values())
+        means = " | ".join(f"{shares.mean():.3f}" for shares in ours.values())
         print(
             f"| {height}x{width} | {means} | {before[0]:.3f}, {before[1]:.3f} | "
             f"{after[0]:.4f}, {after[1]:.4f} |"
         )
     return distances
+
+
+def _area(boxes: np.ndarray, size: int) -> np.ndarray:
+    """Return the area of each box as a share of an image of `size` pixels."""
+    return boxes[:, 2] * boxes[:, 3] / size
 
 
 if __name__ == "__main__":

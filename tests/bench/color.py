@@ -47,24 +47,24 @@ def batch(n: int, seed: int = 0) -> Tensor:
     return (255 * (0.9 * smooth + 0.1 * noise)).to(torch.uint8)
 
 
-def parameters(n: int) -> ColorParameters:
+def draw_parameters(n: int) -> ColorParameters:
     """Draw SimCLR's parameters as in a run, but with one order for all images."""
-    drawn = draw_colors(SIMCLR, 0, 0, np.arange(n), 0)
-    return replace(drawn, order=np.tile(np.array(ORDER), (n, 1)))
+    parameters = draw_colors(SIMCLR, 0, 0, np.arange(n), 0)
+    return replace(parameters, order=np.tile(np.array(ORDER), (n, 1)))
 
 
-def ours(pixels: Tensor, drawn: ColorParameters) -> Tensor:
-    return color.apply(pixels, drawn, SIMCLR, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+def ours(pixels: Tensor, parameters: ColorParameters) -> Tensor:
+    return color.apply(pixels, parameters, SIMCLR, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
 
 
-def kornias(pixels: Tensor, drawn: ColorParameters) -> Tensor:
-    """Apply kornia's functions to the images that each was drawn for, as its augmentations do."""
+def kornias(pixels: Tensor, parameters: ColorParameters) -> Tensor:
+    """Apply each of kornia's functions to its images, as kornia's augmentations do."""
     from kornia import enhance, filters
     from kornia.color import rgb_to_grayscale
 
     images = pixels.to(torch.float32) / 255
-    jitter = torch.from_numpy(np.flatnonzero(drawn.jitter))
-    factors = torch.from_numpy(drawn.factors)[jitter]
+    jitter = torch.from_numpy(np.flatnonzero(parameters.jitter))
+    factors = torch.from_numpy(parameters.factors)[jitter]
     jittered = images[jitter]
     for operation in ORDER:
         factor = factors[:, operation]
@@ -77,24 +77,24 @@ def kornias(pixels: Tensor, drawn: ColorParameters) -> Tensor:
         else:
             jittered = enhance.adjust_hue(jittered, factor * 2 * torch.pi)
     images[jitter] = jittered
-    gray = torch.from_numpy(np.flatnonzero(drawn.grayscale))
+    gray = torch.from_numpy(np.flatnonzero(parameters.grayscale))
     images[gray] = rgb_to_grayscale(images[gray]).expand(-1, 3, -1, -1)
-    blur = torch.from_numpy(np.flatnonzero(drawn.blur))
-    sigma = torch.from_numpy(drawn.sigma)[blur, None].expand(-1, 2)
+    blur = torch.from_numpy(np.flatnonzero(parameters.blur))
+    sigma = torch.from_numpy(parameters.sigma)[blur, None].expand(-1, 2)
     images[blur] = filters.gaussian_blur2d(images[blur], (blur_taps(SIMCLR),) * 2, sigma, "reflect")
     return images
 
 
 def compare(n: int = 256, rounds: int = 3) -> dict[str, float]:
     """Return the median seconds of interleaved rounds, and the differences in gray levels."""
-    pixels, drawn = batch(n), parameters(n)
-    few = parameters(32)
+    pixels, parameters = batch(n), draw_parameters(n)
+    few = draw_parameters(32)
     difference = (ours(pixels[:32], few) - kornias(pixels[:32], few)).abs() * 255
     seconds: dict[str, list[float]] = {"ours": [], "kornia": []}
     for _ in range(rounds):
         for name, function in (("ours", ours), ("kornia", kornias)):
             start = time.perf_counter()
-            function(pixels, drawn)
+            function(pixels, parameters)
             seconds[name].append(time.perf_counter() - start)
     ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["kornia"])]
     return {

@@ -258,21 +258,21 @@ def main() -> None:
         default=1200,
         help="images per contender and round (FFCV: a third, PIL: a 16th)",
     )
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         zipped = open_source(
-            DataConfig(root=str(given.data / "imagenet_sample.zip"), cache_dir=folder), "train"
+            DataConfig(root=str(args.data / "imagenet_sample.zip"), cache_dir=folder), "train"
         )
-        for side in given.sides:
+        for side in args.sides:
             path = Path(folder) / f"{side}.beton"
             beton_writer.write(zipped, path, Settings(max_side=side), num_workers=1)
             source = open_source(DataConfig(root=str(path)), "train")
             assert isinstance(source, Beton)
             print(f"max side {side}: {path.stat().st_size / 600e3:.0f} KB per image", flush=True)
-            for recipe in given.recipes:
-                results = race(source, RECIPES[recipe], given.threads, given.rounds, given.images)
+            for recipe in args.recipes:
+                results = race(source, RECIPES[recipe], args.threads, args.rounds, args.images)
                 for name, rounds in results.items():
                     speeds, cpu = zip(*rounds)
                     spread = f"{min(speeds):.0f} to {max(speeds):.0f}"
@@ -286,7 +286,7 @@ def main() -> None:
                     for name, (wall, cpu) in speedups.items()
                 ]
                 print("  " + "; ".join(texts), flush=True)
-                if side == given.sides[0]:
+                if side == args.sides[0]:
                     ratios |= {f"{recipe} {name}": wall for name, (wall, _) in speedups.items()}
     colors = color_bench.compare()
     print(

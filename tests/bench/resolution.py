@@ -45,7 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--sides", type=int, nargs="+", default=[0, 500, 400, 256])
     parser.add_argument("--images", type=int, default=600, help="images for pixel errors")
-    given = parser.parse_args()
+    args = parser.parse_args()
     print(
         "| max side | KB per image | ImageNet | unchanged | "
         + " | ".join(f"{name}: error, enlarged" for name in VIEWS)
@@ -54,9 +54,9 @@ def main() -> None:
     print("|---" * (4 + len(VIEWS)) + "|")
     with tempfile.TemporaryDirectory() as folder:
         originals = open_source(
-            DataConfig(root=str(given.data / "imagenet_sample.zip"), cache_dir=folder), "train"
+            DataConfig(root=str(args.data / "imagenet_sample.zip"), cache_dir=folder), "train"
         )
-        for side in given.sides:
+        for side in args.sides:
             path = Path(folder) / f"{side}.beton"
             manifest = beton_writer.write(originals, path, Settings(max_side=side), num_workers=1)
             stored = open_source(DataConfig(root=str(path)), "train")
@@ -65,7 +65,7 @@ def main() -> None:
             cells = []
             for crop in VIEWS.values():
                 errors, enlarged = [], []
-                for index in np.linspace(0, len(stored) - 1, given.images).astype(int).tolist():
+                for index in np.linspace(0, len(stored) - 1, args.images).astype(int).tolist():
                     error, larger = compare(originals.read(index), stored.read(index), crop, index)
                     errors.append(error)
                     enlarged.append(larger)

@@ -1,4 +1,4 @@
-"""Images that are kept and cropped on the device give the batches of worker processes."""
+"""Images that are cropped on the device give the batches of worker processes."""
 
 from __future__ import annotations
 

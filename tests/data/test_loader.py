@@ -414,8 +414,8 @@ class TestFailures:
                     next(steps)
         assert re.fullmatch(
             r"data\.num_workers: a process that reads images was killed( by SIGKILL)?, as it "
-            "happens where memory runs out; give the job more memory or set data.num_workers lower, "
-            "then start the command again",
+            "happens where memory runs out; give the job more memory or set data.num_workers "
+            "lower, then start the command again",
             str(caught.value),
         )
 
@@ -466,12 +466,12 @@ class TestProcesses:
     def test_close_leaves_no_process(self, source):
         batches = loader(source, 2)
         next(batches.starting_at(0))
-        made = children()
+        pids = children()
         threads = threading.active_count()
-        assert len(made) == 2
+        assert len(pids) == 2
         batches.close()
         batches.close()
-        assert not children() and not any(alive(worker) for worker in made)
+        assert not children() and not any(alive(worker) for worker in pids)
         assert threading.active_count() <= threads
 
     def test_a_dropped_loader_leaves_no_process(self, source):
@@ -491,16 +491,16 @@ class TestProcesses:
             [sys.executable, "-c", TRAINER], stdin=pipe, stdout=pipe, text=True, cwd=root
         )
         assert trainer.stdout is not None and trainer.stdin is not None
-        made = [int(word) for word in trainer.stdout.readline().split()]
-        assert len(made) == 2 and all(alive(worker) for worker in made)
+        pids = [int(word) for word in trainer.stdout.readline().split()]
+        assert len(pids) == 2 and all(alive(worker) for worker in pids)
         if how == "killed":
             trainer.kill()
         trainer.stdin.close()
         trainer.wait(60)
         until = time.monotonic() + 20
-        while any(alive(worker) for worker in made) and time.monotonic() < until:
+        while any(alive(worker) for worker in pids) and time.monotonic() < until:
             time.sleep(0.1)
-        assert not any(alive(worker) for worker in made)
+        assert not any(alive(worker) for worker in pids)
 
     def test_workers_compute_on_one_thread(self):
         with loader(CountsThreads(), 1, global_batch_size=4) as batches:

@@ -19,14 +19,14 @@ def test_each_gets_another_image_outside_the_batch(num_images, batch, num_bad, w
         for step in range(plan.steps_per_epoch + 1):  # one step of the second epoch too
             images = plan.indices(step).tolist()
             rows = [row for row, number in enumerate(images) if number in bad]
-            taken = [
+            spares = [
                 find_spare(plan, step, row, lambda number, bad=bad: number not in bad)
                 for row in rows
             ]
-            chosen = [number for number in taken if number is not None]
+            replacements = [number for number in spares if number is not None]
             outside = set(range(num_images)) - set(images) - bad
-            assert set(chosen) <= outside and len(set(chosen)) == len(chosen)
-            assert len(chosen) == min(
+            assert set(replacements) <= outside and len(set(replacements)) == len(replacements)
+            assert len(replacements) == min(
                 len(rows), len(outside)
             )  # none is left without one while there are any
 

@@ -1,4 +1,4 @@
-"""What workers send fits the shared memory that there is, or a message names it."""
+"""Workers keep within the free shared memory, or an error names it."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ def batches(num_workers: int) -> list[Batch]:
 def test_small_chunks_give_the_same_batches(monkeypatch):
     expected = batches(0)
     room(monkeypatch, 20 * IMAGE)
-    for here, there in zip(batches(2), expected):
-        assert torch.equal(here.indices, there.indices) and torch.equal(here.labels, there.labels)
-        assert all(torch.equal(*pair) for pair in zip(here.views, there.views))
+    for batch, other in zip(batches(2), expected, strict=True):
+        assert torch.equal(batch.indices, other.indices)
+        assert torch.equal(batch.labels, other.labels)
+        assert all(torch.equal(*pair) for pair in zip(batch.views, other.views))
 
 
 def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
@@ -83,10 +84,10 @@ def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
     )
     expected = list(read_images(source, numbers, transform, 32, 0))
     room(monkeypatch, 20 * 3 * 32 * 32)
-    found = list(read_images(source, numbers, transform, 32, 2))
-    assert [len(labels) for _, labels in found] == [32, 32, 32, 4]
-    for here, there in zip(found, expected, strict=True):
-        assert all(torch.equal(*pair) for pair in zip(here, there))
+    actual = list(read_images(source, numbers, transform, 32, 2))
+    assert [len(labels) for _, labels in actual] == [32, 32, 32, 4]
+    for batch, other in zip(actual, expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(batch, other))
 
 
 def in_worker() -> bool:

@@ -86,9 +86,9 @@ def test_a_folder_gives_the_batches_of_the_file_written_from_it(stored, expected
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_make_up_the_global_batch(world_size, stored, expected):
     ranks = [loader(stored, rank=rank, world_size=world_size) for rank in range(world_size)]
-    taken = [batches.starting_at(0) for batches in ranks]
+    iterators = [batches.starting_at(0) for batches in ranks]
     for step in range(5):
-        parts = [next(batches) for batches in taken]
+        parts = [next(batches) for batches in iterators]
         views = [torch.cat(rows) for rows in zip(*(part.views for part in parts))]
         whole = Batch(
             views,
@@ -318,15 +318,15 @@ class TestFaultsOfFFCV:
         }.get(damage, "the JPEG has another size than its entry")
         path = damageable.where
         (message,) = [str(warning.message) for warning in caught]
-        found = re.fullmatch(
+        match = re.fullmatch(
             re.escape(f"{path}, image 5: {reason}; {path}, image ") + r"(\d+) takes its place",
             message,
         )
-        assert found is not None and batches.num_replaced == 1
-        taken = int(found[1])
+        assert match is not None and batches.num_replaced == 1
+        spare = int(match[1])
         indices, labels, views = next(batch for batch in two if 5 in batch[0].tolist())
-        assert taken not in indices.tolist()
-        assert labels[indices.tolist().index(5)] == damageable.label(taken)
+        assert spare not in indices.tolist()
+        assert labels[indices.tolist().index(5)] == damageable.label(spare)
         whole = loader(
             written(Path(path).parent / "again" / "data", n=24),
             0,
@@ -336,7 +336,7 @@ class TestFaultsOfFFCV:
         )
         source = whole.source
         read = source.read
-        source.read = lambda index: read(taken if index == 5 else index)
+        source.read = lambda index: read(spare if index == 5 else index)
         expected = next(batch for batch in whole.starting_at(0) if 5 in batch.indices.tolist())
         assert torch.equal(expected.views[0], views)  # all others are their own
 
@@ -540,7 +540,7 @@ def test_memory_does_not_grow_over_50_epochs(stored):
 
 
 def test_what_is_compiled_is_kept_on_disk(stored, expected):
-    """Another process loads the machine code that this one made: a warm start compiles nothing."""
+    """Another process loads the code that this one compiled, and compiles nothing."""
     assert digests(loader(stored), 0, 1) == expected[:1]
     code = (
         "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; "
@@ -563,22 +563,22 @@ def test_what_is_compiled_is_kept_on_disk(stored, expected):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_same_views(stored, tmp_path):
     plain = ViewsConfig(crops={"global": Crop(count=2, size=24)})
-    with loader(stored, views=plain, device="cuda") as there, loader(stored, views=plain) as here:
-        for _, sent, kept in zip(range(12), there.starting_at(0), here.starting_at(0)):
+    with loader(stored, views=plain, device="cuda") as gpu, loader(stored, views=plain) as cpu:
+        for _, batch, expected in zip(range(12), gpu.starting_at(0), cpu.starting_at(0)):
             torch.testing.assert_close(
-                [view.cpu() for view in sent.views], kept.views, rtol=0, atol=0
+                [view.cpu() for view in batch.views], expected.views, rtol=0, atol=0
             )
-            assert torch.equal(sent.labels.cpu(), kept.labels)
+            assert torch.equal(batch.labels.cpu(), expected.labels)
 
 
 def test_the_quasi_random_order_is_exact_too(stored, monkeypatch):
     monkeypatch.setattr(order, "BLOCK", 8)
     monkeypatch.setattr(threads, "BLOCK", 8)
     options = {"window": 16, "global_batch_size": 12}
-    asked = []
+    calls = []
     advise = os.posix_fadvise
     monkeypatch.setattr(
-        os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:3]) or advise(*arguments)
+        os, "posix_fadvise", lambda *arguments: calls.append(arguments[1:3]) or advise(*arguments)
     )
     order._permutation.cache_clear()
     expected = digests(loader(stored, 0, kind="folder", **options), 0, 6)
@@ -589,6 +589,6 @@ def test_the_quasi_random_order_is_exact_too(stored, monkeypatch):
         (int(place), int(length))
         for place, length in zip(stored.samples.place, stored.samples.length)
     }
-    assert asked and all(
-        any(begin == place for place, _ in ends) and span > 0 for begin, span in asked
+    assert calls and all(
+        any(begin == place for place, _ in ends) and span > 0 for begin, span in calls
     )

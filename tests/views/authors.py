@@ -108,19 +108,23 @@ def simclr_boxes(
         fitting = np.rint(heights * ratios[:, None]) <= width
         tall = np.minimum(tall, np.where(fitting, heights, 0).max(axis=1)).astype(int)
         short = np.minimum(np.rint(np.sqrt(least / ratios)), tall).astype(int)
-        drawn = generator.integers(short, tall + 1)
-        drawn = np.where(np.rint(drawn * ratios) * drawn < least, drawn + 1, drawn)
-        drawn = np.where(np.rint(drawn * ratios) * drawn > most, drawn - 1, drawn)
-        widths = np.rint(drawn * ratios).astype(int)
-        inside = drawn * widths
+        box_heights = generator.integers(short, tall + 1)
+        box_heights = np.where(
+            np.rint(box_heights * ratios) * box_heights < least, box_heights + 1, box_heights
+        )
+        box_heights = np.where(
+            np.rint(box_heights * ratios) * box_heights > most, box_heights - 1, box_heights
+        )
+        widths = np.rint(box_heights * ratios).astype(int)
+        inside = box_heights * widths
         good = (
             (inside >= least) & (inside <= most) & (inside >= MIN_OBJECT_COVERED * height * width)
         )
-        good &= (widths <= width) & (drawn <= height) & (widths > 0) & (drawn > 0)
-        drawn, widths = drawn[good], widths[good]
-        tops = generator.integers(0, np.maximum(1, height - drawn))
+        good &= (widths <= width) & (box_heights <= height) & (widths > 0) & (box_heights > 0)
+        box_heights, widths = box_heights[good], widths[good]
+        tops = generator.integers(0, np.maximum(1, height - box_heights))
         lefts = generator.integers(0, np.maximum(1, width - widths))
-        boxes[pending[good]] = np.stack([tops, lefts, drawn, widths], axis=1)
+        boxes[pending[good]] = np.stack([tops, lefts, box_heights, widths], axis=1)
         pending = pending[~good]
     return boxes
 

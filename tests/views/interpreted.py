@@ -60,11 +60,13 @@ def difference(crop: Crop) -> float:
     for view in pixels:
         view[0], view[1, 1:], view[2] = 255, view[1, :1], 0  # white, gray and black
     pixels = [torch.from_numpy(view) for view in pixels]
-    drawn = [draw_colors(crop, 1, 2, np.arange(10), view) for view in range(crop.count)]
-    expected = color.apply_to_group(pixels, drawn, crop, MEAN, STD)
+    parameters = [draw_colors(crop, 1, 2, np.arange(10), view) for view in range(crop.count)]
+    expected = color.apply_to_group(pixels, parameters, crop, MEAN, STD)
     with mock.patch.object(color, "FUSED_ON", ("cpu",)):
-        views = color.apply_to_group(pixels, drawn, crop, MEAN, STD)
-    return max((view - wanted).abs().max().item() for view, wanted in zip(views, expected))
+        views = color.apply_to_group(pixels, parameters, crop, MEAN, STD)
+    return max(
+        (view - expected_view).abs().max().item() for view, expected_view in zip(views, expected)
+    )
 
 
 if __name__ == "__main__":

@@ -364,7 +364,7 @@ def test_kornia_gives_the_same_views():
     assert spec is not None and spec.loader is not None
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    parameters = bench.parameters(24)
+    parameters = bench.draw_parameters(24)
     assert 0 < parameters.grayscale.sum() < 24 and 0 < parameters.blur.sum() < 24
     difference = (
         bench.ours(bench.batch(24), parameters) - bench.kornias(bench.batch(24), parameters)

@@ -58,8 +58,8 @@ def torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray
     blank = torch.empty(3, height, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        drawn = [transform.make_params([blank]) for _ in range(n)]
-    return np.array([[box["top"], box["left"], box["height"], box["width"]] for box in drawn])
+        results = [transform.make_params([blank]) for _ in range(n)]
+    return np.array([[box["top"], box["left"], box["height"], box["width"]] for box in results])
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_boxes_are_distributed_as_in_torchvision(crop, height, width):
 
 
 def test_area_and_ratio_are_uniform_and_log_uniform():
-    drawn = boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # all attempts fit at these sizes
-    area, ratio = drawn[:, 2] * drawn[:, 3] / 2000**2, drawn[:, 3] / drawn[:, 2]
+    rows = boxes(Crop(scale=[0.1, 0.5]), 2000, 2000, 4000)  # all attempts fit at these sizes
+    area, ratio = rows[:, 2] * rows[:, 3] / 2000**2, rows[:, 3] / rows[:, 2]
     assert stats.kstest(area, stats.uniform(0.1, 0.4).cdf).pvalue > CHANCE
     log_uniform = stats.uniform(math.log(3 / 4), math.log(16 / 9))
     assert stats.kstest(np.log(ratio), log_uniform.cdf).pvalue > CHANCE
     assert abs(np.corrcoef(area, ratio)[0, 1]) < 0.05
-    top, left = drawn[:, 0] / (2000 - drawn[:, 2]), drawn[:, 1] / (2000 - drawn[:, 3])
+    top, left = rows[:, 0] / (2000 - rows[:, 2]), rows[:, 1] / (2000 - rows[:, 3])
     assert abs(np.corrcoef(top, left)[0, 1]) < 0.05
 
 
@@ -166,9 +166,9 @@ def test_a_batch_is_cropped_like_its_images_one_by_one(interpolation, size, devi
         images[row, :, :height, :width] = image(height, width)
         box = crops.draw_box(crop, 1, 2, 10 + row, 3, height, width)
         expected.append(crops.apply(images[row, :, :height, :width], box, crop))
-    drawn = crops.draw_boxes(crop, 1, 2, np.arange(10, 50), 3, sizes)
-    assert drawn[:, 4].min() == 0 and drawn[:, 4].max() == 1
-    views = crops.apply_to_batch(images.to(device), drawn, crop).cpu()
+    rows = crops.draw_boxes(crop, 1, 2, np.arange(10, 50), 3, sizes)
+    assert rows[:, 4].min() == 0 and rows[:, 4].max() == 1
+    views = crops.apply_to_batch(images.to(device), rows, crop).cpu()
     difference = (views.int() - torch.stack(expected).int()).abs()
     # Halves may be rounded up or down.
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.002
@@ -216,16 +216,16 @@ def test_evaluation_of_a_long_thin_image_takes_nearly_the_resized_center(
 
 @pytest.mark.parametrize(("height", "width"), [(1, 40_000), (30_000, 2), (5, 9_000)])
 def test_memory_of_an_evaluation_view_is_bounded_by_the_view(height, width, monkeypatch):
-    sizes, resize = [], F.resize
-    monkeypatch.setattr(
-        F,
-        "resize",
-        lambda pixels, *rest, **options: (
-            sizes.append((made := resize(pixels, *rest, **options)).shape) or made
-        ),
-    )
+    shapes, resize = [], F.resize
+
+    def record_shape(*arguments, **options):
+        view = resize(*arguments, **options)
+        shapes.append(view.shape)
+        return view
+
+    monkeypatch.setattr(F, "resize", record_shape)
     assert crops.evaluate(torch.zeros(3, height, width, dtype=torch.uint8), 64).shape == (3, 64, 64)
-    assert max(max(shape[-2:]) for shape in sizes) <= 24 * 73
+    assert max(max(shape[-2:]) for shape in shapes) <= 24 * 73
 
 
 @pytest.mark.parametrize("crop_ratio", [0.0, 1.5])

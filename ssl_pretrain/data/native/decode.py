@@ -50,7 +50,7 @@ class Functions(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Where every image is stored: the open files, and arrays of `Samples`."""
+    """The places of all stored images: the open files, and arrays of `Samples`."""
 
     handles: np.ndarray
     file: np.ndarray

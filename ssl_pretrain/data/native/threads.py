@@ -71,7 +71,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Thread:
-    """What one thread decodes with."""
+    """The decoder and the buffers of one thread."""
 
     decoder: decode.Decoder
     scratch: decode.Scratch
