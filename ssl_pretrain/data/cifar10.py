@@ -1,4 +1,4 @@
-"""CIFAR-10 from torchvision, converted once to a zip of PNG files that is read like any other zip."""
+"""CIFAR-10 from torchvision, converted once to a zip of PNG files."""
 
 import io
 import sys

@@ -1,7 +1,5 @@
 """A data set of image files: its splits, with the labels of their images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal

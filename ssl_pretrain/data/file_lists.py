@@ -1,7 +1,5 @@
 """Lists of images and tables of labels, however people and programs write them."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

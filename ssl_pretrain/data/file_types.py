@@ -5,8 +5,6 @@ systems and storage servers leave beside the data. Every other file that is not 
 by its reason, with one example.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """List all images below a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import heapq
 import os
@@ -20,6 +18,7 @@ from ssl_pretrain.data.file_types import (
 from ssl_pretrain.data.listing import Listing, Scan, load_or_scan, pack, stamp
 
 _REPORT_SECONDS = 5
+_LINK = "link to a folder"
 
 
 def list_folder(root: str | Path, cache: Path) -> Listing:
@@ -40,80 +39,57 @@ def scan_folder(root: str) -> Scan:
     Folders behind links come last, in the order of their names. A folder that was listed already,
     or that contains the root, is skipped. Its images would be in the list twice.
     """
-    walk = _Walk(root)
-    links: list[str] = []
+    files: list[str] = []
+    folders: list[str] = []
+    stamps: list[int] = []
+    skips = SkipCounter()
+    visited = _ancestors(root)
     waiting = [("", False)]
+    links: list[str] = []
+    last_report = time.monotonic()
     while waiting or links:
-        path, is_behind_link = waiting.pop() if waiting else (heapq.heappop(links), True)
-        folders, new_links = walk.read(path, is_behind_link)
-        waiting += [(folder, is_behind_link) for folder in folders]
-        for link in new_links:
-            heapq.heappush(links, link)
-    return walk.result()
-
-
-class _Walk:
-    """The files that a walk through a folder has met so far."""
-
-    def __init__(self, root: str):
-        self.root = root
-        self._images: list[str] = []
-        self._other_files: list[str] = []
-        self._folders: list[str] = []
-        self._stamps: list[int] = []
-        self._skips = SkipCounter()
-        self._visited = _ancestors(root)
-        self._last_report = time.monotonic()
-
-    def read(self, folder: str, is_behind_link: bool) -> tuple[list[str], list[str]]:
-        """Add the files of one folder. Return the folders in it, and the links to folders."""
-        path = os.path.join(self.root, folder)
-        folders: list[str] = []
-        links: list[str] = []
+        folder, is_behind_link = waiting.pop() if waiting else (heapq.heappop(links), True)
+        path = os.path.join(root, folder)
         try:
             status = os.stat(path)  # before the content, so that a change between makes it stale
-            if not self._mark_visited(status) and is_behind_link:
-                self._skips.add("links to folders that are listed already", folder)
-                return [], []
-            self._folders.append(folder)
-            self._stamps += stamp(status)
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    below = os.path.join(folder, entry.name)
-                    kind = entry_type(entry)
-                    if kind == "folder":
-                        (links if entry.is_symlink() else folders).append(below)
-                    elif kind == "file":
-                        (self._images if is_image(entry.name) else self._other_files).append(below)
-                    else:
-                        self._skips.add(kind, below)
+            identity = (status.st_dev, status.st_ino)
+            if is_behind_link and status.st_ino and identity in visited:
+                skips.add("links to folders that are listed already", folder)
+                continue
+            entries = _read_entries(path)
         except OSError as error:
             raise ValueError(f"data.root: {path} cannot be listed: {error.strerror}") from None
-        self._report()
-        return folders, links
+        visited.add(identity)
+        folders.append(folder)
+        stamps += stamp(status)
+        for kind, name in entries:
+            relative = os.path.join(folder, name)
+            if kind == _LINK:
+                heapq.heappush(links, relative)
+            elif kind == "folder":
+                waiting.append((relative, is_behind_link))
+            elif kind == "file":
+                files.append(relative)
+            else:
+                skips.add(kind, relative)
+        if time.monotonic() - last_report > _REPORT_SECONDS:
+            last_report = time.monotonic()
+            print(f"listing {root}: {len(files):,} files so far", file=sys.stderr, flush=True)
+    images = [path for path in files if is_image(path)]
+    others = [path for path in files if not is_image(path)]
+    images += images_by_content(others, lambda path: read_head(os.path.join(root, path)), skips)
+    listing = pack(root, sorted(images, key=os.fsencode))
+    return Scan(replace(listing, skipped=skips.result()), folders, stamps)
 
-    def result(self) -> Scan:
-        """Sort the images, and find the ones among files of other suffixes."""
 
-        def head_of(path: str) -> bytes:
-            return read_head(os.path.join(self.root, path))
-
-        images = self._images + images_by_content(self._other_files, head_of, self._skips)
-        listing = pack(self.root, sorted(images, key=os.fsencode))
-        return Scan(replace(listing, skipped=self._skips.result()), self._folders, self._stamps)
-
-    def _mark_visited(self, status: os.stat_result) -> bool:
-        """Remember a folder. Return False if it was visited before."""
-        identity = (status.st_dev, status.st_ino)
-        is_new = not status.st_ino or identity not in self._visited
-        self._visited.add(identity)
-        return is_new
-
-    def _report(self) -> None:
-        if time.monotonic() - self._last_report > _REPORT_SECONDS:
-            self._last_report = time.monotonic()
-            num_images = f"{len(self._images):,} images so far"
-            print(f"listing {self.root}: {num_images}", file=sys.stderr, flush=True)
+def _read_entries(path: str) -> list[tuple[str, str]]:
+    """Return the type and the name of each entry of a folder."""
+    with os.scandir(path) as scan:
+        entries = [(entry_type(entry), entry) for entry in scan]
+        return [
+            (_LINK if kind == "folder" and entry.is_symlink() else kind, entry.name)
+            for kind, entry in entries
+        ]
 
 
 def _ancestors(root: str) -> set[tuple[int, int]]:

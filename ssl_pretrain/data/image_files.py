@@ -1,7 +1,5 @@
 """A source of image files in a folder, or in a zip that is read in place."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

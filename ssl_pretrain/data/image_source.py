@@ -1,7 +1,5 @@
 """The contract of a source of images: what the loader and the evaluations read."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from abc import ABC, abstractmethod

@@ -3,8 +3,6 @@
 python -m ssl_pretrain.data.inspect /data/photos
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

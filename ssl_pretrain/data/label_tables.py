@@ -3,8 +3,6 @@
 Such tables are `val.csv`, `LOC_val_solution.csv`, or ILSVRC2012's ground truth.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import os

@@ -4,8 +4,6 @@ A label that is not certain is not given. An image without a label has -1, and a
 there are and why.
 """
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Say at the start of a run which images it reads."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Lists of image files: sorted, packed into two arrays, and cached between runs."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
@@ -11,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import PIL
@@ -62,7 +60,7 @@ class Listing:
         data, starts = self.packed.tobytes(), [0, *self.ends.tolist()]
         return [os.fsdecode(data[start:end]) for start, end in itertools.pairwise(starts)]
 
-    def take(self, indices: Sequence[int] | np.ndarray, within: str = "") -> Listing:
+    def take(self, indices: Sequence[int] | np.ndarray, within: str = "") -> Self:
         """Return a listing of some images, all of them below `within`, relative to it."""
         paths, prefix_length = self.paths(), len(within) + 1 if within else 0
         subset = pack(self.root, [paths[index][prefix_length:] for index in indices])

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
+from ssl_pretrain.data.image_statistics import check_range
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.layout_report import layout_lines
 from ssl_pretrain.data.order import Plan, check_divides
 from ssl_pretrain.data.readers import Reader
 from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.data.value_range import check_range
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.views import color, crops, recipe
 from ssl_pretrain.views.batch import Batch

@@ -110,14 +110,15 @@ def check(config: DataConfig) -> None:
     """Raise ValueError, naming the key, if a value can only be a mistake."""
     if not 0 <= config.max_replaced <= 1:
         raise ValueError(
-            f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as 0.01"
+            f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as "
+            "0.01"
         )
-    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in config.range)
-    if config.range and (
-        len(config.range) != 2 or not finite or config.range[0] >= config.range[1]
-    ):
+    values = config.range
+    is_finite = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    if values and (len(values) != 2 or not is_finite or values[0] >= values[1]):
         raise ValueError(
-            f"data.range: {list(config.range)} must be two numbers, the lower one first, such as [0, 4095]"
+            f"data.range: {list(values)} must be two numbers, the lower one first, such as "
+            "[0, 4095]"
         )
 
 
@@ -141,7 +142,8 @@ def open_source(config: DataConfig, split: SplitName, classes: list[str] | None 
     check(config)
     if config.source not in ("digits", "cifar10", "folder"):
         raise ValueError(
-            f"data.source: {config.source!r} is not a source; choose one of: digits, cifar10, folder"
+            f"data.source: {config.source!r} is not a source; choose one of: digits, cifar10, "
+            "folder"
         )
     source = _open_all(config, split, classes)
     return _subset(source, config.subset) if split == "train" else source

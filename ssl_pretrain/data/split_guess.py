@@ -1,11 +1,9 @@
-"""Guess which images are for training, and refuse to guess when held-out images might be among them.
+"""Guess which images are for training, unless held-out images might be among them.
 
 Without a folder or list that is called like a training split, all images are for training. Anything
 that suggests splits by other names or by its structure is refused, as training on held-out images
 would go unnoticed.
 """
-
-from __future__ import annotations
 
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Recognize the names that people give to the splits of a data set."""
 
-from __future__ import annotations
-
 import os
 import re
 

@@ -1,7 +1,5 @@
 """Search the folders of a data set for splits by their usual names."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ any case (train, training; val, valid, validation, dev; test). Folders that only
 are passed through.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Suggest a configuration for a data set from measurements of its images."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,29 +1,17 @@
 """Tables that name images: the columns of paths, labels and splits."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 from ssl_pretrain.data.split_names import split_of
 from ssl_pretrain.data.table_format import MAX_COLUMNS, SAMPLE_ROWS, TableFormat, read_rows
 
 # Titles in lower case, without anything but letters and digits.
-_LABEL_TITLES = [
-    "label",
-    "labels",
-    "class",
-    "classname",
-    "labelname",
-    "category",
-    "target",
-    "species",
-    "classid",
-    "labelid",
-    "y",
-]
+_NAME_TITLES = ("class", "classname", "labelname", "category", "target", "species")
+_LABEL_TITLES = ("label", "labels", *_NAME_TITLES, "classid", "labelid", "y")
 _INDEX_TITLES = ("", "index", "unnamed0", "rownames", "rowid")
 _SPLIT_TITLES = ("split", "splits", "subset", "partition", "phase", "fold", "set", "usage")
 # How pandas, polars and R write a missing value.
@@ -39,7 +27,7 @@ class Table:
     path_column: int
 
     @classmethod
-    def parse(cls, text: str, form: TableFormat) -> Table:
+    def parse(cls, text: str, form: TableFormat) -> Self:
         """Read a table whose format is known."""
         rows = read_rows(text, form.delimiter)
         titles = rows.pop(0) if form.has_header else []
@@ -50,7 +38,7 @@ class Table:
         """Return the cells of a column, "" where a row is too short."""
         return [row[column].strip() if len(row) > column else "" for row in self.rows]
 
-    def of_split(self, split: str) -> tuple[Table, str]:
+    def of_split(self, split: str) -> tuple[Self, str]:
         """Return the rows of one split and a note, if a column tells the splits apart.
 
         Test images stand in for a validation split that no row names.

@@ -3,8 +3,6 @@
 These are not guessed from names. The right ones are those with which the files exist.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

@@ -1,7 +1,5 @@
 """Read images and tables from a zip in place, without unpacking it."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ssl_pretrain.data import progress_report
 from ssl_pretrain.data.beton import __main__ as beton
-from ssl_pretrain.data.beton import encoder_pool, tables
+from ssl_pretrain.data.beton import encoder, tables
 from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.beton import writer as beton_writer
 from ssl_pretrain.data.beton.beton_source import Beton
@@ -273,8 +273,8 @@ def test_check_names_what_is_damaged(tmp_path, capsys):
 
 def _write_slowly(root: Path, path: Path) -> None:
     """So that a kill finds it at work: 300 images take three seconds and more."""
-    encode_chunk, encoder_pool._CHUNK = encoder_pool._encode_chunk, 3
-    encoder_pool._encode_chunk = lambda indices: (time.sleep(0.03), encode_chunk(indices))[1]
+    encode_chunk, encoder._CHUNK = encoder._encode_chunk, 3
+    encoder._encode_chunk = lambda indices: (time.sleep(0.03), encode_chunk(indices))[1]
     beton_writer.write(opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1)
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from ssl_pretrain.data import folder_listing, listing, sources, zip_archive
 from ssl_pretrain.data.image_source import require_labels
+from ssl_pretrain.data.image_statistics import check_range
 from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.data.value_range import check_range
 
 
 def plant(root: Path, *names: str) -> Path:

@@ -1,4 +1,7 @@
-"""Write, check and describe .beton files: `python -m ssl_pretrain.data.beton write | check | info`."""
+"""Write, check and describe .beton files.
+
+python -m ssl_pretrain.data.beton write | check | info
+"""
 
 import argparse
 import os
@@ -16,9 +19,9 @@ from ssl_pretrain.data.beton.encoder import Settings
 from ssl_pretrain.data.beton.manifest import Manifest
 from ssl_pretrain.data.beton.shard_files import shard_name
 from ssl_pretrain.data.beton.tables import RAW
+from ssl_pretrain.data.image_statistics import check_range
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.sources import DataConfig, open_source
-from ssl_pretrain.data.value_range import check_range
 from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
 
 _PROBLEMS_SHOWN = 100

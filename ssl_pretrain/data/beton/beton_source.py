@@ -1,7 +1,5 @@
 """A source of the images in a .beton file, or in a set of its shards."""
 
-from __future__ import annotations
-
 from typing import Self
 
 import numpy as np

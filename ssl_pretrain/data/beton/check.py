@@ -1,7 +1,5 @@
 """Check a .beton by decoding every image and comparing checksums with the manifest."""
 
-from __future__ import annotations
-
 import os
 import threading
 import zlib

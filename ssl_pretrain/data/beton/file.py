@@ -1,11 +1,10 @@
 """Read .beton files, and refuse those that are cut short, unfinished or damaged."""
 
-from __future__ import annotations
-
 import os
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -41,7 +40,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.place)
 
-    def take(self, indices: np.ndarray) -> Samples:
+    def take(self, indices: np.ndarray) -> Self:
         """Return some of the images, in this order."""
         rows = {name: getattr(self, name)[indices] for name in ("file", *_PER_IMAGE)}
         return replace(self, **rows)

@@ -4,8 +4,6 @@ Images are appended to `train.beton.writing` in the order of the source, each fo
 in `train.beton.journal`. A new start verifies what it finds there and goes on behind it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import zlib

@@ -23,27 +23,24 @@ class Manifest:
     Nothing in it depends on when or by how many processes the file was written.
     """
 
-    write_id: str = field(
-        metadata={"key": "written"}
-    )  # hash of the source, the settings and the range
-    settings_id: str = field(
-        metadata={"key": "of_source"}
-    )  # the same without the range, equal in all shards
+    # Hash of the source, the settings and the range of images.
+    write_id: str = field(metadata={"key": "written"})
+    # The same without the range, equal in all shards of a set.
+    settings_id: str = field(metadata={"key": "of_source"})
     num_samples: int
-    num_unchanged: int = field(metadata={"key": "kept"})  # images stored as their own bytes
-    num_encoded: int = field(metadata={"key": "encoded"})  # images stored as new JPEGs
-    num_raw: int = field(metadata={"key": "raw"})  # images stored as pixels
-    bad_images: list[str] = field(metadata={"key": "bad"})  # images left out, each with the reason
+    num_unchanged: int = field(metadata={"key": "kept"})  # stored as their own bytes
+    num_encoded: int = field(metadata={"key": "encoded"})  # stored as new JPEGs
+    num_raw: int = field(metadata={"key": "raw"})  # stored as pixels
+    bad_images: list[str] = field(metadata={"key": "bad"})  # left out, each with the reason
     classes: list[str]
-    fingerprint: str  # of the images in the file
-    source_fingerprint: str = field(
-        metadata={"key": "source"}
-    )  # of the source, unreadable images included
+    fingerprint: str  # fingerprint of the images in the file
+    # Fingerprint of the source, unreadable images included.
+    source_fingerprint: str = field(metadata={"key": "source"})
     first_index: int = field(metadata={"key": "first"})  # number of the first image in the source
     max_side: int  # pixels, 0 for no limit
-    quality: int  # of the new JPEGs
+    quality: int  # quality of the new JPEGs
     page_size: int  # bytes
-    crc32: int  # CRC-32 of the images' CRC-32 values
+    crc32: int  # CRC-32 of the CRC-32 values of the images
     range: list[float] | None = None  # `data.range`
     table_sha256: str = ""  # hash of the tables in the file; absent in earlier versions
 

@@ -7,8 +7,6 @@ pages         the bytes of the images, none of them across the edge of a page
 allocations   one entry per image: sample, place, length
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import dataclass

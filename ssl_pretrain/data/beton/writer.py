@@ -4,8 +4,6 @@ A write that was stopped at any moment and is started again ends with the same b
 file is renamed into place.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -19,8 +17,15 @@ from PIL import __version__ as pillow_version
 from PIL import features
 
 from ssl_pretrain.data.beton import tables
-from ssl_pretrain.data.beton.encoder import BAD, NEW_JPEG, PIXELS, UNCHANGED, Settings, encode
-from ssl_pretrain.data.beton.encoder_pool import encoded_images
+from ssl_pretrain.data.beton.encoder import (
+    BAD,
+    NEW_JPEG,
+    PIXELS,
+    UNCHANGED,
+    Settings,
+    encode,
+    encoded_images,
+)
 from ssl_pretrain.data.beton.journal import Journal, data_path, journal_path, open_journal
 from ssl_pretrain.data.beton.manifest import Manifest, read_manifest, write_manifest
 from ssl_pretrain.data.beton.tables import read_tables
