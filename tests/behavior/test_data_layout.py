@@ -1,7 +1,7 @@
-"""How a data set on disk is read: its training images, its validation images, and their labels.
+"""Layouts of data sets: the training images, the held-out images, and their labels.
 
-The commands run in this process, since a start costs seconds and there are many layouts. Two tests
-start a real run.
+Most commands run in this process, as starting one takes seconds and there are many layouts. Two
+tests start a real run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 import commands
 import pytest
 
-Inspect = Callable[..., "Seen"]
+Inspect = Callable[..., "Result"]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Exit status and output of a command, with ROOT in place of the data set's path."""
+class Result:
+    """Exit status and output of a command, with ROOT for the path of the data set."""
 
     status: int
     text: str
@@ -37,16 +37,16 @@ class Seen:
 
 @pytest.fixture
 def inspect(tmp_path, monkeypatch, capsys) -> Inspect:
-    """Run `python -m ssl_pretrain.data.inspect ROOT ...`."""
+    """Return a function that runs `python -m ssl_pretrain.data.inspect ROOT ...`."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
-    def call(root: Path, *arguments: str) -> Seen:
+    def call(root: Path, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["inspect", str(root), *arguments])
         with pytest.raises(SystemExit) as caught, pytest.MonkeyPatch.context() as patch:
             patch.delitem(sys.modules, "ssl_pretrain.data.inspect", raising=False)
             runpy.run_module("ssl_pretrain.data.inspect", run_name="__main__")
         out, err = capsys.readouterr()
-        return Seen(int(caught.value.code or 0), (out + err).replace(str(root), "ROOT"))
+        return Result(int(caught.value.code or 0), (out + err).replace(str(root), "ROOT"))
 
     return call
 
@@ -56,7 +56,7 @@ def tree(folder: Path, names: str) -> Path:
 
 
 def archive(folder: Path, members: list[str]) -> Path:
-    """A zip with these member names as they are, as other systems write them."""
+    """Write a zip with exactly these member names, as other systems write them."""
     image = io.BytesIO()
     commands.noise(0).save(image, "PNG")
     with zipfile.ZipFile(folder / "data.zip", "w") as file:
@@ -82,15 +82,15 @@ SPLITS = {
     "test images alone": (
         "TRAIN/a/1.png TRAIN/b/2.png TEST/3.png",
         (
-            "data: training ROOT/TRAIN: 2 images, 2 classes (a, b); validation "
-            "ROOT/TEST: 1 image, no labels"
+            "data: training ROOT/TRAIN: 2 images, 2 classes (a, b); validation ROOT/TEST: 1 "
+            "image, no labels"
         ),
     ),
     "held out beside class folders": (
         "a/1.png b/2.png test/3.png dev/a/4.png",
         (
-            "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT/dev: "
-            "1 image, 1 of 2 classes (a)"
+            "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT/dev: 1 image, 1 "
+            "of 2 classes (a)"
         ),
     ),
     "below folders that wrap them": (
@@ -104,36 +104,36 @@ SPLITS = {
     "below a folder that is called like a split": (
         "training_data/train/a/1.png training_data/train/b/2.png training_data/val/a/3.png",
         (
-            "data: training ROOT/training_data/train: 2 images, 2 classes (a, b); "
-            "validation ROOT/training_data/val: 1 image, 1 of 2 classes (a)"
+            "data: training ROOT/training_data/train: 2 images, 2 classes (a, b); validation "
+            "ROOT/training_data/val: 1 image, 1 of 2 classes (a)"
         ),
     ),
     "a folder between": (
         "train/a/1.png train/b/2.png val/more/a/3.png val/more/b/4.png",
         (
-            "data: training ROOT/train: 2 images, 2 classes (a, b); validation "
-            "ROOT/val: 2 images, 2 classes (a, b)"
+            "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 "
+            "images, 2 classes (a, b)"
         ),
     ),
     "a class is missing in val": (
         "train/a/1.png train/b/2.png train/c/3.png val/c/4.png val/b/5.png",
         (
-            "data: training ROOT/train: 3 images, 3 classes (a, b, c); validation "
-            "ROOT/val: 2 images, 2 of 3 classes (b, c)"
+            "data: training ROOT/train: 3 images, 3 classes (a, b, c); validation ROOT/val: 2 "
+            "images, 2 of 3 classes (b, c)"
         ),
     ),
     "classes in val alone": (
         "train/1.png train/2.png val/a/3.png val/b/4.png",
         (
-            "data: training ROOT/train: 2 images, no labels; validation ROOT/val: "
-            "2 images, 2 classes (a, b)"
+            "data: training ROOT/train: 2 images, no labels; validation ROOT/val: 2 images, 2 "
+            "classes (a, b)"
         ),
     ),
     "deeper class folders": (
         "train/n1/images/1.png train/n2/images/2.png train/n2/3.png val/n1/images/4.png",
         (
-            "data: training ROOT/train: 3 images, 2 classes (n1, n2); validation "
-            "ROOT/val: 1 image, 1 of 2 classes (n1)"
+            "data: training ROOT/train: 3 images, 2 classes (n1, n2); validation ROOT/val: 1 "
+            "image, 1 of 2 classes (n1)"
         ),
     ),
 }
@@ -142,8 +142,8 @@ SPLITS = {
 @pytest.mark.parametrize("layout", SPLITS)
 def test_first_line_says_which_folder_is_which_split(layout, tmp_path, inspect):
     names, expected = SPLITS[layout]
-    seen = inspect(tree(tmp_path, names))
-    assert (seen.first, seen.status) == (expected, 0)
+    result = inspect(tree(tmp_path, names))
+    assert (result.first, result.status) == (expected, 0)
 
 
 ALL = "or give data.train=. if all images there are for training\n"
@@ -151,21 +151,21 @@ REFUSED = {
     "years": (
         "train2017/1.png val2017/2.png",
         (
-            "ROOT holds train2017/, val2017/, which are called like splits; say "
-            "which is which, as in data.train=train2017 data.val=val2017"
+            "ROOT holds train2017/, val2017/, which are called like splits; say which is "
+            "which, as in data.train=train2017 data.val=val2017"
         ),
     ),
     "words": (
         "cat/1.png dog/2.png test_images/3.png",
         (
-            "ROOT holds test_images/, which are called like splits; say which is "
-            "which, as in data.val=test_images"
+            "ROOT holds test_images/, which are called like splits; say which is which, as in "
+            "data.val=test_images"
         ),
     ),
     "splits inside classes": (
         "bottle/train/1.png bottle/test/2.png cable/train/3.png cable/test/4.png",
-        "ROOT has splits inside its folders (bottle/train/, bottle/test/); "
-        "name them, or a list of the training images,"
+        "ROOT has splits inside its folders (bottle/train/, bottle/test/); name them, or a "
+        "list of the training images,"
         " as in data.train=bottle/train data.val=bottle/test",
     ),
     "splits inside the second of two folders": (
@@ -176,75 +176,75 @@ REFUSED = {
     ),
     "splits inside the training split": (
         "train/train/a/1.png train/train/b/2.png train/test/a/3.png",
-        "ROOT/train has splits inside its folders (train/, test/); name them, "
-        "or a list of the training images,"
+        "ROOT/train has splits inside its folders (train/, test/); name them, or a list of "
+        "the training images,"
         " as in data.train=train/train data.val=train/test",
     ),
     "names of another language": (
         (
-            "entrenamiento/a/1.png entrenamiento/b/2.png entrenamiento/c/3.png "
-            "prueba/a/4.png prueba/c/5.png"
+            "entrenamiento/a/1.png entrenamiento/b/2.png entrenamiento/c/3.png prueba/a/4.png "
+            "prueba/c/5.png"
         ),
-        "ROOT holds entrenamiento/, prueba/ with the same folders in each (a/, "
-        "c/), so they may be splits; say which is which,"
+        "ROOT holds entrenamiento/, prueba/ with the same folders in each (a/, c/), so "
+        "they may be splits; say which is which,"
         " as in data.train=entrenamiento data.val=prueba",
     ),
     "images called like splits": (
         "train_1.png train_2.png test_1.png",
-        "ROOT holds images that are called like splits (test_1.png, "
-        "train_1.png); list those of each split,"
+        "ROOT holds images that are called like splits (test_1.png, train_1.png); list "
+        "those of each split,"
         " as in data.train=LIST data.val=LIST",
     ),
     "held-out images alone": (
         "val/a/1.png test/b/2.png",
         (
-            "ROOT holds test/, val/ and no training images; say where they are, as "
-            "in data.train=FOLDER"
+            "ROOT holds test/, val/ and no training images; say where they are, as in "
+            "data.train=FOLDER"
         ),
     ),
     "a class called train": (
         "bus/1.png car/2.png train/3.png",
         (
-            "ROOT holds train/ beside bus/, car/, so it may be the training split "
-            "or one class of several; say which, as in data.train=train"
+            "ROOT holds train/ beside bus/, car/, so it may be the training split or one class "
+            "of several; say which, as in data.train=train"
         ),
     ),
     "two training splits": (
         "train/1.png Training/2.png val/3.png",
         (
-            "ROOT holds Training and train; say which has the training images, as "
-            "in data.train=Training"
+            "ROOT holds Training and train; say which has the training images, as in "
+            "data.train=Training"
         ),
     ),
 }
 
 
 @pytest.mark.parametrize("layout", REFUSED)
-def test_what_may_be_splits_is_refused(layout, tmp_path, inspect):
+def test_possible_splits_are_refused(layout, tmp_path, inspect):
     names, expected = REFUSED[layout]
-    assert inspect(tree(tmp_path, names)) == Seen(2, f"data.train: {expected}, {ALL}")
+    assert inspect(tree(tmp_path, names)) == Result(2, f"data.train: {expected}, {ALL}")
 
 
 def test_keys_name_the_splits(tmp_path, inspect):
     root = tree(tmp_path, "train2017/1.png val2017/2.png val2017/3.png extra/4.png")
-    named = inspect(root, "--train", "train2017", "--val", str(root / "val2017"))
-    assert named.first == (
-        "data: training ROOT/train2017: 1 image, no labels; validation "
-        "ROOT/val2017: 2 images, no labels"
+    result = inspect(root, "--train", "train2017", "--val", str(root / "val2017"))
+    assert result.first == (
+        "data: training ROOT/train2017: 1 image, no labels; validation ROOT/val2017: 2 "
+        "images, no labels"
     )
     assert inspect(root, "--train", ".").first.startswith(
         "data: training ROOT: 4 images, 3 classes (extra, train2017, val2017); validation none ("
     )
     rest = inspect(root, "--train", ".", "--val", "val2017")
     assert rest.first == (
-        "data: training ROOT: 2 images, 2 classes (extra, train2017); "
-        "validation ROOT/val2017: 2 images, no labels"
+        "data: training ROOT: 2 images, 2 classes (extra, train2017); validation "
+        "ROOT/val2017: 2 images, no labels"
     )
-    assert inspect(root, "--train", "trian") == Seen(
+    assert inspect(root, "--train", "trian") == Result(
         2,
         (
-            "data.train: ROOT has no folder or list 'trian'; it has extra/, "
-            "train2017/, val2017/; name the one that holds the training images\n"
+            "data.train: ROOT has no folder or list 'trian'; it has extra/, train2017/, "
+            "val2017/; name the one that holds the training images\n"
         ),
     )
 
@@ -269,7 +269,7 @@ LISTS_OF_SPLITS = {
 
 
 @pytest.mark.parametrize("layout", LISTS_OF_SPLITS)
-def test_lists_that_nobody_named_are_not_passed_over(layout, tmp_path, inspect):
+def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
     folder, lists, names = LISTS_OF_SPLITS[layout]
     root = tree(tmp_path, "images/apple/1.png images/apple/2.png images/pie/3.png")
     (root / folder).mkdir(parents=True, exist_ok=True)
@@ -277,28 +277,28 @@ def test_lists_that_nobody_named_are_not_passed_over(layout, tmp_path, inspect):
         (root / folder / name).write_text(content)
     where = "ROOT" if folder == "." else f"ROOT/{folder}"
     text = (
-        f"{where} holds lists that are called like splits; say which images are "
-        f"for training, as in data.train={names}"
+        f"{where} holds lists that are called like splits; say which images are for training, "
+        f"as in data.train={names}"
     )
-    assert inspect(root) == Seen(2, f"data.train: {text}, {ALL}")
+    assert inspect(root) == Result(2, f"data.train: {text}, {ALL}")
     zipped = inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)))
-    assert zipped == Seen(
+    assert zipped == Result(
         2,
         (
-            f"data.train: {where} holds lists that are called like splits, which "
-            f"are not read inside a zip; unpack it, {ALL}"
+            f"data.train: {where} holds lists that are called like splits, which are not read "
+            f"inside a zip; unpack it, {ALL}"
         ),
     )
     if folder != ".":
         train, val = names.split(" data.val=")
-        named = inspect(root, "--train", train, "--val", val)
-        assert named.first == (
-            f"data: training ROOT/{train}: 2 images, no labels; validation "
-            f"ROOT/{val}: 1 image, no labels"
+        result = inspect(root, "--train", train, "--val", val)
+        assert result.first == (
+            f"data: training ROOT/{train}: 2 images, no labels; validation ROOT/{val}: 1 "
+            "image, no labels"
         )
 
 
-def test_records_of_a_training_are_no_lists(tmp_path, inspect):
+def test_logs_of_a_training_are_no_lists(tmp_path, inspect):
     root = tree(tmp_path, "a/1.png b/2.png")
     for name in ("training_log.txt", "test_results.csv"):
         (root / name).write_text("step,loss\n1,2\n")
@@ -319,18 +319,18 @@ def test_images_of_both_splits_are_counted(tmp_path, inspect):
     (root / "val").unlink()
     (root / "l.csv").unlink()
     commands.write_images(root, ["data/val/a/3.png"], first=3)
-    named = inspect(root, "--train", "data")
+    result = inspect(root, "--train", "data")
     assert (
-        "data: ROOT/data has splits inside its folders (train/, val/), and all "
-        "of them are for training\n"
-    ) in named.text
+        "data: ROOT/data has splits inside its folders (train/, val/), and all of them are "
+        "for training\n"
+    ) in result.text
     assert (
         "data: 1 of 1 validation images are training images too (first: ROOT/data/val/a/3.png)\n"
-        in named.text
+        in result.text
     )
 
 
-def test_names_that_are_no_text_are_escaped(tmp_path, inspect):
+def test_names_that_are_not_text_are_escaped(tmp_path, inspect):
     root = tree(tmp_path, "train/a/1.png train/b/2.png")
     (root / "train" / "a").rename(root / "train" / os.fsdecode(b"caf\xe9"))
     (root / "train" / "x\x1b[31m\n.txt").write_text("no image")
@@ -341,40 +341,40 @@ def test_names_that_are_no_text_are_escaped(tmp_path, inspect):
 
 def test_one_class_of_many_may_be_called_like_a_split(tmp_path, inspect):
     classes = " ".join(f"{name}/1.png" for name in "abcdefghi")
-    seen = inspect(tree(tmp_path / "1", f"{classes} train/1.png"))
-    assert seen.first.startswith(
+    result = inspect(tree(tmp_path / "1", f"{classes} train/1.png"))
+    assert result.first.startswith(
         "data: training ROOT: 10 images, 10 classes (a, b, c, ...); validation none ("
     )
     assert (
-        "data: ROOT/train is read as one of 10 classes; give data.train=train "
-        "if it is the training split\n"
-    ) in seen.text
-    seen = inspect(tree(tmp_path / "2", f"{classes} bullet_train/1.png"))
-    assert "data: bullet_train/ is read as one of 10 classes\n" in seen.text
+        "data: ROOT/train is read as one of 10 classes; give data.train=train if it is the "
+        "training split\n"
+    ) in result.text
+    result = inspect(tree(tmp_path / "2", f"{classes} bullet_train/1.png"))
+    assert "data: bullet_train/ is read as one of 10 classes\n" in result.text
 
 
 def test_two_validation_splits_are_refused(tmp_path, inspect):
-    seen = inspect(tree(tmp_path, "train/a/1.png train/b/2.png val/a/3.png valid/b/4.png"))
+    result = inspect(tree(tmp_path, "train/a/1.png train/b/2.png val/a/3.png valid/b/4.png"))
     expected = (
-        "none (data.val: ROOT holds val and valid; say which has the "
-        "validation images, as in data.val=val)"
+        "none (data.val: ROOT holds val and valid; say which has the validation images, as in "
+        "data.val=val)"
     )
-    assert seen.first.endswith(f"validation {expected}")
+    assert result.first.endswith(f"validation {expected}")
 
 
-def test_classes_are_the_same_however_a_system_writes_accents(tmp_path, inspect):
-    seen = inspect(tree(tmp_path, "train/caf\u00e9/1.png train/the/2.png val/cafe\u0301/3.png"))
-    assert seen.first.endswith("validation ROOT/val: 1 image, 1 of 2 classes (caf\u00e9)")
+def test_composed_and_decomposed_accents_are_the_same_class(tmp_path, inspect):
+    result = inspect(tree(tmp_path, "train/caf\u00e9/1.png train/the/2.png val/cafe\u0301/3.png"))
+    assert result.first.endswith("validation ROOT/val: 1 image, 1 of 2 classes (caf\u00e9)")
 
 
-def test_a_stray_image_costs_no_other_label(tmp_path, inspect):
-    seen = inspect(
+def test_an_image_beside_the_class_folders_costs_no_other_label(tmp_path, inspect):
+    result = inspect(
         tree(
             tmp_path,
             "train/a/1.png train/b/2.png train/logo.png val/a/3.png val/b/4.png val/sheet.png",
         )
     )
-    lines = seen.text.splitlines()
+    lines = result.text.splitlines()
     assert lines[:3] == [
         "data: training ROOT/train: 3 images, 2 classes (a, b), 1 without a label;"
         " validation ROOT/val: 3 images, 2 classes (a, b), 1 without a label",
@@ -384,8 +384,8 @@ def test_a_stray_image_costs_no_other_label(tmp_path, inspect):
 
 
 FOREIGN = (
-    ".hidden/1.png __MACOSX/a/2.png @eaDir/3.png lost+found/4.png "
-    "$RECYCLE.BIN/5.png .ipynb_checkpoints/6.png"
+    ".hidden/1.png __MACOSX/a/2.png @eaDir/3.png lost+found/4.png $RECYCLE.BIN/5.png "
+    ".ipynb_checkpoints/6.png"
     " train/.ipynb_checkpoints/7.png train/a/._1.png train/a/@eaDir/8.png val/a/Thumbs.db.png"
 )
 
@@ -394,8 +394,8 @@ def test_folders_and_archives_skip_the_same(tmp_path, inspect):
     names = f"{FOREIGN} train/a/1.png train/b/2.png val/a/3.png"
     root = tree(tmp_path, names)
     expected = (
-        "data: training ROOT/train: 2 images, 2 classes (a, b); validation "
-        "ROOT/val: 2 images, 1 of 2 classes (a)"
+        "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 images, "
+        "1 of 2 classes (a)"
     )
     assert inspect(root).first == expected
     assert (
@@ -427,38 +427,38 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("system", ARCHIVES)
 def test_archives_of_other_systems(system, tmp_path, inspect):
-    seen = inspect(archive(tmp_path, ARCHIVES[system]))
+    result = inspect(archive(tmp_path, ARCHIVES[system]))
     below = "ROOT/d" if system == "macOS" else "ROOT"
-    assert seen.first == (
+    assert result.first == (
         f"data: training {below}/train: 2 images, 2 classes (a, b); validation "
         f"{below}/val: 1 image, 1 of 2 classes (a)"
     )
     if system == "outside":
         assert (
-            "left out in ROOT: 2 members outside the archive (first: "
-            "../train/c/5.png), 2 members with absolute paths (first: /train"
-        ) in seen.text
+            "left out in ROOT: 2 members outside the archive (first: ../train/c/5.png), 2 "
+            "members with absolute paths (first: /train"
+        ) in result.text
 
 
 def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
     path = archive(tmp_path, ["a/1.png", "b/2.png", "b/link.png"])
     content = bytearray(path.read_bytes())
-    content[content.rindex(b"PK\x01\x02") + 41] = 0xA0  # the high byte of a link's mode
+    content[content.rindex(b"PK\x01\x02") + 41] = 0xA0  # high byte of the mode of a link
     path.write_bytes(content)
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
         file.writestr("a/1.png", b"another")
     assert inspect(path).text.splitlines()[1] == (
-        "data: left out in ROOT: 1 earlier members of the same name (first: "
-        "a/1.png), 1 links, pipes or devices (first: b/link.png)"
+        "data: left out in ROOT: 1 earlier members of the same name (first: a/1.png), 1 "
+        "links, pipes or devices (first: b/link.png)"
     )
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("train.csv", "a/1.png,a\n")
     text = "ROOT holds lists of its splits, which are not read inside a zip; unpack it"
-    assert inspect(path) == Seen(2, f"data.train: {text}, {ALL}")
+    assert inspect(path) == Result(2, f"data.train: {text}, {ALL}")
 
 
-def changed(path: Path, fields: dict[int, bytes]) -> Path:
-    """The zip with other bytes in the last entry of its directory, by their place in the entry."""
+def change_entry(path: Path, fields: dict[int, bytes]) -> Path:
+    """Overwrite bytes in the last entry of a zip's directory, by their offset in the entry."""
     content = bytearray(path.read_bytes())
     entry = content.rindex(b"PK\x01\x02")
     for place, value in fields.items():
@@ -469,14 +469,14 @@ def changed(path: Path, fields: dict[int, bytes]) -> Path:
 
 def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
     members = ["train/a/1.png", "train/b/2.png", "val/3.png"]
-    refused = inspect(changed(archive(tmp_path, members), {6: b"\xff"}))
-    assert refused == Seen(2, "data.root: ROOT cannot be read as a zip: zip file version 25.5\n")
+    refused = inspect(change_entry(archive(tmp_path, members), {6: b"\xff"}))
+    assert refused == Result(2, "data.root: ROOT cannot be read as a zip: zip file version 25.5\n")
     huge = struct.pack(
         "<HHQQQ", 1, 24, 2**64 - 1, 2**64 - 1, 2**64 - 8
-    )  # the place of an extra field is the name's
+    )  # the extra field lies where the name was
     path = archive(tmp_path, [*members, "val/4.png" + "/" * len(huge)])
     fields = {20: b"\xff" * 8, 28: struct.pack("<HH", 9, len(huge)), 42: b"\xff" * 4, 46 + 9: huge}
-    assert inspect(changed(path, fields)) == Seen(
+    assert inspect(change_entry(path, fields)) == Result(
         2, "data.root: ROOT holds val/4.png with a size that no file has; the zip is damaged\n"
     )
 
@@ -496,16 +496,18 @@ def test_a_damaged_table_in_an_archive_gives_no_labels(fields, why, tmp_path, in
     path = archive(tmp_path, ["train/a/1.png", "train/b/2.png", "val/3.png"])
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("val/val_annotations.txt", "3.png\ta\n")
-    seen = inspect(changed(path, fields))
-    assert "; validation ROOT/val: 1 image, no labels\n" in seen.text
-    assert "data: ROOT/val/val_annotations.txt gives no labels: " in seen.text and why in seen.text
+    result = inspect(change_entry(path, fields))
+    assert "; validation ROOT/val: 1 image, no labels\n" in result.text
+    assert (
+        "data: ROOT/val/val_annotations.txt gives no labels: " in result.text and why in result.text
+    )
 
 
-def test_what_is_not_read_is_counted_and_named(tmp_path, inspect):
+def test_skipped_files_are_counted_and_named(tmp_path, inspect):
     root = tree(tmp_path, "train/a/1.png train/b/2.png")
     folder = root / "train" / "a"
     image = (folder / "1.png").read_bytes()
-    for name in ("2.jfif", "3.unknown", "without"):  # what Pillow decodes, whatever its name
+    for name in ("2.jfif", "3.unknown", "without"):  # recognized by their content
         (folder / name).write_bytes(image)
     (folder / "4.jpg.part").write_bytes(image)
     (folder / "notes.txt").write_text("no image")
@@ -514,16 +516,16 @@ def test_what_is_not_read_is_counted_and_named(tmp_path, inspect):
     (folder / "itself.png").symlink_to("itself.png")
     (folder / "up").symlink_to("../..")
     (root / "train" / "c").symlink_to("b")
-    seen = inspect(root)
-    assert seen.status == 0
-    assert seen.first.startswith(
+    result = inspect(root)
+    assert result.status == 0
+    assert result.first.startswith(
         "data: training ROOT/train: 5 images, 2 classes (a, b); validation none ("
     )
-    assert seen.text.splitlines()[1] == (
-        "data: left out in ROOT/train: 2 links to folders that are listed "
-        "already (first: a/up), 2 links to nothing (first: a/gone.png),"
-        " 1 .part files (first: a/4.jpg.part), 1 .txt files (first: "
-        "a/notes.txt), 1 pipes, sockets or devices (first: a/pipe.png)"
+    assert result.text.splitlines()[1] == (
+        "data: left out in ROOT/train: 2 links to folders that are listed already (first: "
+        "a/up), 2 links to nothing (first: a/gone.png),"
+        " 1 .part files (first: a/4.jpg.part), 1 .txt files (first: a/notes.txt), 1 pipes, "
+        "sockets or devices (first: a/pipe.png)"
     )
 
 
@@ -564,12 +566,12 @@ def test_unsorted_validation_images_get_labels_from_a_table(table, tmp_path, ins
         tmp_path, f"train/n1/images/1.png train/n2/images/2.png train/n3/images/3.png {names}"
     )
     write(root)
-    seen = inspect(root)
-    assert "; validation ROOT/val: 2 images, 2 of 3 classes (n1, n2)" in seen.first
-    assert "data: labels of ROOT/val from ROOT/" in seen.text
+    result = inspect(root)
+    assert "; validation ROOT/val: 2 images, 2 of 3 classes (n1, n2)" in result.first
+    assert "data: labels of ROOT/val from ROOT/" in result.text
 
 
-def test_numbers_of_classes_in_an_order_that_nobody_states_give_no_labels(tmp_path, inspect):
+def test_class_numbers_in_an_unknown_order_give_no_labels(tmp_path, inspect):
     root = tree(
         tmp_path,
         (
@@ -580,8 +582,8 @@ def test_numbers_of_classes_in_an_order_that_nobody_states_give_no_labels(tmp_pa
     (root / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
     (root / "synsets.txt").write_text("n1\nn2\n")
     expected = (
-        "data: ROOT/ILSVRC2012_validation_ground_truth.txt gives no labels: it "
-        "numbers the classes, and synsets.txt lists them in "
+        "data: ROOT/ILSVRC2012_validation_ground_truth.txt gives no labels: it numbers the "
+        "classes, and synsets.txt lists them in "
         "alphabetical order, which is not that of ILSVRC2012's numbers\n"
     )
     assert expected in inspect(root).text
@@ -593,18 +595,17 @@ def test_numbers_of_classes_in_an_order_that_nobody_states_give_no_labels(tmp_pa
 
 def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
     root = tree(tmp_path, "train/n1/1.png train/n2/2.png val/x.png val/y.png")
-    (root / "val.txt").write_text(
-        "x.png 0\ny.png 1\n"
-    )  # numbers of classes in an order that nobody states
+    (root / "val.txt").write_text("x.png 0\ny.png 1\n")  # class numbers in an unknown order
     (root / "val_submission.csv").write_text("id,label\nx,n1\ny,n1\n")
-    seen = inspect(root)
-    assert "; validation ROOT/val: 2 images, no labels" in seen.first
+    result = inspect(root)
+    assert "; validation ROOT/val: 2 images, no labels" in result.first
     assert (
-        "data: ROOT/val.txt gives no labels: '0' is no class of the training "
-        "split, which has n1, n2"
-    ) in seen.text
+        "data: ROOT/val.txt gives no labels: '0' is no class of the training split, which "
+        "has n1, n2"
+    ) in result.text
 
 
+TWO_CLASSES = "2 images, 2 classes (a, b)"
 LISTS: dict[str, tuple[str, bytes, str]] = {
     "a spreadsheet's": (
         "l.csv",
@@ -616,7 +617,7 @@ LISTS: dict[str, tuple[str, bytes, str]] = {
         "path\tlabel\r\nimages\\1.png\tä\r\nimages\\2.png\tb\r\n".encode("utf-16"),
         "2 images, 2 classes (b, ä)",
     ),
-    "a data frame's, a label missing": (
+    "a data frame's, with a missing label": (
         "l.csv",
         b",Image Name,Target\n0,images/1.png,10.0\n1,images/2.png,2.0\n2,images/3.png,\n",
         "3 images, 2 classes (2, 10), 1 without a label",
@@ -624,30 +625,22 @@ LISTS: dict[str, tuple[str, bytes, str]] = {
     "another machine's paths": (
         "l.tsv",
         b"C:\\d\\images\\1.png\ta\nC:\\d\\images\\2.png\tb\n",
-        "2 images, 2 classes (a, b)",
+        TWO_CLASSES,
     ),
-    "names alone": ("l.csv", b"id,breed\n1,a\n2,b\n", "2 images, 2 classes (a, b)"),
-    "separated by a space": (
-        "l.txt",
-        b"images/1.png a\nimages/2.png b\n",
-        "2 images, 2 classes (a, b)",
-    ),
+    "names without folders and suffixes": ("l.csv", b"id,breed\n1,a\n2,b\n", TWO_CLASSES),
+    "separated by a space": ("l.txt", b"images/1.png a\nimages/2.png b\n", TWO_CLASSES),
     "comments": (
         "l.txt",
         b"# made by a program\n# for 2 images\nimages/1.png a\nimages/2.png b\n",
-        "2 images, 2 classes (a, b)",
+        TWO_CLASSES,
     ),
-    "numbers first": (
-        "l.csv",
-        b"1,images/1.png,a\n2,images/2.png,b\n",
-        "2 images, 2 classes (a, b)",
-    ),
+    "numbered rows": ("l.csv", b"1,images/1.png,a\n2,images/2.png,b\n", TWO_CLASSES),
 }
 
 
-@pytest.mark.parametrize("written", LISTS)
-def test_lists_as_programs_write_them(written, tmp_path, inspect):
-    name, content, expected = LISTS[written]
+@pytest.mark.parametrize("program", LISTS)
+def test_lists_of_many_programs_are_read(program, tmp_path, inspect):
+    name, content, expected = LISTS[program]
     root = tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / name).write_bytes(content)
     assert inspect(root / name).first.startswith(
@@ -659,17 +652,20 @@ def test_rows_of_the_same_image_are_counted(tmp_path, inspect):
     root = tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,label\n1.png,a\n1.png,b\n2.png,a\n")
     assert (
-        "data: 1 of 3 rows of ROOT name an image that an earlier row names, "
-        "and it is read as often\n"
+        "data: 1 of 3 rows of ROOT name an image that an earlier row names, and it is read "
+        "as often\n"
     ) in inspect(root / "l.csv").text
 
 
-def test_a_list_may_name_images_that_are_gone(tmp_path, inspect):
+def test_a_list_may_name_missing_images(tmp_path, inspect):
     root = tree(tmp_path, "1.png")
     (root / "l.csv").write_text("1.png,a\ngone.png,b\n")
-    seen = inspect(root / "l.csv")
-    assert seen.first.startswith("data: training ROOT: 2 images, 2 classes (a, b);")
-    assert (seen.status, f"{root}/gone.png: No such file or directory" in seen.text) == (1, True)
+    result = inspect(root / "l.csv")
+    assert result.first.startswith("data: training ROOT: 2 images, 2 classes (a, b);")
+    assert (result.status, f"{root}/gone.png: No such file or directory" in result.text) == (
+        1,
+        True,
+    )
 
 
 def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
@@ -688,10 +684,10 @@ def test_a_list_that_names_its_splits(tmp_path, inspect):
     (root / "all.csv").write_text(
         "path,label,split\nimages/1.png,a,train\nimages/2.png,b,train\nimages/3.png,a,valid\n"
     )
-    seen = inspect(root / "all.csv")
-    assert seen.first == (
-        "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT: 1 "
-        "image, 1 of 2 classes (a)"
+    result = inspect(root / "all.csv")
+    assert result.first == (
+        "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT: 1 image, 1 of 2 "
+        "classes (a)"
     )
 
 
@@ -699,8 +695,8 @@ def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
     root = tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / "train.csv").write_text("image,label\n1,a\n2,b\n")
     (root / "test.csv").write_text("image\n3\n")
-    seen = inspect(root)
-    assert seen.first == (
+    result = inspect(root)
+    assert result.first == (
         "data: training ROOT/train.csv: 2 images, 2 classes (a, b); validation "
         "ROOT/test.csv: 1 image, no labels"
     )
@@ -709,28 +705,28 @@ def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
 def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
     root = tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,width,height\n1.png,20,20\n2.png,20,21\n")
-    seen = inspect(root / "l.csv")
-    assert seen.first.startswith("data: training ROOT: 2 images, no labels;")
+    result = inspect(root / "l.csv")
+    assert result.first.startswith("data: training ROOT: 2 images, no labels;")
     assert (
-        "data: of the columns 'path', 'width', 'height' none is called label, "
-        "so the images have no labels\n"
-    ) in seen.text
+        "data: of the columns 'path', 'width', 'height' none is called label, so the "
+        "images have no labels\n"
+    ) in result.text
 
 
 def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
-    assert inspect(tmp_path / "train.parquet") == Seen(
+    assert inspect(tmp_path / "train.parquet") == Result(
         2,
         (
-            "data.root: ROOT is a table of a kind that is not read; save it as "
-            ".csv, with the columns path and label\n"
+            "data.root: ROOT is a table of a kind that is not read; save it as .csv, with the "
+            "columns path and label\n"
         ),
     )
 
 
 @pytest.mark.full
-def test_training_and_knn_go_on_without_the_stray_images(tmp_path):
-    """Neither the run nor its evaluation stops because of a pipe or stray images."""
+def test_training_and_knn_work_beside_pipes_and_unlabeled_images(tmp_path):
+    """A pipe and unlabeled images in both splits stop neither the run nor its evaluation."""
     root = tree(
         tmp_path,
         " ".join(f"Train/{c}/{n}.png" for c in "ab" for n in range(6))
@@ -746,9 +742,9 @@ def test_training_and_knn_go_on_without_the_stray_images(tmp_path):
     )
     assert trained.stderr.splitlines()[0] == line
     assert "1 pipes, sockets or devices (first: a/pipe.png)" in trained.stderr
-    judged = commands.run(
+    evaluated = commands.run(
         "-m", "ssl_pretrain.eval.knn", tmp_path / "run" / "run", "--device", "cpu"
     )
-    assert judged.status == 0, judged.text
-    assert judged.stderr.splitlines()[0] == line
-    assert "12 training, 2 test images, 2 classes" in judged.text
+    assert evaluated.status == 0, evaluated.text
+    assert evaluated.stderr.splitlines()[0] == line
+    assert "12 training, 2 test images, 2 classes" in evaluated.text

@@ -1,4 +1,4 @@
-"""Small .beton files for tests: JPEGs of many sizes, with labels, written by the project's own writer."""
+"""Small .beton files for tests: labeled JPEGs of many sizes, written by our own writer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ try:
     missing = ""
 except ValueError as error:
     missing = str(error)
-needs_ffcv = pytest.mark.skipif(bool(missing), reason=missing or "FFCV is here")
+needs_ffcv = pytest.mark.skipif(bool(missing), reason=missing or "FFCV is installed")
 
 
 def jpeg(number: int, width: int, height: int, **options) -> bytes:
-    """A smooth picture of its own for each number: noise would not survive a JPEG."""
+    """Encode a smooth picture that depends on `number`. Noise would not survive a JPEG."""
     generator = np.random.default_rng(number)
     coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     file = io.BytesIO()
@@ -35,8 +35,8 @@ def jpeg(number: int, width: int, height: int, **options) -> bytes:
     return file.getvalue()
 
 
-def tree(root: Path, n: int = 50, classes: int = 3) -> Path:
-    """root/train/class_k/NNN.jpg; sizes from 20 x 20 to 120 x 90, so that crops shrink and grow."""
+def write_images(root: Path, n: int = 50, classes: int = 3) -> Path:
+    """Write root/train/class_k/NNN.jpg, of 20x20 to 120x90 pixels, so crops shrink and grow."""
     generator = np.random.default_rng(7)
     for number in range(n):
         folder = root / "train" / f"class_{number % classes}"
@@ -46,16 +46,16 @@ def tree(root: Path, n: int = 50, classes: int = 3) -> Path:
     return root
 
 
-def opened(root: Path, **options) -> Source:
+def open_train(root: Path, **options) -> Source:
     return open_source(
         DataConfig(root=str(root), cache_dir=str(root.parent / "lists"), **options), "train"
     )
 
 
-def written(root: Path, n: int = 50, **settings) -> Beton:
-    """The tree of `root`, and beside it the same as train.beton."""
-    source = opened(tree(root, n), loader="folder")
+def write_beton(root: Path, n: int = 50, **settings) -> Beton:
+    """Write images into `root` and the same beside it as train.beton, and open that."""
+    source = open_train(write_images(root, n), loader="folder")
     beton_writer.write(source, root.parent / "train.beton", Settings(**settings), num_workers=1)
-    stored = opened(root.parent / "train.beton")
+    stored = open_train(root.parent / "train.beton")
     assert isinstance(stored, Beton)
     return stored

@@ -1,4 +1,4 @@
-"""Written files: what is in them, what FFCV reads in them, what a kill leaves, and every message."""
+"""Files of the writer: their content, reading by FFCV, resuming after a kill, and messages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from betons import jpeg, needs_ffcv, opened, tree, written
+from betons import jpeg, needs_ffcv, open_train, write_beton, write_images
 from conftest import _context
 from PIL import Image
 
 from ssl_pretrain.data import progress_report
-from ssl_pretrain.data.beton import __main__ as beton
+from ssl_pretrain.data.beton import __main__ as command
 from ssl_pretrain.data.beton import encoder, tables
 from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.beton import writer as beton_writer
@@ -46,9 +46,12 @@ def refused(function, *arguments) -> str:
 
 
 @contextmanager
-def rewritten(stored):
-    """The path and the bytes of a .beton, which are written back. Its manifest, which would notice first, is removed."""
-    path = Path(stored.where)
+def edited(beton):
+    """Yield the path and the bytes of a .beton, and write the bytes back.
+
+    The manifest is removed, as it would reveal the change.
+    """
+    path = Path(beton.where)
     manifest_path(path).unlink()
     content = bytearray(path.read_bytes())
     yield path, content
@@ -57,52 +60,52 @@ def rewritten(stored):
 
 class TestRealData:
     @pytest.mark.full
-    def test_all_of_cifar10_comes_back(self, shared_data, tmp_path):
+    def test_cifar10_is_read_back(self, shared_data, tmp_path):
         config = DataConfig(
             source="cifar10",
             root=str(shared_data("cifar10.zip")),
             cache_dir=str(tmp_path / "lists"),
         )
-        for part, count in (("train", 50_000), ("val", 10_000)):
-            source = open_source(config, part)
-            path = tmp_path / f"{part}.beton"
+        for split, count in (("train", 50_000), ("val", 10_000)):
+            source = open_source(config, split)
+            path = tmp_path / f"{split}.beton"
             manifest = beton_writer.write(source, path, Settings(), num_workers=1)
             assert (manifest.num_samples, manifest.num_unchanged, manifest.bad_images) == (
                 count,
                 count,
                 [],
             )
-            stored = Beton(beton_file.read(path))
-            assert stored.classes == source.classes and stored.fingerprint == source.fingerprint
-            np.testing.assert_array_equal(stored.labels, source.labels)
+            beton = Beton(beton_file.read(path))
+            assert beton.classes == source.classes and beton.fingerprint == source.fingerprint
+            np.testing.assert_array_equal(beton.labels, source.labels)
             assert all(
-                stored.read_bytes(index) == source.read_bytes(index) for index in range(0, count, 7)
+                beton.read_bytes(index) == source.read_bytes(index) for index in range(0, count, 7)
             )
-            if part == "val":
-                assert find_problems(stored.samples) == []
+            if split == "val":
+                assert find_problems(beton.samples) == []
 
-    def test_the_imagenet_sample_comes_back(self, shared_data, tmp_path):
-        source = opened(shared_data("imagenet_sample.zip"))
+    def test_the_imagenet_sample_is_read_back(self, shared_data, tmp_path):
+        source = open_train(shared_data("imagenet_sample.zip"))
         path = tmp_path / "train.beton"
         manifest = beton_writer.write(source, path, Settings(max_side=0), num_workers=2)
-        stored = opened(path)
-        assert (manifest.num_samples, manifest.bad_images, stored.classes) == (
+        beton = open_train(path)
+        assert (manifest.num_samples, manifest.bad_images, beton.classes) == (
             600,
             [],
             source.classes,
         )
         assert manifest.num_unchanged + manifest.num_encoded == 600 and manifest.num_encoded < 10
-        assert int(stored.samples.width.max()) == 2400
-        np.testing.assert_array_equal(stored.labels, source.labels)
+        assert int(beton.samples.width.max()) == 2400
+        np.testing.assert_array_equal(beton.labels, source.labels)
         for index in range(600):
             assert (
-                stored.read_bytes(index) == source.read_bytes(index)
-                or np.abs(stored.read(index).astype(int) - source.read(index)).mean() < 3
+                beton.read_bytes(index) == source.read_bytes(index)
+                or np.abs(beton.read(index).astype(int) - source.read(index)).mean() < 3
             )
-        assert find_problems(stored.samples, num_threads=2) == []
+        assert find_problems(beton.samples, num_threads=2) == []
 
     def test_larger_images_are_resized_once_and_counted(self, shared_data, tmp_path):
-        source = opened(shared_data("imagenet_sample.zip"))
+        source = open_train(shared_data("imagenet_sample.zip"))
         manifest = beton_writer.write(
             source, tmp_path / "train.beton", Settings(max_side=256), num_workers=2
         )
@@ -116,35 +119,38 @@ class TestRealData:
         )
 
 
-def test_what_becomes_of_each_kind_of_image(tmp_path):
+def test_each_kind_of_image_is_stored_as_documented(tmp_path):
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
-    grey = Image.open(io.BytesIO(jpeg(1, 60, 40))).convert("L")
+    gray = Image.open(io.BytesIO(jpeg(1, 60, 40))).convert("L")
     exif = Image.Exif()
     exif[0x0112] = 6
     plain, large = jpeg(2, 60, 40), jpeg(3, 90, 40)
     kinds = {
-        "a_plain.jpg": plain, "b_large.jpg": large, "c_turned.jpg": jpeg(4, 60, 40, exif=exif.tobytes()),
-        "d_progressive.jpg": jpeg(5, 60, 40, progressive=True), "e_trailing.jpg": plain + b"after the end",
-    }  # fmt: skip
+        "a_plain.jpg": plain,
+        "b_large.jpg": large,
+        "c_turned.jpg": jpeg(4, 60, 40, exif=exif.tobytes()),
+        "d_progressive.jpg": jpeg(5, 60, 40, progressive=True),
+        "e_trailing.jpg": plain + b"after the end",
+    }
     for name, content in kinds.items():
         (folder / name).write_bytes(content)
-    grey.save(folder / "f_grey.jpg")
+    gray.save(folder / "f_gray.jpg")
     Image.fromarray(np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)).save(
         folder / "g_small.png"
     )
     Image.fromarray(np.zeros((70, 80, 3), np.uint8)).save(folder / "h_large.png")
     Image.new("CMYK", (60, 40)).save(folder / "i_cmyk.jpg")
-    source = opened(tmp_path / "data", loader="folder")
+    source = open_train(tmp_path / "data", loader="folder")
     manifest = beton_writer.write(
         source, tmp_path / "train.beton", Settings(max_side=80), num_workers=1
     )
-    stored = opened(tmp_path / "train.beton")
+    beton = open_train(tmp_path / "train.beton")
     decoder = compiled.Decoder()
-    became = [
+    outcomes = [
         encode(source, index, Settings(max_side=80), decoder)[0].outcome for index in range(9)
     ]
-    assert became == [
+    assert outcomes == [
         UNCHANGED,
         NEW_JPEG,
         NEW_JPEG,
@@ -156,7 +162,7 @@ def test_what_becomes_of_each_kind_of_image(tmp_path):
         NEW_JPEG,
     ]
     assert (manifest.num_unchanged, manifest.num_encoded, manifest.num_raw) == (4, 4, 1)
-    assert [stored.read_bytes(index) == source.read_bytes(index) for index in range(6)] == [
+    assert [beton.read_bytes(index) == source.read_bytes(index) for index in range(6)] == [
         True,
         False,
         False,
@@ -175,14 +181,14 @@ def test_what_becomes_of_each_kind_of_image(tmp_path):
         (80, 70),
         (60, 40),
     ]
-    assert list(zip(stored.samples.width.tolist(), stored.samples.height.tolist())) == sizes
-    np.testing.assert_array_equal(stored.read(6), source.read(6))  # raw pixels lose nothing
-    assert np.abs(stored.read(2).astype(int) - source.read(2)).mean() < 2
-    assert find_problems(stored.samples) == []
+    assert list(zip(beton.samples.width.tolist(), beton.samples.height.tolist())) == sizes
+    np.testing.assert_array_equal(beton.read(6), source.read(6))  # raw pixels lose nothing
+    assert np.abs(beton.read(2).astype(int) - source.read(2)).mean() < 2
+    assert find_problems(beton.samples) == []
 
 
-def test_ffcvs_own_reader_and_loader_read_it_and_we_read_ffcvs(tmp_path):
-    stored = written(tmp_path / "data", n=20)
+def test_ffcv_reads_our_files_and_we_read_files_of_ffcv(tmp_path):
+    beton = write_beton(tmp_path / "data", n=20)
     code = """
 import sys, numpy as np
 from ffcv.fields import IntField, RGBImageField
@@ -195,21 +201,23 @@ from ffcv.reader import Reader
 from ffcv.loader import Loader, OrderOption
 from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
 reader = Reader(sys.argv[1])
-assert reader.num_samples == 20 and reader.field_names == ["image", "label"] and len(reader.alloc_table) == 20
+assert reader.num_samples == len(reader.alloc_table) == 20
+assert reader.field_names == ["image", "label"]
 loader = Loader(sys.argv[1], batch_size=10, num_workers=1, order=OrderOption.SEQUENTIAL,
-                pipelines={"image": [CenterCropRGBImageDecoder((16, 16), 1.0)], "label": [IntDecoder()]})
+                pipelines={"image": [CenterCropRGBImageDecoder((16, 16), 1.0)],
+                           "label": [IntDecoder()]})
 print([label for _, labels in loader for label in labels[:, 0].tolist()])
 """
-    theirs = tmp_path / "theirs.beton"
+    ffcv_file = tmp_path / "ffcv_file.beton"
     result = subprocess.run(
-        [sys.executable, "-c", code, stored.where, str(theirs)],
+        [sys.executable, "-c", code, beton.where, str(ffcv_file)],
         capture_output=True,
         text=True,
         timeout=150,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert json.loads(result.stdout) == stored.labels.tolist()
-    source = opened(theirs)
+    assert json.loads(result.stdout) == beton.labels.tolist()
+    source = open_train(ffcv_file)
     assert source.labels.tolist() == [number % 3 for number in range(12)] and source.classes == [
         "0",
         "1",
@@ -221,69 +229,73 @@ print([label for _, labels in loader for label in labels[:, 0].tolist()])
         3,
     )
     problems = [
-        f"{theirs}: has no manifest (theirs.beton.json): no class names, and nothing to compare with"
+        (
+            f"{ffcv_file}: has no manifest (ffcv_file.beton.json): no class names, and nothing "
+            "to compare with"
+        )
     ]
-    assert find_problems(beton_file.read(theirs)) == problems
+    assert find_problems(beton_file.read(ffcv_file)) == problems
 
 
 def test_bad_images_are_named_and_left_out(tmp_path, capsys):
-    root = tree(tmp_path / "data", n=12)
+    root = write_images(tmp_path / "data", n=12)
     bad = sorted((root / "train").rglob("*.jpg"))[4]
     bad.write_bytes(bad.read_bytes()[:200])
-    assert beton.main(["write", str(root), str(tmp_path / "train.beton"), "--workers", "1"]) == 1
+    assert command.main(["write", str(root), str(tmp_path / "train.beton"), "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert (
         "11 images: 11 kept as they were, 0 encoded at quality 95" in out
         and f"  bad, left out: {bad}: " in out
     )
-    stored = opened(tmp_path / "train.beton")
-    assert len(stored) == 11 and stored.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
-    assert stored.fingerprint != opened(root, loader="folder").fingerprint
-    assert beton.main(["check", str(tmp_path / "train.beton")]) == 0
+    beton = open_train(tmp_path / "train.beton")
+    assert len(beton) == 11 and beton.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
+    assert beton.fingerprint != open_train(root, loader="folder").fingerprint
+    assert command.main(["check", str(tmp_path / "train.beton")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'train.beton'}: 11 images, 0 problems\n"
 
 
-def test_info_says_what_is_in_it(tmp_path, capsys):
-    stored = written(tmp_path / "data", n=12)
-    assert beton.main(["info", stored.where]) == 0
+def test_info_describes_the_file(tmp_path, capsys):
+    beton = write_beton(tmp_path / "data", n=12)
+    assert command.main(["info", beton.where]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{stored.where}: 12 images in 1 file(s), ")
+    assert out.startswith(f"{beton.where}: 12 images in 1 file(s), ")
     assert "classes: 3, images without a label: 0\n12 images: 12 kept as they were" in out
 
 
-def test_check_names_what_is_damaged(tmp_path, capsys):
-    stored = written(tmp_path / "data", n=12)
-    with open(stored.where, "r+b") as file:
-        file.seek(int(stored.samples.place[3]))
+def test_check_names_damaged_images(tmp_path, capsys):
+    beton = write_beton(tmp_path / "data", n=12)
+    with open(beton.where, "r+b") as file:
+        file.seek(int(beton.samples.place[3]))
         file.write(b"GIF")
         file.seek(
-            int(stored.samples.place[7] + stored.samples.length[7]) - 40
-        )  # decodes without a word
+            int(beton.samples.place[7] + beton.samples.length[7]) - 40
+        )  # decodes without a warning
         before = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([before[0] ^ 1]))
-    assert beton.main(["check", stored.where]) == 1
+    assert command.main(["check", beton.where]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{stored.where}, image 3: not a JPEG"
-    assert (
-        lines[-2]
-        == f"{stored.where}: its bytes are not those that were written (the manifest's crc32 differs)"
+    assert lines[0] == f"{beton.where}, image 3: not a JPEG"
+    assert lines[-2] == (
+        f"{beton.where}: its bytes are not those that were written (the manifest's crc32 differs)"
     )
 
 
 def _write_slowly(root: Path, path: Path) -> None:
-    """So that a kill finds it at work: 300 images take three seconds and more."""
+    """Write 300 images in at least three seconds, so that a kill interrupts the work."""
     encode_chunk, encoder._CHUNK = encoder._encode_chunk, 3
     encoder._encode_chunk = lambda indices: (time.sleep(0.03), encode_chunk(indices))[1]
-    beton_writer.write(opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1)
+    beton_writer.write(
+        open_train(root, loader="folder"), path, Settings(max_side=64), num_workers=1
+    )
 
 
 class TestKilled:
-    def test_at_ten_moments_it_ends_with_the_same_file(self, tmp_path):
-        root = tree(tmp_path / "data", n=300)
+    def test_ten_kills_do_not_change_the_file(self, tmp_path):
+        root = write_images(tmp_path / "data", n=300)
         whole, path = tmp_path / "whole" / "train.beton", tmp_path / "killed" / "train.beton"
         beton_writer.write(
-            opened(root, loader="folder"), whole, Settings(max_side=64), num_workers=1
+            open_train(root, loader="folder"), whole, Settings(max_side=64), num_workers=1
         )
         journal, sizes = path.with_name("train.beton.journal"), []
         for moment in np.random.default_rng(0).uniform(0, 0.2, 10):
@@ -295,9 +307,7 @@ class TestKilled:
                 and not (journal.exists() and journal.stat().st_size > sizes[-1])
                 and time.monotonic() < until
             ):
-                time.sleep(
-                    0.005
-                )  # the first is killed wherever it is, the others at work, however busy the machine
+                time.sleep(0.005)  # all but the first are killed after an image was written
             time.sleep(moment)
             process.kill()
             process.join()
@@ -305,12 +315,12 @@ class TestKilled:
             sizes.append(journal.stat().st_size if journal.exists() else 0)
         assert (
             sizes == sorted(sizes) and sizes[-1] > sizes[0]
-        )  # each went on where the one before was
+        )  # each continued where the last one ended
         beton_writer.write(
-            opened(root, loader="folder"), path, Settings(max_side=64), num_workers=1
+            open_train(root, loader="folder"), path, Settings(max_side=64), num_workers=1
         )
         assert sha(path) == sha(whole) and sha(manifest_path(path)) == sha(manifest_path(whole))
-        assert sorted(found.name for found in path.parent.iterdir()) == [
+        assert sorted(each.name for each in path.parent.iterdir()) == [
             "train.beton",
             "train.beton.json",
         ]
@@ -319,20 +329,20 @@ class TestKilled:
         "torn",
         ["half an entry", "data lost", "data changed", "other settings", "before the rename"],
     )
-    def test_what_a_power_cut_tears_is_made_again(self, torn, tmp_path, monkeypatch):
-        source = opened(tree(tmp_path / "data", n=40), loader="folder")
+    def test_images_lost_in_a_power_cut_are_written_again(self, torn, tmp_path, monkeypatch):
+        source = open_train(write_images(tmp_path / "data", n=40), loader="folder")
         whole, path = tmp_path / "whole" / "train.beton", tmp_path / "train.beton"
         beton_writer.write(source, whole, Settings(), num_workers=1)
         with monkeypatch.context() as patch:
             stop = OSError("the disk is full")
 
-            def raise_it(*_arguments):
+            def interrupt(*_arguments):
                 raise stop
 
             patch.setattr(
                 beton_writer.os if torn == "before the rename" else beton_writer,
                 "replace" if torn == "before the rename" else "_finish",
-                raise_it,
+                interrupt,
             )
             with pytest.raises(OSError, match="the disk is full"):
                 beton_writer.write(
@@ -354,26 +364,26 @@ class TestKilled:
         assert sha(path) == sha(whole)
 
     def test_a_finished_file_is_not_written_again(self, tmp_path):
-        stored = written(tmp_path / "data", n=12)
-        before = os.stat(stored.where)
+        beton = write_beton(tmp_path / "data", n=12)
+        before = os.stat(beton.where)
         beton_writer.write(
-            opened(tmp_path / "data", loader="folder"),
-            Path(stored.where),
+            open_train(tmp_path / "data", loader="folder"),
+            Path(beton.where),
             Settings(),
             num_workers=1,
         )
-        assert os.stat(stored.where).st_mtime_ns == before.st_mtime_ns
+        assert os.stat(beton.where).st_mtime_ns == before.st_mtime_ns
 
-    def test_processes_change_nothing(self, tmp_path):
-        source = opened(tree(tmp_path / "data", n=100), loader="folder")
+    def test_any_number_of_processes_writes_the_same_file(self, tmp_path):
+        source = open_train(write_images(tmp_path / "data", n=100), loader="folder")
         for workers in (1, 3):
             beton_writer.write(
                 source, tmp_path / str(workers) / "train.beton", Settings(max_side=50), workers
             )
         assert sha(tmp_path / "1" / "train.beton") == sha(tmp_path / "3" / "train.beton")
 
-    def test_two_writers_of_one_file_do_not_mix(self, tmp_path):
-        source = opened(tree(tmp_path / "data", n=12), loader="folder")
+    def test_a_second_writer_of_the_same_file_is_refused(self, tmp_path):
+        source = open_train(write_images(tmp_path / "data", n=12), loader="folder")
         path = tmp_path / "train.beton"
         encoded_images = beton_writer.encoded_images
 
@@ -392,12 +402,12 @@ class TestKilled:
 
 class TestMessages:
     @pytest.fixture
-    def stored(self, tmp_path) -> Beton:
-        return written(tmp_path / "data", n=12)
+    def beton(self, tmp_path) -> Beton:
+        return write_beton(tmp_path / "data", n=12)
 
     @pytest.mark.case(15)
-    def test_files_that_do_not_open(self, stored, tmp_path):
-        path, size = Path(stored.where), os.stat(stored.where).st_size
+    def test_files_that_do_not_open(self, beton, tmp_path):
+        path, size = Path(beton.where), os.stat(beton.where).st_size
         os.truncate(path, size - 100)
         assert (
             refused(beton_file.read, path)
@@ -412,12 +422,13 @@ class TestMessages:
         assert refused(beton_file.read, path) == f"data.root: {path} is not a .beton of format 2"
         path.unlink()
         assert refused(beton_file.read, path) == (
-            f"data.root: {path} does not exist; write it: python -m ssl_pretrain.data.beton write --help"
+            f"data.root: {path} does not exist; write it: python -m "
+            "ssl_pretrain.data.beton write --help"
         )
 
     @pytest.mark.parametrize("field", ["place", "width", "mode"])
-    def test_entries_that_point_elsewhere(self, field, stored):
-        with rewritten(stored) as (path, content):
+    def test_entries_that_point_outside_the_file(self, field, beton):
+        with edited(beton) as (path, content):
             samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)
             samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
         expected = (
@@ -427,41 +438,48 @@ class TestMessages:
         )
         assert refused(beton_file.read, path) == f"data.root: {path}: {expected}"
 
-    def test_a_damaged_manifest(self, stored):
-        path = manifest_path(Path(stored.where))
+    def test_a_damaged_manifest(self, beton):
+        path = manifest_path(Path(beton.where))
         path.write_text("{")
-        assert refused(beton_file.read, Path(stored.where)) == (
+        assert refused(beton_file.read, Path(beton.where)) == (
             f"data.root: {path} is damaged; copy it again, or run the same write again"
         )
-        path.unlink()  # FFCV's own files have none: numbers are the names then
-        assert opened(Path(stored.where)).classes == ["0", "1", "2"]
+        path.unlink()  # files of FFCV have no manifest; classes are then named by number
+        assert open_train(Path(beton.where)).classes == ["0", "1", "2"]
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             (
                 ["--page-size", "3000000"],
-                "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least 2,097,152 (FFCV's own least)",
+                (
+                    "--quality is 1 to 100, --max-side at least 0, --page-size a power of two "
+                    "of at least 2,097,152 (FFCV's own least)"
+                ),
             ),
             (
                 ["--shards", "2", "--shard", "2"],
-                "--shards 2, --shard 2: give 1 to 12 shards, and a shard from 0 to their number less one",
+                (
+                    "--shards 2, --shard 2: give 1 to 12 shards, and a shard from 0 to their "
+                    "number less one"
+                ),
             ),
         ],
     )
-    def test_options(self, options, message, stored, tmp_path, capsys):
+    def test_options(self, options, message, beton, tmp_path, capsys):
         assert (
-            beton.main(["write", str(tmp_path / "data"), str(tmp_path / "x.beton"), *options]) == 2
+            command.main(["write", str(tmp_path / "data"), str(tmp_path / "x.beton"), *options])
+            == 2
         )
         assert capsys.readouterr().err == f"error: {message}\n"
 
     def test_the_array_of_a_scheduler_writes_one_shard_each(
-        self, stored, tmp_path, monkeypatch, capsys
+        self, beton, tmp_path, monkeypatch, capsys
     ):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
         monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
         assert (
-            beton.main(
+            command.main(
                 [
                     "write",
                     str(tmp_path / "data"),
@@ -486,14 +504,14 @@ class TestMessages:
 
 
 class TestDamage:
-    """What a bad disk, a careless copy or an attacker makes of a file is found before a decoder sees it."""
+    """Damage and malicious entries are detected before a decoder sees them."""
 
     @pytest.fixture
-    def stored(self, tmp_path) -> Beton:
-        return written(tmp_path / "data", n=12)
+    def beton(self, tmp_path) -> Beton:
+        return write_beton(tmp_path / "data", n=12)
 
-    def test_every_flipped_bit_of_the_tables_is_found(self, stored):
-        path = Path(stored.where)
+    def test_every_flipped_bit_of_the_tables_is_detected(self, beton):
+        path = Path(beton.where)
         content = path.read_bytes()
         table = int(np.frombuffer(content, tables.HEADER, 1)[0]["table"])
         entries = tables.SAMPLES_BEGIN + 12 * tables.SAMPLE.itemsize
@@ -510,32 +528,32 @@ class TestDamage:
         path.write_bytes(content)
         assert len(beton_file.read(path)) == 12
 
-    def test_every_flipped_bit_of_the_manifest_is_found(self, stored):
-        path = manifest_path(Path(stored.where))
+    def test_every_flipped_bit_of_the_manifest_is_detected(self, beton):
+        path = manifest_path(Path(beton.where))
         content = path.read_bytes()
         for place in range(0, len(content), 3):
             flipped = bytearray(content)
             flipped[place] ^= 1 << place % 7
             path.write_bytes(flipped)
-            assert refused(beton_file.read, Path(stored.where)) == (
+            assert refused(beton_file.read, Path(beton.where)) == (
                 f"data.root: {path} is damaged; copy it again, or run the same write again"
             )
 
     @pytest.mark.parametrize(
         "text", ["[]", "null", "5", '"text"', "{}", "\xff", pytest.param("[" * 200_000, id="deep")]
     )
-    def test_a_manifest_of_another_kind_is_damaged(self, text, stored, capsys):
-        path = manifest_path(Path(stored.where))
+    def test_other_json_is_no_manifest(self, text, beton, capsys):
+        path = manifest_path(Path(beton.where))
         path.write_text(text, encoding="latin-1")
         expected = (
             f"error: data.root: {path} is damaged; copy it again, or run the same write again\n"
         )
-        for command in ("check", "info"):
-            assert beton.main([command, stored.where]) == 2
+        for action in ("check", "info"):
+            assert command.main([action, beton.where]) == 2
             assert capsys.readouterr().err == expected
 
-    def test_a_manifest_that_lacks_a_key_or_has_another_type_is_damaged(self, stored):
-        path = manifest_path(Path(stored.where))
+    def test_every_key_of_a_manifest_is_checked(self, beton):
+        path = manifest_path(Path(beton.where))
         manifest = json.loads(path.read_text())
         for key in manifest:
             for other in ({}, {key: None}, {key: [5]}):
@@ -544,21 +562,21 @@ class TestDamage:
                         {name: value for name, value in manifest.items() if name != key} | other
                     )
                 )
-                assert "is damaged" in refused(beton_file.read, Path(stored.where))
+                assert "is damaged" in refused(beton_file.read, Path(beton.where))
 
-    def test_a_manifest_of_an_earlier_version_is_read(self, stored):
-        path = manifest_path(Path(stored.where))
+    def test_a_manifest_of_an_earlier_version_is_read(self, beton):
+        path = manifest_path(Path(beton.where))
         manifest = json.loads(path.read_text())
         path.write_text(
             json.dumps(
                 {key: value for key, value in manifest.items() if not key.endswith("_sha256")}
             )
         )
-        assert len(beton_file.read(Path(stored.where))) == 12
+        assert len(beton_file.read(Path(beton.where))) == 12
 
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
-    def test_a_length_that_wraps_is_refused(self, length, stored):
-        with rewritten(stored) as (path, content):
+    def test_a_length_that_wraps_is_refused(self, length, beton):
+        with edited(beton) as (path, content):
             table = int(np.frombuffer(content, tables.HEADER, 1)[0]["table"])
             np.frombuffer(content, tables.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(
                 length
@@ -568,31 +586,33 @@ class TestDamage:
         )
 
     @pytest.mark.parametrize("label", [-2, 1_000_000, 2**40, -(2**63)])
-    def test_a_label_that_is_no_class_is_refused(self, label, stored):
-        """A file of FFCV's own writer has no class names. One is made for each class, and none of these may fill the memory."""
-        with rewritten(stored) as (path, content):
+    def test_a_label_that_is_no_class_is_refused(self, label, beton):
+        """A file without class names gets one name per class, which must not fill the memory."""
+        with edited(beton) as (path, content):
             np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)["label"][3] = (
                 label
             )
         assert refused(beton_file.read, path) == (
-            f"data.root: {path}: the label of image 3 is {label}, and labels are -1 for none or a class below 1,000,000; the file is damaged"
+            f"data.root: {path}: the label of image 3 is {label}, and labels are -1 for "
+            "none or a class below 1,000,000; the file is damaged"
         )
 
-    def test_a_file_without_images_is_refused(self, stored):
-        with rewritten(stored) as (path, content):
+    def test_a_file_without_images_is_refused(self, beton):
+        with edited(beton) as (path, content):
             np.frombuffer(content, tables.HEADER, 1)["num_samples"][0] = 0
-        assert refused(opened, path) == f"data.root: {path} holds no image; write it again"
+        assert refused(open_train, path) == f"data.root: {path} holds no image; write it again"
 
-    def test_a_folder_in_the_place_of_a_file_is_refused(self, stored):
-        path = Path(stored.where)
+    def test_a_folder_is_refused(self, beton):
+        path = Path(beton.where)
         path.unlink()
         path.mkdir()
         assert refused(beton_file.read, path) == (
-            f"data.root: {path} is not a regular file; give the .beton itself, or the folder that holds train.beton"
+            f"data.root: {path} is not a regular file; give the .beton itself, or the "
+            "folder that holds train.beton"
         )
 
-    def test_an_entry_of_too_many_pixels_is_refused(self, stored):
-        with rewritten(stored) as (path, content):
+    def test_an_entry_of_too_many_pixels_is_refused(self, beton):
+        with edited(beton) as (path, content):
             samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)
             samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
         assert (
@@ -600,39 +620,40 @@ class TestDamage:
             in refused(beton_file.read, path)
         )
 
-    def test_tall_and_wide_images_do_not_add_up(self, stored):
+    def test_buffers_fit_tall_and_wide_images_separately(self, beton):
         samples = replace(
-            stored.samples, height=np.array([1, 60000] * 6), width=np.array([60000, 1] * 6)
+            beton.samples, height=np.array([1, 60000] * 6), width=np.array([60000, 1] * 6)
         )
         assert compiled.scratch_for(samples, []).image.nbytes < 20_000_000
 
-    def test_a_replaced_file_is_noticed(self, stored, tmp_path):
-        other = written(tmp_path / "other" / "data", n=12, max_side=30)
-        stored.read(0)
-        os.replace(other.where, stored.where)
+    def test_a_replaced_file_is_detected(self, beton, tmp_path):
+        other = write_beton(tmp_path / "other" / "data", n=12, max_side=30)
+        beton.read(0)
+        os.replace(other.where, beton.where)
         with pytest.raises(UnreadableImage, match="the file was replaced"):
-            stored.read(0)
-        assert refused(stored.check_present) == (
-            f"data.root: {stored.where} was replaced or changed while it was being read; start the run again"
+            beton.read(0)
+        assert refused(beton.check_present) == (
+            f"data.root: {beton.where} was replaced or changed while it was being read; "
+            "start the run again"
         )
 
-    def test_an_entry_that_is_no_jpeg_reaches_no_other_decoder(self, stored):
-        path, samples = Path(stored.where), stored.samples
+    def test_only_jpeg_decoders_see_a_stored_jpeg(self, beton):
+        path, samples = Path(beton.where), beton.samples
         content = bytearray(path.read_bytes())
         place = int(samples.place[4])
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
         content[place : place + len(eps)] = eps
         path.write_bytes(content)
         with pytest.raises(UnreadableImage) as caught:
-            opened(path).read(4)
+            open_train(path).read(4)
         assert str(caught.value) == f"{path}, image 4: not a JPEG"
 
 
 @pytest.mark.parametrize(
-    "moment", ["before the manifest", "between manifest and data", "before the journal goes"]
+    "moment", ["before the manifest", "between manifest and data", "before the journal is removed"]
 )
-def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_path, monkeypatch):
-    source = opened(tree(tmp_path / "data", n=12), loader="folder")
+def test_a_killed_rewrite_is_finished(moment, tmp_path, monkeypatch):
+    source = open_train(write_images(tmp_path / "data", n=12), loader="folder")
     path, whole = tmp_path / "train.beton", tmp_path / "whole" / "train.beton"
     beton_writer.write(source, path, Settings(max_side=30), num_workers=1)
     beton_writer.write(source, whole, Settings(max_side=60), num_workers=1)
@@ -649,7 +670,7 @@ def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_pat
                 "replace",
                 lambda old, new: killed() if new == path else real(old, new),
             ),
-            "before the journal goes": lambda: patch.setattr(Path, "unlink", killed),
+            "before the journal is removed": lambda: patch.setattr(Path, "unlink", killed),
         }
         steps[moment]()
         with pytest.raises(KeyboardInterrupt):
@@ -658,21 +679,19 @@ def test_a_write_with_other_settings_that_was_killed_is_finished(moment, tmp_pat
         assert "do not belong together" in refused(beton_file.read, path)
     beton_writer.write(source, path, Settings(max_side=60), num_workers=1)
     assert sha(path) == sha(whole)
-    assert sorted(found.name for found in tmp_path.glob("train.beton*")) == [
+    assert sorted(each.name for each in tmp_path.glob("train.beton*")) == [
         "train.beton",
         "train.beton.json",
     ]
 
 
-def test_a_stored_image_is_its_own_jpeg(tmp_path):
-    stored = written(tmp_path / "data", n=12)
-    np.testing.assert_array_equal(stored.read(3), decode(stored.read_bytes(3), "x"))
-    part = stored.take(np.array([5, 2]))
-    assert part.fingerprint not in (stored.fingerprint, stored.take(np.array([2, 5])).fingerprint)
-    np.testing.assert_array_equal(part.read(0), stored.read(5))
-    os.unlink(stored.where)
+def test_stored_bytes_are_the_jpeg_of_the_source(tmp_path):
+    beton = write_beton(tmp_path / "data", n=12)
+    np.testing.assert_array_equal(beton.read(3), decode(beton.read_bytes(3), "x"))
+    subset = beton.take(np.array([5, 2]))
+    assert subset.fingerprint not in (beton.fingerprint, beton.take(np.array([2, 5])).fingerprint)
+    np.testing.assert_array_equal(subset.read(0), beton.read(5))
+    os.unlink(beton.where)
     with pytest.raises(FileNotFoundError) as caught:
-        stored.check_present()
-    assert (
-        str(caught.value) == f"data.root: {stored.where} is gone; it was there when the run began"
-    )
+        beton.check_present()
+    assert str(caught.value) == f"data.root: {beton.where} is gone; it was there when the run began"

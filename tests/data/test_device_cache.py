@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from betons import opened, tree
+from betons import open_train, write_images
 from loaders import build_loader
 
 from ssl_pretrain.data import device_cache
@@ -30,7 +30,7 @@ DEVICES = [
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_batches_equal_those_of_worker_processes_within_one_gray_level(device, tmp_path):
-    source = opened(tree(tmp_path / "data", n=50), loader="folder")
+    source = open_train(write_images(tmp_path / "data", n=50), loader="folder")
     with (
         build_loader(source, PLAIN, "device", device=device) as cached,
         build_loader(source, PLAIN) as read,
@@ -59,8 +59,8 @@ def test_resumed_steps_and_ranks_give_the_same_batches():
 
 
 def test_an_unreadable_image_is_replaced_and_counted(tmp_path):
-    root = tree(tmp_path / "data", n=12)
-    source = opened(root, loader="folder")
+    root = write_images(tmp_path / "data", n=12)
+    source = open_train(root, loader="folder")
     (root / "train" / "class_0" / "0003.jpg").write_bytes(b"")
     options = {"global_batch_size": 6, "max_replaced": 1.0}
     with (

@@ -1,4 +1,4 @@
-"""The pixel rule of data/images.py: one test a format, on pixels known without running the code."""
+"""The pixel rule of data/images.py: one test per format, on pixels known without running code."""
 
 import io
 import struct
@@ -11,11 +11,11 @@ from PIL import Image
 from ssl_pretrain.data import images
 from ssl_pretrain.data.images import UnreadableImage, decode
 
-RANDOM = np.random.default_rng(0)
-GREY = RANDOM.integers(0, 256, (5, 7), dtype=np.uint8)
-COLOUR = RANDOM.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (5, 7), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
 SMOOTH = np.kron(
-    RANDOM.integers(0, 256, (3, 4, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8)
+    RNG.integers(0, 256, (3, 4, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8)
 )  # survives JPEG
 
 
@@ -25,7 +25,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
-def test_colour_is_kept_and_can_be_written_to():
+def test_colors_are_unchanged_and_writable():
     pixels = decode(encoded(Image.fromarray(COLOUR), "PNG"), "a.png")
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(pixels, COLOUR)
@@ -33,7 +33,7 @@ def test_colour_is_kept_and_can_be_written_to():
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
-def test_grey_is_repeated(format):
+def test_gray_is_repeated(format):
     np.testing.assert_array_equal(
         decode(encoded(Image.fromarray(GREY), format), "a"), np.repeat(GREY[..., None], 3, axis=2)
     )
@@ -46,7 +46,7 @@ def test_one_bit_is_black_and_white():
     )
 
 
-def test_palette_gives_its_colours():
+def test_a_palette_gives_its_colors():
     image = Image.fromarray(GREY % 4, "P")
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
     expected = np.arange(10, 130, 10).reshape(4, 3)[GREY % 4]
@@ -61,7 +61,7 @@ def test_transparent_palette_entry_becomes_black():
     np.testing.assert_array_equal(decode(encoded(image, "PNG", transparency=2), "a.png"), expected)
 
 
-def test_colour_marked_transparent_becomes_black():
+def test_a_color_marked_transparent_becomes_black():
     pixels = COLOUR.copy()
     pixels[0, 0] = pixels[2, 3] = (1, 2, 3)
     expected = pixels.copy()
@@ -73,20 +73,20 @@ def test_colour_marked_transparent_becomes_black():
 
 def test_alpha_is_composited_on_black():
     alpha = np.array([[0, 51, 255]], np.uint8)
-    colour = np.full((1, 3, 3), 200, np.uint8)
+    color = np.full((1, 3, 3), 200, np.uint8)
     expected = np.repeat(
         np.array([[0, 40, 200]], np.uint8)[..., None], 3, axis=2
     )  # 200 * 51 / 255 = 40
     np.testing.assert_array_equal(
-        decode(encoded(Image.fromarray(np.dstack([colour, alpha])), "PNG"), "a.png"), expected
+        decode(encoded(Image.fromarray(np.dstack([color, alpha])), "PNG"), "a.png"), expected
     )
     np.testing.assert_array_equal(
-        decode(encoded(Image.fromarray(np.dstack([colour[..., 0], alpha])), "PNG"), "a.png"),
+        decode(encoded(Image.fromarray(np.dstack([color[..., 0], alpha])), "PNG"), "a.png"),
         expected,
     )
 
 
-def test_16_bit_grey_is_divided_by_257():
+def test_16_bit_gray_is_divided_by_257():
     values = np.array([[0, 128, 129, 257, 32896, 65406, 65407, 65535]], np.uint16)
     expected = np.repeat(np.array([[0, 0, 1, 1, 128, 254, 255, 255]])[..., None], 3, axis=2)
     np.testing.assert_array_equal(
@@ -99,11 +99,11 @@ def test_16_bit_grey_is_divided_by_257():
     np.testing.assert_array_equal(decode(pgm, "a.pgm"), expected)
 
 
-def test_16_bit_colour_is_within_one_level():
-    values = RANDOM.integers(0, 65536, (4, 6, 3), dtype=np.uint16)
+def test_16_bit_color_is_within_one_level():
+    values = RNG.integers(0, 65536, (4, 6, 3), dtype=np.uint16)
     rows = b"".join(
         b"\0" + row.astype(">u2").tobytes() for row in values
-    )  # by hand: Pillow writes no such PNG
+    )  # Pillow writes no such PNG
 
     def block(kind: bytes, data: bytes) -> bytes:
         return (
@@ -117,7 +117,7 @@ def test_16_bit_colour_is_within_one_level():
 
 def test_cmyk_is_converted():
     cmyk = np.zeros((8, 8, 4), np.uint8)
-    cmyk[..., 0] = 255  # full cyan, no ink else
+    cmyk[..., 0] = 255  # full cyan, no other ink
     pixels = decode(encoded(Image.fromarray(cmyk, "CMYK"), "TIFF"), "a.tif")
     np.testing.assert_array_equal(pixels, np.broadcast_to([0, 255, 255], (8, 8, 3)))
     jpeg = decode(encoded(Image.fromarray(cmyk, "CMYK"), "JPEG"), "a.jpg")
@@ -127,7 +127,7 @@ def test_cmyk_is_converted():
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(format, orientation):
-    # what each value says: where the stored first row and first column are, in the upright image
+    # Each value says where the first stored row and column are in the upright image.
     upright = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -154,7 +154,7 @@ def test_exif_orientation_is_applied(format, orientation):
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_the_quick_way_of_jpeg_is_pillows_to_the_bit(mode, progressive):
+def test_the_fast_jpeg_decoder_gives_pillows_pixels(mode, progressive):
     inks = Image.fromarray(np.dstack([SMOOTH, SMOOTH[::-1, :, 0]]), "CMYK")
     content = encoded(
         inks if mode == "CMYK" else Image.fromarray(SMOOTH).convert(mode),
@@ -165,14 +165,14 @@ def test_the_quick_way_of_jpeg_is_pillows_to_the_bit(mode, progressive):
         np.testing.assert_array_equal(decode(content, "a.jpg"), np.array(image.convert("RGB")))
 
 
-def test_one_pixel():
+def test_an_image_may_have_one_pixel():
     assert decode(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"), "a.png").tolist() == [
         [[1, 2, 3]]
     ]
     assert decode(encoded(Image.new("L", (1, 1), 9), "JPEG"), "a.jpg").shape == (1, 1, 3)
 
 
-def test_first_of_several_frames():
+def test_the_first_of_several_frames_is_read():
     frames = [Image.new("L", (3, 2), value) for value in (10, 200)]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert (decode(content, "a.gif") == 10).all() and images.read_header(
@@ -180,7 +180,7 @@ def test_first_of_several_frames():
     ).num_frames == 2
 
 
-def test_smaller_copies_of_a_tiff_are_passed_over():
+def test_smaller_copies_in_a_tiff_are_ignored():
     large, small = Image.new("L", (8, 6), 10), Image.new("L", (4, 3), 200)
     small.encoderinfo = {"tiffinfo": {254: 1}}  # a reduced copy
     assert (
@@ -191,7 +191,7 @@ def test_smaller_copies_of_a_tiff_are_passed_over():
 @pytest.mark.parametrize("values", [(200.0, 3000.0), (-5.0, 4095.0), (0.5, 10.0)])
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, ">u2"])
 def test_a_range_maps_low_to_0_and_high_to_255(values, kind):
-    stored = RANDOM.integers(0, 4096, (6, 8)).astype(kind)
+    stored = RNG.integers(0, 4096, (6, 8)).astype(kind)
     expected = np.rint(
         255 * ((stored.astype(float) - values[0]) / (values[1] - values[0])).clip(0, 1)
     )
@@ -217,21 +217,21 @@ def test_16_bits_whose_zero_is_white_are_inverted():
     assert decode(inverted, "a.tif")[..., 0].tolist() == [[255, 0]]
 
 
-def test_inspect_measures_values_without_the_thousandth_at_either_end():
-    stored = RANDOM.integers(200, 3000, (100, 100)).astype(np.uint16)
+def test_the_header_has_the_values_without_the_thousandth_at_either_end():
+    stored = RNG.integers(200, 3000, (100, 100)).astype(np.uint16)
     stored[0, 0], stored[0, 1] = 65535, 0  # a hot and a dead pixel
-    found = images.read_header(encoded(Image.fromarray(stored), "TIFF"), "a.tif")
-    assert found[:4] == ("I;16", 100, 100, 1)
+    header = images.read_header(encoded(Image.fromarray(stored), "TIFF"), "a.tif")
+    assert header[:4] == ("I;16", 100, 100, 1)
     assert (
-        found.low is not None
-        and 200 <= found.low < 210
-        and found.high is not None
-        and 2985 < found.high < 3000
+        header.low is not None
+        and 200 <= header.low < 210
+        and header.high is not None
+        and 2985 < header.high < 3000
     )
 
 
 def png_of_16_bits(values: np.ndarray) -> bytes:
-    """A PNG of gray with alpha, RGB or RGBA by hand, as Pillow writes none of 16 bits."""
+    """Encode 16-bit gray with alpha, RGB or RGBA as PNG, which Pillow does not write."""
     color_type = {2: 4, 3: 2, 4: 6}[values.shape[2]]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
@@ -252,13 +252,13 @@ def refused(content: bytes, name: str = "a", **options) -> str:
     return str(caught.value)
 
 
-class TestTakenForSomethingElse:
+class TestAmbiguous:
     def test_dark_16_bit_color(self):
-        content = png_of_16_bits(RANDOM.integers(0, 4096, (4, 6, 3)).astype(np.uint16))
+        content = png_of_16_bits(RNG.integers(0, 4096, (4, 6, 3)).astype(np.uint16))
         assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(content)
 
     def test_dark_16_bits_with_a_saturated_pixel_with_alpha_and_in_a_ppm(self):
-        dark = RANDOM.integers(0, 3900, (40, 30, 3)).astype(np.uint16)
+        dark = RNG.integers(0, 3900, (40, 30, 3)).astype(np.uint16)
         saturated, opaque = dark.copy(), np.full((40, 30), 65535, np.uint16)
         saturated[0, 0, 0] = 65535
         ppm = b"P6 30 40 65535\n" + dark.astype(">u2").tobytes()
@@ -268,7 +268,7 @@ class TestTakenForSomethingElse:
         assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(gray)
 
     def test_a_range_for_16_bit_color(self):
-        content = png_of_16_bits(RANDOM.integers(0, 65536, (4, 6, 3)).astype(np.uint16))
+        content = png_of_16_bits(RNG.integers(0, 65536, (4, 6, 3)).astype(np.uint16))
         assert "a: data.range is for gray images without alpha" in refused(
             content, value_range=(0.0, 4095.0)
         )
@@ -281,9 +281,9 @@ class TestTakenForSomethingElse:
         content = encoded(Image.fromarray(np.dstack([COLOUR, GREY]), "RGBA"), "JPEG2000")
         assert "a: a JPEG 2000 of four bands does not say" in refused(content)
 
-    def test_a_jpeg_of_four_bands_that_are_not_said_to_be_inks(self):
+    def test_a_jpeg_of_four_unnamed_bands(self):
         content = encoded(Image.new("CMYK", (8, 8)), "JPEG")
-        marker = content.index(b"\xff\xee")  # Adobe's
+        marker = content.index(b"\xff\xee")  # the marker of Adobe
         length = int.from_bytes(content[marker + 2 : marker + 4])
         assert "a: four bands that are not said to be inks" in refused(
             content[:marker] + content[marker + 2 + length :]
@@ -301,12 +301,13 @@ class TestTakenForSomethingElse:
     def test_alpha_that_is_0_everywhere(self, mode):
         assert "a: its alpha is 0 everywhere" in refused(encoded(Image.new(mode, (4, 4)), "PNG"))
 
-    def test_a_tiff_that_pillow_does_not_read(self):
+    def test_a_tiff_that_pillow_cannot_read(self):
         content = encoded(Image.fromarray(COLOUR), "TIFF").replace(
             struct.pack("<HHIHH", 262, 3, 1, 2, 0), struct.pack("<HHIHH", 262, 3, 1, 9, 0)
         )
         assert refused(content) == (
-            "a: Pillow reads no TIFF of this number of bands, bits or compression; convert it to gray or RGB of 8 or 16 bits"
+            "a: Pillow reads no TIFF of this number of bands, bits or compression; convert "
+            "it to gray or RGB of 8 or 16 bits"
         )
 
 
@@ -335,7 +336,7 @@ class TestTrust:
             30: b"\0\12",
             120: b"\0\5",
             65: b"\1",
-        }  # IPTC gives its content to any decoder
+        }  # IPTC hands its content to any decoder
         iptc = b"".join(
             bytes([28, 3, number, 0, len(value)]) + value for number, value in fields.items()
         )
@@ -344,13 +345,13 @@ class TestTrust:
             assert image.format == "IPTC"
         assert refused(iptc, "a.jpg") == "a.jpg: no known image format"
 
-    def test_what_begins_as_a_jpeg_goes_to_no_other_decoder(self):
+    def test_a_jpeg_signature_reaches_no_other_decoder(self):
         png = encoded(Image.fromarray(COLOUR), "PNG")
         assert refused(png, "a.beton, image 0", jpeg=True) == "a.beton, image 0: not a JPEG"
         assert refused(b"\xff\xd8" + png, "a.jpg").startswith("a.jpg: ")
         np.testing.assert_array_equal(
             decode(png, "a.jpg"), COLOUR
-        )  # ImageNet has PNGs of that name
+        )  # ImageNet has PNGs with this suffix
 
 
 def damaged() -> dict[str, tuple[bytes, str]]:
@@ -375,13 +376,13 @@ def damaged() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("case", damaged())
-def test_what_cannot_be_read_is_named(case):
+def test_an_unreadable_file_is_named(case):
     content, message = damaged()[case]
     with pytest.raises(UnreadableImage) as caught:
         decode(content, "a.png")
     assert str(caught.value).startswith(message)
 
 
-def test_inspect_reads_no_pixels_of_8_bits():
+def test_the_header_of_8_bits_is_read_without_pixels():
     content = encoded(Image.fromarray(COLOUR), "PNG")
     assert images.read_header(content[:60], "a.png") == ("RGB", 7, 5, 1, None, None)

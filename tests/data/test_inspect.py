@@ -1,4 +1,4 @@
-"""The inspection: what it counts, the bad files it names, and a configuration that loads."""
+"""The inspection counts, names bad files, and suggests a configuration that loads."""
 
 import re
 import subprocess
@@ -18,12 +18,12 @@ from ssl_pretrain.data.suggestion import suggest_config
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the lists of files go there
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the listings are cached there
 
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """6 images of class a, 2 of b: half black, half white; grey, of several sizes."""
+    """Write 6 images of class a and 2 of b, half of them black and half white."""
     for index in range(8):
         path = tmp_path / "data" / "train" / ("a" if index < 6 else "b") / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,11 +31,14 @@ def root(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def test_counts_sizes_modes_and_colours(root, capsys):
+def test_counts_sizes_modes_and_colors(root, capsys):
     assert inspect.main([str(root)]) == 0
     printed = capsys.readouterr().out
     for line in (
-        f"data: training {root}/train: 8 images, 2 classes (a, b); validation none (data.val: {root} has no folder or list for validation,",
+        (
+            f"data: training {root}/train: 8 images, 2 classes (a, b); validation none "
+            f"(data.val: {root} has no folder or list for validation,"
+        ),
         "images per class: min 2, median 4, max 6",
         "          2  b",
         "          6  a",
@@ -43,8 +46,14 @@ def test_counts_sizes_modes_and_colours(root, capsys):
         "  width   min 30, median 33, max 37 pixels",
         "  height  min 20, median 20, max 20 pixels",
         "  modes   L 8",
-        "  mean    0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image weighs the same)",
-        "  std     0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image weighs the same)",
+        (
+            "  mean    0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image weighs "
+            "the same)"
+        ),
+        (
+            "  std     0.5000, 0.5000, 0.5000 (red, green, blue, in [0, 1]; each image weighs "
+            "the same)"
+        ),
         "  bad     0",
     ):
         assert line in printed
@@ -56,7 +65,7 @@ def test_bad_files_are_named(root, capsys):
     assert f"  bad     1\n    {root}/train/a/3.png: the file is empty\n" in capsys.readouterr().out
 
 
-def test_a_sample_is_stated(root, capsys):
+def test_the_size_of_the_sample_is_printed(root, capsys):
     inspect.main([str(root), "--sample", "3"])
     assert (
         "read 3 of 8 images (evenly spaced in the list; --sample 0 reads all)"
@@ -64,7 +73,7 @@ def test_a_sample_is_stated(root, capsys):
     )
 
 
-def test_each_image_weighs_the_same(tmp_path):
+def test_each_image_has_the_same_weight(tmp_path):
     for name, size, value in (("1.png", (1, 1), 255), ("2.png", (50, 50), 0)):
         (tmp_path / "data").mkdir(exist_ok=True)
         Image.new("RGB", size, (value, 0, 51)).save(tmp_path / "data" / name)
@@ -73,7 +82,7 @@ def test_each_image_weighs_the_same(tmp_path):
     np.testing.assert_allclose(statistics.std, [0.5, 0, 0], atol=1e-4)
 
 
-def test_many_classes_are_abridged(tmp_path, capsys):
+def test_long_lists_of_classes_are_shortened(tmp_path, capsys):
     for index in range(30):
         path = tmp_path / "data" / f"class_{index:02d}" / "1.png"
         path.parent.mkdir(parents=True)
@@ -85,7 +94,8 @@ def test_many_classes_are_abridged(tmp_path, capsys):
     assert all(f"  class_{index:02d}\n" in printed for index in range(30))
 
 
-SUGGESTED = {  # images, their shorter side -> size of the views, batch, epochs
+# Number of images and their shorter side: size of the views, batch size, epochs.
+SUGGESTED = {
     (1297, 8): (16, 256, 800),
     (50_000, 32): (32, 512, 800),
     (100_000, 64): (64, 512, 400),
@@ -96,13 +106,13 @@ SUGGESTED = {  # images, their shorter side -> size of the views, batch, epochs
 
 @pytest.mark.parametrize(("n", "side"), SUGGESTED)
 def test_the_suggestion_loads(n, side, tmp_path):
-    class Counted:
+    class SourceOfLength:
         def __len__(self):
             return n
 
     statistics = ImageStatistics(sizes=[(side, 2 * side)])
     path = tmp_path / "my.yaml"
-    path.write_text(suggest_config(DataConfig(root='/data/a "b"'), Counted(), statistics))
+    path.write_text(suggest_config(DataConfig(root='/data/a "b"'), SourceOfLength(), statistics))
     loaded = config.load(path)
     assert (loaded.method.name, loaded.data.root) == ("simclr", '/data/a "b"')
     assert (
@@ -110,16 +120,16 @@ def test_the_suggestion_loads(n, side, tmp_path):
         loaded.global_batch_size,
         loaded.epochs,
     ) == SUGGESTED[n, side]
-    for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # each with its reason
+    for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # each has its reason
         assert re.search(rf"^ *{key}: \S+ +# \S", path.read_text(), re.MULTILINE)
 
 
-def test_what_cannot_be_opened_is_a_message(tmp_path, capsys):
+def test_a_missing_folder_is_a_message(tmp_path, capsys):
     assert inspect.main([str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.startswith(f"data.root: {tmp_path}/absent does not exist;")
 
 
-def test_as_a_command():
+def test_help_shows_options_and_examples():
     command = [sys.executable, "-m", "ssl_pretrain.data.inspect"]
     run = subprocess.run(
         [*command, "--help"],
@@ -128,10 +138,10 @@ def test_as_a_command():
         cwd=Path(__file__).parents[2],
         check=True,
     )
-    for part in (
+    for text in (
         "--sample",
         "--all-classes",
         "python -m ssl_pretrain.data.inspect /data/imagenet",
         "Exit status: 0;",
     ):
-        assert part in run.stdout
+        assert text in run.stdout

@@ -1,4 +1,4 @@
-"""Sources: which files become which part with which labels, the list on disk, and every message."""
+"""Sources: the files of each split, their labels, the cached listing, and every message."""
 
 import os
 import pickle
@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 from ssl_pretrain.data import folder_listing, listing, sources, zip_archive
+from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.image_source import require_labels
 from ssl_pretrain.data.image_statistics import check_range
 from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage
 from ssl_pretrain.data.sources import DataConfig, open_source
 
 
-def plant(root: Path, *names: str) -> Path:
-    """Small images of different colours at these places below root."""
+def write_images(root: Path, *names: str) -> Path:
+    """Write a small image of another color at each of these paths below root."""
     for number, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +28,7 @@ def plant(root: Path, *names: str) -> Path:
     return root
 
 
-def zipped(root: Path, compression: int = zipfile.ZIP_STORED) -> Path:
+def zip_folder(root: Path, compression: int = zipfile.ZIP_STORED) -> Path:
     path = root.parent / f"{root.name}.zip"
     with zipfile.ZipFile(path, "w", compression) as archive:
         for file in sorted(root.rglob("*"), reverse=True):
@@ -36,20 +37,20 @@ def zipped(root: Path, compression: int = zipfile.ZIP_STORED) -> Path:
 
 
 @pytest.fixture
-def opened(tmp_path):
-    def opened(root, split="train", **options):
+def open_split(tmp_path):
+    def open_split(root, split="train", **options):
         return open_source(
             DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"), **options), split
         )
 
-    return opened
+    return open_split
 
 
-def names(source) -> list[str]:
+def paths_of(source) -> list[str]:
     return [os.path.relpath(source.name(index), source.files.root) for index in range(len(source))]
 
 
-def message(function, *arguments, **options) -> str:
+def error_of(function, *arguments, **options) -> str:
     with pytest.raises(ValueError) as caught:
         function(*arguments, **options)
     return str(caught.value)
@@ -58,10 +59,10 @@ def message(function, *arguments, **options) -> str:
 IMAGENET = ("train/n02/b.png", "train/n02/a.png", "train/n01/c.JPEG", "val/n02/d.png")
 
 
-def test_class_per_folder(tmp_path, opened):
-    root = plant(tmp_path / "data", *IMAGENET)
-    train, val = opened(root), opened(root, "val")
-    assert names(train) == ["n01/c.JPEG", "n02/a.png", "n02/b.png"]
+def test_class_per_folder(tmp_path, open_split):
+    root = write_images(tmp_path / "data", *IMAGENET)
+    train, val = open_split(root), open_split(root, "val")
+    assert paths_of(train) == ["n01/c.JPEG", "n02/a.png", "n02/b.png"]
     assert (
         train.labels.tolist() == [0, 1, 1]
         and train.labels.dtype == np.int64
@@ -71,14 +72,14 @@ def test_class_per_folder(tmp_path, opened):
     assert (val.labels.tolist(), val.classes) == (
         [1],
         ["n01", "n02"],
-    )  # by name: n02 is 1 though val has no n01
-    np.testing.assert_array_equal(train.read(2), np.zeros((3, 4, 3)))  # the first planted
+    )  # matched by name: val has no n01
+    np.testing.assert_array_equal(train.read(2), np.zeros((3, 4, 3)))  # the first image written
     np.testing.assert_array_equal(train.read(1), np.broadcast_to([1, 2, 3], (3, 4, 3)))
 
 
-def test_class_folders_without_train(tmp_path, opened):
-    source = opened(plant(tmp_path / "data", "cat/1.png", "dog/2.png", "val/cat/3.png"))
-    assert names(source) == ["cat/1.png", "dog/2.png"] and source.classes == ["cat", "dog"]
+def test_class_folders_without_train(tmp_path, open_split):
+    source = open_split(write_images(tmp_path / "data", "cat/1.png", "dog/2.png", "val/cat/3.png"))
+    assert paths_of(source) == ["cat/1.png", "dog/2.png"] and source.classes == ["cat", "dog"]
 
 
 TREES = {
@@ -89,29 +90,29 @@ TREES = {
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_other_trees_have_no_labels(tree, tmp_path, opened):
+def test_other_trees_have_no_labels(tree, tmp_path, open_split):
     files = TREES[tree].split()
-    source = opened(plant(tmp_path / "data", *files))
-    assert names(source) == sorted(files)
+    source = open_split(write_images(tmp_path / "data", *files))
+    assert paths_of(source) == sorted(files)
     assert source.labels.tolist() == [-1] * len(files) and source.classes == []
 
 
-def test_folders_around_the_class_folders_are_no_classes(tmp_path, opened):
-    source = opened(plant(tmp_path / "data", "a/b/1.png", "a/c/2.png"))
+def test_folders_around_the_class_folders_are_no_classes(tmp_path, open_split):
+    source = open_split(write_images(tmp_path / "data", "a/b/1.png", "a/c/2.png"))
     assert (source.classes, source.labels.tolist()) == (["b", "c"], [0, 1])
 
 
-def test_a_wrapping_folder_is_seen_through(tmp_path, opened):
-    root = plant(tmp_path / "data", *(f"wrapped/{name}" for name in IMAGENET))
-    assert opened(root).classes == opened(zipped(root)).classes == ["n01", "n02"]
-    assert len(opened(root, "val")) == len(opened(zipped(root), "val")) == 1
+def test_a_folder_around_the_data_set_is_passed_through(tmp_path, open_split):
+    root = write_images(tmp_path / "data", *(f"wrapped/{name}" for name in IMAGENET))
+    assert open_split(root).classes == open_split(zip_folder(root)).classes == ["n01", "n02"]
+    assert len(open_split(root, "val")) == len(open_split(zip_folder(root), "val")) == 1
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_zip_is_the_tree_it_was_made_of(compression, tmp_path, opened):
-    root = plant(tmp_path / "data", *IMAGENET)
+def test_a_zip_equals_the_folder_it_was_made_from(compression, tmp_path, open_split):
+    root = write_images(tmp_path / "data", *IMAGENET)
     for split in ("train", "val"):
-        tree, packed = opened(root, split), opened(zipped(root, compression), split)
+        tree, packed = open_split(root, split), open_split(zip_folder(root, compression), split)
         assert packed.fingerprint == tree.fingerprint
         assert packed.labels.tolist() == tree.labels.tolist()
         for index in range(len(tree)):
@@ -119,90 +120,90 @@ def test_a_zip_is_the_tree_it_was_made_of(compression, tmp_path, opened):
     assert packed.name(0) == str(tmp_path / "data.zip" / "val/n02/d.png")
 
 
-def test_a_list_with_names(tmp_path, opened):
-    plant(tmp_path / "data", "x/1.png", "y/2.png", "z 3.png")
+def test_a_list_with_names(tmp_path, open_split):
+    write_images(tmp_path / "data", "x/1.png", "y/2.png", "z 3.png")
     (tmp_path / "data" / "all.csv").write_text(
         'path,label\nx/1.png,dog\ny/2.png,cat\n\n"z 3.png",\n'
     )
-    source = opened(tmp_path / "data" / "all.csv")
-    assert names(source) == ["x/1.png", "y/2.png", "z 3.png"]
+    source = open_split(tmp_path / "data" / "all.csv")
+    assert paths_of(source) == ["x/1.png", "y/2.png", "z 3.png"]
     assert source.labels.tolist() == [1, 0, -1] and source.classes == ["cat", "dog"]
     assert source.read(2).shape == (3, 4, 3)
 
 
-def test_lists_as_parts_with_numbers(tmp_path, opened):
-    root = plant(tmp_path / "data", "1.png", "2.png", "3.png")
+def test_lists_of_splits_with_numeric_classes(tmp_path, open_split):
+    root = write_images(tmp_path / "data", "1.png", "2.png", "3.png")
     (root / "train.txt").write_text("3.png, 10\n1.png,2\n")
     (root / "test.txt").write_text("2.png,10\n")
     train, val = (
-        opened(root, split, train="train.txt", val="test.txt") for split in ("train", "val")
+        open_split(root, split, train="train.txt", val="test.txt") for split in ("train", "val")
     )
     assert train.labels.tolist() == [1, 0] and train.classes == ["2", "10"]  # by value, not as text
     assert val.labels.tolist() == [1]
-    assert opened(root / "train.txt", "val", val="test.txt").labels.tolist() == [1]
+    assert open_split(root / "train.txt", "val", val="test.txt").labels.tolist() == [1]
 
 
-def test_a_list_without_labels(tmp_path, opened):
-    plant(tmp_path / "data", "1.png")
+def test_a_list_without_labels(tmp_path, open_split):
+    write_images(tmp_path / "data", "1.png")
     (tmp_path / "data" / "list.txt").write_text("1.png\n")
-    assert opened(tmp_path / "data" / "list.txt").labels.tolist() == [-1]
+    assert open_split(tmp_path / "data" / "list.txt").labels.tolist() == [-1]
 
 
-def test_symlinks_are_followed_and_loops_end(tmp_path, opened):
-    root = plant(tmp_path / "data", "cat/1.png")
-    plant(tmp_path / "elsewhere", "2.png", "3.png")
+def test_symlinks_are_followed_and_loops_end(tmp_path, open_split):
+    root = write_images(tmp_path / "data", "cat/1.png")
+    write_images(tmp_path / "elsewhere", "2.png", "3.png")
     (root / "dog").symlink_to(tmp_path / "elsewhere")
     (root / "cat" / "loop").symlink_to(root)
     (root / "cat" / "4.png").symlink_to(tmp_path / "elsewhere" / "2.png")
-    found = names(opened(root))
-    assert {"cat/1.png", "cat/4.png", "dog/2.png", "dog/3.png"} <= set(found)
-    assert len(found) < 20
+    paths = paths_of(open_split(root))
+    assert {"cat/1.png", "cat/4.png", "dog/2.png", "dog/3.png"} <= set(paths)
+    assert len(paths) < 20
 
 
-def test_hidden_and_foreign_files_are_no_images(tmp_path, opened):
-    root = plant(
+def test_hidden_and_system_files_are_skipped(tmp_path, open_split):
+    root = write_images(
         tmp_path / "data", "a/1.png", "b/2.png", ".cache/3.png", "a/.4.png", "__MACOSX/a/5.png"
     )
     (root / "a" / "notes.txt").write_text("not an image")
-    assert names(opened(zipped(root))) == ["a/1.png", "b/2.png"]
+    assert paths_of(open_split(zip_folder(root))) == ["a/1.png", "b/2.png"]
 
 
-def test_names_that_are_not_utf8(tmp_path, opened):
-    root = plant(tmp_path / "data", "a.png")
+def test_a_file_name_may_be_no_utf8(tmp_path, open_split):
+    root = write_images(tmp_path / "data", "a.png")
     os.rename(root / "a.png", os.fsencode(root) + b"/\xff.png")
-    source = opened(root)
+    source = open_split(root)
     assert source.read(0).shape == (3, 4, 3) and len(source.fingerprint) == 16
 
 
-def test_fingerprint_tells_lists_apart(tmp_path, opened):
-    root = plant(tmp_path / "data", *IMAGENET)
-    before = opened(root).fingerprint
-    assert opened(root).fingerprint == before
-    plant(root, "train/n01/e.png")
-    assert opened(root).fingerprint != before
+def test_fingerprints_of_different_lists_differ(tmp_path, open_split):
+    root = write_images(tmp_path / "data", *IMAGENET)
+    before = open_split(root).fingerprint
+    assert open_split(root).fingerprint == before
+    write_images(root, "train/n01/e.png")
+    assert open_split(root).fingerprint != before
 
 
-def test_a_source_survives_the_way_to_a_worker(tmp_path, opened):
-    source = opened(zipped(plant(tmp_path / "data", *IMAGENET)))
+def test_a_pickled_source_reads_the_same_pixels(tmp_path, open_split):
+    source = open_split(zip_folder(write_images(tmp_path / "data", *IMAGENET)))
     first = source.read(0)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(0), first)
 
 
-def test_subset_is_fixed_and_only_of_training(tmp_path, opened):
-    root = plant(
+def test_a_subset_is_the_same_in_every_run_and_leaves_validation_whole(tmp_path, open_split):
+    root = write_images(
         tmp_path / "data",
         *(f"train/{c}/{i}.png" for c in "ab" for i in range(20)),
         "val/a/1.png",
         "val/a/2.png",
     )
-    whole, part = opened(root), opened(root, subset=7)
-    assert len(part) == 7 and len(set(names(part))) == 7 and names(part) == sorted(names(part))
-    assert names(opened(root, subset=7)) == names(part) and set(names(part)) < set(
-        names(opened(root, subset=8))
-    )
-    assert part.labels.tolist() == [whole.labels[names(whole).index(name)] for name in names(part)]
-    assert part.fingerprint != whole.fingerprint
-    assert len(opened(root, "val", subset=7)) == 2
+    whole, subset = open_split(root), open_split(root, subset=7)
+    paths, subset_paths = paths_of(whole), paths_of(subset)
+    assert len(set(subset_paths)) == len(subset) == 7
+    assert subset_paths == sorted(subset_paths) == paths_of(open_split(root, subset=7))
+    assert set(subset_paths) < set(paths_of(open_split(root, subset=8)))
+    assert subset.labels.tolist() == [whole.labels[paths.index(path)] for path in subset_paths]
+    assert subset.fingerprint != whole.fingerprint
+    assert len(open_split(root, "val", subset=7)) == 2
     assert len(open_source(DataConfig("digits", subset=100), "train")) == 100
 
 
@@ -227,9 +228,9 @@ def test_digits():
     )
 
 
-def test_cifar10_zip(shared_data, opened):
+def test_cifar10_zip(shared_data, open_split):
     root = shared_data("cifar10.zip")
-    train, val = opened(root, source="cifar10"), opened(root, "val", source="cifar10")
+    train, val = open_split(root, source="cifar10"), open_split(root, "val", source="cifar10")
     assert (
         np.bincount(train.labels).tolist() == [5000] * 10
         and np.bincount(val.labels).tolist() == [1000] * 10
@@ -239,13 +240,13 @@ def test_cifar10_zip(shared_data, opened):
     assert val.name(0).endswith("cifar10.zip/test/airplane/0000.jpg")
 
 
-def test_imagenet_sample_zip(shared_data, opened):
-    source = opened(shared_data("imagenet_sample.zip"))
+def test_imagenet_sample_zip(shared_data, open_split):
+    source = open_split(shared_data("imagenet_sample.zip"))
     assert (len(source), len(source.classes)) == (600, 600)
     assert source.read(0).ndim == 3
 
 
-def test_cifar10_of_torchvision_becomes_a_zip(tmp_path, monkeypatch, opened):
+def test_torchvisions_cifar10_is_packed_as_a_zip(tmp_path, monkeypatch, open_split):
     class CIFAR10:
         classes = ("airplane", "automobile")
 
@@ -254,25 +255,25 @@ def test_cifar10_of_torchvision_becomes_a_zip(tmp_path, monkeypatch, opened):
             self.targets = [0, 1, 1, 0][: len(self.data)]
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", CIFAR10)
-    assert opened("", source="cifar10").labels.tolist() == [0, 0, 1, 1]
-    val = opened("", "val", source="cifar10")
+    assert open_split("", source="cifar10").labels.tolist() == [0, 0, 1, 1]
+    val = open_split("", "val", source="cifar10")
     assert val.labels.tolist() == [0, 1] and (val.read(0) == 8).all()
     assert sorted(
         path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".npz"
     ) == ["cifar10.zip"]
 
 
-class TestList:
-    """The list on disk is used while it is true, and never after."""
+class TestCache:
+    """A cached listing is used as long as it is true."""
 
     @pytest.fixture
     def root(self, tmp_path, monkeypatch):
         monkeypatch.setattr(listing, "_SETTLED_NS", 0)
-        return plant(tmp_path / "data", "a/1.png", "b/2.png")
+        return write_images(tmp_path / "data", "a/1.png", "b/2.png")
 
     @pytest.fixture
     def walks(self, monkeypatch):
-        """How often a tree was walked or a zip's directory read."""
+        """Roots of the folders that were walked and of the zips whose directory was read."""
         walks = []
         for module, name in ((folder_listing, "scan_folder"), (zip_archive, "scan_zip")):
             scan = getattr(module, name)
@@ -281,21 +282,21 @@ class TestList:
             )
         return walks
 
-    def test_second_opening_walks_nothing(self, root, walks, opened):
-        first = opened(root)
-        again = opened(root)
+    def test_the_second_start_walks_through_no_folder(self, root, walks, open_split):
+        first = open_split(root)
+        second = open_split(root)
         assert len(walks) == 1
-        assert names(again) == names(first) and again.fingerprint == first.fingerprint
+        assert paths_of(second) == paths_of(first) and second.fingerprint == first.fingerprint
 
     @pytest.mark.parametrize("change", ["add", "add deep", "delete", "delete folder"])
-    def test_changed_folder_is_walked_again(self, change, root, walks, opened):
-        opened(root)
+    def test_a_changed_folder_is_listed_anew(self, change, root, walks, open_split):
+        open_split(root)
         times = {path: path.stat().st_mtime_ns for path in (root, root / "a", root / "b")}
         time.sleep(0.05)  # longer than a tick of the file system's clock
         if change == "add":
             Image.new("L", (2, 2)).save(root / "b" / "3.png")
         elif change == "add deep":
-            plant(root / "b", "deep/3.png")
+            write_images(root / "b", "deep/3.png")
         elif change == "delete":
             (root / "b" / "2.png").unlink()
         else:
@@ -303,38 +304,40 @@ class TestList:
             (root / "b").rmdir()
         for path in times:
             if path.exists():
-                os.utime(path, ns=(times[path], times[path]))  # as an archive's unpacking would
-        found = names(opened(root))
+                os.utime(path, ns=(times[path], times[path]))  # as unpacking an archive does
+        paths = paths_of(open_split(root))
         assert len(walks) == 2
-        assert found == sorted(os.path.relpath(path, root) for path in root.rglob("*.png"))
+        assert paths == sorted(os.path.relpath(path, root) for path in root.rglob("*.png"))
 
-    def test_changed_zip_is_read_again(self, root, walks, opened):
-        path = zipped(root)
-        opened(path)
-        opened(path)
+    def test_a_changed_zip_is_listed_anew(self, root, walks, open_split):
+        path = zip_folder(root)
+        open_split(path)
+        open_split(path)
         assert len(walks) == 1
-        plant(root, "a/3.png")
-        assert len(opened(zipped(root))) == 3
+        write_images(root, "a/3.png")
+        assert len(open_split(zip_folder(root))) == 3
 
     @pytest.mark.parametrize("damage", [b"", b"PK\3\4 no npz", None])
-    def test_damaged_list_is_made_anew(self, damage, root, walks, tmp_path, opened):
-        expected = names(opened(root))
-        (kept,) = (tmp_path / "cache").iterdir()
-        whole = kept.read_bytes()
-        kept.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
-        assert names(opened(root)) == expected and len(walks) == 2
-        assert names(opened(root)) == expected and len(walks) == 2  # and kept again
+    def test_a_damaged_cache_is_replaced(self, damage, root, walks, tmp_path, open_split):
+        expected = paths_of(open_split(root))
+        (cache_file,) = (tmp_path / "cache").iterdir()
+        whole = cache_file.read_bytes()
+        cache_file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+        assert paths_of(open_split(root)) == expected and len(walks) == 2
+        assert paths_of(open_split(root)) == expected and len(walks) == 2  # the cache is whole
         assert [path.name for path in (tmp_path / "cache").iterdir()] == [
-            kept.name
-        ]  # nothing half written stays
+            cache_file.name
+        ]  # no temporary file remains
 
-    def test_folder_changed_just_now_is_not_kept(self, root, walks, monkeypatch, opened):
+    def test_a_folder_that_changed_just_now_is_not_cached(
+        self, root, walks, monkeypatch, open_split
+    ):
         monkeypatch.setattr(listing, "_SETTLED_NS", 2_000_000_000)
-        opened(root)
-        opened(root)
+        open_split(root)
+        open_split(root)
         assert len(walks) == 2
 
-    def test_unwritable_cache_only_costs_time(self, root, tmp_path):
+    def test_a_cache_that_cannot_be_written_only_costs_time(self, root, tmp_path):
         (tmp_path / "file").write_text("in the way")
         assert (
             len(
@@ -347,111 +350,121 @@ class TestList:
 
 
 class TestMessages:
-    def test_what_to_open(self, tmp_path, opened):
-        assert message(opened, "") == (
-            "data.root: not set; give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt), as in data.root=/data/imagenet"
+    def test_roots(self, tmp_path, open_split):
+        assert error_of(open_split, "") == (
+            "data.root: not set; give a folder, a .zip, a .beton, or a list of files "
+            "(.csv, .tsv, .txt), as in data.root=/data/imagenet"
         )
-        assert message(opened, tmp_path / "absent") == (
-            f"data.root: {tmp_path}/absent does not exist; give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
+        assert error_of(open_split, tmp_path / "absent") == (
+            f"data.root: {tmp_path}/absent does not exist; give a folder, a .zip, a "
+            ".beton, or a list of files (.csv, .tsv, .txt)"
         )
         (tmp_path / "a.tar").write_text("")
-        assert message(opened, tmp_path / "a.tar") == (
-            f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
+        assert error_of(open_split, tmp_path / "a.tar") == (
+            f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a "
+            "folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
         )
         assert (
-            message(opened, tmp_path, source="cifar")
+            error_of(open_split, tmp_path, source="cifar")
             == "data.source: 'cifar' is not a source; choose one of: digits, cifar10, folder"
         )
 
-    def test_empty(self, tmp_path, opened):
+    def test_empty(self, tmp_path, open_split):
         (tmp_path / "empty").mkdir()
         assert (
-            message(opened, tmp_path / "empty")
+            error_of(open_split, tmp_path / "empty")
             == f"data.root: {tmp_path}/empty holds no image that Pillow decodes, at any depth"
         )
         (tmp_path / "empty.csv").write_text("path,label\n")
-        assert message(opened, tmp_path / "empty.csv").startswith(
+        assert error_of(open_split, tmp_path / "empty.csv").startswith(
             f"data.root: {tmp_path}/empty.csv holds no image"
         )
 
-    def test_parts(self, tmp_path, opened):
-        root = plant(tmp_path / "data", "a/1.png", "b/2.png")
-        assert message(opened, root, "val") == (
+    def test_splits(self, tmp_path, open_split):
+        root = write_images(tmp_path / "data", "a/1.png", "b/2.png")
+        assert error_of(open_split, root, "val") == (
             f"data.val: {root} has no folder or list for validation, such as val/; it has a/, b/;"
-            " name the one that holds the validation images, or leave out what needs a validation split"
+            " name the one that holds the validation images, or leave out what needs a "
+            "validation split"
         )
-        assert message(opened, root, train="trian") == (
-            f"data.train: {root} has no folder or list 'trian'; it has a/, b/; name the one that holds the training images"
+        assert error_of(open_split, root, train="trian") == (
+            f"data.train: {root} has no folder or list 'trian'; it has a/, b/; name the "
+            "one that holds the training images"
         )
         assert (
-            message(opened, root, "test")
+            error_of(open_split, root, "test")
             == "split: 'test' is not a split of a data set; choose one of: train, val"
         )
-        assert message(opened, root, source="cifar10") == (
-            f"data.root: {root} has no folder 'train'; CIFAR-10 is train/<class>/ and test/<class>/, in a folder or a .zip"
+        assert error_of(open_split, root, source="cifar10") == (
+            f"data.root: {root} has no folder 'train'; CIFAR-10 is train/<class>/ and "
+            "test/<class>/, in a folder or a .zip"
         )
         assert (
-            message(opened, root, subset=3)
+            error_of(open_split, root, subset=3)
             == "data.subset: 3 of 2 training images; give a number from 1 to 2, or 0 for all"
         )
 
-    def test_classes(self, tmp_path, opened):
-        root = plant(
+    def test_classes(self, tmp_path, open_split):
+        root = write_images(
             tmp_path / "data", "train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png"
         )
-        assert message(opened, root, "val") == (
+        assert error_of(open_split, root, "val") == (
             f"data.val: {root}/val has the class 'c', which the training split has not; it has a, b"
         )
 
-    def test_lists(self, tmp_path, opened):
+    def test_lists(self, tmp_path, open_split):
         (tmp_path / "list.csv").write_text("gone.png\n")
-        assert message(opened, tmp_path / "list.csv") == (
-            f"data.root: {tmp_path}/list.csv begins with 'gone.png', which is not in {tmp_path}; paths are relative to the list's folder"
+        assert error_of(open_split, tmp_path / "list.csv") == (
+            f"data.root: {tmp_path}/list.csv begins with 'gone.png', which is not in "
+            f"{tmp_path}; paths are relative to the list's folder"
         )
         (tmp_path / "list.txt").write_bytes(b"\xff\xfe\0")
-        assert message(opened, tmp_path / "list.txt").startswith(
+        assert error_of(open_split, tmp_path / "list.txt").startswith(
             f"data.root: {tmp_path}/list.txt is not a list of paths: "
         )
 
-    def test_zips(self, tmp_path, opened):
+    def test_zips(self, tmp_path, open_split):
         (tmp_path / "bad.zip").write_bytes(b"no zip")
         assert (
-            message(opened, tmp_path / "bad.zip")
+            error_of(open_split, tmp_path / "bad.zip")
             == f"data.root: {tmp_path}/bad.zip cannot be read as a zip: File is not a zip file"
         )
-        root = plant(tmp_path / "data", "a/1.png")
-        path = zipped(root, zipfile.ZIP_LZMA)
-        assert message(opened, path) == (
-            f"data.root: {path} holds a/1.png, encrypted or of a rare compression; repack it with `zip -r -0`"
+        root = write_images(tmp_path / "data", "a/1.png")
+        path = zip_folder(root, zipfile.ZIP_LZMA)
+        assert error_of(open_split, path) == (
+            f"data.root: {path} holds a/1.png, encrypted or of a rare compression; repack "
+            "it with `zip -r -0`"
         )
 
-    def test_download_without_a_network(self, monkeypatch, opened):
+    def test_download_without_a_network(self, monkeypatch, open_split):
         def fails(*_arguments, **_options):
             raise OSError("no route to host")
 
         monkeypatch.setattr("torchvision.datasets.CIFAR10", fails)
-        assert message(opened, "", source="cifar10") == (
-            "data.root: CIFAR-10 cannot be had from torchvision (no route to host); where there is no network,"
+        assert error_of(open_split, "", source="cifar10") == (
+            "data.root: CIFAR-10 cannot be had from torchvision (no route to host); where "
+            "there is no network,"
             " set data.root to a folder or a .zip that holds train/<class>/ and test/<class>/"
         )
 
-    def test_labels(self, tmp_path, opened):
-        source = opened(plant(tmp_path / "data", "1.png", "2.png"))
-        assert message(require_labels, source, "k-NN") == (
+    def test_labels(self, tmp_path, open_split):
+        source = open_split(write_images(tmp_path / "data", "1.png", "2.png"))
+        assert error_of(require_labels, source, "k-NN") == (
             f"data.root: k-NN needs labels, and {tmp_path}/data has no labelled images;"
-            " put the images in one folder per class (<class>/<file>), or list them in a CSV as path,label"
+            " put the images in one folder per class (<class>/<file>), or list them in a "
+            "CSV as path,label"
         )
         (tmp_path / "data" / "list.csv").write_text("1.png,x\n2.png\n")
-        partly = opened(tmp_path / "data" / "list.csv")
+        partly = open_split(tmp_path / "data" / "list.csv")
         assert (
             f"has 1 of 2 labelled images (the first without a label: {tmp_path}/data/2.png);"
-            in message(require_labels, partly, "k-NN")
+            in error_of(require_labels, partly, "k-NN")
         )
         require_labels(open_source(DataConfig("digits"), "train"), "k-NN")
 
-    def test_images(self, tmp_path, opened):
-        root = plant(tmp_path / "data", "1.png", "2.png", "3.png")
-        source = opened(root)
+    def test_images(self, tmp_path, open_split):
+        root = write_images(tmp_path / "data", "1.png", "2.png", "3.png")
+        source = open_split(root)
         (root / "1.png").write_bytes(b"text")
         (root / "2.png").unlink()
         for index, expected in (
@@ -462,53 +475,50 @@ class TestMessages:
                 source.read(index)
             assert str(caught.value) == expected
 
-    def test_images_of_a_zip_that_was_replaced(self, tmp_path, opened):
-        path = zipped(plant(tmp_path / "data", "1.png", "2.png"))
-        source = opened(path)
+    def test_images_of_a_zip_that_was_replaced(self, tmp_path, open_split):
+        path = zip_folder(write_images(tmp_path / "data", "1.png", "2.png"))
+        source = open_split(path)
         path.write_bytes(b"\0" * path.stat().st_size)
         with pytest.raises(UnreadableImage) as caught:
             source.read(0)
         assert str(caught.value) == f"{path}/1.png: the zip is damaged here, or was replaced"
 
 
-class TestStored:
-    """A .beton takes the place of a folder of images where FFCV is, or where there is nothing else."""
+class TestBetonBesideFolders:
+    """A .beton is read instead of a folder if FFCV is installed or nothing else exists."""
 
     @pytest.fixture
     def root(self, tmp_path, monkeypatch):
-        from ssl_pretrain.data.beton import file as beton_file
-
         monkeypatch.setattr(beton_file, "read", lambda path: path)
         monkeypatch.setattr(sources, "Beton", lambda path: path)
         monkeypatch.setattr(sources, "_subset", lambda source, size: source)
-        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: self.found)
-        root = plant(tmp_path / "data", "train/a/1.png", "train/b/2.png", "val/a/3.png")
+        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: self.ffcv)
+        root = write_images(tmp_path / "data", "train/a/1.png", "train/b/2.png", "val/a/3.png")
         for name in ("train.beton", "val-00000-of-00002.beton", "val-00001-of-00002.beton"):
             (root / name).touch()
         return root
 
-    found: object = object()
+    ffcv: object = object()  # the package, or None if it is absent
 
-    def test_beside_a_folder(self, root, opened):
+    def test_beside_a_folder(self, root, open_split):
         assert (
-            opened(root) == root / "train.beton"
-            and opened(root, "val") == root / "val-00000-of-00002.beton"
+            open_split(root) == root / "train.beton"
+            and open_split(root, "val") == root / "val-00000-of-00002.beton"
         )
-        assert opened(root, loader="ffcv") == root / "train.beton"
-        assert names(opened(root, loader="folder")) == ["a/1.png", "b/2.png"]
-        self.__class__.found = None
+        assert open_split(root, loader="ffcv") == root / "train.beton"
+        assert paths_of(open_split(root, loader="folder")) == ["a/1.png", "b/2.png"]
+        self.__class__.ffcv = None
         try:
-            assert names(opened(root)) == ["a/1.png", "b/2.png"]
+            assert paths_of(open_split(root)) == ["a/1.png", "b/2.png"]
         finally:
-            self.__class__.found = object()
+            self.__class__.ffcv = object()
 
-    def test_alone(self, root, opened):
-        assert opened(root / "train.beton") == root / "train.beton"
-        assert (
-            opened(root / "train.beton", "val", loader="ffcv") == root / "val-00000-of-00002.beton"
-        )
+    def test_alone(self, root, open_split):
+        train, val = root / "train.beton", root / "val-00000-of-00002.beton"
+        assert open_split(train) == train
+        assert open_split(train, "val", loader="ffcv") == val
         shutil.rmtree(root / "train")
-        assert opened(root, loader="folder") == root / "train.beton"
+        assert open_split(root, loader="folder") == root / "train.beton"
 
 
 @pytest.mark.parametrize(
@@ -536,13 +546,13 @@ class TestStored:
         ),
     ],
 )
-def test_values_that_can_only_be_mistakes(options, message):
+def test_impossible_values_are_refused(options, message):
     with pytest.raises(ValueError) as caught:
         open_source(DataConfig("digits", **options), "train")
     assert str(caught.value) == message
 
 
-def test_16_bit_images_behind_8_bit_ones_are_measured(tmp_path, opened):
+def test_16_bit_images_among_8_bit_ones_are_measured(tmp_path, open_split):
     pixels = np.random.default_rng(0).integers(0, 3000, (8, 8))
     for name, kind in (("a/1.png", np.uint8), ("b/2.png", np.uint16)):
         (tmp_path / "data" / name).parent.mkdir(parents=True)
@@ -550,15 +560,15 @@ def test_16_bit_images_behind_8_bit_ones_are_measured(tmp_path, opened):
             tmp_path / "data" / name
         )
     with pytest.raises(ValueError) as caught:
-        check_range(opened(tmp_path / "data"))
+        check_range(open_split(tmp_path / "data"))
     assert str(caught.value).startswith(
         f"data.range: not set, and the 16-bit images of {tmp_path}/data use values from "
     )
 
 
-def test_a_file_larger_than_any_image_is_not_read(tmp_path, opened):
+def test_a_file_larger_than_any_image_is_not_read(tmp_path, open_split):
     with (tmp_path / "1.png").open("wb") as file:
-        file.truncate(MAX_BYTES + 1)  # a hole, which takes no room on the disk
+        file.truncate(MAX_BYTES + 1)  # a sparse file
     with pytest.raises(UnreadableImage) as caught:
-        opened(tmp_path).read(0)
+        open_split(tmp_path).read(0)
     assert str(caught.value) == f"{tmp_path}/1.png: 1,073,741,825 bytes are more than an image has"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from betons import needs_ffcv, opened, written
+from betons import needs_ffcv, open_train, write_beton
 from loaders import build_loader, digest, digests
 from omegaconf import OmegaConf
 
@@ -54,12 +54,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> Beton:
-    return written(tmp_path_factory.mktemp("threads") / "data")
+    return write_beton(tmp_path_factory.mktemp("threads") / "data")
 
 
 @pytest.fixture
 def damageable(tmp_path) -> Beton:
-    return written(tmp_path / "data", n=24)
+    return write_beton(tmp_path / "data", n=24)
 
 
 def loader(source, num_workers=2, kind="ffcv", views=VIEWS, **options) -> Loader:
@@ -78,7 +78,7 @@ def test_any_number_of_threads_gives_the_bytes_of_processes(num_workers, stored,
 
 
 def test_a_folder_gives_the_batches_of_the_file_written_from_it(stored, expected):
-    source = opened(Path(stored.where).parent / "data", loader="folder")
+    source = open_train(Path(stored.where).parent / "data", loader="folder")
     assert source.fingerprint == stored.fingerprint
     assert digests(loader(source, num_workers=0, kind="folder"), 0, 10) == expected
 
@@ -116,7 +116,7 @@ def test_a_second_start_ends_the_first_batches(stored, expected):
 
 
 def _digests_of(path: str, first: int, count: int) -> list[str]:
-    return digests(loader(opened(Path(path))), first, count)
+    return digests(loader(open_train(Path(path))), first, count)
 
 
 def test_a_closed_loader_can_start_again(stored, expected):
@@ -166,7 +166,7 @@ def test_raw_pixels_are_read_as_they_are(tmp_path):
 
     digits = open_source(DataConfig("digits"), "val")
     beton_writer.write(digits, tmp_path / "train.beton", Settings(), num_workers=1)
-    source = opened(tmp_path / "train.beton")
+    source = open_train(tmp_path / "train.beton")
     assert isinstance(source, Beton) and source.samples.mode.tolist() == [1] * 500
     assert digests(loader(source), 0, 4) == digests(loader(digits, 0, kind="folder"), 0, 4)
 
@@ -192,13 +192,13 @@ def test_shards_are_read_as_one_file(tmp_path, stored, expected):
             )
             == 0
         )
-    source = opened(tmp_path)
+    source = open_train(tmp_path)
     assert isinstance(source, Beton) and len(source.samples.paths) == 3
     assert source.fingerprint == stored.fingerprint
     assert digests(loader(source), 0, 10) == expected
     (tmp_path / "train-00001-of-00003.beton").unlink()
     with pytest.raises(ValueError) as caught:
-        opened(tmp_path)
+        open_train(tmp_path)
     first = tmp_path / "train-00000-of-00003.beton"
     assert (
         str(caught.value)
@@ -216,7 +216,7 @@ class TestChoice:
         )
 
     def test_a_folder_is_read_as_a_folder(self, stored):
-        source = opened(Path(stored.where).parent / "data", loader="folder")
+        source = open_train(Path(stored.where).parent / "data", loader="folder")
         where = Path(stored.where).parent / "data" / "train"
         assert choose_reader(DataConfig(), source) == (
             "folder",
@@ -328,7 +328,7 @@ class TestFaultsOfFFCV:
         assert spare not in indices.tolist()
         assert labels[indices.tolist().index(5)] == damageable.label(spare)
         whole = loader(
-            written(Path(path).parent / "again" / "data", n=24),
+            write_beton(Path(path).parent / "again" / "data", n=24),
             0,
             kind="folder",
             global_batch_size=12,
@@ -344,7 +344,7 @@ class TestFaultsOfFFCV:
     def test_4_the_folder_loader_takes_the_same_image_in_its_place(self, damageable):
         ruin(damageable, 5, "no jpeg")
         ruin(damageable, 9, "no jpeg")
-        damageable = opened(Path(damageable.where))  # as it is now
+        damageable = open_train(Path(damageable.where))  # as it is now
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             by_threads = digests(loader(damageable, global_batch_size=10, max_replaced=10.0), 0, 4)
@@ -388,7 +388,7 @@ class TestFaultsOfFFCV:
             file.seek(16)
             file.write(bytes(8))  # the place of the table, which the writer sets last
         with pytest.raises(ValueError) as caught:
-            opened(Path(damageable.where))
+            open_train(Path(damageable.where))
         assert str(caught.value) == (
             f"data.root: {damageable.where} was never finished: its writer was stopped; "
             "run the same write again, and it goes on"
@@ -453,8 +453,8 @@ KILLED = """
 import itertools, os, re, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests/data")
-from test_threads import loader, opened
-source = opened(Path(sys.argv[1]))
+from test_threads import loader, open_train
+source = open_train(Path(sys.argv[1]))
 with loader(source) as batches:
     next(batches.starting_at(0))
 pids = {str(os.getpid())}
@@ -513,8 +513,8 @@ from pathlib import Path
 sys.path.insert(0, "tests/data")
 import torch
 torch.set_num_threads(1)
-from test_threads import loader, opened
-with loader(opened(Path(sys.argv[1])), global_batch_size=25) as batches:
+from test_threads import loader, open_train
+with loader(open_train(Path(sys.argv[1])), global_batch_size=25) as batches:
     for step, batch in enumerate(batches.starting_at(0)):
         if step in (4, 100):
             gc.collect()
@@ -544,7 +544,7 @@ def test_what_is_compiled_is_kept_on_disk(stored, expected):
     assert digests(loader(stored), 0, 1) == expected[:1]
     code = (
         "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; "
-        "assert digests(loader(opened(Path(sys.argv[1]))), 0, 1); "
+        "assert digests(loader(open_train(Path(sys.argv[1]))), 0, 1); "
         "print([sum(code.stats.cache_hits.values()) for code in (decode.make, decode.decode)])"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from betons import needs_ffcv, opened, tree, written
+from betons import needs_ffcv, open_train, write_beton, write_images
 from loaders import build_loader
 
 from ssl_pretrain.data import throughput_check
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def loader(tmp_path):
-    source = opened(tree(tmp_path / "data", n=12), loader="folder")
+    source = open_train(write_images(tmp_path / "data", n=12), loader="folder")
     return build_loader(source, VIEWS, global_batch_size=6)
 
 
@@ -84,7 +84,7 @@ def test_images_on_the_device_need_no_loader(loader):
 def test_the_line_is_printed_once_and_no_batch_changes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput_check, "MIN_STEPS", 3)
     monkeypatch.setattr(throughput_check, "MIN_SECONDS", 0.0)
-    stored = written(tmp_path / "data", n=12)
+    stored = write_beton(tmp_path / "data", n=12)
     with build_loader(stored, VIEWS, "ffcv", global_batch_size=6, num_workers=1) as loader:
         reported = throughput_check.report_bottleneck(loader, 1, CPU)
         views = [batch.views for batch in itertools.islice(reported, 8)]

@@ -156,9 +156,9 @@ def test_all_of_cifar10_is_on_the_device(cuda):
 
 
 def test_a_folders_batches_arrive_intact(cuda, tmp_path):
-    from betons import opened, tree
+    from betons import open_train, write_images
 
-    source = opened(tree(tmp_path / "data", n=50), loader="folder")
+    source = open_train(write_images(tmp_path / "data", n=50), loader="folder")
     with (
         build_loader(source, SIMCLR, device=cuda, num_workers=2) as on_gpu,
         build_loader(source, SIMCLR) as on_cpu,
@@ -172,10 +172,10 @@ def test_a_folders_batches_arrive_intact(cuda, tmp_path):
 
 def test_the_pinned_ring_sends_the_same_views(cuda, tmp_path):
     pytest.importorskip("ffcv", reason="FFCV is not installed: make ffcv")
-    from betons import written
+    from betons import write_beton
 
     plain = ViewsConfig(crops={"global": Crop(count=2, size=24)})
-    source = written(tmp_path / "data")
+    source = write_beton(tmp_path / "data")
     with (
         build_loader(source, plain, "ffcv", num_workers=2, device=cuda) as on_gpu,
         build_loader(source, plain, "ffcv", num_workers=2) as on_cpu,
