@@ -83,8 +83,8 @@ def open_list(
         notes.append(f"the paths in {path} were found below {rule.base}, as in {example}")
     if num_repeated := len(paths) - len(set(paths)):
         notes.append(
-            f"{num_repeated:,} of {len(paths):,} rows of {path} name an image that an earlier "
-            "row names, and it is read as often"
+            f"{num_repeated:,} of {len(paths):,} rows of {path} repeat the image of an "
+            "earlier row; it is used once per row"
         )
     labels, label_notes = table.labels()
     return FileList(pack(str(rule.base), paths), labels, (*notes, *label_notes), bool(split_note))

@@ -55,7 +55,7 @@ class ImageFiles(EncodedSource):
     def check_present(self) -> None:
         if not os.path.exists(self.files.root):
             raise FileNotFoundError(
-                f"data.root: {self.files.root} is gone; it was there when the run began"
+                f"data.root: {self.files.root} no longer exists, but existed when the run began"
             )
 
     def _stored_bytes(self, index: int) -> bytes:

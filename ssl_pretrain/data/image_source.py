@@ -113,7 +113,7 @@ def require_labels(source: Source, purpose: str) -> None:
         number = f"{len(source) - len(missing)} of {len(source)}"
         example = f" (the first without a label: {source.name(int(missing[0]))})"
     raise ValueError(
-        f"data.root: {purpose} needs labels, and {source.where} has {number} labelled images"
+        f"data.root: {purpose} needs labels, and {source.where} has {number} labeled images"
         f"{example}; put the images in one folder per class (<class>/<file>), or list them in a "
         "CSV as path,label"
     )

@@ -109,7 +109,7 @@ def _read_table(
         return _labels_from_lines(folder, _lines(content), paths, classes or [])
     num_labels = len(set(labels.values()))
     if classes is None and 2 * num_labels > len(labels):
-        raise UnusableTable(f"it has {num_labels:,} different ones for {len(labels):,} images")
+        raise UnusableTable(f"it has {num_labels:,} different labels for {len(labels):,} images")
     if not classes:
         return labels
     known = set(classes)
@@ -143,7 +143,7 @@ def _labels_from_lines(
             return {}
         class_of_line = _class_numbers(folder, classes)
     if unknown := set(lines) - set(class_of_line):
-        raise UnusableTable(f"it has the class {min(unknown)}, which the list of classes has not")
+        raise UnusableTable(f"it has the class {min(unknown)}, which is not in the list of classes")
     return {path: class_of_line[lines[row]] for path, row in zip(paths, rows)}
 
 

@@ -54,8 +54,8 @@ def label_images(
         classes = sorted(known, key=int if is_numeric else os.fsencode)
     elif unknown := known - set(classes):
         raise ValueError(
-            f"data.val: {split.where} has the class {min(unknown)!r}, which the training split "
-            f"has not; it has {abbreviate(classes)}"
+            f"data.val: {split.where} has the class {min(unknown)!r}, which is not in the "
+            f"training split; that has {abbreviate(classes)}"
         )
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers.get(name, -1) for name in names], np.int64)

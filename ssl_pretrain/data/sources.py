@@ -200,12 +200,12 @@ def _root(config: DataConfig, cache: Path) -> Path:
     suffix = root.suffix.lower()
     if suffix in (*_SPREADSHEETS, *_OTHER_TABLES) and root.is_file():
         raise ValueError(
-            f"data.root: {root} is a table of a kind that is not read; save it as .csv, with the "
+            f"data.root: {root} is a table of an unsupported kind; save it as .csv, with the "
             "columns path and label"
         )
     is_readable_file = root.is_file() and suffix in (".zip", ".beton", *TABLE_SUFFIXES)
     if not root.is_dir() and not is_readable_file:
-        raise ValueError(f"data.root: {root} is a file of a kind that is not read; {_ROOT_REMEDY}")
+        raise ValueError(f"data.root: {root} is a file of an unsupported kind; {_ROOT_REMEDY}")
     return root
 
 

@@ -1,6 +1,6 @@
 """Guess which images are for training, unless held-out images might be among them.
 
-Without a folder or list that is called like a training split, all images are for training. Anything
+Without a folder or list named like a training split, all images are for training. Anything
 that suggests splits by other names or by its structure is refused, as training on held-out images
 would go unnoticed.
 """
@@ -27,7 +27,7 @@ _FILE_SPLITS = ("train", "val", "test", None)
 _MAX_CHILDREN = 50  # folders of one folder that are searched
 _MAX_FOLDERS = 500  # folders that are searched in all
 _MAX_FILES = 1000  # names of images in one folder that are looked at
-_MANY = 10  # one in this many folders may be a class that is called like a split by chance
+_MANY = 10  # one in this many folders may be a class named like a split by chance
 
 Guess = tuple[Location, list[str]]  # the training images, and notes
 
@@ -112,7 +112,7 @@ def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
     num_classes = sum(top.child(name).has_images() for name in others) + len(suggestive)
     if suggestive and len(suggestive) * _MANY > num_classes:
         raise AmbiguousSplits(
-            f"{top.where} holds {folder_names([*held_out, *suggestive])}, which are called like "
+            f"{top.where} holds {folder_names([*held_out, *suggestive])}, whose names look like "
             "splits; say which is which",
             _example([*held_out, *suggestive]),
         )
@@ -154,14 +154,14 @@ def _check_structure(base: FolderTree, top: FolderTree) -> None:
     if len(kinds) > 1:
         names = ", ".join(sorted(kinds.values()))
         raise AmbiguousSplits(
-            f"{top.where} holds images that are called like splits ({names}); "
+            f"{top.where} holds images whose names look like splits ({names}); "
             "list those of each split",
             "data.train=LIST data.val=LIST",
         )
 
 
 def _check_inner_splits(folder: FolderTree, prefix: str) -> None:
-    """Raise AmbiguousSplits if folders inside this one are called like splits."""
+    """Raise AmbiguousSplits if folders inside this one have the names of splits."""
     if splits := find_inner_splits(folder):
         train, held_out = splits
         raise AmbiguousSplits(
@@ -214,7 +214,7 @@ def _check_lists(base: FolderTree, folder: FolderTree) -> None:
     kinds = _lists_by_kind(folder.files)
     if len(kinds) < 2:
         return
-    reason = f"{folder.where} holds lists that are called like splits"
+    reason = f"{folder.where} holds lists whose names look like splits"
     if isinstance(base, ZipFolder):
         raise AmbiguousSplits(f"{reason}, which are not read inside a zip; unpack it")
     relative = os.path.relpath(folder.where, base.where)

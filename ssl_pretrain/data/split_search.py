@@ -47,7 +47,7 @@ def split_of_file(name: str) -> str | None:
 
 
 def split_locations(top: FolderTree, split: str, prefer_files: bool = False) -> list[Location]:
-    """Return the folders called like a split. If there are none, its lists and zips.
+    """Return the folders named like a split. If there are none, the lists and zips.
 
     Args:
         top: The folder to search.

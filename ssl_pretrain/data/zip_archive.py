@@ -110,12 +110,12 @@ def _span(root: str, path: str, member: zipfile.ZipInfo) -> Span:
     )
     if member.flag_bits & 1 or span.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(
-            f"data.root: {root} holds {path}, encrypted or of a rare compression; "
+            f"data.root: {root} holds {path}, which is encrypted or of an unsupported compression; "
             "repack it with `zip -r -0`"
         )
     if max(span.offset, span.stored, span.size) >= 2**63:
         raise ValueError(
-            f"data.root: {root} holds {path} with a size that no file has; the zip is damaged"
+            f"data.root: {root} holds {path} with an impossible size; the zip is damaged"
         )
     return span
 
@@ -171,7 +171,7 @@ def read_span(archive: int, span: Span) -> bytes:
     start = span.offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
     stored = os.pread(archive, min(span.stored, MAX_BYTES), start)
     if header[:4] != b"PK\3\4" or len(stored) != span.stored:
-        raise OSError("the zip is damaged here, or was replaced")
+        raise OSError("the zip is damaged or was replaced")
     if span.size > MAX_BYTES or span.size > max(_LARGE, _MAX_GROWTH * span.stored):
         raise OSError(
             f"the zip says that it grows from {span.stored:,} to {span.size:,} bytes, "

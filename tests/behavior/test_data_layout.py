@@ -151,14 +151,14 @@ REFUSED = {
     "years": (
         "train2017/1.png val2017/2.png",
         (
-            "ROOT holds train2017/, val2017/, which are called like splits; say which is "
+            "ROOT holds train2017/, val2017/, whose names look like splits; say which is "
             "which, as in data.train=train2017 data.val=val2017"
         ),
     ),
     "words": (
         "cat/1.png dog/2.png test_images/3.png",
         (
-            "ROOT holds test_images/, which are called like splits; say which is which, as in "
+            "ROOT holds test_images/, whose names look like splits; say which is which, as in "
             "data.val=test_images"
         ),
     ),
@@ -191,7 +191,7 @@ REFUSED = {
     ),
     "images called like splits": (
         "train_1.png train_2.png test_1.png",
-        "ROOT holds images that are called like splits (test_1.png, train_1.png); list "
+        "ROOT holds images whose names look like splits (test_1.png, train_1.png); list "
         "those of each split,"
         " as in data.train=LIST data.val=LIST",
     ),
@@ -277,7 +277,7 @@ def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
         (root / folder / name).write_text(content)
     where = "ROOT" if folder == "." else f"ROOT/{folder}"
     text = (
-        f"{where} holds lists that are called like splits; say which images are for training, "
+        f"{where} holds lists whose names look like splits; say which images are for training, "
         f"as in data.train={names}"
     )
     assert inspect(root) == Result(2, f"data.train: {text}, {ALL}")
@@ -285,7 +285,7 @@ def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
     assert zipped == Result(
         2,
         (
-            f"data.train: {where} holds lists that are called like splits, which are not read "
+            f"data.train: {where} holds lists whose names look like splits, which are not read "
             f"inside a zip; unpack it, {ALL}"
         ),
     )
@@ -477,7 +477,7 @@ def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
     path = archive(tmp_path, [*members, "val/4.png" + "/" * len(huge)])
     fields = {20: b"\xff" * 8, 28: struct.pack("<HH", 9, len(huge)), 42: b"\xff" * 4, 46 + 9: huge}
     assert inspect(change_entry(path, fields)) == Result(
-        2, "data.root: ROOT holds val/4.png with a size that no file has; the zip is damaged\n"
+        2, "data.root: ROOT holds val/4.png with an impossible size; the zip is damaged\n"
     )
 
 
@@ -652,8 +652,7 @@ def test_rows_of_the_same_image_are_counted(tmp_path, inspect):
     root = tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,label\n1.png,a\n1.png,b\n2.png,a\n")
     assert (
-        "data: 1 of 3 rows of ROOT name an image that an earlier row names, and it is read "
-        "as often\n"
+        "data: 1 of 3 rows of ROOT repeat the image of an earlier row; it is used once per row\n"
     ) in inspect(root / "l.csv").text
 
 
@@ -718,7 +717,7 @@ def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
     assert inspect(tmp_path / "train.parquet") == Result(
         2,
         (
-            "data.root: ROOT is a table of a kind that is not read; save it as .csv, with the "
+            "data.root: ROOT is a table of an unsupported kind; save it as .csv, with the "
             "columns path and label\n"
         ),
     )

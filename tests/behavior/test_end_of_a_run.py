@@ -76,7 +76,7 @@ def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
         "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
     )
     assert result.status == 0, result.text
-    reason = f"data.root: k-NN needs labels, and {tmp_path / 'data'} has no labelled images"
+    reason = f"data.root: k-NN needs labels, and {tmp_path / 'data'} has no labeled images"
     assert result.stdout.count(f"eval.knn: skipped: {reason}") == 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Accuracies need labels, and these images have none." in page

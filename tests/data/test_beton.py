@@ -244,7 +244,7 @@ def test_bad_images_are_named_and_left_out(tmp_path, capsys):
     assert command.main(["write", str(root), str(tmp_path / "train.beton"), "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert (
-        "11 images: 11 kept as they were, 0 encoded at quality 95" in out
+        "11 images: 11 stored unchanged, 0 encoded at quality 95" in out
         and f"  bad, left out: {bad}: " in out
     )
     beton = open_train(tmp_path / "train.beton")
@@ -259,7 +259,7 @@ def test_info_describes_the_file(tmp_path, capsys):
     assert command.main(["info", beton.where]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{beton.where}: 12 images in 1 file(s), ")
-    assert "classes: 3, images without a label: 0\n12 images: 12 kept as they were" in out
+    assert "classes: 3, images without a label: 0\n12 images: 12 stored unchanged" in out
 
 
 def test_check_names_damaged_images(tmp_path, capsys):
@@ -416,7 +416,7 @@ class TestMessages:
         os.truncate(path, 0)
         assert (
             refused(beton_file.read, path)
-            == f"data.root: {path} is empty; its writing never began, or the disk was full"
+            == f"data.root: {path} is empty; it was never written, or the disk was full"
         )
         path.write_bytes(bytes(5000))
         assert refused(beton_file.read, path) == f"data.root: {path} is not a .beton of format 2"
@@ -432,7 +432,7 @@ class TestMessages:
             samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)
             samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
         expected = (
-            "the allocation table does not know image 2; the file is damaged"
+            "the allocation table has no entry for image 2; the file is damaged"
             if field == "place"
             else ("the entry of image 2 points outside the file; it is damaged")
         )
@@ -694,4 +694,7 @@ def test_stored_bytes_are_the_jpeg_of_the_source(tmp_path):
     os.unlink(beton.where)
     with pytest.raises(FileNotFoundError) as caught:
         beton.check_present()
-    assert str(caught.value) == f"data.root: {beton.where} is gone; it was there when the run began"
+    assert (
+        str(caught.value)
+        == f"data.root: {beton.where} no longer exists, but existed when the run began"
+    )

@@ -350,7 +350,7 @@ class TestUnreadable(Bad):
             with pytest.raises(
                 FileNotFoundError,
                 match=re.escape(
-                    f"data.root: {source.where} is gone; it was there when the run began"
+                    f"data.root: {source.where} no longer exists, but existed when the run began"
                 ),
             ):
                 for _ in batches.starting_at(0):

@@ -361,7 +361,7 @@ class TestMessages:
         )
         (tmp_path / "a.tar").write_text("")
         assert error_of(open_split, tmp_path / "a.tar") == (
-            f"data.root: {tmp_path}/a.tar is a file of a kind that is not read; give a "
+            f"data.root: {tmp_path}/a.tar is a file of an unsupported kind; give a "
             "folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
         )
         assert (
@@ -409,7 +409,7 @@ class TestMessages:
             tmp_path / "data", "train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png"
         )
         assert error_of(open_split, root, "val") == (
-            f"data.val: {root}/val has the class 'c', which the training split has not; it has a, b"
+            f"data.val: {root}/val has the class 'c', which is not in the training split; that has a, b"
         )
 
     def test_lists(self, tmp_path, open_split):
@@ -432,7 +432,7 @@ class TestMessages:
         root = write_images(tmp_path / "data", "a/1.png")
         path = zip_folder(root, zipfile.ZIP_LZMA)
         assert error_of(open_split, path) == (
-            f"data.root: {path} holds a/1.png, encrypted or of a rare compression; repack "
+            f"data.root: {path} holds a/1.png, which is encrypted or of an unsupported compression; repack "
             "it with `zip -r -0`"
         )
 
@@ -442,7 +442,7 @@ class TestMessages:
 
         monkeypatch.setattr("torchvision.datasets.CIFAR10", fails)
         assert error_of(open_split, "", source="cifar10") == (
-            "data.root: CIFAR-10 cannot be had from torchvision (no route to host); where "
+            "data.root: CIFAR-10 cannot be loaded with torchvision (no route to host); where "
             "there is no network,"
             " set data.root to a folder or a .zip that holds train/<class>/ and test/<class>/"
         )
@@ -450,14 +450,14 @@ class TestMessages:
     def test_labels(self, tmp_path, open_split):
         source = open_split(write_images(tmp_path / "data", "1.png", "2.png"))
         assert error_of(require_labels, source, "k-NN") == (
-            f"data.root: k-NN needs labels, and {tmp_path}/data has no labelled images;"
+            f"data.root: k-NN needs labels, and {tmp_path}/data has no labeled images;"
             " put the images in one folder per class (<class>/<file>), or list them in a "
             "CSV as path,label"
         )
         (tmp_path / "data" / "list.csv").write_text("1.png,x\n2.png\n")
         partly = open_split(tmp_path / "data" / "list.csv")
         assert (
-            f"has 1 of 2 labelled images (the first without a label: {tmp_path}/data/2.png);"
+            f"has 1 of 2 labeled images (the first without a label: {tmp_path}/data/2.png);"
             in error_of(require_labels, partly, "k-NN")
         )
         require_labels(open_source(DataConfig("digits"), "train"), "k-NN")
@@ -481,7 +481,7 @@ class TestMessages:
         path.write_bytes(b"\0" * path.stat().st_size)
         with pytest.raises(UnreadableImage) as caught:
             source.read(0)
-        assert str(caught.value) == f"{path}/1.png: the zip is damaged here, or was replaced"
+        assert str(caught.value) == f"{path}/1.png: the zip is damaged or was replaced"
 
 
 class TestBetonBesideFolders:

@@ -391,7 +391,7 @@ class TestFaultsOfFFCV:
             open_train(Path(damageable.where))
         assert str(caught.value) == (
             f"data.root: {damageable.where} was never finished: its writer was stopped; "
-            "run the same write again, and it goes on"
+            "run the same write again to finish it"
         )
 
     def test_6_the_seed_decides_everything(self, stored, expected):

@@ -149,7 +149,7 @@ def test_unlabeled_images_are_refused_with_a_remedy(tmp_path):
     with pytest.raises(ValueError) as error:
         knn.evaluate(runs.load_run(folder, device="cpu"))
     assert str(error.value) == (
-        f"data.root: k-NN needs labels, and {root} has no labelled images;"
+        f"data.root: k-NN needs labels, and {root} has no labeled images;"
         " put the images in one folder per class (<class>/<file>), or list them in a CSV as"
         " path,label"
     )
@@ -196,7 +196,8 @@ def test_a_class_without_training_images_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
     assert str(error.value) == (
-        f"data.val: {root / 'val'} has the class 'c', which the training split has not; it has a, b"
+        f"data.val: {root / 'val'} has the class 'c', which is not in the "
+        "training split; that has a, b"
     )
 
 

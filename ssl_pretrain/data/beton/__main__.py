@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return 2
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -168,7 +168,7 @@ def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, 
     """Yield each file to write, with its first image and the end of its images."""
     path, num_shards, shard = args.path, args.shards, args.shard
     if path.suffix != ".beton":
-        raise ValueError(f"{path}: name the file .beton")
+        raise ValueError(f"{path}: the name of the file must end in .beton")
     if num_shards == 1:
         yield path, 0, num_images
         return
@@ -178,7 +178,7 @@ def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, 
     if num_shards > num_images or (shard is not None and not 0 <= shard < num_shards):
         raise ValueError(
             f"--shards {num_shards}, --shard {shard}: give 1 to {num_images:,} shards, and a shard "
-            "from 0 to their number less one"
+            "from 0 to one less than their number"
         )
     for number in range(num_shards) if shard is None else [shard]:
         first = number * num_images // num_shards
@@ -191,7 +191,7 @@ def _describe_counts(manifest: Manifest) -> str:
     if manifest.max_side:
         encoded += f" (larger than {manifest.max_side} pixels, turned, or no plain JPEG)"
     return (
-        f"{manifest.num_samples:,} images: {manifest.num_unchanged:,} kept as they were, "
+        f"{manifest.num_samples:,} images: {manifest.num_unchanged:,} stored unchanged, "
         f"{encoded}, {manifest.num_raw:,} stored as pixels, {len(manifest.bad_images):,} bad"
     )
 

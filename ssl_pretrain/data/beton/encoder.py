@@ -167,8 +167,8 @@ def _encode_in_processes(
             yield future.result()
     except BrokenProcessPool:
         raise RuntimeError(
-            "a process was killed; if that was for memory, give fewer --workers; "
-            "the same write again goes on"
+            "a process was killed; if memory ran out, give fewer --workers; "
+            "run the same write again to continue"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

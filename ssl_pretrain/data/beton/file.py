@@ -157,7 +157,7 @@ def check_present(samples: Samples) -> None:
             status = os.stat(path)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"data.root: {path} is gone; it was there when the run began"
+                f"data.root: {path} no longer exists, but existed when the run began"
             ) from None
         if _stamp(status) != stamp:
             raise ValueError(

@@ -69,7 +69,7 @@ class Tables:
         unknown = places[rows] != self.samples["image"]["place"]
         if unknown.any():
             raise ValueError(
-                f"data.root: {self.path}: the allocation table does not know image "
+                f"data.root: {self.path}: the allocation table has no entry for image "
                 f"{_first(unknown)}; the file is damaged"
             )
         return lengths[rows]
@@ -122,9 +122,7 @@ def read_tables(path: Path) -> Tables:
     size = path.stat().st_size
     truncated = f"data.root: {path} is cut short ({size:,} bytes); copy or write it again"
     if not size:
-        raise ValueError(
-            f"data.root: {path} is empty; its writing never began, or the disk was full"
-        )
+        raise ValueError(f"data.root: {path} is empty; it was never written, or the disk was full")
     if size < SAMPLES_BEGIN:
         raise ValueError(truncated)
     header = np.fromfile(path, HEADER, 1)[0]
@@ -133,7 +131,7 @@ def read_tables(path: Path) -> Tables:
     if header["table"] == 0:
         raise ValueError(
             f"data.root: {path} was never finished: its writer was stopped; run the same write "
-            "again, and it goes on"
+            "again to finish it"
         )
     fields = np.fromfile(path, FIELD, int(header["num_fields"]), offset=HEADER.itemsize)
     types = [
