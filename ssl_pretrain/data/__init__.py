@@ -1,1 +1,1 @@
-"""Where images come from (`sources`), in which order (`order`), and how they become batches of views (`loader`)."""
+"""Sources of images (`sources`), their order (`order`), and batches of views (`loader`)."""

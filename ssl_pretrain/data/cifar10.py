@@ -35,7 +35,7 @@ def pack_as_zip(root: str, cache: Path) -> Path:
             }
         except Exception as error:  # urllib, tarfile and torchvision raise errors of their own
             raise ValueError(
-                f"data.root: CIFAR-10 cannot be loaded with torchvision ({error}); where there is no "
+                f"data.root: CIFAR-10 cannot be loaded with torchvision ({error}); without a "
                 "network, set data.root to a folder or a .zip that holds train/<class>/ and "
                 "test/<class>/"
             ) from error

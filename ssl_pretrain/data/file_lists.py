@@ -29,7 +29,7 @@ class FileList:
     """The rows of a list that belong to one split."""
 
     files: Listing  # the images, in the order of the list
-    labels: list[str]  # as written, "" for none
+    labels: list[str]  # labels in the list, "" for none
     notes: tuple[str, ...] = ()  # how the list was read
     has_split_column: bool = False  # a column says which split a row belongs to
 

@@ -24,8 +24,7 @@ _LINK = "link to a folder"
 def list_folder(root: str | Path, cache: Path) -> Listing:
     """List the images below a folder, at any depth. Links are followed.
 
-    The listing is cached with the times of each folder's last change, and made again when one of
-    them differs.
+    The listing is cached with the time of each folder's last change, and renewed when one differs.
 
     Raises:
         ValueError: If a folder cannot be listed. The message names it.

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if statistics.ranges and not config.range and isinstance(source, ImageFiles):
         # The suggested mean and deviation are those of the suggested range.
         source.value_range = statistics.range
-        print("\nmeasured again with the range that is proposed below")
+        print("\nmeasured again with the range suggested below")
         statistics = measure(source, args.sample, args.threads)
     if statistics.sizes:
         print("\n" + suggest_config(config, source, statistics))

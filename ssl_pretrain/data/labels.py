@@ -1,7 +1,7 @@
 """Label the images of a split by their folders, a list, or a table beside them.
 
-A label that is not certain is not given. An image without a label has -1, and a note says how many
-there are and why.
+Uncertain labels are not used. An image without a label has -1, and a note counts these images and
+says why.
 """
 
 import os

@@ -11,7 +11,7 @@ Range = tuple[float, float]  # the values that become black and white
 # 16-bit color with no more levels in its high byte uses 14 bits or less.
 _MIN_LEVELS = 64
 _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _NUM_BANDS = 338, 262, 254, 277  # TIFF tags
-_COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by TIFF's photometric interpretation
+_COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # TIFF interpretation: bands
 _RANGE_REMEDY = (
     "give data.range=[low, high] (python -m ssl_pretrain.data.inspect measures it), or convert "
     "the image to 8 or 16 bits"
@@ -19,7 +19,7 @@ _RANGE_REMEDY = (
 
 
 def check_bands(image: Image.Image) -> None:
-    """Raise ValueError for bands and pages that would be taken for something else."""
+    """Raise ValueError if the meaning of a band is unclear or pages would be ignored."""
     if image.format == "TIFF":
         _check_tiff_bands(image)
         _check_tiff_pages(image)
@@ -53,8 +53,8 @@ def _check_tiff_pages(image: Image.Image) -> None:
         is_smaller_copy = _tags(image).get(_SUBFILE, 0) & 1
         if not is_smaller_copy:
             raise ValueError(
-                f"{num_pages} pages, of which only one would be seen; save each page as a file of "
-                "its own"
+                f"{num_pages} pages, of which only one would be read; save each page as a "
+                "separate file"
             )
     image.seek(0)
 
@@ -115,7 +115,7 @@ def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> 
 
 
 def _tags(image: Image.Image) -> Mapping[int, Any]:
-    """Return the tags of a TIFF, which Pillow declares for its own class alone."""
+    """Return the tags of a TIFF, and no tags for other formats."""
     return getattr(image, "tag_v2", {})
 
 

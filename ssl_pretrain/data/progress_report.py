@@ -13,7 +13,7 @@ _REPORT_SECONDS = 2.0  # between two lines where stderr is not a terminal
 
 
 def report_progress(results: Iterable[T], total: int, verb: str, num_done: int = 0) -> Iterator[T]:
-    """Yield the results unchanged, and show how many there are and how long the rest will take.
+    """Yield the results unchanged, and show their number and the time left.
 
     Args:
         results: One result per image.

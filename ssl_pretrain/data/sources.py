@@ -210,7 +210,7 @@ def _root(config: DataConfig, cache: Path) -> Path:
 
 
 def _user_cache() -> Path:
-    """Return the folder for listings. Without a home it is one that cannot be written to."""
+    """Return the folder for listings. Without a home, return one that cannot be written to."""
     home = os.path.expanduser("~")
     return Path(home if os.path.isabs(home) else os.devnull) / ".cache" / "ssl_pretrain"
 

@@ -8,7 +8,7 @@ from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.image_statistics import ImageStatistics
 from ssl_pretrain.data.sources import DataConfig
 
-_SIZES = (16, 32, 64, 96, 128, 160, 224)  # of the crops, in pixels
+_SIZES = (16, 32, 64, 96, 128, 160, 224)  # candidate sizes of the crops, in pixels
 _MAX_SMALL = 64  # largest crop for which CIFAR-10's recipe is suggested
 _MAX_UPSCALING = 1.15
 _IMAGES_SEEN = 40e6  # CIFAR-10's 800 epochs
@@ -52,7 +52,7 @@ backbone:
 data:
   source: {source}
   root: {root}{split_keys}
-{value_range}  num_workers: {num_workers}    # processes of each rank; {workers_reason}
+{value_range}  num_workers: {num_workers}    # processes per rank; {workers_reason}
 views:
   mean: [{mean}]    # measured on {num_measured:,} images; SimCLR itself feeds pixels in [0, 1]
   std: [{std}]
@@ -72,7 +72,7 @@ optim:
   base_lr: {base_lr}    # {lr_reason}
   lr_scaling: {lr_scaling}
   weight_decay: {weight_decay}
-global_batch_size: {batch}    # {steps} steps per epoch; each image is told apart from the others
+global_batch_size: {batch}    # {steps} steps per epoch; SimCLR contrasts each image with the others
 epochs: {epochs}    # {images_seen:,} images seen; ImageNet's 100 epochs are 128,000,000, \
 CIFAR-10's 800 are 40,000,000"""
 
@@ -81,7 +81,7 @@ def suggest_config(config: DataConfig, source: Source, statistics: ImageStatisti
     """Return a YAML that `ssl_pretrain.config` loads, with a reason beside each choice."""
     num_images = len(source)
     side = int(np.median([min(size) for size in statistics.sizes]))
-    size = max([_SIZES[0], *(each for each in _SIZES if each <= _MAX_UPSCALING * side)])
+    size = max([_SIZES[0], *(size for size in _SIZES if size <= _MAX_UPSCALING * side)])
     size_reason = f"the shorter sides have a median of {side} pixels"
     if size > side:
         size_reason += f"; with fewer than {_SIZES[0]} a backbone has nothing to stride over"

@@ -1,4 +1,4 @@
-"""Detect how a list of images is written: its encoding, its delimiter, and its column of paths.
+"""Detect the format of a list of images: encoding, delimiter and column of paths.
 
 These are not guessed from names. The right ones are those with which the files exist.
 """
@@ -16,12 +16,12 @@ from ssl_pretrain.data.file_types import is_image
 MAX_COLUMNS = 50
 SAMPLE_ROWS = 20  # rows whose paths are looked up
 _DELIMITERS = (",", ";", "\t", "|", " ", "")
-_HEAD_CHARACTERS = 1 << 16  # the beginning of a list, which tells how the rest is written
+_HEAD_CHARACTERS = 1 << 16  # beginning of a list, from which the format is detected
 
 
 @dataclass(frozen=True)
 class TableFormat:
-    """How a table is written."""
+    """The format of a table."""
 
     delimiter: str  # " " splits a line at its last white space, "" does not split it
     path_column: int

@@ -144,7 +144,7 @@ def read_table(path: str | Path, name: str) -> bytes:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {_member_name(each).removeprefix("./"): each for each in archive.infolist()}
+            members = {_member_name(info).removeprefix("./"): info for info in archive.infolist()}
             size = members[name].file_size
             if size > _MAX_TABLE_BYTES:
                 raise OSError(errno.EFBIG, f"{size:,} bytes are more than a table of labels has")
@@ -164,7 +164,7 @@ def read_span(archive: int, span: Span) -> bytes:
         OSError: If the zip is damaged, or the image grows more than images do (a zip bomb).
         zlib.error: If the compressed bytes are damaged.
     """
-    # The name and the extra field may have other lengths here than in the archive's directory.
+    # The lengths of name and extra field may differ between this header and the directory.
     header = os.pread(archive, _LOCAL_HEADER_BYTES, span.offset)
     name_bytes = int.from_bytes(header[26:28], "little")
     extra_bytes = int.from_bytes(header[28:30], "little")

@@ -229,10 +229,8 @@ print([label for _, labels in loader for label in labels[:, 0].tolist()])
         3,
     )
     problems = [
-        (
-            f"{ffcv_file}: has no manifest (ffcv_file.beton.json): no class names, and nothing "
-            "to compare with"
-        )
+        f"{ffcv_file}: has no manifest (ffcv_file.beton.json), so there are no class names and no "
+        "checksum to compare with"
     ]
     assert find_problems(beton_file.read(ffcv_file)) == problems
 
@@ -277,7 +275,7 @@ def test_check_names_damaged_images(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{beton.where}, image 3: not a JPEG"
     assert lines[-2] == (
-        f"{beton.where}: its bytes are not those that were written (the manifest's crc32 differs)"
+        f"{beton.where}: its images changed since it was written (the manifest's crc32 differs)"
     )
 
 
@@ -453,8 +451,8 @@ class TestMessages:
             (
                 ["--page-size", "3000000"],
                 (
-                    "--quality is 1 to 100, --max-side at least 0, --page-size a power of two "
-                    "of at least 2,097,152 (FFCV's own least)"
+                    "--quality must be 1 to 100, --max-side at least 0, and --page-size a power "
+                    "of two of at least 2,097,152, FFCV's minimum"
                 ),
             ),
             (

@@ -294,7 +294,7 @@ class TestAmbiguous:
         content = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
         assert (
             refused(content)
-            == "a: 3 pages, of which only one would be seen; save each page as a file of its own"
+            == "a: 3 pages, of which only one would be read; save each page as a separate file"
         )
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA"])

@@ -409,7 +409,8 @@ class TestMessages:
             tmp_path / "data", "train/a/1.png", "train/b/1.png", "val/c/1.png", "val/a/1.png"
         )
         assert error_of(open_split, root, "val") == (
-            f"data.val: {root}/val has the class 'c', which is not in the training split; that has a, b"
+            f"data.val: {root}/val has the class 'c', which is not in the training "
+            "split; that has a, b"
         )
 
     def test_lists(self, tmp_path, open_split):
@@ -432,8 +433,8 @@ class TestMessages:
         root = write_images(tmp_path / "data", "a/1.png")
         path = zip_folder(root, zipfile.ZIP_LZMA)
         assert error_of(open_split, path) == (
-            f"data.root: {path} holds a/1.png, which is encrypted or of an unsupported compression; repack "
-            "it with `zip -r -0`"
+            f"data.root: {path} holds a/1.png, which is encrypted or of an unsupported "
+            "compression; repack it with `zip -r -0`"
         )
 
     def test_download_without_a_network(self, monkeypatch, open_split):
@@ -442,8 +443,8 @@ class TestMessages:
 
         monkeypatch.setattr("torchvision.datasets.CIFAR10", fails)
         assert error_of(open_split, "", source="cifar10") == (
-            "data.root: CIFAR-10 cannot be loaded with torchvision (no route to host); where "
-            "there is no network,"
+            "data.root: CIFAR-10 cannot be loaded with torchvision (no route to host); without "
+            "a network,"
             " set data.root to a folder or a .zip that holds train/<class>/ and test/<class>/"
         )
 

@@ -1,1 +1,1 @@
-"""FFCV's `.beton` files: read, written, checked."""
+"""Reading, writing and checking of FFCV's `.beton` files."""

@@ -25,7 +25,7 @@ from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
 
 _PROBLEMS_SHOWN = 100
-_MIN_PAGE_SIZE = 1 << 21  # FFCV's own minimum
+_MIN_PAGE_SIZE = 1 << 21  # FFCV's minimum, in bytes
 
 _EPILOG = """\
 examples:
@@ -144,8 +144,8 @@ def _write(args: argparse.Namespace) -> int:
     is_valid_page = args.page_size >= _MIN_PAGE_SIZE and args.page_size.bit_count() == 1
     if not 1 <= args.quality <= 100 or args.max_side < 0 or not is_valid_page:
         raise ValueError(
-            "--quality is 1 to 100, --max-side at least 0, --page-size a power of two of at least "
-            f"{_MIN_PAGE_SIZE:,} (FFCV's own least)"
+            "--quality must be 1 to 100, --max-side at least 0, and --page-size a power of two of "
+            f"at least {_MIN_PAGE_SIZE:,}, FFCV's minimum"
         )
     decode.library()  # raises before hours of work if FFCV is not installed
     config = DataConfig(source=args.source, root=args.root, range=list(args.range))

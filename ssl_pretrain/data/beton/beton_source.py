@@ -21,7 +21,7 @@ class Beton(EncodedSource):
             classes = [str(label) for label in range(int(samples.label.max(initial=-1)) + 1)]
         super().__init__(samples.paths[0], samples.label, classes)
         self.samples = samples
-        self._subset = b""  # numbers of the images in the whole file, if some were taken
+        self._subset = b""  # int64 numbers of the images in the file, for a subset
 
     def read(self, index: int) -> np.ndarray:
         stored = self.read_bytes(index)

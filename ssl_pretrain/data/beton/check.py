@@ -29,12 +29,12 @@ def find_problems(samples: Samples, num_threads: int = 1) -> list[str]:
         manifest = read_manifest(path)
         if manifest is None:
             problems.append(
-                f"{path}: has no manifest ({manifest_path(path).name}): no class names, and "
-                "nothing to compare with"
+                f"{path}: has no manifest ({manifest_path(path).name}), so there are no class "
+                "names and no checksum to compare with"
             )
         elif zlib.crc32(crcs[samples.file == number].tobytes()) != manifest.crc32:
             problems.append(
-                f"{path}: its bytes are not those that were written (the manifest's crc32 differs)"
+                f"{path}: its images changed since it was written (the manifest's crc32 differs)"
             )
     return problems
 

@@ -37,10 +37,10 @@ _JOBS_PER_WORKER = 4  # jobs that may wait to be written
 
 @dataclass(frozen=True)
 class Settings:
-    """How a .beton is written."""
+    """Settings that determine the content of a .beton."""
 
     max_side: int = 500  # pixels; larger images are resized to it, 0 resizes none
-    quality: int = 95  # of the new JPEGs
+    quality: int = 95  # quality of the new JPEGs
     page_size: int = 1 << 23  # bytes; FFCV reads whole pages, and no image crosses two
 
 
@@ -118,7 +118,7 @@ def _size_if_fitting(content: bytes, max_side: int) -> tuple[int, int] | None:
 
 EncodedImage = tuple[Entry, bytes]
 
-_worker: tuple[Source, Settings, Decoder]  # in each process
+_worker: tuple[Source, Settings, Decoder]  # set in each process by `_start`
 
 
 def encoded_images(

@@ -27,8 +27,8 @@ class Samples:
     """The n images of one file, or of all shards of a set, by number."""
 
     paths: list[str]  # the files
-    stamps: list[Stamp]  # of each file when it was opened
-    manifest: Manifest | None  # of the whole
+    stamps: list[Stamp]  # one per file, when it was opened
+    manifest: Manifest | None  # merged over the files; None for files of FFCV
     file: np.ndarray  # int32 (n,), index into `paths`
     place: np.ndarray  # int64 (n,), first byte in the file
     length: np.ndarray  # int64 (n,), number of bytes

@@ -1,7 +1,7 @@
 """The two files of an unfinished .beton: the images' bytes, and a journal of their entries.
 
 Images are appended to `train.beton.writing` in the order of the source, each followed by its entry
-in `train.beton.journal`. A new start verifies what it finds there and goes on behind it.
+in `train.beton.journal`. A new start verifies both files and continues after the last intact image.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ ENTRY = np.dtype(
     [("outcome", "u1"), *IMAGE.descr, ("length", "<u8"), ("label", "<i8"), ("crc", "<u4")]
 )
 _SYNC_BYTES = 64 << 20  # bytes after which both files are flushed to the disk itself
-_NUM_VERIFIED = 1000  # last entries that are compared with the data, as a power cut may tear them
+_NUM_VERIFIED = 1000  # last entries that are compared with the data, after a possible power cut
 
 
 def data_path(path: Path) -> Path:
@@ -35,7 +35,7 @@ def journal_path(path: Path) -> Path:
 
 
 class Journal:
-    """The images that were written so far. Made by `open_journal`."""
+    """The images that are written so far. `open_journal` opens one."""
 
     def __init__(self, data: BinaryIO, log: BinaryIO, first_page: int, page_size: int):
         self.data = data

@@ -20,7 +20,7 @@ _SEAL = "manifest_sha256"
 class Manifest:
     """Description of a .beton file. The metadata of a field has its key in the JSON.
 
-    Nothing in it depends on when or by how many processes the file was written.
+    It does not depend on the time of writing or the number of processes.
     """
 
     # Hash of the source, the settings and the range of images.
@@ -45,7 +45,7 @@ class Manifest:
     table_sha256: str = ""  # hash of the tables in the file; absent in earlier versions
 
 
-_FIELDS = {each.metadata.get("key", each.name): each for each in fields(Manifest)}
+_FIELDS = {item.metadata.get("key", item.name): item for item in fields(Manifest)}
 _REQUIRED = _FIELDS.keys() - {"range", "table_sha256"}
 
 
@@ -56,7 +56,7 @@ def manifest_path(path: Path) -> Path:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace the manifest beside a .beton file."""
-    content = {key: getattr(manifest, each.name) for key, each in _FIELDS.items()}
+    content = {key: getattr(manifest, item.name) for key, item in _FIELDS.items()}
     content = {key: value for key, value in content.items() if key != "range" or value}
     text = json.dumps({**content, _SEAL: _hash(content)}, indent=1)
     durable_files.replace(manifest_path(path), text)
@@ -80,7 +80,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def _parse(content: Any) -> Manifest:
-    """Raise ValueError unless all keys are there with values of their types, and the hash fits."""
+    """Raise ValueError unless all keys have values of their types and the hash is correct."""
     if not isinstance(content, dict):
         raise ValueError("not a manifest")
     seal = content.pop(_SEAL, None)

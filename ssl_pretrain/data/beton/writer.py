@@ -1,7 +1,7 @@
 """Write a source into one .beton file.
 
-A write that was stopped at any moment and is started again ends with the same bytes. The finished
-file is renamed into place.
+A write can be stopped at any moment. Started again, it continues and ends with the same bytes. The
+finished file is renamed into place.
 """
 
 import hashlib
@@ -156,7 +156,7 @@ def _reason(source: Source, index: int, settings: Settings) -> str:
         return str(error)
     finally:
         decoder.close()
-    return f"{source.name(index)}: was unreadable when it was written, and is not now"
+    return f"{source.name(index)}: was unreadable during the write, but is readable now"
 
 
 def _hash(*values: Any) -> str:
