@@ -458,8 +458,8 @@ class TestMessages:
             (
                 ["--shards", "2", "--shard", "2"],
                 (
-                    "--shards 2, --shard 2: give 1 to 12 shards, and a shard from 0 to their "
-                    "number less one"
+                    "--shards 2, --shard 2: give 1 to 12 shards, and a shard from 0 to one less "
+                    "than their number"
                 ),
             ),
         ],
