@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import MANIFEST
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
-from ssl_pretrain.models import backbones, published_weights
+from ssl_pretrain.models import backbones, weights_file
 from ssl_pretrain.models.backbones import BackboneConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -52,7 +52,7 @@ def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | 
             "the folder of a run"
         )
     if not path.is_dir():
-        return published_weights.read_file(path, f"backbone.init: {init!r}", key)
+        return weights_file.read_file(path, f"backbone.init: {init!r}", key)
     is_checkpoint = (path / MANIFEST).exists()
     weight_files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if weight_files and not is_checkpoint:

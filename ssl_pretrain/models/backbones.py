@@ -1,7 +1,7 @@
-"""Backbones: any network of timm that gives one vector per image, by its name, without a classifier.
+"""Backbones: any timm network, by its name, that gives one vector per image.
 
-A network is tried on the meta device for every image size when the configuration is checked. There
-the width of its features is measured too, since `num_features` of timm is not always the output's.
+When the configuration is checked, the network is tried on the meta device for every image size. That
+also measures the width of its features, which `num_features` of timm does not always give.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BackboneConfig:
 
 
 class Backbone(nn.Module):
-    """A timm model that maps images, (batch, 3, height, width), to features, (batch, feature_dim)."""
+    """A timm model from images, (batch, 3, height, width), to features, (batch, feature_dim)."""
 
     def __init__(self, model: nn.Module, feature_dim: int | None = None):
         super().__init__()
@@ -64,13 +64,14 @@ class Backbone(nn.Module):
 
 
 def build(config: BackboneConfig, image_size: int) -> Backbone:
-    """Build a backbone for views of `image_size` pixels, with random weights or those of `timm:<tag>`.
+    """Build a backbone for views of `image_size` pixels.
 
-    Weights from a file or a run are loaded afterwards, by `load_strict`.
+    Its weights are random or those of `timm:<tag>`. Weights from a file or a run are loaded afterwards
+    by `load_strict`.
 
     Raises:
-        ValueError: timm has no such model or weights or refuses an argument, the stem cannot be made
-            small, or the network does not give one vector per image of that size.
+        ValueError: timm has no such model or weights or refuses an argument, the stem cannot be
+            made small, or the network does not give one vector per image of that size.
     """
     width = feature_dim(config, image_size, image_size)
     return Backbone(_create(config, image_size), width)
@@ -78,19 +79,18 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
 
 def _create(config: BackboneConfig, image_size: int) -> nn.Module:
     _check_name(config.name)
-    given = dict(config.args)
-    if given.get("in_chans", 3) != 3:
+    args = dict(config.args)
+    if args.get("in_chans", 3) != 3:
         raise ValueError(
-            f"backbone.args.in_chans: {given['in_chans']} does not fit the images, which have three channels (red, green and blue); "
-            "leave it out"
+            f"backbone.args.in_chans: {args['in_chans']} does not fit the images, which have three "
+            "channels (red, green and blue); leave it out"
         )
     if config.drop_path:
-        given["drop_path_rate"] = config.drop_path
+        args["drop_path_rate"] = config.drop_path
     tag = config.init.removeprefix("timm:") if config.init.startswith("timm:") else ""
     name = f"{config.name}.{tag}" if tag else config.name
-    model = _construct(
-        config, name, bool(tag), {**size_arguments(config.name, image_size), **given}
-    )
+    args = size_arguments(config.name, image_size) | args
+    model = _construct(config, name, bool(tag), args)
     if config.stem != "imagenet":
         _shrink_stem(model, config.name, stride_too=config.stem == "small")
     return model
@@ -104,36 +104,38 @@ def _construct(
     except Exception as error:  # a network's constructor may fail in any way
         if isinstance(error, RuntimeError) and lacks_meta(error):
             raise  # the caller builds it on the CPU instead
-        text = (
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            if str(error)
-            else type(error).__name__
-        )
+        text = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         if "drop_path_rate" in str(error) and config.drop_path:
             raise ValueError(
-                f"backbone.drop_path: {config.drop_path} is not for {config.name}, which takes none; set it to 0"
+                f"backbone.drop_path: {config.drop_path} is not for {config.name}, which takes "
+                "none; set it to 0"
             ) from None
         if isinstance(error, TypeError) or (config.args and not pretrained):
             raise ValueError(
-                f"backbone.args: {config.name} refuses {dict(config.args)}: {text if config.args else error}"
+                f"backbone.args: {config.name} refuses {dict(config.args)}: "
+                f"{text if config.args else error}"
             ) from None
         if not pretrained:
             raise
         raise ValueError(
-            f"backbone.init: {config.init!r} cannot be loaded ({type(error).__name__}). It needs a network and a tag of "
-            f"timm.list_pretrained({config.name + '*'!r}); or give the weights as a file"
+            f"backbone.init: {config.init!r} cannot be loaded ({type(error).__name__}). It needs a "
+            f"network and a tag of timm.list_pretrained({config.name + '*'!r}); or give the weights "
+            "as a file"
         ) from None
 
 
 def size_arguments(name: str, image_size: int) -> dict[str, Any]:
-    """Constructor arguments for views of `image_size` pixels, and for other sizes where the network can."""
+    """Return constructor arguments for views of `image_size` pixels.
+
+    A network that can takes other sizes too.
+    """
     wanted = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
     return {key: value for key, value in wanted.items() if key in constructor_arguments(name)}
 
 
 @cache
 def constructor_arguments(name: str) -> frozenset[str]:
-    """Names of the constructor arguments of a timm network that its entry point lets through."""
+    """Return the constructor arguments of a timm network that its entry point passes on."""
     model = _without_memory(lambda: timm.create_model(name, num_classes=0))
     names: set[str] = set()
     for kind in type(model).__mro__:  # a class that takes **kwargs hands them to the next
@@ -171,7 +173,7 @@ def lacks_meta(error: BaseException) -> bool:
 
 
 def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
-    """The width of the features, measured on the network's output.
+    """Measure the width of the features on the network's output.
 
     Args:
         config: The backbone.
@@ -179,7 +181,8 @@ def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
         size: Image size in pixels that it is tried with.
 
     Raises:
-        ValueError: The network cannot be built, cannot take the size, or does not give one vector per image.
+        ValueError: The network cannot be built, cannot take the size, or does not give one vector
+            per image.
     """
     plain = BackboneConfig(config.name, config.stem, drop_path=config.drop_path, args=config.args)
     return _measured(yaml.safe_dump(asdict(plain)), built_for, size)
@@ -216,29 +219,33 @@ def _width(config: BackboneConfig, built_for: int, size: int) -> int:
         except Exception as problem:
             raise _WrongSizeError(_first_line(problem)) from None
     if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
-        found = " and ".join(sorted(map(str, widths)))
+        outputs = " and ".join(sorted(map(str, widths)))
         raise ValueError(
-            f"backbone.args: {config.name} with {dict(config.args)} gives {found} for an image, and one vector is needed; "
-            "leave out global_pool, features_only and whatever else changes the output"
+            f"backbone.args: {config.name} with {dict(config.args)} gives {outputs} for an image, and "
+            "one vector is needed; leave out global_pool, features_only and whatever else changes "
+            "the output"
         )
     (width,) = widths
     return int(width)
 
 
 def _try(model: nn.Module, size: int) -> set[int | str]:
-    """The width of the output in evaluation and in training, or a description of any other output."""
+    """Return the widths of the output in evaluation and in training.
+
+    An output that is not one vector per image is described in words.
+    """
     device = next(model.parameters()).device
-    found: set[int | str] = set()
+    widths: set[int | str] = set()
     for training in (False, True):
         model.train(training)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             output = model(torch.zeros(2, 3, size, size, device=device))
         shape = tuple(output.shape) if isinstance(output, Tensor) else None
         if shape is None:
-            found.add(f"a {type(output).__name__}")
+            widths.add(f"a {type(output).__name__}")
         else:
-            found.add(shape[1] if len(shape) == 2 and shape[0] == 2 else f"shape {shape[1:]}")
-    return found
+            widths.add(shape[1] if len(shape) == 2 and shape[0] == 2 else f"shape {shape[1:]}")
+    return widths
 
 
 def _about_size(config: BackboneConfig, built_for: int, size: int, reason: str) -> str:
@@ -279,12 +286,12 @@ def _patch(config: BackboneConfig) -> int:
 
 
 def native_size(name: str) -> int:
-    """The image size that the network was designed for."""
+    """Return the image size that the network was designed for."""
     return int(pretrained_cfg(name).input_size[-1])
 
 
 def pretrained_cfg(name: str) -> Any:
-    """timm's facts about a network's weights: input size, mean, standard deviation, classifier.
+    """Return what timm knows of a network's weights: input size, mean, deviation, classifier.
 
     Raises:
         ValueError: timm has no such model.
@@ -297,7 +304,8 @@ def _check_name(name: str) -> None:
     network, dot, tag = name.partition(".")
     if dot and timm.is_model(network):
         raise ValueError(
-            f"backbone.name: {name!r} names weights too; give backbone.name={network} backbone.init=timm:{tag}"
+            f"backbone.name: {name!r} names weights too; "
+            f"give backbone.name={network} backbone.init=timm:{tag}"
         )
     if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=3)
@@ -329,11 +337,13 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
     ):
         key = "init_key" if config.init_key else "init_prefix"
         raise ValueError(
-            f"backbone.{key}: {getattr(config, key)!r} is for a file of weights, and backbone.init is {config.init!r}"
+            f"backbone.{key}: {getattr(config, key)!r} is for a file of weights, "
+            f"and backbone.init is {config.init!r}"
         )
     if config.init == "timm:":
         raise ValueError(
-            f"backbone.init: 'timm:' names no weights; give a tag of timm.list_pretrained({config.name + '*'!r})"
+            "backbone.init: 'timm:' names no weights; "
+            f"give a tag of timm.list_pretrained({config.name + '*'!r})"
         )
     for key, size in sizes.items():
         try:
@@ -348,15 +358,14 @@ def _shrink_stem(model: nn.Module, name: str, stride_too: bool) -> None:
     stem = getattr(model, "conv1", None)
     if stem is None or not hasattr(model, "maxpool"):
         raise ValueError(
-            f"backbone.stem: no_pool and small are for ResNets, and {name} has no convolution and max-pooling stem; "
-            f"use imagenet, with args.patch_size for a ViT"
+            f"backbone.stem: no_pool and small are for ResNets, and {name} has no convolution and "
+            "max-pooling stem; use imagenet, with args.patch_size for a ViT"
         )
     model.maxpool = nn.Identity()
     if not stride_too:
         return
-    if isinstance(
-        stem, nn.Conv2d
-    ):  # 7x7 stride 2 becomes 3x3 stride 1, as in SimCLR's CIFAR runs (appendix B.9)
+    # 7x7 with stride 2 becomes 3x3 with stride 1, as in SimCLR's CIFAR runs (appendix B.9).
+    if isinstance(stem, nn.Conv2d):
         small = nn.Conv2d(3, stem.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
         model.conv1 = small
@@ -367,7 +376,7 @@ def _shrink_stem(model: nn.Module, name: str, stride_too: bool) -> None:
 
 
 def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a wrapped module: `module.`, `_orig_mod.` and `_fsdp_wrapped_module.` are removed."""
+    """Remove the prefixes of wrapped modules from the names of weights."""
     plain = {}
     for key, value in weights.items():
         for prefix in PREFIXES:
@@ -387,44 +396,45 @@ def load_strict(
 
     Args:
         backbone: The network.
-        weights: Tensors under the names of this project, of timm, or of the code that published them.
-            Other networks and a classifier among them are left out.
+        weights: Tensors under the names of this project, of timm, or of the code that published
+            them. Other networks and a classifier among them are left out.
         source: Name of the weights in messages.
-        prefix: Prefix of the backbone's keys in `weights`. Empty: it is searched.
+        prefix: Prefix of the backbone's keys in `weights`. Empty to search for it.
         exact: Nothing may be left out or converted, as in a checkpoint of this project.
 
     Returns:
-        What was left out or converted, one note each.
+        Notes of what was left out or converted.
 
     Raises:
-        ValueError: A key is missing, unexpected or of another shape. The message lists them and names
-            `source`.
+        ValueError: A key is missing, unexpected or of another shape. The message lists them and
+            names `source`.
     """
-    weights, own = plain_keys(weights), backbone.state_dict()
+    weights, expected = plain_keys(weights), backbone.state_dict()
     prefix = next(iter(plain_keys({prefix: torch.empty(0)})))
     if prefix and not any(key.startswith(prefix) for key in weights):
         some = ", ".join(list(weights)[:3])
         raise ValueError(
-            f"{source}: backbone.init_prefix: no name in it starts with {prefix!r}; it has {some}, ..."
+            f"{source}: backbone.init_prefix: no name in it starts with {prefix!r}; "
+            f"it has {some}, ..."
         )
     if not exact and isinstance(backbone, Backbone):
-        found = published_weights.match(backbone.model, weights, prefix or None)
-        if isinstance(found, str):
-            remedy = "" if "init_prefix" in found else f"; {REMEDY}"
+        match = published_weights.match(backbone.model, weights, prefix or None)
+        if isinstance(match, str):
+            remedy = "" if "init_prefix" in match else f"; {REMEDY}"
             raise ValueError(
-                f"{source}: not the weights of this backbone: {found}. Nothing was loaded{remedy}"
+                f"{source}: not the weights of this backbone: {match}. Nothing was loaded{remedy}"
             )
-        _load(backbone.model, found.weights)
-        return [note for note in found.notes if note != "prefix 'model.'"]
-    if weights and not set(weights) & set(own):  # timm's own names, without ours in front
+        _load(backbone.model, match.weights)
+        return [note for note in match.notes if note != "prefix 'model.'"]
+    if weights and not set(weights) & set(expected):  # timm's names, without our prefix
         weights = {f"model.{key}": value for key, value in weights.items()}
     reshaped = [
-        f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
-        for key in set(own) & set(weights)
-        if weights[key].shape != own[key].shape
+        f"{key} {tuple(weights[key].shape)} for {tuple(expected[key].shape)}"
+        for key in set(expected) & set(weights)
+        if weights[key].shape != expected[key].shape
     ]
     problems = published_weights.listed(
-        sorted(set(own) - set(weights)), sorted(set(weights) - set(own)), sorted(reshaped)
+        sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected)), sorted(reshaped)
     )
     if problems:
         raise ValueError(
@@ -441,21 +451,21 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the repeated blocks of every backbone in `module`.
+    """Return the names and modules of the repeated blocks of every backbone in `module`.
 
-    They are in `blocks` of a ViT, in `layer1` to `layer4` of a ResNet, and in `stages` of other timm
-    networks. Each is sharded, compiled or recomputed as one. Empty for a network without any.
+    They are in `blocks` of a ViT, in `layer1` to `layer4` of a ResNet, and in `stages` of other
+    timm networks. Each is sharded, compiled or recomputed as a unit. Some networks have none.
     """
-    found = []
+    repeated = []
     for name, backbone in module.named_modules():
         stacks = backbone.model.named_children() if isinstance(backbone, Backbone) else ()
         for key, stack in stacks:
             if key.rstrip("0123456789") in ("blocks", "layer", "stages"):
-                found += [
+                repeated += [
                     (f"{name}.model.{key}.{number}".lstrip("."), block)
                     for number, block in stack.named_children()
                 ]
-    return found
+    return repeated
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -12,7 +12,7 @@ from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
 from ssl_pretrain.checkpoint.initial_weights import initialize
-from ssl_pretrain.models import backbones, published_weights
+from ssl_pretrain.models import backbones, weights_file
 from ssl_pretrain.models.backbones import BackboneConfig
 
 
@@ -29,7 +29,7 @@ BARE = {key: value for key, value in WEIGHTS.items() if not key.startswith("fc."
 def load(path: Path) -> list[str]:
     """Load a file into a backbone and check that it has the weights. Returns the notes."""
     backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
-    weights, notes = published_weights.read_file(path, "weights")
+    weights, notes = weights_file.read_file(path, "weights")
     notes += backbones.load_strict(backbone, weights, "weights")
     assert all(torch.equal(value, BARE[key]) for key, value in backbone.model.state_dict().items())
     return notes
