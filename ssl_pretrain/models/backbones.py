@@ -1,7 +1,7 @@
 """Backbones: any timm network, by its name, that gives one vector per image.
 
-When the configuration is checked, the network is tried on the meta device for every image size. That
-also measures the width of its features, which `num_features` of timm does not always give.
+When the configuration is checked, the network is tried on the meta device for every image size.
+That also measures the width of its features, which `num_features` of timm does not always give.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Backbone(nn.Module):
 def build(config: BackboneConfig, image_size: int) -> Backbone:
     """Build a backbone for views of `image_size` pixels.
 
-    Its weights are random or those of `timm:<tag>`. Weights from a file or a run are loaded afterwards
-    by `load_strict`.
+    Its weights are random or those of `timm:<tag>`. Weights from a file or a run are loaded
+    afterwards by `load_strict`.
 
     Raises:
         ValueError: timm has no such model or weights or refuses an argument, the stem cannot be
@@ -119,8 +119,8 @@ def _construct(
             raise
         raise ValueError(
             f"backbone.init: {config.init!r} cannot be loaded ({type(error).__name__}). It needs a "
-            f"network and a tag of timm.list_pretrained({config.name + '*'!r}); or give the weights "
-            "as a file"
+            f"network and a tag of timm.list_pretrained({config.name + '*'!r}); "
+            "or give the weights as a file"
         ) from None
 
 
@@ -221,8 +221,8 @@ def _width(config: BackboneConfig, built_for: int, size: int) -> int:
     if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
         outputs = " and ".join(sorted(map(str, widths)))
         raise ValueError(
-            f"backbone.args: {config.name} with {dict(config.args)} gives {outputs} for an image, and "
-            "one vector is needed; leave out global_pool, features_only and whatever else changes "
+            f"backbone.args: {config.name} with {dict(config.args)} gives {outputs} for an image, "
+            "and one vector is needed; leave out global_pool, features_only and whatever else changes "
             "the output"
         )
     (width,) = widths
