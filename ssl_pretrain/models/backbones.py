@@ -221,8 +221,8 @@ def _width(config: BackboneConfig, built_for: int, size: int) -> int:
     if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
         outputs = " and ".join(sorted(map(str, widths)))
         raise ValueError(
-            f"backbone.args: {config.name} with {dict(config.args)} gives {outputs} for an image, "
-            "and one vector is needed; leave out global_pool, features_only and whatever else changes "
+            f"backbone.args: {config.name} with {dict(config.args)} gives {outputs} "
+            "for an image, and one vector is needed; leave out global_pool, features_only and whatever else changes "
             "the output"
         )
     (width,) = widths
