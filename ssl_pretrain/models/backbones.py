@@ -222,8 +222,8 @@ def _width(config: BackboneConfig, built_for: int, size: int) -> int:
         outputs = " and ".join(sorted(map(str, widths)))
         raise ValueError(
             f"backbone.args: {config.name} with {dict(config.args)} gives {outputs} "
-            "for an image, and one vector is needed; leave out global_pool, features_only and whatever else changes "
-            "the output"
+            "for an image, and one vector is needed; leave out global_pool, features_only and "
+            "whatever else changes the output"
         )
     (width,) = widths
     return int(width)
