@@ -1,1 +1,1 @@
-"""Judges the backbone of a finished run: k-NN, linear probes, the report."""
+"""Commands that evaluate the backbone of a run: k-NN, linear, fine-tuning, export, report."""

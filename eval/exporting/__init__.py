@@ -1,1 +1,1 @@
-"""Formats of an exported backbone."""
+"""Formats and documentation of an exported backbone."""

@@ -1,1 +1,1 @@
-"""Backbone and classifier trained together on labels."""
+"""Fine-tuning of the whole network on labeled images."""

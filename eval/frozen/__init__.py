@@ -1,1 +1,1 @@
-"""Features of a frozen backbone, and the classifiers on them."""
+"""Features of a frozen backbone and the classifiers on them."""
