@@ -101,7 +101,7 @@ class Training:
         measurements |= self.online_knn.measure_if_due(step, network)
         every_steps = self.config.log.every_steps
         replaced = self.loader.count_replaced(step, every_steps, self.num_steps)
-        return measurements | Measurements(replaced)
+        return measurements | Measurements(dict(replaced))
 
     def stop_requested(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""

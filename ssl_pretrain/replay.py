@@ -4,9 +4,9 @@
 
 The images and views follow from the seed, the epoch and the indices of the images. The weights are
 those of the newest checkpoint before the step, trained on to that step. With `--from-checkpoint`
-the checkpoint's own weights are used, for a first look. If the run skipped the step, the images must
-be those recorded in its folder `skipped/`, and a rollback before the step is repeated. Nothing is
-written.
+the checkpoint's own weights are used, for a first look. If the run skipped the step, the images
+must be those recorded in its folder `skipped/`, and a rollback before the step is repeated. Nothing
+is written.
 
 The step runs in one process with the whole global batch as one micro-batch. A run of several ranks
 or micro-batches is therefore repeated to rounding, not bit for bit.
@@ -143,8 +143,8 @@ def _start(run: Path, step: int, record: dict[str, Any]) -> tuple[Path, int]:
     restored = record.get("rolled_back_to", newest)
     if restored not in paths:
         raise ValueError(
-            f"{run}: step {step} went on from the checkpoint of step {restored}, which is no longer "
-            "there. Give a later step"
+            f"{run}: step {step} went on from the checkpoint of step {restored}, which is no "
+            "longer there. Give a later step"
         )
     return paths[restored], record.get("rolled_back_after", newest)
 

@@ -1,6 +1,6 @@
-"""Twenty steps of a method on a real timm network, however the ranks compute: for the tests of parallel.py and checkpoint.py.
+"""Twenty steps of a method on a real timm network, for the tests of parallel/ and checkpoint/.
 
-Keys of `parallel` that a test does not name are as shipped.
+Keys of `parallel` that a test does not name have their defaults.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ ADAMW = {
     "warmup_epochs": 1,
     "weight_decay": 0.1,
 }
-# SimCLR's rate is small: at 0.1 and 0.3, LARS on eight images of noise turns one weight's 1e-15 into 5e-9 in twenty steps, at 0.03 into 1e-10
+# SimCLR's learning rate is small because LARS on eight images of noise amplifies rounding. In
+# twenty steps a difference of 1e-15 grows to 5e-9 at rates of 0.1 and 0.3, and to 1e-10 at 0.03.
 CASES: dict[str, Any] = {  # backbone, method, optimizer, sizes of the views
     "simclr": (
         RESNET,
@@ -69,23 +70,23 @@ def batch(step: int, sizes: tuple[int, ...], rows: int = ROWS) -> Batch:
     return Batch(views, torch.arange(rows) % 3, torch.arange(rows) + step * rows)
 
 
-def setting_up(
+def build_case(
     name: str,
-    parts: int = 1,
+    num_micro_batches: int = 1,
     rows: int = ROWS,
     backbone: dict[str, Any] | None = None,
     optimizer: Any = None,
     **settings: Any,
 ):
-    """(stepper, optimizer, its config, sizes of views) of a method on this rank, always with the same weights."""
+    """Return a stepper with always the same weights on this rank, and the sizes of its views."""
     network, head, recipe, sizes = CASES[name]
     torch.manual_seed(0)
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
     method: Any = methods.find(name).Config(**head).build(network)
     config = ParallelConfig(**settings)
     world = process_group.world_size()
-    images = rows // world // parts
-    example = batch(0, sizes, rows).slice(0, world * parts)
+    images = rows // world // num_micro_batches
+    example = batch(0, sizes, rows).slice(0, world * num_micro_batches)
     execution = Execution.resolve(config, CPU)
     example = replace(example, views=execution.place_views(example.views))
     recipe = OptimConfig(**(optimizer or recipe))
@@ -102,8 +103,11 @@ def setting_up(
 
 
 def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> dict[str, Any]:
-    """`steps` steps, going on from the checkpoint in `folder` and leaving one there: losses, and the whole state."""
-    stepper, sizes = setting_up(name, **settings)
+    """Take steps and return the losses and the whole state.
+
+    With a folder, resume from its checkpoint, if there is one, and save another.
+    """
+    stepper, sizes = build_case(name, **settings)
     method: Any = parallel.unwrap(stepper.model)
     first, checkpoints = 0, None
     if folder:
@@ -120,7 +124,7 @@ def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> d
 
 
 def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
-    """The mean loss over ranks."""
+    """Take one step and return the mean loss over ranks."""
     progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
     optim.set_rates(
         stepper.optimizer,
@@ -129,25 +133,28 @@ def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
         NUM_STEPS / STEPS_PER_EPOCH,
         stepper.global_batch_size,
     )
-    own = batch(step, sizes, stepper.global_batch_size).slice(
+    local = batch(step, sizes, stepper.global_batch_size).slice(
         process_group.rank(), process_group.world_size()
     )
-    logs = stepper(progress, own).logs
+    logs = stepper(progress, local).logs
     return collectives.reduce_sum(logs["loss"].double()).item() / process_group.world_size()
 
 
 def whole(method: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the state, gathered where it is sharded."""
+    """Return every tensor of the state, with sharded ones gathered."""
     return {
         name: (value.full_tensor() if collectives.is_sharded(value) else value).detach().clone()
         for name, value in method.state_dict().items()
     }
 
 
-def largest_difference(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    assert got.keys() == expected.keys()
+def largest_difference(
+    tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> float:
+    """Return the largest error of a tensor relative to its largest element."""
+    assert tensors.keys() == expected.keys()
     return max(
-        ((got[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)).item()
+        ((tensors[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)).item()
         for name, value in expected.items()
         if value.is_floating_point()
     )

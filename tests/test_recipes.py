@@ -1,4 +1,4 @@
-"""Every YAML of configs/ resumes bit for bit, with its own optimizer, precision, memory format and views.
+"""Every YAML of configs/ resumes bit for bit, with its own optimizer, precision and views.
 
 Each run is the command `python -m ssl_pretrain.train`, on 1 and on 3 ranks. `reduced` makes a
 recipe small enough for that.
@@ -40,7 +40,7 @@ WIDTHS = (
 
 
 def recipes() -> dict[str, tuple[Path, list[str]]]:
-    """Return file and overrides of every recipe: configs/ itself and the runs of configs/sweeps/."""
+    """Return file and overrides of every recipe in configs/ and every run in configs/sweeps/."""
     files = sorted(CONFIGS.glob("*.yaml"))
     recipes: dict[str, tuple[Path, list[str]]] = {path.stem: (path, []) for path in files}
     for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
@@ -63,8 +63,8 @@ def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
     - Image size: global views have 32 pixels at most, others 16. Patches shrink by the same factor.
     - Batch: 24 images, 3 steps per epoch. Batch norm groups smaller than the batch have 8 images.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
-    - Warm-up, queue, frozen prototypes and the like start or end after at most 2 epochs or steps, so
-      that they happen within the 8 steps of a test.
+    - Warm-up, queue, frozen prototypes and the like start or end after at most 2 epochs or steps,
+      within the 8 steps of a test.
 
     Every other key keeps the recipe's value or its default. Nothing is sent to W&B.
     """

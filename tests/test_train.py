@@ -1,4 +1,4 @@
-"""Whole runs: ranks against one process, stopped and resumed against undisturbed, killed while saving."""
+"""Whole runs: ranks equal one process, and resumed runs equal uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -32,40 +32,32 @@ ROOT = Path(__file__).parents[1]
 
 
 def _train(path, overrides=(), stop_after=None):
-    """One run in this process or rank; (steps done, final weights)."""
+    """Train in this process or rank and return the steps done and the final weights."""
     settings = config.load(path, overrides)
     device = torch.device("cpu")
     done = train(settings, device, stop_after)
     return done, read_checkpoint(newest_checkpoint(settings.output))[1]
 
 
-def _trained(path, *arguments, output=None):
-    """The weights after the command `python -m ssl_pretrain.train`, in this process, was stopped."""
+def _run_command(path, *arguments, output=None):
+    """Run the train command in this process and return the weights that it saved."""
     output = output or config.load(path).output
     assert main([str(path), *arguments, f"output={output}"]) == 0
     return read_checkpoint(newest_checkpoint(output))[1]
 
 
-def _trained_by_torchrun(path, ranks, *arguments):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "-m",
-        "ssl_pretrain.train",
-    ]
+def _run_torchrun(path, ranks, *arguments):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", str(ranks), "-m", "ssl_pretrain.train"]
     return subprocess.run(
         [*command, str(path), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
 
 
 def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
-    path, wide = tiny.config(tmp_path), "parallel.precision=float64"
-    _, alone = _train(path, [wide, f"output={tmp_path / 'one'}"], stop_after=20)
-    result = _trained_by_torchrun(path, 2, wide, f"output={tmp_path / 'two'}", "--stop-after", "20")
+    path, float64 = tiny.config(tmp_path), "parallel.precision=float64"
+    _, alone = _train(path, [float64, f"output={tmp_path / 'one'}"], stop_after=20)
+    result = _run_torchrun(path, 2, float64, f"output={tmp_path / 'two'}", "--stop-after", "20")
     assert result.returncode == 0, result.stderr[-3000:]
     manifest, together = read_checkpoint(newest_checkpoint(tmp_path / "two"))
     assert manifest["step"] == 20 and manifest["machine"]["world_size"] == 2
@@ -85,8 +77,8 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
     )
 
 
-def test_ranks_end_with_the_weights_of_one_process_as_shipped(tmp_path):
-    """Two steps: the third would see activations that rounding has put on the other side of a ReLU."""
+def test_ranks_end_with_the_weights_of_one_process_by_default(tmp_path):
+    """Take two steps. In the third, rounding moves some activations across the zero of a ReLU."""
     path = tiny.config(tmp_path)
     _, alone = _train(path, [f"output={tmp_path / 'one'}"], stop_after=2)
     for rank in run_ranks(_train, path, [f"output={tmp_path / 'three'}"], 2, world_size=3):
@@ -94,22 +86,20 @@ def test_ranks_end_with_the_weights_of_one_process_as_shipped(tmp_path):
 
 
 @pytest.mark.full
-def test_three_ranks_resumed_twice_within_an_epoch_are_bit_for_bit_the_undisturbed_run(tmp_path):
+def test_three_ranks_resumed_twice_within_an_epoch_equal_an_uninterrupted_run_bit_for_bit(tmp_path):
     path = tiny.config(tmp_path)
-    undisturbed = run_ranks(_train, path, [f"output={tmp_path / 'straight'}"], 9, world_size=3)
-    for steps in (
-        4,
-        1,
-        4,
-    ):  # epochs have 3 steps: stopped after 4 and after 5, both inside the second
+    uninterrupted = run_ranks(
+        _train, path, [f"output={tmp_path / 'uninterrupted'}"], 9, world_size=3
+    )
+    for steps in (4, 1, 4):  # epochs have 3 steps, so both stops are within the second epoch
         resumed = run_ranks(_train, path, [f"output={tmp_path / 'stopped'}"], steps, world_size=3)
-    assert resumed[0][0] == undisturbed[0][0] == 9
+    assert resumed[0][0] == uninterrupted[0][0] == 9
     for rank in range(3):
-        for name, value in undisturbed[rank][1].items():
+        for name, value in uninterrupted[rank][1].items():
             assert torch.equal(resumed[rank][1][name], value), name
     optimizers = [
         load_file(newest_checkpoint(tmp_path / run) / "optimizer.safetensors")
-        for run in ("straight", "stopped")
+        for run in ("uninterrupted", "stopped")
     ]
     assert optimizers[0].keys() == optimizers[1].keys()
     assert all(torch.equal(optimizers[0][key], optimizers[1][key]) for key in optimizers[0])
@@ -118,16 +108,16 @@ def test_three_ranks_resumed_twice_within_an_epoch_are_bit_for_bit_the_undisturb
             json.loads(line)["loss"]
             for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
         ]
-        for run in ("straight", "stopped")
+        for run in ("uninterrupted", "stopped")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 9
 
 
 @pytest.mark.parametrize("omitted", ["method.safetensors", "optimizer.safetensors"])
-def test_the_comparison_sees_a_checkpoint_that_lacks_a_part(tmp_path, omitted, monkeypatch):
-    """Bit-for-bit equality means nothing if losing the state would pass."""
+def test_the_comparison_notices_a_checkpoint_that_lacks_a_file(tmp_path, omitted, monkeypatch):
+    """Check the check: equality would mean nothing if a lost state passed."""
     path = tiny.config(tmp_path)
-    _, undisturbed = _train(path, [f"output={tmp_path / 'straight'}"], stop_after=6)
+    _, uninterrupted = _train(path, [f"output={tmp_path / 'uninterrupted'}"], stop_after=6)
     _train(path, stop_after=3)
     real = state.load_file
     monkeypatch.setattr(
@@ -140,27 +130,29 @@ def test_the_comparison_sees_a_checkpoint_that_lacks_a_part(tmp_path, omitted, m
     train(config.load(path), torch.device("cpu"), 3)
     monkeypatch.undo()
     resumed = read_checkpoint(newest_checkpoint(config.load(path).output))[1]
-    assert not all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
+    assert not all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
 
 
 @pytest.mark.parametrize(
     ("precision", "steps", "tolerance"), [("auto", 1, 1e-4), ("float64", 3, 1e-9)]
 )
-def test_another_world_size_sees_the_same_batches(tmp_path, precision, steps, tolerance):
-    path, wide = tiny.config(tmp_path), f"parallel.precision={precision}"
-    _, alone = _train(path, [wide, f"output={tmp_path / 'one'}"], stop_after=2 * steps)
-    run_ranks(_train, path, [wide, f"output={tmp_path / 'grown'}"], steps, world_size=2)
+def test_a_run_resumed_on_another_world_size_sees_the_same_batches(
+    tmp_path, precision, steps, tolerance
+):
+    path, setting = tiny.config(tmp_path), f"parallel.precision={precision}"
+    _, alone = _train(path, [setting, f"output={tmp_path / 'one'}"], stop_after=2 * steps)
+    run_ranks(_train, path, [setting, f"output={tmp_path / 'grown'}"], steps, world_size=2)
     with pytest.warns(
         UserWarning,
         match="resuming is exact but not bit for bit: world_size was 2 and is 1",
     ):
-        _, grown = _train(path, [wide, f"output={tmp_path / 'grown'}"], stop_after=steps)
+        _, grown = _train(path, [setting, f"output={tmp_path / 'grown'}"], stop_after=steps)
     for name, value in alone.items():
         if value.is_floating_point():
             torch.testing.assert_close(grown[name], value, rtol=tolerance, atol=tolerance)
 
 
-def test_a_finished_run_started_again_does_nothing(tmp_path):
+def test_restarting_a_finished_run_changes_nothing(tmp_path):
     path = tiny.config(tmp_path)
     _, first = _train(path, ["epochs=1"])
     records = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -188,7 +180,7 @@ train.main([sys.argv[1], "checkpoint.every_epochs=1"])
 @pytest.mark.parametrize(
     "file", [pytest.param("method.safetensors", marks=pytest.mark.full), "optimizer.safetensors"]
 )
-def test_kill_9_while_a_checkpoint_is_written_loses_only_the_steps_since_the_last(tmp_path, file):
+def test_sigkill_during_a_save_loses_only_the_steps_since_the_last_checkpoint(tmp_path, file):
     path = tiny.config(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -207,17 +199,17 @@ def test_kill_9_while_a_checkpoint_is_written_loses_only_the_steps_since_the_las
     folder = tmp_path / "run" / "checkpoints"
     assert [found.name for found in list_checkpoints(tmp_path / "run")] == ["step_00000003"]
     assert list(folder.glob(".writing-*"))
-    resumed = _trained(path, "checkpoint.every_epochs=1", "--stop-after", "6")
+    resumed = _run_command(path, "checkpoint.every_epochs=1", "--stop-after", "6")
     assert newest_checkpoint(tmp_path / "run").name == "step_00000009" and not list(
         folder.glob(".writing-*")
     )
-    undisturbed = _trained(
-        path, "checkpoint.every_epochs=1", "--stop-after", "9", output=tmp_path / "straight"
+    uninterrupted = _run_command(
+        path, "checkpoint.every_epochs=1", "--stop-after", "9", output=tmp_path / "uninterrupted"
     )
-    assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
+    assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
 
 
-def test_a_signal_saves_and_the_run_goes_on_later(tmp_path):
+def test_a_signal_makes_a_run_save_and_stop(tmp_path):
     path = tiny.config(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=100000"]
@@ -232,7 +224,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(tmp_path):
     assert verify(newest_checkpoint(tmp_path / "run"))["step"] >= 1
 
 
-def test_no_worker_is_left_behind(tmp_path):
+def test_no_worker_process_remains(tmp_path):
     path = tiny.config(tmp_path)
     _train(path, ["data.num_workers=2"], stop_after=2)
     time.sleep(0.5)
@@ -248,7 +240,7 @@ def test_every_precision_trains_to_finite_weights(tmp_path, precision):
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
 
 
-def test_the_run_folder_holds_what_is_promised(tmp_path):
+def test_the_run_folder_has_records_and_pictures(tmp_path):
     path = tiny.config(tmp_path)
     _train(path, ["epochs=2", "online.knn_every_epochs=1", "online.k=5"])
     run = tmp_path / "run"
@@ -268,55 +260,39 @@ def test_the_run_folder_holds_what_is_promised(tmp_path):
     assert (run / "views.png").stat().st_size > 1000 and (run / "config.yaml").exists()
 
 
-def test_another_run_starts_from_a_runs_weights(tmp_path):
+def test_a_run_can_start_from_the_weights_of_another(tmp_path):
     path = tiny.config(tmp_path)
     _, first = _train(path, stop_after=2)
-    again = config.load(
+    second = config.load(
         path, [f"backbone.init={tmp_path / 'run'}", f"output={tmp_path / 'second'}"]
     )
-    started = build_method(again).state_dict()
+    initial = build_method(second).state_dict()
     backbone = [name for name in first if name.startswith("backbone.")]
     assert backbone and all(
-        torch.equal(started[name], first[name].to(started[name].dtype)) for name in backbone
+        torch.equal(initial[name], first[name].to(initial[name].dtype)) for name in backbone
     )
+    other_backbone = [
+        f"backbone.init={tmp_path / 'run'}",
+        "backbone.name=test_resnet",
+        "backbone.args={channels: [8, 8, 8, 8]}",
+    ]
     with pytest.raises(
         ValueError,
         match=r"not the weights of this backbone: .* Nothing was loaded; give backbone.name",
     ):
-        build_method(
-            config.load(
-                path,
-                [
-                    f"backbone.init={tmp_path / 'run'}",
-                    "backbone.name=test_resnet",
-                    "backbone.args={channels: [8, 8, 8, 8]}",
-                ],
-            )
-        )
+        build_method(config.load(path, other_backbone))
 
 
-def test_a_diverged_run_stops_and_says_so(tmp_path, capsys):
+def test_a_diverged_run_stops_with_advice(tmp_path, capsys):
     path = tiny.config(tmp_path)
-    assert (
-        main(
-            [
-                str(path),
-                "optim.name=sgd",
-                "optim.base_lr=1e300",
-                "optim.lr_scaling=none",
-                "optim.warmup_epochs=0",
-            ]
-        )
-        == 2
-    )
+    sgd = ["optim.name=sgd", "optim.lr_scaling=none", "optim.warmup_epochs=0"]
+    assert main([str(path), *sgd, "optim.base_lr=1e300"]) == 2
     message = capsys.readouterr().err
-    assert (
-        "had a non-finite gradient" in message
-        and "Lower optim.base_lr, lengthen optim.warmup_epochs" in message
-    )
+    assert "had a non-finite gradient" in message
+    assert "Lower optim.base_lr, lengthen optim.warmup_epochs" in message
 
 
-def test_distributed_is_left_after_main(tmp_path):
+def test_the_process_group_is_left_after_main(tmp_path):
     path = tiny.config(tmp_path)
     assert main([str(path), "--stop-after", "1"]) == 0
     assert process_group.world_size() == 1

@@ -73,7 +73,7 @@ def _policy(context: object, operation: object, *_: object, **__: object) -> Che
 
 @contextmanager
 def _frozen_statistics(norms: list[Any], recomputation: Context) -> Iterator[None]:
-    """Recompute without moving batch norm's statistics: with momentum 0, and the counter restored."""
+    """Recompute with momentum 0 and restore the counters, so that batch norm's statistics stay."""
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

@@ -100,9 +100,9 @@ def check(config: ParallelConfig) -> None:
         )
     if config.cuda_graphs and config.strategy != "ddp":
         raise ValueError(
-            f"parallel.cuda_graphs: true does not go with parallel.strategy {config.strategy}: each "
-            "call gathers the weights into new memory, and a graph reads from fixed addresses; "
-            "choose one of the two"
+            f"parallel.cuda_graphs: true does not go with parallel.strategy {config.strategy}: "
+            "each call gathers the weights into new memory, and a graph reads from fixed "
+            "addresses; choose one of the two"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ def shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> No
     mesh = _mesh(config, execution.device)
     networks = [module for module in method.modules() if isinstance(module, backbones.Backbone)]
     for unit in [*(block for _, block in backbones.blocks(method)), *networks, method]:
-        sharded = fully_shard(
+        sharded: Any = fully_shard(
             unit,
             mesh=mesh,
             # The backward pass of the root begins as soon as its forward pass has ended.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,12 +19,12 @@ from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, sharding
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig, bn_group_images, check
 
-# The argument that makes DDP broadcast buffers before each forward. torch 2.13 renamed it.
-_SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel.__init__).parameters
-)
+# DDP must not broadcast buffers before each forward pass. torch 2.13 renamed the argument.
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers": False
+}
 
 
 def wrap(
@@ -46,10 +46,10 @@ def wrap(
         execution: Device and formats.
         micro_batch_size: Images per forward pass on this rank.
         global_batch_size: Images per optimizer step over all ranks.
-        example: A batch in the run's shapes for passes that leave no trace. DDP rebuilds its buckets
-            after the first backward pass, or after the second with a static graph, which changes
-            the order of its sums. Without these passes a resumed run would differ from one that
-            never stopped.
+        example: A batch in the run's shapes for passes that leave no trace. DDP rebuilds its
+            buckets after the first backward pass, or after the second with a static graph, which
+            changes the order of its sums. Without these passes a resumed run would differ from an
+            uninterrupted one.
 
     Returns:
         The method itself on one rank and under FSDP, else a DistributedDataParallel.
@@ -72,7 +72,7 @@ def wrap(
     if world_size == 1:
         return method
     static_graph = micro_batch_size * world_size == global_batch_size  # no accumulation
-    model = DistributedDataParallel(method, static_graph=static_graph, **{_SYNC_BUFFERS: False})
+    model = DistributedDataParallel(method, static_graph=static_graph, **_NO_BUFFER_SYNC)
     if config.gradients == "bfloat16":
         model.register_comm_hook(None, bf16_compress_hook)
     for _ in range(2 if static_graph else 1):

@@ -2,8 +2,8 @@
 
 PYTHONPATH=. .venv/bin/python tests/bench/checkpoint.py [--backbone resnet50] [--folder DIR]
 
-The method is BYOL with LARS, so a checkpoint holds student, teacher and momentum buffers. Measured in
-turn: a step alone, a step that ends in a copy of that state to host memory, one that ends in a
+The method is BYOL with LARS, so a checkpoint holds student, teacher and momentum buffers. Measured
+in turn: a step alone, a step that ends in a copy of that state to host memory, one that ends in a
 synchronous save, and one that ends in an asynchronous save. Then the step after that, which shares
 the processor with the writing thread, and the wait for the end of the writing, which no step pays
 unless the next save is due.
@@ -105,30 +105,32 @@ def main() -> None:
     candidates = {
         "a step": run.step,
         "a step and the copy to host memory": run.step_and_copy,
-        "a step and a save, waited for": lambda: run.step_and_save(SYNC),
-        "a step and a save behind it": lambda: run.step_and_save(ASYNC),
-        "the step after that, while it is written": run.step,
-        "waiting for the rest of the writing": run.finish_writing,
+        "a step and a synchronous save": lambda: run.step_and_save(SYNC),
+        "a step and an asynchronous save": lambda: run.step_and_save(ASYNC),
+        "the next step, during the writing": run.step,
+        "waiting for the end of the writing": run.finish_writing,
     }
     for candidate in candidates.values():
         candidate()
     seconds = interleaved(candidates, options.repeats, device)
     print(versions("timm", "safetensors"))
     print(
-        f"BYOL, {options.backbone} at {options.size} pixels, {options.images} images, LARS; a checkpoint of {mib(run.bytes())}; "
-        f"median of {options.repeats}, in turn"
+        f"BYOL, {options.backbone} at {options.size} pixels, {options.images} images, LARS; a "
+        f"checkpoint of {mib(run.bytes())}; median of {options.repeats}, interleaved"
     )
     for name, value in seconds.items():
         print(f"{name:42s} {value:8.3f} s")
-    alone, copied, waited, behind, after, _ = seconds.values()
-    print(
-        f"added to its step: copy {copied - alone:.3f} s, save waited for {waited - alone:.3f} s, save behind {behind - alone:.3f} s"
-    )
-    print(
-        f"ratios: sync_added_over_step={(waited - alone) / alone:.3f} async_added_over_step={(behind - alone) / alone:.3f} "
-        f"copy_added_over_step={(copied - alone) / alone:.3f} next_step_over_step={after / alone:.3f} "
-        f"async_added_over_sync_added={(behind - alone) / max(waited - alone, 1e-9):.3f}"
-    )
+    step, *saving, next_step, _ = seconds.values()
+    copy, sync, asynchronous = (value - step for value in saving)
+    print(f"added: copy {copy:.3f} s, synchronous {sync:.3f} s, asynchronous {asynchronous:.3f} s")
+    ratios = {
+        "sync_added_over_step": sync / step,
+        "async_added_over_step": asynchronous / step,
+        "copy_added_over_step": copy / step,
+        "next_step_over_step": next_step / step,
+        "async_added_over_sync_added": asynchronous / max(sync, 1e-9),
+    }
+    print("ratios:", *(f"{name}={ratio:.3f}" for name, ratio in ratios.items()))
     shutil.rmtree(run.folder)
 
 

@@ -100,7 +100,7 @@ def main() -> None:
     print(versions("timm"))
     print(
         f"{options.backbone} at {options.size} pixels, {options.images} images, 2 views, "
-        f"micro-batches of {options.micro_batch}; one step, median of {options.repeats}, interleaved"
+        f"micro-batches of {options.micro_batch}; median of {options.repeats} steps, interleaved"
     )
     seconds, memory = interleaved(runs, options.repeats, device), peaks(runs, device)
     for name in runs:

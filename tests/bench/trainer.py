@@ -2,9 +2,9 @@
 
 PYTHONPATH=. .venv/bin/python tests/bench/trainer.py [--backbone resnet18] [--images 64]
 
-The trainer is `train.train` itself, with schedules, masks, collapse metrics, NaN guard, logs and stop
-requests. Its loader yields one batch from memory. Before each batch a bare step is taken and timed on
-a copy of the network, so the two alternate.
+The trainer is `train.train` itself, with schedules, masks, collapse metrics, NaN guard, logs and
+stop requests. Its loader yields one batch from memory. Before each batch a bare step is taken and
+timed on a copy of the network, so the two alternate.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 class Alternating:
-    """A loader of one batch, in whose waits the bare steps are taken."""
+    """Loader of one batch, which takes a bare step before it yields the batch."""
 
     reader = SimpleNamespace(kind=ReaderKind.PROCESSES, num_workers=1)
     num_read, reading_seconds = 0, 0.0
@@ -44,13 +44,12 @@ class Alternating:
     def __init__(self, batch: Batch, bare: Any, steps: int):
         self.batch, self.bare, self.steps = batch, bare, steps
         self.source = NoLabels()
-        self.of_trainer: list[
-            tuple[float, float]
-        ] = []  # seconds by the clock, and of this process's processors
-        self.of_bare: list[tuple[float, float]] = []
+        # Seconds by the wall clock and of CPU time.
+        self.trainer_times: list[tuple[float, float]] = []
+        self.bare_times: list[tuple[float, float]] = []
 
     def describe_views(self, step: int, num_images: int) -> list[list[str]]:
-        return [["made up"] * len(self.batch.views)] * num_images
+        return [["synthetic"] * len(self.batch.views)] * num_images
 
     def count_replaced(self, step: int, every_steps: int, last_step: int) -> dict[str, int]:
         return {}
@@ -62,9 +61,9 @@ class Alternating:
             between = _now()
             yield self.batch
             end = _now()
-            if number:  # the first pays for what is made once
-                self.of_bare.append((between[0] - start[0], between[1] - start[1]))
-                self.of_trainer.append((end[0] - between[0], end[1] - between[1]))
+            if number:  # the first step also allocates what is kept
+                self.bare_times.append((between[0] - start[0], between[1] - start[1]))
+                self.trainer_times.append((end[0] - between[0], end[1] - between[1]))
 
 
 def _now() -> tuple[float, float]:
@@ -79,7 +78,7 @@ class NoLabels:
 
 
 def bare_step(settings: config.RunConfig, batch: Batch) -> Any:
-    """A step as a script would write it: no masks, no norms, no measures."""
+    """Return a step as a short script would write it: without masks, gradient norms and metrics."""
     method = Execution.resolve(settings.parallel, CPU).place_module(build.build_method(settings))
     optimizer = optim.build(settings.optim, method)
     optimizer.found_inf = optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -108,10 +107,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
-            f"backbone.name={options.backbone}", f"global_batch_size={options.images}", f"output={folder}", "log.wandb=off",
-            f"views.crops.global.size={options.size}", "backbone.stem=small", "online.knn_every_epochs=0", "checkpoint.every_epochs=0",
-            "epochs=1000", "parallel.precision=float32",
-        ]  # fmt: skip
+            f"backbone.name={options.backbone}",
+            "backbone.stem=small",
+            f"global_batch_size={options.images}",
+            f"views.crops.global.size={options.size}",
+            "parallel.precision=float32",
+            "epochs=1000",
+            "checkpoint.every_epochs=0",
+            "online.knn_every_epochs=0",
+            "log.wandb=off",
+            f"output={folder}",
+        ]
         settings = config.load("configs/simclr_digits.yaml", overrides)
         generator = torch.Generator().manual_seed(0)
         views = [
@@ -129,26 +135,28 @@ def main() -> None:
         train.train(settings, CPU, options.steps - 1)
     print(versions("timm"))
     print(
-        f"{options.backbone}, {options.images} images of {options.size} pixels in 2 views; median of {len(batches.of_bare)} steps in turn"
+        f"{options.backbone}, {options.images} images of {options.size} pixels in 2 views; median "
+        f"of {len(batches.bare_times)} interleaved steps"
     )
-    for which, name in enumerate(("by the clock", "of processors")):
+    for clock, name in enumerate(("wall clock", "CPU time")):
         trainer, bare = (
-            statistics.median(pair[which] for pair in pairs)
-            for pairs in (batches.of_trainer, batches.of_bare)
+            statistics.median(times[clock] for times in steps)
+            for steps in (batches.trainer_times, batches.bare_times)
         )
-        print(f"seconds {name}: trainer {trainer:.4f}, bare {bare:.4f}")
-    print(
-        f"ratios: trainer_over_bare={_ratio(batches, 0):.3f} processor_time_over_bare={_ratio(batches, 1):.3f}"
-    )
+        print(f"seconds of {name}: trainer {trainer:.4f}, bare {bare:.4f}")
+    wall_clock, cpu_time = (_ratio(batches, clock) for clock in (0, 1))
+    print(f"ratios: trainer_over_bare={wall_clock:.3f} processor_time_over_bare={cpu_time:.3f}")
 
 
-def _ratio(batches: Alternating, which: int) -> float:
-    """The median over steps of the trainer's step over the mean of the bare steps before and after it: other programs come and go."""
-    steps, bare = (
-        [pair[which] for pair in pairs] for pairs in (batches.of_trainer, batches.of_bare)
-    )
+def _ratio(batches: Alternating, clock: int) -> float:
+    """Return the median ratio of a trainer's step to the mean of its two neighboring bare steps.
+
+    Neighbors cancel the influence of other programs, whose load varies.
+    """
+    trainer = [times[clock] for times in batches.trainer_times]
+    bare = [times[clock] for times in batches.bare_times]
     return statistics.median(
-        step / ((before + after) / 2) for step, before, after in zip(steps, bare, bare[1:])
+        step / ((before + after) / 2) for step, before, after in zip(trainer, bare, bare[1:])
     )
 
 

@@ -30,7 +30,7 @@ def norm(kind=nn.BatchNorm2d):
 
 
 def two_views():
-    """Return shape (views, images, channels, 2, 2). Each image has another mean, so groups matter."""
+    """Return (views, images, channels, 2, 2) with another mean per image, so that groups matter."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, IMAGES, CHANNELS, 2, 2, dtype=torch.float64, generator=generator)
     return x + torch.arange(IMAGES, dtype=torch.float64).view(1, -1, 1, 1, 1)

@@ -28,7 +28,7 @@ def _bytes_saved(mode):
 
     Tensors saved inside recomputed blocks do not pass these hooks.
     """
-    stepper, sizes = networks.setting_up("moco_v3", activation_checkpointing=mode)
+    stepper, sizes = networks.build_case("moco_v3", activation_checkpointing=mode)
     saved = []
 
     def pack(tensor):
