@@ -183,7 +183,8 @@ def test_a_folder_of_files_and_a_tag_without_a_name_are_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         initialize(backbone, BackboneConfig(init=str(tmp_path)))
     assert str(error.value) == (
-        f"backbone.init: '{tmp_path}' is a folder; give a file of it, such as {tmp_path / 'model.safetensors'}"
+        f"backbone.init: '{tmp_path}' is a folder; give one of its files, "
+        f"such as {tmp_path / 'model.safetensors'}"
     )
     with pytest.raises(ValueError) as error:
         backbones.check(BackboneConfig(name="test_resnet", init="timm:"), {"views.crops": 32})
