@@ -1,9 +1,8 @@
-"""Several runs on one HTML page: what differs between their configs first, then their numbers and curves side by side."""
+"""Several runs on one HTML page: the differences of their configurations, their numbers and curves."""
 
 from __future__ import annotations
 
 import argparse
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,18 @@ import yaml
 
 from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.html import charts, page, sections
+from ssl_pretrain.eval.html.page import Figure
+from ssl_pretrain.eval.html.sections import Record
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.system import durable_files
 
-HELP = """Writes one page that compares runs, with nothing fetched: the keys of their configs that differ, their last numbers and
-their evaluations side by side, their curves in common frames, and what their monitors rang for.
+HELP = """Writes one page that compares runs and fetches nothing.
+
+It shows the configuration keys that differ, the last numbers and the evaluations side by side, the
+curves in common frames, and the alerts of each run.
 
     python -m ssl_pretrain.eval.compare runs/simclr_digits runs/second --output compare.html"""
-SAME = ("output", "log.name", "log.tags")  # names of a run, not a difference between runs
+NAMES = ("output", "log.name", "log.tags")  # keys that name a run, and so always differ
 
 
 def main(arguments: list[str]) -> None:
@@ -27,163 +30,137 @@ def main(arguments: list[str]) -> None:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", type=Path, help="folders of runs, two or more"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="of the page (default: compare.html beside the first run)"
-    )
+    option = parser.add_argument
+    option("runs", nargs="+", metavar="RUN", type=Path, help="folders of two runs or more")
+    option("--output", type=Path, help="the page (default: compare.html beside the first run)")
     options = parser.parse_args(arguments)
     print(f"comparison: {write(options.runs, options.output)}")
 
 
 def write(runs: list[Path], output: Path | None = None) -> Path:
-    """Makes the page and returns its path.
+    """Write the page and return its path.
 
     Raises:
-        ValueError: fewer than two runs, or a folder that is none.
+        ValueError: If there are fewer than two runs, or a folder is not a run's.
     """
     if len(runs) < 2:
         raise ValueError(
-            f"{', '.join(map(str, runs))}: a comparison needs two runs or more; eval.report shows one"
+            f"{', '.join(map(str, runs))}: a comparison needs two runs or more; "
+            "ssl_pretrain.eval.report shows one"
         )
     for run in runs:
         if not (run / "config.yaml").is_file():
             raise ValueError(
-                f"{run}: there is no config.yaml, so this is not a run's folder; give the `output` of a run's config"
+                f"{run}: there is no config.yaml, so this is not a run's folder; "
+                "give the `output` of a run's config"
             )
-    names = _names(runs)
-    records = {name: sections.read_metrics(run) for name, run in zip(names, runs)}
-    parts = [
-        f"<header><h1>{escape(' and '.join(names) if len(names) < 4 else f'{len(names)} runs')}</h1>{_legend(names)}</header>",
-        page.section("Config", _configs(dict(zip(names, runs)))),
-        page.section("Numbers", _numbers(records), _evaluations(dict(zip(names, runs)))),
-        page.section("Training", *_curves(records)),
-        *(sections.alerts(run, f"Alerts of {name}") for name, run in zip(names, runs)),
-    ]
+    by_name = dict(zip(_short_names(runs), runs))
+    names = list(by_name)
+    metrics = {name: sections.read_metrics(run) for name, run in by_name.items()}
+    text = page.render(
+        "compare.html.jinja",
+        title="comparison",
+        heading=" and ".join(names) if len(names) < 4 else f"{len(names)} runs",
+        names=names,
+        legend=sections.series_legend(names),
+        differences=[[key, *values] for key, values in differences(by_name).items()],
+        numbers=_last_values(metrics),
+        evaluations=_evaluations(by_name),
+        training=_curves(metrics),
+        alerts=[(name, sections.alerts(run)) for name, run in by_name.items()],
+    )
     path = output or runs[0].parent / "compare.html"
-    durable_files.replace(path, page.page("comparison", parts))
+    durable_files.replace(path, text)
     return path
 
 
-def _names(runs: list[Path]) -> list[str]:
-    """Their folders' names, with the parents' where two are the same."""
-    short = [run.resolve().name for run in runs]
-    return short if len(set(short)) == len(short) else [str(run) for run in runs]
-
-
-def _legend(names: list[str]) -> str:
-    return page.legend(
-        [(name, charts.colour(number, max(2, len(names)))) for number, name in enumerate(names)]
-    )
+def _short_names(runs: list[Path]) -> list[str]:
+    """Return the names of the folders, or their whole paths where two names are the same."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def differences(runs: dict[str, Path]) -> dict[str, list[str]]:
-    """Each key of the configs whose value is not the same in all runs: its value in each, `-` where there is no such key."""
-    configs = [_flat(yaml.safe_load((run / "config.yaml").read_text())) for run in runs.values()]
-    keys = list(dict.fromkeys(key for values in configs for key in values))
-    shown = {
-        key: [str(values.get(key, "-")) for values in configs] for key in keys if key not in SAME
-    }
-    return {key: values for key, values in shown.items() if len(set(values)) > 1}
+    """Return the configuration keys whose values differ, with the value of each run.
+
+    The value is `-` for a run whose configuration lacks the key.
+    """
+    configs = [_flatten(yaml.safe_load((run / "config.yaml").read_text())) for run in runs.values()]
+    keys = dict.fromkeys(key for values in configs for key in values if key not in NAMES)
+    values = {key: [str(config.get(key, "-")) for config in configs] for key in keys}
+    return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict) or not values:
-        return {prefix.removesuffix("."): values}
-    return {
-        key: value
-        for name, inner in values.items()
-        for key, value in _flat(inner, f"{prefix}{name}.").items()
-    }
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    leaves: dict[str, Any] = {}
+    for name, branch in tree.items():
+        leaves |= _flatten(branch, f"{prefix}{name}.")
+    return leaves
 
 
-def _configs(runs: dict[str, Path]) -> str:
-    found = differences(runs)
-    if not found:
-        return page.paragraph("The configs are the same.")
-    return page.table(["key", *runs], [[key, *values] for key, values in found.items()])
+def _recorded_keys(metrics: dict[str, list[Record]], group: str) -> list[str]:
+    """Return the keys of a group that any run recorded."""
+    keys = [key for records in metrics.values() for key in sections.recorded_keys(records, group)]
+    return list(dict.fromkeys(keys))
 
 
-def _numbers(records: dict[str, list[dict[str, Any]]]) -> str:
-    """The last value of every curve, as metrics.jsonl has it, and the best k-NN."""
-    lines = [["steps", *(f"{found[-1]['step']:,}" if found else "-" for found in records.values())]]
-    if any("knn" in record for found in records.values() for record in found):
-        best = [
-            max((value for _, value in sections.scaled(found, "knn")), default=None)
-            for found in records.values()
-        ]
-        lines.append(
-            ["best k-NN accuracy, %", *("-" if value is None else f"{value:.2f}" for value in best)]
-        )
+def _last_values(metrics: dict[str, list[Record]]) -> list[list[str]]:
+    """Return a table of the last value of every curve, and of the best k-NN accuracy."""
+    rows = [["steps", *(f"{r[-1]['step']:,}" if r else "-" for r in metrics.values())]]
+    knn = [sections.curve(records, "knn") for records in metrics.values()]
+    if any(knn):
+        best = [f"{max(y for _, y in points):.2f}" if points else "-" for points in knn]
+        rows.append(["best k-NN accuracy, %", *best])
     for group in metric_names.GROUPS:
-        for key in dict.fromkeys(
-            key for found in records.values() for key in sections.keys_of(found, group)
-        ):
-            last = [
-                points[-1][1] if (points := sections.scaled(found, key)) else None
-                for found in records.values()
-            ]
-            title = metric_names.curve(key).title + (
-                ", %" if metric_names.curve(key).percent else ""
-            )
-            lines.append(
-                [f"{group}: {title}", *("-" if value is None else f"{value:.6g}" for value in last)]
-            )
-    return page.table(["last value of", *records], lines)
+        for key in _recorded_keys(metrics, group):
+            curves = [sections.curve(records, key) for records in metrics.values()]
+            about = metric_names.curve(key)
+            title = f"{group}: {about.title}{', %' if about.percent else ''}"
+            rows.append([title, *(f"{points[-1][1]:.6g}" if points else "-" for points in curves)])
+    return rows
 
 
-def _evaluations(runs: dict[str, Path]) -> str:
-    """Accuracy of the pretrained features, of the newest checkpoint that each evaluation judged."""
-    newest = {
-        name: {kind: steps[max(steps)] for kind, steps in results.by_step(run).items()}
-        for name, run in runs.items()
+def _evaluations(runs: dict[str, Path]) -> list[list[str]]:
+    """Return a table of the pretrained features' accuracy at the newest evaluated checkpoint."""
+    newest = []  # per run: the newest result of each kind of evaluation
+    for run in runs.values():
+        newest.append({kind: s[max(s)] for kind, s in results.by_step(run).items()})
+    columns = {
+        (kind, column): None
+        for results_of_run in newest
+        for kind, result in results_of_run.items()
+        for column in results.columns(result)
     }
-    lines = []
-    for kind in dict.fromkeys(kind for found in newest.values() for kind in found):
-        columns = dict.fromkeys(
-            column
-            for found in newest.values()
-            if kind in found
-            for column in results.columns(found[kind])
-        )
-        for column in columns:
-            cells = []
-            for found in newest.values():
-                rows = (
-                    [row for row in found[kind]["rows"] if row["features"] == "pretrained"]
-                    if kind in found
-                    else []
-                )
-                cells.append(
-                    f"{results.number(rows[0], column)} (step {found[kind]['step']:,})"
-                    if rows
-                    else "-"
-                )
-            lines.append([f"{page.TITLES.get(kind, kind)}, {column}", *cells])
-    return page.table(["accuracy of the pretrained features, %", *runs], lines) if lines else ""
-
-
-def _curves(records: dict[str, list[dict[str, Any]]]) -> list[str]:
-    parts = [_legend(list(records))]
-    for group in metric_names.GROUPS:
-        keys = dict.fromkeys(
-            key for found in records.values() for key in sections.keys_of(found, group)
-        )
-        figures = [
-            page.figure(
-                charts.lines(
-                    [(name, sections.scaled(found, key)) for name, found in records.items()],
-                    key,
-                    marked=key == "knn",
-                ),
-                sections.caption(key),
-            )
-            for key in keys
+    return [
+        [
+            f"{sections.TITLES.get(kind, kind)}, {column}",
+            *(_pretrained(results_of_run.get(kind), column) for results_of_run in newest),
         ]
+        for kind, column in sorted(columns, key=lambda key: key[0])
+    ]
+
+
+def _pretrained(result: Record | None, column: str) -> str:
+    rows = result["rows"] if result else []
+    for row in rows:
+        if row["features"] == "pretrained":
+            return f"{results.number(row, column)} (step {result['step']:,})"
+    return "-"
+
+
+def _curves(metrics: dict[str, list[Record]]) -> list[tuple[str, list[Figure]]]:
+    groups = []
+    for group in metric_names.GROUPS:
+        figures = []
+        for key in _recorded_keys(metrics, group):
+            series = {name: sections.curve(records, key) for name, records in metrics.items()}
+            chart = charts.line_chart(series, key, marked=key == "knn")
+            figures.append(Figure(chart, sections.caption(key)))
         if figures:
-            parts.append(f'<h3>{group}</h3><div class="two">{"".join(figures)}</div>')
-    return parts
+            groups.append((group, figures))
+    return groups
 
 
 if __name__ == "__main__":

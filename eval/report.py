@@ -3,204 +3,177 @@
 from __future__ import annotations
 
 import shlex
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssl_pretrain.eval import command_line, results
+from ssl_pretrain.eval import command_line, results, runs
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
-from ssl_pretrain.eval.html import charts, live, page, pictures, sections
-from ssl_pretrain.eval.html.pictures import Neighbours
+from ssl_pretrain.eval.html import charts, live, nearest_images, page, sections
+from ssl_pretrain.eval.html.nearest_images import LabeledImage, Query
+from ssl_pretrain.eval.html.page import Figure
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import PORT
 from ssl_pretrain.system import durable_files
 
+MAX_LEGEND = 20  # classes named below the projection
 HELP = """Writes RUN/report.html: one page that needs nothing else, neither network nor other files.
 
-It holds what the monitors rang for, the tables of RUN/eval/ with their protocols, the curves of RUN/metrics.jsonl, the
-training views, neighbours as they changed, the nearest neighbours of ten queries by pixels and by features, a projection of
-the features, and the config.
+It shows the alerts of the run, the tables of RUN/eval/ with their protocols, the curves of
+RUN/metrics.jsonl, the training views, the nearest neighbors of ten queries by pixels and by
+features, a projection of the features, and the configuration.
 
-    python -m ssl_pretrain.eval.knn runs/demo && python -m ssl_pretrain.eval.linear runs/demo     # the tables, first
+    python -m ssl_pretrain.eval.knn runs/demo && python -m ssl_pretrain.eval.linear runs/demo
     python -m ssl_pretrain.eval.report runs/demo
-    python -m ssl_pretrain.eval.report runs/demo --follow                            # while it trains: a page on this machine that refreshes"""
+    python -m ssl_pretrain.eval.report runs/demo --follow     # a page that follows the training"""
 
 
 def main(arguments: list[str]) -> None:
-    parser = command_line.parser("ssl_pretrain.eval.report", HELP, {})
-    parser.add_argument(
-        "--follow",
-        action="store_true",
-        help="serve the page of a run that goes on, on this machine alone",
-    )
-    parser.add_argument(
-        "--port", type=PORT, default=0, help="for --follow (default: a free one, which is printed)"
-    )
+    parser = command_line.parser("ssl_pretrain.eval.report", HELP)
+    option = parser.add_argument
+    option("--follow", action="store_true", help="serve a page that follows the training")
+    option("--port", type=PORT, default=0, help="port for --follow (default: any free port)")
     options = parser.parse_intermixed_args(arguments)
     if options.follow:
         live.follow(Path(options.run), options.port)
         return
-    run = command_line.open_run(options)
+    run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
     print(f"report: {write(run)}")
 
 
 def write(run: Run) -> Path:
-    """Makes RUN/report.html and returns its path."""
-    records = sections.read_metrics(run.path)
-    bank, queries, kind = pictures.open_parts(run)
+    """Write RUN/report.html and return its path."""
+    metrics = sections.read_metrics(run.path)
+    bank, queries, kind = nearest_images.open_bank_and_queries(run)
     results.print_progress(
         f"report: embedding {len(bank)} training images and {len(queries)} {kind}"
     )
-    parts = [
-        header(run, records),
-        sections.alerts(run.path),
-        evaluations(run, labelled=bool((bank.labels >= 0).any())),
-        sections.training(run.path, records),
-        sections.views(run.path, run.view_size),
-        sections.neighbours_over_steps(run.path),
-        neighbours(pictures.neighbours(run, bank, queries), bank, kind),
-        projection(run, queries, kind),
-        page.section(
-            "Config",
-            f"<details><summary>Every key of this run</summary><pre>{escape(config_text(run))}</pre></details>",
-        ),
-    ]
-    path = run.path / "report.html"
-    durable_files.replace(
-        path, page.page(f"{run.path.name} · {run.config.method.name}", list(filter(None, parts)))
+    config_path = shlex.quote(str(run.path / "config.yaml"))
+    text = page.render(
+        "report.html.jinja",
+        **sections.run_sections(run.path, metrics, run.view_size),
+        **_evaluations(run, labeled=bool((bank.labels >= 0).any())),
+        title=f"{run.path.name} · {run.config.method.name}",
+        name=run.path.name,
+        network=run.network,
+        checkpoint=run.checkpoint_path.name,
+        facts=_facts(run, metrics),
+        command=f"python -m ssl_pretrain.train {config_path} output=<new folder>",
+        nearest=_neighbors(nearest_images.find_neighbors(run, bank, queries), bank, kind),
+        projection=_projection(run, queries, kind),
+        config=_config_text(run),
     )
+    path = run.path / "report.html"
+    durable_files.replace(path, text)
     return path
 
 
-def header(run: Run, records: list[dict[str, Any]]) -> str:
+def _facts(run: Run, metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the names and values at the top of the page."""
     config = run.config
-    last = records[-1] if records else {}
-    pairs = [
+    root, last = Path(config.data.root).name, metrics[-1] if metrics else {}
+    facts = [
         ("method", config.method.name),
         ("backbone", config.backbone.name),
-        (
-            "data",
-            Path(config.data.root).name if config.data.source == "folder" else config.data.source,
-        ),
+        ("data", root if config.data.source == "folder" else config.data.source),
         ("steps", f"{run.step:,}"),
         ("epochs", f"{last.get('epoch', config.epochs):g}"),
         ("global batch", f"{config.global_batch_size:,}"),
     ]
-    if len(records) > 1 and "time" in records[0]:
-        pairs.append(("wall time", sections.duration(records[-1]["time"] - records[0]["time"])))
-    if any("replaced_images" in record for record in records):
-        replaced = sum(record.get("replaced_images", 0) for record in records)
-        pairs.append(("unreadable images replaced", f"{replaced:,}"))
-    config_path = shlex.quote(str(run.path / "config.yaml"))
-    command = f"python -m ssl_pretrain.train {config_path} output=<new folder>"
-    return (
-        f"<header><h1>{escape(run.path.name)}</h1>"
-        f'<p class="soft">The {escape(run.network)} of {escape(run.checkpoint_path.name)}. Accuracies are of frozen features.</p>'
-        f"{page.facts(pairs)}<pre>{escape(command)}</pre></header>"
-    )
+    if len(metrics) > 1 and "time" in metrics[0]:
+        facts.append(("wall time", sections.duration(last["time"] - metrics[0]["time"])))
+    replaced = [record["replaced_images"] for record in metrics if "replaced_images" in record]
+    if replaced:
+        facts.append(("unreadable images replaced", f"{sum(replaced):,}"))
+    return facts
 
 
-def evaluations(run: Run, labelled: bool) -> str:
-    found = results.load(run.path)
-    if not found and not labelled:
-        return page.section(
-            "Evaluation", page.paragraph("Accuracies need labels, and these images have none.")
-        )
-    if not found:
+def _evaluations(run: Run, labeled: bool) -> dict[str, Any]:
+    """Return the evaluations, and a note where some are missing or of another checkpoint."""
+    evaluations = results.load(run.path)
+    others = sorted({result["checkpoint"] for result in evaluations} - {run.checkpoint_path.name})
+    note = ""
+    if others:
+        note = f"Some numbers are of another checkpoint than the pictures: {', '.join(others)}."
+    elif not evaluations and not labeled:
+        note = "Accuracies need labels, and these images have none."
+    elif not evaluations:
         command = f"python -m ssl_pretrain.eval.knn {shlex.quote(str(run.path))}"
-        return page.section(
-            "Evaluation", page.paragraph(f"Nothing measured yet: {command}, and eval.linear.")
-        )
-    stale = sorted({result["checkpoint"] for result in found} - {run.checkpoint_path.name})
-    note = (
-        [
-            page.paragraph(
-                f"Some numbers are of another checkpoint than the pictures: {', '.join(stale)}."
-            )
-        ]
-        if stale
-        else []
-    )
-    return page.section(
-        "Evaluation",
-        *note,
-        sections.evaluations_over_steps(run.path),
-        *(page.result(result) for result in found),
-    )
+        note = f"Nothing measured yet. Run {command}, and ssl_pretrain.eval.linear."
+    return {"note": note, "evaluations": [sections.evaluation(result) for result in evaluations]}
 
 
-def neighbours(found: list[Neighbours], bank: EvaluationSplit, kind: str) -> str:
+def _neighbors(queries: list[Query], bank: EvaluationSplit, kind: str) -> dict[str, Any]:
+    """Return the table of queries and their neighbors, as the template shows it."""
+    about = (
+        f"Nearest neighbors by cosine of {len(queries)} {kind} among {len(bank):,} training images."
+        " Pixels are centered on their training mean."
+    )
+    if any(query.shift for query in queries):
+        about += " The queries are shifted by 1 or 2 original pixels before the search."
+    if any(query.label >= 0 for query in queries):
+        about += " Underlined in green: the class of the query. In red: another class."
     names = [*bank.classes, ""]
-    labelled = any(query.label >= 0 for query in found)
 
-    def strip(query: Neighbours, near: list[tuple[Any, int]]) -> str:
-        marks = [
-            ("" if query.label < 0 else "right" if label == query.label else "wrong")
-            for _, label in near
-        ]
-        score = (
-            f'<span class="score">{marks.count("right")}/{len(near)}</span>'
-            if query.label >= 0
-            else ""
-        )
-        shown = (
-            f'<span class="{mark}">{page.picture(image, names[label])}</span>'
-            for (image, label), mark in zip(near, marks)
-        )
-        return f'<div class="strip">{"".join(shown)}{score}</div>'
+    def cells(query: Query, neighbors: list[LabeledImage]) -> tuple[list[dict[str, str]], str]:
+        marks = ["right" if label == query.label else "wrong" for _, label in neighbors]
+        score = f"{marks.count('right')}/{len(marks)}"
+        if query.label < 0:
+            marks, score = [""] * len(marks), ""
+        images = [_cell(image, names[label], m) for (image, label), m in zip(neighbors, marks)]
+        return images, score
 
-    lines = []
-    for query in found:
-        label = " · ".join(
-            filter(None, [names[query.label], query.moved and f"moved {query.moved}"])
+    rows = []
+    for query in queries:
+        by_pixels, pixel_score = cells(query, query.by_pixels)
+        by_features, feature_score = cells(query, query.by_features)
+        shift = query.shift and f"moved {query.shift}"
+        rows.append(
+            {
+                "query": _cell(query.image, names[query.label], ""),
+                "label": " · ".join(filter(None, [names[query.label], shift])),
+                "by_pixels": by_pixels,
+                "pixel_score": pixel_score,
+                "by_features": by_features,
+                "feature_score": feature_score,
+            }
         )
-        asked = f'<div class="strip">{page.picture(query.query, names[query.label])}<span>{escape(label)}</span></div>'
-        lines.append(
-            f"<tr><td>{asked}</td><td>{strip(query, query.by_pixels)}</td><td>{strip(query, query.by_features)}</td></tr>"
-        )
-    about = f"Cosine neighbours of {len(found)} {kind} among {len(bank):,} training images; the pixels are centred on their training mean."
-    about += (
-        " The queries are moved by 1 or 2 original pixels before they are asked."
-        if any(query.moved for query in found)
-        else ""
-    )
-    about += " Underlined green: the query's class; red: another." if labelled else ""
-    kind_of_table = "near pixel" if bank.run.image_size <= 64 else "near"
-    head = "<tr><th>query</th><th>nearest by pixels</th><th>nearest by features</th></tr>"
-    table = (
-        f'<div class="scroll"><table class="{kind_of_table}">{head}{"".join(lines)}</table></div>'
-    )
-    return page.section("Nearest neighbours", page.paragraph(about), table)
+    return {"about": about, "rows": rows}
 
 
-def projection(run: Run, queries: EvaluationSplit, kind: str) -> str:
+def _cell(image: Any, label: str, mark: str) -> dict[str, str]:
+    return {"source": page.pixels_source(image), "label": label, "mark": mark}
+
+
+def _projection(run: Run, queries: EvaluationSplit, kind: str) -> dict[str, Any]:
+    """Project pixels and features to two dimensions and draw both."""
     embedded, labels = features.extract(run.backbone, queries)
     pixels, _ = features.raw_pixels(queries)
-    drawn = [
-        page.figure(
-            charts.scatter(pictures.project(values), labels.cpu().numpy(), queries.classes), caption
+    num_classes, label_array = len(queries.classes), labels.cpu().numpy()
+    figures = [
+        Figure(
+            charts.scatter_chart(nearest_images.project(vectors), label_array, num_classes), caption
         )
-        for caption, values in (
-            ("Raw pixels, centred", pixels - pixels.mean(dim=0)),
+        for caption, vectors in (
+            ("Raw pixels, centered", pixels - pixels.mean(dim=0)),
             ("Features", embedded),
         )
     ]
-    how = "t-SNE of vectors scaled to length 1 (scikit-learn, perplexity 30, PCA start, fixed seed)"
-    labelled = bool(torch.any(labels >= 0))
-    about = f"{len(queries):,} {kind}{', one color per class' if labelled else ''}, by {how}."
-    shown = queries.classes[:20] if labelled else []
-    total = len(queries.classes)
-    more = f"<span>and {total - 20} more</span>" if total > 20 and shown else ""
-    legend = page.legend([(name, charts.colour(i, total)) for i, name in enumerate(shown)]) + more
-    return page.section(
-        "Projection", page.paragraph(about), f'<div class="two">{"".join(drawn)}</div>', legend
+    labeled = bool(torch.any(labels >= 0))
+    about = (
+        f"{len(queries):,} {kind}{', one color per class' if labeled else ''}, by t-SNE of vectors"
+        " scaled to length 1 (scikit-learn, perplexity 30, PCA start, fixed seed)."
     )
+    names = queries.classes[:MAX_LEGEND] if labeled else []
+    legend = [(name, charts.color(i, num_classes)) for i, name in enumerate(names)]
+    if labeled and num_classes > MAX_LEGEND:
+        legend.append((f"and {num_classes - MAX_LEGEND} more", "transparent"))
+    return {"about": about, "figures": figures, "legend": legend}
 
 
-def config_text(run: Run) -> str:
+def _config_text(run: Run) -> str:
     path = run.path / "config.yaml"
     return path.read_text(encoding="utf-8") if path.is_file() else repr(run.config)
 

@@ -1,212 +1,233 @@
-"""The parts of the report that are made of the run's files alone, so that they can be made while the run goes on."""
+"""Sections of a page that need only the files of a run, so that they can be shown while it trains."""
 
 from __future__ import annotations
 
 import json
 import math
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.html import charts, page
+from ssl_pretrain.eval.html.page import Figure
 from ssl_pretrain.monitoring import metric_names, records
 
+Record = dict[str, Any]
+TITLES = {
+    "knn": "k-NN",
+    "knn_grid": "k-NN, every k and temperature",
+    "knn_train": "k-NN of held-out training images",
+    "knn_train_grid": "k-NN of held-out training images, every k and temperature",
+    "linear": "Linear",
+    "linear_grid": "Linear, every setting tried",
+    "semi": "Few labels, whole network",
+    "spectrum": "Spectrum",
+    "retrieval": "Retrieval",
+    "robustness": "Robustness",
+    "detection": "Detection",
+}
 AXES = {*metric_names.AXES, "time"}
-SHOWN_SPECTRA = 4  # from the first to the last
-SHOWN_NEIGHBOURS = 4
+NUM_SPECTRA = 4  # shown, from the first to the last
+NUM_NEIGHBOR_PICTURES = 4
+VIEW_GAP = 2  # pixels between the views in views.png
+PIXELATED_SIZE = 64  # views up to this size are enlarged without smoothing
 
 
-def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class View:
+    """One training view: its picture, its side on the page, and the random choices behind it."""
+
+    source: str
+    side: int
+    description: str
+
+
+def run_sections(run: Path, metrics: list[Record], view_size: int) -> dict[str, Any]:
+    """Return the variables that every page about one run needs."""
+    return {
+        "alerts": alerts(run),
+        "training": training_figures(run, metrics),
+        "evaluations_over_steps": evaluations_over_steps(run),
+        "views": views(run, view_size),
+        "pixelated": view_size <= PIXELATED_SIZE,
+        "neighbors_over_time": neighbors_over_time(run),
+    }
+
+
+def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[Record]:
     """Read the records of one of the run's files, one per step, in order."""
     return records.read(run / name)
 
 
-def curve(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(epoch, value) wherever `key` was recorded and is finite."""
+def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
+    """Return (epoch, value) wherever `key` was recorded and is finite, in percent for shares."""
+    factor = 100 if metric_names.curve(key).percent else 1
     return [
-        (record["epoch"], record[key])
-        for record in records
+        (record["epoch"], factor * record[key])
+        for record in metrics
         if isinstance(record.get(key), int | float) and math.isfinite(record[key])
     ]
 
 
-def keys_of(records: list[dict[str, Any]], group: str) -> list[str]:
-    """The keys of a group that were recorded, those that have a name for people first and in their order."""
-    recorded = {key for record in records for key in record} - AXES
+def recorded_keys(metrics: list[Record], group: str) -> list[str]:
+    """Return the recorded keys of a group: described ones first, in the order of their table."""
+    recorded = {key for record in metrics for key in record} - AXES
     known = [key for key in metric_names.CURVES if key in recorded]
-    return [
-        key
-        for key in [*known, *sorted(recorded - set(known))]
-        if metric_names.curve(key).group == group
-    ]
-
-
-def scaled(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    factor = 100 if metric_names.curve(key).percent else 1
-    return [(epoch, factor * value) for epoch, value in curve(records, key)]
+    keys = [*known, *sorted(recorded - set(known))]
+    return [key for key in keys if metric_names.curve(key).group == group]
 
 
 def caption(key: str) -> str:
-    found = metric_names.curve(key)
-    title = found.title[0].upper() + found.title[1:] + (", %" if found.percent else "")
-    return f"{title}: {found.description}" if found.description else title
+    about = metric_names.curve(key)
+    title = about.title[0].upper() + about.title[1:] + (", %" if about.percent else "")
+    return f"{title}: {about.description}" if about.description else title
 
 
-def alerts(run: Path, title: str = "Alerts") -> str:
-    """Return a section with the alerts raised during the run, or an empty text without any."""
-    lines = [
-        line
-        for path in metric_names.existing_paths(run, "alerts.jsonl")
-        for line in path.read_text().splitlines()
-    ]
-    shown = [
-        f'<p class="alert"><b>{escape(alert["title"])}</b><br>{escape(alert["text"])}</p>'
-        for alert in map(json.loads, lines)
-    ]
-    return page.section(title, *shown) if shown else ""
+def series_legend(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, charts.color(i, max(2, len(names)))) for i, name in enumerate(names))
 
 
-def training(run: Path, records: list[dict[str, Any]]) -> str:
-    """The curves by group, and the spectrum and spread of the embeddings as they changed."""
-    parts = []
+def alerts(run: Path) -> list[Record]:
+    """Read the alerts raised during the run."""
+    paths = metric_names.existing_paths(run, "alerts.jsonl")
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def training_figures(run: Path, metrics: list[Record]) -> list[tuple[str, list[Figure]]]:
+    """Draw the curves by group, and how the spectrum and spread of the embeddings changed."""
+    groups = []
     for group in metric_names.GROUPS:
-        figures = [
-            page.figure(
-                charts.line(
-                    scaled(records, key), metric_names.curve(key).title, marked=key == "knn"
-                ),
-                caption(key),
-            )
-            for key in keys_of(records, group)
-        ]
-        figures += (
-            _spectra(read_metrics(run, "plots.jsonl")) if group == metric_names.COLLAPSE else []
-        )
+        figures = []
+        for key in recorded_keys(metrics, group):
+            title = metric_names.curve(key).title
+            chart = charts.line_chart({"": curve(metrics, key)}, title, marked=key == "knn")
+            figures.append(Figure(chart, caption(key)))
+        if group == metric_names.COLLAPSE:
+            figures += _spectra(read_metrics(run, "plots.jsonl"))
         if figures:
-            parts.append(f'<h3>{group}</h3><div class="two">{"".join(figures)}</div>')
-    return page.section("Training", *(parts or [page.paragraph("No record yet.")]))
+            groups.append((group, figures))
+    return groups
 
 
-def _spectra(plots: list[dict[str, Any]]) -> list[str]:
-    if not plots:
+def _evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """Return at most `count` of the items, the first and the last among them."""
+    indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[index] for index in indices]
+
+
+def _spectra(plots: list[Record]) -> list[Figure]:
+    spectra, spreads = {}, {}
+    for entry in _evenly_spaced(plots, NUM_SPECTRA):
+        name = f"step {entry['step']:,}"
+        spectra[name] = list(zip(entry["spectrum_index"], entry["spectrum"]))
+        deviations = entry["deviations"]
+        spreads[name] = list(zip(np.linspace(0, 100, len(deviations)), deviations))
+    if not spectra:
         return []
-    chosen = sorted(
-        {round(i * (len(plots) - 1) / max(1, SHOWN_SPECTRA - 1)) for i in range(SHOWN_SPECTRA)}
-    )
-    shown = [plots[number] for number in chosen]
-    names = [f"step {entry['step']:,}" for entry in shown]
-    spectra = [
-        (name, list(zip(entry["spectrum_index"], entry["spectrum"])))
-        for name, entry in zip(names, shown)
-    ]
-    spreads = [
-        (
-            name,
-            [
-                (100 * i / max(1, len(entry["deviations"]) - 1), value)
-                for i, value in enumerate(entry["deviations"])
-            ],
-        )
-        for name, entry in zip(names, shown)
-    ]
-    legend = page.legend(
-        [(name, charts.colour(number, max(2, len(names)))) for number, name in enumerate(names)]
-    )
+    legend = series_legend(list(spectra))
+    spectrum = charts.line_chart(spectra, "variance", "eigenvalue", logarithmic=True)
+    spread = charts.line_chart(spreads, "spread", "percent of the dimensions")
     return [
-        page.figure(
-            charts.lines(spectra, "variance", "eigenvalue", logarithmic=True) + legend,
-            "Covariance spectrum of the embeddings",
-        ),
-        page.figure(
-            charts.lines(spreads, "spread", "percent of the dimensions") + legend,
-            "Spread of each dimension, from the flattest",
-        ),
+        Figure(spectrum, "Covariance spectrum of the embeddings", legend),
+        Figure(spread, "Spread of each dimension, from the flattest", legend),
     ]
 
 
-def evaluations_over_steps(run: Path) -> str:
-    """The pretrained features' numbers against the step, where several checkpoints were judged; else empty."""
+def evaluation(result: Record) -> Record:
+    """Return what the template shows of one evaluation: its table, its protocol, its choices."""
+    columns = results.columns(result)
+    kinds = {"pretrained": "ours"}
+    rows = [
+        {
+            "features": row["features"],
+            "kind": "variant"
+            if row["features"].startswith("random, ")
+            else kinds.get(row["features"], ""),
+            "cells": [results.number(row, name) for name in columns],
+        }
+        for row in result["rows"]
+    ]
+    choices = results.choices(result).items()
+    protocol = [
+        *result["protocol"].items(),
+        *((f"chosen for {features}", choice) for features, choice in choices),
+    ]
+    return {
+        "title": TITLES.get(result["name"], result["name"]),
+        "measure": result.get("measure", "accuracy, %"),
+        "columns": columns,
+        "rows": rows,
+        "protocol": protocol,
+    }
+
+
+def evaluations_over_steps(run: Path) -> list[Figure]:
+    """Draw the pretrained features' numbers against the step, where several checkpoints have them."""
     figures = []
     for name, steps in results.by_step(run).items():
-        if len(steps) < 2:
-            continue
-        ours = {
-            step: row["metrics"]
-            for step, found in steps.items()
-            for row in found["rows"]
-            if row["features"] == "pretrained"
-        }
-        columns = list(dict.fromkeys(column for metrics in ours.values() for column in metrics))
-        series = [
-            (
-                column,
-                [(step, metrics[column]) for step, metrics in ours.items() if column in metrics],
-            )
-            for column in columns
-        ]
-        legend = page.legend(
-            [
-                (column, charts.colour(number, max(2, len(series))))
-                for number, column in enumerate(columns)
-            ]
-        )
-        title, measure = (
-            page.TITLES.get(name, name),
-            steps[max(steps)].get("measure", "accuracy, %"),
-        )
-        figures.append(
-            page.figure(
-                charts.lines(series, title, "step", marked=True) + legend,
-                f"{title}, {measure} of each checkpoint",
-            )
-        )
-    return f'<div class="two">{"".join(figures)}</div>' if figures else ""
+        series: dict[str, list[tuple[float, float]]] = {}
+        for step, result in steps.items():
+            for row in result["rows"]:
+                if row["features"] == "pretrained":
+                    for column, value in row["metrics"].items():
+                        series.setdefault(column, []).append((step, value))
+        if len(steps) > 1:
+            title = TITLES.get(name, name)
+            measure = steps[max(steps)].get("measure", "accuracy, %")
+            chart = charts.line_chart(series, title, "step", marked=True)
+            legend = series_legend(list(series))
+            figures.append(Figure(chart, f"{title}, {measure} of each checkpoint", legend))
+    return figures
 
 
-def views(run: Path, view_size: int) -> str:
-    path = run / "views.png"
+def views(run: Path, view_size: int) -> list[list[View]]:
+    """Cut the trainer's grid of views apart: one row per image, empty if there is no grid.
+
+    Args:
+        run: The run's folder.
+        view_size: Side of a view in pixels.
+    """
+    path, choices_path = run / "views.png", run / "views.json"
     if not path.is_file():
-        return page.section("Views", page.paragraph("The trainer left no views.png."))
-    described = run / "views.json"
-    drawn = json.loads(described.read_text()) if described.is_file() else None
-    about = "What the network is trained on: the views of an image side by side, as they enter it."
-    about += " Point at one to read what was drawn for it." if drawn else ""
-    return page.section("Views", page.paragraph(about), page.views(path, view_size, drawn))
+        return []
+    grid, pitch = Image.open(path).convert("RGB"), view_size + VIEW_GAP
+    if (grid.width - VIEW_GAP) % pitch or (grid.height - VIEW_GAP) % pitch:
+        return [[View(page.image_source(grid), grid.width, "training views")]]
+    choices = json.loads(choices_path.read_text()) if choices_path.is_file() else []
+    rows = []
+    for row, top in enumerate(range(VIEW_GAP, grid.height, pitch)):
+        lefts = range(VIEW_GAP, grid.width, pitch)
+        descriptions = choices[row] if row < len(choices) else []
+        if len(descriptions) != len(lefts):
+            descriptions = ["view"] * len(lefts)
+        crops = [grid.crop((left, top, left + view_size, top + view_size)) for left in lefts]
+        side = max(view_size, 64)
+        rows.append([View(page.image_source(c), side, d) for c, d in zip(crops, descriptions)])
+    return rows
 
 
-def neighbours_over_steps(run: Path) -> str:
-    """The same queries' nearest training images at some steps of the run; empty where none were kept."""
+def neighbors_over_time(run: Path) -> list[Figure]:
+    """Return the pictures of the same queries' nearest training images at some steps."""
     folders = metric_names.existing_paths(run, "neighbors")
-    found = [path for folder in folders for path in sorted(folder.glob("step_*.png"))]
-    if not found:
-        return ""
-    chosen = sorted(
-        {
-            round(i * (len(found) - 1) / max(1, SHOWN_NEIGHBOURS - 1))
-            for i in range(SHOWN_NEIGHBOURS)
-        }
-    )
-    figures = [
-        page.figure(
-            page.picture_file(found[number], found[number].stem),
-            f"Step {int(found[number].stem.removeprefix('step_')):,}",
-        )
-        for number in chosen
-    ]
-    about = "The same held-out training images, left, and those nearest to them by features as the training went on; green: of its class."
-    return page.section(
-        "Neighbours over time", page.paragraph(about), f'<div class="two">{"".join(figures)}</div>'
-    )
+    paths = [path for folder in folders for path in sorted(folder.glob("step_*.png"))]
+    figures = []
+    for path in _evenly_spaced(paths, NUM_NEIGHBOR_PICTURES):
+        source = page.image_source(Image.open(path).convert("RGB"))
+        image = Markup('<img class="picture" alt="{}" src="{}">').format(path.stem, source)
+        figures.append(Figure(image, f"Step {int(path.stem.removeprefix('step_')):,}"))
+    return figures
 
 
 def duration(seconds: float) -> str:
+    """Return a duration such as "3 h 05 min", "4 min 07 s" or "12 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min"
-        if hours
-        else f"{minutes} min {rest:02d} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
