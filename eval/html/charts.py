@@ -17,10 +17,11 @@ Points = Sequence[tuple[float, float]]
 MAX_POINTS = 600  # of a curve; longer curves are averaged over equal stretches
 GRAY = "#858b91"  # legible on white and on near black
 PALETTE = (
-    "#4e79a7 #f28e2b #e15759 #4fa8a0 #59a14f #c9a227 #b07aa1 #ff7f93 #9c755f #8a8a8a"
-).split()
+    *("#4e79a7", "#f28e2b", "#e15759", "#4fa8a0", "#59a14f"),
+    *("#c9a227", "#b07aa1", "#ff7f93", "#9c755f", "#8a8a8a"),
+)
 # Text stays text, so that the page's font applies. Every point of a curve stays in its path.
-STYLE = {"svg.fonttype": "none", "path.simplify": False, "font.size": 10, "font.family": "sans"}
+STYLE = {"svg.fonttype": "none", "path.simplify": False, "font.size": 10}
 
 
 def color(index: int, num_colors: int) -> str:
@@ -50,8 +51,8 @@ def line_chart(
         marked: Mark each point. Meant for a few measurements.
         logarithmic: Scale both axes logarithmically and leave out what is not positive.
     """
-    figure = Figure((4.6, 2.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure((4.6, 2.5))
+    axes: Axes = figure.add_axes((0.13, 0.17, 0.85, 0.8))
     for number, points in enumerate(series.values()):
         values = np.array([point for point in points if np.isfinite(point).all()])
         if logarithmic:

@@ -4,6 +4,7 @@ numbers are those of metrics.jsonl."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from contextlib import contextmanager
@@ -65,16 +66,20 @@ def opened(browser, address):
     return browser.find_element("tag name", "body").text
 
 
-def points_of(browser, label):
-    script = "return document.querySelector(`svg[aria-label^='${arguments[0]} against'] polyline`).points.length"
-    return browser.execute_script(script, label)
+def num_points(browser, label):
+    """Return the number of points of the first curve of the chart with this label."""
+    script = (
+        "return document.querySelector(`svg[aria-label^='${arguments[0]} against'] #curve-0 path`)"
+    )
+    path = browser.execute_script(f"{script}.getAttribute('d')", label)
+    return len(re.findall("[ML]", path))
 
 
 def test_the_report(browser, digits):  # noqa: F811
     text = opened(browser, (digits / "report.html").as_uri())
     assert "moved <together>" in text and "52.0" in text
     records = sections.read_metrics(digits)
-    assert points_of(browser, "loss") == len(records) and points_of(
+    assert num_points(browser, "loss") == len(records) and num_points(
         browser, "k-NN accuracy"
     ) == len(sections.curve(records, "knn"))
 
@@ -115,7 +120,7 @@ def test_the_live_page_follows_the_run(browser, tmp_path):
         WebDriverWait(browser, 60).until(
             lambda driver: "loss\n0.1250" in driver.find_element("tag name", "body").text
         )
-        assert points_of(browser, "loss") == 11
+        assert num_points(browser, "loss") == 11
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 

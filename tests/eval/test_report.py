@@ -1,4 +1,4 @@
-"""The report is one page that fetches nothing, whatever the run holds; the demo's summary is made of the same numbers."""
+"""The report fetches nothing, whatever the run holds. The demo prints the same numbers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,12 @@ from made_run import make_run, write_images
 from torchvision.utils import save_image
 
 from ssl_pretrain.eval import compare, demo_summary, report, results, runs
-from ssl_pretrain.eval.html import charts, page, pictures, sections
+from ssl_pretrain.eval.html import charts, nearest_images, page, sections
 from ssl_pretrain.eval.results import Row
 
-SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbours", "Projection", "Config"]
-FULL = [
-    "Alarms",
-    "Evaluation",
-    "Training",
-    "Views",
-    "Neighbours over time",
-    "Nearest neighbours",
-    "Projection",
-    "Config",
-]
-VOID = {"meta", "img", "line", "polyline", "br"}
+SECTIONS = ["Evaluation", "Training", "Views", "Nearest neighbors", "Projection", "Config"]
+FULL = ["Alerts", *SECTIONS[:3], "Neighbors over time", *SECTIONS[3:]]
+VOID = {"meta", "img", "br"}
 ABOUT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
 PROTOCOL = {
     "network": "n",
@@ -39,12 +30,12 @@ PROTOCOL = {
 }
 
 
-class Checked(HTMLParser):
-    """Balanced tags; collects headings, pictures and everything that a browser would fetch."""
+class Page(HTMLParser):
+    """A page with balanced tags: its headings, its tags, its pictures and what a browser would fetch."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.headings, self.fetched, self.pictures, self.tags = [], [], [], 0, set()
+        self.open, self.headings, self.fetched, self.num_pictures, self.tags = [], [], [], 0, set()
         self.feed(text)
         assert not self.open, f"never closed: {self.open}"
 
@@ -52,18 +43,14 @@ class Checked(HTMLParser):
         self.tags.add(tag)
         for name, value in attrs:
             if name in ("src", "href", "srcset", "data", "action"):
-                self.pictures += value.startswith("data:image/")
+                self.num_pictures += value.startswith("data:image/")
                 self.fetched += [] if value.startswith("data:image/") else [value]
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        if tag not in VOID and tag != "circle":
-            while self.open[-1] == "circle":
-                self.open.pop()
+        if tag not in VOID:
             assert self.open.pop() == tag
-        elif tag == "circle":
-            assert self.open.pop() == "circle"
 
     def handle_startendtag(self, tag, attrs):
         self.tags.add(tag)
@@ -71,6 +58,12 @@ class Checked(HTMLParser):
     def handle_data(self, text):
         if self.open and self.open[-1] == "h2":
             self.headings.append(text)
+
+
+def curve_points(chart, number=0):
+    """Read the points of one curve from a chart's SVG. Heights grow upward."""
+    (path,) = re.findall(rf'<g id="curve-{number}">\s*<path d="([^"]*)"', chart)
+    return [(float(x), -float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
 
 
 def write_metrics(run, num=40):
@@ -145,18 +138,14 @@ def digits(tmp_path_factory):
 
 def test_the_page_holds_every_section_and_fetches_nothing(digits):
     text = (digits / "report.html").read_text()
-    found = Checked(text)
-    assert found.headings == FULL and found.fetched == []
-    assert (
-        found.pictures == 16 + 10 + 2 * 10 * 6 + 2
-    )  # 8 x 2 views, ten queries and their neighbours twice, two pictures over time
-    assert not re.search(r"https?://|url\(|@import", text) and not found.tags & {
-        "script",
-        "link",
-        "iframe",
-    }
+    shown = Page(text)
+    assert shown.headings == FULL and shown.fetched == []
+    views, nearest, over_time = 8 * 2, 10 + 2 * 10 * 6, 2
+    assert shown.num_pictures == views + nearest + over_time
+    assert not re.search(r"https?://|url\((?!#)|@import", text)
+    assert not shown.tags & {"script", "link", "iframe"}
     assert text.count('class="chart"') == 4 + 2 + 1 and text.count('class="scatter"') == 2
-    for shown in (
+    for phrase in (
         "prefers-color-scheme: dark",
         "30.0 ± 2.5",
         "ten draws",
@@ -165,32 +154,28 @@ def test_the_page_holds_every_section_and_fetches_nothing(digits):
         "moved &lt;together&gt;",
         "10x10 pixels at (0, 0), flipped",
     ):
-        assert shown in text, shown
+        assert phrase in text, phrase
 
 
 def test_ten_queries_are_of_ten_classes_and_moved_by_one_or_two(digits):
     run = runs.load_run(digits, device="cpu")
-    bank, queries, kind = pictures.open_parts(run)
-    found = pictures.neighbours(run, bank, queries)
-    assert (len(bank), len(queries), kind) == (1297, 500, "test images")
-    assert sorted(query.label for query in found) == list(range(10))
-    assert [query.moved for query in found[:4]] == ["1 right", "2 right", "1 left", "2 left"]
-    near_black = [
-        query.query[:, :, : 2 * int(query.moved[0])].max()
-        for query in found
-        if "right" in query.moved
-    ]
-    assert near_black == [0] * len(near_black)
+    bank, test, kind = nearest_images.open_bank_and_queries(run)
+    queries = nearest_images.find_neighbors(run, bank, test)
+    assert (len(bank), len(test), kind) == (1297, 500, "test images")
+    assert sorted(query.label for query in queries) == list(range(10))
+    assert [query.shift for query in queries[:4]] == ["1 right", "2 right", "1 left", "2 left"]
+    for query in queries:
+        if "right" in query.shift:
+            assert query.image[:, :, : 2 * int(query.shift[0])].max() == 0
 
 
-def test_an_unmoved_training_image_is_its_own_nearest_neighbour(digits, monkeypatch):
-    monkeypatch.setattr(pictures.parts, "default_shifts", lambda part: [])
+def test_a_training_image_that_is_not_shifted_is_its_own_nearest_neighbor(digits, monkeypatch):
+    monkeypatch.setattr(nearest_images.shifts, "default_distances", lambda split: [])
     run = runs.load_run(digits, device="cpu")
-    bank, _, _ = pictures.open_parts(run)
-    for query in pictures.neighbours(run, bank, bank):
-        assert np.array_equal(query.by_features[0][0], query.query) and np.array_equal(
-            query.by_pixels[0][0], query.query
-        )
+    bank, _, _ = nearest_images.open_bank_and_queries(run)
+    for query in nearest_images.find_neighbors(run, bank, bank):
+        assert np.array_equal(query.by_features[0][0], query.image)
+        assert np.array_equal(query.by_pixels[0][0], query.image)
         assert query.by_features[0][1] == query.label
 
 
@@ -206,7 +191,7 @@ def test_class_names_and_config_are_escaped(tmp_path):
     run = make_run(
         tmp_path / "run", "data.source=folder", f"data.root={root}", "log.project='<img src=x>'"
     )
-    found = Checked(report.write(runs.load_run(run, device="cpu")).read_text())
+    found = Page(report.write(runs.load_run(run, device="cpu")).read_text())
     assert found.headings == SECTIONS and found.fetched == [] and not found.tags & {"script", "b"}
     assert "Nothing measured yet" in (run / "report.html").read_text()
 
@@ -214,8 +199,11 @@ def test_class_names_and_config_are_escaped(tmp_path):
 def test_whatever_a_result_says_is_escaped():
     bad = "<script>x</script>"
     row = {"features": bad, "metrics": {bad: 1.0}, "spread": {}, "notes": {bad: bad}}
-    found = Checked(page.result({"name": bad, "protocol": {bad: bad}, "rows": [row]}))
-    assert "script" not in found.tags and {"table", "dl", "h3"} <= found.tags
+    evaluation = sections.evaluation({"name": bad, "protocol": {bad: bad}, "rows": [row]})
+    nothing = {"evaluations_over_steps": [], "views": [], "pixelated": False, "training": []}
+    context = nothing | {"title": bad, "facts": [], "alerts": [], "neighbors_over_time": []}
+    shown = Page(page.render("run.html.jinja", **context, evaluations=[evaluation]))
+    assert "script" not in shown.tags and {"table", "dl", "h3"} <= shown.tags
 
 
 def test_images_without_labels_or_a_test_part_are_shown_too(tmp_path):
@@ -243,58 +231,28 @@ def test_a_cut_or_repeated_record_counts_once(tmp_path):
     assert sections.read_metrics(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0, 12, [0, 5, 10]),
-        (81, 98, [85, 90, 95]),
-        (-3, 3, [-2, 0, 2]),
-        (5, 5, [5]),
-    ],
-)
-def test_ticks_are_round(low, high, expected):
-    assert charts.ticks(low, high) == pytest.approx(expected)
+def test_a_curve_shows_every_finite_point_in_its_place():
+    nan = float("nan")
+    points = [(0, 0.0), (5, 50.0), (10, 100.0), (11, nan)]
+    (x0, y0), (x1, y1), (x2, y2) = curve_points(charts.line_chart({"": points}, "y"))
+    assert (x1, y1) == pytest.approx(((x0 + x2) / 2, (y0 + y2) / 2)) and x0 < x2 and y0 < y2
+    assert charts.line_chart({"": [(1, nan)]}, "y") == ""
+    assert "<use" in charts.line_chart({"": [(1, 2.0)]}, "y")  # a single point has a marker
 
 
-def test_a_curve_goes_from_its_first_to_its_last_point():
-    svg = charts.line([(0, 0.0), (5, 50.0), (10, 100.0)], "y")
-    points = [
-        tuple(map(float, point.split(",")))
-        for point in re.search(r'points="([^"]*)"', svg).group(1).split()
-    ]
-    (x0, y0), (x1, y1), (x2, y2) = points
-    assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT) and x1 == pytest.approx(
-        (x0 + x2) / 2
-    )
-    assert (
-        y0 == charts.HEIGHT - charts.BOTTOM
-        and y0 > y1 > y2 > charts.TOP
-        and y1 == pytest.approx((y0 + y2) / 2)
-    )
-    assert "not recorded" in charts.line([(1, float("nan"))], "y") and "<circle" in charts.line(
-        [(1, 2.0)], "y"
-    )
+def test_long_curves_are_averaged_over_equal_stretches():
+    chart = charts.line_chart({"": [(x, 2 * x) for x in range(3 * charts.MAX_POINTS)]}, "y")
+    assert len(curve_points(chart)) == charts.MAX_POINTS
 
 
 def test_logarithmic_curves_are_straight_for_a_power_law():
-    svg = charts.lines(
-        [
-            ("a", [(10.0**i, 10.0 ** (-2 * i)) for i in range(4)]),
-            ("b", [(1.0, 0.0), (1000.0, 1.0)]),
-        ],
-        "y",
-        logarithmic=True,
-    )
-    first, second = (
-        [tuple(map(float, point.split(","))) for point in found.split()]
-        for found in re.findall(r'points="([^"]*)"', svg)
-    )
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(first)]
-    assert (
-        slopes == pytest.approx([slopes[0]] * 3, rel=0.01) and slopes[0] > 0 and len(second) == 1
-    )  # what is not positive is left out
-    assert svg.count("<polyline") == 2 and "<title>a</title>" in svg
+    power_law = [(10.0**i, 10.0 ** (-2 * i)) for i in range(4)]
+    series = {"a": power_law, "b": [(1.0, 0.0), (1000.0, 1.0)]}
+    chart = charts.line_chart(series, "y", logarithmic=True)
+    points = curve_points(chart)
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
+    assert slopes == pytest.approx([slopes[0]] * 3, rel=0.01) and slopes[0] < 0
+    assert len(curve_points(chart, 1)) == 1  # zero has no logarithm
 
 
 def test_evaluations_of_all_steps_are_found_by_name(digits):
@@ -306,9 +264,9 @@ def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tm
     other = make_run(tmp_path / "other", "optim.base_lr=0.125", "seed=0")
     write_metrics(other, num=20)
     path = compare.write([digits, other], tmp_path / "both.html")
-    found = Checked(path.read_text())
+    found = Page(path.read_text())
     assert (
-        found.headings == ["Config", "Numbers", "Training", "Alarms of digits"]
+        found.headings == ["Config", "Numbers", "Training", "Alerts of digits"]
         and found.fetched == []
     )
     text = path.read_text()
@@ -319,7 +277,7 @@ def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tm
     last = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]
     assert "<td>Learning: loss</td>" + "".join(f"<td>{value:.6g}</td>" for value in last) in text
     assert "<td>k-NN, clean</td><td>52.0 (step 7)</td><td>-</td>" in text
-    assert text.count('<polyline class="curve"') == 2 * text.count('class="chart"')
+    assert text.count('<g id="curve-') == 2 * text.count('class="chart"')
 
 
 @pytest.mark.parametrize(
