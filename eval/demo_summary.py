@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ssl_pretrain.eval import command_line, knn, linear, report, results, runs
+from ssl_pretrain.eval import command_line, knn, report, results, runs
+from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
 
 COMPARED = {
     "raw pixels": "raw pixels",
-    "random backbone": results.BETTER,
+    "random backbone": results.BETTER_RANDOM,
     "pretrained": "pretrained",
 }
 HELP = """usage: python -m ssl_pretrain.eval.demo_summary RUN [phase=seconds ...]
@@ -88,7 +89,10 @@ def _row(result: dict[str, Any], column: str, title: str) -> list[str]:
 def _curves(run: Path) -> list[str]:
     metrics = sections.read_metrics(run)
     lines = []
-    for title, key, unit in (("loss", "loss", ""), ("k-NN", "knn", " %, held-out training images")):
+    for title, key, unit in (
+        ("loss", "loss", ""),
+        ("k-NN", "knn", " %, of held-out training images"),
+    ):
         values = [value for _, value in sections.curve(metrics, key)]
         if values:
             ends = f"{values[0]:.4g} to {values[-1]:.4g}{unit}"
@@ -110,7 +114,7 @@ def evaluate(path: str | Path) -> dict[str, float]:
     run = runs.load_run(path)
     phases = {
         "k-NN": lambda: knn.evaluate(run),
-        "linear": lambda: linear.evaluate(run, labels_per_class=[1, 5]),
+        "linear": lambda: cached_linear.evaluate(run, labels_per_class=[1, 5]),
         "report": lambda: report.write(run),
     }
     seconds = {}

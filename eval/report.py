@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ssl_pretrain.eval import command_line, results, runs
+from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.html import charts, live, nearest_images, page, sections
@@ -31,7 +31,7 @@ features, a projection of the features, and the configuration.
 
 
 def main(arguments: list[str]) -> None:
-    parser = command_line.parser("ssl_pretrain.eval.report", HELP)
+    parser = command_line.parser("ssl_pretrain.eval.report", HELP, {})
     option = parser.add_argument
     option("--follow", action="store_true", help="serve a page that follows the training")
     option("--port", type=PORT, default=0, help="port for --follow (default: any free port)")
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     if options.follow:
         live.follow(Path(options.run), options.port)
         return
-    run = runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
+    run = command_line.open_run(options)
     print(f"report: {write(run)}")
 
 

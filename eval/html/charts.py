@@ -34,6 +34,7 @@ def color(index: int, num_colors: int) -> str:
     return f"hsl({hue:.0f} {55 + 20 * (index % 2)}% {48 + 10 * (index % 3 == 0)}%)"
 
 
+@rc_context(STYLE)
 def line_chart(
     series: dict[str, Points],
     y_label: str,
@@ -76,6 +77,7 @@ def line_chart(
     return _svg(figure, "chart", f"{y_label} against {x_label}")
 
 
+@rc_context(STYLE)
 def scatter_chart(positions: np.ndarray, labels: np.ndarray, num_classes: int) -> Markup:
     """Draw points (n, 2), each in the color of its class. Points without a label (-1) are gray."""
     figure = Figure((4.4, 4.4))
@@ -100,8 +102,7 @@ def _svg(figure: Figure, kind: str, label: str) -> Markup:
     """Return the figure as an inline SVG without a background and without addresses."""
     content = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context(STYLE):
-        figure.savefig(content, format="svg", transparent=True, metadata=nothing)
+    figure.savefig(content, format="svg", transparent=True, metadata=nothing)
     text = content.getvalue()
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
     svg = re.sub(r'width="[^"]*pt" height="[^"]*pt"', "", svg, count=1)

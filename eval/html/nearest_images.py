@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain import rng
-from ssl_pretrain.data.sources import Source, open_source
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval.frozen import features, shifts
 from ssl_pretrain.eval.frozen.evaluation_split import SPLIT_SEED, EvaluationSplit
 from ssl_pretrain.eval.runs import Run
