@@ -143,8 +143,9 @@ def _evaluations(runs: dict[str, Path]) -> list[list[str]]:
 
 
 def _pretrained(result: Record | None, column: str) -> str:
-    rows = result["rows"] if result else []
-    for row in rows:
+    if result is None:
+        return "-"
+    for row in result["rows"]:
         if row["features"] == "pretrained":
             return f"{results.number(row, column)} (step {result['step']:,})"
     return "-"

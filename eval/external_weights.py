@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
@@ -74,7 +75,7 @@ def _set_timm_defaults(run_config: RunConfig, name: str, keys: set[str]) -> None
     """Set timm's mean, standard deviation, crop and interpolation, except for overridden keys."""
     timm_config = backbones.pretrained_cfg(name)
     bicubic = timm_config.interpolation == "bicubic"
-    defaults = {
+    defaults: dict[str, dict[str, Any]] = {
         "views": {
             "mean": list(map(float, timm_config.mean)),
             "std": list(map(float, timm_config.std)),

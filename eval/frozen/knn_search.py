@@ -134,4 +134,5 @@ def _search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, T
         )
     else:
         similarities, rows = faiss.knn(*arrays, metric=faiss.METRIC_INNER_PRODUCT)
-    return tuple(torch.from_numpy(found).to(queries.device) for found in (similarities, rows))
+    device = queries.device
+    return torch.from_numpy(similarities).to(device), torch.from_numpy(rows).to(device)

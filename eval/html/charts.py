@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -21,7 +22,7 @@ PALETTE = (
     *("#c9a227", "#b07aa1", "#ff7f93", "#9c755f", "#8a8a8a"),
 )
 # Text stays text, so that the page's font applies. Every point of a curve stays in its path.
-STYLE = {"svg.fonttype": "none", "path.simplify": False, "font.size": 10}
+STYLE: Any = {"svg.fonttype": "none", "path.simplify": False, "font.size": 10}
 
 
 def color(index: int, num_colors: int) -> str:
@@ -36,7 +37,7 @@ def color(index: int, num_colors: int) -> str:
 
 @rc_context(STYLE)
 def line_chart(
-    series: dict[str, Points],
+    series: Mapping[str, Points],
     y_label: str,
     x_label: str = "epoch",
     *,
@@ -84,7 +85,7 @@ def scatter_chart(positions: np.ndarray, labels: np.ndarray, num_classes: int) -
     axes: Axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     colors = [_as_hex(color(int(label), num_classes)) for label in labels]
-    axes.scatter(*positions.T, s=22, c=colors, alpha=0.82, linewidths=0)
+    axes.scatter(positions[:, 0], positions[:, 1], s=22, c=colors, alpha=0.82, linewidths=0)
     return _svg(figure, "scatter", f"projection of {len(positions)} images")
 
 

@@ -13,6 +13,8 @@ from ssl_pretrain.checkpoint.manifest import METHOD_FILE, OPTIMIZER_FILE
 from ssl_pretrain.checkpoint.save_thread import DISK_PATIENCE
 from ssl_pretrain.distributed import collectives, process_group
 
+FORMER_NAMES = {"centre": "center"}  # tensors of methods: name in old checkpoints, present name
+
 
 class TrainingState:
     """The method and its optimizer, copied to checkpoints and restored from them.
@@ -54,7 +56,9 @@ class TrainingState:
         if self.sharded or not (path / METHOD_FILE).exists():
             self._restore_shards(path)
             return
-        self.method.load_state_dict(load_file(path / METHOD_FILE), strict=True)
+        weights = load_file(path / METHOD_FILE)
+        present_weights = {FORMER_NAMES.get(name, name): value for name, value in weights.items()}
+        self.method.load_state_dict(present_weights, strict=True)
         self._clear_moments()
         for key, value in load_file(path / OPTIMIZER_FILE).items():
             self._new_moment(key, value.shape, value.dtype).copy_(value)
@@ -62,6 +66,9 @@ class TrainingState:
     def _restore_shards(self, path: Path) -> None:
         """Read the slices that this rank holds, however the checkpoint was sharded."""
         shapes, tensors = tensor_files.read_shapes(path), self.method.state_dict()
+        for former_name, name in FORMER_NAMES.items():
+            if former_name in shapes and name in tensors:
+                tensors[former_name] = tensors.pop(name)
         weights = {key for key in shapes if "::" not in key}
         if weights != tensors.keys():
             differing = ", ".join(sorted(weights ^ tensors.keys())[:3])

@@ -138,7 +138,7 @@ class DINO(Method):
     evaluated = "teacher.backbone"
     network = "teacher"
     transient = ("logits",)  # the largest tensors, views * num_prototypes numbers per image
-    centre: Tensor
+    center: Tensor
     teacher_temperature: Tensor
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -148,7 +148,7 @@ class DINO(Method):
             nn.init.trunc_normal_(class_token, std=0.02)  # the rest of timm's ViT starts alike
         self.head = Head(backbone.feature_dim, config)
         self.teacher = Teacher(backbone=backbone, head=self.head)
-        self.register_buffer("centre", torch.zeros(config.num_prototypes))
+        self.register_buffer("center", torch.zeros(config.num_prototypes))
         self.register_buffer("teacher_temperature", torch.tensor(temperature_at(config, 0)))
 
     def forward(self, batch: Batch) -> Embeddings:
@@ -167,12 +167,12 @@ class DINO(Method):
         return {
             "logits": torch.stack([logits_a, logits_b], dim=1),
             "mean": logits.mean(0, keepdim=True),  # of this micro-batch
-            "assigned": (logits_a - self.centre).argmax(1),
+            "assigned": (logits_a - self.center).argmax(1),
         }
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         probabilities = [
-            F.softmax((logits - self.centre) / self.teacher_temperature, dim=1)
+            F.softmax((logits - self.center) / self.teacher_temperature, dim=1)
             for logits in targets["logits"].unbind(1)
         ]
         students = embeddings["logits"]
@@ -194,8 +194,8 @@ class DINO(Method):
         self.teacher.move(self, rising_momentum(progress, self.config.momentum), self.stepped)
         mean = collectives.reduce_sum(targets["mean"].mean(0)) / process_group.world_size()
         momentum = self.config.center_momentum
-        center = momentum * self.centre + (1 - momentum) * mean  # equation 4
-        self.centre.copy_(self.if_stepped(center, self.centre))
+        new_center = momentum * self.center + (1 - momentum) * mean  # equation 4
+        self.center.copy_(self.if_stepped(new_center, self.center))
         self.teacher_temperature.fill_(temperature_at(self.config, progress.next().epoch))
 
     def frozen(self, progress: Progress) -> Sequence[str]:

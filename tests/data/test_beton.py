@@ -24,10 +24,10 @@ from ssl_pretrain.data.beton import __main__ as command
 from ssl_pretrain.data.beton import encoder, tables
 from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.beton import writer as beton_writer
+from ssl_pretrain.data.beton.beton_manifest import manifest_path
 from ssl_pretrain.data.beton.beton_source import Beton
 from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import NEW_JPEG, PIXELS, UNCHANGED, Settings, encode
-from ssl_pretrain.data.beton.manifest import manifest_path
 from ssl_pretrain.data.images import UnreadableImage, decode
 from ssl_pretrain.data.native import decode as compiled
 from ssl_pretrain.data.sources import DataConfig, open_source

@@ -78,7 +78,7 @@ def test_ranks_agree_with_one_process(name, on_ranks):
             first = on_ranks[size][0][name][0]["state"]
             assert all(
                 torch.equal(value, first[key]) for key, value in rank[name][0]["state"].items()
-            )  # teachers, queues, centres
+            )  # teachers, queues, centers
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -41,7 +41,7 @@ def plain_loss(method, images, temperature):
 
     with torch.no_grad():
         teacher = network(method.teacher.backbone, method.teacher.head, [images.views[:2]])
-        q = [torch.softmax((logits - method.centre) / temperature, dim=1) for logits in teacher]
+        q = [torch.softmax((logits - method.center) / temperature, dim=1) for logits in teacher]
     student = network(method.backbone, method.head, [images.views[:2], images.views[2:]])
     terms = []
     for t in (0, 1):
@@ -59,7 +59,7 @@ def test_one_step_is_the_authors(step):
     method, images = contract.build("dino"), contract.batch("dino", step)
     temperature = [0.04, 0.04, 0.055, 0.055][step]  # 2 steps an epoch, 3 epochs of warm-up
     method.teacher_temperature.fill_(temperature)
-    method.centre.copy_(torch.randn(9))
+    method.center.copy_(torch.randn(9))
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images, step)
     progress = step / contract.NUM_STEPS
@@ -75,7 +75,7 @@ def test_one_step_is_the_authors(step):
                 p.copy_(last[name])
         for name, p in expected.teacher.named_parameters():
             p.copy_(momentum * p + (1 - momentum) * expected.get_parameter(name))
-        expected.centre.copy_(0.9 * expected.centre + 0.1 * mean)
+        expected.center.copy_(0.9 * expected.center + 0.1 * mean)
         expected.teacher_temperature.fill_([0.04, 0.055, 0.055, 0.07][step])  # of the next step
     contract.assert_same(method, expected)
 

@@ -26,10 +26,10 @@ def plain_loss(method, images):
     )
     variance = covariance = torch.zeros((), dtype=torch.float64)
     for view in z:
-        centred = [row - sum(view) / n for row in view]
+        centered = [row - sum(view) / n for row in view]
         for i in range(dim):
             for j in range(dim):
-                c = sum(row[i] * row[j] for row in centred) / (n - 1)
+                c = sum(row[i] * row[j] for row in centered) / (n - 1)
                 if i == j:
                     variance = variance + torch.clamp(1 - (c + 1e-4).sqrt(), min=0) / dim / 2
                 else:

@@ -14,9 +14,9 @@ import numpy as np
 
 from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.beton import writer
+from ssl_pretrain.data.beton.beton_manifest import Manifest
 from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import Settings
-from ssl_pretrain.data.beton.manifest import Manifest
 from ssl_pretrain.data.beton.shard_files import shard_name
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.image_statistics import check_range

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ssl_pretrain.data.beton.beton_manifest import manifest_path, read_manifest
 from ssl_pretrain.data.beton.file import Samples
-from ssl_pretrain.data.beton.manifest import manifest_path, read_manifest
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.progress_report import report_progress
 

@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from ssl_pretrain.data.beton.manifest import (
+from ssl_pretrain.data.beton.beton_manifest import (
     Manifest,
     manifest_path,
     merge_manifests,

@@ -17,6 +17,7 @@ from PIL import __version__ as pillow_version
 from PIL import features
 
 from ssl_pretrain.data.beton import tables
+from ssl_pretrain.data.beton.beton_manifest import Manifest, read_manifest, write_manifest
 from ssl_pretrain.data.beton.encoder import (
     BAD,
     NEW_JPEG,
@@ -27,7 +28,6 @@ from ssl_pretrain.data.beton.encoder import (
     encoded_images,
 )
 from ssl_pretrain.data.beton.journal import Journal, data_path, journal_path, open_journal
-from ssl_pretrain.data.beton.manifest import Manifest, read_manifest, write_manifest
 from ssl_pretrain.data.beton.tables import read_tables
 from ssl_pretrain.data.image_files import ImageFiles
 from ssl_pretrain.data.image_source import Source
