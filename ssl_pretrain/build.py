@@ -214,8 +214,8 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
     torch.manual_seed(rng.seed_of(config.seed, 0, 0))
     backbone = backbones.build(config.backbone, image_size)
     notes = initialize(backbone, config.backbone)
-    if notes and process_group.is_main():
-        print(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}", flush=True)
+    if notes:
+        process_group.print_once(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}")
     method: Method = config.method.build(backbone)
     if method.needs_labels and source is not None:
         require_labels(source, f"method {config.method.name}")
@@ -256,9 +256,9 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
             share=share,
             global_batch_size=global_batch_size,
         )
-        if process_group.is_main():
-            text = f"micro_batch_size: auto took {images} of {share} images at once ({estimate})"
-            print(text, flush=True)
+        process_group.print_once(
+            f"micro_batch_size: auto took {images} of {share} images at once ({estimate})"
+        )
     if images < share:
         check_accumulation(method, config.parallel)
     return images
@@ -277,8 +277,8 @@ def write_config(config: RunConfig, first_step: int) -> None:
         except OSError as error:
             problem = background_writer.refusal(run / "config.yaml", error)
     background_writer.raise_or_warn(problem, config.checkpoint.on_failure)
-    if first_step and process_group.is_main():
-        print(f"resumed {run} after step {first_step}", flush=True)
+    if first_step:
+        process_group.print_once(f"resumed {run} after step {first_step}")
 
 
 def flops_per_image(config: RunConfig) -> float:

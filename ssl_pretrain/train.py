@@ -1,6 +1,6 @@
 """Pretrain a backbone as a YAML file says, in one process or on every rank under torchrun.
 
-The same command resumes the run from the newest checkpoint of its output.
+The same command resumes the run from the newest checkpoint of its output. Examples:
 
 python -m ssl_pretrain.train configs/simclr_digits.yaml
 torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=DIR
@@ -39,8 +39,9 @@ from ssl_pretrain.system import exit_status, stop_signals
 from ssl_pretrain.system.exit_status import LostError
 from ssl_pretrain.system.thread_lock import only_training_of_process
 
-# Errors whose message is written for users and needs no traceback.
+# Their messages are written for users and need no traceback.
 EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, LostError)
+USER_ERRORS = (ValueError, configuration.ConfigError)  # not their other subclasses
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def train_and_report(
         configuration.check(config, process_group.world_size())
         compare = partial(configuration.compare_for_resume, config=config)
         if (step := finished_step(run, config.checkpoint, config.epochs, compare)) is not None:
-            _print(
+            process_group.print_once(
                 f"finished before: {run} has done its {step} steps, the last in "
                 f"{checkpoint_path(run, step)}. Nothing was trained or changed; give a new "
                 "output for another run"
@@ -92,7 +93,7 @@ def train_and_report(
     summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
     finished = f"finished: {summary}. Evaluate it: python -m ssl_pretrain.eval.knn {run}"
     stopped = f"stopped: {summary}. The same command goes on from there"
-    _print(finished if outcome.step == outcome.num_steps else stopped)
+    process_group.print_once(finished if outcome.step == outcome.num_steps else stopped)
     return outcome
 
 
@@ -117,11 +118,6 @@ def _train(
         return Outcome(step, training.end_step, training.num_steps)
 
 
-def _print(text: str) -> None:
-    if process_group.is_main():
-        print(text, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
@@ -132,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_help=False,
     )
     option = parser.add_argument
-    help_action, about_help = configuration.HelpAction, "print this, or the help of a key"
-    option("-h", "--help", nargs="?", action=help_action, metavar="KEY", help=about_help)
+    option("-h", "--help", action=configuration.HelpAction)
     option("config", help="a YAML file, such as those in configs/")
     option("overrides", nargs="*", metavar="key=value", help="for example optim.base_lr=0.4")
     option("--plan", action="store_true", help="print the resolved configuration and its costs")
@@ -146,8 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(options)
         except (*EXPECTED_ERRORS, torch.OutOfMemoryError) as error:
-            for_users = type(error) in (ValueError, configuration.ConfigError)
-            if isinstance(error, ValueError) and not for_users:
+            if isinstance(error, ValueError) and type(error) not in USER_ERRORS:
                 raise
             print(f"error: {memory.explain(error)}", file=sys.stderr, flush=True)
             return exit_status.record_failure(error)
@@ -158,10 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     if "SLURM_JOB_ID" not in os.environ:
-        remedy = "start the run with python launch/pretrain.py, or leave it out"
-        configuration.check_slurm_keys(
-            config, options.overrides, "this command submits nothing", remedy, typed_only=True
-        )
+        problem, remedy = "this command submits nothing", "use launch/pretrain.py, or leave it out"
+        configuration.check_slurm_keys(config, options.overrides, problem, remedy, typed_only=True)
     if options.plan:
         print(plan.describe(config, plan.num_ranks(config, default=1)))
         return 0

@@ -148,8 +148,8 @@ def open_labeled(run: Run, split: Literal["train", "val"], purpose: str) -> Sour
     collectives.barrier()
     if process_group.local_rank() != 0:
         source = _open(run, split)
-    if split == "train" and process_group.is_main():
-        print(*layout_lines(run.config.data, source), sep="\n", file=sys.stderr, flush=True)
+    if split == "train":
+        process_group.print_once(*layout_lines(run.config.data, source), file=sys.stderr)
     known = np.flatnonzero(source.labels >= 0)
     if 0 < len(known) < len(source):
         source = source.take(known)

@@ -24,6 +24,10 @@ ON_RESUME = {
 class HelpAction(argparse.Action):
     """The option `--help [KEY]`: print the help of the command, or of one key, and exit."""
 
+    def __init__(self, **settings: Any) -> None:
+        settings |= {"nargs": "?", "metavar": "KEY", "help": "print this, or the help of a key"}
+        super().__init__(**settings)
+
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, key: Any, *_: Any) -> None:
         try:
             print(explain(key) if key else parser.format_help())

@@ -232,15 +232,14 @@ def build(
     if process_group.local_rank() != 0:
         source = open_source(data, "train")
     kind, reason = readers.choose_reader(data, source)
-    if process_group.is_main():
-        for line in (*layout_lines(data, source), f"data.loader: {kind}: {reason}"):
-            print(line, file=sys.stderr, flush=True)
+    choice = f"data.loader: {kind}: {reason}"
+    process_group.print_once(*layout_lines(data, source), choice, file=sys.stderr)
     window = data.quasi_random_window if data.order == "quasi_random" else 0
     plan = Plan(seed, len(source), global_batch_size, rank, world_size, window)
     num_workers = min(data.num_workers, process_group.cores_per_rank())
     reader = readers.build_reader(source, views, plan, kind, num_workers=num_workers, device=device)
-    if reader.note and process_group.is_main():
-        print(reader.note, file=sys.stderr, flush=True)
+    if reader.note:
+        process_group.print_once(reader.note, file=sys.stderr)
     return Loader(reader, view_dtype=view_dtype, max_replaced=data.max_replaced)
 
 

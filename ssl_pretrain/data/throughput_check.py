@@ -58,8 +58,7 @@ def report_bottleneck(loader: Loader, first_step: int, device: torch.device) -> 
     measured.seconds = time.monotonic() - start
     measured.num_read = loader.num_read - num_read
     measured.reading_seconds = loader.reading_seconds - reading_seconds
-    if process_group.is_main():
-        print(describe(loader, measured), file=sys.stderr, flush=True)
+    process_group.print_once(describe(loader, measured), file=sys.stderr)
     yield from batches
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,12 @@ def world_size() -> int:
 def is_main() -> bool:
     """Return True on rank 0."""
     return rank() == 0
+
+
+def print_once(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines on rank 0 alone, to standard output unless `file` is given."""
+    if is_main():
+        print(*lines, sep="\n", file=file, flush=True)
 
 
 def local_rank() -> int:

@@ -109,12 +109,10 @@ class NanGuard:
             "rolled_back_after": step,
             "rolled_back_to": int(restored.rpartition("_")[2]),
         }
-        if process_group.is_main():
-            print(
-                f"{problem}. Weights and optimizer were restored from {restored}. "
-                "Training continues with the next images",
-                flush=True,
-            )
+        process_group.print_once(
+            f"{problem}. Weights and optimizer were restored from {restored}. "
+            "Training continues with the next images",
+        )
 
     def _record(self, step: int, indices: Tensor) -> None:
         all_indices = collectives.gather(indices).tolist()

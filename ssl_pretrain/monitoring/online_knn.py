@@ -98,9 +98,10 @@ class OnlineKNN:
         self.bank = labeled[num_queries : num_queries + config.max_train]
         if self.enabled:
             weighted_knn.check(config.k, config.temperature, len(self.bank), "online.")
-        elif config.knn_every_epochs > 0 and process_group.is_main():
-            text = f"online k-NN: off, because only {len(labeled)} training images have labels"
-            print(text, flush=True)
+        elif config.knn_every_epochs > 0:
+            process_group.print_once(
+                f"online k-NN: off, because only {len(labeled)} training images have labels"
+            )
 
     @property
     def enabled(self) -> bool:
