@@ -1,7 +1,6 @@
 """Pretrain a backbone as a YAML file says, in one process or on every rank under torchrun.
 
 The same command resumes the run from the newest checkpoint of its output. Examples:
-
 python -m ssl_pretrain.train configs/simclr_digits.yaml
 torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=DIR
 """
