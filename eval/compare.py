@@ -1,4 +1,4 @@
-"""Several runs on one HTML page: the differences of their configurations, their numbers and curves."""
+"""One HTML page that compares several runs: their configurations, numbers and curves."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ssl_pretrain.eval.html.sections import Record
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.system import durable_files
 
-HELP = """Writes one page that compares runs and fetches nothing.
+HELP = """Write one self-contained page that compares runs.
 
 It shows the configuration keys that differ, the last numbers and the evaluations side by side, the
-curves in common frames, and the alerts of each run.
+curves of all runs in shared charts, and the alerts of each run.
 
     python -m ssl_pretrain.eval.compare runs/simclr_digits runs/second --output compare.html"""
-NAMES = ("output", "log.name", "log.tags")  # keys that name a run, and so always differ
+NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that name a run, and so always differ
 
 
 def main(arguments: list[str]) -> None:
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
-    option("runs", nargs="+", metavar="RUN", type=Path, help="folders of two runs or more")
+    option("runs", nargs="+", metavar="RUN", type=Path, help="folders of two or more runs")
     option("--output", type=Path, help="the page (default: compare.html beside the first run)")
     options = parser.parse_args(arguments)
     print(f"comparison: {write(options.runs, options.output)}")
@@ -41,17 +41,17 @@ def write(runs: list[Path], output: Path | None = None) -> Path:
     """Write the page and return its path.
 
     Raises:
-        ValueError: If there are fewer than two runs, or a folder is not a run's.
+        ValueError: If there are fewer than two runs, or a folder does not hold a run.
     """
     if len(runs) < 2:
         raise ValueError(
-            f"{', '.join(map(str, runs))}: a comparison needs two runs or more; "
+            f"{', '.join(map(str, runs))}: a comparison needs two or more runs; "
             "ssl_pretrain.eval.report shows one"
         )
     for run in runs:
         if not (run / "config.yaml").is_file():
             raise ValueError(
-                f"{run}: there is no config.yaml, so this is not a run's folder; "
+                f"{run}: there is no config.yaml, so this is not the folder of a run; "
                 "give the `output` of a run's config"
             )
     by_name = dict(zip(_short_names(runs), runs))
@@ -86,7 +86,7 @@ def differences(runs: dict[str, Path]) -> dict[str, list[str]]:
     The value is `-` for a run whose configuration lacks the key.
     """
     configs = [_flatten(yaml.safe_load((run / "config.yaml").read_text())) for run in runs.values()]
-    keys = dict.fromkeys(key for values in configs for key in values if key not in NAMES)
+    keys = dict.fromkeys(key for values in configs for key in values if key not in NAMING_KEYS)
     values = {key: [str(config.get(key, "-")) for config in configs] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
 
@@ -116,8 +116,8 @@ def _last_values(metrics: dict[str, list[Record]]) -> list[list[str]]:
     for group in metric_names.GROUPS:
         for key in _recorded_keys(metrics, group):
             curves = [sections.curve(records, key) for records in metrics.values()]
-            about = metric_names.curve(key)
-            title = f"{group}: {about.title}{', %' if about.percent else ''}"
+            name = metric_names.curve(key)
+            title = f"{group}: {name.title}{', %' if name.percent else ''}"
             rows.append([title, *(f"{points[-1][1]:.6g}" if points else "-" for points in curves)])
     return rows
 

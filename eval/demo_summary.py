@@ -1,4 +1,4 @@
-"""The summary that `make demo` prints: numbers of a run's evaluations, its curves, the next steps."""
+"""The summary that `make demo` prints: evaluation results, curves, and what to try next."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ssl_pretrain.eval import command_line, knn, report, results, runs
 from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
 
-COMPARED = {
+COLUMNS = {  # column titles and names of the features
     "raw pixels": "raw pixels",
     "random backbone": results.BETTER_RANDOM,
     "pretrained": "pretrained",
 }
 HELP = """usage: python -m ssl_pretrain.eval.demo_summary RUN [phase=seconds ...]
 
-Evaluates a run as the demo does (k-NN, linear with all, 1 and 5 labels per class, the report) and
-prints raw pixels, the random backbone and the pretrained one side by side, the curves of the run,
-the seconds of each phase, and the next steps.
+Evaluate a run the way the demo does: k-NN, linear with all, 1 and 5 labels per class, and the
+report. Print the accuracy of raw pixels, the random backbone and the pretrained one side by side,
+the curves of the run, the duration of each phase, and what to try next.
 
     python -m ssl_pretrain.eval.demo_summary runs/demo training=95"""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -55,18 +55,19 @@ def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
         for title, result in (("k-NN", neighbors), ("linear", classifiers))
         for column in results.columns(result)
     ]
-    about, lines = neighbors["protocol"], [neighbors["protocol"]["images"]]
-    lines += [
-        f"network: {about['network']}",
-        "random backbone: the same network before its first step; the better of its batch norm as "
-        "built and recalibrated",
+    protocol = neighbors["protocol"]
+    lines = [
+        protocol["images"],
+        f"network: {protocol['network']}",
+        "random backbone: the same network before its first step, with initial or recalibrated "
+        "batch norm statistics, whichever is better",
         "",
-        results.table(["accuracy, %", *COMPARED], rows),
+        results.table(["accuracy, %", *COLUMNS], rows),
         "",
-        f"k-NN: k = {about['k']}, temperature {about['temperature']}, on the test images",
+        f"k-NN: k = {protocol['k']}, temperature {protocol['temperature']}, on the test images",
     ]
-    if "shifts" in about:
-        lines.append(f"shifted: {about['shifts']}")
+    if "shifts" in protocol:
+        lines.append(f"shifted: {protocol['shifts']}")
     if "few labels" in classifiers["protocol"]:
         lines.append(f"linear, n per class: {classifiers['protocol']['few labels']}")
     lines += ["", *_curves(path)]
@@ -82,7 +83,7 @@ def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
 
 def _row(result: dict[str, Any], column: str, title: str) -> list[str]:
     rows = {row["features"]: row for row in result["rows"]}
-    numbers = [results.number(rows[n], column) if n in rows else "-" for n in COMPARED.values()]
+    numbers = [results.number(rows[n], column) if n in rows else "-" for n in COLUMNS.values()]
     return [title, *numbers]
 
 
@@ -101,16 +102,16 @@ def _curves(run: Path) -> list[str]:
 
 
 def sparkline(values: list[float], width: int = 48) -> str:
-    """Draw a curve as one line of blocks, averaged to at most `width` of them."""
-    stretches = np.array_split(np.array(values, dtype=float), min(width, len(values)))
-    means = np.array([stretch.mean() for stretch in stretches])
+    """Draw a curve as one line of at most `width` blocks, each the mean of a segment."""
+    segments = np.array_split(np.array(values, dtype=float), min(width, len(values)))
+    means = np.array([segment.mean() for segment in segments])
     span = means.max() - means.min()
     levels = (means - means.min()) / (span or 1) * (len(BLOCKS) - 1)
     return "".join(BLOCKS[int(level)] for level in levels.round())
 
 
 def evaluate(path: str | Path) -> dict[str, float]:
-    """Run the evaluations and the report of the demo, and return the seconds of each."""
+    """Run the demo's evaluations and report, and return the duration of each in seconds."""
     run = runs.load_run(path)
     phases = {
         "k-NN": lambda: knn.evaluate(run),

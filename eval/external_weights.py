@@ -1,4 +1,4 @@
-"""Open weights that this project did not train, as a run without training."""
+"""Load weights that this project did not train, so that they can be evaluated like a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def load_external_weights(weights: str, overrides: list[str], device: str) -> Ru
 
     Args:
         weights: A file of weights, or timm:<tag>.
-        overrides: key=value of the sections in `OVERRIDABLE`. They name the network.
+        overrides: key=value settings of the sections in `OVERRIDABLE`. For a file of weights, one
+            of them names the network.
         device: cpu, cuda, ... or auto.
 
     Raises:
@@ -57,17 +58,17 @@ def load_external_weights(weights: str, overrides: list[str], device: str) -> Ru
     notes = initialize(backbone, run_config.backbone)
     summary = [f"{weights}: {name} at {size} pixels", *notes, f"results in {path}"]
     print_progress("; ".join(summary))
-    chosen_device = resolve_device(device)
+    torch_device = resolve_device(device)
     return Run(
         path=path,
         config=run_config,
-        backbone=to_device(backbone, chosen_device),
+        backbone=to_device(backbone, torch_device),
         step=0,
         network="published weights",
         checkpoint_path=Path(init),
         view_size=size,
         image_size=size,
-        device=chosen_device,
+        device=torch_device,
     )
 
 
@@ -92,10 +93,10 @@ def _set_timm_defaults(run_config: RunConfig, name: str, keys: set[str]) -> None
 
 
 def _write_config(path: Path, run_config: RunConfig) -> None:
-    """Write the configuration into the folder of the results, from the main rank.
+    """Write the configuration to the folder of the results, on the main rank only.
 
     Raises:
-        ValueError: If the folder belongs to a run, or has the results of other weights.
+        ValueError: If the folder belongs to a run, or holds the results of other weights.
     """
     file = path / "config.yaml"
     previous = yaml.safe_load(file.read_text()) if file.is_file() else None

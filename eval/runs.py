@@ -97,17 +97,17 @@ def load_run(
     }
     origin = f"{folder}, for backbone.name {run_config.backbone.name}"
     backbones.load_strict(backbone, weights, origin, exact=True)
-    chosen_device = resolve_device(device)
+    torch_device = resolve_device(device)
     return Run(
         path=path,
         config=run_config,
-        backbone=to_device(backbone, chosen_device),
+        backbone=to_device(backbone, torch_device),
         step=manifest["step"],
         network=manifest["network"],
         checkpoint_path=folder,
         view_size=view_size,
         image_size=image_size,
-        device=chosen_device,
+        device=torch_device,
     )
 
 

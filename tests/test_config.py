@@ -278,7 +278,7 @@ def test_a_setting_is_free_warned_about_or_refused_on_a_resume(path):
     with pytest.raises(ConfigError) as error:
         config.compare_for_resume(saved, other, f"runs/a/{CHECKPOINT.removeprefix('run/')}")
     assert str(error.value) == (
-        "runs/a/checkpoints/step_00000003 was made by another configuration: "
+        "runs/a/checkpoints/step_00000003 was saved with a different configuration: "
         "method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. "
         "Give a new output, or start a new run from its weights with backbone.init=runs/a"
     )

@@ -36,15 +36,15 @@ def step_of(path: Path) -> int:
 def list_checkpoints(run: str | Path) -> list[Path]:
     """Return the run's checkpoint folders in the order of their steps, damaged ones included."""
     folders = (Path(run) / "checkpoints").glob("step_*")
-    numbered = [path for path in folders if path.is_dir() and path.name[5:].isdecimal()]
-    return sorted(numbered, key=step_of)
+    paths = [path for path in folders if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(paths, key=step_of)
 
 
 def newest_checkpoint(run: str | Path) -> Path:
     """Return the newest intact checkpoint. Damaged ones are skipped with a warning.
 
     Raises:
-        ValueError: The run has no checkpoint, or all of them are damaged.
+        ValueError: If the run has no checkpoint, or all of them are damaged.
     """
     checkpoints = list_checkpoints(run)
     if not checkpoints:
@@ -71,10 +71,10 @@ def newest_checkpoint(run: str | Path) -> Path:
 def newest_if_reached(run: Path, epochs: float) -> Path | None:
     """Return the newest intact checkpoint if training has reached that many epochs, else None.
 
-    Files are hashed only if the newest manifest says so.
+    The files are hashed only if the newest manifest claims that many epochs.
     """
 
-    def reached(path: Path) -> bool:
+    def has_reached(path: Path) -> bool:
         try:
             manifest = manifests.read_manifest(path)
             steps_per_epoch = manifest["last_step"] / manifest["config"]["epochs"]
@@ -83,14 +83,14 @@ def newest_if_reached(run: Path, epochs: float) -> Path | None:
             return False
 
     checkpoints = list_checkpoints(run)
-    if not checkpoints or not reached(checkpoints[-1]):
+    if not checkpoints or not has_reached(checkpoints[-1]):
         return None
     path = newest_checkpoint(run)
-    return path if reached(path) else None
+    return path if has_reached(path) else None
 
 
 def is_finished(run: str | Path) -> bool:
-    """Return True if the newest manifest that can be read is that of the run's last step."""
+    """Return True if the newest readable manifest belongs to the run's last step."""
     for path in reversed(list_checkpoints(run)):
         with suppress(ValueError, KeyError):
             manifest = manifests.read_manifest(path)
@@ -99,12 +99,14 @@ def is_finished(run: str | Path) -> bool:
 
 
 def prepare_folder(run: Path) -> None:
-    """Make the run ready for checkpoints, on every rank: clean up and check that it is writable.
+    """Remove unfinished checkpoints and check that new ones can be written.
+
+    The main rank does the work. All ranks have to call it, and all of them raise its error.
 
     Raises:
-        ValueError: No checkpoint can be written. The message names the place, the failed call and
-            the reason.
-        SaveError: The same for a disk that is full or failing, which may pass.
+        ValueError: If no checkpoint can be written. The message names the folder, the failed call
+            and the reason.
+        SaveError: If the reason is a full or failing disk, which may recover.
     """
 
     def prepare() -> None:
@@ -115,7 +117,7 @@ def prepare_folder(run: Path) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove the remains of interrupted saves."""
+    """Remove what interrupted saves left behind."""
     for path in (run / "checkpoints").glob(f"{WRITING_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -124,8 +126,8 @@ def check_writable(run: Path) -> None:
     """Try every file system call that a save needs.
 
     Raises:
-        ValueError: One of them failed.
-        SaveError: One of them failed because the disk is full or failing.
+        ValueError: If one of them fails.
+        SaveError: If one of them fails because the disk is full or failing.
     """
     folder = run / "checkpoints"
     probe = folder / f"{WRITING_PREFIX}probe-{uuid.uuid4().hex[:8]}"
@@ -152,9 +154,9 @@ def check_writable(run: Path) -> None:
 
 
 def discard_if_damaged(path: Path) -> None:
-    """Remove whatever has a checkpoint's name and is not an intact checkpoint.
+    """Remove a checkpoint, or anything else at its path, unless it is an intact checkpoint.
 
-    If it is a symbolic link, only the link is removed, never its target.
+    Only the link is removed if it is a symbolic link, never its target.
     """
     if not os.path.lexists(path):
         return

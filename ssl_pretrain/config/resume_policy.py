@@ -16,10 +16,10 @@ from ssl_pretrain.views.recipe import Crop
 
 
 def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:
-    """Refuse to resume a checkpoint with a configuration that computes something else.
+    """Refuse to resume a checkpoint with a configuration that would change the results.
 
-    The `on_resume` policy of a key says if it may differ. A key that the saving version did not
-    have counts as its default.
+    The `on_resume` policy of a key decides whether its value may differ. A key that is missing from
+    the checkpoint, because an older version saved it, counts as the key's default.
 
     Args:
         saved: The configuration in the checkpoint's manifest.
@@ -27,24 +27,24 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
         path: Folder of the checkpoint, for the message.
 
     Raises:
-        ConfigError: Lists the keys that differ, and two remedies.
+        ConfigError: If a key differs that must stay the same. The message lists all such keys.
     """
     old, new = schema.flatten(schema.rename_keys(saved, path)), schema.flatten(to_dict(config))
     old = _defaults(config, old, new) | old
-    differing = {
+    differences = {
         key: f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }
-    policies = {key: resume_policy(key, type(config.method)) for key in differing}
-    refused = [text for key, text in differing.items() if policies[key] == "same"]
-    if refused:
+    policies = {key: resume_policy(key, type(config.method)) for key in differences}
+    conflicts = [text for key, text in differences.items() if policies[key] == "same"]
+    if conflicts:
         raise ConfigError(
-            f"{path} was made by another configuration: {'; '.join(refused)}. "
+            f"{path} was saved with a different configuration: {'; '.join(conflicts)}. "
             "Give a new output, or start a new run from its weights with "
             f"backbone.init={Path(path).parent.parent}"
         )
-    for key, text in differing.items():
+    for key, text in differences.items():
         if policies[key] == "warn":
             warnings.warn(f"{text}: the schedule changes from here on", stacklevel=2)
 
@@ -52,7 +52,8 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
 def _defaults(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Return the defaults of the new configuration's keys.
 
-    The options of a crop have defaults, but a crop that the saved run did not have is a difference.
+    They include the options of every crop that the saved run has. A crop that it lacks has no
+    defaults, so adding one counts as a difference.
     """
     defaults = schema.flatten(to_dict(from_dict({"method": {"name": config.method.name}})))
     defaults = {key: value for key, value in defaults.items() if key in new}
@@ -64,19 +65,19 @@ def _defaults(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> di
 
 
 def resume_policy(key: str, method_config: type) -> Policy:
-    """Return the policy of a dotted key: that of its section, else its own.
+    """Return the policy of a dotted key. The policy of its section takes precedence.
 
     Args:
         key: The key, such as `optim.base_lr`.
         method_config: The Config of the run's method.
     """
-    kind: Any = RunConfig
+    section: Any = RunConfig
     for name in key.split("."):
-        if not dataclasses.is_dataclass(kind):
+        if not dataclasses.is_dataclass(section):
             break
-        kind = typing.cast(type, kind)
-        policy: Policy = schema.metadata(kind, name).get("on_resume", "same")
+        section = typing.cast(type, section)
+        policy: Policy = schema.metadata(section, name).get("on_resume", "same")
         if policy != "same":
             return policy
-        kind = method_config if name == "method" else schema.hints(kind).get(name)
+        section = method_config if name == "method" else schema.hints(section).get(name)
     return "same"

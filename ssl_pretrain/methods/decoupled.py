@@ -1,9 +1,9 @@
 """Decoupled contrastive learning (Yeh et al., ECCV 2022, arXiv:2110.06848).
 
-SimCLR without the positive in the denominator, and with SimCLR's head. The loss sums both
-directions, as the dcl.py that circulates as the authors' (raindrop313/DCL) and its copies do.
-`sigma` gives the weighted form, DCLW. Its weights carry a gradient in that code and here, but not
-in lightly.
+This is SimCLR with the positive removed from the denominator of its loss. The projector is
+SimCLR's. The loss sums both directions, as does the dcl.py that is commonly taken for the authors'
+code (raindrop313/DCL). `sigma` selects the weighted form, DCLW. Gradients flow through its weights,
+as they do in that code but not in lightly.
 """
 
 from __future__ import annotations

@@ -43,19 +43,18 @@ def wrap(
     Args:
         method: The method, on the CPU.
         config: Strategy, batch norm groups, compilation and activation checkpointing.
-        execution: Device and formats.
+        execution: Device, dtype and memory format.
         micro_batch_size: Images per forward pass on this rank.
         global_batch_size: Images per optimizer step over all ranks.
-        example: A batch in the run's shapes for passes that leave no trace. DDP rebuilds its
-            buckets after the first backward pass, or after the second with a static graph, which
-            changes the order of its sums. Without these passes a resumed run would differ from an
-            uninterrupted one.
+        example: A batch with the run's shapes, used to warm up. DDP rebuilds its buckets after the
+            first backward pass, or after the second with a static graph, which changes the order
+            of its sums. Without a warm-up, a resumed run would differ from an uninterrupted one.
 
     Returns:
         The method itself on one rank and under FSDP, else a DistributedDataParallel.
 
     Raises:
-        ValueError: Settings exclude each other or do not fit the batch.
+        ValueError: If settings exclude each other or do not fit the batch.
     """
     check(config)
     world_size = process_group.world_size()
@@ -81,7 +80,7 @@ def wrap(
 
 
 def is_sharded(config: ParallelConfig) -> bool:
-    """Return True if this run splits its weights over ranks."""
+    """Return True if this run shards its weights over ranks."""
     return config.strategy != "ddp" and process_group.world_size() > 1
 
 
@@ -93,7 +92,7 @@ def unwrap(model: nn.Module) -> Method:
 def without_sync(model: nn.Module) -> AbstractContextManager[object]:
     """Return a context in which gradients add up on each rank instead of being reduced over ranks.
 
-    It is for all but the last micro-batch of a step.
+    Use it for all but the last micro-batch of a step.
     """
     if isinstance(model, FSDPModule):
         return _fsdp_without_sync(model)
@@ -111,11 +110,11 @@ def _fsdp_without_sync(model: FSDPModule) -> Iterator[None]:
 
 def warm_up(model: nn.Module, execution: Execution, example: object) -> None:
     """Run one forward and backward pass that leaves no gradient and no statistics behind."""
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    originals = [buffer.clone() for buffer in model.buffers()]
     with execution.forward_context():
         embeddings = model(example)
     torch.stack([z.float().sum() for z in embeddings.values()]).sum().backward()
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
-        for buffer, before in zip(model.buffers(), buffers):
-            buffer.copy_(before)
+        for buffer, original in zip(model.buffers(), originals):
+            buffer.copy_(original)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ssl_pretrain.system import durable_files
 
-# Exit statuses, those above 2 from sysexits.h. docs/reliability.md explains them to users.
+# Exit statuses. Those above 2 come from sysexits.h. docs/reliability.md explains them to users.
 MISTAKE = 2  # the same command would fail in the same way
-LOST = 69  # EX_UNAVAILABLE: a rank did not come, was lost, or was silent for too long
+LOST = 69  # EX_UNAVAILABLE: a rank did not join, ended early, or stopped responding
 DISK_REFUSED = 74  # EX_IOERR
 STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
 SKIPPED = 77  # an evaluation found no labels and was told to skip such images

@@ -281,8 +281,8 @@ def test_check_names_damaged_images(tmp_path, capsys):
 
 def _write_slowly(root: Path, path: Path) -> None:
     """Write 300 images in at least three seconds, so that a kill interrupts the work."""
-    encode_chunk, encoder._CHUNK = encoder._encode_chunk, 3
-    encoder._encode_chunk = lambda indices: (time.sleep(0.03), encode_chunk(indices))[1]
+    encode_job, encoder._IMAGES_PER_JOB = encoder._encode_job, 3
+    encoder._encode_job = lambda indices: (time.sleep(0.03), encode_job(indices))[1]
     beton_writer.write(
         open_train(root, loader="folder"), path, Settings(max_side=64), num_workers=1
     )

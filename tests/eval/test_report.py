@@ -283,8 +283,8 @@ def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tm
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["a"], "a comparison needs two runs or more"),
-        (["a", "b"], "there is no config.yaml, so this is not a run's folder"),
+        (["a"], "a comparison needs two or more runs"),
+        (["a", "b"], "there is no config.yaml, so this is not the folder of a run"),
     ],
 )
 def test_what_cannot_be_compared_is_said(tmp_path, folders, message):

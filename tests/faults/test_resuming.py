@@ -126,7 +126,7 @@ def test_other_settings_are_refused_except_for_free_keys(paths, resume, observe)
     assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
     statuses, output = ranks.run(path, *MORE, "optim.base_lr=0.5", "method.temperature=0.5")
     message = (
-        f"error: {run}/checkpoints/step_00000004 was made by another configuration: "
+        f"error: {run}/checkpoints/step_00000004 was saved with a different configuration: "
         "method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. Give a new "
         f"output, or start a new run from its weights with backbone.init={run}\n"
     )

@@ -24,14 +24,14 @@ from ssl_pretrain.data.image_source import EncodedSource, Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.native.decode import Decoder
 
-# What happened to an image: stored as it was, as a new JPEG, as pixels, or left out.
+# Outcomes for an image: stored unchanged, as a new JPEG, as pixels, or left out.
 UNCHANGED, NEW_JPEG, PIXELS, BAD = range(4)
-# Other formats than JPEG up to this size stay pixels, as compression would save next to nothing.
+# Images up to this size that are not JPEGs are stored as pixels, as a JPEG would save little.
 _MAX_RAW_BYTES = 16384
 _MAX_JPEG_SIDE = 65535
 _JPEG_SIGNATURE = b"\xff\xd8"
 _ORIENTATION_TAG = 0x0112
-_CHUNK = 32  # images per job
+_IMAGES_PER_JOB = 32
 _JOBS_PER_WORKER = 4  # jobs that may wait to be written
 
 
@@ -39,9 +39,9 @@ _JOBS_PER_WORKER = 4  # jobs that may wait to be written
 class Settings:
     """Settings that determine the content of a .beton."""
 
-    max_side: int = 500  # pixels; larger images are resized to it, 0 resizes none
+    max_side: int = 500  # pixels. Larger images are resized to it. 0 turns resizing off.
     quality: int = 95  # quality of the new JPEGs
-    page_size: int = 1 << 23  # bytes; FFCV reads whole pages, and no image crosses two
+    page_size: int = 1 << 23  # bytes. FFCV reads whole pages, so no image spans two of them.
 
 
 class Entry(NamedTuple):
@@ -73,7 +73,7 @@ def encode_entry(
 
 
 def encode(source: Source, index: int, settings: Settings, decoder: Decoder) -> tuple[Entry, bytes]:
-    """Return how an image is stored, and the bytes to store.
+    """Return an image's entry and the bytes to store.
 
     Raises:
         UnreadableImage: If the image cannot be read, or is too large for a JPEG.
@@ -89,7 +89,7 @@ def encode(source: Source, index: int, settings: Settings, decoder: Decoder) -> 
         return Entry(PIXELS, RAW, width, height), pixels.tobytes()
     if max(height, width) > _MAX_JPEG_SIDE:
         raise UnreadableImage(
-            f"{source.name(index)}: {width}x{height} pixels are more than a JPEG holds; "
+            f"{source.name(index)}: {width}x{height} pixels are more than a JPEG can hold; "
             "give --max-side"
         )
     file = io.BytesIO()
@@ -108,7 +108,7 @@ def _resize(pixels: np.ndarray, max_side: int) -> np.ndarray:
 
 
 def _size_if_fitting(content: bytes, max_side: int) -> tuple[int, int] | None:
-    """Return (width, height) of a gray or RGB JPEG that needs no resizing and no turning."""
+    """Return (width, height) of a gray or RGB JPEG, or None if it has to be resized or rotated."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
         is_upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
         if image.mode in ("RGB", "L") and is_upright and not 0 < max_side < max(image.size):
@@ -118,7 +118,7 @@ def _size_if_fitting(content: bytes, max_side: int) -> tuple[int, int] | None:
 
 EncodedImage = tuple[Entry, bytes]
 
-_worker: tuple[Source, Settings, Decoder]  # set in each process by `_start`
+_worker: tuple[Source, Settings, Decoder]  # set in each process by `_init_worker`
 
 
 def encoded_images(
@@ -129,41 +129,42 @@ def encoded_images(
     Raises:
         RuntimeError: If a process is killed.
     """
-    jobs = [range(start, min(start + _CHUNK, end)) for start in range(first, end, _CHUNK)]
+    starts = range(first, end, _IMAGES_PER_JOB)
+    jobs = [range(start, min(start + _IMAGES_PER_JOB, end)) for start in starts]
     if num_workers > 1 and len(jobs) > 1:
-        chunks = _encode_in_processes(source, settings, num_workers, jobs)
+        results = _encode_in_processes(source, settings, num_workers, jobs)
     else:
-        chunks = _encode_in_this_process(source, settings, jobs)
+        results = _encode_in_this_process(source, settings, jobs)
     try:
-        for chunk in chunks:
-            yield from chunk
+        for images in results:
+            yield from images
     finally:
-        chunks.close()
+        results.close()
 
 
-_Chunks = Generator[list[EncodedImage], None, None]
+_JobResults = Generator[list[EncodedImage], None, None]
 
 
-def _encode_in_this_process(source: Source, settings: Settings, jobs: list[range]) -> _Chunks:
-    _start(source, settings)
+def _encode_in_this_process(source: Source, settings: Settings, jobs: list[range]) -> _JobResults:
+    _init_worker(source, settings)
     try:
-        yield from map(_encode_chunk, jobs)
+        yield from map(_encode_job, jobs)
     finally:
         _worker[2].close()
 
 
 def _encode_in_processes(
     source: Source, settings: Settings, num_workers: int, jobs: list[range]
-) -> _Chunks:
+) -> _JobResults:
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(num_workers, context, _start, (source, settings))
-    waiting: deque[Future[list[EncodedImage]]] = deque()
+    pool = ProcessPoolExecutor(num_workers, context, _init_worker, (source, settings))
+    futures: deque[Future[list[EncodedImage]]] = deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(_encode_chunk, job))
-            if len(waiting) > _JOBS_PER_WORKER * num_workers:
-                yield waiting.popleft().result()
-        for future in waiting:
+            futures.append(pool.submit(_encode_job, job))
+            if len(futures) > _JOBS_PER_WORKER * num_workers:
+                yield futures.popleft().result()
+        for future in futures:
             yield future.result()
     except BrokenProcessPool:
         raise RuntimeError(
@@ -174,8 +175,8 @@ def _encode_in_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(source: Source, settings: Settings) -> None:
-    """Prepare a process, which ends with its parent even if that is killed."""
+def _init_worker(source: Source, settings: Settings) -> None:
+    """Set up a process that exits when its parent ends, even if the parent is killed."""
     global _worker
     _worker = source, settings, Decoder()
     parent = multiprocessing.parent_process()
@@ -188,6 +189,6 @@ def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _encode_chunk(indices: range) -> list[EncodedImage]:
+def _encode_job(indices: range) -> list[EncodedImage]:
     source, settings, decoder = _worker
     return [encode_entry(source, index, settings, decoder) for index in indices]
