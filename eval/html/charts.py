@@ -74,7 +74,7 @@ def line_chart(
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(GRAY)
-    axes.tick_params(length=0, colors=GRAY)
+    axes.tick_params(which="both", length=0, colors=GRAY)
     return _svg(figure, "chart", f"{y_label} against {x_label}")
 
 
