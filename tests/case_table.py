@@ -17,111 +17,147 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
-CASES = {  # number: the fault, and the required behavior
-    1: ("one rank killed in a step", "the others end, nonzero; resumed: the same bits"),
+CASES = {  # number: the fault and the required behavior, each in sentences
+    1: (
+        "One rank is killed during a step.",
+        "The other ranks end with a nonzero status. The resumed run has the same bits.",
+    ),
     2: (
-        "all ranks killed, 20 times at random moments",
-        "no checkpoint is lost; the end has the same bits",
+        "All ranks are killed, 20 times at random moments.",
+        "No checkpoint is lost. The finished run has the same bits.",
     ),
     3: (
-        "killed while a checkpoint is written: tensors, manifest, before the rename, after it",
-        "the newest intact one is used, nothing unfinished remains",
+        "A rank is killed while a checkpoint is written: in the tensors, in the manifest, and "
+        "before and after the rename.",
+        "The newest intact checkpoint is used. Nothing unfinished remains.",
     ),
     4: (
-        "SIGUSR2, SIGTERM to one rank; a second signal during the save",
-        "all save the same step, status 75; the second changes nothing",
+        "One rank gets SIGUSR2 or SIGTERM. A second signal comes during the save.",
+        "All ranks save the same step and end with status 75. The second signal changes nothing.",
     ),
     5: (
-        "SIGTERM with less grace than a save takes",
-        "nothing is damaged, the checkpoint before is used",
+        "SIGTERM comes with less grace than a save takes.",
+        "Nothing is damaged. The checkpoint before is used.",
     ),
     6: (
-        "the disk is full while saving",
-        "stop (status 74) or warn, by checkpoint.on_failure; older checkpoints intact",
+        "The disk is full during a save.",
+        "The run stops with status 74 or warns, as `checkpoint.on_failure` says. Older checkpoints "
+        "stay intact.",
     ),
     7: (
-        "input/output error, read-only, no permission to write",
-        "as 6; refused at the start, before anything is loaded",
+        "The disk has an input/output error, is read-only, or gives no permission to write.",
+        "A failed save ends as in case 6. An output that cannot be written to is refused at the "
+        "start, before anything is loaded.",
     ),
     8: (
-        "a file of the newest checkpoint is truncated or missing",
-        "reported; the checkpoint before is used, and the damaged one is written again",
+        "A file of the newest checkpoint is truncated or missing.",
+        "The damage is reported and the checkpoint before is used. The damaged one is written "
+        "again.",
     ),
     9: (
-        "a bit of the newest checkpoint is flipped",
-        "reported; the checkpoint before is used",
+        "A bit of the newest checkpoint is flipped.",
+        "The damage is reported and the checkpoint before is used.",
     ),
     10: (
-        "dangling links, empty files and folders among the checkpoints",
-        "skipped, and never counted when pruning",
+        "Dangling links, empty files and empty folders lie among the checkpoints.",
+        "They are skipped, and never counted when old checkpoints are pruned.",
     ),
     11: (
-        "resumed on 4, 2, 1 ranks; on a number that does not divide the batch",
-        "the same batches and views, weights to rounding; refused with the numbers that divide",
+        "A run resumes on 4, 2 and 1 ranks, or on a number that does not divide the batch.",
+        "The batches and views are the same, and the weights agree to rounding. The other number "
+        "is refused, and the message names numbers that divide.",
     ),
     12: (
-        "another micro-batch size after a resume",
-        "reported; the weights agree to rounding",
+        "A run resumes with another micro-batch size.",
+        "The change is reported. The weights agree to rounding.",
     ),
-    13: ("other images than the checkpoint's", "refused, with the remedy"),
+    13: (
+        "A run resumes with other images than the checkpoint's.",
+        "The run is refused, and the message names the remedy.",
+    ),
     14: (
-        "a corrupt JPEG in a .beton",
-        "named, counted, replaced the same way in every run; over 0.1 % stops",
+        "A JPEG in a .beton is corrupt.",
+        "It is named, counted and replaced by the same image in every run. The run stops if more "
+        "than 0.1 % of the images are replaced.",
     ),
-    15: ("a truncated or unfinished .beton", "refused before anything starts"),
+    15: (
+        "A .beton is truncated or unfinished.",
+        "The file is refused before anything starts.",
+    ),
     16: (
-        "the data vanish or shrink during a run",
-        "the file is named, all ranks end, nothing hangs",
+        "The data vanish or shrink during a run.",
+        "The file is named and all ranks end. Nothing hangs.",
     ),
-    17: ("an exception in a loader's thread or worker", "raised in the trainer"),
+    17: (
+        "A thread or worker of the loader raises an exception.",
+        "The exception is raised in the trainer.",
+    ),
     18: (
-        "the keys of a recipe in another order",
-        "the same views",
+        "The keys of a recipe come in another order.",
+        "The views are the same.",
     ),
     19: (
-        "images or a loss that are not finite, on one rank",
-        "no weight moves on any rank; recorded for replay; then a rollback, then a stop",
+        "Images or a loss are not finite on one rank.",
+        "No weight moves on any rank, and the images are recorded for replay. If it goes on, the "
+        "run rolls back, then stops.",
     ),
     20: (
-        "an infinite gradient under bfloat16 autocast; a zero weight under LARS",
-        "the step is skipped and counted; trust ratio 1",
+        "A gradient is infinite under bfloat16 autocast. A weight is zero under LARS.",
+        "The step is skipped and counted. The zero weight has trust ratio 1.",
     ),
     21: (
-        "a rank hangs, or is stopped by SIGSTOP",
-        "the run ends within parallel.timeout_seconds, with stacks; a short suspension is harmless",
+        "A rank hangs, or is stopped by SIGSTOP.",
+        "The run ends within `parallel.timeout_seconds` and prints stacks. A short suspension does "
+        "no harm.",
     ),
-    22: ("a slow rank", "named in metrics.jsonl with the seconds the others waited; the same bits"),
-    23: ("out of memory on one rank", "all end, with advice; no half step is saved"),
+    22: (
+        "One rank is slow.",
+        "`metrics.jsonl` names it with the seconds that the others waited. The bits are the same.",
+    ),
+    23: (
+        "One rank runs out of memory.",
+        "All ranks end, with advice. No half step is saved.",
+    ),
     24: (
-        "the W&B server refuses, never answers, or answers 401",
-        "training continues, its numbers are kept; one run id",
+        "The W&B server refuses, never answers, or answers 401.",
+        "Training continues, its numbers are kept, and the run keeps one id.",
     ),
     25: (
-        "resumed with another configuration",
-        "refused with the differences and two remedies, or warned, by key",
+        "A run resumes with another configuration.",
+        "Each key is refused with the differences and two remedies, warned about, or accepted.",
     ),
-    26: ("a checkpoint of another format", "refused, with the version that wrote it"),
-    27: ("wall clocks a day apart, or going back", "nothing is ordered by time; the same bits"),
+    26: (
+        "The checkpoint has another format.",
+        "The checkpoint is refused, and the message names the version that wrote it.",
+    ),
+    27: (
+        "Wall clocks are a day apart, or go back.",
+        "Nothing is ordered by time. The bits are the same.",
+    ),
     28: (
-        "two runs in one folder",
-        "the second is refused with process, machine and job; a dead one's lock is taken over",
+        "Two runs use one folder.",
+        "The second is refused, and the message names process, machine and job. The lock of a dead "
+        "run is taken over.",
     ),
-    29: ("port in use, unknown host, missing host", "a message within parallel.timeout_seconds"),
+    29: (
+        "A port is in use, a host is unknown, or a host is missing.",
+        "A message appears within `parallel.timeout_seconds`.",
+    ),
     30: (
-        "k-NN fails inside a run; k-NN on or off",
-        "continues or stops, by online.on_failure; the same bits",
+        "k-NN fails inside a run, or is switched off.",
+        "The run continues or stops, as `online.on_failure` says. The bits are the same.",
     ),
     31: (
-        "resumed at an epoch's edge, before and at the last step",
-        "the same bits; a finished run does nothing, status 0",
+        "A run resumes at the edge of an epoch, before the last step and after it.",
+        "The bits are the same. A finished run does nothing and ends with status 0.",
     ),
     32: (
-        "each kind of state left out of a checkpoint",
-        "the comparison of the resumed run fails, for each kind",
+        "One kind of state is left out of a checkpoint.",
+        "The resumed run has other bits, for each kind. So the comparison of bits detects it.",
     ),
     33: (
-        "ranks with different weights, at the start and later",
-        "rank 0's are used; later: nothing is saved, the tensor is named",
+        "Ranks have different weights, at the start or later.",
+        "At the start, those of rank 0 are used. Later, nothing is saved and the tensor is named.",
     ),
 }
 _results: dict[str, dict] = {}
@@ -170,24 +206,28 @@ def pytest_sessionfinish(session):
 
 
 def table(results: dict[str, dict]) -> str:
-    """Format a Markdown table with one row per case."""
+    """Format a Markdown table with one row per case, and below it what was observed of each."""
     test_seconds = sum(result["seconds"] for result in results.values())
     date = time.strftime("%Y-%m-%d", time.gmtime())
     elapsed = time.monotonic() - _start
-    lines = [
-        f"Revision {revision()}, {date}; {versions()}; {elapsed:.0f} s by the clock,\n"
-        f"{test_seconds:.0f} s in the tests below.\n",
-        "| | case | required | observed | test | seconds |",
-        "|---|---|---|---|---|---|",
-    ]
-    for number, (case, required) in CASES.items():
+    heading = (
+        f"Revision {revision()}, {date}. {versions()}. The run took {elapsed:.0f} s by the clock,\n"
+        f"and its tests {test_seconds:.0f} s in all."
+    )
+    return format_table(heading, results)
+
+
+def format_table(heading: str, results: dict[str, dict]) -> str:
+    rows, observations = [], []
+    for number, (fault, required) in CASES.items():
         own = {name: result for name, result in results.items() if number in result["cases"]}
-        names = {name.removeprefix("tests/").partition("[")[0].replace("::", " ") for name in own}
+        names = {name.partition("[")[0].rpartition("::")[2] for name in own}
         tests = ", ".join(f"`{name}`" for name in sorted(names))
         seconds = sum(result["seconds"] for result in own.values())
-        cells = [str(number), case, required, summarize(own), tests, f"{seconds:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(f"| {number}. {fault} | {required} | {tests} |")
+        observations.append(f"{number}. {summarize(own)} ({seconds:.1f} s)")
+    header = ["| what happens | what you see | tests |", "|---|---|---|"]
+    return "\n".join([heading, "", *header, *rows, "", "Observed, by case:", "", *observations])
 
 
 def summarize(results: dict[str, dict]) -> str:
@@ -203,7 +243,7 @@ def summarize(results: dict[str, dict]) -> str:
     silent = [f"{num_silent} test{'s' if num_silent > 1 else ''} passed"] if num_silent else []
     skipped = [f"skipped: {result.get('reason', '')}" for _, result in by_outcome["skipped"]]
     texts = dict.fromkeys([*failures, *observations, *silent, *skipped])
-    return "; ".join(texts).replace("|", "\\|").replace("\n", " ")
+    return "; ".join(texts).replace("\n", " ")
 
 
 def revision() -> str:
