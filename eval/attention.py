@@ -50,8 +50,8 @@ def main(arguments: list[str]) -> None:
         "ssl_pretrain.eval.attention",
         HELP,
         OPTIONS,
-        values="IMAGE",
-        values_help="image files, and key=value as for the other evaluations",
+        overrides_metavar="IMAGE",
+        overrides_help="image files, and key=value as for the other evaluations",
     )
     options = parser.parse_intermixed_args(arguments)
     values = options.overrides

@@ -20,13 +20,13 @@ from ssl_pretrain.system.exit_status import DISK_REFUSED, LOST, MISTAKE, SKIPPED
 
 RUN_HELP = "folder of the run, a file of weights, or timm:<tag>; weights need backbone.name=NAME"
 OVERRIDES_HELP = (
-    "keys of data.* and evaluation.*, such as data.root=/new/place; for weights without a run also"
-    " of backbone, views, seed and output"
+    "data.* and evaluation.* settings, such as data.root=/new/place; weights without a run also"
+    " accept backbone.*, views.*, seed and output"
 )
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
     "--checkpoint": {
         "metavar": "FOLDER",
-        "help": "evaluate this one (default: the newest intact one)",
+        "help": "checkpoint to evaluate (default: the newest intact one)",
     },
     "--skip-unlabeled": {
         "action": "store_true",
@@ -40,17 +40,17 @@ def parser(
     name: str,
     description: str,
     options: Mapping[str, Mapping[str, Any]],
-    values: str = "key=value",
-    values_help: str = OVERRIDES_HELP,
+    overrides_metavar: str = "key=value",
+    overrides_help: str = OVERRIDES_HELP,
 ) -> argparse.ArgumentParser:
     """Return the parser that all evaluations share.
 
     Args:
         name: Module to run with `python -m`.
         description: Text above the list of options.
-        options: Options of this evaluation, flag to arguments of `add_argument`.
-        values: Name of the positional arguments after RUN, which hold the overrides.
-        values_help: Help text of those arguments.
+        options: Options of this evaluation: each flag with its arguments for `add_argument`.
+        overrides_metavar: Name of the positional arguments after RUN in the help.
+        overrides_help: Help text of those arguments.
     """
     command = argparse.ArgumentParser(
         f"python -m {name}",
@@ -58,7 +58,7 @@ def parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("run", metavar="RUN", help=RUN_HELP)
-    command.add_argument("overrides", nargs="*", metavar=values, help=values_help)
+    command.add_argument("overrides", nargs="*", metavar=overrides_metavar, help=overrides_help)
     for flag, arguments in {**SHARED_OPTIONS, **options}.items():
         command.add_argument(flag, **arguments)
     return command

@@ -77,9 +77,9 @@ def main(arguments: list[str]) -> None:
         "ssl_pretrain.eval.export",
         HELP,
         OPTIONS,
-        values="OUT",
-        values_help="folder to write, new or an older export (default: RUN/export), and key=value"
-        " as for the other evaluations",
+        overrides_metavar="OUT",
+        overrides_help="folder to write, new or an older export (default: RUN/export), and"
+        " key=value as for the other evaluations",
     )
     options = parser.parse_intermixed_args(arguments)
     folders = [text for text in options.overrides if "=" not in text]

@@ -26,11 +26,11 @@ SPLIT_SEED = 0
 
 
 class UnlabeledError(ValueError):
-    """The images have no labels to measure with, or there are none to test on."""
+    """An evaluation needs labels or test images that the data set does not have."""
 
 
 class EvaluationSplit:
-    """Images of a source in their evaluation views, cached in memory while they are few.
+    """Images of a source in their evaluation views, cached in memory if they are small enough.
 
     Args:
         run: Run whose configuration defines the evaluation view.
@@ -61,7 +61,7 @@ class EvaluationSplit:
 
     @cached_property
     def rank_share(self) -> EvaluationSplit:
-        """This rank's images of the split, which is the split itself without other ranks."""
+        """This rank's images of the split. On a single rank it is the split itself."""
         if process_group.world_size() == 1:
             return self
         return self.subset(rows_of(process_group.rank(), len(self)))
@@ -107,7 +107,7 @@ def labeled_splits(
     Args:
         run: Run whose data are opened.
         purpose: Name of the evaluation, for error messages.
-        queries: "val" for the test images. "train" holds a tenth of the training images out.
+        queries: "val" for the test images, "train" for a held-out tenth of the training images.
 
     Raises:
         ValueError: If no image has a label, there is only one class or no test image, or the two
@@ -116,14 +116,14 @@ def labeled_splits(
     train = open_labeled(run, "train", purpose)
     if len(train.classes) < 2:
         raise UnlabeledError(
-            f"data.root: {purpose} needs two classes or more, and {train.where} has"
+            f"data.root: {purpose} needs two or more classes, and {train.where} has"
             f" {len(train.classes)} ({', '.join(train.classes)}), so every answer would be right;"
             " put the images in one folder per class"
         )
     if queries == "train":
         whole = EvaluationSplit(run, train)
-        fit, held_out = hold_out(len(train))
-        return whole.subset(fit), whole.subset(held_out)
+        train_rows, held_out_rows = hold_out(len(train))
+        return whole.subset(train_rows), whole.subset(held_out_rows)
     test = open_labeled(run, "val", purpose)
     if not len(test):
         raise UnlabeledError(
@@ -137,8 +137,8 @@ def labeled_splits(
 def open_labeled(run: Run, split: Literal["train", "val"], purpose: str) -> Source:
     """Open the images of a split that have a label.
 
-    Images without a label are counted in the printed description of the data and left out. One rank
-    per machine lists the files first; the other ranks read its list.
+    Images without a label are left out, and the printed description of the data counts them. One
+    rank per machine lists the files first. The other ranks read its list.
 
     Raises:
         UnlabeledError: If no image has a label, or there is no test split and none was named.
@@ -184,8 +184,9 @@ def check_classes(train: Source, test: Source) -> None:
         )
     if test.classes != train.classes[: len(test.classes)]:
         raise ValueError(
-            f"data.val: {test.where} numbers its {len(test.classes)} classes in another order than"
-            f" {train.where} its {len(train.classes)}; write both .beton files from one data set"
+            f"data.val: the {len(test.classes)} classes of {test.where} are in a different order"
+            f" than the {len(train.classes)} of {train.where}; write both .beton files from one"
+            " data set"
         )
 
 

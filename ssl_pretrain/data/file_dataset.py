@@ -1,4 +1,4 @@
-"""A data set of image files: its splits, with the labels of their images."""
+"""A data set of image files, with its splits and labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from ssl_pretrain.data.pixels import Range
 from ssl_pretrain.data.splits import Splits, find_splits
 from ssl_pretrain.data.zip_archive import list_zip
 
-_REASONS_SHOWN = 8  # reasons to skip files that are named
+_REASONS_SHOWN = 8  # reasons for skipped files that a note lists
 
 SplitName = Literal["train", "val"]
 
@@ -56,25 +56,25 @@ class FileDataSet:
             raise (ValueError if self.splits.train_error else NoSuchSplit)(self.splits.val_error)
         name = "train" if split == "train" else self.splits.val_name
         is_root = location.path == self.root and not location.within
-        rows = self._list_images(location, name, "data.root" if is_root else f"data.{split}")
-        if not len(rows.files):
+        images = self._list_images(location, name, "data.root" if is_root else f"data.{split}")
+        if not len(images.files):
             reason = f"data.root: {location.where} holds no image that Pillow decodes, at any depth"
-            raise ValueError("; ".join([reason, *_skipped_notes(rows.files)]))
+            raise ValueError("; ".join([reason, *_skipped_notes(images.files)]))
         tree = open_tree(location.path, self._cache).descendant(location.within)
         folder = SplitFolder(
-            location.where, name, rows.files.paths(), tree, open_tree(self.root, self._cache)
+            location.where, name, images.files.paths(), tree, open_tree(self.root, self._cache)
         )
-        labels = label_images(folder, rows.labels if location.is_list else None, classes)
+        labels = label_images(folder, images.labels if location.is_list else None, classes)
         source = ImageFiles(
-            location.where, rows.files, labels.numbers, labels.classes, self._value_range
+            location.where, images.files, labels.numbers, labels.classes, self._value_range
         )
         split_notes: Sequence[str] = self.splits.notes if split == "train" else ()
-        skipped_notes = _skipped_notes(rows.files)
-        source.notes = [*split_notes, *rows.notes, *labels.notes, *skipped_notes]
+        skipped_notes = _skipped_notes(images.files)
+        source.notes = [*split_notes, *images.notes, *labels.notes, *skipped_notes]
         return source
 
     def _list_images(self, location: Location, split: str, key: str) -> FileList:
-        """List the images at a location. `labels` is empty unless it is a list file."""
+        """List the images at a location, with labels only if the location is a list file."""
         path = location.path
         if location.is_list:
             root = self.root if self.root.is_dir() else None
@@ -109,10 +109,10 @@ def _skipped_notes(files: Listing) -> list[str]:
     reasons = sorted(files.skipped, key=lambda skipped: -skipped.count)
     if not reasons:
         return []
-    shown = [
+    descriptions = [
         f"{skipped.count:,} {skipped.reason} (first: {skipped.first})"
         for skipped in reasons[:_REASONS_SHOWN]
     ]
     num_more = sum(skipped.count for skipped in reasons[_REASONS_SHOWN:])
     more = f", and {num_more:,} more" if num_more else ""
-    return [f"left out in {files.root}: {', '.join(shown)}{more}"]
+    return [f"left out in {files.root}: {', '.join(descriptions)}{more}"]

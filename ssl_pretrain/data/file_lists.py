@@ -69,7 +69,7 @@ def open_list(
                 f"{key}: {path} begins with {first!r}, which is not in {folder}; "
                 "paths are relative to the list's folder"
             )
-    table, split_note = Table.parse(text, form).of_split(split)
+    table, split_note = Table.parse(text, form).select_split(split)
     paths = [rule.convert(cell) for cell in table.cells(table.path_column)]
     notes = [f"{path}: {split_note}"] if split_note else []
     if names is not None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 Range = tuple[float, float]  # the values that become black and white
 
-# 16-bit color with no more levels in its high byte uses 14 bits or less.
+# 16-bit color with at most this many levels in its high byte uses 14 bits or fewer.
 _MIN_LEVELS = 64
 _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _NUM_BANDS = 338, 262, 254, 277  # TIFF tags
 _COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # TIFF interpretation: bands
@@ -30,7 +30,7 @@ def check_bands(image: Image.Image) -> None:
         )
     elif image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe" not in image.info:
         raise ValueError(
-            "four bands that are not said to be inks; choose three bands and save them as RGB"
+            "four bands that are not marked as inks; choose three bands and save them as RGB"
         )
 
 
@@ -41,7 +41,7 @@ def _check_tiff_bands(image: Image.Image) -> None:
     is_alpha = surplus == 1 and extra and extra[0] in (1, 2)
     if surplus > 0 and not is_alpha:
         raise ValueError(
-            f"{num_bands} bands, of which the last is not said to be alpha; choose three bands "
+            f"{num_bands} bands, the last of which is not marked as alpha; choose three bands "
             "and save them as RGB"
         )
 
@@ -62,7 +62,7 @@ def _check_tiff_pages(image: Image.Image) -> None:
 def has_16_bits(image: Image.Image) -> bool:
     """Return True if a file has bands of 16 bits.
 
-    Call it before Pillow loads the pixels, as the tiles that say so are dropped then.
+    Call it before Pillow loads the pixels, because loading discards the tiles that hold the answer.
     """
     tiles = getattr(image, "tile", [])
     if not tiles or len(tiles[0]) < 4:
@@ -90,7 +90,7 @@ def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> 
         has_16_bits: The file has 16 bits per band.
 
     Raises:
-        ValueError: If there is no agreed conversion, or little would be left of the image.
+        ValueError: If there is no agreed conversion, or it would lose most of the image.
     """
     if is_wide(image.mode):
         levels = _to_levels(np.array(image), image.mode, value_range)
@@ -108,7 +108,7 @@ def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> 
         return pixels
     if not pixels[..., 3].any():
         raise ValueError(
-            "its alpha is 0 everywhere, which leaves nothing to see; remove the alpha, or the image"
+            "its alpha is 0 everywhere, so nothing is visible; remove the alpha, or the image"
         )
     wide = pixels.astype(np.uint16)
     return ((wide[..., :3] * wide[..., 3:] + 127) // 255).astype(np.uint8)
@@ -123,10 +123,10 @@ def _to_levels(values: np.ndarray, mode: str, value_range: Range | None) -> np.n
     """Map values wider than 8 bits to uint8."""
     if value_range is not None:
         low, high = value_range
-        share = (values.astype(np.float64) - low) / (high - low)
-        if not np.isfinite(share).all():
+        fractions = (values.astype(np.float64) - low) / (high - low)
+        if not np.isfinite(fractions).all():
             raise ValueError("it holds values that are not finite")
-        return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
+        return np.rint(255 * fractions.clip(0, 1)).astype(np.uint8)
     if mode == "F":
         raise ValueError(f"pixels of mode F have no agreed conversion to RGB; {_RANGE_REMEDY}")
     values = values.astype(np.int64)  # Pillow reads 16-bit PGM as 32-bit
@@ -136,16 +136,16 @@ def _to_levels(values: np.ndarray, mode: str, value_range: Range | None) -> np.n
 
 
 def _check_high_bytes(pixels: np.ndarray, value_range: Range | None) -> None:
-    """Raise ValueError if little of 16-bit color is in its high bytes, which Pillow keeps."""
+    """Raise ValueError if 16-bit color has few levels in its high bytes, all that Pillow keeps."""
     if value_range is not None:
         raise ValueError(
-            "data.range is for gray images without alpha: of 16-bit color Pillow keeps the high "
-            "byte; convert the image to 8 bits"
+            "data.range is for gray images without alpha, because Pillow keeps only the high byte "
+            "of 16-bit color; convert the image to 8 bits"
         )
     # The percentile ignores the few values that a sensor saturates.
     num_levels = int(np.percentile(pixels, 99.9, method="nearest")) + 1
     if num_levels <= _MIN_LEVELS:
         raise ValueError(
-            f"16-bit color of which {num_levels} of 256 levels would be left, as Pillow keeps the "
-            "high byte; convert the image to 8 bits by its own range"
+            f"16-bit color that would keep {num_levels} of 256 levels, because Pillow reads only "
+            "its high byte; convert the image to 8 bits, scaled by its own range"
         )

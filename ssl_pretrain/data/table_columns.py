@@ -9,7 +9,7 @@ from typing import Self
 from ssl_pretrain.data.split_names import split_of
 from ssl_pretrain.data.table_format import MAX_COLUMNS, SAMPLE_ROWS, TableFormat, read_rows
 
-# Titles in lower case, without anything but letters and digits.
+# Titles in lower case, reduced to letters and digits.
 _NAME_TITLES = ("class", "classname", "labelname", "category", "target", "species")
 _LABEL_TITLES = ("label", "labels", *_NAME_TITLES, "classid", "labelid", "y")
 _INDEX_TITLES = ("", "index", "unnamed0", "rownames", "rowid")
@@ -38,7 +38,7 @@ class Table:
         """Return the cells of a column, "" where a row is too short."""
         return [row[column].strip() if len(row) > column else "" for row in self.rows]
 
-    def of_split(self, split: str) -> tuple[Self, str]:
+    def select_split(self, split: str) -> tuple[Self, str]:
         """Return the rows of one split and a note, if a column tells the splits apart.
 
         Test images stand in for a validation split that no row names.
@@ -73,7 +73,10 @@ class Table:
 
     @cached_property
     def _split_column(self) -> int | None:
-        """The column that names a split in every row, by its title or by two different splits."""
+        """The column that names a split in every row.
+
+        It is recognized by its title, or because it names train and another split.
+        """
         for column in range(min(MAX_COLUMNS, self._width)):
             splits = {split_of(cell) for cell in set(self.cells(column)) if cell}
             if column == self.path_column or not splits or None in splits:
@@ -94,10 +97,10 @@ class Table:
                     return column, []
         if len(others) == 1:
             names = self.titles[others[0] :][:1]
-            return others[0], [f"labels are the column {name!r}" for name in names]
+            return others[0], [f"labels come from the column {name!r}" for name in names]
         if others:
             titles = ", ".join(map(repr, self.titles))
-            note = f"of the columns {titles} none is called label, so the images have no labels"
+            note = f"none of the columns {titles} is called label, so the images have no labels"
             return None, [note]
         return None, []
 
@@ -113,10 +116,10 @@ class Table:
 
 
 def _normalize_labels(cells: list[str]) -> list[str]:
-    """Write labels in one form.
+    """Return labels in a uniform spelling.
 
-    Missing labels become "", and letters with accents are composed. Whole numbers lose their
-    decimal point, which a missing value in the column gives them.
+    Missing labels become "". Accented letters are composed (NFC). Whole numbers lose the decimal
+    point that pandas writes if the column has a missing value.
     """
     labels = ["" if cell in _MISSING else unicodedata.normalize("NFC", cell) for cell in cells]
     names = set(labels) - {""}

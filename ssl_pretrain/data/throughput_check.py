@@ -1,4 +1,4 @@
-"""Report whether reading images or the model limits the speed, as measured on the first steps."""
+"""Measure on the first steps whether the loader or the model is the bottleneck."""
 
 import itertools
 import sys
@@ -13,7 +13,7 @@ from ssl_pretrain.data.readers import ReaderKind
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.views.batch import Batch
 
-# The first step compiles and warms up. The measurement after it lasts until both of these are over.
+# The first step compiles and warms up. The measurement that follows has at least this length.
 MIN_STEPS = 10
 MIN_SECONDS = 3.0
 
@@ -42,23 +42,23 @@ def report_bottleneck(loader: Loader, first_step: int, device: torch.device) -> 
     batches = loader.starting_at(first_step)
     yield from itertools.islice(batches, 1)
     _synchronize(device)
-    measured = Throughput()
+    throughput = Throughput()
     start, num_read, reading_seconds = time.monotonic(), loader.num_read, loader.reading_seconds
     num_steps = 0
     while num_steps < MIN_STEPS or time.monotonic() - start <= MIN_SECONDS:
-        before = time.monotonic()
+        wait_start = time.monotonic()
         batch = next(batches, None)
-        measured.waiting_seconds += time.monotonic() - before
+        throughput.waiting_seconds += time.monotonic() - wait_start
         if batch is None:
             return
         num_steps += 1
-        measured.num_images += len(batch)
+        throughput.num_images += len(batch)
         yield batch
     _synchronize(device)
-    measured.seconds = time.monotonic() - start
-    measured.num_read = loader.num_read - num_read
-    measured.reading_seconds = loader.reading_seconds - reading_seconds
-    process_group.print_once(describe(loader, measured), file=sys.stderr)
+    throughput.seconds = time.monotonic() - start
+    throughput.num_read = loader.num_read - num_read
+    throughput.reading_seconds = loader.reading_seconds - reading_seconds
+    process_group.print_once(describe(loader, throughput), file=sys.stderr)
     yield from batches
 
 
@@ -67,22 +67,22 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe(loader: Loader, measured: Throughput) -> str:
-    """Return one line: how fast each of the two could be, and a remedy if the loader is slower."""
+def describe(loader: Loader, throughput: Throughput) -> str:
+    """Return one line with both speed limits, and a remedy if the loader is the slower one."""
     reader, ranks = loader.reader, process_group.world_size()
-    working_seconds = measured.seconds - measured.waiting_seconds
+    working_seconds = throughput.seconds - throughput.waiting_seconds
     num_workers = max(1, reader.num_workers)
     if reader.kind is ReaderKind.PROCESSES and reader.num_workers == 0:
         # The trainer reads the images itself, and does not wait for anything else.
-        working_seconds = measured.seconds - measured.reading_seconds
-    model_rate = ranks * measured.num_images / max(working_seconds, 1e-9)
-    if not measured.reading_seconds:
+        working_seconds = throughput.seconds - throughput.reading_seconds
+    model_rate = ranks * throughput.num_images / max(working_seconds, 1e-9)
+    if not throughput.reading_seconds:
         return (
             f"throughput: loader on the device, model {model_rate:,.0f} images/s: "
             "nothing to wait for"
         )
-    loader_rate = ranks * num_workers * measured.num_read / measured.reading_seconds
-    waiting_share = measured.waiting_seconds / max(measured.seconds, 1e-9)
+    loader_rate = ranks * num_workers * throughput.num_read / throughput.reading_seconds
+    waiting_share = throughput.waiting_seconds / max(throughput.seconds, 1e-9)
     rates = (
         f"throughput: loader {loader_rate:,.0f} images/s, model {model_rate:,.0f} images/s, "
         f"waiting for data {100 * waiting_share:.0f} % of the time: "
@@ -93,7 +93,7 @@ def describe(loader: Loader, measured: Throughput) -> str:
 
 
 def remedy(loader: Loader) -> str:
-    """Return what would make this loader faster, the change with the largest effect first."""
+    """Return the most effective way to make this loader faster."""
     num_workers, cores = loader.reader.num_workers, process_group.cores_per_rank()
     if num_workers < cores:
         return f"raise data.num_workers from {num_workers} to {cores}, the cores of each rank"
@@ -103,6 +103,6 @@ def remedy(loader: Loader) -> str:
             "all views, or give the rank more cores"
         )
     return (
-        "write the .beton with a smaller --max-side (docs/data.md has what that costs), or give "
+        "write the .beton with a smaller --max-side (docs/data.md lists the cost), or give "
         "the rank more cores"
     )

@@ -1,8 +1,8 @@
 """Contrastive losses over the global batch: logits of anchors against candidates.
 
-The anchors of this rank meet the candidates of all ranks, in tiles. Every function returns the
-mean over this rank's anchors, in nats. The mean over ranks is the loss of the global batch, and
-DDP's average of the gradients is the gradient of one process on the whole batch.
+The anchors of this rank are compared with the candidates of all ranks, in tiles. Every function
+returns the mean over this rank's anchors, in nats. The mean over ranks is the loss of the global
+batch, and DDP's average of the gradients is the gradient of one process on the whole batch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def plain_nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
     """NT-Xent of one process as the paper writes it. `nt_xent` computes the same in tiles."""
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     logits = z @ z.T / temperature
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = torch.arange(len(z), device=z.device).roll(len(z_a))
-    return F.cross_entropy(logits.masked_fill(itself, float("-inf")), positive)
+    return F.cross_entropy(logits.masked_fill(diagonal, float("-inf")), positive)
 
 
 def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
@@ -43,7 +43,7 @@ def nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
         global loss.
 
     Raises:
-        ValueError: The shapes differ or are not 2-D, or the temperature is not positive.
+        ValueError: If the shapes differ or are not 2-D, or the temperature is not positive.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -75,7 +75,7 @@ def info_nce(
         Scalar mean over this rank's queries, in nats. The mean over ranks is the global loss.
 
     Raises:
-        ValueError: The shapes differ or are not 2-D, or the temperature is not positive.
+        ValueError: If the shapes differ or are not 2-D, or the temperature is not positive.
 
     Example:
         >>> queries = keys = torch.eye(4)
@@ -101,9 +101,9 @@ def supervised_contrastive(
     """Supervised contrastive loss, over the global batch.
 
     Implements equation 2, L_out, of Khosla et al., NeurIPS 2020 (arXiv:2004.11362), where the mean
-    over positives is outside the logarithm. The positives of an embedding are all others of its
-    label on all ranks, the other view of its image among them. The authors multiply the loss by
-    temperature / base_temperature, and so does the method.
+    over positives is outside the logarithm. The positives of an embedding are all other embeddings
+    with its label, on all ranks, including the other view of its image. The authors multiply the
+    loss by temperature / base_temperature, and so does the method.
 
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
@@ -116,7 +116,7 @@ def supervised_contrastive(
         global loss.
 
     Raises:
-        ValueError: The shapes do not match, or the temperature is not positive.
+        ValueError: If the shapes do not match, or the temperature is not positive.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -142,8 +142,8 @@ def decoupled(
     """Decoupled contrastive loss: NT-Xent without the positive in the denominator.
 
     Implements equation 6 of Yeh et al., ECCV 2022 (arXiv:2110.06848), and with `sigma` equation 7,
-    DCLW. That weights the positive's term by 2 - exp(s_i / sigma) / mean_j exp(s_j / sigma), where
-    s_i is the cosine of a pair and the mean is over the global batch.
+    DCLW. DCLW multiplies the positive's term by 2 - exp(s_i / sigma) / mean_j exp(s_j / sigma),
+    where s_i is the cosine of a pair and the mean is over the global batch.
 
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
@@ -156,7 +156,7 @@ def decoupled(
         global loss.
 
     Raises:
-        ValueError: As `nt_xent`, or the global batch has a single image and so no negative.
+        ValueError: As for `nt_xent`, or if the global batch is a single image without negatives.
 
     Example:
         >>> same = torch.ones(8, 4)
@@ -168,9 +168,9 @@ def decoupled(
     positive = _positive_logits(z_a, z_b, temperature)
     if sigma is None:
         return (negatives - positive).mean()
-    closeness = torch.exp((z_a * z_b).sum(1) / sigma)
+    similarity = torch.exp((z_a * z_b).sum(1) / sigma)
     global_batch_size = len(z_a) * process_group.world_size()
-    weights = 2 - closeness * global_batch_size / collectives.reduce_sum(closeness.sum())
+    weights = 2 - similarity * global_batch_size / collectives.reduce_sum(similarity.sum())
     return (negatives - weights.repeat(2) * positive).mean()
 
 
@@ -192,7 +192,7 @@ def debiased(z_a: Tensor, z_b: Tensor, *, temperature: float, tau_plus: float) -
         global loss.
 
     Raises:
-        ValueError: As `decoupled`, or `tau_plus` is outside [0, 1).
+        ValueError: As for `decoupled`, or if `tau_plus` is outside [0, 1).
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -224,7 +224,7 @@ def hard_negative(
         global loss.
 
     Raises:
-        ValueError: As `debiased`, or `beta` is negative.
+        ValueError: As for `debiased`, or if `beta` is negative.
 
     Example:
         >>> same = torch.ones(8, 4)
@@ -246,9 +246,10 @@ def hard_negative(
     # All terms are divided by the negatives' sum, so that nothing overflows at low temperatures.
     relative_positive = torch.exp(positive - negatives)
     estimate = (1 - tau_plus * num_negatives * relative_positive) / (1 - tau_plus)
-    least = num_negatives * torch.exp(-1 / temperature - negatives)
-    share = torch.maximum(estimate, least)
-    return (torch.log(torch.exp(positive - negatives) + share) + negatives - positive).mean()
+    minimum = num_negatives * torch.exp(-1 / temperature - negatives)
+    corrected_sum = torch.maximum(estimate, minimum)
+    relative_denominator = torch.exp(positive - negatives) + corrected_sum
+    return (torch.log(relative_denominator) + negatives - positive).mean()
 
 
 def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
@@ -266,7 +267,7 @@ def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
         Scalar mean over this rank's pairs, in nats. The mean over ranks is the global loss.
 
     Raises:
-        ValueError: The shapes do not match.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> images = texts = torch.eye(4)

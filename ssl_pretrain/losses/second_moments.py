@@ -1,7 +1,8 @@
 """Correlation and covariance of embeddings over the global batch, with their exact gradient.
 
 A (dim, dim) matrix is summed over ranks in one collective, so that every rank has all of it. If
-it is larger than the gathered embeddings, each rank computes only its columns from them.
+the matrix is larger than the embeddings of all ranks, these are gathered instead, and each rank
+computes only its own columns.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class GlobalMatrix:
     def sum(self, entries: Tensor) -> Tensor:
         """Return this rank's share of a sum over the whole matrix.
 
-        The mean over ranks of the result is that sum.
+        The mean of the shares over ranks is the sum.
 
         Args:
             entries: Values computed from `diagonal` or `off_diagonal`.
@@ -51,7 +52,7 @@ class GlobalMatrix:
 
 
 def variance_hinge(covariance: GlobalMatrix) -> Tensor:
-    """Return the mean hinge by which standard deviations are below 1: equation 1 of VICReg."""
+    """Return the mean of max(0, 1 - standard deviation), equation 1 of VICReg."""
     deviation = (covariance.diagonal() + 1e-4).sqrt()
     return covariance.sum(F.relu(1 - deviation)) / len(covariance.columns)
 
@@ -112,7 +113,7 @@ def _centered(z: Tensor) -> tuple[Tensor, int]:
 
 
 def _product(z_a: Tensor, z_b: Tensor, count: int, divisor: int) -> GlobalMatrix:
-    """Return z_a.T @ z_b / divisor over the rows of all ranks, `count` in number."""
+    """Return z_a.T @ z_b / divisor over the `count` rows of all ranks."""
     dim, world_size = z_a.shape[1], process_group.world_size()
     if world_size == 1 or dim <= count:
         return GlobalMatrix(collectives.reduce_sum(z_a.T @ z_b) / divisor, 0, 1.0)

@@ -1,4 +1,4 @@
-"""Apply the colors of views with torch's own operations, on any device.
+"""Apply the color operations of views with torch, on any device.
 
 Each operation is applied at once to all images that it was drawn for.
 """
@@ -51,7 +51,7 @@ def apply(
 def _upload_parameters(
     parameters: ColorParameters, crop: Crop, device: torch.device
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return on the device the rows that each operation changes, and the values of every row.
+    """Return the rows that each operation changes and the values of every row, on the device.
 
     The 19 lists of rows, int64, are the brightness of stage 0, its contrast and so on, then
     grayscale, blur and solarization. The values are the four factors and sigma, float32 (n, 5).
@@ -122,7 +122,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     sixths = torch.where(high == green, from_green, from_blue)
     sixths = torch.where(high == red, (green - blue).div_(safe), sixths)
     sixths = sixths.add_(6 * shift).remainder_(6)
-    turned = torch.cat(
+    rotated = torch.cat(
         [
             (sixths - 3).abs_().sub_(1),
             (sixths - 2).abs_().neg_().add_(2),
@@ -130,7 +130,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
         ],
         dim=1,
     )
-    return turned.clamp_(0, 1).mul_(chroma).add_(low)
+    return rotated.clamp_(0, 1).mul_(chroma).add_(low)
 
 
 def _gray(images: Tensor) -> Tensor:
@@ -169,5 +169,8 @@ def standardize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return mean and std on the device, (2, 3, 1, 1). Each copy of a list would block the host."""
+    """Return mean and std on the device, shape (2, 3, 1, 1).
+
+    They are cached because copying a list to the device blocks the host.
+    """
     return torch.tensor([mean, std], device=device)[:, :, None, None]

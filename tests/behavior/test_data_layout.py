@@ -707,7 +707,7 @@ def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
     result = inspect(root / "l.csv")
     assert result.first.startswith("data: training ROOT: 2 images, no labels;")
     assert (
-        "data: of the columns 'path', 'width', 'height' none is called label, so the "
+        "data: none of the columns 'path', 'width', 'height' is called label, so the "
         "images have no labels\n"
     ) in result.text
 

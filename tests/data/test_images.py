@@ -255,7 +255,7 @@ def refused(content: bytes, name: str = "a", **options) -> str:
 class TestAmbiguous:
     def test_dark_16_bit_color(self):
         content = png_of_16_bits(RNG.integers(0, 4096, (4, 6, 3)).astype(np.uint16))
-        assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(content)
+        assert "a: 16-bit color that would keep 16 of 256 levels" in refused(content)
 
     def test_dark_16_bits_with_a_saturated_pixel_with_alpha_and_in_a_ppm(self):
         dark = RNG.integers(0, 3900, (40, 30, 3)).astype(np.uint16)
@@ -263,9 +263,9 @@ class TestAmbiguous:
         saturated[0, 0, 0] = 65535
         ppm = b"P6 30 40 65535\n" + dark.astype(">u2").tobytes()
         for content in (png_of_16_bits(saturated), png_of_16_bits(np.dstack([dark, opaque])), ppm):
-            assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(content)
+            assert "a: 16-bit color that would keep 16 of 256 levels" in refused(content)
         gray = png_of_16_bits(np.dstack([dark[..., 0], opaque]))
-        assert "a: 16-bit color of which 16 of 256 levels would be left" in refused(gray)
+        assert "a: 16-bit color that would keep 16 of 256 levels" in refused(gray)
 
     def test_a_range_for_16_bit_color(self):
         content = png_of_16_bits(RNG.integers(0, 65536, (4, 6, 3)).astype(np.uint16))
@@ -275,7 +275,7 @@ class TestAmbiguous:
 
     def test_a_fourth_band_of_a_tiff(self):
         content = encoded(Image.fromarray(np.dstack([COLOUR, GREY]), "RGBX"), "TIFF")
-        assert "a: 4 bands, of which the last is not said to be alpha" in refused(content)
+        assert "a: 4 bands, the last of which is not marked as alpha" in refused(content)
 
     def test_a_fourth_band_of_a_jpeg_2000(self):
         content = encoded(Image.fromarray(np.dstack([COLOUR, GREY]), "RGBA"), "JPEG2000")
@@ -285,7 +285,7 @@ class TestAmbiguous:
         content = encoded(Image.new("CMYK", (8, 8)), "JPEG")
         marker = content.index(b"\xff\xee")  # the marker of Adobe
         length = int.from_bytes(content[marker + 2 : marker + 4])
-        assert "a: four bands that are not said to be inks" in refused(
+        assert "a: four bands that are not marked as inks" in refused(
             content[:marker] + content[marker + 2 + length :]
         )
 

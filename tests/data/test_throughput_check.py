@@ -59,7 +59,7 @@ def test_a_slow_loader_is_named_with_the_remedy(loader, four_cores):
     )
     loader.reader = replace(loader.reader, kind=ReaderKind.THREADS)
     assert throughput_check.remedy(loader) == (
-        "write the .beton with a smaller --max-side (docs/data.md has what that costs), or give "
+        "write the .beton with a smaller --max-side (docs/data.md lists the cost), or give "
         "the rank more cores"
     )
 

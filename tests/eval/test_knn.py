@@ -186,7 +186,7 @@ def test_a_single_class_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         knn.evaluate(run)
     assert str(error.value) == (
-        f"data.root: k-NN needs two classes or more, and {root / 'train.csv'} has 1 (cat), so every"
+        f"data.root: k-NN needs two or more classes, and {root / 'train.csv'} has 1 (cat), so every"
         " answer would be right; put the images in one folder per class"
     )
 
@@ -212,7 +212,7 @@ def test_class_lists_that_disagree_are_refused(tmp_path):
         " never trained on (c, d, e, ...); give splits of one data set"
     )
     val.classes = ["b", "a"]
-    with pytest.raises(ValueError, match="numbers its 2 classes in another order than"):
+    with pytest.raises(ValueError, match="are in a different order than the 2 of "):
         evaluation_split.check_classes(train, val)
 
 

@@ -13,25 +13,26 @@ from typing import Any
 
 from ssl_pretrain.system import durable_files
 
-_SEAL = "manifest_sha256"
+_HASH_KEY = "manifest_sha256"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Description of a .beton file. The metadata of a field has its key in the JSON.
+    """Description of a .beton file.
 
-    It does not depend on the time of writing or the number of processes.
+    It does not depend on the time of writing or the number of processes. A field whose key in the
+    JSON differs from its name has that key in its metadata.
     """
 
     # Hash of the source, the settings and the range of images.
     write_id: str = field(metadata={"key": "written"})
-    # The same without the range, equal in all shards of a set.
+    # Hash of the source and the settings, equal in all shards of a set.
     settings_id: str = field(metadata={"key": "of_source"})
     num_samples: int
     num_unchanged: int = field(metadata={"key": "kept"})  # stored as their own bytes
     num_encoded: int = field(metadata={"key": "encoded"})  # stored as new JPEGs
     num_raw: int = field(metadata={"key": "raw"})  # stored as pixels
-    bad_images: list[str] = field(metadata={"key": "bad"})  # left out, each with the reason
+    bad_images: list[str] = field(metadata={"key": "bad"})  # images left out, with the reasons
     classes: list[str]
     fingerprint: str  # fingerprint of the images in the file
     # Fingerprint of the source, unreadable images included.
@@ -58,7 +59,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace the manifest beside a .beton file."""
     content = {key: getattr(manifest, item.name) for key, item in _FIELDS.items()}
     content = {key: value for key, value in content.items() if key != "range" or value}
-    text = json.dumps({**content, _SEAL: _hash(content)}, indent=1)
+    text = json.dumps({**content, _HASH_KEY: _hash(content)}, indent=1)
     durable_files.replace(manifest_path(path), text)
 
 
@@ -72,7 +73,7 @@ def read_manifest(path: Path) -> Manifest | None:
         return _parse(json.loads(manifest_path(path).read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):  # a folder, no JSON, or lists nested endlessly
+    except (OSError, ValueError, RecursionError):  # a folder, invalid JSON, or too deeply nested
         raise ValueError(
             f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write "
             "again"
@@ -83,15 +84,15 @@ def _parse(content: Any) -> Manifest:
     """Raise ValueError unless all keys have values of their types and the hash is correct."""
     if not isinstance(content, dict):
         raise ValueError("not a manifest")
-    seal = content.pop(_SEAL, None)
-    is_earlier_version = seal is None and content.keys() == _REQUIRED
-    is_sealed = seal == _hash(content) and "table_sha256" in content
-    if not is_earlier_version and not is_sealed:
+    saved_hash = content.pop(_HASH_KEY, None)
+    is_earlier_version = saved_hash is None and content.keys() == _REQUIRED
+    is_intact = saved_hash == _hash(content) and "table_sha256" in content
+    if not is_earlier_version and not is_intact:
         raise ValueError("the hash differs")
     if not _REQUIRED <= content.keys() <= _FIELDS.keys():
         raise ValueError("the keys differ")
     if not all(_has_type(content[key], _FIELDS[key].type) for key in _REQUIRED):
-        raise ValueError("a value has another type")
+        raise ValueError("a value has the wrong type")
     return Manifest(**{_FIELDS[key].name: value for key, value in content.items()})
 
 
