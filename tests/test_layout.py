@@ -1,4 +1,4 @@
-"""The shape of the repository: module names, the list of packages, texts that hold on every machine."""
+"""Layout of the repository: module names, the list of packages, no machine-specific text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ VAGUE_NAMES = {"utils", "util", "common", "misc", "helpers", "helper", "stuff"}
 
 
 def modules() -> list[Path]:
-    """Return the package's Python files, relative to the repository, each once."""
+    """Return the paths of the package's Python files without duplicates through links."""
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    real = {path.resolve().relative_to(ROOT) for path in files}
-    return sorted(real)
+    return sorted({path.resolve().relative_to(ROOT) for path in files})
 
 
 def test_no_two_modules_share_a_basename():
@@ -47,7 +46,7 @@ def test_pyproject_lists_every_package():
 
 
 # Spelled in pieces, so that this file passes its own check.
-FOREIGN = {
+MACHINE_SPECIFIC = {
     "a package host": re.compile(
         r"https?://\S*(/simple|/packages/|\.whl|\.deb)|index-"
         + r"url|py"
@@ -60,11 +59,11 @@ FOREIGN = {
 DATA_FOLDER_ALLOWED = ("tests/", "docs/results/", "CONTRIBUTING.md")
 
 
-def foreign(text: str) -> list[str]:
-    """Return `line number: names what: the line` for each line that is true on one machine only."""
+def machine_specific_lines(text: str) -> list[str]:
+    """Return an entry `number: names what: line` for each line that only holds on one machine."""
     return [
         f"{number}: names {what}: {line.strip()[:120]}"
-        for what, pattern in FOREIGN.items()
+        for what, pattern in MACHINE_SPECIFIC.items()
         for number, line in enumerate(text.splitlines(), 1)
         if pattern.search(line)
     ]
@@ -75,23 +74,23 @@ def test_no_file_names_a_package_host_or_a_path_of_one_machine():
     command = ["git", "-c", f"safe.directory={ROOT}", *listing]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        pytest.skip("not a git checkout: no list of the files that count")
+        pytest.skip("not a git checkout, so the tracked files are unknown")
     problems = []
     for name in filter(None, result.stdout.split("\0")):
         path = ROOT / name
         content = path.read_bytes() if path.is_file() else b""
         if b"\0" not in content:
-            lines = foreign(content.decode(errors="replace"))
+            lines = machine_specific_lines(content.decode(errors="replace"))
             if name.startswith(DATA_FOLDER_ALLOWED):
                 lines = [line for line in lines if "developers' data" not in line]
             problems += [f"{name}:{line}" for line in lines]
     assert not problems, "\n" + "\n".join(problems)
 
 
-def test_the_scan_finds_what_it_is_for():
-    planted = ("--extra-index-" + "url x", "http://host" + "/simple", "see '/ro" + "ot/.cache'")
-    for text in (*planted, "cd /wo" + "rk/main", "data.root=../" + "shared/data/x.zip"):
-        assert foreign(f"first\n{text}\n")[0].startswith("2: names ")
-    assert not foreign(
-        "data.root=/data/imagenet\nhttps://github.com/a/b/tree/work/x\nruns/work/x\n"
-    )
+def test_the_scan_tells_machine_specific_lines_from_others():
+    hosts = ["--extra-index-" + "url x", "http://host" + "/simple"]
+    paths = ["see '/ro" + "ot/.cache'", "cd /wo" + "rk/main", "data.root=../" + "shared/data/x.zip"]
+    for line in [*hosts, *paths]:
+        assert machine_specific_lines(f"first\n{line}\n")[0].startswith("2: names ")
+    for line in ["data.root=/data/imagenet", "https://github.com/a/b/tree/work/x", "runs/work/x"]:
+        assert not machine_specific_lines(line)

@@ -1,4 +1,4 @@
-"""Checkpoints through the commands: damaged ones are skipped, and files have the umask's mode."""
+"""Checkpoints as the commands write and read them: damaged ones are skipped, the umask holds."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ import stat
 import commands
 import pytest
 
-pytestmark = pytest.mark.full  # several processes each
+pytestmark = pytest.mark.full  # each test starts several processes
 
 TRAIN = ("-m", "ssl_pretrain.train")
 EVERY_EPOCH = ("epochs=3", "checkpoint.every_epochs=1")
 
 
-def flip(text: bytes, before: bytes, bit: int) -> bytes:
-    """Return the text with one bit of the byte after `before` flipped."""
-    place = text.index(before) + len(before)
-    return text[:place] + bytes([text[place] ^ 1 << bit]) + text[place + 1 :]
+def flip_bit(text: bytes, prefix: bytes) -> bytes:
+    """Return the text with the lowest bit of the byte after `prefix` flipped."""
+    index = text.index(prefix) + len(prefix)
+    return text[:index] + bytes([text[index] ^ 1]) + text[index + 1 :]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Return the configuration of a run that has done four of six steps.
-
-    It has a checkpoint every two steps.
-    """
+    """Train four of six steps with a checkpoint every two, and return the run's configuration."""
     folder = tmp_path_factory.mktemp("saved")
     path = commands.write_config(folder, commands.class_folders(folder / "images", "train"))
     result = commands.run(*TRAIN, path, *EVERY_EPOCH, "--stop-after", "4")
@@ -35,7 +32,7 @@ def config(tmp_path_factory):
     return path
 
 
-PLACES = {
+PREFIXES = {  # text of the manifest before the damaged byte
     "a learning rate": b'"base_lr": ',
     "a digit of a hash": b'"sha256": "',
     "the first letter of a key": b'"seed',
@@ -43,14 +40,14 @@ PLACES = {
 }
 
 
-def test_a_flipped_bit_of_a_manifest_is_detected_and_the_checkpoint_before_is_used(config):
+def test_a_flipped_bit_in_a_manifest_is_detected_and_the_previous_checkpoint_is_used(config):
     """Each run resumes from step 2 and writes an intact checkpoint of step 4 for the next one."""
     run = config.parent / "run"
     manifest = run / "checkpoints" / "step_00000004" / "manifest.json"
-    for name, before in PLACES.items():
+    for name, prefix in PREFIXES.items():
         text = manifest.read_bytes()
-        assert before in text, name
-        manifest.write_bytes(flip(text, before, bit=0))
+        assert prefix in text, name
+        manifest.write_bytes(flip_bit(text, prefix))
         result = commands.run(*TRAIN, config, *EVERY_EPOCH, "--stop-after", "2")
         assert result.status == 0, result.text
         assert re.search(r"step_00000004[^\n]*(manifest|damaged|hash)", result.text), result.text
@@ -59,16 +56,16 @@ def test_a_flipped_bit_of_a_manifest_is_detected_and_the_checkpoint_before_is_us
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_a_run_and_its_export_have_the_mode_of_the_umask(mask, config, tmp_path):
-    run, exported = tmp_path / "run", tmp_path / "exported"
-    before = os.umask(mask)
+def test_the_files_of_a_run_and_of_its_export_respect_the_umask(mask, config, tmp_path):
+    run, export_folder = tmp_path / "run", tmp_path / "export"
+    previous_mask = os.umask(mask)
     try:
         training = commands.run(*TRAIN, config, f"output={run}")
-        export = commands.run("-m", "ssl_pretrain.eval.export", run, exported)
+        export = commands.run("-m", "ssl_pretrain.eval.export", run, export_folder)
     finally:
-        os.umask(before)
+        os.umask(previous_mask)
     assert training.status == 0 and export.status == 0, training.text + export.text
-    files = [file for folder in (run, exported) for file in folder.rglob("*")]
+    files = [file for folder in (run, export_folder) for file in folder.rglob("*")]
     names = {file.name for file in files}
     assert {"method.safetensors", "model.safetensors", "metrics.jsonl", "config.yaml"} <= names
     for file in files:

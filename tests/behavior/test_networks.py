@@ -1,4 +1,4 @@
-"""Checking a configuration tries the network on the views' sizes, so the first step can run it."""
+"""Networks are tried at the sizes of the views before training starts."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("networks")
     class_folders(folder / "images", "train")
     path = write_config(folder, folder / "images")
-    path.write_text(
-        path.read_text().replace("stem: no_pool", "stem: imagenet").replace("size: 16", "size: 32")
-    )
+    text = path.read_text().replace("stem: no_pool", "stem: imagenet")
+    path.write_text(text.replace("size: 16", "size: 32"))
     return path
 
 
-REFUSED = {
+ERRORS = {
     ("backbone.name=vit_tiny_patch16_224", "views.crops.global.size=40"): (
-        "views.crops.global.size: 40 pixels do not fit backbone.name "
-        "vit_tiny_patch16_224 (patches of 16): "
+        "views.crops.global.size: 40 pixels do not fit "
+        "backbone.name vit_tiny_patch16_224 (patches of 16): "
         "Input height (40) should be divisible by patch size (16); sizes that do: 32, 48, 224"
     ),
     ("backbone.name=test_resnet", "backbone.args.in_chans=4"): (
-        "backbone.args.in_chans: 4 does not fit the images, which have three "
-        "channels (red, green and blue); leave it out"
+        "backbone.args.in_chans: 4 does not fit the images, "
+        "which have three channels (red, green and blue); leave it out"
     ),
     ("backbone.name=test_resnet", "backbone.args.global_pool=''"): (
-        "backbone.args: test_resnet with {'global_pool': ''} gives shape (96, "
-        "1, 1) for an image, and one vector is needed; "
+        "backbone.args: test_resnet with {'global_pool': ''} "
+        "gives shape (96, 1, 1) for an image, and one vector is needed; "
         "leave out global_pool, features_only and whatever else changes the output"
     ),
     ("backbone.name=test_resnet", "backbone.args.features_only=true"): (
-        "backbone.args: test_resnet with {'features_only': True} gives a list "
-        "for an image, and one vector is needed; "
+        "backbone.args: test_resnet with {'features_only': True} "
+        "gives a list for an image, and one vector is needed; "
         "leave out global_pool, features_only and whatever else changes the output"
     ),
     ("backbone.name=test_vit", "evaluation.image_size=36"): (
@@ -50,8 +49,8 @@ REFUSED = {
         "backbone.drop_path: 0.1 is not for vgg11, which takes none; set it to 0"
     ),
     ("backbone.name=resnet18.a1_in1k",): (
-        "backbone.name: 'resnet18.a1_in1k' names weights too; give "
-        "backbone.name=resnet18 backbone.init=timm:a1_in1k"
+        "backbone.name: 'resnet18.a1_in1k' names weights too; "
+        "give backbone.name=resnet18 backbone.init=timm:a1_in1k"
     ),
     ("views.crops.global.count=3",): (
         "simclr: takes 2 views of one size, got 3 (32, 32, 32 pixels); set views.crops.*.count"
@@ -60,8 +59,8 @@ REFUSED = {
         "global_batch_size: 1 leaves simclr no other image to compare with; give 2 or more"
     ),
     ("method={name: moco, queue_size: 64}", "parallel.bn_group_images=1"): (
-        "parallel.bn_group_images: batch norm cannot take its statistics from "
-        "one image of one position; "
+        "parallel.bn_group_images: "
+        "batch norm cannot take its statistics from one image of one position; "
         "give groups and a global_batch_size (8) of 2 images or more"
     ),
     ("views.crops.global.count=1000000000",): (
@@ -77,33 +76,33 @@ REFUSED = {
 }
 
 
-def test_what_the_first_step_cannot_run_is_refused_before_it(config):
-    commands = [[TRAIN, str(config), *keys, *end] for keys in REFUSED for end in (["--plan"], [])]
-    messages = [message for message in REFUSED.values() for _ in range(2)]
-    for message, result in zip(messages, each(commands), strict=True):
+@pytest.mark.parametrize("flags", [["--plan"], []], ids=["plan", "train"])
+def test_settings_that_the_first_step_cannot_run_are_rejected_before_it(config, flags):
+    results = each([[TRAIN, str(config), *keys, *flags] for keys in ERRORS])
+    for message, result in zip(ERRORS.values(), results, strict=True):
         assert result == (2, "", f"error: {message}\n")
     assert not (config.parent / "run").exists()
 
 
-WIDTHS = {
-    "hidden layer": ["backbone.name=mobilenetv3_small_050"],  # a layer behind the pooling
+NETWORKS = {
+    "hidden layer": ["backbone.name=mobilenetv3_small_050"],  # a layer after the pooling
     "two poolings": ["backbone.name=test_resnet", "backbone.args.global_pool=catavgmax"],
     "head": ["backbone.name=test_mambaout"],  # a norm and a hidden layer in the head
 }
 
 
-def test_the_width_of_the_features_is_measured(config, tmp_path):
-    """One run of each network. Its projector would not fit another width."""
-    runs = {name: tmp_path / name for name in WIDTHS}
-    results = each(
-        [[TRAIN, str(config), *WIDTHS[name], f"output={run}"] for name, run in runs.items()]
-    )
-    for run, (status, _, err) in zip(runs.values(), results, strict=True):
+def test_the_projector_fits_the_measured_width_of_the_features(config, tmp_path):
+    """The first step fails if the projector is built for features of another width."""
+    runs = [tmp_path / name for name in NETWORKS]
+    outputs = [f"output={run}" for run in runs]
+    arguments = zip(NETWORKS.values(), outputs, strict=True)
+    results = each([[TRAIN, str(config), *keys, output] for keys, output in arguments])
+    for run, (status, _, err) in zip(runs, results, strict=True):
         assert status == 0, err
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_network_of_one_size_is_built_for_the_views(config, tmp_path):
+def test_a_network_with_a_fixed_input_size_is_built_for_the_views(config, tmp_path):
     keys = [
         "backbone.name=swin_tiny_patch4_window7_224",
         "backbone.args={embed_dim: 16, depths: [1, 1], num_heads: [2, 2]}",

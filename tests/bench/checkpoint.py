@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import interleaved, mib, versions
+from measure import mib, time_interleaved, versions
 
 from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
@@ -112,7 +112,7 @@ def main() -> None:
     }
     for candidate in candidates.values():
         candidate()
-    seconds = interleaved(candidates, options.repeats, device)
+    seconds = time_interleaved(candidates, options.repeats, device)
     print(versions("timm", "safetensors"))
     print(
         f"BYOL, {options.backbone} at {options.size} pixels, {options.images} images, LARS; a "

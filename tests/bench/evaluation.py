@@ -14,7 +14,7 @@ import time
 from functools import partial
 
 import torch
-from measure import interleaved, mib, versions
+from measure import mib, time_interleaved, versions
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
@@ -97,8 +97,8 @@ def compare_grids(options: argparse.Namespace) -> float:
         whole_steps[str(count)] = partial(network.step, images, labels, 1.0)
         cached_steps[str(count)] = partial(heads.step, features, labels, 1.0)
     with torch.no_grad():
-        whole = interleaved(whole_steps, options.repeats, CPU)
-        cached = interleaved(cached_steps, options.repeats, CPU)
+        whole = time_interleaved(whole_steps, options.repeats, CPU)
+        cached = time_interleaved(cached_steps, options.repeats, CPU)
     print(f"a step of {batch} images of {size} pixels, {name}, {NUM_CLASSES:,} classes")
     for kind, seconds in (("backbone and heads", whole), ("heads on cached features", cached)):
         ratio = seconds["12"] / seconds["1"]

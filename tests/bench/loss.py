@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measure import interleaved, mib, peaks, versions
+from measure import mib, peaks, time_interleaved, versions
 from torch.nn import functional as F
 
 from ssl_pretrain.losses.contrastive import nt_xent
@@ -71,7 +71,7 @@ def main() -> None:
             assert abs(losses[name]().item() - reference) < 1e-4 * reference, (
                 f"{name} computes another loss"
             )
-    seconds, extra = interleaved(runs, options.repeats, device), peaks(runs, device)
+    seconds, extra = time_interleaved(runs, options.repeats, device), peaks(runs, device)
     for name in options.only:
         print(f"{name:10s} {seconds[name]:8.3f} s   peak extra memory {mib(extra[name]):>14s}")
     if len(options.only) > 1:

@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: interleaved timing, peak memory, and the versions that were used."""
+"""Helpers of the benchmarks: interleaved timing, peak memory and the versions of packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ssl_pretrain.parallel import memory
 Run = Callable[[], object]
 
 
-def interleaved(candidates: dict[str, Run], repeats: int, device: torch.device) -> dict[str, float]:
+def time_interleaved(
+    candidates: dict[str, Run], repeats: int, device: torch.device
+) -> dict[str, float]:
     """Return the median seconds of each candidate.
 
     Every round runs all candidates in turn, so that a slow minute of the machine affects all alike.

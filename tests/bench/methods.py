@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measure import interleaved, mib, peaks, versions
+from measure import mib, peaks, time_interleaved, versions
 
 from ssl_pretrain import methods
 from ssl_pretrain.models.backbones import BackboneConfig, build
@@ -71,7 +71,7 @@ def main() -> None:
     steps = {name: step_of(name, options, device) for name in methods.names()}
     for run in steps.values():  # what is made once
         run()
-    seconds, memory = interleaved(steps, options.repeats, device), peaks(steps, device)
+    seconds, memory = time_interleaved(steps, options.repeats, device), peaks(steps, device)
     print(versions("timm"))
     print(
         f"{options.images} images of {options.size} pixels, {options.backbone}, median of {options.repeats}"

@@ -9,7 +9,7 @@ import argparse
 
 import timm
 import torch
-from measure import interleaved, versions
+from measure import time_interleaved, versions
 from timm.optim.lars import Lars
 
 from ssl_pretrain.optim import optimizers as optim
@@ -81,7 +81,7 @@ def main() -> None:
     for run in runs.values():
         run()
     print(versions("timm"))
-    seconds = interleaved(runs, options.repeats, device)
+    seconds = time_interleaved(runs, options.repeats, device)
     print(
         f"{options.backbone}: {len(list(models['ours'].parameters()))} parameters; one step, median of {options.repeats}, in turn"
     )

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from measure import interleaved, mib, versions
+from measure import mib, time_interleaved, versions
 
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
@@ -62,7 +62,7 @@ def main() -> None:
         trace = trace_backbone(name, size, images, bfloat16=device.type == "cuda")
         step = build_step(name, size, images, device)
         step()
-        measured = interleaved({"step": step}, options.repeats, device)["step"] * 1e3
+        measured = time_interleaved({"step": step}, options.repeats, device)["step"] * 1e3
         planned = f"{MACHINES[options.gpu].seconds(trace) * 1e3:.1f}" if options.gpu else "-"
         peak = min(memory.peak(step, device) for _ in range(3))
         peaks = f"{mib(trace.peak)} | {mib(peak)}"

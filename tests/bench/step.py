@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measure import interleaved, mib, peaks, versions
+from measure import mib, peaks, time_interleaved, versions
 
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.methods.base import LossOutput
@@ -102,7 +102,7 @@ def main() -> None:
         f"{options.backbone} at {options.size} pixels, {options.images} images, 2 views, "
         f"micro-batches of {options.micro_batch}; median of {options.repeats} steps, interleaved"
     )
-    seconds, memory = interleaved(runs, options.repeats, device), peaks(runs, device)
+    seconds, memory = time_interleaved(runs, options.repeats, device), peaks(runs, device)
     for name in runs:
         print(f"{name:28s} {seconds[name]:8.3f} s   peak extra memory {mib(memory[name]):>12s}")
     ratios = []

@@ -14,15 +14,15 @@ from ssl_pretrain.distributed.stop_request import StopRequest
 pytestmark = pytest.mark.promise
 
 
-def stop_on_rank_1():
-    answers = []
+def signal_rank_1():
+    decisions = []
     with StopRequest() as stop:
         for step in range(4):
             if step == 1 and process_group.rank() == 1:
                 os.kill(os.getpid(), signal.SIGUSR2)
-            answers.append(stop.exchange())
-    return answers
+            decisions.append(stop.exchange())
+    return decisions
 
 
-def test_a_signal_on_one_rank_stops_all_at_the_same_step():
-    assert run_ranks(stop_on_rank_1, world_size=3) == [[False, False, True, True]] * 3
+def test_a_signal_on_one_rank_stops_all_ranks_at_the_same_step():
+    assert run_ranks(signal_rank_1, world_size=3) == [[False, False, True, True]] * 3

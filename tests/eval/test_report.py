@@ -1,4 +1,4 @@
-"""The report fetches nothing, whatever the run holds. The demo prints the same numbers."""
+"""The report, the comparison of runs and the summary of the demo."""
 
 from __future__ import annotations
 
@@ -31,32 +31,34 @@ PROTOCOL = {
 
 
 class Page(HTMLParser):
-    """A page with balanced tags: its headings, its tags, its pictures and what a browser would fetch."""
+    """Tags, headings, embedded images and external URLs of a page, whose tags must balance."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.headings, self.fetched, self.num_pictures, self.tags = [], [], [], 0, set()
+        self.open_tags, self.headings, self.external_urls = [], [], []
+        self.num_images, self.tags = 0, set()
         self.feed(text)
-        assert not self.open, f"never closed: {self.open}"
+        assert not self.open_tags, f"tags without an end: {self.open_tags}"
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         for name, value in attrs:
             if name in ("src", "href", "srcset", "data", "action"):
-                self.num_pictures += value.startswith("data:image/")
-                self.fetched += [] if value.startswith("data:image/") else [value]
+                embedded = value.startswith("data:image/")
+                self.num_images += embedded
+                self.external_urls += [] if embedded else [value]
         if tag not in VOID:
-            self.open.append(tag)
+            self.open_tags.append(tag)
 
     def handle_endtag(self, tag):
         if tag not in VOID:
-            assert self.open.pop() == tag
+            assert self.open_tags.pop() == tag
 
     def handle_startendtag(self, tag, attrs):
         self.tags.add(tag)
 
     def handle_data(self, text):
-        if self.open and self.open[-1] == "h2":
+        if self.open_tags and self.open_tags[-1] == "h2":
             self.headings.append(text)
 
 
@@ -66,44 +68,33 @@ def curve_points(chart, number=0):
     return [(float(x), -float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
 
 
-def write_metrics(run, num=40):
+def write_metrics(run, num_steps=40):
+    """Write one record per step, k-NN every five steps, and a truncated line at the end."""
     lines = []
-    for step in range(1, num + 1):
-        record = {
-            "step": step,
-            "epoch": step / 5,
-            "loss": 10 / step,
-            "lr": 0.1,
-            "images_per_second": 100 + step,
-            "time": 1000.0 + step,
-        }
-        lines.append(json.dumps(record | ({"knn": step / 100} if step % 5 == 0 else {})))
+    for step in range(1, num_steps + 1):
+        record = {"step": step, "epoch": step / 5, "loss": 10 / step, "lr": 0.1}
+        record |= {"images_per_second": 100 + step, "time": 1000.0 + step}
+        if step % 5 == 0:
+            record["knn"] = step / 100
+        lines.append(json.dumps(record))
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 41, "loss": NaN, "epo']) + "\n")
 
 
 def write_monitors(run):
-    """What the monitors leave: an alarm, two sets of curves, two pictures of neighbours, an earlier evaluation."""
-    (run / "alerts.jsonl").write_text(
-        json.dumps({"title": "collapse", "text": "moved <together>", "time": 1.0}) + "\n"
-    )
-    plots = [
-        {
-            "step": step,
-            "epoch": step / 5,
-            "spectrum_index": [1, 2, 4],
-            "spectrum": [1.0, 0.1, 0.01],
-            "deviations": [0.5, 1.0],
-        }
-        for step in (5, 40)
-    ]
-    (run / "plots.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in plots))
+    """Write the files of the monitors at steps 5 and 40, and an evaluation of step 3."""
+    alert = {"title": "collapse", "text": "moved <together>", "time": 1.0}
+    (run / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    spectrum = {"spectrum_index": [1, 2, 4], "spectrum": [1.0, 0.1, 0.01]}
+    curves = spectrum | {"deviations": [0.5, 1.0]}
+    lines = [json.dumps({"step": step, "epoch": step / 5} | curves) + "\n" for step in (5, 40)]
+    (run / "plots.jsonl").write_text("".join(lines))
     (run / "neighbors").mkdir()
     for step in (5, 40):
         save_image(torch.rand(3, 30, 40), run / "neighbors" / f"step_{step:08d}.png")
     earlier = json.loads((run / "eval" / "knn.json").read_text()) | {"step": 3}
     (run / "eval" / "step_00000003").mkdir()
     (run / "eval" / "step_00000003" / "knn.json").write_text(json.dumps(earlier))
-    (run / "views.json").write_text(json.dumps([["10x10 pixels at (0, 0), flipped", "grey"]] * 8))
+    (run / "views.json").write_text(json.dumps([["10x10 pixels at (0, 0), flipped", "gray"]] * 8))
 
 
 def save_results(run, columns=("clean", "shifted 1", "shifted 2")):
@@ -111,18 +102,11 @@ def save_results(run, columns=("clean", "shifted 1", "shifted 2")):
         Row(name, dict.fromkeys(columns, 50.0 + i))
         for i, name in enumerate(["raw pixels", "random, as built", "pretrained"])
     ]
-    results.save(
-        run, "knn", PROTOCOL | {"shifts": "by four"}, results.with_better_random(rows), ABOUT, 1.0
-    )
+    protocol = PROTOCOL | {"shifts": "by four"}
+    results.save(run, "knn", protocol, results.with_better_random(rows), ABOUT, 1.0)
     rows = [Row(row.features, {"1 per class": 30.0}, {"1 per class": 2.5}) for row in rows]
-    results.save(
-        run,
-        "linear",
-        PROTOCOL | {"few labels": "ten draws"},
-        results.with_better_random(rows),
-        ABOUT,
-        1.0,
-    )
+    protocol = PROTOCOL | {"few labels": "ten draws"}
+    results.save(run, "linear", protocol, results.with_better_random(rows), ABOUT, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +122,15 @@ def digits(tmp_path_factory):
 
 def test_the_page_holds_every_section_and_fetches_nothing(digits):
     text = (digits / "report.html").read_text()
-    shown = Page(text)
-    assert shown.headings == FULL and shown.fetched == []
+    parsed = Page(text)
+    assert parsed.headings == FULL
+    assert parsed.external_urls == []
     views, nearest, over_time = 8 * 2, 10 + 2 * 10 * 6, 2
-    assert shown.num_pictures == views + nearest + over_time
+    assert parsed.num_images == views + nearest + over_time
     assert not re.search(r"https?://|url\((?!#)|@import", text)
-    assert not shown.tags & {"script", "link", "iframe"}
-    assert text.count('class="chart"') == 4 + 2 + 1 and text.count('class="scatter"') == 2
+    assert not parsed.tags & {"script", "link", "iframe"}
+    assert text.count('class="chart"') == 4 + 2 + 1
+    assert text.count('class="scatter"') == 2
     for phrase in (
         "prefers-color-scheme: dark",
         "30.0 ± 2.5",
@@ -157,7 +143,7 @@ def test_the_page_holds_every_section_and_fetches_nothing(digits):
         assert phrase in text, phrase
 
 
-def test_ten_queries_are_of_ten_classes_and_moved_by_one_or_two(digits):
+def test_the_ten_queries_cover_ten_classes_and_are_shifted_by_one_or_two_pixels(digits):
     run = runs.load_run(digits, device="cpu")
     bank, test, kind = nearest_images.open_bank_and_queries(run)
     queries = nearest_images.find_neighbors(run, bank, test)
@@ -181,61 +167,54 @@ def test_a_training_image_that_is_not_shifted_is_its_own_nearest_neighbor(digits
 
 def test_class_names_and_config_are_escaped(tmp_path):
     classes = ["<script>alert(1)", 'a"><b>&', os.fsdecode(b"caf\xe9")]
-    names = [
-        f"{part}/{name}/{number}.png"
-        for part in ("train", "val")
-        for name in classes
-        for number in range(6)
-    ]
+    folders = [f"{split}/{name}" for split in ("train", "val") for name in classes]
+    names = [f"{folder}/{number}.png" for folder in folders for number in range(6)]
     root = write_images(tmp_path / "data", names)
-    run = make_run(
-        tmp_path / "run", "data.source=folder", f"data.root={root}", "log.project='<img src=x>'"
-    )
-    found = Page(report.write(runs.load_run(run, device="cpu")).read_text())
-    assert found.headings == SECTIONS and found.fetched == [] and not found.tags & {"script", "b"}
+    data = ("data.source=folder", f"data.root={root}")
+    run = make_run(tmp_path / "run", *data, "log.project='<img src=x>'")
+    parsed = Page(report.write(runs.load_run(run, device="cpu")).read_text())
+    assert parsed.headings == SECTIONS
+    assert parsed.external_urls == []
+    assert not parsed.tags & {"script", "b"}
     assert "Nothing measured yet" in (run / "report.html").read_text()
 
 
-def test_whatever_a_result_says_is_escaped():
+def test_the_text_of_a_result_is_escaped():
     bad = "<script>x</script>"
     row = {"features": bad, "metrics": {bad: 1.0}, "spread": {}, "notes": {bad: bad}}
     evaluation = sections.evaluation({"name": bad, "protocol": {bad: bad}, "rows": [row]})
-    nothing = {"evaluations_over_steps": [], "views": [], "pixelated": False, "training": []}
-    context = nothing | {"title": bad, "facts": [], "alerts": [], "neighbors_over_time": []}
-    shown = Page(page.render("run.html.jinja", **context, evaluations=[evaluation]))
-    assert "script" not in shown.tags and {"table", "dl", "h3"} <= shown.tags
+    empty = {"evaluations_over_steps": [], "views": [], "pixelated": False, "training": []}
+    context = empty | {"title": bad, "facts": [], "alerts": [], "neighbors_over_time": []}
+    parsed = Page(page.render("run.html.jinja", **context, evaluations=[evaluation]))
+    assert "script" not in parsed.tags
+    assert {"table", "dl", "h3"} <= parsed.tags
 
 
-def test_images_without_labels_or_a_test_part_are_shown_too(tmp_path):
+def test_images_without_labels_or_a_test_split_are_shown(tmp_path):
     root = write_images(tmp_path / "photos", [f"{number}.png" for number in range(40)], size=40)
     run = make_run(tmp_path / "run", "data.source=folder", f"data.root={root}")
     text = report.write(runs.load_run(run, device="cpu")).read_text()
-    assert (
-        "4 held-out training images among 36 training images" in text
-        and "right" not in re.findall(r'<span class="(\w*)">', text)
-    )
-    assert "moved" not in text  # of 40 pixels: large
+    assert "4 held-out training images among 36 training images" in text
+    assert "right" not in re.findall(r'<span class="(\w*)">', text)
+    assert "moved" not in text  # only small images are shifted, and these have 40 pixels
 
 
-def test_a_cut_or_repeated_record_counts_once(tmp_path):
-    first, again, second = (
-        json.dumps({"step": step, "epoch": 0.5, "loss": loss})
-        for step, loss in ((1, 3), (1, 4), (2, None))
-    )
-    lines = [first, second, again, '{"ste']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+def test_the_latest_record_of_a_step_counts_and_a_truncated_one_does_not(tmp_path):
+    losses = [(1, 3), (2, None), (1, 4)]
+    lines = [json.dumps({"step": step, "epoch": 0.5, "loss": loss}) for step, loss in losses]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"ste']))
     records = sections.read_metrics(tmp_path)
-    assert [record["step"] for record in records] == [1, 2] and sections.curve(records, "loss") == [
-        (0.5, 4)
-    ]
+    assert [record["step"] for record in records] == [1, 2]
+    assert sections.curve(records, "loss") == [(0.5, 4)]
     assert sections.read_metrics(tmp_path / "none") == []
 
 
-def test_a_curve_shows_every_finite_point_in_its_place():
+def test_a_curve_shows_the_finite_points_to_scale():
     nan = float("nan")
     points = [(0, 0.0), (5, 50.0), (10, 100.0), (11, nan)]
     (x0, y0), (x1, y1), (x2, y2) = curve_points(charts.line_chart({"": points}, "y"))
-    assert (x1, y1) == pytest.approx(((x0 + x2) / 2, (y0 + y2) / 2)) and x0 < x2 and y0 < y2
+    assert x0 < x2 and y0 < y2
+    assert (x1, y1) == pytest.approx(((x0 + x2) / 2, (y0 + y2) / 2))
     assert charts.line_chart({"": [(1, nan)]}, "y") == ""
     assert "<use" in charts.line_chart({"": [(1, 2.0)]}, "y")  # a single point has a marker
 
@@ -255,27 +234,23 @@ def test_logarithmic_curves_are_straight_for_a_power_law():
     assert len(curve_points(chart, 1)) == 1  # zero has no logarithm
 
 
-def test_evaluations_of_all_steps_are_found_by_name(digits):
-    found = results.by_step(digits)
-    assert {name: list(steps) for name, steps in found.items()} == {"knn": [3, 7], "linear": [7]}
+def test_results_of_all_steps_are_grouped_by_evaluation(digits):
+    by_name = results.by_step(digits)
+    assert {name: list(steps) for name, steps in by_name.items()} == {"knn": [3, 7], "linear": [7]}
 
 
-def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tmp_path):
+def test_a_comparison_shows_differing_keys_first_and_the_numbers_of_both_runs(digits, tmp_path):
     other = make_run(tmp_path / "other", "optim.base_lr=0.125", "seed=0")
-    write_metrics(other, num=20)
-    path = compare.write([digits, other], tmp_path / "both.html")
-    found = Page(path.read_text())
-    assert (
-        found.headings == ["Config", "Numbers", "Training", "Alerts of digits"]
-        and found.fetched == []
-    )
-    text = path.read_text()
-    assert (
-        list(compare.differences({"a": digits, "b": other})) == ["optim.base_lr"]
-        and "0.125" in text
-    )
-    last = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]
-    assert "<td>Learning: loss</td>" + "".join(f"<td>{value:.6g}</td>" for value in last) in text
+    write_metrics(other, num_steps=20)
+    text = compare.write([digits, other], tmp_path / "both.html").read_text()
+    parsed = Page(text)
+    assert parsed.headings == ["Config", "Numbers", "Training", "Alerts of digits"]
+    assert parsed.external_urls == []
+    assert list(compare.differences({"a": digits, "b": other})) == ["optim.base_lr"]
+    assert "0.125" in text
+    losses = [sections.read_metrics(run)[-1]["loss"] for run in (digits, other)]
+    cells = "".join(f"<td>{loss:.6g}</td>" for loss in losses)
+    assert f"<td>Learning: loss</td>{cells}" in text
     assert "<td>k-NN, clean</td><td>52.0 (step 7)</td><td>-</td>" in text
     assert text.count('<g id="curve-') == 2 * text.count('class="chart"')
 
@@ -287,41 +262,33 @@ def test_a_comparison_shows_differences_first_and_the_numbers_of_both(digits, tm
         (["a", "b"], "there is no config.yaml, so this is not the folder of a run"),
     ],
 )
-def test_what_cannot_be_compared_is_said(tmp_path, folders, message):
+def test_a_comparison_needs_the_folders_of_two_runs(tmp_path, folders, message):
     with pytest.raises(ValueError, match=message):
         compare.write([tmp_path / name for name in folders])
 
 
-def test_sparkline():
+def test_a_sparkline_scales_values_to_eight_heights_and_at_most_48_characters():
     assert demo_summary.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert (
-        demo_summary.sparkline([2.0, 2.0]) == "▁▁"
-        and len(demo_summary.sparkline([*range(1000)])) == 48
-    )
+    assert demo_summary.sparkline([2.0, 2.0]) == "▁▁"
+    assert len(demo_summary.sparkline([*range(1000)])) == 48
 
 
 def test_the_demo_prints_numbers_curves_and_the_next_commands(digits):
     text = demo_summary.summary(digits, {"training": 80.4, "k-NN": 12})
-    assert (
-        "digits: 1297 training, 500 test images, 10 classes" in text
-        and "k-NN: k = 20, temperature 0.07" in text
-    )
+    assert "digits: 1297 training, 500 test images, 10 classes" in text
+    assert "k-NN: k = 20, temperature 0.07" in text
     assert re.search(r"accuracy, % +raw pixels +random backbone +pretrained\n", text)
-    assert re.search(r"k-NN, shifted 2 +50.0 +51.0 +52.0\n", text) and re.search(
-        r"linear, 1 per class +30.0 ± 2.5 +30.0 ± 2.5", text
-    )
-    assert (
-        re.search(r"loss  █▄.*▁  10 to 0.25\n", text)
-        and "5 to 40 %, of held-out training images" in text
-    )
+    assert re.search(r"k-NN, shifted 2 +50.0 +51.0 +52.0\n", text)
+    assert re.search(r"linear, 1 per class +30.0 ± 2.5 +30.0 ± 2.5", text)
+    assert re.search(r"loss  █▄.*▁  10 to 0.25\n", text)
+    assert "5 to 40 %, of held-out training images" in text
     assert f"seconds: training 80, k-NN 12\nreport: {digits / 'report.html'}\n" in text
-    assert (
-        text.count("\n  ") == 3 and "my images" in text and "CIFAR-10" in text and "8 GPUs" in text
-    )
+    assert text.count("\n  ") == 3
+    for phrase in ("my images", "CIFAR-10", "8 GPUs"):
+        assert phrase in text, phrase
 
 
 def test_the_demo_needs_both_evaluations(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"has no knn evaluation; run python -m ssl_pretrain.eval.knn"
-    ):
+    message = r"has no knn evaluation; run python -m ssl_pretrain.eval.knn"
+    with pytest.raises(ValueError, match=message):
         demo_summary.summary(tmp_path)

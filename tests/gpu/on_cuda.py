@@ -20,11 +20,11 @@ def cuda() -> torch.device:
 
 
 @pytest.fixture
-def never_blocking() -> Callable[[], AbstractContextManager[None]]:
+def forbid_synchronization() -> Callable[[], AbstractContextManager[None]]:
     """Return a context in which an operation that waits for the device raises RuntimeError."""
 
     @contextmanager
-    def strict() -> Iterator[None]:
+    def raise_on_synchronization() -> Iterator[None]:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -32,4 +32,4 @@ def never_blocking() -> Callable[[], AbstractContextManager[None]]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    return strict
+    return raise_on_synchronization

@@ -25,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
-from measure import interleaved, versions
+from measure import time_interleaved, versions
 
 from ssl_pretrain import config, methods
 from ssl_pretrain.build import build_method
@@ -269,7 +269,7 @@ def measure(
             result["lightly"] = f"out of memory at {images} images"
     for step in steps.values():
         step()
-    seconds = interleaved(steps, repeats, device)
+    seconds = time_interleaved(steps, repeats, device)
     words = torch.cuda.get_device_name().split() if device.type == "cuda" else []
     machine = next((hardware.MACHINES[word] for word in words if word in hardware.MACHINES), None)
     estimate = Estimate(

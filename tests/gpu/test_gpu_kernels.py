@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_cuda import NEEDS_CUDA, cuda, never_blocking  # noqa: F401
+from on_cuda import NEEDS_CUDA, cuda, forbid_synchronization  # noqa: F401
 
 from ssl_pretrain.losses.backend import BACKENDS, use_backend
 from ssl_pretrain.losses.contrastive import nt_xent
@@ -29,14 +29,14 @@ def test_kernels_equal_the_tiles(name):
     )  # each product is three products in TF32
 
 
-def test_a_loss_uses_the_kernels_without_blocking_the_host(cuda, never_blocking):
+def test_a_loss_uses_the_kernels_without_blocking_the_host(cuda, forbid_synchronization):
     z = [torch.randn(4096, 128, device=cuda, requires_grad=True) for _ in range(2)]
 
     def loss_and_gradient():
         torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
 
     loss_and_gradient()
-    with never_blocking():
+    with forbid_synchronization():
         loss_and_gradient()
     fused = memory.peak(loss_and_gradient, cuda)
     with use_backend(replace(BACKENDS["cuda"], fused=False)):

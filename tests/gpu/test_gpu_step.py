@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from on_cuda import NEEDS_CUDA, cuda, never_blocking  # noqa: F401
+from on_cuda import NEEDS_CUDA, cuda, forbid_synchronization  # noqa: F401
 
 from ssl_pretrain import methods
 from ssl_pretrain.methods.base import Method
@@ -78,13 +78,13 @@ def make_stepper(
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("name", methods.names())
-def test_a_step_never_blocks_the_host(name, num_micro_batches, cuda, never_blocking):
+def test_a_step_never_blocks_the_host(name, num_micro_batches, cuda, forbid_synchronization):
     method = make_method(name)
     settings = ParallelConfig(bn_group_images=IMAGES // num_micro_batches)
     step = make_stepper(method, cuda, settings, OPTIM["lars"], IMAGES // num_micro_batches)
     batch = make_batch(name, cuda)
     step(FIRST, batch)  # the first step may block, because it allocates and compiles
-    with never_blocking():
+    with forbid_synchronization():
         logs = step(SECOND, batch).logs
     assert torch.isfinite(logs["loss"]).item()
 

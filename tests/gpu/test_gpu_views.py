@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from on_cuda import NEEDS_CUDA, cuda, never_blocking  # noqa: F401
+from on_cuda import NEEDS_CUDA, cuda, forbid_synchronization  # noqa: F401
 
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import color, crops
@@ -53,7 +53,7 @@ CIFAR10 = os.environ.get("CIFAR10", "../shared/data/cifar10.zip")
 
 @pytest.mark.parametrize("size", [32, 224])
 @pytest.mark.parametrize("options", [{}, TENSORFLOW], ids=["torchvision", "tensorflow"])
-def test_colors_equal_those_of_a_cpu_without_blocking(size, options, cuda, never_blocking):
+def test_colors_equal_those_of_a_cpu_without_blocking(size, options, cuda, forbid_synchronization):
     crop = Crop(size=size, **EVERYTHING, **options)
     pixels = torch.from_numpy(
         np.random.default_rng(0).integers(0, 256, (32, 3, size, size), dtype=np.uint8)
@@ -62,7 +62,7 @@ def test_colors_equal_those_of_a_cpu_without_blocking(size, options, cuda, never
     expected = color.apply(pixels, parameters, crop, MEAN, STD)
     on_gpu = pixels.to(cuda)
     color.apply(on_gpu, parameters, crop, MEAN, STD)  # the first call uploads constants
-    with never_blocking():
+    with forbid_synchronization():
         views = color.apply(on_gpu, parameters, crop, MEAN, STD)
     torch.testing.assert_close(views.cpu(), expected, rtol=0, atol=2e-4)
 
@@ -75,7 +75,7 @@ def test_colors_equal_those_of_a_cpu_without_blocking(size, options, cuda, never
     ids=["torchvision", "simclr", "byol"],
 )
 def test_fused_colors_of_a_group_equal_those_of_a_cpu_without_blocking(
-    size, dtype, options, cuda, never_blocking
+    size, dtype, options, cuda, forbid_synchronization
 ):
     crop = Crop(size=size, count=2, **EVERYTHING, **options)
     generator = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_fused_colors_of_a_group_equal_those_of_a_cpu_without_blocking(
     expected = color.apply_to_group(pixels, parameters, crop, MEAN, STD)
     on_gpu = [view.to(cuda) for view in pixels]
     color.apply_to_group(on_gpu, parameters, crop, MEAN, STD, dtype)  # compiles
-    with never_blocking():
+    with forbid_synchronization():
         views = color.apply_to_group(on_gpu, parameters, crop, MEAN, STD, dtype)
     for view, expected_view in zip(views, expected):
         assert view.dtype == dtype and view.is_contiguous(memory_format=torch.channels_last)
@@ -106,7 +106,7 @@ def test_fused_colors_of_a_group_equal_those_of_a_cpu_without_blocking(
     ids=["torchvision", "tensorflow"],
 )
 def test_crops_are_within_one_gray_level_of_a_cpus_without_blocking(
-    interpolation, options, cuda, never_blocking
+    interpolation, options, cuda, forbid_synchronization
 ):
     crop = Crop(size=24, interpolation=interpolation, scale=[0.05, 1.0], **options)
     images = torch.from_numpy(
@@ -114,18 +114,18 @@ def test_crops_are_within_one_gray_level_of_a_cpus_without_blocking(
     )
     boxes = crops.draw_boxes(crop, 1, 2, np.arange(40), 0, np.full((40, 2), 32))
     expected, on_gpu = crops.apply_to_batch(images, boxes, crop), images.to(cuda)
-    with never_blocking():
+    with forbid_synchronization():
         views = crops.apply_to_batch(on_gpu, boxes, crop)
     difference = (views.cpu().int() - expected.int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.001
 
 
-def test_digits_from_the_device_arrive_without_blocking(cuda, never_blocking):
+def test_digits_from_the_device_arrive_without_blocking(cuda, forbid_synchronization):
     source = open_source(DataConfig("digits"), "val")
     with build_loader(source, SIMCLR, "device", global_batch_size=64, device=cuda) as on_gpu:
         batches = on_gpu.starting_at(0)
         next(batches)
-        with never_blocking():
+        with forbid_synchronization():
             ours = next(batches)
     with build_loader(source, SIMCLR, global_batch_size=64) as on_cpu:
         _, expected = itertools.islice(on_cpu.starting_at(0), 2)
@@ -187,9 +187,9 @@ def test_the_pinned_ring_sends_the_same_views(cuda, tmp_path):
         assert all(buffer.is_pinned() for buffer in on_gpu.reader.pool.buffers)
 
 
-def test_an_upload_is_intact_and_does_not_block(cuda, never_blocking):
+def test_an_upload_is_intact_and_does_not_block(cuda, forbid_synchronization):
     numbers = torch.arange(1_000_000)
     upload(numbers, cuda)
-    with never_blocking():
+    with forbid_synchronization():
         on_gpu = upload(numbers, cuda)
     assert torch.equal(on_gpu.cpu(), numbers)

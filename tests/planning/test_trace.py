@@ -1,4 +1,4 @@
-"""Traces on fake tensors against the same program run: operations, memory, traffic."""
+"""Traces on fake tensors agree with real runs in operations, memory and traffic."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_flops_equal_those_of_torchs_counter(name):
         set_fused_attn(True)
 
 
-def test_attention_counts_as_its_two_products():
+def test_attention_counts_two_matrix_products():
     """Queries with keys and weights with values: 4 x heads x tokens^2 x dim operations."""
     query = torch.zeros(2, 3, 5, 8)
 
@@ -85,13 +85,13 @@ def _allocated_over_predicted(name):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_predicted_peak_is_close_to_that_of_torchs_allocator(name):
-    """In a process of its own, as the profiler also counts memory that earlier tests hold."""
+def test_the_predicted_peak_is_close_to_the_peak_of_torchs_allocator(name):
+    """Runs in a process of its own, as the profiler also counts memory that earlier tests hold."""
     (ratio,) = run_ranks(_allocated_over_predicted, name, world_size=1)
     assert ALLOCATED_OVER_PREDICTED[0] < ratio < ALLOCATED_OVER_PREDICTED[1]
 
 
-def test_any_number_of_images_lies_on_the_line_through_two_traces():
+def test_a_trace_is_linear_in_the_number_of_images():
     few, more, many = (
         trace_backbone("test_resnet", 64, images, bfloat16=True) for images in (2, 4, 16)
     )
@@ -101,7 +101,7 @@ def test_any_number_of_images_lies_on_the_line_through_two_traces():
     np.testing.assert_array_equal(line.held, many.held)
 
 
-def test_the_tiles_of_a_loss_count_their_products():
+def test_a_tiled_loss_counts_the_matrix_products_of_its_tiles():
     """One product of 6 x 10 x 4 forward. Backward repeats it and adds two for the gradients."""
 
     def prepare():
@@ -117,7 +117,7 @@ def test_the_tiles_of_a_loss_count_their_products():
 
 @pytest.mark.parametrize("ranks", [4, 64])
 def test_a_rank_among_many_gathers_what_the_loss_needs(ranks):
-    """NT-Xent gathers the embeddings of all ranks, and three numbers of each in the backward."""
+    """NT-Xent gathers the embeddings of all ranks, then three numbers per embedding in backward."""
 
     def prepare():
         return [torch.zeros(8, 16, requires_grad=True) for _ in range(2)]
@@ -140,7 +140,7 @@ def test_a_phase_ends_where_the_next_begins():
 
 
 def test_a_phase_without_operations_is_empty():
-    """The targets of a method without a teacher take none of the next phase's operations."""
+    """A method without a teacher computes no targets. That phase gets no operations of the next."""
 
     def compute(x, mark):
         mark("forward")
