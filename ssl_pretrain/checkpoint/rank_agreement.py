@@ -1,7 +1,7 @@
 """Refuse to train unless all ranks have the same settings, code, versions, data and checkpoints.
 
 Each machine of a run has its own command line and its own copy of the code and the data. Ranks that
-differ in one of them would otherwise train on together, each on something else.
+differ in one of them would otherwise train together without noticing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ssl_pretrain.system.import_path import PACKAGE
 PER_MACHINE_KEYS = ("data.root", "data.cache_dir", "data.num_workers")
 PER_MACHINE_SECTIONS = ("launch", "plan")
 NOT_TRAINING = {"eval", "launch"}  # in a clone these are links, in a wheel they are folders
-MAX_DIFFERENCES = 4  # in one message
-MOUNT_SECONDS = 90.0  # time in which a network file system shows another machine's new files
+MAX_DIFFERENCES = 4  # differences listed in one message
+MOUNT_SECONDS = 90.0  # time a network file system may take to show another machine's new files
 RETRY_SECONDS = 2.0
 
 
@@ -60,32 +60,33 @@ def check_data(fingerprint: str, num_images: int, root: str) -> None:
 def check_checkpoints(run: Path) -> None:
     """Raise ValueError on all ranks unless they see the same checkpoints of the run."""
 
-    def values() -> dict[str, str]:
+    def list_hashes() -> dict[str, str]:
         hashes = [f"{path.name} {_hash(path / MANIFEST)}" for path in list_checkpoints(run)]
         return {"output: checkpoints": ", ".join(hashes)}
 
     remedy = f"put output ({run}) on a file system that every machine mounts at that path"
-    _require_equal(values, remedy, MOUNT_SECONDS)
+    _require_equal(list_hashes, remedy, MOUNT_SECONDS)
 
 
 def _require_equal(
-    values: Callable[[], dict[str, Any]], remedy: str, patience_seconds: float = 0.0
+    get_values: Callable[[], dict[str, Any]], remedy: str, patience_seconds: float = 0.0
 ) -> None:
     """Raise ValueError on all ranks if their values still differ after some time."""
     if process_group.world_size() == 1:
         return
     patience_seconds = min(patience_seconds, process_group.timeout_seconds() / 2)
-    began = time.monotonic()
+    start = time.monotonic()
     while True:
-        own = values()
-        digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
-        digests, elapsed = zip(*collectives.gather_objects((digest, time.monotonic() - began)))
+        values = get_values()
+        text = json.dumps(values, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        digests, elapsed = zip(*collectives.gather_objects((digest, time.monotonic() - start)))
         if len(set(digests)) == 1:
             return
-        if elapsed[0] >= patience_seconds:  # rank 0's clock, so that all ranks decide alike
+        if elapsed[0] >= patience_seconds:  # rank 0's clock, so that all ranks agree
             break
         time.sleep(RETRY_SECONDS)
-    answers = collectives.gather_objects((socket.gethostname(), own))
+    answers = collectives.gather_objects((socket.gethostname(), values))
     raise ValueError(f"the ranks disagree: {_describe_differences(answers)}; {remedy}")
 
 

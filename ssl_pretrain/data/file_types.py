@@ -1,8 +1,8 @@
 """Tell images from other files, by their suffix or by their first bytes.
 
-The same rule holds for folders and zips. Hidden entries are skipped, and so is what operating
-systems and storage servers leave beside the data. Every other file that is not read is counted
-by its reason, with one example.
+The same rules hold for folders and zips. Hidden entries are skipped, and so are files that
+operating systems and storage servers leave beside the data. All other skipped files are counted by
+reason, with one example each.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _UNFINISHED = frozenset(
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL
 )
-_SAMPLE_SIZE = 8  # files per unknown suffix whose first bytes are read before all of them are
+_SAMPLE_SIZE = 8  # approximate number of files per unknown suffix to try before reading all
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def entry_type(entry: os.DirEntry[str]) -> str:
     """Return "folder", "file", or the reason to skip the entry."""
     if is_skipped(entry.name):
         return HIDDEN
-    with contextlib.suppress(OSError):  # a link to itself
+    with contextlib.suppress(OSError):  # a symbolic link that points to itself
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
         if not entry.is_symlink() or os.path.exists(entry.path):
             return "pipes, sockets or devices"
-    return "links to nothing"
+    return "broken links"
 
 
 def any_image_by_content(paths: Sequence[str]) -> bool:
@@ -99,7 +99,7 @@ def images_by_content(
     Args:
         paths: Paths of the files.
         head_of: Returns the first `SIGNATURE_BYTES` bytes of a file.
-        skips: Counts the files that are no images.
+        skips: Counts the files that are not images.
     """
     groups: dict[str, list[str]] = {}
     for path in sorted(paths, key=os.fsencode):

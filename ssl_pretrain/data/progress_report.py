@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 T = TypeVar("T")
-_REPORT_SECONDS = 2.0  # between two lines where stderr is not a terminal
+_REPORT_SECONDS = 2.0  # time between two lines if stderr is not a terminal
 
 
 def report_progress(results: Iterable[T], total: int, verb: str, num_done: int = 0) -> Iterator[T]:

@@ -2,7 +2,7 @@
 
 The positive of an anchor competes with the positives of all other pairs. Logits are inner
 products instead of cosines, and a penalty bounds the squared length of the embeddings. If several
-pairs are of one class, the target is shared among them, as in npairs_loss of tensorflow/addons at
+pairs belong to one class, they share the target equally, as in npairs_loss of tensorflow/addons
 0.20 (losses/npairs.py).
 """
 

@@ -24,8 +24,8 @@ class GroupBatchNorm(nn.Module):
 
     Args:
         source: The batch norm to replace. Parameters and buffers are shared and keep their names.
-        images: Images per forward pass on this rank.
-        group_images: Images per group. Divides `images` or is a multiple of it.
+        micro_batch_size: Images per forward pass on this rank.
+        group_images: Images per group. Divides `micro_batch_size` or is a multiple of it.
         group: The ranks that share a group's statistics. None means all ranks.
     """
 
@@ -33,7 +33,7 @@ class GroupBatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, source: _BatchNorm, images: int, group_images: int, group: Any):
+    def __init__(self, source: _BatchNorm, micro_batch_size: int, group_images: int, group: Any):
         super().__init__()
         if source.momentum is None or source.running_mean is None:
             raise ValueError(
@@ -41,9 +41,9 @@ class GroupBatchNorm(nn.Module):
                 "grouped"
             )
         self.eps, self.momentum = source.eps, float(source.momentum)
-        self.images, self.group = images, group
-        self.groups_per_rank = max(1, images // group_images)
-        self.ranks_per_group = max(1, group_images // images)
+        self.micro_batch_size, self.group = micro_batch_size, group
+        self.groups_per_rank = max(1, micro_batch_size // group_images)
+        self.ranks_per_group = max(1, group_images // micro_batch_size)
         self.weight, self.bias = source.weight, source.bias
         for name, buffer in source.named_buffers():
             self.register_buffer(name, buffer)
@@ -81,9 +81,9 @@ class GroupBatchNorm(nn.Module):
         return y
 
     def _within_rank(self, x: Tensor) -> Tensor:
-        """Normalize each group alone in one native call, by turning groups into channels."""
+        """Normalize each group separately, in one native call that treats groups as channels."""
         groups, (channels, *space) = self.groups_per_rank, x.shape[1:]
-        views, rows = len(x) // self.images, self.images // groups
+        views, rows = len(x) // self.micro_batch_size, self.micro_batch_size // groups
         grouped = x.view(views, groups, rows, channels, *space).transpose(1, 2)
         grouped = grouped.reshape(views * rows, groups * channels, *space)
         mean, variance = self.running_mean.repeat(groups), self.running_var.repeat(groups)
@@ -147,7 +147,7 @@ class _Synchronized(torch.autograd.Function):
         return x_grad, weight_grad, sum_grad if ctx.has_bias else None, None, None
 
 
-def convert(module: nn.Module, images: int, group_images: int) -> nn.Module:
+def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.Module:
     """Give every batch norm in `module` groups of `group_images` images, in place.
 
     If one forward pass is exactly one group, torch's own batch norm stays. CUDA ranks that share a
@@ -155,25 +155,25 @@ def convert(module: nn.Module, images: int, group_images: int) -> nn.Module:
 
     Args:
         module: The network.
-        images: Images per forward pass on this rank.
+        micro_batch_size: Images per forward pass on this rank.
         group_images: Images per group.
 
     Raises:
-        ValueError: The groups split a rank's images unevenly.
+        ValueError: If the groups split a rank's images unevenly.
     """
-    world_size, ranks = process_group.world_size(), group_images // images
-    if group_images % images and images % group_images:
+    world_size, ranks = process_group.world_size(), group_images // micro_batch_size
+    if group_images % micro_batch_size and micro_batch_size % group_images:
         raise ValueError(
             f"parallel.bn_group_images: {group_images} neither divides nor is a multiple of the "
-            f"{images} images a rank feeds at once; choose a divisor or a multiple of {images}, or "
-            "another micro_batch_size"
+            f"{micro_batch_size} images in a rank's forward pass; choose a divisor or a multiple "
+            f"of {micro_batch_size}, or another micro_batch_size"
         )
     if ranks == 1:
         return module
     if ranks > 1 and world_size % ranks:
         raise ValueError(
-            f"parallel.bn_group_images: {group_images} is {ranks} ranks of {images} images, which "
-            f"does not divide {world_size} ranks"
+            f"parallel.bn_group_images: {group_images} images span {ranks} ranks of "
+            f"{micro_batch_size} images, and {ranks} does not divide the {world_size} ranks"
         )
     group = process_group.new_subgroup(ranks) if ranks > 1 else None
     for name, child in list(module.named_modules()):
@@ -183,7 +183,7 @@ def convert(module: nn.Module, images: int, group_images: int) -> nn.Module:
             if ranks > 1 and on_cuda and not hasattr(child, "act"):
                 replacement = nn.SyncBatchNorm.convert_sync_batchnorm(child, group)
             else:
-                replacement = GroupBatchNorm(child, images, group_images, group)
+                replacement = GroupBatchNorm(child, micro_batch_size, group_images, group)
             module.set_submodule(name, replacement)
     return module
 
@@ -220,7 +220,8 @@ def snapshot_statistics(module: nn.Module) -> Tensor | None:
 def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Tensor) -> None:
     """Restore a snapshot if the condition, a boolean scalar on the device, is true.
 
-    A masked step leaves no trace of its batch. The host does not wait for the device.
+    This removes the batch of a masked step from the statistics. The host does not wait for the
+    device.
     """
     if snapshot is not None:
         buffers = _means_and_variances(module)

@@ -161,7 +161,7 @@ class Estimate:
 
     def activations(self, images: int) -> float:
         """Return the bytes that the forward pass keeps for the backward pass."""
-        return float(self.micro_batch.at(images).phase("forward").held[-1])
+        return float(self.micro_batch.at(images).phase("forward").bytes_held[-1])
 
     def peak(self, images: int) -> float:
         """Return the largest number of bytes that the passes, the loss or the optimizer hold.
@@ -230,7 +230,7 @@ class Estimate:
             exposed, hidden = communication.exposed_and_hidden(
                 machine,
                 self.cluster,
-                self._messages(images, num_losses * loss.sent),
+                self._messages(images, num_losses * loss.collectives),
                 self._overlaps(images, forward + targets, backward),
             )
         views = self.share * self.color_seconds
@@ -252,13 +252,14 @@ class Estimate:
         rate = self.machine.decoded_per_core * max(1, self.run.data.num_workers)
         return self.share / rate if rate else 0.0
 
-    def _messages(self, images: int, sent_by_loss: list[tuple[str, int]]) -> list[Message]:
+    def _messages(self, images: int, loss_collectives: list[tuple[str, int]]) -> list[Message]:
         """Messages during which the GPU waits."""
         ranks = self.cluster.ranks
         group = bn_group_images(self.run.parallel, self.run.global_batch_size) // images
-        norms, itemsize = self.micro_batch.line.few.norms, self.execution.dtype.itemsize
+        norms, itemsize = self.micro_batch.traces.few.norms, self.execution.dtype.itemsize
+        collectives = [*loss_collectives, *self.optimizer[0].collectives]
         return [
-            *(Message(*sent, ranks) for sent in (*sent_by_loss, *self.optimizer[0].sent)),
+            *(Message(*collective, ranks) for collective in collectives),
             *communication.batch_norm_messages(norms, group, itemsize),
         ]
 

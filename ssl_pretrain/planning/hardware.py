@@ -37,7 +37,7 @@ class Machine:
 
     def seconds(self, trace: Trace) -> float:
         """Return the time of a computation. The host launches operations while the GPU computes."""
-        launching = int((trace.moved > 0).sum()) * self.launch_seconds
+        launching = int((trace.bytes_moved > 0).sum()) * self.launch_seconds
         return max(sum(self.bounds(trace)) / self.attained, launching)
 
     def bounds(self, trace: Trace) -> tuple[float, float]:
@@ -48,7 +48,7 @@ class Machine:
         rate = np.full(len(trace.flops), self.matmul)
         rate[trace.wide] = self.wide_matmul
         rate[trace.kind == CONVOLUTION] = self.convolution
-        arithmetic, memory = trace.flops / rate, trace.moved / self.bandwidth
+        arithmetic, memory = trace.flops / rate, trace.bytes_moved / self.bandwidth
         by_arithmetic = arithmetic > memory
         return float(arithmetic[by_arithmetic].sum()), float(memory[~by_arithmetic].sum())
 

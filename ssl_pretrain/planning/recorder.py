@@ -61,22 +61,23 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[tuple[int, int, int, int, bool]] = []
-        self.sent: list[tuple[str, int]] = []
+        self.collectives: list[tuple[str, int]] = []
         self.norms: dict[str, list[int]] = {"forward": [], "backward": []}
-        self.marks: dict[str, int] = {}
+        self.phase_starts: dict[str, int] = {}
         self._alive: dict[int, int] = {}  # bytes of each storage that was allocated here
         self._held = 0
 
     def mark(self, name: str) -> None:
         """Begin a phase."""
-        self.marks[name] = len(self.rows)
+        self.phase_starts[name] = len(self.rows)
 
     def trace(self) -> Trace:
         """Return the operations recorded so far."""
         rows = np.array(self.rows, dtype=np.int64).reshape(-1, 5)
         flops, moved, held, kind, wide = rows.T
-        marks = self.marks or {"": 0}
-        return Trace(flops, moved, held, kind, wide.astype(bool), self.sent, self.norms, marks)
+        wide = wide.astype(bool)
+        starts = self.phase_starts or {"": 0}
+        return Trace(flops, moved, held, kind, wide, self.collectives, self.norms, starts)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -118,7 +119,7 @@ class Recorder(TorchDispatchMode):
         # The first argument of a reduce-scatter is its result, one rank's shard.
         tensors = [args[1]] if name == "_reduce_scatter_base_" else _tensors(args[0])
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.sent.append((name.strip("_").removesuffix("_base"), size))
+        self.collectives.append((name.strip("_").removesuffix("_base"), size))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

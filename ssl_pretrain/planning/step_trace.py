@@ -21,7 +21,7 @@ from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.compile_and_checkpoint import recompute_activations
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.planning.recorder import Mark, make_fake, trace
-from ssl_pretrain.planning.trace import Line, Shape, Trace
+from ssl_pretrain.planning.trace import LinearTrace, TensorSpec, Trace
 from ssl_pretrain.views import color_torch, recipe
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.color_parameters import draw_colors
@@ -36,28 +36,28 @@ Tensors = dict[str, Tensor]
 class Results:
     """Shapes of what a forward pass returns."""
 
-    embeddings: dict[str, Shape]
-    targets: dict[str, Shape]
+    embeddings: dict[str, TensorSpec]
+    targets: dict[str, TensorSpec]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Forward, targets and backward pass for any number of images."""
 
-    line: Line
+    traces: LinearTrace
     few: Results
     more: Results
     backbone_calls: dict[str, int]  # how often each backbone runs, by its name
 
     def at(self, images: int) -> Trace:
         """Return the trace for a number of images."""
-        return self.line.at(images)
+        return self.traces.at(images)
 
     def results(self, images: int) -> Results:
         """Return the shapes of the results for a number of images."""
         return Results(
-            self.line.shapes(self.few.embeddings, self.more.embeddings, images),
-            self.line.shapes(self.few.targets, self.more.targets, images),
+            self.traces.shapes(self.few.embeddings, self.more.embeddings, images),
+            self.traces.shapes(self.few.targets, self.more.targets, images),
         )
 
 
@@ -75,7 +75,7 @@ def trace_micro_batch(
     (few, few_results, calls), (more, more_results, _) = (
         _trace_images(run, method, execution, images) for images in sizes
     )
-    return MicroBatch(Line(few, more, *sizes), few_results, more_results, calls)
+    return MicroBatch(LinearTrace(few, more, *sizes), few_results, more_results, calls)
 
 
 def _trace_images(
@@ -107,7 +107,7 @@ def _trace_images(
         mark("backward")
         trained = [z for z in embeddings.values() if z.requires_grad]
         torch.autograd.backward(trained, [torch.ones_like(z) for z in trained])
-        return Results(_shapes(embeddings), _shapes(targets))
+        return Results(_specs(embeddings), _specs(targets))
 
     return *trace(prepare, embed), dict(calls)
 
@@ -141,7 +141,7 @@ def trace_loss(method: Method, execution: Execution, results: Results, ranks: in
 def trace_optimizer(
     run: RunConfig, method: Method, execution: Execution, results: Results, ranks: int
 ) -> tuple[Trace, int]:
-    """Trace the optimizer's step and what moves after it. Return it with the bytes of its state."""
+    """Trace the optimizer's step and the updates after it, and return the bytes of its state."""
     network = copy.deepcopy(method)
 
     def prepare() -> tuple[torch.optim.Optimizer, Tensors, Tensors]:
@@ -208,12 +208,12 @@ def _make_fake(network: nn.Module, execution: Execution) -> None:
     make_fake(network, execution.dtype, execution.memory_format == torch.channels_last)
 
 
-def _shapes(tensors: Tensors) -> dict[str, Shape]:
-    return {name: Shape.of(tensor) for name, tensor in tensors.items()}
+def _specs(tensors: Tensors) -> dict[str, TensorSpec]:
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
-def _empty(shapes: dict[str, Shape]) -> Tensors:
-    return {name: shape.empty() for name, shape in shapes.items()}
+def _empty(specs: dict[str, TensorSpec]) -> Tensors:
+    return {name: spec.empty() for name, spec in specs.items()}
 
 
 def _set_gradients(network: nn.Module) -> None:

@@ -13,19 +13,19 @@ MATMUL, CONVOLUTION, OTHER = range(3)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Shape and type of a tensor that a computation returned."""
+class TensorSpec:
+    """Shape and dtype of a tensor that a computation returned."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    trained: bool
+    requires_grad: bool
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Shape:
+    def of(cls, tensor: Tensor) -> TensorSpec:
         return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
     def empty(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, requires_grad=self.trained)
+        return torch.empty(self.shape, dtype=self.dtype, requires_grad=self.requires_grad)
 
 
 @dataclass
@@ -33,39 +33,40 @@ class Trace:
     """Operations of a computation in order, one entry of each array per operation."""
 
     flops: np.ndarray
-    moved: np.ndarray  # bytes read and written
-    held: np.ndarray  # bytes in memory after the operation, beyond those before the computation
+    bytes_moved: np.ndarray  # bytes read and written
+    bytes_held: np.ndarray  # memory in use after the operation, relative to the start
     kind: np.ndarray  # MATMUL, CONVOLUTION or OTHER
     wide: np.ndarray  # True for float32 and wider, which use no tensor cores
-    sent: list[tuple[str, int]]  # collectives, with the bytes of all ranks together
+    collectives: list[tuple[str, int]]  # name, and bytes of all ranks together
     norms: dict[str, list[int]]  # channels of each batch norm run forward and backward
-    marks: dict[str, int] = field(default_factory=lambda: {"": 0})  # first operation of each phase
+    phase_starts: dict[str, int] = field(default_factory=lambda: {"": 0})  # first operations
 
     def phase(self, name: str) -> Trace:
         """Return the operations of one phase."""
-        ends = [*self.marks.values(), len(self.flops)]
-        span = slice(self.marks[name], ends[list(self.marks).index(name) + 1])
+        ends = [*self.phase_starts.values(), len(self.flops)]
+        span = slice(self.phase_starts[name], ends[list(self.phase_starts).index(name) + 1])
         return Trace(
             self.flops[span],
-            self.moved[span],
-            self.held[span],
+            self.bytes_moved[span],
+            self.bytes_held[span],
             self.kind[span],
             self.wide[span],
-            self.sent,
+            self.collectives,
             self.norms,
         )
 
     @property
     def peak(self) -> int:
         """Largest number of bytes in memory."""
-        return int(self.held.max(initial=0))
+        return int(self.bytes_held.max(initial=0))
 
 
 @dataclass
-class Line:
+class LinearTrace:
     """One computation for any number of images.
 
-    Operations, bytes and shapes are linear in the number of images, so two traces give them all.
+    Operations, bytes and shapes are linear in the number of images, so two traces are enough to
+    know them for every number.
     """
 
     few: Trace
@@ -84,8 +85,8 @@ class Line:
         return replace(
             few,
             flops=few.flops + (more.flops - few.flops) * weight,
-            moved=few.moved + (more.moved - few.moved) * weight,
-            held=few.held + (more.held - few.held) * weight,
+            bytes_moved=few.bytes_moved + (more.bytes_moved - few.bytes_moved) * weight,
+            bytes_held=few.bytes_held + (more.bytes_held - few.bytes_held) * weight,
         )
 
     def weight(self, images: int) -> float:
@@ -93,8 +94,8 @@ class Line:
         return (images - self.num_few) / (self.num_more - self.num_few)
 
     def shapes(
-        self, few: Mapping[str, Shape], more: Mapping[str, Shape], images: int
-    ) -> dict[str, Shape]:
+        self, few: Mapping[str, TensorSpec], more: Mapping[str, TensorSpec], images: int
+    ) -> dict[str, TensorSpec]:
         """Return the shapes of results for a number of images, from those of the two traces."""
         weight = self.weight(images)
         return {

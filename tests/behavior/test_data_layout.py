@@ -523,7 +523,7 @@ def test_skipped_files_are_counted_and_named(tmp_path, inspect):
     )
     assert result.text.splitlines()[1] == (
         "data: left out in ROOT/train: 2 links to folders that are listed already (first: "
-        "a/up), 2 links to nothing (first: a/gone.png),"
+        "a/up), 2 broken links (first: a/gone.png),"
         " 1 .part files (first: a/4.jpg.part), 1 .txt files (first: a/notes.txt), 1 pipes, "
         "sockets or devices (first: a/pipe.png)"
     )

@@ -115,6 +115,6 @@ def test_groups_that_split_a_rank_unevenly_are_refused():
     with pytest.raises(ValueError) as error:
         batch_norm.convert(norm(), 12, 8)
     assert str(error.value) == (
-        "parallel.bn_group_images: 8 neither divides nor is a multiple of the 12 images a rank "
-        "feeds at once; choose a divisor or a multiple of 12, or another micro_batch_size"
+        "parallel.bn_group_images: 8 neither divides nor is a multiple of the 12 images in a "
+        "rank's forward pass; choose a divisor or a multiple of 12, or another micro_batch_size"
     )

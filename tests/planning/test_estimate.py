@@ -45,7 +45,7 @@ def run(tmp_path):
 
 def make_trace(flops, moved, kinds, wide) -> Trace:
     columns = [np.array(column) for column in (flops, moved, np.zeros(len(flops)), kinds, wide)]
-    return Trace(*columns, sent=[], norms={})
+    return Trace(*columns, collectives=[], norms={})
 
 
 def quick_or_full(path):

@@ -16,7 +16,7 @@ from ssl_pretrain.models import backbones
 from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.planning.recorder import Recorder, trace
 from ssl_pretrain.planning.step_trace import trace_backbone
-from ssl_pretrain.planning.trace import Line
+from ssl_pretrain.planning.trace import LinearTrace
 
 # Bytes held by torch's allocator divided by the prediction: 0.96 for test_vit, 1.05 for test_resnet
 # and 1.11 for resnet18 when measured. Kernels allocate memory that no trace sees, and autograd adds
@@ -41,9 +41,9 @@ def test_a_traced_step_has_the_operations_of_a_real_step(name):
     with recorder:
         step()
     real, traced = recorder.trace(), trace_backbone(name, BACKBONES[name], 3, bfloat16=False)
-    moving, real_moving = traced.moved > 0, real.moved > 0
+    moving, real_moving = traced.bytes_moved > 0, real.bytes_moved > 0
     np.testing.assert_array_equal(traced.flops[moving], real.flops[real_moving])
-    np.testing.assert_array_equal(traced.moved[moving], real.moved[real_moving])
+    np.testing.assert_array_equal(traced.bytes_moved[moving], real.bytes_moved[real_moving])
     assert traced.peak == pytest.approx(real.peak, rel=0.01)
 
 
@@ -95,10 +95,10 @@ def test_a_trace_is_linear_in_the_number_of_images():
     few, more, many = (
         trace_backbone("test_resnet", 64, images, bfloat16=True) for images in (2, 4, 16)
     )
-    line = Line(few, more, 2, 4).at(16)
+    line = LinearTrace(few, more, 2, 4).at(16)
     np.testing.assert_array_equal(line.flops, many.flops)
-    np.testing.assert_array_equal(line.moved, many.moved)
-    np.testing.assert_array_equal(line.held, many.held)
+    np.testing.assert_array_equal(line.bytes_moved, many.bytes_moved)
+    np.testing.assert_array_equal(line.bytes_held, many.bytes_held)
 
 
 def test_a_tiled_loss_counts_the_matrix_products_of_its_tiles():
@@ -127,7 +127,10 @@ def test_a_rank_among_many_gathers_what_the_loss_needs(ranks):
 
     with process_group.fake_process_group(ranks):
         traced, _ = trace(prepare, differentiate)
-    assert traced.sent == [("allgather", ranks * 16 * 16 * 4), ("allgather", ranks * 16 * 3 * 4)]
+    assert traced.collectives == [
+        ("allgather", ranks * 16 * 16 * 4),
+        ("allgather", ranks * 16 * 3 * 4),
+    ]
     assert process_group.world_size() == 1
 
 
