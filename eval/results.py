@@ -32,18 +32,18 @@ class Row:
 
 def with_better_random(rows: list[Row]) -> list[Row]:
     """Insert a row with the better random backbone in each column, the baseline to beat."""
-    random = [row for row in rows if row.features.startswith("random, ")]
-    if not random:
+    random_rows = [row for row in rows if row.features.startswith("random, ")]
+    if not random_rows:
         return rows
     best = Row(BETTER_RANDOM, {})
-    for column in random[0].metrics:
-        row = max(random, key=lambda row: row.metrics[column])
+    for column in random_rows[0].metrics:
+        row = max(random_rows, key=lambda row: row.metrics[column])
         best.metrics[column] = row.metrics[column]
         best.notes[column] = row.features.partition(", ")[2]
         if column in row.spread:
             best.spread[column] = row.spread[column]
-    after = rows.index(random[-1]) + 1
-    return [*rows[:after], best, *rows[after:]]
+    position = rows.index(random_rows[-1]) + 1
+    return [*rows[:position], best, *rows[position:]]
 
 
 def save(
@@ -92,7 +92,7 @@ def _replace(path: Path, result: dict[str, Any]) -> None:
 
 
 def load(run: Path) -> list[dict[str, Any]]:
-    """Read every result of a run, sorted by name, each of the newest checkpoint it measured."""
+    """Read the newest result of each evaluation of a run, sorted by name."""
     return [json.loads(path.read_text()) for path in sorted((run / "eval").glob("*.json"))]
 
 
@@ -150,8 +150,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def text(result: dict[str, Any]) -> str:
     """Render a result as text: its protocol, its table, and the selected hyperparameters."""
-    selected = choices(result)
-    notes = ["", "chosen:", *_indented(selected)] if selected else []
+    hyperparameters = choices(result)
+    notes = ["", "chosen:", *_indented(hyperparameters)] if hyperparameters else []
     lines = [f"{result['name']}:", *_indented(result["protocol"]), "", table(*cells(result))]
     return "\n".join([*lines, *notes])
 

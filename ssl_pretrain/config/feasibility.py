@@ -22,7 +22,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Check that the settings fit together and that the first step can run on this many ranks.
 
     Raises:
-        ConfigError: Names the keys, their values and a remedy.
+        ConfigError: If a check fails. The message names the keys, their values and a remedy.
     """
     try:
         schema.check(config)
@@ -64,7 +64,7 @@ def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | Non
     """Return the images per forward pass on one rank, None for `auto`, which is found by trial.
 
     Raises:
-        ConfigError: `micro_batch_size` is neither a number nor auto.
+        ConfigError: If `micro_batch_size` is neither a number nor auto.
     """
     value = str(config.micro_batch_size)
     if value == "auto":
@@ -85,7 +85,7 @@ def method_on_meta(config: RunConfig) -> Method:
 
 
 def _image_sizes(config: RunConfig) -> dict[str, int]:
-    """Return the sizes of the images that the backbone sees, in pixels, by the keys."""
+    """Return the image sizes that the backbone sees, in pixels, by configuration key."""
     sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
     if config.evaluation.image_size:
         sizes["evaluation.image_size"] = config.evaluation.image_size
@@ -96,7 +96,7 @@ def _try_method(config: RunConfig) -> None:
     """Run the method's forward pass on blank views on the meta device.
 
     Raises:
-        ValueError: The method takes other views or more images, or cannot run on the backbone.
+        ValueError: If the method needs other views or more images, or cannot run on the backbone.
     """
     backbone = dataclasses.replace(config.backbone, init="random")
     group = parallel_config.bn_group_images(config.parallel, config.global_batch_size)
@@ -120,7 +120,7 @@ def _try_method(config: RunConfig) -> None:
 
 
 def _forward_problem(config: RunConfig, error: Exception, sizes: list[int]) -> ValueError:
-    """Return an error of the method's forward pass as one that names the keys."""
+    """Translate an error of the method's forward pass into one that names the keys."""
     if "more than 1 value per channel" in str(error):
         return ValueError(
             "parallel.bn_group_images: batch norm cannot take its statistics from one image of "

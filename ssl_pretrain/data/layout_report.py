@@ -1,4 +1,4 @@
-"""Say at the start of a run which images it reads."""
+"""Report at the start of a run which images it reads."""
 
 import os
 
@@ -48,9 +48,9 @@ def describe_counts(source: Source) -> str:
 
 
 def _overlap_notes(train: Source, val: Source) -> list[str]:
-    """Return a note if validation images are training images too.
+    """Return a note if some validation images are also training images.
 
-    Only looked for if the folder of one split is the other's, or lies in it.
+    The paths are compared only if both splits share a folder, or one lies inside the other.
     """
     if not isinstance(train, ImageFiles) or not isinstance(val, ImageFiles):
         return []
@@ -65,4 +65,4 @@ def _overlap_notes(train: Source, val: Source) -> list[str]:
     if not shared:
         return []
     counts = f"{len(shared):,} of {len(val):,}"
-    return [f"{counts} validation images are training images too (first: {shared[0]})"]
+    return [f"{counts} validation images are also training images (first: {shared[0]})"]

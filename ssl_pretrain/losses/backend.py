@@ -44,7 +44,7 @@ class Backend:
         try:
             return compute(tiles_triton)
         except tiles_triton.OutOfResources as error:
-            tiles_triton.refuse(anchors.device, error)
+            tiles_triton.disable(anchors.device, error)
             return None
 
 

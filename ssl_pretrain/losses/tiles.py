@@ -177,8 +177,8 @@ class _LogSumExpAmong(torch.autograd.Function):
                     all_z,
                     local_start=local_start,
                     excluded=excluded,
-                    of_anchors=(lse, grad),
-                    of_candidates=(all_lse, all_grad),
+                    anchor_terms=(lse, grad),
+                    candidate_terms=(all_lse, all_grad),
                 ),
             )
             if total is None:
@@ -197,10 +197,10 @@ def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | Non
     pairs = {"local_start": local_start, "excluded": excluded}
     anchors_grad = candidates_grad = None
     if ctx.needs_input_grad[0]:
-        anchors_grad = kernels.weighted_sum(anchors, candidates, **pairs, of_anchors=(lse, grad))
+        anchors_grad = kernels.weighted_sum(anchors, candidates, **pairs, anchor_terms=(lse, grad))
     if ctx.needs_input_grad[1]:
         candidates_grad = kernels.weighted_sum(
-            candidates, anchors, **pairs, of_candidates=(lse, grad), swapped=True
+            candidates, anchors, **pairs, candidate_terms=(lse, grad), swapped=True
         )
     return anchors_grad, candidates_grad
 

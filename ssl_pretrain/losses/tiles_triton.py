@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-__all__ = ["OutOfResources", "fits", "log_sum_exp", "refuse", "weighted_sum"]
+__all__ = ["OutOfResources", "disable", "fits", "log_sum_exp", "weighted_sum"]
 
 MAX_DIM = 256  # largest embedding whose blocks fit into shared memory
 _PROGRAMS = 264  # programs to aim for: twice the multiprocessors of an H100
@@ -56,7 +56,7 @@ _BLOCKS: dict[int, dict[int, Blocks]] = {
         256: Blocks(16, 16, 4, 2),
     },  # sm_86, sm_89
 }
-_refused_on: set[torch.device] = set()  # devices on which a launch did not fit
+_disabled_devices: set[torch.device] = set()  # devices on which a launch did not fit
 
 
 def fits(anchors: Tensor) -> bool:
@@ -64,7 +64,7 @@ def fits(anchors: Tensor) -> bool:
     return (
         anchors.dtype == torch.float32
         and anchors.shape[1] <= MAX_DIM
-        and anchors.device not in _refused_on
+        and anchors.device not in _disabled_devices
     )
 
 
@@ -79,14 +79,14 @@ def blocks_for(padded: int, shared_memory: int) -> Blocks:
     return next(blocks for dim, blocks in _BLOCKS[limit].items() if padded <= dim)
 
 
-def refuse(device: torch.device, error: Exception) -> None:
+def disable(device: torch.device, error: Exception) -> None:
     """Use the plain tiles on this device from now on, and warn about it.
 
     Args:
         device: The CUDA device on which a launch failed.
-        error: Why it failed, for the warning.
+        error: The error of the launch, which the warning quotes.
     """
-    _refused_on.add(device)
+    _disabled_devices.add(device)
     warnings.warn(
         f"the fused loss kernels do not fit {torch.cuda.get_device_name(device)} ({error}); the "
         "loss is computed by plain tiles, with the same result but slower",
@@ -128,45 +128,45 @@ def weighted_sum(
     *,
     local_start: int,
     excluded: Sequence[int],
-    of_anchors: tuple[Tensor, Tensor] | None = None,
-    of_candidates: tuple[Tensor, Tensor] | None = None,
+    anchor_terms: tuple[Tensor, Tensor] | None = None,
+    candidate_terms: tuple[Tensor, Tensor] | None = None,
     swapped: bool = False,
 ) -> Tensor:
     """Return sum_j weight_ij * candidates[j] for each anchor i. Excluded pairs have no weight.
 
     With s_ij = anchors[i] @ candidates[j],
     weight_ij = gradient_i exp(s_ij - lse_i) + gradient_j exp(s_ij - lse_j).
-    The first term needs `of_anchors`, the second `of_candidates`.
+    The first term needs `anchor_terms`, the second `candidate_terms`.
 
     Args:
         anchors: Shape (num_anchors, dim).
         candidates: Shape (num_candidates, dim).
         local_start: As in `log_sum_exp`.
         excluded: As in `log_sum_exp`.
-        of_anchors: (lse, gradient) of the anchors, each of shape (num_anchors,).
-        of_candidates: (lse, gradient) of the candidates, each of shape (num_candidates,).
-        swapped: Exchange the roles. `anchors` are the candidates of `log_sum_exp`, and
-            `local_start` and `excluded` are as they were there.
+        anchor_terms: (lse, gradient) of the anchors, each of shape (num_anchors,).
+        candidate_terms: (lse, gradient) of the candidates, each of shape (num_candidates,).
+        swapped: Exchange the roles, so that `anchors` are the candidates of `log_sum_exp`. The
+            meaning of `local_start` and `excluded` stays that of `log_sum_exp`.
 
     Returns:
         float32 tensor of shape (num_anchors, dim).
     """
-    assert of_anchors is not None or of_candidates is not None, (
-        "of_anchors or of_candidates has to be given"
+    assert anchor_terms is not None or candidate_terms is not None, (
+        "anchor_terms or candidate_terms has to be given"
     )
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
     blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
     splits, per_split = _split(anchors, candidates, blocks)
     partial_results = anchors.new_empty(splits, *anchors.shape)
-    unread = anchors, anchors  # the kernel needs pointers, but does not read them
-    rows = [x.contiguous() for x in of_anchors or unread]
-    columns = [x.contiguous() for x in of_candidates or unread]
+    placeholders = anchors, anchors  # the kernel needs pointers, but does not read them
+    rows = [x.contiguous() for x in anchor_terms or placeholders]
+    columns = [x.contiguous() for x in candidate_terms or placeholders]
     grid = (triton.cdiv(len(anchors), blocks.rows), splits)
     sizes = len(anchors), len(candidates), per_split
     num_local = len(candidates if swapped else anchors)
     pairs = local_start, num_local, *_offsets(excluded), swapped
     constants = _constants(anchors, blocks)
-    constants |= {"BY_ROW": of_anchors is not None, "BY_COLUMN": of_candidates is not None}
+    constants |= {"BY_ROW": anchor_terms is not None, "BY_COLUMN": candidate_terms is not None}
     _weighted_sum[grid](
         anchors, candidates, partial_results, *rows, *columns, *sizes, *pairs, **constants
     )
@@ -187,10 +187,10 @@ def _constants(anchors: Tensor, blocks: Blocks) -> dict[str, Any]:
 
 
 def _split(anchors: Tensor, candidates: Tensor, blocks: Blocks) -> tuple[int, int]:
-    """Return how many programs share the candidates, and the number of candidates of each."""
-    turns = triton.cdiv(len(candidates), blocks.columns)
-    wanted = max(1, min(_PROGRAMS // triton.cdiv(len(anchors), blocks.rows), turns))
-    per_split = triton.cdiv(turns, wanted) * blocks.columns
+    """Return the number of programs that share the candidates, and the candidates per program."""
+    num_blocks = triton.cdiv(len(candidates), blocks.columns)
+    num_splits = max(1, min(_PROGRAMS // triton.cdiv(len(anchors), blocks.rows), num_blocks))
+    per_split = triton.cdiv(num_blocks, num_splits) * blocks.columns
     return triton.cdiv(len(candidates), per_split), per_split
 
 
@@ -223,21 +223,21 @@ def _precision(anchors: Tensor) -> str:
 
 
 @triton.jit
-def _counts(row, column, local_start, num_local, first, second, third, SWAPPED: tl.constexpr):
-    """Return a mask of the pairs that count.
+def _is_included(row, column, local_start, num_local, first, second, third, SWAPPED: tl.constexpr):
+    """Return a mask that is False for excluded pairs.
 
-    Anchor i and candidate local_start + i + d do not, for an excluded offset d, if that candidate
-    is one of the `num_local` of this rank.
+    Excluded are anchor i and candidate local_start + i + d for each excluded offset d, if that
+    candidate is one of the `num_local` of this rank.
     """
     if SWAPPED:
         anchor, candidate = column, row - local_start
     else:
         anchor, candidate = row, column - local_start
-    away = candidate - anchor
+    offset = candidate - anchor
     return (
         (candidate < 0)
         | (candidate >= num_local)
-        | ((away != first) & (away != second) & (away != third))
+        | ((offset != first) & (offset != second) & (offset != third))
     )
 
 
@@ -247,10 +247,10 @@ def _vectors(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
 
     Rows and columns beyond the matrix are 0.
     """
-    at = tl.arange(0, PADDED)
+    dims = tl.arange(0, PADDED)
     return tl.load(
-        pointer + rows[:, None] * DIM + at[None, :],
-        mask=(rows < count)[:, None] & (at < DIM)[None, :],
+        pointer + rows[:, None] * DIM + dims[None, :],
+        mask=(rows < count)[:, None] & (dims < DIM)[None, :],
         other=0.0,
     )
 
@@ -272,13 +272,13 @@ def _tile(
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return the candidates of a tile and its logits, -inf for pairs that do not count."""
+    """Return the candidates of a tile and its logits, which are -inf for excluded pairs."""
     c = _vectors(candidates, columns, num_candidates, DIM, PADDED)
     logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
-    counts = (columns < num_candidates)[None, :] & _counts(
+    included = (columns < num_candidates)[None, :] & _is_included(
         rows[:, None], columns[None, :], local_start, num_local, first, second, third, SWAPPED
     )
-    return c, tl.where(counts, logits, float("-inf"))
+    return c, tl.where(included, logits, float("-inf"))
 
 
 @triton.jit
@@ -325,11 +325,11 @@ def _log_sum_exp(
             PADDED,
             PRECISION,
         )
-        now = tl.maximum(largest, tl.max(logits, axis=1))
+        new_largest = tl.maximum(largest, tl.max(logits, axis=1))
         # While all pairs of a row are excluded, its maximum is -inf.
-        shift = tl.where(now == float("-inf"), 0.0, now)
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp(largest - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
-        largest = now
+        largest = new_largest
     tl.store(
         results + tl.program_id(1) * num_anchors + rows,
         largest + tl.log(total),
@@ -397,6 +397,7 @@ def _weighted_sum(
             gradient = tl.load(column_gradient + columns, mask=columns < num_candidates, other=0.0)
             weights += tl.exp(logits - lse[None, :]) * gradient[None, :]
         total += tl.dot(weights, c, input_precision=PRECISION)
-    at = tl.arange(0, PADDED)
-    to = results + tl.program_id(1) * num_anchors * DIM + rows[:, None] * DIM + at[None, :]
-    tl.store(to, total, mask=(rows < num_anchors)[:, None] & (at < DIM)[None, :])
+    dims = tl.arange(0, PADDED)
+    origin = results + tl.program_id(1) * num_anchors * DIM
+    pointers = origin + rows[:, None] * DIM + dims[None, :]
+    tl.store(pointers, total, mask=(rows < num_anchors)[:, None] & (dims < DIM)[None, :])

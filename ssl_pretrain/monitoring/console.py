@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 BAR_WIDTH = 24  # characters
 SMOOTHING = 0.1  # weight of the latest step time in the ETA's moving average
-MIN_SECONDS = 1.0  # between two progress lines
+MIN_SECONDS = 1.0  # shortest time between two progress lines
 
 
 class Console:
@@ -36,11 +36,11 @@ class Console:
         self._seconds_per_step: float | None = None
         self._knn: float | None = None
         for record in past_records or []:
-            self._follow(record)
+            self._update(record)
 
-    def progress(self, record: dict[str, Any]) -> None:
-        """Show a record, unless it is not the last and one was shown less than a second ago."""
-        self._follow(record)
+    def show_progress(self, record: dict[str, Any]) -> None:
+        """Show a record, at most one per second. The last record is always shown."""
+        self._update(record)
         now, finished = time.monotonic(), record["step"] == self.last_step
         if now - self._last_shown < MIN_SECONDS and not finished:
             return
@@ -48,13 +48,13 @@ class Console:
         if self.stream.isatty():
             self._show_bar(record)
         else:
-            self.say(self.line(record))
+            self.print_line(self.line(record))
         if finished:
             self.close()
 
     def line(self, record: dict[str, Any]) -> str:
         """Describe a record in one line."""
-        left = int((self.last_step - record["step"]) * (self._seconds_per_step or 0.0))
+        seconds = int((self.last_step - record["step"]) * (self._seconds_per_step or 0.0))
         fields = [
             f"step {record['step']}/{self.last_step}",
             f"epoch {record['epoch']:.2f}",
@@ -66,11 +66,11 @@ class Console:
         ]
         if record.get("skipped_steps"):
             fields.append(f"{record['skipped_steps']:.0f} steps skipped")
-        eta = f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        eta = f"ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         return "  ".join([*fields, eta])
 
-    def say(self, text: str, style: str | None = None) -> None:
-        """Print a line, above the bar if there is one, where it has the style."""
+    def print_line(self, text: str, style: str | None = None) -> None:
+        """Print a line. If there is a bar, the line is styled and printed above it."""
         if self._bar is None:
             print(text, file=self.stream, flush=True)
         else:
@@ -78,15 +78,15 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.say(f"warning: {text}", "yellow")
+        self.print_line(f"warning: {text}", "yellow")
 
     def close(self) -> None:
-        """Leave the bar as it is and give the terminal back."""
+        """Stop the bar in its current state and release the terminal."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
-    def _follow(self, record: dict[str, Any]) -> None:
+    def _update(self, record: dict[str, Any]) -> None:
         self._knn = record.get("knn", self._knn)
         if seconds := record.get("seconds_per_step"):
             average = seconds if self._seconds_per_step is None else self._seconds_per_step

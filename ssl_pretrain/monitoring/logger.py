@@ -268,7 +268,7 @@ class Logger:
         self._files.append(self.run / "metrics.jsonl", records.encode(record))
         self._send("record", record=record, curves=self._curves)
         self._curves = None
-        self.console.progress(record)
+        self.console.show_progress(record)
         num_skipped = record.get("skipped_steps", 0)
         if num_skipped and not self._skipping:
             text = f"step {record['step']}: {num_skipped:.0f} steps had a non-finite gradient"

@@ -1,4 +1,4 @@
-"""Standard output and error whose loss does not end a run."""
+"""Keep a run going when its standard output or standard error is lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-TEMPORARY_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)  # the disk may have room again
+TEMPORARY_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EAGAIN,
+)  # may go away when the disk has room again
 
 
 class LastingStream:
@@ -34,7 +38,7 @@ class LastingStream:
         self._try(self._stream.flush)
 
     def discard_unwritten(self) -> None:
-        """Drop lines that cannot be written, which would make Python fail as it exits."""
+        """Drop lines that cannot be written, because they would make Python fail at exit."""
         try:
             self._stream.flush()
         except OSError:

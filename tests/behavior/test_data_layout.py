@@ -311,7 +311,7 @@ def test_images_of_both_splits_are_counted(tmp_path, inspect):
     root = tree(tmp_path, "train/a/1.png train/b/2.png")
     (root / "val").symlink_to("train")
     (root / "l.csv").write_text("train/a/1.png,a\n")
-    expected = "data: {} validation images are training images too (first: ROOT/train/a/1.png)\n"
+    expected = "data: {} validation images are also training images (first: ROOT/train/a/1.png)\n"
     assert expected.format("2 of 2") in inspect(root).text
     assert expected.format("2 of 2") in inspect(root, "--train", "train", "--val", ".").text
     assert expected.format("1 of 1") in inspect(root, "--train", "train", "--val", "l.csv").text
@@ -325,7 +325,7 @@ def test_images_of_both_splits_are_counted(tmp_path, inspect):
         "for training\n"
     ) in result.text
     assert (
-        "data: 1 of 1 validation images are training images too (first: ROOT/data/val/a/3.png)\n"
+        "data: 1 of 1 validation images are also training images (first: ROOT/data/val/a/3.png)\n"
         in result.text
     )
 

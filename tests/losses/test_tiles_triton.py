@@ -62,7 +62,7 @@ def test_they_are_for_cuda_and_float32_alone():
 def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(monkeypatch):
     from ssl_pretrain.losses import tiles_triton
 
-    monkeypatch.setattr(tiles_triton, "_refused_on", set())
+    monkeypatch.setattr(tiles_triton, "_disabled_devices", set())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of a test")
 
     def launch(*arguments, **keywords):

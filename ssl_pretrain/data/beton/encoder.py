@@ -32,7 +32,7 @@ _MAX_JPEG_SIDE = 65535
 _JPEG_SIGNATURE = b"\xff\xd8"
 _ORIENTATION_TAG = 0x0112
 _IMAGES_PER_JOB = 32
-_JOBS_PER_WORKER = 4  # jobs that may wait to be written
+_JOBS_PER_WORKER = 4  # jobs that may be pending at a time
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     mode: int = 0
     width: int = 0
     height: int = 0
-    place: int = 0  # first byte in the file
+    place: int = 0  # position of the first byte in the file
     length: int = 0  # bytes
     label: int = -1
     crc: int = 0  # CRC-32 of the bytes
@@ -60,9 +60,10 @@ class Entry(NamedTuple):
 def encode_entry(
     source: Source, index: int, settings: Settings, decoder: Decoder
 ) -> tuple[Entry, bytes]:
-    """Return the entry of an image, without its place, and the bytes to store.
+    """Return the entry of an image and the bytes to store.
 
-    An unreadable image has the outcome `BAD` and no bytes.
+    The entry has no position in the file yet. An unreadable image has the outcome `BAD` and no
+    bytes.
     """
     label = source.label(index)
     try:
