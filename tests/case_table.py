@@ -1,4 +1,4 @@
-"""The numbered fault cases, and the table of what was observed of each.
+"""The numbered fault cases, and the table of their required and observed behavior.
 
 `pytest -m case --table docs/reliability.md` writes the table. A test names its case by
 `@pytest.mark.case(NUMBER)` and reports observations by the fixture `observe`. conftest.py imports
@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
-CASES = {  # number: the fault and the required behavior, each in sentences
+CASES = {  # number: (the fault, the required behavior)
     1: (
         "One rank is killed during a step.",
         "The other ranks end with a nonzero status. The resumed run has the same bits.",
@@ -37,7 +37,7 @@ CASES = {  # number: the fault and the required behavior, each in sentences
     ),
     5: (
         "SIGTERM comes with less grace than a save takes.",
-        "Nothing is damaged. The checkpoint before is used.",
+        "Nothing is damaged. The previous checkpoint is used.",
     ),
     6: (
         "The disk is full during a save.",
@@ -51,12 +51,12 @@ CASES = {  # number: the fault and the required behavior, each in sentences
     ),
     8: (
         "A file of the newest checkpoint is truncated or missing.",
-        "The damage is reported and the checkpoint before is used. The damaged one is written "
+        "The damage is reported and the previous checkpoint is used. The damaged one is written "
         "again.",
     ),
     9: (
         "A bit of the newest checkpoint is flipped.",
-        "The damage is reported and the checkpoint before is used.",
+        "The damage is reported and the previous checkpoint is used.",
     ),
     10: (
         "Dangling links, empty files and empty folders lie among the checkpoints.",
@@ -165,7 +165,7 @@ _start = time.monotonic()
 
 
 def pytest_addoption(parser):
-    help_text = "write what was observed of each fault case into FILE, between its marks"
+    help_text = "write the table of fault cases into FILE, between its markers"
     parser.addoption("--table", metavar="FILE", help=help_text)
 
 
@@ -183,11 +183,11 @@ def observe(request):
 
 def pytest_runtest_logreport(report):
     cases = [value for name, value in report.user_properties if name == "case"]
-    only_set_up = report.when == "setup" and report.passed  # an interrupted test has shown nothing
-    if not cases or only_set_up:
+    # A test that is interrupted after its setup has no result.
+    if not cases or (report.when == "setup" and report.passed):
         return
-    new = {"cases": cases, "seconds": 0.0, "outcome": "passed"}
-    result = _results.setdefault(report.nodeid, new)
+    default = {"cases": cases, "seconds": 0.0, "outcome": "passed"}
+    result = _results.setdefault(report.nodeid, default)
     result["seconds"] += report.duration
     result["observed"] = [value for name, value in report.user_properties if name == "observed"]
     if report.outcome != "passed" and result["outcome"] != "failed":
@@ -200,13 +200,15 @@ def pytest_sessionfinish(session):
     file = session.config.getoption("--table")
     if file and not hasattr(session.config, "workerinput"):
         path = Path(file)
-        before, _, rest = (path.read_text() if path.exists() else "").partition(BEGIN)
+        text = path.read_text() if path.exists() else ""
+        before, _, rest = text.partition(BEGIN)
+        after = rest.partition(END)[2]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{before}{BEGIN}\n{table(_results)}\n{END}{rest.partition(END)[2]}")
+        path.write_text(f"{before}{BEGIN}\n{table(_results)}\n{END}{after}")
 
 
 def table(results: dict[str, dict]) -> str:
-    """Format a Markdown table with one row per case, and below it what was observed of each."""
+    """Format a Markdown table with one row per case, followed by the observations of each case."""
     test_seconds = sum(result["seconds"] for result in results.values())
     date = time.strftime("%Y-%m-%d", time.gmtime())
     elapsed = time.monotonic() - _start
@@ -220,12 +222,12 @@ def table(results: dict[str, dict]) -> str:
 def format_table(heading: str, results: dict[str, dict]) -> str:
     rows, observations = [], []
     for number, (fault, required) in CASES.items():
-        own = {name: result for name, result in results.items() if number in result["cases"]}
-        names = {name.partition("[")[0].rpartition("::")[2] for name in own}
+        of_case = {name: result for name, result in results.items() if number in result["cases"]}
+        names = {name.partition("[")[0].rpartition("::")[2] for name in of_case}
         tests = ", ".join(f"`{name}`" for name in sorted(names))
-        seconds = sum(result["seconds"] for result in own.values())
+        seconds = sum(result["seconds"] for result in of_case.values())
         rows.append(f"| {number}. {fault} | {required} | {tests} |")
-        observations.append(f"{number}. {summarize(own)} ({seconds:.1f} s)")
+        observations.append(f"{number}. {summarize(of_case)} ({seconds:.1f} s)")
     header = ["| what happens | what you see | tests |", "|---|---|---|"]
     return "\n".join([heading, "", *header, *rows, "", "Observed, by case:", "", *observations])
 

@@ -1,4 +1,4 @@
-"""The ranks of a run as processes, forked within a second from one that has imported everything."""
+"""Run the ranks of a training run as processes, forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 
 
 def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 class Ranks:
@@ -28,10 +28,10 @@ class Ranks:
     An agent would end the other ranks when one of them ends.
 
     Args:
-        path: The YAML. The outputs of the ranks and the mark of a fault that happened go beside it.
+        path: The configuration. The outputs of the ranks and the marker of a fault go beside it.
         arguments: Further arguments of the command.
         size: Number of ranks.
-        fault: Faults that tests/faults/faulty.py plants, in its notation. Empty for none.
+        fault: Faults in the notation of tests/faults/faulty.py, which plants them. Empty for none.
         environment: Additional environment variables of all ranks.
     """
 
@@ -45,69 +45,66 @@ class Ranks:
     ):
         self.log = path.parent / f"output_{time.monotonic_ns()}"
         self.log.mkdir()
-        done = str(path.parent / "fault_done")
+        marker = str(path.parent / "fault_done")
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         variables = {**address, **(environment or {})}
         command = [str(path), *arguments]
         context = multiprocessing.get_context("forkserver")  # preloaded by tests/conftest.py
-        self.processes = [
-            context.Process(
-                target=_rank,
-                args=(rank, size, variables, self.log / str(rank), command, fault, done),
-            )
-            for rank in range(size)
-        ]
+        self.processes = []
+        for rank in range(size):
+            options = (rank, size, variables, self.log / str(rank), command, fault, marker)
+            self.processes.append(context.Process(target=_run_rank, args=options))
         for process in self.processes:
             process.start()
 
     def output(self, rank: int | None = None) -> str:
         """Return the output of one rank or of all ranks so far."""
-        numbers = range(len(self.processes)) if rank is None else [rank]
-        files = [self.log / str(number) for number in numbers]
+        ranks = range(len(self.processes)) if rank is None else [rank]
+        files = [self.log / str(rank) for rank in ranks]
         return "".join(file.read_text() for file in files if file.exists())
 
     def wait_for_text(self, text: str, seconds: float = 600) -> None:
         """Wait until some rank has printed the text."""
-        end = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while text not in self.output():
-            assert self._may_continue(end), f"{text!r} not in:\n{self.output()}"
+            assert self._may_continue(deadline), f"{text!r} not in:\n{self.output()}"
             time.sleep(0.02)
 
     def wait_for_step(self, run: Path, step: int, seconds: float = 600) -> None:
-        """Wait until the run has logged so many steps. The console does not show all of them."""
-        end, records = time.monotonic() + seconds, run / "metrics.jsonl"
+        """Wait until metrics.jsonl has that many steps. The console does not show every step."""
+        deadline, records = time.monotonic() + seconds, run / "metrics.jsonl"
         while not records.exists() or records.read_text().count("\n") < step:
-            assert self._may_continue(end), self.output()
+            assert self._may_continue(deadline), self.output()
             time.sleep(0.02)
 
-    def _may_continue(self, end: float) -> bool:
-        return time.monotonic() < end and any(process.is_alive() for process in self.processes)
+    def _may_continue(self, deadline: float) -> bool:
+        return time.monotonic() < deadline and any(process.is_alive() for process in self.processes)
 
-    def send(self, number: int, rank: int | None = None) -> None:
+    def send(self, signal_number: int, rank: int | None = None) -> None:
         """Send a signal to one rank or to all ranks that are alive."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             if process.is_alive():
-                os.kill(process.pid, number)
+                os.kill(process.pid, signal_number)
 
     def wait(self, seconds: float = 600) -> list[int]:
-        """Wait for the end of all ranks and return their exit statuses.
+        """Wait until all ranks have exited and return their exit statuses.
 
         A negative status is the number of the signal that ended the rank.
         """
-        end = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         for process in self.processes:
-            process.join(max(0.1, end - time.monotonic()))
+            process.join(max(0.1, deadline - time.monotonic()))
         alive = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         self.send(signal.SIGKILL)
         for process in self.processes:
             process.join(10)
         output = self.output()[-3000:]
-        assert not alive, f"ranks {alive} were alive after {seconds} s:\n{output}"
+        assert not alive, f"ranks {alive} were still running after {seconds} s:\n{output}"
         return [process.exitcode for process in self.processes]
 
 
-def _rank(rank, size, environment, log, arguments, fault, done):
-    os.setsid()  # as torchrun starts them
+def _run_rank(rank, size, environment, log, arguments, fault, marker):
+    os.setsid()  # torchrun starts each rank in a session of its own, too
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -120,7 +117,7 @@ def _rank(rank, size, environment, log, arguments, fault, done):
         sys.path.insert(0, str(Path(__file__).parent / "faults"))
         import faulty
 
-        raise SystemExit(faulty.main(arguments, fault, done))
+        raise SystemExit(faulty.main(arguments, fault, marker))
     from ssl_pretrain import train
 
     raise SystemExit(train.main(arguments))
@@ -132,7 +129,7 @@ def weights(run: Path) -> dict:
     return read_checkpoint(path)[1] | load_file(path / "optimizer.safetensors")
 
 
-def run(path: Path, *arguments: str, **named) -> tuple[list[int], str]:
-    """Run all ranks to their end and return their exit statuses and outputs."""
-    ranks = Ranks(path, *arguments, **named)
+def run(path: Path, *arguments: str, **options) -> tuple[list[int], str]:
+    """Run all ranks until they exit, and return their exit statuses and outputs."""
+    ranks = Ranks(path, *arguments, **options)
     return ranks.wait(), ranks.output()

@@ -1,4 +1,4 @@
-"""One installed package, however it is installed, and the commands of a clone that is not.
+"""Every kind of installation holds one package, and the commands run in a clone without one.
 
 Each way of running has a virtual environment of its own. It sees the dependencies of this one, but
 not the editable installation, so nothing is found by accident.
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_path("purelib"))
 TOP_LEVEL = {"ssl_pretrain"}
 
-# Runs in every process of the environments: complains at exit if a file was loaded twice.
+# Every process of the environments reports at exit which files it has loaded twice.
 LOADED_ONCE = """
 import atexit, collections, sys
 
@@ -33,9 +33,9 @@ def report():
         is_ours = name.split(".")[0] in ("ssl_pretrain", "eval", "launch")
         if is_ours and name != "__main__" and not file.endswith("__init__.py"):
             names[__import__("os").path.realpath(file)].append(name)
-    twice = [sorted(same) for same in names.values() if len(same) > 1]
-    if twice:
-        print("LOADED TWICE:", twice, file=sys.stderr)
+    duplicates = [sorted(modules) for modules in names.values() if len(modules) > 1]
+    if duplicates:
+        print("LOADED TWICE:", duplicates, file=sys.stderr)
 
 atexit.register(report)
 """
@@ -56,7 +56,7 @@ print("presets", len([entry for entry in configs.iterdir() if entry.name.endswit
 
 @dataclass
 class Environment:
-    """A Python with the dependencies, and the folder that commands start in."""
+    """A Python interpreter with the dependencies, and the working folder of its commands."""
 
     python: Path
     folder: Path
@@ -67,34 +67,35 @@ class Environment:
         return path
 
     def run(self, *command: str | Path) -> str:
-        """Run Python and return its output. Fail unless it ends with status 0 and loads each file once."""
+        """Run Python and return its output, and check that it loads no file twice."""
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = (self.python, *command)
         result = subprocess.run(
-            [self.python, *command], cwd=self.folder, env=variables, capture_output=True, text=True
+            command, cwd=self.folder, env=variables, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stdout + result.stderr
         assert "LOADED TWICE" not in result.stderr, result.stderr
         return result.stdout
 
 
-def environment(folder: Path, start: Path) -> Environment:
-    """Make a virtual environment with this one's dependencies and without this project."""
+def create_environment(folder: Path, working_folder: Path) -> Environment:
+    """Create a virtual environment with this one's dependencies and without this project."""
     command = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
     subprocess.run(command, check=True, capture_output=True)
-    made = Environment(folder / "bin" / "python", start)
-    (made.site / "dependencies.pth").write_text(f"{SITE}\n")
-    (made.site / "sitecustomize.py").write_text(LOADED_ONCE)
-    return made
+    environment = Environment(folder / "bin" / "python", working_folder)
+    (environment.site / "dependencies.pth").write_text(f"{SITE}\n")
+    (environment.site / "sitecustomize.py").write_text(LOADED_ONCE)
+    return environment
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """The files that git tracks, links included, as a fresh clone has them."""
+    """Copy the tracked files, links included, as a fresh clone would."""
     folder = tmp_path_factory.mktemp("clone") / "repository"
     command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listing.returncode != 0:
-        pytest.skip("not a git checkout: no list of the files that a clone has")
+        pytest.skip("not a git checkout, so the tracked files are unknown")
     for name in filter(None, listing.stdout.split("\0")):
         if name.startswith("docs/") or not (ROOT / name).exists():
             continue
@@ -104,12 +105,11 @@ def clone(tmp_path_factory) -> Path:
 
 
 def build(folder: Path, kind: str, destination: Path) -> Path:
-    """Call setuptools' build hook `kind`, such as build_wheel, and return the file it wrote."""
+    """Call setuptools' build hook `kind`, such as build_wheel, and return the path of its file."""
     destination.mkdir()
     code = f"from setuptools.build_meta import {kind} as build; print(build({str(destination)!r}))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = destination.iterdir()
     return path
@@ -121,7 +121,7 @@ def wheel(clone, tmp_path_factory) -> Path:
 
 
 def contents(wheel: Path) -> set[str]:
-    """Names of the files of a wheel, its metadata excepted."""
+    """Return the names of the files in a wheel, without its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
@@ -162,28 +162,28 @@ def test_a_checkout_without_symbolic_links_runs_and_builds_the_same_wheel(clone,
     for name in ("eval", "launch", "configs"):
         (folder / "ssl_pretrain" / name).unlink()
     assert contents(build(folder, "build_wheel", tmp_path / "dist")) == contents(wheel)
-    without_links = environment(tmp_path / "venv", folder)
-    assert "usage: python -m ssl_pretrain.eval.knn" in without_links.run("-m", "eval.knn", "--help")
+    environment = create_environment(tmp_path / "venv", folder)
+    assert "usage: python -m ssl_pretrain.eval.knn" in environment.run("-m", "eval.knn", "--help")
 
 
 def test_a_clone_that_is_not_installed_runs_as_documented(clone, tmp_path):
-    python = environment(tmp_path / "venv", clone)
-    assert "usage" in python.run("launch/pretrain.py", "--help")
-    assert "usage" in python.run("-m", "eval.knn", "--help")
+    environment = create_environment(tmp_path / "venv", clone)
+    assert "usage" in environment.run("launch/pretrain.py", "--help")
+    assert "usage" in environment.run("-m", "eval.knn", "--help")
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1")
-    assert "usage" in python.run(*torchrun, "-m", "ssl_pretrain.train", "--help")
-    assert_complete(python.run("-c", IMPORT_EVERYTHING), clone, clone)
+    assert "usage" in environment.run(*torchrun, "-m", "ssl_pretrain.train", "--help")
+    assert_complete(environment.run("-c", IMPORT_EVERYTHING), clone, clone)
 
 
-def install(wheel: Path, python: Environment) -> None:
-    """Unpack a wheel of pure Python, which is what installing it means."""
+def install(wheel: Path, environment: Environment) -> None:
+    """Unpack a wheel. For a wheel of pure Python this is all that an installer does."""
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(python.site)
+        archive.extractall(environment.site)
 
 
 @pytest.fixture
 def users_folder(tmp_path) -> Path:
-    """A folder with packages of the user's own under the names of two of our folders."""
+    """Write a folder where a user has packages named eval and launch."""
     for name in ("eval", "launch"):
         (tmp_path / "user" / name).mkdir(parents=True)
         text = f"raise ImportError('this is the user\\'s own {name}')\n"
@@ -195,22 +195,25 @@ def users_folder(tmp_path) -> Path:
 def test_an_installed_package_runs_beside_the_users_own_eval_and_launch(
     clone, users_folder, tmp_path, kind
 ):
-    python = environment(tmp_path / "venv", users_folder)
-    install(build(clone, kind, tmp_path / "dist"), python)
-    assert "usage" in python.run("-m", "ssl_pretrain.launch.pretrain", "--help")
-    assert "usage" in python.run("-m", "ssl_pretrain.eval.knn", "--help")
-    place = clone if kind == "build_editable" else python.site
-    assert_complete(python.run("-c", IMPORT_EVERYTHING), clone, place)
+    environment = create_environment(tmp_path / "venv", users_folder)
+    install(build(clone, kind, tmp_path / "dist"), environment)
+    assert "usage" in environment.run("-m", "ssl_pretrain.launch.pretrain", "--help")
+    assert "usage" in environment.run("-m", "ssl_pretrain.eval.knn", "--help")
+    root = clone if kind == "build_editable" else environment.site
+    assert_complete(environment.run("-c", IMPORT_EVERYTHING), clone, root)
 
 
-def assert_complete(said: str, clone: Path, place: Path) -> None:
-    """Compare the modules and presets that a process found with the files of the clone."""
-    modules = {line.split()[1] for line in said.splitlines() if line.startswith("module ")}
+def assert_complete(output: str, clone: Path, root: Path) -> None:
+    """Compare the output of IMPORT_EVERYTHING with the files of the clone.
+
+    The package must lie below `root`.
+    """
+    modules = {line.split()[1] for line in output.splitlines() if line.startswith("module ")}
     names = {name for name in expected_contents(clone) if name.endswith(".py")}
     expected = {name.removesuffix(".py").replace("/", ".") for name in names}
     expected = {name.removesuffix(".__init__") for name in expected} - {"ssl_pretrain"}
     assert modules - {"ssl_pretrain.configs", "ssl_pretrain.configs.sweeps"} == expected
-    lines = dict(line.split(" ", 1) for line in said.splitlines())
-    assert Path(lines["package"]).resolve().is_relative_to(place.resolve())
-    assert Path(lines["eval"]).resolve().is_relative_to(place.resolve())
+    lines = dict(line.split(" ", 1) for line in output.splitlines())
+    assert Path(lines["package"]).resolve().is_relative_to(root.resolve())
+    assert Path(lines["eval"]).resolve().is_relative_to(root.resolve())
     assert int(lines["presets"]) == len(list((clone / "configs").glob("*.yaml")))

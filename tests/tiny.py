@@ -1,7 +1,7 @@
 """A run that takes seconds: 78 seeded images, a ResNet of 0.4 M parameters, SimCLR.
 
-It computes as the shipped presets do, on one thread, since tests share the cores. A test that needs
-another setting overrides it.
+The settings are those of the shipped presets, except for the single thread: tests share the cores.
+A test that needs another setting overrides it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ epochs: 8
 
 
 def images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) -> Path:
-    """Write root/<split>/<class>/<number>.png: colored noise around a color of the class.
+    """Write root/<split>/<class>/<number>.png with noise around one color per class.
 
     With 78 training images and batches of 24, an epoch has 3 steps and 6 images left over.
     """
@@ -50,7 +50,7 @@ def images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) ->
 
 
 def config(folder: Path) -> Path:
-    """Write the YAML, which names its `output` and `data.root`, and the images beside it."""
+    """Write the images and a YAML whose `output` and `data.root` lie in the folder."""
     folder.mkdir(exist_ok=True)
     path = folder / "tiny.yaml"
     root = images(folder / "images")

@@ -1,7 +1,7 @@
-"""Reads the .wandb file that W&B's client writes, without the client or a server.
+"""Read the .wandb file that W&B's client writes, without the client or a server.
 
-The file is a LevelDB log after a header of 7 bytes: blocks of 32 KiB that hold records, split into
-fragments with a checksum. Each record is a `Record` of wandb.proto.
+A header of 7 bytes precedes a LevelDB log. The log has blocks of 32 KiB with records, which are
+split into fragments with a checksum. Each record is a `Record` of wandb.proto.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BLOCK, HEADER = 32768, 7
+BLOCK, HEADER = 32768, 7  # bytes
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
@@ -22,9 +22,9 @@ def payloads(path: Path) -> Iterator[bytes]:
     assert content[:4] == b":W&B", f"{path} is not a W&B file"
     position, record = HEADER, b""
     while position + HEADER <= len(content):
-        room = BLOCK - position % BLOCK
-        if room < HEADER:
-            position += room
+        rest_of_block = BLOCK - position % BLOCK
+        if rest_of_block < HEADER:
+            position += rest_of_block
             continue
         _checksum, length, kind = struct.unpack_from("<IHB", content, position)
         fragment = content[position + HEADER : position + HEADER + length]
@@ -55,7 +55,7 @@ def history(path: Path) -> list[dict[str, Any]]:
             for item in record.history.item:
                 *outer, last = list(item.nested_key) or [item.key]
                 parent = row
-                for key in outer:  # a picture has its path, its size, ...
+                for key in outer:  # an image is nested: its path, its size and so on
                     parent = parent.setdefault(key, {})
                 parent[last] = json.loads(item.value_json)
             rows.append(row)

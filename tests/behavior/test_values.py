@@ -1,4 +1,4 @@
-"""The type of a key decides how its value is read, and obvious mistakes are refused."""
+"""The type of a key determines how its value is parsed, and invalid values are rejected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from commands import class_folders, each, run, write_config
 
 
 def plan(config: Path, *overrides: str) -> dict:
-    """The configuration that `--plan` prints."""
+    """Return the configuration that `--plan` prints."""
     ((status, out, err),) = each([["ssl_pretrain.train", str(config), *overrides, "--plan"]])
     assert status == 0, err
     return yaml.safe_load(out.split("# plan")[0])
@@ -23,97 +23,66 @@ def config(tmp_path_factory) -> Path:
     return write_config(folder, "'" + str(folder / "photos #1") + "'")
 
 
+# Each text is another type in YAML, is truncated there or is a syntax error.
 TEXTS = ["010", "1e5", "1_000", "0x1F", "1:30", "true", "no", "null", "2026-01-01", "1e-3"]
 TEXTS += ["/data/photos #1", "/data/a: b", "@x", "*x", "runs/a=b", "{a", "[a]", "a ", "~", ".nan"]
+KEYS = ["output", "data.root", "data.cache_dir", "data.train", "data.val"]
+KEYS += ["log.name", "log.project", "launch.hosts"]
 
 
-KEYS = [
-    "output",
-    "data.root",
-    "data.cache_dir",
-    "log.name",
-    "log.project",
-    "launch.hosts",
-    "data.train",
-    "data.val",
-]
-
-
-def test_text_keys_take_the_text_of_an_override_as_it_is(config):
+def test_text_keys_take_overrides_verbatim(config):
     for first in range(0, len(TEXTS), len(KEYS)):
-        wanted = dict(zip(KEYS, TEXTS[first:]))
-        found = plan(config, *(f"{key}={text}" for key, text in wanted.items()))
-        for key, text in wanted.items():
+        expected = dict(zip(KEYS, TEXTS[first:]))
+        values = plan(config, *(f"{key}={text}" for key, text in expected.items()))
+        for key, text in expected.items():
             section, _, name = key.rpartition(".")
-            assert (found[section] if section else found)[name] == text
+            assert (values[section] if section else values)[name] == text
 
 
-def test_text_keys_take_the_text_of_a_yaml_as_it_is(config):
-    written = config.with_name("plain.yaml")
-    text = config.read_text().replace(
-        'wandb: "off"', "wandb: off, project: 1e3, name: null, tags: [010, no, 2026-01-01]"
-    )
-    written.write_text(text.replace(f"output: {config.parent / 'run'}", "output: 010"))
-    found = plan(
-        written,
-        "optim.final_weight_decay=null",
-        "launch.hosts=007",
-        "views.crops.global.size=24",
-    )
-    assert (found["output"], found["log"]["wandb"], found["log"]["project"]) == (
-        "010",
-        "off",
-        "1e3",
-    )
-    assert (found["log"]["name"], found["log"]["tags"]) == ("null", ["010", "no", "2026-01-01"])
-    assert (found["optim"]["final_weight_decay"], found["launch"]["hosts"]) == (None, "007")
-    assert (found["views"]["crops"]["global"]["size"], found["optim"]["base_lr"]) == (24, 4.0)
+def test_text_keys_take_plain_scalars_of_a_yaml_verbatim(config):
+    path = config.with_name("plain.yaml")
+    log = "wandb: off, project: 1e3, name: null, tags: [010, no, 2026-01-01]"
+    text = config.read_text().replace('wandb: "off"', log)
+    path.write_text(text.replace(f"output: {config.parent / 'run'}", "output: 010"))
+    overrides = ("optim.final_weight_decay=null", "launch.hosts=007", "views.crops.global.size=24")
+    values = plan(path, *overrides)
+    assert values["output"] == "010"
+    assert values["log"]["wandb"] == "off"
+    assert values["log"]["project"] == "1e3"
+    assert values["log"]["name"] == "null"
+    assert values["log"]["tags"] == ["010", "no", "2026-01-01"]
+    assert values["launch"]["hosts"] == "007"
+    assert values["optim"]["final_weight_decay"] is None
+    assert values["views"]["crops"]["global"]["size"] == 24
+    assert values["optim"]["base_lr"] == 4.0
 
 
 def test_a_number_may_be_written_in_any_decimal_form(config):
-    found = plan(
-        config,
-        "optim.base_lr=1e-3",
-        "optim.weight_decay=0",
-        "seed=010",
-        "checkpoint.resume=no",
-        "micro_batch_size=8",
-    )
-    assert (found["optim"]["base_lr"], found["optim"]["weight_decay"], found["seed"]) == (
-        0.001,
-        0.0,
-        10,
-    )
-    assert (found["checkpoint"]["resume"], found["micro_batch_size"]) == (False, 8)
+    optim = ("optim.base_lr=1e-3", "optim.weight_decay=0")
+    values = plan(config, *optim, "seed=010", "checkpoint.resume=no", "micro_batch_size=8")
+    assert values["optim"]["base_lr"] == 0.001
+    assert values["optim"]["weight_decay"] == 0.0
+    assert values["seed"] == 10
+    assert values["checkpoint"]["resume"] is False
+    assert values["micro_batch_size"] == 8
 
 
 @pytest.mark.full
-def test_a_run_and_its_evaluation_find_a_folder_with_a_number_sign(config):
-    trained = run("-m", "ssl_pretrain.train", config, f"output={config.parent}/010")
-    assert trained.status == 0, trained.text
-    root = config.parent / "photos #1"
-    knn = run(
-        "-m",
-        "ssl_pretrain.eval.knn",
-        config.parent / "010",
-        f"data.root={root}",
-        "evaluation.k=3",
-        "--split",
-        "train",
-        "--rows",
-        "raw",
-    )
-    assert knn.status == 0, knn.text
+def test_a_run_and_its_evaluation_accept_a_folder_with_a_number_sign(config):
+    output, root = config.parent / "010", config.parent / "photos #1"
+    training = run("-m", "ssl_pretrain.train", config, f"output={output}")
+    assert training.status == 0, training.text
+    knn = ("-m", "ssl_pretrain.eval.knn", output, f"data.root={root}", "evaluation.k=3")
+    evaluation = run(*knn, "--split", "train", "--rows", "raw")
+    assert evaluation.status == 0, evaluation.text
 
 
-def test_a_sweep_takes_its_folder_as_it_is_and_splits_only_at_plain_commas(config):
-    done = run(
-        "launch/sweep.py", config, "output=runs/010,b #1", r"log.name=a\,b,c", "seed=0,1", "--list"
-    )
-    assert done.status == 0, done.text
-    assert done.stdout.splitlines() == [
-        f"runs/010,b #1/name={name},seed={seed}" for name in ("a,b", "c") for seed in (0, 1)
-    ]
+def test_a_sweep_keeps_its_folder_verbatim_and_splits_only_at_unescaped_commas(config):
+    values = ("output=runs/010,b #1", r"log.name=a\,b,c", "seed=0,1")
+    result = run("launch/sweep.py", config, *values, "--list")
+    assert result.status == 0, result.text
+    names = [f"name={name},seed={seed}" for name in ("a,b", "c") for seed in (0, 1)]
+    assert result.stdout.splitlines() == [f"runs/010,b #1/{name}" for name in names]
 
 
 MISTAKES = {
@@ -135,8 +104,8 @@ MISTAKES = {
         "parallel.timeout_seconds: '.inf' is not a finite number; give one such as 0.3"
     ),
     "seed=99999999999999999999999": (
-        "seed: 99999999999999999999999 is out of range; give a whole number >= "
-        "0 and <= 9223372036854775807"
+        "seed: 99999999999999999999999 is out of range; "
+        "give a whole number >= 0 and <= 9223372036854775807"
     ),
     "seed=-1": "seed: -1 is out of range; give a whole number >= 0 and <= 9223372036854775807",
     "epochs=1000000000000000000000": (
@@ -150,8 +119,8 @@ MISTAKES = {
     ),
     "epochs=1e3": "epochs: '1e3' is not a whole number; write one in decimal digits, such as 100",
     "method.projector_dims=[1000000000000]": (
-        "method.projector_dims[0]: 1000000000000 is out of range; give a whole number >= 1 and "
-        "<= 1048576"
+        "method.projector_dims[0]: 1000000000000 is out of range; "
+        "give a whole number >= 1 and <= 1048576"
     ),
     "method.temperature=0": "method.temperature: 0.0 is out of range; give a finite number > 0",
     "views.mean=[.nan, 0, 0]": "views.mean[0]: '.nan' is not a finite number; give one such as 0.3",
@@ -166,10 +135,9 @@ MISTAKES = {
 }
 
 
-def test_a_value_that_can_only_be_a_mistake_is_refused(config):
-    results = each(
-        [["ssl_pretrain.train", str(config), mistake, "--stop-after", "2"] for mistake in MISTAKES]
-    )
+def test_invalid_values_are_rejected_before_the_run(config):
+    command = ["ssl_pretrain.train", str(config), "--stop-after", "2"]
+    results = each([[*command, mistake] for mistake in MISTAKES])
     for message, (status, _, err) in zip(MISTAKES.values(), results, strict=True):
         assert (status, err) == (2, f"error: {config}: {message}\n")
     assert not (config.parent / "run").exists()
@@ -184,10 +152,8 @@ FILES = {
     ),
     "a NUL": (
         b"seed: 1\nlog: {name: a\0b}\n",
-        (
-            "not valid YAML at line 2: control characters are not allowed. Write "
-            "each key once, as 'key: value'"
-        ),
+        "not valid YAML at line 2: control characters are not allowed. "
+        "Write each key once, as 'key: value'",
     ),
     "an alias of itself": (
         b"log: &a {tags: *a}\n",
@@ -196,15 +162,13 @@ FILES = {
 }
 
 
-def test_a_file_that_is_no_configuration_is_named(tmp_path):
-    commands = []
-    for number, (content, _) in enumerate(FILES.values()):
-        (tmp_path / f"{number}.yaml").write_bytes(content)
-        commands.append(["ssl_pretrain.train", str(tmp_path / f"{number}.yaml"), "--plan"])
-    for number, ((_, message), result) in enumerate(
-        zip(FILES.values(), each(commands), strict=True)
-    ):
-        assert result == (2, "", f"error: {tmp_path}/{number}.yaml: {message}\n")
+def test_files_that_are_not_configurations_are_rejected(tmp_path):
+    paths = [tmp_path / f"{name}.yaml" for name in FILES]
+    for path, (content, _) in zip(paths, FILES.values(), strict=True):
+        path.write_bytes(content)
+    results = each([["ssl_pretrain.train", str(path), "--plan"] for path in paths])
+    for path, (_, message), result in zip(paths, FILES.values(), results, strict=True):
+        assert result == (2, "", f"error: {path}: {message}\n")
 
 
 OPTIONS = [
@@ -219,12 +183,9 @@ OPTIONS = [
 ]
 
 
-def test_options_of_commands_take_only_values_that_mean_something():
-    for (_, option, value), (status, _, err) in zip(
-        OPTIONS, each([[name, "x", option, value] for name, option, value in OPTIONS])
-    ):
-        assert (
-            status == 2
-            and f"argument {option}" in err
-            and f"'{value}' is out of range; give a " in err
-        ), err
+def test_options_of_commands_reject_values_out_of_range():
+    results = each([[name, "x", option, value] for name, option, value in OPTIONS])
+    for (_, option, value), (status, _, err) in zip(OPTIONS, results, strict=True):
+        assert status == 2, err
+        assert f"argument {option}" in err
+        assert f"'{value}' is out of range; give a " in err

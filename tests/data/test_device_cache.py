@@ -1,4 +1,4 @@
-"""Images that are cropped on the device give the batches of worker processes."""
+"""Images cropped on the device give the same batches as worker processes."""
 
 from __future__ import annotations
 
@@ -20,28 +20,26 @@ PLAIN = ViewsConfig(
         "local": Crop(count=1, size=6, scale=[0.1, 0.4], interpolation="bicubic"),
     }
 )
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    ),
-]
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_batches_equal_those_of_worker_processes_within_one_gray_level(device, tmp_path):
     source = open_train(write_images(tmp_path / "data", n=50), loader="folder")
     with (
-        build_loader(source, PLAIN, "device", device=device) as cached,
-        build_loader(source, PLAIN) as read,
+        build_loader(source, PLAIN, "device", device=device) as loader,
+        build_loader(source, PLAIN) as reference,
     ):
-        for _, batch, expected in zip(range(6), cached.starting_at(2), read.starting_at(2)):
+        for _, batch, expected in zip(range(6), loader.starting_at(2), reference.starting_at(2)):
             assert torch.equal(batch.indices.cpu(), expected.indices)
             assert torch.equal(batch.labels.cpu(), expected.labels)
             for view, expected_view in zip(batch.views, expected.views):
-                assert view.device.type == device and view.shape == expected_view.shape
+                assert view.device.type == device
+                assert view.shape == expected_view.shape
                 difference = (view.cpu() - expected_view).abs() * 255
-                assert difference.max() < 1.01 and (difference > 0.5).float().mean() < 0.001
+                assert difference.max() < 1.01
+                assert (difference > 0.5).float().mean() < 0.001
 
 
 def test_resumed_steps_and_ranks_give_the_same_batches():
@@ -64,13 +62,13 @@ def test_an_unreadable_image_is_replaced_and_counted(tmp_path):
     (root / "train" / "class_0" / "0003.jpg").write_bytes(b"")
     options = {"global_batch_size": 6, "max_replaced": 1.0}
     with (
-        build_loader(source, PLAIN, "device", **options) as cached,
+        build_loader(source, PLAIN, "device", **options) as loader,
         pytest.warns(UserWarning, match="the file is empty"),
     ):
-        batches = list(itertools.islice(cached.starting_at(0), 2))
-    assert cached.num_replaced == 1
-    with build_loader(source, PLAIN, **options) as read:
-        for batch, expected in zip(batches, read.starting_at(0)):
+        batches = list(itertools.islice(loader.starting_at(0), 2))
+    assert loader.num_replaced == 1
+    with build_loader(source, PLAIN, **options) as reference:
+        for batch, expected in zip(batches, reference.starting_at(0)):
             assert torch.equal(batch.labels, expected.labels)
             for view, expected_view in zip(batch.views, expected.views):
                 assert (view - expected_view).abs().max() * 255 < 1.01
@@ -79,17 +77,16 @@ def test_an_unreadable_image_is_replaced_and_counted(tmp_path):
 def test_a_data_set_larger_than_the_device_is_refused(monkeypatch):
     source = open_source(DataConfig("digits"), "val")
     monkeypatch.setattr(device_cache, "_usable_bytes", lambda device: 50_000.0)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         build_loader(source, PLAIN, "device")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "data.cache: device: the 500 images of scikit-learn's digits need at least 0.0 GiB, "
         "and half of what is free on cpu is 0.0 GiB; set data.cache=none"
     )
 
 
-def test_the_config_chooses_the_device():
+def test_a_config_key_selects_the_device_cache():
     source = open_source(DataConfig("digits"), "val")
-    assert choose_reader(DataConfig("digits", cache="device"), source) == (
-        ReaderKind.DEVICE_CACHE,
-        "data.cache asks for all images on the device",
-    )
+    kind, reason = choose_reader(DataConfig("digits", cache="device"), source)
+    assert kind == ReaderKind.DEVICE_CACHE
+    assert reason == "data.cache asks for all images on the device"

@@ -1,4 +1,4 @@
-"""One line reports whether images or the model limit the speed."""
+"""The line that reports whether the loader or the model limits the speed of training."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_images_on_the_device_need_no_loader(loader):
 def test_the_line_is_printed_once_and_no_batch_changes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput_check, "MIN_STEPS", 3)
     monkeypatch.setattr(throughput_check, "MIN_SECONDS", 0.0)
-    stored = write_beton(tmp_path / "data", n=12)
-    with build_loader(stored, VIEWS, "ffcv", global_batch_size=6, num_workers=1) as loader:
+    beton = write_beton(tmp_path / "data", n=12)
+    with build_loader(beton, VIEWS, "ffcv", global_batch_size=6, num_workers=1) as loader:
         reported = throughput_check.report_bottleneck(loader, 1, CPU)
         views = [batch.views for batch in itertools.islice(reported, 8)]
         expected = [batch.views for batch in itertools.islice(loader.starting_at(1), 8)]
