@@ -1,4 +1,4 @@
-"""One HTML page about a run, with its pictures inside: `python -m ssl_pretrain.eval.report RUN`."""
+"""A self-contained HTML page about a run: `python -m ssl_pretrain.eval.report RUN`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssl_pretrain.schema import PORT
 from ssl_pretrain.system import durable_files
 
 MAX_LEGEND = 20  # classes named below the projection
-HELP = """Writes RUN/report.html: one page that needs nothing else, neither network nor other files.
+HELP = """Write RUN/report.html, one page that needs no network and no other files.
 
 It shows the alerts of the run, the tables of RUN/eval/ with their protocols, the curves of
 RUN/metrics.jsonl, the training views, the nearest neighbors of ten queries by pixels and by
@@ -84,29 +84,29 @@ def _facts(run: Run, metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ]
     if len(metrics) > 1 and "time" in metrics[0]:
         facts.append(("wall time", sections.duration(last["time"] - metrics[0]["time"])))
-    replaced = [record["replaced_images"] for record in metrics if "replaced_images" in record]
-    if replaced:
-        facts.append(("unreadable images replaced", f"{sum(replaced):,}"))
+    counts = [record["replaced_images"] for record in metrics if "replaced_images" in record]
+    if counts:
+        facts.append(("unreadable images replaced", f"{sum(counts):,}"))
     return facts
 
 
 def _evaluations(run: Run, labeled: bool) -> dict[str, Any]:
-    """Return the evaluations, and a note where some are missing or of another checkpoint."""
+    """Return the evaluations, and a note if there are none or some belong to other checkpoints."""
     evaluations = results.load(run.path)
     others = sorted({result["checkpoint"] for result in evaluations} - {run.checkpoint_path.name})
     note = ""
     if others:
-        note = f"Some numbers are of another checkpoint than the pictures: {', '.join(others)}."
+        note = f"Some numbers belong to another checkpoint than the pictures: {', '.join(others)}."
     elif not evaluations and not labeled:
         note = "Accuracies need labels, and these images have none."
     elif not evaluations:
         command = f"python -m ssl_pretrain.eval.knn {shlex.quote(str(run.path))}"
-        note = f"Nothing measured yet. Run {command}, and ssl_pretrain.eval.linear."
+        note = f"There are no evaluations yet. Run {command}, and ssl_pretrain.eval.linear."
     return {"note": note, "evaluations": [sections.evaluation(result) for result in evaluations]}
 
 
 def _neighbors(queries: list[Query], bank: EvaluationSplit, kind: str) -> dict[str, Any]:
-    """Return the table of queries and their neighbors, as the template shows it."""
+    """Return the table of queries and their neighbors, in the form that the template expects."""
     about = (
         f"Nearest neighbors by cosine of {len(queries)} {kind} among {len(bank):,} training images."
         " Pixels are centered on their training mean."
@@ -149,7 +149,7 @@ def _cell(image: Any, label: str, mark: str) -> dict[str, str]:
 
 def _projection(run: Run, queries: EvaluationSplit, kind: str) -> dict[str, Any]:
     """Project pixels and features to two dimensions and draw both."""
-    embedded, labels = features.extract(run.backbone, queries)
+    backbone_features, labels = features.extract(run.backbone, queries)
     pixels, _ = features.raw_pixels(queries)
     num_classes, label_array = len(queries.classes), labels.cpu().numpy()
     figures = [
@@ -158,7 +158,7 @@ def _projection(run: Run, queries: EvaluationSplit, kind: str) -> dict[str, Any]
         )
         for caption, vectors in (
             ("Raw pixels, centered", pixels - pixels.mean(dim=0)),
-            ("Features", embedded),
+            ("Features", backbone_features),
         )
     ]
     labeled = bool(torch.any(labels >= 0))

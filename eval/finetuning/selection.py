@@ -27,7 +27,7 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 
 ROWS = ("random", "pretrained")
-MIN_STEPS = 3  # per epoch, below which the published batch is made smaller
+MIN_STEPS = 3  # per epoch at least. A published batch size that gives fewer steps is reduced.
 MIXING_OPTION = {
     "type": NOT_NEGATIVE,
     "metavar": "ALPHA",
@@ -47,7 +47,7 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
         "type": NOT_NEGATIVE,
         "nargs": "+",
         "metavar": "WD",
-        "help": "weight decays to try, selected likewise",
+        "help": "weight decays to try; one is selected in the same way",
     },
     "--epochs": {
         "type": POSITIVE,
@@ -55,7 +55,7 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--batch-size": {
         "type": COUNT,
-        "help": "images per step over all ranks (default: the protocol's where it fits the images)",
+        "help": "images per step over all ranks (default: the protocol's, or less for few images)",
     },
     "--layer-decay": {
         "type": SHARE,
@@ -83,7 +83,7 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """Settings to try and departures from a published protocol. None stands for its value."""
+    """Settings to try and departures from a published protocol. None keeps the protocol's value."""
 
     lrs: list[float] | None = None  # at the protocol's `lr_batch`
     weight_decays: list[float] | None = None
@@ -98,9 +98,9 @@ class TuningOptions:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: some labeled training images, and how networks are trained on them."""
+    """A column of the table: a subset of the training images and the protocol to train on it."""
 
-    rows: np.ndarray  # of the training split
+    rows: np.ndarray  # indices into the training split
     protocol: TuningProtocol
 
 
@@ -120,7 +120,7 @@ def options_from(namespace: argparse.Namespace) -> TuningOptions:
 
 
 def adapt(published: TuningProtocol, options: TuningOptions, num_images: int) -> TuningProtocol:
-    """Return the protocol with the departures and a batch that fits the images.
+    """Return the protocol with the options applied and a batch size that fits the images.
 
     Raises:
         ValueError: If there is nothing to train, the batch does not fit or cannot be mixed in
@@ -172,7 +172,7 @@ def evaluate_columns(
         run: Run to evaluate.
         name: Name of the result: RUN/eval/<name>.json.
         columns: Columns of the table.
-        train: Training images, of which each column takes some.
+        train: Training images. Each column uses a subset of them.
         test: Test images.
         options: Settings to try.
         about: Further entries of the protocol.
@@ -180,13 +180,13 @@ def evaluate_columns(
     Returns:
         The content of the result file.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     table = []
     for row_name, backbone in features.networks(run, train, options.rows):
         if row_name == "random, recalibrated":
             continue  # training updates the statistics in any case
-        random = row_name.startswith("random")
-        row = results.Row("trained from random weights" if random else row_name, {})
+        is_random = row_name.startswith("random")
+        row = results.Row("trained from random weights" if is_random else row_name, {})
         for title, column in columns.items():
             row.metrics[title], note = _tune_and_test(run, backbone, column, train, test, options)
             if note:
@@ -200,7 +200,7 @@ def evaluate_columns(
         **about,
         **{f"training, {title}": describe(column, options) for title, column in columns.items()},
     }
-    return results.save(run.path, name, protocol, table, run.about(), time.monotonic() - began)
+    return results.save(run.path, name, protocol, table, run.about(), time.monotonic() - start)
 
 
 def _tune_and_test(
@@ -211,7 +211,7 @@ def _tune_and_test(
     test: EvaluationSplit,
     options: TuningOptions,
 ) -> tuple[float, str]:
-    """Return the percentage of correct test images, and a note about the selected setting."""
+    """Return the test accuracy in percent, and a note about the selected setting."""
     protocol, num_classes = column.protocol, len(train.classes)
 
     def tune(rows: np.ndarray, lr: float, weight_decay: float) -> nn.Module:
@@ -226,23 +226,23 @@ def _tune_and_test(
 
     lrs = options.lrs or [protocol.base_lr]
     grid = list(itertools.product(lrs, options.weight_decays or [protocol.weight_decay]))
-    selected, note = grid[0], ""
+    best, note = grid[0], ""
     if len(grid) > 1:
-        fit, aside = hold_out(len(column.rows))
-        held_out = train.subset(column.rows[aside])
-        scores = [trainer.scores(tune(column.rows[fit], *setting), held_out) for setting in grid]
+        train_rows, held_out_rows = (column.rows[rows] for rows in hold_out(len(column.rows)))
+        held_out = train.subset(held_out_rows)
+        scores = [trainer.scores(tune(train_rows, *setting), held_out) for setting in grid]
 
         def quality(index: int) -> tuple[float, float]:
             accuracy, loss = scores[index]
             return accuracy, -np.nan_to_num(loss, nan=np.inf)
 
-        selected = grid[max(range(len(grid)), key=quality)]
-        tried = ", ".join(
+        best = grid[max(range(len(grid)), key=quality)]
+        accuracies = ", ".join(
             f"lr {lr:g} wd {decay:g} {100 * accuracy:.1f} %"
             for (lr, decay), (accuracy, _) in zip(grid, scores)
         )
-        note = f"{setting_name(*selected)}, on {len(aside)} held-out labeled images ({tried})"
-    return 100 * trainer.scores(tune(column.rows, *selected), test)[0], note
+        note = f"{setting_name(*best)}, on {len(held_out)} held-out labeled images ({accuracies})"
+    return 100 * trainer.scores(tune(column.rows, *best), test)[0], note
 
 
 def describe(column: Column, options: TuningOptions) -> str:

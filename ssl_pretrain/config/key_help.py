@@ -25,7 +25,7 @@ class HelpAction(argparse.Action):
     """The option `--help [KEY]`: print the help of the command, or of one key, and exit."""
 
     def __init__(self, **settings: Any) -> None:
-        settings |= {"nargs": "?", "metavar": "KEY", "help": "print this, or the help of a key"}
+        settings |= {"nargs": "?", "metavar": "KEY", "help": "print this help, or that of a key"}
         super().__init__(**settings)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, key: Any, *_: Any) -> None:
@@ -37,40 +37,40 @@ class HelpAction(argparse.Action):
 
 
 def explain(key: str = "") -> str:
-    """Return the help of a key, or the list of a section's keys. Empty: the sections.
+    """Return the help of a key, or a list of a section's keys. An empty key lists the sections.
 
-    The keys of a method stand below its name, as in `method.simclr.temperature`.
+    The keys of a method follow its name, as in `method.simclr.temperature`.
 
     Raises:
-        ValueError: There is no such key.
+        ValueError: If there is no such key.
     """
-    kind: Any = RunConfig
+    key_type: Any = RunConfig
     names = key.split(".") if key else []
     if names[:1] == ["method"] and len(names) > 1:
         method_config = methods.find(names.pop(1)).Config
     else:
         method_config = MethodConfig
-    replaced = {"method": method_config}
+    overrides = {"method": method_config}
     for depth in range(len(names)):
-        owner, path = kind, ".".join(names[: depth + 1])
-        kind = schema.declared_type(RunConfig, path, replaced)
-    if dataclasses.is_dataclass(kind):
-        return _explain_section(typing.cast(type, kind))
-    if not dataclasses.is_dataclass(owner):
+        section, path = key_type, ".".join(names[: depth + 1])
+        key_type = schema.declared_type(RunConfig, path, overrides)
+    if dataclasses.is_dataclass(key_type):
+        return _explain_section(typing.cast(type, key_type))
+    if not dataclasses.is_dataclass(section):
         raise ValueError(f"{key}: has no help of its own; see {key.rpartition('.')[0]}")
-    return _explain_setting(typing.cast(type, owner), key, resume_policy(path, method_config))
+    return _explain_setting(typing.cast(type, section), key, resume_policy(path, method_config))
 
 
-def _explain_section(kind: type) -> str:
-    names = [field.name for field in dataclasses.fields(kind)]
+def _explain_section(section: type) -> str:
+    names = [field.name for field in dataclasses.fields(section)]
     width = max(map(len, names))
-    return "\n".join(f"{name:{width}}  {schema.metadata(kind, name)['help']}" for name in names)
+    return "\n".join(f"{name:{width}}  {schema.metadata(section, name)['help']}" for name in names)
 
 
-def _explain_setting(kind: type, key: str, policy: Policy) -> str:
+def _explain_setting(section: type, key: str, policy: Policy) -> str:
     name = key.rpartition(".")[2]
-    type_name, default = _describe_type(schema.hints(kind)[name]), getattr(kind(), name)
-    text = schema.metadata(kind, name)["help"]
+    type_name, default = _describe_type(schema.hints(section)[name]), getattr(section(), name)
+    text = schema.metadata(section, name)["help"]
     return f"{key} ({type_name}, default {default!r})\n  {text}\n  {ON_RESUME[policy]}"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def abbreviate(names: Sequence[str], num_shown: int = 5) -> str:
-    """Name the first few of a list and count all of them."""
+    """List the first few names, and the total count if there are more."""
     more = f", ... ({len(names)} in all)" if len(names) > num_shown else ""
     return ", ".join(names[:num_shown]) + more
 

@@ -19,7 +19,7 @@ _PATTERNS = {
 
 
 def split_of(name: str) -> str | None:
-    """Return "train", "val" or "test" if this is a usual name of that split, in any case."""
+    """Return "train", "val" or "test" for a common name of that split, ignoring case."""
     name = name.strip().lower()
     return next((split for split, names in SPELLINGS.items() if name in names), None)
 

@@ -46,7 +46,7 @@ class Config(MethodConfig):
     teacher_starts: Literal["copied", "redrawn"] = setting(
         "copied",
         "Initial weights of the teacher. copied: the student's. "
-        "redrawn: random weights of its own, as in the authors' code. Not with backbone.init.",
+        "redrawn: random weights of its own, as in the authors' code. Needs backbone.init=random.",
     )
 
     def check(self, run: Any, world_size: int) -> None:
@@ -97,7 +97,7 @@ class BYOL(Method):
         return Monitored(embeddings["p_a"], (embeddings["p_a"], targets["z_b"]))
 
 
-def squared_distance(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over images of the squared distance of unit vectors, which is 2 - 2 cos."""
-    predicted, target = F.normalize(upcast(predicted), dim=1), F.normalize(upcast(target), dim=1)
-    return (predicted - target).square().sum(1).mean()
+def squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared distance of the vectors at unit length, which is 2 - 2 cos."""
+    prediction, target = F.normalize(upcast(prediction), dim=1), F.normalize(upcast(target), dim=1)
+    return (prediction - target).square().sum(1).mean()

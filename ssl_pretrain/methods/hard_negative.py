@@ -1,7 +1,7 @@
 """Contrastive learning with hard negatives (Robinson et al., ICLR 2021, arXiv:2010.04592).
 
-Close negatives count for more. Head, loss and one call of the backbone per view follow
-joshr17/HCL at 7b4647fa (image/main.py). With beta = 0 it is the debiased loss.
+Close negatives get a larger weight. The projector, the loss and the separate forward passes of the
+views follow joshr17/HCL at 7b4647fa (image/main.py). With beta = 0 it is the debiased loss.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Config(MethodConfig):
     vit_starts: Literal["as_built", "authors"] = setting(
         "as_built",
         "Initial weights of a ViT. authors: their initialization and fixed positions. "
-        "Not with backbone.init.",
+        "Needs backbone.init=random.",
     )
 
     def check(self, run: Any, world_size: int) -> None:

@@ -176,7 +176,7 @@ def test_class_names_and_config_are_escaped(tmp_path):
     assert parsed.headings == SECTIONS
     assert parsed.external_urls == []
     assert not parsed.tags & {"script", "b"}
-    assert "Nothing measured yet" in (run / "report.html").read_text()
+    assert "There are no evaluations yet" in (run / "report.html").read_text()
 
 
 def test_the_text_of_a_result_is_escaped():

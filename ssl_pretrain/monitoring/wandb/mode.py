@@ -1,4 +1,4 @@
-"""The mode of a run at Weights & Biases: online, offline or off."""
+"""The Weights & Biases mode of a run: online, offline or off."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def has_key() -> bool:
 
 
 def _limit() -> tuple[str, str]:
-    """Return the mode that W&B itself is set to and the setting that says so, or two empty strings.
+    """Return W&B's own mode and the setting that it comes from, or two empty strings.
 
     The environment comes first, then the settings files, the nearest first.
     """
