@@ -1,4 +1,7 @@
-"""`make demo`: pretrains on real digits here, evaluates, and prints what was learnt. No download, no account."""
+"""Demo of `make demo`: pretrain on real digits, evaluate, and print what the network has learned.
+
+It needs no download and no account.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,23 @@ RUN = "runs/demo"
 
 
 def main() -> int:
+    """Run the demo and return its exit status."""
     with local.launching():
         return _main()
 
 
 def _main() -> int:
     print(
-        f"Pretraining with {CONFIG} into {RUN}: SimCLR on 1,297 real 8 x 8 digits, without their labels. A few minutes.",
+        f"Pretraining with {CONFIG} into {RUN}: SimCLR on 1,297 real 8 x 8 digits, without their "
+        "labels. This takes a few minutes.",
         flush=True,
     )
     start = time.monotonic()
     status = local.run([sys.executable, "-m", "ssl_pretrain.train", CONFIG, f"output={RUN}"])
     if status:
         return status
-    seconds = time.monotonic() - start
-    return local.run(
-        [sys.executable, "-m", "ssl_pretrain.eval.demo_summary", RUN, f"training={seconds:.0f}"]
-    )
+    training = f"training={time.monotonic() - start:.0f}"  # seconds
+    return local.run([sys.executable, "-m", "ssl_pretrain.eval.demo_summary", RUN, training])
 
 
 if __name__ == "__main__":

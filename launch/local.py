@@ -1,4 +1,4 @@
-"""Starts ranks without a scheduler: on this machine, or by one printed torchrun command per host."""
+"""Ranks without a scheduler: on this machine, or by one printed torchrun command per host."""
 
 from __future__ import annotations
 
@@ -27,10 +27,15 @@ HOST = re.compile(r"(?!-)[A-Za-z0-9._:-]+")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def ranks_here(config: RunConfig) -> int:
-    """Return the number of ranks per machine: `launch.ranks`, else one per GPU, else one. GPUs are the upper limit."""
-    gpus = torch.cuda.device_count()
-    return min(config.launch.ranks or gpus, gpus) if gpus else config.launch.ranks or 1
+def num_ranks(config: RunConfig) -> int:
+    """Return the number of ranks per machine: `launch.ranks`, else one per GPU, else one.
+
+    There are never more ranks than GPUs, if there are GPUs.
+    """
+    num_gpus = torch.cuda.device_count()
+    if not num_gpus:
+        return config.launch.ranks or 1
+    return min(config.launch.ranks or num_gpus, num_gpus)
 
 
 def train_command(
@@ -40,88 +45,88 @@ def train_command(
     max_restarts: int = 0,
     rendezvous: Sequence[str] = ("--standalone",),
 ) -> list[str]:
-    """Return the command that trains on `ranks` processes: plain python for one, torchrun for more."""
+    """Return the command that trains on `ranks` processes.
+
+    It is plain python for one process, torchrun on this machine for several, and torchrun's own
+    module for another rendezvous.
+    """
+    train = ["-m", "ssl_pretrain.train", path, *overrides]
     standalone = tuple(rendezvous) == ("--standalone",)
     if ranks == 1 and standalone:
-        return [sys.executable, "-m", "ssl_pretrain.train", path, *overrides]
+        return [sys.executable, *train]
     module = "ssl_pretrain.launch.torchrun" if standalone else "torch.distributed.run"
-    return [
-        sys.executable, "-m", module, *rendezvous, "--max-restarts", str(max_restarts), "--nproc-per-node", str(ranks),
-        "-m", "ssl_pretrain.train", path, *overrides,
-    ]  # fmt: skip
+    options = ["--max-restarts", str(max_restarts), "--nproc-per-node", str(ranks)]
+    return [sys.executable, "-m", module, *rendezvous, *options, *train]
 
 
 def host_names(config: RunConfig) -> list[str]:
-    """Return the hosts that `launch.hosts` names, none where it is empty.
+    """Return the hosts that `launch.hosts` names, none if it is empty.
 
     Raises:
-        ConfigError: A name that no host has, or one host twice.
+        ConfigError: A name is not that of a host, or appears twice.
     """
     if not config.launch.hosts:
         return []
     hosts = [host.strip(" ") for host in config.launch.hosts.split(",")]
-    wrong = next(
-        (host for host in hosts if not HOST.fullmatch(host) or hosts.count(host) > 1), None
-    )
-    if wrong is not None:
-        raise ConfigError(
-            f"launch.hosts: {wrong!r} of {config.launch.hosts!r} is not the name or address of one more host; give such as a,b,10.0.0.3"
-        )
+    for host in hosts:
+        if not HOST.fullmatch(host) or hosts.count(host) > 1:
+            raise ConfigError(
+                f"launch.hosts: {host!r} of {config.launch.hosts!r} is not the name or address of "
+                "one more host; give such as a,b,10.0.0.3"
+            )
     return hosts
 
 
 def check_one_machine(config: RunConfig) -> None:
-    """Raise ConfigError for `launch.hosts` where several runs follow each other on this machine."""
+    """Raise ConfigError for `launch.hosts` in a command that starts several runs in sequence."""
     if config.launch.hosts:
         raise ConfigError(
-            f"launch.hosts: {config.launch.hosts!r}, and these runs follow each other on this machine; "
-            "leave it out, or start each run with launch/pretrain.py"
+            f"launch.hosts: {config.launch.hosts!r}, and these runs follow each other on this "
+            "machine; leave it out, or start each run with launch/pretrain.py"
         )
 
 
 def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (host, torchrun command) for each host of `launch.hosts`. GPUs are counted on this machine.
+    """Return each host of `launch.hosts` with its torchrun command. GPUs are those of this machine.
 
     All hosts meet at the first one, through torchrun's c10d rendezvous, whose agents outlive a lost
     host. The others wait until its command is run again, and all ranks resume from the newest
-    checkpoint. A static rendezvous (--master-addr) cannot be joined again. Without the environment
-    variable, the agents of torch 2.13 would give the ranks one store for all rounds, with the
-    addresses of ranks that have exited.
+    checkpoint. A host cannot rejoin a static rendezvous (--master-addr). The environment variable
+    makes each round use its own store. Without it, the ranks would find the addresses of ranks that
+    have exited (seen with torch 2.13).
 
     Raises:
         ConfigError: As `host_names`.
     """
-    hosts = host_names(config)
+    hosts, launch = host_names(config), config.launch
     overrides = [override for override in overrides if not override.startswith("launch.hosts=")]
-    lines = []
+    environment = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+    commands = []
     for number, host in enumerate(hosts):
-        meet = (
-            "--nnodes", str(len(hosts)), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{config.launch.port}",
-            "--rdzv-id", Path(config.output).name, "--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", host,
-        )  # fmt: skip
-        command = train_command(
-            path, overrides, ranks_here(config), config.launch.max_restarts, meet
-        )
-        lines.append(
-            (
-                host,
-                shlex.join(
-                    ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *command[3:]]
-                ),
-            )
-        )
-    return lines
+        rendezvous = {
+            "--nnodes": len(hosts),
+            "--rdzv-backend": "c10d",
+            "--rdzv-endpoint": f"{hosts[0]}:{launch.port}",
+            "--rdzv-id": Path(config.output).name,
+            "--rdzv-conf": f"is_host={int(number == 0)}",
+            "--local-addr": host,
+        }
+        options = [str(word) for option in rendezvous.items() for word in option]
+        train = train_command(path, overrides, num_ranks(config), launch.max_restarts, options)
+        commands.append((host, shlex.join([*environment, "torchrun", *train[3:]])))
+    return commands
 
 
-class Stop:
-    """Requests to stop this launcher, and the command that they are forwarded to."""
+class StopRequest:
+    """A request to stop this launcher, and the command that it is forwarded to."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.received = False
         self.process: subprocess.Popen[bytes] | None = None
 
     def receive(self, number: int, frame: Any) -> None:
-        self.requested = True
+        """Handle a signal."""
+        self.received = True
         self.forward()
 
     def forward(self) -> None:
@@ -131,12 +136,12 @@ class Stop:
                 self.process.send_signal(signal.SIGTERM)
 
 
-_stop = Stop()
+_stop = StopRequest()
 
 
 @contextmanager
 def launching() -> Iterator[None]:
-    """Go on without a reader of the output, and forward requests to stop: for the whole of a launcher."""
+    """Set up a launcher: survive the loss of its terminal, and forward requests to stop."""
     with lasting_output(), stoppable():
         yield
 
@@ -145,8 +150,9 @@ def launching() -> Iterator[None]:
 def stoppable() -> Iterator[None]:
     """Forward requests to stop to the command that `run` waits for, and start no further one.
 
-    The handlers are set explicitly, as process 1 of a container has no default ones. SIGHUP stays
-    ignored under nohup. Python hands signals to the main thread alone: in another, nothing is done.
+    The handlers are set explicitly, because process 1 of a container has no default ones. SIGHUP
+    stays ignored under nohup. Python delivers signals to the main thread only, so this does nothing
+    in another thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -158,25 +164,25 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     finally:
-        _stop.requested = False
+        _stop.received = False
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def stop_requested() -> bool:
     """Return True if this launcher was asked to stop."""
-    return _stop.requested
+    return _stop.received
 
 
 def wait(seconds: float) -> None:
     """Sleep until the time is over or this launcher is asked to stop."""
     end = time.monotonic() + seconds
-    while not _stop.requested and (left := end - time.monotonic()) > 0:
-        time.sleep(min(0.2, left))
+    while not _stop.received and (remaining := end - time.monotonic()) > 0:
+        time.sleep(min(0.2, remaining))
 
 
 def _end_with_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the launcher dies, so that a SIGKILL leaves no ranks behind."""
+    """Ask the kernel for a SIGTERM when the launcher dies, so that a SIGKILL leaves no ranks."""
     if _LIBC is not None:
         _LIBC.prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
@@ -185,9 +191,9 @@ def run(command: Sequence[str]) -> int:
     """Run a command to its end and return its exit status, as a shell gives it.
 
     The command has a session of its own, so that a Ctrl-C in the terminal reaches it once, from
-    here. After a request to stop nothing is started.
+    this process. After a request to stop, no command is started.
     """
-    if _stop.requested:
+    if _stop.received:
         return STOPPED
     environment = child_environment()
     if "ssl_pretrain.launch.torchrun" in command:
@@ -195,7 +201,7 @@ def run(command: Sequence[str]) -> int:
     _stop.process = subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=_end_with_launcher
     )
-    if _stop.requested:  # meanwhile
+    if _stop.received:  # while the process was starting
         _stop.forward()
     try:
         status = _stop.process.wait()

@@ -1,83 +1,86 @@
-"""Pretrains as a YAML says, then evaluates: python launch/pretrain.py CONFIG [key=value ...]"""
+"""Pretraining and the evaluations after it: `python launch/pretrain.py CONFIG [key=value ...]`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints, newest_checkpoint
-from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.launch import dashboard, local, slurm
+from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
+from ssl_pretrain.config import RunConfig
+from ssl_pretrain.launch import dashboard, local, slurm, slurm_submit
+from ssl_pretrain.launch.final_evaluations import check_evaluations, due_evaluations
 from ssl_pretrain.planning import plan
 from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
 
-EVALUATIONS = (
-    "knn",
-    "linear",
-    "spectrum",
-    "retrieval",
-    "robustness",
-    "semi",
-    "finetune",
-    "export",
-    "report",
-)
+DESCRIPTION = """\
+Pretrain, then run the evaluations of evaluation.at_end.
+
+On a SLURM cluster both are submitted, and the command returns. Elsewhere the ranks start on this
+machine, one per GPU, or launch.ranks on CPU. The same command resumes a run that was stopped."""
+EXAMPLES = """\
+examples:
+  a minute on a laptop
+    python launch/pretrain.py configs/simclr_digits.yaml
+  half an hour on two CPU cores
+    python launch/pretrain.py configs/simclr_cifar10_cpu.yaml data.root=cifar10.zip
+  every GPU of this machine
+    python launch/pretrain.py configs/simclr_imagenet.yaml data.root=/data/imagenet
+  SLURM, 64 GPUs
+    python launch/pretrain.py configs/simclr_imagenet.yaml launch.nodes=8 launch.gpus_per_node=8
+  what would run on 8 ranks, without running it
+    python launch/pretrain.py configs/simclr_imagenet.yaml --plan launch.ranks=8
+  one torchrun command for each of two hosts
+    python launch/pretrain.py configs/simclr_imagenet.yaml launch.hosts=a,b"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     with local.launching():
-        return _main(arguments)
+        return _main(_parse(arguments))
 
 
-def _main(arguments: Sequence[str] | None) -> int:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python launch/pretrain.py",
-        description="Pretrains, then runs the evaluations of evaluation.at_end. On a SLURM cluster it submits both and returns; elsewhere "
-        "it starts the ranks on this machine (one a GPU; on CPU as launch.ranks says). Started again, it goes on where the run stopped.",
-        epilog="""examples:
-  python launch/pretrain.py configs/simclr_digits.yaml                                   a minute on a laptop
-  python launch/pretrain.py configs/simclr_cifar10_cpu.yaml data.root=cifar10.zip        half an hour on two CPU cores
-  python launch/pretrain.py configs/simclr_imagenet.yaml data.root=/data/imagenet        every GPU of this machine
-  python launch/pretrain.py configs/simclr_imagenet.yaml launch.nodes=8 launch.gpus_per_node=8 launch.partition=gpu      SLURM
-  python launch/pretrain.py configs/simclr_imagenet.yaml --plan launch.ranks=8           what would run, without running it
-  python launch/pretrain.py configs/simclr_imagenet.yaml launch.hosts=a,b                the torchrun line for each host""",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="a YAML of configs/")
+    parser.add_argument("config", help="a YAML file, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     parser.add_argument(
         "--plan",
         action="store_true",
         help="print the resolved config, the learning rate and the sizes of everything, then exit",
     )
-    options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
+    return parser.parse_intermixed_args(arguments)  # key=value may follow an option
+
+
+def _main(options: argparse.Namespace) -> int:
     try:
         config = configuration.load(options.config, options.overrides)
         check_evaluations(config)
-        submitting = config.launch.cluster == "slurm" or (
-            config.launch.cluster == "auto" and slurm.here() and not config.launch.hosts
-        )
+        submitting = slurm.is_submitted(config.launch)
         if not submitting:
-            slurm.check_here(config, options.overrides)
+            slurm.check_not_submitted(config, options.overrides)
         hosts = local.host_names(config)
-        ranks = slurm.ranks(config) if submitting else local.ranks_here(config) * max(1, len(hosts))
+        num_ranks = (
+            slurm.num_ranks(config) if submitting else local.num_ranks(config) * max(1, len(hosts))
+        )
         if options.plan:
-            print(plan.describe(config, plan.num_ranks(config, ranks)))
+            print(plan.describe(config, plan.num_ranks(config, num_ranks)))
             if submitting:
                 print("\n".join(slurm.describe(config)))
             return 0
-        configuration.check(config, ranks)
+        configuration.check(config, num_ranks)
         if submitting:
             return _submit(config, options.config, options.overrides)
         if hosts:
@@ -90,27 +93,16 @@ def _main(arguments: Sequence[str] | None) -> int:
     return pretrain_and_evaluate(config, options.config, options.overrides)[0]
 
 
-def check_evaluations(config: RunConfig) -> None:
-    """Raise ConfigError for a name in `evaluation.at_end` that is no evaluation."""
-    unknown = [name for name in config.evaluation.at_end if name not in EVALUATIONS]
-    if unknown:
-        raise ConfigError(
-            f"evaluation.at_end: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}"
-        )
-
-
 def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
-    jobs = slurm.submit(config, path, overrides)
+    jobs = slurm_submit.submit(config, path, overrides)
     chain = config.launch.chain
-    print(
-        f"submitted to SLURM: pretraining {', '.join(jobs[:chain])} on {slurm.ranks(config)} ranks"
-    )
+    ranks = slurm.num_ranks(config)
+    print(f"submitted to SLURM: pretraining {', '.join(jobs[:chain])} on {ranks} ranks")
     for name, job in zip(config.evaluation.at_end, jobs[chain:]):
         print(f"  then {name}: {job}")
     log = f"{config.output}/slurm/{jobs[0]}_0_log.out"
-    print(
-        f"follow it: {shlex.join(['tail', '-f', log])}\nstop it:   {shlex.join(['scancel', *jobs])}"
-    )
+    print(f"follow it: {shlex.join(['tail', '-f', log])}")
+    print(f"stop it:   {shlex.join(['scancel', *jobs])}")
     return 0
 
 
@@ -120,20 +112,23 @@ def pretrain_and_evaluate(
     overrides: Sequence[str],
     options: dict[str, list[str]] | None = None,
 ) -> tuple[int, dict[str, float]]:
-    """Pretrain, then run each evaluation of `evaluation.at_end` that the last checkpoint does not have yet.
+    """Pretrain, then run the evaluations of `evaluation.at_end` that the last checkpoint lacks.
 
     If one of them fails, the others are still run.
 
     Args:
+        config: The run's configuration.
+        path: The YAML it was read from.
+        overrides: The overrides it was read with.
         options: Options of evaluations by name, such as {"linear": ["--rows", "pretrained"]}.
 
     Returns:
-        The exit status and the seconds by phase. The status is 0 for a finished run, 75 for one that
-        was asked to stop, 1 if an evaluation failed, and the training's own if that failed.
+        The exit status and the seconds per phase. The status is 0 for a finished run, 75 for one
+        that was asked to stop, 1 if an evaluation failed, and that of training if training failed.
     """
     seconds: dict[str, float] = {}
 
-    def phase(name: str, command: Sequence[str]) -> int:
+    def run_phase(name: str, command: Sequence[str]) -> int:
         print(f"--- {name}", flush=True)
         start = time.monotonic()
         status = local.run(command)
@@ -141,100 +136,51 @@ def pretrain_and_evaluate(
         return status
 
     train = local.train_command(
-        path, overrides, local.ranks_here(config), config.launch.max_restarts
+        path, overrides, local.num_ranks(config), config.launch.max_restarts
     )
-    status = _status_of_training(config, phase("pretraining", train))
+    status = _training_status(config, run_phase("pretraining", train))
     if status:
         return status, seconds
     failed: list[str] = []
-    for due in _due_evaluations(config, options or {}):
-        status = phase(due.name, due.command)
+    for evaluation in due_evaluations(config, options or {}):
+        status = run_phase(evaluation.name, evaluation.command)
         if local.stop_requested():
             print(
-                f"stopped in {due.name}, after the pretraining: the same command goes on with it",
+                f"stopped in {evaluation.name}, after the pretraining: "
+                "the same command goes on with it",
                 flush=True,
             )
             return STOPPED, seconds
         if status == 0:
-            due.note()
+            evaluation.write_note()
         elif status != SKIPPED:
-            failed.append(f"{due.name} (status {status})")
+            failed.append(f"{evaluation.name} (status {status})")
     if seconds.keys() > {"pretraining"}:
         dashboard.send(Path(config.output))
     if failed:
-        print(
-            f"error: failed: {', '.join(failed)}; the other evaluations were run",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"error: failed: {', '.join(failed)}; the other evaluations were run"
+        print(message, file=sys.stderr, flush=True)
     return 1 if failed else 0, seconds
 
 
-def _status_of_training(config: RunConfig, status: int) -> int:
+def _training_status(config: RunConfig, status: int) -> int:
     """Return 0 for a finished training, 75 for a stopped one, and the status of one that failed."""
     if status == 0 and is_finished(config.output):
         return 0
-    killed = local.stop_requested() and status >= 128  # before it could heed the request
-    if status not in (0, STOPPED) and not killed:
+    was_killed = local.stop_requested() and status >= 128  # before it could handle the request
+    if status not in (0, STOPPED) and not was_killed:
         return status
-    saved = list_checkpoints(config.output)
-    where = (
-        f"goes on from {saved[-1].name}" if saved else "starts it anew, as nothing was saved yet"
+    checkpoints = list_checkpoints(config.output)
+    next_start = (
+        f"resumes from {checkpoints[-1].name}"
+        if checkpoints
+        else "starts from the beginning, because there is no checkpoint yet"
     )
-    print(f"stopped before its end, and so not evaluated: the same command {where}", flush=True)
+    print(
+        f"stopped before the end of training, and not evaluated: the same command {next_start}",
+        flush=True,
+    )
     return STOPPED
-
-
-@dataclass
-class Evaluation:
-    """An evaluation of the last checkpoint. The file `place` holds the settings of the last time it was run."""
-
-    name: str
-    command: list[str]
-    place: Path
-    settings: str
-
-    def is_done(self) -> bool:
-        with suppress(OSError):
-            return self.place.read_text() == self.settings
-        return False
-
-    def note(self) -> None:
-        self.place.parent.mkdir(parents=True, exist_ok=True)
-        self.place.write_text(self.settings)
-
-
-def _due_evaluations(config: RunConfig, options: dict[str, list[str]]) -> Iterator[Evaluation]:
-    """Yield the evaluations that the last checkpoint does not have with these settings.
-
-    The report is due again after any other evaluation has been run.
-    """
-    written = configuration.to_dict(config)
-    folder = Path(config.output) / "eval" / newest_checkpoint(config.output).name
-    made = False
-    for name in config.evaluation.at_end:
-        arguments = options.get(name, [])
-        settings = json.dumps(
-            {"data": written["data"], "evaluation": written["evaluation"], "arguments": arguments},
-            indent=1,
-        )
-        command = [
-            sys.executable,
-            "-m",
-            f"ssl_pretrain.eval.{name}",
-            config.output,
-            "--skip-unlabeled",
-            *arguments,
-        ]
-        due = Evaluation(name, command, folder / f".{name}.done", settings)
-        if due.is_done() and not (made and name == "report"):
-            print(
-                f"--- {name}: done before; python -m ssl_pretrain.eval.{name} {config.output} does it again",
-                flush=True,
-            )
-            continue
-        yield due
-        made = made or due.is_done()
 
 
 if __name__ == "__main__":

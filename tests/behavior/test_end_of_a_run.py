@@ -153,7 +153,7 @@ def test_the_launcher_forwards_a_signal_and_every_rank_saves(tmp_path, name, ran
         f"stopped: {step} of 200000 steps, saved in {run / 'checkpoints' / f'step_{step:08d}'}"
         in result.stdout
     )
-    assert f"so not evaluated: the same command goes on from step_{step:08d}" in result.stdout
+    assert f"and not evaluated: the same command resumes from step_{step:08d}" in result.stdout
     assert "Traceback" not in result.text and not (run / "report.html").exists()
     assert not trainers(run) and not (run / "lock.json").exists()
 

@@ -25,7 +25,8 @@ from ssl_pretrain.checkpoint.manifest import (
 from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.html import sections
 from ssl_pretrain.fault_tolerance.run_lock import RunLock
-from ssl_pretrain.launch import dashboard, evaluate, local
+from ssl_pretrain.launch import dashboard, evaluate, held_checkpoints, local
+from ssl_pretrain.launch.evaluation_jobs import EvaluationJobs
 
 LOCAL = ["--cluster", "local"]
 
@@ -117,7 +118,7 @@ def test_an_earlier_step_does_not_replace_the_newest(tmp_path):
 
 def test_a_checkpoint_stays_whole_while_it_is_judged(run):
     path = list_checkpoints(run)[0]
-    with evaluate.held(path, run / "eval" / ".held") as kept:
+    with held_checkpoints.hold(path, run / "eval" / ".held") as kept:
         shutil.rmtree(path)  # as the training prunes
         assert verify(kept)["step"] == 5 and kept.name == path.name
         backbone = runs.load_run(run, kept, device="cpu").backbone
@@ -125,14 +126,14 @@ def test_a_checkpoint_stays_whole_while_it_is_judged(run):
 
 
 def test_a_pruned_one_is_passed_over_with_a_line(run, capsys):
-    jobs = evaluate.Jobs(run, options(run))
+    jobs = EvaluationJobs(run, options(run))
     due = jobs.due()
     assert [(path.name, name) for path, name in due] == [
         ("step_00000005", "knn"),
         ("step_00000010", "knn"),
     ]
     shutil.rmtree(due[0][0])
-    jobs.judge(*due[0])
+    jobs.evaluate(*due[0])
     assert (
         capsys.readouterr().out
         == "skipped knn of step_00000005: pruned before its turn; checkpoint.keep_last keeps more\n"
@@ -143,14 +144,14 @@ def test_a_pruned_one_is_passed_over_with_a_line(run, capsys):
 def test_half_a_checkpoint_is_a_pruned_one(run, tmp_path):
     path = list_checkpoints(run)[0]
     (path / "optimizer.safetensors").unlink()  # rmtree is at work
-    assert evaluate.linked(path, tmp_path / "kept") is None
+    assert held_checkpoints.link(path, tmp_path / "kept") is None
 
 
 def test_a_failure_is_told_and_not_repeated(run, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(local, "run", lambda command: asked.append(command) or 3)
-    jobs = evaluate.Jobs(run, options(run, "--newest"))
-    assert jobs.once() == 1 and jobs.once() == 1 and len(asked) == 1
+    jobs = EvaluationJobs(run, options(run, "--newest"))
+    assert jobs.run_due() == 1 and jobs.run_due() == 1 and len(asked) == 1
     assert "error: failed: knn of step_00000010" in capsys.readouterr().err
 
 
@@ -192,26 +193,26 @@ def test_watching_gives_up_when_nobody_trains(run, monkeypatch, capsys):
     )
     assert (
         capsys.readouterr().out
-        == f"nobody has trained in {run} for 2 minutes and it has not reached its end: gave up\n"
+        == f"gave up: no process has trained in {run} for 2 minutes, and the run has not reached its end\n"
     )
 
 
 def test_no_gpu_is_taken_that_training_holds(run, capsys):
-    assert evaluate.Jobs(run, options(run)).device() == "auto"
+    assert EvaluationJobs(run, options(run)).device() == "auto"
     with RunLock(run):
-        jobs = evaluate.Jobs(run, options(run))
+        jobs = EvaluationJobs(run, options(run))
         assert jobs.device() == jobs.device() == "cpu"
         told = capsys.readouterr().out
         assert (
             told.count("\n") == 1
             and f"trains in {run} on this machine; --share-gpu takes the GPU" in told
         )
-        assert evaluate.Jobs(run, options(run, "--share-gpu")).device() == "auto"
+        assert EvaluationJobs(run, options(run, "--share-gpu")).device() == "auto"
         assert evaluate.main([str(run), "--device", "cuda"]) == 2
         assert capsys.readouterr().err.endswith(
-            "and holds its GPUs; add --share-gpu to share them, or take --device cpu\n"
+            "and holds its GPUs; add --share-gpu to share them, or --device cpu\n"
         )
-    assert evaluate.Jobs(run, options(run)).device() == "auto"
+    assert EvaluationJobs(run, options(run)).device() == "auto"
 
 
 def test_mistakes_are_one_line(run, capsys):

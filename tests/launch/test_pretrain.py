@@ -12,7 +12,7 @@ import tiny
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import list_checkpoints
-from ssl_pretrain.launch import local, pretrain, slurm, sweep
+from ssl_pretrain.launch import local, pretrain, slurm, slurm_submit, sweep
 from ssl_pretrain.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_one_rank_needs_no_torchrun(tmp_path):
         "seed=1",
     ]
     assert "--standalone" in local.train_command(path, [], 2)
-    assert local.ranks_here(config.load(path, ["launch.ranks=3"])) == 3
+    assert local.num_ranks(config.load(path, ["launch.ranks=3"])) == 3
 
 
 def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
@@ -162,14 +162,14 @@ def test_slurm_is_taken_only_where_its_controller_answers(tmp_path, monkeypatch)
     """A machine may have the commands and no cluster."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not slurm.here()
+    assert not slurm.is_available()
     for status, taken in ((1, False), (0, True)):
         for command in ("sbatch", "scontrol"):
             (tmp_path / command).write_text(f"#!/bin/sh\nexit {status}\n")
             (tmp_path / command).chmod(0o755)
-        assert slurm.here() is taken
+        assert slurm.is_available() is taken
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert not slurm.here()
+    assert not slurm.is_available()
 
 
 def test_what_is_asked_of_slurm(tmp_path):
@@ -184,7 +184,7 @@ def test_what_is_asked_of_slurm(tmp_path):
     run = config.load(tiny.config(tmp_path), settings)
     asked = slurm.request(run)
     assert (
-        slurm.ranks(run) == 16
+        slurm.num_ranks(run) == 16
         and asked["nodes"] == 2
         and asked["tasks_per_node"] == 8
         and asked["cpus_per_task"] == 12
@@ -236,9 +236,9 @@ def test_a_plan_shows_what_is_asked_of_slurm(tmp_path, capsys):
         == 0
     )
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "SLURM job: 3 x pretraining, one after the other (run): 2 nodes x 4 tasks = 8 ranks, 12 CPUs a task, 4 GPUs a node, 900 GB a node, "
-        "90 min, SIGUSR2 120 s before, requeued until the run has ended, partition gpu",
-        "SLURM job: knn, 1 task, after the pretraining has ended well",
+        "SLURM job: 3 x pretraining, one after the other (run): 2 nodes x 4 tasks = 8 ranks, 12 CPUs per task, 4 GPUs per node, 900 GB per node, "
+        "90 min, SIGUSR2 120 s before the limit, requeued until the run has ended, partition gpu",
+        "SLURM job: knn, 1 task, after the pretraining has succeeded",
     ]
     assert not (tmp_path / "run").exists()
 
@@ -296,7 +296,7 @@ def test_the_job_script_of_a_checkout_and_a_run_with_strange_names_runs_nothing_
     run.output = str(tmp_path / 'it\'s; touch PWNED; $(touch PWNED) `touch PWNED` "x" & run')
     monkeypatch.setenv("PATH", f"{work}:/usr/bin:/bin")
     (work / "sbatch").symlink_to("/bin/true")  # submitit looks for it
-    with slurm._private(run.output) as executor:
+    with slurm_submit._private_executor(run.output) as executor:
         executor.update_parameters(**slurm.request(run))
         inner = executor._executor
         text = inner._make_submission_file_text(inner._submitit_command_str, "1")
@@ -311,7 +311,7 @@ def test_the_job_script_of_a_checkout_and_a_run_with_strange_names_runs_nothing_
 
 def test_printed_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
     path = tiny.config(tmp_path / "a b")
-    monkeypatch.setattr(slurm, "submit", lambda *_arguments: ["7"])
+    monkeypatch.setattr(slurm_submit, "submit", lambda *_arguments: ["7"])
     pretrain._submit(config.load(path, ["evaluation.at_end=[]"]), str(path), [])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [

@@ -1,173 +1,205 @@
-"""A study of configs/sweeps/: its runs are real configurations, and its table and plot hold the numbers of its runs."""
+"""Studies of configs/sweeps/: their runs are valid, and the table and plot hold their numbers."""
 
 from __future__ import annotations
 
+import json
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
-import torch
+import tiny
 from PIL import Image
 
 from ssl_pretrain import config, methods
-from ssl_pretrain.eval import results, spectrum
-from ssl_pretrain.launch import study, sweep
+from ssl_pretrain.eval import results
+from ssl_pretrain.launch import study, study_table, sweep
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted((ROOT / "configs/sweeps").glob("*.yaml"))
+STUDIES = {path.stem: path for path in sorted((ROOT / "configs/sweeps").glob("*.yaml"))}
+BASES = ["configs/methods_digits.yaml", "configs/methods_cifar10_cpu.yaml"]
 ABOUT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
 
 
-@pytest.mark.parametrize(
-    "base", ["configs/methods_digits.yaml", "configs/methods_cifar10_cpu.yaml"]
-)
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_run_is_a_configuration_of_its_own(path, base):
-    found = study.load(path)
-    planned = study.plan(found, path, str(ROOT / base), ["seed=0,1", "epochs=2"])
-    assert len(planned) == 2 * len(found.runs) and len(
-        {run.output for _, run, _ in planned}
-    ) == len(planned)
-    for name, run, _ in planned:
-        config.check(run, 1)
-        assert run.epochs == 2 and run.evaluation.at_end == ["linear", "spectrum"]
-        for override in next(one.set for one in found.runs if one.name == name):
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
+    path = STUDIES[name]
+    definition = study.load(path)
+    runs = study.plan(definition, path, str(ROOT / base), ["seed=0,1", "epochs=2"])
+    assert len(runs) == 2 * len(definition.runs)
+    assert len({run.config.output for run in runs}) == len(runs)
+    settings = {variant.name: variant.set for variant in definition.runs}
+    for run in runs:
+        config.check(run.config, 1)
+        assert run.config.epochs == 2
+        assert run.config.evaluation.at_end == definition.evaluations()
+        for override in settings[run.variant]:
             key, _, value = override.partition("=")
-            assert str(study.value_at(run, key)).lower() == value.lower() or float(
-                study.value_at(run, key)
-            ) == float(value)
-        small = {
-            key: value
-            for key, value in methods.find(run.method.name).SMALL.items()
-            if key != "temperature"
-        }
-        assert all(
-            getattr(run.method, key) == value for key, value in small.items() if key != "momentum"
-        )
+            actual = attrgetter(key)(run.config)
+            assert str(actual).lower() == value.lower() or float(actual) == float(value)
+        small = methods.find(run.config.method.name).SMALL
+        for key in small.keys() - {"temperature", "momentum"}:
+            assert getattr(run.config.method, key) == small[key]
 
 
-def test_the_temperatures_and_the_parts_asked_for_are_there():
-    by_name = {path.stem: study.load(path) for path in STUDIES}
-    assert {"0.03", "0.2"} <= {run.name for run in by_name["temperature"].runs}
-    switched_off = {value for run in by_name["ablation"].runs for value in run.set}
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_fits_the_cpu_preset(name):
+    overrides = study.small_model_overrides([f"method.name={name}"])
+    run = config.load(ROOT / "configs/methods_cifar10_cpu.yaml", overrides)
+    config.check(run, 2)
+    assert run.method.name == name
+    assert run.data.subset == 10000
+
+
+def test_the_studies_have_the_variants_that_the_documentation_discusses():
+    variants = {name: study.load(path).runs for name, path in STUDIES.items()}
+    assert {"0.03", "0.2"} <= {variant.name for variant in variants["temperature"]}
+    assert [variant.name for variant in variants["methods"]] == methods.names()
     assert {
         "method.without_projector=true",
         "method.without_stop_gradient=true",
         "method.without_queue=true",
-    } <= switched_off
+    } <= {override for variant in variants["ablation"] for override in variant.set}
 
 
-def written(run: Path, linear: float, share: float) -> None:
-    rows = [
-        results.Row("raw pixels", {"all labels": 90.0}),
-        results.Row(results.BETTER_RANDOM, {"all labels": 80.0}),
-    ]
-    results.save(
-        run, "linear", {}, [*rows, results.Row("pretrained", {"all labels": linear})], ABOUT, 1.0
-    )
+def save_results(run: Path, first: float, second: float) -> None:
+    """Save the files of a finished run.
+
+    Args:
+        run: Folder of the run.
+        first: Accuracy of the linear classifier and of k-NN.
+        second: Every number of the spectrum and the effective rank during training.
+    """
+    for name, column in (("linear", "all labels"), ("knn", "clean")):
+        accuracies = {"raw pixels": 90.0, results.BETTER_RANDOM: 80.0, "pretrained": first}
+        rows = [results.Row(features, {column: value}) for features, value in accuracies.items()]
+        results.save(run, name, {}, rows, ABOUT, 1.0)
     numbers = {
-        f"{what}, {kind}": share
-        for what in ("embeddings", "features")
-        for kind in ("top-5 of all", "rank", "variance")
+        f"{features}, {measure}": second
+        for features in ("embeddings", "features")
+        for measure in ("top-5 of all", "rank", "variance")
     }
     results.save(run, "spectrum", {}, [results.Row("pretrained", numbers)], ABOUT, 1.0)
-
-
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_table_has_means_over_seeds_and_says_what_is_missing(
-    path, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(ROOT)
-    found = study.load(path)
-    planned = study.plan(found, path, None, ["seed=0,1", f"output={tmp_path / 'runs'}"])
-    for number, (_, run, _) in enumerate(planned[:-2]):
-        written(Path(run.output), linear=90 + number, share=30 + number)
-    arguments = [
-        str(path),
-        "seed=0,1",
-        f"output={tmp_path / 'runs'}",
-        "--table",
-        str(tmp_path / "table.md"),
-        "--table-only",
+    records = [
+        {"step": step, "time": 60.0 * step, "rankme": second, "knn": 0.1 * step}
+        for step in (1, 2, 3)
     ]
-    assert sweep.main(arguments) == 0
-    lines = (tmp_path / "table.md").read_text().splitlines()
-    row = next(line for line in lines if line.startswith(f"| {found.runs[1].name} |"))
-    assert row.startswith(f"| {found.runs[1].name} | 2 | 92.5 ± 0.7 | 32.5 ± 0.7 |")
-    assert (
-        f"Not run: {found.runs[-1].name}." in lines
-        and "raw pixels reach 90.0, the random backbone 80.0" in "\n".join(lines)
-    )
-    assert str(tmp_path) not in "\n".join(lines) and f"![{found.title}](table.png)" in lines
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    definition = study.load(STUDIES[name])
+    arguments = ["seed=0,1", f"output={tmp_path / 'runs'}"]
+    runs = study.plan(definition, STUDIES[name], None, arguments)
+    for number, run in enumerate(runs[:-2]):
+        save_results(Path(run.config.output), first=90 + number, second=30 + number)
+    table = tmp_path / "table.md"
+    command = [str(STUDIES[name]), *arguments, "--table", str(table), "--table-only"]
+    assert sweep.main(command) == 0
+    text = table.read_text()
+    lines = text.splitlines()
+    variant = definition.runs[1].name
+    (row,) = [line for line in lines if line.startswith(f"| {variant} |")]
+    assert row.startswith(f"| {variant} | 2 | 92.5 ± 0.7 | 32.5 ± 0.7 |")
+    assert f"Not run: {definition.runs[-1].name}." in lines
+    assert "raw pixels reach 90.0, the random backbone 80.0" in text
+    assert str(tmp_path) not in text
+    assert f"![{definition.title}](table.png)" in lines
     with Image.open(tmp_path / "table.png") as plot:
-        assert (
-            plot.width > 900 and len(set(plot.convert("RGB").reduce(8).getdata())) > 20
-        )  # not empty
+        assert plot.width > 900
+        num_colors = len(set(plot.convert("RGB").reduce(8).getdata()))
+    assert num_colors > 20  # not empty
 
 
-def test_what_all_runs_share_is_judged_once_a_seed(tmp_path, monkeypatch):
-    found = study.load(STUDIES[0])
-    planned = study.plan(
-        found, STUDIES[0], str(ROOT / found.base), ["seed=0,1", f"output={tmp_path}"]
-    )[:4]
-    asked = []
+def test_the_columns_of_the_methods_study(tmp_path):
+    save_results(tmp_path, first=92.5, second=12.5)
+    run = study_table.RunNumbers(tmp_path)
+    columns = study.load(STUDIES["methods"]).columns
+    assert {column: study_table.COLUMNS[column].value(run) for column in columns} == {
+        "k-NN, %": 92.5,
+        "RankMe": 12.5,
+        "k-NN above random": 12.5,
+        "k-NN in the run, %": pytest.approx(30),
+        "minutes": 2.0,
+    }
 
-    def run(config, _base, _overrides, options):
-        asked.append((config.seed, options))
-        written(Path(config.output), 90, 30)
+
+def test_a_table_without_rows_is_not_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    table, folder = tmp_path / "table.md", tmp_path / "runs"
+    table.write_text("numbers of many hours\n")
+    arguments = [str(STUDIES["methods"]), f"output={folder}", "--table-only"]
+    assert sweep.main([*arguments, "--table", str(table)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {folder}: no run of this study has been evaluated, so no table was written; "
+        "run it first\n"
+    )
+    assert table.read_text() == "numbers of many hours\n"
+
+
+def test_rows_that_all_variants_share_are_evaluated_once_per_seed(tmp_path, monkeypatch):
+    path = STUDIES["ablation"]
+    definition = study.load(path)
+    overrides = ["seed=0,1", f"output={tmp_path}"]
+    runs = study.plan(definition, path, str(ROOT / definition.base), overrides)[:4]
+    calls = []
+
+    def pretrain_and_evaluate(config, _base, _overrides, options):
+        calls.append((config.seed, options))
+        save_results(Path(config.output), 90, 30)
         return 0, {}
 
-    monkeypatch.setattr(study.pretrain, "pretrain_and_evaluate", run)
-    alone = {"linear": ["--rows", "pretrained"]}
-    assert study.run_all(planned[:3], "base.yaml") == []
-    assert asked == [(0, {}), (1, {}), (0, alone)]
-    study.run_all(planned, "base.yaml")
-    assert asked[3:] == [(1, alone)]
+    monkeypatch.setattr(study.pretrain, "pretrain_and_evaluate", pretrain_and_evaluate)
+    pretrained_only = {"linear": ["--rows", "pretrained"]}
+    assert study.run_all(runs[:3], "base.yaml") == []
+    assert calls == [(0, {}), (1, {}), (0, pretrained_only)]
+    study.run_all(runs, "base.yaml")
+    assert calls[3:] == [(1, pretrained_only)]
+
+
+@pytest.mark.full
+def test_one_command_trains_evaluates_and_writes_the_table(tmp_path):
+    data = tiny.images(tmp_path / "images")
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "title: One method\nsmall_heads: true\ncolumns: ['k-NN, %', minutes]\n"
+        "runs: [{name: VICReg, set: [method.name=vicreg]}]\n"
+    )
+    overrides = [
+        f"data.root={data}",
+        "data.source=folder",
+        "data.subset=0",
+        "global_batch_size=24",
+        "epochs=1",
+        "launch.ranks=1",
+        "evaluation.k=3",
+        "online.k=3",
+        "health.every_steps=1",
+        "views.crops.global.size=16",
+        f"output={tmp_path / 'runs'}",
+    ]
+    base = str(ROOT / "configs/methods_cifar10_cpu.yaml")
+    assert sweep.main([str(path), *overrides, "--base", base]) == 0
+    assert "| VICReg | 1 |" in (tmp_path / "runs/study.md").read_text()
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     path = tmp_path / "study.yaml"
-    path.write_text("title: x\nruns: []\n")
-    assert sweep.main([str(path)]) == 2
-    assert (
-        capsys.readouterr().err
-        == f"error: {path}: runs: is empty; give each a name and what it sets\n"
-    )
+    for text, message in {
+        "title: x\nruns: []\n": "runs: is empty; give each a name and what it sets",
+        "runs: [{name: a}]\ncolumns: [speed]\n": (
+            f"columns: ['speed']; choose one or more of: {list(study_table.COLUMNS)}"
+        ),
+    }.items():
+        path.write_text(text)
+        assert sweep.main([str(path)]) == 2
+        assert capsys.readouterr().err == f"error: {path}: {message}\n"
     path.write_text("titel: x\nruns: [{name: a}]\n")
     assert sweep.main([str(path)]) == 2
     assert "titel" in capsys.readouterr().err
     assert sweep.main([str(ROOT / "configs/simclr_digits.yaml")]) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: give the values to try, such as seed=0,1, or a study of configs/sweeps/\n"
+    assert capsys.readouterr().err == (
+        "error: give the values to try, such as seed=0,1, or a study of configs/sweeps/\n"
     )
-
-
-def test_the_spectrum_by_hand():
-    """Two orthogonal directions, one with three times the other's variance, and a third that all share."""
-    vectors = torch.tensor(
-        [
-            [1.0, 1, 0],
-            [1, -1, 0],
-            [1, 1, 0],
-            [1, -1, 0],
-            [1, 1, 0],
-            [1, -1, 0],
-            [1, 0, 1],
-            [1, 0, -1],
-        ]
-    )
-    values = spectrum.spectrum(5 * vectors)
-    assert values.tolist() == pytest.approx(
-        [6 / 16, 2 / 16, 0], abs=1e-12
-    )  # of unit vectors: half of each squared length
-    found = spectrum.measures("z", vectors)
-    assert found["z, top-5 of all"] == pytest.approx(100) and found["z, rank"] == pytest.approx(
-        0.75**-0.75 * 0.25**-0.25
-    )
-    assert found["z, variance"] == pytest.approx(50)
-    wide = torch.randn(20000, 20, generator=torch.Generator().manual_seed(0))
-    assert spectrum.measures("z", wide)["z, top-5 of all"] == pytest.approx(25, abs=2)
-    assert spectrum.measures("z", wide)["z, variance"] == pytest.approx(100, abs=0.1)
-    assert spectrum.measures("z", torch.ones(10, 4))["z, variance"] == pytest.approx(
-        0, abs=1e-9
-    )  # collapsed to a point

@@ -1,0 +1,240 @@
+"""Table and plot of a study: numbers of each variant, as means and deviations over its seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain.config import RunConfig
+from ssl_pretrain.eval import results
+from ssl_pretrain.monitoring import records
+from ssl_pretrain.system import markdown
+
+PIXELS = "raw pixels"  # the reference row that all variants share
+
+
+class RunNumbers:
+    """Evaluations and training records of one run."""
+
+    def __init__(self, run: Path):
+        self.tables: dict[str, dict[str, dict[str, float]]] = {
+            result["name"]: {row["features"]: row["metrics"] for row in result["rows"]}
+            for result in results.load(run)
+        }
+        self.records = records.read(run / "metrics.jsonl")
+
+    def minutes(self) -> float:
+        """Return the time from the first record to the last."""
+        return float(self.records[-1]["time"] - self.records[0]["time"]) / 60
+
+    def last(self, metric: str) -> float:
+        """Return the last value of a metric of training, NaN if there is none."""
+        values = (record[metric] for record in reversed(self.records) if metric in record)
+        return float(next(values, float("nan")))
+
+    def above_random(self) -> float:
+        """Return the gain in k-NN accuracy over the random backbone, in points."""
+        rows = self.tables["knn"]
+        return rows["pretrained"]["clean"] - rows[results.BETTER_RANDOM]["clean"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number per run."""
+
+    help: str
+    evaluation: str  # the evaluation it is read from; empty: the records of training
+    metric: str = ""  # column of that evaluation
+    compute: Callable[[RunNumbers], float] | None = None  # instead of reading `metric`
+
+    def value(self, run: RunNumbers) -> float:
+        """Return the column's number for a run."""
+        if self.compute is not None:
+            return self.compute(run)
+        return run.tables[self.evaluation]["pretrained"][self.metric]
+
+
+def _spectrum(metric: str, description: str) -> Column:
+    return Column(description, "spectrum", metric)
+
+
+DEFAULT_COLUMNS = {
+    "linear, %": Column(
+        "test accuracy of a linear classifier on frozen features, whose learning rate is chosen "
+        "on held-out training images",
+        "linear",
+        "all labels",
+    ),
+    "top-5 of all, %": _spectrum(
+        "embeddings, top-5 of all",
+        "share of the five largest eigenvalues in the covariance of embeddings of length 1",
+    ),
+    "effective rank": _spectrum(
+        "embeddings, rank", "exp of the entropy of the eigenvalues' shares"
+    ),
+    "variance, %": _spectrum(
+        "embeddings, variance",
+        "sum of the eigenvalues, 100 for embeddings all over the sphere and 0 for a single point",
+    ),
+    "features' top-5, %": _spectrum("features, top-5 of all", "the same share for features"),
+    "features' rank": _spectrum("features, rank", "the effective rank of features"),
+}
+COLUMNS = DEFAULT_COLUMNS | {
+    "k-NN, %": Column("test accuracy of weighted k-NN on frozen features", "knn", "clean"),
+    "k-NN above random": Column(
+        "gain over the better of two random backbones, in points",
+        "knn",
+        compute=RunNumbers.above_random,
+    ),
+    "RankMe": Column(
+        "effective rank of the embeddings at the end of training",
+        "",
+        compute=lambda run: run.last("rankme"),
+    ),
+    "k-NN in the run, %": Column(
+        "last accuracy on held-out training images during training",
+        "",
+        compute=lambda run: 100 * run.last("knn"),
+    ),
+    "minutes": Column(
+        "time from the first training record to the last", "", compute=RunNumbers.minutes
+    ),
+}
+
+
+@dataclass
+class Comparison:
+    """A study's finished runs."""
+
+    title: str
+    columns: list[str]
+    runs: list[tuple[str, RunConfig]]  # variant and configuration
+    plot_against: str = ""  # numeric key; empty: one bar per variant
+
+    def __post_init__(self) -> None:
+        self.numbers: list[dict[str, float]] = []  # column -> number, per run
+        self.by_variant: dict[str, list[dict[str, float]]] = {}
+        for variant, config in self.runs:
+            run = RunNumbers(Path(config.output))
+            self.numbers.append({name: COLUMNS[name].value(run) for name in self.columns})
+            self.by_variant.setdefault(variant, []).append(self.numbers[-1])
+
+
+def has_reference_rows(config: RunConfig) -> bool:
+    """Return True if the run's linear evaluation includes raw pixels."""
+    return PIXELS in RunNumbers(Path(config.output)).tables.get("linear", {})
+
+
+def write(comparison: Comparison, missing: Sequence[str], command: str, path: Path) -> None:
+    """Write the table as Markdown, and the plot beside it as a PNG of the same name.
+
+    Args:
+        comparison: At least one finished run.
+        missing: Variants with unfinished runs, named below the table.
+        command: The command to show above the table.
+        path: The Markdown file.
+    """
+    assert comparison.runs, "a table needs at least one finished run"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot = path.with_suffix(".png")
+    draw(comparison, plot)
+    rows = [
+        [variant, len(seeds), *(cell(seeds, column) for column in comparison.columns)]
+        for variant, seeds in comparison.by_variant.items()
+    ]
+    blocks = [
+        f"# {comparison.title}",
+        f"Command: `{command}`",
+        describe(comparison),
+        markdown.table(["run", "seeds", *comparison.columns], rows),
+        *([f"Not run: {', '.join(missing)}."] if missing else []),
+        f"![{comparison.title}]({plot.name})",
+    ]
+    path.write_text("\n\n".join(blocks) + "\n")
+
+
+def describe(comparison: Comparison) -> str:
+    """Describe the runs, the columns and the reference rows in one paragraph."""
+    config = comparison.runs[0][1]
+    subset = f"{config.data.subset:,} images of " if config.data.subset else ""
+    sentences = [
+        f"{config.backbone.name}, {subset}{config.data.source}, batch {config.global_batch_size}, "
+        f"{config.epochs} epochs, {config.optim.name}.",
+        *(f"{name}: {COLUMNS[name].help}." for name in comparison.columns),
+    ]
+    references = _references(comparison)
+    if references:
+        sentences.append(
+            f"{comparison.columns[0]}: raw pixels reach {references[PIXELS]:.1f}, "
+            f"the random backbone {references[results.BETTER_RANDOM]:.1f}."
+        )
+    sentences.append("± is the standard deviation over seeds.")
+    return " ".join(sentences)
+
+
+def _references(comparison: Comparison) -> dict[str, float]:
+    """Return the first column's numbers for raw pixels and the random backbone, if evaluated."""
+    column = COLUMNS[comparison.columns[0]]
+    for _, config in comparison.runs:
+        table = RunNumbers(Path(config.output)).tables.get(column.evaluation, {})
+        if {PIXELS, results.BETTER_RANDOM} <= table.keys():
+            return {row: table[row][column.metric] for row in (PIXELS, results.BETTER_RANDOM)}
+    return {}
+
+
+def cell(seeds: Sequence[dict[str, float]], column: str) -> str:
+    """Format the mean of a column over seeds, and the deviation if there are several."""
+    values = [numbers[column] for numbers in seeds]
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Plot the first two columns: curves over `plot_against`, or one bar per variant."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = max(3.4, 0.25 * len(comparison.by_variant))  # inches
+    figure = Figure(figsize=(9, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    columns = comparison.columns[:2]
+    panels = figure.subplots(1, len(columns), sharey=not comparison.plot_against, squeeze=False)[0]
+    for panel, column, color in zip(panels, columns, ("#1f5fa8", "#c8443c")):
+        if comparison.plot_against:
+            _draw_curve(panel, comparison, column, color)
+        else:
+            _draw_bars(panel, comparison, column, color)
+        panel.set_title(column, fontsize=11)
+        panel.grid(alpha=0.3, axis="y" if comparison.plot_against else "x")
+        panel.spines[["top", "right"]].set_visible(False)
+    if not comparison.plot_against:
+        panels[0].invert_yaxis()
+    figure.savefig(path, dpi=130)
+
+
+def _draw_curve(panel: Any, comparison: Comparison, column: str, color: str) -> None:
+    """Draw the mean over seeds as a curve and every run as a point."""
+    by_x: dict[float, list[float]] = {}
+    value_at = attrgetter(comparison.plot_against)
+    for (_, config), numbers in zip(comparison.runs, comparison.numbers):
+        by_x.setdefault(float(value_at(config)), []).append(numbers[column])
+    places = sorted(by_x)
+    panel.plot(places, [statistics.mean(by_x[x]) for x in places], color=color)
+    points = [(x, y) for x in places for y in by_x[x]]
+    panel.plot(*zip(*points), "o", color=color, markersize=5)
+    panel.set_xscale("log")
+    panel.set_xticks(places, [f"{x:g}" for x in places])
+    panel.minorticks_off()
+    panel.set_xlabel(comparison.plot_against)
+
+
+def _draw_bars(panel: Any, comparison: Comparison, column: str, color: str) -> None:
+    """Draw the mean over seeds as a bar and every run as a point."""
+    for variant, seeds in comparison.by_variant.items():
+        values = [numbers[column] for numbers in seeds]
+        panel.barh(variant, statistics.mean(values), color=color, alpha=0.75)
+        panel.plot(values, [variant] * len(values), "k.", markersize=4)
