@@ -1,1 +1,1 @@
-"""Detection and instance segmentation from a run's backbone: `python -m ssl_pretrain.eval.detection RUN`."""
+"""Detection and instance segmentation with a run's backbone, trained further."""

@@ -1,8 +1,9 @@
-"""A ResNet's weights under the names of Detectron2's own, for the published protocol of MoCo there.
+"""A ResNet's weights under Detectron2's names, for the published protocol of MoCo there.
 
-Detectron2 reads a pickle of {"model", "__author__", "matching_heuristics"}: this file writes one, and nothing of this project
-reads a pickle. In the config of the detector: INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False, MODEL.BACKBONE.FREEZE_AT 0,
-MODEL.RESNETS.NORM SyncBN, MODEL.PIXEL_MEAN and PIXEL_STD as `pixels` gives them.
+Detectron2 reads a pickle of {"model", "__author__", "matching_heuristics"}. This module writes one.
+Nothing in this project reads a pickle. The config of the detector needs INPUT.FORMAT RGB,
+MODEL.RESNETS.STRIDE_IN_1X1 False, MODEL.BACKBONE.FREEZE_AT 0, MODEL.RESNETS.NORM SyncBN, and the
+MODEL.PIXEL_MEAN and PIXEL_STD of `pixel_config`.
 """
 
 from __future__ import annotations
@@ -15,68 +16,71 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-NORM = {1: "conv1.norm", 2: "conv2.norm", 3: "conv3.norm"}
+STEM_LAYERS = {"conv1": "conv1", "bn1": "conv1.norm"}
+BLOCK_LAYERS = {
+    **{f"conv{number}": f"conv{number}" for number in (1, 2, 3)},
+    **{f"bn{number}": f"conv{number}.norm" for number in (1, 2, 3)},
+    "downsample.0": "shortcut",
+    "downsample.1": "shortcut.norm",
+}
 
 
-def names(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """timm's ResNet weights under Detectron2's names: stem.conv1, res2.0.conv1.norm, res2.0.shortcut, ...
+def rename(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return timm's ResNet weights under Detectron2's names, such as res2.0.conv1.norm.weight.
 
     Raises:
-        ValueError: a key that a plain bottleneck ResNet does not have.
+        ValueError: A plain bottleneck ResNet does not have one of the weights.
     """
-    renamed = {}
-    for key, value in weights.items():
-        if key.endswith("num_batches_tracked"):
-            continue
-        renamed[_name(key)] = value.detach().cpu().float().numpy()
-    return renamed
+    return {
+        detectron2_name(key): value.detach().cpu().float().numpy()
+        for key, value in weights.items()
+        if not key.endswith("num_batches_tracked")
+    }
 
 
-def _name(key: str) -> str:
+def detectron2_name(key: str) -> str:
+    """Return Detectron2's name of one weight.
+
+    Raises:
+        ValueError: A plain bottleneck ResNet does not have this weight.
+    """
     stem = re.fullmatch(r"(conv1|bn1)\.(\w+)", key)
     if stem:
-        return f"stem.conv1.{stem[2]}" if stem[1] == "conv1" else f"stem.conv1.norm.{stem[2]}"
+        return f"stem.{STEM_LAYERS[stem[1]]}.{stem[2]}"
     block = re.fullmatch(r"layer([1-4])\.(\d+)\.(conv[123]|bn[123]|downsample\.[01])\.(\w+)", key)
     if block is None:
         raise ValueError(
-            f"Detectron2 has no place for {key!r}: the export is of ResNets 50, 101 and 152 with the ImageNet stem"
+            f"Detectron2 has no place for {key!r}: only ResNets 50, 101 and 152 with the ImageNet "
+            "stem can be exported"
         )
-    stage, number, part, entry = int(block[1]) + 1, block[2], block[3], block[4]
-    if part.startswith("downsample"):
-        part = "shortcut" if part.endswith("0") else "shortcut.norm"
-    elif part.startswith("bn"):
-        part = NORM[int(part[2])]
-    return f"res{stage}.{number}.{part}.{entry}"
+    return f"res{int(block[1]) + 1}.{block[2]}.{BLOCK_LAYERS[block[3]]}.{block[4]}"
 
 
 def export(backbone: nn.Module, path: Path) -> int:
-    """Writes the file that MODEL.WEIGHTS of a Detectron2 config takes; returns the number of its arrays.
+    """Write the file for MODEL.WEIGHTS of a Detectron2 config, and return its number of arrays.
 
     Raises:
-        ValueError: the backbone is not a bottleneck ResNet with the ImageNet stem.
+        ValueError: The backbone is not a bottleneck ResNet with the ImageNet stem.
     """
     stem = getattr(backbone, "conv1", None)
-    if (
-        not isinstance(stem, nn.Conv2d)
-        or stem.kernel_size != (7, 7)
-        or not hasattr(backbone.get_submodule("layer1.0"), "conv3")
-    ):
+    has_stem = isinstance(stem, nn.Conv2d) and stem.kernel_size == (7, 7)
+    if not has_stem or not hasattr(backbone.get_submodule("layer1.0"), "conv3"):
         raise ValueError(
-            "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem; this backbone is another network"
+            "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem; "
+            "this backbone is another network"
         )
-    model = names(backbone.state_dict())
+    model = rename(backbone.state_dict())
+    content = {"model": model, "__author__": "ssl_pretrain", "matching_heuristics": True}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        pickle.dump(
-            {"model": model, "__author__": "ssl_pretrain", "matching_heuristics": True}, file
-        )
+        pickle.dump(content, file)
     return len(model)
 
 
-def pixels(mean: Sequence[float], std: Sequence[float]) -> str:
-    """The lines of a Detectron2 config that say how images were normalized."""
-    values = {"PIXEL_MEAN": mean, "PIXEL_STD": std}
-    return "\n".join(
-        f"MODEL.{name} [{', '.join(f'{255 * value:.3f}' for value in each)}]"
-        for name, each in values.items()
-    )
+def pixel_config(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return the lines of a Detectron2 config that describe how images were normalized."""
+    lines = []
+    for name, values in (("PIXEL_MEAN", mean), ("PIXEL_STD", std)):
+        pixels = ", ".join(f"{255 * value:.3f}" for value in values)
+        lines.append(f"MODEL.{name} [{pixels}]")
+    return "\n".join(lines)

@@ -28,4 +28,6 @@ def test_directions_drawn_uniformly():
 
 
 def test_a_single_point_has_no_variance():
-    assert spectrum.spectrum_metrics("z", torch.ones(10, 4))["z, variance"] == pytest.approx(0, abs=1e-9)
+    assert spectrum.spectrum_metrics("z", torch.ones(10, 4))["z, variance"] == pytest.approx(
+        0, abs=1e-9
+    )

@@ -1,11 +1,15 @@
-"""launch/evaluate.py: every checkpoint judged once, whatever the training prunes, and nothing taken that training holds."""
+"""launch/evaluate.py: every checkpoint is evaluated once, beside a training that prunes them."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,7 @@ from ssl_pretrain.checkpoint.manifest import (
 )
 from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.html import sections
+from ssl_pretrain.fault_tolerance.lock_holder import LockHolder, start_time
 from ssl_pretrain.fault_tolerance.run_lock import RunLock
 from ssl_pretrain.launch import dashboard, evaluate, held_checkpoints, local
 from ssl_pretrain.launch.evaluation_jobs import EvaluationJobs
@@ -31,11 +36,11 @@ from ssl_pretrain.launch.evaluation_jobs import EvaluationJobs
 LOCAL = ["--cluster", "local"]
 
 
-def here(command):
-    """An evaluation's command in this process: the same work, without ten seconds of imports. Its exit status."""
-    at = command.index("-m")
+def run_in_this_process(command):
+    """Run an evaluation's command without ten seconds of imports, and return its exit status."""
+    name = command.index("-m") + 1
     try:
-        importlib.import_module(command[at + 1]).main(list(command[at + 2 :]))
+        importlib.import_module(command[name]).main(list(command[name + 1 :]))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -43,8 +48,8 @@ def here(command):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A run with checkpoints of steps 5 and 10, the last one its end."""
+def finished_run(tmp_path_factory):
+    """A run with checkpoints at step 5 and at step 10, its end."""
     run = make_run(tmp_path_factory.mktemp("runs") / "made", "log.wandb=offline", step=5)
     make_run(run, "log.wandb=offline", step=10, weights_seed=2)
     for path in list_checkpoints(run):
@@ -54,79 +59,85 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def run(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "run", here)
-    return shutil.copytree(made, tmp_path / "run")
+def run(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "run", run_in_this_process)
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
-def options(run, *arguments):
-    return evaluate.parse([str(run), *LOCAL, "--jobs", "knn", *arguments])
+def jobs_of(run, *arguments):
+    options = evaluate.parse([str(run), *LOCAL, "--jobs", "knn", *arguments])
+    return EvaluationJobs(run, options)
 
 
-def fake_result(run, path, name="knn", value=50.0):
-    row = results.Row("pretrained", {"clean": value})
+def evaluate_knn(run, *arguments):
+    return evaluate.main([str(run), *LOCAL, "--jobs", "knn", *arguments])
+
+
+def save_result(run, path, accuracy=50.0):
+    row = results.Row("pretrained", {"clean": accuracy})
     step = int(path.name.removeprefix("step_"))
-    return results.save(
-        run, name, {}, [row], {"checkpoint": path.name, "step": step, "network": "student"}, 1.0
-    )
+    about = {"checkpoint": path.name, "step": step, "network": "student"}
+    return results.save(run, "knn", {}, [row], about, 1.0)
 
 
-def test_every_checkpoint_is_judged_once_and_kept_by_step(run, capsys):
-    assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 0
-    by_step = list(results.by_step(run)["knn"].values())
-    assert [result["step"] for result in by_step] == [5, 10]
+def modification_times(run):
+    return {path: path.stat().st_mtime_ns for path in run.rglob("eval/**/*")}
+
+
+def test_every_checkpoint_is_evaluated_once_and_saved_by_step(run, capsys):
+    assert evaluate_knn(run) == 0
+    first, last = results.by_step(run)["knn"].values()
+    assert (first["step"], last["step"]) == (5, 10)
     assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 10
-    assert (
-        by_step[0]["rows"][-1]["metrics"] != by_step[1]["rows"][-1]["metrics"]
-    )  # each of its own weights
-    written = {path: path.stat().st_mtime_ns for path in run.rglob("eval/**/*")}
+    assert first["rows"][-1]["metrics"] != last["rows"][-1]["metrics"]
+    times = modification_times(run)
     capsys.readouterr()
-    assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 0
-    assert (
-        "---" not in capsys.readouterr().out
-        and {path: path.stat().st_mtime_ns for path in run.rglob("eval/**/*")} == written
-    )
+    assert evaluate_knn(run) == 0
+    assert "---" not in capsys.readouterr().out
+    assert modification_times(run) == times
     assert not (run / "eval" / ".held").exists()
-    drawn = sections.evaluations_over_steps(run)
-    assert (
-        "k-NN, accuracy, % of each checkpoint" in drawn
-        and "<title>clean 5: " in drawn
-        and "<title>clean 10: " in drawn
-    )
-    # and into the same W&B run, at the step whose weights were judged
-    assert [folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")] == [
-        "abc12345"
-    ]
-    (log,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    sent = {
-        row["step"]: row["Evaluation/knn, clean"]
-        for row in wandb_file.history(log)
-        if "Evaluation/knn, clean" in row
+
+
+def test_the_report_and_wandb_show_each_evaluation_at_its_step(run):
+    assert evaluate_knn(run) == 0
+    by_step = results.by_step(run)["knn"]
+    figure = sections.evaluations_over_steps(run)[0]
+    assert figure.caption == "k-NN, accuracy, % of each checkpoint"
+    curve = re.search(r'<g id="curve-0">\s*<path d="([^"]*)"', figure.image)[1]
+    assert len(re.findall(r"[ML] ", curve)) == len(by_step) == 2
+    folders = list((run / "wandb").glob("offline-run-*"))
+    assert [folder.name.rpartition("-")[2] for folder in folders] == ["abc12345"]
+    (log,) = folders[0].glob("*.wandb")
+    name = "Evaluation/knn, clean"
+    sent = {row["step"]: row[name] for row in wandb_file.history(log) if name in row}
+    assert sent == {
+        step: result["rows"][-1]["metrics"]["clean"] for step, result in by_step.items()
     }
-    assert sent == {one["step"]: one["rows"][-1]["metrics"]["clean"] for one in by_step}
     dashboard.send(run)
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1  # nothing is sent twice
 
 
 def test_an_earlier_step_does_not_replace_the_newest(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    for step, value in ((10, 60.0), (5, 50.0)):
-        fake_result(tmp_path, Path(f"step_{step:08d}"), value=value)
+    for step, accuracy in ((10, 60.0), (5, 50.0)):
+        save_result(tmp_path, Path(f"step_{step:08d}"), accuracy)
     assert json.loads((tmp_path / "eval" / "knn.json").read_text())["step"] == 10
     assert [*results.by_step(tmp_path)["knn"]] == [5, 10]
 
 
-def test_a_checkpoint_stays_whole_while_it_is_judged(run):
+def test_a_checkpoint_stays_whole_while_it_is_evaluated(run):
     path = list_checkpoints(run)[0]
-    with held_checkpoints.hold(path, run / "eval" / ".held") as kept:
-        shutil.rmtree(path)  # as the training prunes
-        assert verify(kept)["step"] == 5 and kept.name == path.name
-        backbone = runs.load_run(run, kept, device="cpu").backbone
-    assert backbone.feature_dim == 96 and not kept.exists()
+    with held_checkpoints.hold(path, run / "eval" / ".held") as checkpoint:
+        shutil.rmtree(path)  # the training prunes it
+        assert verify(checkpoint)["step"] == 5
+        assert checkpoint.name == path.name
+        backbone = runs.load_run(run, checkpoint, device="cpu").backbone
+    assert backbone.feature_dim == 96
+    assert not checkpoint.exists()
 
 
-def test_a_pruned_one_is_passed_over_with_a_line(run, capsys):
-    jobs = EvaluationJobs(run, options(run))
+def test_a_pruned_checkpoint_is_skipped_with_a_message(run, capsys):
+    jobs = jobs_of(run)
     due = jobs.due()
     assert [(path.name, name) for path, name in due] == [
         ("step_00000005", "knn"),
@@ -134,91 +145,101 @@ def test_a_pruned_one_is_passed_over_with_a_line(run, capsys):
     ]
     shutil.rmtree(due[0][0])
     jobs.evaluate(*due[0])
-    assert (
-        capsys.readouterr().out
-        == "skipped knn of step_00000005: pruned before its turn; checkpoint.keep_last keeps more\n"
+    assert capsys.readouterr().out == (
+        "skipped knn of step_00000005: pruned before its turn; checkpoint.keep_last keeps more\n"
     )
     assert not jobs.failed
 
 
-def test_half_a_checkpoint_is_a_pruned_one(run, tmp_path):
+def test_half_a_checkpoint_counts_as_pruned(run, tmp_path):
     path = list_checkpoints(run)[0]
     (path / "optimizer.safetensors").unlink()  # rmtree is at work
-    assert held_checkpoints.link(path, tmp_path / "kept") is None
+    assert held_checkpoints.link(path, tmp_path / "link") is None
 
 
-def test_a_failure_is_told_and_not_repeated(run, capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr(local, "run", lambda command: asked.append(command) or 3)
-    jobs = EvaluationJobs(run, options(run, "--newest"))
-    assert jobs.run_due() == 1 and jobs.run_due() == 1 and len(asked) == 1
+def test_the_links_of_a_killed_evaluation_are_removed(tmp_path):
+    folder = tmp_path / ".held"
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = replace(LockHolder.this_process(), pid=child.pid, born=start_time(child.pid))
+    abandoned = folder / "abandoned"
+    abandoned.mkdir(parents=True)
+    (abandoned / held_checkpoints.OWNER).write_text(owner.to_json())
+    held_checkpoints.release_abandoned(folder)
+    assert abandoned.exists()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    held_checkpoints.release_abandoned(folder)
+    assert not folder.exists()
+    child.wait()
+
+
+def test_a_failure_is_reported_and_not_repeated(run, capsys, monkeypatch):
+    commands = []
+    monkeypatch.setattr(local, "run", lambda command: commands.append(command) or 3)
+    jobs = jobs_of(run, "--newest")
+    assert jobs.run_due() == jobs.run_due() == 1
+    assert len(commands) == 1
     assert "error: failed: knn of step_00000010" in capsys.readouterr().err
 
 
-def test_watching_takes_new_checkpoints_and_ends_with_the_training(run, monkeypatch):
+def test_watching_evaluates_new_checkpoints_and_ends_with_the_training(run, monkeypatch):
     last = list_checkpoints(run)[-1]
-    aside = last.rename(run / "aside")
-    judged = []
+    future = last.rename(run / "future")
+    evaluated, pauses = [], []
 
-    def judge(command):
+    def run_evaluation(command):
         path = Path(command[command.index("--checkpoint") + 1])
-        judged.append(path.name)
-        fake_result(run, path)
+        evaluated.append(path.name)
+        save_result(run, path)
         return 0
 
-    naps = []
-
     def wait(seconds):
-        naps.append(seconds)
-        if len(naps) == 2:
-            aside.rename(last)
-        assert len(naps) < 5, "watched on after the end"
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            future.rename(last)
+        assert len(pauses) < 5, "still watching after the end"
 
-    monkeypatch.setattr(local, "run", judge)
+    monkeypatch.setattr(local, "run", run_evaluation)
     monkeypatch.setattr(local, "wait", wait)
-    assert (
-        evaluate.main([str(run), *LOCAL, "--jobs", "knn", "--watch", "--every-seconds", "7"]) == 0
-    )
-    assert judged == ["step_00000005", "step_00000010"] and naps == [7.0, 7.0]
+    assert evaluate_knn(run, "--watch", "--every-seconds", "7") == 0
+    assert evaluated == ["step_00000005", "step_00000010"]
+    assert pauses == [7.0, 7.0]
 
 
-def test_watching_gives_up_when_nobody_trains(run, monkeypatch, capsys):
+def test_watching_gives_up_when_no_process_trains(run, monkeypatch, capsys):
     shutil.rmtree(list_checkpoints(run)[-1])
-    fake_result(run, list_checkpoints(run)[0])
+    save_result(run, list_checkpoints(run)[0])
     clock = iter(range(0, 100000, 40))
     monkeypatch.setattr(local, "wait", lambda _seconds: None)
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
-    assert (
-        evaluate.main([str(run), *LOCAL, "--jobs", "knn", "--watch", "--give-up-minutes", "2"]) == 0
-    )
-    assert (
-        capsys.readouterr().out
-        == f"gave up: no process has trained in {run} for 2 minutes, and the run has not reached its end\n"
+    assert evaluate_knn(run, "--watch", "--give-up-minutes", "2") == 0
+    assert capsys.readouterr().out == (
+        f"gave up: no process has trained in {run} for 2 minutes, "
+        "and the run has not reached its end\n"
     )
 
 
-def test_no_gpu_is_taken_that_training_holds(run, capsys):
-    assert EvaluationJobs(run, options(run)).device() == "auto"
+def test_the_gpu_of_a_training_is_not_used(run, capsys):
+    assert jobs_of(run).device() == "auto"
     with RunLock(run):
-        jobs = EvaluationJobs(run, options(run))
+        jobs = jobs_of(run)
         assert jobs.device() == jobs.device() == "cpu"
-        told = capsys.readouterr().out
-        assert (
-            told.count("\n") == 1
-            and f"trains in {run} on this machine; --share-gpu takes the GPU" in told
-        )
-        assert EvaluationJobs(run, options(run, "--share-gpu")).device() == "auto"
+        notice = capsys.readouterr().out
+        assert notice.count("\n") == 1
+        assert f"trains in {run} on this machine; --share-gpu takes the GPU" in notice
+        assert jobs_of(run, "--share-gpu").device() == "auto"
         assert evaluate.main([str(run), "--device", "cuda"]) == 2
         assert capsys.readouterr().err.endswith(
             "and holds its GPUs; add --share-gpu to share them, or --device cpu\n"
         )
-    assert EvaluationJobs(run, options(run)).device() == "auto"
+    assert jobs_of(run).device() == "auto"
 
 
 def test_mistakes_are_one_line(run, capsys):
     assert evaluate.main([str(run / "none")]) == 2
     assert capsys.readouterr().err == (
-        f"error: {run / 'none'}: there is no such run folder; give the `output` of a run's config, or --watch to wait for it\n"
+        f"error: {run / 'none'}: there is no such run folder; give the `output` of a run's config, "
+        "or --watch to wait for it\n"
     )
     assert evaluate.main([str(run), "--jobs", "knnn"]) == 2
     assert capsys.readouterr().err.startswith(
@@ -232,12 +253,9 @@ def test_mistakes_are_one_line(run, capsys):
     )
 
 
-def test_a_damaged_checkpoint_fails_and_the_others_go_on(run, capsys):
-    edit_manifest(
-        run, files={name: {"bytes": 1, "sha256": ""} for name in (METHOD_FILE, OPTIMIZER_FILE)}
-    )  # the newest
-    assert evaluate.main([str(run), *LOCAL, "--jobs", "knn"]) == 1
-    assert (
-        "failed: knn of step_00000010" in capsys.readouterr().err
-        and (run / "eval/step_00000005/knn.json").exists()
-    )
+def test_a_damaged_checkpoint_fails_and_the_others_are_evaluated(run, capsys):
+    damaged = {"bytes": 1, "sha256": ""}
+    edit_manifest(run, files={METHOD_FILE: damaged, OPTIMIZER_FILE: damaged})  # the newest
+    assert evaluate_knn(run) == 1
+    assert "failed: knn of step_00000010" in capsys.readouterr().err
+    assert (run / "eval/step_00000005/knn.json").exists()

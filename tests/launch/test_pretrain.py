@@ -1,4 +1,4 @@
-"""launch/pretrain.py as a user starts it."""
+"""launch/pretrain.py and launch/sweep.py as a user starts them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,8 @@ ROOT = Path(__file__).parents[2]
     [["knn", "report"], pytest.param(["knn", "linear", "report"], marks=pytest.mark.full)],
 )
 def test_it_trains_evaluates_and_reports(tmp_path, evaluations):
-    path = tiny.config(tmp_path)
-    arguments = [
-        str(path),
-        "epochs=1",
-        "launch.ranks=2",
-        f"evaluation.at_end=[{','.join(evaluations)}]",
-    ]
+    at_end = f"evaluation.at_end=[{','.join(evaluations)}]"
+    arguments = [str(tiny.config(tmp_path)), "epochs=1", "launch.ranks=2", at_end]
     result = subprocess.run(
         [sys.executable, "launch/pretrain.py", *arguments],
         cwd=ROOT,
@@ -39,44 +34,39 @@ def test_it_trains_evaluates_and_reports(tmp_path, evaluations):
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     run = tmp_path / "run"
-    assert (
-        json.loads((run / "checkpoints" / "step_00000003" / "manifest.json").read_text())[
-            "machine"
-        ]["world_size"]
-        == 2
-    )
-    assert {f"{name}.json" for name in evaluations[:-1]} <= {
-        file.name for file in (run / "eval").iterdir()
-    }
+    manifest = json.loads((run / "checkpoints" / "step_00000003" / "manifest.json").read_text())
+    assert manifest["machine"]["world_size"] == 2
+    saved = {file.name for file in (run / "eval").iterdir()}
+    assert {f"{name}.json" for name in evaluations[:-1]} <= saved
     assert (run / "report.html").exists()
-    stages = [line for line in result.stdout.splitlines() if line.startswith("--- ")]
-    assert stages[: 1 + len(evaluations)] == [
-        f"--- {name}" for name in ["pretraining", *evaluations]
-    ]
+    phases = [line for line in result.stdout.splitlines() if line.startswith("--- ")]
+    expected = [f"--- {name}" for name in ["pretraining", *evaluations]]
+    assert phases[: len(expected)] == expected
 
 
-def test_hosts_print_the_exact_lines(tmp_path, capsys):
+def test_the_commands_for_several_hosts_are_exact(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert pretrain.main([str(path), "launch.hosts=a,b", "launch.ranks=4", "seed=3"]) == 0
-    meet = "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun "
-    meet += "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:29500 --rdzv-id run --rdzv-conf is_host={} --local-addr {}"
-    train = (
-        f"--max-restarts 3 --nproc-per-node 4 -m ssl_pretrain.train {path} launch.ranks=4 seed=3"
+    torchrun = (
+        "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --rdzv-backend c10d "
+        "--rdzv-endpoint a:29500 --rdzv-id run --rdzv-conf is_host={} --local-addr {} "
+        "--max-restarts 3 --nproc-per-node 4 -m ssl_pretrain.train {} launch.ranks=4 seed=3"
     )
     assert capsys.readouterr().out.splitlines() == [
         "# on a",
-        f"{meet.format(1, 'a')} {train}",
+        torchrun.format(1, "a", path),
         "# on b",
-        f"{meet.format(0, 'b')} {train}",
+        torchrun.format(0, "b", path),
     ]
 
 
 @pytest.mark.parametrize("hosts", ["a\ntouch taken", "a,b,a", ",", "a,-b", "$(id)"])
 def test_hosts_that_would_be_commands_or_no_host_are_refused(tmp_path, capsys, hosts):
-    """The lines are pasted into a shell."""
+    """Users paste the printed lines into a shell."""
     assert pretrain.main([str(tiny.config(tmp_path)), f"launch.hosts={hosts}"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: launch.hosts: ")
+    assert out == ""
+    assert err.startswith("error: launch.hosts: ")
     assert err.endswith(
         f" of {hosts!r} is not the name or address of one more host; give such as a,b,10.0.0.3\n"
     )
@@ -109,26 +99,21 @@ def test_a_plan_trains_nothing(tmp_path, capsys):
 def test_mistakes_are_one_line(tmp_path, capsys):
     path = tiny.config(tmp_path)
     assert pretrain.main([str(path), "evaluation.at_end=[knnn]"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, spectrum, retrieval, robustness, semi, finetune, export, report\n"
+    assert capsys.readouterr().err == (
+        "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, "
+        "spectrum, retrieval, robustness, semi, finetune, export, report\n"
     )
     assert pretrain.main([str(path), "launch.ranks=5"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 and 25\n"
+    assert capsys.readouterr().err == (
+        "error: global_batch_size: 24 does not divide over 5 ranks; "
+        "the nearest that do are 20 and 25\n"
     )
 
 
 def test_one_rank_needs_no_torchrun(tmp_path):
     path = str(tiny.config(tmp_path))
-    assert local.train_command(path, ["seed=1"], 1) == [
-        sys.executable,
-        "-m",
-        "ssl_pretrain.train",
-        path,
-        "seed=1",
-    ]
+    command = [sys.executable, "-m", "ssl_pretrain.train", path, "seed=1"]
+    assert local.train_command(path, ["seed=1"], 1) == command
     assert "--standalone" in local.train_command(path, [], 2)
     assert local.num_ranks(config.load(path, ["launch.ranks=3"])) == 3
 
@@ -146,116 +131,91 @@ def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
     assert sweep.main([*arguments, "--list"]) == 0
     names = ("seed=0,base_lr=0.1", "seed=0,base_lr=0.2", "seed=1,base_lr=0.1", "seed=1,base_lr=0.2")
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/sweep/{name}" for name in names]
-    assert sweep.combinations(str(path), arguments[1:])[3][:3] == [
-        "seed=1",
-        "optim.base_lr=0.2",
-        "method.projector_dims=[16,8]",
-    ]
+    settings = ["seed=1", "optim.base_lr=0.2", "method.projector_dims=[16,8]"]
+    assert sweep.combinations(str(path), arguments[1:])[3][:3] == settings
     assert sweep.main([str(path), "seed"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: 'seed': an override is key=value, such as optim.base_lr=0.2,0.3\n"
+    assert capsys.readouterr().err == (
+        "error: 'seed': an override is key=value, such as optim.base_lr=0.2,0.3\n"
     )
 
 
-def test_slurm_is_taken_only_where_its_controller_answers(tmp_path, monkeypatch):
+def test_slurm_is_available_only_if_its_controller_answers(tmp_path, monkeypatch):
     """A machine may have the commands and no cluster."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not slurm.is_available()
-    for status, taken in ((1, False), (0, True)):
+    for status, available in ((1, False), (0, True)):
         for command in ("sbatch", "scontrol"):
             (tmp_path / command).write_text(f"#!/bin/sh\nexit {status}\n")
             (tmp_path / command).chmod(0o755)
-        assert slurm.is_available() is taken
+        assert slurm.is_available() is available
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert not slurm.is_available()
 
 
-def test_what_is_asked_of_slurm(tmp_path):
-    settings = [
-        "launch.nodes=2",
-        "launch.gpus_per_node=8",
-        "launch.partition=gpu",
-        "launch.hours=1.5",
-        "data.num_workers=12",
-        "launch.memory_gb=900",
-    ]
+CLUSTER = ["launch.nodes=2", "launch.hours=1.5", "data.num_workers=12", "launch.memory_gb=900"]
+
+
+def test_the_resources_requested_from_slurm(tmp_path):
+    settings = [*CLUSTER, "launch.gpus_per_node=8", "launch.partition=gpu"]
     run = config.load(tiny.config(tmp_path), settings)
-    asked = slurm.request(run)
-    assert (
-        slurm.num_ranks(run) == 16
-        and asked["nodes"] == 2
-        and asked["tasks_per_node"] == 8
-        and asked["cpus_per_task"] == 12
-    )
-    assert (
-        asked["timeout_min"] == 90 and asked["slurm_partition"] == "gpu" and asked["mem_gb"] == 900
-    )
-    assert asked["slurm_additional_parameters"] == {
-        "open_mode": "append",
-        "requeue": True,
-        "gpus_per_node": 8,
+    request = slurm.request(run)
+    assert slurm.num_ranks(run) == 16
+    expected = {
+        "nodes": 2,
+        "tasks_per_node": 8,
+        "cpus_per_task": 12,
+        "timeout_min": 90,
+        "slurm_partition": "gpu",
+        "mem_gb": 900,
     }
+    assert {key: request[key] for key in expected} == expected
+    additional = {"open_mode": "append", "gpus_per_node": 8}
+    assert request["slurm_additional_parameters"] == additional | {"requeue": True}
     settings += ["launch.requeue=false", "launch.chain=3"]
-    once = config.load(tmp_path / "tiny.yaml", settings)
-    assert slurm.request(once)["slurm_additional_parameters"] == {
-        "open_mode": "append",
-        "no_requeue": True,
-        "gpus_per_node": 8,
-    }
+    chain = slurm.request(config.load(tmp_path / "tiny.yaml", settings))
+    assert chain["slurm_additional_parameters"] == additional | {"no_requeue": True}
+
+
+def test_a_time_limit_within_the_signal_is_refused(tmp_path):
     with pytest.raises(config.ConfigError) as error:
-        slurm.request(config.load(tiny.config(tmp_path / "b"), ["launch.hours=0.01"]))
-    assert (
-        str(error.value)
-        == "launch.signal_seconds: 120 leaves nothing of launch.hours: 0.01; give less"
+        slurm.request(config.load(tiny.config(tmp_path), ["launch.hours=0.01"]))
+    assert str(error.value) == (
+        "launch.signal_seconds: 120 leaves nothing of launch.hours: 0.01; give less"
     )
 
 
-def test_a_plan_shows_what_is_asked_of_slurm(tmp_path, capsys):
+def test_a_plan_shows_the_jobs_of_slurm(tmp_path, capsys):
     path = tiny.config(tmp_path)
-    asked = [
+    settings = [
+        *CLUSTER,
         "launch.cluster=slurm",
-        "launch.nodes=2",
         "launch.gpus_per_node=4",
-        "launch.hours=1.5",
-        "data.num_workers=12",
-        "launch.memory_gb=900",
+        "launch.partition=gpu",
+        "launch.chain=3",
+        "evaluation.at_end=[knn]",
     ]
-    assert (
-        pretrain.main(
-            [
-                str(path),
-                "--plan",
-                *asked,
-                "launch.partition=gpu",
-                "launch.chain=3",
-                "evaluation.at_end=[knn]",
-            ]
-        )
-        == 0
-    )
+    assert pretrain.main([str(path), "--plan", *settings]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "SLURM job: 3 x pretraining, one after the other (run): 2 nodes x 4 tasks = 8 ranks, 12 CPUs per task, 4 GPUs per node, 900 GB per node, "
-        "90 min, SIGUSR2 120 s before the limit, requeued until the run has ended, partition gpu",
+        "SLURM job: 3 x pretraining, one after the other (run): 2 nodes x 4 tasks = 8 ranks, "
+        "12 CPUs per task, 4 GPUs per node, 900 GB per node, 90 min, "
+        "SIGUSR2 120 s before the limit, requeued until the run has ended, partition gpu",
         "SLURM job: knn, 1 task, after the pretraining has succeeded",
     ]
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pretended_preemption_saves_and_the_run_goes_on(tmp_path, capsys):
+def test_a_simulated_preemption_saves_and_the_run_resumes(tmp_path, capsys):
     path = tiny.config(tmp_path)
     for status in (75, 0):
         assert main([str(path), "epochs=3", "--fake-preempt", "4"]) == status
-    assert [found.name for found in list_checkpoints(tmp_path / "run")] == [
-        "step_00000004",
-        "step_00000009",
-    ]
+    checkpoints = [checkpoint.name for checkpoint in list_checkpoints(tmp_path / "run")]
+    assert checkpoints == ["step_00000004", "step_00000009"]
     assert "resumed" in capsys.readouterr().out
 
 
 SLURM = ["launch.cluster=slurm", "launch.hours=1"]
-COMMANDS = {  # key -> a value that would be a command of the job script, if it got there as it is
+INJECTIONS = {  # key -> value that would be a command if the job script contained it unquoted
     "launch.partition": "gpu\ntouch PWNED\n#",
     "launch.account": "a'; touch PWNED; '",
     "launch.qos": "$(touch PWNED)",
@@ -264,27 +224,25 @@ COMMANDS = {  # key -> a value that would be a command of the job script, if it 
 }
 
 
-@pytest.mark.parametrize("key", COMMANDS)
+@pytest.mark.parametrize("key", INJECTIONS)
 def test_no_value_becomes_a_command_of_a_job_script(tmp_path, key):
     run = config.load(tiny.config(tmp_path), SLURM)
     section, _, name = key.rpartition(".")
-    setattr(run.launch if section else run, name, COMMANDS[key])
+    setattr(run.launch if section else run, name, INJECTIONS[key])
     with pytest.raises(config.ConfigError) as error:
         slurm.request(run)
-    assert str(error.value).startswith(f"{key}: {COMMANDS[key]!r} ")
+    assert str(error.value).startswith(f"{key}: {INJECTIONS[key]!r} ")
 
 
-def test_names_that_slurm_has_are_taken(tmp_path):
+def test_valid_names_of_slurm_are_accepted(tmp_path):
     run = config.load(tiny.config(tmp_path), [*SLURM, "launch.partition=gpu,gpu-long"])
     run.launch.constraint = "[a100*2&h100*1]"
     run.launch.account = "my_project.2026"
     assert slurm.request(run)["slurm_constraint"] == "[a100*2&h100*1]"
 
 
-def test_the_job_script_of_a_checkout_and_a_run_with_strange_names_runs_nothing_else(
-    tmp_path, monkeypatch
-):
-    """The script that submitit writes is run by bash, with an srun that shows what it is given."""
+def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_path, monkeypatch):
+    """bash runs the script that submitit writes, with an srun that prints its arguments."""
     pytest.importorskip("submitit")
     root, work = tmp_path / "a $(touch PWNED) 'check' out", tmp_path / "work"
     work.mkdir()
@@ -302,10 +260,11 @@ def test_the_job_script_of_a_checkout_and_a_run_with_strange_names_runs_nothing_
         text = inner._make_submission_file_text(inner._submitit_command_str, "1")
     script = work / "script.sh"
     script.write_text(text)
-    shown = subprocess.run(
+    output = subprocess.run(
         ["bash", script], cwd=work, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    assert shown[0] == str(root) and f"{run.output}/slurm" in shown
+    assert output[0] == str(root)
+    assert f"{run.output}/slurm" in output
     assert not list(tmp_path.rglob("PWNED"))
 
 

@@ -1,4 +1,7 @@
-"""Runs on a real SLURM of two nodes: pre-empted, requeued, a node lost; the end is that of the run nobody disturbed."""
+"""Runs on a real SLURM of two nodes: preempted, requeued, after the loss of a node.
+
+Each ends with exactly the weights of an uninterrupted run.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,23 @@ from ssl_pretrain.monitoring import metric_names
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "cluster.sh"
 SECRET = "f00d" * 10  # as long as a W&B key
-FEW = [
-    "parallel.bn_group_images=6"
-]  # waits in a step, on a machine whose cores are fewer than the ranks
+# Few collectives per step: the ranks share fewer cores, so each collective waits.
+FEW_COLLECTIVES = ["parallel.bn_group_images=6"]
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """`cluster("node-down", "n2")` and the like; SLURM_CONF is set. Skips where there is no SLURM."""
+    """Start SLURM, set SLURM_CONF, and yield a function that runs commands of cluster.sh.
+
+    The tests are skipped where SLURM is not installed.
+    """
     folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=900)
-    if started.returncode == 77:
-        pytest.skip(started.stderr.strip())
-    assert started.returncode == 0, started.stderr
-    os.environ["SLURM_CONF"] = started.stdout.strip()
+    start = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=900)
+    if start.returncode == 77:
+        pytest.skip(start.stderr.strip())
+    assert start.returncode == 0, start.stderr
+    os.environ["SLURM_CONF"] = start.stdout.strip()
     yield lambda *arguments: subprocess.run(
         [CLUSTER, arguments[0], folder, *arguments[1:]], check=True, timeout=120
     )
@@ -46,81 +51,78 @@ def cluster(tmp_path_factory):
     del os.environ["SLURM_CONF"]
 
 
-def submitted(path, *overrides, script="pretrain"):
-    """The job ids that launch/pretrain.py says."""
-    command = [
-        sys.executable,
-        f"launch/{script}.py",
-        str(path),
-        "launch.cluster=slurm",
-        "launch.nodes=2",
-        "launch.ranks=2",
-        *overrides,
-    ]
-    environment = {**os.environ, "WANDB_API_KEY": SECRET}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert result.returncode == 0, result.stderr
-    assert SECRET not in result.stdout + result.stderr
-    return re.findall(
-        r"(?:ranks|pretraining|knn:|SLURM:|,) (\d+(?:_\d+)?)",
-        result.stdout.partition("follow it")[0],
-    )
-
-
-def show(job):
-    text = subprocess.run(
-        ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=True
+def output_of(*command, timeout=120):
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=timeout
     ).stdout
-    return dict(entry.split("=", 1) for entry in text.split() if "=" in entry)
 
 
-def until(what, condition, job, seconds=1200):
-    """Waits; a requeued job starts at once instead of after SLURM's two minutes."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
-        if show(job).get("Reason") == "BeginTime":
-            subprocess.run(
-                ["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True
-            )
-        time.sleep(0.5)
-
-
-def steps_logged(run):
-    file = run / "metrics.jsonl"
-    return (
-        [json.loads(line)["step"] for line in file.read_text().splitlines() if line.endswith("}")]
-        if file.exists()
-        else [0]
-    )
-
-
-def undisturbed(path, output, *overrides):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "4",
-        "-m",
-        "ssl_pretrain.train",
-    ]
+def submit(path, *overrides, script="pretrain"):
+    """Submit with launch/<script>.py and return the job ids that it prints."""
+    two_nodes = ["launch.cluster=slurm", "launch.nodes=2", "launch.ranks=2"]
     result = subprocess.run(
-        [*command, str(path), f"output={output}", *overrides],
+        [sys.executable, f"launch/{script}.py", str(path), *two_nodes, *overrides],
         cwd=ROOT,
+        env={**os.environ, "WANDB_API_KEY": SECRET},
         capture_output=True,
         text=True,
         timeout=900,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr
+    assert SECRET not in result.stdout + result.stderr
+    jobs = result.stdout.partition("follow it")[0]
+    return re.findall(r"(?:ranks|pretraining|knn:|SLURM:|,) (\d+(?:_\d+)?)", jobs)
+
+
+def job_facts(job):
+    text = output_of("scontrol", "show", "job", "-o", job)
+    return dict(entry.split("=", 1) for entry in text.split() if "=" in entry)
+
+
+def has_ended(job):
+    return job_facts(job)["JobState"] in ("COMPLETED", "FAILED")
+
+
+def is_running(job):
+    return job_facts(job)["JobState"] == "RUNNING"
+
+
+def send_usr2(job):
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+
+
+def wait_until(description, condition, job, seconds=1200):
+    """Wait for a condition. A requeued job starts at once instead of after SLURM's two minutes."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{description}: not within {seconds} s"
+        if job_facts(job).get("Reason") == "BeginTime":
+            command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+            subprocess.run(command, capture_output=True)
+        time.sleep(0.5)
+
+
+def logged_steps(run):
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else ['{"step": 0}']
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def train_uninterrupted(path, output, *overrides):
+    """Train on four ranks without SLURM and return the last checkpoint."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    train = ["-m", "ssl_pretrain.train", str(path), f"output={output}", *overrides]
+    output_of(sys.executable, "-m", *torchrun, *train, timeout=900)
     return read_checkpoint(newest_checkpoint(output))
 
 
+def assert_same_tensors(tensors, expected):
+    for name, value in expected.items():
+        assert torch.equal(tensors[name], value), name
+
+
 def wandb_steps(run):
-    """The steps of the offline W&B run's records, segment after segment as they would be synchronized."""
+    """Return the steps of the offline W&B run, segment after segment as they are synchronized."""
     files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     return [
         row["_step"]
@@ -131,172 +133,145 @@ def wandb_steps(run):
 
 
 def logs_of(run):
-    return "\n".join(
-        f"== {file.name}\n{file.read_text()[-1500:]}"
-        for file in sorted((run / "slurm").glob("*_log.*"))
-    )
+    files = sorted((run / "slurm").glob("*_log.*"))
+    return "\n".join(f"== {file.name}\n{file.read_text()[-1500:]}" for file in files)
 
 
 @pytest.mark.case(4)
-def test_preempted_once_and_evaluated(cluster, tmp_path, observe):
-    """The smoke: one signal, one requeue by the job itself, the same bits, then k-NN as a job of its own."""
+def test_a_preempted_run_is_requeued_and_then_evaluated(cluster, tmp_path, observe):
+    """One signal, one requeue by the job itself, the same bits, then k-NN as its own job."""
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    jobs = submitted(path, *FEW, "epochs=30", "evaluation.at_end=[knn]")
-    assert len(jobs) == 2
-    until("training", lambda: steps_logged(run)[-1] >= 10, jobs[0])
-    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
-    until("the end", lambda: show(jobs[1])["JobState"] in ("COMPLETED", "FAILED"), jobs[0])
-    assert (show(jobs[0])["JobState"], show(jobs[0])["Restarts"]) == ("COMPLETED", "1"), logs_of(
-        run
-    )
-    assert show(jobs[1])["JobState"] == "COMPLETED" and (run / "eval" / "knn.json").exists(), (
-        logs_of(run)
-    )
+    settings = [*FEW_COLLECTIVES, "epochs=30"]
+    training, evaluation = submit(path, *settings, "evaluation.at_end=[knn]")
+    wait_until("training", lambda: logged_steps(run)[-1] >= 10, training)
+    send_usr2(training)
+    wait_until("the end", lambda: has_ended(evaluation), training)
+    facts = job_facts(training)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), logs_of(run)
+    assert job_facts(evaluation)["JobState"] == "COMPLETED", logs_of(run)
+    assert (run / "eval" / "knn.json").exists(), logs_of(run)
     assert stat.S_IMODE((run / "slurm").stat().st_mode) == 0o700
     manifest, tensors = read_checkpoint(newest_checkpoint(run))
-    _, expected = undisturbed(path, tmp_path / "straight", *FEW, "epochs=30")
-    assert manifest["step"] == 90 and all(
-        torch.equal(tensors[name], value) for name, value in expected.items()
-    )
-    assert steps_logged(run) == list(range(1, 91))
+    assert manifest["step"] == 90
+    _, expected = train_uninterrupted(path, tmp_path / "straight", *settings)
+    assert_same_tensors(tensors, expected)
+    assert logged_steps(run) == list(range(1, 91))
     files = [file for file in run.rglob("*") if file.is_file()]
-    assert len(files) > 10 and not [file for file in files if SECRET.encode() in file.read_bytes()]
-    asked = subprocess.run(
-        ["scontrol", "show", "job", "-d", jobs[0]], capture_output=True, text=True, check=True
-    ).stdout
-    assert SECRET not in asked
+    assert len(files) > 10
+    assert not [file for file in files if SECRET.encode() in file.read_bytes()]
+    assert SECRET not in output_of("scontrol", "show", "job", "-d", training)
     observe(
-        f"SLURM, 4 ranks on 2 nodes: pre-empted once, the same job again, the same bits; the W&B key in none of {len(files)} files"
+        "SLURM, 4 ranks on 2 nodes: preempted once, the same job again, the same bits; "
+        f"the W&B key is in none of {len(files)} files"
     )
 
 
 @pytest.mark.full
 @pytest.mark.case(1)
 @pytest.mark.case(4)
-def test_preempted_twice_and_a_node_lost(cluster, tmp_path, observe):
+def test_a_run_survives_two_preemptions_and_the_loss_of_a_node(cluster, tmp_path, observe):
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    more = [*FEW, "epochs=40", "checkpoint.every_epochs=2", "log.wandb=offline"]
-    (job,) = submitted(path, "evaluation.at_end=[]", *more)
-    until("training", lambda: steps_logged(run)[-1] >= 10, job)
-    subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    until("the first requeue", lambda: show(job)["Restarts"] == "1", job)
-    until(
-        "more steps",
-        lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] >= 40,
-        job,
-    )
+    settings = [*FEW_COLLECTIVES, "epochs=40", "checkpoint.every_epochs=2", "log.wandb=offline"]
+    (job,) = submit(path, "evaluation.at_end=[]", *settings)
+
+    def wait_for_step(step):
+        wait_until(f"step {step}", lambda: is_running(job) and logged_steps(run)[-1] >= step, job)
+
+    def wait_for_restarts(count):
+        wait_until(f"requeue {count}", lambda: job_facts(job)["Restarts"] == str(count), job)
+
+    wait_for_step(10)
+    send_usr2(job)
+    wait_for_restarts(1)
+    wait_for_step(40)
     subprocess.run(["scontrol", "requeue", job], check=True)
-    until(
-        "the second requeue",
-        lambda: show(job)["Restarts"] == "2" and show(job)["JobState"] == "RUNNING",
-        job,
-    )
-    until("more steps", lambda: steps_logged(run)[-1] >= 70, job)
+    wait_for_restarts(2)
+    wait_for_step(70)
     cluster("node-down", "n2")
-    until("the third requeue", lambda: show(job)["Restarts"] == "3", job)
+    wait_for_restarts(3)
     cluster("node-up", "n2")
-    until("the end", lambda: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
-    assert show(job)["JobState"] == "COMPLETED", logs_of(run)
+    wait_until("the end", lambda: has_ended(job), job)
+    assert job_facts(job)["JobState"] == "COMPLETED", logs_of(run)
     manifest, tensors = read_checkpoint(newest_checkpoint(run))
-    _, expected = undisturbed(path, tmp_path / "straight", *more)
-    assert manifest["step"] == 120 and all(
-        torch.equal(tensors[name], value) for name, value in expected.items()
-    )
-    assert steps_logged(run) == list(range(1, 121))
+    assert manifest["step"] == 120
+    _, expected = train_uninterrupted(path, tmp_path / "straight", *settings)
+    assert_same_tensors(tensors, expected)
+    assert logged_steps(run) == list(range(1, 121))
     offline = {folder.name.rpartition("-")[2] for folder in (run / "wandb").glob("offline-run-*")}
     assert offline == {manifest["wandb_id"]}
     sent = wandb_steps(run)
-    assert sent == sorted(set(sent)) and sent[-1] == 120 and len(sent) > 90, sent
+    assert sent == sorted(set(sent)), sent
+    assert sent[-1] == 120
+    assert len(sent) > 90
     observe(
-        f"SLURM, 4 ranks on 2 nodes: SIGUSR2, `scontrol requeue`, then a node killed: job {job} {show(job)['Restarts']} times again, the same "
-        f"bits, one W&B run whose {len(sent)} steps neither repeat nor go back"
+        "SLURM, 4 ranks on 2 nodes: SIGUSR2, `scontrol requeue`, then a node killed: job "
+        f"{job} restarted {job_facts(job)['Restarts']} times, the same bits, one W&B run whose "
+        f"{len(sent)} steps neither repeat nor go back"
     )
 
 
 @pytest.mark.full
 @pytest.mark.case(4)
-def test_a_time_limit_ends_nothing(cluster, tmp_path, observe):
-    """SLURM itself sends the signal, up to a minute earlier than asked."""
+def test_a_run_continues_after_its_time_limit(cluster, tmp_path, observe):
+    """SLURM itself sends the signal, up to a minute earlier than requested."""
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    more = ["epochs=100000", "launch.hours=0.05", "launch.signal_seconds=90", "log.every_steps=20"]
-    (job,) = submitted(path, *FEW, *more, "evaluation.at_end=[]")
-    until("the limit", lambda: show(job)["Restarts"] == "1", job)
-    saved = verify(newest_checkpoint(run))["step"]
-    until(
-        "training again",
-        lambda: show(job)["JobState"] == "RUNNING" and steps_logged(run)[-1] > saved + 20,
-        job,
-    )
+    limit = ["launch.hours=0.05", "launch.signal_seconds=90"]
+    settings = [*FEW_COLLECTIVES, "epochs=100000", "log.every_steps=20", "evaluation.at_end=[]"]
+    (job,) = submit(path, *settings, *limit)
+    wait_until("the limit", lambda: job_facts(job)["Restarts"] == "1", job)
+    step = verify(newest_checkpoint(run))["step"]
+    wait_until("the next job", lambda: is_running(job) and logged_steps(run)[-1] > step + 20, job)
     subprocess.run(["scancel", job], check=True)
-    until("the end", lambda: show(job)["JobState"] == "CANCELLED", job)
-    assert f"resumed {run} after step {saved}" in logs_of(run)
-    observe(f"SLURM, time limit of 3 minutes: saved at step {saved}, the same job again from there")
+    wait_until("the end", lambda: job_facts(job)["JobState"] == "CANCELLED", job)
+    assert f"resumed {run} after step {step}" in logs_of(run)
+    observe(
+        f"SLURM, time limit of 3 minutes: saved at step {step}, the same job continues from there"
+    )
 
 
 @pytest.mark.full
-def test_a_chain_of_jobs_that_are_not_requeued_and_an_array(cluster, tmp_path):
+def test_a_chain_of_jobs_without_requeue(cluster, tmp_path):
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    jobs = submitted(
-        path, *FEW, "epochs=30", "evaluation.at_end=[]", "launch.requeue=false", "launch.chain=2"
-    )
+    settings = [*FEW_COLLECTIVES, "epochs=30", "evaluation.at_end=[]"]
+    first, second = submit(path, *settings, "launch.requeue=false", "launch.chain=2")
+    wait_until("training", lambda: logged_steps(run)[-1] >= 10, first)
+    send_usr2(first)
+    wait_until("the end", lambda: has_ended(second), second)
+    facts = job_facts(first)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), logs_of(run)
+    assert job_facts(second)["JobState"] == "COMPLETED", logs_of(run)
+    assert verify(newest_checkpoint(run))["step"] == 90, logs_of(run)
+    assert logged_steps(run) == list(range(1, 91))
+
+
+@pytest.mark.full
+def test_a_sweep_is_an_array(cluster, tmp_path):
+    path, sweep = tiny.config(tmp_path), tmp_path / "sweep"
+    settings = [*FEW_COLLECTIVES, "epochs=2", "evaluation.at_end=[]", f"output={sweep}"]
+    jobs = submit(path, "seed=0,1", *settings, script="sweep")
     assert len(jobs) == 2
-    until("training", lambda: steps_logged(run)[-1] >= 10, jobs[0])
-    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
-    until("the end", lambda: show(jobs[1])["JobState"] in ("COMPLETED", "FAILED"), jobs[1])
-    assert (show(jobs[0])["JobState"], show(jobs[0])["Restarts"]) == ("FAILED", "0"), logs_of(run)
-    assert (
-        show(jobs[1])["JobState"] == "COMPLETED" and verify(newest_checkpoint(run))["step"] == 90
-    ), logs_of(run)
-    assert steps_logged(run) == list(range(1, 91))
-    array = submitted(
-        path,
-        *FEW,
-        "seed=0,1",
-        "epochs=2",
-        "evaluation.at_end=[]",
-        f"output={tmp_path / 'sweep'}",
-        script="sweep",
-    )
-    assert len(array) == 2 and len({job.partition("_")[0] for job in array}) == 1
-    for job, seed in zip(array, (0, 1)):
-        until("the array", lambda job=job: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
-        assert show(job)["JobState"] == "COMPLETED", logs_of(tmp_path / "sweep")
-        assert (
-            verify(newest_checkpoint(tmp_path / "sweep" / f"seed={seed}"))["config"]["seed"] == seed
-        )
+    assert len({job.partition("_")[0] for job in jobs}) == 1
+    for seed, job in enumerate(jobs):
+        wait_until("the array", lambda job=job: has_ended(job), job)
+        assert job_facts(job)["JobState"] == "COMPLETED", logs_of(sweep)
+        manifest = verify(newest_checkpoint(sweep / f"seed={seed}"))
+        assert manifest["config"]["seed"] == seed
 
 
-def test_a_checkpoint_is_judged_by_a_job_of_its_own(cluster, tmp_path):
-    """launch/evaluate.py submits, does not submit again what waits or is done, and follows a job of the training."""
+def test_a_checkpoint_is_evaluated_by_its_own_job(cluster, tmp_path):
+    """launch/evaluate.py submits only what is neither done nor queued, and can follow a job."""
     path, run = tiny.config(tmp_path), tmp_path / "run"
-    command = [sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=2"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
-    evaluate = [
-        sys.executable,
-        "launch/evaluate.py",
-        str(run),
-        "--cluster",
-        "slurm",
-        "--jobs",
-        "knn",
-    ]
-    said = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
-    job = re.search(r"submitted to SLURM: knn of step_00000006: (\d+)", said)[1]
-    again = subprocess.run(evaluate, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and "submitted" not in again.stdout, again.stdout + again.stderr
-    until("the evaluation", lambda: show(job)["JobState"] in ("COMPLETED", "FAILED"), job)
+    output_of(sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=2", timeout=300)
+
+    def evaluate(*arguments):
+        script = [sys.executable, "launch/evaluate.py", str(run), "--cluster", "slurm"]
+        return output_of(*script, "--jobs", *arguments)
+
+    job = re.search(r"submitted to SLURM: knn of step_00000006: (\d+)", evaluate("knn"))[1]
+    assert "submitted" not in evaluate("knn")
+    wait_until("the evaluation", lambda: has_ended(job), job)
     assert (run / "eval" / "step_00000006" / "knn.json").exists(), logs_of(run)
-    after = subprocess.run(
-        [*evaluate[:-1], "spectrum", "--after", job],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    ).stdout
-    following = re.search(rf"submitted to SLURM, after {job}: (\d+)", after)[1]
-    until(
-        "the one that follows",
-        lambda: show(following)["JobState"] in ("COMPLETED", "FAILED"),
-        following,
-    )
+    output = evaluate("spectrum", "--after", job)
+    following = re.search(rf"submitted to SLURM, after {job}: (\d+)", output)[1]
+    wait_until("the following job", lambda: has_ended(following), following)
     assert (run / "eval" / "spectrum.json").exists(), logs_of(run)
