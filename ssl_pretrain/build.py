@@ -100,8 +100,8 @@ class Training:
         measurements = self.collapse_monitor.measure(step, output.embeddings, output.targets)
         measurements |= self.online_knn.measure_if_due(step, network)
         every_steps = self.config.log.every_steps
-        replaced = self.loader.count_replaced(step, every_steps, self.num_steps)
-        return measurements | Measurements(dict(replaced))
+        counts = self.loader.count_replaced(step, every_steps, self.num_steps)
+        return measurements | Measurements(dict(counts))
 
     def stop_requested(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""
@@ -204,10 +204,10 @@ def build_loader(config: RunConfig, execution: Execution) -> Loader:
 
 
 def build_method(config: RunConfig, source: Source | None = None) -> Method:
-    """Build the method and its backbone on the CPU, initialized from the seed alike on every rank.
+    """Build the method and its backbone on the CPU, with the same initial weights on every rank.
 
     Raises:
-        ValueError: The method needs labels and the source has none, or `backbone.init` does not
+        ValueError: If the method needs labels and the source has none, or `backbone.init` does not
             fit.
     """
     image_size = recipe.expand_counts(config.views)[0].size
@@ -241,7 +241,7 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
     """Return the configured micro-batch size, or find the largest that fits in memory and print it.
 
     Raises:
-        ValueError: Not even the smallest micro-batch fits, or the method's loss does not allow
+        ValueError: If not even the smallest micro-batch fits, or the method's loss does not allow
             micro-batches.
     """
     world_size, global_batch_size = process_group.world_size(), config.global_batch_size
@@ -265,10 +265,10 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
 
 
 def write_config(config: RunConfig, first_step: int) -> None:
-    """Write the resolved configuration on rank 0, and say from which step a run resumes.
+    """Write the resolved configuration on rank 0, and print the step from which a run resumes.
 
     Raises:
-        SaveError: The disk refuses it and `checkpoint.on_failure` is `stop`.
+        SaveError: If it cannot be written and `checkpoint.on_failure` is `stop`.
     """
     run, problem = Path(config.output), None
     if process_group.is_main():
@@ -325,15 +325,21 @@ def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -
     def read(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         return single_pass.read_images(source, indices, transform, 256, 0, config.data.max_replaced)
 
-    def normalized(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    def read_normalized(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in read(indices):
             view = color.normalize(pixels.to(execution.device), views.mean, views.std)
             yield execution.place_views([view])[0], labels
 
-    def pixels(indices: np.ndarray) -> Tensor:
+    def read_pixels(indices: np.ndarray) -> Tensor:
         return torch.cat([pixels for pixels, _ in read(indices)])
 
     order, steps_per_epoch = rng.permutation(config.seed, 0, len(source)), batches.steps_per_epoch
     return OnlineKNN(
-        config.online, normalized, source.labels, order, steps_per_epoch, execution.device, pixels
+        config.online,
+        read_normalized,
+        source.labels,
+        order,
+        steps_per_epoch,
+        execution.device,
+        read_pixels,
     )

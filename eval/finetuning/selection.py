@@ -27,7 +27,7 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 
 ROWS = ("random", "pretrained")
-MIN_STEPS = 3  # per epoch at least. A published batch size that gives fewer steps is reduced.
+MIN_STEPS = 3  # minimum per epoch. A published batch size that gives fewer steps is reduced.
 MIXING_OPTION = {
     "type": NOT_NEGATIVE,
     "metavar": "ALPHA",

@@ -1,4 +1,4 @@
-"""Render the HTML pages from the templates beside this module. A page fetches nothing."""
+"""Render self-contained HTML pages from the templates beside this module."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def _templates() -> Environment:
 def render(template: str, **context: Any) -> str:
     """Render a template as text that UTF-8 can hold.
 
-    Bytes of file names that are no text, as in a class of another encoding, become escapes.
+    Bytes of file names that are not valid text become escapes.
     """
     text = _templates().get_template(template).render(context)
     return text.encode(errors="backslashreplace").decode()
 
 
 def image_source(image: Image.Image) -> str:
-    """Return the source of an <img> that holds the picture itself.
+    """Return the source of an <img> with the picture embedded in it.
 
     Small pictures are PNG, larger ones JPEG.
     """
@@ -59,7 +59,7 @@ def image_source(image: Image.Image) -> str:
 
 
 def pixels_source(pixels: np.ndarray) -> str:
-    """Return the source of an <img> of uint8 pixels (3, height, width), reduced if it is large."""
+    """Return the source of an <img> of uint8 pixels (3, height, width), scaled down if large."""
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return image_source(image)

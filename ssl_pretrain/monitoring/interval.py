@@ -30,7 +30,7 @@ class Summary:
 
 
 class Interval:
-    """Sums of what the steps report. They stay on the device until the interval ends."""
+    """Sums of the steps' metrics. They stay on the device until the interval ends."""
 
     def __init__(self, first_step: int):
         self._restart(first_step)
@@ -44,7 +44,7 @@ class Interval:
             start = time.monotonic()
 
     def add(self, logs: dict[str, Tensor]) -> None:
-        """Add the scalars of one step. Nothing waits for the device."""
+        """Add the scalars of one step. The host does not wait for the device."""
         for name, value in logs.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -56,7 +56,7 @@ class Interval:
 
         Args:
             step: Optimizer steps done.
-            flags: Conditions of this rank that the others need to know of.
+            flags: Conditions of this rank that the other ranks need to know about.
         """
         num_steps = max(1, step - self._start_step)
         seconds = max(time.monotonic() - self._start, 1e-9)
@@ -83,7 +83,7 @@ class Interval:
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory of this rank so far: of its GPU, or of the host without one."""
+    """Return this rank's peak memory so far, on its GPU or, without a GPU, on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -30,7 +30,7 @@ class WarningCollector:
         warnings.showwarning = self._receive
 
     def remove(self) -> None:
-        """Restore Python's handler and print what was not gathered to standard error."""
+        """Restore Python's handler, and print the remaining warnings to standard error."""
         if self._previous is not None and warnings.showwarning == self._receive:
             warnings.showwarning = self._previous
         self._previous = None
@@ -38,7 +38,7 @@ class WarningCollector:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def take(self) -> list[str]:
-        """Return and forget the warnings that are not shown yet."""
+        """Return the warnings that were not shown yet, and forget them."""
         pending, self.pending = self.pending, []
         return pending
 

@@ -1,4 +1,4 @@
-"""Configuration of the parallel execution, and which settings go together."""
+"""Configuration of the parallel execution, and a check that its settings go together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ssl_pretrain.schema import setting
 
 @dataclass
 class ParallelConfig:
-    """How the ranks share the computation.
+    """Settings of the computation on several ranks.
 
     Only `bn_group_images`, `gradients`, `precision` and `accumulation` can change results beyond
     rounding. The other settings are about speed and memory.
@@ -39,7 +39,7 @@ class ParallelConfig:
         "selective: all but the matrix products.",
         on_resume="free",
     )
-    compile: bool = setting(False, "Compile each block by torch.compile.", on_resume="free")
+    compile: bool = setting(False, "Compile each block with torch.compile.", on_resume="free")
     cuda_graphs: bool = setting(
         False,
         "With compile, on CUDA: launch a block's kernels as one graph, "
@@ -86,12 +86,13 @@ def check(config: ParallelConfig) -> None:
     """Refuse settings that exclude each other.
 
     Raises:
-        ValueError: Names the keys, their values and a remedy.
+        ValueError: If there are any. The message names the keys, their values and a remedy.
     """
     if config.compile and config.activation_checkpointing == "selective":
         raise ValueError(
-            "parallel.activation_checkpointing: selective does not go with parallel.compile: the "
-            "compiler chooses what it computes again; choose none or blocks"
+            "parallel.activation_checkpointing: selective cannot be combined with "
+            "parallel.compile, because the compiler chooses what to recompute; choose none or "
+            "blocks"
         )
     if config.cuda_graphs and not (config.compile and torch.cuda.is_available()):
         missing = "a CUDA device" if config.compile else "parallel.compile"
@@ -100,9 +101,9 @@ def check(config: ParallelConfig) -> None:
         )
     if config.cuda_graphs and config.strategy != "ddp":
         raise ValueError(
-            f"parallel.cuda_graphs: true does not go with parallel.strategy {config.strategy}: "
-            "each call gathers the weights into new memory, and a graph reads from fixed "
-            "addresses; choose one of the two"
+            "parallel.cuda_graphs: true cannot be combined with parallel.strategy "
+            f"{config.strategy}, because each call gathers the weights into new memory and a "
+            "graph reads from fixed addresses; choose one of the two"
         )
 
 
@@ -110,7 +111,7 @@ def bn_group_images(config: ParallelConfig, global_batch_size: int) -> int:
     """Return the number of images in one batch norm group.
 
     Raises:
-        ValueError: The key is neither `global` nor a divisor of the global batch size.
+        ValueError: If the key is neither `global` nor a divisor of the global batch size.
     """
     if config.bn_group_images == "global":
         return global_batch_size

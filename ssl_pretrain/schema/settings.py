@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-MAX_INT = 2**31 - 1  # upper bound of whole numbers whose setting has none
+MAX_INT = 2**31 - 1  # upper bound of integers whose setting declares none
 
 T = TypeVar("T")
 Policy = Literal["same", "free", "warn"]
@@ -109,17 +109,18 @@ def hints(kind: type) -> dict[str, Any]:
 
 
 def bounds(field: dataclasses.Field[Any]) -> Bounds:
-    """Return the range of a number: declared, else usual for its name, else at least 0."""
+    """Return a field's range: its declared one, the usual one for its name, or at least 0."""
     if field.metadata.get("bounds"):
         return typing.cast(Bounds, field.metadata["bounds"])
     return next((usual for pattern, usual in BY_NAME if pattern.fullmatch(field.name)), Bounds())
 
 
 def check(section: Any, key: str = "") -> None:
-    """Check the range of every number and the characters of every text below a dataclass.
+    """Check every number and every string in a dataclass and its sections.
 
     Raises:
-        ValueError: Names the key, the value and the range.
+        ValueError: If a number is out of range or a string has a NUL character. The message names
+            the key and the value.
     """
     for field in dataclasses.fields(section):
         name = f"{key}.{field.name}".lstrip(".")
@@ -132,7 +133,7 @@ def _check_value(value: Any, key: str, limits: Bounds) -> None:
     elif isinstance(value, str):
         if "\0" in value:
             raise ValueError(
-                f"{key}: {value!r} holds a NUL character, which no name or path can; leave it out"
+                f"{key}: {value!r} has a NUL character, which no name or path may hold; remove it"
             )
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_number(value, key, limits)

@@ -1,4 +1,4 @@
-"""Draw the random numbers of colors. They depend on seed, epoch, image and view alone."""
+"""Draw random color parameters. They depend only on seed, epoch, image and view."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 @dataclass(frozen=True)
 class ColorParameters:
-    """All random numbers of the colors of one view of n images, one image per row.
+    """Random color parameters of one view of n images, one row per image.
 
     Attributes:
-        jitter: bool (n,), which images are jittered.
+        jitter: bool (n,), True for the images to jitter.
         order: int64 (n, 4), the operation of each of the four stages.
         factors: float32 (n, 4), by operation: brightness (added if configured so), contrast,
             saturation and the shift of the hue.

@@ -13,8 +13,9 @@ from ssl_pretrain.parallel.parallel_config import ParallelConfig
     [
         (
             {"compile": True, "activation_checkpointing": "selective"},
-            "parallel.activation_checkpointing: selective does not go with parallel.compile: the "
-            "compiler chooses what it computes again; choose none or blocks",
+            "parallel.activation_checkpointing: selective cannot be combined with "
+            "parallel.compile, because the compiler chooses what to recompute; choose none or "
+            "blocks",
         ),
         (
             {"cuda_graphs": True},

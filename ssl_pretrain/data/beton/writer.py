@@ -1,7 +1,7 @@
 """Write a source into one .beton file.
 
-A write can be stopped at any moment. Started again, it continues and ends with the same bytes. The
-finished file is renamed into place.
+A write can be interrupted at any moment. The same call continues it, and the file has the same
+bytes in the end. The finished file is renamed into place.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def write(
     first: int = 0,
     end: int | None = None,
 ) -> Manifest:
-    """Write images `first` to `end` of a source, or continue to write them.
+    """Write images `first` to `end` of a source, or continue an interrupted write of them.
 
     Returns:
         The manifest of the finished file.
@@ -67,9 +67,10 @@ def write(
         *([list(value_range)] if value_range else []),
     )
     write_id = _hash(settings_id, first, end)
-    if (finished := _finished_manifest(path, write_id)) is not None:
-        journal_path(path).unlink(missing_ok=True)  # the last step of the write that was stopped
-        return finished
+    manifest = _finished_manifest(path, write_id)
+    if manifest is not None:
+        journal_path(path).unlink(missing_ok=True)  # the last step of an interrupted write
+        return manifest
     path.parent.mkdir(parents=True, exist_ok=True)
     first_page = tables.pages_begin(end - first, settings.page_size)
     with open_journal(path, write_id, first_page, settings.page_size) as journal:
@@ -84,8 +85,8 @@ def write(
             range=list(value_range) if value_range else None,
             table_sha256=_finish(journal, path, settings.page_size),
         )
-        # A kill between the two renames leaves a manifest that does not match the file. Every
-        # reader notices that.
+        # A kill between the two renames leaves a manifest that does not match the file, which
+        # every reader detects.
         write_manifest(path, manifest)
         os.replace(data_path(path), path)
         journal_path(path).unlink()
@@ -95,8 +96,8 @@ def write(
 def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
     """Return the manifest if the same write finished the file earlier.
 
-    A manifest of an earlier version has no hash of the file. For these, a journal shows that the
-    write was stopped.
+    A manifest of an earlier version has no hash of the file. In that case a remaining journal shows
+    that the write was interrupted.
     """
     try:
         manifest = read_manifest(path)
@@ -112,7 +113,7 @@ def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
 
 
 def _finish(journal: Journal, path: Path, page_size: int) -> str:
-    """Write the tables behind the images. Return the hash of the tables."""
+    """Write the tables after the images, and return the hash of the tables."""
     entries = journal.table()
     entries = entries[entries["outcome"] != BAD]
     if not len(entries):
@@ -148,7 +149,7 @@ def _make_manifest(source: Source, settings: Settings, entries: np.ndarray, firs
 
 
 def _reason(source: Source, index: int, settings: Settings) -> str:
-    """Return why an image was left out."""
+    """Return the reason why an image was left out."""
     decoder = Decoder()
     try:
         encode(source, index, settings, decoder)

@@ -11,25 +11,25 @@ from typing import Any
 
 from ssl_pretrain.system import durable_files
 
-SENT = "wandb/evaluations_sent.json"
+SENT_FILE = "wandb/evaluations_sent.json"
 
 
 def unsent(run: Path) -> Iterator[dict[str, Any]]:
-    """Yield the results that `mark_sent` was not called with, each once."""
-    sent = _sent(run)
+    """Yield each result that has not been marked as sent, once."""
+    hashes = _sent_hashes(run)
     for path in sorted([*run.glob("eval/*.json"), *run.glob("eval/step_*/*.json")]):
         with suppress(OSError, ValueError, KeyError, TypeError):  # not a result, or half written
             result = json.loads(path.read_text())
             identity = _identity(result)
-            if not identity.items() <= sent.items():
-                sent |= identity  # the latest result is stored twice
+            if not identity.items() <= hashes.items():
+                hashes |= identity  # the latest result is stored twice
                 yield result
 
 
 def mark_sent(run: Path, result: dict[str, Any]) -> None:
     """Remember that a result was sent."""
-    with suppress(OSError):  # the result is sent again, to the same step
-        durable_files.replace(run / SENT, json.dumps(_sent(run) | _identity(result)))
+    with suppress(OSError):  # then the result is sent again, to the same step
+        durable_files.replace(run / SENT_FILE, json.dumps(_sent_hashes(run) | _identity(result)))
 
 
 def _identity(result: dict[str, Any]) -> dict[str, str]:
@@ -38,5 +38,6 @@ def _identity(result: dict[str, Any]) -> dict[str, str]:
     return {f"{result['name']} of step {result['step']}": digest}
 
 
-def _sent(run: Path) -> dict[str, str]:
-    return json.loads((run / SENT).read_text()) if (run / SENT).exists() else {}
+def _sent_hashes(run: Path) -> dict[str, str]:
+    path = run / SENT_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
