@@ -59,7 +59,7 @@ def check_not_submitted(config: RunConfig, overrides: Sequence[str]) -> None:
         reason,
         "leave it out to train on this machine (launch.ranks: processes per machine, launch.hosts: "
         "several machines), or add launch.cluster=slurm --plan to see what would be submitted",
-        typed_only=config.launch.cluster == "local",
+        overrides_only=config.launch.cluster == "local",
     )
 
 

@@ -152,7 +152,9 @@ def _run(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     if "SLURM_JOB_ID" not in os.environ:
         problem, remedy = "this command submits nothing", "use launch/pretrain.py, or leave it out"
-        configuration.check_slurm_keys(config, options.overrides, problem, remedy, typed_only=True)
+        configuration.check_slurm_keys(
+            config, options.overrides, problem, remedy, overrides_only=True
+        )
     if options.plan:
         print(plan.describe(config, plan.num_ranks(config, default=1)))
         return 0

@@ -22,7 +22,7 @@ HASH_KEY = "manifest_sha256"  # last entry of the manifest: SHA-256 of the text 
 METHOD_FILE = "method.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHARD_PREFIX = "shard-"
-TYPE_NAMES = {int: "a number", dict: "an object", str: "a text"}
+TYPE_NAMES = {int: "a number", dict: "an object", str: "a string"}
 REQUIRED_TYPES = {
     "step": int,
     "files": dict,
@@ -38,7 +38,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check the manifest of a checkpoint folder, without reading the files it lists.
 
     Raises:
-        ValueError: The manifest is damaged, belongs to another folder, or has a format that this
+        ValueError: If the manifest is damaged, belongs to another folder, or has a format that this
             version cannot read.
     """
     manifest = _parse(path)
@@ -58,7 +58,7 @@ def verify(path: Path) -> dict[str, Any]:
     A checkpoint of a newer format can be intact although this version cannot read it.
 
     Raises:
-        ValueError: A file is missing, truncated, changed or unreadable. The message names it.
+        ValueError: If a file is missing, truncated, changed or unreadable. The message names it.
     """
     manifest = _parse(path)
     for name, expected in manifest["files"].items():
@@ -144,8 +144,8 @@ def _wrong_entry(manifest: dict[str, Any]) -> str | None:
         )
         if not isinstance(size, int) or not isinstance(digest, str):
             return f"files: {name!r} has no bytes or no sha256"
-    sharded = any(name.startswith(SHARD_PREFIX) for name in names)
-    if not sharded and not {METHOD_FILE, OPTIMIZER_FILE} <= names:
+    is_sharded = any(name.startswith(SHARD_PREFIX) for name in names)
+    if not is_sharded and not {METHOD_FILE, OPTIMIZER_FILE} <= names:
         return f"files: neither {METHOD_FILE} and {OPTIMIZER_FILE} nor a {SHARD_PREFIX}* file"
     return None
 
@@ -157,7 +157,7 @@ def _wrong_folder(path: Path, manifest: dict[str, Any]) -> str | None:
         return f"it is the manifest of step {manifest['step']}"
     tensor_files = {file.name for file in path.glob("*.safetensors")}
     unlisted = sorted(tensor_files - manifest["files"].keys())
-    return f"files: {unlisted[0]} is in the folder and not in the list" if unlisted else None
+    return f"files: {unlisted[0]} is in the folder but not in the list" if unlisted else None
 
 
 def _file_hash(path: Path) -> str:

@@ -59,8 +59,8 @@ class ProcessPool:
         """Return the chunks in the order of their requests. The processes begin at once.
 
         Raises:
-            LostWorkerError: A worker was killed. Raised when a chunk is taken.
-            ValueError: This process may not start workers.
+            LostWorkerError: If a worker is killed. Raised when a chunk is taken.
+            ValueError: If this process may not start workers.
         """
         self._requests.requests = requests
         if self._num_workers == 0:
@@ -68,8 +68,8 @@ class ProcessPool:
         refuse_in_worker()
         if multiprocessing.current_process().daemon:
             raise ValueError(
-                f"data.num_workers: {self._num_workers} in a daemonic process, as those of "
-                "multiprocessing.Pool are, which may start no other; set data.num_workers=0, or "
+                f"data.num_workers: {self._num_workers} in a daemonic process, such as those of "
+                "multiprocessing.Pool, which may not start processes; set data.num_workers=0, or "
                 "train in a concurrent.futures.ProcessPoolExecutor"
             )
         needs_main = b"__main__" in bytes(ForkingPickler.dumps(self._dataset))
@@ -81,8 +81,8 @@ class ProcessPool:
                 if needs_main:
                     raise _unguarded_script_error() from None
                 raise RuntimeError("a worker ended while it was started") from None
-        received = raise_worker_errors(chunks)
-        return map(_copy_pixels, received) if self._copies else received
+        chunks = raise_worker_errors(chunks)
+        return map(_copy_pixels, chunks) if self._copies else chunks
 
     def close(self) -> None:
         """End the processes and wait for them. Idempotent."""
@@ -98,7 +98,7 @@ class ProcessPool:
 
 
 class _RequestSampler:
-    """Sampler whose requests are set at each start, as a DataLoader keeps one sampler for life."""
+    """Sampler whose requests are replaced at each start, as a DataLoader cannot change samplers."""
 
     requests: Iterable[ChunkRequest] = ()
 
@@ -118,8 +118,8 @@ def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Yield the chunks of a DataLoader, and turn the failures of its workers into clear errors.
 
     Raises:
-        LostWorkerError: A worker was killed.
-        ValueError: Shared memory is full, or a script without a main guard starts the run.
+        LostWorkerError: If a worker was killed.
+        ValueError: If shared memory is full, or a script without a main guard starts the run.
     """
     try:
         yield from chunks
@@ -146,8 +146,8 @@ def _lost_worker_error(exit_status: int = 0) -> LostWorkerError:
     known = -exit_status in set(signal.Signals)
     by_signal = f" by {signal.Signals(-exit_status).name}" if known else ""
     return LostWorkerError(
-        f"data.num_workers: a process that reads images was killed{by_signal}, as it happens "
-        "where memory runs out; give the job more memory or set data.num_workers lower, then "
+        f"data.num_workers: a process that reads images was killed{by_signal}, which happens "
+        "when memory runs out; give the job more memory or set data.num_workers lower, then "
         "start the command again"
     )
 
@@ -168,6 +168,6 @@ def refuse_in_worker() -> None:
 def _unguarded_script_error() -> ValueError:
     script = getattr(sys.modules["__main__"], "__file__", "the main module")
     return ValueError(
-        f"data.num_workers: each worker process imports {script}, which starts to train wherever "
-        'it is imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
+        f"data.num_workers: each worker process imports {script}, which starts training when it "
+        'is imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
     )

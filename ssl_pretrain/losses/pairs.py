@@ -17,9 +17,9 @@ class Pairs:
     Every tensor has shape (2 * local_batch, 2 * global_batch).
 
     Attributes:
-        squared_distance: Squared Euclidean distance, with the gradient of both sides.
-        positive: True where both are of one group. An embedding is not paired with itself.
-        negative: True where they are of different groups.
+        squared_distance: Squared Euclidean distance. Gradients flow to both embeddings.
+        positive: True where both belong to the same group and are not the same embedding.
+        negative: True where they belong to different groups.
     """
 
     squared_distance: Tensor
@@ -29,7 +29,7 @@ class Pairs:
     def mean(self, terms: Tensor, mask: Tensor) -> Tensor:
         """Return this rank's share of the mean of `terms` over the masked pairs of all ranks.
 
-        The mean over ranks of the result is that mean.
+        The mean of the shares over ranks is the mean over all ranks' pairs.
         """
         count = collectives.reduce_sum(mask.sum().to(terms.dtype))
         return process_group.world_size() * (terms * mask).sum() / count.clamp(min=1)
@@ -41,8 +41,8 @@ def all_pairs(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim).
         z_b: Embeddings of the second view, same shape.
-        groups: Shape (local_batch,), integers. Images of the same group are positives of each
-            other. Labels, or the images' numbers.
+        groups: Group of each image, integers of shape (local_batch,), such as its label or its
+            number. Images of the same group are positives of each other.
     """
     anchors = torch.cat([z_a, z_b])
     candidates, candidate_groups = collectives.gather(anchors), collectives.gather(groups.repeat(2))

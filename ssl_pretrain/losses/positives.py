@@ -1,6 +1,6 @@
-"""Means over the positives of each anchor, which are the other embeddings of its label.
+"""Means over the positives of each anchor, which are the other embeddings with its label.
 
-Sums per class take the place of sums over pairs, so the cost is linear in the embeddings.
+Sums per class replace sums over pairs, so the cost is linear in the number of embeddings.
 """
 
 from __future__ import annotations

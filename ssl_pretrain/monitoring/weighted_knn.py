@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_SIMILARITIES = 2**24  # held at once, in float32: 64 MiB
+MAX_SIMILARITIES = 2**24  # similarities in memory at a time, 64 MiB in float32
 
 
 def predict(
@@ -35,7 +35,7 @@ def predict(
         Predicted classes, int64, (num_test,).
 
     Raises:
-        ValueError: k is not in [1, num_train], or the temperature is not positive.
+        ValueError: If k is not in [1, num_train], or the temperature is not positive.
     """
     check(k, temperature, len(train_features))
     bank = F.normalize(train_features.float(), dim=1)
@@ -68,7 +68,7 @@ def vote(similarities: Tensor, labels: Tensor, temperature: float, num_classes: 
     """Return the class with the largest vote per query, (num_queries,).
 
     The weight of a neighbor is exp(similarity / temperature). The nearest similarity is subtracted
-    first, which avoids overflow and changes no winner.
+    first, which avoids overflow and does not change the result.
 
     Args:
         similarities: Cosine similarities of the neighbors, nearest first, (num_queries, k).

@@ -35,7 +35,7 @@ def declared_type(kind: Any, key: str, replaced: Mapping[str, Any]) -> Any:
         replaced: Types that replace the declared ones, by dotted key.
 
     Raises:
-        ValueError: There is no such key. The message suggests one.
+        ValueError: If there is no such key. The message suggests one.
     """
     parents: list[str] = []
     for name in key.split("."):
@@ -64,12 +64,12 @@ def override(kind: Any, key: str, text: str, replaced: Mapping[str, Any]) -> dic
     """Return the tree that `key=text` sets. Only lists, mappings and untyped values are YAML.
 
     Raises:
-        ValueError: There is no such key, or the text of a list or a mapping is not YAML.
+        ValueError: If there is no such key, or the text of a list or a mapping is not YAML.
     """
     kind = declared_type(kind, key, replaced)
-    structured = dataclasses.is_dataclass(kind) or get_origin(kind) in (list, dict)
+    is_structured = dataclasses.is_dataclass(kind) or get_origin(kind) in (list, dict)
     value: Any = Scalar(text)
-    if structured or (kind is Any and text[:1] in ("[", "{", "'", '"')):
+    if is_structured or (kind is Any and text[:1] in ("[", "{", "'", '"')):
         try:
             value = parse_yaml(text)
         except yaml.YAMLError as error:
@@ -90,7 +90,7 @@ def build(kind: Any, tree: Any, replaced: Mapping[str, Any] | None = None, key: 
         key: Dotted key of the value, for messages.
 
     Raises:
-        ValueError: A value does not have its key's type. The message says what is allowed.
+        ValueError: If a value does not have its key's type. The message says what is allowed.
     """
     replaced = replaced or {}
     kind = replaced.get(key, kind)
@@ -103,7 +103,7 @@ def build(kind: Any, tree: Any, replaced: Mapping[str, Any] | None = None, key: 
         return _build_union(inner, tree, key)
     if origin is list:
         if not isinstance(tree, (list, tuple)):
-            raise ValueError(f"{key}: {_shown(tree)} is not a list; write it as [a, b]")
+            raise ValueError(f"{key}: {_describe(tree)} is not a list; write it as [a, b]")
         return [build(inner[0], value, key=f"{key}[{number}]") for number, value in enumerate(tree)]
     if origin is dict:
         items = _mapping(tree, key).items()
@@ -130,14 +130,15 @@ def _mapping(tree: Any, key: str) -> Mapping[str, Any]:
         return {}
     if not isinstance(tree, Mapping):
         raise ValueError(
-            f"{key}: {_shown(tree)} is not a section; write its keys below it, or as {{key: value}}"
+            f"{key}: {_describe(tree)} is not a section; write its keys below it, or as "
+            "{key: value}"
         )
     return tree
 
 
 def _build_union(kinds: Sequence[Any], tree: Any, key: str) -> Any:
-    empty = isinstance(tree, Scalar) and tree.plain and tree.text.lower() in NULLS
-    if types.NoneType in kinds and (tree is None or empty):
+    is_null = isinstance(tree, Scalar) and tree.plain and tree.text.lower() in NULLS
+    if types.NoneType in kinds and (tree is None or is_null):
         return None
     problem = ""
     for kind in kinds:
@@ -153,7 +154,7 @@ def _build_choice(allowed: Sequence[str], tree: Any, key: str) -> str:
     text = tree.text if isinstance(tree, Scalar) else tree
     if text not in allowed:
         choices = ", ".join(choice or repr(choice) for choice in allowed)
-        raise ValueError(f"{key}: {_shown(tree)} is not known; choose one of: {choices}")
+        raise ValueError(f"{key}: {_describe(tree)} is not known; choose one of: {choices}")
     return typing.cast(str, text)
 
 
@@ -162,7 +163,7 @@ def _build_text(tree: Any, key: str) -> str:
         return tree.text
     if isinstance(tree, str):
         return tree
-    raise ValueError(f"{key}: {_shown(tree)} is not text; put it in quotes")
+    raise ValueError(f"{key}: {_describe(tree)} is not text; put it in quotes")
 
 
 def _build_bool(tree: Any, key: str) -> bool:
@@ -170,7 +171,7 @@ def _build_bool(tree: Any, key: str) -> bool:
         return tree
     word = tree.text.lower() if isinstance(tree, Scalar) else ""
     if word not in BOOLEANS:
-        raise ValueError(f"{key}: {_shown(tree)} is not a truth value; give true or false")
+        raise ValueError(f"{key}: {_describe(tree)} is not a truth value; give true or false")
     return BOOLEANS[word]
 
 
@@ -183,7 +184,7 @@ def _build_int(tree: Any, key: str) -> int:
         except ValueError:
             pass  # the message follows
     raise ValueError(
-        f"{key}: {_shown(tree)} is not a whole number; write one in decimal digits, such as 100"
+        f"{key}: {_describe(tree)} is not a whole number; write one in decimal digits, such as 100"
     )
 
 
@@ -199,9 +200,9 @@ def _build_float(tree: Any, key: str) -> float:
         value = math.inf
     except ValueError:
         remedy = "write one such as 0.3 or 1e-6"
-        raise ValueError(f"{key}: {_shown(tree)} is not a number; {remedy}") from None
+        raise ValueError(f"{key}: {_describe(tree)} is not a number; {remedy}") from None
     if not math.isfinite(value):
-        raise ValueError(f"{key}: {_shown(tree)} is not a finite number; give one such as 0.3")
+        raise ValueError(f"{key}: {_describe(tree)} is not a finite number; give one such as 0.3")
     return value
 
 
@@ -233,8 +234,8 @@ def _guess(tree: Any) -> Any:
     return float(text) if NUMBER.fullmatch(text) else text
 
 
-def _shown(tree: Any) -> str:
-    """Return a value as messages show it."""
+def _describe(tree: Any) -> str:
+    """Describe a value for a message."""
     if isinstance(tree, Scalar):
         return repr(tree.text)
     if isinstance(tree, Mapping):

@@ -1,7 +1,7 @@
 """Augment and normalize crops on their device: color jitter, grayscale, blur and solarization.
 
 The random numbers come from `color_parameters`. The operations are applied in this order: color
-jitter (its four operations in an order of its own per image), grayscale, blur, solarization, then
+jitter (its four operations in a random order per image), grayscale, blur, solarization, then
 (x - mean) / std. An operation changes only the images that it was drawn for. The host knows which
 ones they are, so it never waits for a GPU.
 
@@ -39,7 +39,7 @@ def apply(
         std: Standard deviation of red, green and blue.
 
     Raises:
-        ValueError: `pixels` is not uint8 (n, 3, height, width) with the n of the parameters.
+        ValueError: If `pixels` is not uint8 (n, 3, height, width) with the n of the parameters.
     """
     _check(pixels, len(parameters.jitter))
     if pixels.device.type != "cpu":
@@ -77,13 +77,13 @@ def apply_to_group(
     """
     pairs = list(zip(pixels, parameters))
     if pixels[0].device.type not in FUSED_ON or find_spec("triton") is None:
-        return [apply(view, its_parameters, crop, mean, std) for view, its_parameters in pairs]
-    for view, its_parameters in pairs:
-        _check(view, len(its_parameters.jitter))
+        return [apply(view, values, crop, mean, std) for view, values in pairs]
+    for view, values in pairs:
+        _check(view, len(values.jitter))
     from ssl_pretrain.views import color_triton
 
     def concatenate(name: str) -> np.ndarray:
-        return np.concatenate([getattr(each, name) for each in parameters])
+        return np.concatenate([getattr(values, name) for values in parameters])
 
     order, blur = concatenate("order"), concatenate("blur")
     active = concatenate("jitter")[:, None] & (strengths(crop)[order] > 0)
@@ -116,7 +116,7 @@ def normalize(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Return views without augmentation: (pixels / 255 - mean) / std, float32.
 
     Raises:
-        ValueError: `pixels` is not uint8 (n, 3, height, width).
+        ValueError: If `pixels` is not uint8 (n, 3, height, width).
     """
     _check(pixels, len(pixels))
     return color_torch.standardize(pixels.to(torch.float32).div_(255), mean, std)

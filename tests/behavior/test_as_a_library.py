@@ -88,8 +88,8 @@ if __name__ == "__main__":
     done = commands.run(script(text))
     assert done.status == 0 and "pool0 steps 2" in done.stdout, done.text
     assert (
-        "data.num_workers: 2 in a daemonic process, as those of "
-        "multiprocessing.Pool are, which may start no other; "
+        "data.num_workers: 2 in a daemonic process, such as those of "
+        "multiprocessing.Pool, which may not start processes; "
         "set data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor\n"
     ) in done.stdout
 
@@ -124,6 +124,6 @@ GUARD
     assert done.status == 1
     assert done.stderr.splitlines()[-1] == (
         f"ValueError: data.num_workers: each worker process imports "
-        f"{tmp_path / 'program.py'}, which starts to train wherever it is "
+        f"{tmp_path / 'program.py'}, which starts training when it is "
         'imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'
     )

@@ -128,7 +128,7 @@ def test_a_tensor_file_that_is_not_listed_is_detected(run):
     entry = manifest["files"].pop("optimizer.safetensors")
     manifest["files"]["shard-00001-of-00001.safetensors"] = entry
     path.write_text(to_json(manifest))
-    expected = "files: optimizer.safetensors is in the folder and not in the list"
+    expected = "files: optimizer.safetensors is in the folder but not in the list"
     assert problem_of_newest(run) == f"cannot be read: {expected}"
 
 

@@ -413,8 +413,8 @@ class TestFailures:
                 for _ in range(100):
                     next(steps)
         assert re.fullmatch(
-            r"data\.num_workers: a process that reads images was killed( by SIGKILL)?, as it "
-            "happens where memory runs out; give the job more memory or set data.num_workers "
+            r"data\.num_workers: a process that reads images was killed( by SIGKILL)?, which "
+            "happens when memory runs out; give the job more memory or set data.num_workers "
             "lower, then start the command again",
             str(caught.value),
         )
@@ -457,7 +457,7 @@ class TestFailures:
         assert next(chunks) == "a chunk"
         with pytest.raises(
             workers.LostWorkerError,
-            match=r"^data.num_workers: a process that reads images was killed, as it",
+            match=r"^data.num_workers: a process that reads images was killed, which",
         ):
             next(chunks)
 
