@@ -5,8 +5,8 @@
 It prints the three tables of docs/methods.md:
 
 1. Differences of each operation from the authors' (tests/views/authors.py) on the same images and
-   random numbers, in levels of 255, with torchvision's functions (the defaults of a crop) and with
-   the options of the two recipes.
+   random numbers, in gray levels of 255. One column is for torchvision's functions, the defaults of
+   a crop, and one for the options of the two recipes.
 2. Statistics of whole views: the luminance of the outermost 2 pixels over that of the whole view,
    and the detail, which is the mean absolute Laplacian of the luminance in [0, 1].
 3. The mean area of a crop over the image's, and the Kolmogorov-Smirnov distance of the distribution
@@ -50,11 +50,11 @@ TENSORFLOW = {
     "blur_border": "zero",
     "antialias": False,
 }
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation: no normalization
+PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation without normalization
 BORDER = 11  # pixels from the edge that a blur of 23 taps reads beyond
 FRAME = 2  # outermost pixels, which a blur with black around the view darkens most
 SHAPES = ((375, 500), (500, 333), (224, 224))  # height and width of images in pixels
-DRAWS = 100_000  # boxes per distribution
+NUM_BOXES = 100_000  # boxes per distribution
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
     }.items():
         parameters = draw_colors(crop, 0, 0, np.arange(len(images)), 0)
         expected = np.stack(
-            [_theirs(name, floats[row], parameters, row, crop) for row in range(len(images))]
+            [_apply_authors(name, floats[row], parameters, row, crop) for row in range(len(images))]
         )
         cells = []
         for mean, options in zip(means, (TORCHVISION, TENSORFLOW)):
@@ -160,7 +160,7 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
     return means[0], means[1]
 
 
-def _theirs(
+def _apply_authors(
     name: str, image: np.ndarray, parameters: ColorParameters, row: int, crop: Crop
 ) -> np.ndarray:
     """Apply the authors' function, with a row's parameters, to a float image in [0, 1]."""
@@ -253,14 +253,15 @@ def areas() -> list[float]:
     distances = []
     for height, width in SHAPES:
         size = height * width
-        sizes, numbers = np.full((DRAWS, 2), [height, width]), np.arange(DRAWS)
+        sizes, numbers = np.full((NUM_BOXES, 2), [height, width]), np.arange(NUM_BOXES)
         ours = {
             name: _area(crops.draw_boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes), size)
             for name in crops.SAMPLERS
         }
         samplers = {"tensorflow": authors.simclr_boxes, "clipped": authors.byol_boxes}
         expected = {
-            name: _area(draw(DRAWS, height, width, seed=1), size) for name, draw in samplers.items()
+            name: _area(draw(NUM_BOXES, height, width, seed=1), size)
+            for name, draw in samplers.items()
         }
         before = [
             stats.ks_2samp(ours["torchvision"], theirs).statistic for theirs in expected.values()

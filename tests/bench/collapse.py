@@ -1,4 +1,4 @@
-"""Runs made to collapse, and healthy ones, on digits: the step of the alert and of the collapse.
+"""Compare the step of the collapse alert with the step of the collapse, in runs on digits.
 
 PYTHONPATH=. .venv/bin/python tests/bench/collapse.py [--cases byol_without_predictor vicreg ...]
     [--steps 1000] [--output runs/collapse]
@@ -7,8 +7,8 @@ PYTHONPATH=. .venv/bin/python tests/bench/collapse.py --draw docs/results/health
 The second command prints a table of the finished runs and draws them. Collapse is defined by an
 oracle that shares no code with the monitor: the k-NN accuracy of the backbone's features, by
 scikit-learn, is within 2 points of chance, or the effective rank of the embeddings, by numpy's
-decomposition, is under 2 % of their dimension. The step of the collapse is the first one from which
-the oracle says so until the end.
+decomposition, is under 2 % of their dimension. The step of the collapse is the first step from
+which the oracle reports a collapse until the end.
 """
 
 from __future__ import annotations
@@ -50,15 +50,14 @@ COLLAPSING = {
     "byol_without_predictor": ["method.name=byol", "method.without_predictor=true"],
     "simsiam_without_stop_gradient": ["method.name=simsiam", "method.without_stop_gradient=true"],
     "vicreg_without_variance": ["method.name=vicreg", "method.variance_weight=0"],
-    "vicreg_invariance_alone": [
-        "method.name=vicreg",
-        "method.variance_weight=0",
-        "method.covariance_weight=0",
-    ],
 }
+COLLAPSING["vicreg_invariance_alone"] = [
+    *COLLAPSING["vicreg_without_variance"],
+    "method.covariance_weight=0",
+]
 HEALTHY = [name for name in methods.names() if name != "cpc"]
-ORACLE_STEPS = 10
-CHANCE = 0.1
+ORACLE_STEPS = 10  # interval of the oracle
+CHANCE = 0.1  # accuracy of a guess among ten digits
 NUM_TRAIN = 1297  # digits that the oracle's k-NN is fitted to
 CURVES = (
     ("embedding_std", "spread", "#1f5fa8"),
@@ -69,12 +68,12 @@ CURVES = (
 
 
 class MonitorWithOracle(CollapseMonitor):
-    """The monitor, beside the oracle, which writes oracle.jsonl."""
+    """Collapse monitor that also runs the oracle and writes oracle.jsonl."""
 
     folder: Path
 
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         images, self.labels = load_digits(return_X_y=True)
         pixels = torch.from_numpy(images.reshape(-1, 1, 8, 8) / 16).float()
         pixels = torch.nn.functional.interpolate(pixels, 16, mode="bilinear")
@@ -115,7 +114,7 @@ def is_collapsed(entry: Entry) -> bool:
 
 
 def collapse_step(entries: list[Entry]) -> int | None:
-    """Return the first step from which every entry of the oracle is collapsed."""
+    """Return the first step from which the oracle reports a collapse at every entry."""
     healthy = [index for index, entry in enumerate(entries) if not is_collapsed(entry)]
     first = healthy[-1] + 1 if healthy else 0
     return int(entries[first]["step"]) if first < len(entries) else None
@@ -154,35 +153,30 @@ def alerts_of(entries: list[Entry]) -> list[tuple[int, str]]:
     ]
 
 
-def draw(output: Path, pictures: Path) -> None:
-    """Print a table of the finished runs and draw those that collapse."""
-    print(
-        "| run | steps | k-NN, first and last | effective rank / dim, first and last "
-        "| collapsed from step | alert at step |"
-    )
-    print("|---|---|---|---|---|---|")
+def draw(output: Path, figures: Path) -> None:
+    """Print a table of the finished runs and plot those that collapse."""
+    columns = ["run", "steps", "k-NN, first and last", "effective rank / dim, first and last"]
+    columns += ["collapsed from step", "alert at step"]
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
     for case in [*COLLAPSING, *HEALTHY]:
         folder, name = output / case, case.replace("_", " ")
         if not (folder / "oracle.jsonl").exists():
             continue
-        metrics, entries = (
-            records.read(folder / "metrics.jsonl"),
-            records.read(folder / "oracle.jsonl"),
-        )
+        metrics = records.read(folder / "metrics.jsonl")
+        entries = records.read(folder / "oracle.jsonl")
         alerts, step = alerts_of(metrics), collapse_step(entries)
         knn = " to ".join(f"{100 * entry['knn']:.0f} %" for entry in (entries[0], entries[-1]))
         rank = " to ".join(f"{entry['rank']:.1f}" for entry in (entries[0], entries[-1]))
-        raised = ", ".join(f"{step} ({title})" for step, title in alerts) or "none"
-        print(
-            f"| {name} | {entries[-1]['step']} | {knn} | {rank} / {entries[0]['dim']} "
-            f"| {step or 'never'} | {raised} |"
-        )
+        titles = ", ".join(f"{step} ({title})" for step, title in alerts) or "none"
+        last_step, dim = entries[-1]["step"], entries[0]["dim"]
+        print(f"| {name} | {last_step} | {knn} | {rank} / {dim} | {step or 'never'} | {titles} |")
         if case in COLLAPSING:
             alert_step = alerts[0][0] if alerts else None
-            picture(name, metrics, entries, alert_step, step, pictures / f"{case}.png")
+            plot(name, metrics, entries, alert_step, step, figures / f"{case}.png")
 
 
-def picture(
+def plot(
     name: str,
     metrics: list[Entry],
     entries: list[Entry],

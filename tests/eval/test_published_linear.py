@@ -114,7 +114,7 @@ def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
         torch.testing.assert_close(head, expected)
         if norm:
             scale, shift = torch_norm.weight.detach(), torch_norm.bias.detach()
-            assert (scale - 1).abs().max() > 0.01  # trained
+            assert (scale - 1).abs().max() > 0.01  # scale and shift are trained
             assert shift.abs().max() > 0.01
             ours, theirs = norm(batches[0][0]), torch_norm.eval()(batches[0][0]).detach()
             torch.testing.assert_close(ours * scale + shift, theirs)
@@ -132,7 +132,7 @@ def test_first_weights_have_the_authors_distributions():
     assert uniform.abs().max().item() == pytest.approx(1 / 8, rel=1e-3)
     assert uniform.std().item() == pytest.approx(1 / 8 / math.sqrt(3), rel=0.01)
     assert uniform[-1].std().item() > 0.07
-    # Haiku: a normal distribution cut at two deviations, which leaves 0.8796 of its deviation.
+    # Haiku: a normal distribution truncated at two standard deviations, which leaves 0.8796 of one.
     assert truncated[:-1].abs().max().item() == pytest.approx(2 / 8, rel=1e-3)
     assert truncated[:-1].std().item() == pytest.approx(0.8796 / 8, rel=0.01)
     assert not truncated[-1].any()
@@ -140,7 +140,7 @@ def test_first_weights_have_the_authors_distributions():
 
 
 class DoubleInput(nn.Module):
-    """The backbone in float64, so that the number of images fed at once does not matter."""
+    """The backbone in float64, whose features hardly depend on the micro-batch size."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -214,7 +214,7 @@ def test_the_published_rate_is_scaled_by_the_batch(run_folder):
     assert network.heads.lr.item() == 30.0 * 64 / 256
 
 
-def test_a_selection_on_the_test_images_says_so(run_folder, capsys):
+def test_a_selection_on_the_test_images_is_labeled_as_such(run_folder, capsys):
     options = "--device cpu --protocol dino --epochs 1 --select test"
     linear.main([str(run_folder), *options.split()])
     printed = capsys.readouterr().out
@@ -247,10 +247,11 @@ def test_the_last_blocks_class_tokens_are_those_of_hooks():
         block.register_forward_hook(lambda module, inputs, output: tokens.append(output))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     pooled = backbone(images)
-    normed = [backbone.model.norm(each) for each in tokens]
+    normalized = [backbone.model.norm(output) for output in tokens]
     last4, cls_mean = Feature(backbone, "last4"), Feature(backbone, "cls_mean")
-    class_tokens = torch.cat([each[:, 0] for each in normed[-4:]], dim=1)
-    class_and_mean = torch.cat([normed[-1][:, 0], normed[-1][:, 1:].mean(dim=1)], dim=1)
+    class_tokens = torch.cat([output[:, 0] for output in normalized[-4:]], dim=1)
+    last = normalized[-1]
+    class_and_mean = torch.cat([last[:, 0], last[:, 1:].mean(dim=1)], dim=1)
     torch.testing.assert_close(last4(images), class_tokens)
     torch.testing.assert_close(cls_mean(images), class_and_mean)
     torch.testing.assert_close(last4(images)[:, -backbone.feature_dim :], pooled)
@@ -273,28 +274,28 @@ def test_the_feature_of_dino_depends_on_the_width():
         ),
         (
             "--protocol moco --rows raw",
-            "--rows raw: the published protocols train on crops that go through a network; only"
-            " --protocol cached has a row of raw pixels",
+            "--rows raw: the published protocols train on crops that go through a network; "
+            "only --protocol cached has a row of raw pixels",
         ),
         (
             "--lrs 1",
-            "--lrs: --protocol cached does not take it; leave it out or give a published"
-            " --protocol",
+            "--lrs: --protocol cached does not take it; "
+            "leave it out or give a published --protocol",
         ),
         (
             "--select test",
-            "--select test: --protocol cached selects on held-out training images; leave it out or"
-            " give a published --protocol",
+            "--select test: --protocol cached selects on held-out training images; "
+            "leave it out or give a published --protocol",
         ),
         (
             "--protocol moco --labels-per-class 1",
-            "--labels-per-class: --protocol moco does not take it; leave it out or give --protocol"
-            " cached",
+            "--labels-per-class: --protocol moco does not take it; "
+            "leave it out or give --protocol cached",
         ),
         (
             "--protocol moco --select published --lrs 1",
-            "--select published: trains the published setting only; leave out --lrs and"
-            " --weight-decays",
+            "--select published: trains the published setting only; "
+            "leave out --lrs and --weight-decays",
         ),
         (
             "--protocol moco --batch-size 999",
@@ -308,7 +309,7 @@ def test_options_that_do_not_fit_are_refused(run_folder, options, message):
     assert str(error.value) == message
 
 
-def test_accuracies_do_not_depend_on_the_chunks(monkeypatch):
+def test_accuracies_do_not_depend_on_the_number_of_images_per_product(monkeypatch):
     monkeypatch.setattr(linear_heads, "MAX_LOGITS", 12 * 7)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3, 6, 4, generator=generator)

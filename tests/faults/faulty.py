@@ -1,24 +1,24 @@
 """Train with planted faults: `FAULT=kind@rank:step[:argument] python faulty.py CONFIG ...`.
 
-Several faults are separated by commas. The package itself contains no faults: this script wraps its
-functions. A fault happens once in the life of a run's folder (FAULT_DONE marks it), so the resumed
-run is free of faults. Steps are counted from 1, as in metrics.jsonl.
+Commas separate several faults. The package itself contains no faults. This script wraps its
+functions. A fault happens once per run folder. The file FAULT_DONE marks that it has happened, so a
+resumed run is free of faults. Steps are counted from 1, as in metrics.jsonl.
 
 In a step:
     kill, stop     The rank sends itself SIGKILL or SIGSTOP.
     hang           The rank sleeps forever.
     raise          The rank raises an unexpected error.
     oom            The rank's GPU runs out of memory.
-    nan            The rank's images are not numbers.
+    nan            The rank's images are NaN.
     inf            A gradient of the rank is infinite.
     flip           A weight of the rank changes.
     clock          The rank's wall clock goes back a day.
-    slow           From that step on, each batch of the rank is a quarter of a second late.
+    slow           From that step on, each batch of the rank arrives a quarter of a second late.
 In a save (step 0 means any save):
     writing        Print "writing" and take ARGUMENT seconds longer.
-    kill_writing   Kill the rank when the file ARGUMENT is half written, before `rename`, or after
-                   it, before `prune`.
-    refuse         The disk answers with the error ARGUMENT, such as EIO.
+    kill_writing   Kill the rank when the file ARGUMENT is half written. With the argument `rename`,
+                   kill it just before the rename. With `prune`, kill it just after the rename.
+    refuse         The write fails with the error ARGUMENT, such as EIO.
 Elsewhere:
     knn            The rank's online k-NN fails.
     differ         The rank's initial weights differ.
@@ -44,27 +44,28 @@ from ssl_pretrain.monitoring import online_knn
 
 
 class Fault:
-    """One fault, described by the text of FAULT. `plant` wraps the functions it needs.
+    """One fault. `plant` wraps the functions of the package that it needs.
 
     Args:
         text: kind@rank:step[:argument].
-        done: File that marks a fault that has happened.
+        marker: File that is written when the fault happens.
     """
 
-    def __init__(self, text: str, done: Path):
-        self.kind, _, place = text.partition("@")
-        rank, at, *argument = place.split(":", 2)
-        self.rank, self.at, self.argument, self.done = int(rank), int(at), "".join(argument), done
+    def __init__(self, text: str, marker: Path):
+        self.kind, _, rest = text.partition("@")
+        rank, step, *argument = rest.split(":", 2)
+        self.rank, self.step, self.argument = int(rank), int(step), "".join(argument)
+        self.marker = marker
 
     def is_pending(self) -> bool:
         """Return True on the fault's rank until the fault has happened."""
-        return process_group.rank() == self.rank and not self.done.exists()
+        return process_group.rank() == self.rank and not self.marker.exists()
 
-    def begin(self, number: int) -> bool:
-        """Mark the fault as done and return True if it happens in this step."""
-        if not self.is_pending() or number != self.at:
+    def mark_at_step(self, step: int) -> bool:
+        """Write the marker and return True if the fault happens in this step."""
+        if not self.is_pending() or step != self.step:
             return False
-        self.done.write_text("")
+        self.marker.write_text("")
         return True
 
     def plant(self) -> None:
@@ -75,13 +76,14 @@ class Fault:
 
     def plant_in_step(self) -> None:
         act = getattr(self, f"act_{self.kind}")
-        take_step = step.Stepper.__call__
+        call = step.Stepper.__call__
 
-        def faulty(stepper, progress, batch):
-            changed = act(stepper, batch) if self.begin(progress.step + 1) else None
-            return take_step(stepper, progress, batch if changed is None else changed)
+        def call_with_fault(stepper, progress, batch):
+            if self.mark_at_step(progress.step + 1):
+                batch = act(stepper, batch) or batch
+            return call(stepper, progress, batch)
 
-        step.Stepper.__call__ = faulty
+        step.Stepper.__call__ = call_with_fault
 
     def act_kill(self, stepper, batch):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -97,10 +99,8 @@ class Fault:
         raise RuntimeError("planted")
 
     def act_oom(self, stepper, batch):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is "
-            "large try"
-        )
+        message = "CUDA out of memory. Tried to allocate 2.00 GiB."
+        raise torch.OutOfMemoryError(f"{message} If reserved but unallocated memory is large try")
 
     def act_clock(self, stepper, batch):
         true_time = time.time
@@ -110,111 +110,113 @@ class Fault:
         return replace(batch, views=[torch.full_like(view, float("nan")) for view in batch.views])
 
     def act_inf(self, stepper, batch):
-        parameter = next(
-            parameter for parameter in stepper.model.parameters() if parameter.ndim > 1
-        )
-        handle = parameter.register_hook(
-            lambda gradient: (handle.remove(), gradient * float("inf"))[1]
-        )
+        matrix = next(p for p in stepper.model.parameters() if p.ndim > 1)
+
+        def multiply_once(gradient):
+            handle.remove()
+            return gradient * float("inf")
+
+        handle = matrix.register_hook(multiply_once)
 
     def act_flip(self, stepper, batch):
         with torch.no_grad():
             next(stepper.model.parameters()).flatten()[0] += 10
 
     def plant_slow(self) -> None:
-        watch = throughput_check.report_bottleneck
+        report = throughput_check.report_bottleneck
 
-        def watched(loader, first_step, device):
-            for number, batch in enumerate(watch(loader, first_step, device), start=first_step + 1):
-                if process_group.rank() == self.rank and number >= self.at:
+        def delay_batches(loader, first_step, device):
+            for number, batch in enumerate(report(loader, first_step, device), first_step + 1):
+                if process_group.rank() == self.rank and number >= self.step:
                     time.sleep(0.25)
                 yield batch
 
-        throughput_check.report_bottleneck = watched
+        throughput_check.report_bottleneck = delay_batches
 
     def plant_knn(self) -> None:
         embed = online_knn.OnlineKNN._embed
 
-        def features(monitor, *arguments):
+        def embed_with_error(monitor, *arguments):
             if self.is_pending():
-                self.done.write_text("")
+                self.marker.write_text("")
                 raise RuntimeError("planted in k-NN")
             return embed(monitor, *arguments)
 
-        online_knn.OnlineKNN._embed = features
+        online_knn.OnlineKNN._embed = embed_with_error
 
     def plant_differ(self) -> None:
         build_method = build_module.build_method
 
-        def differing(*arguments, **named):
-            method = build_method(*arguments, **named)
+        def build_with_other_weights(*arguments, **options):
+            method = build_method(*arguments, **options)
             with torch.no_grad():
                 for parameter in method.parameters():
                     parameter.add_(0.1 * (process_group.rank() == self.rank))
             return method
 
-        build_module.build_method = differing
+        build_module.build_method = build_with_other_weights
 
-    def _in_this_save(self, path: str) -> bool:
-        return ("step_" if self.at == 0 else f"step_{self.at:08d}") in path and self.is_pending()
+    def _is_in_save(self, path: str) -> bool:
+        name = "step_" if self.step == 0 else f"step_{self.step:08d}"
+        return name in path and self.is_pending()
 
-    def _before_each_fsync(self, act) -> None:
-        """Call `act(path)` before a file of that save is fsynced."""
+    def _call_before_fsync(self, act) -> None:
+        """Call `act(path)` before each fsync of a file of the save."""
         fsync = os.fsync
 
-        def faulty(descriptor):
+        def act_and_fsync(descriptor):
             path = os.readlink(f"/proc/self/fd/{descriptor}")
-            if self._in_this_save(path):
+            if self._is_in_save(path):
                 act(path)
             return fsync(descriptor)
 
-        os.fsync = faulty
+        os.fsync = act_and_fsync
 
     def plant_writing(self) -> None:
         def wait(path):
-            self.done.write_text("")
+            self.marker.write_text("")
             print("writing", flush=True)
             time.sleep(float(self.argument))
 
-        self._before_each_fsync(wait)
+        self._call_before_fsync(wait)
 
     def plant_refuse(self) -> None:
         def refuse(path):
-            self.done.write_text("")
+            self.marker.write_text("")
             number = getattr(errno, self.argument)
             raise OSError(number, os.strerror(number))
 
-        self._before_each_fsync(refuse)
+        self._call_before_fsync(refuse)
 
     def plant_kill_writing(self) -> None:
         rename = os.rename
 
         def die():
-            self.done.write_text("")
+            self.marker.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        def half_written(path):
+        def truncate_and_die(path):
             if path.endswith(self.argument):
                 os.truncate(path, os.stat(path).st_size // 2)
                 die()
 
-        def at_rename(source, target):
-            moved = self._in_this_save(str(target))
-            if moved and self.argument == "rename":
+        def rename_and_die(source, target):
+            is_in_save = self._is_in_save(str(target))
+            if is_in_save and self.argument == "rename":
                 die()
             rename(source, target)
-            if moved and self.argument == "prune":
+            if is_in_save and self.argument == "prune":
                 die()
 
         if self.argument in ("rename", "prune"):
-            os.rename = at_rename
+            os.rename = rename_and_die
         else:
-            self._before_each_fsync(half_written)
+            self._call_before_fsync(truncate_and_die)
 
 
-def main(arguments: list[str], fault: str = "", done: str = "") -> int:
+def main(arguments: list[str], fault: str = "", marker: str = "") -> int:
     for text in (fault or "none@0:0").split(","):
-        Fault(text, Path(done)).plant()
+        Fault(text, Path(marker)).plant()
     return train.main(arguments)
 
 

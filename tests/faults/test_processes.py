@@ -1,4 +1,4 @@
-"""Ranks that die, hang, are slow or diverge in a run of three.
+"""A rank dies, hangs, is slow or diverges in a run of three ranks.
 
 Each run is resumed and must end with exactly the tensors of the reference run.
 """
@@ -32,13 +32,13 @@ def saved_steps(run):
 
 def records(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last one
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may truncate a line
 
 
 def wait_for_fault(path):
-    end = time.monotonic() + 300
+    deadline = time.monotonic() + 300
     while not (path.parent / "fault_done").exists():
-        assert time.monotonic() < end
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -51,9 +51,9 @@ def test_a_killed_rank_ends_the_others_and_only_steps_are_lost(paths, resume, ob
     path, run = paths
     group = Ranks(path, *MORE, fault="kill@1:8")
     group.processes[1].join(120)
-    began = time.monotonic()
+    start = time.monotonic()
     statuses = group.wait(30)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     assert statuses[1] == -signal.SIGKILL and statuses[0] > 0 and statuses[2] > 0
     assert saved_steps(run) == [3, 6]
     resume()
@@ -64,9 +64,10 @@ def test_a_killed_rank_ends_the_others_and_only_steps_are_lost(paths, resume, ob
 
 
 @pytest.mark.case(1)
-def test_an_unexpected_error_on_one_rank_is_printed_and_ends_all(paths, resume, observe):
+def test_an_unexpected_error_on_one_rank_is_printed_and_ends_all_ranks(paths, resume, observe):
     statuses, output = ranks.run(paths[0], *MORE, fault="raise@2:5")
-    assert all(status > 0 for status in statuses) and "RuntimeError: planted" in output
+    assert all(status > 0 for status in statuses)
+    assert "RuntimeError: planted" in output
     resume()
     observe("an unexpected error: printed, all ended; the same bits")
 
@@ -80,7 +81,7 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
     """
     path, run, rng = tiny.config(tmp_path), tmp_path / "run", random.Random(0)
     more = ("checkpoint.every_epochs=0.34", "epochs=100", MORE[2])
-    straight = Ranks(path, *more, f"output={tmp_path / 'straight'}")
+    uninterrupted = Ranks(path, *more, f"output={tmp_path / 'uninterrupted'}")
     more = (*more, f"output={run}")
     last_saved = most_repeated = 0
     for number in range(20):
@@ -98,8 +99,8 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
         last_saved = saved
     assert last_saved > 0
     statuses, output = ranks.run(path, *more)
-    assert statuses == [0, 0, 0] and straight.wait(300) == [0, 0, 0], output
-    expected, tensors = ranks.weights(tmp_path / "straight"), ranks.weights(run)
+    assert statuses == [0, 0, 0] and uninterrupted.wait(300) == [0, 0, 0], output
+    expected, tensors = ranks.weights(tmp_path / "uninterrupted"), ranks.weights(run)
     assert saved_steps(run)[-1] == 300
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
     assert [record["step"] for record in records(run)] == list(range(1, 301))
@@ -114,11 +115,11 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
 def test_a_hung_rank_ends_the_run_within_the_timeout_with_stacks(paths, resume, observe, kind):
     group = Ranks(paths[0], *MORE, "parallel.timeout_seconds=15", fault=f"{kind}@1:8")
     wait_for_fault(paths[0])
-    began = time.monotonic()
+    start = time.monotonic()
     for rank in (0, 2) if kind == "stop" else (0, 1, 2):
         group.processes[rank].join(90)
         assert not group.processes[rank].is_alive()
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     output = group.output()
     group.send(signal.SIGKILL)  # a stopped process does not receive a scheduler's SIGTERM
     statuses = group.wait(10)
@@ -134,7 +135,7 @@ def test_a_hung_rank_ends_the_run_within_the_timeout_with_stacks(paths, resume, 
 
 
 @pytest.mark.case(21)
-def test_a_rank_that_is_suspended_for_a_moment_does_no_harm(paths, resume, observe):
+def test_suspending_a_rank_for_two_seconds_changes_nothing(paths, resume, observe):
     group = Ranks(paths[0], *MORE, "parallel.timeout_seconds=60", fault="stop@1:8")
     wait_for_fault(paths[0])
     time.sleep(2)
@@ -145,7 +146,7 @@ def test_a_rank_that_is_suspended_for_a_moment_does_no_harm(paths, resume, obser
 
 
 @pytest.mark.case(22)
-def test_a_slow_rank_is_named_and_is_no_failure(paths, resume, observe):
+def test_a_slow_rank_is_recorded_and_does_not_fail_the_run(paths, resume, observe):
     path, run = paths
     statuses, output = ranks.run(path, *MORE, fault="slow@1:2")
     assert statuses == [0, 0, 0], output
@@ -162,7 +163,7 @@ def test_a_slow_rank_is_named_and_is_no_failure(paths, resume, observe):
 
 @pytest.mark.case(23)
 def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
-    """The planted error has torch's own class and words. tests/gpu has a real one."""
+    """The planted error has the class and message of torch's. tests/gpu has a real one."""
     path, run = paths
     statuses, output = ranks.run(path, *MORE, fault="oom@1:8")
     assert statuses[1] == 2 and all(status > 0 for status in statuses)
@@ -180,11 +181,12 @@ def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="running out of GPU memory needs a GPU")
 def test_a_gpu_without_memory_ends_with_advice(paths, observe):
     statuses, output = ranks.run(paths[0], *MORE, "global_batch_size=2400000", size=1)
-    assert statuses == [2] and "Feed fewer images at once" in output
+    assert statuses == [2]
+    assert "Feed fewer images at once" in output
 
 
 @pytest.mark.case(27)
-def test_clocks_do_not_matter(paths, resume, observe):
+def test_wrong_clocks_do_not_change_the_run(paths, resume, observe):
     path, run = paths
     statuses, output = ranks.run(path, *MORE, "--stop-after", "8", fault="clock@0:4")
     assert statuses == [0] * 3, output
@@ -223,14 +225,14 @@ def test_weights_that_diverge_on_one_rank_are_not_saved(paths, resume, observe):
 
 
 @pytest.mark.case(16)
-def test_images_that_vanish_during_a_run_are_named_and_end_all_ranks(paths, observe):
+def test_deleting_the_images_ends_all_ranks_with_an_error_that_names_the_folder(paths, observe):
     path, run = paths
     group = Ranks(path, "checkpoint.every_epochs=1", "epochs=4000", MORE[2])
     group.wait_for_step(run, 5)
     shutil.rmtree(path.parent / "images")
-    began = time.monotonic()
+    start = time.monotonic()
     statuses = group.wait(60)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     assert all(status > 0 for status in statuses)
     output = group.output()
     assert str(path.parent / "images" / "train") in output, output[-3000:]

@@ -1,4 +1,4 @@
-"""Features of a few classes that overlap."""
+"""Random features of a few overlapping classes."""
 
 from __future__ import annotations
 
