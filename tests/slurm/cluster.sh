@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A real SLURM of two nodes on this one machine: munged, one slurmctld, two slurmd. For tests; needs root.
-#   cluster.sh install        as root on Debian or Ubuntu, installs SLURM if it is missing; never fails
-#   cluster.sh up FOLDER      starts it; prints the SLURM_CONF to use. KillWait is 30 s, nodes n1 and n2 have 2 CPUs each.
-#   cluster.sh down FOLDER    ends what it started, by process id
-#   cluster.sh node-down FOLDER n2 | node-up FOLDER n2     kills a node's slurmd and all it runs; starts it again
-# Exit status 77: SLURM is not installed, or this is not root; the reason is on stderr.
+# A real SLURM of two nodes on this machine, for tests: munged, one slurmctld and two slurmd. It needs root.
+#   cluster.sh install        on Debian or Ubuntu, as root: install SLURM if it is missing; never fails
+#   cluster.sh up FOLDER      start the daemons and print the SLURM_CONF to use; nodes n1 and n2 have 2 CPUs each
+#   cluster.sh down FOLDER    end the daemons, by process id
+#   cluster.sh node-down FOLDER n2 | node-up FOLDER n2     kill a node with everything it runs, or start it again
+# Exit status 77: SLURM is not installed, or the user is not root. The reason is on stderr.
 set -euo pipefail
 
 if [ "$1" != install ]; then
@@ -14,7 +14,7 @@ fi
 
 missing() { printf 'no SLURM here: %s\n' "$*" >&2; exit 77; }
 
-# Debian's packages start nothing useful by themselves: there is no configuration yet.
+# Debian's packages start no daemon by themselves, because there is no configuration yet.
 install() {
     command -v slurmctld >/dev/null && command -v munged >/dev/null && return
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
@@ -94,7 +94,7 @@ up() {
     missing "its daemons did not come up in 30 s; their logs are above"
 }
 
-end() { # ends the process of a pid file, with its children if asked
+end() { # end the process of a pid file, by the signal $2 or SIGTERM
     local pid
     [ -s "$1" ] || return 0
     pid=$(cat "$1")
@@ -108,7 +108,7 @@ down() {
     end "$folder/run/slurmd.n1.pid"
     end "$folder/run/slurmd.n2.pid"
     local pid
-    for pid in $(pgrep slurmstepd); do # this cluster's alone
+    for pid in $(pgrep slurmstepd); do # only those of this cluster
         if tr '\0' '\n' 2>/dev/null < "/proc/$pid/environ" | grep -qx "SLURM_CONF=$SLURM_CONF"; then kill -KILL "$pid" 2>/dev/null || true; fi
     done
     end "$folder/run/slurmctld.pid"
@@ -118,7 +118,7 @@ down() {
     fi
 }
 
-# Everything the node runs dies at once, without a signal that it could answer: as when the power goes.
+# Kill everything that the node runs at once, as in a power failure.
 node_down() {
     local pid parents=""
     end "$folder/run/slurmd.$1.pid" -KILL
