@@ -82,7 +82,7 @@ def first_or_full(path):
 
 @pytest.mark.parametrize("path", map(first_or_full, FILES), ids=lambda path: path.stem)
 def test_it_takes_a_reduced_step(path, tmp_path):
-    assert train(_reduced(path, tmp_path), torch.device("cpu"), stop_after=1).step == 1
+    assert train(_reduced(path, tmp_path), torch.device("cpu"), stop_after=1) == 1
 
 
 def test_every_method_has_a_recipe():
