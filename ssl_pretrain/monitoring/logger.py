@@ -105,7 +105,7 @@ class Logger:
         self.console = Console(last_step, self.past_records)
         self._warnings = WarningCollector(self.console.warn if process_group.is_main() else None)
         self._warnings.install()
-        self._files = BackgroundWriter(self.console.say)
+        self._files = BackgroundWriter(self.console.print_line)
         if process_group.is_main():
             self._wandb = self._start_wandb(config)
 
@@ -228,7 +228,7 @@ class Logger:
             self.settings.wandb,
             self.run,
             run_id=self.wandb_id,
-            say=self.console.say,
+            say=self.console.print_line,
             project=self.settings.project,
             name=self.settings.name,
             config=config,
