@@ -76,12 +76,12 @@ class ProcessPool:
         forkserver.start(needs_main)
         with nullcontext() if needs_main else forkserver.without_main():
             try:
-                chunks = iter(self._loader)
+                iterator = iter(self._loader)
             except (BrokenPipeError, EOFError, ConnectionError):
                 if needs_main:
                     raise _unguarded_script_error() from None
                 raise RuntimeError("a worker ended while it was started") from None
-        chunks = raise_worker_errors(chunks)
+        chunks = raise_worker_errors(iterator)
         return map(_copy_pixels, chunks) if self._copies else chunks
 
     def close(self) -> None:
