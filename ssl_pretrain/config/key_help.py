@@ -29,6 +29,7 @@ class HelpAction(argparse.Action):
         super().__init__(**settings)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, key: Any, *_: Any) -> None:
+        """Print the help and exit, with an error if there is no such key."""
         try:
             print(explain(key) if key else parser.format_help())
         except ValueError as error:

@@ -31,12 +31,15 @@ class Digits(Source):
         self._pixels = np.repeat(gray[..., None], 3, axis=3)
 
     def read(self, index: int) -> np.ndarray:
+        """Return the pixels of one digit, gray as RGB, uint8 (8, 8, 3)."""
         return self._pixels[index]
 
     def name(self, index: int) -> str:
+        """Return `digits/` and the digit's number in scikit-learn's data set."""
         return f"digits/{self._numbers[index]}"
 
     def take(self, indices: np.ndarray) -> Self:
+        """Return a source of the digits at `indices`, in that order."""
         subset = super().take(indices)
         subset._numbers, subset._pixels = self._numbers[indices], self._pixels[indices]
         return subset

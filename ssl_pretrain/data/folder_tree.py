@@ -123,24 +123,30 @@ class DiskFolder(FolderTree):
 
     @property
     def folders(self) -> list[str]:
+        """Names of the folders in it, sorted by bytes. Raise ValueError if it cannot be listed."""
         return self._entries["folder"]
 
     @property
     def files(self) -> list[str]:
+        """Names of the files in it, sorted by bytes. Raise ValueError if it cannot be listed."""
         return self._entries["file"]
 
     @cached_property
     def has_direct_images(self) -> bool:
+        """True if a file in it has an image's suffix, or a sampled file an image's first bytes."""
         paths = [os.path.join(self.path, name) for name in self.files]
         return any(map(is_image, self.files)) or any_image_by_content(paths)
 
     def child(self, name: str) -> DiskFolder:
+        """Return the folder `name` in it, without checking that it exists."""
         return DiskFolder(self.path / name)
 
     def parent(self) -> DiskFolder:
+        """Return the folder that contains it on disk."""
         return DiskFolder(self.path.parent)
 
     def read(self, name: str) -> bytes:
+        """Return the content of the file `name` in it. Raise OSError if that fails."""
         return (self.path / name).read_bytes()
 
 
@@ -155,23 +161,29 @@ class ZipFolder(FolderTree):
 
     @property
     def folders(self) -> list[str]:
+        """Names of the folders in it, sorted by bytes."""
         return self._index.get(self.within, ([], []))[0]
 
     @property
     def files(self) -> list[str]:
+        """Names of the images and tables in it, sorted by bytes."""
         return self._index.get(self.within, ([], []))[1]
 
     @property
     def has_direct_images(self) -> bool:
+        """True if a file other than a table lies directly in it."""
         return any(not name.lower().endswith(TABLE_SUFFIXES) for name in self.files)
 
     def child(self, name: str) -> ZipFolder:
+        """Return the folder `name` in it, without checking that it exists."""
         return ZipFolder(self.path, self._index, os.path.join(self.within, name))
 
     def parent(self) -> ZipFolder:
+        """Return the folder that contains it. The top folder of a zip is its own parent."""
         return ZipFolder(self.path, self._index, os.path.dirname(self.within))
 
     def read(self, name: str) -> bytes:
+        """Return the content of a table in it. Raise OSError if it is damaged or too large."""
         return read_table(self.path, os.path.join(self.within, name))
 
 

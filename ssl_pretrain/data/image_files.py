@@ -42,17 +42,25 @@ class ImageFiles(EncodedSource):
         return self.__dict__ | {"_archive": None}  # an open file belongs to its process
 
     def read(self, index: int) -> np.ndarray:
+        """Read and decode one file as RGB pixels, uint8 (height, width, 3).
+
+        Raises:
+            UnreadableImage: If the file cannot be read or decoded. The message has its path.
+        """
         return decode(self.read_bytes(index), self.name(index), self.value_range)
 
     def name(self, index: int) -> str:
+        """Return the path of one file, continued inside the zip if there is one, for messages."""
         return os.path.join(self.files.root, self.files.within, self.files.path(index))
 
     def take(self, indices: np.ndarray) -> Self:
+        """Return a source of the files at `indices`, in that order."""
         subset = super().take(indices)
         subset.files = self.files.take(indices)
         return subset
 
     def check_present(self) -> None:
+        """Raise FileNotFoundError if the folder or zip no longer exists."""
         if not os.path.exists(self.files.root):
             raise FileNotFoundError(
                 f"data.root: {self.files.root} no longer exists, but existed when the run began"

@@ -10,7 +10,7 @@ def abbreviate(names: Sequence[str], num_shown: int = 5) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, and bytes of file names that are not text, such as \\x1b."""
+    r"""Escape control characters, and bytes of file names that are not text, such as \x1b."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text

@@ -47,13 +47,16 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of whole global batches in one pass over the images."""
         return steps_per_epoch(self.num_images, self.global_batch_size)
 
     @property
     def local_batch_size(self) -> int:
+        """Images per step on this rank."""
         return self.global_batch_size // self.world_size
 
     def epoch(self, step: int) -> int:
+        """Return the epoch that a step of the run belongs to, counted from 0."""
         return step // self.steps_per_epoch
 
     def indices(self, step: int) -> np.ndarray:

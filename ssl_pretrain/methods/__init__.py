@@ -11,6 +11,7 @@ from types import ModuleType
 
 
 def names() -> list[str]:
+    """Return the sorted names of all methods."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 

@@ -37,10 +37,13 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> AlignUniform:
+        """Build the alignment and uniformity method on top of a backbone."""
         return AlignUniform(self, backbone)
 
 
 class AlignUniform(Method):
+    """Alignment of the views of an image, and uniformity of all images on the unit sphere."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -48,11 +51,13 @@ class AlignUniform(Method):
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False)
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
         z = self.projector(self.backbone(torch.cat(self.two_views(batch))))
         z_a, z_b = z.chunk(2)
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the weighted sum of the alignment and uniformity losses, and log both."""
         z_a, z_b = F.normalize(upcast(embeddings["z_a"])), F.normalize(upcast(embeddings["z_b"]))
         alpha, t = self.config.alpha, self.config.t
         squared_distance = (z_a - z_b).square().sum(1).clamp(min=1e-12)

@@ -46,10 +46,13 @@ class Config(MethodConfig):
     )
 
     def build(self, backbone: Backbone) -> BarlowTwins:
+        """Build Barlow Twins on top of a backbone."""
         return BarlowTwins(self, backbone)
 
 
 class BarlowTwins(Method):
+    """Redundancy reduction by the cross-correlation between the embeddings of two views."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -57,10 +60,12 @@ class BarlowTwins(Method):
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, last_bias=False)
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the invariance plus the weighted redundancy term, and log both."""
         correlation = cross_correlation(embeddings["z_a"], embeddings["z_b"])
 
         invariance = diagonal_error(correlation)

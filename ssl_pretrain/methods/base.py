@@ -45,6 +45,7 @@ class MethodConfig:
         """Raise ValueError, naming key and remedy, if the `RunConfig` does not suit the method."""
 
     def build(self, backbone: Backbone) -> Method:
+        """Build the method on top of a backbone. Every method's `Config` overrides it."""
         raise NotImplementedError(f"{type(self).__module__}: a method's Config builds its Method")
 
 
@@ -159,11 +160,13 @@ class GroupedPairs(Method):
         self.projector = projector
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
+        """Return the label or the number of each image as its group, shape (local_batch,)."""
         return {"groups": batch.labels if self.needs_labels else batch.indices}
 
 

@@ -50,6 +50,7 @@ class Config(MethodConfig):
     )
 
     def check(self, run: Any, world_size: int) -> None:
+        """Raise ValueError if a redrawn teacher would replace loaded weights."""
         if self.teacher_starts == "redrawn" and run.backbone.init != "random":
             raise ValueError(
                 "method.teacher_starts: redrawn would replace the teacher's weights that "
@@ -57,10 +58,13 @@ class Config(MethodConfig):
             )
 
     def build(self, backbone: Backbone) -> BYOL:
+        """Build BYOL on top of a backbone."""
         return BYOL(self, backbone)
 
 
 class BYOL(Method):
+    """Student that predicts a teacher's embedding of the other view, without negatives."""
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         hidden_dim, dim = config.hidden_dim, config.dim
@@ -72,6 +76,7 @@ class BYOL(Method):
             self.teacher.reinitialize()
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the prediction from each view's embedding, (local_batch, dim)."""
         p_a, p_b = (
             self.predictor(self.projector(self.backbone(view))) for view in self.two_views(batch)
         )
@@ -79,10 +84,16 @@ class BYOL(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
+        """Return the teacher's embedding of each view, (local_batch, dim)."""
         z_a, z_b = (self.teacher(view) for view in batch.views)
         return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the squared distance of predictions and targets, summed over both directions.
+
+        Each prediction is compared with the teacher's embedding of the other view, both at unit
+        length.
+        """
         a_to_b = squared_distance(embeddings["p_a"], targets["z_b"])
         b_to_a = squared_distance(embeddings["p_b"], targets["z_a"])
         loss = a_to_b + b_to_a  # equation 2, summed over both directions
@@ -90,10 +101,12 @@ class BYOL(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        """Move the teacher with the momentum of the step that was just taken."""
         momentum = rising_momentum(progress, self.config.momentum)
         self.teacher.move(self, momentum, self.stepped)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        """Monitor the first view's prediction, paired with the teacher's embedding of the second."""
         return Monitored(embeddings["p_a"], (embeddings["p_a"], targets["z_b"]))
 
 

@@ -54,6 +54,7 @@ class Config(MethodConfig):
     scale: float = setting(0.1, "Factor of the predictions.")
 
     def build(self, backbone: Backbone) -> CPC:
+        """Build CPC on top of a backbone."""
         return CPC(self, backbone)
 
 
@@ -92,6 +93,8 @@ class Context(nn.Module):
 
 
 class CPC(Method):
+    """Contrastive prediction of rows of patches from the rows before them."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -102,6 +105,12 @@ class CPC(Method):
         )
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Embed the patches of the single view and predict later rows from earlier ones.
+
+        Returns:
+            `targets`, shape (local_batch, target_dim * side * side), and `predictions`, shape
+            (local_batch, num_directions, len(rows_ahead), target_dim, side, side).
+        """
         patches = self.patches(batch)  # (side, side, local_batch, 3, patch_size, patch_size)
         features = self.backbone(patches.flatten(0, 2)).view(*patches.shape[:3], -1)
         features = features.permute(2, 3, 0, 1)  # (local_batch, feature_dim, side, side)
@@ -131,6 +140,10 @@ class CPC(Method):
         return view.unfold(2, size, stride).unfold(3, size, stride).permute(2, 3, 0, 1, 4, 5)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the InfoNCE loss, summed over the distances in rows and averaged over directions.
+
+        The candidates of every prediction are the patches of all images of the global batch.
+        """
         predictions = upcast(embeddings["predictions"])
         grid = upcast(embeddings["targets"]).unflatten(1, predictions.shape[3:])
         candidates = collectives.gather(as_rows(grid))  # every patch of every image
@@ -145,6 +158,7 @@ class CPC(Method):
         return LossOutput(loss, {"info_nce": loss / len(self.config.rows_ahead)})
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        """Monitor the flattened grid of targets. A single view has no pair."""
         return Monitored(embeddings["targets"])  # a single view has no pair
 
 

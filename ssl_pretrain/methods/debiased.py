@@ -28,10 +28,13 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([512, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Debiased:
+        """Build debiased contrastive learning on top of a backbone."""
         return Debiased(self, backbone)
 
 
 class Debiased(Method):
+    """SimCLR with a loss corrected for negatives that share the anchor's class."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -39,10 +42,12 @@ class Debiased(Method):
         self.projector = mlp(backbone.feature_dim, *config.projector_dims)
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the debiased contrastive loss, and log the mean cosine of positive pairs."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         temperature, tau_plus = self.config.temperature, self.config.tau_plus
         loss = debiased(z_a, z_b, temperature=temperature, tau_plus=tau_plus)  # equation 8

@@ -34,10 +34,13 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([2048, 2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Decoupled:
+        """Build decoupled contrastive learning on top of a backbone."""
         return Decoupled(self, backbone)
 
 
 class Decoupled(Method):
+    """SimCLR without the positive in the denominator of the loss."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -51,10 +54,12 @@ class Decoupled(Method):
         )
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
         z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the DCL loss, or DCLW if `sigma` is set, summed over both directions."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         temperature, sigma = self.config.temperature, self.config.sigma
         mean = decoupled(z_a, z_b, temperature=temperature, sigma=sigma)  # equation 6 or 7

@@ -82,9 +82,11 @@ class Config(MethodConfig):
     )
 
     def check(self, run: Any, world_size: int) -> None:
+        """Raise ValueError if the authors' initialization would replace loaded weights."""
         refuse_init(self.vit_starts, run)
 
     def build(self, backbone: Backbone) -> DINO:
+        """Build DINO on top of a backbone."""
         return DINO(self, backbone)
 
 
@@ -104,6 +106,7 @@ class UnitRows(nn.Linear):
         self.register_parameter("norm", nn.Parameter(torch.ones(dim, 1)) if train_norm else None)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Return the products of `z`, (rows, in_dim), with the unit rows, shape (rows, dim)."""
         rows = F.normalize(self.weight)
         return F.linear(z, rows if self.norm is None else rows * self.norm)
 
@@ -128,13 +131,17 @@ class Head(nn.Module):
         self.last_layer = UnitRows(config.bottleneck_dim, config.num_prototypes, config.train_norm)
 
     def embed(self, features: Tensor) -> Tensor:
+        """Return the embeddings of unit length, shape (rows, bottleneck_dim)."""
         return F.normalize(self.mlp(features))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return the prototypes' logits, shape (rows, num_prototypes)."""
         return self.last_layer(self.embed(features))
 
 
 class DINO(Method):
+    """Student that predicts a teacher's centered and sharpened output for another view."""
+
     evaluated = "teacher.backbone"
     network = "teacher"
     transient = ("logits",)  # the largest tensors, views * num_prototypes numbers per image
@@ -152,6 +159,12 @@ class DINO(Method):
         self.register_buffer("teacher_temperature", torch.tensor(temperature_at(config, 0)))
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the global views' embeddings, detached, and the logits of all views.
+
+        Returns:
+            `z_a` and `z_b`, shape (local_batch, bottleneck_dim), and `logits`, shape
+            (local_batch, views, num_prototypes).
+        """
         self.two_views(batch, local_views=True)
         num_views = len(batch.views)
         z = self.head.embed(torch.cat(by_size(self.backbone, batch.views)))
@@ -162,6 +175,13 @@ class DINO(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
+        """Return the teacher's logits of the global views, their mean, and assigned prototypes.
+
+        Returns:
+            `logits`, shape (local_batch, 2, num_prototypes), their `mean` over images and views,
+            shape (1, num_prototypes), and `assigned`, the index of the largest centered logit of
+            each first view, shape (local_batch,).
+        """
         logits = upcast(self.teacher(torch.cat(batch.views[:2])))
         logits_a, logits_b = logits.chunk(2)
         return {
@@ -171,6 +191,10 @@ class DINO(Method):
         }
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the mean cross entropy over all pairs of a teacher's view and another view.
+
+        The log is the mean entropy of the teacher's output for the first view, in nats.
+        """
         probabilities = [
             F.softmax((logits - self.center) / self.teacher_temperature, dim=1)
             for logits in targets["logits"].unbind(1)
@@ -191,6 +215,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        """Move the teacher and the center, and set the teacher temperature of the next step."""
         self.teacher.move(self, rising_momentum(progress, self.config.momentum), self.stepped)
         mean = collectives.reduce_sum(targets["mean"].mean(0)) / process_group.world_size()
         momentum = self.config.center_momentum
@@ -199,10 +224,12 @@ class DINO(Method):
         self.teacher_temperature.fill_(temperature_at(self.config, progress.next().epoch))
 
     def frozen(self, progress: Progress) -> Sequence[str]:
+        """Freeze the head's last layer during the first `freeze_last_layer_epochs` epochs."""
         is_frozen = progress.epoch < self.config.freeze_last_layer_epochs
         return ("head.last_layer",) if is_frozen else ()
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        """Monitor the embeddings of the global views and the teacher's assigned prototypes."""
         return Monitored(
             embeddings["z_a"],
             (embeddings["z_a"], embeddings["z_b"]),

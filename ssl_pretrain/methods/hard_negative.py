@@ -29,10 +29,13 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([512, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> HardNegative:
+        """Build contrastive learning with hard negatives on top of a backbone."""
         return HardNegative(self, backbone)
 
 
 class HardNegative(Method):
+    """Debiased contrastive learning in which close negatives get larger weights."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -40,10 +43,12 @@ class HardNegative(Method):
         self.projector = mlp(backbone.feature_dim, *config.projector_dims)
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the hard-negative loss, and log the mean cosine of positive pairs."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         loss = hard_negative(  # equation 4
             z_a,

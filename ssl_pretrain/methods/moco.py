@@ -56,6 +56,12 @@ class Config(MethodConfig):
     )
 
     def check(self, run: Any, world_size: int) -> None:
+        """Check that the queue holds whole global batches and that shuffling sees a whole one.
+
+        Raises:
+            ValueError: If `queue_size` is not a multiple of the global batch size, or if
+                `shuffled_batch_norm` is combined with micro-batches.
+        """
         if not self.without_queue:
             check_queue(self.queue_size, run.global_batch_size)
         share = run.global_batch_size // world_size
@@ -68,10 +74,13 @@ class Config(MethodConfig):
             )
 
     def build(self, backbone: Backbone) -> MoCo:
+        """Build MoCo on top of a backbone."""
         return MoCo(self, backbone)
 
 
 class MoCo(Method):
+    """Contrastive learning of queries against a teacher's keys and a queue of past keys."""
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(backbone.feature_dim, *config.projector_dims, batch_norm=False)
@@ -82,11 +91,13 @@ class MoCo(Method):
         self.couples = "embeddings" if config.without_queue else "nothing"
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the queries, the student's embeddings of the first view, (local_batch, dim)."""
         view, _ = self.two_views(batch)
         return {"queries": self.projector(self.backbone(view))}  # (local_batch, dim)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
+        """Return the keys, the teacher's unit embeddings of the second view, (local_batch, dim)."""
         view = batch.views[1]
         if self.config.shuffled_batch_norm:
             keys = forward_shuffled(self.teacher, view, batch.indices)
@@ -95,6 +106,10 @@ class MoCo(Method):
         return {"keys": F.normalize(upcast(keys))}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the InfoNCE loss of the queries. The negatives are the past keys in the queue.
+
+        Without a queue the negatives are the other keys of the global batch.
+        """
         queries, keys = embeddings["queries"], targets["keys"]
         queue = None if self.queue is None else self.queue.rows
         loss = info_nce(queries, keys, temperature=self.config.temperature, queue=queue)
@@ -102,11 +117,13 @@ class MoCo(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        """Push the keys to the queue and move the teacher."""
         if self.queue is not None:
             self.queue.push(targets["keys"], self.stepped)
         self.teacher.move(self, self.config.momentum, self.stepped)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        """Monitor the queries, paired with their keys."""
         return Monitored(embeddings["queries"], (embeddings["queries"], targets["keys"]))
 
 

@@ -62,13 +62,17 @@ class Config(MethodConfig):
     )
 
     def check(self, run: Any, world_size: int) -> None:
+        """Raise ValueError if the authors' initialization would replace loaded weights."""
         refuse_init(self.vit_starts, run)
 
     def build(self, backbone: Backbone) -> MoCoV3:
+        """Build MoCo v3 on top of a backbone."""
         return MoCoV3(self, backbone)
 
 
 class MoCoV3(Method):
+    """Contrastive learning of predictions against a teacher's keys of the global batch."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -91,6 +95,7 @@ class MoCoV3(Method):
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the queries, the prediction from each view's embedding, (local_batch, dim)."""
         p_a, p_b = (
             self.predictor(self.projector(self.backbone(view))) for view in self.two_views(batch)
         )
@@ -98,10 +103,12 @@ class MoCoV3(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
+        """Return the keys, the teacher's embedding of each view, (local_batch, dim)."""
         z_a, z_b = (self.teacher(view) for view in batch.views)
         return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the InfoNCE loss summed over both directions, times 2 * temperature."""
         temperature = self.config.temperature
         a_to_b = info_nce(embeddings["p_a"], targets["z_b"], temperature=temperature)
         b_to_a = info_nce(embeddings["p_b"], targets["z_a"], temperature=temperature)
@@ -111,10 +118,12 @@ class MoCoV3(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        """Move the teacher with the momentum of the next step."""
         momentum = rising_momentum(progress.next(), self.config.momentum)
         self.teacher.move(self, momentum, self.stepped)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        """Monitor the first view's queries, paired with the teacher's keys of the second view."""
         return Monitored(embeddings["p_a"], (embeddings["p_a"], targets["z_b"]))
 
 

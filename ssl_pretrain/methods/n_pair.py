@@ -37,14 +37,18 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> NPair:
+        """Build the N-pair method on top of a backbone."""
         return NPair(self, backbone)
 
 
 class NPair(GroupedPairs):
+    """N-pair loss of inner products, with a penalty on the length of the embeddings."""
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone, mlp(backbone.feature_dim, *config.projector_dims))
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the N-pair loss plus the weighted penalty on squared lengths, and log both."""
         z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
         groups = targets["groups"]
         logits = z_a @ collectives.gather(z_b).T

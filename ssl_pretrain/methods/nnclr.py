@@ -43,13 +43,17 @@ class Config(MethodConfig):
     queue_size: int = setting(98304, "Number of past embeddings searched for nearest neighbors.")
 
     def check(self, run: Any, world_size: int) -> None:
+        """Raise ValueError unless whole global batches fill the queue exactly."""
         check_queue(self.queue_size, run.global_batch_size)
 
     def build(self, backbone: Backbone) -> NNCLR:
+        """Build NNCLR on top of a backbone."""
         return NNCLR(self, backbone)
 
 
 class NNCLR(Method):
+    """Contrastive learning in which an image's nearest neighbor in a queue is its positive."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -60,11 +64,18 @@ class NNCLR(Method):
         self.queue = Queue(config.queue_size, dim)
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return both views' detached embeddings and their predictions, all (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
         return {"z_a": z_a.detach(), "z_b": z_b.detach(), "p_a": p_a, "p_b": p_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the InfoNCE loss of nearest neighbors and predictions, averaged over directions.
+
+        The nearest neighbors of one view's embeddings are the queries, and the predictions of the
+        other view are the keys. The log is the mean cosine of the first view's embeddings with
+        their neighbors.
+        """
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         temperature = self.config.temperature
         neighbor_a, neighbor_b = nearest(z_a, self.queue.rows), nearest(z_b, self.queue.rows)
@@ -75,6 +86,7 @@ class NNCLR(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        """Push the first view's embeddings, at unit length, to the queue."""
         self.queue.push(F.normalize(upcast(embeddings["z_a"])), self.stepped)
 
 

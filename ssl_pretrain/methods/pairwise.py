@@ -35,14 +35,18 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Pairwise:
+        """Build the pairwise contrastive method on top of a backbone."""
         return Pairwise(self, backbone)
 
 
 class Pairwise(GroupedPairs):
+    """Contrastive loss with a margin over all pairs of embeddings in the global batch."""
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone, mlp(backbone.feature_dim, *config.projector_dims))
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the average of the mean losses of positive and negative pairs, and log both."""
         z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
         if self.config.unit_length:
             z_a, z_b = F.normalize(z_a), F.normalize(z_b)

@@ -33,10 +33,13 @@ class Config(MethodConfig):
     )
 
     def build(self, backbone: Backbone) -> SimCLR:
+        """Build SimCLR on top of a backbone."""
         return SimCLR(self, backbone)
 
 
 class SimCLR(Method):
+    """Contrastive learning of two views against the other images of the global batch."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -50,11 +53,13 @@ class SimCLR(Method):
         )
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
         both = torch.cat(self.two_views(batch))  # batch norm sees both views, as in their code
         z_a, z_b = self.projector(self.backbone(both)).chunk(2)
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the NT-Xent loss summed over both directions, and log its mean over them."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         mean = nt_xent(z_a, z_b, temperature=self.config.temperature)
         loss = 2 * mean  # the authors sum both directions

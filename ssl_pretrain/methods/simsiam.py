@@ -35,10 +35,13 @@ class Config(MethodConfig):
     )
 
     def build(self, backbone: Backbone) -> SimSiam:
+        """Build SimSiam on top of a backbone."""
         return SimSiam(self, backbone)
 
 
 class SimSiam(Method):
+    """Siamese student with a predictor and a stop-gradient, without teacher or negatives."""
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
         self.projector = mlp(
@@ -48,6 +51,10 @@ class SimSiam(Method):
         self.predictor = mlp(dim, config.predictor_dim, dim)
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return both views' predictions and embeddings, all (local_batch, dim).
+
+        The embeddings are detached unless `without_stop_gradient` is set.
+        """
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
         if not self.config.without_stop_gradient:
@@ -55,6 +62,7 @@ class SimSiam(Method):
         return {"p_a": p_a, "p_b": p_b, "z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the negative mean cosine of each prediction with the other view's embedding."""
         a_to_b = mean_cosine(embeddings["p_a"], embeddings["z_b"])
         b_to_a = mean_cosine(embeddings["p_b"], embeddings["z_a"])
         loss = -(a_to_b + b_to_a) / 2  # equation 4

@@ -40,10 +40,13 @@ class Config(MethodConfig):
     last_bias: bool = setting(True, "Bias in the projector's last layer. google-research: false.")
 
     def build(self, backbone: Backbone) -> SupCon:
+        """Build SupCon on top of a backbone."""
         return SupCon(self, backbone)
 
 
 class SupCon(Method):
+    """Contrastive learning in which all images of a class are positives of each other."""
+
     couples = "embeddings"
     needs_labels = True
 
@@ -57,6 +60,7 @@ class SupCon(Method):
         )
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
         features = self.backbone(torch.cat(self.two_views(batch)))  # batch norm sees both views
         if self.config.unit_features:
             features = F.normalize(features)
@@ -65,9 +69,11 @@ class SupCon(Method):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
+        """Return the label of each image, (local_batch,)."""
         return {"labels": batch.labels}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the supervised contrastive loss times temperature / base_temperature."""
         temperature, base_temperature = self.config.temperature, self.config.base_temperature
         z_a, z_b, labels = embeddings["z_a"], embeddings["z_b"], targets["labels"]
         mean = supervised_contrastive(z_a, z_b, labels, temperature=temperature)  # equation 2

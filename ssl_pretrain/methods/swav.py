@@ -61,14 +61,18 @@ class Config(MethodConfig):
     queue_from_epoch: int = setting(15, "Epoch from which the queue is used.")
 
     def check(self, run: Any, world_size: int) -> None:
+        """Raise ValueError if there is a queue that whole global batches do not fill exactly."""
         if self.queue_size:
             check_queue(self.queue_size, run.global_batch_size)
 
     def build(self, backbone: Backbone) -> SwAV:
+        """Build SwAV on top of a backbone."""
         return SwAV(self, backbone)
 
 
 class SwAV(Method):
+    """Prediction of the prototypes assigned to a global view from the other views."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -82,6 +86,12 @@ class SwAV(Method):
         )
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the global views' embeddings, detached, and the scores of all views.
+
+        Returns:
+            `z_a` and `z_b` of unit length, shape (local_batch, dim), and `scores`, the products
+            with the prototypes, shape (local_batch, views, num_prototypes).
+        """
         self.two_views(batch, local_views=True)
         num_views = len(batch.views)
         features = torch.cat(by_size(self.backbone, batch.views))
@@ -92,6 +102,11 @@ class SwAV(Method):
         return {"z_a": z_a, "z_b": z_b, "scores": scores}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the mean cross entropy of assignments and scores over pairs of different views.
+
+        The assignments of each global view are predicted from every other view. The log
+        is the mean entropy of the second view's assignments, in nats.
+        """
         scores = upcast(embeddings["scores"])
         num_views = scores.shape[1]
         loss = scores.new_zeros(())
@@ -125,6 +140,7 @@ class SwAV(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
+        """Normalize the prototypes and, from `queue_from_epoch` on, push the embeddings."""
         (weight,) = collectives.shards([self.prototypes.weight])  # a shard has whole rows
         weight.copy_(self.if_stepped(F.normalize(weight), weight))
         if self.queue is not None and progress.epoch >= self.config.queue_from_epoch:
@@ -132,9 +148,11 @@ class SwAV(Method):
             self.queue.push(z, self.stepped)
 
     def frozen(self, progress: Progress) -> Sequence[str]:
+        """Freeze the prototypes during the first `freeze_prototypes_steps` steps."""
         return ("prototypes",) if progress.step < self.config.freeze_prototypes_steps else ()
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
+        """Monitor the global views' embeddings and the closest prototype of each first view."""
         scores = embeddings["scores"]
         return Monitored(
             embeddings["z_a"],

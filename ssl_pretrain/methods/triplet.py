@@ -36,14 +36,18 @@ class Config(MethodConfig):
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
     def build(self, backbone: Backbone) -> Triplet:
+        """Build the triplet method on top of a backbone."""
         return Triplet(self, backbone)
 
 
 class Triplet(GroupedPairs):
+    """Triplet loss with semi-hard negatives mined from the global batch."""
+
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone, mlp(backbone.feature_dim, *config.projector_dims))
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the mean triplet loss over positive pairs, and log the share of nonzero terms."""
         z_a, z_b = F.normalize(upcast(embeddings["z_a"])), F.normalize(upcast(embeddings["z_b"]))
         pairs = all_pairs(z_a, z_b, targets["groups"])
         negative_distance = semi_hard_distance(pairs)

@@ -37,10 +37,13 @@ class Config(MethodConfig):
     covariance_weight: float = setting(1.0, "Weight nu of the covariance term.")
 
     def build(self, backbone: Backbone) -> VICReg:
+        """Build VICReg on top of a backbone."""
         return VICReg(self, backbone)
 
 
 class VICReg(Method):
+    """Variance, invariance and covariance regularization of two views' embeddings."""
+
     couples = "embeddings"
 
     def __init__(self, config: Config, backbone: Backbone):
@@ -50,10 +53,12 @@ class VICReg(Method):
         )
 
     def forward(self, batch: Batch) -> Embeddings:
+        """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
         return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
+        """Return the weighted sum of invariance, variance and covariance terms, and log each."""
         z_a, z_b = upcast(embeddings["z_a"]), upcast(embeddings["z_b"])
         dim = z_a.shape[1]
         covariance_a, covariance_b = global_covariance(z_a), global_covariance(z_b)  # equation 3

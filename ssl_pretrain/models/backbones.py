@@ -60,6 +60,7 @@ class Backbone(nn.Module):
         self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the features of the images, shape (batch, feature_dim)."""
         return self.model(images)
 
 
@@ -148,6 +149,7 @@ def constructor_arguments(name: str) -> frozenset[str]:
 
 
 def takes_image_size(name: str) -> bool:
+    """Return True if the constructor of a timm network takes `img_size`."""
     return "img_size" in constructor_arguments(name)
 
 
@@ -469,6 +471,7 @@ def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def count_parameters(module: nn.Module) -> int:
+    """Return the number of weights in all parameters of a module, trained or not."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -45,6 +45,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, views: Tensor) -> Tensor:
+        """Apply the teacher's modules in order to views of shape (batch, 3, height, width)."""
         for module in self.children():
             views = module(views)
         return views

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 
 class Curve(NamedTuple):
+    """Group, title and description of a metric's curve."""
+
     group: str
     title: str
     description: str = ""

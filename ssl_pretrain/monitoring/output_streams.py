@@ -31,10 +31,12 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write the text without raising OSError, and return its length even if it was dropped."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream without raising OSError."""
         self._try(self._stream.flush)
 
     def discard_unwritten(self) -> None:

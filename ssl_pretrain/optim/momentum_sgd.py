@@ -40,6 +40,7 @@ class SGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient, unless `found_inf` is 1."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:

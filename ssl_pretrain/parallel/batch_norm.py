@@ -53,6 +53,7 @@ class GroupBatchNorm(nn.Module):
         self.train(source.training)
 
     def extra_repr(self) -> str:
+        """Return the channels, groups per rank and ranks per group, for printing the module."""
         return (
             f"{len(self.running_mean)}, groups_per_rank={self.groups_per_rank}, "
             f"ranks_per_group={self.ranks_per_group}"
@@ -189,6 +190,7 @@ def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.M
 
 
 def is_batch_norm(module: nn.Module) -> bool:
+    """Return True for a batch norm of torch or timm, and for a `GroupBatchNorm`."""
     return isinstance(module, (_BatchNorm, GroupBatchNorm))
 
 

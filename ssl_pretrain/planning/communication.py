@@ -25,6 +25,7 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
+        """Number of GPUs over all nodes."""
         return self.nodes * self.gpus_per_node
 
 

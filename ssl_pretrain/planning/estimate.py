@@ -79,6 +79,7 @@ class Estimate:
 
     @cached_property
     def execution(self) -> Execution:
+        """Device, number formats and memory layout of the run on a GPU."""
         return Execution.resolve(self.run.parallel, torch.device("cuda"))
 
     @cached_property
@@ -121,6 +122,7 @@ class Estimate:
 
     @property
     def num_shards(self) -> int:
+        """Number of ranks among which each weight is split, 1 under DDP."""
         return communication.num_shards(self.run.parallel, self.cluster)
 
     @cached_property
@@ -130,6 +132,7 @@ class Estimate:
 
     @cached_property
     def gradient_bytes(self) -> int:
+        """Bytes of the gradients of all trained parameters, before sharding."""
         return sum(self._bytes(p) for p in self.method.parameters() if p.requires_grad)
 
     def memory(self, images: int) -> dict[str, float]:

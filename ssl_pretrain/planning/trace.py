@@ -22,9 +22,11 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
+        """Return the shape, dtype and `requires_grad` of a tensor as a spec."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
     def empty(self) -> Tensor:
+        """Return an uninitialized tensor of this spec on the current default device."""
         return torch.empty(self.shape, dtype=self.dtype, requires_grad=self.requires_grad)
 
 

@@ -24,6 +24,12 @@ class Beton(EncodedSource):
         self._subset = b""  # int64 numbers of the images in the file, for a subset
 
     def read(self, index: int) -> np.ndarray:
+        """Return the RGB pixels of one image, uint8 (height, width, 3).
+
+        Raises:
+            UnreadableImage: If the image cannot be read or decoded, or its size differs from the
+                table's.
+        """
         stored = self.read_bytes(index)
         size = (int(self.samples.height[index]), int(self.samples.width[index]))
         if self.samples.mode[index] == RAW:
@@ -34,15 +40,18 @@ class Beton(EncodedSource):
         return pixels
 
     def name(self, index: int) -> str:
+        """Return the path of the .beton or shard and the image's number in it, for messages."""
         return self.samples.name(index)
 
     def take(self, indices: np.ndarray) -> Self:
+        """Return a source of the images at `indices`, in that order, with its own fingerprint."""
         subset = super().take(indices)
         subset.samples = self.samples.take(indices)
         subset._subset = self._subset + indices.astype(np.int64).tobytes()
         return subset
 
     def check_present(self) -> None:
+        """Raise FileNotFoundError if a file is missing, and ValueError if one was replaced."""
         beton_file.check_present(self.samples)
 
     @property

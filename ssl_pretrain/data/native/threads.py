@@ -132,6 +132,7 @@ class ThreadPool:
         return self._run.chunks()
 
     def close(self) -> None:
+        """Stop the threads, close the files and free the buffers. A later `take` starts afresh."""
         self._stop()
         while self.files:
             os.close(self.files.pop())

@@ -225,6 +225,10 @@ def leave(status: int) -> NoReturn:
 
 
 def main() -> None:
+    """Serve the messages on standard input until they end, then exit.
+
+    The settings are JSON, from the file named on the command line or else the first line of input.
+    """
     for number in IGNORED_SIGNALS:  # meant for the training, which closes the input when it ends
         signal.signal(number, signal.SIG_IGN)
     use_temporary_folder()
