@@ -106,7 +106,7 @@ class BYOL(Method):
         self.teacher.move(self, momentum, self.stepped)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
-        """Monitor the first view's prediction, paired with the teacher's embedding of the second."""
+        """Monitor the first view's prediction and the teacher's embedding of the second view."""
         return Monitored(embeddings["p_a"], (embeddings["p_a"], targets["z_b"]))
 
 
