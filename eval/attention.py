@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line."""
     parser = command_line.parser(
         "ssl_pretrain.eval.attention",
         HELP,

@@ -25,6 +25,7 @@ NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that name a run, and so
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         "python -m ssl_pretrain.eval.compare",
         description=HELP,

@@ -81,19 +81,23 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
 
 
 def gaussian_noise(image: np.ndarray, std: float, rng: ImageRng) -> np.ndarray:
+    """Add Gaussian noise of standard deviation `std` to every value."""
     return image + rng.normal(*image.shape) * std
 
 
 def shot_noise(image: np.ndarray, photons: float, rng: ImageRng) -> np.ndarray:
+    """Add Poisson noise, where `photons` is the mean photon count of a value of 1."""
     return stats.poisson.ppf(rng.uniform(*image.shape), image * photons).clip(min=0) / photons
 
 
 def impulse_noise(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
+    """Set a random share of the values, each channel on its own, to 0 or 1."""
     hit, white = rng.uniform(*image.shape) < share, rng.uniform(*image.shape) < 0.5
     return np.where(hit, white, image)
 
 
 def defocus_blur(image: np.ndarray, disk_size: tuple[float, float], rng: ImageRng) -> np.ndarray:
+    """Blur with a disk. `disk_size` is its radius in pixels and the `alias` of `disk`."""
     return ndimage.correlate(image, disk(*disk_size)[..., None], mode="mirror")
 
 
@@ -113,10 +117,16 @@ def disk(radius: float, alias: float) -> np.ndarray:
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur each channel with a Gaussian of standard deviation `sigma` in pixels."""
     return ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest")
 
 
 def glass_blur(image: np.ndarray, constants: tuple[float, int, int], rng: ImageRng) -> np.ndarray:
+    """Exchange pixels with random ones nearby, and blur before and after.
+
+    `constants` holds the blur's standard deviation in pixels, the farthest exchange in pixels per
+    axis, and the number of rounds.
+    """
     sigma, reach, num_rounds = constants
     pixels = (gaussian_blur(image, sigma) * 255).astype(np.uint8)
     offsets = np.floor(rng.uniform(num_rounds, *image.shape[:2], 2) * 2 * reach)
@@ -140,6 +150,10 @@ def _exchange(pixels, offsets, reach):
 
 
 def zoom_blur(image: np.ndarray, zoom: tuple[float, float], rng: ImageRng) -> np.ndarray:
+    """Average a square image with enlarged copies of its center.
+
+    `zoom` holds the end (exclusive) and the step of the factors, which start at 1.
+    """
     end, step = zoom
     factors = np.arange(1, end, step)
     return (image + sum(enlarge(image, factor) for factor in factors)) / (len(factors) + 1)
@@ -157,6 +171,10 @@ def enlarge(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def fog(image: np.ndarray, constants: tuple[float, float], rng: ImageRng) -> np.ndarray:
+    """Add clouds, and scale the image so that its maximum does not grow.
+
+    `constants` holds the amount of fog and the `decay` of `plasma`.
+    """
     amount, decay = constants
     height, width = image.shape[:2]
     side = 1 << (max(height, width) - 1).bit_length()
@@ -197,6 +215,7 @@ def brightness(image: np.ndarray, amount: float, rng: ImageRng) -> np.ndarray:
 
 
 def contrast(image: np.ndarray, factor: float, rng: ImageRng) -> np.ndarray:
+    """Scale the distance of every value to its channel's mean by `factor`."""
     mean = image.mean(axis=(0, 1), keepdims=True)
     return (image - mean) * factor + mean
 
@@ -237,6 +256,7 @@ def sample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) 
 
 
 def pixelate(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
+    """Shrink both sides to this share of their length, then restore the size, by box filters."""
     height, width = image.shape[:2]
     small_size = max(1, int(width * share)), max(1, int(height * share))
     small = _to_pil(image).resize(small_size, Image.Resampling.BOX)
@@ -244,6 +264,7 @@ def pixelate(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
 
 
 def jpeg_compression(image: np.ndarray, quality: int, rng: ImageRng) -> np.ndarray:
+    """Compress as JPEG of this quality, on Pillow's scale, and decode it."""
     content = io.BytesIO()
     _to_pil(image).save(content, "JPEG", quality=quality)
     return np.asarray(Image.open(content)) / 255.0

@@ -128,6 +128,7 @@ def evaluate(path: str | Path) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return

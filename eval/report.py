@@ -31,6 +31,7 @@ features, a projection of the features, and the configuration.
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line."""
     parser = command_line.parser("ssl_pretrain.eval.report", HELP, {})
     option = parser.add_argument
     option("--follow", action="store_true", help="serve a page that follows the training")

@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line."""
     parser = command_line.parser("ssl_pretrain.eval.retrieval", HELP, OPTIONS)
     command_line.evaluate_and_print(
         parser, arguments, lambda run, options: evaluate(run, options.duplicates)

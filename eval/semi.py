@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line."""
     parser = command_line.parser("ssl_pretrain.eval.semi", HELP, OPTIONS | TUNING_OPTIONS)
     command_line.evaluate_and_print(
         parser,

@@ -33,6 +33,7 @@ to RUN/eval/spectrum.json.
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line."""
     parser = command_line.parser("ssl_pretrain.eval.spectrum", HELP, {})
     command_line.evaluate_and_print(parser, arguments, lambda run, _: evaluate(run))
 

@@ -1,4 +1,4 @@
-"""A prepared dashboard in Weights & Biases: python -m ssl_pretrain.launch.dashboard PROJECT"""
+"""A prepared dashboard in Weights & Biases: `python -m ssl_pretrain.launch.dashboard PROJECT`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ PICTURES = [metric_names.VIEWS_PICTURE, metric_names.NEIGHBORS_PICTURE]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ssl_pretrain.launch.dashboard",
         description="Create a saved view of a project's runs, with sections for learning, "

@@ -235,6 +235,16 @@ class RandAugment:
         self.policy, self.fill = policy, tuple(min(255, round(255 * value)) for value in mean)
 
     def __call__(self, view: Tensor, epoch: int, index: int) -> Tensor:
+        """Augment one view.
+
+        Args:
+            view: View, uint8 (3, size, size).
+            epoch: Epoch of the training.
+            index: Index of the image in its data set.
+
+        Returns:
+            The augmented view, with the same shape and type.
+        """
         _seed_python_and_numpy(rng.seed_of(SEED, epoch, index))
         image = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
         augmented = _policy(self.policy, self.fill, view.shape[-1])(image)

@@ -118,6 +118,7 @@ class Standardize:
         return cls(mean, std.masked_fill(constant, torch.inf))
 
     def __call__(self, features: Tensor) -> Tensor:
+        """Return the standardized features, (n, dim)."""
         return (features - self.mean) / self.std
 
 

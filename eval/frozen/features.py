@@ -87,6 +87,7 @@ class Feature(nn.Module):
         self.feature_dim: int = copies * backbone.feature_dim  # type: ignore[assignment, operator]
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return features (batch, feature_dim) of images (batch, channels, height, width)."""
         if self.name == "pooled":
             return self.backbone(images)
         model: Any = self.backbone.model

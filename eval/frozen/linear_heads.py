@@ -176,6 +176,7 @@ class FeatureNorm:
         return (features - mean) / (variance + BN_EPS).sqrt()
 
     def __call__(self, features: Tensor) -> Tensor:
+        """Normalize features (n, dim) by the running mean and variance."""
         return (features - self.mean) / (self.variance + BN_EPS).sqrt()
 
 

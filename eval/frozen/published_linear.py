@@ -52,6 +52,7 @@ class LinearOptions:
 
     @property
     def published(self) -> LinearProtocol:
+        """The protocol as published, without the departures."""
         return LINEAR[self.protocol]
 
     def adapted(self, num_images: int) -> LinearProtocol:

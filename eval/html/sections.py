@@ -1,4 +1,4 @@
-"""Sections of a page that need only the files of a run, so that they can be shown while it trains."""
+"""Sections of a page that need only a run's files, so they can be shown while it trains."""
 
 from __future__ import annotations
 
@@ -84,12 +84,14 @@ def recorded_keys(metrics: list[Record], group: str) -> list[str]:
 
 
 def caption(key: str) -> str:
+    """Return the caption of a metric's chart, made of its title, unit and description."""
     about = metric_names.curve(key)
     title = about.title[0].upper() + about.title[1:] + (", %" if about.percent else "")
     return f"{title}: {about.description}" if about.description else title
 
 
 def series_legend(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Return (name, color) of each series, in the colors of `charts.line_chart`."""
     return tuple((name, charts.color(i, max(2, len(names)))) for i, name in enumerate(names))
 
 
@@ -168,7 +170,7 @@ def evaluation(result: Record) -> Record:
 
 
 def evaluations_over_steps(run: Path) -> list[Figure]:
-    """Draw the pretrained features' numbers against the step, where several checkpoints have them."""
+    """Draw the pretrained features' numbers by step, where several checkpoints have them."""
     figures = []
     for name, steps in results.by_step(run).items():
         series: dict[str, list[tuple[float, float]]] = {}

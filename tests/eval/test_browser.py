@@ -1,5 +1,7 @@
-"""The report, the comparison and the live page in a real headless chromium: no console error, every picture has size, and the
-numbers are those of metrics.jsonl."""
+"""The report, the comparison and the live page in a real headless chromium.
+
+There is no console error, every picture has a size, and the numbers are those of metrics.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER),
     reason="chromium and chromedriver are not installed: apt-get install chromium chromium-driver",
 )
-SIZES = """return [...document.querySelectorAll("img, svg")].map(e => { const box = e.getBoundingClientRect();
+SIZES = """return [...document.querySelectorAll("img, svg")].map(e => {
+  const box = e.getBoundingClientRect();
   return [e.tagName, box.width, box.height, e.tagName === "IMG" ? e.naturalWidth : 1]; });"""
 
 

@@ -19,7 +19,7 @@ PROBLEM = f"3 steps in a row had a non-finite gradient; embeddings that are not 
 
 
 def guard(run, roll_back):
-    """Return a guard with three skipped steps and one rollback allowed, which looks every 2 steps."""
+    """Return a guard that looks every 2 steps and allows 3 skipped steps and one rollback."""
     return NanGuard(
         GuardConfig(3, 1),
         run,
@@ -114,5 +114,6 @@ def test_a_replayed_step_equals_the_original(tmp_path, capsys):
     assert replay.replay(run, 5, from_checkpoint=True)[1] != lines[1]
     assert replay.main([str(run), "2"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: {run}: no checkpoint before step 2; the oldest there is cannot have met that batch. Give a later step"
+        f"error: {run}: no checkpoint before step 2; the oldest there is cannot have met that"
+        " batch. Give a later step"
     )
