@@ -28,8 +28,9 @@ from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import Backbone, BackboneConfig
+from ssl_pretrain.models import backbones, timm_networks
+from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.system import durable_files
 
 WEIGHTS = "model.safetensors"
@@ -180,7 +181,7 @@ def load(folder: str | Path) -> Backbone:
 def build_arguments(run: Run) -> dict[str, Any]:
     """Return the arguments that build the backbone, and describe its input and origin."""
     config, evaluation = run.config, run.config.evaluation
-    size_arguments = backbones.size_arguments(config.backbone.name, run.view_size)
+    size_arguments = timm_networks.size_arguments(config.backbone.name, run.view_size)
     args = dict(config.backbone.args)
     return {
         "architecture": config.backbone.name,

@@ -15,7 +15,7 @@ from ssl_pretrain.config import RunConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run, check_overrides, resolve_device, to_device
-from ssl_pretrain.models import backbones
+from ssl_pretrain.models import backbones, image_size_check, timm_networks
 
 OVERRIDABLE = ("backbone", "data", "views", "evaluation", "seed", "output")
 
@@ -49,9 +49,9 @@ def load_external_weights(weights: str, overrides: list[str], device: str) -> Ru
             )
     init = f"timm:{tag}" if from_timm else weights
     run_config.backbone = replace(run_config.backbone, name=name, init=init)
-    size = run_config.evaluation.image_size or backbones.native_size(name)
+    size = run_config.evaluation.image_size or timm_networks.native_size(name)
     _set_timm_defaults(run_config, name, keys)
-    backbones.check(run_config.backbone, {"evaluation.image_size": size})
+    image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
     path = Path(run_config.output or f"runs/{f'{name}.{tag}' if from_timm else Path(weights).stem}")
     _write_config(path, run_config)
     backbone: nn.Module = backbones.build(run_config.backbone, size)
@@ -74,7 +74,7 @@ def load_external_weights(weights: str, overrides: list[str], device: str) -> Ru
 
 def _set_timm_defaults(run_config: RunConfig, name: str, keys: set[str]) -> None:
     """Set timm's mean, standard deviation, crop and interpolation, except for overridden keys."""
-    timm_config = backbones.pretrained_cfg(name)
+    timm_config = timm_networks.pretrained_cfg(name)
     bicubic = timm_config.interpolation == "bicubic"
     defaults: dict[str, dict[str, Any]] = {
         "views": {

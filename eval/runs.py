@@ -14,7 +14,7 @@ from ssl_pretrain import config, schema
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.models import backbones
+from ssl_pretrain.models import backbones, image_size_check
 from ssl_pretrain.views import recipe
 
 OVERRIDABLE = ("data", "evaluation")  # sections of a run's config that an evaluation may override
@@ -87,7 +87,9 @@ def load_run(
     view_size = recipe.expand_counts(run_config.views)[0].size
     image_size = run_config.evaluation.image_size or view_size
     architecture = replace(run_config.backbone, init="random", init_key="", init_prefix="")
-    backbones.check(architecture, {"views.crops": view_size, "evaluation.image_size": image_size})
+    image_size_check.check(
+        architecture, {"views.crops": view_size, "evaluation.image_size": image_size}
+    )
     backbone: nn.Module = backbones.build(architecture, view_size)
     prefix = manifest["evaluated"] + "."
     weights = {

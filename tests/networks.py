@@ -17,7 +17,7 @@ from ssl_pretrain.checkpoint.run_facts import RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress

@@ -10,7 +10,7 @@ from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import MANIFEST
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.models import backbones, weights_file
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 

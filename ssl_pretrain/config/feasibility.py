@@ -11,7 +11,7 @@ from ssl_pretrain.config.loading import ConfigError
 from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.models import backbones
+from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import parallel_config
 from ssl_pretrain.views import recipe
@@ -31,7 +31,7 @@ def check(config: RunConfig, world_size: int) -> None:
         parallel_config.bn_group_images(config.parallel, config.global_batch_size)
         parallel_config.check(config.parallel)
         optim.check(config.optim)
-        backbones.check(config.backbone, _image_sizes(config))
+        image_size_check.check(config.backbone, _image_sizes(config))
         config.method.check(config, world_size)
         _try_method(config)
         order.check_divides(config.global_batch_size, world_size)
@@ -115,7 +115,7 @@ def _try_method(config: RunConfig) -> None:
             try:
                 method(Batch(images, numbers, numbers))
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                if not backbones.lacks_meta(error):
+                if not timm_networks.lacks_meta(error):
                     raise _forward_problem(config, error, sizes) from None
 
 

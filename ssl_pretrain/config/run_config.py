@@ -9,7 +9,7 @@ from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig
 from ssl_pretrain.data.sources import DataConfig
 from ssl_pretrain.fault_tolerance.nan_guard import GuardConfig
 from ssl_pretrain.methods.base import MethodConfig
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring.collapse import HealthConfig
 from ssl_pretrain.monitoring.logger import LogConfig
 from ssl_pretrain.monitoring.online_knn import OnlineConfig

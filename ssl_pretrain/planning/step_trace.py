@@ -15,7 +15,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.losses.backend import BACKENDS, use_backend
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.compile_and_checkpoint import recompute_activations

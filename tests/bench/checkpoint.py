@@ -24,7 +24,8 @@ from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.run_facts import RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.methods import byol
-from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.models.backbones import build
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress

@@ -24,7 +24,7 @@ from ssl_pretrain.eval.frozen.knn_search import Search
 from ssl_pretrain.eval.frozen.linear_heads import LinearHeads
 from ssl_pretrain.eval.frozen.published_linear import ProbedNetwork
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.parallel import memory
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ from measure import versions
 
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring.collapse import CollapseMonitor, HealthConfig
 from ssl_pretrain.monitoring.logger import LogConfig, Logger
 from ssl_pretrain.optim import optimizers as optim

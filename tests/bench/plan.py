@@ -15,7 +15,7 @@ import torch
 from measure import mib, time_interleaved, versions
 
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning.hardware import MACHINES
 from ssl_pretrain.planning.step_trace import trace_backbone

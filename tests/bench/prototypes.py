@@ -11,7 +11,8 @@ import torch
 from measure import mib, peaks, versions
 
 from ssl_pretrain.methods import dino
-from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.models.backbones import build
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress

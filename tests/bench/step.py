@@ -16,7 +16,8 @@ from measure import mib, peaks, time_interleaved, versions
 
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.methods.base import LossOutput
-from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.models.backbones import build
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress

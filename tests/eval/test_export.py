@@ -21,7 +21,7 @@ from ssl_pretrain.build import build_method
 from ssl_pretrain.eval import export, knn, runs
 from ssl_pretrain.eval.exporting import onnx, reference
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 
 RESNET = ("backbone.name=resnet18", "views.crops.global.size=32")
 VIT = (

@@ -18,7 +18,7 @@ from ssl_pretrain.eval.frozen.features import Feature
 from ssl_pretrain.eval.frozen.linear_heads import FeatureNorm, LinearHeads
 from ssl_pretrain.eval.frozen.published_linear import LinearOptions, ProbedNetwork
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 
 STEPS_PER_EPOCH = 4
 

@@ -12,7 +12,7 @@ from on_cuda import NEEDS_CUDA, cuda, forbid_synchronization  # noqa: F401
 from ssl_pretrain import methods
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress

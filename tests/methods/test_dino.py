@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ssl_pretrain.methods.dino import Config, temperature_at
-from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.models.backbones import build as build_backbone
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (9, 9, 7, 7, 7)

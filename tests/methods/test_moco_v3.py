@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ssl_pretrain.methods.moco_v3 import Config, sine_cosine_positions
-from ssl_pretrain.models.backbones import BackboneConfig
 from ssl_pretrain.models.backbones import build as build_backbone
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 METHOD = {"hidden_dim": 8, "dim": 4, "momentum": 0.9, "temperature": 0.3}

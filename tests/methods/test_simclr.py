@@ -12,7 +12,8 @@ import torch
 
 from ssl_pretrain import config
 from ssl_pretrain.methods.simclr import Config
-from ssl_pretrain.models.backbones import BackboneConfig, build
+from ssl_pretrain.models.backbones import build
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.train import train
 from ssl_pretrain.views.batch import Batch

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig, build, load_strict
+from ssl_pretrain.models.backbones import build, load_strict
+from ssl_pretrain.models.timm_networks import BackboneConfig
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
 from ssl_pretrain.checkpoint.initial_weights import initialize
-from ssl_pretrain.models import backbones, weights_file
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models import backbones, image_size_check, weights_file
+from ssl_pretrain.models.timm_networks import BackboneConfig
 
 
 def network() -> torch.nn.Module:
@@ -187,7 +187,9 @@ def test_a_folder_of_files_and_a_tag_without_a_name_are_refused(tmp_path):
         f"such as {tmp_path / 'model.safetensors'}"
     )
     with pytest.raises(ValueError) as error:
-        backbones.check(BackboneConfig(name="test_resnet", init="timm:"), {"views.crops": 32})
+        image_size_check.check(
+            BackboneConfig(name="test_resnet", init="timm:"), {"views.crops": 32}
+        )
     assert str(error.value) == (
         "backbone.init: 'timm:' names no weights; give a tag of timm.list_pretrained('test_resnet*')"
     )

@@ -13,7 +13,7 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.losses.contrastive import nt_xent
 from ssl_pretrain.losses.tiles import log_sum_exp
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.backbones import BackboneConfig
+from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.planning.recorder import Recorder, trace
 from ssl_pretrain.planning.step_trace import trace_backbone
 from ssl_pretrain.planning.trace import LinearTrace
