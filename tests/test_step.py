@@ -1,4 +1,4 @@
-"""Parts of a batch leave the gradient, the statistics and the weights of the whole batch on as many ranks."""
+"""Micro-batches on one rank train the same gradient, statistics and weights as that many ranks."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ END = Progress(20, 20, 2)
 
 
 def _steps(path, overrides, steps=2):
-    """Some steps; (gradients of the last, weights and statistics, logs of the last)."""
+    """Take some steps. Returns the last gradients, weights and statistics, and the last logs."""
     settings = config.load(path, overrides)
     config.check(settings, process_group.world_size())
-    images_of_all = settings.global_batch_size
+    num_images = settings.global_batch_size
     batches = loader.build(
-        settings.data, settings.views, seed=0, global_batch_size=images_of_all, device=CPU
+        settings.data, settings.views, seed=0, global_batch_size=num_images, device=CPU
     )
     method = build_method(settings)
     stepper = build_run_stepper(method, settings, Execution.resolve(settings.parallel, CPU))
     for step, batch in zip(range(steps), batches.starting_at(0)):
         progress = Progress(step + 2, 20, 2)
-        optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, images_of_all)
+        optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, num_images)
         logs = stepper(progress, batch).logs
     batches.close()
     gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
@@ -50,20 +50,21 @@ def _steps(path, overrides, steps=2):
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
-def test_parts_on_one_rank_equal_as_many_ranks(tmp_path, drop_path):
+def test_micro_batches_on_one_rank_equal_as_many_ranks(tmp_path, drop_path):
     path = tiny.config(tmp_path)
     overrides = ["parallel.bn_group_images=8", f"backbone.drop_path={drop_path}"]
-    _assert_parts_equal_ranks(path, [*overrides, "parallel.precision=float64"], 3, 8)
+    _assert_micro_batches_equal_ranks(path, [*overrides, "parallel.precision=float64"], 3, 8)
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
-def test_parts_on_one_rank_equal_as_many_ranks_as_shipped(tmp_path, drop_path):
+def test_micro_batches_on_one_rank_equal_as_many_ranks_as_shipped(tmp_path, drop_path):
+    path = tiny.config(tmp_path)
     overrides = ["parallel.bn_group_images=8", f"backbone.drop_path={drop_path}"]
-    _assert_parts_equal_ranks(tiny.config(tmp_path), overrides, 3, 8, steps=1, tolerance=1e-4)
+    _assert_micro_batches_equal_ranks(path, overrides, 3, 8, steps=1, tolerance=1e-4)
 
 
 @pytest.mark.full
-def test_a_batch_of_256_in_eight_parts_equals_eight_ranks(tmp_path):
+def test_a_batch_of_256_in_eight_micro_batches_equals_eight_ranks(tmp_path):
     overrides = [
         "data.source=digits",
         "data.root=''",
@@ -71,35 +72,34 @@ def test_a_batch_of_256_in_eight_parts_equals_eight_ranks(tmp_path):
         "parallel.bn_group_images=32",
         "parallel.precision=float64",
     ]
-    _assert_parts_equal_ranks(tiny.config(tmp_path), overrides, 8, 32)
+    _assert_micro_batches_equal_ranks(tiny.config(tmp_path), overrides, 8, 32)
 
 
-def _assert_parts_equal_ranks(path, overrides, world_size, part, steps=2, tolerance=1e-9):
+def _assert_micro_batches_equal_ranks(
+    path, overrides, world_size, micro_batch_size, steps=2, tolerance=1e-9
+):
     ranks = run_ranks(_steps, path, overrides, steps, world_size=world_size)
-    gradients, state, logs = _steps(path, [*overrides, f"micro_batch_size={part}"], steps)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(
-            gradient,
-            ranks[0][0][name],
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-    for name, value in state.items():
-        torch.testing.assert_close(
-            value,
-            ranks[-1][1][name],
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-    assert (
-        logs["replay_error"] == 0.0
-    )  # the second pass drew the same drop-path and used the same batch norm groups
+    overrides = [*overrides, f"micro_batch_size={micro_batch_size}"]
+    gradients, state, logs = _steps(path, overrides, steps)
+    _assert_close_by_name(gradients, ranks[0][0], tolerance)
+    _assert_close_by_name(state, ranks[-1][1], tolerance)
+    # The second pass repeats the drop-path and the batch norm groups of the first.
+    assert logs["replay_error"] == 0.0
 
 
-def _one_rank_breaks(path):
-    """Step 0 whole, step 1 with a NaN pixel on rank 1; what moved in step 1, the counter, and what is said of it."""
+def _assert_close_by_name(got, expected, tolerance):
+    for name, value in got.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=tolerance, atol=tolerance, msg=f"{name}: {{}}".format
+        )
+
+
+def _steps_with_a_nan_on_rank_1(path):
+    """Take step 0 as it is, and step 1 with a NaN pixel on rank 1.
+
+    Returns the names of tensors that step 1 changed, `stepped` of both steps, the counter of
+    skipped steps, and the description of the bad embeddings.
+    """
     settings = config.load(path, ["parallel.bn_group_images=12"])
     batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=24, device=CPU)
     method = build_method(settings)
@@ -114,101 +114,90 @@ def _one_rank_breaks(path):
             batch.views[1][0, 0, 0, 0] = float("nan")
         logs = stepper(progress, batch).logs
     batches.close()
-    moved = [
-        name
-        for name, value in method.state_dict().items()
-        if not torch.equal(value, before[name]) and "num_batches" not in name
-    ]
-    return moved, stepped, logs["skipped_steps"].item(), stepper.describe_bad_embeddings()
+    state = {name: v for name, v in method.state_dict().items() if "num_batches" not in name}
+    changed = [name for name, value in state.items() if not torch.equal(value, before[name])]
+    return changed, stepped, logs["skipped_steps"].item(), stepper.describe_bad_embeddings()
 
 
 @pytest.mark.case(19)
 def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
-    for moved, stepped, skipped, said in run_ranks(
-        _one_rank_breaks, tiny.config(tmp_path), world_size=2
+    path = tiny.config(tmp_path)
+    for changed, stepped, num_skipped, description in run_ranks(
+        _steps_with_a_nan_on_rank_1, path, world_size=2
     ):
-        assert moved == [] and stepped == [1.0, 0.0] and skipped == 1.0
-        assert said == "z_a of rank 1 since step 2, z_b of rank 1 since step 2"
+        assert changed == []
+        assert stepped == [1.0, 0.0]
+        assert num_skipped == 1.0
+        assert description == "z_a of rank 1 since step 2, z_b of rank 1 since step 2"
 
 
 def test_one_pass_with_a_coupled_loss_is_refused(tmp_path):
-    path = tiny.config(tmp_path)
+    path, one_pass = tiny.config(tmp_path), "parallel.accumulation=one_pass"
     with pytest.raises(ValueError) as error:
-        _steps(
-            path,
-            ["parallel.bn_group_images=8", "micro_batch_size=8", "parallel.accumulation=one_pass"],
-        )
+        _steps(path, ["parallel.bn_group_images=8", "micro_batch_size=8", one_pass])
     assert str(error.value) == (
         "parallel.accumulation: one_pass does not train simclr: this loss compares images across "
         "the whole batch. Summing the losses of micro-batches would drop the pairs between them. "
         "Set auto or two_passes, which keep all pairs"
     )
-    _steps(
-        path, ["parallel.accumulation=one_pass"]
-    )  # the whole batch is one part: nothing to refuse
+    _steps(path, [one_pass])  # accepted: the whole batch is one micro-batch
 
 
-def test_auto_takes_the_largest_part_that_fits(tmp_path, monkeypatch, capsys):
-    settings = config.load(
-        tiny.config(tmp_path), ["parallel.bn_group_images=4", "micro_batch_size=auto"]
-    )
-    method = build_method(settings)
-    assert (
-        choose_micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
-    )
+AUTO = ["parallel.bn_group_images=4", "micro_batch_size=auto"]
+
+
+def test_auto_measures_and_takes_the_whole_batch(tmp_path, capsys):
+    settings = config.load(tiny.config(tmp_path), AUTO)
+    execution = Execution.resolve(settings.parallel, CPU)
+    assert choose_micro_batch_size(build_method(settings), settings, execution) == 24
     assert "micro_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
+
+
+def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch):
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
-    costs = {8: 100, 24: 260}
-    part, said = memory.largest_micro_batch(
-        24, 4, lambda images: costs[images] * memory.GIB, 200 * memory.GIB
-    )
-    assert part == 12 and said == "20.00 GiB + 10240.00 MiB per image, 200.0 GiB free"
+
+    def measure(num_images):
+        return {8: 100, 24: 260}[num_images] * memory.GIB
+
+    size, description = memory.largest_micro_batch(24, 4, measure, 200 * memory.GIB)
+    assert size == 12
+    assert description == "20.00 GiB + 10240.00 MiB per image, 200.0 GiB free"
     with pytest.raises(ValueError) as error:
-        memory.largest_micro_batch(
-            24, 4, lambda images: costs[images] * memory.GIB, 60 * memory.GIB
-        )
+        memory.largest_micro_batch(24, 4, measure, 60 * memory.GIB)
     assert str(error.value) == (
-        "micro_batch_size: auto: a micro-batch of 4 images does not fit (20.00 GiB + 10240.00 MiB per image, 60.0 GiB free); "
-        "take a smaller crop size or backbone, a smaller parallel.bn_group_images, or more ranks"
+        "micro_batch_size: auto: a micro-batch of 4 images does not fit "
+        "(20.00 GiB + 10240.00 MiB per image, 60.0 GiB free); take a smaller crop size or "
+        "backbone, a smaller parallel.bn_group_images, or more ranks"
     )
 
 
-def test_auto_measures_blocks_that_compute_again(tmp_path, monkeypatch):
-    asked = [
-        "parallel.bn_group_images=4",
-        "micro_batch_size=auto",
-        "parallel.activation_checkpointing=blocks",
-    ]
-    settings = config.load(tiny.config(tmp_path), asked)
+def test_auto_measures_with_activation_checkpointing(tmp_path, monkeypatch):
+    overrides = [*AUTO, "parallel.activation_checkpointing=blocks"]
+    settings = config.load(tiny.config(tmp_path), overrides)
     method, forwards = build_method(settings), []
     (_, block), *_ = backbones.blocks(method)
-    next(
-        child for child in block.modules() if isinstance(child, torch.nn.Conv2d)
-    ).register_forward_hook(lambda *_: forwards.append(1))
+    layer = next(child for child in block.modules() if isinstance(child, torch.nn.Conv2d))
+    layer.register_forward_hook(lambda *_: forwards.append(1))
     monkeypatch.setattr(memory, "peak", lambda function, device: function() or 0)
-    assert (
-        choose_micro_batch_size(method, settings, Execution.resolve(settings.parallel, CPU)) == 24
-    )
-    assert len(forwards) == 2 * 3  # of three measurements
+    execution = Execution.resolve(settings.parallel, CPU)
+    assert choose_micro_batch_size(method, settings, execution) == 24
+    assert len(forwards) == 2 * 3  # two forward passes in each of three measurements
     assert "forward" not in vars(block)
 
 
-def test_a_peak_is_what_was_held_at_once():
-    def two_after_another():
+def test_a_peak_counts_the_memory_held_at_once():
+    def allocate_one_after_another():
         for _ in range(2):
             torch.ones(2**26)  # 256 MiB
 
-    assert 250 * 2**20 < memory.peak(two_after_another, CPU) < 300 * 2**20
+    assert 250 * 2**20 < memory.peak(allocate_one_after_another, CPU) < 300 * 2**20
 
 
-def test_the_seed_of_drop_path_matters(tmp_path):
-    """The test above would pass for drops that are never made."""
-    path = tiny.config(tmp_path)
+def test_drop_path_changes_the_gradient(tmp_path):
+    """Without drops, the comparison of micro-batches with ranks would prove nothing about them."""
+    path, layer = tiny.config(tmp_path), "backbone.model.layer4.0.conv1.weight"
     with_drops, without = (_steps(path, [f"backbone.drop_path={rate}"])[0] for rate in (0.3, 0.0))
-    assert not torch.allclose(
-        with_drops["backbone.model.layer4.0.conv1.weight"],
-        without["backbone.model.layer4.0.conv1.weight"],
-    )
+    assert not torch.allclose(with_drops[layer], without[layer])
 
 
 class Regression(Method):
@@ -250,34 +239,26 @@ def _regression(num_micro_batches, progress=END):
     images = 12 // num_micro_batches
     settings = ParallelConfig(precision="float64", bn_group_images=3)  # one of four micro-batches
     model = batch_norm.convert(method, images, 3)
-    stepper = Stepper(
-        model, optimizer, settings, 0, images, 12, OptimConfig(), Execution.resolve(settings, CPU)
-    )
+    execution = Execution.resolve(settings, CPU)
+    stepper = Stepper(model, optimizer, settings, 0, images, 12, OptimConfig(), execution)
     views = [torch.randn(12, 3, 2, 2, generator=torch.Generator().manual_seed(1))]
     logs = stepper(progress, Batch(views, torch.zeros(12), torch.arange(12))).logs
     return method, logs
 
 
-def test_parts_of_a_mean_accumulate_in_one_pass():
-    (whole, whole_logs), (parts, parts_logs) = _regression(1), _regression(4)
-    assert parts.num_forwards == 4 and parts.num_moves == whole.num_moves == 1
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(
-            parts.state_dict()[name],
-            value,
-            rtol=1e-12,
-            atol=1e-12,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-    torch.testing.assert_close(parts_logs["loss"], whole_logs["loss"], rtol=1e-12, atol=1e-12)
+def test_micro_batches_of_a_mean_accumulate_in_one_pass():
+    (whole, whole_logs), (accumulated, logs) = _regression(1), _regression(4)
+    assert accumulated.num_forwards == 4
+    assert accumulated.num_moves == whole.num_moves == 1
+    _assert_close_by_name(whole.state_dict(), accumulated.state_dict(), tolerance=1e-12)
+    torch.testing.assert_close(logs["loss"], whole_logs["loss"], rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_parameters_do_not_move():
     untouched = Regression().layer
     frozen, _ = _regression(1, Progress(2, 20, 2))
-    assert torch.equal(frozen.layer.bias, untouched.bias) and not torch.equal(
-        frozen.layer.weight, untouched.weight
-    )
+    assert torch.equal(frozen.layer.bias, untouched.bias)
+    assert not torch.equal(frozen.layer.weight, untouched.weight)
     free, _ = _regression(1, Progress(18, 20, 2))
     assert not torch.equal(free.layer.bias, untouched.bias)
 

@@ -19,16 +19,9 @@ PROBLEM = f"3 steps in a row had a non-finite gradient; embeddings that are not 
 
 
 def guard(run, roll_back):
-    """Return a guard that looks every 2 steps and allows 3 skipped steps and one rollback."""
-    return NanGuard(
-        GuardConfig(3, 1),
-        run,
-        2,
-        seed=7,
-        steps_per_epoch=3,
-        describe_bad_embeddings=lambda: BROKEN,
-        roll_back=roll_back,
-    )
+    """Return a guard that checks every 2 steps and allows 3 skipped steps and 1 rollback."""
+    callbacks = {"describe_bad_embeddings": lambda: BROKEN, "roll_back": roll_back}
+    return NanGuard(GuardConfig(3, 1), run, 2, seed=7, steps_per_epoch=3, **callbacks)
 
 
 def check(nan_guard, flags, first=1):
@@ -99,21 +92,17 @@ def test_a_replayed_step_equals_the_original(tmp_path, capsys):
     assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "6"]) == 0
     capsys.readouterr()
     run = tmp_path / "run"
-    losses = {
-        r["step"]: r["loss"]
-        for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    }
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["loss"] for record in records}
     lines = replay.replay(run, 5)
     assert lines[0] == f"step 5 of {run}, from step_00000003"
     assert lines[1] == f"  loss: {losses[5]:.6g}"
     assert "  first output that is not finite: none" in lines
-    assert {line.split()[3].rstrip(":") for line in lines if "gradient norm of" in line} == {
-        "backbone",
-        "projector",
-    }
+    norms = {line.split()[3].rstrip(":") for line in lines if "gradient norm of" in line}
+    assert norms == {"backbone", "projector"}
     assert replay.replay(run, 5, from_checkpoint=True)[1] != lines[1]
     assert replay.main([str(run), "2"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: {run}: no checkpoint before step 2; the oldest there is cannot have met that"
-        " batch. Give a later step"
+        f"error: {run}: no checkpoint before step 2; the oldest there is cannot have met that "
+        "batch. Give a later step"
     )

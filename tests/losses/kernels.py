@@ -1,7 +1,9 @@
-"""The fused kernels against the plain tiles, on whatever device there is: python tests/losses/kernels.py [cpu|cuda]
+"""Print the largest relative errors of the fused kernels against the plain tiles.
 
-On a CPU Triton's interpreter runs them, which has to be asked before Triton is imported: TRITON_INTERPRET=1. Prints the largest
-relative error of each value; `check` is what the tests call.
+    python tests/losses/kernels.py [cpu|cuda]
+
+On a CPU Triton's interpreter runs them. The variable TRITON_INTERPRET=1 has to be set before Triton
+is imported. Tests call `check`.
 """
 
 from __future__ import annotations
@@ -20,22 +22,19 @@ CASES = {  # rows, candidates, dim, local_start, excluded, scale; None candidate
     "decoupled": (66, None, 16, 0, (0, 33, -33), 5.0),
     "cold, so that exponentials overflow without a maximum": (40, None, 16, 0, (0,), 500.0),
     "info_nce": (50, 150, 40, 0, (), 5.0),
-    "of another rank": (40, 130, 16, 40, (0, 7), 3.0),
+    "anchors of another rank": (40, 130, 16, 40, (0, 7), 3.0),
     "wide": (20, 90, 200, 0, (), 5.0),
 }
 
 
 def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
-    """The log-sum-exps of a case, and the gradients of their weighted sum."""
+    """Return the log-sum-exps of a case, and the gradients of their weighted sum."""
     rows, columns, dim, local_start, excluded, scale = CASES[name]
     generator = torch.Generator().manual_seed(0)
 
     def unit(count: int) -> torch.Tensor:
-        return (
-            F.normalize(torch.randn(count, dim, generator=generator), dim=1)
-            .to(device)
-            .requires_grad_()
-        )
+        rows = torch.randn(count, dim, generator=generator)
+        return F.normalize(rows, dim=1).to(device).requires_grad_()
 
     weights = torch.randn(rows, generator=generator).to(device)
     z = unit(rows)
@@ -53,19 +52,17 @@ def values(name: str, device: str, fused: bool) -> dict[str, torch.Tensor]:
 
 
 def check(name: str, device: str) -> dict[str, float]:
-    """The largest difference of each value over its largest entry."""
+    """Return the largest difference of each value, relative to its largest entry."""
     plain, fused = (values(name, device, fused) for fused in (False, True))
-    return {
-        key: ((fused[key] - plain[key]).abs().max() / plain[key].abs().max()).item()
-        for key in plain
-    }
+    errors = {}
+    for key, expected in plain.items():
+        errors[key] = ((fused[key] - expected).abs().max() / expected.abs().max()).item()
+    return errors
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in CASES:
         errors = check(name, (sys.argv[1:] or ["cpu"])[0])
-        print(
-            f"{max(errors.values()):.3g}  {name}: "
-            + ", ".join(f"{key} {error:.2g}" for key, error in errors.items())
-        )
+        by_value = ", ".join(f"{key} {error:.2g}" for key, error in errors.items())
+        print(f"{max(errors.values()):.3g}  {name}: {by_value}")

@@ -1,4 +1,4 @@
-"""The contrastive losses as a person would write them from the papers: anchor by anchor, on one process, in float64."""
+"""Slow contrastive losses, written from the papers: anchor by anchor, one process, float64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import math
 import torch
 from torch.nn import functional as F
 
-NAMES = ("nt_xent", "info_nce", "info_nce_queue", "supervised_contrastive", "decoupled", "decoupled_weighted", "debiased", "hard_negative", "image_text")  # fmt: skip
+NAMES = (
+    "nt_xent",
+    "info_nce",
+    "info_nce_queue",
+    "supervised_contrastive",
+    "decoupled",
+    "decoupled_weighted",
+    "debiased",
+    "hard_negative",
+    "image_text",
+)
 TAU_PLUS, BETA, SIGMA = 0.1, 0.7, 0.5
 
 
 def slow(name, z_a, z_b, labels, queue, temperature):
-    """The loss `name` over the whole batch; gradients by autograd."""
+    """Return the loss `name` over the whole batch. Its gradients come from autograd."""
     if name == "info_nce":
         return _one_direction(z_a, z_b, temperature)
     if name == "info_nce_queue":
@@ -31,10 +41,9 @@ def slow(name, z_a, z_b, labels, queue, temperature):
         if name == "nt_xent":
             losses.append(torch.log(everything) - positive)
         elif name == "supervised_contrastive":
-            same = [
-                similarity[i][k] for k in range(2 * n) if k != i and labels[k % n] == labels[i % n]
-            ]
-            losses.append(-sum(torch.log(torch.exp(s) / everything) for s in same) / len(same))
+            positives = [k for k in range(2 * n) if k != i and labels[k % n] == labels[i % n]]
+            ratios = [torch.exp(similarity[i][k]) / everything for k in positives]
+            losses.append(-sum(torch.log(ratio) for ratio in ratios) / len(ratios))
         elif name == "decoupled":
             losses.append(torch.log(sum(torch.exp(s) for s in negatives)) - positive)
         elif name == "decoupled_weighted":
@@ -43,9 +52,8 @@ def slow(name, z_a, z_b, labels, queue, temperature):
         else:  # the authors' criterion, from the paper's equations
             number, beta = len(negatives), BETA if name == "hard_negative" else 0.0
             importance = [torch.exp(beta * s) for s in negatives]
-            weighted = sum(w * torch.exp(s) for w, s in zip(importance, negatives)) / (
-                sum(importance) / number
-            )
+            weighted = sum(w * torch.exp(s) for w, s in zip(importance, negatives))
+            weighted = weighted / (sum(importance) / number)
             estimate = (weighted - TAU_PLUS * number * torch.exp(positive)) / (1 - TAU_PLUS)
             negative_sum = torch.clamp(estimate, min=number * math.exp(-1 / temperature))
             losses.append(-torch.log(torch.exp(positive) / (torch.exp(positive) + negative_sum)))

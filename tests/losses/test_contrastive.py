@@ -1,4 +1,4 @@
-"""Every contrastive loss: slow references from the equations, tiles of every size, several ranks, closed forms, messages."""
+"""Every contrastive loss against slow references, with tiles of every size and several ranks."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ def views(rows: int = 12, dim: int = 5):
 
 
 def _labels(rows: int):
-    """Uneven: one class of half the images, one of a single image, and what is between, in no order."""
+    """Shuffled labels of uneven classes: one of half the images, one of a single image, others."""
     labels = torch.tensor([7] * (rows // 2) + [0] + [3, 5] * rows)[:rows]
     return labels[torch.randperm(rows, generator=torch.Generator().manual_seed(2))]
 
 
 def _queue(dim: int = 5):
-    return F.normalize(
-        torch.randn(30, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), dim=1
-    )
+    generator = torch.Generator().manual_seed(3)
+    return F.normalize(torch.randn(30, dim, dtype=torch.float64, generator=generator), dim=1)
 
 
 def ours(name, z_a, z_b, labels, queue, temperature):
@@ -72,9 +71,8 @@ def relative_error(got, want):
     return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
-@pytest.mark.parametrize(
-    "tile", [(512, 512), (6, 6), (5, 7), (1, 1)]
-)  # one tile, tiles that divide 24 rows, that do not, single pairs
+# One tile, tiles that divide 24 rows, tiles that do not, and single pairs.
+@pytest.mark.parametrize("tile", [(512, 512), (6, 6), (5, 7), (1, 1)])
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_equation_in_value_and_gradient(name, tile):
     for temperature in (LOOSE, TIGHT):
@@ -97,12 +95,11 @@ def test_nt_xent_equals_its_plain_form():
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_is_right_to_its_precision(name):
     for temperature in (LOOSE, TIGHT):
-        # The reference from the same rounded numbers: what is measured is the loss's own error.
+        # The reference gets the same rounded numbers, so that only the loss's error is measured.
         rounded = [z.float().double() for z in views()]
         expected = _with_gradients(slow, name, *rounded, temperature)
-        for got, want in zip(
-            _with_gradients(ours, name, *rounded, temperature, torch.float32), expected
-        ):
+        values = _with_gradients(ours, name, *rounded, temperature, torch.float32)
+        for got, want in zip(values, expected):
             assert relative_error(got, want) < 1e-5, temperature
 
 
@@ -115,27 +112,27 @@ def test_autocast_changes_nothing():
 
 
 def _losses_and_weight_gradients(z_a, z_b, tile):
-    """Per loss and temperature: the value and the gradient of a shared linear layer, averaged over ranks as DDP does."""
+    """Return the value and the gradient of a shared linear layer, by loss and temperature.
+
+    Both are averaged over ranks, as DDP does.
+    """
     with use_backend(Backend(*tile)):
         return _results(z_a, z_b)
 
 
 def _results(z_a, z_b):
     rank, world = process_group.rank(), process_group.world_size()
-    own = slice(rank * len(z_a) // world, (rank + 1) * len(z_a) // world)
+    local = slice(rank * len(z_a) // world, (rank + 1) * len(z_a) // world)
     labels, results = _labels(len(z_a)), {}
     for name in NAMES:
         for temperature in (LOOSE, TIGHT):
             weight = torch.eye(5, 5, dtype=torch.float64).add(0.1).requires_grad_()
-            loss = ours(
-                name, z_a[own] @ weight, z_b[own] @ weight, labels[own], _queue(), temperature
-            )
+            a, b = z_a[local] @ weight, z_b[local] @ weight
+            loss = ours(name, a, b, labels[local], _queue(), temperature)
             loss.backward()
             assert weight.grad is not None
-            results[name, temperature] = (
-                collectives.reduce_sum(loss.detach()) / world,
-                collectives.reduce_sum(weight.grad) / world,
-            )
+            sums = [collectives.reduce_sum(value) for value in (loss.detach(), weight.grad)]
+            results[name, temperature] = [value / world for value in sums]
     return results
 
 
@@ -151,26 +148,28 @@ def test_ranks_agree_with_one_process(world_size):
 
 
 def _traffic(z_a, z_b):
-    """Numbers that this rank sends to others in one loss, forward and backward."""
+    """Count the numbers that this rank sends to others in one loss, forward and backward."""
     counts = {"forward": 0, "backward": 0}
     gather, phase = collectives._all_gather, "forward"
 
-    def counted(out, x, group=None):
+    def counting_gather(out, x, group=None):
         counts[phase] += x.numel()
         return gather(out, x, group=group)
 
-    collectives._all_gather = counted
-    collectives._reduce_scatter = None  # the symmetric form needs none: calling it would raise
+    collectives._all_gather = counting_gather
+    collectives._reduce_scatter = (
+        None  # fails if it is called: the symmetric form has no use for it
+    )
     rows = len(z_a) // 2
-    own = slice(process_group.rank() * rows, (process_group.rank() + 1) * rows)
-    a, b = (z[own].clone().requires_grad_() for z in (z_a, z_b))
+    local = slice(process_group.rank() * rows, (process_group.rank() + 1) * rows)
+    a, b = (z[local].clone().requires_grad_() for z in (z_a, z_b))
     loss = nt_xent(a, b, temperature=LOOSE)
     phase = "backward"
     loss.backward()
     return counts
 
 
-def test_embeddings_travel_once_and_nothing_of_their_size_comes_back():
+def test_embeddings_are_sent_once_and_only_three_numbers_per_row_come_back():
     rows, dim = 6, 5
     for counts in run_ranks(_traffic, *views(2 * rows, dim), world_size=2):
         assert counts == {"forward": 2 * rows * dim, "backward": 2 * rows * 3}
@@ -187,14 +186,12 @@ def test_learned_scale_gets_its_gradient():
 def test_keys_without_a_graph_are_constants():
     z_a, z_b = views()
     queries = z_a.clone().requires_grad_()
-    loss = info_nce(queries, z_b, temperature=0.5)
-    expected = slow("info_nce", queries, z_b, None, None, 0.5)
-    assert (
-        relative_error(
-            torch.autograd.grad(loss, queries)[0], torch.autograd.grad(expected, queries)[0]
-        )
-        < 1e-10
+    losses = (
+        info_nce(queries, z_b, temperature=0.5),
+        slow("info_nce", queries, z_b, None, None, 0.5),
     )
+    got, want = (torch.autograd.grad(loss, queries)[0] for loss in losses)
+    assert relative_error(got, want) < 1e-10
 
 
 def test_collapse_costs_the_log_of_the_candidates():
@@ -202,57 +199,79 @@ def test_collapse_costs_the_log_of_the_candidates():
     assert nt_xent(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * 8 - 1))
     assert decoupled(same, same, temperature=0.1).item() == pytest.approx(math.log(2 * 8 - 2))
     assert info_nce(same, same, temperature=0.1).item() == pytest.approx(math.log(8))
-    assert info_nce(
-        same, same, temperature=0.1, queue=F.normalize(torch.ones(30, 4))
-    ).item() == pytest.approx(math.log(31))
+    queue = F.normalize(torch.ones(30, 4))
+    with_queue = info_nce(same, same, temperature=0.1, queue=queue)
+    assert with_queue.item() == pytest.approx(math.log(31))
 
 
 def test_without_prior_or_labels_the_weighted_forms_are_nt_xent():
     z_a, z_b = views()
     expected = nt_xent(z_a, z_b, temperature=LOOSE)
-    torch.testing.assert_close(debiased(z_a, z_b, temperature=LOOSE, tau_plus=0.0), expected)
-    torch.testing.assert_close(
-        supervised_contrastive(z_a, z_b, torch.arange(12), temperature=LOOSE), expected
-    )
+    without_prior = debiased(z_a, z_b, temperature=LOOSE, tau_plus=0.0)
+    without_labels = supervised_contrastive(z_a, z_b, torch.arange(12), temperature=LOOSE)
+    torch.testing.assert_close(without_prior, expected)
+    torch.testing.assert_close(without_labels, expected)
 
 
 def test_the_scale_and_the_order_of_images_do_not_matter():
     z_a, z_b = views()
     loss = nt_xent(z_a, z_b, temperature=0.2)
     shuffled = torch.randperm(len(z_a), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(
-        nt_xent(3 * z_a[shuffled], 0.1 * z_b[shuffled], temperature=0.2), loss
-    )
+    rescaled = nt_xent(3 * z_a[shuffled], 0.1 * z_b[shuffled], temperature=0.2)
+    torch.testing.assert_close(rescaled, loss)
 
 
-def test_bad_arguments_are_named():
-    z = torch.ones(4, 3)
-    with pytest.raises(
-        ValueError,
-        match=r"^nt_xent: z_a and z_b must share one \(local_batch, dim\) shape, got \(4, 3\) and \(2, 3\)$",
-    ):
-        nt_xent(z, z[:2], temperature=0.1)
-    with pytest.raises(ValueError, match=r"^nt_xent: temperature must be > 0, got 0$"):
-        nt_xent(z, z, temperature=0)
-    with pytest.raises(
-        ValueError, match=r"^info_nce: the queue must be \(queue_size, 3\), got \(5, 2\)$"
-    ):
-        info_nce(z, z, temperature=0.1, queue=torch.ones(5, 2))
-    with pytest.raises(
-        ValueError,
-        match=r"^supervised_contrastive: labels must be \(4,\), one per image, got \(3,\)$",
-    ):
-        supervised_contrastive(z, z, torch.zeros(3), temperature=0.1)
-    with pytest.raises(ValueError, match=r"^debiased: tau_plus must be in \[0, 1\), got 1$"):
-        debiased(z, z, temperature=0.1, tau_plus=1)
-    with pytest.raises(ValueError, match=r"^hard_negative: beta must be >= 0, got -1$"):
-        hard_negative(z, z, temperature=0.1, tau_plus=0.1, beta=-1)
-    with pytest.raises(
-        ValueError,
-        match=r"^decoupled: needs at least 2 images in the global batch, got 1, which has no negative$",
-    ):
-        decoupled(z[:1], z[:1], temperature=0.1)
-    with pytest.raises(
-        ValueError, match=r"^image_text: logit_scale must be \(4,\), one per image, got \(\)$"
-    ):
-        image_text(z, z, torch.tensor(10.0))
+Z = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "message"),
+    [
+        (
+            nt_xent,
+            {"z_a": Z, "z_b": Z[:2], "temperature": 0.1},
+            "nt_xent: z_a and z_b must share one (local_batch, dim) shape, got (4, 3) and (2, 3)",
+        ),
+        (
+            nt_xent,
+            {"z_a": Z, "z_b": Z, "temperature": 0},
+            "nt_xent: temperature must be > 0, got 0",
+        ),
+        (
+            supervised_contrastive,
+            {"z_a": Z, "z_b": Z, "labels": torch.zeros(3), "temperature": 0.1},
+            "supervised_contrastive: labels must be (4,), one per image, got (3,)",
+        ),
+        (
+            debiased,
+            {"z_a": Z, "z_b": Z, "temperature": 0.1, "tau_plus": 1},
+            "debiased: tau_plus must be in [0, 1), got 1",
+        ),
+        (
+            hard_negative,
+            {"z_a": Z, "z_b": Z, "temperature": 0.1, "tau_plus": 0.1, "beta": -1},
+            "hard_negative: beta must be >= 0, got -1",
+        ),
+        (
+            decoupled,
+            {"z_a": Z[:1], "z_b": Z[:1], "temperature": 0.1},
+            "decoupled: needs at least 2 images in the global batch, got 1, which has no negative",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(loss, arguments, message):
+    with pytest.raises(ValueError) as error:
+        loss(**arguments)
+    assert str(error.value) == message
+
+
+def test_a_queue_of_another_width_is_refused():
+    with pytest.raises(ValueError) as error:
+        info_nce(Z, Z, temperature=0.1, queue=torch.ones(5, 2))
+    assert str(error.value) == "info_nce: the queue must be (queue_size, 3), got (5, 2)"
+
+
+def test_one_logit_scale_for_the_batch_is_refused():
+    with pytest.raises(ValueError) as error:
+        image_text(Z, Z, torch.tensor(10.0))
+    assert str(error.value) == "image_text: logit_scale must be (4,), one per image, got ()"

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the losses run and give what they say."""
+"""The examples in the docstrings of the losses run and print what they show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ EXAMPLES = [example for example in FINDER.find(contrastive) if example.examples]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name.rpartition(".")[2])
-def test_the_example_gives_what_it_says(example):
+def test_the_example_prints_what_it_shows(example):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     results = runner.run(example)
-    assert results.attempted > 0 and results.failed == 0
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -1,4 +1,4 @@
-"""The loss kernels fit the shared memory of every GPU generation, found by compiling them for it here."""
+"""The loss kernels, compiled for every GPU generation, fit its shared memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ ALL = [
 
 def assert_fits(name: str, dim: int, capability: int) -> None:
     compiled = compile_kernel(name, dim, capability)
-    assert compiled.shared <= SHARED_MEMORY[capability], (
-        f"{name} at {dim}: {compiled.shared} bytes on sm_{capability}"
-    )
+    message = f"{name} at {dim}: {compiled.shared} bytes on sm_{capability}"
+    assert compiled.shared <= SHARED_MEMORY[capability], message
 
 
 @pytest.mark.parametrize("name", ["log_sum_exp", "weighted_sum, by both"])
@@ -41,8 +40,8 @@ def test_every_kernel_of_every_shape_fits(capability, dim, name):
     assert_fits(name, dim, capability)
 
 
-def test_blocks_that_once_failed_to_launch_are_seen_not_to_fit():
-    """64 x 32 in three stages, as for 256 numbers before: 256 KiB, where an H100 has 227."""
+def test_blocks_that_once_failed_to_launch_do_not_fit():
+    """Blocks of 64 x 32 in three stages, once used for dim 256, take 256 KiB. An H100 has 227."""
     compiled = compile_kernel("log_sum_exp", 256, 90, Blocks(64, 32, 4, 3))
     assert compiled.shared == 262_144 > SHARED_MEMORY[90]
 

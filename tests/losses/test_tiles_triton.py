@@ -1,4 +1,4 @@
-"""The fused kernels without a GPU: Triton's interpreter runs them, in a process that asked for it before Triton was imported."""
+"""The fused kernels without a GPU, run by Triton's interpreter in a process of their own."""
 
 from __future__ import annotations
 
@@ -28,38 +28,32 @@ def _release(module):
 
 @pytest.mark.skipif(
     _release(triton) < (3, 7) and _release(np) >= (2, 5),
-    reason=f"the interpreter of Triton {triton.__version__} converts arrays of one number as numpy 2.5 no longer does",
+    reason=f"the interpreter of Triton {triton.__version__} does not work with numpy 2.5",
 )
 def test_the_kernels_compute_what_the_tiles_do():
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "tests/losses/kernels.py", "cpu"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    errors = {
-        line.split("  ", 1)[1].partition(":")[0]: float(line.split()[0])
-        for line in done.stdout.splitlines()
-    }
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("  ", 1) for line in result.stdout.splitlines()]
+    errors = {name.partition(":")[0]: float(error) for error, name in lines}
     assert set(errors) == {name.partition(":")[0] for name in kernels.CASES}
-    assert max(errors.values()) < 2e-5, done.stdout
+    assert max(errors.values()) < 2e-5, result.stdout
 
 
-def test_they_are_for_cuda_and_float32_alone():
-    on_cpu = torch.zeros(4, 8)
-    assert backend_for(on_cpu).run_fused(on_cpu, lambda kernels: kernels) is None
+def test_the_kernels_are_for_cuda_and_float32_alone():
     from ssl_pretrain.losses import tiles_triton
 
-    assert tiles_triton.fits(torch.zeros(4, 8)) and tiles_triton.fits(torch.zeros(4, 256))
-    assert not tiles_triton.fits(torch.zeros(4, 257)) and not tiles_triton.fits(
-        torch.zeros(4, 8, dtype=torch.float64)
-    )
+    on_cpu = torch.zeros(4, 8)
+    assert backend_for(on_cpu).run_fused(on_cpu, lambda kernels: kernels) is None
+    assert tiles_triton.fits(torch.zeros(4, 8))
+    assert tiles_triton.fits(torch.zeros(4, 256))
+    assert not tiles_triton.fits(torch.zeros(4, 257))
+    assert not tiles_triton.fits(torch.zeros(4, 8, dtype=torch.float64))
 
 
-def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(monkeypatch):
+def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_warns_once(monkeypatch):
     from ssl_pretrain.losses import tiles_triton
 
     monkeypatch.setattr(tiles_triton, "_disabled_devices", set())
@@ -70,20 +64,20 @@ def test_a_launch_that_does_not_fit_falls_back_to_the_tiles_and_says_so_once(mon
 
     monkeypatch.setattr(tiles_triton, "log_sum_exp", launch)
     monkeypatch.setattr(tiles_triton, "weighted_sum", launch)
-    z = torch.nn.functional.normalize(
-        torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), dim=1
-    ).requires_grad_()
+    rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    z = torch.nn.functional.normalize(rows, dim=1).requires_grad_()
 
     def loss_and_gradient(fused=True):
         backend = replace(BACKENDS["cpu"], fused=fused)
         lse, _ = tiles.log_sum_exp_among(z, scale=5.0, backend=backend)
         return lse.detach(), torch.autograd.grad(lse.sum(), z)[0]
 
-    with pytest.warns(UserWarning) as warned:
-        fallen_back = loss_and_gradient()
+    with pytest.warns(UserWarning) as warnings:
+        by_fallback = loss_and_gradient()
         loss_and_gradient()
-    assert [str(warning.message) for warning in warned] == [
-        "the fused loss kernels do not fit GPU of a test (out of resource: shared memory, Required: 262144, Hardware limit: 232448. "
-        "Reducing block sizes or `num_stages` may help.); the loss is computed by plain tiles, with the same result but slower"
+    assert [str(warning.message) for warning in warnings] == [
+        "the fused loss kernels do not fit GPU of a test (out of resource: shared memory, "
+        "Required: 262144, Hardware limit: 232448. Reducing block sizes or `num_stages` may help.)"
+        "; the loss is computed by plain tiles, with the same result but slower"
     ]
-    torch.testing.assert_close(fallen_back, loss_and_gradient(fused=False), rtol=0, atol=0)
+    torch.testing.assert_close(by_fallback, loss_and_gradient(fused=False), rtol=0, atol=0)

@@ -1,11 +1,13 @@
-"""What every method's tests share: a network of 700 weights with batch norm, seeded images, steps through the real Stepper.
+"""A network of 700 weights with batch norm, seeded images and real steps for the tests of methods.
 
-A method's test file says what is its own: METHOD (its Config's arguments, small), OPTIM (its authors' kind of optimizer)
-and, where it differs, VIEWS (sizes). `test_contract.py` runs every method that `methods.names()` finds.
+A method's test file defines METHOD (arguments of its Config, small), OPTIM (an optimizer of its
+authors' kind) and VIEWS (sizes, unless they are the usual ones). `test_contract.py` runs every
+method that `methods.names()` lists.
 
     PYTHONPATH=. python tests/methods/contract.py byol      writes tests/golden/byol.txt anew
 
-Golden losses hold for one version of torch, which their first line names: another version may choose another convolution.
+Golden losses hold for one version of torch, because another may choose another convolution. Their
+first line names it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
-ROWS = 24  # images of a global batch
+ROWS = 24  # images per global batch
 NUM_STEPS, STEPS_PER_EPOCH = 20, 2
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -60,51 +62,50 @@ def test_file(name: str) -> Any:
 
 
 def build(name: str, **overrides: Any) -> Any:
-    """The method on the small network, float64, always with the same weights."""
+    """Build the method on the small network in float64, always with the same weights."""
     torch.manual_seed(0)
-    method = (
-        methods.find(name)
-        .Config(**{**test_file(name).METHOD, **overrides})
-        .build(Backbone(Network()))
-    )
-    return method.double()
+    config = methods.find(name).Config(**{**test_file(name).METHOD, **overrides})
+    return config.build(Backbone(Network())).double()
 
 
 def batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
-    """Step `step`'s global batch: noise around a colour of the class; different images each step, three classes."""
+    """Return the global batch of a step: noise around a color of the class, three classes.
+
+    Every step has other images.
+    """
     generator = torch.Generator().manual_seed(step)
+
+    def noise(size: int) -> torch.Tensor:
+        return torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator)
+
     labels = torch.arange(rows) % 3
-    images = torch.randn(rows, 3, 1, 1, dtype=torch.float64, generator=generator) + labels.view(
-        -1, 1, 1, 1
-    )
-    sizes = getattr(test_file(name), "VIEWS", (8, 8))
-    views = [
-        images + torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator)
-        for size in sizes
-    ]
+    colors = noise(1) + labels.view(-1, 1, 1, 1)
+    views = [colors + noise(size) for size in getattr(test_file(name), "VIEWS", (8, 8))]
     return Batch(views, labels, torch.arange(rows) + step * rows)
 
 
 def run(
     name: str,
     steps: int = 2,
-    parts: int = 1,
+    num_micro_batches: int = 1,
     group: int | str = "global",
     folder: Path | None = None,
     precision: Any = "auto",
     **overrides: Any,
 ) -> dict:
-    """`steps` steps on this rank's rows, going on from the checkpoint in `folder` and leaving one there.
+    """Take `steps` steps on this rank's rows.
 
-    Everything but the batch norm groups and the precision is computed as shipped.
+    Resumes from the checkpoint in `folder` and saves one there at the end. Everything but the batch
+    norm groups and the precision is computed as shipped.
 
-    Returns losses (means over ranks), the last step's gradients, and the method's state.
+    Returns:
+        Losses (means over ranks), the last step's gradients, and the method's state.
     """
     settings = ParallelConfig(precision=precision, bn_group_images=group)
     method, recipe = build(name, **overrides), test_file(name).OPTIM
     world = process_group.world_size()
-    local = ROWS // world
-    example = batch(name).slice(0, world * parts)
+    micro_batch_size = ROWS // world // num_micro_batches
+    example = batch(name).slice(0, world * num_micro_batches)
     execution = Execution.resolve(settings, CPU)
     example = replace(example, views=execution.place_views(example.views))
     stepper = build_stepper(
@@ -112,30 +113,30 @@ def run(
         settings,
         recipe,
         execution,
-        micro_batch_size=local // parts,
+        micro_batch_size=micro_batch_size,
         global_batch_size=ROWS,
         example=example,
     )
     optimizer = stepper.optimizer
     first, checkpoints = 0, None
     if folder:
-        state, facts = TrainingState(method, optimizer), RunFacts(NUM_STEPS, local // parts, "")
+        state, facts = TrainingState(method, optimizer), RunFacts(NUM_STEPS, micro_batch_size, "")
         checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
         first = checkpoints.resume(lambda manifest: None)
     gradients: dict[str, torch.Tensor] = {}
 
-    def before_the_update(*_: Any) -> None:  # LARS writes over the gradients
-        gradients.update(
-            {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
-        )
+    def copy_gradients(*_: Any) -> None:
+        for key, parameter in method.named_parameters():
+            if parameter.grad is not None:
+                gradients[key] = parameter.grad.clone()
 
-    optimizer.register_step_pre_hook(before_the_update)
+    optimizer.register_step_pre_hook(copy_gradients)  # LARS overwrites the gradients
     losses = []
     for step in range(first, first + steps):
         progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
         optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
-        share = batch(name, step).slice(process_group.rank(), world)
-        logs = stepper(progress, share).logs
+        local_batch = batch(name, step).slice(process_group.rank(), world)
+        logs = stepper(progress, local_batch).logs
         losses.append(collectives.reduce_sum(logs["loss"].double()).item() / world)
     if checkpoints:
         checkpoints.save(first + steps)
@@ -149,21 +150,14 @@ def run(
 def one_step(
     method: Any, recipe: OptimConfig, images: Batch, step: int = 0, precision: Any = "float64"
 ) -> None:
-    """The method after one whole step of its run, as one process takes it."""
+    """Take one whole step of a run on one process."""
     optimizer = optim.build(recipe, method)
     progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
     optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
     settings = ParallelConfig(precision=precision)
-    Stepper(
-        method,
-        optimizer,
-        settings,
-        0,
-        len(images),
-        len(images),
-        recipe,
-        Execution.resolve(settings, CPU),
-    )(progress, images)
+    execution, num_images = Execution.resolve(settings, CPU), len(images)
+    stepper = Stepper(method, optimizer, settings, 0, num_images, num_images, recipe, execution)
+    stepper(progress, images)
 
 
 def plain_step(
@@ -173,7 +167,7 @@ def plain_step(
     lr: float,
     weight_decay: float | None = None,
 ) -> None:
-    """The first update of a run by the authors' optimizer, parameter by parameter, from the loss of plain loops."""
+    """Apply the first update of the authors' optimizer to a loss, parameter by parameter."""
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     decay = recipe.weight_decay if weight_decay is None else weight_decay
@@ -186,63 +180,59 @@ def plain_step(
             if recipe.clip_by == "tensor" and g.norm() + 1e-6 > recipe.clip_norm:
                 g = g * recipe.clip_norm / (g.norm() + 1e-6)
             if recipe.name in ("adam", "adamw"):
-                own_decay = 0.0 if excluded else decay
-                g = g + own_decay * p if recipe.name == "adam" else g
-                p.mul_(1 - rate * own_decay if recipe.name == "adamw" else 1.0)
-                p.sub_(
-                    rate * g / (g.abs() + 1e-8)
-                )  # the first step's moments, bias corrected, are g and g squared
+                p_decay = 0.0 if excluded else decay
+                g = g + p_decay * p if recipe.name == "adam" else g
+                p.mul_(1 - rate * p_decay if recipe.name == "adamw" else 1.0)
+                # The bias-corrected moments of the first step are g and g squared.
+                p.sub_(rate * g / (g.abs() + 1e-8))
                 continue
             update = g if excluded else g + decay * p
             if recipe.name == "lars" and not excluded and p.norm() > 0 and update.norm() > 0:
                 update = update * recipe.trust_coefficient * p.norm() / update.norm()
             if recipe.name == "larc" and not excluded:
                 trust = recipe.trust_coefficient * p.norm() / (g.norm() + decay * p.norm() + 1e-8)
-                update = (
-                    update * (min(trust / rate, 1) if recipe.larc_clip else trust)
-                    if p.norm() > 0 and g.norm() > 0
-                    else g
-                )
+                trust = min(trust / rate, 1) if recipe.larc_clip else trust
+                update = update * trust if p.norm() > 0 and g.norm() > 0 else g
             p.sub_(rate * update)
 
 
-def assert_same(got: Any, expected: Any, skip: str = "") -> None:
-    """Every parameter and buffer of two modules or their states, name by name; `skip` leaves out names that hold it."""
-    got, expected = (
-        value.state_dict() if isinstance(value, nn.Module) else value for value in (got, expected)
-    )
+def assert_equal_by_name(
+    got: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    rtol: float = 1e-9,
+    atol: float = 1e-10,
+) -> None:
+    """Compare the tensors of two dictionaries. A failure names the tensor."""
     assert got.keys() == expected.keys()
     for name, value in got.items():
-        if not skip or skip not in name:
-            torch.testing.assert_close(
-                value,
-                expected[name],
-                rtol=1e-9,
-                atol=1e-11,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
+        torch.testing.assert_close(
+            value, expected[name], rtol=rtol, atol=atol, msg=f"{name}: {{}}".format
+        )
 
 
-def largest_error(got: Any, expected: Any, skip: str = "") -> float:
-    """The largest difference of a tensor over that tensor's largest entry."""
-    got, expected = (
-        value.state_dict() if isinstance(value, nn.Module) else value for value in (got, expected)
-    )
-    names = [
-        name
-        for name, value in got.items()
-        if value.is_floating_point() and not (skip and skip in name)
-    ]
-    return max(
-        (
-            (got[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1e-3)
-        ).item()
-        for name in names
-    )
+def state_of(module_or_state: Any) -> dict[str, torch.Tensor]:
+    is_module = isinstance(module_or_state, nn.Module)
+    return module_or_state.state_dict() if is_module else module_or_state
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Compare every parameter and buffer of two modules or their states."""
+    assert_equal_by_name(state_of(got), state_of(expected), atol=1e-11)
+
+
+def largest_error(got: Any, expected: Any) -> float:
+    """Return the largest difference of a tensor, relative to that tensor's largest entry."""
+    expected = state_of(expected)
+    errors = []
+    for name, value in state_of(got).items():
+        if value.is_floating_point():
+            scale = expected[name].abs().max().clamp(min=1e-3)
+            errors.append(((value - expected[name]).abs().max() / scale).item())
+    return max(errors)
 
 
 def unit(rows: torch.Tensor) -> list[torch.Tensor]:
-    """Each row over its length."""
+    """Divide each row by its length."""
     return [row / row.square().sum().clamp(min=1e-24).sqrt() for row in rows]
 
 
@@ -255,18 +245,16 @@ def with_views(images: Batch, views: list[torch.Tensor]) -> Batch:
 
 
 def torch_release() -> str:
-    """The version of torch without its build, such as 2.13."""
+    """Return the version of torch without its build, such as 2.13."""
     return ".".join(torch.__version__.split(".")[:2])
 
 
 def golden(name: str) -> list[float]:
-    """The golden losses, or a skip under another version of torch than the one that they were written with."""
+    """Read the golden losses. Skip the test unless they were written with this version of torch."""
     header, *lines = (GOLDEN / f"{name}.txt").read_text().splitlines()
-    written_with = header.rpartition("torch ")[2]
-    if written_with != torch_release():
-        pytest.skip(
-            f"the golden losses are those of torch {written_with}, and this is torch {torch_release()}"
-        )
+    release = header.rpartition("torch ")[2]
+    if release != torch_release():
+        pytest.skip(f"the golden losses are for torch {release}, this is torch {torch_release()}")
     return [float(line.split()[1]) for line in lines]
 
 

@@ -1,4 +1,4 @@
-"""Alignment and uniformity against section 4.1 of the paper, pair by pair, as the authors' code takes them.
+"""Alignment and uniformity against section 4.1 of the paper, pair by pair as in the authors' code.
 
 https://github.com/ssnl/align_uniform/blob/master/align_uniform/__init__.py
 """
@@ -40,9 +40,8 @@ def test_one_step_is_the_authors():
     contract.assert_same(method, expected)
 
 
-def test_opposite_images_are_as_uniform_as_two_can_be():
+def test_opposite_points_are_the_most_uniform_pair():
     poles = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     assert log_mean_gaussian(poles, 2.0).item() == pytest.approx(-2.0 * 4)
-    assert log_mean_gaussian(
-        torch.ones(5, 3, dtype=torch.float64) / math.sqrt(3), 2.0
-    ).item() == pytest.approx(0, abs=1e-12)
+    one_point = torch.ones(5, 3, dtype=torch.float64) / math.sqrt(3)
+    assert log_mean_gaussian(one_point, 2.0).item() == pytest.approx(0, abs=1e-12)

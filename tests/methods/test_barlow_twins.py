@@ -28,7 +28,7 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images):
-    """sum (c_ii - 1)^2 + lambda sum c_ij^2 of embeddings normalized by their batch's mean and biased variance."""
+    """Sum (c_ii - 1)^2 + lambda c_ij^2, from embeddings normalized with the biased variance."""
     normalized = []
     for view in images.views:
         z = method.projector(method.backbone(view))
@@ -68,31 +68,26 @@ def test_the_authors_gradient_is_one_over_the_ranks_of_the_true_one():
 
 
 def test_the_true_gradient_takes_the_authors_step_with_their_ranks_in_decay_and_rate():
-    """The recipe's way to the authors' run: their decay times their ranks, their rate of biases over their ranks."""
+    """The recipe multiplies the authors' decay by their ranks and divides their bias rate by it."""
     ranks, theirs = 16, replace(OPTIM, weight_decay=0.05)
     ours = replace(theirs, weight_decay=0.05 * ranks, excluded_lr_ratio=0.024 / ranks)
     method, images = contract.build("barlow_twins"), contract.batch("barlow_twins")
     expected, decayed = contract.twin(method), contract.twin(method)
     contract.one_step(method, ours, images)
-    contract.plain_step(
-        expected, theirs, plain_loss(expected, images) / ranks, 20 * contract.ROWS / 256
-    )
+    loss = plain_loss(expected, images) / ranks
+    contract.plain_step(expected, theirs, loss, 20 * contract.ROWS / 256)
     contract.assert_same(method, expected)
     contract.one_step(decayed, replace(ours, weight_decay=0.05), images)
     assert contract.largest_error(decayed, expected) > 1e-5  # LARS does not hide the decay
 
 
 def test_the_recipe_has_the_authors_decay_and_rate_of_biases_at_sixteen_ranks():
-    recipe = load(
-        Path(__file__).parents[2] / "configs/barlow_twins_imagenet.yaml", ["data.root=/data"]
-    ).optim
+    path = Path(__file__).parents[2] / "configs/barlow_twins_imagenet.yaml"
+    recipe = load(path, ["data.root=/data"]).optim
     assert recipe.weight_decay == pytest.approx(16 * 1e-6)
     assert recipe.excluded_lr_ratio * recipe.base_lr == pytest.approx(0.0048 / 16)
 
 
 def test_no_linear_of_the_projector_has_a_bias():
-    assert all(
-        getattr(layer, "bias", None) is None
-        for layer in contract.build("barlow_twins").projector
-        if isinstance(layer, torch.nn.Linear)
-    )
+    for layer in contract.build("barlow_twins").projector:
+        assert not isinstance(layer, torch.nn.Linear) or layer.bias is None

@@ -21,13 +21,13 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images):
-    """Both directions of ||q/|q| - z/|z|||^2, image by image; each view alone through each network."""
+    """Both directions of ||q/|q| - z/|z|||^2, image by image. Networks get one view at a time."""
     p = [method.predictor(method.projector(method.backbone(view))) for view in images.views]
     z = [method.teacher.projector(method.teacher.backbone(view)) for view in images.views]
     losses = []
     for i in range(len(images)):
         for online, target in ((p[0][i], z[1][i]), (p[1][i], z[0][i])):
-            online, target = contract.unit([online])[0], contract.unit([target])[0]
+            online, target = contract.unit([online, target])
             losses.append(sum((online[d] - target[d]) ** 2 for d in range(len(online))))
     return sum(losses) / len(images)
 
@@ -40,12 +40,11 @@ def test_one_step_is_the_authors(step):
     progress = step / contract.NUM_STEPS
     lr = 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * progress)) / 2
     contract.plain_step(expected, OPTIM, plain_loss(expected, images), lr)
-    tau = (
-        1 - (1 - 0.9) * (math.cos(math.pi * progress) + 1) / 2
-    )  # after the optimizer, with this step's value
+    # The teacher moves after the optimizer, with this step's momentum.
+    momentum = 1 - (1 - 0.9) * (math.cos(math.pi * progress) + 1) / 2
     with torch.no_grad():
         for name, parameter in expected.teacher.named_parameters():
-            parameter.copy_(tau * parameter + (1 - tau) * expected.get_parameter(name))
+            parameter.copy_(momentum * parameter + (1 - momentum) * expected.get_parameter(name))
     contract.assert_same(method, expected)
 
 
@@ -53,25 +52,26 @@ def test_the_teacher_keeps_its_own_batch_norm_statistics():
     method, images = contract.build("byol", teacher_starts="redrawn"), contract.batch("byol")
     contract.one_step(method, OPTIM, images)
     mean = method.teacher.backbone.model.bn1.running_mean
-    assert not torch.allclose(mean, method.backbone.model.bn1.running_mean) and mean.abs().max() > 0
+    assert not torch.allclose(mean, method.backbone.model.bn1.running_mean)
+    assert mean.abs().max() > 0
 
 
-def test_redrawn_weights_have_the_same_numbers_elsewhere():
+def test_redrawn_weights_are_a_permutation_of_the_students():
     method = contract.build("byol", teacher_starts="redrawn")
-    own, other = method.backbone.model.conv1.weight, method.teacher.backbone.model.conv1.weight
-    assert not torch.equal(own, other) and torch.equal(
-        own.flatten().sort()[0], other.flatten().sort()[0]
-    )
+    student, teacher = (module.backbone.model.conv1.weight for module in (method, method.teacher))
+    assert not torch.equal(student, teacher)
+    assert torch.equal(student.flatten().sort()[0], teacher.flatten().sort()[0])
 
 
-def test_opposite_predictions_cost_four_a_direction():
+def test_opposite_predictions_cost_four_per_direction():
     z = torch.randn(5, 3)
-    assert squared_distance(z, 2 * z).item() == pytest.approx(0, abs=1e-6) and squared_distance(
-        z, -z
-    ).item() == pytest.approx(4)
+    assert squared_distance(z, 2 * z).item() == pytest.approx(0, abs=1e-6)
+    assert squared_distance(z, -z).item() == pytest.approx(4)
 
 
 def test_the_biases_are_the_authors():
     method = contract.build("byol")
     for head in (method.projector, method.predictor):
-        assert head[0].bias is not None and head[-1].bias is None and len(head) == 4
+        assert len(head) == 4
+        assert head[0].bias is not None
+        assert head[-1].bias is None

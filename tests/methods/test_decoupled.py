@@ -1,4 +1,7 @@
-"""Decoupled contrastive learning against its authors' arithmetic, eq. 6 and 7 of the paper and raindrop313/DCL (loss/dcl.py)."""
+"""Decoupled contrastive learning against its authors' arithmetic.
+
+Equations 6 and 7 of the paper, and raindrop313/DCL (loss/dcl.py).
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,8 @@ def plain_loss(method, images, sigma):
     for start in (0, n):  # both directions, summed
         for i in range(n):
             weight = 2 - closeness[i] * n / sum(closeness) if sigma else 1
-            negatives = sum(
-                torch.exp(z[start + i] @ z[j] / 0.5) for j in range(2 * n) if j % n != i
-            )
+            others = [j for j in range(2 * n) if j % n != i]
+            negatives = sum(torch.exp(z[start + i] @ z[j] / 0.5) for j in others)
             loss = loss + (torch.log(negatives) - weight * (z[i] @ z[i + n]) / 0.5) / n
     return loss
 
@@ -32,7 +34,6 @@ def test_one_step_is_the_authors(sigma):
     method, images = contract.build("decoupled", sigma=sigma), contract.batch("decoupled")
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images)
-    contract.plain_step(
-        expected, OPTIM, plain_loss(expected, images, sigma), 20 * contract.ROWS / 256
-    )
+    loss = plain_loss(expected, images, sigma)
+    contract.plain_step(expected, OPTIM, loss, 20 * contract.ROWS / 256)
     contract.assert_same(method, expected)

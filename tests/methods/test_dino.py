@@ -18,8 +18,16 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
 
 VIEWS = (9, 9, 7, 7, 7)
-METHOD = {"hidden_dim": 8, "bottleneck_dim": 4, "num_prototypes": 9, "momentum": 0.9, "freeze_last_layer_epochs": 1, "train_norm": True,
-          "teacher_temperature": 0.07, "teacher_temperature_warmup_epochs": 3}  # fmt: skip
+METHOD = {
+    "hidden_dim": 8,
+    "bottleneck_dim": 4,
+    "num_prototypes": 9,
+    "momentum": 0.9,
+    "freeze_last_layer_epochs": 1,
+    "train_norm": True,
+    "teacher_temperature": 0.07,
+    "teacher_temperature_warmup_epochs": 3,
+}
 OPTIM = OptimConfig(
     name="adamw",
     base_lr=0.05,
@@ -48,16 +56,15 @@ def plain_loss(method, images, temperature):
         for v in range(5):
             if v != t:
                 log_p = torch.log_softmax(student[v] / 0.1, dim=1)
-                terms.append(
-                    sum(-(q[t][i] * log_p[i]).sum() for i in range(len(images))) / len(images)
-                )
+                entropies = [-(q[t][i] * log_p[i]).sum() for i in range(len(images))]
+                terms.append(sum(entropies) / len(entropies))
     return sum(terms) / len(terms), torch.cat(teacher).mean(0)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_one_step_is_the_authors(step):
     method, images = contract.build("dino"), contract.batch("dino", step)
-    temperature = [0.04, 0.04, 0.055, 0.055][step]  # 2 steps an epoch, 3 epochs of warm-up
+    temperature = [0.04, 0.04, 0.055, 0.055][step]  # 2 steps per epoch, 3 warmup epochs
     method.teacher_temperature.fill_(temperature)
     method.center.copy_(torch.randn(9))
     expected = contract.twin(method)
@@ -76,7 +83,8 @@ def test_one_step_is_the_authors(step):
         for name, p in expected.teacher.named_parameters():
             p.copy_(momentum * p + (1 - momentum) * expected.get_parameter(name))
         expected.center.copy_(0.9 * expected.center + 0.1 * mean)
-        expected.teacher_temperature.fill_([0.04, 0.055, 0.055, 0.07][step])  # of the next step
+        next_temperature = [0.04, 0.055, 0.055, 0.07][step]
+        expected.teacher_temperature.fill_(next_temperature)
     contract.assert_same(method, expected)
 
 
@@ -84,51 +92,44 @@ def test_a_class_token_starts_as_the_authors():
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name="vit_tiny_patch16_224"), 32)
     before = {name: p.clone() for name, p in backbone.model.named_parameters()}
-    assert before["cls_token"].std() < 1e-5  # timm's
+    assert before["cls_token"].std() < 1e-5  # timm's initialization
     method = Config(num_prototypes=9, vit_starts="authors").build(backbone)
     token = method.backbone.model.cls_token
     assert token.std().item() == pytest.approx(0.02, rel=0.15)
-    changed = [
-        name
-        for name, p in method.backbone.model.named_parameters()
-        if not torch.equal(p, before[name])
-    ]
+    parameters = method.backbone.model.named_parameters()
+    changed = [name for name, p in parameters if not torch.equal(p, before[name])]
     assert changed == ["cls_token"]
     assert torch.equal(token, method.teacher.get_parameter("backbone.model.cls_token"))
 
 
-def test_the_teachers_temperature_by_epoch():
+def test_the_teachers_temperature_rises_by_epoch():
     config = Config(teacher_temperature=0.07, teacher_temperature_warmup_epochs=30)
-    assert [temperature_at(config, epoch) for epoch in (0, 1, 29, 30, 99)] == pytest.approx(
-        [0.04, 0.04 + 0.03 / 29, 0.07, 0.07, 0.07]
-    )
+    temperatures = [temperature_at(config, epoch) for epoch in (0, 1, 29, 30, 99)]
+    assert temperatures == pytest.approx([0.04, 0.04 + 0.03 / 29, 0.07, 0.07, 0.07])
     assert temperature_at(Config(), 0) == 0.04
 
 
-def test_accumulated_never_more_than_one_parts_logits():
-    """The peak: (2 + views) * num_prototypes numbers an image of one part, whatever the number of parts."""
-    alive, most = [], []
+def test_logits_of_one_micro_batch_at_most_are_held_at_once():
+    """The peak is (2 + views) * num_prototypes numbers per image of a micro-batch."""
+    outputs, sizes = [], []
 
-    def watch(module, inputs, output):
-        alive.append(weakref.ref(output))
-        most.append(sum(ref().numel() for ref in alive if ref() is not None))
+    def record_size(module, inputs, output):
+        if type(module).__name__ == "UnitRows":
+            outputs.append(weakref.ref(output))
+            sizes.append(sum(ref().numel() for ref in outputs if ref() is not None))
 
-    handle = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: (
-            watch(module, inputs, output) if type(module).__name__ == "UnitRows" else None
-        )
-    )
+    handle = torch.nn.modules.module.register_module_forward_hook(record_size)
     try:
-        contract.run("dino", steps=1, parts=3, group=8)
+        contract.run("dino", steps=1, num_micro_batches=3, group=8)
     finally:
         handle.remove()
-    assert len(most) >= 6 and max(most) <= (2 + 5) * 9 * contract.ROWS // 3
+    assert len(sizes) >= 6
+    assert max(sizes) <= (2 + 5) * 9 * contract.ROWS // 3
 
 
 def test_the_heads_hidden_layers_may_have_batch_norm():
-    kinds = [
-        type(layer).__name__ for layer in contract.build("dino", head_batch_norm=True).head.mlp
-    ]
+    head = contract.build("dino", head_batch_norm=True).head
+    kinds = [type(layer).__name__ for layer in head.mlp]
     assert kinds == ["Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"]
 
 
@@ -141,12 +142,12 @@ def test_the_teacher_drops_nothing_and_local_crops_interpolate_the_positions():
     method.train()
     assert method(contract.with_views(images, views))["logits"].shape == (2, 3, 16)
     first, second = (method.teacher.backbone(views[0]) for _ in range(2))
-    assert torch.equal(first, second) and not torch.equal(backbone(views[0]), backbone(views[0]))
+    assert torch.equal(first, second)
+    assert not torch.equal(backbone(views[0]), backbone(views[0]))
 
 
 def test_uniform_teacher_and_student_cost_the_log_of_the_prototypes():
-    zeros = torch.zeros(6, 2, 9, dtype=torch.float64)
-    loss, _ = contract.build("dino").loss(
-        {"z": zeros, "logits": torch.zeros(6, 5, 9, dtype=torch.float64)}, {"logits": zeros}
-    )
+    student = torch.zeros(6, 5, 9, dtype=torch.float64)
+    teacher = torch.zeros(6, 2, 9, dtype=torch.float64)
+    loss, _ = contract.build("dino").loss({"z": teacher, "logits": student}, {"logits": teacher})
     assert loss.item() == pytest.approx(math.log(9))

@@ -31,9 +31,8 @@ def plain_loss(method, images):
         positive = torch.exp(z[i] @ z[(i + n) % (2 * n)] / tau)
         negatives = [torch.exp(z[i] @ z[j] / tau) for j in range(2 * n) if j % n != i % n]
         importance = [torch.exp(2.0 * negative.log()) for negative in negatives]
-        total = sum(w * s for w, s in zip(importance, negatives)) / (
-            sum(importance) / len(importance)
-        )
+        weighted = sum(w * s for w, s in zip(importance, negatives))
+        total = weighted / (sum(importance) / len(importance))
         debiased = (total - tau_plus * (2 * n - 2) * positive) / (1 - tau_plus)
         debiased = torch.clamp(debiased, min=(2 * n - 2) * math.exp(-1 / tau))
         loss = loss - torch.log(positive / (positive + debiased)) / (2 * n)

@@ -23,15 +23,11 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images):
-    p = [
-        contract.unit(method.predictor(method.projector(method.backbone(view))))
-        for view in images.views
-    ]
+    z = [method.projector(method.backbone(view)) for view in images.views]
+    p = [contract.unit(method.predictor(embeddings)) for embeddings in z]
+    teacher = method.teacher
     with torch.no_grad():
-        z = [
-            contract.unit(method.teacher.projector(method.teacher.backbone(view)))
-            for view in images.views
-        ]
+        z = [contract.unit(teacher.projector(teacher.backbone(view))) for view in images.views]
     loss = torch.zeros((), dtype=torch.float64)
     for queries, keys in ((p[0], z[1]), (p[1], z[0])):
         for i, q in enumerate(queries):
@@ -47,9 +43,8 @@ def test_one_step_is_the_authors(step):
     contract.one_step(method, OPTIM, images, step)
     lr = 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * step / contract.NUM_STEPS)) / 2
     contract.plain_step(expected, OPTIM, plain_loss(expected, images), lr)
-    momentum = (
-        1 - 0.5 * (1 + math.cos(math.pi * (step + 1) / contract.NUM_STEPS)) * 0.1
-    )  # the next step's, before its keys
+    # The teacher moves before the keys of the next step, with that step's momentum.
+    momentum = 1 - 0.5 * (1 + math.cos(math.pi * (step + 1) / contract.NUM_STEPS)) * 0.1
     with torch.no_grad():
         for name, parameter in expected.teacher.named_parameters():
             parameter.copy_(momentum * parameter + (1 - momentum) * expected.get_parameter(name))
@@ -59,21 +54,17 @@ def test_one_step_is_the_authors(step):
 def test_heads_have_no_bias_and_their_last_norm_no_parameters():
     method = contract.build("moco_v3", num_projector_layers=3, predictor_last_norm=True)
     assert [len(method.projector), len(method.predictor)] == [8, 5]
-    assert all(
-        layer.bias is None
-        for head in (method.projector, method.predictor)
-        for layer in head
-        if isinstance(layer, torch.nn.Linear)
-    )
-    assert method.projector[-1].weight is None and method.predictor[-1].weight is None
+    for layer in (*method.projector, *method.predictor):
+        assert not isinstance(layer, torch.nn.Linear) or layer.bias is None
+    assert method.projector[-1].weight is None
+    assert method.predictor[-1].weight is None
     assert contract.build("moco_v3").predictor[-1].bias is None
 
 
 def vit():
     torch.manual_seed(0)
-    return Config(hidden_dim=8, dim=4, vit_starts="authors").build(
-        build_backbone(BackboneConfig(name="test_vit"), 64)
-    )
+    backbone = build_backbone(BackboneConfig(name="test_vit"), 64)
+    return Config(hidden_dim=8, dim=4, vit_starts="authors").build(backbone)
 
 
 def test_a_vit_starts_as_the_authors():
@@ -81,24 +72,21 @@ def test_a_vit_starts_as_the_authors():
     model = method.backbone.model
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
-    assert model.cls_token.abs().max() < 1e-5 and model.pos_embed[0, 0].abs().max() == 0
+    assert model.cls_token.abs().max() < 1e-5
+    assert model.pos_embed[0, 0].abs().max() == 0
     qkv = model.blocks[0].attn.qkv.weight
-    assert qkv.abs().max().item() == pytest.approx(
-        math.sqrt(6 / (qkv.shape[0] // 3 + qkv.shape[1])), rel=1e-2
-    )
-    assert all(
-        torch.equal(p, method.teacher.get_parameter(f"backbone.model.{name}"))
-        for name, p in model.named_parameters()
-    )
+    bound = math.sqrt(6 / (qkv.shape[0] // 3 + qkv.shape[1]))
+    assert qkv.abs().max().item() == pytest.approx(bound, rel=1e-2)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, method.teacher.get_parameter(f"backbone.model.{name}")), name
 
 
 def test_positions_are_sines_and_cosines_of_both_coordinates():
     got = sine_cosine_positions(3, 3, 8)[0]
     for patch in range(9):
-        first, second = divmod(patch, 3)
         waves = [
             wave(x / 10000 ** (j / 2))
-            for x in (first, second)
+            for x in divmod(patch, 3)
             for wave in (math.sin, math.cos)
             for j in (0, 1)
         ]
@@ -106,7 +94,7 @@ def test_positions_are_sines_and_cosines_of_both_coordinates():
 
 
 def test_twelve_heads_are_an_argument_of_the_backbone():
-    model = build_backbone(
-        BackboneConfig(name="vit_small_patch16_224", args={"num_heads": 12, "depth": 1}), 224
-    ).model
-    assert model.blocks[0].attn.num_heads == 12 and model.blocks[0].attn.head_dim == 32
+    config = BackboneConfig(name="vit_small_patch16_224", args={"num_heads": 12, "depth": 1})
+    attention = build_backbone(config, 224).model.blocks[0].attn
+    assert attention.num_heads == 12
+    assert attention.head_dim == 32

@@ -19,19 +19,19 @@ OPTIM = OptimConfig(
 
 def plain_loss(method, images):
     z = [method.projector(method.backbone(view)) for view in images.views]
-    p = [contract.unit(method.predictor(one)) for one in z]
+    p = [contract.unit(method.predictor(embeddings)) for embeddings in z]
     loss = torch.zeros((), dtype=torch.float64)
     for source, other in ((0, 1), (1, 0)):
         for i, row in enumerate(contract.unit(z[source].detach())):
-            neighbour = max(method.queue.rows, key=lambda past, row=row: (row @ past).item())
-            exps = [torch.exp(neighbour @ candidate / 0.2) for candidate in p[other]]
+            neighbor = method.queue.rows[(method.queue.rows @ row).argmax()]
+            exps = [torch.exp(neighbor @ candidate / 0.2) for candidate in p[other]]
             loss = loss - torch.log(exps[i] / sum(exps)) / len(images) / 2
     return loss, torch.stack(contract.unit(z[0].detach()))
 
 
 def test_one_step_is_the_papers():
     method, images = contract.build("nnclr"), contract.batch("nnclr")
-    method.queue.rows.copy_(torch.nn.functional.normalize(method.queue.rows))  # drawn in float32
+    method.queue.rows.copy_(torch.nn.functional.normalize(method.queue.rows))  # from float32
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images)
     loss, z = plain_loss(expected, images)

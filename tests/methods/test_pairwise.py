@@ -33,17 +33,19 @@ def test_one_step_is_the_papers(pairs):
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images)
     groups = images.labels if pairs == "labels" else images.indices
-    contract.plain_step(
-        expected, OPTIM, plain_loss(expected, images, groups), 0.5 * contract.ROWS / 256
-    )
+    loss = plain_loss(expected, images, groups)
+    contract.plain_step(expected, OPTIM, loss, 0.5 * contract.ROWS / 256)
     contract.assert_same(method, expected)
 
 
-def test_known_distances():
+def test_equal_views_of_images_0_6_apart_cost_the_hinge_alone():
     method = contract.build("pairwise")
     z = torch.tensor([[0.0, 0.0], [0.6, 0.0]], dtype=torch.float64)
-    loss, logs = method.loss(
-        {"z_a": z, "z_b": z}, {"groups": torch.tensor([0, 1])}
-    )  # views agree; the images are 0.6 apart
-    assert logs["pulled"].item() == 0 and loss.item() == pytest.approx((1 - 0.6) ** 2 / 2 / 2)
-    assert method.needs_labels and not contract.build("pairwise", pairs="views").needs_labels
+    loss, logs = method.loss({"z_a": z, "z_b": z}, {"groups": torch.tensor([0, 1])})
+    assert logs["pulled"].item() == 0
+    assert loss.item() == pytest.approx((1 - 0.6) ** 2 / 2 / 2)
+
+
+def test_only_pairs_by_label_need_labels():
+    assert contract.build("pairwise").needs_labels
+    assert not contract.build("pairwise", pairs="views").needs_labels

@@ -23,9 +23,9 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images):
-    """-(cos(p1, z2) + cos(p2, z1)) / 2, image by image, the second of each pair detached."""
+    """-(cos(p1, z2) + cos(p2, z1)) / 2, image by image. The z of each pair is detached."""
     z = [method.projector(method.backbone(view)) for view in images.views]
-    p = [method.predictor(one) for one in z]
+    p = [method.predictor(embeddings) for embeddings in z]
     cosines = []
     for i in range(len(images)):
         for predicted, target in ((p[0][i], z[1][i].detach()), (p[1][i], z[0][i].detach())):
@@ -41,33 +41,27 @@ def test_one_step_is_the_authors():
     contract.assert_same(method, expected)
 
 
-def test_no_norm_of_the_projectors_output_is_trained():
+def test_heads_have_the_authors_biases_and_the_last_norm_is_not_trained():
     method = contract.build("simsiam")
-    assert (
-        method.projector[-1].weight is None
-        and method.predictor[-1].bias is not None
-        and method.predictor[0].bias is None
-    )
+    assert method.projector[-1].weight is None
+    assert method.predictor[-1].bias is not None
+    assert method.predictor[0].bias is None
 
 
 def test_without_the_stopped_gradient_the_targets_learn_too():
-    method, images = (
-        contract.build("simsiam", without_stop_gradient=True),
-        contract.batch("simsiam"),
-    )
-    z = [method.projector(method.backbone(view)) for view in images.views]
-    p = [method.predictor(one) for one in z]
-    pairs = [(p[0][i], z[1][i]) for i in range(len(images))] + [
-        (p[1][i], z[0][i]) for i in range(len(images))
+    method = contract.build("simsiam", without_stop_gradient=True)
+    images = contract.batch("simsiam")
+    z_a, z_b = (method.projector(method.backbone(view)) for view in images.views)
+    p_a, p_b = method.predictor(z_a), method.predictor(z_b)
+    cosines = [
+        (predicted * target).sum() / predicted.norm() / target.norm()
+        for predicted, target in [*zip(p_a, z_b), *zip(p_b, z_a)]
     ]
-    expected = -sum(
-        (predicted * target).sum() / predicted.norm() / target.norm() for predicted, target in pairs
-    ) / len(pairs)
+    expected = -sum(cosines) / len(cosines)
     weights = list(method.backbone.parameters())
     ours = torch.autograd.grad(method.loss(method(images), {})[0], weights)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, weights))
     stopped = contract.build("simsiam")
-    theirs = torch.autograd.grad(
-        stopped.loss(stopped(images), {})[0], list(stopped.backbone.parameters())
-    )
+    weights = list(stopped.backbone.parameters())
+    theirs = torch.autograd.grad(stopped.loss(stopped(images), {})[0], weights)
     assert not torch.allclose(ours[0], theirs[0], rtol=0.01)

@@ -17,16 +17,18 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images):
-    """-tau / 0.07 * mean over anchors of the mean over positives of their log softmax, the anchor itself left out."""
+    """-tau / 0.07 * the mean over anchors of the mean over positives of their log softmax.
+
+    The softmax leaves out the anchor itself.
+    """
     z = contract.unit(method.projector(method.backbone(torch.cat(images.views))))
     labels = images.labels.tolist() * 2
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(len(z)):
         exps = {j: torch.exp(z[i] @ z[j] / 0.1) for j in range(len(z)) if j != i}
         positives = [j for j in exps if labels[j] == labels[i]]
-        loss = loss - sum(torch.log(exps[j] / sum(exps.values())) for j in positives) / len(
-            positives
-        ) / len(z)
+        log_softmax = [torch.log(exps[j] / sum(exps.values())) for j in positives]
+        loss = loss - sum(log_softmax) / len(positives) / len(z)
     return loss * 0.1 / 0.07
 
 
@@ -40,10 +42,14 @@ def test_one_step_is_the_authors():
 
 def test_googles_head_has_no_last_bias_and_unit_inputs():
     method = contract.build("supcon", last_bias=False, unit_features=True)
-    seen = []
+    norms = []
     method.projector.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0].norm(dim=1))
+        lambda _, inputs: norms.append(inputs[0].norm(dim=1))
     )
     method(contract.batch("supcon"))
-    torch.testing.assert_close(seen[0], torch.ones_like(seen[0]))
-    assert method.needs_labels and method.projector[-1].bias is None
+    torch.testing.assert_close(norms[0], torch.ones_like(norms[0]))
+    assert method.projector[-1].bias is None
+
+
+def test_supcon_needs_labels():
+    assert contract.build("supcon").needs_labels

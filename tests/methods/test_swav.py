@@ -10,6 +10,7 @@ import math
 import contract
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from ssl_pretrain.methods.swav import Config, sinkhorn
 from ssl_pretrain.optim.optimizers import OptimConfig
@@ -30,21 +31,15 @@ OPTIM = OptimConfig(
 
 
 def plain_sinkhorn(scores, epsilon=0.05):
-    """Q (prototypes x images), scaled row by row and column by column three times."""
-    q = [
-        [math.exp(scores[b, k] / epsilon) for b in range(len(scores))]
-        for k in range(scores.shape[1])
-    ]
+    """Scale Q (prototypes x images) row by row and column by column three times."""
+    q = [[math.exp(score / epsilon) for score in row] for row in scores.T]
     total = sum(map(sum, q))
     q = [[x / total for x in row] for row in q]
     for _ in range(3):
         q = [[x / sum(row) / len(q) for x in row] for row in q]
         columns = [sum(row[b] for row in q) for b in range(len(scores))]
         q = [[x / columns[b] / len(scores) for b, x in enumerate(row)] for row in q]
-    return torch.tensor(
-        [[q[k][b] * len(scores) for k in range(len(q))] for b in range(len(scores))],
-        dtype=torch.float64,
-    )
+    return torch.tensor(q, dtype=torch.float64).T * len(scores)
 
 
 def plain_loss(method, images):
@@ -52,18 +47,16 @@ def plain_loss(method, images):
         weight = method.prototypes.weight
         weight.copy_(torch.stack(contract.unit(weight)))
     n = len(images)
-    features = torch.cat(
-        [method.backbone(torch.cat(images.views[:2])), method.backbone(torch.cat(images.views[2:]))]
-    )
+    by_size = images.views[:2], images.views[2:]
+    features = torch.cat([method.backbone(torch.cat(views)) for views in by_size])
     z = torch.stack(contract.unit(method.projector(features)))
     scores = (z @ method.prototypes.weight.T).split(n)
     loss = torch.zeros((), dtype=torch.float64)
     for assigned in (0, 1):
         rows = scores[assigned].detach()
         if method.queue.filled == len(method.queue.rows):
-            rows = torch.cat(
-                [rows, method.queue.rows[:, assigned] @ method.prototypes.weight.detach().T]
-            )
+            past_rows = method.queue.rows[:, assigned] @ method.prototypes.weight.detach().T
+            rows = torch.cat([rows, past_rows])
         q = plain_sinkhorn(rows)[:n]
         for view in range(4):
             if view != assigned:
@@ -75,24 +68,20 @@ def plain_loss(method, images):
 @pytest.mark.parametrize("filled", [0, 48])
 def test_one_step_is_the_authors(filled):
     method, images = contract.build("swav"), contract.batch("swav", 2)
-    method.prototypes.weight.data.copy_(
-        torch.nn.functional.normalize(method.prototypes.weight)
-    )  # drawn in float32
+    weight = method.prototypes.weight  # from float32, so its rows are not quite of length 1
+    weight.data.copy_(normalize(weight))
     method.queue.filled.fill_(filled)
-    method.queue.rows.copy_(
-        torch.nn.functional.normalize(torch.randn(48, 2, 4, dtype=torch.float64), dim=-1)
-        if filled
-        else 0 * method.queue.rows
-    )
+    rows = torch.randn(48, 2, 4, dtype=torch.float64)
+    method.queue.rows.copy_(normalize(rows, dim=-1) if filled else torch.zeros_like(rows))
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images, step=2)  # the prototypes move, the queue is in use
     loss, z = plain_loss(expected, images)
-    contract.plain_step(
-        expected, OPTIM, loss, 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * 0.1)) / 2
-    )
+    lr = 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * 0.1)) / 2
+    contract.plain_step(expected, OPTIM, loss, lr)
     with torch.no_grad():
+        # The authors normalize the prototypes before the next forward pass.
         weight = expected.prototypes.weight
-        weight.copy_(torch.stack(contract.unit(weight)))  # as they will before the next forward
+        weight.copy_(torch.stack(contract.unit(weight)))
         expected.queue.rows[:24] = torch.stack(z.split(24)[:2], dim=1)
         expected.queue.filled.fill_(max(filled, 24))
         expected.queue.position.fill_(24)
@@ -103,9 +92,8 @@ def test_assignments_sum_to_one_and_share_the_prototypes_equally():
     scores = torch.randn(30, 5, dtype=torch.float64)
     q = sinkhorn(scores, torch.ones(30, dtype=torch.float64), epsilon=0.5, num_iterations=200)
     torch.testing.assert_close(q.sum(1), torch.ones(30, dtype=torch.float64))
-    torch.testing.assert_close(
-        q.sum(0), torch.full((5,), 6.0, dtype=torch.float64), rtol=1e-6, atol=1e-6
-    )
+    expected = torch.full((5,), 6.0, dtype=torch.float64)
+    torch.testing.assert_close(q.sum(0), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_absent_rows_change_nothing():
@@ -121,7 +109,7 @@ def test_collapse_costs_the_log_of_the_prototypes():
     assert method.loss({"scores": scores}, {})[0].item() == pytest.approx(math.log(7))
 
 
-def test_prototypes_are_frozen_for_their_steps():
+def test_prototypes_are_frozen_for_the_first_steps():
     method = contract.build("swav")
     assert method.frozen(Progress(0, 20, 2)) == ("prototypes",)
     assert method.frozen(Progress(1, 20, 2)) == ()
@@ -131,8 +119,9 @@ def test_a_queue_that_the_batch_does_not_fill_is_refused():
     class Run:
         global_batch_size = 512
 
-    with pytest.raises(
-        ValueError,
-        match=r"^method.queue_size: 3840 is not a multiple of global_batch_size 512; the nearest that are 3584 and 4096$",
-    ):
+    with pytest.raises(ValueError) as error:
         Config(queue_size=3840).check(Run(), 1)
+    assert str(error.value) == (
+        "method.queue_size: 3840 is not a multiple of global_batch_size 512; "
+        "the nearest that are 3584 and 4096"
+    )

@@ -1,4 +1,6 @@
-"""The triplet loss against FaceNet's eq. 3 with semi-hard mining, triplet by triplet, as tensorflow/addons mines.
+"""The triplet loss against FaceNet's equation 3, triplet by triplet.
+
+Negatives are semi-hard and mined as in tensorflow/addons.
 
 https://github.com/tensorflow/addons/blob/v0.20.0/tensorflow_addons/losses/triplet.py
 """
@@ -27,11 +29,8 @@ def plain_loss(method, images, groups):
         for p in range(2 * n):
             if p != a and groups[a % n] == groups[p % n]:
                 farther = [x for x in negatives if x > d[a][p]]
-                terms.append(
-                    torch.clamp(
-                        0.2 + d[a][p] - (min(farther) if farther else max(negatives)), min=0
-                    )
-                )
+                negative = min(farther) if farther else max(negatives)
+                terms.append(torch.clamp(0.2 + d[a][p] - negative, min=0))
     return sum(terms) / len(terms)
 
 
@@ -41,14 +40,13 @@ def test_one_step_is_the_authors(pairs):
     expected = contract.twin(method)
     contract.one_step(method, OPTIM, images)
     groups = images.labels if pairs == "labels" else images.indices
-    contract.plain_step(
-        expected, OPTIM, plain_loss(expected, images, groups), 2 * contract.ROWS / 256
-    )
+    loss = plain_loss(expected, images, groups)
+    contract.plain_step(expected, OPTIM, loss, 2 * contract.ROWS / 256)
     contract.assert_same(method, expected)
 
 
 def test_collapse_costs_the_margin():
     same = torch.ones(6, 4, dtype=torch.float64)
-    assert contract.build("triplet").loss({"z_a": same, "z_b": same}, {"groups": torch.arange(6)})[
-        0
-    ].item() == pytest.approx(0.2)
+    embeddings, targets = {"z_a": same, "z_b": same}, {"groups": torch.arange(6)}
+    loss, _ = contract.build("triplet").loss(embeddings, targets)
+    assert loss.item() == pytest.approx(0.2)

@@ -9,28 +9,15 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 @pytest.mark.parametrize(
     ("settings", "size", "parameters", "dim"),
     [
-        (
-            BackboneConfig(name="resnet50"),
-            224,
-            23_508_032,
-            2048,
-        ),  # torchvision's 25,557,032 without its 2,049,000 classifier
+        # torchvision's 25,557,032 without the 2,049,000 of its classifier, and so on.
+        (BackboneConfig(name="resnet50"), 224, 23_508_032, 2048),
         (BackboneConfig(name="resnet18", stem="small"), 32, 11_168_832, 512),
         (BackboneConfig(name="vit_small_patch16_224"), 224, 21_665_664, 384),
         (BackboneConfig(name="vit_base_patch16_224"), 224, 85_798_656, 768),
         (BackboneConfig(name="vit_large_patch16_224"), 224, 303_301_632, 1024),
-        (
-            BackboneConfig(name="vit_giant_patch14_224"),
-            224,
-            1_011_202_432,
-            1408,
-        ),  # 40 blocks, 1,012.6 million with a classifier
-        (
-            BackboneConfig(name="resnet101"),
-            224,
-            42_500_160,
-            2048,
-        ),  # torchvision's 44,549,160, and so on
+        # 40 blocks, 1,012.6 million with a classifier.
+        (BackboneConfig(name="vit_giant_patch14_224"), 224, 1_011_202_432, 1408),
+        (BackboneConfig(name="resnet101"), 224, 42_500_160, 2048),
         (BackboneConfig(name="resnet152"), 224, 58_143_808, 2048),
         (BackboneConfig(name="wide_resnet50_2"), 224, 66_834_240, 2048),
         (BackboneConfig(name="wide_resnet101_2"), 224, 124_837_696, 2048),
@@ -52,8 +39,8 @@ def test_the_papers_parameter_counts(settings, size, parameters, dim):
     ],
 )
 def test_the_blocks_of_a_network_are_found(name, count, first):
-    found = backbones.blocks(backbones.on_meta(BackboneConfig(name=name), 224))
-    assert (len(found), found[0][0]) == (count, first)
+    blocks = backbones.blocks(backbones.on_meta(BackboneConfig(name=name), 224))
+    assert (len(blocks), blocks[0][0]) == (count, first)
 
 
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("no_pool", 2), ("small", 4)])
@@ -65,16 +52,14 @@ def test_small_stems_keep_resolution(stem, side):
 
 def test_a_vit_takes_the_views_size_and_smaller_crops():
     backbone = build(BackboneConfig(name="test_vit"), 64)
-    assert (
-        backbone(torch.zeros(2, 3, 64, 64)).shape
-        == backbone(torch.zeros(2, 3, 32, 32)).shape
-        == (2, backbone.feature_dim)
-    )
+    for size in (64, 32):
+        assert backbone(torch.zeros(2, 3, size, size)).shape == (2, backbone.feature_dim)
 
 
 def test_resnets_start_with_a_zero_last_scale():
     block = build(BackboneConfig(name="resnet18"), 32).model.layer1[0]
-    assert block.bn2.weight.abs().max() == 0 and block.bn1.weight.min() == 1
+    assert block.bn2.weight.abs().max() == 0
+    assert block.bn1.weight.min() == 1
 
 
 @pytest.mark.parametrize(
@@ -90,7 +75,8 @@ def test_resnets_start_with_a_zero_last_scale():
         ),
         (
             BackboneConfig(name="test_vit", stem="small"),
-            "backbone.stem: no_pool and small are for ResNets, and test_vit has no convolution and max-pooling stem; use imagenet",
+            "backbone.stem: no_pool and small are for ResNets, and test_vit has no convolution and "
+            "max-pooling stem; use imagenet",
         ),
         (
             BackboneConfig(name="test_resnet", init="timm:nothing"),
@@ -98,24 +84,24 @@ def test_resnets_start_with_a_zero_last_scale():
         ),
     ],
 )
-def test_messages(settings, message):
+def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError) as error:
         build(settings, 32)
     assert str(error.value).startswith(message)
 
 
-def test_wrapped_and_timms_own_names_load():
+def assert_loads(weights, expected):
+    backbone = build(BackboneConfig(name="test_resnet"), 32)
+    load_strict(backbone, weights, "weights")
+    assert all(torch.equal(value, expected[key]) for key, value in backbone.state_dict().items())
+
+
+def test_names_of_wrapped_modules_and_of_timm_load():
     backbone = build(BackboneConfig(name="test_resnet"), 32)
     weights = {key: value + 1 for key, value in backbone.state_dict().items()}
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
-        fresh = build(BackboneConfig(name="test_resnet"), 32)
-        load_strict(fresh, {prefix + key: value for key, value in weights.items()}, "x")
-        assert all(torch.equal(fresh.state_dict()[key], weights[key]) for key in weights)
-    fresh = build(BackboneConfig(name="test_resnet"), 32)
-    load_strict(
-        fresh, {key.removeprefix("model."): value for key, value in weights.items()}, "timm's"
-    )
-    assert all(torch.equal(fresh.state_dict()[key], weights[key]) for key in weights)
+        assert_loads({prefix + key: value for key, value in weights.items()}, weights)
+    assert_loads({key.removeprefix("model."): value for key, value in weights.items()}, weights)
 
 
 def test_other_weights_change_nothing_and_are_listed():
@@ -126,7 +112,8 @@ def test_other_weights_change_nothing_and_are_listed():
     with pytest.raises(ValueError) as error:
         load_strict(backbone, weights, "runs/a")
     assert str(error.value) == (
-        "runs/a: not the weights of this backbone: 1 missing (bn1.bias); 1 unexpected (extra); 1 of another shape "
-        "(bn1.weight (3,) for (32,)). Nothing was loaded; give backbone.name, stem and args of the run that made them"
+        "runs/a: not the weights of this backbone: 1 missing (bn1.bias); 1 unexpected (extra); "
+        "1 of another shape (bn1.weight (3,) for (32,)). Nothing was loaded; "
+        "give backbone.name, stem and args of the run that made them"
     )
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())

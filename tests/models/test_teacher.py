@@ -1,4 +1,4 @@
-"""Teacher and queue: their movement, what a masked step leaves, the same on every rank."""
+"""Teacher and queue: how they move, that a masked step leaves them, that ranks agree."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ class Student(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.backbone = nn.Sequential(
-            nn.Linear(3, 4), nn.BatchNorm1d(4), DropPath(0.5), nn.Dropout(0.5)
-        ).double()
+        layers = nn.Linear(3, 4), nn.BatchNorm1d(4), DropPath(0.5), nn.Dropout(0.5)
+        self.backbone = nn.Sequential(*layers).double()
         self.projector = nn.Linear(4, 2).double()
         self.teacher = Teacher(backbone=self.backbone, projector=self.projector)
 
@@ -37,9 +36,8 @@ def test_the_teacher_is_the_moving_average_of_parameters_alone():
     student.backbone[1].running_mean += 5
     student.teacher.move(student, 0.9, torch.ones(()))
     for name, p in student.teacher.named_parameters():
-        torch.testing.assert_close(
-            p, 0.9 * before[name] + 0.1 * student.get_parameter(name), rtol=1e-14, atol=1e-15
-        )
+        expected = 0.9 * before[name] + 0.1 * student.get_parameter(name)
+        torch.testing.assert_close(p, expected, rtol=1e-14, atol=1e-15)
     assert student.teacher.backbone[1].running_mean.abs().max() == 0
     assert not any(p.requires_grad for p in student.teacher.parameters())
 
@@ -55,70 +53,63 @@ def test_a_masked_step_leaves_the_teacher_as_it_was():
 
 def test_the_teacher_drops_nothing_in_training_mode():
     student, x = Student().train(), torch.randn(5, 3, dtype=torch.float64)
-    assert torch.equal(student.teacher(x), student.teacher(x)) and not torch.equal(
-        student.backbone(x), student.backbone(x)
-    )
+    assert torch.equal(student.teacher(x), student.teacher(x))
+    assert not torch.equal(student.backbone(x), student.backbone(x))
 
 
 def test_the_momentum_rises_to_one_by_half_a_cosine():
-    assert [rising_momentum(Progress(step, 10, 1), 0.99) for step in (0, 5, 10)] == pytest.approx(
-        [0.99, 0.995, 1.0]
-    )
-    assert rising_momentum(Progress(3, 10, 1), 0.996) == pytest.approx(
-        1 - (1 - 0.996) * (math.cos(math.pi * 0.3) + 1) / 2
-    )
+    momenta = [rising_momentum(Progress(step, 10, 1), 0.99) for step in (0, 5, 10)]
+    assert momenta == pytest.approx([0.99, 0.995, 1.0])
+    expected = 1 - (1 - 0.996) * (math.cos(math.pi * 0.3) + 1) / 2
+    assert rising_momentum(Progress(3, 10, 1), 0.996) == pytest.approx(expected)
 
 
 def test_the_queue_overwrites_its_oldest():
     queue = Queue(6, 2, random=False)
     for step in range(4):
         queue.push(torch.full((2, 2), float(step + 1)), 1.0)
-    assert (
-        queue.rows[:, 0].tolist() == [4, 4, 2, 2, 3, 3]
-        and queue.position == 2
-        and queue.filled == 6
-    )
-    queue.push(torch.full((2, 2), float("nan")), torch.zeros(()))
-    assert (
-        queue.rows[:, 0].tolist() == [4, 4, 2, 2, 3, 3]
-        and queue.position == 2
-        and queue.filled == 6
-    )
+    expected = [4, 4, 2, 2, 3, 3], 2, 6
+    assert (queue.rows[:, 0].tolist(), queue.position, queue.filled) == expected
+    queue.push(torch.full((2, 2), float("nan")), torch.zeros(()))  # a masked step
+    assert (queue.rows[:, 0].tolist(), queue.position, queue.filled) == expected
 
 
-def _pushed():
+def _push_three_batches():
     queue = Queue(12, 1, random=False)
     for step in range(3):
-        queue.push(
-            torch.tensor(
-                [
-                    [10.0 * step + 2 * process_group.rank()],
-                    [10.0 * step + 2 * process_group.rank() + 1],
-                ]
-            ),
-            1.0,
-        )
+        first = 10.0 * step + 2 * process_group.rank()
+        queue.push(torch.tensor([[first], [first + 1]]), 1.0)
     return queue.rows.flatten().tolist()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_queue_holds_the_global_batch_in_order_on_every_rank(world_size):
-    results = run_ranks(_pushed, world_size=world_size)
+    results = run_ranks(_push_three_batches, world_size=world_size)
     newest = [20.0 + row for row in range(2 * world_size)]
     assert all(rows == results[0] for rows in results)
     start = 2 * (2 * world_size) % 12
     assert results[0][start : start + 2 * world_size] == newest
 
 
-def test_a_queue_that_the_batch_does_not_fill_is_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"^method.queue_size: 65536 is not a multiple of global_batch_size 768; the nearest that are 65280 and 66048$",
-    ):
-        check_queue(65536, 768)
-    with pytest.raises(
-        ValueError,
-        match=r"^method.queue_size: 512 is not a multiple of global_batch_size 4096; the smallest is 4096$",
-    ):
-        check_queue(512, 4096)
+@pytest.mark.parametrize(
+    ("queue_size", "batch_size", "message"),
+    [
+        (
+            65536,
+            768,
+            "method.queue_size: 65536 is not a multiple of global_batch_size 768; "
+            "the nearest that are 65280 and 66048",
+        ),
+        (
+            512,
+            4096,
+            "method.queue_size: 512 is not a multiple of global_batch_size 4096; "
+            "the smallest is 4096",
+        ),
+    ],
+)
+def test_a_queue_that_the_batch_does_not_fill_is_refused(queue_size, batch_size, message):
     check_queue(65536, 8192)
+    with pytest.raises(ValueError) as error:
+        check_queue(queue_size, batch_size)
+    assert str(error.value) == message

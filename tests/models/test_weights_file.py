@@ -26,6 +26,9 @@ WEIGHTS = NETWORK.state_dict()
 BARE = {key: value for key, value in WEIGHTS.items() if not key.startswith("fc.")}
 
 
+VISSL = {f"_feature_blocks.{key}": value for key, value in BARE.items()}
+
+
 def load(path: Path) -> list[str]:
     """Load a file into a backbone and check that it has the weights. Returns the notes."""
     backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
@@ -39,17 +42,7 @@ def load(path: Path) -> list[str]:
     ("content", "notes"),
     [
         (
-            {
-                "classy_state_dict": {
-                    "base_model": {
-                        "model": {
-                            "trunk": {
-                                f"_feature_blocks.{key}": value for key, value in BARE.items()
-                            }
-                        }
-                    }
-                }
-            },
+            {"classy_state_dict": {"base_model": {"model": {"trunk": VISSL}}}},
             ["read at 'classy_state_dict.base_model.model.trunk'", "prefix '_feature_blocks.'"],
         ),
         (
@@ -69,12 +62,13 @@ def test_weights_are_found_wherever_a_file_keeps_them(tmp_path, content, notes):
     assert load(tmp_path / "weights.pth") == notes
 
 
-def test_the_content_says_what_a_file_is_and_not_its_suffix(tmp_path):
+def test_the_format_is_read_from_the_content_and_not_from_the_suffix(tmp_path):
     save_file(BARE, tmp_path / "weights.bin")
     torch.save(BARE, tmp_path / "weights.safetensors")
     assert load(tmp_path / "weights.bin") == load(tmp_path / "weights.safetensors") == []
 
 
+CONVNEXT_BLOCKS = [(8, 16, 1), (16, 24, 2), (24, 32, 1), (32, None, 1)]
 TORCHVISION = {
     "vit_tiny_patch16_224": (
         lambda: VisionTransformer(
@@ -83,14 +77,7 @@ TORCHVISION = {
         {"embed_dim": 24, "depth": 2, "num_heads": 2},
     ),
     "convnext_tiny": (
-        lambda: ConvNeXt(
-            [
-                CNBlockConfig(8, 16, 1),
-                CNBlockConfig(16, 24, 2),
-                CNBlockConfig(24, 32, 1),
-                CNBlockConfig(32, None, 1),
-            ]
-        ),
+        lambda: ConvNeXt([CNBlockConfig(*block) for block in CONVNEXT_BLOCKS]),
         {"dims": [8, 16, 24, 32], "depths": [1, 2, 1, 1]},
     ),
     "swin_tiny_patch4_window7_224": (
@@ -110,7 +97,7 @@ def test_weights_of_torchvision_give_the_features_of_torchvision(name):
         parameter.data += 0.1 * torch.randn_like(parameter)
     ours = backbones.build(BackboneConfig(name=name, args=arguments), size).eval()
     backbones.load_strict(ours, theirs.state_dict(), "weights")
-    classifier = [module for module in theirs.modules() if isinstance(module, torch.nn.Linear)][-1]
+    *_, classifier = (m for m in theirs.modules() if isinstance(m, torch.nn.Linear))
     expected: list[torch.Tensor] = []
     classifier.register_forward_pre_hook(lambda module, inputs: expected.append(inputs[0]))
     images = torch.randn(2, 3, size, size)
@@ -132,11 +119,13 @@ def _script(path: Path) -> None:
         ),
         (
             lambda path: path.write_text("<!DOCTYPE html>"),
-            "weights is no safetensors or torch file: it begins with b'<!DOCTYPE html>'; get it again",
+            "weights is no safetensors or torch file: it begins with b'<!DOCTYPE html>'; "
+            "get it again",
         ),
         (
             lambda path: path.write_text("version https://git-lfs.example/spec/v1"),
-            "weights is no safetensors or torch file: it begins with b'version https://git-lfs.example/'; fetch it with git lfs pull",
+            "weights is no safetensors or torch file: it begins with "
+            "b'version https://git-lfs.example/'; fetch it with git lfs pull",
         ),
         (
             lambda path: path.write_bytes(b"PK\3\4" + bytes(200)),
@@ -148,7 +137,8 @@ def _script(path: Path) -> None:
         ),
         (
             lambda path: torch.save({"a": BARE, "b": BARE}, path),
-            "weights: several weights in it; it has tensors at 'a' (90), 'b' (90). Choose with backbone.init_key",
+            "weights: several weights in it; it has tensors at 'a' (90), 'b' (90). "
+            "Choose with backbone.init_key",
         ),
         (
             lambda path: torch.save(list(BARE.values()), path),
@@ -156,28 +146,20 @@ def _script(path: Path) -> None:
         ),
         (
             lambda path: torch.save(BARE | {"bn1.bias": BARE["bn1.bias"] * torch.nan}, path),
-            "weights: not the weights of this backbone: bn1.bias: values that are not finite, or integers where the network has none. ",
+            "weights: not the weights of this backbone: bn1.bias: values that are not finite, "
+            "or integers where the network has none. ",
         ),
     ],
-    ids=[
-        "empty",
-        "web page",
-        "pointer",
-        "cut off",
-        "program",
-        "two places",
-        "list",
-        "not a number",
-    ],
+    ids=["empty", "page", "pointer", "truncated", "program", "two places", "list", "nan"],
 )
-def test_files_without_the_weights_are_named(tmp_path, write, message):
+def test_files_without_the_weights_are_refused(tmp_path, write, message):
     write(tmp_path / "weights.pth")
     with pytest.raises(ValueError) as error:
         load(tmp_path / "weights.pth")
     assert str(error.value).startswith(message)
 
 
-def test_a_folder_of_files_and_a_tag_without_a_name_are_refused(tmp_path):
+def test_a_folder_of_files_is_refused(tmp_path):
     save_file(BARE, tmp_path / "model.safetensors")
     backbone = backbones.build(BackboneConfig(name="test_resnet"), 32)
     with pytest.raises(ValueError) as error:
@@ -186,10 +168,14 @@ def test_a_folder_of_files_and_a_tag_without_a_name_are_refused(tmp_path):
         f"backbone.init: '{tmp_path}' is a folder; give one of its files, "
         f"such as {tmp_path / 'model.safetensors'}"
     )
+
+
+def test_a_tag_without_a_name_is_refused():
     with pytest.raises(ValueError) as error:
         image_size_check.check(
             BackboneConfig(name="test_resnet", init="timm:"), {"views.crops": 32}
         )
     assert str(error.value) == (
-        "backbone.init: 'timm:' names no weights; give a tag of timm.list_pretrained('test_resnet*')"
+        "backbone.init: 'timm:' names no weights; "
+        "give a tag of timm.list_pretrained('test_resnet*')"
     )

@@ -1,4 +1,4 @@
-"""LARS against a plain loop over the authors' equations; the schedule; the guard."""
+"""Optimizers against plain loops over their authors' equations, and steps that are masked."""
 
 from __future__ import annotations
 
@@ -20,21 +20,36 @@ pytestmark = pytest.mark.promise
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)
-    ).double()
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5)
+    return nn.Sequential(*layers).double()
 
 
 def gradients(step):
     generator = torch.Generator().manual_seed(step)
-    return [
-        torch.randn(p.shape, dtype=torch.float64, generator=generator)
-        for p in network().parameters()
-    ]
+    shapes = [p.shape for p in network().parameters()]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def set_gradients(model, step):
+    for parameter, gradient in zip(model.parameters(), gradients(step)):
+        parameter.grad = gradient.clone()
+
+
+def take_steps(optimizer, model, rates):
+    """Take one guarded step per learning rate."""
+    for step, lr in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        set_gradients(model, step)
+        optim.guarded_step(optimizer)
 
 
 def plain_lars(model, rates, convention, weight_decay=0.01, momentum=0.9, eta=0.001):
-    """google-research/simclr lars_optimizer.py (classic) and facebookresearch/barlowtwins (popular), tensor by tensor."""
+    """LARS tensor by tensor.
+
+    The classic convention is that of google-research/simclr, lars_optimizer.py. The popular one is
+    that of facebookresearch/barlowtwins.
+    """
     buffers = [torch.zeros_like(p) for p in model.parameters()]
     for step, lr in enumerate(rates):
         for p, v, g in zip(model.parameters(), buffers, gradients(step)):
@@ -57,20 +72,13 @@ def test_lars_equals_the_authors_equations(convention):
     rates = [0.5, 1.0, 0.2, 0.7]
     expected, got = network(), network()
     plain_lars(expected, rates, convention)
-    optimizer = optim.build(
-        OptimConfig(name="lars", weight_decay=0.01, momentum_convention=convention), got
-    )
-    for step, lr in enumerate(rates):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for p, g in zip(got.parameters(), gradients(step)):
-            p.grad = g.clone()
-        optim.guarded_step(optimizer)
+    config = OptimConfig(name="lars", weight_decay=0.01, momentum_convention=convention)
+    take_steps(optim.build(config, got), got, rates)
     assert all(torch.equal(p, q) for p, q in zip(got.parameters(), expected.parameters()))
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched, and refuses what would read the device."""
+    """Counts dispatched operations, and fails on one that waits for the device."""
 
     def __init__(self):
         super().__init__()
@@ -78,9 +86,8 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
-        assert "_local_scalar_dense" not in str(function) and "is_nonzero" not in str(function), (
-            "the host waits for the device"
-        )
+        for waits in ("_local_scalar_dense", "is_nonzero"):
+            assert waits not in str(function), "the host waits for the device"
         return function(*args, **(kwargs or {}))
 
 
@@ -90,7 +97,7 @@ def test_a_lars_step_on_resnet50_is_few_operations(convention):
     optimizer = optim.build(OptimConfig(name="lars", momentum_convention=convention), model)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optim.guarded_step(optimizer)  # the first makes the momentum buffers
+    optim.guarded_step(optimizer)  # the first step allocates the momentum buffers
     with Operations() as step:
         optimizer.step()
     with Operations() as whole:
@@ -103,12 +110,8 @@ def test_a_lars_step_on_resnet50_is_few_operations(convention):
 @pytest.mark.case(20)
 def test_a_zero_weight_moves_with_trust_one():
     weight = nn.Parameter(torch.zeros(2, 2))
-    optimizer = LARS(
-        [{"params": [weight], "names": ["w"], "lr": 0.1}],
-        momentum=0.0,
-        trust_coefficient=0.001,
-        convention="classic",
-    )
+    group = {"params": [weight], "names": ["w"], "lr": 0.1}
+    optimizer = LARS([group], momentum=0.0, trust_coefficient=0.001, convention="classic")
     weight.grad = torch.ones(2, 2)
     optim.guarded_step(optimizer)
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))
@@ -143,14 +146,13 @@ def test_adam_takes_betas_and_eps_from_the_configuration(name):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_gradient_changes_nothing(name, bad):
     model = network()
-    optimizer = optim.build(OptimConfig(name=name, weight_decay=0.01), model)
     settings = OptimConfig(
         name=name, base_lr=0.1, lr_scaling="none", warmup_epochs=0, weight_decay=0.01
     )
+    optimizer = optim.build(settings, model)
     for step in range(3):
         optim.set_rates(optimizer, settings, Progress(1, 10, 1), 10, 256)
-        for p, g in zip(model.parameters(), gradients(step)):
-            p.grad = g.clone()
+        set_gradients(model, step)
         if step == 1:
             next(iter(model.parameters())).grad[0, 0, 0, 0] = bad
         before = [value.clone() for value in everything(model, optimizer)]
@@ -163,12 +165,10 @@ def test_a_non_finite_gradient_changes_nothing(name, bad):
 
 
 def everything(model, optimizer):
-    return [p.data for p in model.parameters()] + [
-        v
-        for state in optimizer.state.values()
-        for v in state.values()
-        if isinstance(v, torch.Tensor)
-    ]
+    """Return the parameters and the optimizer's tensors."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    states = [value for value in values if isinstance(value, torch.Tensor)]
+    return [p.data for p in model.parameters()] + states
 
 
 def test_clipping_bounds_the_whole_gradient():
@@ -177,20 +177,17 @@ def test_clipping_bounds_the_whole_gradient():
     before = [p.detach().clone() for p in model.parameters()]
     for group in optimizer.param_groups:
         group["lr"] = 1.0
-    for p, g in zip(model.parameters(), gradients(0)):
-        p.grad = g.clone()
+    set_gradients(model, 0)
     norm, _ = optim.guarded_step(optimizer, clip_norm=0.5)
-    moved = torch.cat(
-        [(p.detach() - q).flatten() for p, q in zip(model.parameters(), before)]
-    ).norm()
-    assert norm.item() > 5 and moved.item() == pytest.approx(0.5, rel=1e-5)
+    update = [(p.detach() - q).flatten() for p, q in zip(model.parameters(), before)]
+    assert norm.item() > 5
+    assert torch.cat(update).norm().item() == pytest.approx(0.5, rel=1e-5)
 
 
-def test_groups_by_ndim_by_name_and_not_at_all():
+def test_parameters_are_excluded_by_ndim_by_name_or_not_at_all():
     def names(**settings):
-        return [
-            group["names"] for group in optim.parameter_groups(OptimConfig(**settings), network())
-        ]
+        groups = optim.parameter_groups(OptimConfig(**settings), network())
+        return [group["names"] for group in groups]
 
     assert names() == [["0.weight", "3.weight"], ["0.bias", "1.weight", "1.bias", "3.bias"]]
     assert names(exclude_by="name", exclude_names=["3."]) == [
@@ -205,22 +202,19 @@ def test_groups_by_ndim_by_name_and_not_at_all():
     [("sqrt", 0.075, 6.788), ("linear", 0.3, 9.6), ("none", 0.3, 0.3)],
 )
 def test_scaled_lr_at_8192(scaling, base, expected):
-    assert optim.scaled_lr(OptimConfig(base_lr=base, lr_scaling=scaling), 8192) == pytest.approx(
-        expected, abs=5e-4
-    )
+    lr = optim.scaled_lr(OptimConfig(base_lr=base, lr_scaling=scaling), 8192)
+    assert lr == pytest.approx(expected, abs=5e-4)
 
 
-def test_rates_of_a_run():
+def test_the_rates_of_a_run_warm_up_and_fall_to_zero():
     settings = OptimConfig(base_lr=0.3, warmup_epochs=10, weight_decay=1e-6)
-    assert optim.rates(settings, Progress(0, 100, 1), 100, 4096) == {
-        "lr": 0.0,
-        "weight_decay": 1e-6,
-    }
-    assert optim.rates(settings, Progress(10, 100, 1), 100, 4096)["lr"] == pytest.approx(4.8)
-    assert optim.rates(settings, Progress(55, 100, 1), 100, 4096)["lr"] == pytest.approx(2.4)
-    assert optim.rates(settings, Progress(100, 100, 1), 100, 4096)["lr"] == pytest.approx(
-        0.0, abs=1e-12
+    start, peak, middle, end = (
+        optim.rates(settings, Progress(step, 100, 1), 100, 4096) for step in (0, 10, 55, 100)
     )
+    assert start == {"lr": 0.0, "weight_decay": 1e-6}
+    assert peak["lr"] == pytest.approx(4.8)
+    assert middle["lr"] == pytest.approx(2.4)
+    assert end["lr"] == pytest.approx(0.0, abs=1e-12)
 
 
 def plain_larc(model, rates, clip, weight_decay=0.01, momentum=0.9, eta=0.02):
@@ -241,47 +235,32 @@ def test_larc_equals_apex_on_every_parameter(clip):
     rates = [0.5, 0.001, 0.2, 0.7]
     expected, got = network(), network()
     plain_larc(expected, rates, clip)
-    optimizer = optim.build(
-        OptimConfig(
-            name="larc",
-            weight_decay=0.01,
-            trust_coefficient=0.02,
-            larc_clip=clip,
-            exclude_by="none",
-        ),
-        got,
+    config = OptimConfig(
+        name="larc", weight_decay=0.01, trust_coefficient=0.02, larc_clip=clip, exclude_by="none"
     )
-    for step, lr in enumerate(rates):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for p, g in zip(got.parameters(), gradients(step)):
-            p.grad = g.clone()
-        optim.guarded_step(optimizer)
+    take_steps(optim.build(config, got), got, rates)
     for p, q in zip(got.parameters(), expected.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
 
 
-def test_milestones_and_epochs():
+def test_milestones_divide_the_rate_by_ten():
     moco = OptimConfig(base_lr=0.03, schedule="milestones", milestones=[120, 160], warmup_epochs=0)
-    lrs = [
-        optim.rates(moco, Progress(step, 2000, 10), 200, 256)["lr"]
-        for step in (0, 1199, 1200, 1599, 1600, 1990)
-    ]
-    assert lrs == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
-    by_epoch = OptimConfig(base_lr=1.0, changes_every="epoch", warmup_epochs=0)
-    steps = [
-        optim.rates(by_epoch, Progress(step, 12, 3), 4, 256)["lr"] for step in range(12)
-    ]  # 3 steps an epoch
-    assert steps == pytest.approx(
-        [(1 + math.cos(math.pi * (step // 3) / 4)) / 2 for step in range(12)]
-    )
+    steps = [0, 1199, 1200, 1599, 1600, 1990]
+    rates = [optim.rates(moco, Progress(step, 2000, 10), 200, 256)["lr"] for step in steps]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+
+
+def test_the_rate_can_change_with_the_epoch():
+    config = OptimConfig(base_lr=1.0, changes_every="epoch", warmup_epochs=0)
+    rates = [optim.rates(config, Progress(step, 12, 3), 4, 256)["lr"] for step in range(12)]
+    expected = [(1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4) for _ in range(3)]
+    assert rates == pytest.approx(expected)
 
 
 def test_the_weight_decay_of_dino_rises_by_half_a_cosine():
     dino = OptimConfig(weight_decay=0.04, final_weight_decay=0.4)
-    assert [
-        optim.rates(dino, Progress(step, 100, 1), 100, 256)["weight_decay"] for step in (0, 50, 100)
-    ] == pytest.approx([0.04, 0.22, 0.4])
+    rates = [optim.rates(dino, Progress(step, 100, 1), 100, 256) for step in (0, 50, 100)]
+    assert [rate["weight_decay"] for rate in rates] == pytest.approx([0.04, 0.22, 0.4])
     optimizer = optim.build(dino, network())
     optim.set_rates(optimizer, dino, Progress(50, 100, 1), 100, 256)
     assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.22, 0.0])
@@ -292,16 +271,21 @@ def test_constant_and_excluded_learning_rates():
         base_lr=0.2, warmup_epochs=0, excluded_lr_ratio=0.024, constant_lr_names=["3."]
     )
     groups = optim.parameter_groups(settings, network())
-    assert [(group["group"], group["names"]) for group in groups] == [
-        ("adapted", ["0.weight"]), ("excluded", ["0.bias", "1.weight", "1.bias"]), ("constant adapted", ["3.weight"]), ("constant excluded", ["3.bias"]),
-    ]  # fmt: skip
+    assert {group["group"]: group["names"] for group in groups} == {
+        "adapted": ["0.weight"],
+        "excluded": ["0.bias", "1.weight", "1.bias"],
+        "constant adapted": ["3.weight"],
+        "constant excluded": ["3.bias"],
+    }
     optimizer = optim.build(settings, network())
     optim.set_rates(optimizer, settings, Progress(50, 100, 1), 100, 256)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
-        [0.1, 0.0024, 0.2, 0.0048]
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"^optim.constant_lr_names: no trained parameter's name starts with 'predictr'$",
-    ):
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.1, 0.0024, 0.2, 0.0048])
+
+
+def test_a_name_that_no_parameter_has_is_refused():
+    with pytest.raises(ValueError) as error:
         optim.build(OptimConfig(constant_lr_names=["predictr"]), network())
+    assert str(error.value) == (
+        "optim.constant_lr_names: no trained parameter's name starts with 'predictr'"
+    )
