@@ -1,8 +1,8 @@
 """Runs of earlier revisions load, continue and are evaluated.
 
-`golden/earlier_run` was made by the revision before the package's folders: DINO on 96 digits, six of
-sixteen steps, with the keys and file names of that time. `expected.json` has what that revision
-itself made of it.
+`golden/earlier_run` was written by the revision before the package's folders: DINO on 96 digits,
+six of sixteen steps, with the keys and file names of that time. `expected.json` holds the results
+of that revision.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def resume(run: Path, *overrides: str) -> int:
 
 
 def digest(run: Path) -> str:
-    """SHA-256 of every tensor of the newest checkpoint, optimizer state included."""
+    """Return the SHA-256 of the newest checkpoint's tensors, optimizer state included."""
     total = hashlib.sha256()
     for name, tensor in sorted(ranks.weights(run).items()):
         total.update(name.encode())
@@ -46,12 +46,11 @@ def digest(run: Path) -> str:
 
 def test_an_earlier_run_continues_to_its_end(run, capfd):
     assert resume(run) == 0
-    said = capfd.readouterr()
-    assert f"resumed {run} after step 6" in said.out
+    assert f"resumed {run} after step 6" in capfd.readouterr().out
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, LAST_STEP + 1))
     if torch.__version__ != EXPECTED["torch"]:
-        pytest.skip(f"the bits are those of torch {EXPECTED['torch']}")
+        pytest.skip(f"the digest is for torch {EXPECTED['torch']}")
     assert digest(run) == EXPECTED["digest_after_16_steps"]
 
 

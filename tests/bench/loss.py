@@ -1,4 +1,4 @@
-"""NT-Xent forward and backward: ours, lightly's class, and the matrix a person would write, side by side.
+"""Time and memory of NT-Xent, forward and backward: ours, lightly's class and the whole matrix.
 
 PYTHONPATH=. .venv/bin/python tests/bench/loss.py                        8,192 images, dim 128
 PYTHONPATH=. .venv/bin/python tests/bench/loss.py --images 65536 --only ours
@@ -16,7 +16,7 @@ from ssl_pretrain.losses.contrastive import nt_xent
 
 
 def plain(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The whole similarity matrix, cross entropy over it."""
+    """Return the cross entropy over the whole similarity matrix."""
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     logits = z @ z.T / temperature
     logits.fill_diagonal_(float("-inf"))
@@ -63,23 +63,23 @@ def main() -> None:
     runs = {name: both_ways(losses[name]) for name in options.only}
     print(versions(*(["lightly"] if "lightly" in options.only else [])))
     print(
-        f"{options.images:,} images, 2 views, dim {options.dim}; forward + backward, median of {options.repeats}, in turn"
+        f"{options.images:,} images, 2 views, dim {options.dim}; forward + backward, "
+        f"median of {options.repeats}, in turn"
     )
     if len(options.only) > 1:
         reference = losses["ours"]().item()
         for name in options.only:
-            assert abs(losses[name]().item() - reference) < 1e-4 * reference, (
-                f"{name} computes another loss"
-            )
+            error = abs(losses[name]().item() - reference)
+            assert error < 1e-4 * reference, f"{name} computes another loss"
     seconds, extra = time_interleaved(runs, options.repeats, device), peaks(runs, device)
     for name in options.only:
         print(f"{name:10s} {seconds[name]:8.3f} s   peak extra memory {mib(extra[name]):>14s}")
     if len(options.only) > 1:
-        others = [name for name in options.only if name != "ours"]
-        ratios = [
-            f"time_vs_{name}={seconds[name] / seconds['ours']:.2f} memory_vs_{name}={extra[name] / extra['ours']:.1f}"
-            for name in others
-        ]
+        ratios = []
+        for name in options.only:
+            if name != "ours":
+                ratios.append(f"time_vs_{name}={seconds[name] / seconds['ours']:.2f}")
+                ratios.append(f"memory_vs_{name}={extra[name] / extra['ours']:.1f}")
         print("ratios:", *ratios)
     else:
         print(f"ratios: seconds={seconds['ours']:.3f} memory_mib={extra['ours'] / 2**20:.1f}")

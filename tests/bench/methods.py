@@ -1,8 +1,8 @@
-"""A step of every method beside SimCLR's, on the shared CPU preset's network and heads: time and peak memory.
+"""Time and peak memory of a step of every method, relative to SimCLR's.
 
-PYTHONPATH=. .venv/bin/python tests/bench/methods.py [--images 256] [--backbone test_resnet] [--size 32]
+PYTHONPATH=. .venv/bin/python tests/bench/methods.py [--images 256] [--backbone test_resnet]
 
-The recipes' number of crops: DINO and SwAV are measured with 2 views, as the preset gives them.
+The network and the heads are those of the CPU preset. DINO and SwAV get its 2 views.
 """
 
 from __future__ import annotations
@@ -70,20 +70,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: step_of(name, options, device) for name in methods.names()}
-    for run in steps.values():  # what is made once
+    for run in steps.values():  # warm up
         run()
     seconds, memory = time_interleaved(steps, options.repeats, device), peaks(steps, device)
     print(versions("timm"))
     print(
-        f"{options.images} images of {options.size} pixels, {options.backbone}, median of {options.repeats}"
+        f"{options.images} images of {options.size} pixels, {options.backbone}, "
+        f"median of {options.repeats}"
     )
     print("| method | time | peak memory |\n|---|---|---|")
     for name in methods.names():
-        cells = (
-            f"{seconds[name] / seconds['simclr']:.2f} ({seconds[name]:.2f} s)",
-            f"{memory[name] / memory['simclr']:.2f} ({mib(memory[name])})",
-        )
-        print(f"| {name} | {cells[0]} | {cells[1]} |")
+        time = f"{seconds[name] / seconds['simclr']:.2f} ({seconds[name]:.2f} s)"
+        peak = f"{memory[name] / memory['simclr']:.2f} ({mib(memory[name])})"
+        print(f"| {name} | {time} | {peak} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The report, the comparison and the live page in a real headless chromium.
+"""The report, the comparison and the live page in a headless chromium.
 
-There is no console error, every picture has a size, and the numbers are those of metrics.jsonl.
+The browser's console stays empty, every picture has a size, and the numbers are those of
+metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ import json
 import re
 import shutil
 import threading
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 
 import pytest
-from test_report import (
-    digits,  # noqa: F401  # the run that is shown
-    make_run,
-    write_metrics,
-)
+from made_run import make_run
+from reported_run import make_reported_run, write_metrics
 
 from ssl_pretrain.eval import compare
 from ssl_pretrain.eval.html import live, sections
@@ -29,6 +29,12 @@ pytestmark = pytest.mark.skipif(
 SIZES = """return [...document.querySelectorAll("img, svg")].map(e => {
   const box = e.getBoundingClientRect();
   return [e.tagName, box.width, box.height, e.tagName === "IMG" ? e.naturalWidth : 1]; });"""
+ARGUMENTS = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return make_reported_run(tmp_path_factory.mktemp("runs") / "digits")
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +44,7 @@ def browser():
     )
     options = selenium.ChromeOptions()
     options.binary_location = BROWSER
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,2400",
-    ):
+    for argument in (*ARGUMENTS.split(), "--window-size=1200,2400"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
@@ -53,70 +53,70 @@ def browser():
     driver.quit()
 
 
-def opened(browser, address):
-    """The page's text, after what must hold of every page was checked."""
+def console_entries(browser, *levels):
+    return [entry for entry in browser.get_log("browser") if entry["level"] in levels]
+
+
+def open_page(browser, address):
+    """Open a page and check what holds for every page. Returns its text."""
     browser.get(address)
     sizes = browser.execute_script(SIZES)
-    assert sizes and all(
-        width > 0 and height > 0 and natural > 0 for _, width, height, natural in sizes
-    ), sizes
-    assert [
-        entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
-    ] == []
-    assert browser.execute_script(
-        "return document.documentElement.scrollWidth <= window.innerWidth"
-    )  # nothing sticks out
+    assert sizes
+    for tag, *lengths in sizes:
+        assert min(lengths) > 0, (tag, lengths)
+    assert console_entries(browser, "SEVERE", "WARNING") == []
+    fits = "return document.documentElement.scrollWidth <= window.innerWidth"
+    assert browser.execute_script(fits)
     return browser.find_element("tag name", "body").text
 
 
 def num_points(browser, label):
     """Return the number of points of the first curve of the chart with this label."""
-    script = (
-        "return document.querySelector(`svg[aria-label^='${arguments[0]} against'] #curve-0 path`)"
-    )
-    path = browser.execute_script(f"{script}.getAttribute('d')", label)
+    selector = "`svg[aria-label^='${arguments[0]} against'] #curve-0 path`"
+    script = f"return document.querySelector({selector}).getAttribute('d')"
+    path = browser.execute_script(script, label)
     return len(re.findall("[ML]", path))
 
 
-def test_the_report(browser, digits):  # noqa: F811
-    text = opened(browser, (digits / "report.html").as_uri())
-    assert "moved <together>" in text and "52.0" in text
+def test_the_report_shows_every_point_of_its_curves(browser, digits):
+    text = open_page(browser, (digits / "report.html").as_uri())
+    assert "moved <together>" in text
+    assert "52.0" in text
     records = sections.read_metrics(digits)
-    assert num_points(browser, "loss") == len(records) and num_points(
-        browser, "k-NN accuracy"
-    ) == len(sections.curve(records, "knn"))
+    assert num_points(browser, "loss") == len(records)
+    assert num_points(browser, "k-NN accuracy") == len(sections.curve(records, "knn"))
 
 
-def test_the_comparison(browser, digits, tmp_path):  # noqa: F811
+def test_the_comparison_shows_differences_before_numbers(browser, digits, tmp_path):
     other = make_run(tmp_path / "other", "optim.base_lr=0.125")
-    write_metrics(other, num=20)
-    text = opened(browser, compare.write([digits, other], tmp_path / "compare.html").as_uri())
+    write_metrics(other, num_steps=20)
+    text = open_page(browser, compare.write([digits, other], tmp_path / "compare.html").as_uri())
     last = [sections.read_metrics(run)[-1]["images_per_second"] for run in (digits, other)]
-    assert f"Speed: images per second {last[0]:.6g} {last[1]:.6g}" in text and text.index(
-        "optim.base_lr"
-    ) < text.index("last value of")
+    assert f"Speed: images per second {last[0]:.6g} {last[1]:.6g}" in text
+    assert text.index("optim.base_lr") < text.index("last value of")
 
 
 @contextmanager
-def served(run):
-    serving = live.server(run)
-    thread = threading.Thread(target=serving.serve_forever, daemon=True)
-    thread.start()
+def serve(run):
+    """Serve the live page of a run and yield its address."""
+    server = live.server(run)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{serving.server_port}/"
+        yield f"http://127.0.0.1:{server.server_port}/"
     finally:
-        serving.shutdown()
-        serving.server_close()
+        server.shutdown()
+        server.server_close()
 
 
 def test_the_live_page_follows_the_run(browser, tmp_path):
     from selenium.webdriver.support.ui import WebDriverWait
 
     run = make_run(tmp_path / "run")
-    write_metrics(run, num=10)
-    with served(run) as address:
-        text = opened(browser, address)
-        assert "loss\n1.0000" in text and "step\n10" in text
+    write_metrics(run, num_steps=10)
+    with serve(run) as address:
+        text = open_page(browser, address)
+        assert "loss\n1.0000" in text
+        assert "step\n10" in text
         record = json.loads((run / "metrics.jsonl").read_text().splitlines()[9])
         with (run / "metrics.jsonl").open("a") as file:
             file.write("\n" + json.dumps(record | {"step": 11, "epoch": 2.2, "loss": 0.125}) + "\n")
@@ -124,24 +124,21 @@ def test_the_live_page_follows_the_run(browser, tmp_path):
             lambda driver: "loss\n0.1250" in driver.find_element("tag name", "body").text
         )
         assert num_points(browser, "loss") == 11
-        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+        assert console_entries(browser, "SEVERE") == []
 
 
-def test_the_live_page_is_of_this_machine_alone_and_an_unchanged_one_is_not_sent_again(tmp_path):
-    import urllib.error
-    import urllib.request
+def test_the_live_page_is_served_to_this_machine_only(tmp_path):
+    server = live.server(make_run(tmp_path / "run"))
+    assert server.server_address[0] == "127.0.0.1"
+    server.server_close()
 
-    run = make_run(tmp_path / "run")
-    serving = live.server(run)
-    assert serving.server_address[0] == "127.0.0.1"
-    serving.server_close()
-    with served(run) as address:
-        first = urllib.request.urlopen(address + "main")
-        assert "No record yet." in first.read().decode()
-        again = urllib.request.Request(
-            address + "main", headers={"If-None-Match": first.headers["ETag"]}
-        )
+
+def test_an_unchanged_live_page_is_not_sent_twice_and_no_other_file_is_sent(tmp_path):
+    with serve(make_run(tmp_path / "run")) as address:
+        response = urllib.request.urlopen(address + "main")
+        assert "No record yet." in response.read().decode()
+        headers = {"If-None-Match": response.headers["ETag"]}
         with pytest.raises(urllib.error.HTTPError, match="304"):
-            urllib.request.urlopen(again)
+            urllib.request.urlopen(urllib.request.Request(address + "main", headers=headers))
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(address + "../config.yaml")

@@ -271,12 +271,12 @@ def test_constant_and_excluded_learning_rates():
         base_lr=0.2, warmup_epochs=0, excluded_lr_ratio=0.024, constant_lr_names=["3."]
     )
     groups = optim.parameter_groups(settings, network())
-    assert {group["group"]: group["names"] for group in groups} == {
-        "adapted": ["0.weight"],
-        "excluded": ["0.bias", "1.weight", "1.bias"],
-        "constant adapted": ["3.weight"],
-        "constant excluded": ["3.bias"],
-    }
+    assert [(group["group"], group["names"]) for group in groups] == [
+        ("adapted", ["0.weight"]),
+        ("excluded", ["0.bias", "1.weight", "1.bias"]),
+        ("constant adapted", ["3.weight"]),
+        ("constant excluded", ["3.bias"]),
+    ]
     optimizer = optim.build(settings, network())
     optim.set_rates(optimizer, settings, Progress(50, 100, 1), 100, 256)
     rates = [group["lr"] for group in optimizer.param_groups]
