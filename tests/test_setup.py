@@ -15,24 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = [
-    "awk",
-    "bash",
-    "cat",
-    "chmod",
-    "cp",
-    "df",
-    "dirname",
-    "env",
-    "make",
-    "mkdir",
-    "rm",
-    "sed",
-    "sh",
-    "tail",
-    "touch",
-    "tr",
-]
+TOOLS = "awk bash cat chmod cp df dirname env make mkdir rm sed sh tail touch tr"
 LIBRARIES = "python3-dev pkg-config libopencv-dev libturbojpeg0-dev"
 
 LOG = 'echo "${0##*/} $*" >> "$LOG"\n'
@@ -51,7 +34,7 @@ class Machine:
         self.tree, self.bin, self.log = folder / "tree", folder / "bin", folder / "log"
         self.tree.mkdir()
         self.bin.mkdir()
-        for tool in TOOLS:
+        for tool in TOOLS.split():
             (self.bin / tool).symlink_to(shutil.which(tool))
         for name in ("Makefile", "pyproject.toml"):
             shutil.copy(ROOT / name, self.tree)
@@ -163,7 +146,8 @@ def test_without_root_one_command_is_printed_and_the_set_up_continues(machine):
         ("brew", "brew install pkg-config opencv jpeg-turbo && make ffcv"),
         (
             None,
-            "install pkg-config and the headers of Python, OpenCV and libturbojpeg, then: make ffcv",
+            "install pkg-config and the headers of Python, OpenCV and libturbojpeg, "
+            "then: make ffcv",
         ),
     ],
 )
@@ -319,7 +303,8 @@ def test_without_python_3_12_the_tests_of_the_lowest_versions_name_the_remedy(ma
     assert result.returncode != 0
     assert result.stderr.startswith(
         "error: The lowest versions are tested on Python 3.12, and python3.10 is not it. "
-        "Install it with one of: apt-get install python3.12; pyenv install 3.12; .venv/bin/uv python install 3.12. "
+        "Install it with one of: apt-get install python3.12; pyenv install 3.12; "
+        ".venv/bin/uv python install 3.12. "
         "Or name one that is here: make test-lowest PYTHON_LOWEST=/path/to/python3.12\n"
     )
     assert machine.calls() == []
