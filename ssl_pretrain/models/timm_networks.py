@@ -54,8 +54,8 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
     _check_name(config.name)
     if config.args.get("in_chans", 3) != 3:
         raise ValueError(
-            f"backbone.args.in_chans: {config.args['in_chans']} does not fit the images, which have "
-            "three channels (red, green and blue); leave it out"
+            f"backbone.args.in_chans: {config.args['in_chans']} does not fit the images, which "
+            "have three channels (red, green and blue); leave it out"
         )
     args = size_arguments(config.name, image_size) | dict(config.args)
     if config.drop_path:
