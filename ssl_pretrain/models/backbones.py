@@ -23,6 +23,7 @@ class Backbone(nn.Module):
         self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the pooled features of images (n, 3, height, width), (n, feature_dim)."""
         return self.model(images)
 
 
@@ -139,4 +140,5 @@ def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def count_parameters(module: nn.Module) -> int:
+    """Return the number of weights in all parameters of a module, trained or not."""
     return sum(parameter.numel() for parameter in module.parameters())
