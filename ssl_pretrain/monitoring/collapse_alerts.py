@@ -31,7 +31,8 @@ class Alert:
 class Rule:
     """Limits of one metric, and the alert that it raises.
 
-    A value is bad below `bad_below`. It has fallen below `fallen_below` times the best value so far.
+    A value is bad below `bad_below`. It has fallen when it is below `fallen_below` times the best
+    value so far.
     """
 
     title: str

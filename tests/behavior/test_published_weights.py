@@ -238,8 +238,8 @@ def test_results_of_weights_are_not_mixed_with_others(config, tmp_path):
         )
         in second[2]
     )
+    assert unnamed[0] == 2
     assert (
-        unnamed[0] == 2
-        and "the network of these weights is not known; give its timm name, as in backbone.name=resnet50"
-        in unnamed[2]
-    )
+        "the network of these weights is not known; give its timm name, "
+        "as in backbone.name=resnet50"
+    ) in unnamed[2]

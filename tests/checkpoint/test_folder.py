@@ -83,7 +83,7 @@ def test_pruning_keeps_the_newest_checkpoints_and_the_milestones(tmp_path):
 
 
 def test_files_and_links_in_the_place_of_a_checkpoint_do_not_stop_a_save(run):
-    """A file, a dangling link and a link to a damaged folder are replaced. Targets of links stay."""
+    """Replace a file, a dangling link and a link to a damaged folder. Targets of links stay."""
     folder, target = run / "checkpoints", run / "elsewhere"
     (folder / "step_00000006").write_text("")
     (folder / "step_00000008").symlink_to("nowhere")

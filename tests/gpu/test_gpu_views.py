@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
 
 def build_loader(*arguments, **options):
-    """Import `loaders` of the tests of data, whose folder is on the path now, and build a loader."""
+    """Build a loader with `loaders` of the tests of data, whose folder is on the path now."""
     import loaders
 
     return loaders.build_loader(*arguments, **options)
