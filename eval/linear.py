@@ -15,8 +15,8 @@ from ssl_pretrain.schema import COUNT, NOT_NEGATIVE, POSITIVE
 HELP = f"""Accuracy of linear classifiers on frozen features, raw pixels and a random backbone.
 
 --protocol cached, the default: each image is embedded once.
-{cached_linear.NUM_SETTINGS} classifiers, one per learning rate and weight decay, are trained together
-on nine tenths of the training images.
+{cached_linear.NUM_SETTINGS} classifiers, one per learning rate and weight decay, are trained
+together on nine tenths of the training images.
 The best setting on the last tenth is trained on all training images and tested once. For few labels
 see --labels-per-class.
 

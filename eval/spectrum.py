@@ -25,9 +25,9 @@ HELP = f"""The spectrum of a run's embeddings (the projector's output) and featu
 Vectors of training images in their evaluation views are scaled to length 1. Three numbers describe
 their covariance. The share of the {NUM_TOP} largest eigenvalues in the sum of all, in percent, is
 near 100 for a representation that collapsed into a few directions. The effective rank is the
-exponential of the entropy of the eigenvalues' shares. The variance is the sum in percent: 100 for vectors that
-fill the sphere evenly, 0 for a single point. No labels are needed. The result is printed and saved
-to RUN/eval/spectrum.json.
+exponential of the entropy of the eigenvalues' shares. The variance is the sum in percent: 100 for
+vectors that fill the sphere evenly, 0 for a single point. No labels are needed. The result is
+printed and saved to RUN/eval/spectrum.json.
 
     python -m ssl_pretrain.eval.spectrum runs/demo"""
 
