@@ -522,8 +522,8 @@ def test_skipped_files_are_counted_and_named(tmp_path, inspect):
         "data: training ROOT/train: 5 images, 2 classes (a, b); validation none ("
     )
     assert result.text.splitlines()[1] == (
-        "data: left out in ROOT/train: 2 links to folders that are listed already (first: "
-        "a/up), 2 broken links (first: a/gone.png),"
+        "data: left out in ROOT/train: 2 broken links (first: a/gone.png), "
+        "2 links to folders that are listed already (first: a/up),"
         " 1 .part files (first: a/4.jpg.part), 1 .txt files (first: a/notes.txt), 1 pipes, "
         "sockets or devices (first: a/pipe.png)"
     )

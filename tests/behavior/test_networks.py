@@ -64,7 +64,8 @@ ERRORS = {
         "give groups and a global_batch_size (8) of 2 images or more"
     ),
     ("views.crops.global.count=1000000000",): (
-        "views.crops.global.count: 1000000000 is out of range; give a whole number >= 1 and <= 1000"
+        "CONFIG: views.crops.global.count: 1000000000 is out of range; "
+        "give a whole number >= 1 and <= 1000"
     ),
     ("optim.name=adamw", "optim.betas=[0.9]"): (
         "optim.betas: [0.9] has 1 numbers; give 2, such as [0.9, 0.999]"
@@ -80,7 +81,7 @@ ERRORS = {
 def test_settings_that_the_first_step_cannot_run_are_rejected_before_it(config, flags):
     results = each([[TRAIN, str(config), *keys, *flags] for keys in ERRORS])
     for message, result in zip(ERRORS.values(), results, strict=True):
-        assert result == (2, "", f"error: {message}\n")
+        assert result == (2, "", f"error: {message.replace('CONFIG', str(config))}\n")
     assert not (config.parent / "run").exists()
 
 
