@@ -622,7 +622,7 @@ class TestDamage:
         samples = replace(
             beton.samples, height=np.array([1, 60000] * 6), width=np.array([60000, 1] * 6)
         )
-        assert compiled.scratch_for(samples, []).image.nbytes < 20_000_000
+        assert compiled.allocate_scratch(samples, []).image.nbytes < 20_000_000
 
     def test_a_replaced_file_is_detected(self, beton, tmp_path):
         other = write_beton(tmp_path / "other" / "data", n=12, max_side=30)
