@@ -49,6 +49,14 @@ def _view_size(settings: dict[str, Any]) -> int:
     return recipe.expand_counts(config.from_dict(settings).views)[0].size
 
 
+def _tag(run: Path) -> str:
+    """Return an HTTP tag that changes with the files shown, without drawing their charts."""
+    patterns = ("*.jsonl", "*.json", "*.png", "config.yaml", "neigh*/*", "eval/**/*.json")
+    paths = sorted({path for pattern in patterns for path in run.glob(pattern)})
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return f'"{hashlib.sha256(repr(states).encode()).hexdigest()[:16]}"'
+
+
 def is_own_host(host: str) -> bool:
     """Return True if a Host header names this machine. The port may be that of a tunnel.
 
@@ -83,10 +91,11 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
             elif self.path == "/":
                 self._answer(200, page.render("live.html.jinja", **context(run)))
             elif self.path == "/main":
-                body = page.render("run.html.jinja", **context(run))
-                tag = f'"{hashlib.sha256(body.encode()).hexdigest()[:16]}"'
-                unchanged = self.headers.get("If-None-Match") == tag
-                self._answer(304 if unchanged else 200, "" if unchanged else body, tag)
+                tag = _tag(run)
+                if self.headers.get("If-None-Match") == tag:
+                    self._answer(304, "", tag)
+                else:
+                    self._answer(200, page.render("run.html.jinja", **context(run)), tag)
             elif self.path == "/favicon.ico":
                 self._answer(204, "")
             else:
