@@ -24,24 +24,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import versions
+from measure import HALFWAY, build_stepper_halfway, versions
 
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.monitoring.collapse import CollapseMonitor, HealthConfig
 from ssl_pretrain.monitoring.logger import LogConfig, Logger
-from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import wrap as parallel
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.planning import hardware
-from ssl_pretrain.step import Stepper, build_stepper
+from ssl_pretrain.step import Stepper
 from ssl_pretrain.views.batch import Batch
-
-HALFWAY = Progress(50, 100, 1)
 
 RECORD_STEPS, MEASURE_STEPS = 4, 6  # a step on which both fall does not count
 
@@ -52,18 +48,15 @@ def build_benchmark_stepper(
     torch.manual_seed(0)
     backbone = backbones.build(BackboneConfig(name=options.backbone), options.size)
     method = simclr.Config(projector_dims=[2048, 2048, 128]).build(backbone)
-    settings, config = ParallelConfig(), OptimConfig(name="lars")
-    stepper = build_stepper(
+    return build_stepper_halfway(
         method,
-        settings,
-        config,
-        Execution.resolve(settings, device),
+        ParallelConfig(),
+        OptimConfig(name="lars"),
+        device,
+        batch,
         micro_batch_size=options.images,
         global_batch_size=options.images,
-        example=batch,
     )
-    optim.set_rates(stepper.optimizer, config, HALFWAY, 100, options.images)
-    return stepper
 
 
 def parse_options() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: interleaved timing, peak memory and the versions of packages."""
+"""Shared by the benchmarks: a stepper, interleaved timing, peak memory and package versions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from pathlib import Path
 
 import torch
 
+from ssl_pretrain.methods.base import Method
+from ssl_pretrain.optim import optimizers
+from ssl_pretrain.optim.optimizers import OptimConfig
+from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import memory
+from ssl_pretrain.parallel.execution import Execution
+from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.step import Stepper, build_stepper
+from ssl_pretrain.views.batch import Batch
 
 Run = Callable[[], object]
+HALFWAY = Progress(50, 100, 1)
 
 
 def time_interleaved(
@@ -45,6 +54,30 @@ def peaks(candidates: dict[str, Run], device: torch.device) -> dict[str, int]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def build_stepper_halfway(
+    method: Method,
+    settings: ParallelConfig,
+    config: OptimConfig,
+    device: torch.device,
+    example: Batch,
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+) -> Stepper:
+    """Build a stepper whose learning rates are those of the middle of a run, at `HALFWAY`."""
+    stepper = build_stepper(
+        method,
+        settings,
+        config,
+        Execution.resolve(settings, device),
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        example=example,
+    )
+    optimizers.set_rates(stepper.optimizer, config, HALFWAY, 100, global_batch_size)
+    return stepper
 
 
 def versions(*packages: str) -> str:

@@ -10,20 +10,14 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measure import mib, peaks, time_interleaved, versions
+from measure import HALFWAY, build_stepper_halfway, mib, peaks, time_interleaved, versions
 
 from ssl_pretrain import methods
 from ssl_pretrain.models.backbones import build
 from ssl_pretrain.models.timm_networks import BackboneConfig
-from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
-
-HALFWAY = Progress(50, 100, 1)
 
 
 def step_of(name: str, options: argparse.Namespace, device: torch.device):
@@ -43,17 +37,15 @@ def step_of(name: str, options: argparse.Namespace, device: torch.device):
         torch.arange(options.images, device=device) % 10,
         torch.arange(options.images, device=device),
     )
-    config = OptimConfig(name="adamw")
-    stepper = build_stepper(
+    stepper = build_stepper_halfway(
         method,
         settings,
-        config,
-        Execution.resolve(settings, device),
+        OptimConfig(name="adamw"),
+        device,
+        images,
         micro_batch_size=options.images,
         global_batch_size=options.images,
-        example=images,
     )
-    optim.set_rates(stepper.optimizer, config, HALFWAY, 100, options.images)
     return lambda: stepper(HALFWAY, images)
 
 

@@ -12,21 +12,16 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measure import mib, peaks, time_interleaved, versions
+from measure import HALFWAY, build_stepper_halfway, mib, peaks, time_interleaved, versions
 
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.methods.base import LossOutput
 from ssl_pretrain.models.backbones import build
 from ssl_pretrain.models.timm_networks import BackboneConfig
-from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
-from ssl_pretrain.step import Stepper, build_stepper
+from ssl_pretrain.step import Stepper
 from ssl_pretrain.views.batch import Batch
-
-HALFWAY = Progress(50, 100, 1)
 
 
 class ToFixedTargets(simclr.SimCLR):
@@ -50,18 +45,15 @@ def stepper(
     example = Batch(
         [torch.zeros(images, 3, options.size, options.size, device=device)] * 2, labels, labels
     )
-    config = OptimConfig(name="lars")
-    step = build_stepper(
+    return build_stepper_halfway(
         method,
         settings,
-        config,
-        Execution.resolve(settings, device),
+        OptimConfig(name="lars"),
+        device,
+        example,
         micro_batch_size=images,
         global_batch_size=total,
-        example=example,
     )
-    optim.set_rates(step.optimizer, config, HALFWAY, 100, total)
-    return step
 
 
 def main() -> None:
