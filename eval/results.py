@@ -162,5 +162,4 @@ def _indented(pairs: dict[str, Any]) -> list[str]:
 
 def print_progress(line: str) -> None:
     """Print a line to stderr from the main rank, so that stdout carries only results."""
-    if process_group.is_main():
-        print(line, file=sys.stderr, flush=True)
+    process_group.print_once(line, file=sys.stderr)

@@ -119,9 +119,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(automatic if name == "auto" else name)
 
 
-def to_device(backbone: nn.Module, device: torch.device) -> nn.Module:
-    """Put a network on the device in evaluation mode, channels-last for speed."""
-    return backbone.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+def to_device(
+    backbone: nn.Module,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> nn.Module:
+    """Put a network on the device in evaluation mode, by default channels-last for speed."""
+    layout: Any = {"memory_format": memory_format}  # missing in torch's types
+    return backbone.eval().to(device, **layout)
 
 
 def check_overrides(overrides: list[str], sections: tuple[str, ...], weights: str = "") -> None:

@@ -17,7 +17,7 @@ from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
 from ssl_pretrain.eval.frozen.knn_search import Search
 from ssl_pretrain.eval.results import print_progress
-from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.eval.runs import Run, to_device
 from ssl_pretrain.system import markdown
 
 FULL, SMALL = "model.onnx", "model_int8.onnx"
@@ -56,7 +56,7 @@ def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> str:
         ValueError: If the features of onnxruntime differ from torch's.
     """
     require_packages()
-    model = run.backbone.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model = to_device(run.backbone, torch.device("cpu"), torch.contiguous_format)
     convert(model, images, folder / FULL)
     full = open_session(folder / FULL)
     difference, largest = (full(images) - expected).abs().max().item(), expected.abs().max().item()
