@@ -279,8 +279,8 @@ class Corruption:
     """A corruption and its constants, one entry per severity."""
 
     function: Callable[[np.ndarray, Any, ImageRng], np.ndarray]
-    small: tuple[Any, ...]  # of CIFAR-10-C
-    large: tuple[Any, ...]  # of ImageNet-C
+    small: tuple[Any, ...]  # constants of CIFAR-10-C
+    large: tuple[Any, ...]  # constants of ImageNet-C
 
 
 # The order is part of the random numbers.

@@ -22,7 +22,7 @@ from ssl_pretrain.schema import COUNT, FROM_ZERO, POSITIVE
 
 # DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino).
 KS = (10, 20, 100, 200)
-TEMPERATURES = (0.07, 0.1)  # of DINO and InstDisc, and the usual one for CIFAR-10
+TEMPERATURES = (0.07, 0.1)  # DINO and InstDisc use 0.07, CIFAR-10 usually 0.1
 NORMALIZATION = (
     "features scaled to length 1, not centered; raw pixels centered on the training mean first"
 )

@@ -33,7 +33,7 @@ class LinearProtocol:
     dino_feature: bool = (
         False  # a ViT's feature is the one of DINO's README, else the pooled output
     )
-    crop_sampler: CropSampler = "torchvision"  # of the training views, as the next two
+    crop_sampler: CropSampler = "torchvision"  # for training views, as are the next two
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
     test_interpolation: Interpolation = "bilinear"

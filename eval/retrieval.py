@@ -26,7 +26,7 @@ from ssl_pretrain.schema import COSINE
 RECALL_RANKS = (1, 5, 10)
 MAX_PAIRS = 1000
 NUM_PRINTED = 10
-ROUNDING = 1e-6  # of cosines in float32
+ROUNDING = 1e-6  # rounding error of a cosine in float32
 HELP = f"""Retrieval of images of the query's class, and near-duplicates, by frozen features.
 
 Each test image ranks all training images by cosine similarity. mAP is the mean average precision

@@ -1,4 +1,4 @@
-"""How many directions a run's embeddings use: `python -m ssl_pretrain.eval.spectrum RUN`."""
+"""Spectrum of a run's embeddings: `python -m ssl_pretrain.eval.spectrum RUN`."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ USER_ERRORS = (ValueError, configuration.ConfigError)  # not their other subclas
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a run has come, in optimizer steps from the start of the run."""
+    """End of a training process, in optimizer steps from the start of the run."""
 
     step: int  # steps done
     end_step: int  # step at which this process was to stop

@@ -12,7 +12,7 @@ Norm = Literal["sync", "batch", "frozen"]
 
 @dataclass
 class Protocol:
-    """How a detector is built, trained and evaluated.
+    """Settings to build, train and evaluate a detector.
 
     The defaults are what the published protocols share (MoCo, arXiv:1911.05722, appendix).
     """

@@ -64,7 +64,8 @@ def build_network(
 
 def build_optimizer(model: nn.Module, protocol: TuningProtocol) -> torch.optim.Optimizer:
     """Return SGD or AdamW. The `lr_scale` of a group is its share of the learning rate."""
-    undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    no_weight_decay: Any = getattr(model, "no_weight_decay", tuple)
+    undecayed = no_weight_decay()
     if protocol.layer_decay < 1:
         groups = param_groups_layer_decay(
             model,

@@ -20,7 +20,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import describe_splits, hold_out,
 from ssl_pretrain.eval.runs import Run
 
 LEARNING_RATES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-WEIGHT_DECAYS = (0.0, 1e-6)  # of DINO and MoCo; of SimCLR
+WEIGHT_DECAYS = (0.0, 1e-6)  # DINO and MoCo use 0, SimCLR 1e-6
 NUM_SETTINGS = len(LEARNING_RATES) * len(WEIGHT_DECAYS)
 MOMENTUM = 0.9  # Nesterov's
 BATCH_SIZE = 256

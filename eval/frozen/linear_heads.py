@@ -11,7 +11,7 @@ from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives, process_group
 
 BN_EPS = 1e-5
-LARC_EPS = 1e-8  # of apex
+LARC_EPS = 1e-8  # as in apex
 MAX_LOGITS = 2**24  # logits held at once, in float32: 64 MiB
 Start = Literal["normal", "uniform", "truncated"]
 

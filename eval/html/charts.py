@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 
-MAX_POINTS = 600  # of a curve; longer curves are averaged over equal stretches
+MAX_POINTS = 600  # longer curves are averaged over equal stretches
 GRAY = "#858b91"  # legible on white and on near black
 PALETTE = (
     *("#4e79a7", "#f28e2b", "#e15759", "#4fa8a0", "#59a14f"),

@@ -39,7 +39,7 @@ def allocate(size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Transfer:
-    """How workers hand over their images.
+    """The way in which workers hand over their images.
 
     Attributes:
         chunk_size: Images per chunk.

@@ -18,7 +18,7 @@ class LockHolder:
     pid: int = -1
     born: str = ""  # start time of the process; process ids are reused, start times are not
     boot: str = ""  # id of the kernel's last boot
-    namespace: str | None = None  # of process ids: those of another container are not ours
+    namespace: str | None = None  # process ids of another container mean other processes
     flock: str = ""  # name of the folder's flock, if the process holds it
     job: str = ""  # SLURM job id
 

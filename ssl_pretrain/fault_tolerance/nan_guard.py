@@ -26,7 +26,7 @@ from ssl_pretrain.system import durable_files
 
 @dataclass
 class GuardConfig:
-    """How many bad steps and rollbacks a run survives."""
+    """Limits of the bad steps and rollbacks that a run survives."""
 
     max_skipped_steps: int = setting(
         10, "Consecutive steps with a gradient that is not finite before a rollback.", minimum=1

@@ -1,4 +1,4 @@
-"""How sums over pairs of embeddings are computed on a device."""
+"""Ways to compute sums over pairs of embeddings: plain tiles of a size, or Triton kernels."""
 
 from __future__ import annotations
 

@@ -258,8 +258,8 @@ class _RunningSums:
 
 
 class _Tile(NamedTuple):
-    rows: slice  # of this rank's anchors
-    columns: slice  # of the candidates of all ranks
+    rows: slice  # anchors of this rank
+    columns: slice  # candidates of all ranks
     is_local: bool  # its columns are this rank's
 
     def global_rows(self, local_start: int) -> slice:

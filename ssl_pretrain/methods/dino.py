@@ -186,7 +186,7 @@ class DINO(Method):
         logits_a, logits_b = logits.chunk(2)
         return {
             "logits": torch.stack([logits_a, logits_b], dim=1),
-            "mean": logits.mean(0, keepdim=True),  # of this micro-batch
+            "mean": logits.mean(0, keepdim=True),  # mean logits of this micro-batch
             "assigned": (logits_a - self.center).argmax(1),
         }
 

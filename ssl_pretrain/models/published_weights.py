@@ -83,9 +83,9 @@ def prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
     """Return prefixes with at least half as many keys as the model has, preferred ones first."""
     counts: dict[str, int] = {}
     for key in weights:
-        parts = key.split(".")
-        for depth in range(min(DEPTH, len(parts) - 1) + 1):
-            prefix = "".join(f"{part}." for part in parts[:depth])
+        names = key.split(".")
+        for depth in range(min(DEPTH, len(names) - 1) + 1):
+            prefix = "".join(f"{name}." for name in names[:depth])
             counts[prefix] = counts.get(prefix, 0) + 1
     enough = len(model.state_dict()) / 2
     return sorted(

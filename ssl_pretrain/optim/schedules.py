@@ -1,4 +1,4 @@
-"""How far a run has come, and rates as functions of it.
+"""Progress of a run, and rates as functions of it.
 
 Everything in this module is a pure function of the step's number, which is all that a resumed run
 needs.
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Progress:
-    """Where in a run an optimizer step stands.
+    """Position of an optimizer step in its run.
 
     Attributes:
         step: Optimizer steps done before this one, so 0 for the first.

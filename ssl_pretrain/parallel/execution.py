@@ -13,11 +13,11 @@ from ssl_pretrain.parallel.parallel_config import ParallelConfig
 
 @dataclass(frozen=True)
 class Execution:
-    """How the forward pass and the loss are computed on one rank."""
+    """Device and number formats of the forward pass and the loss on one rank."""
 
     device: torch.device
-    dtype: torch.dtype  # of weights, statistics and losses: float32, or float64 in tests
-    memory_format: torch.memory_format  # of views, and of weights that are not sharded
+    dtype: torch.dtype  # for weights, statistics and losses: float32, or float64 in tests
+    memory_format: torch.memory_format  # for views, and for weights that are not sharded
     autocast: bool  # run the forward pass under bfloat16 autocast
 
     @classmethod

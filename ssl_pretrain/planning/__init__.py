@@ -1,1 +1,1 @@
-"""What a configuration would cost, computed before it runs."""
+"""Memory and time of a configuration, computed before it runs."""

@@ -196,8 +196,8 @@ def _sizes(module: nn.Module, shards: int) -> tuple[int, int]:
     return _padded(module.parameters(), shards), _padded(trained, shards)
 
 
-def _difference(whole: tuple[int, int], part: tuple[int, int]) -> tuple[int, int]:
-    return whole[0] - part[0], whole[1] - part[1]
+def _difference(total: tuple[int, int], subset: tuple[int, int]) -> tuple[int, int]:
+    return total[0] - subset[0], total[1] - subset[1]
 
 
 def _padded(parameters: Iterable[Tensor], shards: int) -> int:

@@ -12,9 +12,9 @@ from ssl_pretrain.config import PlanConfig
 from ssl_pretrain.planning.trace import CONVOLUTION, Trace
 
 GIGA, TERA = 1e9, 1e12
-MATMUL_SHARE = 0.8  # of the peak: large bfloat16 products reach 790 of 989 TFLOP/s on an H100
-BANDWIDTH_SHARE = 0.85  # of the memory bandwidth, reached by a copy
-LINK_SHARE = 0.8  # of the link bandwidth, reached by large all-reduces of NCCL
+MATMUL_SHARE = 0.8  # large bfloat16 products reach 790 of 989 TFLOP/s on an H100
+BANDWIDTH_SHARE = 0.85  # a copy reaches this share of the memory bandwidth
+LINK_SHARE = 0.8  # NCCL's large all-reduces reach this share of the link
 ATTAINED = 0.75  # share of the roofline that eager training steps reach; an assumption
 
 
@@ -27,7 +27,7 @@ class Machine:
     matmul: float  # bfloat16 products with float32 sums, dense
     wide_matmul: float  # float32, without tensor cores
     convolution: float
-    bandwidth: float  # of memory
+    bandwidth: float  # memory bandwidth
     intra_node: float  # from one GPU to the others of its node
     inter_node: float  # from one node to the others
     attained: float = 1.0  # share of the roofline that a training step reaches
@@ -60,7 +60,7 @@ class DataSheet:
     bf16: float  # dense TFLOP/s in bfloat16, or in float16 for GPUs without bfloat16
     memory: float = 0  # GB
     fp32: float = 0  # TFLOP/s without tensor cores
-    bandwidth: float = 0  # of memory, TB/s
+    bandwidth: float = 0  # memory bandwidth, TB/s
     link: float = 0  # GB/s, one way, of a GPU's links in its node
     node: float = 0  # GB/s, one way, of all network ports of a node
 
@@ -90,7 +90,7 @@ DATA_SHEETS = {
 def peak_tflops(device: torch.device) -> float:
     """Return the peak of a device in bfloat16, 0 if it is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((sheet.bf16 for part, sheet in DATA_SHEETS.items() if part in name), 0.0)
+    return next((sheet.bf16 for model, sheet in DATA_SHEETS.items() if model in name), 0.0)
 
 
 def from_data_sheet(name: str, sheet: DataSheet) -> Machine:

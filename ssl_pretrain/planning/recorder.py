@@ -146,11 +146,11 @@ def _bytes_moved(
     is_view = not mutable and all(out.untyped_storage()._cdata in storages for out in outputs)
     if name in ALLOCATIONS or is_view:
         return 0
-    written: list[Tensor] = outputs
+    targets: list[Tensor] = outputs
     if mutable and not outputs:  # foreach and fused operations write to their inputs
-        written = list(_mutated(function, args))
+        targets = list(_mutated(function, args))
     twice = [args[place] for place in READ_TWICE.get(name, ())]
-    return sum(_num_bytes(tensor) for tensor in (*inputs, *written, *twice))
+    return sum(_num_bytes(tensor) for tensor in (*inputs, *targets, *twice))
 
 
 def _mutated(function: Any, args: Any) -> Iterator[Tensor]:

@@ -182,7 +182,7 @@ def lightly_step(name: str, images: int, size: int, device: torch.device) -> Cal
 
     backbone = timm.create_model(name, num_classes=0)
     head = SimCLRProjectionHead(backbone.num_features, backbone.num_features, 128, num_layers=3)
-    model = torch.nn.Sequential(backbone, head).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = torch.nn.Sequential(backbone, head).to(device, memory_format=torch.channels_last)
     criterion = NTXentLoss(temperature=0.1)
     optimizer = LARS(model.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-4)
     views = [

@@ -1,6 +1,6 @@
 """MoCo v1 and v2 against their authors' arithmetic, facebookresearch/moco at 7397dfe1.
 
-https://github.com/facebookresearch/moco/blob/7397dfe146c7ca6bbb58e9c382498069178ba764/moco/builder.py
+https://github.com/facebookresearch/moco/blob/7397dfe1/moco/builder.py
 """
 
 from __future__ import annotations

@@ -330,8 +330,8 @@ class _Run:
         reason = f"{pool.source.name(unreadable)}: {decode.REASONS[status]}"
         spare = find_spare(pool.plan, batch.request.step, row, try_read)
         replacement = Replacement.create(pool.source, unreadable, reason, spare)
-        written = self._write_rows(batch, np.array([replacement.number]), index, row, thread)
-        assert written[0] == decode.DONE, "try_read has just decoded it"
+        statuses = self._write_rows(batch, np.array([replacement.number]), index, row, thread)
+        assert statuses[0] == decode.DONE, "try_read has just decoded it"
         return replacement
 
     def _explain_cut(self, number: int) -> None:
