@@ -16,8 +16,7 @@ test: env  ## the test suite, two tests at a time
 	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-lowest: .venv-lowest/.installed  ## tests of the promises with the lowest versions that pyproject.toml declares, on Python 3.12
-	@.venv-lowest/bin/python -m pytest tests/test_train.py -m "promise and not full and not slurm"
-	@.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "promise and not full and not slurm" --ignore tests/test_train.py
+	@.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "promise and not full and not slurm"
 
 test-slurm: env  ## a run on a real SLURM of two nodes on this machine, pre-empted once; as root it installs SLURM
 	@bash tests/slurm/cluster.sh install

@@ -18,6 +18,10 @@ from ssl_pretrain.views.recipe import Crop, blur_taps
 # A product and a sum may be rounded once: twice the speed, and nearer to the exact value.
 _CONTRACT = {"contract"}
 _SUM = {"contract", "reassoc", "nsz"}  # sums may be taken in the lanes of a vector
+# Such freedom is used up when a function is compiled. A process that compiles would call the copies
+# of its helpers that were compiled alone, and one that loads from the cache those within `_apply`.
+# The bits could differ, so every helper becomes a section of `_apply`.
+_helper = partial(njit, nogil=True, forceinline=True)
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(number) for number in (0, 1, 2, 3, 4, 6))
 TINY = np.finfo(np.float32).tiny
@@ -106,7 +110,7 @@ def _apply(recipe, rows):
             _finish(image[channel], solarize[number], threshold, mean[channel], std[channel])
 
 
-@njit(nogil=True, error_model="numpy")
+@_helper(error_model="numpy")
 def _adjust(image, operation, factor, recipe):
     """Apply one operation of the color jitter: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
     adds, by_channel, in_hsv = recipe[1], recipe[2], recipe[3]
@@ -128,25 +132,25 @@ def _adjust(image, operation, factor, recipe):
         _turn_hue(image[0], image[1], image[2], SIX * factor)
 
 
-@njit(nogil=True, error_model="numpy")
+@_helper(error_model="numpy")
 def _to_unit(source, target):
     for i in range(len(source)):
         target[i] = np.float32(source[i]) / np.float32(255)
 
 
-@njit(nogil=True)
+@_helper()
 def _scale(image, factor):
     for i in range(len(image)):
         image[i] = min(max(image[i] * factor, ZERO), ONE)
 
 
-@njit(nogil=True)
+@_helper()
 def _shift(image, delta):
     for i in range(len(image)):
         image[i] = min(max(image[i] + delta, ZERO), ONE)
 
 
-@njit(nogil=True, fastmath=_SUM)
+@_helper(fastmath=_SUM)
 def _mean_gray(red, green, blue):
     total = 0.0
     for first in range(0, len(red), 1024):  # short sums in float32, their sum in float64
@@ -157,7 +161,7 @@ def _mean_gray(red, green, blue):
     return np.float32(total / len(red))
 
 
-@njit(nogil=True, fastmath=_SUM)
+@_helper(fastmath=_SUM)
 def _mean(channel):
     total = 0.0
     for first in range(0, len(channel), 1024):
@@ -168,14 +172,14 @@ def _mean(channel):
     return np.float32(total / len(channel))
 
 
-@njit(nogil=True, fastmath=_CONTRACT)
+@_helper(fastmath=_CONTRACT)
 def _blend_with_mean(image, factor, mean):
     other = mean * (ONE - factor)
     for i in range(len(image)):
         image[i] = min(max(image[i] * factor + other, ZERO), ONE)
 
 
-@njit(nogil=True, fastmath=_CONTRACT)
+@_helper(fastmath=_CONTRACT)
 def _blend_with_gray(red, green, blue, factor):
     rest = ONE - factor
     for i in range(len(red)):
@@ -185,7 +189,7 @@ def _blend_with_gray(red, green, blue, factor):
         blue[i] = min(max(blue[i] * factor + gray, ZERO), ONE)
 
 
-@njit(nogil=True, error_model="numpy")
+@_helper(error_model="numpy")
 def _scale_saturation(red, green, blue, factor):
     """Multiply HSV's saturation at constant hue and value, as `color_torch` does."""
     for i in range(len(red)):
@@ -198,7 +202,7 @@ def _scale_saturation(red, green, blue, factor):
         blue[i] = min(max(high - (high - b) * scale, ZERO), ONE)
 
 
-@njit(nogil=True, error_model="numpy")
+@_helper(error_model="numpy")
 def _turn_hue(red, green, blue, turn):
     """Rotate the hue by `turn` sixths of a turn, without a branch, so that it is vectorized."""
     for i in range(len(red)):
@@ -215,14 +219,14 @@ def _turn_hue(red, green, blue, turn):
         blue[i] = min(max(TWO - abs(sixths - FOUR), ZERO), ONE) * chroma + low
 
 
-@njit(nogil=True)
+@_helper()
 def _to_gray(red, green, blue):
     for i in range(len(red)):
         gray = red[i] * RED + green[i] * GREEN + blue[i] * BLUE
         red[i], green[i], blue[i] = gray, gray, gray
 
 
-@njit(nogil=True, error_model="numpy")
+@_helper(error_model="numpy")
 def _fill_kernel(kernel, sigma):
     radius, total = len(kernel) // 2, 0.0
     for tap in range(len(kernel)):
@@ -232,7 +236,7 @@ def _fill_kernel(kernel, sigma):
         kernel[tap] = np.float32(kernel[tap] / total)
 
 
-@njit(nogil=True)
+@_helper()
 def _blur(image, kernel, padded, rows, zero_border):
     """Blur along the rows, then along the columns. `rows` has one row of zeros below the image."""
     height, width = image.shape
@@ -263,7 +267,7 @@ def _blur(image, kernel, padded, rows, zero_border):
             _add_one(image[y], rows[_inside(y + tap - radius, height, zero_border)], kernel[tap])
 
 
-@njit(nogil=True)
+@_helper()
 def _inside(place, length, zero_border):
     """Return the row at a place. Outside it is the reflection, or row `length`, of zeros."""
     if zero_border:
@@ -272,19 +276,19 @@ def _inside(place, length, zero_border):
     return place if place < length else 2 * length - 2 - place
 
 
-@njit(nogil=True, fastmath=_CONTRACT)
+@_helper(fastmath=_CONTRACT)
 def _add_three(target, a, b, c, w0, w1, w2):
     for i in range(len(target)):
         target[i] = ((target[i] + a[i] * w0) + b[i] * w1) + c[i] * w2
 
 
-@njit(nogil=True, fastmath=_CONTRACT)
+@_helper(fastmath=_CONTRACT)
 def _add_one(target, a, weight):
     for i in range(len(target)):
         target[i] += a[i] * weight
 
 
-@njit(nogil=True, error_model="numpy")
+@_helper(error_model="numpy")
 def _finish(image, solarized, threshold, mean, std):
     if solarized:
         for i in range(len(image)):

@@ -1,5 +1,8 @@
 """Colors equal torchvision's functions, and their random numbers have the stated distributions."""
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
 
 import numpy as np
@@ -335,6 +338,40 @@ def test_pixels_of_another_type_or_shape_are_refused(pixels, message):
     with pytest.raises(ValueError) as error:
         color.apply(pixels, parameters_of(Crop(size=8), 4), Crop(size=8), *PLAIN)
     assert str(error.value) == message
+
+
+PRINT_DIGEST = """
+import hashlib
+import numpy as np
+import torch
+from ssl_pretrain.views import color
+from ssl_pretrain.views.color_parameters import draw_colors
+from ssl_pretrain.views.recipe import Crop
+torch.manual_seed(0)
+strengths = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+crop = Crop(size=24, jitter=0.8, grayscale=0.2, blur=0.5, solarize=0.2, **strengths)
+pixels = torch.randint(0, 256, (64, 3, 24, 24), dtype=torch.uint8)
+parameters = draw_colors(crop, 0, 0, np.arange(64), 0)
+views = color.apply(pixels, parameters, crop, [0.5] * 3, [0.2] * 3)
+print(hashlib.sha256(views.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_code_from_the_cache_gives_the_bits_of_the_process_that_compiled_it(tmp_path):
+    """A resumed run loads the code that its first process compiled."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", PRINT_DIGEST],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in ("compiles", "loads")
+    ]
+    assert list(tmp_path.rglob("color_cpu._apply-*.nbc"))
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
