@@ -1,7 +1,5 @@
 """Attention maps of a ViT, and the principal components of patch features as colors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

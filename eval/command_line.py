@@ -1,7 +1,5 @@
 """Command line of the evaluations: shared options, opening the run, printing, exit status."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

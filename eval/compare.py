@@ -1,7 +1,5 @@
 """One HTML page that compares several runs: their configurations, numbers and curves."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ of an image use the same random numbers, which are not numpy's. Elastic transfor
 exactly, where OpenCV rounds positions to 1/32 pixel.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The summary that `make demo` prints: evaluation results, curves, and what to try next."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 `load(OUT)` returns the backbone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Load weights that this project did not train, so that they can be evaluated like a run."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any

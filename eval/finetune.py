@@ -1,7 +1,5 @@
 """The whole network fine-tuned on all labels: `python -m ssl_pretrain.eval.finetune RUN`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Weighted k-NN accuracy of a run's features: `python -m ssl_pretrain.eval.knn RUN`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import Any

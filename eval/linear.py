@@ -1,7 +1,5 @@
 """Linear classifiers on a run's frozen features: `python -m ssl_pretrain.eval.linear RUN`."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

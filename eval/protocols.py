@@ -1,7 +1,5 @@
 """The published protocols by name: every number an evaluation trains with, and its source."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """A self-contained HTML page about a run: `python -m ssl_pretrain.eval.report RUN`."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Result files of evaluations, RUN/eval/<name>.json, and the same numbers as a text table."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """Image retrieval and near-duplicates by features: `python -m ssl_pretrain.eval.retrieval RUN`."""
 
-from __future__ import annotations
-
 import csv
 import time
 from pathlib import Path

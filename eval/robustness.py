@@ -1,7 +1,5 @@
 """k-NN accuracy on corrupted test images: `python -m ssl_pretrain.eval.robustness RUN`."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

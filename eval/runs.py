@@ -1,7 +1,5 @@
 """Open a pretraining run for evaluation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The whole network fine-tuned on few labels: `python -m ssl_pretrain.eval.semi RUN`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

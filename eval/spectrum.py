@@ -1,7 +1,5 @@
 """Spectrum of a run's embeddings: `python -m ssl_pretrain.eval.spectrum RUN`."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training images of the linear and fine-tuning protocols: one random crop per image."""
 
-from __future__ import annotations
-
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.loader import Loader

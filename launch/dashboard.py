@@ -1,7 +1,5 @@
 """A prepared dashboard in Weights & Biases: `python -m ssl_pretrain.launch.dashboard PROJECT`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

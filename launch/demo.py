@@ -3,8 +3,6 @@
 It needs no download and no account.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Evaluation of a run's checkpoints: `python launch/evaluate.py RUN [--watch] [key=value ...]`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

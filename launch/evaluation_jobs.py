@@ -1,7 +1,5 @@
 """Evaluations of one run's checkpoints: those that are due, and how each one runs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

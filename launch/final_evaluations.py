@@ -1,7 +1,5 @@
 """Evaluations after training: their names, and those that the last checkpoint still needs."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

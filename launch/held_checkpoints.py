@@ -4,8 +4,6 @@ Each evaluating process has a folder of its own for its links. A killed process 
 behind, and the next evaluation of the run removes it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Ranks without a scheduler: on this machine, or by one printed torchrun command per host."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 import shlex

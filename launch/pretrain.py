@@ -1,7 +1,5 @@
 """Pretraining and the evaluations after it: `python launch/pretrain.py CONFIG [key=value ...]`."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

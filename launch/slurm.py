@@ -1,7 +1,5 @@
 """SLURM: whether runs are submitted to it, and the resources that a run requests."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

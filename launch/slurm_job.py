@@ -1,7 +1,5 @@
 """Programs of SLURM jobs, which submitit pickles at submission and calls in each task."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Submission of runs and evaluations to SLURM with submitit."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

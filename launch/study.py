@@ -1,7 +1,5 @@
 """Studies: YAMLs of configs/sweeps/ that pretrain several variants and compare them."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """Table and plot of a study: numbers of each variant, as means and deviations over its seeds."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

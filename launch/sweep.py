@@ -4,8 +4,6 @@ python launch/sweep.py CONFIG optim.base_lr=0.2,0.3 seed=0,1 [key=value ...]
 python launch/sweep.py configs/sweeps/temperature.yaml [key=value ...]
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import re

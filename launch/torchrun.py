@@ -7,8 +7,6 @@ same:
     python -m ssl_pretrain.launch.torchrun --nproc-per-node 8 -m ssl_pretrain.train CONFIG
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

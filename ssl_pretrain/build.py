@@ -1,7 +1,5 @@
 """Build everything that the training loop calls, from a configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ The step runs in one process with the whole global batch as one micro-batch. A r
 or micro-batches is therefore repeated to rounding, not bit for bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """One optimizer step over the global batch, whole or in micro-batches with the same gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace

@@ -5,8 +5,6 @@ python -m ssl_pretrain.train configs/simclr_digits.yaml
 torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=DIR
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -5,8 +5,6 @@
 the hooks of this module.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """Fixtures of all tests: the shared data, and functions that run on several gloo ranks."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

@@ -3,8 +3,6 @@
 Keys of `parallel` that a test does not name have their defaults.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

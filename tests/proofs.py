@@ -11,8 +11,6 @@ optimizer. Each error is relative to the largest entry of what is compared.
   tests/methods/test_<name>.py. Entries below 0.001 count as 0.001.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

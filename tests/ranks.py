@@ -1,7 +1,5 @@
 """Run the ranks of a training run as processes, forked from one that has imported everything."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

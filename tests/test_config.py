@@ -1,7 +1,5 @@
 """Messages about wrong configurations, compared as text, and what a resumed run may change."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from dataclasses import fields

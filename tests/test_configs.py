@@ -1,7 +1,5 @@
 """Every file of configs/ loads, names its source, builds its model and takes a reduced step."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

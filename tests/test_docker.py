@@ -1,7 +1,5 @@
 """The list of system packages, and docker/job.sh with stand-ins for SLURM's programs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

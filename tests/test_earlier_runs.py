@@ -5,8 +5,6 @@ six of sixteen steps, with the keys and file names of that time. `expected.json`
 of that revision.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

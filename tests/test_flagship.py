@@ -1,7 +1,5 @@
 """Three steps of configs/simclr_imagenet.yaml on ImageNet's JPEGs, with 8,192 images on 8 ranks."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

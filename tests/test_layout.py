@@ -1,7 +1,5 @@
 """Layout of the repository: module names, the list of packages, no machine-specific text."""
 
-from __future__ import annotations
-
 import collections
 import re
 import subprocess

@@ -4,8 +4,6 @@ Each way of running has a virtual environment of its own. It sees the dependenci
 not the editable installation, so nothing is found by accident.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

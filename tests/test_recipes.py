@@ -4,8 +4,6 @@ Each run is the command `python -m ssl_pretrain.train`, on 1 and on 3 ranks. `re
 recipe small enough for that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path

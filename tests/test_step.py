@@ -1,7 +1,5 @@
 """Micro-batches on one rank train the same gradient, statistics and weights as that many ranks."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch

@@ -1,7 +1,5 @@
 """Whole runs: ranks equal one process, and resumed runs equal uninterrupted ones."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

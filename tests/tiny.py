@@ -4,8 +4,6 @@ The settings are those of the shipped presets, except for the single thread: tes
 A test that needs another setting overrides it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bytes that a rank sends in a step, counted at the collectives and computed by formula."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from fractions import Fraction

@@ -4,8 +4,6 @@ A header of 7 bytes precedes a LevelDB log. The log has blocks of 32 KiB with re
 split into fragments with a checksum. Each record is a `Record` of wandb.proto.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 conftest.py makes the fork server import this module, so that ranks are forked with it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,7 +1,5 @@
 """Command `python -m ssl_pretrain.eval.detection RUN`."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import fields, replace
 from pathlib import Path

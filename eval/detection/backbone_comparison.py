@@ -1,7 +1,5 @@
 """Detectors trained from a run's backbone and from a random one, compared by average precision."""
 
-from __future__ import annotations
-
 import copy
 import time
 from dataclasses import replace

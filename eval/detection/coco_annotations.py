@@ -1,7 +1,5 @@
 """COCO's annotations: a JSON file beside a folder of images."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

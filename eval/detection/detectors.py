@@ -1,7 +1,5 @@
 """torchvision's Faster and Mask R-CNN on a pretrained ResNet, with a pyramid (FPN) or res4 (C4)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any

@@ -6,8 +6,6 @@ MODEL.RESNETS.STRIDE_IN_1X1 False, MODEL.BACKBONE.FREEZE_AT 0, MODEL.RESNETS.NOR
 MODEL.PIXEL_MEAN and PIXEL_STD of `pixel_config`.
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Average precision: Pascal VOC's of 2007 and of 2010 onward, and COCO's by pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Training of a detector, and its detections on test images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

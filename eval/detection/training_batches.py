@@ -1,7 +1,5 @@
 """Batches of annotated images for training a detector."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

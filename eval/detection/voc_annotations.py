@@ -1,7 +1,5 @@
 """Pascal VOC's annotations: XML files in a folder or a zip."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path

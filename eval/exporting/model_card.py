@@ -1,7 +1,5 @@
 """README.md of an exported backbone: how to load it, what it is, its results and its checksum."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from typing import Any
 

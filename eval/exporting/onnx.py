@@ -1,7 +1,5 @@
 """A backbone as ONNX: checked against torch, and quantized to 8 bits with accuracy and latency."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator

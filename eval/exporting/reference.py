@@ -1,7 +1,5 @@
 """Facts that prove an exported network to be the same: reference features, and its architecture."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

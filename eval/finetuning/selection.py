@@ -4,8 +4,6 @@ Settings are selected on held-out labeled images. The selected one is then train
 images and tested once.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import time

@@ -1,7 +1,5 @@
 """Train backbone and classifier together from a run's weights, for eval.semi and eval.finetune."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Frozen features to compare: raw pixels, the random backbone, the pretrained one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Accuracy when only a few images per class have a label."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Exact nearest-neighbor search by cosine similarity, in a bank that is spread over ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

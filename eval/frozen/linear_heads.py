@@ -1,7 +1,5 @@
 """Linear classifiers trained side by side, each with its own learning rate and weight decay."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The published linear protocols, which show a frozen backbone new crops in every epoch."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 A share consists of whole batches, so that any number of ranks embeds the same batches.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

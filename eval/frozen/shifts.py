@@ -1,7 +1,5 @@
 """Evaluation views moved by a few pixels, which tests invariance to translation."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

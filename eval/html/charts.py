@@ -1,7 +1,5 @@
 """Line charts and scatter plots as SVG, drawn by matplotlib, for pages that fetch nothing."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Serve the page of a run while it trains, on this machine alone. The page refreshes itself."""
 
-from __future__ import annotations
-
 import hashlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path

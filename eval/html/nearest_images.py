@@ -1,7 +1,5 @@
 """The nearest neighbors of a few queries, and a projection of features to two dimensions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Render self-contained HTML pages from the templates beside this module."""
 
-from __future__ import annotations
-
 import base64
 import io
 from dataclasses import dataclass

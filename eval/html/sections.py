@@ -1,7 +1,5 @@
 """Sections of a page that need only a run's files, so they can be shown while it trains."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

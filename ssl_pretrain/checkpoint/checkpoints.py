@@ -1,7 +1,5 @@
 """Save a run's checkpoints and resume from them, bit for bit."""
 
-from __future__ import annotations
-
 import uuid
 import warnings
 from collections.abc import Callable

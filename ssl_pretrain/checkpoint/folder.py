@@ -5,8 +5,6 @@ that name, fsynced and renamed, so it is complete or absent. A checkpoint that w
 detected by its hashes, reported, and skipped in favor of the one before it.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import uuid

@@ -1,7 +1,5 @@
 """The weights a backbone starts from: those of a run, of a file, or of timm."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor, nn

@@ -5,8 +5,6 @@ SHA-256 of its own text. Format 1 had no hash of the manifest itself. Such manif
 with every other check.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

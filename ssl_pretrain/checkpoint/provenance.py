@@ -1,7 +1,5 @@
 """The machine, package versions and revision of the code, recorded in each checkpoint."""
 
-from __future__ import annotations
-
 import functools
 import platform
 import subprocess

@@ -4,8 +4,6 @@ Each machine of a run has its own command line and its own copy of the code and 
 differ in one of them would otherwise train together without noticing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import socket

@@ -1,7 +1,5 @@
 """Resume a run, and recognize one that has nothing left to train."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Facts about a run that its checkpoints record beside the configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

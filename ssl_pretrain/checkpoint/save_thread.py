@@ -1,7 +1,5 @@
 """A thread that writes one checkpoint while training goes on."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

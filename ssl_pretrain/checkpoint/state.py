@@ -1,7 +1,5 @@
 """The tensors that a resumed run needs: those of the method and those of the optimizer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

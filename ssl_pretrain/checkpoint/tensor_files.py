@@ -6,8 +6,6 @@ the optimizer's state is named `<parameter>::<entry>`. Both kinds can be read on
 ranks, sharded or not. Nothing is a pickle.
 """
 
-from __future__ import annotations
-
 import inspect
 import shutil
 import warnings

@@ -1,7 +1,5 @@
 """Check that the settings fit together and that the first step can run."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """Explain the keys of a configuration, from the help of their settings."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import types

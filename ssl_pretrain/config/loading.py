@@ -1,7 +1,5 @@
 """Read a configuration from YAML and `key=value` overrides, or from a checkpoint's manifest."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

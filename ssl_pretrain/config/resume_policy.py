@@ -1,7 +1,5 @@
 """Compare the configuration of a resumed run with that of its checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 import warnings

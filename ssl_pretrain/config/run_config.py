@@ -1,7 +1,5 @@
 """The settings of a run: sections, most of them declared beside their component, and keys."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Settings that only a submission to SLURM uses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ssl_pretrain.config.loading import ConfigError

@@ -5,8 +5,6 @@ L_r with mean_r(L_r) = L(global batch), and every collective has its true (summe
 average is then exactly dL/dparams of one process on the whole batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 

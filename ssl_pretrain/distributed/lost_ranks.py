@@ -1,7 +1,5 @@
 """Explain collectives that fail because another rank ended."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Without a process group this process is rank 0 of 1, and the groups made here are None.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Meet the other ranks at the address of rank 0."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -1,7 +1,5 @@
 """The rank that the others wait for."""
 
-from __future__ import annotations
-
 import time
 
 from ssl_pretrain.distributed import collectives, process_group

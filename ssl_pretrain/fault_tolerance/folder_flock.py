@@ -1,7 +1,5 @@
 """An flock on a folder, which ends with its process however that ends."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -7,8 +7,6 @@ not rewound, so the run does not meet the same batch in the same state again. Af
 restores the run ends with an error.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import warnings

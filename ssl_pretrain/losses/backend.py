@@ -1,7 +1,5 @@
 """Ways to compute sums over pairs of embeddings: plain tiles of a size, or Triton kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

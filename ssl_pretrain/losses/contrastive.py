@@ -5,8 +5,6 @@ returns the mean over this rank's anchors, in nats. The mean over ranks is the l
 batch, and DDP's average of the gradients is the gradient of one process on the whole batch.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """All pairs of this rank's embeddings with those of the global batch, for losses over distances."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

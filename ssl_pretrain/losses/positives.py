@@ -3,8 +3,6 @@
 Sums per class replace sums over pairs, so the cost is linear in the number of embeddings.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ the matrix is larger than the embeddings of all ranks, these are gathered instea
 computes only its own columns.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

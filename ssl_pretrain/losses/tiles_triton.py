@@ -7,8 +7,6 @@ afterwards. Inputs and outputs are float32. On tensor cores a product is three T
 which have about the precision of float32.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache

@@ -3,8 +3,6 @@
 `method.name: simclr` is methods/simclr.py. There is no list to edit.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Backbones: any timm network, by its name, that gives one vector per image."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Heads that map features to embeddings, discarded after pretraining."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

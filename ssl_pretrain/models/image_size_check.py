@@ -4,8 +4,6 @@ The network is tried on the meta device, where that takes no memory and little t
 `num_features` is not always the width of the output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import lru_cache

@@ -6,8 +6,6 @@ converter that timm ships with each of its models renames the tensors of other c
 resamples positions of another image size.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import sys

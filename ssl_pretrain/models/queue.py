@@ -1,7 +1,5 @@
 """A queue of past embeddings, the same on all ranks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

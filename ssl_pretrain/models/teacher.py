@@ -1,7 +1,5 @@
 """A teacher, the exponential moving average of a student."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

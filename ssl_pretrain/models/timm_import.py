@@ -6,8 +6,6 @@ sent by a process of their own (wandb_process.py). So wandb is hidden while timm
 that function finds it when it is called.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Create timm networks by name, on the meta device where that suffices."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass

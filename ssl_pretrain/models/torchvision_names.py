@@ -4,8 +4,6 @@ torchvision's ResNets, RegNets, VGGs and DenseNets need no rule here: timm has t
 converter of its own.
 """
 
-from __future__ import annotations
-
 import re
 
 from torch import Tensor

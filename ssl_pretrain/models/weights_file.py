@@ -1,7 +1,5 @@
 """Read the tensors of a weights file that others published, wherever in the file they are."""
 
-from __future__ import annotations
-
 import argparse
 import zipfile
 from collections.abc import Iterator, Mapping

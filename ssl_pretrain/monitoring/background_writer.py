@@ -1,7 +1,5 @@
 """Background writing of a run's small files, so that a slow or full disk delays no step."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import warnings

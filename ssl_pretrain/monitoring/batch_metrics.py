@@ -1,7 +1,5 @@
 """Collapse metrics of one batch, over the embeddings of all ranks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

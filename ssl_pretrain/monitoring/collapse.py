@@ -4,8 +4,6 @@ docs/health.md explains each metric and its healthy values. `collapse_alerts.py`
 values raise an alert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

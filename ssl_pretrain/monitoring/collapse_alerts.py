@@ -6,8 +6,6 @@ must also have fallen from a better one, or have been bad for `GRACE_STEPS`. It 
 to match. docs/health.md shows when each alert was raised in runs made to collapse.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Rows are images, of all ranks.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Progress of a run in the terminal."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Any, TextIO

@@ -1,7 +1,5 @@
 """Pictures that a run saves: views as the network sees them, and queries with their neighbors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

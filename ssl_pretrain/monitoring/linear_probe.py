@@ -1,7 +1,5 @@
 """A linear classifier on frozen features, fitted on their device within seconds."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 W&B, the dashboard and the HTML reports take the group and the title of a metric from here.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Metrics of a method's weights: gradients, updates, and the distance of the teacher."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """k-NN and linear accuracy of the backbone, measured during a run on training images."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

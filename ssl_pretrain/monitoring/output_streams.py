@@ -1,7 +1,5 @@
 """Keep a run going when its standard output or standard error is lost."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

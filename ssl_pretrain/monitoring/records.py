@@ -1,7 +1,5 @@
 """Records of a run on disk, one JSON object per line."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

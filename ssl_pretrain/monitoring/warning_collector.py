@@ -1,7 +1,5 @@
 """Warnings of all ranks, each shown once."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

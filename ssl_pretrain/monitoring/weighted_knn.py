@@ -3,8 +3,6 @@
 Wu et al., CVPR 2018, arXiv:1805.01978, section 3.4.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

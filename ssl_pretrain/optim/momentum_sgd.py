@@ -1,7 +1,5 @@
 """Momentum SGD, LARS and LARC, whose steps a gradient that is not finite turns into none."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -3,8 +3,6 @@
 torch's SyncBatchNorm runs on CUDA only.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Compile the blocks of a network, and recompute their activations in the backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial

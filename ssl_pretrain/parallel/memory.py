@@ -1,7 +1,5 @@
 """Measure the memory that a computation takes, and find the largest micro-batch that fits."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Images in the shapes of a run, and the largest micro-batch that fits in memory."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 

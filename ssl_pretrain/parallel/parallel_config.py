@@ -1,7 +1,5 @@
 """Configuration of the parallel execution, and a check that its settings go together."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Keep the ranks' copies of a model equal, and check that they are."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Sharded weights: FSDP2 over blocks, backbones and the rest of a method."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

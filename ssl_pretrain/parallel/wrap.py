@@ -1,7 +1,5 @@
 """Distribute a method over the ranks and prepare it for training."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Messages that a step sends between ranks, and the time they take over a cluster's links."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ between ranks, batch norm's statistics, the loader. The estimate leaves out memo
 wastes, compilation, and kernels slowed by collectives beside them.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Count floating-point operations. A multiplication and an addition are two operations."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Rates of GPUs and their links, from data sheets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

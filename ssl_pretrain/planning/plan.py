@@ -1,7 +1,5 @@
 """Describe what a configuration would run, without running it. `--plan` prints it."""
 
-from __future__ import annotations
-
 import os
 
 from ssl_pretrain import config

@@ -4,8 +4,6 @@ The real program runs on fake tensors, which have a shape and no storage, so tha
 size takes about a second.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar

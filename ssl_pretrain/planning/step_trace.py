@@ -1,7 +1,5 @@
 """Trace one rank's optimizer step of a configuration: micro-batch, loss, optimizer and coloring."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from dataclasses import dataclass, replace

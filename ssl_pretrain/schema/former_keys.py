@@ -1,7 +1,5 @@
 """Former names of keys, accepted in old YAMLs, on the command line and in runs made before."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy

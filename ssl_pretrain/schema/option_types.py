@@ -1,7 +1,5 @@
 """Types for argparse: numbers with a range."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

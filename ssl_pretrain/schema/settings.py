@@ -1,7 +1,5 @@
 """Fields of configuration dataclasses: help text, resume policy and range."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -4,8 +4,6 @@ A text key takes its text unchanged, a number key takes a number, and `null` has
 a key that may be empty.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -4,8 +4,6 @@ YAML guesses the type of a scalar from its looks: `010` is 8, `1e5` is a number,
 Only its structure is used. `typed_values` converts the text as the declared type of a key asks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Small files that survive a crash or a power cut, on file systems that lack some features."""
 
-from __future__ import annotations
-
 import errno
 import os
 from contextlib import suppress

@@ -6,8 +6,6 @@ asked to stop. A rank that exits in one of these two ways therefore leaves a not
 torchrun made for this launch. Restarted ranks that find a note exit at once with its status.
 """
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Let child processes import this copy of the package."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

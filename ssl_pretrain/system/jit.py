@@ -6,8 +6,6 @@ module chooses a folder for the cache before numba is imported, and treats a fil
 checksum as absent. All modules of the project take `njit` from this module.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -1,7 +1,5 @@
 """A lock that lets one thread of a process train at a time."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ A thread counts the seconds since the last sign of life. Time in which the whole
 suspended does not count. A hung call that holds Python's interpreter lock is ended by faulthandler.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import socket

@@ -1,7 +1,5 @@
 """Run the product's commands as a user types them, on runs that take seconds."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import multiprocessing

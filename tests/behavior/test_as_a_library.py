@@ -1,7 +1,5 @@
 """Train from a program: a script without a guard, a thread, an event loop, a notebook cell."""
 
-from __future__ import annotations
-
 import commands
 import pytest
 

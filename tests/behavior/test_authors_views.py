@@ -1,7 +1,5 @@
 """A run trains on the views of SimCLR's and BYOL's code and describes each of them."""
 
-from __future__ import annotations
-
 import json
 
 from commands import CONFIG, class_folders, each, write_config

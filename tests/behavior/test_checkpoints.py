@@ -1,7 +1,5 @@
 """Checkpoints as the commands write and read them: damaged ones are skipped, the umask holds."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

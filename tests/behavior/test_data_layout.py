@@ -4,8 +4,6 @@ Most commands run in this process, as starting one takes seconds and there are m
 tests start a real run.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import runpy

@@ -1,7 +1,5 @@
 """The end of a run: finished, stopped or failed, by its messages and its exit status."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Unusual file systems and containers: a run works, or is refused at its start with the reason."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

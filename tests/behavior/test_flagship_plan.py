@@ -1,7 +1,5 @@
 """The flagship recipe fits the GPUs that its header names, as `--plan` computes it."""
 
-from __future__ import annotations
-
 import pytest
 from commands import run
 

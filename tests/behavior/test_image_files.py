@@ -1,7 +1,5 @@
 """Problem images: unreadable files, more than 8 bits, decompression bombs, damaged archives."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Failures that could stay unnoticed: ranks that differ, little shared memory, a lost folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

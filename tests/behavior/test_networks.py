@@ -1,7 +1,5 @@
 """Networks are tried at the sizes of the views before training starts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

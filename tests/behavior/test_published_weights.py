@@ -1,7 +1,5 @@
 """Weights that others published start a run, and are judged by the protocol of our own."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """With default settings, a resumed run has exactly the weights of an uninterrupted one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from commands import class_folders, run, write_config

@@ -1,7 +1,5 @@
 """Settings of other programs are respected, and data of other people are never executed."""
 
-from __future__ import annotations
-
 import http.client
 import http.server
 import json

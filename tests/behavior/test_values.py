@@ -1,7 +1,5 @@
 """The type of a key determines how its value is parsed, and invalid values are rejected."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Start without a writable folder, and with damaged files in numba's cache."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

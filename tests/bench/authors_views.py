@@ -13,8 +13,6 @@ It prints the three tables of docs/methods.md:
    of areas from the authors', over 100,000 boxes.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -9,8 +9,6 @@ the processor with the writing thread, and the wait for the end of the writing, 
 unless the next save is due.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import tempfile

@@ -11,8 +11,6 @@ decomposition, is under 2 % of their dimension. The step of the collapse is the 
 which the oracle reports a collapse until the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ Both apply the same parameters to one batch of 256 x 3 x 224 x 224. Kornia has o
 jitter for a whole batch, so both use that here. Ours usually has one order per image.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 

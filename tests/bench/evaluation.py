@@ -6,8 +6,6 @@ time of a training step with 12 learning rates over that with one, backbone incl
 better. The table also has the step on cached features, where the linear heads are all of the work.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

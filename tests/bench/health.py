@@ -14,8 +14,6 @@ from medians of the excess, is
 Records and measurements come more often here than by default, so that there are enough of them.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

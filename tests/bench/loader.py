@@ -14,8 +14,6 @@ threads.
 Colors are compared by `color.py`, on one batch of 256 x 3 x 224 x 224 on the CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import itertools

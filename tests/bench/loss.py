@@ -4,8 +4,6 @@ PYTHONPATH=. .venv/bin/python tests/bench/loss.py                        8,192 i
 PYTHONPATH=. .venv/bin/python tests/bench/loss.py --images 65536 --only ours
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

@@ -1,7 +1,5 @@
 """Shared by the benchmarks: a stepper, interleaved timing, peak memory and package versions."""
 
-from __future__ import annotations
-
 import platform
 import statistics
 import time

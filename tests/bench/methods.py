@@ -5,8 +5,6 @@ PYTHONPATH=. .venv/bin/python tests/bench/methods.py [--images 256] [--backbone 
 The network and the heads are those of the CPU preset. DINO and SwAV get its 2 views.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

@@ -3,8 +3,6 @@
 PYTHONPATH=. .venv/bin/python tests/bench/optim.py [--backbone resnet50] [--repeats 15]
 """
 
-from __future__ import annotations
-
 import argparse
 
 import timm

@@ -6,8 +6,6 @@ Times are planned from the data sheet of the GPU that `--gpu` names, so they are
 it. Memory is planned without a data sheet and is compared on any machine.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 

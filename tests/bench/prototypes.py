@@ -3,8 +3,6 @@
 PYTHONPATH=. .venv/bin/python tests/bench/prototypes.py [--micro-batch 8] [--prototypes 16384]
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

@@ -8,8 +8,6 @@ are antialiased bilinear. The error is the root of the mean square over views, i
 view is enlarged if its box has fewer pixels than the view along at least one side.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile

@@ -7,8 +7,6 @@ mean over images (the distance of an embedding to a fixed target), whose micro-b
 accumulated in one pass. Batch norm groups are micro-batches in every run.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

@@ -7,8 +7,6 @@ stop requests. Its loader yields one batch from memory. Before each batch a bare
 timed on a copy of the network, so the two alternate.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

@@ -1,7 +1,5 @@
 """Checkpoints of small networks, for the tests of this folder."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints

@@ -1,7 +1,5 @@
 """The folder of a run's checkpoints: what is found, skipped, replaced and pruned."""
 
-from __future__ import annotations
-
 import os
 import stat
 

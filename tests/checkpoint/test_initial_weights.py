@@ -1,7 +1,5 @@
 """Errors about the weights that a backbone should start from."""
 
-from __future__ import annotations
-
 import pytest
 
 from ssl_pretrain.checkpoint.initial_weights import read_initial_weights

@@ -1,7 +1,5 @@
 """A manifest is trusted only if every bit of it is as it was written."""
 
-from __future__ import annotations
-
 import json
 import random
 

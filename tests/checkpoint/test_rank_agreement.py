@@ -1,7 +1,5 @@
 """Ranks that were started differently refuse to train, and every rank gives the reason."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """Saving and resuming: the state is restored exactly, and a full disk loses nothing."""
 
-from __future__ import annotations
-
 import errno
 import json
 import threading

@@ -1,7 +1,5 @@
 """Small .beton files for tests: labeled JPEGs of many sizes, written by our own writer."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

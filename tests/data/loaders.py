@@ -1,7 +1,5 @@
 """Loaders for tests, built with one call."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 

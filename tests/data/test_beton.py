@@ -1,7 +1,5 @@
 """Files of the writer: their content, reading by FFCV, resuming after a kill, and messages."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Images cropped on the device give the same batches as worker processes."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

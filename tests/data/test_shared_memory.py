@@ -1,7 +1,5 @@
 """Workers keep within the free shared memory, or an error names it."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from functools import partial

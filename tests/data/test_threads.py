@@ -1,7 +1,5 @@
 """The compiled threads yield the bytes of worker processes, without the bugs of FFCV's loader."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import multiprocessing

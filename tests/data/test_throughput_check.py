@@ -1,7 +1,5 @@
 """The line that reports whether the loader or the model limits the speed of training."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Each collective's value and true (summed) gradient, on ranks with different data."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import run_ranks

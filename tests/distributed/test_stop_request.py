@@ -1,7 +1,5 @@
 """A stop request on one rank stops all ranks at the same step."""
 
-from __future__ import annotations
-
 import os
 import signal
 

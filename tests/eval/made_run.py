@@ -1,7 +1,5 @@
 """A run folder without training: a real config and checkpoint with weights of another seed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A run with everything that a report shows: metrics, alerts, pictures, new and old results."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

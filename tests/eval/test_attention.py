@@ -1,7 +1,5 @@
 """eval.attention: the weights are those of timm's layer, the components those of scikit-learn."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

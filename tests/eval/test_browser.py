@@ -4,8 +4,6 @@ The browser's console stays empty, every picture has a size, and the numbers are
 metrics.jsonl.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

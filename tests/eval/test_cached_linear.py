@@ -1,7 +1,5 @@
 """eval.linear on cached features: one pass trains what SGD trains one by one."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The corruptions: pure functions that grow with the severity, and known values of some."""
 
-from __future__ import annotations
-
 import colorsys
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Detection: data sets in their own formats, both detectors, and the result of the command."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import zipfile

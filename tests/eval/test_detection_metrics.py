@@ -1,7 +1,5 @@
 """Average precision by hand and by pycocotools, and the export to Detectron2."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """eval.export: the files load strictly elsewhere with the same features, or are refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

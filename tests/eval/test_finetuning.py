@@ -1,7 +1,5 @@
 """eval.semi and eval.finetune: torch's optimizers, timm's groups, and the same on all ranks."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

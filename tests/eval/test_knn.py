@@ -1,7 +1,5 @@
 """eval.knn: faiss and torch give the same accuracy, and unusable input is refused in one line."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """The numbers of the published protocols, and what follows from them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

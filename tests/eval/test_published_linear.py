@@ -1,7 +1,5 @@
 """The published linear protocols equal torch's optimizers and schedules, on any number of ranks."""
 
-from __future__ import annotations
-
 import json
 import math
 

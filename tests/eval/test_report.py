@@ -1,7 +1,5 @@
 """The report, the comparison of runs and the summary of the demo."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """eval.retrieval and eval.robustness: metrics by hand, near-duplicates, and both on a run."""
 
-from __future__ import annotations
-
 import csv
 import shutil
 

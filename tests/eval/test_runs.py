@@ -1,7 +1,5 @@
 """Opening a run: all of its weights load, or none, and the random backbone is the trainer's."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """Eigenvalues of features of length 1: cases whose values are known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Non-finite gradients: steps are skipped, recorded and rolled back, or the run ends."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

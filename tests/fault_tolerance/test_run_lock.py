@@ -1,7 +1,5 @@
 """One run per folder: a second run is refused, and a stale lock is taken over."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -24,8 +24,6 @@ Elsewhere:
     differ         The rank's initial weights differ.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

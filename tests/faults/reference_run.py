@@ -1,7 +1,5 @@
 """Fixtures of this folder's tests, to be imported: a configuration, and its run without faults."""
 
-from __future__ import annotations
-
 import pytest
 import ranks
 import tiny

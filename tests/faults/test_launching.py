@@ -3,8 +3,6 @@
 Two hosts are two agents on this machine.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

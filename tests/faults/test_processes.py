@@ -3,8 +3,6 @@
 Each run is resumed and must end with exactly the tensors of the reference run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

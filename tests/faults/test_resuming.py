@@ -1,7 +1,5 @@
 """Runs that resume on other ranks, with other settings, or without some of their state."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Faults while a checkpoint is written, and damage to checkpoints on disk."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

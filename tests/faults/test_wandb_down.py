@@ -1,7 +1,5 @@
 """A W&B server that refuses, never answers, or rejects the key. It runs on this machine."""
 
-from __future__ import annotations
-
 import http.server
 import itertools
 import json

@@ -5,8 +5,6 @@ usually lacks, and the JPEGs of CIFAR-10's zip in an archive of a third of its s
 run on that machine are printed.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import subprocess

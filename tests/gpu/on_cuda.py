@@ -1,7 +1,5 @@
 """Fixtures of these tests: the device, a skip without CUDA, and an error if the host waits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 

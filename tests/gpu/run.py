@@ -16,8 +16,6 @@ machine must have torch, torchvision, timm, numba, numpy, safetensors and pytest
 wandb are not needed (log.wandb is off).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

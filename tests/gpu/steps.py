@@ -8,8 +8,6 @@ lightly's step, interleaved with ours. tests/gpu/run.py runs all steps. `--tiny`
 networks on any device, to check this script.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

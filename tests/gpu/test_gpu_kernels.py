@@ -1,7 +1,5 @@
 """Fused loss kernels on a GPU equal the plain tiles, never block the host, and take less memory."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

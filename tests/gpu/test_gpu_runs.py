@@ -1,7 +1,5 @@
 """Runs on a GPU resume bit for bit, and measure k-NN and a linear probe."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

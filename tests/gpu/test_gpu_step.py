@@ -1,7 +1,5 @@
 """An optimizer step on a GPU never blocks the host and equals a step on a CPU."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

@@ -3,8 +3,6 @@
 Data sets on the device and pinned memory work.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import sys

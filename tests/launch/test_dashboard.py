@@ -1,7 +1,5 @@
 """The dashboard, up to the call of W&B's API."""
 
-from __future__ import annotations
-
 import json
 import re
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """launch/evaluate.py: every checkpoint is evaluated once, beside a training that prunes them."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """launch/pretrain.py and launch/sweep.py as a user starts them."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Studies of configs/sweeps/: their runs are valid, and the table and plot hold their numbers."""
 
-from __future__ import annotations
-
 import json
 from operator import attrgetter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compile the loss kernels for GPUs that are absent, with the `ptxas` of Triton's wheel."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import triton

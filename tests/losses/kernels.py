@@ -6,8 +6,6 @@ On a CPU Triton's interpreter runs them. The variable TRITON_INTERPRET=1 has to 
 is imported. Tests call `check`.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 

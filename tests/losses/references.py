@@ -1,7 +1,5 @@
 """Slow contrastive losses, written from the papers: anchor by anchor, one process, float64."""
 
-from __future__ import annotations
-
 import math
 
 import torch

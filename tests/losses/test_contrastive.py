@@ -1,7 +1,5 @@
 """Every contrastive loss against slow references, with tiles of every size and several ranks."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The examples in the docstrings of the losses run and print what they show."""
 
-from __future__ import annotations
-
 import doctest
 
 import pytest

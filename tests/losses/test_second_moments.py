@@ -1,7 +1,5 @@
 """Correlation and covariance over ranks against a plain float64 form, summed or gathered."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import run_ranks

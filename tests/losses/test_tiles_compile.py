@@ -1,7 +1,5 @@
 """The loss kernels, compiled for every GPU generation, fit its shared memory."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("triton", reason="no Triton for this platform")

@@ -1,7 +1,5 @@
 """The fused kernels without a GPU, run by Triton's interpreter in a process of their own."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

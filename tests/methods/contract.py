@@ -10,8 +10,6 @@ Golden losses hold for one version of torch, because another may choose another 
 first line names it.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import sys

@@ -3,8 +3,6 @@
 https://github.com/ssnl/align_uniform/blob/master/align_uniform/__init__.py
 """
 
-from __future__ import annotations
-
 import math
 
 import contract

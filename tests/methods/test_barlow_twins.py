@@ -3,8 +3,6 @@
 https://github.com/facebookresearch/barlowtwins/blob/8e8d284c/main.py
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

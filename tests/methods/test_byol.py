@@ -3,8 +3,6 @@
 https://github.com/google-deepmind/deepmind-research/blob/f5de0ede/byol/byol_experiment.py
 """
 
-from __future__ import annotations
-
 import math
 
 import contract

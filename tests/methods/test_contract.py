@@ -1,7 +1,5 @@
 """The promises of every method: ranks, micro-batches, resuming, masked steps, golden losses."""
 
-from __future__ import annotations
-
 import traceback
 
 import contract

@@ -1,7 +1,5 @@
 """CPC v2 against its paper's appendix (no official code), patch by patch."""
 
-from __future__ import annotations
-
 import math
 import re
 

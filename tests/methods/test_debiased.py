@@ -3,8 +3,6 @@
 https://github.com/chingyaoc/DCL/blob/30189fb748000dd5c575d514128cc8fdf3211870/main.py
 """
 
-from __future__ import annotations
-
 import math
 
 import contract

@@ -3,8 +3,6 @@
 Equations 6 and 7 of the paper, and raindrop313/DCL (loss/dcl.py).
 """
 
-from __future__ import annotations
-
 import contract
 import pytest
 import torch

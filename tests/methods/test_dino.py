@@ -3,8 +3,6 @@
 https://github.com/facebookresearch/dino/blob/7c446df5/main_dino.py
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 

@@ -3,8 +3,6 @@
 https://github.com/joshr17/HCL/blob/7b4647fac271c78a2a9d619fe3f2929ecfaf33df/image/main.py
 """
 
-from __future__ import annotations
-
 import math
 
 import contract

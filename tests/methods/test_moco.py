@@ -3,8 +3,6 @@
 https://github.com/facebookresearch/moco/blob/7397dfe1/moco/builder.py
 """
 
-from __future__ import annotations
-
 import contract
 import pytest
 import torch

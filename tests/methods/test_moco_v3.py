@@ -3,8 +3,6 @@
 https://github.com/facebookresearch/moco-v3/blob/c349e6e2/moco/builder.py
 """
 
-from __future__ import annotations
-
 import math
 
 import contract

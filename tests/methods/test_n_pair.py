@@ -5,8 +5,6 @@ Targets are shared and embeddings are regularized as in TensorFlow's npairs_loss
 https://github.com/tensorflow/addons/blob/v0.20.0/tensorflow_addons/losses/npairs.py
 """
 
-from __future__ import annotations
-
 import math
 
 import contract

@@ -3,8 +3,6 @@
 https://github.com/vturrisi/solo-learn/blob/9187ea39/solo/losses/nnclr.py
 """
 
-from __future__ import annotations
-
 import contract
 import torch
 

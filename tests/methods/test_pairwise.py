@@ -1,7 +1,5 @@
 """The pairwise contrastive loss against eq. 4 of its paper (no official code), pair by pair."""
 
-from __future__ import annotations
-
 import contract
 import pytest
 import torch

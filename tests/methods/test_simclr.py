@@ -1,7 +1,5 @@
 """SimCLR: its scale, its head, and ten golden steps that a refactor may not move."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -3,8 +3,6 @@
 https://github.com/facebookresearch/simsiam/blob/a7bc1772/simsiam/builder.py
 """
 
-from __future__ import annotations
-
 import contract
 import torch
 

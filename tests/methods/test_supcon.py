@@ -3,8 +3,6 @@
 https://github.com/HobbitLong/SupContrast/blob/66a8fe53/losses.py
 """
 
-from __future__ import annotations
-
 import contract
 import torch
 

@@ -3,8 +3,6 @@
 https://github.com/facebookresearch/swav/blob/06b1b7cb/main_swav.py
 """
 
-from __future__ import annotations
-
 import math
 
 import contract

@@ -5,8 +5,6 @@ Negatives are semi-hard and mined as in tensorflow/addons.
 https://github.com/tensorflow/addons/blob/v0.20.0/tensorflow_addons/losses/triplet.py
 """
 
-from __future__ import annotations
-
 import contract
 import pytest
 import torch

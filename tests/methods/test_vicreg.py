@@ -3,8 +3,6 @@
 https://github.com/facebookresearch/vicreg/blob/4e12602f/main_vicreg.py
 """
 
-from __future__ import annotations
-
 import contract
 import pytest
 import torch

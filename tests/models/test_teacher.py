@@ -1,7 +1,5 @@
 """Teacher and queue: how they move, that a masked step leaves them, that ranks agree."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The tensors of a network are found in files as others publish them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Random features of a few overlapping classes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

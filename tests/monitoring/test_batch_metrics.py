@@ -1,7 +1,5 @@
 """Collapse metrics of one batch, on one rank and on several."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

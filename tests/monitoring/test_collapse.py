@@ -1,7 +1,5 @@
 """The collapse monitor, which measures a run without changing it."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch

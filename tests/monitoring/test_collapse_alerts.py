@@ -1,7 +1,5 @@
 """When the rules raise an alert."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

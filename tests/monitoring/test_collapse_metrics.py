@@ -1,7 +1,5 @@
 """Each collapse metric against a value known without running it."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

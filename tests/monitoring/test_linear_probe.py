@@ -1,7 +1,5 @@
 """The linear classifier that runs are monitored with."""
 
-from __future__ import annotations
-
 import torch
 from clusters import clusters
 from sklearn.linear_model import LogisticRegression

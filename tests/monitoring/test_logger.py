@@ -1,7 +1,5 @@
 """The logger: records that survive kills and full disks, pictures, and metrics over all ranks."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json

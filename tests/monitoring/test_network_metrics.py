@@ -1,7 +1,5 @@
 """Metrics of a method's weights. test_collapse.py sees them measured."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

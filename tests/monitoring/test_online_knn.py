@@ -1,7 +1,5 @@
 """k-NN and linear accuracy during a run, which leave no trace in the training."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 

@@ -1,7 +1,5 @@
 """Standard output and error that nobody reads."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

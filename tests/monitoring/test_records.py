@@ -1,7 +1,5 @@
 """Record files written by this version and by earlier versions."""
 
-from __future__ import annotations
-
 import json
 
 from ssl_pretrain.eval.html import sections

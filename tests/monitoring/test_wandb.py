@@ -1,7 +1,5 @@
 """Weights & Biases with the real client: offline runs read back, and servers that fail."""
 
-from __future__ import annotations
-
 import json
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Warnings of all ranks, each shown once."""
 
-from __future__ import annotations
-
 import warnings
 
 from conftest import run_ranks

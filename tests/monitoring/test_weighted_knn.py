@@ -1,7 +1,5 @@
 """The exact weighted k-NN classifier."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Optimizers against plain loops over their authors' equations, and steps that are masked."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

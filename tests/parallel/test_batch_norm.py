@@ -3,8 +3,6 @@
 Values, gradients and running statistics are compared.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

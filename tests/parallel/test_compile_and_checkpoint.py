@@ -1,7 +1,5 @@
 """Recomputed and compiled blocks train the same weights."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import networks

@@ -1,7 +1,5 @@
 """Formats in which views reach the model."""
 
-from __future__ import annotations
-
 import torch
 
 from ssl_pretrain.parallel.execution import Execution

@@ -1,7 +1,5 @@
 """Settings of parallel execution that exclude each other."""
 
-from __future__ import annotations
-
 import pytest
 
 from ssl_pretrain.parallel import parallel_config

@@ -3,8 +3,6 @@
 The bytes that travel between ranks are counted as well.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 

@@ -1,7 +1,5 @@
 """Estimated memory against the built run, and models of time against numbers known by hand."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Floating-point operations of a training step."""
 
-from __future__ import annotations
-
 import tiny
 import torch
 

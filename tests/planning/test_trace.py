@@ -1,7 +1,5 @@
 """Traces on fake tensors agree with real runs in operations, memory and traffic."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -3,8 +3,6 @@
 Each ends with exactly the weights of an uninterrupted run.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

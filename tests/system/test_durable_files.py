@@ -1,7 +1,5 @@
 """Files that survive a full disk or a power cut."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

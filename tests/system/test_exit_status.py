@@ -1,7 +1,5 @@
 """Exit statuses under torchrun, which restarts ranks after a nonzero status."""
 
-from __future__ import annotations
-
 import pytest
 
 from ssl_pretrain import train

@@ -1,7 +1,5 @@
 """numba's cache on disk: an intact file is used, a damaged one is written again."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 

@@ -1,7 +1,5 @@
 """Signals that ask a run to stop. The first is remembered, a second one ends the process."""
 
-from __future__ import annotations
-
 import os
 import pty
 import signal

@@ -1,7 +1,5 @@
 """The watchdog: silence ends a process with a message, and nothing else does."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

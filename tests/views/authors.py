@@ -5,8 +5,6 @@ contrast, saturation, blur and resize agree within 0.2 levels of 255, boxes in d
 All images are float (height, width, 3).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 # google-research/simclr, tf2/data_util.py: crop_and_resize

@@ -4,8 +4,6 @@ Prints one line per case with the largest difference. TRITON_INTERPRET=1 has to 
 is imported, so tests run this file in a process of its own.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """Pictures with sharp edges, which reveal every rounding of a resize."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

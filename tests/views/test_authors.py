@@ -1,7 +1,5 @@
 """The options of SimCLR's and BYOL's recipes equal the authors' functions in authors.py."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import authors

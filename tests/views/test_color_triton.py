@@ -1,7 +1,5 @@
 """The color kernels are interpreted, and compiled for each architecture, without a GPU."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

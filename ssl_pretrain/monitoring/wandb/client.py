@@ -5,8 +5,6 @@ cannot be reached or refuses, the run is kept offline under the same id, for `wa
 of the input ends the run.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Evaluation results of a run that W&B does not have yet."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

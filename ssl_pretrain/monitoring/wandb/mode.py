@@ -1,7 +1,5 @@
 """The Weights & Biases mode of a run: online, offline or off."""
 
-from __future__ import annotations
-
 import configparser
 import netrc
 import os

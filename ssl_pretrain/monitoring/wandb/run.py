@@ -1,7 +1,5 @@
 """The training's side of a Weights & Biases run: messages to a client process, never waited for."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
