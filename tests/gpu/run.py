@@ -206,7 +206,8 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# On a GPU",
         "",
-        f"Made by `{COMMAND}`. The figures are those of the stages in `runs/gpu/results.json`.",
+        f"Made by `{COMMAND}`. The numbers come from the stages' results in "
+        "`runs/gpu/results.json`.",
         "",
     ]
     if not results:
