@@ -60,7 +60,7 @@ CASES: dict[str, Any] = {  # backbone, method, optimizer, sizes of the views
 }
 
 
-def batch(step: int, sizes: tuple[int, ...], rows: int = ROWS) -> Batch:
+def random_batch(step: int, sizes: tuple[int, ...], rows: int = ROWS) -> Batch:
     generator = torch.Generator().manual_seed(step)
     views = [
         torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator) for size in sizes
@@ -84,7 +84,7 @@ def build_case(
     config = ParallelConfig(**settings)
     world = process_group.world_size()
     images = rows // world // num_micro_batches
-    example = batch(0, sizes, rows).slice(0, world * num_micro_batches)
+    example = random_batch(0, sizes, rows).slice(0, world * num_micro_batches)
     execution = Execution.resolve(config, CPU)
     example = replace(example, views=execution.place_views(example.views))
     recipe = OptimConfig(**(optimizer or recipe))
@@ -118,7 +118,7 @@ def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> d
         losses.append(take_step(stepper, sizes, step))
     if checkpoints:
         checkpoints.save(first + steps)
-    return {"losses": losses, "state": whole(method)}
+    return {"losses": losses, "state": full_state(method)}
 
 
 def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
@@ -131,14 +131,14 @@ def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
         NUM_STEPS / STEPS_PER_EPOCH,
         stepper.global_batch_size,
     )
-    local = batch(step, sizes, stepper.global_batch_size).slice(
+    local = random_batch(step, sizes, stepper.global_batch_size).slice(
         process_group.rank(), process_group.world_size()
     )
     logs = stepper(progress, local).logs
     return collectives.reduce_sum(logs["loss"].double()).item() / process_group.world_size()
 
 
-def whole(method: torch.nn.Module) -> dict[str, torch.Tensor]:
+def full_state(method: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return every tensor of the state, with sharded ones gathered."""
     return {
         name: (value.full_tensor() if collectives.is_sharded(value) else value).detach().clone()

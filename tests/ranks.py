@@ -121,7 +121,7 @@ def _run_rank(rank, size, environment, log, arguments, fault, marker):
     raise SystemExit(train.main(arguments))
 
 
-def weights(run: Path) -> dict:
+def load_tensors(run: Path) -> dict:
     """Return the method's and the optimizer's tensors in the newest checkpoint."""
     path = newest_checkpoint(run)
     return read_checkpoint(path)[1] | load_file(path / "optimizer.safetensors")

@@ -64,7 +64,7 @@ def _reduced(path, folder):
     values["data"] |= {
         "source": "folder",
         "subset": 0,
-        "root": str(tiny.images(folder / "images")),
+        "root": str(tiny.write_images(folder / "images")),
         "cache_dir": str(folder / "cache"),
         "num_workers": 0,
     }

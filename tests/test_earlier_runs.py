@@ -36,7 +36,7 @@ def resume(run: Path, *overrides: str) -> int:
 def digest(run: Path) -> str:
     """Return the SHA-256 of the newest checkpoint's tensors, optimizer state included."""
     total = hashlib.sha256()
-    for name, tensor in sorted(ranks.weights(run).items()):
+    for name, tensor in sorted(ranks.load_tensors(run).items()):
         total.update(name.encode())
         total.update(tensor.contiguous().numpy().tobytes())
     return total.hexdigest()
@@ -63,5 +63,5 @@ def test_an_earlier_run_is_evaluated_to_the_same_accuracy(run):
 def test_a_new_run_starts_from_an_earlier_backbone(run):
     settings = config.load(EARLIER / "recipe.yaml", [f"backbone.init={run}"])
     backbone = build_method(settings).backbone.state_dict()
-    saved = ranks.weights(run)  # DINO is evaluated by its teacher
+    saved = ranks.load_tensors(run)  # DINO is evaluated by its teacher
     assert all(torch.equal(value, saved[f"teacher.backbone.{n}"]) for n, value in backbone.items())

@@ -72,7 +72,7 @@ def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
     method = values["method"] = defaults | values["method"]
     data, backbone = values["data"], values["backbone"]
     if data["source"] != "digits":
-        data |= {"source": "folder", "root": str(tiny.images(folder / "images")), "subset": 0}
+        data |= {"source": "folder", "root": str(tiny.write_images(folder / "images")), "subset": 0}
     data |= {"cache_dir": str(folder / "cache"), "num_workers": 0}
     if backbone["name"].startswith("vit"):
         size = {"depth": 2, "embed_dim": 24, "patch_size": 8}
@@ -125,7 +125,7 @@ def differing_tensors(run: Path, reference: Path, ignore: str = "nothing") -> li
 
     Names that contain `ignore` are left out.
     """
-    tensors, reference_tensors = ranks.weights(run), ranks.weights(reference)
+    tensors, reference_tensors = ranks.load_tensors(run), ranks.load_tensors(reference)
     assert tensors.keys() == reference_tensors.keys()
     assert any("::" in name for name in tensors), "the checkpoint lacks the state of the optimizer"
     return [

@@ -49,14 +49,14 @@ def _steps(path, overrides, steps=2):
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_micro_batches_on_one_rank_equal_as_many_ranks(tmp_path, drop_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     overrides = ["parallel.bn_group_images=8", f"backbone.drop_path={drop_path}"]
     _assert_micro_batches_equal_ranks(path, [*overrides, "parallel.precision=float64"], 3, 8)
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_micro_batches_on_one_rank_equal_as_many_ranks_as_shipped(tmp_path, drop_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     overrides = ["parallel.bn_group_images=8", f"backbone.drop_path={drop_path}"]
     _assert_micro_batches_equal_ranks(path, overrides, 3, 8, steps=1, tolerance=1e-4)
 
@@ -70,7 +70,7 @@ def test_a_batch_of_256_in_eight_micro_batches_equals_eight_ranks(tmp_path):
         "parallel.bn_group_images=32",
         "parallel.precision=float64",
     ]
-    _assert_micro_batches_equal_ranks(tiny.config(tmp_path), overrides, 8, 32)
+    _assert_micro_batches_equal_ranks(tiny.write_config(tmp_path), overrides, 8, 32)
 
 
 def _assert_micro_batches_equal_ranks(
@@ -119,7 +119,7 @@ def _steps_with_a_nan_on_rank_1(path):
 
 @pytest.mark.case(19)
 def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     for changed, stepped, num_skipped, description in run_ranks(
         _steps_with_a_nan_on_rank_1, path, world_size=2
     ):
@@ -130,7 +130,7 @@ def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
 
 
 def test_one_pass_with_a_coupled_loss_is_refused(tmp_path):
-    path, one_pass = tiny.config(tmp_path), "parallel.accumulation=one_pass"
+    path, one_pass = tiny.write_config(tmp_path), "parallel.accumulation=one_pass"
     with pytest.raises(ValueError) as error:
         _steps(path, ["parallel.bn_group_images=8", "micro_batch_size=8", one_pass])
     assert str(error.value) == (
@@ -145,7 +145,7 @@ AUTO = ["parallel.bn_group_images=4", "micro_batch_size=auto"]
 
 
 def test_auto_measures_and_takes_the_whole_batch(tmp_path, capsys):
-    settings = config.load(tiny.config(tmp_path), AUTO)
+    settings = config.load(tiny.write_config(tmp_path), AUTO)
     execution = Execution.resolve(settings.parallel, CPU)
     assert choose_micro_batch_size(build_method(settings), settings, execution) == 24
     assert "micro_batch_size: auto took 24 of 24 images at once (" in capsys.readouterr().out
@@ -171,7 +171,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch):
 
 def test_auto_measures_with_activation_checkpointing(tmp_path, monkeypatch):
     overrides = [*AUTO, "parallel.activation_checkpointing=blocks"]
-    settings = config.load(tiny.config(tmp_path), overrides)
+    settings = config.load(tiny.write_config(tmp_path), overrides)
     method, forwards = build_method(settings), []
     (_, block), *_ = backbones.blocks(method)
     layer = next(child for child in block.modules() if isinstance(child, torch.nn.Conv2d))
@@ -193,7 +193,7 @@ def test_a_peak_counts_the_memory_held_at_once():
 
 def test_drop_path_changes_the_gradient(tmp_path):
     """Without drops, the comparison of micro-batches with ranks would prove nothing about them."""
-    path, layer = tiny.config(tmp_path), "backbone.model.layer4.0.conv1.weight"
+    path, layer = tiny.write_config(tmp_path), "backbone.model.layer4.0.conv1.weight"
     with_drops, without = (_steps(path, [f"backbone.drop_path={rate}"])[0] for rate in (0.3, 0.0))
     assert not torch.allclose(with_drops[layer], without[layer])
 

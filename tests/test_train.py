@@ -53,7 +53,7 @@ def _run_torchrun(path, ranks, *arguments):
 
 
 def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
-    path, float64 = tiny.config(tmp_path), "parallel.precision=float64"
+    path, float64 = tiny.write_config(tmp_path), "parallel.precision=float64"
     _, alone = _train(path, [float64, f"output={tmp_path / 'one'}"], stop_after=20)
     result = _run_torchrun(path, 2, float64, f"output={tmp_path / 'two'}", "--stop-after", "20")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -77,7 +77,7 @@ def test_two_ranks_under_torchrun_end_with_the_weights_of_one(tmp_path):
 
 def test_ranks_end_with_the_weights_of_one_process_by_default(tmp_path):
     """Take two steps. In the third, rounding moves some activations across the zero of a ReLU."""
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     _, alone = _train(path, [f"output={tmp_path / 'one'}"], stop_after=2)
     for rank in run_ranks(_train, path, [f"output={tmp_path / 'three'}"], 2, world_size=3):
         assert largest_difference(rank[1], alone) < 1e-4
@@ -85,7 +85,7 @@ def test_ranks_end_with_the_weights_of_one_process_by_default(tmp_path):
 
 @pytest.mark.full
 def test_three_ranks_resumed_twice_within_an_epoch_equal_an_uninterrupted_run_bit_for_bit(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     uninterrupted = run_ranks(
         _train, path, [f"output={tmp_path / 'uninterrupted'}"], 9, world_size=3
     )
@@ -114,7 +114,7 @@ def test_three_ranks_resumed_twice_within_an_epoch_equal_an_uninterrupted_run_bi
 @pytest.mark.parametrize("omitted", ["method.safetensors", "optimizer.safetensors"])
 def test_the_comparison_notices_a_checkpoint_that_lacks_a_file(tmp_path, omitted, monkeypatch):
     """Check the check: equality would mean nothing if a lost state passed."""
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     _, uninterrupted = _train(path, [f"output={tmp_path / 'uninterrupted'}"], stop_after=6)
     _train(path, stop_after=3)
     real = state.load_file
@@ -137,7 +137,7 @@ def test_the_comparison_notices_a_checkpoint_that_lacks_a_file(tmp_path, omitted
 def test_a_run_resumed_on_another_world_size_sees_the_same_batches(
     tmp_path, precision, steps, tolerance
 ):
-    path, setting = tiny.config(tmp_path), f"parallel.precision={precision}"
+    path, setting = tiny.write_config(tmp_path), f"parallel.precision={precision}"
     _, alone = _train(path, [setting, f"output={tmp_path / 'one'}"], stop_after=2 * steps)
     run_ranks(_train, path, [setting, f"output={tmp_path / 'grown'}"], steps, world_size=2)
     with pytest.warns(
@@ -151,7 +151,7 @@ def test_a_run_resumed_on_another_world_size_sees_the_same_batches(
 
 
 def test_restarting_a_finished_run_changes_nothing(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     _, first = _train(path, ["epochs=1"])
     records = (tmp_path / "run" / "metrics.jsonl").read_text()
     done, again = _train(path, ["epochs=1"])
@@ -179,7 +179,7 @@ train.main([sys.argv[1], "checkpoint.every_epochs=1"])
     "file", [pytest.param("method.safetensors", marks=pytest.mark.full), "optimizer.safetensors"]
 )
 def test_sigkill_during_a_save_loses_only_the_steps_since_the_last_checkpoint(tmp_path, file):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(path), file],
@@ -208,7 +208,7 @@ def test_sigkill_during_a_save_loses_only_the_steps_since_the_last_checkpoint(tm
 
 
 def test_a_signal_makes_a_run_save_and_stop(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=100000"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -223,7 +223,7 @@ def test_a_signal_makes_a_run_save_and_stop(tmp_path):
 
 
 def test_no_worker_process_remains(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     _train(path, ["data.num_workers=2"], stop_after=2)
     time.sleep(0.5)
     import multiprocessing
@@ -233,13 +233,13 @@ def test_no_worker_process_remains(tmp_path):
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16", "float64"])
 def test_every_precision_trains_to_finite_weights(tmp_path, precision):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     _, weights = _train(path, [f"parallel.precision={precision}"], stop_after=3)
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
 
 
 def test_the_run_folder_has_records_and_pictures(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     _train(path, ["epochs=2", "online.knn_every_epochs=1", "online.k=5"])
     run = tmp_path / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -259,7 +259,7 @@ def test_the_run_folder_has_records_and_pictures(tmp_path):
 
 
 def test_a_run_can_start_from_the_weights_of_another(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     _, first = _train(path, stop_after=2)
     second = config.load(
         path, [f"backbone.init={tmp_path / 'run'}", f"output={tmp_path / 'second'}"]
@@ -282,7 +282,7 @@ def test_a_run_can_start_from_the_weights_of_another(tmp_path):
 
 
 def test_a_diverged_run_stops_with_advice(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     sgd = ["optim.name=sgd", "optim.lr_scaling=none", "optim.warmup_epochs=0"]
     assert main([str(path), *sgd, "optim.base_lr=1e300"]) == 2
     message = capsys.readouterr().err
@@ -291,6 +291,6 @@ def test_a_diverged_run_stops_with_advice(tmp_path, capsys):
 
 
 def test_the_process_group_is_left_after_main(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     assert main([str(path), "--stop-after", "1"]) == 0
     assert process_group.world_size() == 1

@@ -30,7 +30,7 @@ epochs: 8
 """
 
 
-def images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) -> Path:
+def write_images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) -> Path:
     """Write root/<split>/<class>/<number>.png with noise around one color per class.
 
     With 78 training images and batches of 24, an epoch has 3 steps and 6 images left over.
@@ -47,11 +47,11 @@ def images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) ->
     return root
 
 
-def config(folder: Path) -> Path:
+def write_config(folder: Path) -> Path:
     """Write the images and a YAML whose `output` and `data.root` lie in the folder."""
     folder.mkdir(exist_ok=True)
     path = folder / "tiny.yaml"
-    root = images(folder / "images")
+    root = write_images(folder / "images")
     text = YAML.replace("data: {", f"data: {{root: {root}, cache_dir: {folder / 'cache'}, ")
     path.write_text(f"{text}output: {folder / 'run'}\n")
     return path

@@ -70,7 +70,7 @@ def _kind() -> str:
     return kinds[0] if kinds else "gradients"
 
 
-def predicted(
+def predict_bytes(
     method: Any, strategy: str, *, dim: int, rows: int, calls: int
 ) -> dict[str, Fraction | int]:
     """Return the bytes by kind, as in the table of docs/scaling.md, in float64.

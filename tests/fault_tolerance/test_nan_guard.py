@@ -67,7 +67,7 @@ def test_without_a_checkpoint_the_run_ends(tmp_path):
 
 
 def test_a_run_is_restored_from_its_checkpoint_and_ends_if_that_does_not_help(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "4"]) == 0
     diverging = [
         "optim.name=sgd",
@@ -86,7 +86,7 @@ def test_a_run_is_restored_from_its_checkpoint_and_ends_if_that_does_not_help(tm
 
 
 def test_a_replayed_step_equals_the_original(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     assert main([str(path), "checkpoint.every_epochs=1", "--stop-after", "6"]) == 0
     capsys.readouterr()
     run = tmp_path / "run"

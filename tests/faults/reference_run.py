@@ -11,22 +11,22 @@ from ssl_pretrain.checkpoint.manifest import verify
 STEPS = 12  # 4 epochs of 3 steps
 # Each of three ranks is a batch-norm group. A step then waits for the other ranks a few times
 # rather than a hundred times, which matters on a busy machine.
-MORE = ("checkpoint.every_epochs=1", "epochs=4", "parallel.bn_group_images=8")
+OVERRIDES = ("checkpoint.every_epochs=1", "epochs=4", "parallel.bn_group_images=8")
 
 
 @pytest.fixture
 def paths(tmp_path):
     """Return the path of a YAML and the folder of its run."""
-    return tiny.config(tmp_path), tmp_path / "run"
+    return tiny.write_config(tmp_path), tmp_path / "run"
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """Return the tensors of a run of three ranks without faults."""
     folder = tmp_path_factory.mktemp("reference")
-    statuses, output = ranks.run(tiny.config(folder), *MORE)
+    statuses, output = ranks.run(tiny.write_config(folder), *OVERRIDES)
     assert statuses == [0, 0, 0], output
-    return ranks.weights(folder / "run")
+    return ranks.load_tensors(folder / "run")
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def resume(paths, reference):
     path, run = paths
 
     def resume_and_compare(*arguments, **named):
-        statuses, output = ranks.run(path, *MORE, *arguments, **named)
+        statuses, output = ranks.run(path, *OVERRIDES, *arguments, **named)
         assert statuses == [0] * len(statuses), output
         assert verify(newest_checkpoint(run))["step"] == STEPS
-        tensors = ranks.weights(run)
+        tensors = ranks.load_tensors(run)
         different = [
             name for name, value in reference.items() if not torch.equal(tensors[name], value)
         ]

@@ -17,7 +17,7 @@ import pytest
 import ranks
 import torch
 from ranks import free_port
-from reference_run import MORE, STEPS, paths, reference
+from reference_run import OVERRIDES, STEPS, paths, reference
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(2400)]
 def run_one_of_two(path, *arguments, **environment):
     """Start one rank of a group of two and return its exit status and its output."""
     environment = {"RANK": "0", "WORLD_SIZE": "2"} | environment
-    (status,), output = ranks.run(path, *MORE, *arguments, size=1, environment=environment)
+    (status,), output = ranks.run(path, *OVERRIDES, *arguments, size=1, environment=environment)
     return status, output
 
 
@@ -102,14 +102,14 @@ def run_command(command, variables, seconds=900):
 
 
 def has_tensors(run, expected):
-    tensors = ranks.weights(run)
+    tensors = ranks.load_tensors(run)
     return all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
 @pytest.mark.case(1)
 def test_torchrun_restarts_all_ranks_from_the_newest_checkpoint(paths, reference, observe):
     path, run = paths
-    command = local.train_command(str(path), MORE, 3, max_restarts=2)
+    command = local.train_command(str(path), OVERRIDES, 3, max_restarts=2)
     assert command[command.index("--max-restarts") + 1] == "2"
     module = command.index("-m", 3)
     command[module : module + 2] = [str(FAULTY)]
@@ -122,7 +122,7 @@ def test_torchrun_restarts_all_ranks_from_the_newest_checkpoint(paths, reference
 
 def test_torchrun_does_not_repeat_a_mistake(paths):
     path, _ = paths
-    command = local.train_command(str(path), [*MORE, "data.root=/nowhere"], 2, max_restarts=2)
+    command = local.train_command(str(path), [*OVERRIDES, "data.root=/nowhere"], 2, max_restarts=2)
     status, output = run_command(command, environment(path))
     assert status != 0 and 1 <= output.count("error: data.root: /nowhere does not exist") <= 2
 
@@ -177,7 +177,7 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
                 kill_with_children(agent.pid)
                 agent.wait(30)
     assert verify(newest_checkpoint(run))["step"] == 120
-    assert has_tensors(run, ranks.weights(straight))
+    assert has_tensors(run, ranks.load_tensors(straight))
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 121))
     observe(

@@ -15,7 +15,7 @@ import ranks
 import tiny
 import torch
 from ranks import Ranks
-from reference_run import MORE, paths, reference, resume
+from reference_run import OVERRIDES, paths, reference, resume
 
 from ssl_pretrain import replay
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
@@ -47,7 +47,7 @@ def assert_finite(tensors):
 @pytest.mark.case(1)
 def test_a_killed_rank_ends_the_others_and_only_steps_are_lost(paths, resume, observe):
     path, run = paths
-    group = Ranks(path, *MORE, fault="kill@1:8")
+    group = Ranks(path, *OVERRIDES, fault="kill@1:8")
     group.processes[1].join(120)
     start = time.monotonic()
     statuses = group.wait(30)
@@ -63,7 +63,7 @@ def test_a_killed_rank_ends_the_others_and_only_steps_are_lost(paths, resume, ob
 
 @pytest.mark.case(1)
 def test_an_unexpected_error_on_one_rank_is_printed_and_ends_all_ranks(paths, resume, observe):
-    statuses, output = ranks.run(paths[0], *MORE, fault="raise@2:5")
+    statuses, output = ranks.run(paths[0], *OVERRIDES, fault="raise@2:5")
     assert all(status > 0 for status in statuses)
     assert "RuntimeError: planted" in output
     resume()
@@ -77,8 +77,8 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
 
     A checkpoint is saved at nearly every step.
     """
-    path, run, rng = tiny.config(tmp_path), tmp_path / "run", random.Random(0)
-    more = ("checkpoint.every_epochs=0.34", "epochs=100", MORE[2])
+    path, run, rng = tiny.write_config(tmp_path), tmp_path / "run", random.Random(0)
+    more = ("checkpoint.every_epochs=0.34", "epochs=100", OVERRIDES[2])
     uninterrupted = Ranks(path, *more, f"output={tmp_path / 'uninterrupted'}")
     more = (*more, f"output={run}")
     last_saved = most_repeated = 0
@@ -98,7 +98,7 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
     assert last_saved > 0
     statuses, output = ranks.run(path, *more)
     assert statuses == [0, 0, 0] and uninterrupted.wait(300) == [0, 0, 0], output
-    expected, tensors = ranks.weights(tmp_path / "uninterrupted"), ranks.weights(run)
+    expected, tensors = ranks.load_tensors(tmp_path / "uninterrupted"), ranks.load_tensors(run)
     assert saved_steps(run)[-1] == 300
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
     assert [record["step"] for record in records(run)] == list(range(1, 301))
@@ -111,7 +111,7 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
 @pytest.mark.case(21)
 @pytest.mark.parametrize("kind", ["hang", "stop"])
 def test_a_hung_rank_ends_the_run_within_the_timeout_with_stacks(paths, resume, observe, kind):
-    group = Ranks(paths[0], *MORE, "parallel.timeout_seconds=15", fault=f"{kind}@1:8")
+    group = Ranks(paths[0], *OVERRIDES, "parallel.timeout_seconds=15", fault=f"{kind}@1:8")
     wait_for_fault(paths[0])
     start = time.monotonic()
     for rank in (0, 2) if kind == "stop" else (0, 1, 2):
@@ -134,7 +134,7 @@ def test_a_hung_rank_ends_the_run_within_the_timeout_with_stacks(paths, resume, 
 
 @pytest.mark.case(21)
 def test_suspending_a_rank_for_two_seconds_changes_nothing(paths, resume, observe):
-    group = Ranks(paths[0], *MORE, "parallel.timeout_seconds=60", fault="stop@1:8")
+    group = Ranks(paths[0], *OVERRIDES, "parallel.timeout_seconds=60", fault="stop@1:8")
     wait_for_fault(paths[0])
     time.sleep(2)
     group.send(signal.SIGCONT, 1)
@@ -146,7 +146,7 @@ def test_suspending_a_rank_for_two_seconds_changes_nothing(paths, resume, observ
 @pytest.mark.case(22)
 def test_a_slow_rank_is_recorded_and_does_not_fail_the_run(paths, resume, observe):
     path, run = paths
-    statuses, output = ranks.run(path, *MORE, fault="slow@1:2")
+    statuses, output = ranks.run(path, *OVERRIDES, fault="slow@1:2")
     assert statuses == [0, 0, 0], output
     waits = [(record["straggler"], record["straggler_seconds"]) for record in records(run)[1:]]
     seconds = sorted(wait for rank, wait in waits if rank == 1)
@@ -163,7 +163,7 @@ def test_a_slow_rank_is_recorded_and_does_not_fail_the_run(paths, resume, observ
 def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
     """The planted error has the class and message of torch's. tests/gpu has a real one."""
     path, run = paths
-    statuses, output = ranks.run(path, *MORE, fault="oom@1:8")
+    statuses, output = ranks.run(path, *OVERRIDES, fault="oom@1:8")
     assert statuses[1] == 2 and all(status > 0 for status in statuses)
     assert (
         "error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB. Feed fewer images at once: "
@@ -178,7 +178,7 @@ def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
 @pytest.mark.case(23)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="running out of GPU memory needs a GPU")
 def test_a_gpu_without_memory_ends_with_advice(paths, observe):
-    statuses, output = ranks.run(paths[0], *MORE, "global_batch_size=2400000", size=1)
+    statuses, output = ranks.run(paths[0], *OVERRIDES, "global_batch_size=2400000", size=1)
     assert statuses == [2]
     assert "Feed fewer images at once" in output
 
@@ -186,7 +186,7 @@ def test_a_gpu_without_memory_ends_with_advice(paths, observe):
 @pytest.mark.case(27)
 def test_wrong_clocks_do_not_change_the_run(paths, resume, observe):
     path, run = paths
-    statuses, output = ranks.run(path, *MORE, "--stop-after", "8", fault="clock@0:4")
+    statuses, output = ranks.run(path, *OVERRIDES, "--stop-after", "8", fault="clock@0:4")
     assert statuses == [0] * 3, output
     for days, folder in zip((3, -1, -2), list_checkpoints(run)):
         date = time.time() + 86400 * days
@@ -201,7 +201,7 @@ def test_wrong_clocks_do_not_change_the_run(paths, resume, observe):
 
 @pytest.mark.case(33)
 def test_a_rank_that_starts_with_other_weights_gets_those_of_rank_0(paths, resume, observe):
-    statuses, output = ranks.run(paths[0], *MORE, fault="differ@2:0")
+    statuses, output = ranks.run(paths[0], *OVERRIDES, fault="differ@2:0")
     assert statuses == [0, 0, 0], output
     resume()
     observe("at the start: rank 0's were used, the same bits")
@@ -210,7 +210,7 @@ def test_a_rank_that_starts_with_other_weights_gets_those_of_rank_0(paths, resum
 @pytest.mark.case(33)
 def test_weights_that_diverge_on_one_rank_are_not_saved(paths, resume, observe):
     path, run = paths
-    statuses, output = ranks.run(path, *MORE, fault="flip@2:5")
+    statuses, output = ranks.run(path, *OVERRIDES, fault="flip@2:5")
     assert all(status > 0 for status in statuses)
     assert "rank 2: the weights are no longer those of rank 0, first in backbone." in output
     assert "nothing was saved, resume" in output
@@ -225,7 +225,7 @@ def test_weights_that_diverge_on_one_rank_are_not_saved(paths, resume, observe):
 @pytest.mark.case(16)
 def test_deleting_the_images_ends_all_ranks_with_an_error_that_names_the_folder(paths, observe):
     path, run = paths
-    group = Ranks(path, "checkpoint.every_epochs=1", "epochs=4000", MORE[2])
+    group = Ranks(path, "checkpoint.every_epochs=1", "epochs=4000", OVERRIDES[2])
     group.wait_for_step(run, 5)
     shutil.rmtree(path.parent / "images")
     start = time.monotonic()
@@ -244,14 +244,14 @@ def test_deleting_the_images_ends_all_ranks_with_an_error_that_names_the_folder(
 @pytest.mark.case(19)
 def test_nan_images_on_one_rank_skip_the_step_on_all_and_are_recorded(paths, observe):
     path, run = paths
-    statuses, output = ranks.run(path, *MORE, "log.every_steps=2", fault="nan@1:5")
+    statuses, output = ranks.run(path, *OVERRIDES, "log.every_steps=2", fault="nan@1:5")
     assert statuses == [0, 0, 0], output
     skipped = [json.loads(file.read_text()) for file in (run / "skipped").iterdir()]
     (record,) = skipped
     assert (record["step"], record["seed"], record["epoch"]) == (5, 0, 1)
     assert len(record["indices"]) == 24
     assert {record["step"]: record["skipped_steps"] for record in records(run)}[6] == 1
-    assert_finite(ranks.weights(run))
+    assert_finite(ranks.load_tensors(run))
     lines = replay.replay(run, 5)
     assert lines[0].endswith("from step_00000003")
     assert lines[1] == "  skipped by the run; its 24 images as recorded in skipped/, of epoch 1"
@@ -266,7 +266,7 @@ def test_nan_images_on_one_rank_skip_the_step_on_all_and_are_recorded(paths, obs
 @pytest.mark.case(19)
 def test_a_diverging_run_rolls_back_then_ends_and_its_replay_diverges_too(paths, observe):
     path, run = paths
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
+    assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
     diverging = run.with_name("run_diverging")
     more = [
         "optim.name=sgd",
@@ -297,12 +297,12 @@ def test_a_diverging_run_rolls_back_then_ends_and_its_replay_diverges_too(paths,
 @pytest.mark.case(20)
 def test_a_step_with_an_infinite_gradient_under_autocast_is_skipped(paths, observe):
     path, run = paths
-    more = (*MORE, "parallel.precision=bfloat16", "log.every_steps=1")
+    more = (*OVERRIDES, "parallel.precision=bfloat16", "log.every_steps=1")
     statuses, output = ranks.run(path, *more, fault="inf@1:5")
     assert statuses == [0, 0, 0], output
     skipped = {record["step"]: record["skipped_steps"] for record in records(run)}
     assert skipped[5] == 1 and sum(skipped.values()) == 1
-    assert_finite(ranks.weights(run))
+    assert_finite(ranks.load_tensors(run))
     observe(
         "bfloat16, rank 1's gradient infinite at step 5: only that step skipped, weights finite"
     )
@@ -314,7 +314,7 @@ def test_a_knn_that_fails_on_one_rank_warns_or_stops(paths, resume, observe, pol
     path, run = paths
     online = ("online.knn_every_epochs=1", "online.max_train=40", "online.k=5")
     online = (*online, f"online.on_failure={policy}")
-    statuses, output = ranks.run(path, *MORE, *online, fault="knn@1:0")
+    statuses, output = ranks.run(path, *OVERRIDES, *online, fault="knn@1:0")
     assert "online k-NN failed on rank 1: RuntimeError: planted in k-NN" in output
     if policy == "warn":
         assert statuses == [0, 0, 0]

@@ -11,7 +11,7 @@ import tiny
 import torch
 from conftest import run_ranks
 from ranks import Ranks
-from reference_run import MORE, STEPS, paths, reference, resume
+from reference_run import OVERRIDES, STEPS, paths, reference, resume
 from safetensors.torch import load_file, save_file
 
 from ssl_pretrain import config, step, train
@@ -48,8 +48,8 @@ def train_and_record_batches(path, output, steps):
 
 def largest_difference(run, expected_run, tolerance):
     """Compare the floating-point tensors of two runs and return their largest difference."""
-    largest, tensors = 0.0, ranks.weights(run)
-    for name, value in ranks.weights(expected_run).items():
+    largest, tensors = 0.0, ranks.load_tensors(run)
+    for name, value in ranks.load_tensors(expected_run).items():
         if value.is_floating_point():
             torch.testing.assert_close(tensors[name], value, rtol=tolerance, atol=tolerance)
             largest = max(largest, float((tensors[name] - value).abs().max()))
@@ -59,7 +59,7 @@ def largest_difference(run, expected_run, tolerance):
 @pytest.mark.case(11)
 def test_four_two_and_one_ranks_see_the_same_batches_and_views(tmp_path, observe):
     """In float64, sums in another order leave the weights equal to 1e-9."""
-    path, run = tiny.config(tmp_path), tmp_path / "shrinking"
+    path, run = tiny.write_config(tmp_path), tmp_path / "shrinking"
     straight = train_and_record_batches(path, tmp_path / "run", 12)
     shrinking = []
     for size in (4, 2, 4):
@@ -79,8 +79,8 @@ def test_four_two_and_one_ranks_see_the_same_batches_and_views(tmp_path, observe
 @pytest.mark.case(11)
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(paths, observe):
     path, _ = paths
-    assert ranks.run(path, *MORE, "--stop-after", "4", size=1)[0] == [0]
-    statuses, output = ranks.run(path, *MORE, size=5)
+    assert ranks.run(path, *OVERRIDES, "--stop-after", "4", size=1)[0] == [0]
+    statuses, output = ranks.run(path, *OVERRIDES, size=5)
     assert statuses == [2] * 5
     message = (
         "error: global_batch_size: 24 does not divide over 5 ranks; the nearest that do are 20 "
@@ -92,10 +92,10 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(paths, observe):
 
 @pytest.mark.case(12)
 def test_a_run_resumes_to_rounding_with_another_micro_batch_size(tmp_path, observe):
-    path, run, straight = tiny.config(tmp_path), tmp_path / "run", tmp_path / "straight"
-    assert ranks.run(path, *MORE, FLOAT64, f"output={straight}", size=1)[0] == [0]
-    assert ranks.run(path, *MORE, FLOAT64, "--stop-after", "5", size=1)[0] == [0]
-    statuses, output = ranks.run(path, *MORE, FLOAT64, "micro_batch_size=8", size=1)
+    path, run, straight = tiny.write_config(tmp_path), tmp_path / "run", tmp_path / "straight"
+    assert ranks.run(path, *OVERRIDES, FLOAT64, f"output={straight}", size=1)[0] == [0]
+    assert ranks.run(path, *OVERRIDES, FLOAT64, "--stop-after", "5", size=1)[0] == [0]
+    statuses, output = ranks.run(path, *OVERRIDES, FLOAT64, "micro_batch_size=8", size=1)
     assert statuses == [0] and "micro_batch_size was 24 and is 8" in output
     largest = largest_difference(run, straight, 1e-8)
     observe(f"micro-batches of 24, then of 8: reported, weights within {largest:.0e}")
@@ -104,10 +104,10 @@ def test_a_run_resumes_to_rounding_with_another_micro_batch_size(tmp_path, obser
 @pytest.mark.case(13)
 def test_other_images_are_refused(paths, resume, observe):
     path, run = paths
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
+    assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
     image = min((path.parent / "images" / "train").rglob("*.png"))
     image.rename(path.parent / "moved.png")
-    statuses, output = ranks.run(path, *MORE)
+    statuses, output = ranks.run(path, *OVERRIDES)
     message = (
         f"error: data.root: the training images are not those that {run} was trained on (another "
         f"list of files); give that data set, or a new output with backbone.init={run}"
@@ -121,8 +121,8 @@ def test_other_images_are_refused(paths, resume, observe):
 @pytest.mark.case(25)
 def test_other_settings_are_refused_except_for_free_keys(paths, resume, observe):
     path, run = paths
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
-    statuses, output = ranks.run(path, *MORE, "optim.base_lr=0.5", "method.temperature=0.5")
+    assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
+    statuses, output = ranks.run(path, *OVERRIDES, "optim.base_lr=0.5", "method.temperature=0.5")
     message = (
         f"error: {run}/checkpoints/step_00000004 was saved with a different configuration: "
         "method.temperature: 0.2 then, 0.5 now; optim.base_lr: 4.0 then, 0.5 now. Give a new "
@@ -139,9 +139,9 @@ def test_other_settings_are_refused_except_for_free_keys(paths, resume, observe)
 @pytest.mark.case(28)
 def test_a_second_run_in_the_folder_is_refused_and_a_dead_one_is_replaced(paths, resume, observe):
     path, run = paths
-    first = Ranks(path, *MORE, fault="slow@0:1")
+    first = Ranks(path, *OVERRIDES, fault="slow@0:1")
     first.wait_for_step(run, 1)
-    statuses, output = ranks.run(path, *MORE)
+    statuses, output = ranks.run(path, *OVERRIDES)
     message = f"error: output: {run} is in use by process {first.processes[0].pid} on "
     assert statuses == [2, 2, 2] and output.count(message) == 3, output
     first.send(9)
@@ -158,7 +158,7 @@ def test_a_second_run_in_the_folder_is_refused_and_a_dead_one_is_replaced(paths,
 @pytest.mark.parametrize("stopped", [3, STEPS - 1, STEPS])
 def test_a_run_resumes_at_the_edges_of_an_epoch_and_of_the_run(paths, resume, observe, stopped):
     path, run = paths
-    assert ranks.run(path, *MORE, "--stop-after", str(stopped))[0] == [0] * 3
+    assert ranks.run(path, *OVERRIDES, "--stop-after", str(stopped))[0] == [0] * 3
     before = (run / "metrics.jsonl").read_text()
     finished = stopped == STEPS
     output = resume()
@@ -206,13 +206,13 @@ def stopped_at_4(tmp_path_factory):
     def stopped_run(method):
         if method not in _stopped_runs:
             folder = tmp_path_factory.mktemp(method)
-            path = tiny.config(folder)
+            path = tiny.write_config(folder)
             text = path.read_text().replace(SMALL_METHODS["simclr"], SMALL_METHODS[method])
             assert f"name: {method}" in text
             path.write_text(text)
             for name, steps in (("straight", 8), ("run", 4)):
                 train.train(config.load(path, [f"output={folder / name}"]), CPU, steps)
-            _stopped_runs[method] = path, folder / "run", ranks.weights(folder / "straight")
+            _stopped_runs[method] = path, folder / "run", ranks.load_tensors(folder / "straight")
         return _stopped_runs[method]
 
     return stopped_run
@@ -265,7 +265,7 @@ def test_the_comparison_fails_for_any_state_that_a_checkpoint_lacks(
 
         rewrite(newest_checkpoint(run), "method.safetensors", reset)
     train.train(settings, CPU, 4)
-    resumed = ranks.weights(run)
+    resumed = ranks.load_tensors(run)
     same = all(torch.equal(resumed[name], value) for name, value in expected.items())
     assert same == (omitted is None)
     observe(f"without {state}: {'the same bits' if same else 'other bits'}")

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import ranks
 from ranks import Ranks
-from reference_run import MORE, STEPS, paths, reference, resume
+from reference_run import OVERRIDES, STEPS, paths, reference, resume
 
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import FORMAT, verify
@@ -37,7 +37,7 @@ def saved_steps(run):
 )
 def test_a_rank_killed_during_a_save_damages_nothing(paths, resume, observe, moment, remaining):
     path, run = paths
-    statuses, _ = ranks.run(path, *MORE, fault=f"kill_writing@0:6:{moment}")
+    statuses, _ = ranks.run(path, *OVERRIDES, fault=f"kill_writing@0:6:{moment}")
     assert statuses[0] == -signal.SIGKILL and all(status > 0 for status in statuses[1:])
     assert saved_steps(run) == remaining
     has_remains = bool(list((run / "checkpoints").glob(".writing-*")))
@@ -52,7 +52,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing
     paths, resume, observe, name
 ):
     path, run = paths
-    group = Ranks(path, *MORE, "checkpoint.every_epochs=0", fault="slow@1:1,writing@0:0:2")
+    group = Ranks(path, *OVERRIDES, "checkpoint.every_epochs=0", fault="slow@1:1,writing@0:0:2")
     group.wait_for_step(run, 5)
     group.send(getattr(signal, name), 1)
     group.wait_for_text("writing")
@@ -71,7 +71,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_second_changes_nothing
 @pytest.mark.case(5)
 def test_a_kill_before_the_save_is_complete_leaves_the_checkpoint_before(paths, resume, observe):
     path, run = paths
-    group = Ranks(path, *MORE, fault="writing@0:6:30")
+    group = Ranks(path, *OVERRIDES, fault="writing@0:6:30")
     group.wait_for_text("writing")
     group.send(signal.SIGTERM)
     time.sleep(1)
@@ -99,7 +99,7 @@ def small_disk(paths):
 @pytest.mark.parametrize("policy", ["stop", "warn"])
 def test_a_full_disk_ends_the_run_and_damages_nothing(paths, small_disk, observe, policy):
     path, run = paths
-    statuses, output = ranks.run(path, *MORE, f"checkpoint.on_failure={policy}")
+    statuses, output = ranks.run(path, *OVERRIDES, f"checkpoint.on_failure={policy}")
     steps = saved_steps(run)
     assert "could not be written to" in output, output[-2000:]
     assert "No space left on device" in output, output[-2000:]
@@ -117,7 +117,7 @@ def test_a_full_disk_ends_the_run_and_damages_nothing(paths, small_disk, observe
 @pytest.mark.parametrize("error", ["EIO", "EROFS", "EACCES"])
 def test_a_failing_disk_ends_the_run(paths, resume, observe, error):
     path, run = paths
-    statuses, output = ranks.run(path, *MORE, fault=f"refuse@0:6:{error}")
+    statuses, output = ranks.run(path, *OVERRIDES, fault=f"refuse@0:6:{error}")
     assert statuses == [74, 74, 74], output[-2000:]
     assert os.strerror(getattr(errno, error)) in output, output[-2000:]
     assert saved_steps(run)[0] == 3 and 6 not in saved_steps(run)
@@ -134,7 +134,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_the_start(paths, observe
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a read-only disk needs root")
     try:
-        statuses, output = ranks.run(path, *MORE)
+        statuses, output = ranks.run(path, *OVERRIDES)
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
     message = (
@@ -142,7 +142,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_the_start(paths, observe
         "(make a folder); free space, get write permission, or give another output"
     )
     assert statuses == [2, 2, 2] and output.count(message) == 3, output
-    statuses, output = ranks.run(path, *MORE, "output=/proc/run")
+    statuses, output = ranks.run(path, *OVERRIDES, "output=/proc/run")
     message = "error: output: /proc/run cannot be written to: No such file or directory"
     assert statuses == [2, 2, 2] and output.count(message) == 3, output
     observe("a read-only disk, and /proc: refused on all ranks at the start, status 2")
@@ -170,7 +170,7 @@ def damage(file, kind):
 def test_a_damaged_checkpoint_is_reported_and_written_again(paths, resume, observe, kind):
     """The last checkpoint is damaged, so the resumed run reaches the same step again."""
     path, run = paths
-    assert ranks.run(path, *MORE)[0] == [0, 0, 0]
+    assert ranks.run(path, *OVERRIDES)[0] == [0, 0, 0]
     damage(run / "checkpoints" / f"step_{STEPS:08d}" / "method.safetensors", kind)
     output = resume()
     assert f"step_{STEPS:08d}/method.safetensors is " in output
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_reported_and_written_again(paths, resume, obser
 @pytest.mark.case(10)
 def test_other_things_among_the_checkpoints_are_skipped(paths, resume, observe):
     path, run = paths
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
+    assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
     folder = run / "checkpoints"
     (folder / "latest").symlink_to("step_00000099")
     (folder / "step_00000098").symlink_to("nowhere")
@@ -207,12 +207,12 @@ def test_other_things_among_the_checkpoints_are_skipped(paths, resume, observe):
 @pytest.mark.parametrize("version", [0, 99])
 def test_another_format_is_refused_with_the_version_that_wrote_it(paths, observe, version):
     path, _ = paths
-    assert ranks.run(path, *MORE, "--stop-after", "4")[0] == [0] * 3
+    assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
     file = paths[1] / "checkpoints" / "step_00000004" / "manifest.json"
     versions = {"ssl_pretrain": "0.0.9", "revision": "abc"}
     manifest = json.loads(file.read_text()) | {"format": version, "versions": versions}
     file.write_text(json.dumps(manifest))
-    statuses, output = ranks.run(path, *MORE)
+    statuses, output = ranks.run(path, *OVERRIDES)
     message = (
         f"error: {file.parent} has checkpoint format {version}; this version reads format "
         f"{FORMAT}. It was written by ssl_pretrain 0.0.9 (abc). Use that version, or start a new "

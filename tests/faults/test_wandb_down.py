@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import ranks
 from ranks import free_port
-from reference_run import MORE, STEPS, paths, reference, resume
+from reference_run import OVERRIDES, STEPS, paths, reference, resume
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import verify
@@ -66,7 +66,7 @@ def test_training_continues_without_its_dashboard(paths, resume, observe, server
         online = ("log.wandb=online", "log.every_steps=1")
         began = time.monotonic()
         statuses, output = ranks.run(
-            path, *MORE, *online, "--stop-after", "6", environment=environment
+            path, *OVERRIDES, *online, "--stop-after", "6", environment=environment
         )
         assert statuses == [0] * 3, output
         wandb_id = verify(newest_checkpoint(run))["wandb_id"]

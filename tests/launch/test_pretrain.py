@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_it_trains_evaluates_and_reports(tmp_path, evaluations):
     at_end = f"evaluation.at_end=[{','.join(evaluations)}]"
-    arguments = [str(tiny.config(tmp_path)), "epochs=1", "launch.ranks=2", at_end]
+    arguments = [str(tiny.write_config(tmp_path)), "epochs=1", "launch.ranks=2", at_end]
     result = subprocess.run(
         [sys.executable, "launch/pretrain.py", *arguments],
         cwd=ROOT,
@@ -43,7 +43,7 @@ def test_it_trains_evaluates_and_reports(tmp_path, evaluations):
 
 
 def test_the_commands_for_several_hosts_are_exact(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     assert pretrain.main([str(path), "launch.hosts=a,b", "launch.ranks=4", "seed=3"]) == 0
     torchrun = (
         "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --rdzv-backend c10d "
@@ -61,7 +61,7 @@ def test_the_commands_for_several_hosts_are_exact(tmp_path, capsys):
 @pytest.mark.parametrize("hosts", ["a\ntouch taken", "a,b,a", ",", "a,-b", "$(id)"])
 def test_hosts_that_would_be_commands_or_no_host_are_refused(tmp_path, capsys, hosts):
     """Users paste the printed lines into a shell."""
-    assert pretrain.main([str(tiny.config(tmp_path)), f"launch.hosts={hosts}"]) == 2
+    assert pretrain.main([str(tiny.write_config(tmp_path)), f"launch.hosts={hosts}"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: launch.hosts: ")
@@ -71,7 +71,7 @@ def test_hosts_that_would_be_commands_or_no_host_are_refused(tmp_path, capsys, h
 
 
 def test_a_sweep_refuses_hosts_and_evaluations_before_its_first_run(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     assert sweep.main([str(path), "seed=0,1", "launch.hosts=a"]) == 2
     assert capsys.readouterr().err == (
         "error: launch.hosts: 'a', and these runs follow each other on this machine; "
@@ -84,7 +84,7 @@ def test_a_sweep_refuses_hosts_and_evaluations_before_its_first_run(tmp_path, ca
 
 
 def test_a_plan_trains_nothing(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     assert pretrain.main([str(path), "--plan", "launch.ranks=2"]) == 0
     out = capsys.readouterr().out
     assert "embeddings per loss: 48 (2 views x 24 images); negatives per anchor: 46" in out
@@ -95,7 +95,7 @@ def test_a_plan_trains_nothing(tmp_path, capsys):
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     assert pretrain.main([str(path), "evaluation.at_end=[knnn]"]) == 2
     assert capsys.readouterr().err == (
         "error: evaluation.at_end: 'knnn' is not an evaluation; choose among: knn, linear, "
@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_one_rank_needs_no_torchrun(tmp_path):
-    path = str(tiny.config(tmp_path))
+    path = str(tiny.write_config(tmp_path))
     command = [sys.executable, "-m", "ssl_pretrain.train", path, "seed=1"]
     assert local.train_command(path, ["seed=1"], 1) == command
     assert "--standalone" in local.train_command(path, [], 2)
@@ -117,7 +117,7 @@ def test_one_rank_needs_no_torchrun(tmp_path):
 
 
 def test_a_sweep_is_the_product_of_its_values(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     arguments = [
         str(path),
         "seed=0,1",
@@ -156,7 +156,7 @@ CLUSTER = ["launch.nodes=2", "launch.hours=1.5", "data.num_workers=12", "launch.
 
 def test_the_resources_requested_from_slurm(tmp_path):
     settings = [*CLUSTER, "launch.gpus_per_node=8", "launch.partition=gpu"]
-    run = config.load(tiny.config(tmp_path), settings)
+    run = config.load(tiny.write_config(tmp_path), settings)
     request = slurm.request(run)
     assert slurm.num_ranks(run) == 16
     expected = {
@@ -177,14 +177,14 @@ def test_the_resources_requested_from_slurm(tmp_path):
 
 def test_a_time_limit_within_the_signal_is_refused(tmp_path):
     with pytest.raises(config.ConfigError) as error:
-        slurm.request(config.load(tiny.config(tmp_path), ["launch.hours=0.01"]))
+        slurm.request(config.load(tiny.write_config(tmp_path), ["launch.hours=0.01"]))
     assert str(error.value) == (
         "launch.signal_seconds: 120 leaves nothing of launch.hours: 0.01; give less"
     )
 
 
 def test_a_plan_shows_the_jobs_of_slurm(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     settings = [
         *CLUSTER,
         "launch.cluster=slurm",
@@ -204,7 +204,7 @@ def test_a_plan_shows_the_jobs_of_slurm(tmp_path, capsys):
 
 
 def test_a_simulated_preemption_saves_and_the_run_resumes(tmp_path, capsys):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     for status in (75, 0):
         assert main([str(path), "epochs=3", "--fake-preempt", "4"]) == status
     checkpoints = [checkpoint.name for checkpoint in list_checkpoints(tmp_path / "run")]
@@ -224,7 +224,7 @@ INJECTIONS = {  # key -> value that would be a command if the job script contain
 
 @pytest.mark.parametrize("key", INJECTIONS)
 def test_no_value_becomes_a_command_of_a_job_script(tmp_path, key):
-    run = config.load(tiny.config(tmp_path), SLURM)
+    run = config.load(tiny.write_config(tmp_path), SLURM)
     section, _, name = key.rpartition(".")
     setattr(run.launch if section else run, name, INJECTIONS[key])
     with pytest.raises(config.ConfigError) as error:
@@ -233,7 +233,7 @@ def test_no_value_becomes_a_command_of_a_job_script(tmp_path, key):
 
 
 def test_valid_names_of_slurm_are_accepted(tmp_path):
-    run = config.load(tiny.config(tmp_path), [*SLURM, "launch.partition=gpu,gpu-long"])
+    run = config.load(tiny.write_config(tmp_path), [*SLURM, "launch.partition=gpu,gpu-long"])
     run.launch.constraint = "[a100*2&h100*1]"
     run.launch.account = "my_project.2026"
     assert slurm.request(run)["slurm_constraint"] == "[a100*2&h100*1]"
@@ -248,7 +248,7 @@ def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_pa
     (work / "srun").chmod(0o755)
     monkeypatch.setattr(slurm, "IMPORT_ROOT", root)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    run = config.load(tiny.config(tmp_path), SLURM)
+    run = config.load(tiny.write_config(tmp_path), SLURM)
     run.output = str(tmp_path / 'it\'s; touch PWNED; $(touch PWNED) `touch PWNED` "x" & run')
     monkeypatch.setenv("PATH", f"{work}:/usr/bin:/bin")
     (work / "sbatch").symlink_to("/bin/true")  # submitit looks for it
@@ -267,7 +267,7 @@ def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_pa
 
 
 def test_printed_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
-    path = tiny.config(tmp_path / "a b")
+    path = tiny.write_config(tmp_path / "a b")
     monkeypatch.setattr(slurm_submit, "submit", lambda *_arguments: ["7"])
     pretrain._submit(config.load(path, ["evaluation.at_end=[]"]), str(path), [])
     lines = capsys.readouterr().out.splitlines()

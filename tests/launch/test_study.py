@@ -161,7 +161,7 @@ def test_rows_that_all_variants_share_are_evaluated_once_per_seed(tmp_path, monk
 
 @pytest.mark.full
 def test_one_command_trains_evaluates_and_writes_the_table(tmp_path):
-    data = tiny.images(tmp_path / "images")
+    data = tiny.write_images(tmp_path / "images")
     path = tmp_path / "study.yaml"
     path.write_text(
         "title: One method\nsmall_heads: true\ncolumns: ['k-NN, %', minutes]\n"

@@ -77,7 +77,7 @@ def test_another_number_of_views_is_refused():
 
 def test_ten_golden_steps(tmp_path):
     golden = contract.golden("simclr")
-    settings = config.load(tiny.config(tmp_path), ["parallel.precision=float64"])
+    settings = config.load(tiny.write_config(tmp_path), ["parallel.precision=float64"])
     train(settings, torch.device("cpu"), stop_after=10)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]

@@ -81,7 +81,7 @@ def test_gradients_updates_and_teacher_distance_equal_those_computed_by_hand():
 
 
 def test_a_monitored_run_has_the_same_weights_bit_for_bit(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     weights = []
     for every_steps in (1, 0):
         output = tmp_path / f"every_{every_steps}"

@@ -132,7 +132,7 @@ def test_a_record_holds_the_slowest_rank_and_the_flops_per_rank(tmp_path):
 
 def test_a_run_leaves_metrics_with_distinct_titles_pictures_and_descriptions(tmp_path):
     overrides = ["epochs=1", "online.knn_every_epochs=1", "online.k=5", "log.peak_tflops=1"]
-    train.train(config.load(tiny.config(tmp_path), overrides), torch.device("cpu"))
+    train.train(config.load(tiny.write_config(tmp_path), overrides), torch.device("cpu"))
     run = tmp_path / "run"
     keys = {key for record in read(run) for key in record}
     expected = {"memory_gib", "flops_utilization", "rankme", "knn", "weight_decay"}

@@ -139,7 +139,7 @@ def test_a_measurement_is_due_when_so_many_epochs_have_passed(epochs, steps):
 
 
 def test_a_run_has_the_same_weights_with_measurements_on_or_off(tmp_path):
-    path = tiny.config(tmp_path)
+    path = tiny.write_config(tmp_path)
     settings = {
         "off": ["online.knn_every_epochs=0"],
         "on": ["online.knn_every_epochs=0.4", "online.k=3", "online.probe=true"],

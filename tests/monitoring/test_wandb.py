@@ -42,7 +42,7 @@ def resumed(tmp_path_factory):
     Yields its folder and its .wandb files in order.
     """
     folder = tmp_path_factory.mktemp("wandb")
-    path = tiny.config(folder)
+    path = tiny.write_config(folder)
     train(config.load(path, OVERRIDES), torch.device("cpu"), 5)
     run = folder / "run"
     (run / "eval" / "step_00000003").mkdir(parents=True)

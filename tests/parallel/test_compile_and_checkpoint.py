@@ -33,7 +33,7 @@ def _bytes_saved(mode):
         saved.append(tensor.numel() * tensor.element_size())
         return tensor
 
-    batch = networks.batch(0, sizes)
+    batch = networks.random_batch(0, sizes)
     batch = replace(batch, views=stepper.execution.place_views(batch.views))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         stepper.model(batch)

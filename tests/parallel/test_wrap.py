@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import run_ranks
 from networks import CASES, run
-from traffic import Traffic, predicted
+from traffic import Traffic, predict_bytes
 
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.initial_weights import read_evaluated_weights
@@ -130,11 +130,13 @@ def _tensors_moved_by_nan():
     for name in ("dino", "simclr"):  # AdamW and LARS
         stepper, sizes = networks.build_case(name, strategy="fsdp")
         networks.take_step(stepper, sizes, 0)
-        before = networks.whole(parallel.unwrap(stepper.model))
-        local = networks.batch(1, sizes).slice(process_group.rank(), process_group.world_size())
+        before = networks.full_state(parallel.unwrap(stepper.model))
+        local = networks.random_batch(1, sizes).slice(
+            process_group.rank(), process_group.world_size()
+        )
         local.views[1][0, 0, 0, 0] = float("nan") if process_group.rank() else 0.0
         logs = stepper(Progress(1, 20, 2), local).logs
-        after = networks.whole(parallel.unwrap(stepper.model))
+        after = networks.full_state(parallel.unwrap(stepper.model))
         assert logs["skipped_steps"] == 1
         moved[name] = [
             key
@@ -202,7 +204,7 @@ def test_a_nonfinite_batch_moves_no_shard_on_any_rank(two_ranks):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_bfloat16_gradients_differ_only_by_rounding(strategy, two_ranks):
-    start = networks.whole(
+    start = networks.full_state(
         parallel.unwrap(networks.build_case("dino", optimizer=NO_WARMUP)[0].model)
     )
     exact, rounded = two_ranks[0][f"gradients {strategy}"]
@@ -240,10 +242,12 @@ def _bytes(name, strategy):
     """Return counted and predicted bytes that this rank sends in one step, by kind."""
     stepper, sizes = networks.build_case(name, strategy=strategy, rows=6, **FLOAT64)
     networks.take_step(stepper, sizes, 0)
-    local = networks.batch(1, sizes, 6).slice(process_group.rank(), process_group.world_size())
+    local = networks.random_batch(1, sizes, 6).slice(
+        process_group.rank(), process_group.world_size()
+    )
     with Traffic() as traffic:
         stepper(Progress(1, 20, 2), local)
-    expected = predicted(
+    expected = predict_bytes(
         parallel.unwrap(stepper.model),
         strategy,
         dim=9,

@@ -137,7 +137,7 @@ def test_sharded_weights_send_the_counted_bytes(run, ranks):
         units, settings, Cluster(1, ranks), low_precision=False, itemsize=8
     )
     with process_group.fake_process_group(ranks):
-        expected = traffic.predicted(method, "fsdp", dim=8, rows=2, calls=1)
+        expected = traffic.predict_bytes(method, "fsdp", dim=8, rows=2, calls=1)
     gathered = sum(m.sent for m in forward + backward if m.collective == "allgather")
     reduced = sum(m.sent for m in backward if m.collective == "reduce_scatter")
     assert gathered == pytest.approx(float(expected["weights"]))

@@ -9,7 +9,7 @@ from ssl_pretrain.planning import hardware
 
 def test_flops_of_a_vit_equal_those_counted_by_hand(tmp_path):
     run = config.load(
-        tiny.config(tmp_path),
+        tiny.write_config(tmp_path),
         [
             "backbone.name=vit_tiny_patch16_224",
             "backbone.stem=imagenet",

@@ -138,7 +138,7 @@ def logs_of(run):
 @pytest.mark.case(4)
 def test_a_preempted_run_is_requeued_and_then_evaluated(cluster, tmp_path, observe):
     """One signal, one requeue by the job itself, the same bits, then k-NN as its own job."""
-    path, run = tiny.config(tmp_path), tmp_path / "run"
+    path, run = tiny.write_config(tmp_path), tmp_path / "run"
     settings = [*FEW_COLLECTIVES, "epochs=30"]
     training, evaluation = submit(path, *settings, "evaluation.at_end=[knn]")
     wait_until("training", lambda: logged_steps(run)[-1] >= 10, training)
@@ -168,7 +168,7 @@ def test_a_preempted_run_is_requeued_and_then_evaluated(cluster, tmp_path, obser
 @pytest.mark.case(1)
 @pytest.mark.case(4)
 def test_a_run_survives_two_preemptions_and_the_loss_of_a_node(cluster, tmp_path, observe):
-    path, run = tiny.config(tmp_path), tmp_path / "run"
+    path, run = tiny.write_config(tmp_path), tmp_path / "run"
     settings = [*FEW_COLLECTIVES, "epochs=40", "checkpoint.every_epochs=2", "log.wandb=offline"]
     (job,) = submit(path, "evaluation.at_end=[]", *settings)
 
@@ -212,7 +212,7 @@ def test_a_run_survives_two_preemptions_and_the_loss_of_a_node(cluster, tmp_path
 @pytest.mark.case(4)
 def test_a_run_continues_after_its_time_limit(cluster, tmp_path, observe):
     """SLURM itself sends the signal, up to a minute earlier than requested."""
-    path, run = tiny.config(tmp_path), tmp_path / "run"
+    path, run = tiny.write_config(tmp_path), tmp_path / "run"
     limit = ["launch.hours=0.05", "launch.signal_seconds=90"]
     settings = [*FEW_COLLECTIVES, "epochs=100000", "log.every_steps=20", "evaluation.at_end=[]"]
     (job,) = submit(path, *settings, *limit)
@@ -229,7 +229,7 @@ def test_a_run_continues_after_its_time_limit(cluster, tmp_path, observe):
 
 @pytest.mark.full
 def test_a_chain_of_jobs_without_requeue(cluster, tmp_path):
-    path, run = tiny.config(tmp_path), tmp_path / "run"
+    path, run = tiny.write_config(tmp_path), tmp_path / "run"
     settings = [*FEW_COLLECTIVES, "epochs=30", "evaluation.at_end=[]"]
     first, second = submit(path, *settings, "launch.requeue=false", "launch.chain=2")
     wait_until("training", lambda: logged_steps(run)[-1] >= 10, first)
@@ -244,7 +244,7 @@ def test_a_chain_of_jobs_without_requeue(cluster, tmp_path):
 
 @pytest.mark.full
 def test_a_sweep_is_an_array(cluster, tmp_path):
-    path, sweep = tiny.config(tmp_path), tmp_path / "sweep"
+    path, sweep = tiny.write_config(tmp_path), tmp_path / "sweep"
     settings = [*FEW_COLLECTIVES, "epochs=2", "evaluation.at_end=[]", f"output={sweep}"]
     jobs = submit(path, "seed=0,1", *settings, script="sweep")
     assert len(jobs) == 2
@@ -258,7 +258,7 @@ def test_a_sweep_is_an_array(cluster, tmp_path):
 
 def test_a_checkpoint_is_evaluated_by_its_own_job(cluster, tmp_path):
     """launch/evaluate.py submits only what is neither done nor queued, and can follow a job."""
-    path, run = tiny.config(tmp_path), tmp_path / "run"
+    path, run = tiny.write_config(tmp_path), tmp_path / "run"
     output_of(sys.executable, "-m", "ssl_pretrain.train", str(path), "epochs=2", timeout=300)
 
     def evaluate(*arguments):
