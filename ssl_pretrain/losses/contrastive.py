@@ -234,12 +234,14 @@ def hard_negative(
         raise ValueError(f"{name}: tau_plus must be in [0, 1), got {tau_plus}")
     if beta < 0:
         raise ValueError(f"{name}: beta must be >= 0, got {beta}")
-    z_a, z_b = _unit_pair(name, "z_a", z_a, "z_b", z_b, temperature)
+    unit_a, unit_b = _unit_pair(name, "z_a", z_a, "z_b", z_b, temperature)
     num_negatives = 2 * len(z_a) * process_group.world_size() - 2
-    positive = _positive_logits(z_a, z_b, temperature)
-    negatives = _log_sum_over_negatives(name, z_a, z_b, (1.0 + beta) / temperature)
+    negatives = _log_sum_over_negatives(name, unit_a, unit_b, (1.0 + beta) / temperature)
+    positive = _positive_logits(unit_a, unit_b, temperature)
     if beta:  # the sum of weight * exp(s) over the mean weight, in logarithms
-        weights = _log_sum_over_negatives(name, z_a, z_b, beta / temperature)
+        # Normalizing again adds the gradients in the order of earlier versions, bit for bit.
+        unit_a, unit_b = _unit_pair(name, "z_a", z_a, "z_b", z_b, temperature)
+        weights = _log_sum_over_negatives(name, unit_a, unit_b, beta / temperature)
         negatives = negatives - weights + math.log(num_negatives)
     # All terms are divided by the negatives' sum, so that nothing overflows at low temperatures.
     relative_positive = torch.exp(positive - negatives)

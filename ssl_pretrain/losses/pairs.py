@@ -44,8 +44,8 @@ def all_pairs(z_a: Tensor, z_b: Tensor, groups: Tensor) -> Pairs:
     """
     anchors = torch.cat([z_a, z_b])
     candidates, candidate_groups = collectives.gather(anchors), collectives.gather(groups.repeat(2))
-    dot_products = anchors @ candidates.T
-    squares = anchors.square().sum(1)[:, None] + candidates.square().sum(1) - 2 * dot_products
+    squared_norms = anchors.square().sum(1)[:, None] + candidates.square().sum(1)
+    squares = squared_norms - 2 * anchors @ candidates.T
     same_group = groups.repeat(2)[:, None] == candidate_groups
     device = anchors.device
     rows = torch.arange(len(anchors), device=device) + process_group.rank() * len(anchors)
