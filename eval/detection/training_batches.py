@@ -17,7 +17,7 @@ from ssl_pretrain.rng import Purpose
 Target = dict[str, Tensor]
 
 
-class TrainingBatches(Dataset):
+class TrainingBatches(Dataset[list[tuple[Tensor, Target]]]):
     """This rank's images and targets per step, a pure function of (seed, step, batch slot)."""
 
     def __init__(self, images: AnnotatedImages, protocol: Protocol, seed: int):

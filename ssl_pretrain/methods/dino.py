@@ -136,7 +136,8 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the prototypes' logits, shape (rows, num_prototypes)."""
-        return self.last_layer(self.embed(features))
+        logits: Tensor = self.last_layer(self.embed(features))
+        return logits
 
 
 class DINO(Method):
