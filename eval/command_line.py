@@ -12,9 +12,9 @@ from ssl_pretrain.eval import results, runs
 from ssl_pretrain.eval.frozen import shards
 from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.monitoring.output_streams import lasting_output
 from ssl_pretrain.system import durable_files
-from ssl_pretrain.system.exit_status import DISK_REFUSED, LOST, MISTAKE, SKIPPED
+from ssl_pretrain.system.exit_status import DISK_REFUSED, LOST, SKIPPED, USER_ERROR
+from ssl_pretrain.system.output_streams import tolerate_lost_output
 
 RUN_HELP = "folder of the run, a file of weights, or timm:<tag>; weights need backbone.name=NAME"
 OVERRIDES_HELP = (
@@ -97,16 +97,16 @@ def execute(main: Callable[[list[str]], None], name: str) -> None:
     that refuses to write, 69 for a lost worker, and 77 for images without labels if the command was
     told to skip those.
     """
-    with lasting_output():
+    with tolerate_lost_output():
         try:
             main(sys.argv[1:])
         except UnlabeledError as error:
             if "--skip-unlabeled" not in sys.argv[1:]:
-                _exit(name, error, MISTAKE)
+                _exit(name, error, USER_ERROR)
             print(f"{name}: skipped: {error}")
             sys.exit(SKIPPED)
         except (ValueError, OSError) as error:
-            _exit(name, error, DISK_REFUSED if durable_files.is_disk_failure(error) else MISTAKE)
+            _exit(name, error, DISK_REFUSED if durable_files.is_disk_failure(error) else USER_ERROR)
         except LostWorkerError as error:
             _exit(name, error, LOST)
         except KeyboardInterrupt:

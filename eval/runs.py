@@ -147,7 +147,7 @@ def _check_architecture(path: Path, run_config: RunConfig, folder: Path) -> None
     described = yaml.safe_load(file.read_text())
     for key in ("name", "stem"):
         value = getattr(run_config.backbone, key)
-        other = schema.at(described, f"backbone.{key}")
+        other = schema.value_at(described, f"backbone.{key}")
         if other not in (None, value):
             raise ValueError(
                 f"{folder}: has backbone.{key} {value}, and {file} says {other};"

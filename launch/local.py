@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.monitoring.output_streams import lasting_output
 from ssl_pretrain.system.exit_status import STOPPED
 from ssl_pretrain.system.import_path import child_environment
+from ssl_pretrain.system.output_streams import tolerate_lost_output
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
 HOST = re.compile(r"(?!-)[A-Za-z0-9._:-]+")
@@ -140,7 +140,7 @@ _stop = StopRequest()
 @contextmanager
 def launching() -> Iterator[None]:
     """Set up a launcher: survive the loss of its terminal, and forward requests to stop."""
-    with lasting_output(), stoppable():
+    with tolerate_lost_output(), stoppable():
         yield
 
 

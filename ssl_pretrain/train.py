@@ -24,16 +24,14 @@ from ssl_pretrain.checkpoint.resumption import finished_step
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import workers
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.distributed.lost_ranks import explain_lost_ranks
-from ssl_pretrain.distributed.straggler import measure_straggler
 from ssl_pretrain.monitoring.collapse import CollapseError
 from ssl_pretrain.monitoring.measurements import Measurements
-from ssl_pretrain.monitoring.output_streams import lasting_output
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema import COUNT
 from ssl_pretrain.system import exit_status, stop_signals
 from ssl_pretrain.system.exit_status import LostError
+from ssl_pretrain.system.output_streams import tolerate_lost_output
 from ssl_pretrain.system.thread_lock import only_training_of_process
 
 # Their messages are written for users and need no traceback.
@@ -74,7 +72,7 @@ def train_and_report(
     """Train as `train` does, print how the run ended, and return it."""
     run = Path(config.output)
     workers.refuse_in_worker()
-    with only_training_of_process(), explain_lost_ranks():
+    with only_training_of_process(), collectives.explain_lost_ranks():
         rank_agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
         configuration.check(config, process_group.world_size())
         compare = partial(configuration.compare_for_resume, config=config)
@@ -102,7 +100,7 @@ def _train(
         for progress, batch in training.steps():
             step = progress.step + 1  # records and checkpoints count from 1
             learning_rates = training.set_learning_rates(progress)
-            straggler = Measurements(measure_straggler(step, config.log.every_steps))
+            straggler = Measurements(collectives.measure_straggler(step, config.log.every_steps))
             output = training.stepper(progress, batch)
             measurements = training.measure(step, output) | straggler
             training.logger.log_step(step, output.logs, learning_rates, measurements)
@@ -134,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     if (status := exit_status.status_to_repeat()) is not None:
         return status
-    with stop_signals.remembering_signals(), lasting_output():
+    with stop_signals.remembering_signals(), tolerate_lost_output():
         try:
             return _run(options)
         except (*EXPECTED_ERRORS, torch.OutOfMemoryError) as error:

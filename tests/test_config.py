@@ -1,6 +1,8 @@
 """Messages about wrong configurations, compared as text, and what a resumed run may change."""
 
 import dataclasses
+import subprocess
+import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -212,6 +214,13 @@ def test_a_key_is_explained():
 def test_a_key_that_does_not_exist_is_not_explained():
     with pytest.raises(ValueError, match=r"^optim\.base_lrr: no such key\. Did you mean"):
         config.explain("optim.base_lrr")
+
+
+def test_the_help_of_a_key_ends_quietly_without_a_reader():
+    """As in `--help optim | head -1`."""
+    command = f"set -o pipefail; {sys.executable} -m ssl_pretrain.train --help optim | true"
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_former_key_is_accepted_with_a_notice(path):

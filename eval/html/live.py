@@ -22,7 +22,7 @@ def context(run: Path) -> dict[str, Any]:
     settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
     last: dict[str, Any] = metrics[-1] if metrics else {}
     facts = [
-        ("method", str(schema.at(settings, "method.name") or "-")),
+        ("method", str(schema.value_at(settings, "method.name") or "-")),
         ("step", f"{last.get('step', 0):,}"),
     ]
     if "epoch" in last:
@@ -42,7 +42,7 @@ def context(run: Path) -> dict[str, Any]:
 
 
 def _view_size(settings: dict[str, Any]) -> int:
-    if schema.at(settings, "views.crops") is None:
+    if schema.value_at(settings, "views.crops") is None:
         return 0
     return recipe.expand_counts(config.from_dict(settings).views)[0].size
 

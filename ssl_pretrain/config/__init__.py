@@ -1,6 +1,11 @@
-"""The configuration of a run: its settings, how they are read, checked and compared."""
+"""The configuration of a run: its settings, and how they are read, checked and compared."""
 
-from ssl_pretrain.config.feasibility import check, configured_micro_batch_size, method_on_meta
+from ssl_pretrain.config.feasibility import (
+    check,
+    check_slurm_keys,
+    configured_micro_batch_size,
+    method_on_meta,
+)
 from ssl_pretrain.config.key_help import HelpAction, explain
 from ssl_pretrain.config.loading import (
     NO_METHOD,
@@ -15,7 +20,6 @@ from ssl_pretrain.config.loading import (
 )
 from ssl_pretrain.config.resume_policy import compare_for_resume
 from ssl_pretrain.config.run_config import EvaluationConfig, LaunchConfig, PlanConfig, RunConfig
-from ssl_pretrain.config.slurm_keys import check_slurm_keys
 
 __all__ = [
     "NO_METHOD",

@@ -1,12 +1,13 @@
 """Check that the settings fit together and that the first step can run."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from ssl_pretrain import schema
 from ssl_pretrain.config.loading import ConfigError
-from ssl_pretrain.config.run_config import RunConfig
+from ssl_pretrain.config.run_config import LaunchConfig, RunConfig
 from ssl_pretrain.data import order, sources
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
@@ -14,6 +15,11 @@ from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.parallel import parallel_config
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
+
+SLURM_KEYS = (  # names within the section `launch`
+    *("nodes", "gpus_per_node", "cpus_per_rank", "memory_gb", "hours", "signal_seconds"),
+    *("requeue", "chain", "partition", "account", "qos", "constraint"),
+)
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -29,7 +35,10 @@ def check(config: RunConfig, world_size: int) -> None:
         parallel_config.bn_group_images(config.parallel, config.global_batch_size)
         parallel_config.check(config.parallel)
         optim.check(config.optim)
-        image_size_check.check(config.backbone, _image_sizes(config))
+        sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
+        if config.evaluation.image_size:
+            sizes["evaluation.image_size"] = config.evaluation.image_size
+        image_size_check.check(config.backbone, sizes)
         config.method.check(config, world_size)
         _try_method(config)
         order.check_divides(config.global_batch_size, world_size)
@@ -59,7 +68,7 @@ def _check_micro_batch(config: RunConfig, world_size: int) -> None:
 
 
 def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | None:
-    """Return the images per forward pass on one rank, None for `auto`, which is found by trial.
+    """Return the images per forward pass on one rank, or None for `auto`.
 
     Raises:
         ConfigError: If `micro_batch_size` is neither a number nor auto.
@@ -76,22 +85,14 @@ def configured_micro_batch_size(config: RunConfig, world_size: int) -> int | Non
 
 
 def method_on_meta(config: RunConfig) -> Method:
-    """Build the run's method on the meta device, to try it and to count its parameters."""
+    """Build the run's method on the meta device, where its weights take no memory."""
     image_size = recipe.expand_counts(config.views)[0].size
     with torch.device("meta"):
         return config.method.build(backbones.on_meta(config.backbone, image_size))
 
 
-def _image_sizes(config: RunConfig) -> dict[str, int]:
-    """Return the image sizes that the backbone sees, in pixels, by configuration key."""
-    sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
-    if config.evaluation.image_size:
-        sizes["evaluation.image_size"] = config.evaluation.image_size
-    return sizes
-
-
 def _try_method(config: RunConfig) -> None:
-    """Run the method's forward pass on blank views on the meta device.
+    """Run the method's forward pass on the meta device.
 
     Raises:
         ValueError: If the method needs other views or more images, or cannot run on the backbone.
@@ -118,7 +119,7 @@ def _try_method(config: RunConfig) -> None:
 
 
 def _forward_problem(config: RunConfig, error: Exception, sizes: list[int]) -> ValueError:
-    """Translate an error of the method's forward pass into one that names the keys."""
+    """Return an error that names the keys, for an error of the method's forward pass."""
     if "more than 1 value per channel" in str(error):
         return ValueError(
             "parallel.bn_group_images: batch norm cannot take its statistics from one image of "
@@ -131,3 +132,31 @@ def _forward_problem(config: RunConfig, error: Exception, sizes: list[int]) -> V
         f"method.name: {config.method.name} cannot run on backbone.name {config.backbone.name} "
         f"with views of {', '.join(map(str, sizes))} pixels: {str(error).splitlines()[0]}"
     )
+
+
+def check_slurm_keys(
+    config: RunConfig, overrides: Sequence[str], reason: str, remedy: str, *, overrides_only: bool
+) -> None:
+    """Refuse the keys that only a submission to SLURM uses. Call it if nothing is submitted.
+
+    Args:
+        config: The configuration.
+        overrides: The `key=value` arguments of the command line.
+        reason: Reason why nothing is submitted, for the message.
+        remedy: Remedy, for the message.
+        overrides_only: Refuse the keys on the command line only, because a YAML that was written
+            for a cluster may have them.
+
+    Raises:
+        ConfigError: If such a key is not at its default. The message names each key and its value.
+    """
+    default, override_keys = LaunchConfig(), {text.partition("=")[0] for text in overrides}
+    changes = [
+        f"launch.{key}: {value}"
+        for key in SLURM_KEYS
+        if (value := getattr(config.launch, key)) != getattr(default, key)
+        and (f"launch.{key}" in override_keys or not overrides_only)
+    ]
+    if changes:
+        verb = "this is" if len(changes) == 1 else "these are"
+        raise ConfigError(f"{', '.join(changes)}: {verb} for SLURM, and {reason}; {remedy}")

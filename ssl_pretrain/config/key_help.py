@@ -10,7 +10,7 @@ from ssl_pretrain import methods, schema
 from ssl_pretrain.config.resume_policy import resume_policy
 from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.methods.base import MethodConfig
-from ssl_pretrain.schema import Policy
+from ssl_pretrain.system.output_streams import redirect_to_null
 
 ON_RESUME = {
     "same": "A resumed run must keep it.",
@@ -29,9 +29,11 @@ class HelpAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, key: Any, *_: Any) -> None:
         """Print the help and exit, with an error if there is no such key."""
         try:
-            print(explain(key) if key else parser.format_help())
+            print(explain(key) if key else parser.format_help(), flush=True)
         except ValueError as error:
             parser.error(str(error))
+        except BrokenPipeError:  # the reader, such as `head`, has ended
+            redirect_to_null(1)
         parser.exit()
 
 
@@ -43,33 +45,27 @@ def explain(key: str = "") -> str:
     Raises:
         ValueError: If there is no such key.
     """
-    key_type: Any = RunConfig
-    names = key.split(".") if key else []
-    if names[:1] == ["method"] and len(names) > 1:
-        method_config = methods.find(names.pop(1)).Config
-    else:
-        method_config = MethodConfig
-    overrides = {"method": method_config}
-    for depth in range(len(names)):
-        section, path = key_type, ".".join(names[: depth + 1])
-        key_type = schema.declared_type(RunConfig, path, overrides)
+    method_config, path = MethodConfig, key
+    if key.startswith("method."):
+        _, method_name, *names = key.split(".")
+        method_config, path = methods.find(method_name).Config, ".".join(["method", *names])
+
+    def declared_type(path: str) -> Any:
+        replacements = {"method": method_config}
+        return schema.declared_type(RunConfig, path, replacements) if path else RunConfig
+
+    key_type, (parent, _, name) = declared_type(path), path.rpartition(".")
     if dataclasses.is_dataclass(key_type):
-        return _explain_section(typing.cast(type, key_type))
+        section = typing.cast(type, key_type)
+        keys = [field.name for field in dataclasses.fields(section)]
+        width = max(map(len, keys))
+        return "\n".join(f"{key:{width}}  {schema.metadata(section, key)['help']}" for key in keys)
+    section = declared_type(parent)
     if not dataclasses.is_dataclass(section):
         raise ValueError(f"{key}: has no help of its own; see {key.rpartition('.')[0]}")
-    return _explain_setting(typing.cast(type, section), key, resume_policy(path, method_config))
-
-
-def _explain_section(section: type) -> str:
-    names = [field.name for field in dataclasses.fields(section)]
-    width = max(map(len, names))
-    return "\n".join(f"{name:{width}}  {schema.metadata(section, name)['help']}" for name in names)
-
-
-def _explain_setting(section: type, key: str, policy: Policy) -> str:
-    name = key.rpartition(".")[2]
+    section = typing.cast(type, section)
     type_name, default = _describe_type(schema.hints(section)[name]), getattr(section(), name)
-    text = schema.metadata(section, name)["help"]
+    policy, text = resume_policy(path, method_config), schema.metadata(section, name)["help"]
     return f"{key} ({type_name}, default {default!r})\n  {text}\n  {ON_RESUME[policy]}"
 
 

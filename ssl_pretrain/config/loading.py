@@ -13,7 +13,7 @@ from ssl_pretrain.config.run_config import RunConfig
 from ssl_pretrain.methods.base import MethodConfig
 from ssl_pretrain.schema import Scalar
 
-NO_METHOD = "none"  # method.name of weights that were not trained by this project
+NO_METHOD = "none"  # method.name for weights that were not trained by this project
 INTERPOLATION = (
     "'${' is not allowed: nothing is interpolated, so that no secret of the environment enters a "
     "logged config"
@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
 
 @contextmanager
-def naming(source: str) -> Iterator[None]:
+def name_file_in_errors(source: str) -> Iterator[None]:
     """Turn a ValueError into a ConfigError whose message begins with the name of the file."""
     try:
         yield
@@ -39,10 +39,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the configuration of a YAML file with `key=value` overrides.
 
     Raises:
-        ConfigError: A key or a value is not allowed.
+        ConfigError: If a key or a value is not allowed.
     """
     tree = override(read_yaml(Path(path)), overrides, str(path))
-    if schema.at(tree, "output") in (None, "", Scalar("")):
+    if schema.value_at(tree, "output") in (None, "", Scalar("")):
         tree["output"] = f"runs/{Path(path).stem}"
     return from_dict(tree, str(path))
 
@@ -51,11 +51,11 @@ def from_dict(tree: dict[str, Any], source: str = "the checkpoint's config") -> 
     """Build a configuration from the values of a checkpoint's manifest or of a YAML file.
 
     Raises:
-        ConfigError: A key or a value is not allowed.
+        ConfigError: If a key or a value is not allowed.
     """
     if "${" in str(tree):
         raise ConfigError(f"{source}: {INTERPOLATION}")
-    with naming(source):
+    with name_file_in_errors(source):
         tree = schema.rename_keys(tree, source)
         config = schema.build(RunConfig, tree, {"method": _method_config(tree)})
         schema.check(config)
@@ -67,7 +67,7 @@ def without_method(overrides: Sequence[str], source: str) -> RunConfig:
     """Return the configuration for evaluating weights that were not trained by this project.
 
     Raises:
-        ConfigError: An override is not allowed.
+        ConfigError: If an override is not allowed.
     """
     return from_dict(override({"method": {"name": NO_METHOD}}, overrides, source), source)
 
@@ -86,25 +86,24 @@ def override(values: dict[str, Any], overrides: Sequence[str], source: str) -> d
     """Set `key=value` overrides in the values of a YAML file or a manifest.
 
     Raises:
-        ConfigError: An override is not key=value, or its key does not exist.
+        ConfigError: If an override is not key=value, or its key does not exist.
     """
     pairs = [pair for pair in map(_split_override, overrides) if pair is not None]
-    with naming(source):
+    with name_file_in_errors(source):
         values = schema.rename_keys(values, source)
-        named = values
-        # The name of the method decides the types of its keys.
+        with_method = values  # its name decides the types of its keys, so it is set first
         for key, text in pairs:
             if key in ("method", "method.name"):
-                any_method = {"method": dict[str, str]}
-                named = schema.merge(named, schema.override(RunConfig, key, text, any_method))
-        method_type = {"method": _method_config(named)}
+                tree = schema.override(RunConfig, key, text, {"method": dict[str, str]})
+                with_method = schema.merge(with_method, tree)
+        replacements = {"method": _method_config(with_method)}
         for key, text in pairs:
-            values = schema.merge(values, schema.override(RunConfig, key, text, method_type))
+            values = schema.merge(values, schema.override(RunConfig, key, text, replacements))
     return values
 
 
 def _split_override(text: str) -> tuple[str, str] | None:
-    """Return key and value of an override, None if its key no longer has an effect."""
+    """Return the key and the value of an override, or None if the key no longer has an effect."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"{text!r}: an override is key=value, such as optim.base_lr=0.3")
@@ -115,8 +114,8 @@ def _split_override(text: str) -> tuple[str, str] | None:
 
 
 def _method_config(tree: dict[str, Any]) -> type[MethodConfig]:
-    """Return the Config of the method that `method.name` names."""
-    name = schema.at(tree, "method.name")
+    """Return the Config of the tree's method."""
+    name = schema.value_at(tree, "method.name")
     name = name.text if isinstance(name, Scalar) else name
     if not name or name == "???":
         raise ValueError(f"method.name is missing; choose one of: {', '.join(methods.names())}")
@@ -127,7 +126,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file. Its scalars stay text until the types of their keys are known.
 
     Raises:
-        ConfigError: There is no such file, or it is not a YAML mapping in UTF-8.
+        ConfigError: If there is no such file, or it is not a YAML mapping in UTF-8.
     """
     if not path.is_file():
         neighbors = sorted(map(str, path.parent.glob("*.yaml"))) if path.parent.is_dir() else []
@@ -158,11 +157,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
-    """Return a problem of PyYAML as ` at line N: PROBLEM`."""
+    """Return the line and the problem of an error of PyYAML, as ` at line N: PROBLEM`."""
     if isinstance(error, yaml.reader.ReaderError):
         character = chr(error.character) if isinstance(error.character, int) else error.character
         line = text.count("\n", 0, max(0, text.find(str(character)))) + 1
         return f" at line {line}: {error.reason}"
     mark = getattr(error, "problem_mark", None)
-    where = f" at line {mark.line + 1}" if mark else ""
-    return f"{where}: {getattr(error, 'problem', None) or error}"
+    line_number = f" at line {mark.line + 1}" if mark else ""
+    return f"{line_number}: {getattr(error, 'problem', None) or error}"

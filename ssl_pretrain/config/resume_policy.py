@@ -16,8 +16,8 @@ from ssl_pretrain.views.recipe import Crop
 def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> None:
     """Refuse to resume a checkpoint with a configuration that would change the results.
 
-    The `on_resume` policy of a key decides whether its value may differ. A key that is missing from
-    the checkpoint, because an older version saved it, counts as the key's default.
+    The `on_resume` policy of a key decides whether its value may differ. If the checkpoint was
+    saved by an older version that lacks a key, the key counts as being at its default.
 
     Args:
         saved: The configuration in the checkpoint's manifest.
@@ -50,8 +50,8 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
 def _defaults(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Return the defaults of the new configuration's keys.
 
-    They include the options of every crop that the saved run has. A crop that it lacks has no
-    defaults, so adding one counts as a difference.
+    They include the options of every crop that the saved run has. A crop that the saved run lacks
+    has no defaults, so adding one counts as a difference.
     """
     defaults = schema.flatten(to_dict(from_dict({"method": {"name": config.method.name}})))
     defaults = {key: value for key, value in defaults.items() if key in new}
@@ -63,7 +63,7 @@ def _defaults(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> di
 
 
 def resume_policy(key: str, method_config: type) -> Policy:
-    """Return the policy of a dotted key. The policy of its section takes precedence.
+    """Return the policy of a dotted key, which is that of its section if the section has one.
 
     Args:
         key: The key, such as `optim.base_lr`.

@@ -5,7 +5,10 @@ L_r with mean_r(L_r) = L(global batch), and every collective has its true (summe
 average is then exactly dL/dparams of one process on the whole batch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,11 +17,25 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ssl_pretrain.distributed import process_group
+from ssl_pretrain.system.exit_status import LostError
+from ssl_pretrain.system.watchdog import rank_and_host, watchdog
 
 T = TypeVar("T")
-# torch 2.13 renamed both. torch 2.11 has only the old names.
+# torch 2.13 renamed both functions. torch 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# Words of gloo, NCCL and the store about a rank that ended or does not answer.
+_LOST_RANK = re.compile(
+    r"connection (was )?(closed|reset|refused)|timed? ?out|timeout|broken pipe"
+    r"|remote process exited|failed to recv|recvvalue failed|sendbytes failed|connect.*failed"
+    r"|no route to host",
+    re.IGNORECASE | re.DOTALL,
+)
+_BACKEND = re.compile(r"gloo|nccl|tcpstore|store->|socket|\[c10d", re.IGNORECASE)
+
+
+class LostRankError(LostError):
+    """Another rank ended or did not answer. The message names this rank and its activity."""
 
 
 class _Gather(torch.autograd.Function):
@@ -50,6 +67,7 @@ class _ReduceSum(torch.autograd.Function):
 
 
 def _sum_of_copies(x: Tensor, group: Any) -> Tensor:
+    """Return the sum over the ranks, and leave `x` as it is."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
@@ -66,12 +84,12 @@ def reduce_sum(x: Tensor, group: Any = None) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return True if each rank holds only a shard, as of FSDP's weights and their gradients."""
+    """Return True if each rank holds only a shard of the tensor, as FSDP's ranks do."""
     return isinstance(tensor, DTensor)
 
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return this rank's rows of sharded tensors, and other tensors whole.
+    """Return this rank's shards of sharded tensors, and the other tensors whole.
 
     The results share memory with the tensors and have no graph.
     """
@@ -80,7 +98,7 @@ def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
-    """Return the 2-norms of the tensors of each list, which may be sharded, in one collective."""
+    """Return the 2-norms of the tensors of each list, in one collective if they are sharded."""
     local = [torch.stack(torch._foreach_norm(shards(tensors))) for tensors in lists]
     first = lists[0][0]
     if not isinstance(first, DTensor):
@@ -92,7 +110,7 @@ def norms(*lists: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """Return the values of all ranks in rank order. They travel as pickles between these ranks."""
+    """Return the values of all ranks in rank order. They are pickled on the way."""
     if process_group.world_size() == 1:
         return [value]
     values: list[Any] = [None] * process_group.world_size()
@@ -110,16 +128,16 @@ def broadcast_object(value: Any, group: Any = None) -> Any:
 
 
 def run_on_main(function: Callable[[], T], group: Any = None) -> T:
-    """Call a function on rank 0. Return its result, or raise its error, on every rank."""
-    outcome: tuple[Any, Exception | None] = None, None
+    """Call a function on rank 0. Return its result on every rank, or raise its error there."""
+    result, error = None, None
     if process_group.is_main():
         try:
-            outcome = function(), None
-        except (ValueError, OSError) as error:  # raised below, after the others know
-            outcome = None, error
-    result, problem = broadcast_object(outcome, group)
-    if problem is not None:
-        raise problem
+            result = function()
+        except (ValueError, OSError) as failure:  # raised below, after the others know
+            error = failure
+    result, error = broadcast_object((result, error), group)
+    if error is not None:
+        raise error
     return cast(T, result)
 
 
@@ -127,3 +145,44 @@ def barrier() -> None:
     """Wait for all ranks."""
     if process_group.world_size() > 1:
         dist.barrier(group=process_group.cpu_group())
+
+
+def measure_straggler(step: int, every_steps: int) -> dict[str, float]:
+    """Find the slowest rank between steps, and how long the others wait for it.
+
+    Between steps a rank spends its time on images, CPU work and logging. Within a step all ranks
+    wait for each other in every collective. The measurement takes place every `every_steps` steps,
+    on the CPU group.
+    """
+    if process_group.world_size() == 1 or step % every_steps:
+        return {}
+    start = time.monotonic()
+    barrier()
+    waits = gather_objects(time.monotonic() - start)
+    return {"straggler": waits.index(min(waits)), "straggler_seconds": max(waits) - min(waits)}
+
+
+@contextmanager
+def explain_lost_ranks() -> Iterator[None]:
+    """Turn the many errors of a collective that another rank left into one message.
+
+    Raises:
+        LostRankError: If another rank ended, or did not answer within `parallel.timeout_seconds`.
+    """
+    try:
+        yield
+    except process_group.RendezvousError:
+        raise
+    except RuntimeError as error:
+        text = str(error).strip()
+        is_network_error = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+        is_from_backend = is_network_error or _BACKEND.search(text) is not None
+        if process_group.world_size() == 1 or not (is_from_backend and _LOST_RANK.search(text)):
+            raise
+        raise LostRankError(
+            f"{rank_and_host()}: another rank ended or did not answer within "
+            f"{process_group.timeout_seconds():g} s (parallel.timeout_seconds) while "
+            f"{watchdog.activity}: {text.splitlines()[0]}; look for the first error among the "
+            "outputs of all ranks, fix it, and start all ranks again. The run resumes from its "
+            "newest checkpoint"
+        ) from error

@@ -1,9 +1,12 @@
 """The process group of a run: joining and leaving it, and the ranks it has.
 
-Without a process group this process is rank 0 of 1, and the groups made here are None.
+Without a process group this process is rank 0 of 1, and the functions that return a group return
+None.
 """
 
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,12 +15,22 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from ssl_pretrain.distributed import rendezvous
+from ssl_pretrain.system.exit_status import LostError
 from ssl_pretrain.system.watchdog import watchdog
+
+RENDEZVOUS_GRACE_SECONDS = 3.0  # torch's own timeout comes first, since its message says more
+NAME_SERVER_SECONDS = 30.0  # a name server may be late when a whole cluster starts
+MISSING_RANK_REMEDY = (
+    "check that every rank was started, and that the port on the first rank's machine can be "
+    "reached"
+)
 
 _timeout_seconds = 600.0
 _cpu_group: Any = None  # on gloo, so that nothing waits for the accelerator's stream
-MEETING_GRACE_SECONDS = 3.0  # torch's own timeout comes first, since its message says more
+
+
+class RendezvousError(LostError):
+    """The ranks did not meet. The message names the address, the time waited, and a remedy."""
 
 
 def start(
@@ -32,7 +45,7 @@ def start(
             longer wait ends the run, with this rank's stacks on stderr.
 
     Raises:
-        RendezvousError: The address of rank 0 cannot be used, or a rank did not come.
+        RendezvousError: If the address of rank 0 cannot be used, or a rank did not come.
     """
     global _cpu_group, _timeout_seconds
     _timeout_seconds = timeout_seconds
@@ -50,17 +63,74 @@ def start(
         timeout = timedelta(seconds=timeout_seconds)
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         watchdog.beat(
-            timeout_seconds + MEETING_GRACE_SECONDS,
+            timeout_seconds + RENDEZVOUS_GRACE_SECONDS,
             f"waiting for the other ranks at {address}",
-            rendezvous.MISSING_RANK_REMEDY,
+            MISSING_RANK_REMEDY,
         )
         try:
-            rendezvous.join("nccl" if cuda else "gloo", timeout, device if cuda else None)
+            _join("nccl" if cuda else "gloo", timeout, device if cuda else None)
             _cpu_group = dist.new_group(backend="gloo", timeout=timeout) if cuda else None
         finally:
             watchdog.disarm()
         watchdog.activity = "preparing the run"
     return device
+
+
+def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
+    """Join the process group described by torchrun's environment variables.
+
+    Raises:
+        RendezvousError: If the ranks did not meet within the timeout.
+    """
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    address = f"rank {rank} of {size} at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    start = time.monotonic()
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            break
+        except OSError as error:
+            seconds = min(NAME_SERVER_SECONDS, timeout.total_seconds())
+            if time.monotonic() - start > seconds:
+                raise RendezvousError(
+                    f"{address}: this machine does not know that host: {error}; "
+                    "give the name or address of the first rank's machine"
+                ) from None
+            time.sleep(1)
+    start = time.monotonic()
+    try:
+        store = _fresh_store(host, port, timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=device, **store)
+    except (RuntimeError, ValueError) as error:
+        remedy = MISSING_RANK_REMEDY
+        if "EADDRINUSE" in str(error):
+            remedy = (
+                "another process uses that port; give another one "
+                "(launch.port, torchrun --master-port)"
+            )
+        raise RendezvousError(
+            f"{address}: the ranks did not meet after {time.monotonic() - start:.0f} s "
+            f"(parallel.timeout_seconds {timeout.total_seconds():g}): "
+            f"{str(error).strip().splitlines()[0]}; {remedy}"
+        ) from None
+
+
+def _fresh_store(host: str, port: str, timeout: timedelta) -> dict[str, Any]:
+    """Return arguments of `init_process_group` for a store that no earlier start of the ranks used.
+
+    torchrun's agent keeps one store over all its restarts (torch 2.13), in which a rank would find
+    the addresses of dead ranks. The agent counts its restarts, and each count gives a new prefix.
+    It does not count restarts on behalf of another machine, so `launch.local` makes it create a new
+    store for each of those.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    variables = ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    rank, size, attempt = (int(os.environ[name]) for name in variables)
+    store = dist.TCPStore(host, int(port), size, is_master=False, timeout=timeout)
+    prefixed = dist.PrefixStore(f"attempt {attempt}", store)
+    return {"store": prefixed, "rank": rank, "world_size": size}
 
 
 def stop() -> None:
@@ -73,7 +143,7 @@ def stop() -> None:
 
 @contextmanager
 def fake_process_group(ranks: int) -> Iterator[None]:
-    """Pretend to be rank 0 of a group whose collectives send nothing and fill nothing.
+    """Pretend to be rank 0 of a group whose collectives send and receive nothing.
 
     `--plan` uses it to run a rank's program on tensors without memory.
     """
@@ -132,7 +202,7 @@ def cores_per_rank() -> int:
 
 
 def timeout_seconds() -> float:
-    """Return the limit of a step, of a wait for images and of a collective, as given to `start`."""
+    """Return the limit of a collective, a step and a wait for images, as given to `start`."""
     return _timeout_seconds
 
 
@@ -148,10 +218,7 @@ def group_size(group: Any = None) -> int:
 
 def new_subgroup(ranks_per_group: int) -> Any:
     """Split the ranks into consecutive groups and return this rank's. None means all ranks."""
-    if ranks_per_group >= world_size():
-        return None
-    group, _ = dist.new_subgroups(ranks_per_group)
-    return group
+    return dist.new_subgroups(ranks_per_group)[0] if ranks_per_group < world_size() else None
 
 
 def new_cpu_group(patience: float = 1.0) -> Any:

@@ -32,8 +32,8 @@ NO_STEP_REMEDY = (
 class StopRequest:
     """Agreement of all ranks on a request to stop, and the signs of life for the watchdog.
 
-    A signal sets a flag. All ranks exchange their flags once per step, on a CPU group while the
-    next step computes, and use the answer one step later. The exchange therefore costs no time. A
+    A signal sets a flag. All ranks exchange their flags once per step, on a CPU group. The exchange
+    costs no time, because the next step computes meanwhile and the answer is used one step later. A
     second signal ends this process at once.
 
     Args:
@@ -53,7 +53,7 @@ class StopRequest:
 
         Args:
             batches: The batches of the steps after `first_step`.
-            first_step: Optimizer steps done before. The step after it also compiles.
+            first_step: Optimizer steps done before. The step after them also compiles.
         """
         iterator, timeout = iter(batches), process_group.timeout_seconds()
         for step in itertools.count(first_step + 1):
@@ -75,19 +75,20 @@ class StopRequest:
         """
         watchdog.beat(process_group.timeout_seconds(), f"ending step {step}", NO_STEP_REMEDY)
         if step == self._fake_preempt and process_group.is_main():
-            if self._signals.handled:
+            if self._signals.has_handlers:
                 os.kill(os.getpid(), signal.SIGUSR2)
             self._signals.requested = True
         if process_group.world_size() == 1:
             return self._signals.requested
-        answer = self._wait()
+        is_requested = self._wait()
         flag = torch.tensor([int(self._signals.requested)])
         group = process_group.cpu_group()
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group, async_op=True)
         self._pending = flag, work
-        return answer
+        return is_requested
 
     def _wait(self) -> bool:
+        """Wait for the pending exchange, and return True if any rank had a request in it."""
         if self._pending is None:
             return False
         flag, work = self._pending

@@ -1,7 +1,9 @@
-"""The process that holds the lock of a run's folder, as lock.json describes it."""
+"""The process that holds a run's folder: its description in lock.json, and its flock."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -16,7 +18,7 @@ class LockHolder:
 
     host: str = ""
     pid: int = -1
-    born: str = ""  # start time of the process; process ids are reused, start times are not
+    born: str = ""  # start time of the process, since the kernel uses process ids again
     boot: str = ""  # id of the kernel's last boot
     namespace: str | None = None  # process ids of another container mean other processes
     flock: str = ""  # name of the folder's flock, if the process holds it
@@ -37,14 +39,12 @@ class LockHolder:
     @classmethod
     def from_json(cls, text: bytes) -> LockHolder | None:
         """Read the content of lock.json. Return None if it is damaged."""
-        try:
+        with suppress(ValueError):
             content = json.loads(text)
-        except ValueError:
-            return None
-        if not isinstance(content, dict):
-            return None
-        names = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in names})
+            if isinstance(content, dict):
+                names = {field.name for field in fields(cls)}
+                return cls(**{key: value for key, value in content.items() if key in names})
+        return None
 
     def to_json(self) -> str:
         """Format the content of lock.json."""
@@ -60,18 +60,15 @@ class LockHolder:
 
     def shares_process_ids(self, other: LockHolder) -> bool:
         """Return True if the process id of one is valid for the other."""
-        same_namespace = self.namespace == other.namespace or None in (
-            self.namespace,
-            other.namespace,
-        )
-        return self.is_on_same_host(other) and same_namespace
+        namespaces = {self.namespace, other.namespace}
+        return self.is_on_same_host(other) and (len(namespaces) == 1 or None in namespaces)
 
     def is_same_job(self, other: LockHolder) -> bool:
-        """Return True if both processes belong to one SLURM job, which was requeued in between."""
+        """Return True if both belong to one SLURM job, which was then requeued in between."""
         return bool(self.job) and self.job == other.job
 
     def has_exited(self) -> bool:
-        """Return True if this process of our process ids has ended."""
+        """Return True if the process has ended. Its id must be valid for the caller."""
         return start_time(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -80,15 +77,12 @@ class LockHolder:
 
 def start_time(pid: int) -> str:
     """Return the start time of a process by the kernel's count, empty if it has ended."""
-    try:
+    with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        pass
-    try:
+    with suppress(OSError, TypeError):
         os.kill(pid, 0)
-    except (OSError, TypeError):
-        return ""
-    return "running"  # this system has no /proc
+        return "running"  # this system has no /proc
+    return ""
 
 
 def _pid_namespace() -> str:
@@ -101,3 +95,66 @@ def _boot_id() -> str:
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
+
+
+class FolderFlock:
+    """An flock on a run's folder. It leaves no file behind and ends with its process.
+
+    Attributes:
+        is_held: True if the last attempt to take the flock succeeded and it was not released since.
+        is_refused: True if another process had the flock at the last attempt. Both are False on a
+            file system without flock for folders.
+        name: The folder's device and inode, since two mounts of one network file system may have
+            separate locks.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, ""
+        self.is_held = self.is_refused = False
+        self._descriptor: int | None = None
+
+    def take(self) -> bool:
+        """Try to take the flock without waiting, and return True if it is held."""
+        if not self.is_held:
+            self._try(fcntl.LOCK_EX)
+        return self.is_held
+
+    def take_and_release(self) -> bool:
+        """Take a shared flock for a moment, and return True if that was possible."""
+        self._try(fcntl.LOCK_SH)
+        was_free = self.is_held
+        self.release()
+        return was_free
+
+    def release(self) -> None:
+        """Release the flock if it is held."""
+        self._close()
+        self.is_held = False
+
+    def _try(self, kind: int) -> None:
+        self.is_refused = False
+        try:
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            self.is_refused = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            return
+        self.is_held, self.name, self._descriptor = True, device_and_inode(descriptor), descriptor
+        if kind == fcntl.LOCK_EX:  # a worker that outlives the run must not hold the folder
+            os.register_at_fork(after_in_child=self._close)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+def device_and_inode(file: int | Path) -> str:
+    """Return the identity of a file or folder, given by its path or descriptor, on this machine."""
+    status = os.stat(file)
+    return f"{status.st_dev}:{status.st_ino}"

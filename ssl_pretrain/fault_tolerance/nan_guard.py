@@ -24,7 +24,7 @@ from ssl_pretrain.system import durable_files
 
 @dataclass
 class GuardConfig:
-    """Limits of the bad steps and rollbacks that a run survives."""
+    """Limits of the skipped steps and rollbacks that a run survives."""
 
     max_skipped_steps: int = setting(
         10, "Consecutive steps with a gradient that is not finite before a rollback.", minimum=1
@@ -33,7 +33,7 @@ class GuardConfig:
 
 
 class NanGuard:
-    """Skips, rolls back or ends a run whose gradients are not finite.
+    """Records skipped steps, and rolls back or ends a run after too many of them.
 
     Args:
         config: The limits.
@@ -41,8 +41,8 @@ class NanGuard:
         every_steps: Interval at which the host reads the device, as the logger does.
         seed: Seed of the run, recorded with each skipped step.
         steps_per_epoch: Optimizer steps per epoch.
-        describe_bad_embeddings: Names the embeddings that are not finite, or returns an empty
-            text. Called on every rank.
+        describe_bad_embeddings: Returns the names of embeddings that are not finite, or an empty
+            text. It is called on every rank.
         roll_back: Restores the newest checkpoint and returns its name, or None if there is none.
     """
 
@@ -60,12 +60,12 @@ class NanGuard:
         self.config, self.run, self.every_steps = config, run, every_steps
         self.seed, self.steps_per_epoch = seed, steps_per_epoch
         self._describe_bad_embeddings, self._roll_back = describe_bad_embeddings, roll_back
-        self._num_rollbacks = self._skipped_in_a_row = 0
+        self._num_rollbacks = self._num_skipped_in_a_row = 0
         self._last_rollback: dict[str, int] = {}  # after which step, and to which checkpoint
         self._unread: list[tuple[int, Tensor, Tensor]] = []  # step, skipped, image indices
 
     def check(self, step: int, indices: Tensor, logs: dict[str, Tensor]) -> None:
-        """Take a step's result. Every `every_steps`, roll back or stop if too many were skipped.
+        """Note a step's result. Every `every_steps`, roll back or stop if too many were skipped.
 
         Args:
             step: Optimizer steps done.
@@ -73,28 +73,30 @@ class NanGuard:
             logs: Scalars of the step. `skipped_steps` is 1 for a step that was masked.
 
         Raises:
-            FloatingPointError: Too many steps were skipped after the last rollback, or there is no
-                checkpoint.
+            FloatingPointError: If too many steps were skipped, and `max_rollbacks` is reached or
+                there is no checkpoint.
         """
         self._unread.append((step, logs["skipped_steps"], indices))
         if step % self.every_steps and len(self._unread) < self.every_steps:
             return
         flags = torch.stack([skipped for _, skipped, _ in self._unread]).tolist()
         for (number, _, batch_indices), skipped in zip(self._unread, flags):  # same on all ranks
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+            self._num_skipped_in_a_row = self._num_skipped_in_a_row + 1 if skipped else 0
             if skipped:
                 self._record(number, batch_indices)
         self._unread.clear()
-        if self._skipped_in_a_row >= self.config.max_skipped_steps:
+        if self._num_skipped_in_a_row >= self.config.max_skipped_steps:
             self._recover(step)
 
     def _recover(self, step: int) -> None:
-        problem = f"step {step}: {self._skipped_in_a_row} steps in a row had a non-finite gradient"
+        problem = (
+            f"step {step}: {self._num_skipped_in_a_row} steps in a row had a non-finite gradient"
+        )
         if bad := self._describe_bad_embeddings():
             problem += f"; embeddings that are not finite: {bad}"
         may_roll_back = self._num_rollbacks < self.config.max_rollbacks
-        restored = self._roll_back() if may_roll_back else None
-        if restored is None:
+        checkpoint = self._roll_back() if may_roll_back else None
+        if checkpoint is None:
             command = shlex.join(["python", "-m", "ssl_pretrain.replay", str(self.run), str(step)])
             raise FloatingPointError(
                 f"{problem}. The weights are those of the last finite step. Lower optim.base_lr, "
@@ -102,13 +104,13 @@ class NanGuard:
                 f"the last checkpoint. `{command}` repeats this step alone"
             )
         self._num_rollbacks += 1
-        self._skipped_in_a_row = 0
+        self._num_skipped_in_a_row = 0
         self._last_rollback = {
             "rolled_back_after": step,
-            "rolled_back_to": int(restored.rpartition("_")[2]),
+            "rolled_back_to": int(checkpoint.rpartition("_")[2]),
         }
         process_group.print_once(
-            f"{problem}. Weights and optimizer were restored from {restored}. "
+            f"{problem}. Weights and optimizer were restored from {checkpoint}. "
             "Training continues with the next images",
         )
 
@@ -122,7 +124,7 @@ class NanGuard:
         try:
             path.parent.mkdir(exist_ok=True)
             durable_files.replace(path, json.dumps(record | {"indices": all_indices}))
-        except OSError as error:  # the run is worth more than this record
+        except OSError as error:  # no reason to end the run
             warnings.warn(
                 f"{path} could not be written: {durable_files.reason(error)}; "
                 "that step cannot be replayed",

@@ -1,4 +1,4 @@
-"""The lock of a run's folder: it keeps a second run out and lets a restarted one take over."""
+"""The lock of a run's folder, which keeps a second run out and lets a restarted one take over."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.fault_tolerance.folder_flock import FolderFlock, device_and_inode
-from ssl_pretrain.fault_tolerance.lock_holder import LockHolder
+from ssl_pretrain.fault_tolerance.lock_holder import FolderFlock, LockHolder, device_and_inode
 from ssl_pretrain.system import durable_files
-from ssl_pretrain.system.exit_status import MISTAKE
+from ssl_pretrain.system.exit_status import USER_ERROR
 
 TOUCH_SECONDS = 30.0
-STALE_SECONDS = 180.0  # another machine's lock is stale if it was not touched for so long
-UNREADABLE_SECONDS = 3.0  # a lock is empty for a moment, between its creation and its content
+STALE_SECONDS = 180.0  # another machine's lock that was not touched for this long is stale
+UNREADABLE_SECONDS = 3.0  # a lock is empty for a moment, until its content is written
 DYING_SECONDS = 10.0  # longest time the kernel takes to close the files of a killed process
 POLL_SECONDS = 0.5
 # Errors of a file system without hard links.
@@ -32,17 +31,17 @@ class RunLock:
     """Lock of a run's folder, entered by every rank (`with RunLock(run): ...`) and held by rank 0.
 
     The lock is the file lock.json, which names its holder. It is created by a hard link or, on file
-    systems without them, by an exclusive creation. The folder is also held by flock where the file
-    system has it. An flock ends with its process, so containers that share a host name but not
-    process ids exclude each other.
+    systems without hard links, in exclusive mode. Where the file system supports it, the holder
+    also has an flock on the folder. An flock ends with its process, so containers that share a host
+    name but not process ids exclude each other.
 
-    A stale lock is taken over. It is stale if its process has exited, or if it belongs to this very
-    SLURM job, which was requeued. The lock of another machine or container is stale once it was not
-    touched for three minutes by the file system's own clock. Entering waits for that.
+    A stale lock is taken over. A lock is stale if its process has exited, or if it belongs to this
+    very SLURM job, which was requeued. The lock of another machine or container is stale if it was
+    not touched for three minutes by the file system's own clock. Entering waits for that.
 
     Raises:
-        ValueError: Another run holds the folder. The message names its process, machine and job.
-        SaveError: The disk is full or failing.
+        ValueError: If another run holds the folder. The message names its process, machine and job.
+        SaveError: If the disk is full or failing.
     """
 
     def __init__(self, run: Path):
@@ -74,16 +73,15 @@ class RunLock:
     def check(self) -> None:
         """Make sure that this run still holds the folder, if the last check was long ago.
 
-        Called before a step or a save. While this process was suspended or the file system did not
+        Call it before a step or a save. While this process was suspended or the file system did not
         answer, another run may have taken over.
 
         Raises:
-            ValueError: Another run holds the lock.
+            ValueError: If another run holds the lock.
         """
-        if process_group.is_main() and time.monotonic() - self._last_check > TOUCH_SECONDS:
-            problem = self._touch_or_restore()
-            if problem:
-                raise ValueError(problem)
+        is_check_due = time.monotonic() - self._last_check > TOUCH_SECONDS
+        if process_group.is_main() and is_check_due and (problem := self._touch_or_restore()):
+            raise ValueError(problem)
 
     def _take(self) -> None:
         """Take the lock, or raise the error for the user."""
@@ -106,85 +104,81 @@ class RunLock:
     def _wait_and_take(self, candidate: Path) -> str | None:
         """Take the lock. Return None, or a message that names the run that holds the folder.
 
-        A lock of another machine is watched until it is touched or becomes stale.
+        Wait while a lock of another machine is neither touched nor stale.
 
         Args:
-            candidate: A temporary file beside lock.json that is renamed to it. Its modification
-                time is the time by the file system's clock.
+            candidate: A temporary file beside lock.json that becomes lock.json. Its modification
+                time tells the time by the file system's clock.
         """
         first_touch, deadline = self._last_touch(), time.monotonic() + DYING_SECONDS
         while True:
             if self._flock.take():
                 self._own = replace(self._own, flock=self._flock.name)
             candidate.write_text(self._own.to_json())
-            if not self._flock.refused and self._create(candidate):
+            if not self._flock.is_refused and self._create(candidate):
                 return None
             holder = self._holder()
-            silence = candidate.stat().st_mtime - self._last_touch()
-            stale = self._is_stale(holder, silence)
+            silent_seconds = candidate.stat().st_mtime - self._last_touch()
+            is_stale = self._is_stale(holder, silent_seconds)
             # A suspended machine or container keeps its flock. It counts as silent all the same,
             # and `check` ends it when it wakes.
-            elsewhere = holder is not None and not holder.is_on_same_host(self._own)
-            excluded = self._flock.refused and not elsewhere
-            if excluded:  # by a process of this machine, which may be closing its files
-                requeued = holder is not None and holder.is_same_job(self._own)
-                expired = time.monotonic() > deadline
-                if not stale or (expired and not requeued):
-                    return self._in_use(holder, silence)
-                stale = expired
-            if stale:
+            is_elsewhere = holder is not None and not holder.is_on_same_host(self._own)
+            is_excluded = self._flock.is_refused and not is_elsewhere
+            if is_excluded:  # by a process of this machine, which may be closing its files
+                is_requeued = holder is not None and holder.is_same_job(self._own)
+                is_overdue = time.monotonic() > deadline
+                if not is_stale or (is_overdue and not is_requeued):
+                    return self._in_use(holder, silent_seconds)
+                is_stale = is_overdue
+            if is_stale:
                 os.replace(candidate, self.path)
                 return None
-            if holder and not excluded:
-                touched = self._last_touch() > first_touch
-                if holder.shares_process_ids(self._own) or touched:
-                    return self._in_use(holder, silence)
+            if holder and not is_excluded:
+                was_touched = self._last_touch() > first_touch
+                if holder.shares_process_ids(self._own) or was_touched:
+                    return self._in_use(holder, silent_seconds)
             time.sleep(POLL_SECONDS)
 
     def _create(self, candidate: Path) -> bool:
-        """Create lock.json unless it exists, by a hard link or, without links, exclusively."""
-        try:
-            os.link(candidate, self.path)
+        """Create lock.json unless it exists, and return True if it was created."""
+        with suppress(FileExistsError):
+            try:
+                os.link(candidate, self.path)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                with self.path.open("x") as file:
+                    file.write(candidate.read_text())
             return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-        try:
-            with self.path.open("x") as file:
-                file.write(candidate.read_text())
-            return True
-        except FileExistsError:
-            return False
+        return False
 
-    def _in_use(self, holder: LockHolder | None, silence: float) -> str:
+    def _in_use(self, holder: LockHolder | None, silent_seconds: float) -> str:
+        """Return the message that another run holds the folder."""
         name = holder or f"an unknown process on {self._own.host}"
         job = f", SLURM job {holder.job}" if holder and holder.job else ""
         return (
             f"output: {self.run} is in use by {name}{job}, whose last sign of life was "
-            f"{max(0, silence):.0f} s ago; give another output, or end that run"
+            f"{max(0, silent_seconds):.0f} s ago; give another output, or end that run"
         )
 
     def _last_touch(self) -> float:
-        """Return when the lock was last touched, by the file system's clock."""
+        """Return the time at which the lock was last touched, by the file system's clock."""
         with suppress(FileNotFoundError):
             return self.path.stat().st_mtime
         return -math.inf
 
-    def _is_stale(self, holder: LockHolder | None, silence: float) -> bool:
+    def _is_stale(self, holder: LockHolder | None, silent_seconds: float) -> bool:
         if holder is None:
-            return silence > UNREADABLE_SECONDS
-        if holder.is_same_job(self._own) or self._holds_flock_of(holder):
+            return silent_seconds > UNREADABLE_SECONDS
+        if holder.is_same_job(self._own) or (self._flock.is_held and self._shares_flock(holder)):
             return True
         if holder.shares_process_ids(self._own):
             return holder.has_exited()
-        return silence > STALE_SECONDS
+        return silent_seconds > STALE_SECONDS
 
-    def _holds_flock_of(self, holder: LockHolder) -> bool:
-        """Return True if this process has the flock that a living holder would have."""
-        same_flock = holder.flock == self._flock.name and holder.boot == self._own.boot
-        return self._flock.held and same_flock
+    def _shares_flock(self, holder: LockHolder) -> bool:
+        """Return True if this process and a living holder exclude each other by the flock."""
+        return (holder.flock, holder.boot) == (self._flock.name, self._own.boot)
 
     def _holder(self) -> LockHolder | None:
         with suppress(OSError):
@@ -192,7 +186,7 @@ class RunLock:
         return None
 
     def _touch_or_restore(self) -> str | None:
-        """Touch the lock. Write it again if it was removed or damaged.
+        """Touch the lock, or write it again if it was removed or damaged.
 
         Returns:
             A message if another run holds the lock, else None.
@@ -214,6 +208,7 @@ class RunLock:
             return None
 
     def _restore(self) -> str | None:
+        """Write the lock again. Return a message if another run holds it, else None."""
         print(
             f"warning: {self.path} was removed while this run holds its folder; written again",
             file=sys.stderr,
@@ -225,9 +220,7 @@ class RunLock:
         with suppress(ValueError, OSError):  # the caller compares the holder
             self._take()
         self._last_check = time.monotonic()
-        holder = (
-            self._holder()
-        )  # None if the disk refuses the lock, which is no sign of another run
+        holder = self._holder()  # None if the disk refuses the lock; that is no sign of another run
         return None if holder in (None, self._own) else self._taken_over(holder)
 
     def _taken_over(self, holder: LockHolder | None) -> str:
@@ -239,14 +232,14 @@ class RunLock:
     def _touch_regularly(self) -> None:
         """Touch the lock at intervals, and end the process if another run took it over.
 
-        The main thread may be waiting in a collective, so an exception would not be seen.
+        An exception could not end the run, because the main thread may be waiting in a collective.
         """
         while not self._ended.wait(TOUCH_SECONDS):
             problem = self._touch_or_restore()
             if problem and not self._ended.is_set():
                 with suppress(OSError):
                     os.write(2, f"error: {problem}\n".encode())
-                os._exit(MISTAKE)
+                os._exit(USER_ERROR)
 
 
 def find_holder(run: Path) -> LockHolder | None:
@@ -255,13 +248,11 @@ def find_holder(run: Path) -> LockHolder | None:
     holder = lock._holder()
     if holder is None:
         return None
-    flock_is_free = lock._flock.take_and_release()
-    if lock._flock.refused:
+    is_free = lock._flock.take_and_release()
+    if lock._flock.is_refused:
         return holder
-    same_flock = holder.flock == lock._flock.name and holder.boot == lock._own.boot
-    if flock_is_free and same_flock:
+    if is_free and lock._shares_flock(holder):
         return None
     if holder.shares_process_ids(lock._own):
         return None if holder.has_exited() else holder
-    silence = time.time() - lock._last_touch()
-    return holder if silence <= STALE_SECONDS else None
+    return holder if time.time() - lock._last_touch() <= STALE_SECONDS else None

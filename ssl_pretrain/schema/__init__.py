@@ -1,7 +1,7 @@
 """Typed settings: dataclass fields with help, range and resume policy, read from YAML."""
 
 from ssl_pretrain.schema.former_keys import RENAMED, present_key, rename_keys
-from ssl_pretrain.schema.option_types import (
+from ssl_pretrain.schema.settings import (
     BELOW_ONE,
     COSINE,
     COUNT,
@@ -13,10 +13,14 @@ from ssl_pretrain.schema.option_types import (
     QUALITY,
     SHARE,
     THREADS,
+    Policy,
+    check,
+    hints,
+    metadata,
+    setting,
 )
-from ssl_pretrain.schema.settings import Policy, check, hints, metadata, setting
 from ssl_pretrain.schema.typed_values import build, declared_type, override
-from ssl_pretrain.schema.yaml_tree import Scalar, at, flatten, merge, parse_yaml
+from ssl_pretrain.schema.yaml_tree import Scalar, flatten, merge, parse_yaml, value_at
 
 __all__ = [
     "BELOW_ONE",
@@ -33,7 +37,6 @@ __all__ = [
     "THREADS",
     "Policy",
     "Scalar",
-    "at",
     "build",
     "check",
     "declared_type",
@@ -46,4 +49,5 @@ __all__ = [
     "present_key",
     "rename_keys",
     "setting",
+    "value_at",
 ]

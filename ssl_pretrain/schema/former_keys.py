@@ -1,34 +1,34 @@
-"""Former names of keys, accepted in old YAMLs, on the command line and in runs made before."""
+"""Former names of keys, accepted in old YAMLs, in old runs and on the command line."""
 
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from ssl_pretrain.schema.yaml_tree import Scalar, at
+from ssl_pretrain.schema.yaml_tree import Scalar, value_at
 
 RENAMED = {  # former key: present key, in the same section
     "local_batch_size": "micro_batch_size",
     "method.centre_momentum": "method.center_momentum",
 }
-# Keys without effect. If a value is given, only that value has none.
+# Keys that no longer have an effect, or not with one value. None stands for every value.
 REMOVED = {"plan.calibration": None, "plan.gpu": "here"}
 
 
 def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return a tree with the present names of its keys. One warning lists the former ones.
+    """Return the tree with the present names of its keys, and warn about the former ones.
 
     Args:
         values: The tree of a YAML file, or the values of a manifest.
         source: Name of the file, for the warning.
 
     Raises:
-        ValueError: A key is present under both names.
+        ValueError: If a key is present under both names.
     """
     tree, notices = deepcopy(dict(values)), []
     for key in (*RENAMED, *REMOVED):
         section, _, name = key.rpartition(".")
-        keys = at(tree, section) if section else tree
+        keys = value_at(tree, section) if section else tree
         if not isinstance(keys, dict) or name not in keys:
             continue
         value = keys[name].text if isinstance(keys[name], Scalar) else keys[name]
@@ -47,7 +47,7 @@ def rename_keys(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def present_key(key: str, value: str) -> str | None:
-    """Return the present name of a key on the command line, None if it no longer has an effect."""
+    """Return the present name of a command-line key, or None if it no longer has an effect."""
     if key in REMOVED and REMOVED[key] in (None, value):
         warnings.warn(f"{key}={value} no longer has an effect", stacklevel=3)
         return None

@@ -1,10 +1,15 @@
-"""Fields of configuration dataclasses: help text, resume policy and range."""
+"""Fields of configuration dataclasses: help text, resume policy and range.
 
+The same ranges check the numbers of command-line options.
+"""
+
+import argparse
 import dataclasses
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -38,7 +43,7 @@ class Bounds:
 
 
 # Ranges by name, for settings that declare none.
-BY_NAME: tuple[tuple[re.Pattern[str], Bounds], ...] = (
+USUAL_BOUNDS: tuple[tuple[re.Pattern[str], Bounds], ...] = (
     (re.compile(r"(.*_)?temperature"), Bounds(open_low=True)),
     (re.compile(r"(.*_)?seconds|hours"), Bounds(high=1e9)),
     (re.compile(r"(.*_)?dims?"), Bounds(1, 2**20)),
@@ -61,7 +66,8 @@ def setting(
 ) -> T:
     """Declare a field of a configuration dataclass.
 
-    Without a declared range, a number is finite and at least 0, or in the range of `BY_NAME`.
+    Without a declared range, a number has the range of its name in `USUAL_BOUNDS`, or is finite and
+    at least 0.
 
     Args:
         default: Default value. Each instance gets its own copy of a list, dict or section.
@@ -83,21 +89,15 @@ def setting(
             open_high=below is not None,
         )
     metadata = {"help": help, "on_resume": on_resume, "bounds": limits}
-    field: Any
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
-        field = dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
-    else:
-        field = dataclasses.field(default=default, metadata=metadata)
-    return typing.cast(T, field)
+        return dataclasses.field(default_factory=lambda: deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def metadata(kind: type, name: str) -> Mapping[str, Any]:
     """Return the metadata of a field. A subclass that only changes a default inherits it."""
-    for ancestor in kind.__mro__:
-        field = getattr(ancestor, "__dataclass_fields__", {}).get(name)
-        if field is not None and field.metadata:
-            return typing.cast(Mapping[str, Any], field.metadata)
-    return {}
+    fields = (getattr(base, "__dataclass_fields__", {}).get(name) for base in kind.__mro__)
+    return next((field.metadata for field in fields if field and field.metadata), {})
 
 
 @cache
@@ -108,9 +108,8 @@ def hints(kind: type) -> dict[str, Any]:
 
 def bounds(field: dataclasses.Field[Any]) -> Bounds:
     """Return a field's range: its declared one, the usual one for its name, or at least 0."""
-    if field.metadata.get("bounds"):
-        return typing.cast(Bounds, field.metadata["bounds"])
-    return next((usual for pattern, usual in BY_NAME if pattern.fullmatch(field.name)), Bounds())
+    by_name = (usual for pattern, usual in USUAL_BOUNDS if pattern.fullmatch(field.name))
+    return field.metadata.get("bounds") or next(by_name, Bounds())
 
 
 def check(section: Any, key: str = "") -> None:
@@ -133,26 +132,44 @@ def _check_value(value: Any, key: str, limits: Bounds) -> None:
             raise ValueError(
                 f"{key}: {value!r} has a NUL character, which no name or path may hold; remove it"
             )
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        _check_number(value, key, limits)
-    else:
-        for name, element in _elements(value):
-            inner = Bounds(-math.inf) if isinstance(value, Mapping) else limits
-            _check_value(element, f"{key}{name}", inner)
-
-
-def _elements(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the elements of a list or mapping, each with its place as messages name it."""
-    if isinstance(value, (list, tuple)):
-        yield from ((f"[{number}]", element) for number, element in enumerate(value))
     elif isinstance(value, Mapping):
-        yield from ((f".{name}", element) for name, element in value.items())
+        for name, element in value.items():
+            _check_value(element, f"{key}.{name}", Bounds(-math.inf))
+    elif isinstance(value, (list, tuple)):
+        for index, element in enumerate(value):
+            _check_value(element, f"{key}[{index}]", limits)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        is_whole = isinstance(value, int)
+        if is_whole and limits.high == math.inf:
+            limits = dataclasses.replace(limits, high=MAX_INT)
+        if (is_whole and abs(value) >= 2**64) or not limits.contain(value):
+            number = "whole number" if is_whole else "finite number"
+            raise ValueError(f"{key}: {value} is out of range; give a {number} {limits}")
 
 
-def _check_number(value: float, key: str, limits: Bounds) -> None:
-    whole = isinstance(value, int)
-    if whole and limits.high == math.inf:
-        limits = dataclasses.replace(limits, high=MAX_INT)
-    if (whole and abs(value) >= 2**64) or not limits.contain(value):
-        number = "whole number" if whole else "finite number"
-        raise ValueError(f"{key}: {value} is out of range; give a {number} {limits}")
+def number_type(kind: type[int] | type[float], limits: Bounds) -> Callable[[str], float]:
+    """Return an argparse type that converts text to a number and checks its range."""
+
+    def convert(text: str) -> float:
+        value = math.nan  # outside every range
+        with suppress(ValueError):
+            value = kind(text)
+        if not limits.contain(value):
+            number = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give {number} {limits}")
+        return value
+
+    return convert
+
+
+COUNT = number_type(int, Bounds(1, MAX_INT))
+FROM_ZERO = number_type(int, Bounds(0, MAX_INT))
+POSITIVE = number_type(float, Bounds(open_low=True))
+NOT_NEGATIVE = number_type(float, Bounds())
+SHARE = number_type(float, Bounds(high=1, open_low=True))
+BELOW_ONE = number_type(float, Bounds(high=1, open_high=True))
+PERCENT = number_type(float, Bounds(high=100, open_low=True))
+COSINE = number_type(float, Bounds(-1, 1))
+THREADS = number_type(int, Bounds(1, 1024))
+QUALITY = number_type(int, Bounds(1, 100))
+PORT = number_type(int, Bounds(0, 65535))

@@ -1,6 +1,6 @@
 """Convert text and YAML trees to the declared types of keys.
 
-A text key takes its text unchanged, a number key takes a number, and `null` has a meaning only for
+A text key keeps its text unchanged, a number key takes a number, and `null` has a meaning only for
 a key that may be empty.
 """
 
@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -24,13 +25,13 @@ NULLS = ("", "~", "null", "none")  # spellings of "no value", for keys that may 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-def declared_type(kind: Any, key: str, replaced: Mapping[str, Any]) -> Any:
+def declared_type(kind: Any, key: str, replacements: Mapping[str, Any]) -> Any:
     """Return the declared type of a dotted key.
 
     Args:
         kind: The dataclass in which the key starts.
         key: Names joined by dots, such as `optim.base_lr`.
-        replaced: Types that replace the declared ones, by dotted key.
+        replacements: Types that replace the declared ones, by dotted key.
 
     Raises:
         ValueError: If there is no such key. The message suggests one.
@@ -45,7 +46,7 @@ def declared_type(kind: Any, key: str, replaced: Mapping[str, Any]) -> Any:
         elif kind is not Any:
             raise ValueError(f"{key}: no such key. {'.'.join(parents)} is a single value")
         parents.append(name)
-        kind = replaced.get(".".join(parents), kind)
+        kind = replacements.get(".".join(parents), kind)
     return kind
 
 
@@ -58,13 +59,13 @@ def _check_name(kind: type, key: str) -> None:
         raise ValueError(f"{key}: no such key.{hint} Allowed: {', '.join(allowed)}")
 
 
-def override(kind: Any, key: str, text: str, replaced: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree that `key=text` sets. Only lists, mappings and untyped values are YAML.
+def override(kind: Any, key: str, text: str, replacements: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `key=text` as a tree. The text is YAML for lists, mappings and untyped values.
 
     Raises:
         ValueError: If there is no such key, or the text of a list or a mapping is not YAML.
     """
-    kind = declared_type(kind, key, replaced)
+    kind = declared_type(kind, key, replacements)
     is_structured = dataclasses.is_dataclass(kind) or get_origin(kind) in (list, dict)
     value: Any = Scalar(text)
     if is_structured or (kind is Any and text[:1] in ("[", "{", "'", '"')):
@@ -78,23 +79,25 @@ def override(kind: Any, key: str, text: str, replaced: Mapping[str, Any]) -> dic
     return typing.cast(dict[str, Any], value)
 
 
-def build(kind: Any, tree: Any, replaced: Mapping[str, Any] | None = None, key: str = "") -> Any:
+def build(
+    kind: Any, tree: Any, replacements: Mapping[str, Any] | None = None, key: str = ""
+) -> Any:
     """Build a value of the declared type.
 
     Args:
         kind: A dataclass, or the type of one value.
         tree: Dicts, lists and `Scalar`s of YAML, or the plain values of a manifest.
-        replaced: Types that replace the declared ones, by dotted key.
-        key: Dotted key of the value, for messages.
+        replacements: Types that replace the declared ones, by dotted key.
+        key: Dotted key of the value.
 
     Raises:
         ValueError: If a value does not have its key's type. The message says what is allowed.
     """
-    replaced = replaced or {}
-    kind = replaced.get(key, kind)
+    replacements = replacements or {}
+    kind = replacements.get(key, kind)
     origin, inner = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _build_section(typing.cast(type, kind), tree, replaced, key)
+        return _build_section(typing.cast(type, kind), tree, replacements, key)
     if kind is Any:
         return _guess(tree)
     if origin in (Union, types.UnionType):
@@ -102,11 +105,12 @@ def build(kind: Any, tree: Any, replaced: Mapping[str, Any] | None = None, key: 
     if origin is list:
         if not isinstance(tree, (list, tuple)):
             raise ValueError(f"{key}: {_describe(tree)} is not a list; write it as [a, b]")
-        return [build(inner[0], value, key=f"{key}[{number}]") for number, value in enumerate(tree)]
+        return [build(inner[0], value, key=f"{key}[{index}]") for index, value in enumerate(tree)]
     if origin is dict:
         items = _mapping(tree, key).items()
         return {
-            str(name): build(inner[1], value, replaced, f"{key}.{name}") for name, value in items
+            str(name): build(inner[1], value, replacements, f"{key}.{name}")
+            for name, value in items
         }
     if origin is Literal:
         return _build_choice(inner, tree, key)
@@ -114,12 +118,12 @@ def build(kind: Any, tree: Any, replaced: Mapping[str, Any] | None = None, key: 
     return BUILDERS[kind](tree, key)
 
 
-def _build_section(kind: type, tree: Any, replaced: Mapping[str, Any], key: str) -> Any:
+def _build_section(kind: type, tree: Any, replacements: Mapping[str, Any], key: str) -> Any:
     values = {}
     for name, value in _mapping(tree, key).items():
         full = f"{key}.{name}".lstrip(".")
         _check_name(kind, full)
-        values[name] = build(hints(kind)[name], value, replaced, full)
+        values[name] = build(hints(kind)[name], value, replacements, full)
     return kind(**values)
 
 
@@ -177,10 +181,8 @@ def _build_int(tree: Any, key: str) -> int:
     if isinstance(tree, int) and not isinstance(tree, bool):
         return tree
     if isinstance(tree, Scalar):
-        try:
+        with suppress(ValueError):
             return int(tree.text)
-        except ValueError:
-            pass  # the message follows
     raise ValueError(
         f"{key}: {_describe(tree)} is not a whole number; write one in decimal digits, such as 100"
     )
@@ -213,7 +215,7 @@ BUILDERS: dict[Any, Callable[[Any, str], Any]] = {
 
 
 def _guess(tree: Any) -> Any:
-    """Return the value of a key without a declared type. Quotes make it text."""
+    """Return the value of a key without a declared type. A value in quotes is text."""
     if isinstance(tree, Mapping):
         return {str(key): _guess(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

@@ -1,7 +1,7 @@
 """The structure of a YAML text: dicts and lists whose scalars stay text.
 
-YAML guesses the type of a scalar from its looks: `010` is 8, `1e5` is a number, `no` is a boolean.
-Only its structure is used. `typed_values` converts the text as the declared type of a key asks.
+YAML guesses the type of a scalar from its looks: `010` is 8, and `no` is a boolean. This module
+keeps the text of each scalar, and `typed_values` converts it to the declared type of its key.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def parse_yaml(text: str) -> Any:
     """Parse a YAML text into dicts, lists and `Scalar`s.
 
     Raises:
-        yaml.YAMLError: The text is not YAML, or a mapping has a key twice.
+        yaml.YAMLError: If the text is not YAML, or a mapping has a key twice.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
@@ -60,7 +60,7 @@ def _problem(text: str, node: yaml.Node) -> yaml.YAMLError:
 
 
 def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two trees, mapping by mapping. The other's value wins where both have one."""
+    """Merge two trees, mapping by mapping. Values of `other` take precedence."""
     merged = dict(tree)
     for key, value in other.items():
         old = merged.get(key)
@@ -70,8 +70,8 @@ def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def at(tree: Any, key: str) -> Any:
-    """Return the value of a dotted key in a tree, None if it is absent."""
+def value_at(tree: Any, key: str) -> Any:
+    """Return the value of a dotted key in a tree, or None if it is absent."""
     for name in key.split("."):
         tree = tree.get(name) if isinstance(tree, Mapping) else None
     return tree
@@ -81,6 +81,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of a tree by dotted key. An empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        is_section = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-# Errors of a file system that does not implement a call. All others are real failures.
+# Errors of a file system that does not support a call. All others are real failures.
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 # Errors of the disk rather than of the command. The same command may succeed later.
 SPACE_ERRORS = {errno.ENOSPC, errno.EDQUOT}
@@ -18,13 +18,13 @@ class SaveError(OSError):
 
 
 def is_disk_failure(error: BaseException) -> bool:
-    """Return True if the disk is full, read-only or lost. A wrong path is no such failure."""
+    """Return True if the disk is full, read-only or lost, and False for a wrong path."""
     failures = SPACE_ERRORS | DEVICE_ERRORS | NETWORK_ERRORS
     return isinstance(error, OSError) and error.errno in failures
 
 
 def save_error(error: OSError, message: str) -> SaveError | ValueError:
-    """Return a SaveError for a failure of the disk that may pass, a ValueError for any other."""
+    """Return a SaveError if the disk failed in a way that may pass, else a ValueError."""
     may_pass = is_disk_failure(error) and error.errno != errno.EROFS
     return SaveError(message) if may_pass else ValueError(message)
 
@@ -38,7 +38,7 @@ def replace(path: Path, text: str) -> None:
     """Replace a file atomically, through a temporary file beside it that is fsynced and renamed.
 
     Raises:
-        OSError: The old file is untouched and the temporary one is removed.
+        OSError: If the file cannot be written. The old one is then untouched.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -60,7 +60,7 @@ def append(path: Path, text: str) -> None:
     """Add text to the end of a file and fsync it.
 
     Raises:
-        OSError: Nothing was added. A partial write is truncated, so no line is left half written.
+        OSError: If the text cannot be written. A partial write is undone.
     """
     existed = path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -91,7 +91,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Fsync a folder to make the names in it durable, where the file system supports that."""
+    """Make the names in a folder durable, where the file system supports that."""
     try:
         sync(path)
     except OSError as error:
@@ -100,6 +100,6 @@ def sync_folder(path: Path) -> None:
 
 
 def copy_mode(source: Path, target: Path) -> None:
-    """Copy a file's permissions to a file whose writer ignores the umask and always sets 0600."""
+    """Copy the permissions of a file to one whose writer ignores the umask and sets 0600."""
     with suppress(OSError):  # a file system without modes
         target.chmod(source.stat().st_mode & 0o777)

@@ -1,9 +1,10 @@
 """Exit statuses of a run, and those after which torchrun must not restart the ranks.
 
 torchrun restarts all ranks when one of them exits with a nonzero status. That is right after a lost
-rank. It is useless after a user's mistake, which would only repeat, and wrong for a run that was
-asked to stop. A rank that exits in one of these two ways therefore leaves a note in the folder that
-torchrun made for this launch. Restarted ranks that find a note exit at once with its status.
+rank. It is useless after a user's mistake, because the restarted ranks would fail in the same way.
+It is wrong for a run that was asked to stop. A rank that exits in one of these two ways therefore
+writes its status to a file in the folder that torchrun made for this launch. Restarted ranks that
+find this file exit at once with the same status.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from ssl_pretrain.system import durable_files
 
 # Exit statuses. Those above 2 come from sysexits.h. docs/reliability.md explains them to users.
-MISTAKE = 2  # the same command would fail in the same way
+USER_ERROR = 2  # the same command would fail in the same way
 LOST = 69  # EX_UNAVAILABLE: a rank did not join, ended early, or stopped responding
 DISK_REFUSED = 74  # EX_IOERR
 STOPPED = 75  # EX_TEMPFAIL: saved after a request to stop; the same command resumes the run
@@ -30,8 +31,7 @@ def record_failure(error: BaseException) -> int:
         return LOST
     if isinstance(error, durable_files.SaveError) or durable_files.is_disk_failure(error):
         return DISK_REFUSED
-    _record(MISTAKE)
-    return MISTAKE
+    return _record(USER_ERROR)
 
 
 def record_stop() -> int:
@@ -40,33 +40,30 @@ def record_stop() -> int:
     With torchrun on several hosts and restarts allowed it is 0. After any other status the agents
     would wait for each other to restart the ranks.
     """
-    num_agents = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if num_agents > 1 and max_restarts > 0:
-        return 0
-    _record(STOPPED)
-    return STOPPED
-
-
-def _record(status: int) -> None:
-    note = _note()
-    if note is not None:
-        with suppress(OSError):
-            note.write_text(str(status))
+    has_several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return 0 if has_several_hosts and may_restart else _record(STOPPED)
 
 
 def status_to_repeat() -> int | None:
     """Return the recorded status if torchrun has restarted these ranks, else None."""
-    note = _note()
-    if note is None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return None
-    with suppress(OSError, ValueError):
-        return int(note.read_text())
+    path = _status_path()
+    if path is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        with suppress(OSError, ValueError):
+            return int(path.read_text())
     return None
 
 
-def _note() -> Path | None:
-    """Return the path of this launch's note on this machine, or None without torchrun.
+def _record(status: int) -> int:
+    path = _status_path()
+    if path is not None:
+        with suppress(OSError):
+            path.write_text(str(status))
+    return status
+
+
+def _status_path() -> Path | None:
+    """Return the file for the status of this launch on this machine, or None without torchrun.
 
     torchrun's error file is FOLDER/attempt_N/<rank>/error.json.
     """

@@ -1,9 +1,9 @@
 """Machine code by numba, cached on disk if possible and compiled again if not.
 
-numba refuses to start if it cannot write to any folder for its cache. It raises if a cached file is
-empty, damaged or cannot be written. A cache only saves time, so none of these may end a run. This
-module chooses a folder for the cache before numba is imported, and treats a file that fails its
-checksum as absent. All modules of the project take `njit` from this module.
+numba refuses to start if it cannot write to any folder for its cache. It raises an error if a
+cached file is empty, damaged or cannot be written. A cache only saves time, so none of these may
+end a run. This module chooses a folder for the cache before numba is imported, and treats a file
+that fails its checksum as absent. All modules of the project import `njit` from this module.
 """
 
 import hashlib
@@ -32,40 +32,39 @@ def choose_cache_folder() -> None:
     and the user's cache folder. Worker processes inherit the choice.
     """
     if os.environ.get(VARIABLE):
-        usable = _is_writable(Path(os.environ[VARIABLE]))
+        has_folder = _is_writable(Path(os.environ[VARIABLE]))
     else:
         folders = [folder for folder in CACHED_FOLDERS if folder.is_dir()]
         beside_source = all(_is_writable(folder / "__pycache__") for folder in folders)
-        usable = beside_source or _is_writable(_user_cache())
-    if usable:
-        return
-    try:
-        os.environ[VARIABLE] = str(private_folder())
-    except OSError:  # without any folder everything is compiled in memory
-        os.environ.pop(VARIABLE, None)
+        has_folder = beside_source or _is_writable(_user_cache())
+    if not has_folder:
+        try:
+            os.environ[VARIABLE] = str(private_folder())
+        except OSError:  # without any folder everything is compiled in memory
+            os.environ.pop(VARIABLE, None)
 
 
 def private_folder() -> Path:
     """Create or reuse a temporary folder that only this user can write to.
 
-    Cached machine code is executed, so a folder that another user made under this name is not used.
-    This process then gets a new folder.
+    Cached machine code is executed. If another user may have written to the folder of this name,
+    this process gets a new one.
     """
     folder = Path(tempfile.gettempdir()) / f"ssl_pretrain-numba-{os.geteuid()}"
     with suppress(OSError):
         folder.mkdir(mode=0o700)
     with suppress(OSError):
         status = folder.lstat()
-        private = stat.S_ISDIR(status.st_mode) and not stat.S_IMODE(status.st_mode) & 0o077
-        if private and status.st_uid == os.geteuid() and _is_writable(folder):
+        is_private = stat.S_ISDIR(status.st_mode) and not stat.S_IMODE(status.st_mode) & 0o077
+        if is_private and status.st_uid == os.geteuid() and _is_writable(folder):
             return folder
     return Path(tempfile.mkdtemp(prefix="ssl_pretrain-numba-"))
 
 
 def _user_cache() -> Path:
-    """Return the folder that numba would use in the user's home. A relative path never counts."""
+    """Return the folder that numba would use in the user's home."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "numba" if os.path.isabs(base) else Path(os.devnull)
+    return Path(base) / "numba" if os.path.isabs(base) else Path(os.devnull)  # never writable
 
 
 def _is_writable(folder: Path) -> bool:
@@ -83,7 +82,7 @@ import numba  # noqa: E402  # NUMBA_CACHE_DIR is read when numba is imported
 from numba.core import caching  # noqa: E402
 
 if VARIABLE in os.environ:
-    # Takes effect even if numba was imported before this module.
+    # The environment variable has no effect if numba was imported before this module.
     numba.config.CACHE_DIR = os.environ[VARIABLE]  # type: ignore[attr-defined]
 
 
@@ -91,13 +90,11 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]
     """Decorate a function as `numba.njit` does, with a cache whose faults never end the process."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        if not cache:
-            return numba.njit(**options)(function)
         try:
-            dispatcher = numba.njit(cache=True, **options)(function)
+            dispatcher = numba.njit(cache=cache, **options)(function)
         except (RuntimeError, OSError):  # no folder for a cache
             return numba.njit(**options)(function)
-        if hasattr(dispatcher, "_cache"):  # absent under NUMBA_DISABLE_JIT
+        if cache and hasattr(dispatcher, "_cache"):  # absent under NUMBA_DISABLE_JIT
             dispatcher._cache._cache_file.__class__ = CheckedCacheFile
         return dispatcher
 
@@ -105,9 +102,10 @@ def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]
 
 
 class CheckedCacheFile(caching.IndexDataCacheFile):
-    """numba's two files of a cached function, each followed by the SHA-256 of its content.
+    """The two files that numba caches for a function, each followed by its SHA-256.
 
-    numba's own reader stops before the checksum, so each reader accepts the other's files.
+    numba's own reader stops before the checksum, so numba and this class can read each other's
+    files.
     """
 
     def load(self, key: Any) -> Any:
@@ -148,7 +146,7 @@ def _checked_content(path: Path) -> bytes:
     """Return the content of a file without its checksum.
 
     Raises:
-        OSError: The file is absent, damaged, or was not written by this module.
+        OSError: If the file is absent, damaged, or was not written by this module.
     """
     stored = path.read_bytes()
     content, checksum = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]

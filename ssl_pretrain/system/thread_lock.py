@@ -12,7 +12,7 @@ def only_training_of_process() -> Iterator[None]:
     """Refuse a second training at the same time, because both would use one random generator.
 
     Raises:
-        ValueError: Another thread of this process is training.
+        ValueError: If another thread of this process is training.
     """
     if not _lock.acquire(blocking=False):
         raise ValueError(

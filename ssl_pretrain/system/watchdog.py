@@ -14,13 +14,13 @@ from contextlib import suppress
 from ssl_pretrain.system.exit_status import LOST
 
 TICK_SECONDS = 1.0
-COMPILING = 10.0  # multiple of its limit that a first step may take while it computes
-BUSY_SHARE = 0.1  # share of a processor from which on a process counts as computing
-BACKUP_SECONDS = 60.0  # time that faulthandler waits longer than the watchdog
+COMPILE_FACTOR = 10.0  # how many times its limit a first step may take while it compiles
+BUSY_SHARE = 0.1  # a process that uses more than this share of a core counts as computing
+BACKUP_SECONDS = 60.0  # faulthandler waits this much longer than the watchdog
 
 
 class Watchdog:
-    """Count the silence of this process while it is armed, and end the process after too much."""
+    """Count the seconds without a sign of life while armed, and end the process after too many."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,14 +38,14 @@ class Watchdog:
         Args:
             seconds: Time that the next activity may take.
             activity: Its name in messages, such as "training step 5".
-            remedy: Advice for a user whose process was ended.
-            status: Exit status of a process that was ended.
-            compiles: The activity compiles code first. Time in which this process computes is then
-                no silence, up to `COMPILING` times `seconds`.
+            remedy: Advice for the user if the watchdog ends the process.
+            status: Exit status of the process if the watchdog ends it.
+            compiles: True if the activity compiles code first. Time in which this process computes
+                is then not counted, up to `COMPILE_FACTOR` times `seconds`.
         """
         with self._lock:
             self._limit, self._silence, self._status = seconds, 0.0, status
-            self._compile_budget = (COMPILING - 1) * seconds if compiles else 0.0
+            self._compile_budget = (COMPILE_FACTOR - 1) * seconds if compiles else 0.0
             self.activity, self._remedy = activity, remedy
             self._armed.set()
             if self._thread is None:
@@ -53,7 +53,7 @@ class Watchdog:
                 self._thread.start()
 
     def disarm(self) -> None:
-        """Wait for the next sign of life without counting."""
+        """Stop counting until the next sign of life."""
         with self._lock:
             self._armed.clear()
             faulthandler.cancel_dump_traceback_later()
@@ -94,7 +94,7 @@ class Watchdog:
 
 
 def rank_and_host() -> str:
-    """Name this rank and its host in messages."""
+    """Return the name of this rank and its host for messages."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return f"rank {rank} of {size} on {socket.gethostname()}"
 

@@ -32,7 +32,7 @@ def test_restarted_ranks_repeat_the_status_of_a_mistake_at_once(start_attempt, t
 
 def test_the_first_attempt_ignores_a_recorded_status(start_attempt):
     start_attempt(0)
-    assert exit_status.record_failure(ValueError()) == exit_status.MISTAKE
+    assert exit_status.record_failure(ValueError()) == exit_status.USER_ERROR
     assert exit_status.status_to_repeat() is None
     start_attempt(2)
     assert exit_status.status_to_repeat() == 2

@@ -91,7 +91,7 @@ def test_outside_the_main_thread_a_program_keeps_its_handlers():
 signal.signal(signal.SIGTERM, lambda *_: print("the program's own"))
 def run():
     s = stop_signals.StopSignals()
-    assert not s.handled and not s.requested
+    assert not s.has_handlers and not s.requested
     os.kill(os.getpid(), signal.SIGTERM)
     s.close()
 thread = threading.Thread(target=run); thread.start(); thread.join()

@@ -8,8 +8,8 @@ import pytest
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from ssl_pretrain.monitoring import output_streams
-with output_streams.lasting_output():
+from ssl_pretrain.system import output_streams
+with output_streams.tolerate_lost_output():
     time.sleep(0.5)
     for number in range(3000):
         print('step', number, flush=True)
