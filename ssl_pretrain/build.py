@@ -31,14 +31,14 @@ from ssl_pretrain.models import backbones
 from ssl_pretrain.monitoring import background_writer, image_grids
 from ssl_pretrain.monitoring.collapse import CollapseMonitor
 from ssl_pretrain.monitoring.logger import Logger
-from ssl_pretrain.monitoring.measurements import Measurements
 from ssl_pretrain.monitoring.online_knn import OnlineKNN
+from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.optim import optimizers
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.parallel.micro_batch import blank_batch, find_micro_batch_size
 from ssl_pretrain.parallel.replicas import check_replicas
-from ssl_pretrain.planning import flops, hardware
+from ssl_pretrain.planning import hardware, recorder
 from ssl_pretrain.step import StepOutput, Stepper, build_stepper, check_accumulation
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.views import color, crops, recipe
@@ -273,7 +273,7 @@ def write_config(config: RunConfig, first_step: int) -> None:
         try:
             durable_files.replace(run / "config.yaml", configuration.to_yaml(config))
         except OSError as error:
-            problem = background_writer.refusal(run / "config.yaml", error)
+            problem = background_writer.refusal_message(run / "config.yaml", error)
     background_writer.raise_or_warn(problem, config.checkpoint.on_failure)
     if first_step:
         process_group.print_once(f"resumed {run} after step {first_step}")
@@ -284,7 +284,7 @@ def flops_per_image(config: RunConfig) -> float:
     execution = Execution.resolve(config.parallel, torch.device("meta"))
     method = configuration.method_on_meta(config)
     execution.place_module(method)
-    return flops.per_image(method, blank_batch(config.views, 2, execution))
+    return recorder.flops_per_image(method, blank_batch(config.views, 2, execution))
 
 
 def build_logger(

@@ -25,7 +25,7 @@ from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import workers
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.monitoring.collapse import CollapseError
-from ssl_pretrain.monitoring.measurements import Measurements
+from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema import COUNT

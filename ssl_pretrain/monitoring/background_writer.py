@@ -15,13 +15,13 @@ CLOSE_SECONDS = 60.0  # longest wait for the last records at the end of a run
 class BackgroundWriter:
     """Thread that appends lines to files, in order and with an fsync.
 
-    A line that the disk refuses stays in memory. It is written with the next one, or at the end.
+    A line that the disk refuses stays in memory and is written with the next one, or at the end.
 
     Args:
-        say: Prints a message. Called when a file that could not be written is complete again.
+        say: Prints a message. It is called when a file that could not be written is complete again.
 
     Attributes:
-        problems: Messages about files that could not be written, since `take_problems`.
+        problems: Messages about files that could not be written since `take_problems`.
     """
 
     def __init__(self, say: Callable[[str], None]):
@@ -36,22 +36,22 @@ class BackgroundWriter:
         """Queue a line for the end of a file."""
         self._queue.put((path, f"{line}\n"))
 
-    def try_now(self, path: Path, write: Callable[[], object]) -> bool:
-        """Write a file at once. Return False if the disk refuses it, and do not try again."""
+    def try_write(self, path: Path, write: Callable[[], object]) -> bool:
+        """Write a file in this thread, once, and return True unless the disk refuses it."""
         try:
             write()
+            return True
         except OSError as error:
-            self.problems.append(refusal(path, error))
+            self.problems.append(refusal_message(path, error))
             return False
-        return True
 
     def take_problems(self) -> str | None:
-        """Return and forget the messages about files that could not be written."""
+        """Return the messages about files that could not be written, and forget them."""
         problems, self.problems = self.problems, []
         return "; ".join(dict.fromkeys(problems)) or None
 
     def close(self) -> None:
-        """Write what is queued, for up to `CLOSE_SECONDS`, and end the thread."""
+        """Write the queued lines, for up to `CLOSE_SECONDS`, and end the thread."""
         self._queue.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -60,14 +60,14 @@ class BackgroundWriter:
             )
 
     def _write_all(self) -> None:
-        closing = False
-        while not closing:
-            jobs = [self._queue.get()]
+        is_closing = False
+        while not is_closing:
+            entries = [self._queue.get()]
             while not self._queue.empty():  # one fsync for all lines that are queued
-                jobs.append(self._queue.get())
-            closing = None in jobs
-            texts = dict(self._refused) if closing else {}  # refused lines get a last attempt
-            for path, text in filter(None, jobs):
+                entries.append(self._queue.get())
+            is_closing = None in entries
+            texts = dict(self._refused) if is_closing else {}  # one last attempt at refused lines
+            for path, text in filter(None, entries):
                 texts[path] = texts.get(path, self._refused.get(path, "")) + text
             for path, text in texts.items():
                 self._write(path, text)
@@ -77,14 +77,14 @@ class BackgroundWriter:
             durable_files.append(path, text)
         except OSError as error:
             if path not in self._refused:
-                self.problems.append(refusal(path, error))
+                self.problems.append(refusal_message(path, error))
             self._refused[path] = text
-            return
-        if self._refused.pop(path, None) is not None:
-            self._say(f"{path} can be written again and is complete")
+        else:
+            if self._refused.pop(path, None) is not None:
+                self._say(f"{path} can be written again and is complete")
 
 
-def refusal(path: Path, error: OSError) -> str:
+def refusal_message(path: Path, error: OSError) -> str:
     """Return the message about a file that the disk refused."""
     return (
         f"{path} could not be written: {durable_files.reason(error)}. "
@@ -96,15 +96,15 @@ def raise_or_warn(problem: str | None, on_failure: str) -> None:
     """Handle rank 0's problem with a file on every rank, as `checkpoint.on_failure` says.
 
     Raises:
-        SaveError: There is a problem and `on_failure` is `stop`.
+        SaveError: If there is a problem and `on_failure` is `stop`.
     """
     problem = collectives.broadcast_object(problem)
     if problem and on_failure == "stop":
         raise durable_files.SaveError(problem)
     if problem and process_group.is_main():
-        warnings.warn(continuing(problem), stacklevel=2)
+        warnings.warn(continue_message(problem), stacklevel=2)
 
 
-def continuing(problem: str) -> str:
+def continue_message(problem: str) -> str:
     """Return the warning about a file problem that does not stop the run."""
     return f"{problem}. Training continues because checkpoint.on_failure is warn"

@@ -1,4 +1,4 @@
-"""Collapse metrics of a run, measured every `health.every_steps` whatever the loss is.
+"""Collapse and network metrics of a run, measured every `health.every_steps` for every method.
 
 docs/health.md explains each metric and its healthy values. `collapse_alerts.py` decides which
 values raise an alert.
@@ -14,16 +14,16 @@ from torch.utils.hooks import RemovableHandle
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Embeddings, Method
-from ssl_pretrain.monitoring import batch_metrics
+from ssl_pretrain.models.teacher import Teacher
+from ssl_pretrain.monitoring import collapse_metrics
 from ssl_pretrain.monitoring.collapse_alerts import AlertHistory
-from ssl_pretrain.monitoring.measurements import Measurements
-from ssl_pretrain.monitoring.network_metrics import NetworkMonitor
+from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.schema import setting
 
 
 @dataclass
 class HealthConfig:
-    """When the embeddings are measured, and how the run reacts to collapse."""
+    """Measurements of the embeddings, and the reaction to collapse."""
 
     every_steps: int = setting(
         50, "Steps between two measurements. 50 costs under 1 % of the training time. 0: never."
@@ -38,16 +38,16 @@ class HealthConfig:
 
 
 class CollapseError(RuntimeError):
-    """An alert was raised in a run that stops at alerts."""
+    """An alert was raised in a run with `health.on_collapse` set to `stop`."""
 
 
 class CollapseMonitor:
-    """Monitor of a method while it trains. No random number, weight or mode changes.
+    """Monitor of a method while it trains, which changes no random number, weight or mode.
 
     Args:
         config: The `health` section of the configuration.
-        method: The method, whose backbone's outputs are measured too.
-        optimizer: Its optimizer, whose steps are measured too.
+        method: The method. The outputs of its backbone are measured too.
+        optimizer: The method's optimizer, whose steps are measured too.
         first_step: Steps that the run has done already.
         past_records: Records of a resumed run so far, on rank 0.
         raise_alert: Called with the title and the text of each alert, on rank 0.
@@ -77,12 +77,13 @@ class CollapseMonitor:
         """Measure a step that has ended, if it is due.
 
         Raises:
-            CollapseError: On every rank, at an alert, if `health.on_collapse` is `stop`.
+            CollapseError: If an alert is raised and `health.on_collapse` is `stop`. Every rank
+                raises it.
         """
         if not self.due(step):
             self._prepare(step + 1)
             return Measurements()
-        metrics, curves = batch_metrics.measure(
+        metrics, curves = collapse_metrics.measure(
             self.method.monitored(embeddings, targets), self._features, self.config.max_rows
         )
         metrics |= self._network.metrics
@@ -108,13 +109,75 @@ class CollapseMonitor:
                 )
 
     def _prepare(self, step: int) -> None:
-        """Observe the coming step if it is due, and no other."""
+        """Observe the coming step if it is due."""
         if self._hook is not None:
             self._hook.remove()
-        due = self.due(step)
-        self._features = None
-        self._hook = self.method.backbone.register_forward_hook(self._keep) if due else None
-        self._network.observe(due)
+        self._features = self._hook = None
+        if self.due(step):
+            self._hook = self.method.backbone.register_forward_hook(self._store_features)
+        self._network.observe(self.due(step))
 
-    def _keep(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
+    def _store_features(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
         self._features = features.detach()
+
+
+class NetworkMonitor:
+    """Monitor of gradients, updates and the distance of the teacher, in the steps it observes.
+
+    Attributes:
+        metrics: Scalars on the device, from the last step if it was observed.
+    """
+
+    def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer):
+        self.metrics: dict[str, Tensor] = {}
+        self._method = method
+        self._is_observing = False
+        self._modules: dict[str, list[nn.Parameter]] = {}  # backbone, projector, ...
+        for name, parameter in method.named_parameters():
+            if parameter.requires_grad:
+                self._modules.setdefault(name.partition(".")[0], []).append(parameter)
+        self._before: dict[str, list[Tensor]] = {}
+        optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        optimizer.register_step_post_hook(lambda *_: self._after_step())
+
+    def observe(self, is_due: bool) -> None:
+        """Observe the next step if it is due, and forget the metrics of the last one."""
+        self._is_observing, self.metrics = is_due, {}
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        if not self._is_observing:
+            return
+        for module, parameters in self._modules.items():
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            if gradients:
+                self.metrics[f"gradient_norm_{module}"] = norm(gradients)
+            self._before[module] = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        for module, before in self._before.items():
+            after = [parameter.detach() for parameter in self._modules[module]]
+            self.metrics[f"update_ratio_{module}"] = relative_distance(after, before)
+        teacher = getattr(self._method, "teacher", None)
+        if self._before and isinstance(teacher, Teacher):
+            student = [
+                parameter.detach()
+                for name, _ in teacher.named_children()
+                for parameter in self._method.get_submodule(name).parameters()
+            ]
+            weights = [parameter.detach() for parameter in teacher.parameters()]
+            self.metrics["teacher_distance"] = relative_distance(weights, student)
+        self._before = {}
+
+
+def relative_distance(tensors: list[Tensor], reference: list[Tensor]) -> Tensor:
+    """Return the norm of the difference divided by the norm of the reference."""
+    difference = norm(list(torch._foreach_sub(tensors, reference)))
+    return difference / norm(reference).clamp(min=1e-12)
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all tensors together. Shards count as their whole tensors."""
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return total.full_tensor() if hasattr(total, "full_tensor") else total

@@ -1,9 +1,9 @@
-"""Rules that decide when the collapse metrics raise an alert, with the causes that others found.
+"""Rules that decide when the collapse metrics raise an alert, with causes known from other runs.
 
 Many healthy runs begin with similar embeddings, so a bad value alone raises no alert. The value
-must also have fallen from a better one, or have been bad for `GRACE_STEPS`. It must hold for
-`MIN_CONSECUTIVE` measurements, or be severe. And if pairs of views are measured, they must be hard
-to match. docs/health.md shows when each alert was raised in runs made to collapse.
+must also have fallen from a better one, or have been bad for `GRACE_STEPS`. It must be bad in
+`MIN_CONSECUTIVE` measurements, or severe. If pairs of views are measured, they must be hard to
+match. docs/health.md shows when each alert was raised in runs made to collapse.
 """
 
 import math
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 MIN_CONSECUTIVE = 2  # bad measurements in a row that raise an alert
-SEVERE_FRACTION = 0.5  # one value below this fraction of both limits is enough
+SEVERE_FRACTION = 0.5  # a single value below this fraction of both limits raises an alert
 GUARD_METRIC = "positive_chance"
-CHANCE_THRESHOLD = 0.5  # below it the guard metric says that the views of an image still match
-GRACE_STEPS = 1000  # steps that a run may stay in a bad state from its start
+CHANCE_THRESHOLD = 0.5  # up to this value of the guard metric the views of an image still match
+GRACE_STEPS = 1000  # a value that stays bad this long raises an alert even if it has not fallen
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Rule:
     fallen_below: float
     symptom: str
     remedies: str
-    guarded: bool = True  # bad only if the guard metric, where it is measured, agrees
+    is_guarded: bool = True  # a value is bad only if the guard metric, where measured, agrees
 
     def is_bad(self, value: float, metrics: dict[str, Any]) -> bool:
         """Return True if the value is bad and the guard metric does not contradict it."""
         guard = metrics.get(GUARD_METRIC)
         views_match = isinstance(guard, int | float) and guard <= CHANCE_THRESHOLD
-        return value < self.bad_below and not (self.guarded and views_match)
+        return value < self.bad_below and not (self.is_guarded and views_match)
 
-    def count(self, value: float, best: float) -> int:
-        """Return how many measurements a bad value counts for: 0 unless it has fallen."""
+    def weight(self, value: float, best: float) -> int:
+        """Return the number of measurements that a bad value counts as, 0 unless it has fallen."""
         limits = (self.bad_below, self.fallen_below * best)
         if all(value < SEVERE_FRACTION * limit for limit in limits):
             return MIN_CONSECUTIVE
@@ -105,7 +105,7 @@ RULES = (
         "prototype_entropy",
         bad_below=0.3,
         fallen_below=0.5,
-        guarded=False,
+        is_guarded=False,
         symptom="nearly all images are assigned to a few prototypes",
         remedies=(
             "If the loss stays at ln(prototypes), SwAV's authors lower epsilon to 0.03, freeze the "
@@ -121,9 +121,9 @@ class _State:
     """Past measurements of one rule's metric."""
 
     best: float = -math.inf
-    count: int = 0  # bad measurements in a row that have fallen
-    bad_since: int | None = None  # step
-    raised: bool = False
+    num_fallen: int = 0  # bad measurements in a row that had fallen from the best
+    first_bad_step: int | None = None
+    is_raised: bool = False
 
 
 class AlertHistory:
@@ -132,7 +132,7 @@ class AlertHistory:
     Each alert is raised once, and again only after its metric has recovered.
 
     Args:
-        past_records: Records of a resumed run so far, which count as seen.
+        past_records: Records of a resumed run so far. Their alerts are not raised again.
     """
 
     def __init__(self, past_records: list[dict[str, Any]]):
@@ -156,15 +156,16 @@ class AlertHistory:
             if not rule.is_bad(value, metrics):
                 self._states[rule.title] = _State(state.best)
                 continue
-            state.bad_since = step if state.bad_since is None else state.bad_since
-            count = rule.count(value, state.best)
-            state.count = state.count + count if count else 0
-            num_steps = step - state.bad_since
-            overdue = num_steps >= GRACE_STEPS
-            if not state.raised and (overdue or state.count >= MIN_CONSECUTIVE):
-                state.raised = True
+            if state.first_bad_step is None:
+                state.first_bad_step = step
+            weight = rule.weight(value, state.best)
+            state.num_fallen = state.num_fallen + weight if weight else 0
+            num_steps = step - state.first_bad_step
+            is_overdue = num_steps >= GRACE_STEPS
+            if not state.is_raised and (is_overdue or state.num_fallen >= MIN_CONSECUTIVE):
+                state.is_raised = True
                 best = f"its best was {state.best:.3g}"
-                reason = f"low for {num_steps} steps" if overdue else best
+                reason = f"low for {num_steps} steps" if is_overdue else best
                 text = f"step {step}: {rule.metric} is {value:.3g}, {reason}: {rule.symptom}. "
                 alerts.append(Alert(rule.title, f"{text}{rule.remedies}."))
         return alerts

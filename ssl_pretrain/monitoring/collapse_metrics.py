@@ -1,6 +1,6 @@
-"""Collapse metrics as functions of tensors, with the value of a healthy and a collapsed batch.
+"""Collapse metrics of one batch over all ranks, and what healthy and collapsed values look like.
 
-Rows are images, of all ranks.
+In every matrix of embeddings or features a row is an image.
 """
 
 import math
@@ -9,14 +9,111 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.methods.base import Monitored
+
 EPSILON = 1e-7  # RankMe's, added to each share of the spectrum
-FIRST, LAST = 5, 100  # eigenvalues that the power law is fitted to, counted from 1
+FIRST, LAST = 5, 100  # the power law is fitted to these eigenvalues, counted from 1
+NUM_POINTS = 64  # points of a curve that are stored
+
+Scalars = dict[str, Tensor]
+Curves = dict[str, Tensor]
+
+
+@torch.no_grad()
+def measure(
+    monitored: Monitored, features: Tensor | None = None, max_rows: int = 1024
+) -> tuple[Scalars, Curves]:
+    """Measure the embeddings of all ranks, without waiting for the device.
+
+    If any tensor is not finite, all metrics are NaN. A decomposition of it would raise an error,
+    and the NaN guard reports such a step better.
+
+    Args:
+        monitored: The method's tensors on this rank.
+        features: The backbone's outputs on this rank, (rows, feature_dim).
+        max_rows: Largest number of rows to measure, over all ranks.
+
+    Returns:
+        Scalars and vectors on the device, the same on every rank.
+    """
+
+    def gather(rows: Tensor) -> Tensor:
+        rows = rows.detach()[: max(1, max_rows // process_group.world_size())]
+        is_narrow = rows.is_floating_point() and rows.dtype != torch.float64
+        return collectives.gather(rows.float() if is_narrow else rows)
+
+    z, finite = _zero_unless_finite(gather(monitored.embeddings.flatten(1)))
+    scalars, curves = _embedding_metrics(z)
+    if monitored.pair is not None:
+        (z_a, finite_a), (z_b, finite_b) = (
+            _zero_unless_finite(gather(view)) for view in monitored.pair
+        )
+        scalars |= _pair_metrics(z_a, z_b)
+        finite = finite & finite_a & finite_b
+    if features is not None:
+        rows, finite_features = _zero_unless_finite(gather(features))
+        spectrum = singular_values(centered(rows))
+        scalars["feature_rank_centered"] = effective_rank(spectrum)
+        scalars["alpha_req"] = alpha_req(spectrum.square())
+        finite = finite & finite_features
+    if monitored.assignments is not None:
+        usage, entropy = prototype_use(gather(monitored.assignments), monitored.num_prototypes)
+        scalars |= {"prototype_usage": usage, "prototype_entropy": entropy}
+    return {name: torch.where(finite, value, torch.nan) for name, value in scalars.items()}, curves
+
+
+def _embedding_metrics(z: Tensor) -> tuple[Scalars, Curves]:
+    stds = deviations(z)
+    spectrum = singular_values(centered(z))
+    variances = spectrum.square() / max(1, len(z) - 1)
+    max_rank = min(len(z) - 1, z.shape[1])
+    rank = effective_rank(spectrum[:max_rank])
+    scalars = {
+        "rankme": effective_rank(singular_values(z)),
+        "effective_rank_centered": rank,
+        "rank_share": rank / max_rank,
+        "top5_ratio": variances[:5].sum() / variances.sum().clamp(min=1e-30),
+        "embedding_std": stds.mean(),
+        "embedding_std_min": stds.min(),
+        "embedding_scale": z.std(0, unbiased=False).mean(),
+        "uniformity": uniformity(z),
+    }
+    points = torch.linspace(0, max_rank - 1, min(NUM_POINTS, max_rank), device=z.device)
+    index = points.round().long()
+    return scalars, {
+        "spectrum_index": index + 1,
+        "spectrum": variances[index],
+        "deviations": stds.sort().values[_evenly_spaced(len(stds))],
+    }
+
+
+def _evenly_spaced(length: int) -> list[int]:
+    """Return up to `NUM_POINTS` indices of a vector, from the first to the last."""
+    num_points = min(NUM_POINTS, length)
+    return [round(i * (length - 1) / max(1, num_points - 1)) for i in range(num_points)]
+
+
+def _pair_metrics(z_a: Tensor, z_b: Tensor) -> Scalars:
+    rank = positive_rank(z_a, z_b)
+    return {
+        "alignment": alignment(z_a, z_b),
+        "pair_cosine": F.cosine_similarity(z_a, z_b, dim=1).mean(),
+        "positive_rank": rank,
+        "positive_chance": 2 * rank / (len(z_a) + 1),
+    }
+
+
+def _zero_unless_finite(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and a flag, or zeros if any number is not finite."""
+    finite = torch.isfinite(rows).all()
+    return torch.where(finite, rows, torch.zeros_like(rows)), finite
 
 
 def singular_values(z: Tensor) -> Tensor:
     """Return the singular values of a matrix, largest first, in float64.
 
-    They come from the eigenvalues of the smaller one of z z^T and z^T z. This is several times
+    They come from the eigenvalues of z z^T or z^T z, whichever is smaller. This is several times
     cheaper than a decomposition of `z`. The error is below 1e-8 of the largest value, which is less
     than RankMe's epsilon.
 
@@ -41,7 +138,7 @@ def effective_rank(singular_values: Tensor) -> Tensor:
     """Return the effective rank: RankMe (Garrido et al., ICML 2023, arXiv:2210.02885, equation 1).
 
     It is the exponential of the entropy of the normalized singular values. It ranges from 1, if all
-    rows are on a line or zero, to the number of values, if they are equal.
+    rows are on a line or zero, to the number of values, if all values are equal.
     """
     share = singular_values / singular_values.sum().clamp(min=1e-30) + EPSILON
     return torch.exp(-(share * share.log()).sum())
@@ -117,7 +214,7 @@ def positive_rank(z_a: Tensor, z_b: Tensor) -> Tensor:
 def prototype_use(assignments: Tensor, num_prototypes: int) -> tuple[Tensor, Tensor]:
     """Return how many prototypes are used and how evenly.
 
-    Both numbers are relative to the maximum for so many rows, min(num_rows, num_prototypes).
+    Both numbers are relative to the maximum for this many rows, min(num_rows, num_prototypes).
 
     Args:
         assignments: Index of the prototype of each row, (num_rows,).

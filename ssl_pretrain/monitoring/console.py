@@ -1,7 +1,10 @@
-"""Progress of a run in the terminal."""
+"""What a run shows in the terminal: its progress, and the warnings of all ranks, each once."""
 
+import os
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import rich.console
@@ -17,7 +20,7 @@ class Console:
 
     Args:
         last_step: Steps of the whole run.
-        past_records: Records of a resumed run, whose step times count in the estimated time left.
+        past_records: Records of a resumed run. Their step times count in the estimated time left.
         stream: Destination. Standard output by default.
     """
 
@@ -104,3 +107,61 @@ class Console:
         self._bar.update(task, completed=record["step"], description=self.line(record))
         self._bar.start()
         self._bar.refresh()
+
+
+class WarningCollector:
+    """Receiver of Python's warnings while it is installed.
+
+    Rank 0 shows its own warnings at once. The other ranks keep theirs until rank 0 gathers them.
+
+    Args:
+        show: Prints a warning. None on ranks that only collect.
+    """
+
+    def __init__(self, show: Callable[[str], None] | None):
+        self.show = show
+        self.pending: list[str] = []
+        self._known: set[str] = set()
+        self._previous: Any = None
+
+    def install(self) -> None:
+        """Receive all warnings from now on."""
+        self._previous = warnings.showwarning
+        warnings.showwarning = self._receive
+
+    def remove(self) -> None:
+        """Restore Python's handler, and print the remaining warnings to standard error."""
+        if self._previous is not None and warnings.showwarning == self._receive:
+            warnings.showwarning = self._previous
+        self._previous = None
+        for text in self.take():
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def take(self) -> list[str]:
+        """Return the warnings that were not shown yet, and remove them from the collector."""
+        pending, self.pending = self.pending, []
+        return pending
+
+    def show_others(self, by_rank: list[list[str]]) -> None:
+        """Show the gathered warnings on rank 0, each with the ranks that it came from."""
+        if self.show is None:
+            return
+        for text in dict.fromkeys(text for texts in by_rank for text in texts):
+            if text not in self._known:
+                self._known.add(text)
+                ranks = [str(rank) for rank, texts in enumerate(by_rank) if text in texts]
+                self.show(f"{text} on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}")
+
+    def _receive(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = f"{message} ({os.path.basename(filename)}:{lineno})"
+        if text not in self._known:
+            self._known.add(text)
+            (self.show or self.pending.append)(text)

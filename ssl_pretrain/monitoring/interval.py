@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Summary:
-    """One interval over all ranks. It is the same on every rank, except for the seconds."""
+    """Metrics of one interval over all ranks, which differ between ranks only in the seconds."""
 
     logs: dict[str, float]  # means over steps and ranks; `skipped_steps` is a sum over steps
     num_steps: int
@@ -28,7 +28,7 @@ class Summary:
 
 
 class Interval:
-    """Sums of the steps' metrics. They stay on the device until the interval ends."""
+    """Sums of the metrics of consecutive steps, kept on the device until the interval ends."""
 
     def __init__(self, first_step: int):
         self._restart(first_step)
@@ -54,7 +54,7 @@ class Interval:
 
         Args:
             step: Optimizer steps done.
-            flags: Conditions of this rank that the other ranks need to know about.
+            flags: Conditions on this rank that all ranks must know.
         """
         num_steps = max(1, step - self._start_step)
         seconds = max(time.monotonic() - self._start, 1e-9)

@@ -28,8 +28,8 @@ def predict(
     """
     train, test = train_features.detach().float(), test_features.detach().float()
     std, mean = torch.std_mean(train, dim=0, correction=0)
-    varies = std > 1e-6 * std.max().clamp(min=1e-30)  # a constant feature carries no information
-    scale = torch.where(varies, 1 / std, 0.0) * train.shape[1] ** -0.5
+    is_informative = std > 1e-6 * std.max().clamp(min=1e-30)  # constant features are left out
+    scale = torch.where(is_informative, 1 / std, 0.0) * train.shape[1] ** -0.5
     train, test = (
         F.pad((features - mean) * scale, (0, 1), value=1.0) for features in (train, test)
     )

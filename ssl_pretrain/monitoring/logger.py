@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, the terminal, pictures, and the same in Weights & Biases."""
+"""The logger of a run: metrics.jsonl, the terminal, pictures, and the same in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from torch import Tensor
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.monitoring import background_writer, image_grids, metric_names, records
 from ssl_pretrain.monitoring.background_writer import BackgroundWriter
-from ssl_pretrain.monitoring.console import Console
+from ssl_pretrain.monitoring.console import Console, WarningCollector
 from ssl_pretrain.monitoring.interval import Interval, Summary
-from ssl_pretrain.monitoring.measurements import Measurements
+from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.monitoring.wandb import run as wandb_run
-from ssl_pretrain.monitoring.warning_collector import WarningCollector
 from ssl_pretrain.schema import setting
 from ssl_pretrain.system import durable_files
 
@@ -50,7 +49,7 @@ class LogConfig:
 
 
 class Logger:
-    """Records of a run, written on rank 0 every `every_steps` from what all ranks report.
+    """Writer of a run's records, on rank 0 every `every_steps`, with the values of all ranks.
 
     Args:
         settings: The `log` section of the configuration.
@@ -72,7 +71,7 @@ class Logger:
         wandb_id: Identity of the run at W&B, which its checkpoints store.
 
     Raises:
-        SaveError: The records of a resumed run could not be trimmed, and `on_failure` is `stop`.
+        SaveError: If the records of a resumed run cannot be trimmed and `on_failure` is `stop`.
     """
 
     def __init__(
@@ -98,8 +97,8 @@ class Logger:
         self._metrics: dict[str, float] = {}  # measured since the last record
         self._curves: dict[str, list[float]] | None = None  # for the next record sent to W&B
         self._curves_step = -MIN_STEPS_BETWEEN_CURVES
-        self._skipping = False
-        self._problem: str | None = None  # the file that a run stops for
+        self._has_skipped = False  # in the last record
+        self._problem: str | None = None  # message about the file for which the run stops
         self._wandb: wandb_run.WandbRun | None = None
         self.past_records = self._trim(first_step)
         self.console = Console(last_step, self.past_records)
@@ -107,10 +106,22 @@ class Logger:
         self._warnings.install()
         self._files = BackgroundWriter(self.console.print_line)
         if process_group.is_main():
-            self._wandb = self._start_wandb(config)
+            self._wandb = wandb_run.start(
+                settings.wandb,
+                run,
+                run_id=wandb_id,
+                say=self.console.print_line,
+                project=settings.project,
+                name=settings.name,
+                config=config,
+                tags=list(settings.tags),
+                stall_seconds=settings.stall_seconds,
+            )
+        if self._wandb is not None:
+            self.wandb_id = self._wandb.run_id
 
     def time_waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the batches. The time spent waiting for them becomes `data_wait`."""
+        """Yield the batches, and record the time spent waiting for them as `data_wait`."""
         return self._interval.time_waiting(batches)
 
     def log_step(
@@ -138,10 +149,10 @@ class Logger:
         summary = self._interval.finish(
             step, [bool(self._warnings.pending), bool(self._files.problems)]
         )
-        warnings_pending, disk_problem = summary.flags  # the same on every rank
-        if warnings_pending:
+        has_warnings, has_disk_problem = summary.flags  # the same on every rank
+        if has_warnings:
             self._warnings.show_others(collectives.gather_objects(self._warnings.take()))
-        if disk_problem:
+        if has_disk_problem:
             self._handle_disk_problem()
         if process_group.is_main():
             self._write(self._record(step, summary, learning_rates))
@@ -169,7 +180,7 @@ class Logger:
         descriptions = describe()
         text = json.dumps(descriptions, indent=1) + "\n"
         path = self.run / "views.json"
-        self._files.try_now(path, partial(durable_files.replace, path, text))
+        self._files.try_write(path, partial(durable_files.replace, path, text))
         caption = "\n".join(
             f"image {row + 1}, view {view + 1}: {description}"
             for row, texts in enumerate(descriptions)
@@ -203,7 +214,7 @@ class Logger:
         """Close the logger.
 
         Raises:
-            SaveError: A file could not be written and `on_failure` is `stop`.
+            SaveError: If a file could not be written and `on_failure` is `stop`.
         """
         self.close(kind is None)
         if kind is None:
@@ -219,25 +230,9 @@ class Logger:
                 records.trim(self.run / "plots.jsonl", first_step)
                 past_records = records.trim(path, first_step)
             except OSError as error:
-                problem = background_writer.refusal(Path(error.filename or path), error)
+                problem = background_writer.refusal_message(Path(error.filename or path), error)
         background_writer.raise_or_warn(problem, self.on_failure)
         return past_records
-
-    def _start_wandb(self, config: dict[str, Any]) -> wandb_run.WandbRun | None:
-        client = wandb_run.start(
-            self.settings.wandb,
-            self.run,
-            run_id=self.wandb_id,
-            say=self.console.print_line,
-            project=self.settings.project,
-            name=self.settings.name,
-            config=config,
-            tags=list(self.settings.tags),
-            stall_seconds=self.settings.stall_seconds,
-        )
-        if client is not None:
-            self.wandb_id = client.run_id
-        return client
 
     def _record(
         self, step: int, summary: Summary, learning_rates: dict[str, float]
@@ -270,10 +265,10 @@ class Logger:
         self._curves = None
         self.console.show_progress(record)
         num_skipped = record.get("skipped_steps", 0)
-        if num_skipped and not self._skipping:
+        if num_skipped and not self._has_skipped:
             text = f"step {record['step']}: {num_skipped:.0f} steps had a non-finite gradient"
             self.alert("diverging", text, "diverged")
-        self._skipping = num_skipped > 0
+        self._has_skipped = num_skipped > 0
 
     def _save_measurements(self, step: int, measurements: Measurements) -> None:
         if measurements.curves:
@@ -287,7 +282,7 @@ class Logger:
             self._save_picture(measurements.neighbors, path, key, NEIGHBORS_CAPTION, step)
 
     def _save_picture(self, picture: Tensor, path: Path, key: str, caption: str, step: int) -> None:
-        if self._files.try_now(path, partial(image_grids.save, picture, path)):
+        if self._files.try_write(path, partial(image_grids.save, picture, path)):
             self._send("image", key=key, path=str(path), caption=caption, step=step)
 
     def _send(self, kind: str, **message: Any) -> None:
@@ -295,9 +290,9 @@ class Logger:
             self._wandb.send(kind, **message)
 
     def _handle_disk_problem(self) -> None:
-        """On every rank at the same step, request a stop or warn about the files."""
+        """Request a stop or warn about the files, on every rank at the same step."""
         problem = self._files.take_problems()
         if self.on_failure == "stop":
             self.must_stop, self._problem = True, problem
         elif problem:
-            self.console.warn(background_writer.continuing(problem))
+            self.console.warn(background_writer.continue_message(problem))

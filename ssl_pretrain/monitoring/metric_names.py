@@ -158,4 +158,4 @@ def with_current_names(record: dict[str, Any]) -> dict[str, Any]:
 def existing_paths(run: Path, name: str) -> list[Path]:
     """Return the paths in a run folder under a name and its earlier names, the earliest first."""
     earlier = [old for old, new in RENAMED.items() if new == name]
-    return [path for path in (run / each for each in (*earlier, name)) if path.exists()]
+    return [run / each for each in (*earlier, name) if (run / each).exists()]

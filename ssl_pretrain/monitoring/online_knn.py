@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.monitoring import image_grids, linear_probe, weighted_knn
-from ssl_pretrain.monitoring.measurements import Measurements
+from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.schema import setting
 
 T = TypeVar("T")
-# Indices of images -> batches of (normalized images, labels), in that order.
+# Yields batches of normalized images and labels, in the order of the indices that it is given.
 ReadImages = Callable[[np.ndarray], Iterator[tuple[Tensor, Tensor]]]
 NUM_QUERIES, NUM_NEIGHBORS = 8, 6  # rows and columns of the picture
 
@@ -38,27 +38,18 @@ class OnlineConfig:
 
 
 class MeasureError(RuntimeError):
-    """A measurement failed on some rank. Raised on all of them."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Accuracies in [0, 1], the same on all ranks, and a picture of neighbors on rank 0."""
-
-    knn: float
-    probe: float | None = None
-    neighbors: Tensor | None = None  # (3, height, width) in [0, 1]
+    """A measurement failed on some rank. Every rank raises it."""
 
 
 class OnlineKNN:
     """Weighted k-NN accuracy of a backbone, measured during its run on training images alone.
 
-    The bank and the queries come from the labeled training images, in the order of one fixed
-    permutation. Nothing about the test set can therefore influence a run. The number is meant for
-    its curve. eval/knn.py gives the number to report.
+    The bank and the queries are labeled training images, chosen by one fixed permutation, so the
+    test set has no influence on a run. The accuracy is meant for a curve over the run. eval/knn.py
+    gives the number to report.
 
     Each rank embeds every world_size-th image. Padding gives all ranks the same number of forward
-    passes, which sharded weights need. The images that count are the same on any number of ranks.
+    passes, which sharded weights need. The measured images are the same on any number of ranks.
     """
 
     def __init__(
@@ -77,15 +68,15 @@ class OnlineKNN:
             config: Bank and query sizes, k and temperature.
             read_images: Reads the evaluation views of training images by their indices.
             labels: Classes of all training images, (num_train,), -1 for unlabeled ones.
-            order: A fixed permutation of their indices. The first labeled ones, at most a fifth,
-                become the queries, and the next ones the bank.
+            order: A fixed permutation of the indices of the training images. The first labeled
+                ones, at most a fifth, become the queries, and the next ones the bank.
             steps_per_epoch: Optimizer steps of one epoch.
             device: Device of the backbone.
             read_pixels: Reads images by their indices, uint8 (num_images, 3, size, size). Without
                 it there is no picture.
 
         Raises:
-            ValueError: k or temperature do not fit the bank.
+            ValueError: If k does not fit the bank or the temperature is not positive.
         """
         self.config, self.labels, self.device = config, labels, device
         self.read_images, self.read_pixels = read_images, read_pixels
@@ -116,10 +107,10 @@ class OnlineKNN:
         """Measure after `step` steps, if it is due.
 
         Raises:
-            MeasureError: A rank failed, and `online.on_failure` is `stop`.
+            MeasureError: If a rank failed and `online.on_failure` is `stop`.
         """
         try:
-            measured = self.measure(backbone) if self.due(step) else None
+            return self.measure(backbone) if self.due(step) else Measurements()
         except MeasureError as error:
             if self.config.on_failure == "stop":
                 raise
@@ -129,25 +120,20 @@ class OnlineKNN:
                     stacklevel=2,
                 )
             return Measurements()
-        if measured is None:
-            return Measurements()
-        metrics = {"knn": measured.knn}
-        if measured.probe is not None:
-            metrics["probe"] = measured.probe
-        return Measurements(metrics, neighbors=measured.neighbors)
 
     @torch.no_grad()
-    def measure(self, backbone: nn.Module) -> Measured | None:
+    def measure(self, backbone: nn.Module) -> Measurements:
         """Measure the backbone, and leave the state of the training as it was.
 
         Returns:
-            None if measurements are off.
+            Accuracies in [0, 1], the same on all ranks, and a picture of neighbors on rank 0. Empty
+            if measurements are off.
 
         Raises:
-            MeasureError: A rank failed.
+            MeasureError: If a rank failed.
         """
         if not self.enabled:
-            return None
+            return Measurements()
         with unchanged_state(backbone, self.device):
             local_features = _on_every_rank(
                 lambda: [self._embed(backbone, indices) for indices in (self.bank, self.queries)]
@@ -155,39 +141,40 @@ class OnlineKNN:
         bank = self._gather(local_features[0], len(self.bank))
         queries = self._gather(local_features[1], len(self.queries))
         shard = np.arange(process_group.rank(), len(self.queries), process_group.world_size())
-        bank_labels, truth = (
+        bank_labels, labels = (
             torch.from_numpy(self.labels[indices]).to(self.device)
             for indices in (self.bank, self.queries[shard])
         )
         num_classes = int(self.labels.max()) + 1
 
-        def classify() -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def classify() -> tuple[dict[str, Tensor], Tensor | None]:
             """Classify this rank's queries. Every rank fits the same linear classifier."""
-            knn = weighted_knn.predict(
-                bank,
-                bank_labels,
-                queries[shard],
-                k=self.config.k,
-                temperature=self.config.temperature,
-                num_classes=num_classes,
-            )
-            probe = (
-                linear_probe.predict(bank, bank_labels, queries[shard], num_classes)
-                if self.config.probe
-                else None
-            )
-            return knn, probe, self._draw_neighbors(bank, queries[:NUM_QUERIES])
+            predictions = {
+                "knn": weighted_knn.predict(
+                    bank,
+                    bank_labels,
+                    queries[shard],
+                    k=self.config.k,
+                    temperature=self.config.temperature,
+                    num_classes=num_classes,
+                )
+            }
+            if self.config.probe:
+                predictions["probe"] = linear_probe.predict(
+                    bank, bank_labels, queries[shard], num_classes
+                )
+            return predictions, self._draw_neighbors(bank, queries[:NUM_QUERIES])
 
-        knn, probe, picture = _on_every_rank(classify)
-
-        def accuracy(predicted: Tensor) -> float:
-            num_correct = collectives.reduce_sum((predicted == truth).sum().double())
-            return num_correct.item() / len(self.queries)
-
-        return Measured(accuracy(knn), None if probe is None else accuracy(probe), picture)
+        predictions, picture = _on_every_rank(classify)
+        num_correct = {
+            name: collectives.reduce_sum((predicted == labels).sum().double()).item()
+            for name, predicted in predictions.items()
+        }
+        accuracies = {name: count / len(self.queries) for name, count in num_correct.items()}
+        return Measurements(accuracies, neighbors=picture)
 
     def _draw_neighbors(self, bank: Tensor, queries: Tensor) -> Tensor | None:
-        """Draw the first queries, which are always the same, with their nearest bank images."""
+        """Draw the first queries with their nearest images of the bank, on rank 0."""
         if self.read_pixels is None or not process_group.is_main():
             return None
         similarities = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
@@ -221,7 +208,8 @@ def _on_every_rank(function: Callable[[], T]) -> T:
     If a failed rank left without the others, they would wait forever in the next collective.
 
     Raises:
-        MeasureError: Names the ranks that failed and their errors. Raised on all ranks.
+        MeasureError: If any rank failed. The message names these ranks and their errors. Every rank
+            raises it.
     """
     result, problem = None, None
     try:

@@ -1,16 +1,35 @@
-"""Records of a run on disk, one JSON object per line."""
+"""Records of a run: measurements of its monitors, and files with one JSON object per line."""
+
+from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.system import durable_files
 
 
+@dataclass
+class Measurements:
+    """Results of the monitors after one step, each empty unless it was due."""
+
+    metrics: dict[str, float] = field(default_factory=dict)  # joined to the next record
+    curves: dict[str, list[float]] = field(default_factory=dict)  # one line of plots.jsonl
+    neighbors: Tensor | None = None  # picture (3, height, width) in [0, 1], on rank 0
+
+    def __or__(self, other: Measurements) -> Measurements:
+        """Combine the results of two monitors."""
+        neighbors = self.neighbors if other.neighbors is None else other.neighbors
+        return Measurements(self.metrics | other.metrics, self.curves | other.curves, neighbors)
+
+
 def encode(record: dict[str, Any]) -> str:
-    """Return a record as one line of JSON, which has no NaN: such numbers become null."""
+    """Return a record as one line of JSON, with null for numbers that are not finite."""
     return json.dumps(
         {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -22,8 +41,8 @@ def encode(record: dict[str, Any]) -> str:
 def read(path: Path) -> list[dict[str, Any]]:
     """Read the records of a file, one per step, in the order of the steps.
 
-    A line that a kill cut short is left out. The later of two records of a step counts. Metrics
-    have their present names, whatever version wrote them.
+    A line that was cut short by a kill is left out. Of two records of a step, the later one counts.
+    Metrics have their present names, whatever version wrote them.
     """
     records = {}
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
@@ -38,7 +57,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def trim(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Remove the records after `last_step` from a file and return the others.
 
-    A resumed run calls this, as it will write those records again. The file is replaced
+    A resumed run calls this, because it will write those records again. The file is replaced
     atomically, and only if it changes.
     """
     records = [record for record in read(path) if record["step"] <= last_step]

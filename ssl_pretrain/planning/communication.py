@@ -1,7 +1,7 @@
 """Messages that a step sends between ranks, and the time they take over a cluster's links."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ssl_pretrain.parallel import batch_norm
 from ssl_pretrain.parallel.parallel_config import ParallelConfig
 from ssl_pretrain.planning.hardware import Machine
 
-BUCKET = 25 * 2**20  # bytes of DDP's last bucket, whose reduction nothing hides
+BUCKET_BYTES = 25 * 2**20  # size of DDP's last bucket, whose reduction nothing hides
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Message:
-    """A collective that is sent once or several times."""
+    """A collective that runs once or several times."""
 
     collective: str  # allgather, reduce_scatter or allreduce
     size: float  # bytes of all ranks' shards together
     ranks: int
     times: int = 1
-    across: bool = False  # between nodes even if the ranks would fit in one
+    across: bool = False  # True if it crosses nodes even though the ranks would fit in one node
 
     @property
     def sent(self) -> float:
@@ -46,11 +46,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Messages sent while a GPU computes for some seconds. Nothing hides the uncovered ones."""
+    """Messages sent while a GPU computes."""
 
     messages: list[Message]
     compute_seconds: float
-    uncovered: list[Message]
+    uncovered: list[Message]  # those that no computation can hide
 
 
 def seconds(machine: Machine, cluster: Cluster, messages: Iterable[Message]) -> float:
@@ -73,7 +73,7 @@ def seconds(machine: Machine, cluster: Cluster, messages: Iterable[Message]) -> 
 def exposed_and_hidden(
     machine: Machine, cluster: Cluster, blocking: list[Message], overlaps: list[Overlap]
 ) -> tuple[float, float]:
-    """Return the seconds of communication that lengthen a step, and those that are hidden."""
+    """Return the seconds of communication that lengthen a step, and the hidden seconds."""
     exposed, hidden = seconds(machine, cluster, blocking), 0.0
     for overlap in overlaps:
         total = seconds(machine, cluster, overlap.messages)
@@ -87,7 +87,7 @@ def exposed_and_hidden(
 def ddp_overlap(size: float, ranks: int, backward_seconds: float) -> Overlap:
     """Return the all-reduce of `size` bytes of gradients. Nothing hides its last bucket."""
     gradients = Message("allreduce", size, ranks)
-    last_bucket = Message("allreduce", min(size, BUCKET), ranks)
+    last_bucket = Message("allreduce", min(size, BUCKET_BYTES), ranks)
     return Overlap([gradients], backward_seconds, [last_bucket])
 
 
@@ -116,14 +116,14 @@ def num_shards(config: ParallelConfig, cluster: Cluster) -> int:
 
 @dataclass(frozen=True)
 class Unit:
-    """Weights that FSDP gathers together: a block, the rest of a backbone, or everything else."""
+    """Weights that FSDP gathers together: a block, the rest of a backbone, or all other weights."""
 
-    numbers: int  # weights, padded to equal shards
-    trained: int  # those with a gradient
-    calls: int  # uses per forward pass
-    student: bool
-    block: bool
-    normed: bool  # has batch norm, whose weights stay in full precision
+    num_weights: int  # padded to equal shards
+    num_trained: int  # weights with a gradient, also padded
+    num_calls: int  # per forward pass
+    is_student: bool
+    is_block: bool
+    has_batch_norm: bool  # whose weights stay in full precision
 
 
 def units(method: nn.Module, calls: dict[str, int], shards: int) -> list[Unit]:
@@ -139,18 +139,17 @@ def units(method: nn.Module, calls: dict[str, int], shards: int) -> list[Unit]:
     for name, network in method.named_modules():
         if not isinstance(network, backbones.Backbone):
             continue
-        left = _sizes(network, shards)
-        rest = _difference(rest, left)
-        student, times = name == "backbone", calls.get(name, 1)
+        rest_of_network = _sizes(network, shards)
+        rest = _difference(rest, rest_of_network)
+        num_calls, is_student = calls.get(name, 1), name == "backbone"
         for _, block in backbones.blocks(network):
             sizes = _sizes(block, shards)
-            left = _difference(left, sizes)
-            normed = bool(batch_norm.statistics(block))
-            result.append(Unit(*sizes, times, student, block=True, normed=normed))
-        normed = bool(batch_norm.statistics(network))
-        result.append(Unit(*left, times, student, block=False, normed=normed))
-    normed = bool(batch_norm.statistics(method))
-    return [*result, Unit(*rest, 1, student=False, block=False, normed=normed)]
+            rest_of_network = _difference(rest_of_network, sizes)
+            has_norm = bool(batch_norm.statistics(block))
+            result.append(Unit(*sizes, num_calls, is_student, True, has_norm))
+        has_norm = bool(batch_norm.statistics(network))
+        result.append(Unit(*rest_of_network, num_calls, is_student, False, has_norm))
+    return [*result, Unit(*rest, 1, False, False, bool(batch_norm.statistics(method)))]
 
 
 def weight_messages(
@@ -162,34 +161,27 @@ def weight_messages(
         units: Weights gathered together.
         config: How the ranks compute.
         cluster: The GPUs.
-        low_precision: Weights travel in bfloat16 unless their unit has batch norm.
-        itemsize: Bytes of a number otherwise.
+        low_precision: True if weights are sent in bfloat16, except in units with batch norm.
+        itemsize: Bytes of a number in full precision.
     """
     ranks = num_shards(config, cluster)
     forward, backward = [], []
     for unit in units:
-        size = unit.numbers * (2 if low_precision and not unit.normed else itemsize)
-        times = unit.calls if unit.block else 1
-        forward.append(Message("allgather", size, ranks, unit.calls))
-        if unit.student and config.reshard_after_forward:
+        size = unit.num_weights * (2 if low_precision and not unit.has_batch_norm else itemsize)
+        gradient_size = unit.num_trained * (2 if config.gradients == "bfloat16" else itemsize)
+        times = unit.num_calls if unit.is_block else 1
+        forward.append(Message("allgather", size, ranks, unit.num_calls))
+        if unit.is_student and config.reshard_after_forward:
             backward.append(Message("allgather", size, ranks, times))
-        backward += _reductions(unit, config, cluster, itemsize, times)
+        backward.append(Message("reduce_scatter", gradient_size, ranks, times))
+        if ranks < cluster.ranks:  # the copies of a shard
+            shard_size = gradient_size / ranks
+            backward.append(Message("allreduce", shard_size, cluster.nodes, times, across=True))
     return forward, [message for message in backward if message.size]
 
 
-def _reductions(
-    unit: Unit, config: ParallelConfig, cluster: Cluster, itemsize: int, times: int
-) -> Iterator[Message]:
-    """Yield the messages of a unit's gradients, within shards and between copies of a shard."""
-    ranks = num_shards(config, cluster)
-    size = unit.trained * (2 if config.gradients == "bfloat16" else itemsize)
-    yield Message("reduce_scatter", size, ranks, times)
-    if ranks < cluster.ranks:
-        yield Message("allreduce", size / ranks, cluster.nodes, times, across=True)
-
-
 def _sizes(module: nn.Module, shards: int) -> tuple[int, int]:
-    """Return the numbers of weights and of trained weights."""
+    """Return the number of weights and the number of trained weights, both padded."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return _padded(module.parameters(), shards), _padded(trained, shards)
 
@@ -199,7 +191,7 @@ def _difference(total: tuple[int, int], subset: tuple[int, int]) -> tuple[int, i
 
 
 def _padded(parameters: Iterable[Tensor], shards: int) -> int:
-    """Return the numbers of parameters cut along their first dimension into equal shards."""
+    """Return the number of weights, with each parameter's first dimension padded to the shards."""
     return sum(
         -(-len(p) // shards) * (p.numel() // len(p)) * shards for p in parameters if p.numel()
     )

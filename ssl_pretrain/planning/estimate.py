@@ -1,9 +1,9 @@
-"""Estimate the memory and the time of an optimizer step on GPUs that are not there.
+"""Estimate the memory and the time of an optimizer step on GPUs that this machine does not have.
 
 The real program of a step is traced on fake tensors (`step_trace`). The machine's rates give the
 time of each operation (`hardware`). Everything else follows from the configuration: gradients sent
 between ranks, batch norm's statistics, the loader. The estimate leaves out memory that an allocator
-wastes, compilation, and kernels slowed by collectives beside them.
+wastes, compilation, and the slowdown of kernels that run beside collectives.
 """
 
 from bisect import bisect_left
@@ -23,12 +23,12 @@ from ssl_pretrain.parallel.parallel_config import bn_group_images
 from ssl_pretrain.planning import communication, step_trace
 from ssl_pretrain.planning.communication import Cluster, Message, Overlap, Unit
 from ssl_pretrain.planning.hardware import Machine
-from ssl_pretrain.planning.step_trace import COLORED, MicroBatch
+from ssl_pretrain.planning.step_trace import NUM_COLORED, MicroBatch
 from ssl_pretrain.planning.trace import Trace
 from ssl_pretrain.views import recipe
 
-RESERVED = 1.5 * GIB  # CUDA context and workspaces of cuBLAS, cuDNN and NCCL; an assumption
-UPLOADED = 3  # batches of uint8 views on the device at once (data/native)
+RESERVED_BYTES = 1.5 * GIB  # assumed for the CUDA context and workspaces of cuBLAS, cuDNN and NCCL
+NUM_UPLOADED = 3  # batches of uint8 views on the device at once (data/native)
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class StepTime:
     compute: float  # forward and backward passes and the teacher, of all micro-batches
     views: float  # color augmentation
     loss: float
-    optimizer: float  # with what moves after the step
+    optimizer: float  # includes the updates after the step, such as the teacher's
     exposed: float  # communication that no computation hides
     hidden: float  # communication during the backward pass
     data: float  # waiting for the loader
-    arithmetic: float  # share of the computing that is bound by arithmetic, not by memory
-    flops: float  # operations of the model on this rank
+    arithmetic: float  # share of `compute` that is bound by arithmetic, not by memory
+    flops: float  # number of operations of the model on this rank
 
     @property
     def total(self) -> float:
@@ -68,7 +68,7 @@ class StepTime:
 class Estimate:
     """Memory and time of a configuration's step on a cluster of GPUs.
 
-    Traces take about a second each and are made when they are first needed.
+    Each trace takes about a second and is made when it is first needed.
     """
 
     run: RunConfig
@@ -96,7 +96,7 @@ class Estimate:
         """Function that returns the trace of the loss for a number of images on this rank."""
 
         def trace_loss(images: int) -> Trace:
-            results = self.micro_batch.results(images)
+            results = self.micro_batch.results_for(images)
             return step_trace.trace_loss(self.method, self.execution, results, self.cluster.ranks)
 
         return cache(trace_loss)
@@ -104,14 +104,14 @@ class Estimate:
     @cached_property
     def optimizer(self) -> tuple[Trace, int]:
         """Trace of the optimizer's step, and the bytes of its state."""
-        results, ranks = self.micro_batch.results(self.share), self.cluster.ranks
+        results, ranks = self.micro_batch.results_for(self.share), self.cluster.ranks
         return step_trace.trace_optimizer(self.run, self.method, self.execution, results, ranks)
 
     @cached_property
     def color_seconds(self) -> float:
         """Seconds of the color augmentation per image."""
         seconds = sum(self.machine.bounds(step_trace.trace_coloring(self.run)))
-        return seconds / self.machine.attained / COLORED
+        return seconds / self.machine.attained / NUM_COLORED
 
     @property
     def share(self) -> int:
@@ -145,38 +145,36 @@ class Estimate:
             self._bytes(p) for name, p in method.named_parameters() if name.startswith("teacher.")
         )
         # FSDP gathers the next unit before it frees the current one.
-        gathered = sorted(unit.numbers for unit in self.units)[-2:] if self.num_shards > 1 else []
-        replicated = self.cluster.ranks > 1 and self.num_shards == 1
+        sizes = sorted(unit.num_weights for unit in self.units)
+        num_gathered = sum(sizes[-2:]) if self.num_shards > 1 else 0
+        is_replicated = self.cluster.ranks > 1 and self.num_shards == 1
         pixels = sum(3 * crop.size**2 for crop in recipe.expand_counts(self.run.views))
         return {
             "parameters": (weights - teacher) / self.num_shards,
-            "DDP buckets": self.gradient_bytes if replicated else 0.0,
-            "gathered weights": sum(gathered) * itemsize,
+            "DDP buckets": self.gradient_bytes if is_replicated else 0.0,
+            "gathered weights": num_gathered * itemsize,
             "optimizer": self.optimizer[1] / self.num_shards,
             "teacher": teacher / self.num_shards,
             "buffers": sum(self._bytes(buffer) for buffer in method.buffers()),
-            "views": pixels * self.share * (itemsize + UPLOADED),
+            "views": pixels * self.share * (itemsize + NUM_UPLOADED),
             "peak of the step": self.peak(images),
-            "reserved": RESERVED,
+            "reserved": RESERVED_BYTES,
         }
 
     def activations(self, images: int) -> float:
         """Return the bytes that the forward pass keeps for the backward pass."""
-        return float(self.micro_batch.at(images).phase("forward").bytes_held[-1])
+        return float(self.micro_batch.trace_for(images).phase("forward").bytes_held[-1])
 
     def peak(self, images: int) -> float:
-        """Return the largest number of bytes that the passes, the loss or the optimizer hold.
-
-        Gradients are among them.
-        """
+        """Return the most bytes in use in the passes, the loss or the optimizer, with gradients."""
         if self.two_passes(images):
-            at_loss = float(self.loss(self.share).peak)
+            loss_bytes = float(self.loss(self.share).peak)
         else:  # the loss is computed beside the activations of the micro-batch
-            at_loss = self.loss(images).peak + self.activations(images)
-        on_other_ranks = self.gradient_bytes * (1 - 1 / self.num_shards)
-        in_passes = self.micro_batch.at(images).peak - on_other_ranks
-        at_step = (self.gradient_bytes + self.optimizer[0].peak) / self.num_shards
-        return max(in_passes, at_loss, at_step)
+            loss_bytes = self.loss(images).peak + self.activations(images)
+        bytes_on_other_ranks = self.gradient_bytes * (1 - 1 / self.num_shards)
+        pass_bytes = self.micro_batch.trace_for(images).peak - bytes_on_other_ranks
+        optimizer_bytes = (self.gradient_bytes + self.optimizer[0].peak) / self.num_shards
+        return max(pass_bytes, loss_bytes, optimizer_bytes)
 
     def _bytes(self, tensor: torch.Tensor) -> int:
         dtype = self.execution.dtype if tensor.is_floating_point() else tensor.dtype
@@ -185,10 +183,10 @@ class Estimate:
     def two_passes(self, images: int) -> bool:
         """Return True if each micro-batch is embedded twice."""
         accumulation = self.run.parallel.accumulation
-        coupled = accumulation == "auto" and self.method.couples == "embeddings"
-        return images < self.share and (accumulation == "two_passes" or coupled)
+        is_coupled = accumulation == "auto" and self.method.couples == "embeddings"
+        return images < self.share and (accumulation == "two_passes" or is_coupled)
 
-    def largest(self) -> tuple[int, str]:
+    def largest_micro_batch(self) -> tuple[int, str]:
         """Return the largest micro-batch size that fits, 0 if none does, and the reason."""
         room = ROOM * self.machine.memory
         group = bn_group_images(self.run.parallel, self.run.global_batch_size)
@@ -209,14 +207,14 @@ class Estimate:
         needed = sum(self.memory(smallest).values())
         return 0, (
             f"{reason}, {needed / GIB:.1f} GiB of {room / GIB:.1f}; "
-            "more GPUs, or a smaller group, would do"
+            "use more GPUs or a smaller group"
         )
 
-    def step(self, images: int) -> StepTime:
+    def step_time(self, images: int) -> StepTime:
         """Return the time of one optimizer step with a micro-batch of `images`."""
         machine, num_micro_batches = self.machine, self.share // images
         names = ("forward", "targets", "backward")
-        phases = [self.micro_batch.at(images).phase(name) for name in names]
+        phases = [self.micro_batch.trace_for(images).phase(name) for name in names]
         forward, targets, backward = (machine.seconds(phase) for phase in phases)
         two_passes = self.two_passes(images)
         passes = [*phases, phases[0]] if two_passes else phases
@@ -236,6 +234,8 @@ class Estimate:
             )
         views = self.share * self.color_seconds
         busy = compute + views + loss_seconds + optimizer + exposed
+        decoded_per_second = machine.decoded_per_core * max(1, self.run.data.num_workers)
+        decoding = self.share / decoded_per_second if decoded_per_second else 0.0
         return StepTime(
             compute,
             views,
@@ -243,21 +243,16 @@ class Estimate:
             optimizer,
             exposed,
             hidden,
-            data=max(0.0, self._decoding_seconds() - busy),
+            data=max(0.0, decoding - busy),
             arithmetic=float(bounds[:, 0].sum() / bounds.sum()),
             flops=num_micro_batches * sum(float(phase.flops.sum()) for phase in phases),
         )
 
-    def _decoding_seconds(self) -> float:
-        """Seconds in which the loader decodes a rank's images, 0 if the loader is not planned."""
-        rate = self.machine.decoded_per_core * max(1, self.run.data.num_workers)
-        return self.share / rate if rate else 0.0
-
     def _messages(self, images: int, loss_collectives: list[tuple[str, int]]) -> list[Message]:
-        """Messages during which the GPU waits."""
+        """Return the messages during which the GPU waits."""
         ranks = self.cluster.ranks
         group = bn_group_images(self.run.parallel, self.run.global_batch_size) // images
-        norms, itemsize = self.micro_batch.traces.few.norms, self.execution.dtype.itemsize
+        norms, itemsize = self.micro_batch.traces.small.norms, self.execution.dtype.itemsize
         collectives = [*loss_collectives, *self.optimizer[0].collectives]
         return [
             *(Message(*collective, ranks) for collective in collectives),
@@ -265,11 +260,11 @@ class Estimate:
         ]
 
     def _overlaps(self, images: int, forward: float, backward: float) -> list[Overlap]:
-        """Messages of weights and gradients, with the computation beside them."""
+        """Return the messages of weights and gradients, with the computation beside them."""
         settings, dtype, cluster = self.run.parallel, self.execution.dtype, self.cluster
         if settings.strategy == "ddp":
-            halved = settings.gradients == "bfloat16" and dtype == torch.float32
-            size = self.gradient_bytes / (2 if halved else 1)
+            is_halved = settings.gradients == "bfloat16" and dtype == torch.float32
+            size = self.gradient_bytes / (2 if is_halved else 1)
             return [communication.ddp_overlap(size, cluster.ranks, backward)]
         gathered, reduced = communication.weight_messages(
             self.units, settings, cluster, self.execution.autocast, dtype.itemsize

@@ -13,7 +13,7 @@ GIGA, TERA = 1e9, 1e12
 MATMUL_SHARE = 0.8  # large bfloat16 products reach 790 of 989 TFLOP/s on an H100
 BANDWIDTH_SHARE = 0.85  # a copy reaches this share of the memory bandwidth
 LINK_SHARE = 0.8  # NCCL's large all-reduces reach this share of the link
-ATTAINED = 0.75  # share of the roofline that eager training steps reach; an assumption
+ROOFLINE_SHARE = 0.75  # eager training steps are assumed to reach this share of the roofline
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class Machine:
     intra_node: float  # from one GPU to the others of its node
     inter_node: float  # from one node to the others
     attained: float = 1.0  # share of the roofline that a training step reaches
-    launch_seconds: float = 7e-6  # time of the host per eager operation
-    latency_seconds: float = 7e-6  # time of a collective per level of a tree of ranks
+    launch_seconds: float = 7e-6  # time that the host takes per eager operation
+    latency_seconds: float = 7e-6  # time that a collective takes per level of a tree of ranks
     decoded_per_core: float = 0.0  # images; 0: the loader is not planned
 
     def seconds(self, trace: Trace) -> float:
-        """Return the time of a computation. The host launches operations while the GPU computes."""
+        """Return the time of a computation, or of launching its operations if that is longer."""
         launching = int((trace.bytes_moved > 0).sum()) * self.launch_seconds
         return max(sum(self.bounds(trace)) / self.attained, launching)
 
     def bounds(self, trace: Trace) -> tuple[float, float]:
         """Return the seconds of operations bound by arithmetic and of those bound by memory.
 
-        Both are at full rates. An operation takes the longer of its arithmetic and its memory time.
+        At full rates an operation takes the longer of its arithmetic time and its memory time.
         """
         rate = np.full(len(trace.flops), self.matmul)
         rate[trace.wide] = self.wide_matmul
@@ -63,9 +63,9 @@ class DataSheet:
     node: float = 0  # GB/s, one way, of all network ports of a node
 
 
-# NVIDIA's data sheets, by a part of the name that CUDA reports. The first that matches counts.
-# Nodes: DGX H100 and H200, 8 ports of 400 Gbit/s; DGX A100, 8 ports of 200 Gbit/s; two ports of
-# 200 Gbit/s are assumed for the L40S.
+# NVIDIA's data sheets, by a part of the name that CUDA reports. The first match counts.
+# Nodes: DGX H100 and H200 have 8 ports of 400 Gbit/s, and DGX A100 has 8 ports of 200 Gbit/s. Two
+# ports of 200 Gbit/s are assumed for a node with L40S.
 DATA_SHEETS = {
     "B200": DataSheet(2250.0),
     "H200": DataSheet(989.4, memory=141, fp32=67, bandwidth=4.8, link=450, node=400),
@@ -103,7 +103,7 @@ def from_data_sheet(name: str, sheet: DataSheet) -> Machine:
         bandwidth=sheet.bandwidth * TERA * BANDWIDTH_SHARE,
         intra_node=sheet.link * GIGA * LINK_SHARE,
         inter_node=sheet.node * GIGA * LINK_SHARE,
-        attained=ATTAINED,
+        attained=ROOFLINE_SHARE,
     )
 
 
@@ -113,10 +113,10 @@ MACHINES = {
 
 
 def machine(config: PlanConfig) -> Machine:
-    """Return the machine that `plan.gpu` names, with the rates that the configuration gives."""
-    given: dict[str, Any] = {
+    """Return the machine that `plan.gpu` names. Rates in the configuration replace its own."""
+    rates: dict[str, Any] = {
         "intra_node": config.intra_node_gb_per_second * GIGA,
         "inter_node": config.inter_node_gb_per_second * GIGA,
         "decoded_per_core": config.decoded_per_core,
     }
-    return replace(MACHINES[config.gpu], **{name: rate for name, rate in given.items() if rate})
+    return replace(MACHINES[config.gpu], **{name: rate for name, rate in rates.items() if rate})

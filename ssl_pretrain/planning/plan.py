@@ -1,4 +1,4 @@
-"""Describe what a configuration would run, without running it. `--plan` prints it."""
+"""Describe the run of a configuration and its costs, without running it, for `--plan`."""
 
 import os
 
@@ -17,8 +17,8 @@ from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Estimate, StepTime
 from ssl_pretrain.views import recipe
 
-IMAGENET = 1_281_167  # training images
-SHOWN = 6  # most names of a parameter group that are listed in full
+NUM_IMAGENET = 1_281_167  # training images
+MAX_NAMES = 6  # a parameter group with more names is listed in part
 
 
 def num_ranks(run: RunConfig, default: int) -> int:
@@ -33,22 +33,23 @@ def describe(run: RunConfig, world_size: int = 1) -> str:
     """Describe the resolved configuration, learning rate, parameters, steps and embeddings.
 
     Raises:
-        ConfigError: Training would refuse the configuration too.
+        ConfigError: If training would refuse the configuration too.
     """
     config.check(run, world_size)
     method = method_on_meta(run)
     notes = initialize(method.backbone, run.backbone)
-    lines = ["# resolved configuration", config.to_yaml(run), "# plan"]
-    lines += _describe_optimizer(run)
-    lines += _describe_parameters(run, method)
-    lines += _describe_steps(run)
-    lines += [f"weights: {run.backbone.init}: {'; '.join(notes)}"] if notes else []
-    lines += _describe_batch(run, method, world_size)
-    if run.plan.gpu:
-        lines += _describe_estimate(run, world_size)
-    else:
-        gpus = "plan.gpu=H100 computes them, as do H200, A100 and L40S"
-        lines.append(f"memory and time: {gpus}")
+    costs = ["memory and time: plan.gpu=H100 computes them, as do H200, A100 and L40S"]
+    lines = [
+        "# resolved configuration",
+        config.to_yaml(run),
+        "# plan",
+        *_describe_optimizer(run),
+        *_describe_parameters(run, method),
+        *_describe_steps(run),
+        *([f"weights: {run.backbone.init}: {'; '.join(notes)}"] if notes else []),
+        *_describe_batch(run, method, world_size),
+        *(_describe_estimate(run, world_size) if run.plan.gpu else costs),
+    ]
     return "\n".join(lines)
 
 
@@ -76,9 +77,9 @@ def _describe_optimizer(run: RunConfig) -> list[str]:
 
 
 def _describe_parameters(run: RunConfig, method: Method) -> list[str]:
+    num_backbone = backbones.count_parameters(method.backbone)
     total = backbones.count_parameters(method)
-    of_backbone = backbones.count_parameters(method.backbone)
-    lines = [f"parameters: {total:,}, of them the backbone's {of_backbone:,}"]
+    lines = [f"parameters: {total:,}, of which {num_backbone:,} are in the backbone"]
     for group in optim.parameter_groups(run.optim, method):
         names = group["names"]
         if not names:
@@ -91,8 +92,9 @@ def _describe_parameters(run: RunConfig, method: Method) -> list[str]:
             + (f", learning rate times {rate:g}" if rate != 1 else "")
             + (", constant learning rate" if group["constant"] else "")
         )
-        shown = names if len(names) <= SHOWN else [*names[:3], "...", *names[-3:]]
-        lines.append(f"    {', '.join(shown)}")
+        if len(names) > MAX_NAMES:
+            names = [*names[:3], "...", *names[-3:]]
+        lines.append(f"    {', '.join(names)}")
     return lines
 
 
@@ -139,9 +141,9 @@ def _describe_estimate(run: RunConfig, world_size: int) -> list[str]:
     per_node = run.launch.gpus_per_node or world_size
     cluster = Cluster(world_size // per_node, per_node)
     estimate = Estimate(run, cluster, machine)
-    largest, reason = estimate.largest()
+    largest, reason = estimate.largest_micro_batch()
     images = config.configured_micro_batch_size(run, world_size) or largest or estimate.share
-    step = estimate.step(images)
+    step = estimate.step_time(images)
     nodes = f", {cluster.nodes} nodes of {per_node}" if cluster.nodes > 1 else ""
     embedded_twice = ", each embedded twice" if estimate.two_passes(images) else ""
     size = f"{largest:,} {reason}" if largest else f"none: {reason}"
@@ -162,7 +164,7 @@ def _describe_memory(estimate: Estimate, images: int) -> list[str]:
     total = sum(memory.values())
     verdict = "fits"
     if total > ROOM * capacity:
-        verdict = f"does not fit: {ROOM:.0%} is what a run may fill"
+        verdict = f"does not fit: a run may fill {ROOM:.0%}"
     activations = estimate.activations(images) / images / 2**20
     gradients, loss = estimate.gradient_bytes / GIB, estimate.loss(images).peak / GIB
     return [
@@ -192,22 +194,22 @@ def _describe_time(estimate: Estimate, step: StepTime) -> list[str]:
         f"a step: {step.total * 1e3:,.1f} ms, {batch / step.total:,.0f} images/s; "
         f"bound by {step.bound}",
         *(f"  {value * 1e3:11.3f} ms  {name}" for name, value in seconds.items()),
-        f"  {step.hidden * 1e3:.3f} ms of communication behind the backward; "
+        f"  {step.hidden * 1e3:.3f} ms of communication hidden by the backward pass; "
         f"{flops / 1e12:,.1f} TFLOP/s per GPU, {flops / machine.matmul:.0%} of its rate",
-        f"  {step.arithmetic:.0%} of the computing is bound by arithmetic, the rest by memory",
+        f"  {step.arithmetic:.0%} of the computation is bound by arithmetic, the rest by memory",
     ]
 
 
 def _describe_duration(run: RunConfig, cluster: Cluster, step: StepTime) -> str:
-    known = run.plan.num_images or _count_images(run)
-    num_images = known or IMAGENET
+    num_known = run.plan.num_images or _count_images(run)
+    num_images = num_known or NUM_IMAGENET
     epoch_seconds = order.steps_per_epoch(num_images, run.global_batch_size) * step.total
     hours = run.epochs * epoch_seconds / 3600
-    assumed = "" if known else "if it were ImageNet, "
+    assumption = "" if num_known else "if it were ImageNet, "
     return (
         f"epochs per day: {86400 / epoch_seconds:,.1f}; the run of {run.epochs} epochs: "
         f"{hours:,.1f} hours, {hours * cluster.ranks:,.0f} GPU-hours "
-        f"({assumed}{num_images:,} images)"
+        f"({assumption}{num_images:,} images)"
     )
 
 

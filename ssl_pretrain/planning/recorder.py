@@ -1,7 +1,7 @@
-"""Trace computations on tensors without memory.
+"""Trace computations on tensors without memory, and count their floating-point operations.
 
 The real program runs on fake tensors, which have a shape and no storage, so that a step of any
-size takes about a second.
+size takes about a second. A multiplication and an addition are two operations.
 """
 
 import weakref
@@ -14,12 +14,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
-from ssl_pretrain.planning.flops import FORMULAS
+from ssl_pretrain.methods.base import Method
 from ssl_pretrain.planning.trace import CONVOLUTION, MATMUL, OTHER, Trace
+from ssl_pretrain.views.batch import Batch
 
+aten = torch.ops.aten
 # Positions of the arguments that an operation reads twice. Batch norm reads its input for the
-# statistics and again to normalize. Its backward and a convolution's read the gradient twice.
+# statistics and again to normalize. Backward passes of batch norm and convolutions read the
+# gradient twice.
 READ_TWICE = {
     "native_batch_norm": (0,),
     "native_batch_norm_backward": (0, 1),
@@ -42,7 +51,7 @@ def trace(
     """Trace `function` on fake tensors and return the trace with the function's results.
 
     Args:
-        prepare: Makes the inputs, which are not part of the trace.
+        prepare: Makes the inputs. It is not part of the trace.
         function: The computation. It takes the inputs, and a function that marks the beginning of
             a phase.
     """
@@ -62,8 +71,8 @@ class Recorder(TorchDispatchMode):
         self.collectives: list[tuple[str, int]] = []
         self.norms: dict[str, list[int]] = {"forward": [], "backward": []}
         self.phase_starts: dict[str, int] = {}
-        self._alive: dict[int, int] = {}  # bytes of each storage that was allocated here
-        self._held = 0
+        self._storage_bytes: dict[int, int] = {}  # of the storages that are not freed yet
+        self._held_bytes = 0
 
     def mark(self, name: str) -> None:
         """Begin a phase."""
@@ -89,39 +98,52 @@ class Recorder(TorchDispatchMode):
         for tensor in outputs:
             self._hold(tensor)
         if function.namespace == "c10d":
-            self._send(name, args)
+            # The first argument of a reduce-scatter is its result, one rank's shard.
+            tensors = [args[1]] if name == "_reduce_scatter_base_" else _tensors(args[0])
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.collectives.append((name.strip("_").removesuffix("_base"), size))
             return out
-        phase, training = BATCH_NORMS.get(name, ("", 0))
-        if phase and args[training]:
+        phase, position = BATCH_NORMS.get(name, ("", 0))
+        if phase and args[position]:
             self.norms[phase].append(inputs[0].shape[1])
         flops, kind = _flops(function._overloadpacket, args, kwargs, out)
         moved = _bytes_moved(function, name, args, inputs, outputs)
         wide = bool(outputs) and outputs[0].dtype in (torch.float32, torch.float64)
-        self.rows.append((flops, moved, self._held, kind, wide))
+        self.rows.append((flops, moved, self._held_bytes, kind, wide))
         return out
 
     def _hold(self, tensor: Tensor) -> None:
         """Count a storage as held until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._alive:
-            return
-        self._alive[key] = storage.nbytes()
-        self._held += storage.nbytes()
-        weakref.finalize(storage, self._release, key)
+        if key not in self._storage_bytes:
+            self._storage_bytes[key] = storage.nbytes()
+            self._held_bytes += storage.nbytes()
+            weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
-        self._held -= self._alive.pop(key, 0)
-
-    def _send(self, name: str, args: Any) -> None:
-        # The first argument of a reduce-scatter is its result, one rank's shard.
-        tensors = [args[1]] if name == "_reduce_scatter_base_" else _tensors(args[0])
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.collectives.append((name.strip("_").removesuffix("_base"), size))
+        self._held_bytes -= self._storage_bytes.pop(key, 0)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+# torch's formulas, and two that it lacks: attention on a CPU and products added in place.
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten.addmm_: flop_registry[aten.addmm],
+}
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
@@ -135,10 +157,7 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
 def _bytes_moved(
     function: Any, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]
 ) -> int:
-    """Return the bytes an operation reads and writes if it touches each tensor once.
-
-    An allocation or a view moves nothing.
-    """
+    """Return the bytes that an operation reads and writes, 0 for an allocation or a view."""
     storages = {tensor.untyped_storage()._cdata for tensor in inputs}
     mutable = function._schema.is_mutable
     is_view = not mutable and all(out.untyped_storage()._cdata in storages for out in outputs)
@@ -147,8 +166,8 @@ def _bytes_moved(
     targets: list[Tensor] = outputs
     if mutable and not outputs:  # foreach and fused operations write to their inputs
         targets = list(_mutated(function, args))
-    twice = [args[place] for place in READ_TWICE.get(name, ())]
-    return sum(_num_bytes(tensor) for tensor in (*inputs, *targets, *twice))
+    read_twice = [args[position] for position in READ_TWICE.get(name, ())]
+    return sum(_num_bytes(tensor) for tensor in (*inputs, *targets, *read_twice))
 
 
 def _mutated(function: Any, args: Any) -> Iterator[Tensor]:
@@ -158,8 +177,26 @@ def _mutated(function: Any, args: Any) -> Iterator[Tensor]:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    """Return the bytes behind a tensor. An expanded value is read once."""
+    """Return the bytes in a tensor's storage, in which an expanded value exists once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def flops_per_image(method: Method, batch: Batch) -> float:
+    """Return the floating-point operations of a training step per image.
+
+    The backward pass of the student counts as two of its forward passes. The teacher has a forward
+    pass only. As usual, only matrix products and convolutions count, and recomputed forward passes
+    do not.
+
+    Args:
+        method: The method on the meta device.
+        batch: Images on the meta device.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as student:
+        method(batch)
+    with torch.no_grad(), FlopCounterMode(display=False) as teacher:
+        method.targets(batch)
+    return (3 * student.get_total_flops() + teacher.get_total_flops()) / len(batch)
 
 
 def make_fake(

@@ -1,4 +1,4 @@
-"""Trace one rank's optimizer step of a configuration: micro-batch, loss, optimizer and coloring."""
+"""Trace the parts of one rank's optimizer step: micro-batch, loss, optimizer and color."""
 
 import copy
 from collections import Counter
@@ -24,8 +24,8 @@ from ssl_pretrain.views import color_torch, recipe
 from ssl_pretrain.views.batch import Batch
 from ssl_pretrain.views.color_parameters import draw_colors
 
-COLORED = 64  # images in the trace of the coloring
-HALFWAY = Progress(500, 1000, 10)  # the step that is traced
+NUM_COLORED = 64  # images in the trace of the color augmentation
+HALFWAY = Progress(500, 1000, 10)  # the traced step
 
 Tensors = dict[str, Tensor]
 
@@ -40,40 +40,40 @@ class Results:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Forward, targets and backward pass for any number of images."""
+    """Traces of the forward pass, the targets and the backward pass for any number of images."""
 
     traces: LinearTrace
-    few: Results
-    more: Results
-    backbone_calls: dict[str, int]  # how often each backbone runs, by its name
+    small: Results
+    large: Results
+    backbone_calls: dict[str, int]  # runs of each backbone, by its name
 
-    def at(self, images: int) -> Trace:
+    def trace_for(self, images: int) -> Trace:
         """Return the trace for a number of images."""
-        return self.traces.at(images)
+        return self.traces.trace_for(images)
 
-    def results(self, images: int) -> Results:
+    def results_for(self, images: int) -> Results:
         """Return the shapes of the results for a number of images."""
         return Results(
-            self.traces.shapes(self.few.embeddings, self.more.embeddings, images),
-            self.traces.shapes(self.few.targets, self.more.targets, images),
+            self.traces.shapes(self.small.embeddings, self.large.embeddings, images),
+            self.traces.shapes(self.small.targets, self.large.targets, images),
         )
 
 
 def trace_micro_batch(
     run: RunConfig, method: Method, execution: Execution, sizes: tuple[int, int]
 ) -> MicroBatch:
-    """Trace micro-batches of two sizes, from which those of all sizes follow.
+    """Trace micro-batches of two sizes, which determine the traces of all sizes.
 
     Args:
         run: The configuration.
-        method: Its method on the meta device.
+        method: The method of the run, on the meta device.
         execution: Number formats and memory layout.
         sizes: Images of the two micro-batches, the smaller one first.
     """
-    (few, few_results, calls), (more, more_results, _) = (
+    (small, small_results, calls), (large, large_results, _) = (
         _trace_images(run, method, execution, images) for images in sizes
     )
-    return MicroBatch(LinearTrace(few, more, *sizes), few_results, more_results, calls)
+    return MicroBatch(LinearTrace(small, large, *sizes), small_results, large_results, calls)
 
 
 def _trace_images(
@@ -88,10 +88,11 @@ def _trace_images(
                 module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
         recompute_activations(network, run.parallel.activation_checkpointing)
         views = [
-            torch.zeros(images, 3, crop.size, crop.size, dtype=execution.dtype)
+            torch.zeros(images, 3, crop.size, crop.size, dtype=execution.dtype).to(
+                memory_format=execution.memory_format
+            )
             for crop in recipe.expand_counts(run.views)
         ]
-        views = [view.to(memory_format=execution.memory_format) for view in views]
         numbers = torch.zeros(images, dtype=torch.int64)
         return network, Batch(views, numbers, numbers)
 
@@ -167,18 +168,18 @@ def trace_optimizer(
 
 
 def trace_coloring(run: RunConfig) -> Trace:
-    """Trace the color augmentation of all views of `COLORED` images."""
+    """Trace the color augmentation of all views of `NUM_COLORED` images."""
     crops = recipe.expand_counts(run.views)
 
     def prepare() -> list[Tensor]:
-        shapes = [(COLORED, 3, crop.size, crop.size) for crop in crops]
+        shapes = [(NUM_COLORED, 3, crop.size, crop.size) for crop in crops]
         return [torch.zeros(shape, dtype=torch.uint8) for shape in shapes]
 
     def apply(views: list[Tensor], mark: Mark) -> None:
         for crop, values, pixels in zip(crops, parameters, views):
             color_torch.apply(pixels, values, crop, run.views.mean, run.views.std)
 
-    images = np.arange(COLORED)
+    images = np.arange(NUM_COLORED)
     parameters = [draw_colors(crop, 0, 0, images, number) for number, crop in enumerate(crops)]
     return trace(prepare, apply)[0]
 

@@ -32,16 +32,16 @@ class TensorSpec:
 
 @dataclass
 class Trace:
-    """Operations of a computation in order, one entry of each array per operation."""
+    """Operations of a computation in order. Each array has one entry per operation."""
 
     flops: np.ndarray
     bytes_moved: np.ndarray  # bytes read and written
     bytes_held: np.ndarray  # memory in use after the operation, relative to the start
     kind: np.ndarray  # MATMUL, CONVOLUTION or OTHER
-    wide: np.ndarray  # True for float32 and wider, which use no tensor cores
+    wide: np.ndarray  # True for float32 and float64, which use no tensor cores
     collectives: list[tuple[str, int]]  # name, and bytes of all ranks together
-    norms: dict[str, list[int]]  # channels of each batch norm run forward and backward
-    phase_starts: dict[str, int] = field(default_factory=lambda: {"": 0})  # first operations
+    norms: dict[str, list[int]]  # channels of each batch norm, "forward" and "backward"
+    phase_starts: dict[str, int] = field(default_factory=lambda: {"": 0})  # index by phase
 
     def phase(self, name: str) -> Trace:
         """Return the operations of one phase."""
@@ -65,47 +65,47 @@ class Trace:
 
 @dataclass
 class LinearTrace:
-    """One computation for any number of images.
+    """A computation for any number of images, from its traces for two numbers.
 
-    Operations, bytes and shapes are linear in the number of images, so two traces are enough to
-    know them for every number.
+    That is enough, because operations, bytes and shapes are linear in the number of images.
     """
 
-    few: Trace
-    more: Trace
-    num_few: int
-    num_more: int
+    small: Trace
+    large: Trace
+    num_small: int
+    num_large: int
 
     def __post_init__(self) -> None:
-        assert np.array_equal(self.few.kind, self.more.kind), (
+        assert np.array_equal(self.small.kind, self.large.kind), (
             "the operations must not depend on the number of images"
         )
 
-    def at(self, images: int) -> Trace:
+    def trace_for(self, images: int) -> Trace:
         """Return the trace for a number of images."""
-        few, more, weight = self.few, self.more, self.weight(images)
+        small, large, weight = self.small, self.large, self.weight(images)
         return replace(
-            few,
-            flops=few.flops + (more.flops - few.flops) * weight,
-            bytes_moved=few.bytes_moved + (more.bytes_moved - few.bytes_moved) * weight,
-            bytes_held=few.bytes_held + (more.bytes_held - few.bytes_held) * weight,
+            small,
+            flops=small.flops + (large.flops - small.flops) * weight,
+            bytes_moved=small.bytes_moved + (large.bytes_moved - small.bytes_moved) * weight,
+            bytes_held=small.bytes_held + (large.bytes_held - small.bytes_held) * weight,
         )
 
     def weight(self, images: int) -> float:
-        """Return the position of a number of images between the two traces, 0 at the first."""
-        return (images - self.num_few) / (self.num_more - self.num_few)
+        """Return the weight of the large trace in the interpolation for a number of images."""
+        return (images - self.num_small) / (self.num_large - self.num_small)
 
     def shapes(
-        self, few: Mapping[str, TensorSpec], more: Mapping[str, TensorSpec], images: int
+        self, small: Mapping[str, TensorSpec], large: Mapping[str, TensorSpec], images: int
     ) -> dict[str, TensorSpec]:
-        """Return the shapes of results for a number of images, from those of the two traces."""
+        """Return the shapes of results for a number of images, given those of both traces."""
         weight = self.weight(images)
         return {
             name: replace(
-                few[name],
+                small[name],
                 shape=tuple(
-                    round(a + (b - a) * weight) for a, b in zip(few[name].shape, more[name].shape)
+                    round(a + (b - a) * weight)
+                    for a, b in zip(small[name].shape, large[name].shape)
                 ),
             )
-            for name in few
+            for name in small
         }

@@ -275,7 +275,7 @@ def measure(
         Cluster(1, 1),
         machine or hardware.MACHINES["H100"],
     )
-    trace_of_step = estimate.micro_batch.at(images)
+    trace_of_step = estimate.micro_batch.trace_for(images)
     roofline = sum(estimate.machine.bounds(trace_of_step))
     result |= {
         "ms": seconds["whole"] * 1e3,

@@ -9,7 +9,7 @@ import torch
 
 from ssl_pretrain.launch import dashboard
 from ssl_pretrain.methods.base import Monitored
-from ssl_pretrain.monitoring import batch_metrics, metric_names
+from ssl_pretrain.monitoring import collapse_metrics, metric_names
 
 workspaces = pytest.importorskip(
     "wandb_workspaces.workspaces",
@@ -37,7 +37,7 @@ def metrics_of(workspace):
 def test_every_panel_shows_a_metric_that_is_logged():
     z = torch.randn(16, 4)
     assignments = torch.zeros(16, dtype=torch.int64)
-    measured, _ = batch_metrics.measure(Monitored(z, (z, z), assignments, 5), features=z)
+    measured, _ = collapse_metrics.measure(Monitored(z, (z, z), assignments, 5), features=z)
     logged = {metric_names.display_name(key) for key in LOGGED | measured.keys()}
     sections = metrics_of(dashboard.build("p", "e"))
     shown = {metric for metrics in sections.values() for metric in metrics}

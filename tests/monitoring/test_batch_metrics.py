@@ -8,14 +8,14 @@ from conftest import run_ranks
 
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.methods.base import Monitored
-from ssl_pretrain.monitoring import batch_metrics
+from ssl_pretrain.monitoring import collapse_metrics
 
 NUM_ROWS, NUM_PROTOTYPES = 24, 7
 
 
 def measure(embeddings, features=None, **others):
     monitored = Monitored(embeddings, **others)
-    scalars, _ = batch_metrics.measure(monitored, features, max_rows=NUM_ROWS)
+    scalars, _ = collapse_metrics.measure(monitored, features, max_rows=NUM_ROWS)
     return {name: value.item() for name, value in scalars.items()}
 
 

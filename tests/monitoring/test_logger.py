@@ -17,7 +17,7 @@ from ssl_pretrain import config, train
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.logger import LogConfig, Logger
-from ssl_pretrain.monitoring.measurements import Measurements
+from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.system import durable_files
 
 

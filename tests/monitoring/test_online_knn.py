@@ -16,6 +16,7 @@ from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.monitoring import linear_probe, weighted_knn
 from ssl_pretrain.monitoring.online_knn import OnlineConfig, OnlineKNN
+from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.train import train
 
 CPU = torch.device("cpu")
@@ -62,8 +63,8 @@ def test_the_accuracies_are_those_of_the_classifiers():
         (predicted == labels[knn.queries]).double().mean().item()
         for predicted in (by_knn, by_probe)
     ]
-    measured = knn.measure(nn.Identity())
-    assert [measured.knn, measured.probe] == pytest.approx(expected) and 0.3 < expected[0] < 1
+    metrics = knn.measure(nn.Identity()).metrics
+    assert [metrics["knn"], metrics["probe"]] == pytest.approx(expected) and 0.3 < expected[0] < 1
 
 
 def test_both_accuracies_are_measured_when_due():
@@ -113,7 +114,7 @@ def test_ranks_agree_with_one_process(world_size):
 
 def test_without_labels_nothing_is_measured_and_one_line_says_so(capsys):
     knn = build_knn(num_unlabeled=100)
-    assert knn.measure(nn.Identity()) is None and not knn.due(4)
+    assert knn.measure(nn.Identity()) == Measurements() and not knn.due(4)
     message = "online k-NN: off, because only 0 training images have labels\n"
     assert capsys.readouterr().out == message
 

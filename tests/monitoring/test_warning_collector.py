@@ -5,7 +5,7 @@ import warnings
 from conftest import run_ranks
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.monitoring.warning_collector import WarningCollector
+from ssl_pretrain.monitoring.console import WarningCollector
 
 
 def _warn_on_ranks():

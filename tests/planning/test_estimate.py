@@ -158,7 +158,7 @@ def test_shards_divide_memory_and_cost_communication(run):
         assert estimate.memory(4)["DDP buckets"] == 0 < estimate.memory(4)["gathered weights"]
         assert estimate.peak(4) < ddp.peak(4)
     # FSDP sends three times the bytes. Hybrid's slow links carry half of the gradients.
-    exposed = [estimate.step(4).exposed for estimate in (fsdp, ddp, hybrid)]
+    exposed = [estimate.step_time(4).exposed for estimate in (fsdp, ddp, hybrid)]
     assert exposed[0] > exposed[1] > exposed[2]
 
 
@@ -172,7 +172,7 @@ def test_activation_checkpointing_saves_memory_and_repeats_operations(run):
     )
 
     def flops(estimate: Estimate, phase: str) -> float:
-        return estimate.micro_batch.at(2).phase(phase).flops.sum()
+        return estimate.micro_batch.trace_for(2).phase(phase).flops.sum()
 
     assert recomputed.activations(4) < whole.activations(4)
     assert flops(recomputed, "backward") > flops(whole, "backward")
@@ -185,19 +185,20 @@ def test_the_largest_micro_batch_just_fits(run):
     needed = sum(estimate.memory(8).values())
     for room, expected in ((needed, 8), (needed - 1, 4)):
         estimate.machine = replace(TOY, memory=room / ROOM)
-        assert estimate.largest()[0] == expected
-    assert estimate.two_passes(8) and estimate.step(8).compute > estimate.step(16).compute
+        assert estimate.largest_micro_batch()[0] == expected
+    assert estimate.two_passes(8) and estimate.step_time(8).compute > estimate.step_time(16).compute
     estimate.machine = replace(TOY, memory=1000.0)
-    assert estimate.largest() == (
+    assert estimate.largest_micro_batch() == (
         0,
         f"batch norm over 2 images takes 2 at once, {sum(estimate.memory(2).values()) / GIB:.1f} "
-        "GiB of 0.0; more GPUs, or a smaller group, would do",
+        "GiB of 0.0; use more GPUs or a smaller group",
     )
 
 
 def test_a_slow_loader_bounds_the_step(run):
     fast, slow = (
-        Estimate(run, ONE_GPU, replace(TOY, decoded_per_core=rate)).step(16) for rate in (1e9, 1e-3)
+        Estimate(run, ONE_GPU, replace(TOY, decoded_per_core=rate)).step_time(16)
+        for rate in (1e9, 1e-3)
     )
     assert fast.data == 0 and slow.bound == "data"
     assert slow.total == pytest.approx(16 / 1e-3 / max(1, run.data.num_workers))

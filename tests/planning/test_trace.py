@@ -93,7 +93,7 @@ def test_a_trace_is_linear_in_the_number_of_images():
     few, more, many = (
         trace_backbone("test_resnet", 64, images, bfloat16=True) for images in (2, 4, 16)
     )
-    line = LinearTrace(few, more, 2, 4).at(16)
+    line = LinearTrace(few, more, 2, 4).trace_for(16)
     np.testing.assert_array_equal(line.flops, many.flops)
     np.testing.assert_array_equal(line.bytes_moved, many.bytes_moved)
     np.testing.assert_array_equal(line.bytes_held, many.bytes_held)
