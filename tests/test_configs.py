@@ -16,7 +16,8 @@ from ssl_pretrain.train import train
 from ssl_pretrain.views import recipe
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-BACKBONE_PARAMETERS = {  # of timm's models without a classifier, by name and stem
+# Number of parameters of timm's models without a classifier, by name and stem.
+BACKBONE_PARAMETERS = {
     "resnet50 imagenet": 23_508_032,
     "resnet50 small": 23_500_352,
     "resnet18 small": 11_168_832,
@@ -24,8 +25,8 @@ BACKBONE_PARAMETERS = {  # of timm's models without a classifier, by name and st
     "test_resnet imagenet": 372_688,
     "test_resnet no_pool": 372_688,
 }
-# At least one file per method. The steps of the others are in the long suite.
-FIRST = [path for path in FILES if "imagenet" in path.stem or "digits" in path.stem]
+# At least one file per method. Steps of the other files are in the long suite.
+REPRESENTATIVES = [path for path in FILES if "imagenet" in path.stem or "digits" in path.stem]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -51,7 +52,7 @@ def test_it_builds_its_real_model(path):
     )
 
 
-def _reduced(path, folder):
+def reduce_recipe(path, folder):
     """Return the recipe with tiny images, a tiny backbone and its method's small heads."""
     values = config.to_dict(config.load(path))
     for crop in values["views"]["crops"].values():
@@ -74,13 +75,13 @@ def _reduced(path, folder):
     return config.from_dict(values | {"output": str(folder / "run"), "global_batch_size": 16})
 
 
-def first_or_full(path):
-    return path if path in FIRST else pytest.param(path, marks=pytest.mark.full)
+def representative_or_full(path):
+    return path if path in REPRESENTATIVES else pytest.param(path, marks=pytest.mark.full)
 
 
-@pytest.mark.parametrize("path", map(first_or_full, FILES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", map(representative_or_full, FILES), ids=lambda path: path.stem)
 def test_it_takes_a_reduced_step(path, tmp_path):
-    assert train(_reduced(path, tmp_path), torch.device("cpu"), stop_after=1) == 1
+    assert train(reduce_recipe(path, tmp_path), torch.device("cpu"), stop_after=1) == 1
 
 
 def test_every_method_has_a_recipe():

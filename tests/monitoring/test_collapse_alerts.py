@@ -1,4 +1,4 @@
-"""When the rules raise an alert."""
+"""The rules that raise an alert."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_one_severe_value_is_enough(rule):
 def test_no_guarded_alert_is_raised_while_views_match(rule):
     good, bad = 1.5 * rule.bad_below / rule.fallen_below, 0.8 * rule.bad_below
     values = [good, bad, bad]
-    assert bool(alerts(rule.metric, values, positive_chance=0.4)) is not rule.guarded
+    assert bool(alerts(rule.metric, values, positive_chance=0.4)) is not rule.is_guarded
     assert alerts(rule.metric, values, positive_chance=0.9) == [(2, rule.title)]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import traffic
-from test_configs import FIRST, _reduced
+from test_configs import REPRESENTATIVES, reduce_recipe
 
 from ssl_pretrain import config, schema
 from ssl_pretrain.build import build_method
@@ -37,8 +37,8 @@ ONE_GPU = Cluster(1, 1)
 
 @pytest.fixture
 def run(tmp_path):
-    path = next(path for path in FIRST if path.stem == "simclr_imagenet")
-    return _reduced(path, tmp_path)
+    path = next(path for path in REPRESENTATIVES if path.stem == "simclr_imagenet")
+    return reduce_recipe(path, tmp_path)
 
 
 def make_trace(flops, moved, kinds, wide) -> Trace:
@@ -51,9 +51,9 @@ def quick_or_full(path):
     return path if quick else pytest.param(path, marks=pytest.mark.full)
 
 
-@pytest.mark.parametrize("path", map(quick_or_full, FIRST), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", map(quick_or_full, REPRESENTATIVES), ids=lambda path: path.stem)
 def test_every_method_has_a_plan(path, tmp_path):
-    run = _reduced(path, tmp_path)
+    run = reduce_recipe(path, tmp_path)
     run = replace(
         run,
         plan=replace(run.plan, gpu="H100", num_images=10_000),

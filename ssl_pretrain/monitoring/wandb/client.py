@@ -5,6 +5,7 @@ cannot be reached or refuses, the run is kept offline under the same id, for `wa
 of the input ends the run.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -21,19 +22,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_pretrain.monitoring import metric_names
-from ssl_pretrain.monitoring.wandb import evaluations
 from ssl_pretrain.system import durable_files
 
-START_SECONDS = 20  # longest wait for the server, before the run is kept offline
-FINISH_SECONDS = 300  # longest wait at the end for what is still to be sent
-TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # hands the temporary folder over in `restart`
+START_SECONDS = 20  # longest wait for the server before the run is kept offline
+FINISH_SECONDS = 300  # longest wait for the server at the end of the run
+SENT_FILE = "wandb/evaluations_sent.json"  # hashes of the evaluation results that W&B has
+TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # variable that hands the temporary folder to `restart`
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Client:
     """One run at W&B, with the records of one training in the order of their steps.
 
-    The name of each public method is a message's kind, and its parameters are the message.
+    Each public method handles the messages of the kind that it is named after. Its parameters are
+    the fields of the message.
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -55,7 +57,7 @@ class Client:
             restart(settings | {"mode": "offline"})
         if self.online:
             say(f"W&B: {self.run.url}")
-        # The server ignores steps that it has. Offline, this process has to.
+        # The server ignores steps that it has. Offline, this process has to ignore them.
         self.first_new_step = 0 if self.online else read_last_step(self.folder, self.run_id) + 1
         self.last_step = max(self.first_new_step, self.run.step) - 1
 
@@ -82,7 +84,7 @@ class Client:
         return run
 
     def record(self, record: dict[str, Any], curves: dict[str, list[float]] | None = None) -> None:
-        """Log a record of metrics.jsonl, and one evaluation if there is a new one."""
+        """Log a record of metrics.jsonl, and one new evaluation if there is any."""
         step = record["step"]
         if step < self.first_new_step:
             return
@@ -114,7 +116,7 @@ class Client:
         self.run.summary["health"] = f"{title}: {text}"
 
     def finish(self, exit_code: int) -> None:
-        """Log the evaluations that went with no record, after the training's last step, and end."""
+        """Log the evaluations that no record carried, and end the run."""
         last_step = self.last_step
         for row in self._evaluations():
             step = max(last_step, row["evaluated_step"])
@@ -130,15 +132,24 @@ class Client:
         self.run.log(row, step=step)
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
-        """Yield the new results in RUN/eval/, each with the step whose weights were evaluated."""
-        for result in evaluations.unsent(self.folder):
-            pretrained = (row for row in result["rows"] if row["features"] == "pretrained")
-            metrics: dict[str, float] = next(pretrained, {"metrics": {}})["metrics"]
-            evaluations.mark_sent(self.folder, result)
-            yield {"evaluated_step": result["step"]} | {
-                metric_names.evaluation(result["name"], column): value
-                for column, value in metrics.items()
-            }
+        """Yield the results in RUN/eval/ that W&B does not have, and mark them as sent."""
+        sent, folder = self.folder / SENT_FILE, self.folder / "eval"
+        hashes = json.loads(sent.read_text()) if sent.exists() else {}
+        for path in sorted([*folder.glob("*.json"), *folder.glob("step_*/*.json")]):
+            with suppress(OSError, ValueError, KeyError, TypeError):  # not a whole result
+                result = json.loads(path.read_text())
+                name, step, rows = result["name"], result["step"], result["rows"]
+                digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+                if hashes.get(f"{name} of step {step}") == digest:
+                    continue  # the latest result is stored twice
+                hashes[f"{name} of step {step}"] = digest
+                with suppress(OSError):  # then the result is sent again, to the same step
+                    durable_files.replace(sent, json.dumps(hashes))
+                pretrained = (row["metrics"] for row in rows if row["features"] == "pretrained")
+                yield {"evaluated_step": step} | {
+                    metric_names.evaluation(name, column): value
+                    for column, value in next(pretrained, {}).items()
+                }
 
 
 def read_last_step(folder: Path, run_id: str) -> int:
@@ -149,7 +160,7 @@ def read_last_step(folder: Path, run_id: str) -> int:
 
 
 def write_last_step(folder: Path, run_id: str, step: int) -> None:
-    """Note the last logged step, so that a resumed offline run does not log it again."""
+    """Store the last logged step, so that a resumed offline run does not log it again."""
     with suppress(OSError):
         durable_files.replace(folder / "wandb" / f"last_step_{run_id}", f"{step}\n")
 
@@ -157,7 +168,7 @@ def write_last_step(folder: Path, run_id: str, step: int) -> None:
 def use_temporary_folder() -> None:
     """Make W&B's library keep its temporary files in one folder, which `leave` removes.
 
-    The process ends too early for the library to remove them.
+    The library itself has no time to remove them, because `leave` ends the process at once.
     """
     folder = os.environ.get(TEMPORARY) or tempfile.mkdtemp(prefix="ssl_pretrain-wandb-")
     os.environ[TEMPORARY] = os.environ["TMPDIR"] = tempfile.tempdir = folder
@@ -166,8 +177,8 @@ def use_temporary_folder() -> None:
 def restart(settings: dict[str, Any]) -> NoReturn:
     """Replace this process by a new one with other settings, which reads the remaining messages.
 
-    A failed attempt leaves threads and a service in W&B's library. They may hold the run's id for
-    as long as their requests take, and must not reach the next attempt.
+    A failed attempt leaves threads and a service of W&B's library behind. They may hold the run's
+    id until their requests end, and must not interfere with the next attempt.
     """
     path = Path(os.environ[TEMPORARY]) / "settings.json"
     path.write_text(json.dumps(settings))
@@ -177,7 +188,7 @@ def restart(settings: dict[str, Any]) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Print a line to client.log and, if the training still listens, to the training."""
+    """Print a line to client.log, and pass it to the training if that still runs."""
     print(line, file=sys.stderr, flush=True)
     with suppress(OSError, ValueError):
         print(line, flush=True)
@@ -196,28 +207,28 @@ def read_messages(source: io.FileIO, timeout: float) -> Iterator[dict[str, Any] 
 
 
 def serve(settings: dict[str, Any], source: io.FileIO) -> NoReturn:
-    """Pass on the messages until they end, and end this process."""
+    """Handle the messages until they end, and end this process."""
     client = Client(settings)
-    closed, stalled = False, False
+    has_succeeded, is_stalled = False, False
     for message in read_messages(source, settings["stall_seconds"]):
         if message is None:
-            if not stalled:
+            if not is_stalled:
                 text = f"no step ended for {settings['stall_seconds']:.0f} seconds"
                 client.alert("stalled", text, "stalled")
-            stalled = True
+            is_stalled = True
             continue
-        stalled, kind = False, message.pop("kind")
+        is_stalled, kind = False, message.pop("kind")
         if kind == "close":
-            closed = True
+            has_succeeded = True
         else:
             getattr(client, kind)(**message)
-    client.finish(exit_code=0 if closed else 1)
+    client.finish(exit_code=0 if has_succeeded else 1)
     say("W&B: finished")
     leave(0)
 
 
 def leave(status: int) -> NoReturn:
-    """End at once, without waiting for the library's threads."""
+    """End this process at once, without waiting for the library's threads."""
     shutil.rmtree(os.environ[TEMPORARY], ignore_errors=True)
     os._exit(status)
 
@@ -225,12 +236,12 @@ def leave(status: int) -> NoReturn:
 def main() -> None:
     """Serve the messages on standard input until they end, then exit.
 
-    The settings are JSON, from the file named on the command line or else the first line of input.
+    The settings are JSON, in the file named on the command line or else in the first line of input.
     """
     for number in IGNORED_SIGNALS:  # meant for the training, which closes the input when it ends
         signal.signal(number, signal.SIG_IGN)
     use_temporary_folder()
-    # Without a buffer, so that a process that restarts leaves the rest of the input to be read.
+    # Unbuffered, so that a process that restarts leaves the rest of the input to the next one.
     source = io.FileIO(sys.stdin.fileno())
     try:
         settings = Path(sys.argv[1]).read_bytes() if sys.argv[1:] else source.readline()

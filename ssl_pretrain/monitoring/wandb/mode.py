@@ -55,7 +55,7 @@ def has_key() -> bool:
 def _limit() -> tuple[str, str]:
     """Return W&B's own mode and the setting that it comes from, or two empty strings.
 
-    The environment comes first, then the settings files, the nearest first.
+    The environment takes precedence over the settings files.
     """
     if os.environ.get("WANDB_DISABLED", "").strip().lower() in TRUE:
         return "off", f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}"

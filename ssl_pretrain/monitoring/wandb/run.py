@@ -1,4 +1,4 @@
-"""The training's side of a Weights & Biases run: messages to a client process, never waited for."""
+"""The training's side of a Weights & Biases run, which sends messages and never waits."""
 
 import importlib.util
 import json
@@ -7,7 +7,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +16,8 @@ from ssl_pretrain.monitoring.wandb import mode as wandb_mode
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.system.import_path import child_environment
 
-CLOSE_SECONDS = 4.0  # longest wait at the end for a client that talks to a server
-CLOSE_SECONDS_OFFLINE = 60.0  # the same for a client that only writes to the disk
+CLOSE_SECONDS = 4.0  # longest wait at the end of the run, if the client sends to a server
+OFFLINE_CLOSE_SECONDS = 60.0  # longest wait if the client only writes to the disk
 
 
 class WandbRun:
@@ -36,8 +35,8 @@ class WandbRun:
         stall_seconds: The client raises an alert after this time without a message.
 
     Raises:
-        ValueError: wandb is not installed.
-        OSError: The disk refuses the client's folder.
+        ValueError: If wandb is not installed.
+        OSError: If the disk refuses the client's folder.
     """
 
     def __init__(
@@ -91,26 +90,25 @@ class WandbRun:
         )
 
     def send(self, kind: str, **message: Any) -> None:
-        """Call a method of the client's `Client`.
+        """Call a method of the client process's `Client`.
 
         Args:
             kind: Name of the method.
-            message: Its arguments, which JSON can hold.
+            message: Arguments of the method, which must be JSON values.
         """
         self._queue.put({"kind": kind, **message})
 
     def close(self, succeeded: bool = True) -> None:
         """End the run. W&B marks it as crashed unless it succeeded.
 
-        The same happens if the training is killed and never calls this.
+        W&B also marks it as crashed if the training is killed and never calls this.
         """
         if succeeded:
             self._queue.put({"kind": "close"})
         self._queue.put(None)
-        offline = self.mode == "offline"
-        deadline = time.monotonic() + (CLOSE_SECONDS_OFFLINE if offline else CLOSE_SECONDS)
+        timeout = OFFLINE_CLOSE_SECONDS if self.mode == "offline" else CLOSE_SECONDS
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=deadline - time.monotonic())
+            self._process.wait(timeout)
         if self._process.poll() is None:
             self._say(
                 "W&B: still sending. The client continues in the background; "
@@ -131,7 +129,7 @@ class WandbRun:
         assert self._process.stdout is not None, "started with a pipe"
         for line in self._process.stdout:
             self._say(line.rstrip())
-        if self._process.wait() not in (0, None):
+        if self._process.wait() != 0:
             self._say(
                 "W&B: the client ended early and the run continues without it; "
                 "see wandb/client.log in the run's folder"
