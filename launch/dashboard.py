@@ -16,7 +16,6 @@ from ssl_pretrain.checkpoint.manifest import read_manifest
 from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.wandb import evaluations
-from ssl_pretrain.monitoring.wandb import mode as wandb_mode
 from ssl_pretrain.monitoring.wandb import run as wandb_run
 
 NAME = "ssl_pretrain"
@@ -108,11 +107,11 @@ def create(project: str, entity: str = "") -> str:
     Raises:
         ValueError: There is no key, W&B is set to send nothing, or W&B refuses.
     """
-    if not wandb_mode.has_key():
+    if not wandb_run.has_key():
         raise ValueError(
             "no W&B key was found: run `wandb login`, or set WANDB_API_KEY; --dry-run needs none"
         )
-    if wandb_mode.resolve("online")[0] != "online":
+    if wandb_run.resolve_mode("online")[0] != "online":
         raise ValueError(
             "W&B is set to send nothing (WANDB_MODE, WANDB_DISABLED or `wandb offline`); "
             "undo that, or give --dry-run"
@@ -153,7 +152,7 @@ def send_evaluations(run: Path) -> None:
     settings = manifest["config"]["log"]
     setting = settings["wandb"]
     if setting not in ("online", "offline"):
-        setting = "online" if wandb_mode.has_key() else "offline"
+        setting = "online" if wandb_run.has_key() else "offline"
     client = wandb_run.start(
         setting,
         run,

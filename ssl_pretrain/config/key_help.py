@@ -51,8 +51,9 @@ def explain(key: str = "") -> str:
         method_config, path = methods.find(method_name).Config, ".".join(["method", *names])
 
     def declared_type(path: str) -> Any:
-        replacements = {"method": method_config}
-        return schema.declared_type(RunConfig, path, replacements) if path else RunConfig
+        if not path:
+            return RunConfig
+        return schema.declared_type(RunConfig, path, {"method": method_config})
 
     key_type, (parent, _, name) = declared_type(path), path.rpartition(".")
     if dataclasses.is_dataclass(key_type):

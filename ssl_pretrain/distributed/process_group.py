@@ -100,8 +100,9 @@ def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None
             time.sleep(1)
     start = time.monotonic()
     try:
-        store = _fresh_store(host, port, timeout)
-        dist.init_process_group(backend, timeout=timeout, device_id=device, **store)
+        dist.init_process_group(
+            backend, timeout=timeout, device_id=device, **_fresh_store(host, port, timeout)
+        )
     except (RuntimeError, ValueError) as error:
         remedy = MISSING_RANK_REMEDY
         if "EADDRINUSE" in str(error):
@@ -129,8 +130,11 @@ def _fresh_store(host: str, port: str, timeout: timedelta) -> dict[str, Any]:
     variables = ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
     rank, size, attempt = (int(os.environ[name]) for name in variables)
     store = dist.TCPStore(host, int(port), size, is_master=False, timeout=timeout)
-    prefixed = dist.PrefixStore(f"attempt {attempt}", store)
-    return {"store": prefixed, "rank": rank, "world_size": size}
+    return {
+        "store": dist.PrefixStore(f"attempt {attempt}", store),
+        "rank": rank,
+        "world_size": size,
+    }
 
 
 def stop() -> None:

@@ -58,8 +58,12 @@ class StopRequest:
         iterator, timeout = iter(batches), process_group.timeout_seconds()
         for step in itertools.count(first_step + 1):
             compiles = step == first_step + 1
-            waiting = f"waiting for the images of step {step}"
-            watchdog.beat(timeout, waiting, NO_IMAGES_REMEDY, compiles=compiles)
+            watchdog.beat(
+                timeout,
+                f"waiting for the images of step {step}",
+                NO_IMAGES_REMEDY,
+                compiles=compiles,
+            )
             batch = next(iterator, None)
             if batch is None:
                 return

@@ -119,11 +119,16 @@ class NanGuard:
         if not process_group.is_main():
             return
         path = self.run / "skipped" / f"step_{step:08d}.json"
-        epoch = (step - 1) // self.steps_per_epoch
-        record = {"step": step, "seed": self.seed, "epoch": epoch, **self._last_rollback}
+        record = {
+            "step": step,
+            "seed": self.seed,
+            "epoch": (step - 1) // self.steps_per_epoch,
+            **self._last_rollback,
+            "indices": all_indices,
+        }
         try:
             path.parent.mkdir(exist_ok=True)
-            durable_files.replace(path, json.dumps(record | {"indices": all_indices}))
+            durable_files.replace(path, json.dumps(record))
         except OSError as error:  # no reason to end the run
             warnings.warn(
                 f"{path} could not be written: {durable_files.reason(error)}; "

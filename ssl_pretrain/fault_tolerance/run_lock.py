@@ -91,9 +91,8 @@ class RunLock:
             problem = self._wait_and_take(candidate)
         except OSError as error:
             self._flock.release()
-            reason = durable_files.reason(error)
-            message = f"output: {self.run} cannot be written to: {reason}; give another output"
-            raise durable_files.save_error(error, message) from None
+            problem = f"output: {self.run} cannot be written to: {durable_files.reason(error)}"
+            raise durable_files.save_error(error, f"{problem}; give another output") from None
         finally:
             with suppress(OSError):
                 candidate.unlink()
@@ -135,7 +134,7 @@ class RunLock:
                 return None
             if holder and not is_excluded:
                 was_touched = self._last_touch() > first_touch
-                if holder.shares_process_ids(self._own) or was_touched:
+                if was_touched or holder.shares_process_ids(self._own):
                     return self._in_use(holder, silent_seconds)
             time.sleep(POLL_SECONDS)
 

@@ -103,8 +103,9 @@ class Console:
                 auto_refresh=False,
             )
             self._bar.add_task("", total=self.last_step)
-        task = self._bar.task_ids[0]
-        self._bar.update(task, completed=record["step"], description=self.line(record))
+        self._bar.update(
+            self._bar.task_ids[0], completed=record["step"], description=self.line(record)
+        )
         self._bar.start()
         self._bar.refresh()
 

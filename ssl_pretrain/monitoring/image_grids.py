@@ -30,8 +30,8 @@ def view_grid(views: list[Tensor], mean: list[float], std: list[float]) -> Tenso
         pixels = view[:NUM_IMAGES].float().cpu() * scale + offset
         height, width = view.shape[-2:]
         columns.append(F.pad(pixels, (0, size - width, 0, size - height), value=1.0))
-    rows = torch.stack(columns, dim=1).flatten(0, 1)
-    return make_grid(rows, nrow=len(views), padding=2, pad_value=1.0).clamp(0, 1)
+    images = torch.stack(columns, dim=1).flatten(0, 1)
+    return make_grid(images, nrow=len(views), padding=2, pad_value=1.0).clamp(0, 1)
 
 
 def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Tensor:

@@ -177,9 +177,8 @@ class Logger:
         """
         if step > 1 or not process_group.is_main():
             return
-        descriptions = describe()
+        descriptions, path = describe(), self.run / "views.json"
         text = json.dumps(descriptions, indent=1) + "\n"
-        path = self.run / "views.json"
         self._files.try_write(path, partial(durable_files.replace, path, text))
         caption = "\n".join(
             f"image {row + 1}, view {view + 1}: {description}"
@@ -218,8 +217,9 @@ class Logger:
         """
         self.close(kind is None)
         if kind is None:
-            problem = self._problem or self._files.take_problems()
-            background_writer.raise_or_warn(problem, self.on_failure)
+            background_writer.raise_or_warn(
+                self._problem or self._files.take_problems(), self.on_failure
+            )
 
     def _trim(self, first_step: int) -> list[dict[str, Any]]:
         """Remove the records after the resumed step and return the others, on rank 0."""

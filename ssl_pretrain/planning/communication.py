@@ -175,8 +175,9 @@ def weight_messages(
             backward.append(Message("allgather", size, ranks, times))
         backward.append(Message("reduce_scatter", gradient_size, ranks, times))
         if ranks < cluster.ranks:  # the copies of a shard
-            shard_size = gradient_size / ranks
-            backward.append(Message("allreduce", shard_size, cluster.nodes, times, across=True))
+            backward.append(
+                Message("allreduce", gradient_size / ranks, cluster.nodes, times, across=True)
+            )
     return forward, [message for message in backward if message.size]
 
 

@@ -192,8 +192,8 @@ class Estimate:
         group = bn_group_images(self.run.parallel, self.run.global_batch_size)
         has_batch_norm = bool(batch_norm.statistics(self.method))
         smallest = min(group, self.share) if has_batch_norm else 1
-        candidates = range(smallest, self.share + 1, smallest)
-        sizes = [images for images in candidates if self.share % images == 0]
+        multiples = range(smallest, self.share + 1, smallest)
+        sizes = [images for images in multiples if self.share % images == 0]
 
         def too_large(images: int) -> bool:
             return sum(self.memory(images).values()) > room
@@ -213,8 +213,8 @@ class Estimate:
     def step_time(self, images: int) -> StepTime:
         """Return the time of one optimizer step with a micro-batch of `images`."""
         machine, num_micro_batches = self.machine, self.share // images
-        names = ("forward", "targets", "backward")
-        phases = [self.micro_batch.trace_for(images).phase(name) for name in names]
+        trace = self.micro_batch.trace_for(images)
+        phases = [trace.phase(name) for name in ("forward", "targets", "backward")]
         forward, targets, backward = (machine.seconds(phase) for phase in phases)
         two_passes = self.two_passes(images)
         passes = [*phases, phases[0]] if two_passes else phases
@@ -253,9 +253,9 @@ class Estimate:
         ranks = self.cluster.ranks
         group = bn_group_images(self.run.parallel, self.run.global_batch_size) // images
         norms, itemsize = self.micro_batch.traces.small.norms, self.execution.dtype.itemsize
-        collectives = [*loss_collectives, *self.optimizer[0].collectives]
         return [
-            *(Message(*collective, ranks) for collective in collectives),
+            *(Message(*collective, ranks) for collective in loss_collectives),
+            *(Message(*collective, ranks) for collective in self.optimizer[0].collectives),
             *communication.batch_norm_messages(norms, group, itemsize),
         ]
 

@@ -68,11 +68,11 @@ def _describe_optimizer(run: RunConfig) -> list[str]:
     decay = f"weight decay {settings.weight_decay:g}"
     if settings.final_weight_decay is not None:
         decay += f" to {settings.final_weight_decay:g}"
-    momentum = f"momentum {settings.momentum:g} ({settings.momentum_convention})"
-    warmup = f"reached after {settings.warmup_epochs:g} epochs"
     return [
-        f"learning rate: {lr:.6g} ({scaling}), {warmup}, {schedule}",
-        f"optimizer: {settings.name}, {decay}, {momentum}",
+        f"learning rate: {lr:.6g} ({scaling}), reached after {settings.warmup_epochs:g} epochs, "
+        f"{schedule}",
+        f"optimizer: {settings.name}, {decay}, "
+        f"momentum {settings.momentum:g} ({settings.momentum_convention})",
     ]
 
 

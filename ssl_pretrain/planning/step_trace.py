@@ -158,8 +158,7 @@ def trace_optimizer(
             for name in network.transient:
                 group.pop(name, None)
         optim.guarded_step(optimizer, run.optim.clip_norm, run.optim.clip_by)
-        detached = {name: z.detach() for name, z in embeddings.items()}
-        network.after_step(HALFWAY, detached, targets)
+        network.after_step(HALFWAY, {name: z.detach() for name, z in embeddings.items()}, targets)
         state = [value for entries in optimizer.state.values() for value in entries.values()]
         return sum(value.nbytes for value in state if isinstance(value, Tensor))
 
@@ -172,8 +171,9 @@ def trace_coloring(run: RunConfig) -> Trace:
     crops = recipe.expand_counts(run.views)
 
     def prepare() -> list[Tensor]:
-        shapes = [(NUM_COLORED, 3, crop.size, crop.size) for crop in crops]
-        return [torch.zeros(shape, dtype=torch.uint8) for shape in shapes]
+        return [
+            torch.zeros(NUM_COLORED, 3, crop.size, crop.size, dtype=torch.uint8) for crop in crops
+        ]
 
     def apply(views: list[Tensor], mark: Mark) -> None:
         for crop, values, pixels in zip(crops, parameters, views):
@@ -190,8 +190,7 @@ def trace_backbone(name: str, size: int, images: int, *, bfloat16: bool) -> Trac
 
     def prepare() -> Tensor:
         make_fake(backbone)
-        views = torch.zeros(images, 3, size, size)
-        return views.to(memory_format=torch.channels_last)
+        return torch.zeros(images, 3, size, size).to(memory_format=torch.channels_last)
 
     def step(views: Tensor, mark: Mark) -> None:
         mark("forward")

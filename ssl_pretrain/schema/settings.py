@@ -120,8 +120,8 @@ def check(section: Any, key: str = "") -> None:
             the key and the value.
     """
     for field in dataclasses.fields(section):
-        name = f"{key}.{field.name}".lstrip(".")
-        _check_value(getattr(section, field.name), name, bounds(field))
+        full_key = f"{key}.{field.name}".lstrip(".")
+        _check_value(getattr(section, field.name), full_key, bounds(field))
 
 
 def _check_value(value: Any, key: str, limits: Bounds) -> None:

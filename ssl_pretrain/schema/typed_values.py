@@ -107,10 +107,9 @@ def build(
             raise ValueError(f"{key}: {_describe(tree)} is not a list; write it as [a, b]")
         return [build(inner[0], value, key=f"{key}[{index}]") for index, value in enumerate(tree)]
     if origin is dict:
-        items = _mapping(tree, key).items()
         return {
             str(name): build(inner[1], value, replacements, f"{key}.{name}")
-            for name, value in items
+            for name, value in _mapping(tree, key).items()
         }
     if origin is Literal:
         return _build_choice(inner, tree, key)
@@ -199,8 +198,9 @@ def _build_float(tree: Any, key: str) -> float:
     except OverflowError:
         value = math.inf
     except ValueError:
-        remedy = "write one such as 0.3 or 1e-6"
-        raise ValueError(f"{key}: {_describe(tree)} is not a number; {remedy}") from None
+        raise ValueError(
+            f"{key}: {_describe(tree)} is not a number; write one such as 0.3 or 1e-6"
+        ) from None
     if not math.isfinite(value):
         raise ValueError(f"{key}: {_describe(tree)} is not a finite number; give one such as 0.3")
     return value

@@ -8,9 +8,11 @@ from pathlib import Path
 # Errors of a file system that does not support a call. All others are real failures.
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 # Errors of the disk rather than of the command. The same command may succeed later.
-SPACE_ERRORS = {errno.ENOSPC, errno.EDQUOT}
-DEVICE_ERRORS = {errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO}
-NETWORK_ERRORS = {errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+DISK_FAILURES = {
+    *(errno.ENOSPC, errno.EDQUOT),
+    *(errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+}
 
 
 class SaveError(OSError):
@@ -19,8 +21,7 @@ class SaveError(OSError):
 
 def is_disk_failure(error: BaseException) -> bool:
     """Return True if the disk is full, read-only or lost, and False for a wrong path."""
-    failures = SPACE_ERRORS | DEVICE_ERRORS | NETWORK_ERRORS
-    return isinstance(error, OSError) and error.errno in failures
+    return isinstance(error, OSError) and error.errno in DISK_FAILURES
 
 
 def save_error(error: OSError, message: str) -> SaveError | ValueError:

@@ -11,6 +11,5 @@ IMPORT_ROOT = PACKAGE.parent  # the root of a clone, or site-packages
 
 def child_environment() -> dict[str, str]:
     """Return this process's environment variables with `IMPORT_ROOT` first in PYTHONPATH."""
-    inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join(filter(None, [str(IMPORT_ROOT), inherited]))
-    return {**os.environ, "PYTHONPATH": path}
+    folders = filter(None, [str(IMPORT_ROOT), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

@@ -51,14 +51,14 @@ def _end_at_second_signal(number: int) -> None:
     if _first_impatient_seconds is None:
         _first_impatient_seconds = now
     elif now - _first_impatient_seconds > GRACE_SECONDS:
-        name = signal.Signals(number).name
-        _write_to_stderr(f"\na second signal ({name}): ended at once, nothing saved\n")
+        _announce(number, "\na second signal ({}): ended at once, nothing saved\n")
         os._exit(128 + number)
 
 
-def _write_to_stderr(text: str) -> None:
+def _announce(number: int, message: str) -> None:
+    """Write the message to standard error, with the signal's name for `{}`."""
     with suppress(OSError):
-        os.write(2, text.encode())
+        os.write(2, message.format(signal.Signals(number).name).encode())
 
 
 def _is_ignored(number: int) -> bool:
@@ -109,10 +109,9 @@ class StopSignals:
                 self._request()
                 if number in IMPATIENT_SIGNALS and not is_announced:
                     is_announced = True
-                    name = signal.Signals(number).name
-                    _write_to_stderr(
-                        f"\n{name}: saving and stopping after this step; "
-                        "a second signal ends at once\n"
+                    _announce(
+                        number,
+                        "\n{}: saving and stopping after this step; a second signal ends at once\n",
                     )
                 _end_at_second_signal(number)
 

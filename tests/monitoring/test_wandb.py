@@ -19,7 +19,6 @@ from ssl_pretrain.checkpoint.manifest import verify
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.monitoring.logger import LogConfig, Logger
 from ssl_pretrain.monitoring.wandb import client as wandb_client
-from ssl_pretrain.monitoring.wandb import mode as wandb_mode
 from ssl_pretrain.monitoring.wandb import run as wandb_run
 from ssl_pretrain.train import train
 
@@ -210,7 +209,7 @@ def test_no_more_is_sent_than_wandb_itself_is_set_to(
     if has_message:
         name, value = next(iter(environment.items()))
         message = f"W&B: {mode}, because {name}={value} overrides log.wandb={setting}"
-    assert wandb_mode.resolve(setting) == (mode, message)
+    assert wandb_run.resolve_mode(setting) == (mode, message)
 
 
 @pytest.mark.parametrize("folder", ["wandb", "config"])
@@ -218,20 +217,20 @@ def test_the_command_wandb_offline_is_obeyed(key, monkeypatch, tmp_path, folder)
     """`wandb offline` and `wandb disabled` write a settings file to this folder or to the home."""
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "settings").write_text("[default]\nmode = offline\n")
-    assert wandb_mode.resolve("auto")[0] == "offline"
-    mode, message = wandb_mode.resolve("online")
+    assert wandb_run.resolve_mode("auto")[0] == "offline"
+    mode, message = wandb_run.resolve_mode("online")
     assert mode == "offline" and message.startswith("W&B: offline, because mode = offline in ")
     assert message.endswith(f"{folder}/settings overrides log.wandb=online")
     monkeypatch.setenv("WANDB_MODE", "online")  # the environment has priority
-    assert wandb_mode.resolve("auto")[0] == "online"
+    assert wandb_run.resolve_mode("auto")[0] == "online"
 
 
 def test_without_a_key_auto_is_off_and_offline_is_suggested(key, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", "nothing")
-    assert wandb_mode.resolve("auto") == ("off", "")
+    assert wandb_run.resolve_mode("auto") == ("off", "")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode.resolve("auto") == (
+    assert wandb_run.resolve_mode("auto") == (
         "off",
         "W&B: off, because no API key was found. WANDB_MODE=offline requests offline mode; "
         "log.wandb=offline does that without a key",

@@ -119,8 +119,7 @@ class Client:
         """Log the evaluations that no record carried, and end the run."""
         last_step = self.last_step
         for row in self._evaluations():
-            step = max(last_step, row["evaluated_step"])
-            self._log({"step": step} | row, self.last_step + 1)
+            self._log({"step": max(last_step, row["evaluated_step"])} | row, self.last_step + 1)
         threading.Timer(FINISH_SECONDS, leave, [1]).start()
         self.run.finish(exit_code=exit_code)
         write_last_step(self.folder, self.run_id, self.last_step)

@@ -1,7 +1,12 @@
-"""The training's side of a Weights & Biases run, which sends messages and never waits."""
+"""The training's side of a Weights & Biases run, which sends messages and never waits.
 
+The mode of a run is online, offline or off.
+"""
+
+import configparser
 import importlib.util
 import json
+import netrc
 import os
 import queue
 import subprocess
@@ -11,13 +16,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-from ssl_pretrain.monitoring.wandb import mode as wandb_mode
 from ssl_pretrain.system import durable_files
 from ssl_pretrain.system.import_path import child_environment
 
 CLOSE_SECONDS = 4.0  # longest wait at the end of the run, if the client sends to a server
 OFFLINE_CLOSE_SECONDS = 60.0  # longest wait if the client only writes to the disk
+
+WANDB_MODES = {  # W&B's names of modes, and ours
+    "online": "online",
+    "run": "online",
+    "shared": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+}
+TRUE_WORDS = ("1", "true", "t", "yes", "y", "on")
 
 
 class WandbRun:
@@ -148,7 +162,7 @@ def start(
         say: Prints messages.
         arguments: Further arguments of `WandbRun`.
     """
-    mode, message = wandb_mode.resolve(setting)
+    mode, message = resolve_mode(setting)
     if message:
         say(message)
     if mode == "off":
@@ -160,3 +174,60 @@ def start(
         reason = durable_files.reason(error)
         say(f"W&B: {run / 'wandb'} could not be written: {reason}. The run continues without it")
         return None
+
+
+def resolve_mode(setting: str) -> tuple[str, str]:
+    """Return the mode of a run and a message for the user, which is usually empty.
+
+    `auto` is online if there is a key, else off. `WANDB_MODE`, `WANDB_DISABLED` and W&B's own
+    settings files (`wandb offline`) can only restrict the mode. If they restrict an explicit
+    `online` or `offline`, the message says so.
+
+    Args:
+        setting: The value of `log.wandb`.
+    """
+    limit, source = _wandb_mode()
+    if setting == "auto":
+        if has_key():
+            return limit or "online", ""
+        hint = (
+            f"W&B: off, because no API key was found. {source} requests offline mode; "
+            "log.wandb=offline does that without a key"
+        )
+        return "off", hint if limit == "offline" else ""
+    order = ["off", "offline", "online"]
+    if limit and order.index(limit) < order.index(setting):
+        return limit, f"W&B: {limit}, because {source} overrides log.wandb={setting}"
+    return setting, ""
+
+
+def has_key() -> bool:
+    """Return True if the environment or the netrc file has a W&B key."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
+def _wandb_mode() -> tuple[str, str]:
+    """Return W&B's own mode and the setting that it comes from, or two empty strings.
+
+    The environment takes precedence over the settings files.
+    """
+    if os.environ.get("WANDB_DISABLED", "").strip().lower() in TRUE_WORDS:
+        return "off", f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}"
+    if mode := os.environ.get("WANDB_MODE", "").strip():
+        return WANDB_MODES.get(mode.lower(), "off"), f"WANDB_MODE={mode}"
+    folder = Path(os.environ.get("WANDB_DIR") or ".")
+    home = Path(os.environ.get("WANDB_CONFIG_DIR") or os.path.expanduser("~/.config/wandb"))
+    for path in (folder / ".wandb" / "settings", folder / "wandb" / "settings", home / "settings"):
+        settings = configparser.ConfigParser(interpolation=None)
+        with suppress(OSError, configparser.Error, UnicodeDecodeError):
+            settings.read(path)
+            if settings.get("default", "disabled", fallback="false").lower() == "true":
+                return "off", f"disabled in {path}"
+            if mode := settings.get("default", "mode", fallback=""):
+                return WANDB_MODES.get(mode.lower(), "off"), f"mode = {mode} in {path}"
+    return "", ""
