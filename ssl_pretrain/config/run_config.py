@@ -1,4 +1,4 @@
-"""The settings of a run: sections, most of them declared beside their component, and keys."""
+"""The settings of a run. Most sections are declared beside their component."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -45,7 +45,7 @@ def start(
             longer wait ends the run, with this rank's stacks on stderr.
 
     Raises:
-        RendezvousError: If the address of rank 0 cannot be used, or a rank did not come.
+        RendezvousError: If the address of rank 0 cannot be used, or a rank is missing.
     """
     global _cpu_group, _timeout_seconds
     _timeout_seconds = timeout_seconds

@@ -49,7 +49,7 @@ class StopRequest:
         self._signals = StopSignals(signals)
 
     def watch(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
-        """Yield the batches, with the wait for each one and its step under the watchdog.
+        """Yield the batches. The watchdog limits the wait for each batch and the step after it.
 
         Args:
             batches: The batches of the steps after `first_step`.

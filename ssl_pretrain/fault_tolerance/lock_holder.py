@@ -18,7 +18,7 @@ class LockHolder:
 
     host: str = ""
     pid: int = -1
-    born: str = ""  # start time of the process, since the kernel uses process ids again
+    born: str = ""  # start time of the process, because process ids are reused
     boot: str = ""  # id of the kernel's last boot
     namespace: str | None = None  # process ids of another container mean other processes
     flock: str = ""  # name of the folder's flock, if the process holds it

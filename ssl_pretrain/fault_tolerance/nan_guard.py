@@ -33,7 +33,7 @@ class GuardConfig:
 
 
 class NanGuard:
-    """Records skipped steps, and rolls back or ends a run after too many of them.
+    """Guard that records skipped steps, and rolls back or ends a run after too many of them.
 
     Args:
         config: The limits.
@@ -61,7 +61,7 @@ class NanGuard:
         self.seed, self.steps_per_epoch = seed, steps_per_epoch
         self._describe_bad_embeddings, self._roll_back = describe_bad_embeddings, roll_back
         self._num_rollbacks = self._num_skipped_in_a_row = 0
-        self._last_rollback: dict[str, int] = {}  # after which step, and to which checkpoint
+        self._last_rollback: dict[str, int] = {}  # steps before and after it
         self._unread: list[tuple[int, Tensor, Tensor]] = []  # step, skipped, image indices
 
     def check(self, step: int, indices: Tensor, logs: dict[str, Tensor]) -> None:
@@ -129,7 +129,7 @@ class NanGuard:
         try:
             path.parent.mkdir(exist_ok=True)
             durable_files.replace(path, json.dumps(record))
-        except OSError as error:  # no reason to end the run
+        except OSError as error:  # a missing record is no reason to end the run
             warnings.warn(
                 f"{path} could not be written: {durable_files.reason(error)}; "
                 "that step cannot be replayed",

@@ -135,7 +135,7 @@ def centered(z: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """Return the effective rank: RankMe (Garrido et al., ICML 2023, arXiv:2210.02885, equation 1).
+    """Return the effective rank RankMe (Garrido et al., ICML 2023, arXiv:2210.02885, equation 1).
 
     It is the exponential of the entropy of the normalized singular values. It ranges from 1, if all
     rows are on a line or zero, to the number of values, if all values are equal.
@@ -212,7 +212,7 @@ def positive_rank(z_a: Tensor, z_b: Tensor) -> Tensor:
 
 
 def prototype_use(assignments: Tensor, num_prototypes: int) -> tuple[Tensor, Tensor]:
-    """Return how many prototypes are used and how evenly.
+    """Return the share of prototypes in use, and how evenly they are used.
 
     Both numbers are relative to the maximum for this many rows, min(num_rows, num_prototypes).
 

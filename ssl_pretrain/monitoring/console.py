@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: its progress, and the warnings of all ranks, each once."""
+"""Terminal output of a run: its progress, and each warning of all ranks once."""
 
 import os
 import sys

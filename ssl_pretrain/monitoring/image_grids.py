@@ -35,7 +35,7 @@ def view_grid(views: list[Tensor], mean: list[float], std: list[float]) -> Tenso
 
 
 def neighbor_grid(queries: Tensor, neighbors: Tensor, same_class: Tensor) -> Tensor:
-    """Draw one row per query: the query and its neighbors, in a green frame if of the same class.
+    """Draw one row per query. Neighbors of its class have a green frame, others a red one.
 
     Args:
         queries: uint8 (num_queries, 3, size, size).

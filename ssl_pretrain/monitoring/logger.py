@@ -23,7 +23,7 @@ from ssl_pretrain.schema import setting
 from ssl_pretrain.system import durable_files
 
 T = TypeVar("T")
-MIN_STEPS_BETWEEN_CURVES = 500  # sent to W&B; plots.jsonl has all of them
+MIN_STEPS_BETWEEN_CURVES = 500  # for W&B; plots.jsonl has the curves of every measurement
 NEIGHBORS_CAPTION = "left: the query; then its nearest training images, green if of its class"
 
 
@@ -97,7 +97,7 @@ class Logger:
         self._metrics: dict[str, float] = {}  # measured since the last record
         self._curves: dict[str, list[float]] | None = None  # for the next record sent to W&B
         self._curves_step = -MIN_STEPS_BETWEEN_CURVES
-        self._has_skipped = False  # in the last record
+        self._has_skipped = False  # True if the last record had skipped steps
         self._problem: str | None = None  # message about the file for which the run stops
         self._wandb: wandb_run.WandbRun | None = None
         self.past_records = self._trim(first_step)

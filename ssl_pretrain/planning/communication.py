@@ -95,7 +95,7 @@ def batch_norm_messages(norms: dict[str, list[int]], ranks: int, itemsize: int) 
     """Return the messages of batch norms whose groups span several ranks.
 
     Args:
-        norms: Channels of each batch norm, run forward and backward.
+        norms: Channels of each batch norm that runs, by pass, "forward" or "backward".
         ranks: Ranks per group.
         itemsize: Bytes of a number.
     """
@@ -123,7 +123,7 @@ class Unit:
     num_calls: int  # per forward pass
     is_student: bool
     is_block: bool
-    has_batch_norm: bool  # whose weights stay in full precision
+    has_batch_norm: bool  # weights of batch norm stay in full precision
 
 
 def units(method: nn.Module, calls: dict[str, int], shards: int) -> list[Unit]:

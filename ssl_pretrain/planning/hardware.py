@@ -31,7 +31,7 @@ class Machine:
     attained: float = 1.0  # share of the roofline that a training step reaches
     launch_seconds: float = 7e-6  # time that the host takes per eager operation
     latency_seconds: float = 7e-6  # time that a collective takes per level of a tree of ranks
-    decoded_per_core: float = 0.0  # images; 0: the loader is not planned
+    decoded_per_core: float = 0.0  # images decoded by one core; 0: the loader is not planned
 
     def seconds(self, trace: Trace) -> float:
         """Return the time of a computation, or of launching its operations if that is longer."""

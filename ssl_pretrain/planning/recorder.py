@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):
         self.collectives: list[tuple[str, int]] = []
         self.norms: dict[str, list[int]] = {"forward": [], "backward": []}
         self.phase_starts: dict[str, int] = {}
-        self._storage_bytes: dict[int, int] = {}  # of the storages that are not freed yet
+        self._storage_bytes: dict[int, int] = {}  # by storage, until it is freed
         self._held_bytes = 0
 
     def mark(self, name: str) -> None:
@@ -177,7 +177,7 @@ def _mutated(function: Any, args: Any) -> Iterator[Tensor]:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    """Return the bytes in a tensor's storage, in which an expanded value exists once."""
+    """Return the bytes that a tensor occupies, counting an expanded value once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -200,9 +200,11 @@ def flops_per_image(method: Method, batch: Batch) -> float:
 
 
 def make_fake(
-    module: nn.Module, dtype: torch.dtype = torch.float32, channels_last: bool = True
-) -> nn.Module:
-    """Move a module from the meta device to fake CPU tensors, in place, and return it.
+    module: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> None:
+    """Move a module from the meta device to fake CPU tensors, in place.
 
     Call it in the `prepare` of `trace`. Parameters shared by modules stay shared.
     """
@@ -212,16 +214,15 @@ def make_fake(
             if parameter is not None:
                 if id(parameter) not in parameters:
                     parameters[id(parameter)] = nn.Parameter(
-                        _empty(parameter, dtype, channels_last), parameter.requires_grad
+                        _empty(parameter, dtype, memory_format), parameter.requires_grad
                     )
                 child._parameters[name] = parameters[id(parameter)]
         for name, buffer in child._buffers.items():
             if buffer is not None:
-                child._buffers[name] = _empty(buffer, dtype, channels_last)
-    return module
+                child._buffers[name] = _empty(buffer, dtype, memory_format)
 
 
-def _empty(like: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last and like.ndim == 4 else torch.contiguous_format
+def _empty(like: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    layout = memory_format if like.ndim == 4 else torch.contiguous_format
     dtype = dtype if like.is_floating_point() else like.dtype
     return torch.empty(like.shape, dtype=dtype, memory_format=layout, device="cpu")

@@ -82,7 +82,7 @@ def _trace_images(
     network, calls = copy.deepcopy(method), Counter[str]()
 
     def prepare() -> tuple[Method, Batch]:
-        _make_fake(network, execution)
+        make_fake(network, execution.dtype, execution.memory_format)
         for name, module in network.named_modules():
             if isinstance(module, backbones.Backbone):
                 module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
@@ -123,7 +123,7 @@ def trace_loss(method: Method, execution: Execution, results: Results, ranks: in
     network = copy.deepcopy(method)
 
     def prepare() -> tuple[Tensors, Tensors]:
-        _make_fake(network, execution)
+        make_fake(network, execution.dtype, execution.memory_format)
         return _empty(results.embeddings), _empty(results.targets)
 
     def differentiate(inputs: tuple[Tensors, Tensors], mark: Mark) -> None:
@@ -144,7 +144,7 @@ def trace_optimizer(
     network = copy.deepcopy(method)
 
     def prepare() -> tuple[torch.optim.Optimizer, Tensors, Tensors]:
-        _make_fake(network, execution)
+        make_fake(network, execution.dtype, execution.memory_format)
         optimizer = optim.build(run.optim, network)
         optim.set_rates(optimizer, run.optim, HALFWAY, run.epochs, run.global_batch_size)
         _set_gradients(network)
@@ -200,10 +200,6 @@ def trace_backbone(name: str, size: int, images: int, *, bfloat16: bool) -> Trac
         features.float().mean().backward()
 
     return trace(prepare, step)[0]
-
-
-def _make_fake(network: nn.Module, execution: Execution) -> None:
-    make_fake(network, execution.dtype, execution.memory_format == torch.channels_last)
 
 
 def _specs(tensors: Tensors) -> dict[str, TensorSpec]:

@@ -41,7 +41,7 @@ class Trace:
     wide: np.ndarray  # True for float32 and float64, which use no tensor cores
     collectives: list[tuple[str, int]]  # name, and bytes of all ranks together
     norms: dict[str, list[int]]  # channels of each batch norm, "forward" and "backward"
-    phase_starts: dict[str, int] = field(default_factory=lambda: {"": 0})  # index by phase
+    phase_starts: dict[str, int] = field(default_factory=lambda: {"": 0})  # first index, by phase
 
     def phase(self, name: str) -> Trace:
         """Return the operations of one phase."""
@@ -67,7 +67,7 @@ class Trace:
 class LinearTrace:
     """A computation for any number of images, from its traces for two numbers.
 
-    That is enough, because operations, bytes and shapes are linear in the number of images.
+    Two are enough, because operations, bytes and shapes are linear in the number of images.
     """
 
     small: Trace

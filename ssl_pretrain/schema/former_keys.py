@@ -11,7 +11,7 @@ RENAMED = {  # former key: present key, in the same section
     "local_batch_size": "micro_batch_size",
     "method.centre_momentum": "method.center_momentum",
 }
-# Keys that no longer have an effect, or not with one value. None stands for every value.
+# Keys that no longer have an effect, with the value for which that holds. None: every value.
 REMOVED = {"plan.calibration": None, "plan.gpu": "here"}
 
 

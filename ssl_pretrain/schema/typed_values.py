@@ -160,11 +160,10 @@ def _build_choice(allowed: Sequence[str], tree: Any, key: str) -> str:
 
 
 def _build_text(tree: Any, key: str) -> str:
-    if isinstance(tree, Scalar):
-        return tree.text
-    if isinstance(tree, str):
-        return tree
-    raise ValueError(f"{key}: {_describe(tree)} is not text; put it in quotes")
+    text = tree.text if isinstance(tree, Scalar) else tree
+    if not isinstance(text, str):
+        raise ValueError(f"{key}: {_describe(tree)} is not text; put it in quotes")
+    return text
 
 
 def _build_bool(tree: Any, key: str) -> bool:
@@ -235,7 +234,7 @@ def _guess(tree: Any) -> Any:
 
 
 def _describe(tree: Any) -> str:
-    """Describe a value for a message."""
+    """Return the description of a value for a message."""
     if isinstance(tree, Scalar):
         return repr(tree.text)
     if isinstance(tree, Mapping):

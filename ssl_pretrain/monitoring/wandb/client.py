@@ -1,8 +1,8 @@
 """The Weights & Biases client, a process of its own, so that training never waits for a network.
 
 It reads one JSON message per line from standard input and prints lines for the user. If the server
-cannot be reached or refuses, the run is kept offline under the same id, for `wandb sync`. The end
-of the input ends the run.
+cannot be reached or refuses the run, the run is kept offline under the same id, for `wandb sync`.
+The end of the input ends the run.
 """
 
 import hashlib
@@ -125,7 +125,7 @@ class Client:
         write_last_step(self.folder, self.run_id, self.last_step)
 
     def _log(self, row: dict[str, Any], step: int) -> None:
-        if step > self.last_step:  # only now does the library write the row of the step before
+        if step > self.last_step:  # the library now writes the row of the previous step
             write_last_step(self.folder, self.run_id, self.last_step)
             self.last_step = step
         self.run.log(row, step=step)
