@@ -5,7 +5,6 @@ cannot be reached or refuses the run, the run is kept offline under the same id,
 The end of the input ends the run.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_pretrain.monitoring import metric_names
+from ssl_pretrain.monitoring.wandb import evaluations
 from ssl_pretrain.system import durable_files
 
 START_SECONDS = 20  # longest wait for the server before the run is kept offline
 FINISH_SECONDS = 300  # longest wait for the server at the end of the run
-SENT_FILE = "wandb/evaluations_sent.json"  # hashes of the evaluation results that W&B has
 TEMPORARY = "SSL_PRETRAIN_WANDB_TMPDIR"  # variable that hands the temporary folder to `restart`
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
@@ -132,23 +131,14 @@ class Client:
 
     def _evaluations(self) -> Iterator[dict[str, Any]]:
         """Yield the results in RUN/eval/ that W&B does not have, and mark them as sent."""
-        sent, folder = self.folder / SENT_FILE, self.folder / "eval"
-        hashes = json.loads(sent.read_text()) if sent.exists() else {}
-        for path in sorted([*folder.glob("*.json"), *folder.glob("step_*/*.json")]):
-            with suppress(OSError, ValueError, KeyError, TypeError):  # not a whole result
-                result = json.loads(path.read_text())
-                name, step, rows = result["name"], result["step"], result["rows"]
-                digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-                if hashes.get(f"{name} of step {step}") == digest:
-                    continue  # the latest result is stored twice
-                hashes[f"{name} of step {step}"] = digest
-                with suppress(OSError):  # then the result is sent again, to the same step
-                    durable_files.replace(sent, json.dumps(hashes))
-                pretrained = (row["metrics"] for row in rows if row["features"] == "pretrained")
-                yield {"evaluated_step": step} | {
-                    metric_names.evaluation(name, column): value
-                    for column, value in next(pretrained, {}).items()
-                }
+        for result in evaluations.unsent(self.folder):
+            rows = (row["metrics"] for row in result["rows"] if row["features"] == "pretrained")
+            metrics: dict[str, float] = next(rows, {})
+            evaluations.mark_sent(self.folder, result)
+            yield {"evaluated_step": result["step"]} | {
+                metric_names.evaluation(result["name"], column): value
+                for column, value in metrics.items()
+            }
 
 
 def read_last_step(folder: Path, run_id: str) -> int:
