@@ -192,9 +192,9 @@ def test_every_setting_has_help_and_a_resume_policy():
     for kind in kinds:
         for field in fields(kind):
             metadata = schema.metadata(kind, field.name)
-            where = f"{kind.__module__}.{kind.__name__}.{field.name}"
-            assert metadata.get("help", "").endswith((".", ")")), f"{where} has no help"
-            assert metadata["on_resume"] in ("same", "free", "warn"), where
+            setting = f"{kind.__module__}.{kind.__name__}.{field.name}"
+            assert metadata.get("help", "").endswith((".", ")")), f"{setting} has no help"
+            assert metadata["on_resume"] in ("same", "free", "warn"), setting
 
 
 def test_a_key_is_explained():
@@ -219,8 +219,8 @@ def test_a_key_that_does_not_exist_is_not_explained():
 def test_the_help_of_a_key_ends_quietly_without_a_reader():
     """As in `--help optim | head -1`."""
     command = f"set -o pipefail; {sys.executable} -m ssl_pretrain.train --help optim | true"
-    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_a_former_key_is_accepted_with_a_notice(path):
@@ -230,9 +230,9 @@ def test_a_former_key_is_accepted_with_a_notice(path):
         "plan.calibration: a.json no longer has an effect; "
         "plan.gpu: here no longer has an effect"
     )
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning) as caught:
         run = load(path)
-    assert [str(warning.message) for warning in warned] == [notice]
+    assert [str(warning.message) for warning in caught] == [notice]
     assert (run.micro_batch_size, run.plan.gpu) == (12, "")
 
 
@@ -245,9 +245,9 @@ def test_a_former_key_is_accepted_with_a_notice(path):
 )
 def test_a_former_key_of_the_command_line_is_accepted_with_a_notice(path, override, notice):
     path.write_text(tiny.YAML + "micro_batch_size: 12\n")
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning) as caught:
         run = load(path, [override])
-    assert [str(warning.message) for warning in warned] == [notice]
+    assert [str(warning.message) for warning in caught] == [notice]
     assert (run.micro_batch_size, run.plan.gpu) == (8 if "local" in override else 12, "")
 
 
@@ -264,11 +264,11 @@ def test_the_stored_config_of_an_old_run_compares_equal():
     saved["local_batch_size"] = saved.pop("micro_batch_size")
     saved["method"]["centre_momentum"] = saved["method"].pop("center_momentum")
     saved["plan"]["calibration"] = "runs/calibration.json"
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning) as caught:
         config.compare_for_resume(saved, run, CHECKPOINT)
         assert config.from_dict(saved) == run
-    assert len(warned) == 2
-    assert "method.centre_momentum is now method.center_momentum" in str(warned[0].message)
+    assert len(caught) == 2
+    assert "method.centre_momentum is now method.center_momentum" in str(caught[0].message)
 
 
 @pytest.mark.case(25)

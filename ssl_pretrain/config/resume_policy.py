@@ -27,12 +27,15 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
     Raises:
         ConfigError: If a key differs that must stay the same. The message lists all such keys.
     """
-    old, new = schema.flatten(schema.rename_keys(saved, path)), schema.flatten(to_dict(config))
-    old = _defaults(config, old, new) | old
+    old_values, new_values = (
+        schema.flatten(schema.rename_keys(saved, path)),
+        schema.flatten(to_dict(config)),
+    )
+    old_values = _defaults(config, old_values, new_values) | old_values
     differences = {
-        key: f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        key: f"{key}: {old_values.get(key)!r} then, {new_values.get(key)!r} now"
+        for key in sorted(old_values.keys() | new_values.keys())
+        if old_values.get(key) != new_values.get(key)
     }
     policies = {key: resume_policy(key, type(config.method)) for key in differences}
     conflicts = [text for key, text in differences.items() if policies[key] == "same"]
@@ -47,17 +50,19 @@ def compare_for_resume(saved: dict[str, Any], config: RunConfig, path: str) -> N
             warnings.warn(f"{text}: the schedule changes from here on", stacklevel=2)
 
 
-def _defaults(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def _defaults(
+    config: RunConfig, old_values: dict[str, Any], new_values: dict[str, Any]
+) -> dict[str, Any]:
     """Return the defaults of the new configuration's keys.
 
     They include the options of every crop that the saved run has. A crop that the saved run lacks
     has no defaults, so adding one counts as a difference.
     """
     defaults = schema.flatten(to_dict(from_dict({"method": {"name": config.method.name}})))
-    defaults = {key: value for key, value in defaults.items() if key in new}
+    defaults = {key: value for key, value in defaults.items() if key in new_values}
     for name in config.views.crops:
         options = schema.flatten(dataclasses.asdict(Crop()), f"views.crops.{name}.")
-        if options.keys() & old.keys():
+        if options.keys() & old_values.keys():
             defaults |= options
     return defaults
 

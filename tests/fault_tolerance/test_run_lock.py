@@ -34,9 +34,9 @@ def lock_content(run):
 
 
 def assert_takes_over_after_waiting(run):
-    began = time.monotonic()
+    start = time.monotonic()
     with RunLock(run):
-        assert 1.5 < time.monotonic() - began < 60
+        assert 1.5 < time.monotonic() - start < 60
 
 
 def start_python(code, *arguments):
@@ -105,8 +105,8 @@ def test_another_machine_keeps_the_folder_while_it_shows_signs_of_life(tmp_path,
         pass
     monkeypatch.delenv("SLURM_JOB_ID")
     write_lock(tmp_path, host="elsewhere")
-    past = (tmp_path / "lock.json").stat().st_mtime - run_lock.STALE_SECONDS - 1
-    os.utime(tmp_path / "lock.json", (past, past))
+    stale_time = (tmp_path / "lock.json").stat().st_mtime - run_lock.STALE_SECONDS - 1
+    os.utime(tmp_path / "lock.json", (stale_time, stale_time))
     with RunLock(tmp_path):
         pass
 
@@ -189,9 +189,9 @@ def test_a_live_container_keeps_the_folder_and_a_dead_one_loses_it_at_once(tmp_p
     container.kill()
     container.wait()
     assert find_holder(tmp_path) is None
-    began = time.monotonic()
+    start = time.monotonic()
     with RunLock(tmp_path):
-        assert time.monotonic() - began < run_lock.DYING_SECONDS
+        assert time.monotonic() - start < run_lock.DYING_SECONDS
 
 
 def test_without_flock_another_container_is_treated_like_another_machine(

@@ -56,7 +56,10 @@ def test_an_alert_names_the_metric_its_value_and_its_best_value():
 
 
 def test_a_resumed_run_remembers_its_records():
-    past = [{"step": 50, "embedding_std": 0.5}, {"step": 100, "embedding_std": 0.4, "loss": 1.0}]
+    past_records = [
+        {"step": 50, "embedding_std": 0.5},
+        {"step": 100, "embedding_std": 0.4, "loss": 1.0},
+    ]
     low = {"embedding_std": 0.15}
-    assert AlertHistory(past).check(150, low) == []
-    assert len(AlertHistory([*past, {"step": 125, **low}]).check(150, low)) == 1
+    assert AlertHistory(past_records).check(150, low) == []
+    assert len(AlertHistory([*past_records, {"step": 125, **low}]).check(150, low)) == 1

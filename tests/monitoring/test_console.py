@@ -70,7 +70,9 @@ def test_a_terminal_gets_a_bar_and_colors_unless_disabled(clock, monkeypatch, no
 
 def test_the_time_left_survives_a_resume(clock):
     """The first step after a resume is slow, but the earlier steps still count."""
-    past = [RECORD | {"step": step, "seconds_per_step": 2.0} for step in range(1, 100)]
+    past_records = [RECORD | {"step": step, "seconds_per_step": 2.0} for step in range(1, 100)]
     stream = io.StringIO()
-    Console(1100, past, stream).show_progress(RECORD | {"step": 100, "seconds_per_step": 12.0})
+    Console(1100, past_records, stream).show_progress(
+        RECORD | {"step": 100, "seconds_per_step": 12.0}
+    )
     assert "ETA 0:50:00" in stream.getvalue()  # 1,000 steps at 0.9 * 2 + 0.1 * 12 seconds

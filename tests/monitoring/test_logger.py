@@ -63,8 +63,8 @@ def test_a_resumed_run_removes_the_records_that_it_will_write_again(tmp_path):
     )
     (tmp_path / "plots.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
     with build_logger(tmp_path, first_step=2) as logger:
-        past = [{"step": 2, "loss": 1}]
-        assert read(tmp_path) == logger.past_records == past
+        past_records = [{"step": 2, "loss": 1}]
+        assert read(tmp_path) == logger.past_records == past_records
         assert read(tmp_path, "plots.jsonl") == [{"step": 2}]
 
 

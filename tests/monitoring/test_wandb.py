@@ -45,13 +45,13 @@ def resumed(tmp_path_factory):
     train(config.load(path, OVERRIDES), torch.device("cpu"), 5)
     run = folder / "run"
     (run / "eval" / "step_00000003").mkdir(parents=True)
-    for place, step in (("eval", 5), ("eval/step_00000003", 3)):
+    for folder_name, step in (("eval", 5), ("eval/step_00000003", 3)):
         rows = [
             {"features": "raw pixels", "metrics": {"clean": 1.0}},
             {"features": "pretrained", "metrics": {"clean": 10.0 * step}},
         ]
         result = {"name": "linear", "step": step, "rows": rows}
-        (run / place / "linear.json").write_text(json.dumps(result))
+        (run / folder_name / "linear.json").write_text(json.dumps(result))
     for saved in list_checkpoints(run)[-2:]:
         if saved.name > "step_00000003":
             for file in saved.iterdir():
@@ -73,8 +73,8 @@ def test_both_halves_are_one_run_with_config_and_tags(resumed):
     ids = {verify(saved)["wandb_id"] for saved in list_checkpoints(run)}
     starts = [start for file in files for start in of_type(file, "run")]
     assert len(files) == 2 and {start.run_id for start in starts} == ids and len(ids) == 1
-    shown = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
-    assert shown["method"]["name"] == "simclr" and shown["global_batch_size"] == 24
+    shown_config = {item.key: json.loads(item.value_json) for item in starts[0].config.update}
+    assert shown_config["method"]["name"] == "simclr" and shown_config["global_batch_size"] == 24
     assert starts[0].display_name == "named" and list(starts[0].tags) == ["a"]
     assert starts[0].project == "ssl_pretrain"
     assert "api_key" not in (run / "config.yaml").read_text()
@@ -292,5 +292,5 @@ assert "wandb" in sys.modules
 
 
 def test_a_run_starts_without_wandb_and_timm_imports_it_on_demand():
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

@@ -90,13 +90,13 @@ def test_the_predicted_peak_is_close_to_the_peak_of_torchs_allocator(name):
 
 
 def test_a_trace_is_linear_in_the_number_of_images():
-    few, more, many = (
+    small, large, largest = (
         trace_backbone("test_resnet", 64, images, bfloat16=True) for images in (2, 4, 16)
     )
-    line = LinearTrace(few, more, 2, 4).trace_for(16)
-    np.testing.assert_array_equal(line.flops, many.flops)
-    np.testing.assert_array_equal(line.bytes_moved, many.bytes_moved)
-    np.testing.assert_array_equal(line.bytes_held, many.bytes_held)
+    interpolated = LinearTrace(small, large, 2, 4).trace_for(16)
+    np.testing.assert_array_equal(interpolated.flops, largest.flops)
+    np.testing.assert_array_equal(interpolated.bytes_moved, largest.bytes_moved)
+    np.testing.assert_array_equal(interpolated.bytes_held, largest.bytes_held)
 
 
 def test_a_tiled_loss_counts_the_matrix_products_of_its_tiles():

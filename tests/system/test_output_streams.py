@@ -36,8 +36,8 @@ def test_a_program_survives_the_loss_of_its_output(tmp_path, shell, message):
     program.write_text(PROGRAM)
     end, err = tmp_path / "end", tmp_path / "err"
     command = shell.format(command=f"{sys.executable} {program} {end}", err=err)
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False)
-    assert done.returncode == 0 and end.read_text() == "the end"
+    process = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], check=False)
+    assert process.returncode == 0 and end.read_text() == "the end"
     if message:
         lines = err.read_text().splitlines()
         assert lines.count(message) == 1 and lines[-1] == "warning 2999"
