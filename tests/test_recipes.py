@@ -156,13 +156,24 @@ def assert_resumes(
 
 
 QUICK = representatives()
-NAMES = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in recipes()
-]
 
 
-@pytest.mark.parametrize("size", [1, 3], ids=["1 rank", "3 ranks"])
-@pytest.mark.parametrize("name", NAMES)
+def resume_cases() -> list:
+    """Return every recipe on one and on three ranks.
+
+    `make test` runs the representatives once, those of ImageNet on three ranks. The other cases are
+    in the long suite.
+    """
+    cases = []
+    for name in recipes():
+        for size in (1, 3):
+            is_quick = name in QUICK and size == (3 if name.endswith("_imagenet") else 1)
+            marks = () if is_quick else pytest.mark.full
+            cases.append(pytest.param(name, size, id=f"{name}-{size}", marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "size"), resume_cases())
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(name, size, tmp_path):
     path, overrides = recipes()[name]
     assert_resumes(reduced(path, tmp_path, overrides), tmp_path, STEPS, [], size)

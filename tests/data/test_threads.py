@@ -489,6 +489,7 @@ with loader(open_train(Path(sys.argv[1])), global_batch_size=25) as batches:
 """
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_over_50_epochs(beton):
     result = run_python(EPOCHS, beton.where)
     assert result.returncode == 0, result.stderr

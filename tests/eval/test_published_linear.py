@@ -162,11 +162,10 @@ def train_and_score(path, name):
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.full), 3])
-@pytest.mark.parametrize("name", ["vissl"])
-def test_ranks_agree_with_one_process(run_folder, name, world_size):
-    weights, accuracies = train_and_score(run_folder, name)
+def test_ranks_agree_with_one_process(run_folder, world_size):
+    weights, accuracies = train_and_score(run_folder, "vissl")
     assert weights.abs().max() > 0.01
-    for rank_result in run_ranks(train_and_score, run_folder, name, world_size=world_size):
+    for rank_result in run_ranks(train_and_score, run_folder, "vissl", world_size=world_size):
         torch.testing.assert_close(rank_result[0], weights, rtol=1e-4, atol=1e-6)
         assert torch.equal(rank_result[1], accuracies)
 

@@ -77,7 +77,16 @@ def grouped(group_images, kind=nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "group_images"), [(2, 12), (3, 12), (4, 6), (2, 3), (1, 4), (1, 12), (3, 4)]
+    ("world_size", "group_images"),
+    [
+        (1, 4),
+        (1, 12),
+        (2, 3),
+        (3, 4),
+        pytest.param(2, 12, marks=pytest.mark.full),
+        pytest.param(3, 12, marks=pytest.mark.full),
+        (4, 6),
+    ],
 )
 def test_equals_torch_on_every_group(world_size, group_images):
     results = run_ranks(grouped, group_images, world_size=world_size)
