@@ -27,7 +27,7 @@ from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.models import backbones, timm_networks
-from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.system import durable_files
 

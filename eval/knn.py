@@ -199,11 +199,11 @@ def check_memory(
     num_ranks = process_group.world_size()
     per_rank = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
     results.print_progress(f"k-NN {held}{per_rank}, of {free / memory.GIB:.2f} GiB free")
-    if needed > memory.ROOM * free:
+    if needed > memory.USABLE_FRACTION * free:
         narrower = "; --rows pretrained leaves out raw pixels, the widest features"
         raise ValueError(
             f"k-NN of {len(train):,} training and {len(test):,} test images with {dim:,} numbers"
-            f" each {held}{per_rank}, more than {memory.ROOM:.0%} of the"
+            f" each {held}{per_rank}, more than {memory.USABLE_FRACTION:.0%} of the"
             f" {free / memory.GIB:.2f} GiB free. Use more ranks (torchrun --nproc-per-node N -m"
             " ssl_pretrain.eval.knn ...), or fewer images (data.subset=N)"
             f"{narrower if dim > feature_dim else ''}"

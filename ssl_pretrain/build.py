@@ -12,10 +12,8 @@ from torch import Tensor
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import rng
-from ssl_pretrain.checkpoint import rank_agreement
+from ssl_pretrain.checkpoint import initial_weights, rank_agreement, resumption
 from ssl_pretrain.checkpoint.checkpoints import Checkpoints
-from ssl_pretrain.checkpoint.initial_weights import initialize
-from ssl_pretrain.checkpoint.resumption import resume
 from ssl_pretrain.checkpoint.run_facts import RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.config import RunConfig
@@ -33,11 +31,9 @@ from ssl_pretrain.monitoring.collapse import CollapseMonitor
 from ssl_pretrain.monitoring.logger import Logger
 from ssl_pretrain.monitoring.online_knn import OnlineKNN
 from ssl_pretrain.monitoring.records import Measurements
-from ssl_pretrain.optim import optimizers
-from ssl_pretrain.optim.schedules import Progress
+from ssl_pretrain.optim import optimizers, schedules
+from ssl_pretrain.parallel import micro_batch, wrap
 from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.micro_batch import blank_batch, find_micro_batch_size
-from ssl_pretrain.parallel.replicas import check_replicas
 from ssl_pretrain.planning import hardware, recorder
 from ssl_pretrain.step import StepOutput, Stepper, build_stepper, check_accumulation
 from ssl_pretrain.system import durable_files
@@ -64,55 +60,55 @@ class Training:
     checkpoints: Checkpoints
     logger: Logger
     nan_guard: NanGuard
-    online_knn: OnlineKNN
     collapse_monitor: CollapseMonitor
+    online_knn: OnlineKNN
 
-    def steps(self) -> Iterator[tuple[Progress, Batch]]:
+    def steps(self) -> Iterator[tuple[schedules.Progress, Batch]]:
         """Yield the progress and the batch of each step, and save the views of the first batch.
 
-        The batches pass through the throughput check, the watchdog and the logger's clock. Before
-        each step the lock of the run's folder is checked.
+        The batches pass through the throughput check, the watchdog and the logger's clock. The lock
+        of the run's folder is checked before each step.
         """
-        batches = throughput_check.report_bottleneck(
-            self.loader, self.first_step, self.execution.device
-        )
+        views, device = self.config.views, self.execution.device
+        batches = throughput_check.report_bottleneck(self.loader, self.first_step, device)
         batches = self.logger.time_waiting(self.stop.watch(batches, self.first_step))
-        views = self.config.views
         for step, batch in zip(range(self.first_step, self.end_step), batches):
             self.lock.check()
             describe = partial(self.loader.describe_views, step, image_grids.NUM_IMAGES)
             self.logger.save_views(step + 1, batch.views, views.mean, views.std, describe)
-            yield Progress(step, self.num_steps, self.loader.steps_per_epoch), batch
+            yield schedules.Progress(step, self.num_steps, self.loader.steps_per_epoch), batch
 
-    def set_learning_rates(self, progress: Progress) -> dict[str, float]:
+    def set_learning_rates(self, progress: schedules.Progress) -> dict[str, float]:
         """Set the optimizer's rates for a step and return them for the log."""
-        config, optimizer = self.config, self.stepper.optimizer
+        config = self.config
         return optimizers.set_rates(
-            optimizer, config.optim, progress, config.epochs, config.global_batch_size
+            self.stepper.optimizer,
+            config.optim,
+            progress,
+            config.epochs,
+            config.global_batch_size,
         )
 
     def measure(self, step: int, output: StepOutput) -> Measurements:
-        """Measure what is due after a step: collapse, online k-NN, replaced images."""
+        """Take the measurements that are due after a step: collapse, k-NN, replaced images."""
         method = self.stepper.method
-        network = method.get_submodule(method.evaluated)
-        measurements = self.collapse_monitor.measure(step, output.embeddings, output.targets)
-        measurements |= self.online_knn.measure_if_due(step, network)
-        every_steps = self.config.log.every_steps
-        counts = self.loader.count_replaced(step, every_steps, self.num_steps)
-        return measurements | Measurements(dict(counts))
+        collapse = self.collapse_monitor.measure(step, output.embeddings, output.targets)
+        knn = self.online_knn.measure_if_due(step, method.get_submodule(method.evaluated))
+        counts = self.loader.count_replaced(step, self.config.log.every_steps, self.num_steps)
+        return collapse | knn | Measurements(dict(counts))
 
     def stop_requested(self, step: int) -> bool:
         """Return True on all ranks if training ends with this step."""
         return self.stop.exchange(step) or step == self.end_step or self.logger.must_stop
 
     def save_checkpoint(self, step: int, wait: bool) -> None:
-        """Check that all ranks have the same weights and save them.
+        """Check that all ranks have the same weights, and save them.
 
         Args:
             step: Steps done.
             wait: Return only when the checkpoint is on disk.
         """
-        check_replicas(self.stepper.model)
+        wrap.check_replicas(self.stepper.model)
         self.checkpoints.save(step, wait=wait)
 
 
@@ -126,9 +122,9 @@ def build_training(
     """Lock the run's folder, build everything and resume from the newest checkpoint.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         device: Device of this rank.
-        stop_after: Steps to take in this process. None means all that are left.
+        stop_after: Steps to take in this process. None means all remaining steps.
         fake_preempt: Step after which rank 0 receives a stop signal, for tests.
     """
     run, execution = Path(config.output), Execution.resolve(config.parallel, device)
@@ -140,20 +136,21 @@ def build_training(
         stop = stack.enter_context(StopRequest(fake_preempt=fake_preempt))
         method = build_method(config, source)
         stepper = build_run_stepper(method, config, execution)
-        facts = RunFacts(num_steps, stepper.micro_batch_size, source.fingerprint)
         checkpoints = Checkpoints(
             run,
             TrainingState(method, stepper.optimizer),
             config.checkpoint,
-            facts,
+            RunFacts(num_steps, stepper.micro_batch_size, source.fingerprint),
             configuration.to_dict(config),
             batches.steps_per_epoch,
             lock.check,
         )
-        first_step = resume(checkpoints, partial(configuration.compare_for_resume, config=config))
+        first_step = resumption.resume(
+            checkpoints, partial(configuration.compare_for_resume, config=config)
+        )
         write_config(config, first_step)
         logger = stack.enter_context(build_logger(config, checkpoints, batches, device, first_step))
-        facts.wandb_id = logger.wandb_id
+        checkpoints.facts.wandb_id = logger.wandb_id
         nan_guard = NanGuard(
             config.guard,
             run,
@@ -162,14 +159,6 @@ def build_training(
             steps_per_epoch=batches.steps_per_epoch,
             describe_bad_embeddings=stepper.describe_bad_embeddings,
             roll_back=checkpoints.roll_back,
-        )
-        monitor = CollapseMonitor(
-            config.health,
-            method,
-            stepper.optimizer,
-            first_step,
-            logger.past_records,
-            logger.alert,
         )
         yield Training(
             config=config,
@@ -184,8 +173,15 @@ def build_training(
             checkpoints=checkpoints,
             logger=logger,
             nan_guard=nan_guard,
+            collapse_monitor=CollapseMonitor(
+                config.health,
+                method,
+                stepper.optimizer,
+                first_step,
+                logger.past_records,
+                logger.alert,
+            ),
             online_knn=build_online_knn(config, batches, execution),
-            collapse_monitor=monitor,
         )
 
 
@@ -205,14 +201,12 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
     """Build the method and its backbone on the CPU, with the same initial weights on every rank.
 
     Raises:
-        ValueError: If the method needs labels and the source has none, or `backbone.init` does not
-            fit.
+        ValueError: If the method needs labels and the source has none, or if the weights of
+            `backbone.init` do not fit.
     """
-    image_size = recipe.expand_counts(config.views)[0].size
     torch.manual_seed(rng.seed_of(config.seed, 0, 0))
-    backbone = backbones.build(config.backbone, image_size)
-    notes = initialize(backbone, config.backbone)
-    if notes:
+    backbone = backbones.build(config.backbone, recipe.expand_counts(config.views)[0].size)
+    if notes := initial_weights.initialize(backbone, config.backbone):
         process_group.print_once(f"backbone.init: {config.backbone.init}: {'; '.join(notes)}")
     method: Method = config.method.build(backbone)
     if method.needs_labels and source is not None:
@@ -221,17 +215,17 @@ def build_method(config: RunConfig, source: Source | None = None) -> Method:
 
 
 def build_run_stepper(method: Method, config: RunConfig, execution: Execution) -> Stepper:
-    """Distribute the method over the ranks and build the optimizer, as the configuration says."""
-    images = choose_micro_batch_size(method, config, execution)
+    """Distribute the method over the ranks and build its optimizer."""
+    micro_batch_size = choose_micro_batch_size(method, config, execution)
     return build_stepper(
         method,
         config.parallel,
         config.optim,
         execution,
         seed=config.seed,
-        micro_batch_size=images,
+        micro_batch_size=micro_batch_size,
         global_batch_size=config.global_batch_size,
-        example=blank_batch(config.views, images, execution),
+        example=micro_batch.blank_batch(config.views, micro_batch_size, execution),
     )
 
 
@@ -242,41 +236,41 @@ def choose_micro_batch_size(method: Method, config: RunConfig, execution: Execut
         ValueError: If not even the smallest micro-batch fits, or the method's loss does not allow
             micro-batches.
     """
-    world_size, global_batch_size = process_group.world_size(), config.global_batch_size
-    share = global_batch_size // world_size
-    images = configuration.configured_micro_batch_size(config, world_size)
-    if images is None:
-        images, estimate = find_micro_batch_size(
+    world_size = process_group.world_size()
+    share = config.global_batch_size // world_size
+    num_images = configuration.configured_micro_batch_size(config, world_size)
+    if num_images is None:
+        num_images, estimate = micro_batch.find_micro_batch_size(
             method,
             config.parallel,
             config.views,
             execution,
             share=share,
-            global_batch_size=global_batch_size,
+            global_batch_size=config.global_batch_size,
         )
         process_group.print_once(
-            f"micro_batch_size: auto took {images} of {share} images at once ({estimate})"
+            f"micro_batch_size: auto took {num_images} of {share} images at once ({estimate})"
         )
-    if images < share:
+    if num_images < share:
         check_accumulation(method, config.parallel)
-    return images
+    return num_images
 
 
 def write_config(config: RunConfig, first_step: int) -> None:
     """Write the resolved configuration on rank 0, and print the step from which a run resumes.
 
     Raises:
-        SaveError: If it cannot be written and `checkpoint.on_failure` is `stop`.
+        SaveError: If the file cannot be written and `checkpoint.on_failure` is `stop`.
     """
-    run, problem = Path(config.output), None
+    path, problem = Path(config.output) / "config.yaml", None
     if process_group.is_main():
         try:
-            durable_files.replace(run / "config.yaml", configuration.to_yaml(config))
+            durable_files.replace(path, configuration.to_yaml(config))
         except OSError as error:
-            problem = background_writer.refusal_message(run / "config.yaml", error)
+            problem = background_writer.refusal_message(path, error)
     background_writer.raise_or_warn(problem, config.checkpoint.on_failure)
     if first_step:
-        process_group.print_once(f"resumed {run} after step {first_step}")
+        process_group.print_once(f"resumed {path.parent} after step {first_step}")
 
 
 def flops_per_image(config: RunConfig) -> float:
@@ -284,7 +278,7 @@ def flops_per_image(config: RunConfig) -> float:
     execution = Execution.resolve(config.parallel, torch.device("meta"))
     method = configuration.method_on_meta(config)
     execution.place_module(method)
-    return recorder.flops_per_image(method, blank_batch(config.views, 2, execution))
+    return recorder.flops_per_image(method, micro_batch.blank_batch(config.views, 2, execution))
 
 
 def build_logger(
@@ -294,7 +288,7 @@ def build_logger(
     device: torch.device,
     first_step: int,
 ) -> Logger:
-    """Open the run's records and start the console and Weights & Biases."""
+    """Open the run's records, and start the console output and Weights & Biases."""
     return Logger(
         config.log,
         Path(config.output),
@@ -311,7 +305,7 @@ def build_logger(
 
 
 def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -> OnlineKNN:
-    """Build the k-NN monitor on training images, transformed as in evaluations."""
+    """Build the k-NN monitor. It transforms training images as evaluations do."""
     settings, source, views = config.evaluation, batches.source, config.views
     transform = partial(
         crops.evaluate,
@@ -331,13 +325,12 @@ def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -
     def read_pixels(indices: np.ndarray) -> Tensor:
         return torch.cat([pixels for pixels, _ in read(indices)])
 
-    order, steps_per_epoch = rng.permutation(config.seed, 0, len(source)), batches.steps_per_epoch
     return OnlineKNN(
         config.online,
         read_normalized,
         source.labels,
-        order,
-        steps_per_epoch,
+        rng.permutation(config.seed, 0, len(source)),
+        batches.steps_per_epoch,
         execution.device,
         read_pixels,
     )

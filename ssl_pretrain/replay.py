@@ -1,15 +1,15 @@
-"""Repeat one step of a run and report where it breaks.
+"""Repeat one step of a run and report where values that are not finite first appear.
 
     python -m ssl_pretrain.replay RUN STEP
 
-The images and views follow from the seed, the epoch and the indices of the images. The weights are
-those of the newest checkpoint before the step, trained on to that step. With `--from-checkpoint`
-the checkpoint's own weights are used, for a first look. If the run skipped the step, the images
-must be those recorded in its folder `skipped/`, and a rollback before the step is repeated. Nothing
-is written.
+The images and views follow from the seed, the epoch and the indices of the images. Training starts
+from the newest checkpoint before the step and continues to the step. With `--from-checkpoint` the
+steps in between are left out, for a quick look. If the run skipped the step, the images must be
+those recorded in its folder `skipped/`, and a rollback before the step is repeated. Nothing is
+written.
 
-The step runs in one process with the whole global batch as one micro-batch. A run of several ranks
-or micro-batches is therefore repeated to rounding, not bit for bit.
+The step runs in one process with the whole global batch as one micro-batch. A run on several ranks
+or with micro-batches is therefore repeated up to rounding, not bit for bit.
 """
 
 import argparse
@@ -31,28 +31,27 @@ from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import read_manifest, verify
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.optim.schedules import Progress
+from ssl_pretrain.optim import optimizers, schedules
 from ssl_pretrain.parallel.execution import Execution
 from ssl_pretrain.schema import COUNT
-from ssl_pretrain.views.batch import Batch
 
 
 def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
-    """Repeat a step and return the lines to print about it.
+    """Repeat a step and return the lines of its report.
 
     Args:
         run: Folder of the run.
         step: Number of the step, counted from 1, as in metrics.jsonl and skipped/.
-        from_checkpoint: Use the checkpoint's weights as they are, without training on to the step.
+        from_checkpoint: Leave out the steps between the checkpoint and this step.
 
     Raises:
-        ValueError: The run has no checkpoint before that step or has not reached it, or the data
-            set does not yield the images that were skipped.
+        ValueError: If the run has no checkpoint before the step or has not reached it, or if the
+            images are not those that the run skipped.
     """
-    record = _skip_record(run, step)
+    record_path = run / "skipped" / f"step_{step:08d}.json"
+    record = json.loads(record_path.read_text()) if record_path.exists() else {}
     _check_reached(run, step)
-    path, first = _start(run, step, record)
+    path, steps_done = _checkpoint_before(run, step, record)
     verify(path)
     manifest = read_manifest(path)
     config = replace(configuration.from_dict(manifest["config"]), micro_batch_size=0)
@@ -61,25 +60,23 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
     with build.build_loader(config, execution) as loader:
         if record and record["indices"] != loader.indices(step - 1).tolist():
             raise ValueError(
-                f"{run}: step {step} skipped other images than the data set gives now; give the "
-                "data that the run had"
+                f"{run}: step {step} now has other images than those that the run skipped; restore "
+                "the data set of the run"
             )
         method = build.build_method(config, loader.source)
         stepper = build.build_run_stepper(method, config, execution)
         TrainingState(method, stepper.optimizer).restore(path)
-        first = step - 1 if from_checkpoint else first
-        for steps_done, batch in zip(range(first, step), loader.starting_at(first)):
-            progress = Progress(steps_done, manifest["last_step"], loader.steps_per_epoch)
-            optim.set_rates(
+        steps_done = step - 1 if from_checkpoint else steps_done
+        for index, batch in zip(range(steps_done, step), loader.starting_at(steps_done)):
+            progress = schedules.Progress(index, manifest["last_step"], loader.steps_per_epoch)
+            optimizers.set_rates(
                 stepper.optimizer, config.optim, progress, config.epochs, config.global_batch_size
             )
-            if steps_done == step - 1:
+            if index == step - 1:
                 probe = _Probe(method)
             logs = stepper(progress, batch).logs
-        lines = [
-            f"step {step} of {run}, from {path.name}"
-            + (" without the steps between" if from_checkpoint else "")
-        ]
+        shortcut = " without the steps between" if from_checkpoint else ""
+        lines = [f"step {step} of {run}, from {path.name}{shortcut}"]
         if record:
             lines.append(
                 f"  skipped by the run; its {len(record['indices'])} images as recorded in "
@@ -87,21 +84,16 @@ def replay(run: Path, step: int, from_checkpoint: bool = False) -> list[str]:
             )
         lines += [f"  {name}: {value.item():.6g}" for name, value in logs.items()]
         lines += [
-            f"  view {number} of {loader.source.name(index)} is not finite"
-            for number, index in _bad_views(batch)
+            f"  view {number} of {loader.source.name(int(batch.indices[row]))} is not finite"
+            for number, view in enumerate(batch.views)
+            for row in (~view.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         ]
         return lines + probe.describe()
 
 
-def _skip_record(run: Path, step: int) -> dict[str, Any]:
-    """Return the run's record of a step that it skipped, empty if it did not skip it."""
-    path = run / "skipped" / f"step_{step:08d}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def _check_reached(run: Path, step: int) -> None:
     if not list_checkpoints(run):
-        return  # `_start` reports it
+        return  # `_checkpoint_before` reports it
     manifest = read_manifest(newest_checkpoint(run))
     last = manifest["last_step"]
     if step > last:
@@ -112,7 +104,7 @@ def _check_reached(run: Path, step: int) -> None:
     # The step that ended the run is not logged.
     if step > reached + manifest["config"]["log"]["every_steps"]:
         raise ValueError(
-            f"STEP: {run} has come to step {reached} of {last}, not to {step}; give one from 1 to "
+            f"STEP: {run} has reached step {reached} of {last}, not {step}; give one from 1 to "
             f"{reached}"
         )
 
@@ -127,22 +119,21 @@ def _recorded_steps(run: Path) -> list[int]:
     return [0, *steps]
 
 
-def _start(run: Path, step: int, record: dict[str, Any]) -> tuple[Path, int]:
+def _checkpoint_before(run: Path, step: int, record: dict[str, Any]) -> tuple[Path, int]:
     """Return the checkpoint that led to a step, and the step after which training continued."""
     paths = {_step_of(path): path for path in list_checkpoints(run)}
     newest = max((saved for saved in paths if saved < step), default=None)
     if newest is None:
         raise ValueError(
-            f"{run}: no checkpoint before step {step}; the oldest there is cannot have met that "
-            "batch. Give a later step"
+            f"{run}: no checkpoint before step {step} is left to start from. Give a later step"
         )
     if newest > record.get("rolled_back_after", newest):
         return paths[newest], newest
     restored = record.get("rolled_back_to", newest)
     if restored not in paths:
         raise ValueError(
-            f"{run}: step {step} went on from the checkpoint of step {restored}, which is no "
-            "longer there. Give a later step"
+            f"{run}: step {step} followed a rollback to the checkpoint of step {restored}, which "
+            "no longer exists. Give a later step"
         )
     return paths[restored], record.get("rolled_back_after", newest)
 
@@ -151,17 +142,8 @@ def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def _bad_views(batch: Batch) -> list[tuple[int, int]]:
-    """Return the view's number and the image's index for each view that is not finite."""
-    return [
-        (number, int(batch.indices[row]))
-        for number, view in enumerate(batch.views)
-        for row in (~view.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-    ]
-
-
 class _Probe:
-    """Hooks that find the first module with a non-finite output and measure gradient norms."""
+    """Hooks that find the first module whose output is not finite, and measure gradient norms."""
 
     def __init__(self, method: nn.Module):
         self._bad_output = ""
@@ -181,7 +163,7 @@ class _Probe:
         self._squared_norms[child] += gradient.double().square().sum().item()
 
     def describe(self) -> list[str]:
-        """Return the lines about the step, with one gradient norm per child of the method."""
+        """Return the lines of the report, with one gradient norm per child of the method."""
         return [f"  first output that is not finite: {self._bad_output or 'none'}"] + [
             f"  gradient norm of {name}: {square**0.5:.6g}"
             for name, square in self._squared_norms.items()
@@ -198,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="output folder of a run")
     parser.add_argument("step", type=COUNT, help="the step, as in metrics.jsonl and skipped/")
     parser.add_argument(
-        "--from-checkpoint", action="store_true", help="use its weights as they are"
+        "--from-checkpoint",
+        action="store_true",
+        help="leave out the steps between the checkpoint and this step",
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,12 +1,13 @@
-"""Counter-based random numbers: each is a pure function of what it is for.
+"""Counter-based random numbers, each a pure function of its purpose and position.
 
-A number is named by (seed, epoch, index, view, purpose, lane). Hashing that tuple gives its 64
-bits, so no state is carried from one number to the next, and batch size, ranks, workers and the
-step of a resume change nothing. The hash absorbs the elements of the tuple one after another, each
-with the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014, doi:10.1145/2660193.2660195). It
-uses integer arithmetic only, so the bits are the same on every machine.
+A number is identified by (seed, epoch, index, view, purpose, lane). The hash of this tuple gives
+its 64 bits. No state is carried from one number to the next, so batch size, ranks, workers and
+resumed runs do not change the numbers. The hash absorbs the elements of the tuple one after
+another, each with the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014,
+doi:10.1145/2660193.2660195). It uses integer arithmetic only, so the bits are the same on every
+machine.
 
-The hash and the numbers of `Purpose` are a contract. Changing them gives resumed runs other views.
+The hash and the values of `Purpose` must never change, or resumed runs would get other views.
 """
 
 from enum import IntEnum
@@ -22,7 +23,7 @@ ULP = 2.0**-53  # a double in [0, 1) holds the top 53 of 64 bits
 
 
 class Purpose(IntEnum):
-    """Uses of random numbers. Append only: another number for a purpose changes every run."""
+    """Uses of random numbers. Only append to this list, because runs depend on the values."""
 
     ORDER = 0
     CROP = 1
@@ -51,7 +52,7 @@ def _absorb(state, element):
 
 @njit(cache=True, nogil=True)
 def bits_at(seed, epoch, index, view, purpose, lane):
-    """Return 64 random bits. For use inside jitted functions; every argument is an integer."""
+    """Return 64 random bits. For jitted functions. Every argument is an integer."""
     state = _absorb(np.uint64(0), seed)
     state = _absorb(state, epoch)
     state = _absorb(state, index)
@@ -84,15 +85,15 @@ def uniform(
 ) -> np.ndarray:
     """Return independent uniform numbers in [0, 1).
 
-    Row i depends on `indices[i]` alone, not on the other indices. A column does not depend on
-    `count`, so a purpose can use more numbers without changing its earlier ones.
+    Row i depends on `indices[i]` but not on the other indices. A column does not depend on `count`,
+    so a purpose can use more numbers without changing its earlier ones.
 
     Args:
         seed: Seed of the run, in [0, 2**63).
-        epoch: Passes over the data before this one.
+        epoch: Number of completed passes over the data.
         indices: Numbers of the images in the data set, int64 of shape (n,), or one number.
         view: Number of the view in the order of `views.recipe.expand_counts`.
-        purpose: Use of the numbers.
+        purpose: Purpose of the numbers.
         count: Numbers per index.
 
     Returns:
@@ -107,8 +108,8 @@ def uniform(
 def permutation(seed: int, epoch: int, n: int, purpose: Purpose = Purpose.ORDER) -> np.ndarray:
     """Return a random order of range(n) that differs between epochs: int64 of shape (n,).
 
-    It sorts hashed keys. The sort is stable, so that equal keys have one order on every machine,
-    which numpy's generators do not promise across versions.
+    The order sorts hashed keys by a stable sort, so it is the same on every machine and with every
+    version of numpy. The permutations of numpy's generators may change between versions.
     """
     keys = np.empty(n, dtype=np.uint64)
     _fill_bits(seed, epoch, int(purpose), keys)
@@ -118,7 +119,7 @@ def permutation(seed: int, epoch: int, n: int, purpose: Purpose = Purpose.ORDER)
 def seed_of(seed: int, step: int, micro_batch: int) -> int:
     """Return a seed in [0, 2**63) for `torch.manual_seed`, for the dropout of one micro-batch.
 
-    It depends on the micro-batch's place in the global batch, not on the rank, so that K
-    micro-batches on one rank drop what K ranks drop.
+    It depends on the position of the micro-batch in the global batch instead of the rank, so K
+    micro-batches on one rank drop the same activations as K ranks.
     """
     return int(bits_at(seed, step, micro_batch, 0, int(Purpose.DROPOUT), 0)) >> 1

@@ -1,4 +1,7 @@
-"""One optimizer step over the global batch, whole or in micro-batches with the same gradient."""
+"""One optimizer step over the global batch, in one piece or in micro-batches.
+
+Both ways give the same gradient.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,47 +14,35 @@ from torch import Tensor, nn
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method
-from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel import batch_norm, replicas
-from ssl_pretrain.parallel import wrap as parallel
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.optim import optimizers, schedules
+from ssl_pretrain.parallel import batch_norm, wrap
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.views.batch import Batch
 
 
 class StepOutput(NamedTuple):
-    """Tensors on the device after a step. The host waits for the device if it reads one."""
+    """Detached tensors on the device. Reading one makes the host wait for the device."""
 
-    embeddings: Embeddings  # detached, of this rank's images, without the transient ones
-    targets: Embeddings  # likewise
+    embeddings: Embeddings  # this rank's, without the transient ones
+    targets: Embeddings  # this rank's, without the transient ones
     logs: dict[str, Tensor]  # scalars
-
-
-class BackwardOutput(NamedTuple):
-    """Embeddings, targets and loss of this rank's images, after the backward pass."""
-
-    embeddings: Embeddings
-    targets: Embeddings
-    loss: LossOutput
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Take optimizer steps with a method.
+    """Callable that takes optimizer steps with a method.
 
     Attributes:
         model: The method, wrapped for the ranks of the run.
-        optimizer: Its optimizer, whose rates are set before each step.
-        config: How the run is spread over ranks and micro-batches.
-        seed: Seed of the run, from which dropout and drop path draw.
+        optimizer: The optimizer of the method. Its rates are set before each step.
+        config: Parallel settings of the run.
+        seed: Seed of the run, which determines dropout and drop path.
         micro_batch_size: Images per forward pass on this rank.
         global_batch_size: Images per step over all ranks.
-        optim: Clipping of the gradient.
+        optim: Optimizer settings, used for clipping the gradient.
         execution: Device and formats of the model.
-        first_bad_step: Number of the first step, counted from 1, at which an embedding of this
-            rank was not finite. One scalar per embedding, -1 while it is finite.
+        first_bad_step: First step, counted from 1, at which an embedding of this rank was not
+            finite. One scalar per embedding, -1 while it is finite.
     """
 
     model: nn.Module
@@ -60,12 +51,12 @@ class Stepper:
     seed: int
     micro_batch_size: int
     global_batch_size: int
-    optim: OptimConfig
+    optim: optimizers.OptimConfig
     execution: Execution
     first_bad_step: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self, progress: Progress, batch: Batch) -> StepOutput:
-        """Move the weights by the gradient of one global batch.
+    def __call__(self, progress: schedules.Progress, batch: Batch) -> StepOutput:
+        """Update the weights with the gradient of one global batch.
 
         Args:
             progress: Progress of this step.
@@ -77,27 +68,26 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # graphs may reuse their outputs' memory
-        embeddings, targets, (loss, logs) = self._backward(batch, progress.step)
+        embeddings, targets, logs = self._backward(batch, progress.step)
         self._record_first_bad_step(embeddings, progress.step)
-        gradient_norm, skipped = optim.guarded_step(
+        frozen_prefixes = tuple(method.frozen(progress))
+        gradient_norm, skipped = optimizers.guarded_step(
             self.optimizer,
             self.optim.clip_norm,
             self.optim.clip_by,
-            _parameters_under(method, method.frozen(progress)),
+            [p for name, p in method.named_parameters() if name.startswith(frozen_prefixes)],
         )
-        replicas.average_statistics(self.model, self.config, self.global_batch_size)
+        wrap.average_statistics(self.model, self.config, self.global_batch_size)
         batch_norm.restore_statistics(method, statistics_before, skipped > 0)
-        method.stepped = 1 - skipped
+        method.step_taken = 1 - skipped
         method.after_step(progress, embeddings, targets)
-        logs = {"loss": loss, **logs, "gradient_norm": gradient_norm, "skipped_steps": skipped}
+        logs |= {"gradient_norm": gradient_norm, "skipped_steps": skipped}
         return StepOutput(embeddings, targets, logs)
 
     @property
     def method(self) -> Method:
         """The method inside the wrapped model."""
-        method = parallel.unwrap(self.model)
-        assert isinstance(method, Method), f"{type(method).__name__} is not a Method"
-        return method
+        return wrap.unwrap(self.model)
 
     @property
     def num_micro_batches(self) -> int:
@@ -105,9 +95,9 @@ class Stepper:
         return self.global_batch_size // process_group.world_size() // self.micro_batch_size
 
     def describe_bad_embeddings(self) -> str:
-        """List the embeddings that were not finite, with rank and first step; empty if all were.
+        """List the embeddings that were not finite, with rank and first step.
 
-        A collective: every rank has to call it.
+        The text is empty if there were none. This is a collective, so every rank has to call it.
         """
         on_this_rank = {name: int(step) for name, step in self.first_bad_step.items() if step >= 0}
         return ", ".join(
@@ -121,58 +111,55 @@ class Stepper:
             first = self.first_bad_step.setdefault(name, torch.full((), -1, device=z.device))
             first.copy_(torch.where((first < 0) & ~torch.isfinite(z).all(), step + 1, first))
 
-    def _backward(self, batch: Batch, step: int) -> BackwardOutput:
-        """Leave the gradient of the global batch's loss in the parameters."""
+    def _backward(self, batch: Batch, step: int) -> StepOutput:
+        """Compute the gradient of the global batch's loss with respect to the parameters."""
         if self.num_micro_batches == 1:
             return self._backward_whole(batch, step)
         check_accumulation(self.method, self.config)
-        if needs_two_passes(self.method, self.config):
+        automatic = "two_passes" if self.method.couples == "embeddings" else "one_pass"
+        if self.config.accumulation.replace("auto", automatic) == "two_passes":
             return self._backward_in_two_passes(batch, step)
         return self._backward_accumulated(batch, step)
 
-    def _backward_whole(self, batch: Batch, step: int) -> BackwardOutput:
-        method = self.method
+    def _backward_whole(self, batch: Batch, step: int) -> StepOutput:
         self._seed(step, 0)
-        embeddings = self._embed(batch)
-        targets = self._targets(batch)
-        output = method.loss(embeddings, targets)
+        embeddings, targets = self._embed(batch), self._targets(batch)
+        output = self.method.loss(embeddings, targets)
         output.loss.backward()
-        return _without_transient(method, embeddings, targets, output)
+        return _without_transient(self.method, embeddings, targets, output)
 
-    def _backward_accumulated(self, batch: Batch, step: int) -> BackwardOutput:
+    def _backward_accumulated(self, batch: Batch, step: int) -> StepOutput:
         """Add up the gradients of the micro-batches.
 
-        Exact where images do not couple: the loss is then the mean of the micro-batches' losses.
+        This is exact if the loss does not compare images with each other, because it is then the
+        mean of the micro-batches' losses.
         """
         method, outputs = self.method, []
         restore_statistics = _averaging_statistics(method, self.num_micro_batches)
         for k, micro_batch in enumerate(self._micro_batches(batch)):
             self._seed(step, k)
-            with self._gradients_travel_after_last(k):
+            with self._reducing_after_last(k):
                 embeddings = self._embed(micro_batch)
                 targets = self._targets(micro_batch)
                 output = method.loss(embeddings, targets)
                 (output.loss / self.num_micro_batches).backward()
             restore_statistics(k)  # after backward, which checks that the buffers are unchanged
             outputs.append(_without_transient(method, embeddings, targets, output))
-        logs = concatenate_micro_batches(
-            [{name: value[None] for name, value in output.loss.logs.items()} for output in outputs]
-        )
-        return BackwardOutput(
+        return StepOutput(
             concatenate_micro_batches([output.embeddings for output in outputs]),
             concatenate_micro_batches([output.targets for output in outputs]),
-            LossOutput(
-                torch.stack([output.loss.loss for output in outputs]).mean(),
-                {name: values.mean() for name, values in logs.items()},
-            ),
+            {
+                name: torch.stack([output.logs[name] for output in outputs]).mean()
+                for name in outputs[0].logs
+            },
         )
 
-    def _backward_in_two_passes(self, batch: Batch, step: int) -> BackwardOutput:
+    def _backward_in_two_passes(self, batch: Batch, step: int) -> StepOutput:
         """Compute the gradient with respect to the embeddings first, then that of the weights.
 
         The first pass embeds all micro-batches without a graph. The loss over all of them gives the
         gradient with respect to the embeddings. The second pass embeds each micro-batch again and
-        sends its rows of that gradient back (GradCache, Gao et al., arXiv:2101.06983).
+        backpropagates its rows of that gradient (GradCache, Gao et al., arXiv:2101.06983).
         """
         method = self.method
         micro_batches = self._micro_batches(batch)
@@ -185,7 +172,7 @@ class Stepper:
         for k, micro_batch in enumerate(micro_batches):
             self._seed(step, k)
             rows = slice(k * size, (k + 1) * size)
-            with self._gradients_travel_after_last(k):
+            with self._reducing_after_last(k):
                 replayed = self._embed(micro_batch)
                 torch.autograd.backward(
                     [replayed[name] for name in gradients],
@@ -194,7 +181,7 @@ class Stepper:
             for name in gradients:
                 difference = (replayed[name].detach() - embeddings[name].detach()[rows]).abs().max()
                 replay_error = torch.maximum(replay_error, difference.to(replay_error.dtype))
-        with torch.no_grad():  # the second pass moved the statistics a second time
+        with torch.no_grad():  # the second pass updated the statistics a second time
             for buffer, value in zip(batch_norm.statistics(method), statistics):
                 buffer.copy_(value)
         output.logs["replay_error"] = replay_error
@@ -204,15 +191,14 @@ class Stepper:
         self, micro_batches: Sequence[Batch], step: int
     ) -> tuple[Embeddings, Embeddings]:
         """Return the embeddings of all micro-batches, as leaves of a graph, and the targets."""
-        method = self.method
-        restore_statistics = _averaging_statistics(method, self.num_micro_batches)
+        restore_statistics = _averaging_statistics(self.method, self.num_micro_batches)
         embeddings, targets = [], []
         with torch.no_grad():
             for k, micro_batch in enumerate(micro_batches):
                 self._seed(step, k)
                 embeddings.append(self._embed(micro_batch))
                 targets.append(self._targets(micro_batch))
-                restore_statistics(k)  # the student's and the teacher's
+                restore_statistics(k)  # both the student's and the teacher's
         leaves = {
             name: z.requires_grad_() for name, z in concatenate_micro_batches(embeddings).items()
         }
@@ -221,14 +207,15 @@ class Stepper:
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         return [batch.slice(k, self.num_micro_batches) for k in range(self.num_micro_batches)]
 
-    def _gradients_travel_after_last(self, k: int) -> AbstractContextManager[object]:
+    def _reducing_after_last(self, k: int) -> AbstractContextManager[object]:
+        """Return a context in which only the last micro-batch reduces gradients over ranks."""
         is_last = k == self.num_micro_batches - 1
-        return nullcontext() if is_last else parallel.without_sync(self.model)
+        return nullcontext() if is_last else wrap.without_sync(self.model)
 
     def _seed(self, step: int, k: int) -> None:
-        """Seed dropout and drop path by the slice of the global batch that is computed next.
+        """Seed dropout and drop path by the position of micro-batch k in the global batch.
 
-        Micro-batches on one rank then draw what as many ranks draw.
+        K micro-batches on one rank then draw the same numbers as K ranks.
         """
         slice_of_batch = process_group.rank() * self.num_micro_batches + k
         torch.manual_seed(rng.seed_of(self.seed, step, slice_of_batch))
@@ -246,7 +233,7 @@ class Stepper:
 def build_stepper(
     method: Method,
     parallel_config: ParallelConfig,
-    optim_config: OptimConfig,
+    optim_config: optimizers.OptimConfig,
     execution: Execution,
     *,
     micro_batch_size: int,
@@ -254,11 +241,11 @@ def build_stepper(
     example: Batch,
     seed: int = 0,
 ) -> Stepper:
-    """Wrap a method, build its optimizer, and return the function that takes optimizer steps.
+    """Wrap a method for the ranks and build its optimizer.
 
     Args:
         method: The method, on the CPU.
-        parallel_config: How the ranks compute.
+        parallel_config: Parallel settings of the run.
         optim_config: The optimizer and its schedules.
         execution: Device and formats.
         micro_batch_size: Images per forward pass on this rank.
@@ -266,7 +253,7 @@ def build_stepper(
         example: A micro-batch in the shapes of the run.
         seed: Seed of dropout and drop path.
     """
-    model = parallel.wrap(
+    model = wrap.wrap(
         method,
         parallel_config,
         execution,
@@ -276,7 +263,7 @@ def build_stepper(
     )
     return Stepper(
         model,
-        optim.build(optim_config, method),
+        optimizers.build(optim_config, method),
         parallel_config,
         seed,
         micro_batch_size,
@@ -286,18 +273,12 @@ def build_stepper(
     )
 
 
-def needs_two_passes(method: Method, config: ParallelConfig) -> bool:
-    """Return True if micro-batches of this method are embedded twice."""
-    chosen = config.accumulation == "auto" and method.couples == "embeddings"
-    return chosen or config.accumulation == "two_passes"
-
-
 def check_accumulation(method: Method, config: ParallelConfig) -> None:
     """Refuse micro-batches that would train another loss.
 
     Raises:
-        ValueError: `parallel.accumulation` is one pass and the method's loss compares images, or
-            the loss couples the targets of different images.
+        ValueError: If the loss couples the targets of different images, or if it compares images
+            and `parallel.accumulation` is `one_pass`.
     """
     if method.couples == "targets":
         raise ValueError(
@@ -313,14 +294,14 @@ def check_accumulation(method: Method, config: ParallelConfig) -> None:
 
 
 def concatenate_micro_batches(outputs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the rows of the micro-batches, name by name."""
+    """Concatenate the rows of all micro-batches under each name."""
     return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
 
 def _gradients(loss: Tensor, embeddings: Embeddings) -> Embeddings:
     """Return the gradient with respect to each embedding that the loss uses.
 
-    The others are only there for `after_step`.
+    Other embeddings are only used by `after_step`.
     """
     gradients = torch.autograd.grad(loss, list(embeddings.values()), allow_unused=True)
     return {name: g for name, g in zip(embeddings, gradients) if g is not None}
@@ -328,19 +309,13 @@ def _gradients(loss: Tensor, embeddings: Embeddings) -> Embeddings:
 
 def _without_transient(
     method: Method, embeddings: Embeddings, targets: Embeddings, output: LossOutput
-) -> BackwardOutput:
-    """Detach everything and drop what the method does not keep."""
-    return BackwardOutput(
+) -> StepOutput:
+    """Detach all tensors and drop those that the method declares as transient."""
+    return StepOutput(
         {name: z.detach() for name, z in embeddings.items() if name not in method.transient},
         {name: z for name, z in targets.items() if name not in method.transient},
-        LossOutput(
-            output.loss.detach(), {name: value.detach() for name, value in output.logs.items()}
-        ),
+        {name: value.detach() for name, value in {"loss": output.loss, **output.logs}.items()},
     )
-
-
-def _parameters_under(method: Method, prefixes: Sequence[str]) -> list[Tensor]:
-    return [p for name, p in method.named_parameters() if name.startswith(tuple(prefixes))]
 
 
 def _averaging_statistics(method: Method, num_micro_batches: int) -> Callable[[int], None]:

@@ -1,6 +1,6 @@
-"""Pretrain a backbone as a YAML file says, in one process or on every rank under torchrun.
+"""Pretrain a backbone as configured in a YAML file, in one process or on the ranks of torchrun.
 
-The same command resumes the run from the newest checkpoint of its output. Examples:
+The same command resumes the run from the newest checkpoint in its output folder. Examples:
 python -m ssl_pretrain.train configs/simclr_digits.yaml
 torchrun --nproc-per-node 8 -m ssl_pretrain.train configs/simclr_imagenet.yaml data.root=DIR
 """
@@ -18,9 +18,7 @@ import torch
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods
 from ssl_pretrain.build import build_training
-from ssl_pretrain.checkpoint import rank_agreement
-from ssl_pretrain.checkpoint.folder import checkpoint_path
-from ssl_pretrain.checkpoint.resumption import finished_step
+from ssl_pretrain.checkpoint import folder, rank_agreement, resumption
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import workers
 from ssl_pretrain.distributed import collectives, process_group
@@ -29,22 +27,19 @@ from ssl_pretrain.monitoring.records import Measurements
 from ssl_pretrain.parallel import memory
 from ssl_pretrain.planning import plan
 from ssl_pretrain.schema import COUNT
-from ssl_pretrain.system import exit_status, stop_signals
-from ssl_pretrain.system.exit_status import LostError
-from ssl_pretrain.system.output_streams import tolerate_lost_output
-from ssl_pretrain.system.thread_lock import only_training_of_process
+from ssl_pretrain.system import exit_status, output_streams, stop_signals, thread_lock
 
-# Their messages are written for users and need no traceback.
-EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, LostError)
-USER_ERRORS = (ValueError, configuration.ConfigError)  # not their other subclasses
+# Errors with messages for users. No traceback is printed.
+EXPECTED_ERRORS = (ValueError, OSError, FloatingPointError, CollapseError, exit_status.LostError)
+USER_ERRORS = (ValueError, configuration.ConfigError)  # other subclasses of ValueError are bugs
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of a training process, in optimizer steps from the start of the run."""
+    """Where a training process ended, in optimizer steps from the start of the run."""
 
     step: int  # steps done
-    end_step: int  # step at which this process was to stop
+    end_step: int  # step at which this process was due to stop
     num_steps: int  # steps of the whole run
 
 
@@ -52,16 +47,16 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
     """Train until the last step, a stop request, or `stop_after` steps, whichever comes first.
 
     Resumes from the newest intact checkpoint in `config.output`, if there is one. A finished run is
-    left as it is.
+    not changed.
 
     Returns:
         The step at which training ended, counted from the start of the run.
 
     Raises:
-        ValueError: The run cannot start or resume as configured, or another thread is training.
-        SaveError: The disk refused a checkpoint or a record.
-        LostRankError: Another rank ended.
-        LostWorkerError: A process that reads images was killed.
+        ValueError: If the run cannot start or resume as configured, or another thread is training.
+        SaveError: If the disk refuses a checkpoint or a record.
+        LostRankError: If another rank ends.
+        LostWorkerError: If a process that reads images is killed.
     """
     return train_and_report(config, device, stop_after, fake_preempt=None).step
 
@@ -69,25 +64,27 @@ def train(config: RunConfig, device: torch.device, stop_after: int | None = None
 def train_and_report(
     config: RunConfig, device: torch.device, stop_after: int | None, fake_preempt: int | None
 ) -> Outcome:
-    """Train as `train` does, print how the run ended, and return it."""
+    """Train as `train` does, and print and return where the run ended."""
     run = Path(config.output)
     workers.refuse_in_worker()
-    with only_training_of_process(), collectives.explain_lost_ranks():
+    with thread_lock.only_training_of_process(), collectives.explain_lost_ranks():
         rank_agreement.check_programs(configuration.to_dict(config), type(config.method).__module__)
         configuration.check(config, process_group.world_size())
         compare = partial(configuration.compare_for_resume, config=config)
-        if (step := finished_step(run, config.checkpoint, config.epochs, compare)) is not None:
+        if (
+            step := resumption.finished_step(run, config.checkpoint, config.epochs, compare)
+        ) is not None:
             process_group.print_once(
-                f"finished before: {run} has done its {step} steps, the last in "
-                f"{checkpoint_path(run, step)}. Nothing was trained or changed; give a new "
+                f"already finished: {run} has done its {step} steps, the last one saved in "
+                f"{folder.checkpoint_path(run, step)}. Nothing was trained or changed; give a new "
                 "output for another run"
             )
             return Outcome(step, step, step)
         outcome = _train(config, device, stop_after, fake_preempt)
-    path = checkpoint_path(run, outcome.step)
+    path = folder.checkpoint_path(run, outcome.step)
     summary = f"{outcome.step} of {outcome.num_steps} steps, saved in {path}"
     finished = f"finished: {summary}. Evaluate it: python -m ssl_pretrain.eval.knn {run}"
-    stopped = f"stopped: {summary}. The same command goes on from there"
+    stopped = f"stopped: {summary}. The same command resumes the run"
     process_group.print_once(finished if outcome.step == outcome.num_steps else stopped)
     return outcome
 
@@ -100,9 +97,9 @@ def _train(
         for progress, batch in training.steps():
             step = progress.step + 1  # records and checkpoints count from 1
             learning_rates = training.set_learning_rates(progress)
-            straggler = Measurements(collectives.measure_straggler(step, config.log.every_steps))
+            waits = Measurements(collectives.measure_straggler(step, config.log.every_steps))
             output = training.stepper(progress, batch)
-            measurements = training.measure(step, output) | straggler
+            measurements = training.measure(step, output) | waits
             training.logger.log_step(step, output.logs, learning_rates, measurements)
             training.nan_guard.check(step, batch.indices, output.logs)
             stopping = training.stop_requested(step)
@@ -132,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)  # key=value after an option, too
     if (status := exit_status.status_to_repeat()) is not None:
         return status
-    with stop_signals.remembering_signals(), tolerate_lost_output():
+    with stop_signals.remembering_signals(), output_streams.tolerate_lost_output():
         try:
             return _run(options)
         except (*EXPECTED_ERRORS, torch.OutOfMemoryError) as error:
@@ -147,9 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     if "SLURM_JOB_ID" not in os.environ:
-        problem, remedy = "this command submits nothing", "use launch/pretrain.py, or leave it out"
         configuration.check_slurm_keys(
-            config, options.overrides, problem, remedy, overrides_only=True
+            config,
+            options.overrides,
+            "this command submits nothing",
+            "use launch/pretrain.py, or leave it out",
+            overrides_only=True,
         )
     if options.plan:
         print(plan.describe(config, plan.num_ranks(config, default=1)))

@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "methods
 
 import contract
 from conftest import run_ranks
-from test_contract import WHOLE, in_groups
+from test_contract import WHOLE, group_arguments
 
 from ssl_pretrain import methods
 
@@ -33,7 +33,9 @@ def largest(got: dict, want: dict) -> float:
 
 
 def everything(names: list[str], groups: bool) -> dict:
-    return {name: contract.run(name, **(in_groups(name) if groups else WHOLE)) for name in names}
+    return {
+        name: contract.train(name, **(group_arguments(name) if groups else WHOLE)) for name in names
+    }
 
 
 def against_the_authors(name: str) -> float:
@@ -44,7 +46,7 @@ def against_the_authors(name: str) -> float:
         errors.append(contract.largest_error(got, expected))
 
     contract.assert_same = record_error
-    for case, test in vars(contract.test_file(name)).items():
+    for case, test in vars(contract.import_test_file(name)).items():
         if case.startswith("test_") and "_step" in case and case.endswith(("_authors", "_papers")):
             marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
             for values in [(value,) for value in marks[0].args[1]] if marks else [()]:
@@ -57,7 +59,7 @@ def main() -> None:
     names = methods.names()
     alone = everything(names, False)
     in_micro_batches = {
-        name: contract.run(name, num_micro_batches=3, **in_groups(name)) for name in names
+        name: contract.train(name, num_micro_batches=3, **group_arguments(name)) for name in names
     }
     ranks = {size: run_ranks(everything, names, False, world_size=size) for size in (2, 3)}
     grouped = run_ranks(everything, names, True, world_size=3)

@@ -57,7 +57,7 @@ def reduce_recipe(path, folder):
     values = config.to_dict(config.load(path))
     for crop in values["views"]["crops"].values():
         crop |= {"size": 16 if crop["size"] == 96 else 32, "blur_kernel": 3}
-    values["method"] |= methods.find(values["method"]["name"]).SMALL
+    values["method"] |= methods.find(values["method"]["name"]).SMALL_CONFIG
     if values["backbone"]["name"].startswith("vit"):
         values["backbone"] |= {"name": "test_vit", "args": {}}
     else:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from ssl_pretrain import methods
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import ParallelConfig
 
 pytestmark = pytest.mark.promise
 

@@ -1,4 +1,4 @@
-"""Random numbers: fixed values, dependence on nothing but their name, and statistics."""
+"""Random numbers have fixed values, depend on nothing but their name, and are uniform."""
 
 import numpy as np
 import pytest

@@ -18,8 +18,7 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel import batch_norm, memory
 from ssl_pretrain.parallel import wrap as parallel
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.step import Stepper
 
 pytestmark = pytest.mark.promise
@@ -29,7 +28,7 @@ END = Progress(20, 20, 2)
 
 
 def _steps(path, overrides, steps=2):
-    """Take some steps. Returns the last gradients, weights and statistics, and the last logs."""
+    """Take some steps, and return the last gradients, the final state and the last logs."""
     settings = config.load(path, overrides)
     config.check(settings, process_group.world_size())
     num_images = settings.global_batch_size
@@ -81,29 +80,31 @@ def _assert_micro_batches_equal_ranks(
     gradients, state, logs = _steps(path, overrides, steps)
     _assert_close_by_name(gradients, ranks[0][0], tolerance)
     _assert_close_by_name(state, ranks[-1][1], tolerance)
-    # The second pass repeats the drop-path and the batch norm groups of the first.
+    # The second pass repeats the drop path and the batch norm groups of the first.
     assert logs["replay_error"] == 0.0
 
 
-def _assert_close_by_name(got, expected, tolerance):
-    for name, value in got.items():
+def _assert_close_by_name(actual, expected, tolerance):
+    for name, value in actual.items():
         torch.testing.assert_close(
             value, expected[name], rtol=tolerance, atol=tolerance, msg=f"{name}: {{}}".format
         )
 
 
 def _steps_with_a_nan_on_rank_1(path):
-    """Take step 0 as it is, and step 1 with a NaN pixel on rank 1.
+    """Take one step, and a second one with a NaN pixel on rank 1.
 
-    Returns the names of tensors that step 1 changed, `stepped` of both steps, the counter of
-    skipped steps, and the description of the bad embeddings.
+    Returns the names of the tensors that the second step changed, `step_taken` of both steps, the
+    number of skipped steps, and the description of the bad embeddings.
     """
     settings = config.load(path, ["parallel.bn_group_images=12"])
     batches = loader.build(settings.data, settings.views, seed=0, global_batch_size=24, device=CPU)
     method = build_method(settings)
     stepper = build_run_stepper(method, settings, Execution.resolve(settings.parallel, CPU))
-    stepped = []
-    method.after_step = lambda progress, embeddings, targets: stepped.append(float(method.stepped))
+    steps_taken = []
+    method.after_step = lambda progress, embeddings, targets: steps_taken.append(
+        float(method.step_taken)
+    )
     for step, batch in zip(range(2), batches.starting_at(0)):
         progress = Progress(step, 4, 2)
         optim.set_rates(stepper.optimizer, settings.optim, progress, settings.epochs, 24)
@@ -114,17 +115,17 @@ def _steps_with_a_nan_on_rank_1(path):
     batches.close()
     state = {name: v for name, v in method.state_dict().items() if "num_batches" not in name}
     changed = [name for name, value in state.items() if not torch.equal(value, before[name])]
-    return changed, stepped, logs["skipped_steps"].item(), stepper.describe_bad_embeddings()
+    return changed, steps_taken, logs["skipped_steps"].item(), stepper.describe_bad_embeddings()
 
 
 @pytest.mark.case(19)
 def test_a_broken_batch_moves_nothing_on_any_rank_and_is_named(tmp_path):
     path = tiny.write_config(tmp_path)
-    for changed, stepped, num_skipped, description in run_ranks(
+    for changed, steps_taken, num_skipped, description in run_ranks(
         _steps_with_a_nan_on_rank_1, path, world_size=2
     ):
         assert changed == []
-        assert stepped == [1.0, 0.0]
+        assert steps_taken == [1.0, 0.0]
         assert num_skipped == 1.0
         assert description == "z_a of rank 1 since step 2, z_b of rank 1 since step 2"
 
@@ -192,7 +193,7 @@ def test_a_peak_counts_the_memory_held_at_once():
 
 
 def test_drop_path_changes_the_gradient(tmp_path):
-    """Without drops, the comparison of micro-batches with ranks would prove nothing about them."""
+    """If it did not, comparing micro-batches with ranks would prove nothing about drop path."""
     path, layer = tiny.write_config(tmp_path), "backbone.model.layer4.0.conv1.weight"
     with_drops, without = (_steps(path, [f"backbone.drop_path={rate}"])[0] for rate in (0.3, 0.0))
     assert not torch.allclose(with_drops[layer], without[layer])

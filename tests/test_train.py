@@ -33,8 +33,8 @@ def _train(path, overrides=(), stop_after=None):
     """Train in this process or rank and return the steps done and the final weights."""
     settings = config.load(path, overrides)
     device = torch.device("cpu")
-    done = train(settings, device, stop_after)
-    return done, read_checkpoint(newest_checkpoint(settings.output))[1]
+    step = train(settings, device, stop_after)
+    return step, read_checkpoint(newest_checkpoint(settings.output))[1]
 
 
 def _run_command(path, *arguments, output=None):
@@ -154,8 +154,8 @@ def test_restarting_a_finished_run_changes_nothing(tmp_path):
     path = tiny.write_config(tmp_path)
     _, first = _train(path, ["epochs=1"])
     records = (tmp_path / "run" / "metrics.jsonl").read_text()
-    done, again = _train(path, ["epochs=1"])
-    assert done == 3 and all(torch.equal(first[name], again[name]) for name in first)
+    step, restarted = _train(path, ["epochs=1"])
+    assert step == 3 and all(torch.equal(first[name], restarted[name]) for name in first)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == records
 
 
@@ -195,7 +195,7 @@ def test_sigkill_during_a_save_loses_only_the_steps_since_the_last_checkpoint(tm
     process.send_signal(signal.SIGKILL)
     process.wait()
     folder = tmp_path / "run" / "checkpoints"
-    assert [found.name for found in list_checkpoints(tmp_path / "run")] == ["step_00000003"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000003"]
     assert list(folder.glob(".writing-*"))
     resumed = _run_command(path, "checkpoint.every_epochs=1", "--stop-after", "6")
     assert newest_checkpoint(tmp_path / "run").name == "step_00000009" and not list(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.models import backbones
+from ssl_pretrain.models import backbones, components
 from ssl_pretrain.parallel.batch_norm import GroupBatchNorm
 
 # The first of these functions on the stack tells what a collective is for. DDP's reducer is C++ and
@@ -102,7 +102,7 @@ def predict_bytes(
     gathered, rest = 0, _share(method.parameters())
     for network in (
         method.backbone,
-        *(part for part in teacher.children() if isinstance(part, backbones.Backbone)),
+        *(part for part in teacher.children() if isinstance(part, components.Backbone)),
     ):
         in_blocks = sum(_share(unit.parameters()) for _, unit in backbones.blocks(network))
         own = _share(network.parameters()) - in_blocks

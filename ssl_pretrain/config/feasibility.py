@@ -12,7 +12,7 @@ from ssl_pretrain.data import order, sources
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel import parallel_config
+from ssl_pretrain.parallel import execution
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
 
@@ -32,8 +32,8 @@ def check(config: RunConfig, world_size: int) -> None:
         schema.check(config)
         recipe.check(config.views)
         sources.check(config.data)
-        parallel_config.bn_group_images(config.parallel, config.global_batch_size)
-        parallel_config.check(config.parallel)
+        execution.bn_group_images(config.parallel, config.global_batch_size)
+        execution.check(config.parallel)
         optim.check(config.optim)
         sizes = {f"views.crops.{name}.size": crop.size for name, crop in config.views.crops.items()}
         if config.evaluation.image_size:
@@ -57,7 +57,7 @@ def _check_micro_batch(config: RunConfig, world_size: int) -> None:
             f"micro_batch_size: {images} does not divide this rank's share of {share} "
             f"(global_batch_size {batch} / {world_size} ranks)"
         )
-    group = parallel_config.bn_group_images(config.parallel, batch)
+    group = execution.bn_group_images(config.parallel, batch)
     if images < share and group > images:
         raise ConfigError(
             f"micro_batch_size: {images} splits batch norm's groups of {group} images, which "
@@ -98,7 +98,7 @@ def _try_method(config: RunConfig) -> None:
         ValueError: If the method needs other views or more images, or cannot run on the backbone.
     """
     backbone = dataclasses.replace(config.backbone, init="random")
-    group = parallel_config.bn_group_images(config.parallel, config.global_batch_size)
+    group = execution.bn_group_images(config.parallel, config.global_batch_size)
     sizes = [crop.size for crop in recipe.expand_counts(config.views)]
     num_images = min(2, group)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

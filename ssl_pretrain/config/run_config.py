@@ -12,7 +12,7 @@ from ssl_pretrain.monitoring.collapse import HealthConfig
 from ssl_pretrain.monitoring.logger import LogConfig
 from ssl_pretrain.monitoring.online_knn import OnlineConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import ParallelConfig
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.recipe import ViewsConfig
 

@@ -1,4 +1,4 @@
-"""Ways to compute sums over pairs of embeddings: plain tiles of a size, or Triton kernels."""
+"""Ways to compute sums over pairs of embeddings: in plain tiles, or by Triton kernels."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Backend:
-    """Size of the tiles, and whether Triton kernels take their place.
+    """Way to compute sums over pairs of embeddings.
 
     Attributes:
         tile_rows: Anchors per tile.
         tile_columns: Candidates per tile.
-        fused: Use the kernels of `tiles_triton` for embeddings that they can take.
+        fused: Use the Triton kernels instead of tiles for embeddings that they support.
     """
 
     tile_rows: int
@@ -28,10 +28,10 @@ class Backend:
     fused: bool = False
 
     def run_fused(self, anchors: Tensor, compute: Callable[[ModuleType], T]) -> T | None:
-        """Return `compute(kernels)`, or None if the kernels cannot take these embeddings.
+        """Return `compute(kernels)`, or None if the kernels do not support these embeddings.
 
-        The kernels need float32 and Triton. If a launch does not fit a device, its sums are
-        computed in plain tiles from then on, and one warning says so.
+        The kernels need float32 and Triton. If a launch does not fit a device, a warning is printed
+        and the device uses plain tiles from then on.
         """
         if not self.fused or find_spec("triton") is None:
             return None
@@ -46,19 +46,19 @@ class Backend:
             return None
 
 
-# On a CPU a tile stays in the cache.
+# On a CPU a tile of this size stays in the cache.
 BACKENDS = {"cpu": Backend(512, 1024), "cuda": Backend(8192, 8192, fused=True)}
 _chosen: ContextVar[Backend | None] = ContextVar("backend", default=None)
 
 
 def backend_for(anchors: Tensor) -> Backend:
-    """Return the backend of `use_backend`, else the one that suits the device of the anchors."""
+    """Return the backend set by `use_backend`, or else the one for the device of the anchors."""
     return _chosen.get() or BACKENDS[anchors.device.type]
 
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Compute the sums that start inside by this backend, on any device."""
+    """Use a backend for all sums inside the context, on any device."""
     token = _chosen.set(backend)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Contrastive losses over the global batch: logits of anchors against candidates.
+"""Contrastive losses over the global batch.
 
 The anchors of this rank are compared with the candidates of all ranks, in tiles. Every function
 returns the mean over this rank's anchors, in nats. The mean over ranks is the loss of the global
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.losses.tiles import log_sum_exp, log_sum_exp_among
-from ssl_pretrain.losses.upcast import upcast
 
 
 def plain_nt_xent(z_a: Tensor, z_b: Tensor, *, temperature: float) -> Tensor:
-    """NT-Xent of one process as the paper writes it. `nt_xent` computes the same in tiles."""
+    """NT-Xent of one process, as in the paper. `nt_xent` computes the same loss in tiles."""
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     logits = z @ z.T / temperature
     diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -81,15 +81,15 @@ def info_nce(
         tensor(0.74...)
     """
     queries, keys = _unit_pair("info_nce", "queries", queries, "keys", keys, temperature)
-    positive, bound = (queries * keys).sum(1) / temperature, 1 / temperature
+    anchors, bound = queries / temperature, 1 / temperature
+    positive = (queries * keys).sum(1) / temperature
     if queue is None:
-        candidates = collectives.gather(keys)
-        return (log_sum_exp(queries / temperature, candidates, bound=bound) - positive).mean()
+        return (log_sum_exp(anchors, collectives.gather(keys), bound=bound) - positive).mean()
     if queue.ndim != 2 or queue.shape[1] != keys.shape[1]:
         raise ValueError(
             f"info_nce: the queue must be (queue_size, {keys.shape[1]}), got {tuple(queue.shape)}"
         )
-    negatives = log_sum_exp(queries / temperature, queue.to(queries.dtype), bound=bound)
+    negatives = log_sum_exp(anchors, queue.to(queries.dtype), bound=bound)
     return (torch.logaddexp(negatives, positive) - positive).mean()
 
 
@@ -100,8 +100,8 @@ def supervised_contrastive(
 
     Implements equation 2, L_out, of Khosla et al., NeurIPS 2020 (arXiv:2004.11362), where the mean
     over positives is outside the logarithm. The positives of an embedding are all other embeddings
-    with its label, on all ranks, including the other view of its image. The authors multiply the
-    loss by temperature / base_temperature, and so does the method.
+    with its label, on all ranks, including the other view of its image. The authors also multiply
+    the loss by temperature / base_temperature, which is done in methods/supcon.py.
 
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim). Normalized inside.
@@ -238,12 +238,12 @@ def hard_negative(
     num_negatives = 2 * len(z_a) * process_group.world_size() - 2
     negatives = _log_sum_over_negatives(name, unit_a, unit_b, (1.0 + beta) / temperature)
     positive = _positive_logits(unit_a, unit_b, temperature)
-    if beta:  # the sum of weight * exp(s) over the mean weight, in logarithms
-        # Normalizing again adds the gradients in the order of earlier versions, bit for bit.
+    if beta:  # log of the sum of weight * exp(s), divided by the mean weight
+        # Normalizing again makes autograd add the gradients in the order of earlier versions.
         unit_a, unit_b = _unit_pair(name, "z_a", z_a, "z_b", z_b, temperature)
         weights = _log_sum_over_negatives(name, unit_a, unit_b, beta / temperature)
         negatives = negatives - weights + math.log(num_negatives)
-    # All terms are divided by the negatives' sum, so that nothing overflows at low temperatures.
+    # All terms are divided by the sum over negatives, so nothing overflows at low temperatures.
     relative_positive = torch.exp(positive - negatives)
     estimate = (1 - tau_plus * num_negatives * relative_positive) / (1 - tau_plus)
     minimum = num_negatives * torch.exp(-1 / temperature - negatives)
@@ -255,7 +255,7 @@ def hard_negative(
 def image_text(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric image-text loss of CLIP, over the global batch.
 
-    Implements figure 3 of Radford et al., ICML 2021 (arXiv:2103.00020): the mean of both
+    Implements figure 3 of Radford et al., ICML 2021 (arXiv:2103.00020), the mean of both
     directions.
 
     Args:

@@ -1,8 +1,8 @@
 """Correlation and covariance of embeddings over the global batch, with their exact gradient.
 
-A (dim, dim) matrix is summed over ranks in one collective, so that every rank has all of it. If
-the matrix is larger than the embeddings of all ranks, these are gathered instead, and each rank
-computes only its own columns.
+A (dim, dim) matrix is summed over ranks in one collective, and every rank gets all of it. If the
+matrix is larger than the embeddings of all ranks, the embeddings are gathered instead, and each
+rank computes only its own columns.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses.similarity import upcast
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def cross_correlation(z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> GlobalM
     Args:
         z_a: Embeddings of the first view, shape (local_batch, dim).
         z_b: Embeddings of the second view, same shape.
-        eps: Added to the variances, as by the batch norm of the authors' code.
+        eps: Number added to the variances, as in the batch norm of the authors' code.
     """
     with torch.autocast(z_a.device.type, enabled=False):
         z_a, count = _centered(z_a)

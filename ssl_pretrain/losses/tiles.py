@@ -1,8 +1,8 @@
 """Sums over all pairs of embeddings, tile by tile, so that no matrix of all pairs is stored.
 
-Forward keeps one log-sum-exp per anchor. Backward computes each tile again, as FlashAttention
-(arXiv:2205.14135) does for softmax. Everything is float32, or float64 if the embeddings are,
-whatever the autocast.
+Forward keeps one log-sum-exp per anchor. Backward recomputes each tile, as FlashAttention
+(arXiv:2205.14135) does for softmax. Everything is computed in float32, or in float64 if the
+embeddings are float64, even under autocast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses import positives as positive_pairs
+from ssl_pretrain.losses import similarity
 from ssl_pretrain.losses.backend import Backend, backend_for
 
 # exp(40) and a sum of 2**30 such terms are normal float32 numbers, so no maximum is subtracted.
@@ -38,10 +38,10 @@ def log_sum_exp(
         anchors: Embeddings of this rank, divided by the temperature, shape (num_anchors, dim).
         candidates: Embeddings of all ranks, shape (num_candidates, dim). If they were gathered with
             a graph, their gradient is reduced to their ranks.
-        bound: Largest absolute value of a logit. A small one saves the search for maxima.
+        bound: Largest absolute value of a logit. If it is small, no maxima are searched.
         local_start: Index of this rank's first candidate, for `excluded`.
-        excluded: Offsets d. The pairs (i, local_start + i + d) do not count.
-        backend: How to compute it. By default as suits the device.
+        excluded: Offsets d. The pairs (i, local_start + i + d) are left out of the sums.
+        backend: Way to compute the sums. By default the one that suits the device.
 
     Returns:
         Tensor of shape (num_anchors,).
@@ -62,18 +62,17 @@ def log_sum_exp_among(
 ) -> tuple[Tensor, Tensor]:
     """Sum over the embeddings of all ranks, each against all others.
 
-    The matrix of similarities is symmetric, so the embeddings travel only once, in forward.
-    Backward takes the gradient of the columns from the log-sum-exps of all ranks,
-    grad_i = scale * sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j, which are a few
-    numbers per embedding.
+    The matrix of similarities is symmetric, so only forward gathers the embeddings. Backward
+    gathers a few numbers per embedding, the log-sum-exps and their gradients, and computes
+    grad_i = scale * sum_j (g_i exp(s_ij - lse_i) + g_j exp(s_ij - lse_j)) z_j.
 
     Args:
         z: Embeddings of this rank, of unit length, shape (rows, dim).
         scale: 1 / temperature.
-        excluded: Offsets d within this rank's rows. The pairs (i, i + d) do not count. With d it
-            has to contain -d.
-        labels: Shape (rows,), to average over the positives too.
-        backend: How to compute it. By default as suits the device.
+        excluded: Offsets d within this rank's rows. The pairs (i, i + d) are left out of the sums.
+            It has to contain -d for each d.
+        labels: Labels of the rows, shape (rows,), if means over positives are wanted too.
+        backend: Way to compute the sums. By default the one that suits the device.
 
     Returns:
         log sum_j exp(scale * z_i @ z_j), shape (rows,), and the mean of scale * z_i @ z_j over the
@@ -149,15 +148,13 @@ class _LogSumExpAmong(torch.autograd.Function):
                 z * scale, all_z, local_start, excluded, backend, half=is_safe
             ):
                 sums.add_to_rows(tile, logits)
-                if is_safe and tile.is_off_diagonal(local_start):  # its mirror image is skipped
-                    sums.add_to_columns(tile.local_columns(local_start), logits)
+                if is_safe and tile.mirror is not None:
+                    sums.sum[tile.mirror] += logits.sum(0)
             lse = sums.log()
-        classes = (
-            None if labels is None else positive_pairs.number_classes(collectives.gather(labels))
-        )
-        positives = torch.zeros_like(lse)
-        if classes is not None:
-            positives = positive_pairs.mean_positive(z, all_z, classes, local_start, scale)
+        classes, positives = None, torch.zeros_like(lse)
+        if labels is not None:
+            classes = similarity.number_classes(collectives.gather(labels))
+            positives = similarity.mean_positive(z, all_z, classes, local_start, scale)
         ctx.save_for_backward(z, all_z, lse, classes)
         ctx.arguments = scale, local_start, excluded, is_safe, backend
         return lse, positives
@@ -184,7 +181,7 @@ class _LogSumExpAmong(torch.autograd.Function):
             if total is None:
                 total = _tiled_gradient(ctx.arguments, z, all_z, all_lse, all_grad)
             if classes is not None:
-                total += positive_pairs.mean_positive_gradient(
+                total += similarity.mean_positive_gradient(
                     z, all_z, classes, local_start, all_positives_grad
                 )
         return total * scale, None, None, None, None
@@ -195,14 +192,16 @@ def _fused_gradients(kernels: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | Non
     anchors, candidates, lse = ctx.saved_tensors
     local_start, excluded, _ = ctx.arguments
     pairs = {"local_start": local_start, "excluded": excluded}
-    anchors_grad = candidates_grad = None
-    if ctx.needs_input_grad[0]:
-        anchors_grad = kernels.weighted_sum(anchors, candidates, **pairs, anchor_terms=(lse, grad))
-    if ctx.needs_input_grad[1]:
-        candidates_grad = kernels.weighted_sum(
+    return (
+        kernels.weighted_sum(anchors, candidates, **pairs, anchor_terms=(lse, grad))
+        if ctx.needs_input_grad[0]
+        else None,
+        kernels.weighted_sum(
             candidates, anchors, **pairs, candidate_terms=(lse, grad), swapped=True
         )
-    return anchors_grad, candidates_grad
+        if ctx.needs_input_grad[1]
+        else None,
+    )
 
 
 def _tiled_gradient(
@@ -213,15 +212,16 @@ def _tiled_gradient(
     total = torch.zeros_like(z)
     shares = all_grad * torch.exp(-all_lse) if is_safe else None
     for tile, logits in _logits(z * scale, all_z, local_start, excluded, backend, half=is_safe):
-        rows, columns = tile.global_rows(local_start), tile.columns
+        rows = slice(local_start + tile.rows.start, local_start + tile.rows.stop)
+        columns = tile.columns
         if shares is not None:
             weights = logits.exp_().mul_(shares[rows, None] + shares[None, columns])
         else:
             weights = (logits - all_lse[rows, None]).exp_().mul_(all_grad[rows, None])
             weights += logits.sub_(all_lse[None, columns]).exp_().mul_(all_grad[None, columns])
         total[tile.rows].addmm_(weights, all_z[columns])
-        if is_safe and tile.is_off_diagonal(local_start):
-            total[tile.local_columns(local_start)].addmm_(weights.T, z[tile.rows])
+        if is_safe and tile.mirror is not None:
+            total[tile.mirror].addmm_(weights.T, z[tile.rows])
     return total
 
 
@@ -229,8 +229,8 @@ class _RunningSums:
     """Sums of exponentials, one per row.
 
     Args:
-        like: Tensor with as many rows, for type and device.
-        is_safe: Logits are small, so that no maximum has to be subtracted.
+        like: Tensor whose number of rows, type and device the sums get.
+        is_safe: True if the logits are so small that no maximum has to be subtracted.
     """
 
     def __init__(self, like: Tensor, is_safe: bool):
@@ -239,7 +239,7 @@ class _RunningSums:
         self.maximum = None if is_safe else like.new_full((rows,), smallest)
 
     def add_to_rows(self, tile: _Tile, logits: Tensor) -> None:
-        """Add a tile to its rows. `logits` becomes its exponentials, shifted by the maximum."""
+        """Add a tile to its rows. `logits` is overwritten by its exponentials."""
         if self.maximum is None:
             self.sum[tile.rows] += logits.exp_().sum(1)
             return
@@ -250,9 +250,6 @@ class _RunningSums:
         self.sum[tile.rows] = rescaled + exponentials.sum(1)
         self.maximum[tile.rows] = maximum
 
-    def add_to_columns(self, rows: slice, exponentials: Tensor) -> None:
-        self.sum[rows] += exponentials.sum(0)
-
     def log(self) -> Tensor:
         return self.sum.log() if self.maximum is None else self.sum.log() + self.maximum
 
@@ -260,16 +257,9 @@ class _RunningSums:
 class _Tile(NamedTuple):
     rows: slice  # anchors of this rank
     columns: slice  # candidates of all ranks
-    is_local: bool  # its columns are this rank's
-
-    def global_rows(self, local_start: int) -> slice:
-        return slice(local_start + self.rows.start, local_start + self.rows.stop)
-
-    def local_columns(self, local_start: int) -> slice:
-        return slice(self.columns.start - local_start, self.columns.stop - local_start)
-
-    def is_off_diagonal(self, local_start: int) -> bool:
-        return self.is_local and self.columns.start != local_start + self.rows.start
+    is_local: bool  # True if the candidates are this rank's
+    # This rank's rows whose logits are those of the transposed tile, which is skipped if `half`.
+    mirror: slice | None
 
 
 def _logits(
@@ -289,19 +279,19 @@ def _logits(
         candidates: As in `log_sum_exp`.
         local_start: As in `log_sum_exp`.
         excluded: As in `log_sum_exp`.
-        backend: Gives the size of the tiles.
-        half: Leave out the tiles of this rank's rows against themselves below the diagonal.
+        backend: Backend with the size of the tiles.
+        half: Skip the tiles below the diagonal of this rank's rows against themselves.
     """
     height = backend.tile_rows
-    # Square tiles, so that the diagonal cuts no tile but those that it starts.
+    # With square tiles the diagonal only crosses tiles that start on it.
     width = height if half else backend.tile_columns
     buffer = anchors.new_empty(min(height, len(anchors)) * min(width, len(candidates)))
     for tile in _tiles(len(anchors), len(candidates), local_start, height, width):
-        if half and tile.is_local and tile.columns.start - local_start < tile.rows.start:
+        if half and tile.mirror is not None and tile.mirror.start < tile.rows.start:
             continue
-        shape = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
-        logits = buffer[: shape[0] * shape[1]].view(shape)
-        torch.mm(anchors[tile.rows], candidates[tile.columns].T, out=logits)
+        tile_anchors, tile_candidates = anchors[tile.rows], candidates[tile.columns]
+        logits = buffer[: len(tile_anchors) * len(tile_candidates)].view(len(tile_anchors), -1)
+        torch.mm(tile_anchors, tile_candidates.T, out=logits)
         for offset in excluded if tile.is_local else ():
             diagonal = local_start + tile.rows.start + offset - tile.columns.start
             logits.diagonal(diagonal).fill_(float("-inf"))
@@ -322,4 +312,7 @@ def _tiles(
         rows = slice(row, min(row + height, num_rows))
         for start, stop, is_local in bounds:
             for column in range(start, stop, width):
-                yield _Tile(rows, slice(column, min(column + width, stop)), is_local)
+                end = min(column + width, stop)
+                has_mirror = is_local and column != local_start + row
+                mirror = slice(column - local_start, end - local_start) if has_mirror else None
+                yield _Tile(rows, slice(column, end), is_local, mirror)

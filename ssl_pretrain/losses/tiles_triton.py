@@ -1,10 +1,10 @@
 """Two fused CUDA kernels for the sums of `tiles`, which never store the matrix of logits.
 
-A tile of logits stays in registers. Forward is an online log-sum-exp over tiles of candidates,
-and backward computes each tile again. Few anchors against many candidates would leave most of a
+A tile of logits stays in registers. Forward is an online log-sum-exp over tiles of candidates, and
+backward recomputes each tile. Few anchors against many candidates would leave most of a
 GPU idle, so several programs share the candidates of an anchor and their results are combined
-afterwards. Inputs and outputs are float32. On tensor cores a product is three TF32 products,
-which have about the precision of float32.
+afterwards. Inputs and outputs are float32. Tensor cores compute each product from three TF32
+products, with about the precision of float32.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 __all__ = ["OutOfResources", "disable", "fits", "log_sum_exp", "weighted_sum"]
 
 MAX_DIM = 256  # largest embedding whose blocks fit into shared memory
-_PROGRAMS = 264  # programs to aim for: twice the multiprocessors of an H100
+_NUM_PROGRAMS = 264  # programs to aim for: twice the multiprocessors of an H100
 _NEVER = 2**30  # an offset that excludes no pair
 
 
@@ -34,9 +34,9 @@ class Blocks(NamedTuple):
     num_stages: int  # iterations whose loads overlap
 
 
-# Blocks by the bytes of shared memory that one program may use, and then by padded dimension. Among
-# the sizes that fit, these spill the fewest registers. tests/losses/test_tiles_compile.py compiles
-# each for an architecture with that limit.
+# Block sizes by the bytes of shared memory that one program may use, and then by padded dimension.
+# Among the sizes that fit, these spill the fewest registers. tests/losses/test_tiles_compile.py
+# compiles each for an architecture with that limit.
 _BLOCKS: dict[int, dict[int, Blocks]] = {
     232_448: {
         64: Blocks(64, 64, 4, 3),
@@ -109,15 +109,11 @@ def log_sum_exp(
         float32 tensor of shape (num_anchors,).
     """
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
-    blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
-    splits, per_split = _split(anchors, candidates, blocks)
-    partial_results = anchors.new_empty(splits, len(anchors))
-    grid = (triton.cdiv(len(anchors), blocks.rows), splits)
-    sizes = len(anchors), len(candidates), per_split
+    grid, sizes, constants = _plan_launch(anchors, candidates)
+    partial_results = anchors.new_empty(grid[1], len(anchors))
     pairs = local_start, len(anchors), *_offsets(excluded), False
-    constants = _constants(anchors, blocks)
     _log_sum_exp[grid](anchors, candidates, partial_results, *sizes, *pairs, **constants)
-    return partial_results[0] if splits == 1 else torch.logsumexp(partial_results, dim=0)
+    return partial_results[0] if grid[1] == 1 else torch.logsumexp(partial_results, dim=0)
 
 
 def weighted_sum(
@@ -153,43 +149,48 @@ def weighted_sum(
         "anchor_terms or candidate_terms has to be given"
     )
     anchors, candidates = anchors.contiguous(), candidates.contiguous()
-    blocks = blocks_for(_padded(anchors), _shared_memory(anchors.device))
-    splits, per_split = _split(anchors, candidates, blocks)
-    partial_results = anchors.new_empty(splits, *anchors.shape)
+    grid, sizes, constants = _plan_launch(anchors, candidates)
+    partial_results = anchors.new_empty(grid[1], *anchors.shape)
     placeholders = anchors, anchors  # the kernel needs pointers, but does not read them
     rows = [x.contiguous() for x in anchor_terms or placeholders]
     columns = [x.contiguous() for x in candidate_terms or placeholders]
-    grid = (triton.cdiv(len(anchors), blocks.rows), splits)
-    sizes = len(anchors), len(candidates), per_split
     num_local = len(candidates if swapped else anchors)
     pairs = local_start, num_local, *_offsets(excluded), swapped
-    constants = _constants(anchors, blocks)
     constants |= {"BY_ROW": anchor_terms is not None, "BY_COLUMN": candidate_terms is not None}
     _weighted_sum[grid](
         anchors, candidates, partial_results, *rows, *columns, *sizes, *pairs, **constants
     )
-    return partial_results[0] if splits == 1 else partial_results.sum(0)
+    return partial_results[0] if grid[1] == 1 else partial_results.sum(0)
 
 
-def _constants(anchors: Tensor, blocks: Blocks) -> dict[str, Any]:
-    """Return the constants that the kernels are compiled with."""
-    return {
+def _plan_launch(
+    anchors: Tensor, candidates: Tensor
+) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:
+    """Divide the pairs among programs.
+
+    Returns:
+        The grid, which is the number of blocks of anchors and the number of programs that share the
+        candidates. The numbers of anchors, of candidates, and of candidates per program. The
+        constants that the kernels are compiled with.
+    """
+    padded = max(16, triton.next_power_of_2(anchors.shape[1]))
+    blocks = blocks_for(padded, _shared_memory(anchors.device))
+    num_row_blocks = triton.cdiv(len(anchors), blocks.rows)
+    num_column_blocks = triton.cdiv(len(candidates), blocks.columns)
+    num_splits = max(1, min(_NUM_PROGRAMS // num_row_blocks, num_column_blocks))
+    per_split = triton.cdiv(num_column_blocks, num_splits) * blocks.columns
+    tensor_cores = anchors.is_cuda and torch.cuda.get_device_capability(anchors.device) >= (8, 0)
+    constants = {
         "DIM": anchors.shape[1],
-        "PADDED": _padded(anchors),
+        "PADDED": padded,
         "ROWS": blocks.rows,
         "COLUMNS": blocks.columns,
-        "PRECISION": _precision(anchors),
+        "PRECISION": "tf32x3" if tensor_cores else "ieee",
         "num_warps": blocks.num_warps,
         "num_stages": blocks.num_stages,
     }
-
-
-def _split(anchors: Tensor, candidates: Tensor, blocks: Blocks) -> tuple[int, int]:
-    """Return the number of programs that share the candidates, and the candidates per program."""
-    num_blocks = triton.cdiv(len(candidates), blocks.columns)
-    num_splits = max(1, min(_PROGRAMS // triton.cdiv(len(anchors), blocks.rows), num_blocks))
-    per_split = triton.cdiv(num_blocks, num_splits) * blocks.columns
-    return triton.cdiv(len(candidates), per_split), per_split
+    grid = num_row_blocks, triton.cdiv(len(candidates), per_split)
+    return grid, (len(anchors), len(candidates), per_split), constants
 
 
 @lru_cache(maxsize=16)
@@ -205,27 +206,18 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
-def _padded(anchors: Tensor) -> int:
-    return max(16, triton.next_power_of_2(anchors.shape[1]))
-
-
 def _offsets(excluded: Sequence[int]) -> tuple[int, int, int]:
     assert len(excluded) <= 3, f"the kernels take at most three offsets, got {len(excluded)}"
     first, second, third = (*excluded, *[_NEVER] * (3 - len(excluded)))
     return first, second, third
 
 
-def _precision(anchors: Tensor) -> str:
-    tensor_cores = anchors.is_cuda and torch.cuda.get_device_capability(anchors.device) >= (8, 0)
-    return "tf32x3" if tensor_cores else "ieee"
-
-
 @triton.jit
 def _is_included(row, column, local_start, num_local, first, second, third, SWAPPED: tl.constexpr):
     """Return a mask that is False for excluded pairs.
 
-    Excluded are anchor i and candidate local_start + i + d for each excluded offset d, if that
-    candidate is one of the `num_local` of this rank.
+    A pair of anchor i and candidate local_start + i + d is excluded if d is an excluded offset and
+    the candidate is one of the `num_local` of this rank.
     """
     if SWAPPED:
         anchor, candidate = column, row - local_start
@@ -240,8 +232,8 @@ def _is_included(row, column, local_start, num_local, first, second, third, SWAP
 
 
 @triton.jit
-def _vectors(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Load rows of a (count, DIM) matrix, padded to PADDED columns.
+def _load_rows(pointer, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Load rows of a (count, DIM) matrix and pad them to PADDED columns.
 
     Rows and columns beyond the matrix are 0.
     """
@@ -271,7 +263,7 @@ def _tile(
     PRECISION: tl.constexpr,
 ):
     """Return the candidates of a tile and its logits, which are -inf for excluded pairs."""
-    c = _vectors(candidates, columns, num_candidates, DIM, PADDED)
+    c = _load_rows(candidates, columns, num_candidates, DIM, PADDED)
     logits = tl.dot(a, tl.trans(c), input_precision=PRECISION)
     included = (columns < num_candidates)[None, :] & _is_included(
         rows[:, None], columns[None, :], local_start, num_local, first, second, third, SWAPPED
@@ -301,7 +293,7 @@ def _log_sum_exp(
 ):
     """Store the log-sum-exp of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    a = _vectors(anchors, rows, num_anchors, DIM, PADDED)
+    a = _load_rows(anchors, rows, num_anchors, DIM, PADDED)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     begin = tl.program_id(1) * per_split
@@ -363,7 +355,7 @@ def _weighted_sum(
 ):
     """Store the weighted sums of ROWS anchors over this program's share of the candidates."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    a = _vectors(anchors, rows, num_anchors, DIM, PADDED)
+    a = _load_rows(anchors, rows, num_anchors, DIM, PADDED)
     if BY_ROW:
         lse_of_row = tl.load(row_lse + rows, mask=rows < num_anchors, other=0.0)
         gradient_of_row = tl.load(row_gradient + rows, mask=rows < num_anchors, other=0.0)

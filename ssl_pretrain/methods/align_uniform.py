@@ -1,10 +1,9 @@
 """Alignment and uniformity (Wang and Isola, ICML 2020, arXiv:2005.10242).
 
-Both views of an image are pulled together while all images spread over the unit sphere. As in the
-authors' code (ssnl/align_uniform, README), uniformity is the mean over the two views, each alone.
+Both views of an image are pulled together while all images spread over the unit sphere. Uniformity
+is computed for each view separately and averaged, as in the authors' code (ssnl/align_uniform,
+README).
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -14,20 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses.tiles import log_sum_exp_among
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses import similarity, tiles
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [256, 128]}
+SMALL_CONFIG = {"projector_dims": [256, 128]}
 
 
 @dataclass
 class Config(MethodConfig):
-    """Configuration of align_uniform."""
+    """Configuration of alignment and uniformity."""
 
     name: str = "align_uniform"
     align_weight: float = setting(1.0, "Weight of the alignment loss.")
@@ -36,7 +33,7 @@ class Config(MethodConfig):
     t: float = setting(2.0, "Sharpness of the Gaussian between two images.")
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
-    def build(self, backbone: Backbone) -> AlignUniform:
+    def build(self, backbone: Backbone) -> Method:
         """Build the alignment and uniformity method on top of a backbone."""
         return AlignUniform(self, backbone)
 
@@ -52,13 +49,15 @@ class AlignUniform(Method):
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
-        z = self.projector(self.backbone(torch.cat(self.two_views(batch))))
-        z_a, z_b = z.chunk(2)
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
+        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the weighted sum of the alignment and uniformity losses, and log both."""
-        z_a, z_b = F.normalize(upcast(embeddings["z_a"])), F.normalize(upcast(embeddings["z_b"]))
+        z_a, z_b = (
+            F.normalize(similarity.upcast(embeddings["z_a"])),
+            F.normalize(similarity.upcast(embeddings["z_b"])),
+        )
         alpha, t = self.config.alpha, self.config.t
         squared_distance = (z_a - z_b).square().sum(1).clamp(min=1e-12)
         align = squared_distance.pow(alpha / 2).mean()  # L_align of section 4.1
@@ -78,7 +77,7 @@ def log_mean_gaussian(z: Tensor, t: float) -> Tensor:
         Scalar, at most 0 and the same on all ranks.
     """
     # |z_i - z_j|^2 = 2 - 2 z_i @ z_j for unit vectors
-    row_sums, _ = log_sum_exp_among(z, scale=2 * t)
+    row_sums, _ = tiles.log_sum_exp_among(z, scale=2 * t)
     total = collectives.reduce_sum(torch.exp(row_sums - 2 * t).sum())
     count = len(z) * process_group.world_size()
     return torch.log(total) - math.log(count * (count - 1))

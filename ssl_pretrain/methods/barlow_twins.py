@@ -1,17 +1,15 @@
 """Barlow Twins (Zbontar et al., ICML 2021, arXiv:2103.03230).
 
-The cross-correlation of the embeddings of two views becomes the identity. Projector and loss
-follow facebookresearch/barlowtwins at 8e8d284c (main.py).
+The loss pulls the cross-correlation of two views' embeddings towards the identity. Projector and
+loss follow facebookresearch/barlowtwins at 8e8d284c (main.py).
 
-The all-reduce of the correlation in that code has no backward, so on W ranks its gradient is 1/W
-of the loss's. LARS makes the length of a weight's step independent of the gradient's length,
-except for weight decay: it adapts gradient + decay * weight, where the true gradient needs W
-times the decay. Biases and batch norm are not adapted, and their learning rate of 0.0048 was used
-with W = 16. `gradient_scale: authors` gives that gradient. With the true one the same steps need
-optim.excluded_lr_ratio / W and optim.weight_decay * W.
+In that code the all-reduce of the correlation has no backward pass, so on W ranks the gradient is
+1/W of the true one. `gradient_scale: authors` reproduces it. To take the same steps with the true
+gradient, multiply optim.weight_decay by W and divide optim.excluded_lr_ratio by W. LARS makes the
+steps of adapted weights independent of the gradient's scale, but adds weight decay to the gradient
+first. Biases and batch norm are not adapted. The authors used their learning rate for them, 0.0048,
+with W = 16.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
@@ -25,12 +23,11 @@ from ssl_pretrain.losses.second_moments import (
     off_diagonal_energy,
 )
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [512, 512, 512]}
+SMALL_CONFIG = {"projector_dims": [512, 512, 512]}
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Config(MethodConfig):
         "true", "Factor of the gradient. true: 1. authors: 1 / world_size, as in their code."
     )
 
-    def build(self, backbone: Backbone) -> BarlowTwins:
+    def build(self, backbone: Backbone) -> Method:
         """Build Barlow Twins on top of a backbone."""
         return BarlowTwins(self, backbone)
 
@@ -62,15 +59,12 @@ class BarlowTwins(Method):
     def forward(self, batch: Batch) -> Embeddings:
         """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the invariance plus the weighted redundancy term, and log both."""
         correlation = cross_correlation(embeddings["z_a"], embeddings["z_b"])
-
-        invariance = diagonal_error(correlation)
-        redundancy = off_diagonal_energy(correlation)
-
+        invariance, redundancy = diagonal_error(correlation), off_diagonal_energy(correlation)
         weight = self.config.redundancy_weight
         loss = self.config.loss_scale * (invariance + weight * redundancy)  # equation 1
         if self.config.gradient_scale == "authors":
@@ -79,6 +73,6 @@ class BarlowTwins(Method):
 
 
 def divide_gradient(value: Tensor, divisor: int) -> Tensor:
-    """Return `value`, whose gradient is divided by `divisor`."""
+    """Return `value` unchanged, with its gradient divided by `divisor`."""
     share = value / divisor
     return share + (value - share).detach()

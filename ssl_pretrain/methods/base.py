@@ -1,17 +1,14 @@
 """The interface between a method and the training step: contract 1 of the design."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ssl_pretrain.losses.upcast import upcast
-from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
@@ -27,7 +24,7 @@ class LossOutput(NamedTuple):
 
 
 class Monitored(NamedTuple):
-    """Tensors in which the collapse metrics look for a collapse. Rows are this rank's images."""
+    """Tensors that the collapse metrics watch. Rows are this rank's images."""
 
     embeddings: Tensor  # (local_batch, ...), the student's, of the first view
     pair: tuple[Tensor, Tensor] | None = None  # embeddings of two views of the same images
@@ -35,24 +32,10 @@ class Monitored(NamedTuple):
     num_prototypes: int = 0
 
 
-@dataclass
-class MethodConfig:
-    """Fields that the configurations of all methods share."""
-
-    name: str = setting("???", "Name of the method: the name of its file in methods/.")
-
-    def check(self, run: Any, world_size: int) -> None:
-        """Raise ValueError, naming key and remedy, if the `RunConfig` does not suit the method."""
-
-    def build(self, backbone: Backbone) -> Method:
-        """Build the method on top of a backbone. Every method's `Config` overrides it."""
-        raise NotImplementedError(f"{type(self).__module__}: a method's Config builds its Method")
-
-
 class Method(nn.Module):
-    """A student, its loss, and the teachers, queues and centers that move with it.
+    """A student, its loss, and the teachers, queues and centers that are updated with it.
 
-    Each subclass has one file. Methods never import each other.
+    Each subclass has its own file. Methods never import each other.
 
     Attributes:
         couples: Which tensors of different images meet in the loss. Decides how a batch that does
@@ -62,8 +45,8 @@ class Method(nn.Module):
         needs_labels: True if the data set must have labels.
         evaluated: Name of the submodule that is evaluated and exported.
         network: Name of that network in tables.
-        stepped: 1.0 if the optimizer took the step, 0.0 if it was skipped for a gradient that is
-            not finite. Lives on the device, and every movement in `after_step` is multiplied by it.
+        step_taken: 1.0 if the optimizer took the step, 0.0 if it skipped a gradient that is not
+            finite. It is on the device, and `after_step` multiplies every update by it.
     """
 
     couples: Literal["nothing", "targets", "embeddings"] = "nothing"
@@ -71,7 +54,7 @@ class Method(nn.Module):
     needs_labels: bool = False
     evaluated: str = "backbone"
     network: str = "student"
-    stepped: Tensor | float = 1.0
+    step_taken: Tensor | float = 1.0
 
     def __init__(self, config: Any, backbone: Backbone):
         super().__init__()
@@ -94,12 +77,12 @@ class Method(nn.Module):
         return {}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return this rank's loss and its logs. Pure: nothing changes, the arguments included."""
+        """Return this rank's loss and its logs. Pure: no state and no argument changes."""
         raise NotImplementedError
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Move teachers, queues and centers once per step, after the optimizer.
+        """Update teachers, queues and centers once per step, after the optimizer.
 
         Args:
             progress: Progress of the step that was just taken.
@@ -108,31 +91,31 @@ class Method(nn.Module):
         """
 
     def frozen(self, progress: Progress) -> Sequence[str]:
-        """Return prefixes of the names of parameters that do not move in this step."""
+        """Return prefixes of the names of parameters that stay fixed in this step."""
         return ()
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Return the tensors that the collapse metrics watch, from the arguments of `after_step`.
 
-        By default the pair `z_a` and `z_b`. A method without them has its first embedding watched.
+        By default that is the pair `z_a` and `z_b`, or else the method's first embedding.
         """
         if "z_a" not in embeddings:
             return Monitored(next(iter(embeddings.values())))
         return Monitored(embeddings["z_a"], (embeddings["z_a"], embeddings["z_b"]))
 
-    def if_stepped(self, new: Tensor, old: Tensor) -> Tensor:
-        """Return `new` if the step was taken, else `old`, without the host waiting to know."""
-        return torch.where(torch.as_tensor(self.stepped, device=new.device) > 0, new, old)
+    def if_step_taken(self, new: Tensor, old: Tensor) -> Tensor:
+        """Return `new` if the step was taken, else `old`. The host does not wait for the device."""
+        return torch.where(torch.as_tensor(self.step_taken, device=new.device) > 0, new, old)
 
     def two_views(self, batch: Batch, *, local_views: bool = False) -> tuple[Tensor, Tensor]:
         """Return both global views of a batch.
 
         Args:
             batch: This rank's images.
-            local_views: True if the method takes any number of local views besides.
+            local_views: True if the batch may have any number of local views as well.
 
         Raises:
-            ValueError: The batch has other views than the method takes.
+            ValueError: If the batch has other views than the method takes.
         """
         views = batch.views
         right_number = len(views) >= 2 if local_views else len(views) == 2
@@ -146,6 +129,20 @@ class Method(nn.Module):
         return views[0], views[1]
 
 
+@dataclass
+class MethodConfig:
+    """Fields that the configurations of all methods share."""
+
+    name: str = setting("???", "Name of the method: the name of its file in methods/.")
+
+    def check(self, run: Any, world_size: int) -> None:
+        """Raise ValueError, naming key and remedy, if the `RunConfig` does not suit the method."""
+
+    def build(self, backbone: Backbone) -> Method:
+        """Build the method on top of a backbone. Every method's `Config` overrides it."""
+        raise NotImplementedError(f"{type(self).__module__}: a method's Config builds its Method")
+
+
 class GroupedPairs(Method):
     """A method whose loss compares all embeddings of two views and pulls groups of images together.
 
@@ -154,15 +151,15 @@ class GroupedPairs(Method):
 
     couples = "embeddings"
 
-    def __init__(self, config: Any, backbone: Backbone, projector: nn.Module):
+    def __init__(self, config: Any, backbone: Backbone):
         super().__init__(config, backbone)
         self.needs_labels = config.pairs == "labels"
-        self.projector = projector
+        self.projector = mlp(backbone.feature_dim, *config.projector_dims)
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        return {"z_a": z_a, "z_b": z_b}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
@@ -176,17 +173,10 @@ def by_size(network: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> lis
     Batch norm then normalizes over all of them together, as in SwAV and DINO.
     """
     outputs: list[Tensor] = []
-    start = 0
-    for end in range(1, len(views) + 1):
-        if end == len(views) or views[end].shape[-2:] != views[start].shape[-2:]:
-            outputs += network(torch.cat(list(views[start:end]))).chunk(end - start)
-            start = end
+    for _, same_size in groupby(views, key=lambda view: view.shape[-2:]):
+        group = list(same_size)
+        outputs += network(torch.cat(group)).chunk(len(group))
     return outputs
-
-
-def mean_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean over rows of the cosine similarity of two (rows, dim) tensors."""
-    return F.cosine_similarity(upcast(a), upcast(b), dim=1).mean()
 
 
 def refuse_init(vit_starts: str, run: Any) -> None:

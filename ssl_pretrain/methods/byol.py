@@ -1,12 +1,10 @@
 """BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733).
 
 The student predicts a teacher's embedding of the other view. Heads, loss and order of updates
-follow google-deepmind/deepmind-research at f5de0ede (byol/). The teacher moves after the
-optimizer's step, with that step's momentum. Its batch norm runs in training mode on its own
+follow google-deepmind/deepmind-research at f5de0ede (byol/). The teacher is updated after the
+optimizer, with the momentum of the same step. Its batch norm runs in training mode on its own
 features.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, Monitored
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
-from ssl_pretrain.models.teacher import Teacher, rising_momentum
+from ssl_pretrain.models.components import Backbone, Teacher, mlp, rising_momentum
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"hidden_dim": 512, "dim": 128}
+SMALL_CONFIG = {"hidden_dim": 512, "dim": 128}
 
 
 @dataclass
@@ -57,7 +53,7 @@ class Config(MethodConfig):
                 f"backbone.init={run.backbone.init} loads; set method.teacher_starts=copied"
             )
 
-    def build(self, backbone: Backbone) -> BYOL:
+    def build(self, backbone: Backbone) -> Method:
         """Build BYOL on top of a backbone."""
         return BYOL(self, backbone)
 
@@ -76,34 +72,33 @@ class BYOL(Method):
             self.teacher.reinitialize()
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Return the prediction from each view's embedding, (local_batch, dim)."""
+        """Return the prediction from each view's embedding, each (local_batch, dim)."""
         p_a, p_b = (
             self.predictor(self.projector(self.backbone(view))) for view in self.two_views(batch)
         )
-        return {"p_a": p_a, "p_b": p_b}  # (local_batch, dim)
+        return {"p_a": p_a, "p_b": p_b}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
-        """Return the teacher's embedding of each view, (local_batch, dim)."""
+        """Return the teacher's embedding of each view, each (local_batch, dim)."""
         z_a, z_b = (self.teacher(view) for view in batch.views)
         return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the squared distance of predictions and targets, summed over both directions.
+        """Return the squared distance of each prediction to the teacher's embedding, summed.
 
-        Each prediction is compared with the teacher's embedding of the other view, both at unit
-        length.
+        Each prediction is compared with the teacher's embedding of the other view, both scaled to
+        unit length. The log is the mean cosine of the first prediction and its target.
         """
         a_to_b = squared_distance(embeddings["p_a"], targets["z_b"])
         b_to_a = squared_distance(embeddings["p_b"], targets["z_a"])
-        loss = a_to_b + b_to_a  # equation 2, summed over both directions
-        return LossOutput(loss, {"predicted_cosine": 1 - a_to_b.detach() / 2})
+        # Equation 2, summed over both directions.
+        return LossOutput(a_to_b + b_to_a, {"predicted_cosine": 1 - a_to_b.detach() / 2})
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Move the teacher with the momentum of the step that was just taken."""
-        momentum = rising_momentum(progress, self.config.momentum)
-        self.teacher.move(self, momentum, self.stepped)
+        """Update the teacher with the momentum of the step that was just taken."""
+        self.teacher.update(self, rising_momentum(progress, self.config.momentum), self.step_taken)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Monitor the first view's prediction and the teacher's embedding of the second view."""
@@ -111,6 +106,6 @@ class BYOL(Method):
 
 
 def squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared distance of the vectors at unit length, which is 2 - 2 cos."""
+    """Return the mean squared distance of the vectors scaled to unit length, which is 2 - 2 cos."""
     prediction, target = F.normalize(upcast(prediction), dim=1), F.normalize(upcast(target), dim=1)
     return (prediction - target).square().sum(1).mean()

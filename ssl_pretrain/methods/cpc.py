@@ -1,14 +1,12 @@
 """CPC v2 for images (Hénaff et al., ICML 2020, arXiv:1905.09272).
 
 Rows of patches are predicted from the rows before them. There is no official code. The grid, the
-masked context network and the loss follow the paper's appendix: dot products of 64-dimensional
-predictions, scaled by 0.1, with the projections of every patch of every image.
+masked context network and the loss follow the paper's appendix. Logits are dot products of
+64-dimensional predictions, scaled by 0.1, with the projections of every patch of every image.
 
-Batch norm would leak the patches that are to be predicted into the others of the same image. Give
-the backbone layer norm (backbone.args.norm_layer: groupnorm1).
+Batch norm would leak information about the predicted patches into the other patches of an image, so
+give the backbone layer norm (backbone.args.norm_layer: groupnorm1).
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -17,14 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives
-from ssl_pretrain.losses.tiles import log_sum_exp
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses import similarity, tiles
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, Monitored
-from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {
+SMALL_CONFIG = {
     "patch_size": 16,
     "stride": 8,
     "context_dim": 128,
@@ -32,7 +29,7 @@ SMALL = {
     "num_directions": 1,
     "rows_ahead": [1, 2],
 }
-PRESET = ["views.crops.global.count=1", "backbone.args.norm_layer=groupnorm1"]
+PRESET_OVERRIDES = ["views.crops.global.count=1", "backbone.args.norm_layer=groupnorm1"]
 
 
 @dataclass
@@ -53,7 +50,7 @@ class Config(MethodConfig):
     target_dim: int = setting(64, "Width of the predictions and their targets.")
     scale: float = setting(0.1, "Factor of the predictions.")
 
-    def build(self, backbone: Backbone) -> CPC:
+    def build(self, backbone: Backbone) -> Method:
         """Build CPC on top of a backbone."""
         return CPC(self, backbone)
 
@@ -111,20 +108,20 @@ class CPC(Method):
             `targets`, shape (local_batch, target_dim * side * side), and `predictions`, shape
             (local_batch, num_directions, len(rows_ahead), target_dim, side, side).
         """
-        patches = self.patches(batch)  # (side, side, local_batch, 3, patch_size, patch_size)
-        features = self.backbone(patches.flatten(0, 2)).view(*patches.shape[:3], -1)
-        features = features.permute(2, 3, 0, 1)  # (local_batch, feature_dim, side, side)
-        predictions = [
-            context(rotate(features, direction)) for direction, context in enumerate(self.contexts)
-        ]
+        patches = self.patches(batch)
+        rows = self.backbone(patches.flatten(0, 2)).view(*patches.shape[:3], -1)
+        grid = rows.permute(2, 3, 0, 1)  # (local_batch, feature_dim, side, side)
+        predictions = [context(rotate(grid, i)) for i, context in enumerate(self.contexts)]
         return {
-            "targets": self.project(features).flatten(1),
-            # (local_batch, directions, rows_ahead, target_dim, side, side)
+            "targets": self.project(grid).flatten(1),
             "predictions": torch.stack(predictions, dim=1),
         }
 
     def patches(self, batch: Batch) -> Tensor:
-        """Cut the view into its grid of overlapping patches, position first, as views are."""
+        """Cut the view into a grid of overlapping patches.
+
+        The shape is (side, side, local_batch, 3, patch_size, patch_size).
+        """
         if len(batch.views) != 1:
             raise ValueError(
                 f"cpc: takes 1 view, got {len(batch.views)}; "
@@ -140,12 +137,12 @@ class CPC(Method):
         return view.unfold(2, size, stride).unfold(3, size, stride).permute(2, 3, 0, 1, 4, 5)
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the InfoNCE loss, summed over the distances in rows and averaged over directions.
+        """Return the InfoNCE loss, summed over `rows_ahead` and averaged over directions.
 
         The candidates of every prediction are the patches of all images of the global batch.
         """
-        predictions = upcast(embeddings["predictions"])
-        grid = upcast(embeddings["targets"]).unflatten(1, predictions.shape[3:])
+        predictions = similarity.upcast(embeddings["predictions"])
+        grid = similarity.upcast(embeddings["targets"]).unflatten(1, predictions.shape[3:])
         candidates = collectives.gather(as_rows(grid))  # every patch of every image
         loss = predictions.new_zeros(())
         for direction in range(predictions.shape[1]):
@@ -153,13 +150,13 @@ class CPC(Method):
                 queries = self.config.scale * as_rows(predictions[:, direction, i, :, :-ahead])
                 positives = as_rows(rotate(grid, direction)[:, :, ahead:])
                 positive_logits = (queries * positives).sum(1)
-                loss = loss + (log_sum_exp(queries, candidates) - positive_logits).mean()
+                loss = loss + (tiles.log_sum_exp(queries, candidates) - positive_logits).mean()
         loss = loss / len(self.contexts)
         return LossOutput(loss, {"info_nce": loss / len(self.config.rows_ahead)})
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Monitor the flattened grid of targets. A single view has no pair."""
-        return Monitored(embeddings["targets"])  # a single view has no pair
+        return Monitored(embeddings["targets"])
 
 
 def as_rows(grid: Tensor) -> Tensor:

@@ -1,21 +1,18 @@
 """Debiased contrastive learning (Chuang et al., NeurIPS 2020, arXiv:2007.00224).
 
-SimCLR, corrected for negatives that have the class of the anchor. Head, loss and one call of the
-backbone per view follow chingyaoc/DCL at 30189fb7 (main.py, model.py).
+The loss of SimCLR is corrected for negatives of the anchor's class. The head, the loss and a
+separate forward pass for each view follow chingyaoc/DCL at 30189fb7 (main.py, model.py).
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssl_pretrain.losses.contrastive import debiased
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [256, 128]}
+SMALL_CONFIG = {"projector_dims": [256, 128]}
 
 
 @dataclass
@@ -27,7 +24,7 @@ class Config(MethodConfig):
     tau_plus: float = setting(0.1, "Probability that a negative has the anchor's class.")
     projector_dims: list[int] = setting([512, 128], "Widths of the projector's layers.")
 
-    def build(self, backbone: Backbone) -> Debiased:
+    def build(self, backbone: Backbone) -> Method:
         """Build debiased contrastive learning on top of a backbone."""
         return Debiased(self, backbone)
 
@@ -44,11 +41,14 @@ class Debiased(Method):
     def forward(self, batch: Batch) -> Embeddings:
         """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the debiased contrastive loss, and log the mean cosine of positive pairs."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
-        temperature, tau_plus = self.config.temperature, self.config.tau_plus
-        loss = debiased(z_a, z_b, temperature=temperature, tau_plus=tau_plus)  # equation 8
-        return LossOutput(loss, {"positive_cosine": mean_cosine(z_a.detach(), z_b.detach())})
+        loss = contrastive.debiased(  # equation 8
+            z_a, z_b, temperature=self.config.temperature, tau_plus=self.config.tau_plus
+        )
+        return LossOutput(
+            loss, {"positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach())}
+        )

@@ -1,25 +1,22 @@
 """Decoupled contrastive learning (Yeh et al., ECCV 2022, arXiv:2110.06848).
 
-This is SimCLR with the positive removed from the denominator of its loss. The projector is
-SimCLR's. The loss sums both directions, as does the dcl.py that is commonly taken for the authors'
-code (raindrop313/DCL). `sigma` selects the weighted form, DCLW. Gradients flow through its weights,
-as they do in that code but not in lightly.
+This is SimCLR with the positive removed from the denominator of its loss. The loss sums both
+directions, as in raindrop313/DCL (dcl.py), which is commonly taken for the authors' code. `sigma`
+selects the weighted form, DCLW. Gradients flow through its weights, as in that code. In lightly
+they do not.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
-from ssl_pretrain.losses.contrastive import decoupled
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [256, 128]}
+SMALL_CONFIG = {"projector_dims": [256, 128]}
 
 
 @dataclass
@@ -33,7 +30,7 @@ class Config(MethodConfig):
     )
     projector_dims: list[int] = setting([2048, 2048, 128], "Widths of the projector's layers.")
 
-    def build(self, backbone: Backbone) -> Decoupled:
+    def build(self, backbone: Backbone) -> Method:
         """Build decoupled contrastive learning on top of a backbone."""
         return Decoupled(self, backbone)
 
@@ -56,12 +53,17 @@ class Decoupled(Method):
     def forward(self, batch: Batch) -> Embeddings:
         """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
         z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the DCL loss, or DCLW if `sigma` is set, summed over both directions."""
+        """Return the DCL loss, or DCLW if `sigma` is set, summed over both directions.
+
+        The log is the mean cosine of positive pairs.
+        """
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
-        temperature, sigma = self.config.temperature, self.config.sigma
-        mean = decoupled(z_a, z_b, temperature=temperature, sigma=sigma)  # equation 6 or 7
-        loss = 2 * mean  # the sum of both directions
-        return LossOutput(loss, {"positive_cosine": mean_cosine(z_a.detach(), z_b.detach())})
+        mean = contrastive.decoupled(  # equation 6 or 7
+            z_a, z_b, temperature=self.config.temperature, sigma=self.config.sigma
+        )
+        return LossOutput(
+            2 * mean, {"positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach())}
+        )

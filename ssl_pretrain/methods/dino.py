@@ -1,13 +1,11 @@
 """DINO (Caron et al., ICCV 2021, arXiv:2104.14294).
 
-From any view the student predicts a teacher's output for a global view, centered and sharpened.
+From any view the student predicts a teacher's centered and sharpened output for a global view.
 Head, loss and order of updates follow facebookresearch/dino at 7c446df5 (main_dino.py,
 vision_transformer.py).
 
-Logits are transient, so a micro-batch leaves nothing larger than an embedding and one mean.
+Logits are transient, so all that remains of a micro-batch are its embeddings and one mean.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import (
     Embeddings,
     LossOutput,
@@ -29,14 +27,13 @@ from ssl_pretrain.methods.base import (
     by_size,
     refuse_init,
 )
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.teacher import Teacher, rising_momentum
+from ssl_pretrain.models.components import Backbone, Teacher, rising_momentum
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {
+SMALL_CONFIG = {
     "hidden_dim": 256,
     "bottleneck_dim": 64,
     "num_prototypes": 1024,
@@ -85,13 +82,13 @@ class Config(MethodConfig):
         """Raise ValueError if the authors' initialization would replace loaded weights."""
         refuse_init(self.vit_starts, run)
 
-    def build(self, backbone: Backbone) -> DINO:
+    def build(self, backbone: Backbone) -> Method:
         """Build DINO on top of a backbone."""
         return DINO(self, backbone)
 
 
 class UnitRows(nn.Linear):
-    """A linear layer without bias whose weight's rows are normalized to unit length.
+    """A linear layer without bias whose weight rows are normalized to unit length.
 
     Args:
         in_dim: Width of the input.
@@ -171,7 +168,6 @@ class DINO(Method):
         z = self.head.embed(torch.cat(by_size(self.backbone, batch.views)))
         logits = torch.stack(self.head.last_layer(z).chunk(num_views), dim=1)
         z_a, z_b = z.detach().chunk(num_views)[:2]
-        # (local_batch, bottleneck_dim) twice, then (local_batch, views, num_prototypes)
         return {"z_a": z_a, "z_b": z_b, "logits": logits}
 
     @torch.no_grad()
@@ -179,20 +175,20 @@ class DINO(Method):
         """Return the teacher's logits of the global views, their mean, and assigned prototypes.
 
         Returns:
-            `logits`, shape (local_batch, 2, num_prototypes), their `mean` over images and views,
-            shape (1, num_prototypes), and `assigned`, the index of the largest centered logit of
-            each first view, shape (local_batch,).
+            `logits`, shape (local_batch, 2, num_prototypes). `mean`, their mean over the images and
+            views of this micro-batch, shape (1, num_prototypes). `assigned`, the index of the
+            largest centered logit of each first view, shape (local_batch,).
         """
         logits = upcast(self.teacher(torch.cat(batch.views[:2])))
         logits_a, logits_b = logits.chunk(2)
         return {
             "logits": torch.stack([logits_a, logits_b], dim=1),
-            "mean": logits.mean(0, keepdim=True),  # mean logits of this micro-batch
+            "mean": logits.mean(0, keepdim=True),
             "assigned": (logits_a - self.center).argmax(1),
         }
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
-        """Return the mean cross entropy over all pairs of a teacher's view and another view.
+        """Return the mean cross entropy over all pairs of a teacher's and another student's view.
 
         The log is the mean entropy of the teacher's output for the first view, in nats.
         """
@@ -206,7 +202,7 @@ class DINO(Method):
         for view, student_logits in enumerate(students.unbind(1)):
             logits = upcast(student_logits) / self.config.temperature
             others = [q for teacher_view, q in enumerate(probabilities) if teacher_view != view]
-            # The sum of the cross entropies -(q * log_softmax(logits)).sum(1), as each q sums to 1
+            # The sum over q of -(q * log_softmax(logits)).sum(1), simplified because q sums to 1.
             log_normalizer = torch.logsumexp(logits, dim=1)
             cross_entropy = len(others) * log_normalizer - (sum(others) * logits).sum(1)
             loss = loss + cross_entropy.mean()
@@ -216,12 +212,12 @@ class DINO(Method):
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Move the teacher and the center, and set the teacher temperature of the next step."""
-        self.teacher.move(self, rising_momentum(progress, self.config.momentum), self.stepped)
+        """Update the teacher and the center, and set the teacher temperature of the next step."""
+        self.teacher.update(self, rising_momentum(progress, self.config.momentum), self.step_taken)
         mean = collectives.reduce_sum(targets["mean"].mean(0)) / process_group.world_size()
         momentum = self.config.center_momentum
         new_center = momentum * self.center + (1 - momentum) * mean  # equation 4
-        self.center.copy_(self.if_stepped(new_center, self.center))
+        self.center.copy_(self.if_step_taken(new_center, self.center))
         self.teacher_temperature.fill_(temperature_at(self.config, progress.next().epoch))
 
     def frozen(self, progress: Progress) -> Sequence[str]:
@@ -242,7 +238,7 @@ class DINO(Method):
 def temperature_at(config: Config, epoch: int) -> float:
     """Return the teacher's temperature in an epoch.
 
-    It takes evenly spaced values over the epochs of the warm-up, from the first value to the last.
+    It changes by equal amounts from epoch to epoch of the warm-up.
     """
     warmup = config.teacher_temperature_warmup_epochs
     if epoch >= warmup:

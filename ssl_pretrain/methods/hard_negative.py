@@ -1,21 +1,18 @@
 """Contrastive learning with hard negatives (Robinson et al., ICLR 2021, arXiv:2010.04592).
 
-Close negatives get a larger weight. The projector, the loss and the separate forward passes of the
-views follow joshr17/HCL at 7b4647fa (image/main.py). With beta = 0 it is the debiased loss.
+Close negatives get a larger weight. The projector, the loss and a separate forward pass for each
+view follow joshr17/HCL at 7b4647fa (image/main.py). With beta = 0 the loss is the debiased one.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssl_pretrain.losses.contrastive import hard_negative
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [256, 128]}
+SMALL_CONFIG = {"projector_dims": [256, 128]}
 
 
 @dataclass
@@ -28,7 +25,7 @@ class Config(MethodConfig):
     beta: float = setting(1.0, "Concentration on hard negatives.")
     projector_dims: list[int] = setting([512, 128], "Widths of the projector's layers.")
 
-    def build(self, backbone: Backbone) -> HardNegative:
+    def build(self, backbone: Backbone) -> Method:
         """Build contrastive learning with hard negatives on top of a backbone."""
         return HardNegative(self, backbone)
 
@@ -45,16 +42,18 @@ class HardNegative(Method):
     def forward(self, batch: Batch) -> Embeddings:
         """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the hard-negative loss, and log the mean cosine of positive pairs."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
-        loss = hard_negative(  # equation 4
+        loss = contrastive.hard_negative(  # equation 4
             z_a,
             z_b,
             temperature=self.config.temperature,
             tau_plus=self.config.tau_plus,
             beta=self.config.beta,
         )
-        return LossOutput(loss, {"positive_cosine": mean_cosine(z_a.detach(), z_b.detach())})
+        return LossOutput(
+            loss, {"positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach())}
+        )

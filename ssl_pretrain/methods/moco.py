@@ -1,13 +1,12 @@
 """MoCo v1 (He et al., CVPR 2020, arXiv:1911.05722) and v2 (Chen et al., 2020, arXiv:2003.04297).
 
 Queries find their keys among a queue of past keys. Head, queue and order of updates follow
-facebookresearch/moco at 7397dfe1 (moco/builder.py). The authors move the momentum encoder before
-the forward pass of the keys. Here it moves after the step, so it meets the next batch with the
-same weights. Groups of batch norm are parallel.bn_group_images, 32 images per GPU. Key views
-change places so that the group of a key is not that of its query.
+facebookresearch/moco at 7397dfe1 (moco/builder.py). The authors update the momentum encoder before
+the forward pass of the keys. Here it is updated after the step, which gives the next batch the same
+weights. The recipe's groups of batch norm have 32 images (parallel.bn_group_images), as on one of
+the authors' GPUs. Key views are shuffled between the groups, so a key's group differs from its
+query's.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,26 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses.contrastive import info_nce
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses import contrastive, similarity
 from ssl_pretrain.methods.base import (
     Embeddings,
     LossOutput,
     Method,
     MethodConfig,
     Monitored,
-    mean_cosine,
 )
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
-from ssl_pretrain.models.queue import Queue, check_queue
-from ssl_pretrain.models.teacher import Teacher
+from ssl_pretrain.models.components import Backbone, Queue, Teacher, check_queue, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [256, 128], "queue_size": 4096, "momentum": 0.99}
-PRESET = ["parallel.bn_group_images=32"]
+SMALL_CONFIG = {"projector_dims": [256, 128], "queue_size": 4096, "momentum": 0.99}
+PRESET_OVERRIDES = ["parallel.bn_group_images=32"]
 
 
 @dataclass
@@ -64,16 +58,16 @@ class Config(MethodConfig):
         """
         if not self.without_queue:
             check_queue(self.queue_size, run.global_batch_size)
-        share = run.global_batch_size // world_size
-        if self.shuffled_batch_norm and run.micro_batch_size not in (0, share):
+        whole_batch = (0, run.global_batch_size // world_size)
+        if self.shuffled_batch_norm and run.micro_batch_size not in whole_batch:
             raise ValueError(
-                f"micro_batch_size: {run.micro_batch_size} cannot be with "
+                f"micro_batch_size: {run.micro_batch_size} cannot be combined with "
                 "method.shuffled_batch_norm, which exchanges key views over the whole global batch "
                 "at once; set micro_batch_size=0, or method.shuffled_batch_norm=false, which "
                 "departs from the recipe"
             )
 
-    def build(self, backbone: Backbone) -> MoCo:
+    def build(self, backbone: Backbone) -> Method:
         """Build MoCo on top of a backbone."""
         return MoCo(self, backbone)
 
@@ -92,18 +86,17 @@ class MoCo(Method):
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return the queries, the student's embeddings of the first view, (local_batch, dim)."""
-        view, _ = self.two_views(batch)
-        return {"queries": self.projector(self.backbone(view))}  # (local_batch, dim)
+        return {"queries": self.projector(self.backbone(self.two_views(batch)[0]))}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
         """Return the keys, the teacher's unit embeddings of the second view, (local_batch, dim)."""
-        view = batch.views[1]
-        if self.config.shuffled_batch_norm:
-            keys = forward_shuffled(self.teacher, view, batch.indices)
-        else:
-            keys = self.teacher(view)
-        return {"keys": F.normalize(upcast(keys))}
+        keys = (
+            forward_shuffled(self.teacher, batch.views[1], batch.indices)
+            if self.config.shuffled_batch_norm
+            else self.teacher(batch.views[1])
+        )
+        return {"keys": F.normalize(similarity.upcast(keys))}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the InfoNCE loss of the queries. The negatives are the past keys in the queue.
@@ -112,15 +105,15 @@ class MoCo(Method):
         """
         queries, keys = embeddings["queries"], targets["keys"]
         queue = None if self.queue is None else self.queue.rows
-        loss = info_nce(queries, keys, temperature=self.config.temperature, queue=queue)
-        return LossOutput(loss, {"positive_cosine": mean_cosine(queries.detach(), keys)})
+        loss = contrastive.info_nce(queries, keys, temperature=self.config.temperature, queue=queue)
+        return LossOutput(loss, {"positive_cosine": similarity.mean_cosine(queries.detach(), keys)})
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Push the keys to the queue and move the teacher."""
+        """Push the keys to the queue and update the teacher."""
         if self.queue is not None:
-            self.queue.push(targets["keys"], self.stepped)
-        self.teacher.move(self, self.config.momentum, self.stepped)
+            self.queue.push(targets["keys"], self.step_taken)
+        self.teacher.update(self, self.config.momentum, self.step_taken)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Monitor the queries, paired with their keys."""
@@ -131,7 +124,7 @@ def forward_shuffled(network: nn.Module, views: Tensor, indices: Tensor) -> Tens
     """Return `network(views)`, computed with the images of the global batch in another order.
 
     A key then shares its batch-norm group with other images than its query does. The permutation is
-    a function of the images' numbers, so that every rank knows it and no random state is carried.
+    a hash of the images' numbers, so every rank computes the same one without random state.
 
     Args:
         network: The teacher.

@@ -2,11 +2,9 @@
 
 The negatives are the keys of the whole batch instead of a queue, the student has a predictor, and
 backbones are ResNets or ViTs. Heads, loss and order of updates follow facebookresearch/moco-v3 at
-c349e6e2 (moco/builder.py, vits.py). The authors move the momentum encoder before the forward pass
-of the keys. Here it moves after the step, with the next step's momentum.
+c349e6e2 (moco/builder.py, vits.py). The authors update the momentum encoder before the forward pass
+of the keys. Here it is updated after the step, with the next step's momentum.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -24,22 +22,20 @@ from ssl_pretrain.methods.base import (
     Monitored,
     refuse_init,
 )
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
-from ssl_pretrain.models.teacher import Teacher, rising_momentum
+from ssl_pretrain.models.components import Backbone, Teacher, mlp, rising_momentum
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"hidden_dim": 512, "dim": 128, "temperature": 0.2}
+SMALL_CONFIG = {"hidden_dim": 512, "dim": 128, "temperature": 0.2}
 
 
 @dataclass
 class Config(MethodConfig):
     """Configuration of MoCo v3 with a ResNet-50.
 
-    For a ViT set temperature 0.2, num_projector_layers 3, predictor_last_norm true and
-    vit_starts authors.
+    For a ViT set temperature: 0.2, num_projector_layers: 3, predictor_last_norm: true and
+    vit_starts: authors.
     """
 
     name: str = "moco_v3"
@@ -65,7 +61,7 @@ class Config(MethodConfig):
         """Raise ValueError if the authors' initialization would replace loaded weights."""
         refuse_init(self.vit_starts, run)
 
-    def build(self, backbone: Backbone) -> MoCoV3:
+    def build(self, backbone: Backbone) -> Method:
         """Build MoCo v3 on top of a backbone."""
         return MoCoV3(self, backbone)
 
@@ -95,15 +91,15 @@ class MoCoV3(Method):
         self.teacher = Teacher(backbone=backbone, projector=self.projector)
 
     def forward(self, batch: Batch) -> Embeddings:
-        """Return the queries, the prediction from each view's embedding, (local_batch, dim)."""
+        """Return the queries: each view's prediction, each (local_batch, dim)."""
         p_a, p_b = (
             self.predictor(self.projector(self.backbone(view))) for view in self.two_views(batch)
         )
-        return {"p_a": p_a, "p_b": p_b}  # (local_batch, dim), the queries of the paper
+        return {"p_a": p_a, "p_b": p_b}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
-        """Return the keys, the teacher's embedding of each view, (local_batch, dim)."""
+        """Return the keys: the teacher's embedding of each view, each (local_batch, dim)."""
         z_a, z_b = (self.teacher(view) for view in batch.views)
         return {"z_a": z_a, "z_b": z_b}
 
@@ -112,15 +108,14 @@ class MoCoV3(Method):
         temperature = self.config.temperature
         a_to_b = info_nce(embeddings["p_a"], targets["z_b"], temperature=temperature)
         b_to_a = info_nce(embeddings["p_b"], targets["z_a"], temperature=temperature)
-        both = a_to_b + b_to_a
-        loss = 2 * temperature * both  # the authors' scale
-        return LossOutput(loss, {"info_nce": both / 2})
+        total = a_to_b + b_to_a
+        return LossOutput(2 * temperature * total, {"info_nce": total / 2})  # the authors' scale
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
-        """Move the teacher with the momentum of the next step."""
+        """Update the teacher with the momentum of the next step."""
         momentum = rising_momentum(progress.next(), self.config.momentum)
-        self.teacher.move(self, momentum, self.stepped)
+        self.teacher.update(self, momentum, self.step_taken)
 
     def monitored(self, embeddings: Embeddings, targets: Embeddings) -> Monitored:
         """Monitor the first view's queries, paired with the teacher's keys of the second view."""
@@ -137,8 +132,8 @@ def initialize_as_authors(vit: Any) -> None:
     projection = vit.patch_embed.proj
     _xavier_uniform(projection, projection.weight[0].numel(), projection.weight.shape[0])
     nn.init.normal_(vit.cls_token, std=1e-6)
-    height, width = vit.patch_embed.grid_size
     class_token = torch.zeros(1, 1, vit.embed_dim)
+    height, width = vit.patch_embed.grid_size
     grid = sine_cosine_positions(height, width, vit.embed_dim)
     vit.pos_embed.copy_(torch.cat([class_token, grid], dim=1))
     vit.pos_embed.requires_grad_(False)

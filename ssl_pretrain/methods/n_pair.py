@@ -1,12 +1,10 @@
 """Multi-class N-pair loss (Sohn, NeurIPS 2016).
 
 The positive of an anchor competes with the positives of all other pairs. Logits are inner
-products instead of cosines, and a penalty bounds the squared length of the embeddings. If several
-pairs belong to one class, they share the target equally, as in npairs_loss of tensorflow/addons
-0.20 (losses/npairs.py).
+products instead of cosines, and a penalty keeps the embeddings short. If several pairs belong to
+one class, they share the target equally, as in npairs_loss of tensorflow/addons 0.20
+(losses/npairs.py).
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,13 +12,12 @@ from typing import Literal
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import Embeddings, GroupedPairs, LossOutput, MethodConfig
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.schema import setting
 
-SMALL = {"projector_dims": [256, 128]}
+SMALL_CONFIG = {"projector_dims": [256, 128]}
 
 
 @dataclass
@@ -36,16 +33,13 @@ class Config(MethodConfig):
     )
     projector_dims: list[int] = setting([2048, 128], "Widths of the projector's layers.")
 
-    def build(self, backbone: Backbone) -> NPair:
+    def build(self, backbone: Backbone) -> GroupedPairs:
         """Build the N-pair method on top of a backbone."""
         return NPair(self, backbone)
 
 
 class NPair(GroupedPairs):
     """N-pair loss of inner products, with a penalty on the length of the embeddings."""
-
-    def __init__(self, config: Config, backbone: Backbone):
-        super().__init__(config, backbone, mlp(backbone.feature_dim, *config.projector_dims))
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the N-pair loss plus the weighted penalty on squared lengths, and log both."""

@@ -1,11 +1,9 @@
 """NNCLR (Dwibedi et al., ICCV 2021, arXiv:2104.14548).
 
 The positive of an image is its nearest neighbor in a queue of past embeddings. There is no
-official code. Heads follow the paper as lightly at e8d317fc and solo-learn at 9187ea39 (nnclr.py)
-read it.
+official code. Heads follow the paper as lightly (at e8d317fc) and solo-learn (at 9187ea39,
+nnclr.py) interpret it.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_pretrain.losses.contrastive import info_nce
-from ssl_pretrain.losses.upcast import upcast
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
-from ssl_pretrain.models.queue import Queue, check_queue
+from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.models.components import Backbone, Queue, check_queue, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {
+SMALL_CONFIG = {
     "projector_dims": [256, 256, 128],
     "predictor_dim": 512,
     "queue_size": 4096,
@@ -46,7 +41,7 @@ class Config(MethodConfig):
         """Raise ValueError unless whole global batches fill the queue exactly."""
         check_queue(self.queue_size, run.global_batch_size)
 
-    def build(self, backbone: Backbone) -> NNCLR:
+    def build(self, backbone: Backbone) -> Method:
         """Build NNCLR on top of a backbone."""
         return NNCLR(self, backbone)
 
@@ -66,8 +61,8 @@ class NNCLR(Method):
     def forward(self, batch: Batch) -> Embeddings:
         """Return both views' detached embeddings and their predictions, all (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        p_a, p_b = self.predictor(z_a), self.predictor(z_b)
-        return {"z_a": z_a.detach(), "z_b": z_b.detach(), "p_a": p_a, "p_b": p_b}
+        predictions = {"p_a": self.predictor(z_a), "p_b": self.predictor(z_b)}
+        return {"z_a": z_a.detach(), "z_b": z_b.detach(), **predictions}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the InfoNCE loss of nearest neighbors and predictions, averaged over directions.
@@ -79,15 +74,15 @@ class NNCLR(Method):
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
         temperature = self.config.temperature
         neighbor_a, neighbor_b = nearest(z_a, self.queue.rows), nearest(z_b, self.queue.rows)
-        a_to_b = info_nce(neighbor_a, embeddings["p_b"], temperature=temperature)
-        b_to_a = info_nce(neighbor_b, embeddings["p_a"], temperature=temperature)
-        loss = (a_to_b + b_to_a) / 2
-        return LossOutput(loss, {"neighbor_cosine": mean_cosine(neighbor_a, z_a.detach())})
+        a_to_b = contrastive.info_nce(neighbor_a, embeddings["p_b"], temperature=temperature)
+        b_to_a = contrastive.info_nce(neighbor_b, embeddings["p_a"], temperature=temperature)
+        logs = {"neighbor_cosine": similarity.mean_cosine(neighbor_a, z_a.detach())}
+        return LossOutput((a_to_b + b_to_a) / 2, logs)
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
         """Push the first view's embeddings, at unit length, to the queue."""
-        self.queue.push(F.normalize(upcast(embeddings["z_a"])), self.stepped)
+        self.queue.push(F.normalize(similarity.upcast(embeddings["z_a"])), self.step_taken)
 
 
 @torch.no_grad()
@@ -98,6 +93,6 @@ def nearest(z: Tensor, queue: Tensor) -> Tensor:
         z: Embeddings, shape (local_batch, dim).
         queue: Past embeddings of unit length, shape (queue_size, dim).
     """
-    z = upcast(z)
+    z = similarity.upcast(z)
     cosines = F.normalize(z) @ queue.to(z.dtype).T
     return queue[cosines.argmax(1)].to(z.dtype)

@@ -1,24 +1,22 @@
 """SimCLR (Chen et al., ICML 2020, arXiv:2002.05709) and v2 (NeurIPS 2020, arXiv:2006.10029).
 
-Two views, whose negatives are the other images of the batch. Head, initialization and the sum of
-both directions follow google-research/simclr at 383d4143 (model_util.py, objective.py).
+Two views of an image attract each other, and the other images of the batch are negatives. Head,
+initialization and the sum of both directions follow google-research/simclr at 383d4143
+(model_util.py, objective.py).
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ssl_pretrain.losses.contrastive import nt_xent
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.losses import contrastive, similarity
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [256, 128], "temperature": 0.2}
+SMALL_CONFIG = {"projector_dims": [256, 128], "temperature": 0.2}
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Config(MethodConfig):
         False, "Ablation: no projector. The loss is computed on the features."
     )
 
-    def build(self, backbone: Backbone) -> SimCLR:
+    def build(self, backbone: Backbone) -> Method:
         """Build SimCLR on top of a backbone."""
         return SimCLR(self, backbone)
 
@@ -44,7 +42,7 @@ class SimCLR(Method):
 
     def __init__(self, config: Config, backbone: Backbone):
         super().__init__(config, backbone)
-        # Every Linear is followed by batch norm, so none has a bias. The last norm has no shift.
+        # Batch norm follows every linear layer, so none has a bias. The last norm has no shift.
         dims = [] if config.without_projector else config.projector_dims
         self.projector = (
             mlp(backbone.feature_dim, *dims, last_batch_norm=True, last_shift=False, init_std=0.01)
@@ -54,14 +52,16 @@ class SimCLR(Method):
 
     def forward(self, batch: Batch) -> Embeddings:
         """Return the embeddings of both views from one forward pass, each (local_batch, dim)."""
-        both = torch.cat(self.two_views(batch))  # batch norm sees both views, as in their code
-        z_a, z_b = self.projector(self.backbone(both)).chunk(2)
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        # Batch norm sees both views, as in the authors' code.
+        z_a, z_b = self.projector(self.backbone(torch.cat(self.two_views(batch)))).chunk(2)
+        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the NT-Xent loss summed over both directions, and log its mean over them."""
         z_a, z_b = embeddings["z_a"], embeddings["z_b"]
-        mean = nt_xent(z_a, z_b, temperature=self.config.temperature)
-        loss = 2 * mean  # the authors sum both directions
-        positive_cosine = mean_cosine(z_a.detach(), z_b.detach())
-        return LossOutput(loss, {"nt_xent": mean, "positive_cosine": positive_cosine})
+        mean = contrastive.nt_xent(z_a, z_b, temperature=self.config.temperature)
+        logs = {
+            "nt_xent": mean,
+            "positive_cosine": similarity.mean_cosine(z_a.detach(), z_b.detach()),
+        }
+        return LossOutput(2 * mean, logs)  # the authors sum both directions

@@ -2,21 +2,19 @@
 
 Two views, a predictor and a stopped gradient, without a teacher or negatives. Heads and loss
 follow facebookresearch/simsiam at a7bc1772 (simsiam/builder.py). The frozen bias before the last
-batch norm is left out, because the norm removes it. The predictor's constant learning rate is
-optim.constant_lr_names: [predictor].
+batch norm is left out, because the norm removes it. To give the predictor the constant learning
+rate of the paper, set optim.constant_lr_names: [predictor].
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig, mean_cosine
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.losses.similarity import mean_cosine
+from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [256, 256, 256], "predictor_dim": 64}
+SMALL_CONFIG = {"projector_dims": [256, 256, 256], "predictor_dim": 64}
 
 
 @dataclass
@@ -34,7 +32,7 @@ class Config(MethodConfig):
         False, "Ablation: no stop-gradient, which collapses (table 1 of the paper)."
     )
 
-    def build(self, backbone: Backbone) -> SimSiam:
+    def build(self, backbone: Backbone) -> Method:
         """Build SimSiam on top of a backbone."""
         return SimSiam(self, backbone)
 
@@ -59,7 +57,7 @@ class SimSiam(Method):
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
         if not self.config.without_stop_gradient:
             z_a, z_b = z_a.detach(), z_b.detach()
-        return {"p_a": p_a, "p_b": p_b, "z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        return {"p_a": p_a, "p_b": p_b, "z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the negative mean cosine of each prediction with the other view's embedding."""

@@ -1,11 +1,9 @@
 """Supervised contrastive learning (Khosla et al., NeurIPS 2020, arXiv:2004.11362).
 
 All views of a class are positives of each other. Loss and scale follow HobbitLong/SupContrast at
-66a8fe53 (losses.py, networks/resnet_big.py) and google-research supcon at 0c1bbe5f
-(projection_head.py, whose last layer has no bias).
+66a8fe53 (losses.py, networks/resnet_big.py). google-research/supcon at 0c1bbe5f differs in the
+projector (projection_head.py), whose last layer has no bias.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -14,12 +12,11 @@ from torch.nn import functional as F
 
 from ssl_pretrain.losses.contrastive import supervised_contrastive
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [256, 128]}
+SMALL_CONFIG = {"projector_dims": [256, 128]}
 
 
 @dataclass
@@ -39,7 +36,7 @@ class Config(MethodConfig):
     )
     last_bias: bool = setting(True, "Bias in the projector's last layer. google-research: false.")
 
-    def build(self, backbone: Backbone) -> SupCon:
+    def build(self, backbone: Backbone) -> Method:
         """Build SupCon on top of a backbone."""
         return SupCon(self, backbone)
 
@@ -65,7 +62,7 @@ class SupCon(Method):
         if self.config.unit_features:
             features = F.normalize(features)
         z_a, z_b = self.projector(features).chunk(2)
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        return {"z_a": z_a, "z_b": z_b}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Embeddings:
@@ -74,8 +71,9 @@ class SupCon(Method):
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the supervised contrastive loss times temperature / base_temperature."""
-        temperature, base_temperature = self.config.temperature, self.config.base_temperature
-        z_a, z_b, labels = embeddings["z_a"], embeddings["z_b"], targets["labels"]
-        mean = supervised_contrastive(z_a, z_b, labels, temperature=temperature)  # equation 2
-        loss = mean * temperature / base_temperature
+        z_a, z_b, temperature = embeddings["z_a"], embeddings["z_b"], self.config.temperature
+        mean = supervised_contrastive(  # equation 2
+            z_a, z_b, targets["labels"], temperature=temperature
+        )
+        loss = mean * temperature / self.config.base_temperature
         return LossOutput(loss, {"supervised_contrastive": mean})

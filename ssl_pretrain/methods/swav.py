@@ -2,11 +2,9 @@
 
 The prototypes assigned to one view are predicted from the other views. Heads, Sinkhorn
 iterations, queue and order of updates follow facebookresearch/swav at 06b1b7cb (main_swav.py).
-The authors normalize the prototypes before each forward pass. Here that is done after each step,
-so the forward passes use the same weights.
+The authors normalize the prototypes before each forward pass. Here they are normalized after each
+step, which gives the forward passes the same weights.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import (
     Embeddings,
     LossOutput,
@@ -26,14 +24,12 @@ from ssl_pretrain.methods.base import (
     Monitored,
     by_size,
 )
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
-from ssl_pretrain.models.queue import Queue, check_queue
+from ssl_pretrain.models.components import Backbone, Queue, check_queue, mlp
 from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"hidden_dim": 256, "dim": 64, "num_prototypes": 300, "freeze_prototypes_steps": 39}
+SMALL_CONFIG = {"hidden_dim": 256, "dim": 64, "num_prototypes": 300, "freeze_prototypes_steps": 39}
 
 
 @dataclass
@@ -65,7 +61,7 @@ class Config(MethodConfig):
         if self.queue_size:
             check_queue(self.queue_size, run.global_batch_size)
 
-    def build(self, backbone: Backbone) -> SwAV:
+    def build(self, backbone: Backbone) -> Method:
         """Build SwAV on top of a backbone."""
         return SwAV(self, backbone)
 
@@ -98,14 +94,13 @@ class SwAV(Method):
         z = F.normalize(self.projector(features))  # batch norm sees all views at once
         scores = torch.stack(self.prototypes(z).chunk(num_views), dim=1)
         z_a, z_b = z.detach().chunk(num_views)[:2]
-        # (local_batch, dim) twice, then (local_batch, views, num_prototypes)
         return {"z_a": z_a, "z_b": z_b, "scores": scores}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the mean cross entropy of assignments and scores over pairs of different views.
 
-        The assignments of each global view are predicted from every other view. The log
-        is the mean entropy of the second view's assignments, in nats.
+        The assignments of each global view are predicted from every other view. The log is the mean
+        entropy of the second view's assignments, in nats.
         """
         scores = upcast(embeddings["scores"])
         num_views = scores.shape[1]
@@ -123,7 +118,7 @@ class SwAV(Method):
     def assignments(self, scores: Tensor, view: int) -> Tensor:
         """Return soft assignments of this rank's images, shape (local_batch, num_prototypes).
 
-        Every prototype gets an equal share of the global batch and, once it is full, the queue.
+        Every prototype gets an equal share of the global batch and of the queue, once it is full.
         """
         present = scores.new_ones(len(scores))
         rows = scores
@@ -134,18 +129,22 @@ class SwAV(Method):
             rows = torch.cat([scores, past @ upcast(self.prototypes.weight).T])
             full = (self.queue.filled == len(self.queue.rows)).to(scores.dtype)
             present = torch.cat([present, full.expand(share)])
-        epsilon, num_iterations = self.config.epsilon, self.config.num_iterations
-        q = sinkhorn(rows, present, epsilon=epsilon, num_iterations=num_iterations)
+        q = sinkhorn(
+            rows,
+            present,
+            epsilon=self.config.epsilon,
+            num_iterations=self.config.num_iterations,
+        )
         return q[: len(scores)]
 
     @torch.no_grad()
     def after_step(self, progress: Progress, embeddings: Embeddings, targets: Embeddings) -> None:
         """Normalize the prototypes and, from `queue_from_epoch` on, push the embeddings."""
         (weight,) = collectives.shards([self.prototypes.weight])  # a shard has whole rows
-        weight.copy_(self.if_stepped(F.normalize(weight), weight))
+        weight.copy_(self.if_step_taken(F.normalize(weight), weight))
         if self.queue is not None and progress.epoch >= self.config.queue_from_epoch:
             z = torch.stack([embeddings["z_a"], embeddings["z_b"]], dim=1)
-            self.queue.push(z, self.stepped)
+            self.queue.push(z, self.step_taken)
 
     def frozen(self, progress: Progress) -> Sequence[str]:
         """Freeze the prototypes during the first `freeze_prototypes_steps` steps."""
@@ -163,9 +162,9 @@ class SwAV(Method):
 
 
 def sinkhorn(scores: Tensor, present: Tensor, *, epsilon: float, num_iterations: int) -> Tensor:
-    """Return assignments of all ranks' rows to prototypes: section 3.1.
+    """Return the assignments of this rank's rows to prototypes (section 3.1).
 
-    Rows sum to 1, and every prototype has the same share of all rows.
+    Each row sums to 1, and every prototype has the same share of all ranks' rows.
 
     Args:
         scores: Shape (rows, num_prototypes), at least float32, as exp(1 / 0.05) overflows float16.

@@ -1,11 +1,9 @@
 """VICReg (Bardes, Ponce, LeCun, ICLR 2022, arXiv:2105.04906).
 
-Two views, without negatives or a teacher. Projector and loss follow facebookresearch/vicreg at
-4e12602f (main_vicreg.py). The variance term is the mean over both branches and the covariance term
-their sum, both over the global batch.
+The loss needs neither negatives nor a teacher. Projector and loss follow facebookresearch/vicreg at
+4e12602f (main_vicreg.py). The variance term is averaged over both views and the covariance term is
+summed over them. Both are computed over the global batch.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -16,14 +14,13 @@ from ssl_pretrain.losses.second_moments import (
     off_diagonal_energy,
     variance_hinge,
 )
-from ssl_pretrain.losses.upcast import upcast
+from ssl_pretrain.losses.similarity import upcast
 from ssl_pretrain.methods.base import Embeddings, LossOutput, Method, MethodConfig
-from ssl_pretrain.models.backbones import Backbone
-from ssl_pretrain.models.heads import mlp
+from ssl_pretrain.models.components import Backbone, mlp
 from ssl_pretrain.schema import setting
 from ssl_pretrain.views.batch import Batch
 
-SMALL = {"projector_dims": [512, 512, 512]}
+SMALL_CONFIG = {"projector_dims": [512, 512, 512]}
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Config(MethodConfig):
     variance_weight: float = setting(25.0, "Weight mu of the variance term.")
     covariance_weight: float = setting(1.0, "Weight nu of the covariance term.")
 
-    def build(self, backbone: Backbone) -> VICReg:
+    def build(self, backbone: Backbone) -> Method:
         """Build VICReg on top of a backbone."""
         return VICReg(self, backbone)
 
@@ -55,7 +52,7 @@ class VICReg(Method):
     def forward(self, batch: Batch) -> Embeddings:
         """Return the projector's embeddings of both views, each (local_batch, dim)."""
         z_a, z_b = (self.projector(self.backbone(view)) for view in self.two_views(batch))
-        return {"z_a": z_a, "z_b": z_b}  # (local_batch, dim)
+        return {"z_a": z_a, "z_b": z_b}
 
     def loss(self, embeddings: Embeddings, targets: Embeddings) -> LossOutput:
         """Return the weighted sum of invariance, variance and covariance terms, and log each."""

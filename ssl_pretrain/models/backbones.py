@@ -1,4 +1,4 @@
-"""Backbones: any timm network, by its name, that gives one vector per image."""
+"""Backbones: timm networks that return one vector per image."""
 
 from collections.abc import Mapping
 
@@ -6,23 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.models import image_size_check, published_weights, timm_networks
+from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
-REMEDY = "give backbone.name, stem and args of the run that made them"
+REMEDY = "give backbone.name, stem and args of the run that trained them"
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")  # DDP, torch.compile, FSDP1
-
-
-class Backbone(nn.Module):
-    """A timm model from images, (batch, 3, height, width), to features, (batch, feature_dim)."""
-
-    def __init__(self, model: nn.Module, feature_dim: int | None = None):
-        super().__init__()
-        self.model = model
-        self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the pooled features of images (n, 3, height, width), (n, feature_dim)."""
-        return self.model(images)
 
 
 def build(config: BackboneConfig, image_size: int) -> Backbone:
@@ -32,8 +20,8 @@ def build(config: BackboneConfig, image_size: int) -> Backbone:
     afterwards by `load_strict`.
 
     Raises:
-        ValueError: timm has no such model or weights or refuses an argument, the stem cannot be
-            made small, or the network does not give one vector per image of that size.
+        ValueError: If timm has no such model or weights or refuses an argument, if the stem cannot
+            be made small, or if the network does not return one vector per image of that size.
     """
     width = image_size_check.feature_dim(config, image_size, image_size)
     return Backbone(timm_networks.create(config, image_size), width)
@@ -66,25 +54,25 @@ def load_strict(
     Args:
         backbone: The network.
         weights: Tensors under the names of this project, of timm, or of the code that published
-            them. Other networks and a classifier among them are left out.
+            them. Tensors of a classifier or of other networks are left out.
         source: Name of the weights in messages.
         prefix: Prefix of the backbone's keys in `weights`. Empty to search for it.
-        exact: Nothing may be left out or converted, as in a checkpoint of this project.
+        exact: Refuse weights of which something would have to be left out or converted. Used for
+            checkpoints of this project.
 
     Returns:
-        Notes of what was left out or converted.
+        Notes on what was left out or converted.
 
     Raises:
-        ValueError: A key is missing, unexpected or of another shape. The message lists them and
-            names `source`.
+        ValueError: If a key is missing, unexpected or of another shape. The message lists such keys
+            and names `source`.
     """
     weights, expected = plain_keys(weights), backbone.state_dict()
     prefix = next(iter(plain_keys({prefix: torch.empty(0)})))
     if prefix and not any(key.startswith(prefix) for key in weights):
-        some = ", ".join(list(weights)[:3])
         raise ValueError(
             f"{source}: backbone.init_prefix: no name in it starts with {prefix!r}; "
-            f"it has {some}, ..."
+            f"it has {', '.join(list(weights)[:3])}, ..."
         )
     if not exact and isinstance(backbone, Backbone):
         match = published_weights.match(backbone.model, weights, prefix or None)
@@ -102,7 +90,7 @@ def load_strict(
         for key in set(expected) & set(weights)
         if weights[key].shape != expected[key].shape
     ]
-    problems = published_weights.listed(
+    problems = published_weights.describe_keys(
         sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected)), sorted(reshaped)
     )
     if problems:
@@ -114,7 +102,7 @@ def load_strict(
 
 
 def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights into a module. One on the meta device has nothing to copy them to."""
+    """Copy the weights into a module, unless it is on the meta device, which has no memory."""
     if not next(module.parameters()).is_meta:
         module.load_state_dict(weights, strict=True)
 
@@ -125,16 +113,14 @@ def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     They are in `blocks` of a ViT, in `layer1` to `layer4` of a ResNet, and in `stages` of other
     timm networks. Each is sharded, compiled or recomputed as a unit. Some networks have none.
     """
-    repeated = []
-    for name, backbone in module.named_modules():
-        stacks = backbone.model.named_children() if isinstance(backbone, Backbone) else ()
-        for key, stack in stacks:
-            if key.rstrip("0123456789") in ("blocks", "layer", "stages"):
-                repeated += [
-                    (f"{name}.model.{key}.{number}".lstrip("."), block)
-                    for number, block in stack.named_children()
-                ]
-    return repeated
+    return [
+        (f"{name}.model.{key}.{number}".lstrip("."), block)
+        for name, backbone in module.named_modules()
+        if isinstance(backbone, Backbone)
+        for key, stack in backbone.model.named_children()
+        if key.rstrip("0123456789") in ("blocks", "layer", "stages")
+        for number, block in stack.named_children()
+    ]
 
 
 def count_parameters(module: nn.Module) -> int:

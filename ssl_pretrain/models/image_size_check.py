@@ -1,6 +1,6 @@
 """Check that a network takes images of a size, and measure the width of its features.
 
-The network is tried on the meta device, where that takes no memory and little time. timm's
+The network is tried on the meta device, which takes no memory and little time. timm's
 `num_features` is not always the width of the output.
 """
 
@@ -29,12 +29,11 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
         sizes: Image sizes in pixels by the keys that set them.
 
     Raises:
-        ValueError: Names the key, the size and the sizes that would do.
+        ValueError: If a size does not fit. The message names the key, the size and sizes that fit.
     """
-    if (config.init_key or config.init_prefix) and (
-        config.init == "random" or config.init.startswith("timm:")
-    ):
-        key = "init_key" if config.init_key else "init_prefix"
+    key = "init_key" if config.init_key else "init_prefix"
+    is_file = config.init != "random" and not config.init.startswith("timm:")
+    if getattr(config, key) and not is_file:
         raise ValueError(
             f"backbone.{key}: {getattr(config, key)!r} is for a file of weights, "
             f"and backbone.init is {config.init!r}"
@@ -48,9 +47,8 @@ def check(config: BackboneConfig, sizes: Mapping[str, int]) -> None:
         try:
             feature_dim(config, next(iter(sizes.values())), size)
         except ValueError as error:
-            raise ValueError(
-                f"{key}: {error}" if str(error).startswith(f"{size} pixels") else str(error)
-            ) from None
+            is_about_size = str(error).startswith(f"{size} pixels")
+            raise ValueError(f"{key}: {error}" if is_about_size else str(error)) from None
 
 
 def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
@@ -62,107 +60,111 @@ def feature_dim(config: BackboneConfig, built_for: int, size: int) -> int:
         size: Image size in pixels that it is tried with.
 
     Raises:
-        ValueError: The network cannot be built, cannot take the size, or does not give one vector
-            per image.
+        ValueError: If the network cannot be built, does not take the size, or does not return one
+            vector per image.
     """
     random_init = replace(config, init="random", init_key="", init_prefix="")
-    return _measured(yaml.safe_dump(asdict(random_init)), built_for, size)
+    return _cached_feature_dim(yaml.safe_dump(asdict(random_init)), built_for, size)
 
 
 @lru_cache(maxsize=256)
-def _measured(config: str, built_for: int, size: int) -> int:
-    settings = BackboneConfig(**yaml.safe_load(config))
+def _cached_feature_dim(config_yaml: str, built_for: int, size: int) -> int:
+    config = BackboneConfig(**yaml.safe_load(config_yaml))
     try:
-        return _width(settings, built_for, size)
+        return _measure(config, built_for, size)
     except _WrongSizeError as error:
-        raise ValueError(_about_size(settings, built_for, size, str(error))) from None
+        raise ValueError(_describe_wrong_size(config, built_for, size, str(error))) from None
 
 
 class _WrongSizeError(Exception):
-    """Raised for a network that cannot take images of a size."""
+    """A network that does not take images of a size. Its message is the first line of `error`."""
+
+    def __init__(self, error: Exception):
+        super().__init__((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
 
 
-def _width(config: BackboneConfig, built_for: int, size: int) -> int:
+def _measure(config: BackboneConfig, built_for: int, size: int) -> int:
+    """Measure the width of the features, or raise `_WrongSizeError`."""
     try:
         model = without_memory(lambda: create(config, built_for))
     except ValueError:
         raise
     except Exception as error:
-        raise _WrongSizeError(_first_line(error)) from None
+        raise _WrongSizeError(error) from None
     try:
-        widths = _try(model, size)
+        widths = _output_widths(model, size)
     except Exception as error:
         if not lacks_meta(error) or next(model.parameters()).device.type != "meta":
-            raise _WrongSizeError(_first_line(error)) from None
+            raise _WrongSizeError(error) from None
         try:
             with torch.random.fork_rng(devices=[]):
-                widths = _try(create(config, built_for), size)
-        except Exception as problem:
-            raise _WrongSizeError(_first_line(problem)) from None
+                widths = _output_widths(create(config, built_for), size)
+        except Exception as error_on_cpu:
+            raise _WrongSizeError(error_on_cpu) from None
     if len(widths) != 1 or not all(isinstance(width, int) for width in widths):
-        outputs = " and ".join(sorted(map(str, widths)))
         raise ValueError(
-            f"backbone.args: {config.name} with {dict(config.args)} gives {outputs} "
+            f"backbone.args: {config.name} with {dict(config.args)} gives "
+            f"{' and '.join(sorted(map(str, widths)))} "
             "for an image, and one vector is needed; leave out global_pool, features_only and "
             "whatever else changes the output"
         )
     return int(widths.pop())
 
 
-def _try(model: nn.Module, size: int) -> set[int | str]:
+def _output_widths(model: nn.Module, size: int) -> set[int | str]:
     """Return the widths of the output in evaluation and in training.
 
     An output that is not one vector per image is described in words.
     """
-    device = next(model.parameters()).device
+    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
     widths: set[int | str] = set()
     for training in (False, True):
         model.train(training)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = model(torch.zeros(2, 3, size, size, device=device))
-        shape = tuple(output.shape) if isinstance(output, Tensor) else None
-        if shape is None:
+            output = model(images)
+        if not isinstance(output, Tensor):
             widths.add(f"a {type(output).__name__}")
+        elif output.ndim == 2 and len(output) == 2:
+            widths.add(output.shape[1])
         else:
-            widths.add(shape[1] if len(shape) == 2 and shape[0] == 2 else f"shape {shape[1:]}")
+            widths.add(f"shape {tuple(output.shape[1:])}")
     return widths
 
 
-def _about_size(config: BackboneConfig, built_for: int, size: int, reason: str) -> str:
-    """Describe what is wrong with a size, and the nearest sizes that fit."""
-    patch = _patch(config)
+def _describe_wrong_size(config: BackboneConfig, built_for: int, size: int, reason: str) -> str:
+    """Describe what is wrong with a size, and name the nearest sizes that fit."""
+    patch = _patch_size(config)
     step = patch or 32
-    below = range(size // step * step - (0 if size % step else step), 0, -step)
+    below = list(range((size - 1) // step * step, 0, -step))[:8]
     above = range((size // step + 1) * step, size + 8 * step, step)
-    sizes = {
-        _first_that_fits(config, built_for, size, tried)
-        for tried in (list(below)[:8], above, [native_size(config.name)])
+    fitting = {
+        _first_fitting_size(config, built_for, size, candidates)
+        for candidates in (below, above, [native_size(config.name)])
     } - {0}
-    do = f"sizes that do: {', '.join(map(str, sorted(sizes)))}" if sizes else "no size near it does"
-    about = f" (patches of {patch})" if patch else ""
-    return f"{size} pixels do not fit backbone.name {config.name}{about}: {reason}; {do}"
+    patches = f" (patches of {patch})" if patch else ""
+    sizes = ", ".join(map(str, sorted(fitting)))
+    remedy = f"sizes that fit: {sizes}" if fitting else "no size near it fits"
+    return f"{size} pixels do not fit backbone.name {config.name}{patches}: {reason}; {remedy}"
 
 
-def _first_that_fits(
-    config: BackboneConfig, built_for: int, size: int, tried: Iterable[int]
+def _first_fitting_size(
+    config: BackboneConfig, built_for: int, size: int, candidates: Iterable[int]
 ) -> int:
-    for other in tried:
+    """Return the first candidate that the network takes, or 0."""
+    for candidate in candidates:
         try:
-            _width(config, other if built_for == size else built_for, other)
+            _measure(config, candidate if built_for == size else built_for, candidate)
         except (_WrongSizeError, ValueError):
             continue
-        return other
+        return candidate
     return 0
 
 
-def _patch(config: BackboneConfig) -> int:
+def _patch_size(config: BackboneConfig) -> int:
+    """Return the side of a ViT's patches in pixels, or 0 for other networks."""
     try:
         model = without_memory(lambda: create(config, native_size(config.name)))
     except Exception:
         return 0
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 0)
     return int(patch[0]) if isinstance(patch, (tuple, list)) else int(patch or 0)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,14 +1,15 @@
-"""Find the tensors of a backbone among weights that others published.
+"""Find the tensors of a backbone among published weights.
 
-All keys of the network have to be there, under one common prefix, in their shapes. Everything
-else is left out and reported: other networks of the same file, a classifier, a decoder. The
-converter that timm ships with each of its models renames the tensors of other code bases and
-resamples positions of another image size.
+All keys of the network have to be present in their shapes, under one common prefix. Other networks
+of the same file, a classifier or a decoder are left out and reported. timm ships a converter with
+each of its models, which renames the tensors of other code bases and resamples the positions of
+another image size.
 """
 
 import inspect
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from ssl_pretrain.models import torchvision_names
 from ssl_pretrain.models.weights_file import Weights, named_tensors
 
 # Words of a prefix in the order of preference, for files in which several networks fit.
-PREFERRED = (
+PREFERRED_WORDS = (
     "",
     "backbone",
     "teacher",
@@ -31,15 +32,15 @@ PREFERRED = (
     "module",
 )
 CLASSIFIERS = ("fc", "head", "head_dist", "classifier", "heads", "linear", "last_linear")
-BESIDE = ("mask_token", "masked_embed", "decoder")  # only for pretraining: MAE, iBOT, DINOv2
+PRETRAINING_ONLY = ("mask_token", "masked_embed", "decoder")  # in MAE, iBOT and DINOv2
 # timm's names for a module's converter of weights.
 CONVERTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
-DEPTH = 4  # words of the longest prefix: module.teacher.backbone.model
+MAX_PREFIX_WORDS = 4  # module.teacher.backbone.model
 
 
 @dataclass
 class Match:
-    """The tensors of a network under its own names, and notes on how they were found."""
+    """The tensors of a network under its own names, and notes on what was left out or converted."""
 
     weights: Weights
     notes: list[str]
@@ -47,44 +48,40 @@ class Match:
 
 @dataclass
 class Mismatch:
-    """Why the tensors under a prefix are not a network's, and how many of them do not fit."""
+    """Description of the tensors under a prefix that do not fit a network, and their number."""
 
     text: str
     num_problems: float = math.inf
 
 
 def match(model: nn.Module, weights: Weights, prefix: str | None = None) -> Match | str:
-    """Find the model's tensors in `weights`, or return a text that says what is wrong with them.
+    """Find the model's tensors in `weights`, or describe what is wrong with them.
 
     Args:
         model: A timm model. Its state dict has the keys that are needed.
-        weights: Tensors of any names.
+        weights: Tensors under any names.
         prefix: Prefix of the model's keys. None to search for it.
     """
     candidates = [prefix] if prefix is not None else prefixes(weights, model)
-    mismatches: list[Mismatch] = []
+    mismatches = [Mismatch("none of its tensors")]
     for convert in (False, True):
-        fitting: dict[str, Match] = {}
-        for each in candidates:
-            result = _under(model, weights, each, convert)
-            if isinstance(result, Match):
-                fitting[each] = result
-            else:
-                mismatches.append(result)
-        if fitting:
-            return _choose(fitting)
-    nothing = Mismatch("none of its tensors")
-    return min(mismatches, key=lambda mismatch: mismatch.num_problems, default=nothing).text
+        results = {
+            candidate: _match_prefix(model, weights, candidate, convert) for candidate in candidates
+        }
+        matches = {key: result for key, result in results.items() if isinstance(result, Match)}
+        if matches:
+            return _choose(matches)
+        mismatches += [result for result in results.values() if isinstance(result, Mismatch)]
+    return min(mismatches, key=lambda mismatch: mismatch.num_problems).text
 
 
 def prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
     """Return prefixes with at least half as many keys as the model has, preferred ones first."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for key in weights:
-        names = key.split(".")
-        for depth in range(min(DEPTH, len(names) - 1) + 1):
-            prefix = "".join(f"{name}." for name in names[:depth])
-            counts[prefix] = counts.get(prefix, 0) + 1
+        *words, _ = key.split(".")
+        for depth in range(min(MAX_PREFIX_WORDS, len(words)) + 1):
+            counts["".join(f"{word}." for word in words[:depth])] += 1
     enough = len(model.state_dict()) / 2
     return sorted(
         (prefix for prefix, count in counts.items() if count >= enough or not prefix), key=_rank
@@ -92,108 +89,101 @@ def prefixes(weights: Iterable[str], model: nn.Module) -> list[str]:
 
 
 def _rank(prefix: str) -> tuple[int, str]:
+    """Return the sort key of a prefix. Prefixes with an unknown word come last."""
     words = [word for word in prefix.split(".") if word]
-    ranks = [PREFERRED.index(word) for word in words if word in PREFERRED]
-    known = len(ranks) == len(words)
-    decisive = [rank for rank in ranks if PREFERRED[rank] not in ("backbone", "model", "module")]
-    return (min(decisive, default=0) if known else len(PREFERRED), prefix)
+    if not all(word in PREFERRED_WORDS for word in words):
+        return len(PREFERRED_WORDS), prefix
+    decisive = [word for word in words if word not in ("backbone", "model", "module")]
+    return min(map(PREFERRED_WORDS.index, decisive), default=0), prefix
 
 
-def _choose(fitting: dict[str, Match]) -> Match | str:
-    names = sorted(fitting, key=_rank)
-    best = names[0]
+def _choose(matches: dict[str, Match]) -> Match | str:
+    best, *others = sorted(matches, key=_rank)
     if (
-        len(names) > 1
-        and _rank(names[1])[0] == _rank(best)[0]
-        and not _equal(fitting[best], fitting[names[1]])
+        others
+        and _rank(others[0])[0] == _rank(best)[0]
+        and not _equal(matches[best].weights, matches[others[0]].weights)
     ):
         return (
-            f"several networks in it fit, under {', '.join(map(repr, names))}; "
+            f"several networks in it fit, under {', '.join(map(repr, (best, *others)))}; "
             "choose one with backbone.init_prefix"
         )
-    others = [f"another network under {name!r} left out" for name in names[1:]]
-    return Match(fitting[best].weights, [*fitting[best].notes, *others])
+    notes = [f"another network under {other!r} left out" for other in others]
+    return Match(matches[best].weights, matches[best].notes + notes)
 
 
-def _equal(first: Match, second: Match) -> bool:
-    return all(
-        torch.equal(value, second.weights[key])
-        for key, value in first.weights.items()
-        if not value.is_meta
-    )
+def _equal(weights: Weights, others: Weights) -> bool:
+    return all(torch.equal(w, others[key]) for key, w in weights.items() if not w.is_meta)
 
 
-def _under(model: nn.Module, weights: Weights, prefix: str, convert: bool) -> Match | Mismatch:
+def _match_prefix(
+    model: nn.Module, weights: Weights, prefix: str, convert: bool
+) -> Match | Mismatch:
     expected = model.state_dict()
     inside = {
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
     notes = [f"prefix {prefix!r}"] if prefix else []
-    outside = len(weights) - len(inside)
-    if outside:
-        notes.append(f"{outside} tensors outside it left out")
+    if num_outside := len(weights) - len(inside):
+        notes.append(f"{num_outside} tensors outside it left out")
     if convert:
-        converted = _converted(model, inside)
+        converted = _convert_by_timm(model, inside)
         if converted is None:
             return Mismatch("timm has no converter for it")
-        notes += _changes(inside, converted)
+        notes += _describe_changes(inside, converted)
         inside = converted
-    missing = [
-        key for key in expected if key not in inside and not key.endswith("num_batches_tracked")
-    ]
+    present = [key for key in expected if key in inside]
+    absent = [key for key in expected if key not in inside]
+    missing = [key for key in absent if not key.endswith("num_batches_tracked")]
     reshaped = [
-        key for key in expected if key in inside and inside[key].shape != expected[key].shape
+        f"{key} {tuple(inside[key].shape)} for {tuple(expected[key].shape)}"
+        for key in present
+        if inside[key].shape != expected[key].shape
     ]
     extra = [key for key in inside if key not in expected]
-    beside = [key for key in extra if inside[key].ndim == 0 or _is_beside(model, key)]
-    unexpected = [key for key in extra if key not in beside]
+    ignorable = [key for key in extra if inside[key].ndim == 0 or _is_ignorable(model, key)]
+    unexpected = [key for key in extra if key not in ignorable]
     if missing or unexpected or reshaped:
-        shapes = [
-            f"{key} {tuple(inside[key].shape)} for {tuple(expected[key].shape)}" for key in reshaped
-        ]
-        text = listed(sorted(missing), sorted(unexpected), sorted(shapes))
-        return Mismatch(text, len(missing) + len(unexpected) + len(shapes))
-    quantized = [
+        text = describe_keys(sorted(missing), sorted(unexpected), sorted(reshaped))
+        return Mismatch(text, len(missing) + len(unexpected) + len(reshaped))
+    unusable = [
         key
-        for key in expected
-        if key in inside
-        and expected[key].is_floating_point()
+        for key in present
+        if expected[key].is_floating_point()
         and not (inside[key].is_floating_point() and inside[key].isfinite().all())
     ]
-    if quantized:
+    if unusable:
         text = (
-            f"{_named(sorted(quantized))}: values that are not finite, or integers where the "
-            "network has none"
+            f"{_names_or_number(sorted(unusable))}: values that are not finite, or integers where "
+            "the network has none"
         )
-        return Mismatch(text, len(quantized))
-    if beside:
-        notes.append(f"left out {_named(sorted(beside))}")
-    counters = {key: expected[key] for key in expected if key not in inside}
-    return Match({**{key: inside[key] for key in expected if key in inside}, **counters}, notes)
+        return Mismatch(text, len(unusable))
+    if ignorable:
+        notes.append(f"left out {_names_or_number(sorted(ignorable))}")
+    return Match(
+        {key: inside[key] for key in present} | {key: expected[key] for key in absent}, notes
+    )
 
 
-def _is_beside(model: nn.Module, key: str) -> bool:
+def _is_ignorable(model: nn.Module, key: str) -> bool:
     """Return True for a key of a classifier, a decoder, or a module that the model lacks."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    names = cfg.get("classifier") or ()
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
-    if any(key == name or key.startswith(f"{name}.") for name in names):
-        return True
     first, dot, _ = key.partition(".")
-    if first.startswith(BESIDE):
+    if first.startswith(PRETRAINING_ONLY) or any(f"{key}.".startswith(f"{n}.") for n in names):
         return True
     if first in CLASSIFIERS:
-        return not any(own.startswith(f"{first}.") for own in model.state_dict())
+        return not any(name.startswith(f"{first}.") for name in model.state_dict())
     return bool(dot) and getattr(model, first, None) is None
 
 
-def _converted(model: nn.Module, weights: Weights) -> Weights | None:
+def _convert_by_timm(model: nn.Module, weights: Weights) -> Weights | None:
     """Apply timm's converter for this model, which renames keys and resamples positions."""
-    renamed = torchvision_names.rename(weights)
     module = sys.modules[type(model).__module__]
     convert = next((getattr(module, name) for name in CONVERTERS if hasattr(module, name)), None)
     if convert is None:
         return None
+    renamed = torchvision_names.rename(weights)
     try:
         with torch.device("cpu"):
             arguments = (dict(renamed), model)[: len(inspect.signature(convert).parameters)]
@@ -202,26 +192,29 @@ def _converted(model: nn.Module, weights: Weights) -> Weights | None:
         return None
 
 
-def _changes(before: Weights, after: Weights) -> list[str]:
+def _describe_changes(before: Weights, after: Weights) -> list[str]:
     resized = [
         f"{key} resampled from {tuple(before[key].shape)} to {tuple(value.shape)}"
         for key, value in after.items()
         if key in before and before[key].shape != value.shape
     ]
-    renamed = sum(key not in before for key in after)
+    num_renamed = sum(key not in before for key in after)
     notes = resized[:3] + ([f"and {len(resized) - 3} more"] if len(resized) > 3 else [])
-    return notes + ([f"{renamed} names converted"] if renamed else [])
+    return notes + ([f"{num_renamed} names converted"] if num_renamed else [])
 
 
-def listed(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
+def describe_keys(missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
     """Describe keys that do not fit, such as `2 missing (a, b); 1 of another shape (...)`."""
-    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    return "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in groups if keys)
+    groups = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    return "; ".join(
+        f"{len(keys)} {problem} ({_first_names(keys)})" for problem, keys in groups.items() if keys
+    )
 
 
-def _some(keys: list[str]) -> str:
+def _first_names(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
-def _named(keys: list[str]) -> str:
-    return _some(keys) if len(keys) <= 3 else f"{len(keys)} tensors ({_some(keys)})"
+def _names_or_number(keys: list[str]) -> str:
+    names = _first_names(keys)
+    return names if len(keys) <= 3 else f"{len(keys)} tensors ({names})"

@@ -1,6 +1,13 @@
-"""Create timm networks by name, on the meta device where that suffices."""
+"""Create timm networks by name, on the meta device where that suffices.
 
+timm imports wandb, if it is installed, for one function of its own training script. That takes
+longer than torch itself, in every command and on every rank. So wandb is hidden while timm is
+imported, and the function loads it when it is called.
+"""
+
+import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,10 +17,31 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ssl_pretrain.models.timm_import import timm
 from ssl_pretrain.schema import setting
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+class _LazyWandb:
+    """Stands in for the module wandb and imports it on first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("wandb"), name)
+
+
+def _import_timm() -> Any:
+    if "timm" in sys.modules or "wandb" in sys.modules:
+        return importlib.import_module("timm")
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # `import wandb` raises ImportError
+    try:
+        module = importlib.import_module("timm")
+    finally:
+        del sys.modules["wandb"]
+    vars(importlib.import_module("timm.utils.summary"))["wandb"] = _LazyWandb()
+    return module
+
+
+timm = _import_timm()
 
 
 @dataclass
@@ -46,8 +74,8 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
     """Create the network without a classifier, for views of `image_size` pixels.
 
     Raises:
-        ValueError: timm has no such model or weights or refuses an argument, or the stem cannot be
-            made small.
+        ValueError: If timm has no such model or weights or refuses an argument, or the stem cannot
+            be made small.
     """
     _check_name(config.name)
     if config.args.get("in_chans", 3) != 3:
@@ -58,17 +86,15 @@ def create(config: BackboneConfig, image_size: int) -> nn.Module:
     args = size_arguments(config.name, image_size) | dict(config.args)
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
-    tag = config.init.removeprefix("timm:") if config.init.startswith("timm:") else ""
-    name = f"{config.name}.{tag}" if tag else config.name
-    model = _construct(config, name, bool(tag), args)
+    model = _construct(config, args)
     if config.stem != "imagenet":
-        _shrink_stem(model, config.name, stride_too=config.stem == "small")
+        _shrink_stem(model, config.name, without_stride=config.stem == "small")
     return model
 
 
-def _construct(
-    config: BackboneConfig, name: str, pretrained: bool, args: dict[str, Any]
-) -> nn.Module:
+def _construct(config: BackboneConfig, args: dict[str, Any]) -> nn.Module:
+    tag = config.init.removeprefix("timm:") if config.init.startswith("timm:") else ""
+    name, pretrained = f"{config.name}.{tag}" if tag else config.name, bool(tag)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **args)
     except Exception as error:  # a network's constructor may fail in any way
@@ -77,8 +103,8 @@ def _construct(
         text = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         if "drop_path_rate" in str(error) and config.drop_path:
             raise ValueError(
-                f"backbone.drop_path: {config.drop_path} is not for {config.name}, which takes "
-                "none; set it to 0"
+                f"backbone.drop_path: {config.drop_path} is not possible for {config.name}, which "
+                "has no stochastic depth; set it to 0"
             ) from None
         if isinstance(error, TypeError) or (config.args and not pretrained):
             raise ValueError(
@@ -88,19 +114,19 @@ def _construct(
         if not pretrained:
             raise
         raise ValueError(
-            f"backbone.init: {config.init!r} cannot be loaded ({type(error).__name__}). It needs a "
-            f"network and a tag of timm.list_pretrained({config.name + '*'!r}); "
-            "or give the weights as a file"
+            f"backbone.init: {config.init!r} cannot be loaded ({type(error).__name__}). Check the "
+            f"network connection, and that timm.list_pretrained({config.name + '*'!r}) has the "
+            "tag, or give the weights as a file"
         ) from None
 
 
 def size_arguments(name: str, image_size: int) -> dict[str, Any]:
-    """Return constructor arguments for views of `image_size` pixels.
+    """Return constructor arguments for views of `image_size` pixels and, if possible, other sizes.
 
-    A network that can takes other sizes too.
+    They depend on what the network's constructor takes.
     """
-    wanted = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
-    return {key: value for key, value in wanted.items() if key in constructor_arguments(name)}
+    arguments = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
+    return {key: value for key, value in arguments.items() if key in constructor_arguments(name)}
 
 
 @cache
@@ -108,16 +134,16 @@ def constructor_arguments(name: str) -> frozenset[str]:
     """Return the constructor arguments of a timm network that its entry point passes on."""
     model = without_memory(lambda: timm.create_model(name, num_classes=0))
     names: set[str] = set()
-    for kind in type(model).__mro__:  # a class that takes **kwargs hands them to the next
-        parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    for base in type(model).__mro__:  # a class that takes **kwargs passes them to the next
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
         names |= set(parameters)
-        if all(each.kind != each.VAR_KEYWORD for each in parameters.values()):
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     entry = set(inspect.signature(timm.models.model_entrypoint(name)).parameters)
     return frozenset(names if "kwargs" in entry else names & entry)
 
 
-def _shrink_stem(model: nn.Module, name: str, stride_too: bool) -> None:
+def _shrink_stem(model: nn.Module, name: str, without_stride: bool) -> None:
     stem = getattr(model, "conv1", None)
     if stem is None or not hasattr(model, "maxpool"):
         raise ValueError(
@@ -125,7 +151,7 @@ def _shrink_stem(model: nn.Module, name: str, stride_too: bool) -> None:
             "max-pooling stem; use imagenet, with args.patch_size for a ViT"
         )
     model.maxpool = nn.Identity()
-    if not stride_too:
+    if not without_stride:
         return
     # 7x7 with stride 2 becomes 3x3 with stride 1, as in SimCLR's CIFAR runs (appendix B.9).
     if isinstance(stem, nn.Conv2d):
@@ -144,10 +170,10 @@ def native_size(name: str) -> int:
 
 
 def pretrained_cfg(name: str) -> Any:
-    """Return what timm knows of a network's weights: input size, mean, deviation, classifier.
+    """Return timm's record of a network: input size, mean, deviation, classifier.
 
     Raises:
-        ValueError: timm has no such model.
+        ValueError: If timm has no such model.
     """
     _check_name(name)
     return timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
@@ -157,7 +183,7 @@ def _check_name(name: str) -> None:
     network, dot, tag = name.partition(".")
     if dot and timm.is_model(network):
         raise ValueError(
-            f"backbone.name: {name!r} names weights too; "
+            f"backbone.name: {name!r} includes the name of weights; "
             f"give backbone.name={network} backbone.init=timm:{tag}"
         )
     if not timm.is_model(name):
@@ -172,7 +198,7 @@ def _check_name(name: str) -> None:
 def without_memory(construct: Callable[[], Network]) -> Network:
     """Create a network on the meta device, or on the CPU if its constructor needs values.
 
-    The random state stays as it is.
+    The state of torch's random number generator does not change.
     """
     with torch.random.fork_rng(devices=[]):
         try:
@@ -186,5 +212,5 @@ def without_memory(construct: Callable[[], Network]) -> Network:
 
 
 def lacks_meta(error: BaseException) -> bool:
-    """Return True if the meta device lacks an operation. Any other error is a mistake."""
+    """Return True if the error says that the meta device lacks an operation."""
     return isinstance(error, NotImplementedError) or "meta" in str(error).lower()

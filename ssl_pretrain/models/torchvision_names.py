@@ -1,14 +1,14 @@
 """Rename the weights of torchvision's ViT, Swin and ConvNeXt to timm's names.
 
-torchvision's ResNets, RegNets, VGGs and DenseNets need no rule here: timm has their names, or a
-converter of its own.
+torchvision's ResNets, RegNets, VGGs and DenseNets need no rules, because timm uses their names or
+ships a converter.
 """
 
 import re
 
 from torch import Tensor
 
-# Patterns of the start of a key and their replacements. The first one that fits is used.
+# Patterns for the start of a key and their replacements. The first pattern that matches is used.
 Rules = tuple[tuple[str, str], ...]
 _LAYER = r"encoder\.layers\.encoder_layer_(\d+)\."
 VIT: Rules = (
@@ -43,7 +43,7 @@ SWIN: Rules = (
     (r"features\.{even}\.", "layers.{stage}.downsample."),
     (r"head\.", "head.fc."),
 )
-# A key that only one of the networks has, and the network's rules.
+# The rules of each network by a key that only this network has.
 NETWORKS: dict[str, Rules] = {
     "encoder.layers.encoder_layer_0.ln_1.weight": VIT,
     "features.1.0.layer_scale": CONVNEXT,
@@ -53,7 +53,7 @@ NUM_STAGES = 4
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under timm's names, or unchanged if they are not of such a network."""
+    """Return the weights under timm's names, or unchanged if no rules are for them."""
     for marker, rules in NETWORKS.items():
         if marker in weights:
             expanded = _per_stage(rules)
@@ -67,25 +67,24 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _per_stage(rules: Rules) -> list[tuple[str, str]]:
-    """Write out the rules of all stages.
+    """Return the rules with all stage numbers filled in.
 
-    Stages have odd numbers, and the downsampling before them has even ones.
+    torchvision gives stages odd numbers, and the downsampling before each an even one.
     """
     expanded = []
     for pattern, replacement in rules:
         first = 1 if "{even}" in pattern else 0  # nothing is downsampled before the first stage
         for stage in range(first, NUM_STAGES if "{" in pattern else 1):
             numbers = {"{odd}": str(2 * stage + 1), "{even}": str(2 * stage), "{stage}": str(stage)}
-            texts = [pattern, replacement]
+            rule = pattern, replacement
             for name, number in numbers.items():
-                texts = [text.replace(name, number) for text in texts]
-            expanded.append((texts[0], texts[1]))
+                rule = rule[0].replace(name, number), rule[1].replace(name, number)
+            expanded.append(rule)
     return expanded
 
 
 def _renamed(key: str, rules: list[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
-        match = re.match(pattern, key)
-        if match:
+        if match := re.match(pattern, key):
             return match.expand(replacement) + key[match.end() :]
     return key

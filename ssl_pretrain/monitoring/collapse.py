@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Embeddings, Method
-from ssl_pretrain.models.teacher import Teacher
+from ssl_pretrain.models.components import Teacher
 from ssl_pretrain.monitoring import collapse_metrics
 from ssl_pretrain.monitoring.collapse_alerts import AlertHistory
 from ssl_pretrain.monitoring.records import Measurements

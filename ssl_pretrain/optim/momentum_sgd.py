@@ -1,4 +1,4 @@
-"""Momentum SGD, LARS and LARC, whose steps a gradient that is not finite turns into none."""
+"""Momentum SGD, LARS and LARC, which skip steps whose gradient is not finite."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,17 +15,17 @@ class SGD(torch.optim.Optimizer):
     """Momentum SGD, v = momentum * v + gradient + weight_decay * p and p = p - lr * v.
 
     The step is masked on the device by the protocol of torch's fused kernels, which `GradScaler`
-    uses too. `optimizer.found_inf` is a scalar tensor, set before `step`. If it is 1, the kernel
-    changes neither weights nor buffers, and the host does not wait to know. The fused Adam and
-    AdamW of torch follow the protocol as well. `torch.optim.SGD` breaks it if its first step is
+    also uses. `optimizer.found_inf` is a scalar tensor, set before `step`. If it is 1, the kernel
+    changes neither weights nor buffers, and the host does not wait for its value. The fused Adam
+    and AdamW of torch follow the same protocol. `torch.optim.SGD` breaks it if the first step is
     masked, because it creates momentum buffers without initializing them.
 
-    Sharded parameters are moved by each rank's shards.
+    Each rank updates its own shards of sharded parameters.
 
     Args:
         params: Parameters, or groups of them.
-        momentum: Weight of the past in the momentum buffer.
-        nesterov: Look ahead by one step.
+        momentum: Factor of the momentum buffer before a gradient is added.
+        nesterov: Use Nesterov momentum.
     """
 
     def __init__(
@@ -38,18 +38,17 @@ class SGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient, unless `found_inf` is 1."""
+        """Update every parameter that has a gradient, unless `found_inf` is 1."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                gradients = [p.grad for p in params if p.grad is not None]
-                self._step_group(group, params, gradients)
+                self._step_group(group, params, [p.grad for p in params])
 
     def _step_group(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
         updates, decay = collectives.shards(gradients), group["weight_decay"]
-        self._move(group, params, updates, lr=group["lr"], weight_decay=decay)
+        self._apply(group, params, updates, lr=group["lr"], weight_decay=decay)
 
-    def _move(
+    def _apply(
         self,
         group: Group,
         params: list[Tensor],
@@ -58,7 +57,7 @@ class SGD(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
     ) -> None:
-        """Apply momentum and move this rank's shards of the parameters, in one kernel."""
+        """Apply momentum and update this rank's shards of the parameters, in one kernel."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -82,17 +81,17 @@ class SGD(torch.optim.Optimizer):
 class LARS(SGD):
     """Layer-wise adaptive rate scaling (You et al., arXiv:1708.03888).
 
-    An adapted tensor moves by trust * u with u = gradient + weight_decay * p, where
-    trust = trust_coefficient * |p| / |u|, or 1 if a norm is zero. Groups with `adapt: False` are
-    plain momentum SGD. The gradients are overwritten. A step takes the same number of operations
-    however many tensors there are.
+    The update of an adapted tensor is trust * u with u = gradient + weight_decay * p, where
+    trust = trust_coefficient * |p| / |u|, or 1 if a norm is zero. Groups with `adapt: False` use
+    plain momentum SGD. The gradients are overwritten. The number of kernels does not depend on the
+    number of tensors.
 
     Args:
         params: Parameters, or groups of them.
-        momentum: Weight of the past in the momentum buffer.
+        momentum: Factor of the momentum buffer before an update is added.
         trust_coefficient: Length of a step relative to the weights.
-        convention: `classic` has the rate in the buffer, v = momentum * v + lr * trust * u and
-            p = p - v (google-research/simclr, lars_optimizer.py). `popular` has it outside,
+        convention: `classic` puts the rate inside the buffer, v = momentum * v + lr * trust * u and
+            p = p - v (google-research/simclr, lars_optimizer.py). `popular` puts it outside,
             v = momentum * v + trust * u and p = p - lr * v. They differ while lr changes.
     """
 
@@ -108,7 +107,7 @@ class LARS(SGD):
 
     def _step_group(self, group: Group, params: list[Tensor], gradients: list[Tensor]) -> None:
         updates = collectives.shards(gradients)
-        if group["weight_decay"]:  # in place, as copies of all gradients cost more than the sums
+        if group["weight_decay"]:  # in place, because copying all gradients costs more than adding
             torch._foreach_add_(updates, collectives.shards(params), alpha=group["weight_decay"])
         is_classic = self.convention == "classic"
         if group["adapt"]:
@@ -120,23 +119,23 @@ class LARS(SGD):
             torch._foreach_mul_(updates, list(factors.unbind()))
         elif is_classic:
             torch._foreach_mul_(updates, group["lr"])
-        self._move(group, params, updates, lr=1.0 if is_classic else group["lr"])
+        self._apply(group, params, updates, lr=1.0 if is_classic else group["lr"])
 
 
 class LARC(SGD):
-    """Layer-wise adaptive rate control, of NVIDIA/apex at 0bfb8300 (apex/parallel/LARC.py).
+    """Layer-wise adaptive rate control, from NVIDIA/apex at 0bfb8300 (apex/parallel/LARC.py).
 
-    The optimizer of SwAV and of solo-learn's CIFAR-10 recipes. An adapted tensor moves by
+    SwAV and solo-learn's CIFAR-10 recipes use it. The update of an adapted tensor is
     rate * (gradient + weight_decay * p), where
-    rate = trust_coefficient * |p| / (|gradient| + weight_decay * |p| + 1e-8). LARS has the norm of
-    the sum where this has the sum of norms. If a norm is zero, the tensor moves by its gradient.
-    Groups with `adapt: False` are plain momentum SGD.
+    rate = trust_coefficient * |p| / (|gradient| + weight_decay * |p| + 1e-8). Where LARS has the
+    norm of a sum, LARC has the sum of norms. If a norm is zero, the update is the gradient. Groups
+    with `adapt: False` use plain momentum SGD.
 
     Args:
         params: Parameters, or groups of them.
-        momentum: Weight of the past in the momentum buffer.
+        momentum: Factor of the momentum buffer before an update is added.
         trust_coefficient: Length of a step relative to the weights.
-        clip: Use min(rate / lr, 1), so that no tensor moves by more than lr times its gradient.
+        clip: Use min(rate / lr, 1), so no tensor's rate exceeds lr.
     """
 
     def __init__(
@@ -160,4 +159,4 @@ class LARC(SGD):
         decay = group["weight_decay"] * nonzero.to(rate.dtype)
         decayed = torch._foreach_add(updates, torch._foreach_mul(weights, list(decay.unbind())))
         updates = list(torch._foreach_mul(decayed, list(rate.unbind())))
-        self._move(group, params, updates, lr=group["lr"])
+        self._apply(group, params, updates, lr=group["lr"])

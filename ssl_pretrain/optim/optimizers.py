@@ -1,4 +1,4 @@
-"""The optimizer of a run: its configuration, parameter groups, rates and steps."""
+"""The optimizer of a run: configuration, parameter groups, learning rates and masked steps."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ssl_pretrain.distributed import collectives
 from ssl_pretrain.optim import schedules
 from ssl_pretrain.optim.momentum_sgd import LARC, LARS, SGD
-from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.schema import setting
 
 
@@ -86,7 +85,7 @@ class OptimConfig:
 
 
 def check(config: OptimConfig) -> None:
-    """Raise ValueError, naming the key, if a value can only be a mistake."""
+    """Raise ValueError, naming the key, if a value cannot be meant."""
     if len(config.betas) != 2:
         raise ValueError(
             f"optim.betas: {config.betas} has {len(config.betas)} numbers; "
@@ -108,77 +107,72 @@ def scaled_lr(config: OptimConfig, global_batch_size: int) -> float:
 def parameter_groups(config: OptimConfig, module: nn.Module) -> list[dict[str, Any]]:
     """Divide the trained parameters of a module into the optimizer's groups.
 
-    Groups are `adapted` and `excluded`. Excluded parameters have no weight decay and are not
-    adapted by LARS. `constant adapted` and `constant excluded` are added if `constant_lr_names` is
-    given.
+    The groups are `adapted` and `excluded`. Excluded parameters have no weight decay and are not
+    adapted by LARS. If `constant_lr_names` is set, there are also `constant adapted` and
+    `constant excluded`.
 
     Raises:
-        ValueError: No name starts with one of `constant_lr_names`.
+        ValueError: If no parameter's name starts with one of `constant_lr_names`.
     """
-
-    def is_excluded(name: str, parameter: Tensor) -> bool:
-        if config.exclude_by == "ndim":
-            return parameter.ndim <= 1
-        return config.exclude_by == "name" and any(text in name for text in config.exclude_names)
-
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     for prefix in config.constant_lr_names:
         if not any(name.startswith(prefix) for name, _ in trained):
             raise ValueError(
                 f"optim.constant_lr_names: no trained parameter's name starts with {prefix!r}"
             )
-    groups: dict[str, dict[str, Any]] = {}
-    for constant in (False, True) if config.constant_lr_names else (False,):
-        for excluded in (False, True):
-            name = ("constant " if constant else "") + ("excluded" if excluded else "adapted")
-            groups[name] = {
-                "group": name,
-                "names": [],
-                "params": [],
-                "weight_decay": 0.0 if excluded else config.weight_decay,
-                "adapt": not excluded,
-                "constant": constant,
-            }
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {
+        (constant, excluded): {
+            "group": ("constant " if constant else "") + ("excluded" if excluded else "adapted"),
+            "names": [],
+            "params": [],
+            "weight_decay": 0.0 if excluded else config.weight_decay,
+            "adapt": not excluded,
+            "constant": constant,
+        }
+        for constant in ((False, True) if config.constant_lr_names else (False,))
+        for excluded in (False, True)
+    }
     for name, parameter in trained:
         constant = name.startswith(tuple(config.constant_lr_names))
-        excluded = is_excluded(name, parameter)
-        group = groups[("constant " if constant else "") + ("excluded" if excluded else "adapted")]
+        group = groups[constant, _is_excluded(config, name, parameter)]
         group["names"].append(name)
         group["params"].append(parameter)
     return list(groups.values())
 
 
+def _is_excluded(config: OptimConfig, name: str, parameter: Tensor) -> bool:
+    if config.exclude_by == "ndim":
+        return parameter.ndim <= 1
+    return config.exclude_by == "name" and any(text in name for text in config.exclude_names)
+
+
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer over `parameter_groups`. `set_rates` sets its rates before each step."""
     groups = [group for group in parameter_groups(config, module) if group["params"]]
-    momentum, trust_coefficient = config.momentum, config.trust_coefficient
+    adaptive = {"momentum": config.momentum, "trust_coefficient": config.trust_coefficient}
     if config.name == "lars":
-        convention = config.momentum_convention
-        return LARS(
-            groups, momentum=momentum, trust_coefficient=trust_coefficient, convention=convention
-        )
+        return LARS(groups, convention=config.momentum_convention, **adaptive)
     if config.name == "larc":
-        clip = config.larc_clip
-        return LARC(groups, momentum=momentum, trust_coefficient=trust_coefficient, clip=clip)
+        return LARC(groups, clip=config.larc_clip, **adaptive)
     if config.name == "sgd":
-        return SGD(groups, momentum=momentum, nesterov=config.nesterov)
+        return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
     adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     betas = config.betas[0], config.betas[1]
     return adam(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
 
 
 def rates(
-    config: OptimConfig, progress: Progress, epochs: float, global_batch_size: int
+    config: OptimConfig, progress: schedules.Progress, epochs: float, global_batch_size: int
 ) -> dict[str, float]:
     """Return the learning rate and the weight decay of a step, by name.
 
     Args:
         config: The optimizer's configuration.
         progress: Progress of the step.
-        epochs: Length of the run.
+        epochs: Epochs of the whole run.
         global_batch_size: Images per step over all ranks.
     """
-    peak = scaled_lr(config, global_batch_size)
+    peak, decay = scaled_lr(config, global_batch_size), config.weight_decay
     if config.changes_every == "epoch":
         fraction, epochs_done = progress.epoch / epochs, float(progress.epoch)
     else:
@@ -191,21 +185,19 @@ def rates(
         num_passed = sum(epochs_done >= milestone for milestone in config.milestones)
         lr = peak * config.milestone_factor**num_passed
         lr = start + (lr - start) * fraction / warmup if fraction < warmup else lr
-    decay = config.weight_decay
     if config.final_weight_decay is not None:
-        final = config.final_weight_decay
-        decay = schedules.cosine(progress.fraction, start=decay, final=final)
+        decay = schedules.cosine(progress.fraction, start=decay, final=config.final_weight_decay)
     return {"lr": lr, "weight_decay": decay}
 
 
 def set_rates(
     optimizer: torch.optim.Optimizer,
     config: OptimConfig,
-    progress: Progress,
+    progress: schedules.Progress,
     epochs: float,
     global_batch_size: int,
 ) -> dict[str, float]:
-    """Write the rates of a step into the optimizer and return them. Arguments as of `rates`."""
+    """Set the optimizer's rates for a step and return them. See `rates` for the arguments."""
     current = rates(config, progress, epochs, global_batch_size)
     for group in optimizer.param_groups:
         lr = scaled_lr(config, global_batch_size) if group["constant"] else current["lr"]
@@ -221,16 +213,16 @@ def guarded_step(
     clip_by: str = "whole",
     frozen: Iterable[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Take an optimizer step, or none if the gradient is not finite.
+    """Take an optimizer step, unless the gradient is not finite.
 
-    Weights and optimizer state then stay as they are. The decision is made on the device, where the
-    host does not read it, and is the same on every rank because the gradients are.
+    A skipped step changes neither weights nor optimizer state. The decision is made on the device,
+    and the host does not wait for it. It is the same on every rank because the gradients are.
 
     Args:
         optimizer: An optimizer of `build`.
-        clip_norm: Largest norm of the gradient, 0 for any.
+        clip_norm: Largest norm of the gradient. 0 means no clipping.
         clip_by: `whole` clips the whole gradient, `tensor` each tensor's.
-        frozen: Parameters that do not move in this step. Their gradients count for clipping, as in
+        frozen: Parameters that stay fixed in this step. Their gradients count for clipping, as in
             DINO's code, and then become None.
 
     Returns:

@@ -1,13 +1,11 @@
-"""Progress of a run, and rates as functions of it.
+"""Progress of a run, and schedules of rates.
 
-Everything in this module is a pure function of the step's number, which is all that a resumed run
-needs.
+Everything is a pure function of the step's number, so a resumed run needs no other state.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """Steps done over all steps, from 0 to 1."""
+        """Fraction of the run that is done, from 0 to 1."""
         return self.step / self.num_steps
 
     @property
@@ -34,7 +32,7 @@ class Progress:
         """Number of completed passes over the data."""
         return self.step // self.steps_per_epoch
 
-    def next(self) -> Progress:
+    def next(self) -> Self:
         """Return the progress of the following step, or this one at the end of the run."""
         return replace(self, step=min(self.step + 1, self.num_steps))
 
@@ -47,8 +45,8 @@ def warmup_cosine(
     The cosine is equation 5 of SGDR (Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983).
 
     Args:
-        fraction: Share of the run that is done, from 0 to 1.
-        warmup: Share of the run that the warm-up takes, from 0 to 1.
+        fraction: Fraction of the run that is done, from 0 to 1.
+        warmup: Fraction of the run that the warm-up takes, from 0 to 1.
         start: Value at the first step.
         peak: Value at the end of the warm-up.
         final: Value at the end of the run.
@@ -60,10 +58,10 @@ def warmup_cosine(
 
 
 def cosine(fraction: float, *, start: float, final: float) -> float:
-    """Return half a cosine that falls from `start` at fraction 0 to `final` at 1."""
+    """Return half a cosine from `start` at fraction 0 to `final` at fraction 1."""
     return final + (start - final) * (1 + math.cos(math.pi * fraction)) / 2
 
 
 def linear(position: float, *, start: float, final: float, end: float = 1.0) -> float:
-    """Return a straight line from `start` at position 0 to `final` at `end`, constant after it."""
+    """Return a line from `start` at position 0 to `final` at `end`, constant afterwards."""
     return start + (final - start) * min(1.0, position / end) if end > 0 else final

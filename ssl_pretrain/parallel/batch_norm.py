@@ -1,4 +1,4 @@
-"""Batch norm with statistics over fixed groups of the global batch, on any device.
+"""Batch norm over fixed groups of the global batch, on any device.
 
 torch's SyncBatchNorm runs on CUDA only.
 """
@@ -16,15 +16,15 @@ from ssl_pretrain.distributed import collectives, process_group
 class GroupBatchNorm(nn.Module):
     """Batch norm over groups of `group_images` consecutive images of the global batch.
 
-    A forward pass may hold several views of the same images, stacked view by view, so it has
-    views * images rows. A group holds all views of its images. It is either a slice of this rank's
-    images or all images of several ranks.
+    A forward pass may hold several views of the same images, stacked view by view. It then has
+    views * images rows, and a group holds all views of its images. A group is either a slice of
+    this rank's images or all images of several ranks.
 
     Args:
         source: The batch norm to replace. Parameters and buffers are shared and keep their names.
         micro_batch_size: Images per forward pass on this rank.
-        group_images: Images per group. Divides `micro_batch_size` or is a multiple of it.
-        group: The ranks that share a group's statistics. None means all ranks.
+        group_images: Images per group, a divisor or a multiple of `micro_batch_size`.
+        group: Process group of the ranks that share statistics. None means all ranks.
     """
 
     running_mean: Tensor
@@ -45,27 +45,18 @@ class GroupBatchNorm(nn.Module):
         self.weight, self.bias = source.weight, source.bias
         for name, buffer in source.named_buffers():
             self.register_buffer(name, buffer)
-        # timm's BatchNormAct2d includes its activation.
+        # timm's BatchNormAct2d includes an activation.
         self.drop = getattr(source, "drop", nn.Identity())
         self.act = getattr(source, "act", nn.Identity())
         self.train(source.training)
 
-    def extra_repr(self) -> str:
-        """Return the channels, groups per rank and ranks per group, for printing the module."""
-        return (
-            f"{len(self.running_mean)}, groups_per_rank={self.groups_per_rank}, "
-            f"ranks_per_group={self.ranks_per_group}"
-        )
-
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize rows of shape (channels, ...), with running statistics in evaluation mode."""
-        if not self.training:
+        """Normalize (rows, channels, ...), in evaluation mode by the running statistics."""
+        if self.training:
+            y = self._across_ranks(x) if self.ranks_per_group > 1 else self._within_rank(x)
+        else:
             statistics = self.running_mean, self.running_var
             y = F.batch_norm(x, *statistics, self.weight, self.bias, False, 0.0, self.eps)
-        elif self.ranks_per_group > 1:
-            y = self._across_ranks(x)
-        else:
-            y = self._within_rank(x)
         return self.act(self.drop(y))
 
     def _across_ranks(self, x: Tensor) -> Tensor:
@@ -99,8 +90,8 @@ class GroupBatchNorm(nn.Module):
 class _Synchronized(torch.autograd.Function):
     """Normalization over the rows of several ranks.
 
-    The forward pass combines each rank's mean, sum of squared deviations and count. The backward
-    pass reduces two sums.
+    The forward pass combines the ranks' means, sums of squared deviations and counts. The backward
+    pass reduces two sums over ranks.
     """
 
     @staticmethod
@@ -128,13 +119,13 @@ class _Synchronized(torch.autograd.Function):
         x, mean, variance, weight, total = ctx.saved_tensors
         wide, grad = x.to(mean.dtype), grad.to(mean.dtype)
         inverse = (variance + ctx.eps).rsqrt()
-        # The two sums over this rank's rows, with the group's mean and deviation.
+        # Two sums over this rank's rows, with the mean and deviation of the group.
         _, sum_product, sum_grad = torch.ops.aten.native_batch_norm_backward(
             grad, wide, weight, None, None, mean, inverse, True, ctx.eps, [False, True, True]
         )
         local_sums = torch.stack([sum_grad, sum_product])
         mean_grad, mean_product = (collectives.reduce_sum(local_sums, ctx.group) / total).unbind()
-        # scale * (grad - mean_grad - normalized * mean_product), as an affine map of x and of grad
+        # scale * (grad - mean_grad - normalized * mean_product) as an affine map of x and grad
         scale = inverse if weight is None else inverse * weight
         slope = -scale * inverse * mean_product
         offset = -scale * mean_grad - slope * mean
@@ -147,9 +138,9 @@ class _Synchronized(torch.autograd.Function):
 
 
 def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.Module:
-    """Give every batch norm in `module` groups of `group_images` images, in place.
+    """Make every batch norm in `module` normalize over groups of `group_images` images, in place.
 
-    If one forward pass is exactly one group, torch's own batch norm stays. CUDA ranks that share a
+    torch's own batch norm stays if one forward pass is exactly one group. CUDA ranks that share a
     group use torch's SyncBatchNorm.
 
     Args:
@@ -178,12 +169,11 @@ def convert(module: nn.Module, micro_batch_size: int, group_images: int) -> nn.M
     for name, child in list(module.named_modules()):
         if isinstance(child, _BatchNorm):
             on_cuda = child.weight is not None and child.weight.is_cuda
-            replacement: nn.Module
             if ranks > 1 and on_cuda and not hasattr(child, "act"):
-                replacement = nn.SyncBatchNorm.convert_sync_batchnorm(child, group)
+                grouped = nn.SyncBatchNorm.convert_sync_batchnorm(child, group)
             else:
-                replacement = GroupBatchNorm(child, micro_batch_size, group_images, group)
-            module.set_submodule(name, replacement)
+                grouped = GroupBatchNorm(child, micro_batch_size, group_images, group)
+            module.set_submodule(name, grouped)
     return module
 
 
@@ -194,9 +184,8 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 def spans_ranks(module: nn.Module) -> bool:
     """Return True if the module is a batch norm with statistics over several ranks."""
-    if isinstance(module, GroupBatchNorm):
-        return module.ranks_per_group > 1
-    return isinstance(module, nn.SyncBatchNorm)
+    is_synchronized = isinstance(module, GroupBatchNorm) and module.ranks_per_group > 1
+    return is_synchronized or isinstance(module, nn.SyncBatchNorm)
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
@@ -211,7 +200,7 @@ def _means_and_variances(module: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def snapshot_statistics(module: nn.Module) -> Tensor | None:
-    """Return a copy of all running means and variances in one vector, None if there are none."""
+    """Return a copy of all running means and variances as one vector, or None without any."""
     buffers = _means_and_variances(module)
     return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else None
 
@@ -220,7 +209,7 @@ def snapshot_statistics(module: nn.Module) -> Tensor | None:
 def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Tensor) -> None:
     """Restore a snapshot if the condition, a boolean scalar on the device, is true.
 
-    This removes the batch of a masked step from the statistics. The host does not wait for the
+    It removes the batch of a skipped step from the statistics. The host does not wait for the
     device.
     """
     if snapshot is not None:
@@ -232,5 +221,4 @@ def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Te
 def copy_flat(flat: Tensor, buffers: list[Tensor]) -> None:
     """Copy consecutive slices of a vector into the buffers."""
     slices = flat.split([buffer.numel() for buffer in buffers])
-    values = [values.view_as(buffer) for values, buffer in zip(slices, buffers)]
-    torch._foreach_copy_(buffers, values)
+    torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(slices, buffers)])

@@ -1,4 +1,4 @@
-"""Compile the blocks of a network, and recompute their activations in the backward pass."""
+"""Compile the blocks of a network, or recompute their activations in the backward pass."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
 )
 
 from ssl_pretrain.models import backbones
-from ssl_pretrain.models.timm_import import timm
+from ssl_pretrain.models.timm_networks import timm
 from ssl_pretrain.parallel import batch_norm
 
 # Operations whose outputs `selective` stores: matrix products. Norms, activation functions and
@@ -35,11 +35,12 @@ _EXPENSIVE = {
 def recompute_activations(method: nn.Module, mode: Literal["none", "blocks", "selective"]) -> None:
     """Make every trained block recompute its activations in the backward pass.
 
-    Recomputation draws the same random numbers and leaves batch norm's statistics alone. Modules
-    keep their names, so a checkpoint fits with or without it.
+    Recomputation draws the same random numbers and does not change batch norm's statistics. Modules
+    keep their names, so checkpoints can be loaded with or without it.
 
     Args:
-        method: The method. Blocks without gradients, such as a teacher's, have no backward pass.
+        method: The method. Blocks without trained parameters, such as a teacher's, have no backward
+            pass and are skipped.
         mode: `blocks` stores only the input of each block, `selective` also its matrix products.
     """
     if mode == "none":
@@ -47,9 +48,11 @@ def recompute_activations(method: nn.Module, mode: Literal["none", "blocks", "se
     for _, block in backbones.blocks(method):
         if any(parameter.requires_grad for parameter in block.parameters()):
             norms = [module for module in block.modules() if batch_norm.is_batch_norm(module)]
-            contexts = partial(_checkpoint_contexts, norms, mode == "selective")
             block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+                checkpoint,
+                block.forward,
+                use_reentrant=False,
+                context_fn=partial(_checkpoint_contexts, norms, mode == "selective"),
             )
 
 
@@ -71,7 +74,7 @@ def _policy(context: object, operation: object, *_: object, **__: object) -> Che
 
 @contextmanager
 def _frozen_statistics(norms: list[Any], recomputation: Context) -> Iterator[None]:
-    """Recompute with momentum 0 and restore the counters, so that batch norm's statistics stay."""
+    """Recompute with momentum 0 and restore the counters, so batch norm's statistics stay fixed."""
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -96,13 +99,13 @@ def compile_blocks(method: nn.Module, cuda_graphs: bool) -> None:
     import torch._inductor.config
 
     blocks = [block for _, block in backbones.blocks(method)]
-    # Beyond this limit dynamo would silently leave blocks uncompiled.
-    limit = max(torch._dynamo.config.recompile_limit, 4 * len(blocks))
-    torch._dynamo.config.recompile_limit = limit
+    # Beyond this limit dynamo silently leaves blocks uncompiled.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
     torch._inductor.config.fallback_random |= has_dropout(method)
     for block in blocks:
         for norm in block.modules():
-            if batch_norm.spans_ranks(norm):  # collectives run between two compiled graphs
+            if batch_norm.spans_ranks(norm):  # its collectives run between two compiled graphs
                 norm.forward = torch.compiler.disable(norm.forward)
         mode = "reduce-overhead" if cuda_graphs else None
         block.forward = torch.compile(block.forward, mode=mode, dynamic=False)
@@ -110,10 +113,8 @@ def compile_blocks(method: nn.Module, cuda_graphs: bool) -> None:
 
 def has_dropout(module: nn.Module) -> bool:
     """Return True if a layer has dropout or drop path with a rate above 0."""
-    rates = [0.0]
-    for child in module.modules():
-        if isinstance(child, _DropoutNd):
-            rates.append(child.p)
-        elif isinstance(child, timm.layers.DropPath):
-            rates.append(child.drop_prob or 0.0)
-    return max(rates) > 0
+    return any(
+        (isinstance(child, _DropoutNd) and child.p > 0)
+        or (isinstance(child, timm.layers.DropPath) and (child.drop_prob or 0.0) > 0)
+        for child in module.modules()
+    )

@@ -1,14 +1,85 @@
-"""Device, number formats and memory layout of a run, resolved once from its configuration."""
-
-from __future__ import annotations
+"""How a run computes: its parallel settings, and the device and number formats they lead to."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.schema import setting
+
+
+@dataclass
+class ParallelConfig:
+    """Settings of the computation on several ranks.
+
+    Only `bn_group_images`, `gradients`, `precision` and `accumulation` can change results by more
+    than rounding. The other settings affect speed and memory.
+    """
+
+    strategy: Literal["ddp", "fsdp", "hybrid"] = setting(
+        "ddp",
+        "ddp: every rank holds all weights. fsdp: weights are sharded over all ranks. "
+        "hybrid: weights are sharded within each node.",
+        on_resume="free",
+    )
+    reshard_after_forward: bool = setting(
+        True,
+        "fsdp and hybrid: free a block's gathered weights after its forward and gather them again "
+        "for its backward. false: keep them, which is faster and takes more memory.",
+        on_resume="free",
+    )
+    gradients: Literal["float32", "bfloat16"] = setting(
+        "float32", "Data type of gradients sent between ranks."
+    )
+    activation_checkpointing: Literal["none", "blocks", "selective"] = setting(
+        "none",
+        "Activations recomputed during backward. blocks: all of each block. "
+        "selective: all but the matrix products.",
+        on_resume="free",
+    )
+    compile: bool = setting(False, "Compile each block with torch.compile.", on_resume="free")
+    cuda_graphs: bool = setting(
+        False,
+        "With compile, on CUDA: launch a block's kernels as one graph, "
+        "for blocks too small to keep a GPU busy.",
+        on_resume="free",
+    )
+    bn_group_images: int | str = setting(
+        "global",
+        "Images that share batch norm's statistics, which is part of the recipe. "
+        "global: the whole global batch.",
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "Data type of the computation. auto: bfloat16 autocast on GPUs, float32 on CPU."
+    )
+    channels_last: bool = setting(
+        True,
+        "Store images and weights channels last, which makes ResNets 1.3 to 1.5 times faster "
+        "on GPUs.",
+        on_resume="free",
+    )
+    threads: int = setting(
+        0,
+        "CPU threads per rank. 0: the ranks of a machine share its cores equally.",
+        on_resume="free",
+    )
+    accumulation: Literal["auto", "one_pass", "two_passes"] = setting(
+        "auto",
+        "How micro-batches are accumulated. auto: two passes if the loss compares images of the "
+        "batch with each other, else one.",
+    )
+    deterministic: bool = setting(
+        False, "Make runs on a GPU reproducible bit for bit, which is slower.", on_resume="free"
+    )
+    timeout_seconds: float = setting(
+        600.0,
+        "Seconds a collective may wait before the run ends.",
+        on_resume="free",
+        above=0,
+        maximum=1e9,
+    )
 
 
 @dataclass(frozen=True)
@@ -18,14 +89,13 @@ class Execution:
     device: torch.device
     dtype: torch.dtype  # for weights, statistics and losses: float32, or float64 in tests
     memory_format: torch.memory_format  # for views, and for weights that are not sharded
-    autocast: bool  # run the forward pass under bfloat16 autocast
+    autocast: bool  # True to run the forward pass under bfloat16 autocast
 
     @classmethod
-    def resolve(cls, config: ParallelConfig, device: torch.device) -> Execution:
-        """Return the execution that a configuration asks for on this kind of device."""
-        precision = config.precision
-        if precision == "auto":
-            precision = "bfloat16" if device.type == "cuda" else "float32"
+    def resolve(cls, config: ParallelConfig, device: torch.device) -> Self:
+        """Return the execution that a configuration asks for on this device."""
+        automatic = "bfloat16" if device.type == "cuda" else "float32"
+        precision = automatic if config.precision == "auto" else config.precision
         return cls(
             device,
             torch.float64 if precision == "float64" else torch.float32,
@@ -42,33 +112,76 @@ class Execution:
         return torch.bfloat16 if self.device.type == "cuda" and self.autocast else torch.float32
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Return the context of the forward pass: bfloat16 autocast if it is on.
+        """Return a context for the forward pass, with bfloat16 autocast if it is on.
 
         Weights, batch norm statistics and losses stay float32.
         """
-        if not self.autocast:
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
     def place_views(self, views: list[Tensor]) -> list[Tensor]:
         """Convert views to the model's memory format and to a dtype that it takes.
 
-        Views in the loader's bfloat16 keep it. Evaluations run without autocast and pass float32,
-        which stays float32, or becomes float64 if the model is in float64.
+        The loader's bfloat16 views stay bfloat16. Evaluations run without autocast and pass float32
+        views, which stay float32. For a float64 model all views become float64.
         """
-        return [view.to(self._dtype_of(view), memory_format=self.memory_format) for view in views]
-
-    def _dtype_of(self, view: Tensor) -> torch.dtype:
-        if self.dtype == torch.float64 or view.dtype != self.view_dtype:
-            return self.dtype
-        return view.dtype
+        keeps_dtype = self.dtype != torch.float64
+        return [
+            view.to(
+                view.dtype if keeps_dtype and view.dtype == self.view_dtype else self.dtype,
+                memory_format=self.memory_format,
+            )
+            for view in views
+        ]
 
     def place_module(self, module: nn.Module, sharded: bool = False) -> nn.Module:
         """Move a module to the device, in its dtype and memory format.
 
-        Sharded weights keep the plain layout, because a shard is a range of rows of it.
+        Sharded weights stay contiguous, because a shard is a range of rows.
         """
         module = module.to(device=self.device, dtype=self.dtype)
         if self.memory_format == torch.channels_last and not sharded:
             module = module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         return module
+
+
+def check(config: ParallelConfig) -> None:
+    """Refuse settings that exclude each other.
+
+    Raises:
+        ValueError: If two settings exclude each other. The message names the keys, their values and
+            a remedy.
+    """
+    if config.compile and config.activation_checkpointing == "selective":
+        raise ValueError(
+            "parallel.activation_checkpointing: selective cannot be combined with "
+            "parallel.compile, because the compiler chooses what to recompute; choose none or "
+            "blocks"
+        )
+    if config.cuda_graphs and not (config.compile and torch.cuda.is_available()):
+        missing = "a CUDA device" if config.compile else "parallel.compile"
+        raise ValueError(
+            f"parallel.cuda_graphs: true needs {missing}; set parallel.cuda_graphs=false"
+        )
+    if config.cuda_graphs and config.strategy != "ddp":
+        raise ValueError(
+            "parallel.cuda_graphs: true cannot be combined with parallel.strategy "
+            f"{config.strategy}, because each call gathers the weights into new memory and a "
+            "graph reads from fixed addresses; choose one of the two"
+        )
+
+
+def bn_group_images(config: ParallelConfig, global_batch_size: int) -> int:
+    """Return the number of images in one batch norm group.
+
+    Raises:
+        ValueError: If the key is neither `global` nor a divisor of the global batch size.
+    """
+    if config.bn_group_images == "global":
+        return global_batch_size
+    group = int(config.bn_group_images) if str(config.bn_group_images).isdecimal() else 0
+    if group < 1 or global_batch_size % group:
+        raise ValueError(
+            f"parallel.bn_group_images: {config.bn_group_images!r}; choose global or a divisor of "
+            f"global_batch_size {global_batch_size}"
+        )
+    return group

@@ -9,15 +9,16 @@ import torch
 
 from ssl_pretrain.distributed import collectives, process_group
 
-ROOM = 0.85  # fraction of free memory to use. Allocators fragment, and other programs grow.
+# Fraction of free memory to use, because allocators fragment and other programs grow.
+USABLE_FRACTION = 0.85
 GIB = 2**30
 
 
 def available(device: torch.device) -> int:
-    """Return the bytes that this rank may still take: on its GPU, or of its share of host memory.
+    """Return the bytes that this rank can still allocate on its GPU or of its share of host memory.
 
     Raises:
-        ValueError: The device is a CPU and the system is not Linux.
+        ValueError: If the device is a CPU and the system is not Linux.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -26,10 +27,10 @@ def available(device: torch.device) -> int:
 
 
 def peak(function: Callable[[], object], device: torch.device) -> int:
-    """Run `function` and return its peak memory in bytes, above what was in use before.
+    """Run `function` and return the peak of the memory that it adds, in bytes.
 
     Raises:
-        ValueError: The device is a CPU and the system is not Linux.
+        ValueError: If the device is a CPU and the system is not Linux.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -39,7 +40,7 @@ def peak(function: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, so that its reuse is counted
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, so its reuse is counted
     before = _from_proc("/proc/self/status", "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     function()
@@ -54,22 +55,22 @@ def largest_micro_batch(
     Two small micro-batches are measured and a line is drawn through them.
 
     Args:
-        share: Images of an optimizer step on this rank. Micro-batches divide it.
-        multiple: Divisor of every micro-batch: the images of a batch norm group, or 1.
-        measure: Returns the bytes that a micro-batch of a given size takes.
+        share: Images of an optimizer step on this rank, which the micro-batch size has to divide.
+        multiple: Divisor of every micro-batch size: the images of a batch norm group, or 1.
+        measure: Function that returns the bytes that a micro-batch of a given size takes.
         free: Bytes that are free on this rank.
 
     Raises:
-        ValueError: Not even the smallest micro-batch fits.
+        ValueError: If not even the smallest micro-batch fits.
     """
     sizes = [size for size in range(multiple, share + 1, multiple) if share % size == 0]
     small = next((size for size in sizes if size >= 8), sizes[-1])
     larger = next((size for size in sizes if size >= 2 * small), small)
-    measure(small)  # the first run also allocates what is kept, such as workspaces
+    measure(small)  # the first run also allocates lasting memory, such as workspaces
     low, high = measure(small), measure(larger)
     slope = max(0.0, (high - low) / (larger - small)) if larger > small else low / small
     fixed = max(0.0, low - slope * small)
-    fitting = [size for size in sizes if fixed + slope * size <= ROOM * free]
+    fitting = [size for size in sizes if fixed + slope * size <= USABLE_FRACTION * free]
     largest = min(collectives.gather_objects(fitting[-1] if fitting else 0))
     estimate = (
         f"{fixed / GIB:.2f} GiB + {slope / 2**20:.2f} MiB per image, {free / GIB:.1f} GiB free"
@@ -89,9 +90,9 @@ def explain(error: BaseException) -> str:
         return str(error)
     message = str(error).partition(" If reserved")[0]
     return (
-        f"rank {process_group.rank()}: {message} Feed fewer images at once: micro_batch_size=auto "
-        "takes the most that fits, with the gradient of the whole batch; or take smaller crops or "
-        "more ranks, then start the run again"
+        f"rank {process_group.rank()}: {message} Set micro_batch_size=auto, which takes the most "
+        "images that fit and trains with the gradient of the whole batch, or use smaller crops or "
+        "more ranks. Then start the run again"
     )
 
 
@@ -99,9 +100,8 @@ def _from_proc(file: str, entry: str) -> int:
     """Return an entry of a file in /proc in bytes."""
     try:
         lines = Path(file).read_text().splitlines()
-        line = next(line for line in lines if line.startswith(f"{entry}:"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
     except (OSError, StopIteration):
         raise ValueError(
             "micro_batch_size: auto measures memory on CUDA and on Linux only; give a number"
         ) from None
-    return int(line.split()[1]) * 1024

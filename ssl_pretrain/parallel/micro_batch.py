@@ -1,4 +1,4 @@
-"""Images in the shapes of a run, and the largest micro-batch that fits in memory."""
+"""Find the largest micro-batch that fits in memory, by a trial on blank images."""
 
 import copy
 from functools import partial
@@ -7,8 +7,7 @@ import torch
 
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, memory
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig, bn_group_images
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig, bn_group_images
 from ssl_pretrain.parallel.wrap import is_sharded, warm_up
 from ssl_pretrain.views import recipe
 from ssl_pretrain.views.batch import Batch
@@ -16,12 +15,14 @@ from ssl_pretrain.views.recipe import ViewsConfig
 
 
 def blank_batch(views: ViewsConfig, num_images: int, execution: Execution) -> Batch:
-    """Return blank views in the run's shapes and formats, with labels of class 0."""
-    numbers = torch.zeros(num_images, dtype=torch.int64, device=execution.device)
-    sizes = [crop.size for crop in recipe.expand_counts(views)]
-    blank = partial(torch.zeros, dtype=execution.view_dtype, device=execution.device)
-    images = [blank(num_images, 3, size, size) for size in sizes]
-    return Batch(execution.place_views(images), numbers, numbers)
+    """Return black images in the run's shapes and formats, all of class 0."""
+    zeros = partial(torch.zeros, num_images, device=execution.device)
+    images = [
+        zeros(3, crop.size, crop.size, dtype=execution.view_dtype)
+        for crop in recipe.expand_counts(views)
+    ]
+    indices = zeros(dtype=torch.int64)
+    return Batch(execution.place_views(images), indices, indices)
 
 
 def find_micro_batch_size(
@@ -35,22 +36,22 @@ def find_micro_batch_size(
 ) -> tuple[int, str]:
     """Return the largest micro-batch that fits in memory on every rank, and how it was estimated.
 
-    Forward and backward passes are run on a copy of the method. Its weights are whole, so sharded
-    ones leave more room.
+    Forward and backward passes are run on a copy of the method with whole weights. If the run
+    shards its weights, more memory remains free than estimated.
 
     Args:
         method: The method, on the CPU.
-        config: How the ranks compute.
+        config: Parallel settings of the run.
         views: The views of an image.
         execution: Device and formats.
         share: Images of an optimizer step on this rank.
         global_batch_size: Images per optimizer step over all ranks.
 
     Raises:
-        ValueError: Not even the smallest micro-batch fits.
+        ValueError: If not even the smallest micro-batch fits.
     """
-    group = bn_group_images(config, global_batch_size)
-    multiple = min(group, share) if batch_norm.statistics(method) else 1
+    group_images = bn_group_images(config, global_batch_size)
+    multiple = min(group_images, share) if batch_norm.statistics(method) else 1
     trial = execution.place_module(copy.deepcopy(method), is_sharded(config))
     compile_and_checkpoint.recompute_activations(trial, config.activation_checkpointing)
 

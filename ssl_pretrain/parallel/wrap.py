@@ -1,21 +1,30 @@
-"""Distribute a method over the ranks and prepare it for training."""
+"""Distribute a method over the ranks with DDP or FSDP2, and check that its copies stay equal."""
 
 import inspect
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_pretrain.distributed import process_group
+from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint, sharding
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig, bn_group_images, check
+from ssl_pretrain.models import backbones, components
+from ssl_pretrain.parallel import batch_norm, compile_and_checkpoint
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig, bn_group_images, check
 
 # DDP must not broadcast buffers before each forward pass. torch 2.13 renamed the argument.
 _NO_BUFFER_SYNC: dict[str, Any] = {
@@ -23,6 +32,10 @@ _NO_BUFFER_SYNC: dict[str, Any] = {
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers": False
 }
+
+
+class ReplicaError(RuntimeError):
+    """The ranks' copies of the model differ."""
 
 
 def wrap(
@@ -55,15 +68,14 @@ def wrap(
         ValueError: If settings exclude each other or do not fit the batch.
     """
     check(config)
-    world_size = process_group.world_size()
-    sharded = is_sharded(config)
+    world_size, sharded = process_group.world_size(), is_sharded(config)
     execution.place_module(method, sharded=sharded)
     batch_norm.convert(method, micro_batch_size, bn_group_images(config, global_batch_size))
     if config.compile:
         compile_and_checkpoint.compile_blocks(method, config.cuda_graphs)
     compile_and_checkpoint.recompute_activations(method, config.activation_checkpointing)
     if sharded:
-        sharding.shard(method, config, execution)
+        _shard(method, config, execution)
         warm_up(method, execution, example)
         return method
     if world_size == 1:
@@ -107,7 +119,7 @@ def _fsdp_without_sync(model: FSDPModule) -> Iterator[None]:
 
 
 def warm_up(model: nn.Module, execution: Execution, example: object) -> None:
-    """Run one forward and backward pass that leaves no gradient and no statistics behind."""
+    """Run a forward and a backward pass, then clear the gradients and restore all buffers."""
     originals = [buffer.clone() for buffer in model.buffers()]
     with execution.forward_context():
         embeddings = model(example)
@@ -116,3 +128,113 @@ def warm_up(model: nn.Module, execution: Execution, example: object) -> None:
     with torch.no_grad():
         for buffer, original in zip(model.buffers(), originals):
             buffer.copy_(original)
+
+
+def _shard(method: nn.Module, config: ParallelConfig, execution: Execution) -> None:
+    """Shard each block, then each backbone, which evaluations call alone, then the rest.
+
+    A teacher has the same units as the student and thus the same shards, so its moving average
+    needs no collective. Buffers such as statistics, queues and centers are not sharded.
+    """
+    for tensor in [*method.parameters(), *method.buffers()]:  # start from rank 0's, as DDP does
+        dist.broadcast(tensor.detach(), src=0)
+    mesh = _mesh(config, execution.device.type)
+    networks = [module for module in method.modules() if isinstance(module, components.Backbone)]
+    for unit in [*(block for _, block in backbones.blocks(method)), *networks, method]:
+        sharded: Any = fully_shard(
+            unit,
+            mesh=mesh,
+            # The backward pass of the root begins as soon as its forward pass has ended.
+            reshard_after_forward=config.reshard_after_forward and unit is not method,
+            mp_policy=_mixed_precision(unit, config, execution),
+        )
+        # gloo cannot reduce to a mean.
+        sharded.set_force_sum_reduction_for_comms(execution.device.type == "cpu")
+    # By default the root's backward pass prefetches the weights of the module that ran last. That
+    # would be the teacher, which has no backward pass.
+    sharded.set_modules_to_backward_prefetch([networks[0]])
+    register_fsdp_forward_method(method, "targets")
+    # A view of a forward's output is unsafe only if it is changed in place, and `loss` is pure.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def _mesh(config: ParallelConfig, device_type: str) -> DeviceMesh:
+    world, node = process_group.world_size(), process_group.local_world_size()
+    if config.strategy == "hybrid" and 1 < node < world:
+        names = ("replicate", "shard")
+        return init_device_mesh(device_type, (world // node, node), mesh_dim_names=names)
+    return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+
+
+def _mixed_precision(
+    unit: nn.Module, config: ParallelConfig, execution: Execution
+) -> MixedPrecisionPolicy:
+    """Return the formats in which a unit's weights and gradients travel between ranks.
+
+    Under autocast the weights travel in bfloat16, to which matrix products convert them anyway.
+    Units with batch norm are exempt, since its weights have to be as precise as its statistics.
+    Inputs are not converted, so the residual stream of a ViT stays float32.
+    """
+    if execution.dtype == torch.float64:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    low = execution.autocast and not batch_norm.statistics(unit)
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if low else None,
+        reduce_dtype=torch.bfloat16 if config.gradients == "bfloat16" else torch.float32,
+        cast_forward_inputs=False,
+    )
+
+
+@torch.no_grad()
+def check_replicas(model: nn.Module, tolerance: float = 1e-4) -> None:
+    """Compare every tensor of the model over all ranks, teachers and statistics included.
+
+    Call it before a checkpoint, which holds rank 0's copy only. Equal gradients and updates keep
+    DDP's copies equal, unless memory is faulty or a reduction is missing. Sharded tensors are only
+    checked for finite values.
+
+    Raises:
+        ReplicaError: On every rank, if a tensor's norm differs by more than the relative tolerance.
+            The message names the ranks and the tensor.
+        FloatingPointError: On every rank, if a value is not finite. The message names the tensor.
+    """
+    tensors = {
+        name: value
+        for name, value in unwrap(model).state_dict().items()
+        if value.is_floating_point() and value.numel()
+    }
+    shards = collectives.shards(tensors.values())
+    shards = [value if value.numel() else value.new_zeros(1) for value in shards]  # empty shards
+    local_norms = [
+        torch.linalg.vector_norm(value, order, dtype=torch.float64)
+        for order in (math.inf, 2)
+        for value in shards
+    ]
+    gathered = collectives.gather(torch.stack(local_norms))
+    largest, norms = gathered.view(process_group.world_size(), 2, -1).unbind(1)
+    if not (finite := largest.isfinite().all(0)).all():
+        first = list(tensors)[int((~finite).nonzero()[0])]
+        raise FloatingPointError(
+            f"{first} is not finite. Nothing was saved; resume from the previous checkpoint with a "
+            "lower optim.base_lr"
+        )
+    replicated = torch.tensor([not collectives.is_sharded(value) for value in tensors.values()])
+    differs = (norms - norms[0]).abs() > tolerance * norms[0] + 1e-12
+    differs &= replicated.to(norms.device)
+    if differs.any():
+        ranks = ", ".join(str(rank) for rank in differs.any(1).nonzero().flatten().tolist())
+        first = list(tensors)[int(differs.any(0).nonzero()[0])]
+        raise ReplicaError(
+            f"rank {ranks}: the weights differ from those of rank 0, first in {first}. Nothing was "
+            "saved; start the run again to resume from the newest checkpoint"
+        )
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, config: ParallelConfig, global_batch_size: int) -> None:
+    """Average batch norm's running statistics over ranks, unless one group is the global batch."""
+    world_size, buffers = process_group.world_size(), batch_norm.statistics(model)
+    one_group = bn_group_images(config, global_batch_size) == global_batch_size
+    if world_size > 1 and not one_group and buffers:
+        total = collectives.reduce_sum(torch.cat([buffer.flatten() for buffer in buffers]))
+        batch_norm.copy_flat(total / world_size, buffers)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ssl_pretrain.models import backbones
+from ssl_pretrain.models import backbones, components
 from ssl_pretrain.parallel import batch_norm
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import ParallelConfig
 from ssl_pretrain.planning.hardware import Machine
 
 BUCKET_BYTES = 25 * 2**20  # size of DDP's last bucket, whose reduction nothing hides
@@ -137,7 +137,7 @@ def units(method: nn.Module, calls: dict[str, int], shards: int) -> list[Unit]:
     rest = _sizes(method, shards)
     result = []
     for name, network in method.named_modules():
-        if not isinstance(network, backbones.Backbone):
+        if not isinstance(network, components.Backbone):
             continue
         rest_of_network = _sizes(network, shards)
         rest = _difference(rest, rest_of_network)

@@ -17,9 +17,8 @@ import torch
 from ssl_pretrain.config import RunConfig, method_on_meta
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.parallel import batch_norm
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.memory import GIB, ROOM
-from ssl_pretrain.parallel.parallel_config import bn_group_images
+from ssl_pretrain.parallel.execution import Execution, bn_group_images
+from ssl_pretrain.parallel.memory import GIB, USABLE_FRACTION
 from ssl_pretrain.planning import communication, step_trace
 from ssl_pretrain.planning.communication import Cluster, Message, Overlap, Unit
 from ssl_pretrain.planning.hardware import Machine
@@ -188,7 +187,7 @@ class Estimate:
 
     def largest_micro_batch(self) -> tuple[int, str]:
         """Return the largest micro-batch size that fits, 0 if none does, and the reason."""
-        room = ROOM * self.machine.memory
+        room = USABLE_FRACTION * self.machine.memory
         group = bn_group_images(self.run.parallel, self.run.global_batch_size)
         has_batch_norm = bool(batch_norm.statistics(self.method))
         smallest = min(group, self.share) if has_batch_norm else 1

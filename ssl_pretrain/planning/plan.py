@@ -10,8 +10,8 @@ from ssl_pretrain.data.layout_report import layout_lines
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel.memory import GIB, ROOM
-from ssl_pretrain.parallel.parallel_config import bn_group_images
+from ssl_pretrain.parallel.execution import bn_group_images
+from ssl_pretrain.parallel.memory import GIB, USABLE_FRACTION
 from ssl_pretrain.planning import hardware
 from ssl_pretrain.planning.communication import Cluster
 from ssl_pretrain.planning.estimate import Estimate, StepTime
@@ -163,8 +163,8 @@ def _describe_memory(estimate: Estimate, images: int) -> list[str]:
     memory, capacity = estimate.memory(images), estimate.machine.memory
     total = sum(memory.values())
     verdict = "fits"
-    if total > ROOM * capacity:
-        verdict = f"does not fit: a run may fill {ROOM:.0%}"
+    if total > USABLE_FRACTION * capacity:
+        verdict = f"does not fit: a run may fill {USABLE_FRACTION:.0%}"
     activations = estimate.activations(images) / images / 2**20
     gradients, loss = estimate.gradient_bytes / GIB, estimate.loss(images).peak / GIB
     return [

@@ -12,7 +12,7 @@ from ssl_pretrain.config import RunConfig
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.losses.backend import BACKENDS, use_backend
 from ssl_pretrain.methods.base import Method
-from ssl_pretrain.models import backbones
+from ssl_pretrain.models import backbones, components
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.schedules import Progress
@@ -84,7 +84,7 @@ def _trace_images(
     def prepare() -> tuple[Method, Batch]:
         make_fake(network, execution.dtype, execution.memory_format)
         for name, module in network.named_modules():
-            if isinstance(module, backbones.Backbone):
+            if isinstance(module, components.Backbone):
                 module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
         recompute_activations(network, run.parallel.activation_checkpointing)
         views = [

@@ -84,7 +84,7 @@ def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
         "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
     )
     assert again.status == 0, again.text
-    assert f"finished before: {tmp_path / 'run'} has done its 2 steps" in again.stdout
+    assert f"already finished: {tmp_path / 'run'} has done its 2 steps" in again.stdout
     assert "--- report: done before" in again.stdout
     assert snapshot(tmp_path / "run") == before
 
@@ -108,14 +108,14 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert first.status == 0, first.text
     saved = tmp_path / "run/checkpoints/step_00000003"
     assert (
-        f"stopped: 3 of 4 steps, saved in {saved}. The same command goes on from there\n"
+        f"stopped: 3 of 4 steps, saved in {saved}. The same command resumes the run\n"
         in first.stdout
     )
     second = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
     assert second.status == 0 and "finished: 4 of 4 steps, saved in " in second.stdout, second.text
     before = snapshot(tmp_path / "run")
     third = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
-    assert third.status == 0 and "finished before: " in third.stdout, third.text
+    assert third.status == 0 and "already finished: " in third.stdout, third.text
     fewer = commands.run("-m", "ssl_pretrain.train", config, "epochs=1")
     assert fewer.status == 2 and fewer.stderr.endswith(
         f"error: epochs: 1 leaves nothing to train: {tmp_path / 'run'} has "

@@ -23,7 +23,7 @@ ERRORS = {
     ("backbone.name=vit_tiny_patch16_224", "views.crops.global.size=40"): (
         "views.crops.global.size: 40 pixels do not fit "
         "backbone.name vit_tiny_patch16_224 (patches of 16): "
-        "Input height (40) should be divisible by patch size (16); sizes that do: 32, 48, 224"
+        "Input height (40) should be divisible by patch size (16); sizes that fit: 32, 48, 224"
     ),
     ("backbone.name=test_resnet", "backbone.args.in_chans=4"): (
         "backbone.args.in_chans: 4 does not fit the images, "
@@ -41,13 +41,14 @@ ERRORS = {
     ),
     ("backbone.name=test_vit", "evaluation.image_size=36"): (
         "evaluation.image_size: 36 pixels do not fit backbone.name test_vit (patches of 16): "
-        "Input height (36) should be divisible by patch size (16); sizes that do: 32, 48, 160"
+        "Input height (36) should be divisible by patch size (16); sizes that fit: 32, 48, 160"
     ),
     ("backbone.name=vgg11", "backbone.drop_path=0.1"): (
-        "backbone.drop_path: 0.1 is not for vgg11, which takes none; set it to 0"
+        "backbone.drop_path: 0.1 is not possible for vgg11, which has no stochastic depth; "
+        "set it to 0"
     ),
     ("backbone.name=resnet18.a1_in1k",): (
-        "backbone.name: 'resnet18.a1_in1k' names weights too; "
+        "backbone.name: 'resnet18.a1_in1k' includes the name of weights; "
         "give backbone.name=resnet18 backbone.init=timm:a1_in1k"
     ),
     ("views.crops.global.count=3",): (

@@ -126,7 +126,7 @@ REFUSED = {
         [],
         "holds Python objects (pathlib.PosixPath) beside its tensors, and "
         "unpickling those can run any program. "
-        "Where you trust the file, keep its tensors alone: ",
+        "If you trust the file, save its tensors alone: ",
     ),
 }
 

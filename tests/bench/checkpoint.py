@@ -27,8 +27,7 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
 

@@ -126,9 +126,9 @@ def run(case: str, output: Path, num_steps: int) -> None:
     method = methods.find(name)
     overrides = [
         *COLLAPSING.get(case, []),
-        *(f"method.{key}={value}" for key, value in method.SMALL.items()),
+        *(f"method.{key}={value}" for key, value in method.SMALL_CONFIG.items()),
         f"output={folder}",
-        *(key for key in getattr(method, "PRESET", []) if key.startswith("method.")),
+        *(key for key in getattr(method, "PRESET_OVERRIDES", []) if key.startswith("method.")),
     ]
     if name == "moco":
         overrides.append("parallel.bn_group_images=32")

@@ -31,8 +31,7 @@ from ssl_pretrain.monitoring.collapse import CollapseMonitor, HealthConfig
 from ssl_pretrain.monitoring.logger import LogConfig, Logger
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.parallel import wrap as parallel
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.planning import hardware
 from ssl_pretrain.step import Stepper
 from ssl_pretrain.views.batch import Batch

@@ -14,7 +14,7 @@ from ssl_pretrain import methods
 from ssl_pretrain.models.backbones import build
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import ParallelConfig
 from ssl_pretrain.views.batch import Batch
 
 
@@ -23,7 +23,7 @@ def step_of(name: str, options: argparse.Namespace, device: torch.device):
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
     backbone = build(BackboneConfig(name=options.backbone, stem="no_pool", args=args), options.size)
-    method = module.Config(**module.SMALL).build(backbone)
+    method = module.Config(**module.SMALL_CONFIG).build(backbone)
     generator = torch.Generator().manual_seed(0)
     views = [
         torch.randn(options.images, 3, options.size, options.size, generator=generator)

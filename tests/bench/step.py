@@ -17,7 +17,7 @@ from ssl_pretrain.methods.base import LossOutput
 from ssl_pretrain.models.backbones import build
 from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import ParallelConfig
 from ssl_pretrain.step import Stepper
 from ssl_pretrain.views.batch import Batch
 

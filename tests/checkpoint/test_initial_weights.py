@@ -15,12 +15,13 @@ from ssl_pretrain.checkpoint.initial_weights import read_initial_weights
         ),
         (
             "{tmp}/text.pth",
-            "backbone.init: '{tmp}/text.pth' is no safetensors or torch file: it begins with "
-            "b'hello'; get it again",
+            "backbone.init: '{tmp}/text.pth' is not a safetensors or torch file: it begins with "
+            "b'hello'; download it again",
         ),
         (
             "{tmp}/text.safetensors",
-            "backbone.init: '{tmp}/text.safetensors' is no safetensors or torch file: it begins "
+            "backbone.init: '{tmp}/text.safetensors' is not a safetensors or torch file: it "
+            "begins "
             "with b'hello",
         ),
     ],

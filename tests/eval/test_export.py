@@ -135,7 +135,7 @@ def test_a_missing_key_and_another_architecture_are_named(vit, tmp_path):
     edit_export(folder, weights)
     assert error_of(export.load, folder) == (
         f"{folder / WEIGHTS}: not the weights of this backbone: 1 missing (model.norm.bias)."
-        " Nothing was loaded; give backbone.name, stem and args of the run that made them"
+        " Nothing was loaded; give backbone.name, stem and args of the run that trained them"
     )
     edit_export(folder, architecture="resnet18", args={})
     other = r"not the weights of this backbone: .* missing .* unexpected"

@@ -166,9 +166,9 @@ def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
     statuses, output = ranks.run(path, *OVERRIDES, fault="oom@1:8")
     assert statuses[1] == 2 and all(status > 0 for status in statuses)
     assert (
-        "error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB. Feed fewer images at once: "
-        "micro_batch_size=auto takes the most that fits, with the gradient of the whole batch; or "
-        "take smaller crops or more ranks, then start the run again\n"
+        "error: rank 1: CUDA out of memory. Tried to allocate 2.00 GiB. Set micro_batch_size=auto, "
+        "which takes the most images that fit and trains with the gradient of the whole batch, or "
+        "use smaller crops or more ranks. Then start the run again\n"
     ) in output
     assert saved_steps(run) == [3, 6]
     resume()
@@ -180,7 +180,7 @@ def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
 def test_a_gpu_without_memory_ends_with_advice(paths, observe):
     statuses, output = ranks.run(paths[0], *OVERRIDES, "global_batch_size=2400000", size=1)
     assert statuses == [2]
-    assert "Feed fewer images at once" in output
+    assert "Set micro_batch_size=auto, which takes the most images that fit" in output
 
 
 @pytest.mark.case(27)
@@ -212,8 +212,8 @@ def test_weights_that_diverge_on_one_rank_are_not_saved(paths, resume, observe):
     path, run = paths
     statuses, output = ranks.run(path, *OVERRIDES, fault="flip@2:5")
     assert all(status > 0 for status in statuses)
-    assert "rank 2: the weights are no longer those of rank 0, first in backbone." in output
-    assert "nothing was saved, resume" in output
+    assert "rank 2: the weights differ from those of rank 0, first in backbone." in output
+    assert "Nothing was saved; start the run again to resume" in output
     assert saved_steps(run) == [3]
     resume()
     observe(

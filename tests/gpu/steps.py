@@ -70,7 +70,7 @@ def load_run(name: str, tiny: bool, compiled: bool) -> RunConfig:
     if tiny:
         small = methods.find(run.method.name)
         backbone = replace(run.backbone, name="test_resnet", args={}, drop_path=0.0)
-        run = replace(run, method=small.Config(**small.SMALL), backbone=backbone)
+        run = replace(run, method=small.Config(**small.SMALL_CONFIG), backbone=backbone)
         for crop in run.views.crops.values():
             crop.size //= 4
     return run

@@ -14,8 +14,7 @@ from ssl_pretrain.models.timm_networks import BackboneConfig
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
@@ -39,7 +38,7 @@ def make_method(name: str, backbone: str = "test_resnet") -> Method:
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
     network = backbones.build(BackboneConfig(name=backbone, stem="no_pool", args=args), SIZE)
-    return module.Config(**module.SMALL).build(network)
+    return module.Config(**module.SMALL_CONFIG).build(network)
 
 
 def make_batch(name: str, device: torch.device, images: int = IMAGES) -> Batch:

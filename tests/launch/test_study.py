@@ -37,7 +37,7 @@ def test_every_run_is_a_valid_configuration_with_its_own_folder(name, base):
             key, _, value = override.partition("=")
             actual = attrgetter(key)(run.config)
             assert str(actual).lower() == value.lower() or float(actual) == float(value)
-        small = methods.find(run.config.method.name).SMALL
+        small = methods.find(run.config.method.name).SMALL_CONFIG
         for key in small.keys() - {"temperature", "momentum"}:
             assert getattr(run.config.method, key) == small[key]
 

@@ -24,7 +24,8 @@ from ssl_pretrain.losses.contrastive import (
 
 pytestmark = pytest.mark.promise
 
-LOOSE, TIGHT = 0.2, 0.02  # temperatures: logits that need no maximum, and logits up to 50, which do
+# Temperatures. TIGHT gives logits up to 50, from which a maximum has to be subtracted.
+LOOSE, TIGHT = 0.2, 0.02
 
 
 def views(rows: int = 12, dim: int = 5):
@@ -33,7 +34,7 @@ def views(rows: int = 12, dim: int = 5):
 
 
 def _labels(rows: int):
-    """Shuffled labels of uneven classes: one of half the images, one of a single image, others."""
+    """Return shuffled labels of classes of different sizes, from one image to half of them."""
     labels = torch.tensor([7] * (rows // 2) + [0] + [3, 5] * rows)[:rows]
     return labels[torch.randperm(rows, generator=torch.Generator().manual_seed(2))]
 
@@ -65,8 +66,8 @@ def _with_gradients(function, name, z_a, z_b, temperature, dtype=torch.float64):
     return [loss.detach(), *torch.autograd.grad(loss, [z_a, z_b])]
 
 
-def relative_error(got, want):
-    return ((got.double() - want).abs().max() / want.abs().max()).item()
+def relative_error(value, reference):
+    return ((value.double() - reference).abs().max() / reference.abs().max()).item()
 
 
 # One tile, tiles that divide 24 rows, tiles that do not, and single pairs.
@@ -77,8 +78,8 @@ def test_equals_the_equation_in_value_and_gradient(name, tile):
         expected = _with_gradients(slow, name, *views(), temperature)
         with use_backend(Backend(*tile)):
             values = _with_gradients(ours, name, *views(), temperature)
-        for got, want in zip(values, expected):
-            assert relative_error(got, want) < 1e-10, temperature
+        for value, reference in zip(values, expected):
+            assert relative_error(value, reference) < 1e-10, temperature
 
 
 def test_nt_xent_equals_its_plain_form():
@@ -97,8 +98,8 @@ def test_float32_is_right_to_its_precision(name):
         rounded = [z.float().double() for z in views()]
         expected = _with_gradients(slow, name, *rounded, temperature)
         values = _with_gradients(ours, name, *rounded, temperature, torch.float32)
-        for got, want in zip(values, expected):
-            assert relative_error(got, want) < 1e-5, temperature
+        for value, reference in zip(values, expected):
+            assert relative_error(value, reference) < 1e-5, temperature
 
 
 def test_autocast_changes_nothing():
@@ -106,7 +107,7 @@ def test_autocast_changes_nothing():
     plain = _with_gradients(ours, "nt_xent", z_a, z_b, LOOSE, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         inside = _with_gradients(ours, "nt_xent", z_a, z_b, LOOSE, torch.float32)
-    assert all(torch.equal(got, want) for got, want in zip(inside, plain))
+    assert all(torch.equal(value, reference) for value, reference in zip(inside, plain))
 
 
 def _losses_and_weight_gradients(z_a, z_b, tile):
@@ -155,9 +156,7 @@ def _traffic(z_a, z_b):
         return gather(out, x, group=group)
 
     collectives._all_gather = counting_gather
-    collectives._reduce_scatter = (
-        None  # fails if it is called: the symmetric form has no use for it
-    )
+    collectives._reduce_scatter = None  # a call fails, because the symmetric form needs none
     rows = len(z_a) // 2
     local = slice(process_group.rank() * rows, (process_group.rank() + 1) * rows)
     a, b = (z[local].clone().requires_grad_() for z in (z_a, z_b))
@@ -176,9 +175,9 @@ def test_embeddings_are_sent_once_and_only_three_numbers_per_row_come_back():
 def test_learned_scale_gets_its_gradient():
     z_a, z_b = views(6)
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
-    got = torch.autograd.grad(image_text(z_a, z_b, scale.expand(6)), scale)[0]
-    want = torch.autograd.grad(slow("image_text", z_a, z_b, None, None, 1 / scale), scale)[0]
-    assert relative_error(got, want) < 1e-10
+    value = torch.autograd.grad(image_text(z_a, z_b, scale.expand(6)), scale)[0]
+    reference = torch.autograd.grad(slow("image_text", z_a, z_b, None, None, 1 / scale), scale)[0]
+    assert relative_error(value, reference) < 1e-10
 
 
 def test_keys_without_a_graph_are_constants():
@@ -188,8 +187,8 @@ def test_keys_without_a_graph_are_constants():
         info_nce(queries, z_b, temperature=0.5),
         slow("info_nce", queries, z_b, None, None, 0.5),
     )
-    got, want = (torch.autograd.grad(loss, queries)[0] for loss in losses)
-    assert relative_error(got, want) < 1e-10
+    value, reference = (torch.autograd.grad(loss, queries)[0] for loss in losses)
+    assert relative_error(value, reference) < 1e-10
 
 
 def test_collapse_costs_the_log_of_the_candidates():

@@ -62,14 +62,14 @@ def plain(kind, dim):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("dim", [5, 14])
 def test_equals_the_equation_in_value_and_gradient(kind, world_size, dim):
-    value, gradient = plain(kind, dim)
+    value, expected = plain(kind, dim)
     if world_size == 1:
         ranks = [_ours(kind, dim)]
     else:
         ranks = run_ranks(_ours, kind, dim, world_size=world_size)
-    assert sum(got for got, _, _ in ranks) / world_size == pytest.approx(value, rel=1e-11)
-    for _, got, shape in ranks:
-        torch.testing.assert_close(got, gradient, rtol=1e-9, atol=1e-12)
+    assert sum(share for share, _, _ in ranks) / world_size == pytest.approx(value, rel=1e-11)
+    for _, gradient, shape in ranks:
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
         assert shape[0] == dim
         assert (shape[1] == dim) == (world_size == 1 or dim == 5)
 

@@ -1,13 +1,13 @@
-"""A network of 700 weights with batch norm, seeded images and real steps for the tests of methods.
+"""Train methods on a network of 700 weights with batch norm and seeded images, for their tests.
 
-A method's test file defines METHOD (arguments of its Config, small), OPTIM (an optimizer of its
-authors' kind) and VIEWS (sizes, unless they are the usual ones). `test_contract.py` runs every
-method that `methods.names()` lists.
+A method's test file defines METHOD (arguments of its Config for small networks), OPTIM (the kind of
+optimizer that its authors use) and VIEWS (sizes of the views, if they are not the usual ones).
+`test_contract.py` runs every method that `methods.names()` lists.
 
-    PYTHONPATH=. python tests/methods/contract.py byol      writes tests/golden/byol.txt anew
+    PYTHONPATH=. python tests/methods/contract.py byol      rewrites tests/golden/byol.txt
 
-Golden losses hold for one version of torch, because another may choose another convolution. Their
-first line names it.
+Golden losses are valid for one version of torch, because another may choose another convolution.
+Their first line names the version.
 """
 
 import copy
@@ -26,12 +26,11 @@ from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from ssl_pretrain.checkpoint.run_facts import RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.models.backbones import Backbone
+from ssl_pretrain.models.components import Backbone
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
 from ssl_pretrain.optim.schedules import Progress
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
@@ -55,21 +54,21 @@ class Network(nn.Module):
         return self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu().mean((2, 3))
 
 
-def test_file(name: str) -> Any:
+def import_test_file(name: str) -> Any:
     return importlib.import_module(f"test_{name}")
 
 
 def build(name: str, **overrides: Any) -> Any:
     """Build the method on the small network in float64, always with the same weights."""
     torch.manual_seed(0)
-    config = methods.find(name).Config(**{**test_file(name).METHOD, **overrides})
+    config = methods.find(name).Config(**{**import_test_file(name).METHOD, **overrides})
     return config.build(Backbone(Network())).double()
 
 
-def batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
-    """Return the global batch of a step: noise around a color of the class, three classes.
+def random_batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
+    """Return the global batch of a step, whose images are noise around the color of their class.
 
-    Every step has other images.
+    There are three classes, and every step has other images.
     """
     generator = torch.Generator().manual_seed(step)
 
@@ -78,11 +77,11 @@ def batch(name: str, step: int = 0, rows: int = ROWS) -> Batch:
 
     labels = torch.arange(rows) % 3
     colors = noise(1) + labels.view(-1, 1, 1, 1)
-    views = [colors + noise(size) for size in getattr(test_file(name), "VIEWS", (8, 8))]
+    views = [colors + noise(size) for size in getattr(import_test_file(name), "VIEWS", (8, 8))]
     return Batch(views, labels, torch.arange(rows) + step * rows)
 
 
-def run(
+def train(
     name: str,
     steps: int = 2,
     num_micro_batches: int = 1,
@@ -93,17 +92,17 @@ def run(
 ) -> dict:
     """Take `steps` steps on this rank's rows.
 
-    Resumes from the checkpoint in `folder` and saves one there at the end. Everything but the batch
-    norm groups and the precision is computed as shipped.
+    With a `folder`, resume from its checkpoint and save one at the end. All settings except the
+    batch norm groups and the precision are the shipped ones.
 
     Returns:
         Losses (means over ranks), the last step's gradients, and the method's state.
     """
     settings = ParallelConfig(precision=precision, bn_group_images=group)
-    method, recipe = build(name, **overrides), test_file(name).OPTIM
+    method, recipe = build(name, **overrides), import_test_file(name).OPTIM
     world = process_group.world_size()
     micro_batch_size = ROWS // world // num_micro_batches
-    example = batch(name).slice(0, world * num_micro_batches)
+    example = random_batch(name).slice(0, world * num_micro_batches)
     execution = Execution.resolve(settings, CPU)
     example = replace(example, views=execution.place_views(example.views))
     stepper = build_stepper(
@@ -133,7 +132,7 @@ def run(
     for step in range(first, first + steps):
         progress = Progress(step, NUM_STEPS, STEPS_PER_EPOCH)
         optim.set_rates(optimizer, recipe, progress, NUM_STEPS / STEPS_PER_EPOCH, ROWS)
-        local_batch = batch(name, step).slice(process_group.rank(), world)
+        local_batch = random_batch(name, step).slice(process_group.rank(), world)
         logs = stepper(progress, local_batch).logs
         losses.append(collectives.reduce_sum(logs["loss"].double()).item() / world)
     if checkpoints:
@@ -145,7 +144,7 @@ def run(
     }
 
 
-def one_step(
+def take_step(
     method: Any, recipe: OptimConfig, images: Batch, step: int = 0, precision: Any = "float64"
 ) -> None:
     """Take one whole step of a run on one process."""
@@ -158,14 +157,14 @@ def one_step(
     stepper(progress, images)
 
 
-def plain_step(
+def apply_plain_step(
     method: nn.Module,
     recipe: OptimConfig,
     loss: torch.Tensor,
     lr: float,
     weight_decay: float | None = None,
 ) -> None:
-    """Apply the first update of the authors' optimizer to a loss, parameter by parameter."""
+    """Apply the first update of the authors' optimizer, parameter by parameter."""
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     decay = recipe.weight_decay if weight_decay is None else weight_decay
@@ -195,14 +194,14 @@ def plain_step(
 
 
 def assert_equal_by_name(
-    got: dict[str, torch.Tensor],
+    actual: dict[str, torch.Tensor],
     expected: dict[str, torch.Tensor],
     rtol: float = 1e-9,
     atol: float = 1e-10,
 ) -> None:
     """Compare the tensors of two dictionaries. A failure names the tensor."""
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         torch.testing.assert_close(
             value, expected[name], rtol=rtol, atol=atol, msg=f"{name}: {{}}".format
         )
@@ -213,32 +212,32 @@ def state_of(module_or_state: Any) -> dict[str, torch.Tensor]:
     return module_or_state.state_dict() if is_module else module_or_state
 
 
-def assert_same(got: Any, expected: Any) -> None:
+def assert_same(actual: Any, expected: Any) -> None:
     """Compare every parameter and buffer of two modules or their states."""
-    assert_equal_by_name(state_of(got), state_of(expected), atol=1e-11)
+    assert_equal_by_name(state_of(actual), state_of(expected), atol=1e-11)
 
 
-def largest_error(got: Any, expected: Any) -> float:
+def largest_error(actual: Any, expected: Any) -> float:
     """Return the largest difference of a tensor, relative to that tensor's largest entry."""
     expected = state_of(expected)
     errors = []
-    for name, value in state_of(got).items():
+    for name, value in state_of(actual).items():
         if value.is_floating_point():
             scale = expected[name].abs().max().clamp(min=1e-3)
             errors.append(((value - expected[name]).abs().max() / scale).item())
     return max(errors)
 
 
-def unit(rows: torch.Tensor) -> list[torch.Tensor]:
+def unit_rows(rows: torch.Tensor) -> list[torch.Tensor]:
     """Divide each row by its length."""
     return [row / row.square().sum().clamp(min=1e-24).sqrt() for row in rows]
 
 
-def twin(method: Any) -> Any:
+def copy_method(method: Any) -> Any:
     return copy.deepcopy(method)
 
 
-def with_views(images: Batch, views: list[torch.Tensor]) -> Batch:
+def replace_views(images: Batch, views: list[torch.Tensor]) -> Batch:
     return replace(images, views=views)
 
 
@@ -247,8 +246,8 @@ def torch_release() -> str:
     return ".".join(torch.__version__.split(".")[:2])
 
 
-def golden(name: str) -> list[float]:
-    """Read the golden losses. Skip the test unless they were written with this version of torch."""
+def read_golden(name: str) -> list[float]:
+    """Return the golden losses, or skip the test if they are from another version of torch."""
     header, *lines = (GOLDEN / f"{name}.txt").read_text().splitlines()
     release = header.rpartition("torch ")[2]
     if release != torch_release():
@@ -267,4 +266,4 @@ def write_golden(name: str, losses: list[float]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
-        write_golden(name, run(name, 10, precision="float64")["losses"])
+        write_golden(name, train(name, 10, precision="float64")["losses"])

@@ -19,7 +19,7 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images):
-    z = contract.unit(method.projector(method.backbone(torch.cat(images.views))))
+    z = contract.unit_rows(method.projector(method.backbone(torch.cat(images.views))))
     n = len(images)
     loss = sum((z[i] - z[i + n]).square().sum() for i in range(n)) / n
     for view in (z[:n], z[n:]):
@@ -31,10 +31,10 @@ def plain_loss(method, images):
 
 
 def test_one_step_is_the_authors():
-    method, images = contract.build("align_uniform"), contract.batch("align_uniform")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), contract.ROWS / 256)
+    method, images = contract.build("align_uniform"), contract.random_batch("align_uniform")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
+    contract.apply_plain_step(expected, OPTIM, plain_loss(expected, images), contract.ROWS / 256)
     contract.assert_same(method, expected)
 
 

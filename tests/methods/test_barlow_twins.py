@@ -42,19 +42,21 @@ def plain_loss(method, images):
 
 
 def test_one_step_is_the_authors():
-    method, images = contract.build("barlow_twins"), contract.batch("barlow_twins")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 20 * contract.ROWS / 256)
+    method, images = contract.build("barlow_twins"), contract.random_batch("barlow_twins")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
+    contract.apply_plain_step(
+        expected, OPTIM, plain_loss(expected, images), 20 * contract.ROWS / 256
+    )
     contract.assert_same(method, expected)
 
 
 def _authors():
-    return contract.run("barlow_twins", steps=1, precision="float64", gradient_scale="authors")
+    return contract.train("barlow_twins", steps=1, precision="float64", gradient_scale="authors")
 
 
 def test_the_authors_gradient_is_one_over_the_ranks_of_the_true_one():
-    true = contract.run("barlow_twins", steps=1, precision="float64")
+    true = contract.train("barlow_twins", steps=1, precision="float64")
     for rank in run_ranks(_authors, world_size=3):
         torch.testing.assert_close(
             rank["gradients"]["projector.0.weight"],
@@ -69,13 +71,13 @@ def test_the_true_gradient_takes_the_authors_step_with_their_ranks_in_decay_and_
     """The recipe multiplies the authors' decay by their ranks and divides their bias rate by it."""
     ranks, theirs = 16, replace(OPTIM, weight_decay=0.05)
     ours = replace(theirs, weight_decay=0.05 * ranks, excluded_lr_ratio=0.024 / ranks)
-    method, images = contract.build("barlow_twins"), contract.batch("barlow_twins")
-    expected, decayed = contract.twin(method), contract.twin(method)
-    contract.one_step(method, ours, images)
+    method, images = contract.build("barlow_twins"), contract.random_batch("barlow_twins")
+    expected, decayed = contract.copy_method(method), contract.copy_method(method)
+    contract.take_step(method, ours, images)
     loss = plain_loss(expected, images) / ranks
-    contract.plain_step(expected, theirs, loss, 20 * contract.ROWS / 256)
+    contract.apply_plain_step(expected, theirs, loss, 20 * contract.ROWS / 256)
     contract.assert_same(method, expected)
-    contract.one_step(decayed, replace(ours, weight_decay=0.05), images)
+    contract.take_step(decayed, replace(ours, weight_decay=0.05), images)
     assert contract.largest_error(decayed, expected) > 1e-5  # LARS does not hide the decay
 
 

@@ -25,19 +25,22 @@ def plain_loss(method, images):
     losses = []
     for i in range(len(images)):
         for online, target in ((p[0][i], z[1][i]), (p[1][i], z[0][i])):
-            online, target = contract.unit([online, target])
+            online, target = contract.unit_rows([online, target])
             losses.append(sum((online[d] - target[d]) ** 2 for d in range(len(online))))
     return sum(losses) / len(images)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_one_step_is_the_authors(step):
-    method, images = contract.build("byol", teacher_starts="redrawn"), contract.batch("byol", step)
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images, step)
+    method, images = (
+        contract.build("byol", teacher_starts="redrawn"),
+        contract.random_batch("byol", step),
+    )
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images, step)
     progress = step / contract.NUM_STEPS
     lr = 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * progress)) / 2
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), lr)
+    contract.apply_plain_step(expected, OPTIM, plain_loss(expected, images), lr)
     # The teacher moves after the optimizer, with this step's momentum.
     momentum = 1 - (1 - 0.9) * (math.cos(math.pi * progress) + 1) / 2
     with torch.no_grad():
@@ -47,8 +50,8 @@ def test_one_step_is_the_authors(step):
 
 
 def test_the_teacher_keeps_its_own_batch_norm_statistics():
-    method, images = contract.build("byol", teacher_starts="redrawn"), contract.batch("byol")
-    contract.one_step(method, OPTIM, images)
+    method, images = contract.build("byol", teacher_starts="redrawn"), contract.random_batch("byol")
+    contract.take_step(method, OPTIM, images)
     mean = method.teacher.backbone.model.bn1.running_mean
     assert not torch.allclose(mean, method.backbone.model.bn1.running_mean)
     assert mean.abs().max() > 0

@@ -13,8 +13,6 @@ from ssl_pretrain.optim.schedules import Progress
 pytestmark = pytest.mark.promise
 
 NAMES = methods.names()
-
-
 WHOLE = {"steps": 2, "precision": "float64"}
 SHIPPED = {"steps": 2}  # in the precision of a run on a CPU, float32
 # Multiple of the rounding error of one process in float32. For SwAV that error is up to 1e-3 of a
@@ -22,22 +20,22 @@ SHIPPED = {"steps": 2}  # in the precision of a run on a CPU, float32
 ROUNDING = 5
 
 
-def in_groups(name):
-    """Arguments of a run with batch norm groups of 8 images, for micro-batches and ranks."""
-    overrides = getattr(contract.test_file(name), "WITH_MICRO_BATCHES", {})
+def group_arguments(name):
+    """Return the arguments of a run with batch norm groups of 8 images."""
+    overrides = getattr(contract.import_test_file(name), "WITH_MICRO_BATCHES", {})
     return {**WHOLE, "group": 8, **overrides}
 
 
 def _run_all(names, with_groups):
-    """Run the methods on this rank. Returns, by method, its runs or a traceback.
+    """Run the methods on this rank, and return the runs of each, or a traceback.
 
-    All methods share one set of processes, because starting them takes longest.
+    All methods share one set of processes, because starting processes takes longest.
     """
     runs = {}
     for name in names:
-        variants = [WHOLE, SHIPPED] + [in_groups(name)] * with_groups
+        variants = [WHOLE, SHIPPED] + [group_arguments(name)] * with_groups
         try:
-            runs[name] = [contract.run(name, **variant) for variant in variants]
+            runs[name] = [contract.train(name, **variant) for variant in variants]
         except Exception:
             runs[name] = traceback.format_exc()
     return runs
@@ -45,7 +43,7 @@ def _run_all(names, with_groups):
 
 @pytest.fixture(scope="module")
 def on_ranks(request):
-    """on_ranks[world_size][rank][name], for the methods whose tests are selected."""
+    """Return the runs by world size, rank and name, for the methods whose tests are selected."""
     items = [item for item in request.session.items if item.path == request.path]
     names = sorted({item.callspec.params["name"] for item in items if hasattr(item, "callspec")})
     return {size: run_ranks(_run_all, names, size == 3, world_size=size) for size in (2, 3)}
@@ -58,7 +56,7 @@ def assert_bits(state, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_agree_with_one_process(name, on_ranks):
-    one = contract.run(name, **WHOLE)
+    one = contract.train(name, **WHOLE)
     assert any(gradient.abs().max() > 1e-6 for gradient in one["gradients"].values())
     for size in (2, 3):
         for rank in on_ranks[size]:
@@ -71,7 +69,7 @@ def test_ranks_agree_with_one_process(name, on_ranks):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_agree_with_one_process_as_shipped(name, on_ranks):
-    exact, one = contract.run(name, **WHOLE), contract.run(name, **SHIPPED)
+    exact, one = contract.train(name, **WHOLE), contract.train(name, **SHIPPED)
     for size in (2, 3):
         for rank in on_ranks[size]:
             assert not isinstance(rank[name], str), rank[name]
@@ -84,7 +82,7 @@ def test_ranks_agree_with_one_process_as_shipped(name, on_ranks):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_on_one_rank_equal_as_many_ranks(name, on_ranks):
-    one = contract.run(name, num_micro_batches=3, **in_groups(name))
+    one = contract.train(name, num_micro_batches=3, **group_arguments(name))
     for rank in on_ranks[3]:
         assert not isinstance(rank[name], str), rank[name]
         contract.assert_equal_by_name(one["gradients"], rank[name][2]["gradients"])
@@ -94,9 +92,9 @@ def test_micro_batches_on_one_rank_equal_as_many_ranks(name, on_ranks):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ten_steps_with_a_stop_equal_ten_without_bit_for_bit(name, tmp_path):
-    straight = contract.run(name, steps=10)
-    stopped = contract.run(name, steps=5, folder=tmp_path)
-    resumed = contract.run(name, steps=5, folder=tmp_path)
+    straight = contract.train(name, steps=10)
+    stopped = contract.train(name, steps=5, folder=tmp_path)
+    resumed = contract.train(name, steps=5, folder=tmp_path)
     assert stopped["losses"] + resumed["losses"] == straight["losses"]
     assert len(set(straight["losses"])) == 10
     assert_bits(straight["state"], resumed["state"])
@@ -105,31 +103,31 @@ def test_ten_steps_with_a_stop_equal_ten_without_bit_for_bit(name, tmp_path):
 # SimCLR's ten golden steps are taken by the trainer, in test_simclr.py.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "simclr"])
 def test_ten_golden_steps(name):
-    expected = contract.golden(name)
-    losses = contract.run(name, steps=10, precision="float64")["losses"]
+    expected = contract.read_golden(name)
+    losses = contract.train(name, steps=10, precision="float64")["losses"]
     assert losses == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_masked_step_moves_nothing(name):
-    method, images = contract.build(name), contract.batch(name)
+    method, images = contract.build(name), contract.random_batch(name)
     with torch.no_grad():
         embeddings, targets = method(images), method.targets(images)
         for parameter in method.backbone.parameters():
             parameter.add_(0.1)
         before = {key: value.clone() for key, value in method.state_dict().items()}
-        method.stepped = torch.zeros(())
+        method.step_taken = torch.zeros(())
         halfway = Progress(contract.NUM_STEPS // 2, contract.NUM_STEPS, contract.STEPS_PER_EPOCH)
         method.after_step(halfway, embeddings, targets)
     # Buffers that are a function of progress may change.
-    scheduled = getattr(contract.test_file(name), "SCHEDULED", set())
+    scheduled = getattr(contract.import_test_file(name), "SCHEDULED", set())
     for key, value in method.state_dict().items():
         assert key in scheduled or torch.equal(value, before[key]), key
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_pure(name):
-    method, images = contract.build(name), contract.batch(name)
+    method, images = contract.build(name), contract.random_batch(name)
     embeddings, targets = method(images), method.targets(images)
     tensors = {**embeddings, **targets, **method.state_dict()}
     before = {key: value.clone() for key, value in tensors.items()}
@@ -142,7 +140,7 @@ def test_the_loss_is_pure(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_collapse_metrics_compare_two_views_of_the_same_images(name):
-    method, images = contract.build(name), contract.batch(name)
+    method, images = contract.build(name), contract.random_batch(name)
     embeddings, targets = method(images), method.targets(images)
     lasting = [
         {key: z for key, z in tensors.items() if key not in method.transient}
@@ -165,15 +163,15 @@ def test_the_collapse_metrics_compare_two_views_of_the_same_images(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_small_heads_of_the_cpu_preset_are_valid_settings(name):
-    methods.find(name).Config(**methods.find(name).SMALL)
+    methods.find(name).Config(**methods.find(name).SMALL_CONFIG)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_trains_to_finite_weights(name):
-    method, images = contract.build(name).float(), contract.batch(name)
-    images = contract.with_views(images, [view.float() for view in images.views])
-    contract.one_step(method, contract.test_file(name).OPTIM, images, precision="bfloat16")
-    assert method.stepped == 1
+    method, images = contract.build(name).float(), contract.random_batch(name)
+    images = contract.replace_views(images, [view.float() for view in images.views])
+    contract.take_step(method, contract.import_test_file(name).OPTIM, images, precision="bfloat16")
+    assert method.step_taken == 1
     for key, value in method.state_dict().items():
         assert not value.is_floating_point() or value.isfinite().all(), key
 

@@ -56,10 +56,10 @@ def plain_loss(method, images):
 
 
 def test_one_step_is_the_papers():
-    method, images = contract.build("cpc"), contract.batch("cpc", rows=6)
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 0.01)
+    method, images = contract.build("cpc"), contract.random_batch("cpc", rows=6)
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
+    contract.apply_plain_step(expected, OPTIM, plain_loss(expected, images), 0.01)
     contract.assert_same(method, expected)
 
 
@@ -93,4 +93,4 @@ def test_a_grid_that_is_too_small_is_refused():
         "method.rows_ahead: [1, 4] does not fit a grid of 4 x 4 patches; lower it, method.stride or"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        contract.build("cpc", rows_ahead=[1, 4])(contract.batch("cpc"))
+        contract.build("cpc", rows_ahead=[1, 4])(contract.random_batch("cpc"))

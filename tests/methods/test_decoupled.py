@@ -15,7 +15,7 @@ OPTIM = OptimConfig(name="lars", base_lr=20.0, warmup_epochs=0.0, weight_decay=1
 
 def plain_loss(method, images, sigma):
     n = len(images)
-    z = contract.unit(method.projector(method.backbone(torch.cat(images.views))))
+    z = contract.unit_rows(method.projector(method.backbone(torch.cat(images.views))))
     loss = torch.zeros((), dtype=torch.float64)
     closeness = [torch.exp(z[i] @ z[i + n] / sigma) for i in range(n)] if sigma else []
     for start in (0, n):  # both directions, summed
@@ -29,9 +29,9 @@ def plain_loss(method, images, sigma):
 
 @pytest.mark.parametrize("sigma", [None, 0.5])
 def test_one_step_is_the_authors(sigma):
-    method, images = contract.build("decoupled", sigma=sigma), contract.batch("decoupled")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
+    method, images = contract.build("decoupled", sigma=sigma), contract.random_batch("decoupled")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
     loss = plain_loss(expected, images, sigma)
-    contract.plain_step(expected, OPTIM, loss, 20 * contract.ROWS / 256)
+    contract.apply_plain_step(expected, OPTIM, loss, 20 * contract.ROWS / 256)
     contract.assert_same(method, expected)

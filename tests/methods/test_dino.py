@@ -41,8 +41,8 @@ SCHEDULED = {"teacher_temperature"}
 def plain_loss(method, images, temperature):
     def network(backbone, head, groups):
         features = torch.cat([backbone(torch.cat(group)) for group in groups])
-        z = torch.stack(contract.unit(head.mlp(features)))
-        rows = torch.stack(contract.unit(head.last_layer.weight)) * head.last_layer.norm
+        z = torch.stack(contract.unit_rows(head.mlp(features)))
+        rows = torch.stack(contract.unit_rows(head.last_layer.weight)) * head.last_layer.norm
         return (z @ rows.T).split(len(images))
 
     with torch.no_grad():
@@ -61,18 +61,18 @@ def plain_loss(method, images, temperature):
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_one_step_is_the_authors(step):
-    method, images = contract.build("dino"), contract.batch("dino", step)
+    method, images = contract.build("dino"), contract.random_batch("dino", step)
     temperature = [0.04, 0.04, 0.055, 0.055][step]  # 2 steps per epoch, 3 warmup epochs
     method.teacher_temperature.fill_(temperature)
     method.center.copy_(torch.randn(9))
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images, step)
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images, step)
     progress = step / contract.NUM_STEPS
     lr = 0.05 * contract.ROWS / 256 * (1 + math.cos(math.pi * progress)) / 2
     decay = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2
     loss, mean = plain_loss(expected, images, temperature)
     last = {name: p.detach().clone() for name, p in expected.head.last_layer.named_parameters()}
-    contract.plain_step(expected, OPTIM, loss, lr, decay)
+    contract.apply_plain_step(expected, OPTIM, loss, lr, decay)
     momentum = 1 + (0.9 - 1) * (1 + math.cos(math.pi * progress)) / 2
     with torch.no_grad():
         if step < 2:  # frozen in the first epoch
@@ -118,7 +118,7 @@ def test_logits_of_one_micro_batch_at_most_are_held_at_once():
 
     handle = torch.nn.modules.module.register_module_forward_hook(record_size)
     try:
-        contract.run("dino", steps=1, num_micro_batches=3, group=8)
+        contract.train("dino", steps=1, num_micro_batches=3, group=8)
     finally:
         handle.remove()
     assert len(sizes) >= 6
@@ -135,10 +135,10 @@ def test_the_teacher_drops_nothing_and_local_crops_interpolate_the_positions():
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name="test_vit", drop_path=0.5), 64)
     method = Config(num_prototypes=16, hidden_dim=8, bottleneck_dim=4).build(backbone)
-    images = contract.batch("dino", rows=2)
+    images = contract.random_batch("dino", rows=2)
     views = [torch.randn(2, 3, size, size) for size in (64, 64, 32)]
     method.train()
-    assert method(contract.with_views(images, views))["logits"].shape == (2, 3, 16)
+    assert method(contract.replace_views(images, views))["logits"].shape == (2, 3, 16)
     first, second = (method.teacher.backbone(views[0]) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(backbone(views[0]), backbone(views[0]))

@@ -23,7 +23,9 @@ OPTIM = OptimConfig(
 
 def plain_loss(method, images):
     n, tau, tau_plus = len(images), 0.5, 0.05
-    z = contract.unit(torch.cat([method.projector(method.backbone(view)) for view in images.views]))
+    z = contract.unit_rows(
+        torch.cat([method.projector(method.backbone(view)) for view in images.views])
+    )
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(2 * n):
         positive = torch.exp(z[i] @ z[(i + n) % (2 * n)] / tau)
@@ -38,8 +40,8 @@ def plain_loss(method, images):
 
 
 def test_one_step_is_the_authors():
-    method, images = contract.build("hard_negative"), contract.batch("hard_negative")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 0.01)
+    method, images = contract.build("hard_negative"), contract.random_batch("hard_negative")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
+    contract.apply_plain_step(expected, OPTIM, plain_loss(expected, images), 0.01)
     contract.assert_same(method, expected)

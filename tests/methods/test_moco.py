@@ -21,9 +21,11 @@ WITH_MICRO_BATCHES = {"shuffled_batch_norm": False}  # they cannot be combined
 
 
 def plain_loss(method, images):
-    queries = contract.unit(method.projector(method.backbone(images.views[0])))
+    queries = contract.unit_rows(method.projector(method.backbone(images.views[0])))
     with torch.no_grad():
-        keys = contract.unit(method.teacher.projector(method.teacher.backbone(images.views[1])))
+        keys = contract.unit_rows(
+            method.teacher.projector(method.teacher.backbone(images.views[1]))
+        )
     losses = []
     for q, k in zip(queries, keys):
         logits = [(q @ k) / 0.2] + [(q @ row) / 0.2 for row in method.queue.rows]
@@ -33,9 +35,9 @@ def plain_loss(method, images):
 
 def test_three_steps_are_the_authors():
     method = contract.build("moco")
-    expected = contract.twin(method)
-    batches = [contract.batch("moco", step) for step in range(3)]
-    state = contract.run("moco", steps=3, precision="float64")["state"]
+    expected = contract.copy_method(method)
+    batches = [contract.random_batch("moco", step) for step in range(3)]
+    state = contract.train("moco", steps=3, precision="float64")["state"]
     velocity: dict[str, torch.Tensor] = {}
     for step, images in enumerate(batches):
         # The authors move the teacher, then compute the keys, then step the optimizer. At the first
@@ -93,14 +95,14 @@ def test_settings_that_cannot_be_combined_are_refused():
         Config(queue_size=1000).check(Run(), 8)
     assert str(error.value) == (
         "method.queue_size: 1000 is not a multiple of global_batch_size 256; "
-        "the nearest that are 768 and 1024"
+        "the nearest multiples are 768 and 1024"
     )
     Config().check(Run(), 8)
     Run.micro_batch_size = 16
     with pytest.raises(ValueError) as error:
         Config().check(Run(), 8)
     assert str(error.value).startswith(
-        "micro_batch_size: 16 cannot be with method.shuffled_batch_norm, which exchanges key views"
+        "micro_batch_size: 16 cannot be combined with method.shuffled_batch_norm, which exchanges "
     )
 
 
@@ -112,9 +114,9 @@ def test_version_1_has_a_linear_head():
 
 
 def test_without_a_queue_the_negatives_are_the_batchs_other_keys():
-    method, images = contract.build("moco", without_queue=True), contract.batch("moco")
+    method, images = contract.build("moco", without_queue=True), contract.random_batch("moco")
     embeddings, targets = method(images), method.targets(images)
-    queries, keys = contract.unit(embeddings["queries"]), contract.unit(targets["keys"])
+    queries, keys = contract.unit_rows(embeddings["queries"]), contract.unit_rows(targets["keys"])
     losses = []
     for q, k in zip(queries, keys):
         everything = sum(torch.exp(q @ other / 0.2) for other in keys)

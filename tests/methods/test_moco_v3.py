@@ -22,10 +22,10 @@ OPTIM = OptimConfig(
 
 def plain_loss(method, images):
     z = [method.projector(method.backbone(view)) for view in images.views]
-    p = [contract.unit(method.predictor(embeddings)) for embeddings in z]
+    p = [contract.unit_rows(method.predictor(embeddings)) for embeddings in z]
     teacher = method.teacher
     with torch.no_grad():
-        z = [contract.unit(teacher.projector(teacher.backbone(view))) for view in images.views]
+        z = [contract.unit_rows(teacher.projector(teacher.backbone(view))) for view in images.views]
     loss = torch.zeros((), dtype=torch.float64)
     for queries, keys in ((p[0], z[1]), (p[1], z[0])):
         for i, q in enumerate(queries):
@@ -36,11 +36,11 @@ def plain_loss(method, images):
 
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_one_step_is_the_authors(step):
-    method, images = contract.build("moco_v3"), contract.batch("moco_v3", step)
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images, step)
+    method, images = contract.build("moco_v3"), contract.random_batch("moco_v3", step)
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images, step)
     lr = 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * step / contract.NUM_STEPS)) / 2
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), lr)
+    contract.apply_plain_step(expected, OPTIM, plain_loss(expected, images), lr)
     # The teacher moves before the keys of the next step, with that step's momentum.
     momentum = 1 - 0.5 * (1 + math.cos(math.pi * (step + 1) / contract.NUM_STEPS)) * 0.1
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_vit_starts_as_the_authors():
 
 
 def test_positions_are_sines_and_cosines_of_both_coordinates():
-    got = sine_cosine_positions(3, 3, 8)[0]
+    positions = sine_cosine_positions(3, 3, 8)[0]
     for patch in range(9):
         waves = [
             wave(x / 10000 ** (j / 2))
@@ -88,7 +88,7 @@ def test_positions_are_sines_and_cosines_of_both_coordinates():
             for wave in (math.sin, math.cos)
             for j in (0, 1)
         ]
-        assert got[patch].tolist() == pytest.approx(waves, abs=1e-6)
+        assert positions[patch].tolist() == pytest.approx(waves, abs=1e-6)
 
 
 def test_twelve_heads_are_an_argument_of_the_backbone():

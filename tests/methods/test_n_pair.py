@@ -33,11 +33,13 @@ def plain_loss(method, images, groups):
 
 @pytest.mark.parametrize("pairs", ["labels", "views"])
 def test_one_step_is_the_papers(pairs):
-    method, images = contract.build("n_pair", pairs=pairs), contract.batch("n_pair")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
+    method, images = contract.build("n_pair", pairs=pairs), contract.random_batch("n_pair")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
     groups = images.labels if pairs == "labels" else images.indices
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images, groups), contract.ROWS / 256)
+    contract.apply_plain_step(
+        expected, OPTIM, plain_loss(expected, images, groups), contract.ROWS / 256
+    )
     contract.assert_same(method, expected)
 
 

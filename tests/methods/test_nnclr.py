@@ -17,23 +17,23 @@ OPTIM = OptimConfig(
 
 def plain_loss(method, images):
     z = [method.projector(method.backbone(view)) for view in images.views]
-    p = [contract.unit(method.predictor(embeddings)) for embeddings in z]
+    p = [contract.unit_rows(method.predictor(embeddings)) for embeddings in z]
     loss = torch.zeros((), dtype=torch.float64)
     for source, other in ((0, 1), (1, 0)):
-        for i, row in enumerate(contract.unit(z[source].detach())):
+        for i, row in enumerate(contract.unit_rows(z[source].detach())):
             neighbor = method.queue.rows[(method.queue.rows @ row).argmax()]
             exps = [torch.exp(neighbor @ candidate / 0.2) for candidate in p[other]]
             loss = loss - torch.log(exps[i] / sum(exps)) / len(images) / 2
-    return loss, torch.stack(contract.unit(z[0].detach()))
+    return loss, torch.stack(contract.unit_rows(z[0].detach()))
 
 
 def test_one_step_is_the_papers():
-    method, images = contract.build("nnclr"), contract.batch("nnclr")
+    method, images = contract.build("nnclr"), contract.random_batch("nnclr")
     method.queue.rows.copy_(torch.nn.functional.normalize(method.queue.rows))  # from float32
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
     loss, z = plain_loss(expected, images)
-    contract.plain_step(expected, OPTIM, loss, 20 * contract.ROWS / 256)
+    contract.apply_plain_step(expected, OPTIM, loss, 20 * contract.ROWS / 256)
     expected.queue.rows[:24] = z
     expected.queue.position.fill_(24)
     expected.queue.filled.fill_(24)

@@ -27,12 +27,12 @@ def plain_loss(method, images, groups):
 
 @pytest.mark.parametrize("pairs", ["labels", "views"])
 def test_one_step_is_the_papers(pairs):
-    method, images = contract.build("pairwise", pairs=pairs), contract.batch("pairwise")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
+    method, images = contract.build("pairwise", pairs=pairs), contract.random_batch("pairwise")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
     groups = images.labels if pairs == "labels" else images.indices
     loss = plain_loss(expected, images, groups)
-    contract.plain_step(expected, OPTIM, loss, 0.5 * contract.ROWS / 256)
+    contract.apply_plain_step(expected, OPTIM, loss, 0.5 * contract.ROWS / 256)
     contract.assert_same(method, expected)
 
 

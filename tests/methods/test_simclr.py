@@ -31,7 +31,7 @@ def method():
 def plain_loss(method, images):
     """Equation 1, anchor by anchor, in both directions. Both views go through in one call."""
     n = len(images)
-    z = contract.unit(method.projector(method.backbone(torch.cat(images.views))))
+    z = contract.unit_rows(method.projector(method.backbone(torch.cat(images.views))))
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(2 * n):
         exps = {j: torch.exp(z[i] @ z[j] / 0.5) for j in range(2 * n) if j != i}
@@ -40,10 +40,12 @@ def plain_loss(method, images):
 
 
 def test_one_step_is_the_authors():
-    simclr, images = contract.build("simclr"), contract.batch("simclr")
-    expected = contract.twin(simclr)
-    contract.one_step(simclr, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 20 * contract.ROWS / 256)
+    simclr, images = contract.build("simclr"), contract.random_batch("simclr")
+    expected = contract.copy_method(simclr)
+    contract.take_step(simclr, OPTIM, images)
+    contract.apply_plain_step(
+        expected, OPTIM, plain_loss(expected, images), 20 * contract.ROWS / 256
+    )
     contract.assert_same(simclr, expected)
 
 
@@ -76,7 +78,7 @@ def test_another_number_of_views_is_refused():
 
 
 def test_ten_golden_steps(tmp_path):
-    golden = contract.golden("simclr")
+    golden = contract.read_golden("simclr")
     settings = config.load(tiny.write_config(tmp_path), ["parallel.precision=float64"])
     train(settings, torch.device("cpu"), stop_after=10)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -85,7 +87,10 @@ def test_ten_golden_steps(tmp_path):
 
 
 def test_without_a_projector_the_loss_is_on_the_features():
-    method, images = contract.build("simclr", without_projector=True), contract.batch("simclr")
+    method, images = (
+        contract.build("simclr", without_projector=True),
+        contract.random_batch("simclr"),
+    )
     embeddings = method(images)
     features = method.backbone(torch.cat(images.views))
     torch.testing.assert_close(torch.cat([embeddings["z_a"], embeddings["z_b"]]), features)

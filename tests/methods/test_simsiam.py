@@ -32,10 +32,10 @@ def plain_loss(method, images):
 
 
 def test_one_step_is_the_authors():
-    method, images = contract.build("simsiam"), contract.batch("simsiam")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), contract.ROWS / 256)
+    method, images = contract.build("simsiam"), contract.random_batch("simsiam")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
+    contract.apply_plain_step(expected, OPTIM, plain_loss(expected, images), contract.ROWS / 256)
     contract.assert_same(method, expected)
 
 
@@ -48,7 +48,7 @@ def test_heads_have_the_authors_biases_and_the_last_norm_is_not_trained():
 
 def test_without_the_stopped_gradient_the_targets_learn_too():
     method = contract.build("simsiam", without_stop_gradient=True)
-    images = contract.batch("simsiam")
+    images = contract.random_batch("simsiam")
     z_a, z_b = (method.projector(method.backbone(view)) for view in images.views)
     p_a, p_b = method.predictor(z_a), method.predictor(z_b)
     cosines = [

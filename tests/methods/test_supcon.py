@@ -19,7 +19,7 @@ def plain_loss(method, images):
 
     The softmax leaves out the anchor itself.
     """
-    z = contract.unit(method.projector(method.backbone(torch.cat(images.views))))
+    z = contract.unit_rows(method.projector(method.backbone(torch.cat(images.views))))
     labels = images.labels.tolist() * 2
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(len(z)):
@@ -31,10 +31,12 @@ def plain_loss(method, images):
 
 
 def test_one_step_is_the_authors():
-    method, images = contract.build("supcon"), contract.batch("supcon")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 0.2 * contract.ROWS / 256)
+    method, images = contract.build("supcon"), contract.random_batch("supcon")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
+    contract.apply_plain_step(
+        expected, OPTIM, plain_loss(expected, images), 0.2 * contract.ROWS / 256
+    )
     contract.assert_same(method, expected)
 
 
@@ -44,7 +46,7 @@ def test_googles_head_has_no_last_bias_and_unit_inputs():
     method.projector.register_forward_pre_hook(
         lambda _, inputs: norms.append(inputs[0].norm(dim=1))
     )
-    method(contract.batch("supcon"))
+    method(contract.random_batch("supcon"))
     torch.testing.assert_close(norms[0], torch.ones_like(norms[0]))
     assert method.projector[-1].bias is None
 

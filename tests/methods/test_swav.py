@@ -43,11 +43,11 @@ def plain_sinkhorn(scores, epsilon=0.05):
 def plain_loss(method, images):
     with torch.no_grad():
         weight = method.prototypes.weight
-        weight.copy_(torch.stack(contract.unit(weight)))
+        weight.copy_(torch.stack(contract.unit_rows(weight)))
     n = len(images)
     by_size = images.views[:2], images.views[2:]
     features = torch.cat([method.backbone(torch.cat(views)) for views in by_size])
-    z = torch.stack(contract.unit(method.projector(features)))
+    z = torch.stack(contract.unit_rows(method.projector(features)))
     scores = (z @ method.prototypes.weight.T).split(n)
     loss = torch.zeros((), dtype=torch.float64)
     for assigned in (0, 1):
@@ -65,21 +65,21 @@ def plain_loss(method, images):
 
 @pytest.mark.parametrize("filled", [0, 48])
 def test_one_step_is_the_authors(filled):
-    method, images = contract.build("swav"), contract.batch("swav", 2)
+    method, images = contract.build("swav"), contract.random_batch("swav", 2)
     weight = method.prototypes.weight  # from float32, so its rows are not quite of length 1
     weight.data.copy_(normalize(weight))
     method.queue.filled.fill_(filled)
     rows = torch.randn(48, 2, 4, dtype=torch.float64)
     method.queue.rows.copy_(normalize(rows, dim=-1) if filled else torch.zeros_like(rows))
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images, step=2)  # the prototypes move, the queue is in use
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images, step=2)  # the prototypes move, the queue is in use
     loss, z = plain_loss(expected, images)
     lr = 20 * contract.ROWS / 256 * (1 + math.cos(math.pi * 0.1)) / 2
-    contract.plain_step(expected, OPTIM, loss, lr)
+    contract.apply_plain_step(expected, OPTIM, loss, lr)
     with torch.no_grad():
         # The authors normalize the prototypes before the next forward pass.
         weight = expected.prototypes.weight
-        weight.copy_(torch.stack(contract.unit(weight)))
+        weight.copy_(torch.stack(contract.unit_rows(weight)))
         expected.queue.rows[:24] = torch.stack(z.split(24)[:2], dim=1)
         expected.queue.filled.fill_(max(filled, 24))
         expected.queue.position.fill_(24)
@@ -121,5 +121,5 @@ def test_a_queue_that_the_batch_does_not_fill_is_refused():
         Config(queue_size=3840).check(Run(), 1)
     assert str(error.value) == (
         "method.queue_size: 3840 is not a multiple of global_batch_size 512; "
-        "the nearest that are 3584 and 4096"
+        "the nearest multiples are 3584 and 4096"
     )

@@ -18,7 +18,9 @@ OPTIM = OptimConfig(
 
 
 def plain_loss(method, images, groups):
-    z = contract.unit(torch.cat([method.projector(method.backbone(view)) for view in images.views]))
+    z = contract.unit_rows(
+        torch.cat([method.projector(method.backbone(view)) for view in images.views])
+    )
     n = len(images)
     d = [[(a - b).square().sum() for b in z] for a in z]
     terms = []
@@ -34,12 +36,12 @@ def plain_loss(method, images, groups):
 
 @pytest.mark.parametrize("pairs", ["labels", "views"])
 def test_one_step_is_the_authors(pairs):
-    method, images = contract.build("triplet", pairs=pairs), contract.batch("triplet")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
+    method, images = contract.build("triplet", pairs=pairs), contract.random_batch("triplet")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
     groups = images.labels if pairs == "labels" else images.indices
     loss = plain_loss(expected, images, groups)
-    contract.plain_step(expected, OPTIM, loss, 2 * contract.ROWS / 256)
+    contract.apply_plain_step(expected, OPTIM, loss, 2 * contract.ROWS / 256)
     contract.assert_same(method, expected)
 
 

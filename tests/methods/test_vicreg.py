@@ -35,10 +35,12 @@ def plain_loss(method, images):
 
 
 def test_one_step_is_the_authors():
-    method, images = contract.build("vicreg"), contract.batch("vicreg")
-    expected = contract.twin(method)
-    contract.one_step(method, OPTIM, images)
-    contract.plain_step(expected, OPTIM, plain_loss(expected, images), 0.5 * contract.ROWS / 256)
+    method, images = contract.build("vicreg"), contract.random_batch("vicreg")
+    expected = contract.copy_method(method)
+    contract.take_step(method, OPTIM, images)
+    contract.apply_plain_step(
+        expected, OPTIM, plain_loss(expected, images), 0.5 * contract.ROWS / 256
+    )
     contract.assert_same(method, expected)
 
 

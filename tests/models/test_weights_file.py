@@ -113,30 +113,29 @@ def _script(path: Path) -> None:
     [
         (
             lambda path: path.write_bytes(b""),
-            "weights is no safetensors or torch file: it is empty; get it again",
+            "weights is not a safetensors or torch file: it is empty; download it again",
         ),
         (
             lambda path: path.write_text("<!DOCTYPE html>"),
-            "weights is no safetensors or torch file: it begins with b'<!DOCTYPE html>'; "
-            "get it again",
+            "weights is not a safetensors or torch file: it begins with b'<!DOCTYPE html>'; "
+            "download it again",
         ),
         (
             lambda path: path.write_text("version https://git-lfs.example/spec/v1"),
-            "weights is no safetensors or torch file: it begins with "
+            "weights is not a safetensors or torch file: it begins with "
             "b'version https://git-lfs.example/'; fetch it with git lfs pull",
         ),
         (
             lambda path: path.write_bytes(b"PK\3\4" + bytes(200)),
-            "weights is cut off or damaged (File is not a zip file); get it again",
+            "weights is cut off or damaged (File is not a zip file); download it again",
         ),
         (
             _script,
-            "weights is a TorchScript program. Where you trust the file, save its tensors alone: ",
+            "weights is a TorchScript program. If you trust the file, save its tensors alone: ",
         ),
         (
             lambda path: torch.save({"a": BARE, "b": BARE}, path),
-            "weights: several weights in it; it has tensors at 'a' (90), 'b' (90). "
-            "Choose with backbone.init_key",
+            "weights: it has tensors at 'a' (90), 'b' (90); choose one with backbone.init_key",
         ),
         (
             lambda path: torch.save(list(BARE.values()), path),

@@ -9,7 +9,7 @@ from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.methods.base import Monitored
-from ssl_pretrain.models.teacher import Teacher
+from ssl_pretrain.models.components import Teacher
 from ssl_pretrain.monitoring.collapse import CollapseError, CollapseMonitor, HealthConfig
 from ssl_pretrain.train import train
 

@@ -68,11 +68,11 @@ def plain_lars(model, rates, convention, weight_decay=0.01, momentum=0.9, eta=0.
 @pytest.mark.parametrize("convention", ["classic", "popular"])
 def test_lars_equals_the_authors_equations(convention):
     rates = [0.5, 1.0, 0.2, 0.7]
-    expected, got = network(), network()
+    expected, actual = network(), network()
     plain_lars(expected, rates, convention)
     config = OptimConfig(name="lars", weight_decay=0.01, momentum_convention=convention)
-    take_steps(optim.build(config, got), got, rates)
-    assert all(torch.equal(p, q) for p, q in zip(got.parameters(), expected.parameters()))
+    take_steps(optim.build(config, actual), actual, rates)
+    assert all(torch.equal(p, q) for p, q in zip(actual.parameters(), expected.parameters()))
 
 
 class Operations(TorchDispatchMode):
@@ -231,13 +231,13 @@ def plain_larc(model, rates, clip, weight_decay=0.01, momentum=0.9, eta=0.02):
 @pytest.mark.parametrize("clip", [False, True])
 def test_larc_equals_apex_on_every_parameter(clip):
     rates = [0.5, 0.001, 0.2, 0.7]
-    expected, got = network(), network()
+    expected, actual = network(), network()
     plain_larc(expected, rates, clip)
     config = OptimConfig(
         name="larc", weight_decay=0.01, trust_coefficient=0.02, larc_clip=clip, exclude_by="none"
     )
-    take_steps(optim.build(config, got), got, rates)
-    for p, q in zip(got.parameters(), expected.parameters()):
+    take_steps(optim.build(config, actual), actual, rates)
+    for p, q in zip(actual.parameters(), expected.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
 
 

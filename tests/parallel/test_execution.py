@@ -1,19 +1,20 @@
-"""Formats in which views reach the model."""
+"""Formats in which views reach the model, and settings that exclude each other."""
 
+import pytest
 import torch
 
-from ssl_pretrain.parallel.execution import Execution
-from ssl_pretrain.parallel.parallel_config import ParallelConfig
+from ssl_pretrain.parallel import execution
+from ssl_pretrain.parallel.execution import Execution, ParallelConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_evaluations_keep_float32_although_training_views_are_bfloat16():
     """Evaluations run without autocast, so their views must not be rounded."""
-    execution = Execution.resolve(ParallelConfig(), CUDA)
-    assert execution.view_dtype == torch.bfloat16
+    on_gpu = Execution.resolve(ParallelConfig(), CUDA)
+    assert on_gpu.view_dtype == torch.bfloat16
     training, evaluation = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16), torch.zeros(1, 3, 4, 4)
-    views = execution.place_views([training, evaluation])
+    views = on_gpu.place_views([training, evaluation])
     assert [view.dtype for view in views] == [torch.bfloat16, torch.float32]
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views)
 
@@ -23,5 +24,26 @@ def test_views_on_a_cpu_are_float32():
 
 
 def test_a_float64_model_gets_float64_views():
-    execution = Execution.resolve(ParallelConfig(precision="float64"), CUDA)
-    assert execution.place_views([torch.zeros(1, 3, 4, 4)])[0].dtype == torch.float64
+    in_float64 = Execution.resolve(ParallelConfig(precision="float64"), CUDA)
+    assert in_float64.place_views([torch.zeros(1, 3, 4, 4)])[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"compile": True, "activation_checkpointing": "selective"},
+            "parallel.activation_checkpointing: selective cannot be combined with "
+            "parallel.compile, because the compiler chooses what to recompute; choose none or "
+            "blocks",
+        ),
+        (
+            {"cuda_graphs": True},
+            "parallel.cuda_graphs: true needs parallel.compile; set parallel.cuda_graphs=false",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError) as error:
+        execution.check(ParallelConfig(**settings))
+    assert str(error.value) == message

@@ -12,7 +12,7 @@ from ssl_pretrain import config, schema
 from ssl_pretrain.build import build_method
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.optim import optimizers as optim
-from ssl_pretrain.parallel.memory import GIB, ROOM
+from ssl_pretrain.parallel.memory import GIB, USABLE_FRACTION
 from ssl_pretrain.planning import communication, hardware, plan
 from ssl_pretrain.planning.communication import Cluster, Message
 from ssl_pretrain.planning.estimate import Estimate
@@ -184,7 +184,7 @@ def test_the_largest_micro_batch_just_fits(run):
     estimate = Estimate(run, ONE_GPU, TOY)
     needed = sum(estimate.memory(8).values())
     for room, expected in ((needed, 8), (needed - 1, 4)):
-        estimate.machine = replace(TOY, memory=room / ROOM)
+        estimate.machine = replace(TOY, memory=room / USABLE_FRACTION)
         assert estimate.largest_micro_batch()[0] == expected
     assert estimate.two_passes(8) and estimate.step_time(8).compute > estimate.step_time(16).compute
     estimate.machine = replace(TOY, memory=1000.0)

@@ -1,4 +1,4 @@
-"""Teacher and queue: how they move, that a masked step leaves them, that ranks agree."""
+"""Heads, and teachers and queues: their updates, masked steps, and agreement of the ranks."""
 
 import math
 
@@ -9,8 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from ssl_pretrain.distributed import process_group
-from ssl_pretrain.models.queue import Queue, check_queue
-from ssl_pretrain.models.teacher import Teacher, rising_momentum
+from ssl_pretrain.models.components import Queue, Teacher, check_queue, mlp, rising_momentum
 from ssl_pretrain.optim.schedules import Progress
 
 pytestmark = pytest.mark.promise
@@ -32,7 +31,7 @@ def test_the_teacher_is_the_moving_average_of_parameters_alone():
     for p in student.backbone.parameters():
         p.data += 1
     student.backbone[1].running_mean += 5
-    student.teacher.move(student, 0.9, torch.ones(()))
+    student.teacher.update(student, 0.9, torch.ones(()))
     for name, p in student.teacher.named_parameters():
         expected = 0.9 * before[name] + 0.1 * student.get_parameter(name)
         torch.testing.assert_close(p, expected, rtol=1e-14, atol=1e-15)
@@ -45,7 +44,7 @@ def test_a_masked_step_leaves_the_teacher_as_it_was():
     before = [p.clone() for p in student.teacher.parameters()]
     for p in student.backbone.parameters():
         p.data += 1
-    student.teacher.move(student, 0.9, torch.zeros(()))
+    student.teacher.update(student, 0.9, torch.zeros(()))
     assert all(torch.equal(p, q) for p, q in zip(student.teacher.parameters(), before))
 
 
@@ -96,7 +95,7 @@ def test_the_queue_holds_the_global_batch_in_order_on_every_rank(world_size):
             65536,
             768,
             "method.queue_size: 65536 is not a multiple of global_batch_size 768; "
-            "the nearest that are 65280 and 66048",
+            "the nearest multiples are 65280 and 66048",
         ),
         (
             512,
@@ -111,3 +110,41 @@ def test_a_queue_that_the_batch_does_not_fill_is_refused(queue_size, batch_size,
     with pytest.raises(ValueError) as error:
         check_queue(queue_size, batch_size)
     assert str(error.value) == message
+
+
+def kinds(head):
+    return [type(layer).__name__ for layer in head]
+
+
+def test_simclr_head_is_the_authors():
+    head = mlp(512, 2048, 2048, 128, last_batch_norm=True, last_shift=False, init_std=0.01)
+    assert kinds(head) == 2 * ["Linear", "BatchNorm1d", "ReLU"] + ["Linear", "BatchNorm1d"]
+    assert all(layer.bias is None for layer in head if isinstance(layer, nn.Linear))
+    assert head[-1].bias is None  # center=False
+    assert head[-1].weight is not None
+    assert head[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
+    head(torch.randn(4, 512)).sum().backward()
+
+
+def test_plain_head_keeps_its_last_bias():
+    head = mlp(8, 16, 4)
+    assert kinds(head) == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert head[0].bias is None
+    assert head[-1].bias is not None
+
+
+def test_widths_must_be_positive():
+    with pytest.raises(ValueError) as error:
+        mlp(8, 0)
+    assert str(error.value) == "mlp: widths must be positive, got in_dim=8, dims=(0,)"
+
+
+def test_byols_head_has_a_bias_before_the_norm_and_none_at_the_end():
+    head = mlp(8, 16, 4, hidden_bias=True, last_bias=False)
+    assert head[0].bias is not None
+    assert head[-1].bias is None
+
+
+def test_moco_v3s_head_has_no_bias_and_its_last_norm_no_parameters():
+    head = mlp(8, 16, 4, last_batch_norm=True, last_affine=False)
+    assert [head[number].bias for number in (0, 3, 4)] == [None] * 3

@@ -1,0 +1,204 @@
+"""Components that methods are built of: backbones, heads, teachers and queues."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_pretrain.distributed import collectives
+from ssl_pretrain.models.timm_networks import timm
+from ssl_pretrain.optim import schedules
+
+
+class Backbone(nn.Module):
+    """A timm model that maps images (batch, 3, height, width) to features (batch, feature_dim)."""
+
+    def __init__(self, model: nn.Module, feature_dim: int | None = None):
+        super().__init__()
+        self.model = model
+        self.feature_dim: int = feature_dim or model.num_features  # type: ignore[assignment]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the pooled features of the images."""
+        return self.model(images)
+
+
+def mlp(
+    in_dim: int,
+    *dims: int,
+    batch_norm: bool = True,
+    last_batch_norm: bool = False,
+    last_affine: bool = True,
+    last_shift: bool = True,
+    hidden_bias: bool = False,
+    last_bias: bool = True,
+    init_std: float | None = None,
+) -> nn.Sequential:
+    """Build linear layers with ReLU between them, (rows, in_dim) -> (rows, dims[-1]).
+
+    Args:
+        in_dim: Width of the input.
+        dims: Widths of the layers.
+        batch_norm: Normalize the hidden layers.
+        last_batch_norm: Normalize the output too.
+        last_affine: Give the output's norm a scale and a shift.
+        last_shift: Give the output's norm a shift. SimCLR's has a scale only (`center=False`).
+        hidden_bias: Give hidden layers a bias even if a norm follows and removes it, as the authors
+            of BYOL, SwAV and VICReg do.
+        last_bias: Give the last layer a bias if no norm follows it.
+        init_std: Standard deviation of the initial weights. None for torch's default.
+
+    Raises:
+        ValueError: If there are no widths, or one is not positive.
+    """
+    if not dims or min(in_dim, *dims) < 1:
+        raise ValueError(f"mlp: widths must be positive, got in_dim={in_dim}, dims={dims}")
+    layers: list[nn.Module] = []
+    for i, (width_in, width_out) in enumerate(zip((in_dim, *dims), dims)):
+        is_last = i == len(dims) - 1
+        normed = last_batch_norm if is_last else batch_norm
+        bias = last_bias and not normed if is_last else hidden_bias or not normed
+        layer = nn.Linear(width_in, width_out, bias=bias)
+        if init_std is not None:
+            nn.init.normal_(layer.weight, std=init_std)
+            if bias:
+                nn.init.zeros_(layer.bias)
+        layers.append(layer)
+        if normed:
+            norm = nn.BatchNorm1d(width_out, affine=not is_last or last_affine)
+            if is_last and last_affine and not last_shift:
+                norm.register_parameter("bias", None)
+            layers.append(norm)
+        if not is_last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+class Teacher(nn.Module):
+    """Copies of a student's modules, applied one after the other, that no gradient trains.
+
+    Parameters are a moving average of the student's. Buffers are the teacher's own, because the
+    authors of BYOL, DINO and MoCo run its batch norm in training mode on its own features. Dropout
+    and drop path are off, whatever the student does.
+
+    Args:
+        modules: The student's modules by name, in the order in which they are applied.
+    """
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, copy.deepcopy(module).requires_grad_(False))
+        for module in self.modules():
+            if isinstance(module, timm.layers.DropPath):
+                module.drop_prob = 0.0
+            elif isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    @torch.no_grad()
+    def forward(self, views: Tensor) -> Tensor:
+        """Apply the teacher's modules in order to views of shape (batch, 3, height, width)."""
+        for module in self.children():
+            views = module(views)
+        return views
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float, step_taken: Tensor | float) -> None:
+        """Set the weights to momentum * teacher + (1 - momentum) * student.
+
+        Teacher and student are sharded alike, or not at all, so each rank updates its own shards.
+
+        Args:
+            student: Module with the same submodules under the same names.
+            momentum: Weight of the teacher in the average.
+            step_taken: 1 to update, 0 to change nothing. If it is a tensor, the host does not wait
+                for its value.
+        """
+        for name, module in self.named_children():
+            weights = _shards(module)
+            steps = list(torch._foreach_sub(_shards(student.get_submodule(name)), weights))
+            rate = torch.as_tensor(step_taken, dtype=weights[0].dtype, device=weights[0].device)
+            torch._foreach_mul_(steps, (1.0 - momentum) * rate)
+            torch._foreach_add_(weights, steps)
+
+    @torch.no_grad()
+    def reinitialize(self) -> None:
+        """Give the teacher other initial weights than the student's, from the same distributions.
+
+        The numbers of each weight tensor are permuted.
+        """
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                order = torch.randperm(parameter.numel(), device=parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+def _shards(module: nn.Module) -> list[Tensor]:
+    return collectives.shards(parameter.detach() for parameter in module.parameters())
+
+
+def rising_momentum(progress: schedules.Progress, start: float) -> float:
+    """Return a teacher's momentum, which rises from `start` to 1 by half a cosine.
+
+    BYOL (Grill et al., NeurIPS 2020, arXiv:2006.07733, section 3.3), DINO and MoCo v3 use it.
+    """
+    return schedules.cosine(progress.fraction, start=start, final=1.0)
+
+
+class Queue(nn.Module):
+    """The latest rows that all ranks pushed, in the order of the global batch.
+
+    The oldest rows are overwritten first. All ranks hold the same queue.
+
+    Args:
+        size: Number of rows.
+        shape: Shape of a row.
+        random: Start with random rows of unit length, as MoCo and NNCLR do. False starts with
+            zeros, as SwAV does.
+    """
+
+    rows: Tensor  # (size, *shape)
+    position: Tensor  # index of the oldest row
+    filled: Tensor  # number of rows that came from images
+
+    def __init__(self, size: int, *shape: int, random: bool = True):
+        super().__init__()
+        rows = F.normalize(torch.randn(size, *shape), dim=-1) if random else None
+        self.register_buffer("rows", torch.zeros(size, *shape) if rows is None else rows)
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, rows: Tensor, step_taken: Tensor | float) -> None:
+        """Replace the oldest rows by those of all ranks.
+
+        Args:
+            rows: This rank's rows, shape (local_batch, *shape).
+            step_taken: 1 to push, 0 to change nothing. If it is a tensor, the host does not wait
+                for its value.
+        """
+        new_rows = collectives.gather(rows.detach().to(self.rows.dtype))
+        num_new, size = len(new_rows), len(self.rows)
+        check_queue(size, num_new)
+        indices = torch.arange(num_new, device=new_rows.device) + self.position
+        is_pushed = torch.as_tensor(step_taken, device=new_rows.device) > 0
+        old_rows = self.rows.index_select(0, indices)
+        self.rows.index_copy_(0, indices, torch.where(is_pushed, new_rows, old_rows))
+        self.position.copy_((self.position + num_new * is_pushed) % size)
+        self.filled.copy_((self.filled + num_new * is_pushed).clamp(max=size))
+
+
+def check_queue(queue_size: int, global_batch_size: int) -> None:
+    """Raise ValueError unless whole global batches fill the queue exactly."""
+    if queue_size < 1 or queue_size % global_batch_size:
+        below = queue_size // global_batch_size * global_batch_size
+        multiples = (
+            f"the nearest multiples are {below} and {below + global_batch_size}"
+            if below
+            else f"the smallest is {global_batch_size}"
+        )
+        raise ValueError(
+            f"method.queue_size: {queue_size} is not a multiple of global_batch_size "
+            f"{global_batch_size}; {multiples}"
+        )
