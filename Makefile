@@ -1,54 +1,54 @@
-# Everything in two commands: `make demo` and `make test`. docker/setup.sh says what it installs and why.
-# PYTHON=/path/to/python3.12 picks the Python; whatever else is set here stays inside this folder.
+# `make demo` and `make test` install what is missing first. docker/setup.sh describes what and why.
+# PYTHON=/path/to/python3.12 selects the Python.
 setup := bash docker/setup.sh
 python := .venv/bin/python
 
 .PHONY: help demo test test-lowest test-slurm test-reliability test-full gpu-kit lint env ffcv requirements clean
 .DEFAULT_GOAL := help
 
-help:  ## these lines
+help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | while IFS='|' read -r target text; do printf '%-20s %s\n' "$$target" "$$text"; done
 
-demo: env  ## pretrains on real digits here, evaluates, draws the report
+demo: env  ## pretrain on real digits, evaluate, write the report
 	@$(python) launch/demo.py
 
-test: env  ## the test suite, two tests at a time
+test: env  ## run the test suite, two tests at a time
 	@$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-lowest: .venv-lowest/.installed  ## tests of the promises with the lowest versions that pyproject.toml declares, on Python 3.12
+test-lowest: .venv-lowest/.installed  ## test the promises with the lowest declared versions, on Python 3.12
 	@.venv-lowest/bin/python -m pytest -n 2 --dist loadfile -m "promise and not full and not slurm"
 
-test-slurm: env  ## a run on a real SLURM of two nodes on this machine, pre-empted once; as root it installs SLURM
+test-slurm: env  ## test a preempted run on a real SLURM of two nodes on this machine; installs SLURM as root
 	@bash tests/slurm/cluster.sh install
 	@$(python) -m pytest tests/slurm -m "slurm and not full"
 
-test-reliability: env  ## every fault case, on a real SLURM too: about a quarter of an hour; writes the table of docs/reliability.md
+test-reliability: env  ## test every fault case, also on a real SLURM, in about 15 minutes; writes the table of docs/reliability.md
 	@bash tests/slurm/cluster.sh install
 	@$(python) -m pytest tests/slurm tests -m case -n 2 --dist loadfile --no-loadscope-reorder --table=docs/reliability.md
 
-test-full: env  ## all of these and the long tests, marked `full`; writes the table, too
+test-full: env  ## run all of these and the long tests, marked `full`; writes the table too
 	@bash tests/slurm/cluster.sh install
 	@$(python) -m pytest tests/slurm tests -m "full or not full" -n 2 --dist loadfile --no-loadscope-reorder --table=docs/reliability.md
 
-gpu-kit: env  ## packs what a GPU machine without a network needs into .gpu-kit, and prints the calls
+gpu-kit: env  ## pack what a GPU machine without a network needs into .gpu-kit, and print the calls
 	@$(python) tests/gpu/kit.py
 
-lint: env  ## style, format, types and the layers of imports
+lint: env  ## check style, format, types and the layers of imports
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
 	@.venv/bin/lint-imports
 
-env: .venv/.package .venv/.ffcv  ## installs what is missing, nothing else
+env: .venv/.package .venv/.ffcv  ## install what is missing
 	@if [ -s .venv/.ffcv ]; then echo "Without FFCV, images are read from folders; \`make ffcv\` says why and tries again."; fi
 
-ffcv: .venv/.python  ## tries again to build FFCV, the fast image loader
+ffcv: .venv/.python  ## try again to build FFCV, the fast image loader
 	@$(setup) ffcv
 
-requirements: .venv/.python  ## pins docker/requirements*.txt anew from pyproject.toml; UPGRADE=--upgrade takes newer versions
+requirements: .venv/.python  ## pin docker/requirements*.txt again from pyproject.toml; UPGRADE=--upgrade takes newer versions
 	@$(setup) pin $(UPGRADE)
 
-clean:  ## removes both environments and every cache of this folder; runs/ stays
+clean:  ## remove both environments and all caches of this folder, but not runs/
 	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache build ssl_pretrain.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

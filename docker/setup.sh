@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Installs what the project needs; the Makefile and docker/Dockerfile call it, from anywhere:
-#   python    .venv with uv and everything in docker/requirements.txt, exact versions checked by hash
+# Install what the project needs. The Makefile and docker/Dockerfile call this script, from any folder, with
+# one of these steps:
+#   python    .venv with uv and everything in docker/requirements.txt, in exact versions checked by hash
 #   package   this package itself, editable
-#   ffcv      the system libraries FFCV needs where they are missing, then FFCV, compiled here
-#   lowest    .venv-lowest with Python 3.12 and docker/requirements-lowest.txt, the lowest versions that pyproject.toml
-#             declares, for `make test-lowest`
-#   pin       writes docker/requirements*.txt anew from pyproject.toml; `pin --upgrade` moves to newer versions
-# Nothing outside the checkout changes, except uv's cache and, as root on Debian or Ubuntu, the system packages.
-# Without FFCV everything works: the images are read from folders.
+#   ffcv      the system libraries that FFCV needs, if they are missing, then FFCV, which is compiled
+#   lowest    .venv-lowest with Python 3.12 and docker/requirements-lowest.txt, the lowest versions that
+#             pyproject.toml declares, for `make test-lowest`
+#   pin       write docker/requirements*.txt again from pyproject.toml. `pin --upgrade` takes newer versions
+# Nothing outside the checkout changes, except uv's cache and, as root on Debian or Ubuntu, the system
+# packages. Without FFCV everything works, and images are read from folders.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +18,7 @@ uv=$venv/bin/uv
 say() { printf '%s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# The first Python that is new enough, or $PYTHON and nothing else.
+# Print the first Python that is new enough. If $PYTHON is set, only it is tried.
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
@@ -27,12 +28,12 @@ find_python() {
         fi
     done
     fail "Python 3.11 or newer is needed, ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 | tail -n 1)." \
-        "Install one, or name one that is here: make PYTHON=/path/to/python3.12"
+        "Install one, or name an installed one: make PYTHON=/path/to/python3.12"
 }
 
 step_python() {
     local python quiet=""
-    [ -t 2 ] || quiet=--quiet     # progress only where someone watches
+    [ -t 2 ] || quiet=--quiet     # show progress only on a terminal
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
         "$python" -c 'import ensurepip, venv' 2>/dev/null ||
@@ -42,7 +43,7 @@ step_python() {
         "$python" -m venv "$venv"
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r docker/requirements-uv.txt
-    # build constraints: the one source package among them is built by the pinned setuptools
+    # The only source package is built with the pinned setuptools.
     "$uv" pip install $quiet --compile-bytecode --python "$venv/bin/python" --require-hashes --build-constraints docker/requirements.txt -r docker/requirements.txt
 }
 
@@ -54,15 +55,15 @@ system_packages() { sed -e 's/#.*//' -e 's/[[:space:]]*$//' -e '/^$/d' docker/sy
 
 python_headers() { "$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))'; }
 
-# What FFCV's own build looks for: both libraries by pkg-config, and headers that the compiler finds.
+# Succeed if FFCV's build will find what it looks for: both libraries by pkg-config, and their headers.
 system_ready() {
     command -v pkg-config >/dev/null && pkg-config --exists opencv4 libturbojpeg || return 1
-    # shellcheck disable=SC2046  # flags are words
+    # shellcheck disable=SC2046  # the flags are separate words
     printf '#include <Python.h>\n#include <opencv2/opencv.hpp>\n#include <turbojpeg.h>\n' |
         "${CXX:-c++}" -std=c++14 -I "$(python_headers)" $(pkg-config --cflags opencv4 libturbojpeg) -x c++ -E - >/dev/null 2>&1
 }
 
-# The one line that installs the libraries on this system, for someone who may.
+# Print the command that installs the libraries on this system, for a user who may run it.
 system_line() {
     if command -v apt-get >/dev/null; then say "sudo apt-get update && sudo apt-get install -y $(system_packages) && make ffcv"
     elif command -v dnf >/dev/null; then say "sudo dnf install -y pkgconf-pkg-config python3-devel opencv-devel turbojpeg-devel && make ffcv"
@@ -71,26 +72,26 @@ system_line() {
     fi
 }
 
-# Succeeds if FFCV can be built; otherwise says why not, and leaves the reason in $reason.
+# Succeed if FFCV can be built. Otherwise print why not, and set $reason.
 step_system() {
     system_ready && return
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         say "FFCV, the fast image loader, compiles against OpenCV (resizing) and libturbojpeg (JPEG decoding)." \
             "Installing $(system_packages) with apt-get, as root; at most 240 MB to download, 1 GB installed."
-        # shellcheck disable=SC2046  # packages are words
+        # shellcheck disable=SC2046  # the packages are separate words
         if apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(system_packages) >/dev/null; then
             system_ready && return
         fi
-        reason="apt-get did not bring $(system_packages)"
+        reason="apt-get could not install $(system_packages)"
     else
         reason="its libraries are missing ($(system_packages))"
     fi
-    say "FFCV, the fast image loader, is left out: $reason. Images are read from folders. One line to have it:"
+    say "FFCV, the fast image loader, is left out: $reason. Images are read from folders. To install them:"
     say "    $(system_line)"
     return 1
 }
 
-# Writes $venv/.ffcv: empty when FFCV works, else the reason why it does not. Never fails.
+# Build FFCV and write $venv/.ffcv: empty if FFCV works, otherwise the reason. Never fails.
 step_ffcv() {
     local log=$venv/ffcv-build.log reason=""
     if step_system; then
@@ -107,7 +108,7 @@ step_ffcv() {
     printf '%s' "$reason" >"$venv/.ffcv"
 }
 
-# Python 3.12: $PYTHON_LOWEST and nothing else, or the first one on the path, of pyenv or of uv.
+# Print the first Python 3.12 on the path, of pyenv or of uv. If $PYTHON_LOWEST is set, only it is tried.
 find_python_lowest() {
     local candidate
     for candidate in ${PYTHON_LOWEST:-python3.12 python3 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.12.*/bin/python "${XDG_DATA_HOME:-${HOME:-}/.local/share}"/uv/python/cpython-3.12.*/bin/python}; do
@@ -116,9 +117,9 @@ find_python_lowest() {
             return
         fi
     done
-    fail "The lowest versions are tested on Python 3.12, and ${PYTHON_LOWEST:-none of the Pythons here} is not it." \
+    fail "The lowest versions are tested on Python 3.12, and ${PYTHON_LOWEST:-none of the installed Pythons} is not it." \
         "Install it with one of: apt-get install python3.12; pyenv install 3.12; $uv python install 3.12." \
-        "Or name one that is here: make test-lowest PYTHON_LOWEST=/path/to/python3.12"
+        "Or name an installed one: make test-lowest PYTHON_LOWEST=/path/to/python3.12"
 }
 
 step_lowest() {
@@ -126,7 +127,7 @@ step_lowest() {
     [ -t 2 ] || quiet=--quiet
     if ! "$lowest/bin/python" --version >/dev/null 2>&1; then
         python=$(find_python_lowest)
-        say "Setting up $lowest: on Linux x86_64 about 2.5 GB to download, 5.5 GB installed, where uv has no copy of them."
+        say "Setting up $lowest: on Linux x86_64 about 2.5 GB to download, 5.5 GB installed, if uv's cache is empty."
         "$uv" venv --quiet --clear --python "$python" "$lowest"
     fi
     "$uv" pip install $quiet --python "$lowest/bin/python" --require-hashes --build-constraints docker/requirements.txt -r docker/requirements-lowest.txt

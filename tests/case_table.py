@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
-CASES = {  # number: (the fault, the required behavior)
+CASES = {  # number: (fault, required behavior)
     1: (
         "One rank is killed during a step.",
         "The other ranks end with a nonzero status. The resumed run has the same bits.",
@@ -151,7 +151,7 @@ CASES = {  # number: (the fault, the required behavior)
     ),
     32: (
         "One kind of state is left out of a checkpoint.",
-        "The resumed run has other bits, for each kind. So the comparison of bits detects it.",
+        "For each kind, the resumed run has other bits, so the comparison of bits detects it.",
     ),
     33: (
         "Ranks have different weights, at the start or later.",
@@ -231,7 +231,7 @@ def format_table(heading: str, results: dict[str, dict]) -> str:
 
 
 def summarize(results: dict[str, dict]) -> str:
-    """Return what the tests of one case observed, failures first."""
+    """Return the observations of the tests of one case, failures first."""
     if not results:
         return "**not run**"
     by_outcome = {"failed": [], "skipped": [], "passed": []}

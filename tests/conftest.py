@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the shared data, and functions that run on several gloo ranks."""
+"""Shared data, and functions that run on several gloo ranks, for all tests."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # tensors it is no slower.
 torch.set_num_threads(1)
 _context = multiprocessing.get_context("forkserver")
-# Imported once, so that a test takes under a second instead of 20.
+# The fork server imports these once, so that a test takes under a second instead of 20.
 _context.set_forkserver_preload(["torch", "torch._dynamo", "ssl_pretrain.train", "pytest", "warm"])
 
 
@@ -43,19 +43,19 @@ def shared_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def reset_threads():
     """Reset the number of threads, which runs inside a test may change."""
     yield
     torch.set_num_threads(1)
 
 
 def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
-    """Call a module's function on every rank of a gloo group, and return its results by rank."""
+    """Call a module-level function on every rank of a gloo group and return its results by rank."""
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
             _context.Process(
-                target=_rank,
+                target=_run_rank,
                 args=(rank, world_size, f"{folder}/store", sender, function, arguments),
             )
             for rank, (_, sender) in enumerate(pipes)
@@ -81,7 +81,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, world_size: int) ->
         return results
 
 
-def _rank(
+def _run_rank(
     rank: int,
     world_size: int,
     store: str,
@@ -98,12 +98,12 @@ def _rank(
         if world_size > 1:
             address = f"file://{store}"
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-        answer = True, function(*arguments)
+        result = True, function(*arguments)
     except BaseException:
-        answer = False, traceback.format_exc()
+        result = False, traceback.format_exc()
     finally:
         # `send` would share tensors' memory with this process, which is about to end.
-        sender.send_bytes(pickle.dumps(answer))
+        sender.send_bytes(pickle.dumps(result))
         sender.close()
         if dist.is_initialized():
             dist.destroy_process_group()

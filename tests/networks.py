@@ -1,6 +1,6 @@
 """Twenty steps of a method on a real timm network, for the tests of parallel/ and checkpoint/.
 
-Keys of `parallel` that a test does not name have their defaults.
+Keys of `parallel` have their defaults unless a test sets them.
 """
 
 from dataclasses import replace
@@ -37,7 +37,7 @@ ADAMW = {
 }
 # SimCLR's learning rate is small because LARS on eight images of noise amplifies rounding. In
 # twenty steps a difference of 1e-15 grows to 5e-9 at rates of 0.1 and 0.3, and to 1e-10 at 0.03.
-CASES: dict[str, Any] = {  # backbone, method, optimizer, sizes of the views
+CASES: dict[str, Any] = {  # backbone, settings of the method and the optimizer, view sizes
     "simclr": (
         RESNET,
         {"projector_dims": [16, 9]},
@@ -75,7 +75,7 @@ def build_case(
     optimizer: Any = None,
     **settings: Any,
 ):
-    """Return a stepper with always the same weights on this rank, and the sizes of its views."""
+    """Return a stepper with seeded weights, and the sizes of its views."""
     network, head, recipe, sizes = CASES[name]
     torch.manual_seed(0)
     network = backbones.build(BackboneConfig(**{**vars(network), **(backbone or {})}), SIZE)
@@ -102,7 +102,7 @@ def build_case(
 def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> dict[str, Any]:
     """Take steps and return the losses and the whole state.
 
-    With a folder, resume from its checkpoint, if there is one, and save another.
+    With a folder, resume from its checkpoint if there is one, and save another at the end.
     """
     stepper, sizes = build_case(name, **settings)
     method: Any = parallel.unwrap(stepper.model)
@@ -138,7 +138,7 @@ def take_step(stepper: Stepper, sizes: tuple[int, ...], step: int) -> float:
 
 
 def full_state(method: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return every tensor of the state, with sharded ones gathered."""
+    """Return every tensor of the state. Sharded ones are gathered."""
     return {
         name: (value.full_tensor() if collectives.is_sharded(value) else value).detach().clone()
         for name, value in method.state_dict().items()

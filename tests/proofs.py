@@ -1,11 +1,11 @@
 """Print the table of docs/correctness.md: PYTHONPATH=. .venv/bin/python tests/proofs.py
 
-Every method runs in float64 on a small network with real batch norm, with its authors' kind of
-optimizer. Each error is relative to the largest entry of what is compared.
+Every method runs in float64 on a small network with real batch norm and its authors' kind of
+optimizer. Each error is relative to the largest compared entry.
 
-- Ranks: the gradients of the second step on 2 and on 3 ranks, each with other images, against those
-  of one process.
-- Micro-batches: the same gradients of three micro-batches on one rank against those of three ranks.
+- Ranks: the gradients of the second step on 2 and on 3 ranks, each with different images, against
+  those of one process.
+- Micro-batches: the gradients of three micro-batches on one rank against those of three ranks.
 - Authors: every parameter, statistic, teacher and queue after one optimizer step (three for MoCo)
   against a step whose loss is the authors' arithmetic in plain loops, as in
   tests/methods/test_<name>.py. Entries below 0.001 count as 0.001.
@@ -26,13 +26,15 @@ from test_contract import WHOLE, group_arguments
 from ssl_pretrain import methods
 
 
-def largest(got: dict, want: dict) -> float:
-    got, want = got["gradients"], want["gradients"]
-    scale = max(value.abs().max() for value in want.values())
-    return max((got[name] - value).abs().max() / scale for name, value in want.items()).item()
+def largest_gradient_error(result: dict, expected_result: dict) -> float:
+    gradients, expected = result["gradients"], expected_result["gradients"]
+    scale = max(value.abs().max() for value in expected.values())
+    return max(
+        (gradients[name] - value).abs().max() / scale for name, value in expected.items()
+    ).item()
 
 
-def everything(names: list[str], groups: bool) -> dict:
+def run_methods(names: list[str], groups: bool) -> dict:
     return {
         name: contract.train(name, **(group_arguments(name) if groups else WHOLE)) for name in names
     }
@@ -42,8 +44,8 @@ def against_the_authors(name: str) -> float:
     """Return the largest error over the cases of the method's step tests."""
     errors: list[float] = []
 
-    def record_error(got: Any, expected: Any) -> None:
-        errors.append(contract.largest_error(got, expected))
+    def record_error(result: Any, expected: Any) -> None:
+        errors.append(contract.largest_error(result, expected))
 
     contract.assert_same = record_error
     for case, test in vars(contract.import_test_file(name)).items():
@@ -57,19 +59,29 @@ def against_the_authors(name: str) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     names = methods.names()
-    alone = everything(names, False)
+    one_process = run_methods(names, False)
     in_micro_batches = {
         name: contract.train(name, num_micro_batches=3, **group_arguments(name)) for name in names
     }
-    ranks = {size: run_ranks(everything, names, False, world_size=size) for size in (2, 3)}
-    grouped = run_ranks(everything, names, True, world_size=3)
+    by_world_size = {size: run_ranks(run_methods, names, False, world_size=size) for size in (2, 3)}
+    ranks_in_groups = run_ranks(run_methods, names, True, world_size=3)
     columns = ["method", "against the authors", "2 ranks", "3 ranks", "3 micro-batches = 3 ranks"]
     print(f"torch {torch.__version__}\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in names:
         errors = [against_the_authors(name)]
         for size in (2, 3):
-            errors.append(max(largest(rank[name], alone[name]) for rank in ranks[size]))
-        errors.append(max(largest(in_micro_batches[name], rank[name]) for rank in grouped))
+            errors.append(
+                max(
+                    largest_gradient_error(rank[name], one_process[name])
+                    for rank in by_world_size[size]
+                )
+            )
+        errors.append(
+            max(
+                largest_gradient_error(in_micro_batches[name], rank[name])
+                for rank in ranks_in_groups
+            )
+        )
         print(f"| {name} | {' | '.join(f'{error:.1e}' for error in errors)} |")
 
 

@@ -1,4 +1,4 @@
-"""Run the ranks of a training run as processes, forked from one that has imported everything."""
+"""Run the ranks of a training as processes, forked from one that has imported everything."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ class Ranks:
         path: The configuration. The outputs of the ranks and the marker of a fault go beside it.
         arguments: Further arguments of the command.
         size: Number of ranks.
-        fault: Faults in the notation of tests/faults/faulty.py, which plants them. Empty for none.
+        fault: Faults in the notation of tests/faults/faulty.py.
         environment: Additional environment variables of all ranks.
     """
 
@@ -69,7 +69,7 @@ class Ranks:
             time.sleep(0.02)
 
     def wait_for_step(self, run: Path, step: int, seconds: float = 600) -> None:
-        """Wait until metrics.jsonl has that many steps. The console does not show every step."""
+        """Wait until metrics.jsonl has that many steps. The console does not print every step."""
         deadline, records = time.monotonic() + seconds, run / "metrics.jsonl"
         while not records.exists() or records.read_text().count("\n") < step:
             assert self._may_continue(deadline), self.output()
@@ -122,7 +122,7 @@ def _run_rank(rank, size, environment, log, arguments, fault, marker):
 
 
 def load_tensors(run: Path) -> dict:
-    """Return the method's and the optimizer's tensors in the newest checkpoint."""
+    """Return the tensors of the method and the optimizer in the newest checkpoint."""
     path = newest_checkpoint(run)
     return read_checkpoint(path)[1] | load_file(path / "optimizer.safetensors")
 

@@ -21,7 +21,7 @@ def test_sed_lists_the_packages_that_setup_installs():
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder with images and stand-ins for srun and scontrol, and a function that submits."""
+    """Return a folder of stand-ins for srun and scontrol, and a function that submits a job."""
     (tmp_path / "srun").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'node7\\nnode8\\n'\n")
     for program in ("srun", "scontrol"):
@@ -67,5 +67,7 @@ def test_a_job_without_a_config_ends_with_the_usage(cluster):
 
 def test_a_job_without_an_image_ends_with_an_error(cluster):
     _, submit = cluster
-    message = "error: no image at /nowhere.sif; IMAGE names it, docker/README.md makes it\n"
+    message = (
+        "error: no image at /nowhere.sif; set IMAGE to its path, or build it (docker/README.md)\n"
+    )
     assert submit("x.yaml", IMAGE="/nowhere.sif").stderr == message

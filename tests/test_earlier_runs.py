@@ -1,8 +1,8 @@
-"""Runs of earlier revisions load, continue and are evaluated.
+"""Runs of earlier revisions load, continue and can be evaluated.
 
-`golden/earlier_run` was written by the revision before the package's folders: DINO on 96 digits,
-six of sixteen steps, with the keys and file names of that time. `expected.json` holds the results
-of that revision.
+`golden/earlier_run` was written before the package was divided into folders. It has six of sixteen
+steps of DINO on 96 digits, with the keys and file names of that time. `expected.json` holds that
+revision's results.
 """
 
 import hashlib

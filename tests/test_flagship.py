@@ -1,4 +1,4 @@
-"""Three steps of configs/simclr_imagenet.yaml on ImageNet's JPEGs, with 8,192 images on 8 ranks."""
+"""Three steps of configs/simclr_imagenet.yaml on ImageNet's JPEGs, 8,192 images on 8 ranks."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
-NUM_COPIES = 41  # of each of 600 images, so 24,600 images: three steps of 8,192
+NUM_COPIES = 41  # 41 copies of 600 images make 24,600, enough for three steps of 8,192
 
 
 @pytest.mark.full

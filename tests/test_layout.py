@@ -43,7 +43,7 @@ def test_pyproject_lists_every_package():
     assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(expected)
 
 
-# Spelled in pieces, so that this file passes its own check.
+# The patterns are split, so that this file passes its own check.
 MACHINE_SPECIFIC = {
     "a package host": re.compile(
         r"https?://\S*(/simple|/packages/|\.whl|\.deb)|index-"
@@ -58,7 +58,7 @@ DATA_FOLDER_ALLOWED = ("tests/", "docs/results/", "CONTRIBUTING.md")
 
 
 def machine_specific_lines(text: str) -> list[str]:
-    """Return an entry `number: names what: line` for each line that only holds on one machine."""
+    """Return an entry `number: names what: line` for each line that is specific to one machine."""
     return [
         f"{number}: names {what}: {line.strip()[:120]}"
         for what, pattern in MACHINE_SPECIFIC.items()

@@ -1,7 +1,7 @@
-"""Every kind of installation holds one package, and the commands run in a clone without one.
+"""Every kind of installation has one package, and a clone runs without installation.
 
-Each way of running has a virtual environment of its own. It sees the dependencies of this one, but
-not the editable installation, so nothing is found by accident.
+Each way of running has a separate virtual environment. It sees the dependencies of this one but not
+its editable installation, so nothing is found by accident.
 """
 
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_path("purelib"))
 TOP_LEVEL = {"ssl_pretrain"}
 
-# Every process of the environments reports at exit which files it has loaded twice.
+# At exit, every process of the environments reports the files that it has loaded twice.
 LOADED_ONCE = """
 import atexit, collections, sys
 

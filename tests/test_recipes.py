@@ -38,7 +38,7 @@ WIDTHS = (
 
 
 def recipes() -> dict[str, tuple[Path, list[str]]]:
-    """Return file and overrides of every recipe in configs/ and every run in configs/sweeps/."""
+    """Return file and overrides of each recipe in configs/ and each run in configs/sweeps/."""
     files = sorted(CONFIGS.glob("*.yaml"))
     recipes: dict[str, tuple[Path, list[str]]] = {path.stem: (path, []) for path in files}
     for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
@@ -62,7 +62,7 @@ def reduced(path: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
     - Batch: 24 images, 3 steps per epoch. Batch norm groups smaller than the batch have 8 images.
     - Queue: 48 embeddings. Online k-NN: at most 20 neighbors.
     - Warm-up, queue, frozen prototypes and the like start or end after at most 2 epochs or steps,
-      within the 8 steps of a test.
+      which is within the 8 steps of a test.
 
     Every other key keeps the recipe's value or its default. Nothing is sent to W&B.
     """
@@ -192,7 +192,7 @@ SIZES = {1: [], 3: ["global_batch_size=255"]}
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_demo_resumed_after_14_steps_has_the_same_bits_after_20(optimizer, size, tmp_path):
-    """Use configs/simclr_digits.yaml unchanged, at its own size."""
+    """configs/simclr_digits.yaml is not reduced, except in epochs and evaluations."""
     overrides = DIGITS + OPTIMIZERS[optimizer] + SIZES[size]
     assert_resumes(CONFIGS / "simclr_digits.yaml", tmp_path, (14, 6), overrides, size)
 
@@ -206,7 +206,7 @@ ROLLED_BACK = [
 
 @pytest.mark.parametrize(("optimizer", "size"), ROLLED_BACK)
 def test_a_rollback_leaves_the_bits_of_the_checkpoint(optimizer, size, tmp_path):
-    """Plant NaN images in step 15. One run skips the step, the other rolls back to step 14."""
+    """Step 15 has NaN images. One run skips the step, the other rolls back to step 14."""
     overrides = [
         *DIGITS,
         *OPTIMIZERS[optimizer],

@@ -28,7 +28,7 @@ esac
 
 
 class Machine:
-    """A checkout, and a PATH with few programs. Stand-ins write each call to a log."""
+    """A checkout and a PATH with few programs. Stand-ins write each call to a log."""
 
     def __init__(self, folder: Path):
         self.tree, self.bin, self.log = folder / "tree", folder / "bin", folder / "log"
@@ -68,7 +68,7 @@ class Machine:
 
 @pytest.fixture
 def machine():
-    with tempfile.TemporaryDirectory() as folder:  # unlike tmp_path, other users can enter it
+    with tempfile.TemporaryDirectory() as folder:  # other users can enter it, unlike tmp_path
         os.chmod(folder, 0o755)
         yield Machine(Path(folder))
 
@@ -119,7 +119,7 @@ def test_without_root_one_command_is_printed_and_the_set_up_continues(machine):
     explanation, command, reminder = result.stdout.splitlines()[-3:]
     assert explanation == (
         f"FFCV, the fast image loader, is left out: its libraries are missing ({LIBRARIES})."
-        " Images are read from folders. One line to have it:"
+        " Images are read from folders. To install them:"
     )
     assert command == f"    sudo apt-get update && sudo apt-get install -y {LIBRARIES} && make ffcv"
     assert reminder == (
@@ -185,7 +185,7 @@ def test_apt_without_a_network_leaves_ffcv_out(machine):
     result = machine.make("env")
     assert result.returncode == 0
     assert "E: Could not resolve the host" in result.stderr
-    assert f"is left out: apt-get did not bring {LIBRARIES}." in result.stdout
+    assert f"is left out: apt-get could not install {LIBRARIES}." in result.stdout
 
 
 def test_a_failed_build_prints_its_error_and_the_set_up_continues(machine):
@@ -210,7 +210,7 @@ def test_an_old_python_is_refused_with_the_remedy(machine):
     assert result.returncode != 0
     assert result.stderr.splitlines()[0] == (
         "error: Python 3.11 or newer is needed, python3 is Python 3.9.2. "
-        "Install one, or name one that is here: make PYTHON=/path/to/python3.12"
+        "Install one, or name an installed one: make PYTHON=/path/to/python3.12"
     )
     assert not (machine.tree / ".venv").exists()
 
@@ -242,7 +242,7 @@ def test_help_names_every_target():
 def pins(name: str) -> dict[str, str]:
     """Return the entries of a requirements file by package.
 
-    Of a package that is pinned twice, for two ranges of Python, the last entry is returned.
+    For a package that is pinned twice, for two ranges of Python, the last entry is returned.
     """
     text = (ROOT / "docker" / name).read_text()
     entries = re.finditer(r"^([A-Za-z0-9._-]+)==.*(?:\n    --hash=.*)*", text, re.M)
@@ -305,7 +305,7 @@ def test_without_python_3_12_the_tests_of_the_lowest_versions_name_the_remedy(ma
         "error: The lowest versions are tested on Python 3.12, and python3.10 is not it. "
         "Install it with one of: apt-get install python3.12; pyenv install 3.12; "
         ".venv/bin/uv python install 3.12. "
-        "Or name one that is here: make test-lowest PYTHON_LOWEST=/path/to/python3.12\n"
+        "Or name an installed one: make test-lowest PYTHON_LOWEST=/path/to/python3.12\n"
     )
     assert machine.calls() == []
 

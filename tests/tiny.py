@@ -1,7 +1,7 @@
-"""A run that takes seconds: 78 seeded images, a ResNet of 0.4 M parameters, SimCLR.
+"""A run of seconds: SimCLR with a ResNet of 0.4 M parameters on 78 seeded images.
 
-The settings are those of the shipped presets, except for the single thread: tests share the cores.
-A test that needs another setting overrides it.
+The settings are those of the shipped presets, except for the single thread, because tests share the
+cores. A test that needs another setting overrides it.
 """
 
 from pathlib import Path
@@ -30,14 +30,16 @@ epochs: 8
 """
 
 
-def write_images(root: Path, per_class: int = 26, classes: int = 3, size: int = 20) -> Path:
+def write_images(
+    root: Path, images_per_class: int = 26, num_classes: int = 3, size: int = 20
+) -> Path:
     """Write root/<split>/<class>/<number>.png with noise around one color per class.
 
     With 78 training images and batches of 24, an epoch has 3 steps and 6 images left over.
     """
     generator = np.random.default_rng(0)
-    for split, count in (("train", per_class), ("val", 4)):
-        for label in range(classes):
+    for split, count in (("train", images_per_class), ("val", 4)):
+        for label in range(num_classes):
             folder = root / split / f"class_{label}"
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):

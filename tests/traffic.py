@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step, counted at the collectives and computed by formula."""
+"""Count the bytes that a rank sends in a step at the collectives, and predict them by formula."""
 
 import sys
 from collections import Counter
@@ -12,8 +12,8 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.models import backbones, components
 from ssl_pretrain.parallel.batch_norm import GroupBatchNorm
 
-# The first of these functions on the stack tells what a collective is for. DDP's reducer is C++ and
-# has none.
+# The first of these functions on the stack tells what a collective is for. None is on the stack of
+# DDP's reducer, which is C++.
 KINDS = {
     "_Synchronized.forward": "batch norm forward",
     "_Synchronized.backward": "batch norm backward",
@@ -52,7 +52,7 @@ class Traffic(TorchDispatchMode):
                 "allreduce_": first,
             }[name]
             size = size.numel() * size.element_size()
-            self.sent[_kind()] += (
+            self.sent[_collective_kind()] += (
                 Fraction(2 * (world - 1) * size, world)
                 if name == "allreduce_"
                 else (world - 1) * size
@@ -60,7 +60,7 @@ class Traffic(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _kind() -> str:
+def _collective_kind() -> str:
     frame: Any = sys._getframe()
     functions = []
     while frame is not None:
@@ -89,9 +89,8 @@ def predict_bytes(
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     sent = {
         "gather": others * views * rows * dim * size,
-        "loss backward": 0
-        if teacher_norms
-        else others * views * rows * 3 * size,  # keys carry no gradient
+        # Keys of a teacher carry no gradient.
+        "loss backward": 0 if teacher_norms else others * views * rows * 3 * size,
         "batch norm forward": calls * others * sum(2 * c + 1 for c in norms) * size,
         "batch norm backward": calls * all_reduced * 2 * (sum(norms) - sum(teacher_norms)) * size,
     }
@@ -99,24 +98,23 @@ def predict_bytes(
         return sent | {
             "gradients": all_reduced * sum(parameter.numel() for parameter in trained) * size
         }
-    gathered, rest = 0, _share(method.parameters())
+    gathered, rest = 0, _numel_per_rank(method.parameters())
     for network in (
         method.backbone,
-        *(part for part in teacher.children() if isinstance(part, components.Backbone)),
+        *(child for child in teacher.children() if isinstance(child, components.Backbone)),
     ):
-        in_blocks = sum(_share(unit.parameters()) for _, unit in backbones.blocks(network))
-        own = _share(network.parameters()) - in_blocks
+        in_blocks = sum(_numel_per_rank(unit.parameters()) for _, unit in backbones.blocks(network))
+        own = _numel_per_rank(network.parameters()) - in_blocks
         gathered += calls * (in_blocks + own)
-        gathered += (
-            calls * in_blocks + own if network is method.backbone else 0
-        )  # again for the backward
+        if network is method.backbone:  # the backward pass gathers again
+            gathered += calls * in_blocks + own
         rest -= in_blocks + own
     adapted = sum(parameter.ndim > 1 for parameter in trained) if not teacher_norms else 0  # LARS
     return sent | {
         "weights": others * (gathered + rest) * size,
         "gradients": others
-        * _share(trained)
-        * size,  # once, when the last call's backward has added its own
+        * _numel_per_rank(trained)
+        * size,  # once, after the last call's backward
         "norms": all_reduced * (len(trained) + 2 * adapted) * size,
     }
 
@@ -125,7 +123,7 @@ def _channels(module: nn.Module) -> list[int]:
     return [len(norm.running_mean) for norm in module.modules() if isinstance(norm, GroupBatchNorm)]
 
 
-def _share(parameters: Any) -> int:
-    """Return how many numbers of these parameters a rank has, by equal shards of their rows."""
+def _numel_per_rank(parameters: Any) -> int:
+    """Return how many numbers of these parameters a rank holds, with equal shards of their rows."""
     world = process_group.world_size()
     return sum(-(-len(p) // world) * (p.numel() // len(p)) for p in parameters)

@@ -1,6 +1,6 @@
-"""Load what a small run would spend half of its processor time on.
+"""Load in advance what takes half of the CPU time of a small run.
 
-conftest.py makes the fork server import this module, so that ranks are forked with it.
+conftest.py makes the fork server import this module, so that forked ranks have it all.
 """
 
 import torch

@@ -36,7 +36,7 @@ epochs: 1
 
 
 @dataclass(frozen=True)
-class Finished:
+class CommandResult:
     """Exit status and output of a command."""
 
     status: int
@@ -48,27 +48,29 @@ class Finished:
         return self.stdout + self.stderr
 
 
-def noise(number: int, size: tuple[int, int] = (20, 20)) -> Image.Image:
-    """Return seeded color noise, a different image for each number."""
+def noise_image(number: int, size: tuple[int, int] = (20, 20)) -> Image.Image:
+    """Return an image of color noise, seeded by the number."""
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def write_images(folder: Path, names: list[str], first: int = 0) -> Path:
+def write_images(folder: Path, names: list[str], first_number: int = 0) -> Path:
     """Write one small image per name, such as `train/cat/1.png`, below the folder."""
-    for number, name in enumerate(names, first):
+    for number, name in enumerate(names, first_number):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise(number).save(path)
+        noise_image(number).save(path)
     return folder
 
 
-def class_folders(
-    folder: Path, split: str, classes: int = 2, per_class: int = 8, first: int = 0
+def write_class_folders(
+    folder: Path, split: str, num_classes: int = 2, images_per_class: int = 8, first_number: int = 0
 ) -> Path:
     """Write `<split>/class_<c>/<n>.png`, the layout of torchvision's ImageFolder."""
-    names = [f"{split}/class_{c}/{n}.png" for c in range(classes) for n in range(per_class)]
-    return write_images(folder, names, first)
+    names = [
+        f"{split}/class_{c}/{n}.png" for c in range(num_classes) for n in range(images_per_class)
+    ]
+    return write_images(folder, names, first_number)
 
 
 def write_config(folder: Path, root: Path, text: str = CONFIG) -> Path:
@@ -81,7 +83,7 @@ def write_config(folder: Path, root: Path, text: str = CONFIG) -> Path:
 
 
 def start(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
-    """Start `python ARGUMENTS` in a process group of its own, with the checkout on the path."""
+    """Start `python ARGUMENTS` in a new process group, with the checkout on the path."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -101,7 +103,7 @@ def _restore_hangups() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> CommandResult:
     """Wait for a started command, and kill it with its children after the timeout."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -109,25 +111,25 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
         raise AssertionError(f"still running after {timeout} s:\n{out}\n{err}") from None
-    return Finished(process.returncode, out, err)
+    return CommandResult(process.returncode, out, err)
 
 
 def run(
     *arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **environment: str
-) -> Finished:
+) -> CommandResult:
     """Run `python ARGUMENTS` to its end, for example `run("-m", "ssl_pretrain.train", config)`."""
     return finish(start(*arguments, cwd=cwd, **environment), timeout)
 
 
-def each(commands: list[list[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
-    """Run `python -m NAME ARGUMENTS` for each list, and return status, stdout and stderr of each.
+def run_modules(commands: list[list[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
+    """Run `python -m MODULE ARGUMENTS` for each list, and return each status, stdout and stderr.
 
-    All of them run in one process, forked from one that has imported everything. This saves seconds
-    per command.
+    All commands run in one process, forked from one that has imported everything. This saves
+    seconds per command.
     """
     context = multiprocessing.get_context("forkserver")  # preloaded by conftest.py
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_each, args=(commands, sender))
+    process = context.Process(target=_run_modules, args=(commands, sender))
     process.start()
     sender.close()
     try:
@@ -138,7 +140,7 @@ def each(commands: list[list[str]], timeout: float = 120) -> list[tuple[int, str
         process.join()
 
 
-def _each(commands: list[list[str]], sender: Connection) -> None:
+def _run_modules(commands: list[list[str]], sender: Connection) -> None:
     os.chdir(ROOT)
     # Unlike in a new interpreter, the modules have been imported before.
     warnings.filterwarnings(
@@ -152,7 +154,7 @@ def _each(commands: list[list[str]], sender: Connection) -> None:
                 runpy.run_module(words[0], run_name="__main__")
             except SystemExit as end:
                 status = end.code or 0
-            except BaseException:  # what a new interpreter would print and end with
+            except BaseException:  # a new interpreter would print this and end with status 1
                 traceback.print_exc()
                 status = 1
         results.append((status, out.getvalue(), err.getvalue()))

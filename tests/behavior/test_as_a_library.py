@@ -1,13 +1,13 @@
-"""Train from a program: a script without a guard, a thread, an event loop, a notebook cell."""
+"""A program trains: a script without a guard, a thread, an event loop, a notebook cell."""
 
 import commands
 import pytest
 
-BODY = """
+PREAMBLE = """
 import torch
 from ssl_pretrain import config, train
 
-def go(name, workers):
+def train_run(name, workers):
     overrides = [f"output=FOLDER/{name}", f"data.num_workers={workers}"]
     loaded = config.load("FOLDER/config.yaml", overrides)
     print(name, "steps", train.train(loaded, torch.device("cpu")), flush=True)
@@ -16,21 +16,21 @@ def go(name, workers):
 
 @pytest.fixture
 def script(tmp_path):
-    root = commands.class_folders(tmp_path / "images", "train")
+    root = commands.write_class_folders(tmp_path / "images", "train")
     commands.write_config(tmp_path, root)
 
     def write(text: str):
         path = tmp_path / "program.py"
-        path.write_text(BODY.replace("FOLDER", str(tmp_path)) + text)
+        path.write_text(PREAMBLE.replace("FOLDER", str(tmp_path)) + text)
         return path
 
     return write
 
 
 def test_a_script_without_a_guard_trains_once(script):
-    done = commands.run(script("print('imported', flush=True)\ngo('plain', 2)\n"))
-    assert (done.status, done.stdout.count("imported")) == (0, 1), done.text
-    assert done.stdout.count("plain steps 2") == 1
+    result = commands.run(script("print('imported', flush=True)\ngo('plain', 2)\n"))
+    assert (result.status, result.stdout.count("imported")) == (0, 1), result.text
+    assert result.stdout.count("plain steps 2") == 1
 
 
 @pytest.mark.full
@@ -38,19 +38,19 @@ def test_a_thread_and_an_event_loop_train(script):
     text = """
 import asyncio, signal, threading
 
-def go_alone(name):
+def train_or_print_error(name):
     try:
-        go(name, 2)
+        train_run(name, 2)
     except ValueError as error:
         print("second thread:", error, flush=True)
 
 async def main():
-    go("coroutine", 0)
+    train_run("coroutine", 0)
     await asyncio.to_thread(go, "executor", 2)
 
 if __name__ == "__main__":
     handler = signal.getsignal(signal.SIGTERM)
-    threads = [threading.Thread(target=go_alone, args=(name,)) for name in ("thread", "thread")]
+    threads = [threading.Thread(target=train_or_print_error, args=("thread",)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -58,14 +58,14 @@ if __name__ == "__main__":
     asyncio.run(main())
     assert signal.getsignal(signal.SIGTERM) is handler
 """
-    done = commands.run(script(text))
-    assert done.status == 0, done.text
+    result = commands.run(script(text))
+    assert result.status == 0, result.text
     assert (
         "second thread: another thread of this process is training, and two at a time"
-        in done.stdout
+        in result.stdout
     )
     for name in ("thread", "coroutine", "executor"):
-        assert f"{name} steps 2" in done.stdout
+        assert f"{name} steps 2" in result.stdout
 
 
 @pytest.mark.full
@@ -75,7 +75,7 @@ import multiprocessing
 
 def work(workers):
     try:
-        go(f"pool{workers}", workers)
+        train_run(f"pool{workers}", workers)
     except ValueError as error:
         print(error, flush=True)
 
@@ -83,21 +83,23 @@ if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.map(work, [2, 0])
 """
-    done = commands.run(script(text))
-    assert done.status == 0 and "pool0 steps 2" in done.stdout, done.text
+    result = commands.run(script(text))
+    assert result.status == 0 and "pool0 steps 2" in result.stdout, result.text
     assert (
         "data.num_workers: 2 in a daemonic process, such as those of "
         "multiprocessing.Pool, which may not start processes; "
         "set data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor\n"
-    ) in done.stdout
+    ) in result.stdout
 
 
 @pytest.mark.full
 def test_a_cell_without_a_file_trains(script):
     """A notebook's kernel has a main module without a file or a spec, and its loop is running."""
-    path = script("async def cell():\n    go('cell', 2)\nimport asyncio\nasyncio.run(cell())\n")
-    done = commands.run("-c", path.read_text())
-    assert done.status == 0 and "cell steps 2" in done.stdout, done.text
+    path = script(
+        "async def cell():\n    train_run('cell', 2)\nimport asyncio\nasyncio.run(cell())\n"
+    )
+    result = commands.run("-c", path.read_text())
+    assert result.status == 0 and "cell steps 2" in result.stdout, result.text
 
 
 @pytest.mark.full
@@ -106,21 +108,21 @@ def test_a_transform_defined_in_the_script_needs_a_guard_and_the_error_says_so(s
     text = """
 from ssl_pretrain.data import single_pass, sources
 
-class Half:
+class HalfSize:
     def __call__(self, image):
         return image[:, ::2, ::2].contiguous()
 
 source = sources.open_source(sources.DataConfig(source="digits"), "val")
 GUARD
-    batches = single_pass.read_images(source, range(5), Half(), 4, 2)
+    batches = single_pass.read_images(source, range(5), HalfSize(), 4, 2)
     print([tuple(pixels.shape) for pixels, labels in batches])
 """
     guarded = script(text.replace("GUARD", 'if __name__ == "__main__":'))
-    done = commands.run(guarded)
-    assert done.status == 0 and done.stdout == "[(4, 3, 4, 4), (1, 3, 4, 4)]\n", done.text
-    done = commands.run(script(text.replace("GUARD", "if True:")))
-    assert done.status == 1
-    assert done.stderr.splitlines()[-1] == (
+    result = commands.run(guarded)
+    assert result.status == 0 and result.stdout == "[(4, 3, 4, 4), (1, 3, 4, 4)]\n", result.text
+    result = commands.run(script(text.replace("GUARD", "if True:")))
+    assert result.status == 1
+    assert result.stderr.splitlines()[-1] == (
         f"ValueError: data.num_workers: each worker process imports "
         f"{tmp_path / 'program.py'}, which starts training when it is "
         'imported; put that below `if __name__ == "__main__":`, or set data.num_workers=0'

@@ -2,7 +2,7 @@
 
 import json
 
-from commands import CONFIG, class_folders, each, write_config
+from commands import CONFIG, run_modules, write_class_folders, write_config
 
 OPTIONS = (
     "jitter: 1.0, brightness: 0.4, contrast: 0.4, saturation: 0.4, blur: 1.0, "
@@ -11,8 +11,8 @@ OPTIONS = (
 
 
 def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
-    root = class_folders(tmp_path / "data", "train", per_class=4)
-    class_folders(tmp_path / "data", "val", per_class=4)
+    root = write_class_folders(tmp_path / "data", "train", images_per_class=4)
+    write_class_folders(tmp_path / "data", "val", images_per_class=4)
     crops = (
         f"crops: {{first: {{count: 1, size: 16, crop_sampler: tensorflow, {OPTIONS}}}, "
         f"second: {{count: 1, size: 16, crop_sampler: clipped, {OPTIONS}}}}}"
@@ -20,7 +20,7 @@ def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
     text = CONFIG.replace("crops: {global: {count: 2, size: 16, scale: [0.3, 1.0]}}", crops)
     assert text != CONFIG
     config = write_config(tmp_path, root, text)
-    ((status, _, err),) = each([["ssl_pretrain.train", str(config)]])
+    ((status, _, err),) = run_modules([["ssl_pretrain.train", str(config)]])
     assert status == 0, err
     described = json.loads((tmp_path / "run" / "views.json").read_text())
     assert len(described) == 8
@@ -34,8 +34,8 @@ def test_two_kinds_of_views_are_trained_on_and_described(tmp_path):
 
 def test_an_unknown_option_is_refused(tmp_path):
     text = CONFIG.replace("size: 16,", "size: 16, crop_sampler: inception,")
-    config = write_config(tmp_path, class_folders(tmp_path / "data", "train"), text)
-    ((status, _, err),) = each([["ssl_pretrain.train", str(config)]])
+    config = write_config(tmp_path, write_class_folders(tmp_path / "data", "train"), text)
+    ((status, _, err),) = run_modules([["ssl_pretrain.train", str(config)]])
     assert status == 2
     assert err.endswith(
         "views.crops.global.crop_sampler: 'inception' is not known; choose one of: torchvision, "

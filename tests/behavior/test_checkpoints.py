@@ -24,7 +24,7 @@ def flip_bit(text: bytes, prefix: bytes) -> bytes:
 def config(tmp_path_factory):
     """Train four of six steps with a checkpoint every two, and return the run's configuration."""
     folder = tmp_path_factory.mktemp("saved")
-    path = commands.write_config(folder, commands.class_folders(folder / "images", "train"))
+    path = commands.write_config(folder, commands.write_class_folders(folder / "images", "train"))
     result = commands.run(*TRAIN, path, *EVERY_EPOCH, "--stop-after", "4")
     assert result.status == 0, result.text
     return path

@@ -1,7 +1,7 @@
-"""Layouts of data sets: the training images, the held-out images, and their labels.
+"""Layouts of data sets: which images are for training and for validation, and their labels.
 
-Most commands run in this process, as starting one takes seconds and there are many layouts. Two
-tests start a real run.
+Most commands run in this process, because starting one takes seconds and there are many layouts.
+Two tests start a real run.
 """
 
 import io
@@ -29,7 +29,7 @@ class Result:
     text: str
 
     @property
-    def first(self) -> str:
+    def first_line(self) -> str:
         return self.text.partition("\n")[0]
 
 
@@ -38,7 +38,7 @@ def inspect(tmp_path, monkeypatch, capsys) -> Inspect:
     """Return a function that runs `python -m ssl_pretrain.data.inspect ROOT ...`."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
-    def call(root: Path, *arguments: str) -> Result:
+    def run_inspect(root: Path, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["inspect", str(root), *arguments])
         with pytest.raises(SystemExit) as caught, pytest.MonkeyPatch.context() as patch:
             patch.delitem(sys.modules, "ssl_pretrain.data.inspect", raising=False)
@@ -46,17 +46,17 @@ def inspect(tmp_path, monkeypatch, capsys) -> Inspect:
         out, err = capsys.readouterr()
         return Result(int(caught.value.code or 0), (out + err).replace(str(root), "ROOT"))
 
-    return call
+    return run_inspect
 
 
-def tree(folder: Path, names: str) -> Path:
+def write_tree(folder: Path, names: str) -> Path:
     return commands.write_images(folder / "data", names.split())
 
 
-def archive(folder: Path, members: list[str]) -> Path:
+def write_zip(folder: Path, members: list[str]) -> Path:
     """Write a zip with exactly these member names, as other systems write them."""
     image = io.BytesIO()
-    commands.noise(0).save(image, "PNG")
+    commands.noise_image(0).save(image, "PNG")
     with zipfile.ZipFile(folder / "data.zip", "w") as file:
         for name in members:
             member = zipfile.ZipInfo()
@@ -77,7 +77,7 @@ SPLITS = {
             "ROOT/validation: 1 image, 1 of 2 classes (b)"
         ),
     ),
-    "test images alone": (
+    "test images only": (
         "TRAIN/a/1.png TRAIN/b/2.png TEST/3.png",
         (
             "data: training ROOT/TRAIN: 2 images, 2 classes (a, b); validation ROOT/TEST: 1 "
@@ -120,7 +120,7 @@ SPLITS = {
             "images, 2 of 3 classes (b, c)"
         ),
     ),
-    "classes in val alone": (
+    "classes only in val": (
         "train/1.png train/2.png val/a/3.png val/b/4.png",
         (
             "data: training ROOT/train: 2 images, no labels; validation ROOT/val: 2 images, 2 "
@@ -140,11 +140,11 @@ SPLITS = {
 @pytest.mark.parametrize("layout", SPLITS)
 def test_first_line_says_which_folder_is_which_split(layout, tmp_path, inspect):
     names, expected = SPLITS[layout]
-    result = inspect(tree(tmp_path, names))
-    assert (result.first, result.status) == (expected, 0)
+    result = inspect(write_tree(tmp_path, names))
+    assert (result.first_line, result.status) == (expected, 0)
 
 
-ALL = "or give data.train=. if all images there are for training\n"
+TAKE_ALL = "or give data.train=. if all images there are for training\n"
 REFUSED = {
     "years": (
         "train2017/1.png val2017/2.png",
@@ -193,7 +193,7 @@ REFUSED = {
         "those of each split,"
         " as in data.train=LIST data.val=LIST",
     ),
-    "held-out images alone": (
+    "no training images": (
         "val/a/1.png test/b/2.png",
         (
             "ROOT holds test/, val/ and no training images; say where they are, as in "
@@ -220,21 +220,21 @@ REFUSED = {
 @pytest.mark.parametrize("layout", REFUSED)
 def test_possible_splits_are_refused(layout, tmp_path, inspect):
     names, expected = REFUSED[layout]
-    assert inspect(tree(tmp_path, names)) == Result(2, f"data.train: {expected}, {ALL}")
+    assert inspect(write_tree(tmp_path, names)) == Result(2, f"data.train: {expected}, {TAKE_ALL}")
 
 
 def test_keys_name_the_splits(tmp_path, inspect):
-    root = tree(tmp_path, "train2017/1.png val2017/2.png val2017/3.png extra/4.png")
+    root = write_tree(tmp_path, "train2017/1.png val2017/2.png val2017/3.png extra/4.png")
     result = inspect(root, "--train", "train2017", "--val", str(root / "val2017"))
-    assert result.first == (
+    assert result.first_line == (
         "data: training ROOT/train2017: 1 image, no labels; validation ROOT/val2017: 2 "
         "images, no labels"
     )
-    assert inspect(root, "--train", ".").first.startswith(
+    assert inspect(root, "--train", ".").first_line.startswith(
         "data: training ROOT: 4 images, 3 classes (extra, train2017, val2017); validation none ("
     )
-    rest = inspect(root, "--train", ".", "--val", "val2017")
-    assert rest.first == (
+    without_val = inspect(root, "--train", ".", "--val", "val2017")
+    assert without_val.first_line == (
         "data: training ROOT: 2 images, 2 classes (extra, train2017); validation "
         "ROOT/val2017: 2 images, no labels"
     )
@@ -269,7 +269,7 @@ LISTS_OF_SPLITS = {
 @pytest.mark.parametrize("layout", LISTS_OF_SPLITS)
 def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
     folder, lists, names = LISTS_OF_SPLITS[layout]
-    root = tree(tmp_path, "images/apple/1.png images/apple/2.png images/pie/3.png")
+    root = write_tree(tmp_path, "images/apple/1.png images/apple/2.png images/pie/3.png")
     (root / folder).mkdir(parents=True, exist_ok=True)
     for name, content in lists.items():
         (root / folder / name).write_text(content)
@@ -278,35 +278,35 @@ def test_lists_that_look_like_splits_are_refused(layout, tmp_path, inspect):
         f"{where} holds lists whose names look like splits; say which images are for training, "
         f"as in data.train={names}"
     )
-    assert inspect(root) == Result(2, f"data.train: {text}, {ALL}")
+    assert inspect(root) == Result(2, f"data.train: {text}, {TAKE_ALL}")
     zipped = inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root)))
     assert zipped == Result(
         2,
         (
             f"data.train: {where} holds lists whose names look like splits, which are not read "
-            f"inside a zip; unpack it, {ALL}"
+            f"inside a zip; unpack it, {TAKE_ALL}"
         ),
     )
     if folder != ".":
         train, val = names.split(" data.val=")
         result = inspect(root, "--train", train, "--val", val)
-        assert result.first == (
+        assert result.first_line == (
             f"data: training ROOT/{train}: 2 images, no labels; validation ROOT/{val}: 1 "
             "image, no labels"
         )
 
 
-def test_logs_of_a_training_are_no_lists(tmp_path, inspect):
-    root = tree(tmp_path, "a/1.png b/2.png")
+def test_logs_of_a_training_are_not_lists(tmp_path, inspect):
+    root = write_tree(tmp_path, "a/1.png b/2.png")
     for name in ("training_log.txt", "test_results.csv"):
         (root / name).write_text("step,loss\n1,2\n")
-    assert inspect(root).first.startswith(
+    assert inspect(root).first_line.startswith(
         "data: training ROOT: 2 images, 2 classes (a, b); validation none ("
     )
 
 
 def test_images_of_both_splits_are_counted(tmp_path, inspect):
-    root = tree(tmp_path, "train/a/1.png train/b/2.png")
+    root = write_tree(tmp_path, "train/a/1.png train/b/2.png")
     (root / "val").symlink_to("train")
     (root / "l.csv").write_text("train/a/1.png,a\n")
     expected = "data: {} validation images are also training images (first: ROOT/train/a/1.png)\n"
@@ -316,7 +316,7 @@ def test_images_of_both_splits_are_counted(tmp_path, inspect):
     shutil.move(root / "train", root / "data" / "train")
     (root / "val").unlink()
     (root / "l.csv").unlink()
-    commands.write_images(root, ["data/val/a/3.png"], first=3)
+    commands.write_images(root, ["data/val/a/3.png"], first_number=3)
     result = inspect(root, "--train", "data")
     assert (
         "data: ROOT/data has splits inside its folders (train/, val/), and all of them are "
@@ -329,7 +329,7 @@ def test_images_of_both_splits_are_counted(tmp_path, inspect):
 
 
 def test_names_that_are_not_text_are_escaped(tmp_path, inspect):
-    root = tree(tmp_path, "train/a/1.png train/b/2.png")
+    root = write_tree(tmp_path, "train/a/1.png train/b/2.png")
     (root / "train" / "a").rename(root / "train" / os.fsdecode(b"caf\xe9"))
     (root / "train" / "x\x1b[31m\n.txt").write_text("no image")
     text = inspect(root).text
@@ -339,35 +339,37 @@ def test_names_that_are_not_text_are_escaped(tmp_path, inspect):
 
 def test_one_class_of_many_may_be_called_like_a_split(tmp_path, inspect):
     classes = " ".join(f"{name}/1.png" for name in "abcdefghi")
-    result = inspect(tree(tmp_path / "1", f"{classes} train/1.png"))
-    assert result.first.startswith(
+    result = inspect(write_tree(tmp_path / "1", f"{classes} train/1.png"))
+    assert result.first_line.startswith(
         "data: training ROOT: 10 images, 10 classes (a, b, c, ...); validation none ("
     )
     assert (
         "data: ROOT/train is read as one of 10 classes; give data.train=train if it is the "
         "training split\n"
     ) in result.text
-    result = inspect(tree(tmp_path / "2", f"{classes} bullet_train/1.png"))
+    result = inspect(write_tree(tmp_path / "2", f"{classes} bullet_train/1.png"))
     assert "data: bullet_train/ is read as one of 10 classes\n" in result.text
 
 
 def test_two_validation_splits_are_refused(tmp_path, inspect):
-    result = inspect(tree(tmp_path, "train/a/1.png train/b/2.png val/a/3.png valid/b/4.png"))
+    result = inspect(write_tree(tmp_path, "train/a/1.png train/b/2.png val/a/3.png valid/b/4.png"))
     expected = (
         "none (data.val: ROOT holds val and valid; say which has the validation images, as in "
         "data.val=val)"
     )
-    assert result.first.endswith(f"validation {expected}")
+    assert result.first_line.endswith(f"validation {expected}")
 
 
 def test_composed_and_decomposed_accents_are_the_same_class(tmp_path, inspect):
-    result = inspect(tree(tmp_path, "train/caf\u00e9/1.png train/the/2.png val/cafe\u0301/3.png"))
-    assert result.first.endswith("validation ROOT/val: 1 image, 1 of 2 classes (caf\u00e9)")
+    result = inspect(
+        write_tree(tmp_path, "train/caf\u00e9/1.png train/the/2.png val/cafe\u0301/3.png")
+    )
+    assert result.first_line.endswith("validation ROOT/val: 1 image, 1 of 2 classes (caf\u00e9)")
 
 
 def test_an_image_beside_the_class_folders_costs_no_other_label(tmp_path, inspect):
     result = inspect(
-        tree(
+        write_tree(
             tmp_path,
             "train/a/1.png train/b/2.png train/logo.png val/a/3.png val/b/4.png val/sheet.png",
         )
@@ -381,7 +383,7 @@ def test_an_image_beside_the_class_folders_costs_no_other_label(tmp_path, inspec
     ]
 
 
-FOREIGN = (
+SYSTEM_FILES = (
     ".hidden/1.png __MACOSX/a/2.png @eaDir/3.png lost+found/4.png $RECYCLE.BIN/5.png "
     ".ipynb_checkpoints/6.png"
     " train/.ipynb_checkpoints/7.png train/a/._1.png train/a/@eaDir/8.png val/a/Thumbs.db.png"
@@ -389,15 +391,16 @@ FOREIGN = (
 
 
 def test_folders_and_archives_skip_the_same(tmp_path, inspect):
-    names = f"{FOREIGN} train/a/1.png train/b/2.png val/a/3.png"
-    root = tree(tmp_path, names)
+    names = f"{SYSTEM_FILES} train/a/1.png train/b/2.png val/a/3.png"
+    root = write_tree(tmp_path, names)
     expected = (
         "data: training ROOT/train: 2 images, 2 classes (a, b); validation ROOT/val: 2 images, "
         "1 of 2 classes (a)"
     )
-    assert inspect(root).first == expected
+    assert inspect(root).first_line == expected
     assert (
-        inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root))).first == expected
+        inspect(Path(shutil.make_archive(str(tmp_path / "packed"), "zip", root))).first_line
+        == expected
     )
 
 
@@ -425,11 +428,11 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("system", ARCHIVES)
 def test_archives_of_other_systems(system, tmp_path, inspect):
-    result = inspect(archive(tmp_path, ARCHIVES[system]))
-    below = "ROOT/d" if system == "macOS" else "ROOT"
-    assert result.first == (
-        f"data: training {below}/train: 2 images, 2 classes (a, b); validation "
-        f"{below}/val: 1 image, 1 of 2 classes (a)"
+    result = inspect(write_zip(tmp_path, ARCHIVES[system]))
+    root_text = "ROOT/d" if system == "macOS" else "ROOT"
+    assert result.first_line == (
+        f"data: training {root_text}/train: 2 images, 2 classes (a, b); validation "
+        f"{root_text}/val: 1 image, 1 of 2 classes (a)"
     )
     if system == "outside":
         assert (
@@ -439,7 +442,7 @@ def test_archives_of_other_systems(system, tmp_path, inspect):
 
 
 def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
-    path = archive(tmp_path, ["a/1.png", "b/2.png", "b/link.png"])
+    path = write_zip(tmp_path, ["a/1.png", "b/2.png", "b/link.png"])
     content = bytearray(path.read_bytes())
     content[content.rindex(b"PK\x01\x02") + 41] = 0xA0  # high byte of the mode of a link
     path.write_bytes(content)
@@ -452,28 +455,33 @@ def test_links_lists_and_copies_in_an_archive_are_named(tmp_path, inspect):
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("train.csv", "a/1.png,a\n")
     text = "ROOT holds lists of its splits, which are not read inside a zip; unpack it"
-    assert inspect(path) == Result(2, f"data.train: {text}, {ALL}")
+    assert inspect(path) == Result(2, f"data.train: {text}, {TAKE_ALL}")
 
 
 def change_entry(path: Path, fields: dict[int, bytes]) -> Path:
     """Overwrite bytes in the last entry of a zip's directory, by their offset in the entry."""
     content = bytearray(path.read_bytes())
     entry = content.rindex(b"PK\x01\x02")
-    for place, value in fields.items():
-        content[entry + place : entry + place + len(value)] = value
+    for offset, value in fields.items():
+        content[entry + offset : entry + offset + len(value)] = value
     path.write_bytes(content)
     return path
 
 
 def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
     members = ["train/a/1.png", "train/b/2.png", "val/3.png"]
-    refused = inspect(change_entry(archive(tmp_path, members), {6: b"\xff"}))
+    refused = inspect(change_entry(write_zip(tmp_path, members), {6: b"\xff"}))
     assert refused == Result(2, "data.root: ROOT cannot be read as a zip: zip file version 25.5\n")
-    huge = struct.pack(
+    huge_sizes = struct.pack(
         "<HHQQQ", 1, 24, 2**64 - 1, 2**64 - 1, 2**64 - 8
     )  # the extra field lies where the name was
-    path = archive(tmp_path, [*members, "val/4.png" + "/" * len(huge)])
-    fields = {20: b"\xff" * 8, 28: struct.pack("<HH", 9, len(huge)), 42: b"\xff" * 4, 46 + 9: huge}
+    path = write_zip(tmp_path, [*members, "val/4.png" + "/" * len(huge_sizes)])
+    fields = {
+        20: b"\xff" * 8,
+        28: struct.pack("<HH", 9, len(huge_sizes)),
+        42: b"\xff" * 4,
+        46 + 9: huge_sizes,
+    }
     assert inspect(change_entry(path, fields)) == Result(
         2, "data.root: ROOT holds val/4.png with an impossible size; the zip is damaged\n"
     )
@@ -491,7 +499,7 @@ def test_a_damaged_archive_is_refused_or_named(tmp_path, inspect):
     ],
 )
 def test_a_damaged_table_in_an_archive_gives_no_labels(fields, why, tmp_path, inspect):
-    path = archive(tmp_path, ["train/a/1.png", "train/b/2.png", "val/3.png"])
+    path = write_zip(tmp_path, ["train/a/1.png", "train/b/2.png", "val/3.png"])
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("val/val_annotations.txt", "3.png\ta\n")
     result = inspect(change_entry(path, fields))
@@ -502,7 +510,7 @@ def test_a_damaged_table_in_an_archive_gives_no_labels(fields, why, tmp_path, in
 
 
 def test_skipped_files_are_counted_and_named(tmp_path, inspect):
-    root = tree(tmp_path, "train/a/1.png train/b/2.png")
+    root = write_tree(tmp_path, "train/a/1.png train/b/2.png")
     folder = root / "train" / "a"
     image = (folder / "1.png").read_bytes()
     for name in ("2.jfif", "3.unknown", "without"):  # recognized by their content
@@ -516,7 +524,7 @@ def test_skipped_files_are_counted_and_named(tmp_path, inspect):
     (root / "train" / "c").symlink_to("b")
     result = inspect(root)
     assert result.status == 0
-    assert result.first.startswith(
+    assert result.first_line.startswith(
         "data: training ROOT/train: 5 images, 2 classes (a, b); validation none ("
     )
     assert result.text.splitlines()[1] == (
@@ -527,7 +535,7 @@ def test_skipped_files_are_counted_and_named(tmp_path, inspect):
     )
 
 
-def ground_truth(root: Path) -> None:
+def write_ground_truth(root: Path) -> None:
     (root / "ILSVRC2012_validation_ground_truth.txt").write_text("2\n1\n")
     (root / "map_clsloc.txt").write_text("n2 1 cat\nn1 2 dog\n")
 
@@ -552,25 +560,25 @@ TABLES: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "ILSVRC2012's ground truth": (
         "val/ILSVRC2012_val_00000001.png val/ILSVRC2012_val_00000002.png",
-        ground_truth,
+        write_ground_truth,
     ),
 }
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_unsorted_validation_images_get_labels_from_a_table(table, tmp_path, inspect):
-    names, write = TABLES[table]
-    root = tree(
+    names, write_table = TABLES[table]
+    root = write_tree(
         tmp_path, f"train/n1/images/1.png train/n2/images/2.png train/n3/images/3.png {names}"
     )
-    write(root)
+    write_table(root)
     result = inspect(root)
-    assert "; validation ROOT/val: 2 images, 2 of 3 classes (n1, n2)" in result.first
+    assert "; validation ROOT/val: 2 images, 2 of 3 classes (n1, n2)" in result.first_line
     assert "data: labels of ROOT/val from ROOT/" in result.text
 
 
 def test_class_numbers_in_an_unknown_order_give_no_labels(tmp_path, inspect):
-    root = tree(
+    root = write_tree(
         tmp_path,
         (
             "train/n1/1.png train/n2/2.png val/ILSVRC2012_val_00000001.png "
@@ -586,17 +594,17 @@ def test_class_numbers_in_an_unknown_order_give_no_labels(tmp_path, inspect):
     )
     assert expected in inspect(root).text
     (root / "synsets.txt").write_text("n2\nn1\n")
-    assert "; validation ROOT/val: 2 images, 2 classes (n1, n2)" in inspect(root).first
+    assert "; validation ROOT/val: 2 images, 2 classes (n1, n2)" in inspect(root).first_line
     (root / "meta.mat").write_bytes(b"not a file of MATLAB")
     assert "gives no labels: meta.mat cannot be read: " in inspect(root).text
 
 
 def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
-    root = tree(tmp_path, "train/n1/1.png train/n2/2.png val/x.png val/y.png")
+    root = write_tree(tmp_path, "train/n1/1.png train/n2/2.png val/x.png val/y.png")
     (root / "val.txt").write_text("x.png 0\ny.png 1\n")  # class numbers in an unknown order
     (root / "val_submission.csv").write_text("id,label\nx,n1\ny,n1\n")
     result = inspect(root)
-    assert "; validation ROOT/val: 2 images, no labels" in result.first
+    assert "; validation ROOT/val: 2 images, no labels" in result.first_line
     assert (
         "data: ROOT/val.txt gives no labels: '0' is no class of the training split, which "
         "has n1, n2"
@@ -639,15 +647,15 @@ LISTS: dict[str, tuple[str, bytes, str]] = {
 @pytest.mark.parametrize("program", LISTS)
 def test_lists_of_many_programs_are_read(program, tmp_path, inspect):
     name, content, expected = LISTS[program]
-    root = tree(tmp_path, "images/1.png images/2.png images/3.png")
+    root = write_tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / name).write_bytes(content)
-    assert inspect(root / name).first.startswith(
+    assert inspect(root / name).first_line.startswith(
         f"data: training ROOT: {expected}; validation none ("
     )
 
 
 def test_rows_of_the_same_image_are_counted(tmp_path, inspect):
-    root = tree(tmp_path, "1.png 2.png")
+    root = write_tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,label\n1.png,a\n1.png,b\n2.png,a\n")
     assert (
         "data: 1 of 3 rows of ROOT repeat the image of an earlier row; it is used once per row\n"
@@ -655,10 +663,10 @@ def test_rows_of_the_same_image_are_counted(tmp_path, inspect):
 
 
 def test_a_list_may_name_missing_images(tmp_path, inspect):
-    root = tree(tmp_path, "1.png")
+    root = write_tree(tmp_path, "1.png")
     (root / "l.csv").write_text("1.png,a\ngone.png,b\n")
     result = inspect(root / "l.csv")
-    assert result.first.startswith("data: training ROOT: 2 images, 2 classes (a, b);")
+    assert result.first_line.startswith("data: training ROOT: 2 images, 2 classes (a, b);")
     assert (result.status, f"{root}/gone.png: No such file or directory" in result.text) == (
         1,
         True,
@@ -667,43 +675,43 @@ def test_a_list_may_name_missing_images(tmp_path, inspect):
 
 def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
     config = commands.write_config(
-        tmp_path / "run", tree(tmp_path, "train2017/1.png val2017/2.png")
+        tmp_path / "run", write_tree(tmp_path, "train2017/1.png val2017/2.png")
     )
-    planned = commands.run("-m", "ssl_pretrain.train", config, "--plan")
-    assert (planned.status, planned.stderr.partition(" holds ")[0]) == (
+    plan = commands.run("-m", "ssl_pretrain.train", config, "--plan")
+    assert (plan.status, plan.stderr.partition(" holds ")[0]) == (
         2,
         f"error: data.train: {tmp_path}/data",
     )
 
 
 def test_a_list_that_names_its_splits(tmp_path, inspect):
-    root = tree(tmp_path, "images/1.png images/2.png images/3.png")
+    root = write_tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / "all.csv").write_text(
         "path,label,split\nimages/1.png,a,train\nimages/2.png,b,train\nimages/3.png,a,valid\n"
     )
     result = inspect(root / "all.csv")
-    assert result.first == (
+    assert result.first_line == (
         "data: training ROOT: 2 images, 2 classes (a, b); validation ROOT: 1 image, 1 of 2 "
         "classes (a)"
     )
 
 
 def test_lists_at_the_top_are_the_splits(tmp_path, inspect):
-    root = tree(tmp_path, "images/1.png images/2.png images/3.png")
+    root = write_tree(tmp_path, "images/1.png images/2.png images/3.png")
     (root / "train.csv").write_text("image,label\n1,a\n2,b\n")
     (root / "test.csv").write_text("image\n3\n")
     result = inspect(root)
-    assert result.first == (
+    assert result.first_line == (
         "data: training ROOT/train.csv: 2 images, 2 classes (a, b); validation "
         "ROOT/test.csv: 1 image, no labels"
     )
 
 
 def test_a_list_with_no_column_of_labels_says_so(tmp_path, inspect):
-    root = tree(tmp_path, "1.png 2.png")
+    root = write_tree(tmp_path, "1.png 2.png")
     (root / "l.csv").write_text("path,width,height\n1.png,20,20\n2.png,20,21\n")
     result = inspect(root / "l.csv")
-    assert result.first.startswith("data: training ROOT: 2 images, no labels;")
+    assert result.first_line.startswith("data: training ROOT: 2 images, no labels;")
     assert (
         "data: none of the columns 'path', 'width', 'height' is called label, so the "
         "images have no labels\n"
@@ -724,24 +732,24 @@ def test_a_table_of_another_kind_is_refused(tmp_path, inspect):
 @pytest.mark.full
 def test_training_and_knn_work_beside_pipes_and_unlabeled_images(tmp_path):
     """A pipe and unlabeled images in both splits stop neither the run nor its evaluation."""
-    root = tree(
+    root = write_tree(
         tmp_path,
         " ".join(f"Train/{c}/{n}.png" for c in "ab" for n in range(6))
         + " Train/logo.png Val/a/1.png Val/b/2.png Val/x.png",
     )
     os.mkfifo(root / "Train" / "a" / "pipe.png")
     config = commands.write_config(tmp_path / "run", root)
-    trained = commands.run("-m", "ssl_pretrain.train", config)
-    assert trained.status == 0, trained.text
+    training = commands.run("-m", "ssl_pretrain.train", config)
+    assert training.status == 0, training.text
     line = (
         f"data: training {root}/Train: 13 images, 2 classes (a, b), 1 without a label;"
         f" validation {root}/Val: 3 images, 2 classes (a, b), 1 without a label"
     )
-    assert trained.stderr.splitlines()[0] == line
-    assert "1 pipes, sockets or devices (first: a/pipe.png)" in trained.stderr
-    evaluated = commands.run(
+    assert training.stderr.splitlines()[0] == line
+    assert "1 pipes, sockets or devices (first: a/pipe.png)" in training.stderr
+    evaluation = commands.run(
         "-m", "ssl_pretrain.eval.knn", tmp_path / "run" / "run", "--device", "cpu"
     )
-    assert evaluated.status == 0, evaluated.text
-    assert evaluated.stderr.splitlines()[0] == line
-    assert "12 training, 2 test images, 2 classes" in evaluated.text
+    assert evaluation.status == 0, evaluation.text
+    assert evaluation.stderr.splitlines()[0] == line
+    assert "12 training, 2 test images, 2 classes" in evaluation.text

@@ -1,4 +1,4 @@
-"""The end of a run: finished, stopped or failed, by its messages and its exit status."""
+"""Messages and exit statuses of runs that finish, stop or fail."""
 
 import json
 import os
@@ -13,22 +13,22 @@ import pytest
 
 pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
 
-MANY = "epochs=100000"
+ENDLESS = "epochs=100000"
 
 
-def labelled(folder: Path) -> Path:
-    """Write two classes of training and validation images and a configuration; return its path."""
-    root = commands.class_folders(folder / "data", "train")
-    commands.class_folders(folder / "data", "val", first=50)
+def write_labeled_config(folder: Path) -> Path:
+    """Write training and validation images of two classes and a configuration. Return its path."""
+    root = commands.write_class_folders(folder / "data", "train")
+    commands.write_class_folders(folder / "data", "val", first_number=50)
     return commands.write_config(folder, root)
 
 
-def unlabelled(folder: Path) -> Path:
+def write_unlabeled_config(folder: Path) -> Path:
     root = commands.write_images(folder / "data", [f"{n:02d}.png" for n in range(16)])
     return commands.write_config(folder, root)
 
 
-def snapshot(run: Path) -> dict[str, tuple[int, bytes]]:
+def read_files(run: Path) -> dict[str, tuple[int, bytes]]:
     """Return the modification time and the content of each file of the run."""
     files = [path for path in run.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -36,10 +36,10 @@ def snapshot(run: Path) -> dict[str, tuple[int, bytes]]:
 
 def wait_until(condition, process: subprocess.Popen, seconds: float = 200) -> None:
     """Wait until `condition()` is true, while the process runs."""
-    end = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, commands.finish(process).text
-        assert time.monotonic() < end, f"not within {seconds} s"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.05)
 
 
@@ -49,7 +49,7 @@ def has_trained(run: Path):
     return lambda: records.exists() and "\n" in records.read_text()
 
 
-def trainers(run: Path) -> list[int]:
+def trainer_pids(run: Path) -> list[int]:
     """Return the ids of the processes that train in that folder."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -69,7 +69,7 @@ def newest_step(run: Path) -> int:
 
 
 def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
-    config = unlabelled(tmp_path)
+    config = write_unlabeled_config(tmp_path)
     result = commands.run(
         "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
     )
@@ -79,20 +79,20 @@ def test_images_without_labels_end_in_a_report_and_status_0(tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Accuracies need labels, and these images have none." in page
     # The same command again finds a finished and evaluated run, and changes nothing.
-    before = snapshot(tmp_path / "run")
-    again = commands.run(
+    before = read_files(tmp_path / "run")
+    second = commands.run(
         "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
     )
-    assert again.status == 0, again.text
-    assert f"already finished: {tmp_path / 'run'} has done its 2 steps" in again.stdout
-    assert "--- report: done before" in again.stdout
-    assert snapshot(tmp_path / "run") == before
+    assert second.status == 0, second.text
+    assert f"already finished: {tmp_path / 'run'} has done its 2 steps" in second.stdout
+    assert "--- report: done before" in second.stdout
+    assert read_files(tmp_path / "run") == before
 
 
 def test_a_failing_evaluation_does_not_prevent_the_report(tmp_path):
     """k-NN fails because of a validation class that was never trained on."""
-    config = labelled(tmp_path)
-    commands.write_images(tmp_path / "data", ["val/class_9/0.png"], first=90)
+    config = write_labeled_config(tmp_path)
+    commands.write_images(tmp_path / "data", ["val/class_9/0.png"], first_number=90)
     result = commands.run(
         "launch/pretrain.py", config, "evaluation.at_end=[knn,report]", timeout=300
     )
@@ -103,7 +103,7 @@ def test_a_failing_evaluation_does_not_prevent_the_report(tmp_path):
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
-    config = labelled(tmp_path)
+    config = write_labeled_config(tmp_path)
     first = commands.run("-m", "ssl_pretrain.train", config, "epochs=2", "--stop-after", "3")
     assert first.status == 0, first.text
     saved = tmp_path / "run/checkpoints/step_00000003"
@@ -113,11 +113,11 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     )
     second = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
     assert second.status == 0 and "finished: 4 of 4 steps, saved in " in second.stdout, second.text
-    before = snapshot(tmp_path / "run")
+    before = read_files(tmp_path / "run")
     third = commands.run("-m", "ssl_pretrain.train", config, "epochs=2")
     assert third.status == 0 and "already finished: " in third.stdout, third.text
-    fewer = commands.run("-m", "ssl_pretrain.train", config, "epochs=1")
-    assert fewer.status == 2 and fewer.stderr.endswith(
+    shorter = commands.run("-m", "ssl_pretrain.train", config, "epochs=1")
+    assert shorter.status == 2 and shorter.stderr.endswith(
         f"error: epochs: 1 leaves nothing to train: {tmp_path / 'run'} has "
         f"reached step 4 with epochs=2. "
         "Nothing was changed; give epochs=2 or more, or a new output\n"
@@ -134,15 +134,15 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     ):
         replayed = commands.run("-m", "ssl_pretrain.replay", tmp_path / "run", step)
         assert replayed.status == 2 and reason in replayed.stderr, replayed.text
-    assert snapshot(tmp_path / "run") == before
+    assert read_files(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("SIGTERM", 1), ("SIGINT", 2)])
 def test_the_launcher_forwards_a_signal_and_every_rank_saves(tmp_path, name, ranks):
-    config, run = labelled(tmp_path), tmp_path / "run"
-    process = commands.start("launch/pretrain.py", config, MANY, f"launch.ranks={ranks}")
+    config, run = write_labeled_config(tmp_path), tmp_path / "run"
+    process = commands.start("launch/pretrain.py", config, ENDLESS, f"launch.ranks={ranks}")
     wait_until(has_trained(run), process)
-    assert len(trainers(run)) >= ranks
+    assert len(trainer_pids(run)) >= ranks
     process.send_signal(getattr(signal, name))
     result = commands.finish(process)
     assert result.status == 75, result.text
@@ -153,12 +153,12 @@ def test_the_launcher_forwards_a_signal_and_every_rank_saves(tmp_path, name, ran
     )
     assert f"and not evaluated: the same command resumes from step_{step:08d}" in result.stdout
     assert "Traceback" not in result.text and not (run / "report.html").exists()
-    assert not trainers(run) and not (run / "lock.json").exists()
+    assert not trainer_pids(run) and not (run / "lock.json").exists()
 
 
 def test_a_sweep_stops_with_its_run(tmp_path):
-    config, sweep = labelled(tmp_path), tmp_path / "sweep"
-    values = ["seed=0,1", MANY, "evaluation.at_end=[]", f"output={sweep}"]
+    config, sweep = write_labeled_config(tmp_path), tmp_path / "sweep"
+    values = ["seed=0,1", ENDLESS, "evaluation.at_end=[]", f"output={sweep}"]
     process = commands.start("launch/sweep.py", config, *values)
     wait_until(has_trained(sweep / "seed=0"), process)
     process.send_signal(signal.SIGTERM)
@@ -169,8 +169,8 @@ def test_a_sweep_stops_with_its_run(tmp_path):
 
 
 def test_a_closed_terminal_saves_the_run(tmp_path):
-    config, run = labelled(tmp_path), tmp_path / "run"
-    process = commands.start("-m", "ssl_pretrain.train", config, MANY)
+    config, run = write_labeled_config(tmp_path), tmp_path / "run"
+    process = commands.start("-m", "ssl_pretrain.train", config, ENDLESS)
     wait_until(has_trained(run), process)
     process.send_signal(signal.SIGHUP)
     result = commands.finish(process)
@@ -183,11 +183,11 @@ def test_the_launcher_stops_as_process_1_of_a_container(tmp_path):
     if subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True
     ).returncode:
-        pytest.skip("no PID namespace can be made here")
-    config, run = labelled(tmp_path), tmp_path / "run"
+        pytest.skip("this machine cannot create a PID namespace")
+    config, run = write_labeled_config(tmp_path), tmp_path / "run"
     shell = (
         f"exec unshare --pid --fork --mount-proc {commands.sys.executable} "
-        f"launch/pretrain.py {config} {MANY}"
+        f"launch/pretrain.py {config} {ENDLESS}"
     )
     process = subprocess.Popen(
         ["bash", "-c", shell],
@@ -206,13 +206,13 @@ def test_the_launcher_stops_as_process_1_of_a_container(tmp_path):
 
 
 def test_a_failure_of_the_last_save_is_an_error_whatever_on_failure_says(tmp_path):
-    """These weights exist nowhere else."""
-    config, run = labelled(tmp_path), tmp_path / "run"
+    """The weights of the last step exist nowhere else."""
+    config, run = write_labeled_config(tmp_path), tmp_path / "run"
     process = commands.start(
         "-m",
         "ssl_pretrain.train",
         config,
-        MANY,
+        ENDLESS,
         "checkpoint.on_failure=warn",
         "checkpoint.every_epochs=0",
     )
@@ -229,7 +229,7 @@ def test_a_failure_of_the_last_save_is_an_error_whatever_on_failure_says(tmp_pat
     "command", ["launch/pretrain.py", "launch/sweep.py", "-m ssl_pretrain.train"]
 )
 def test_slurm_keys_are_refused_if_nothing_is_submitted(tmp_path, command):
-    config = labelled(tmp_path)
+    config = write_labeled_config(tmp_path)
     keys = ["launch.partition=gpu", "seed=0", "launch.hours=2"]
     result = commands.run(*command.split(), config, *keys, PATH=str(tmp_path))
     assert result.status == 2, result.text
@@ -241,7 +241,7 @@ def test_slurm_keys_are_refused_if_nothing_is_submitted(tmp_path, command):
 
 
 def test_a_missing_slurm_is_a_one_line_error(tmp_path):
-    config = labelled(tmp_path)
+    config = write_labeled_config(tmp_path)
     result = commands.run("launch/pretrain.py", config, "launch.cluster=slurm", PATH=str(tmp_path))
     assert result.status == 2 and "Traceback" not in result.text
     assert result.stderr.endswith(
@@ -251,7 +251,7 @@ def test_a_missing_slurm_is_a_one_line_error(tmp_path):
 
 
 def test_a_checkpoint_held_by_a_killed_evaluation_is_released_by_the_next(tmp_path):
-    config, run = labelled(tmp_path), tmp_path / "run"
+    config, run = write_labeled_config(tmp_path), tmp_path / "run"
     assert commands.run("-m", "ssl_pretrain.train", config).status == 0
     arguments = (
         "launch/evaluate.py",
@@ -263,13 +263,17 @@ def test_a_checkpoint_held_by_a_killed_evaluation_is_released_by_the_next(tmp_pa
         "--cluster",
         "local",
     )
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
         process = commands.start(*arguments)
         wait_until(lambda: list((run / "eval").rglob("*.safetensors")), process)
-        process.send_signal(number)
+        process.send_signal(signal_number)
         result = commands.finish(process)
-        assert result.status == (75 if number == signal.SIGTERM else -signal.SIGKILL), result.text
-        assert bool(list((run / "eval").rglob("*.safetensors"))) == (number == signal.SIGKILL)
+        assert result.status == (75 if signal_number == signal.SIGTERM else -signal.SIGKILL), (
+            result.text
+        )
+        assert bool(list((run / "eval").rglob("*.safetensors"))) == (
+            signal_number == signal.SIGKILL
+        )
     assert commands.run(*arguments).status == 0
     assert not (run / "eval" / ".held").exists()
     assert json.loads((run / "eval" / "knn.json").read_text())["step"] == 2
@@ -277,11 +281,11 @@ def test_a_checkpoint_held_by_a_killed_evaluation_is_released_by_the_next(tmp_pa
 
 def test_a_closed_pipe_ends_neither_training_nor_evaluation(tmp_path):
     """`... | tee log` closes the pipe if `tee` is killed."""
-    config, run = labelled(tmp_path), tmp_path / "run"
+    config, run = write_labeled_config(tmp_path), tmp_path / "run"
     command = (
         f"{commands.sys.executable} launch/pretrain.py {config} epochs=4 evaluation.at_end=[knn]"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -1"],
         cwd=commands.ROOT,
         env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
@@ -290,6 +294,6 @@ def test_a_closed_pipe_ends_neither_training_nor_evaluation(tmp_path):
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "warning: stdout is closed (Broken pipe); continuing without it" in done.stderr
+    assert result.returncode == 0, result.stderr
+    assert "warning: stdout is closed (Broken pipe); continuing without it" in result.stderr
     assert newest_step(run) == 8 and (run / "eval" / "knn.json").exists()

@@ -23,11 +23,11 @@ def test_eight_gpus_hold_the_flagship(gpu, overrides, fits):
         "launch.gpus_per_node=8",
         *overrides,
     ]
-    done = run("-m", "ssl_pretrain.train", CONFIG, *arguments, timeout=300)
-    assert done.status == 0, done.text
-    memory = next(
+    result = run("-m", "ssl_pretrain.train", CONFIG, *arguments, timeout=300)
+    assert result.status == 0, result.text
+    memory_line = next(
         line
-        for line in done.stdout.splitlines()
+        for line in result.stdout.splitlines()
         if line.startswith("memory of each GPU with a micro-batch of 1,024 images")
     )
-    assert memory.endswith("; fits") == fits, memory
+    assert memory_line.endswith("; fits") == fits, memory_line

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import class_folders, finish, noise, run, start, write_config
+from commands import finish, noise_image, run, start, write_class_folders, write_config
 from PIL import Image
 
 pytestmark = pytest.mark.full  # each test starts several processes; `make test-full` runs them
@@ -35,7 +35,7 @@ class TestReplacement:
     """Unreadable images are replaced and counted, and too many of them stop the run."""
 
     def test_deleting_the_images_stops_the_run(self, tmp_path):
-        root = class_folders(tmp_path / "data", "train", classes=4, per_class=10)
+        root = write_class_folders(tmp_path / "data", "train", num_classes=4, images_per_class=10)
         config = write_config(tmp_path, root)
         process = start(*TRAIN, config, "epochs=2000", "data.num_workers=1")
         deadline = time.monotonic() + 100
@@ -51,8 +51,8 @@ class TestReplacement:
         assert "Traceback" not in result.stderr
 
     def test_the_records_and_the_report_count_replaced_images(self, tmp_path):
-        root = class_folders(tmp_path / "data", "train", classes=2, per_class=12)
-        class_folders(root, "val", classes=2, per_class=4, first=50)
+        root = write_class_folders(tmp_path / "data", "train", num_classes=2, images_per_class=12)
+        write_class_folders(root, "val", num_classes=2, images_per_class=4, first_number=50)
         truncate(sorted((root / "train").rglob("*.png"))[5:6])
         result = run(*TRAIN, write_config(tmp_path, root), "epochs=2")
         assert result.status == 0, result.text
@@ -65,7 +65,9 @@ class TestReplacement:
         assert "Replaced images" in page
 
     def test_a_damaged_zip_is_rejected_unless_the_limit_is_raised(self, tmp_path):
-        folder = class_folders(tmp_path / "files", "train", classes=2, per_class=12)
+        folder = write_class_folders(
+            tmp_path / "files", "train", num_classes=2, images_per_class=12
+        )
         files = sorted(folder.rglob("*.png"))
         truncate(files[::4])
         with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
@@ -82,7 +84,7 @@ class TestReplacement:
 
     def test_the_limit_applies_to_the_sum_over_ranks(self, tmp_path):
         """Each of the two ranks is below the limit, and their sum is above it."""
-        root = class_folders(tmp_path / "data", "train", classes=4, per_class=50)
+        root = write_class_folders(tmp_path / "data", "train", num_classes=4, images_per_class=50)
         truncate(sorted(root.rglob("*.png"))[10:14])  # 4 of 200 images, where the limit is 2
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         overrides = ("global_batch_size=20", "epochs=1", "log.every_steps=50")
@@ -91,8 +93,8 @@ class TestReplacement:
         assert "error: data.max_replaced: " in result.stderr
 
     def test_evaluations_enforce_the_limit_too(self, tmp_path):
-        root = class_folders(tmp_path / "data", "train", classes=2, per_class=8)
-        class_folders(root, "val", classes=2, per_class=8, first=50)
+        root = write_class_folders(tmp_path / "data", "train", num_classes=2, images_per_class=8)
+        write_class_folders(root, "val", num_classes=2, images_per_class=8, first_number=50)
         assert run(*TRAIN, write_config(tmp_path, root)).status == 0
         truncate(sorted((root / "val").rglob("*.png"))[::3])  # includes the first image
         result = run("-m", "ssl_pretrain.eval.knn", tmp_path / "run")
@@ -158,7 +160,7 @@ class TestFalseHeaders:
     """Files whose headers are wrong are rejected, and memory is not allocated as they say."""
 
     def test_inspect_reports_decompression_bombs_and_postscript(self, tmp_path):
-        root = class_folders(tmp_path / "data", "train")
+        root = write_class_folders(tmp_path / "data", "train")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         for suffix in ("jpg", "png"):
             Image.new("L", (16000, 16000)).save(root / "train" / "class_0" / f"bomb.{suffix}")
@@ -173,7 +175,7 @@ class TestFalseHeaders:
 
     def test_inspect_reports_zip_members_with_a_wrong_checksum_or_size(self, tmp_path):
         content = io.BytesIO()
-        noise(0).save(content, "BMP")
+        noise_image(0).save(content, "BMP")
         path = tmp_path / "data.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for number in range(8):
@@ -195,7 +197,7 @@ class TestFalseHeaders:
 
     def test_every_command_rejects_a_beton_whose_length_overflows(self, tmp_path):
         pytest.importorskip("ffcv")
-        root = class_folders(tmp_path / "data", "train")
+        root = write_class_folders(tmp_path / "data", "train")
         path = tmp_path / "train.beton"
         assert run(*BETON, "write", root, path, "--workers", "1").status == 0
         content = bytearray(path.read_bytes())
@@ -228,7 +230,7 @@ beton.main(sys.argv[1:])
 
 def test_overwriting_a_beton_can_be_repeated_after_a_kill_between_the_renames(tmp_path):
     pytest.importorskip("ffcv")
-    root, path = class_folders(tmp_path / "data", "train"), tmp_path / "train.beton"
+    root, path = write_class_folders(tmp_path / "data", "train"), tmp_path / "train.beton"
     write = ("write", root, path, "--workers", "1", "--max-side")
     assert run(*BETON, *write, "8").status == 0
     assert run("-c", WRITE_KILLED_AT_THE_RENAME, *write, "12").status == -signal.SIGKILL
@@ -237,7 +239,7 @@ def test_overwriting_a_beton_can_be_repeated_after_a_kill_between_the_renames(tm
 
 
 def test_the_memory_of_evaluations_does_not_grow_with_the_aspect_ratio_of_an_image(tmp_path):
-    root = class_folders(tmp_path / "data", "train")
+    root = write_class_folders(tmp_path / "data", "train")
     Image.new("RGB", (60_000, 1)).save(root / "train" / "class_0" / "thin.png")
     online = ("online.knn_every_epochs=1", "online.k=3", "online.probe=false")
     result = run(*TRAIN, write_config(tmp_path, root), "views.crops.global.size=64", *online)

@@ -1,4 +1,4 @@
-"""Failures that could stay unnoticed: ranks that differ, little shared memory, a lost folder."""
+"""Failures that could go unnoticed: ranks that differ, little shared memory, a lost folder."""
 
 import json
 import os
@@ -18,29 +18,29 @@ TRAIN = ("-m", "ssl_pretrain.train")
 
 
 def free_port() -> str:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return str(bound.getsockname()[1])
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
-def two_ranks(config, first: str, second: str) -> list[commands.Finished]:
-    """Run two ranks as two machines would start them, each with its own argument."""
+def run_two_ranks(config, first: str, second: str) -> list[commands.CommandResult]:
+    """Run two ranks as two machines would start them, each with its own override."""
     variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
-        commands.start(*TRAIN, config, own, RANK=str(rank), **variables)
-        for rank, own in enumerate((first, second))
+        commands.start(*TRAIN, config, override, RANK=str(rank), **variables)
+        for rank, override in enumerate((first, second))
     ]
     return [commands.finish(process, 300) for process in processes]
 
 
 def test_ranks_with_other_settings_do_not_train(tmp_path):
-    root = commands.class_folders(tmp_path / "images", "train")
+    root = commands.write_class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
-    for done in two_ranks(config, "seed=0", "seed=1"):
-        assert done.status == 2, done.text
+    for result in run_two_ranks(config, "seed=0", "seed=1"):
+        assert result.status == 2, result.text
         host = socket.gethostname()
-        assert done.stderr.splitlines()[-1] == (
+        assert result.stderr.splitlines()[-1] == (
             f"error: the ranks disagree: seed: 0 on rank 0 ({host}), 1 on rank 1 ({host}); "
             "start every rank with the same configuration and overrides"
         )
@@ -49,75 +49,78 @@ def test_ranks_with_other_settings_do_not_train(tmp_path):
 
 @pytest.mark.full
 def test_ranks_with_other_images_do_not_train(tmp_path):
-    roots = [commands.class_folders(tmp_path / name, "train") for name in ("x", "y")]
+    roots = [commands.write_class_folders(tmp_path / name, "train") for name in ("x", "y")]
     (roots[1] / "train" / "class_0" / "0.png").unlink()
     config = commands.write_config(tmp_path, roots[0])
-    for done in two_ranks(config, f"data.root={roots[0]}", f"data.root={roots[1]}"):
-        assert done.status == 2, done.text
-        assert "data.root: training images: 16 on rank 0" in done.stderr
-        assert "15 on rank 1" in done.stderr and "the same copy of the data set" in done.stderr
+    for result in run_two_ranks(config, f"data.root={roots[0]}", f"data.root={roots[1]}"):
+        assert result.status == 2, result.text
+        assert "data.root: training images: 16 on rank 0" in result.stderr
+        assert "15 on rank 1" in result.stderr and "the same copy of the data set" in result.stderr
 
 
 @pytest.mark.full
 def test_a_small_shared_memory_gets_smaller_chunks(tmp_path):
-    """Containers have 64 MiB of /dev/shm. The test has 1 MiB, and 16 images of 0.3 MiB each."""
+    """Containers have 64 MiB of /dev/shm. This test has 1 MiB for 16 images of 0.3 MiB each."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("mounting needs root")
-    root = commands.class_folders(tmp_path / "images", "train")
+    root = commands.write_class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
-    more = ["data.num_workers=1", "views.crops.global.size=160", "global_batch_size=16"]
+    overrides = ["data.num_workers=1", "views.crops.global.size=160", "global_batch_size=16"]
     mount = 'mount -t tmpfs -o size=SIZE tmpfs /dev/shm && exec "$@"'
 
-    def run(size: str) -> commands.Finished:
+    def run(size: str) -> commands.CommandResult:
         command = ["unshare", "-m", "bash", "-c", mount.replace("SIZE", size), "-"]
-        command += [sys.executable, *TRAIN, str(config), *more]
-        done = subprocess.run(
+        command += [sys.executable, *TRAIN, str(config), *overrides]
+        result = subprocess.run(
             command, cwd=commands.ROOT, capture_output=True, text=True, timeout=300, check=False
         )
-        return commands.Finished(done.returncode, done.stdout, done.stderr)
+        return commands.CommandResult(result.returncode, result.stdout, result.stderr)
 
-    done = run("1m")
-    assert done.status == 0 and "so workers send 1 images at a time instead of 16" in done.text
+    result = run("1m")
+    assert result.status == 0 and "so workers send 1 images at a time instead of 16" in result.text
     shutil.rmtree(tmp_path / "run")
-    done = run("256k")
-    assert done.status == 2, done.text
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: data.num_workers: 1 workers") and "/dev/shm has 0.2 MiB" in last
-    assert "--shm-size=8g or --ipc=host" in last
+    result = run("256k")
+    assert result.status == 2, result.text
+    last_line = result.stderr.splitlines()[-1]
+    assert (
+        last_line.startswith("error: data.num_workers: 1 workers")
+        and "/dev/shm has 0.2 MiB" in last_line
+    )
+    assert "--shm-size=8g or --ipc=host" in last_line
 
 
 @pytest.mark.full
 def test_a_killed_worker_is_reported_and_the_run_may_be_started_again(tmp_path):
     """The kernel kills a worker when memory runs out."""
-    root = commands.class_folders(tmp_path / "images", "train")
+    root = commands.write_class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
     process = commands.start(*TRAIN, config, "epochs=100000", "data.num_workers=2")
-    end = time.monotonic() + 200
+    deadline = time.monotonic() + 200
     while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < end
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    server = [child for child in children(process.pid) if children(child)]
-    os.kill(children(server[0])[0], signal.SIGKILL)
-    done = commands.finish(process, 60)
-    assert done.status == 69 and "Traceback" not in done.text, done.text
-    assert "error: data.num_workers: a process that reads images was killed" in done.stderr
+    server = [child for child in child_processes(process.pid) if child_processes(child)]
+    os.kill(child_processes(server[0])[0], signal.SIGKILL)
+    result = commands.finish(process, 60)
+    assert result.status == 69 and "Traceback" not in result.text, result.text
+    assert "error: data.num_workers: a process that reads images was killed" in result.stderr
 
 
-def children(pid: int) -> list[int]:
+def child_processes(pid: int) -> list[int]:
     result = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
     return [int(word) for word in result.stdout.split()]
 
 
 @pytest.mark.full
 def test_a_suspended_run_that_lost_its_folder_ends_when_it_wakes(tmp_path):
-    root = commands.class_folders(tmp_path / "images", "train")
+    root = commands.write_class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
     run = tmp_path / "run"
     process = commands.start(*TRAIN, config, "epochs=100000", "checkpoint.every_epochs=0")
     try:
-        end = time.monotonic() + 200
+        deadline = time.monotonic() + 200
         while not (run / "metrics.jsonl").exists():
-            assert process.poll() is None and time.monotonic() < end
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         process.send_signal(signal.SIGSTOP)
         lock = run / "lock.json"
@@ -125,9 +128,9 @@ def test_a_suspended_run_that_lost_its_folder_ends_when_it_wakes(tmp_path):
         time.sleep(31)  # longer than the interval of the lock's checks
     finally:
         process.send_signal(signal.SIGCONT)
-    done = commands.finish(process, 60)
-    assert done.status == 2
-    assert f"error: output: {run} was taken over by process 7 on elsewhere" in done.stderr
+    result = commands.finish(process, 60)
+    assert result.status == 2
+    assert f"error: output: {run} was taken over by process 7 on elsewhere" in result.stderr
     assert json.loads(lock.read_text())["host"] == "elsewhere"
 
 
@@ -146,9 +149,9 @@ def test_a_save_slower_than_the_watchdog_is_waited_for(tmp_path):
         "if __name__ == '__main__':\n"
         "    sys.exit(train.main(sys.argv[1:]))\n"
     )
-    root = commands.class_folders(tmp_path / "images", "train")
+    root = commands.write_class_folders(tmp_path / "images", "train")
     config = commands.write_config(tmp_path, root)
-    done = commands.run(program, config, "parallel.timeout_seconds=5", timeout=300)
-    assert done.status == 0, done.text
-    assert "still waiting for the disk to take the checkpoint of step 2 in " in done.stderr
+    result = commands.run(program, config, "parallel.timeout_seconds=5", timeout=300)
+    assert result.status == 0, result.text
+    assert "still waiting for the disk to take the checkpoint of step 2 in " in result.stderr
     assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import class_folders, each, write_config
+from commands import run_modules, write_class_folders, write_config
 
 TRAIN = "ssl_pretrain.train"
 
@@ -12,7 +12,7 @@ TRAIN = "ssl_pretrain.train"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("networks")
-    class_folders(folder / "images", "train")
+    write_class_folders(folder / "images", "train")
     path = write_config(folder, folder / "images")
     text = path.read_text().replace("stem: no_pool", "stem: imagenet")
     path.write_text(text.replace("size: 16", "size: 32"))
@@ -78,7 +78,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("flags", [["--plan"], []], ids=["plan", "train"])
 def test_settings_that_the_first_step_cannot_run_are_rejected_before_it(config, flags):
-    results = each([[TRAIN, str(config), *keys, *flags] for keys in ERRORS])
+    results = run_modules([[TRAIN, str(config), *keys, *flags] for keys in ERRORS])
     for message, result in zip(ERRORS.values(), results, strict=True):
         assert result == (2, "", f"error: {message.replace('CONFIG', str(config))}\n")
     assert not (config.parent / "run").exists()
@@ -96,9 +96,9 @@ def test_the_projector_fits_the_measured_width_of_the_features(config, tmp_path)
     runs = [tmp_path / name for name in NETWORKS]
     outputs = [f"output={run}" for run in runs]
     arguments = zip(NETWORKS.values(), outputs, strict=True)
-    results = each([[TRAIN, str(config), *keys, output] for keys, output in arguments])
-    for run, (status, _, err) in zip(runs, results, strict=True):
-        assert status == 0, err
+    results = run_modules([[TRAIN, str(config), *keys, output] for keys, output in arguments])
+    for run, (status, _, stderr) in zip(runs, results, strict=True):
+        assert status == 0, stderr
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -107,7 +107,9 @@ def test_a_network_with_a_fixed_input_size_is_built_for_the_views(config, tmp_pa
         "backbone.name=swin_tiny_patch4_window7_224",
         "backbone.args={embed_dim: 16, depths: [1, 1], num_heads: [2, 2]}",
     ]
-    ((status, _, err),) = each([[TRAIN, str(config), *keys, f"output={tmp_path / 'run'}"]])
-    assert status == 0, err
+    ((status, _, stderr),) = run_modules(
+        [[TRAIN, str(config), *keys, f"output={tmp_path / 'run'}"]]
+    )
+    assert status == 0, stderr
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["step"] == 2

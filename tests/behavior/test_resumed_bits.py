@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commands import class_folders, run, write_config
+from commands import run, write_class_folders, write_config
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.promise, pytest.mark.full]
@@ -18,7 +18,7 @@ CASES = {
 }
 
 
-def tensors(folder):
+def load_tensors(folder):
     """Return the method's and the optimizer's tensors in the newest checkpoint."""
     newest = max((folder / "checkpoints").glob("step_*"))
     return load_file(newest / "method.safetensors") | load_file(newest / "optimizer.safetensors")
@@ -27,7 +27,7 @@ def tensors(folder):
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(case, tmp_path):
     """With the default `parallel.channels_last`, 4-D weights and moments are not in row order."""
-    class_folders(tmp_path / "images", "train", per_class=12)
+    write_class_folders(tmp_path / "images", "train", images_per_class=12)
     path = write_config(tmp_path, tmp_path / "images")
 
     def train(name, steps):
@@ -36,9 +36,14 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(case, tmp_path):
         assert result.status == 0, result.text
         return result.text
 
-    train("straight", 6)
+    train("uninterrupted", 6)
     train("stopped", 3)
     assert f"resumed {tmp_path / 'stopped'} after step 3" in train("stopped", 3)
-    straight, stopped = tensors(tmp_path / "straight"), tensors(tmp_path / "stopped")
-    assert straight.keys() == stopped.keys()
-    assert [name for name, value in straight.items() if not torch.equal(stopped[name], value)] == []
+    uninterrupted, stopped = (
+        load_tensors(tmp_path / "uninterrupted"),
+        load_tensors(tmp_path / "stopped"),
+    )
+    assert uninterrupted.keys() == stopped.keys()
+    assert [
+        name for name, value in uninterrupted.items() if not torch.equal(stopped[name], value)
+    ] == []

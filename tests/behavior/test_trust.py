@@ -1,4 +1,4 @@
-"""Settings of other programs are respected, and data of other people are never executed."""
+"""Settings of other programs are respected, and other people's data are never executed."""
 
 import http.client
 import http.server
@@ -16,15 +16,17 @@ TRAIN = ("-m", "ssl_pretrain.train")
 
 @pytest.fixture
 def config(tmp_path):
-    return commands.write_config(tmp_path, commands.class_folders(tmp_path / "images", "train"))
+    return commands.write_config(
+        tmp_path, commands.write_class_folders(tmp_path / "images", "train")
+    )
 
 
 @pytest.fixture
 def server():
-    """Return the address of a W&B server on this machine and the list of requests it gets."""
+    """Return the address of a local W&B server, and the list of requests that it gets."""
     requests: list[str] = []
 
-    class Count(http.server.BaseHTTPRequestHandler):
+    class CountingHandler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             requests.append(self.path)
             self.send_response(500)
@@ -35,10 +37,10 @@ def server():
         def log_message(self, *_arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Count) as serving:
-        threading.Thread(target=serving.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{serving.server_port}", requests
-        serving.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CountingHandler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_port}", requests
+        http_server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -57,20 +59,20 @@ def test_wandb_sends_nothing_if_its_variables_forbid_it(
     for name in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     variables = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": address, variable: value}
-    finished = commands.run(*TRAIN, config, override, **variables)
-    assert finished.status == 0, finished.text
+    result = commands.run(*TRAIN, config, override, **variables)
+    assert result.status == 0, result.text
     assert requests == []
     if override == "log.wandb=online":
-        assert f"W&B: off, because {variable}={value} overrides log.wandb=online" in finished.stdout
+        assert f"W&B: off, because {variable}={value} overrides log.wandb=online" in result.stdout
     assert (tmp_path / "run" / "wandb").exists() == (value == "offline")
 
 
-def plant(folder, **log):
+def change_log_config(folder, **log):
     """Change values of `log` in a checkpoint's manifest, with a hash that matches."""
     path = folder / "manifest.json"
-    written = json.loads(path.read_text())
-    written["config"]["log"] |= log
-    path.write_text(to_json(written))
+    manifest = json.loads(path.read_text())
+    manifest["config"]["log"] |= log
+    path.write_text(to_json(manifest))
 
 
 @pytest.mark.full
@@ -79,36 +81,41 @@ def test_a_secret_is_interpolated_neither_from_a_manifest_nor_from_an_escaped_ya
 ):
     """A run folder or a YAML from someone else must not read this user's environment."""
     refused = "'${' is not allowed: nothing is interpolated"
-    hidden = tmp_path / "hidden.yaml"
-    hidden.write_text(config.read_text().replace("log: {", 'log: {name: "\\x24{oc.env:SECRET}", '))
-    escaped = commands.run(*TRAIN, hidden, SECRET="hunter2")
-    assert escaped.status == 2 and refused in escaped.stderr and "hunter2" not in escaped.text
-    trained = commands.run(*TRAIN, config)
-    assert trained.status == 0, trained.text
-    plant(tmp_path / "run" / "checkpoints" / "step_00000002", name="${oc.env:SECRET}")
-    judged = commands.run("-m", "ssl_pretrain.eval.knn", tmp_path / "run", SECRET="hunter2")
-    assert judged.status == 2, judged.text
-    assert f"the checkpoint's config: {refused}" in judged.stderr and "hunter2" not in judged.text
+    escaped_config = tmp_path / "escaped.yaml"
+    escaped_config.write_text(
+        config.read_text().replace("log: {", 'log: {name: "\\x24{oc.env:SECRET}", ')
+    )
+    from_yaml = commands.run(*TRAIN, escaped_config, SECRET="hunter2")
+    assert from_yaml.status == 2 and refused in from_yaml.stderr and "hunter2" not in from_yaml.text
+    training = commands.run(*TRAIN, config)
+    assert training.status == 0, training.text
+    change_log_config(tmp_path / "run" / "checkpoints" / "step_00000002", name="${oc.env:SECRET}")
+    evaluation = commands.run("-m", "ssl_pretrain.eval.knn", tmp_path / "run", SECRET="hunter2")
+    assert evaluation.status == 2, evaluation.text
+    assert (
+        f"the checkpoint's config: {refused}" in evaluation.stderr
+        and "hunter2" not in evaluation.text
+    )
 
 
 def test_the_live_page_answers_only_to_its_own_host(tmp_path):
-    """A page of another site whose name points to this machine gets nothing of a run."""
+    """A page of another site, whose name resolves to this machine, cannot read a run."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("method: {name: secret_method}\n")
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.5, "loss": 1.5}) + "\n")
-    serving = commands.start("-m", "ssl_pretrain.eval.report", run, "--follow")
+    process = commands.start("-m", "ssl_pretrain.eval.report", run, "--follow")
     try:
-        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", serving.stdout.readline())[1])
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())[1])
 
-        def ask(path, host):
+        def get(path, host):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
             connection.putrequest("GET", path, skip_host=True)
             if host is not None:
                 connection.putheader("Host", host)
             connection.endheaders()
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode()
+            response = connection.getresponse()
+            return response.status, response.read().decode()
 
         for host in (
             f"127.0.0.1:{port}",
@@ -117,7 +124,7 @@ def test_the_live_page_answers_only_to_its_own_host(tmp_path):
             "localhost",
             f"[::1]:{port}",
         ):
-            assert ask("/main", host)[0] == 200, host
+            assert get("/main", host)[0] == 200, host
         for host in (
             "evil.example",
             f"evil.example:{port}",
@@ -127,9 +134,9 @@ def test_the_live_page_answers_only_to_its_own_host(tmp_path):
             None,
             "evil@localhost",
         ):
-            status, body = ask("/main", host)
+            status, body = get("/main", host)
             assert status == 403 and "secret_method" not in body, host
-            assert ask("/", host)[0] == 403
+            assert get("/", host)[0] == 403
     finally:
-        serving.kill()
-        serving.communicate()
+        process.kill()
+        process.communicate()

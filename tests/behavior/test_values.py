@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import class_folders, each, run, write_config
+from commands import run, run_modules, write_class_folders, write_config
 
 
 def plan(config: Path, *overrides: str) -> dict:
     """Return the configuration that `--plan` prints."""
-    ((status, out, err),) = each([["ssl_pretrain.train", str(config), *overrides, "--plan"]])
+    ((status, out, err),) = run_modules([["ssl_pretrain.train", str(config), *overrides, "--plan"]])
     assert status == 0, err
     return yaml.safe_load(out.split("# plan")[0])
 
@@ -17,7 +17,7 @@ def plan(config: Path, *overrides: str) -> dict:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("values")
-    class_folders(folder / "photos #1", "train")
+    write_class_folders(folder / "photos #1", "train")
     return write_config(folder, "'" + str(folder / "photos #1") + "'")
 
 
@@ -135,7 +135,7 @@ MISTAKES = {
 
 def test_invalid_values_are_rejected_before_the_run(config):
     command = ["ssl_pretrain.train", str(config), "--stop-after", "2"]
-    results = each([[*command, mistake] for mistake in MISTAKES])
+    results = run_modules([[*command, mistake] for mistake in MISTAKES])
     for message, (status, _, err) in zip(MISTAKES.values(), results, strict=True):
         assert (status, err) == (2, f"error: {config}: {message}\n")
     assert not (config.parent / "run").exists()
@@ -164,7 +164,7 @@ def test_files_that_are_not_configurations_are_rejected(tmp_path):
     paths = [tmp_path / f"{name}.yaml" for name in FILES]
     for path, (content, _) in zip(paths, FILES.values(), strict=True):
         path.write_bytes(content)
-    results = each([["ssl_pretrain.train", str(path), "--plan"] for path in paths])
+    results = run_modules([["ssl_pretrain.train", str(path), "--plan"] for path in paths])
     for path, (_, message), result in zip(paths, FILES.values(), results, strict=True):
         assert result == (2, "", f"error: {path}: {message}\n")
 
@@ -182,7 +182,7 @@ OPTIONS = [
 
 
 def test_options_of_commands_reject_values_out_of_range():
-    results = each([[name, "x", option, value] for name, option, value in OPTIONS])
+    results = run_modules([[name, "x", option, value] for name, option, value in OPTIONS])
     for (_, option, value), (status, _, err) in zip(OPTIONS, results, strict=True):
         assert status == 2, err
         assert f"argument {option}" in err

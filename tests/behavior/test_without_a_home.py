@@ -1,4 +1,4 @@
-"""Start without a writable folder, and with damaged files in numba's cache."""
+"""Commands start without a writable folder, and with damaged files in numba's cache."""
 
 import os
 import shutil
@@ -12,20 +12,20 @@ import pytest
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="becoming another user needs root"
 )
-# Reading stays possible as root, so that the test does not depend on the modes above the checkout.
-STRANGER = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
-STRANGER += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+# The user may read everything, so that the modes of the folders above the checkout do not matter.
+AS_STRANGER = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+AS_STRANGER += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
 DRAW = ("-c", "from ssl_pretrain import rng; print(rng.permutation(0, 0, 4))")
 
 
-def as_stranger(*arguments: str | Path, **environment: str) -> commands.Finished:
+def run_as_stranger(*arguments: str | Path, **environment: str) -> commands.CommandResult:
     """Run Python as a user without a passwd entry, a home or a writable checkout."""
-    given = {"PATH": os.environ["PATH"], "PYTHONPATH": str(commands.ROOT)} | environment
-    command = [*STRANGER, sys.executable, *map(str, arguments)]
-    done = subprocess.run(
-        command, env=given, capture_output=True, text=True, timeout=300, cwd="/", check=False
+    variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(commands.ROOT)} | environment
+    command = [*AS_STRANGER, sys.executable, *map(str, arguments)]
+    result = subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=300, cwd="/", check=False
     )
-    return commands.Finished(done.returncode, done.stdout, done.stderr)
+    return commands.CommandResult(result.returncode, result.stdout, result.stderr)
 
 
 @pytest.fixture
@@ -42,19 +42,21 @@ def open_folder(tmp_path):
 
 @needs_root
 def test_help_without_a_home_and_a_passwd_entry(open_folder):
-    done = as_stranger("-m", "ssl_pretrain.train", "--help", TMPDIR=str(open_folder), HOME="/none")
-    assert done.status == 0 and "key=value" in done.stdout, done.text
+    result = run_as_stranger(
+        "-m", "ssl_pretrain.train", "--help", TMPDIR=str(open_folder), HOME="/none"
+    )
+    assert result.status == 0 and "key=value" in result.stdout, result.text
 
 
 @needs_root
 @pytest.mark.full
 def test_trains_without_a_home_and_a_passwd_entry(open_folder):
-    root = commands.class_folders(open_folder / "images", "train", per_class=4)
+    root = commands.write_class_folders(open_folder / "images", "train", images_per_class=4)
     config = commands.write_config(open_folder / "work", root)
     config.write_text(config.read_text().replace(f", cache_dir: {open_folder / 'work/cache'}", ""))
     config.parent.chmod(0o777)
-    done = as_stranger("-m", "ssl_pretrain.train", config, TMPDIR=str(open_folder))
-    assert done.status == 0, done.text
+    result = run_as_stranger("-m", "ssl_pretrain.train", config, TMPDIR=str(open_folder))
+    assert result.status == 0, result.text
     folder = open_folder / "ssl_pretrain-numba-12345"
     assert folder.stat().st_mode & 0o777 == 0o700 and folder.stat().st_uid == 12345
     assert list(folder.rglob("*.nbi"))
@@ -63,7 +65,7 @@ def test_trains_without_a_home_and_a_passwd_entry(open_folder):
 @needs_root
 @pytest.mark.parametrize("trap", ["another user's", "open to all", "a link"])
 def test_a_cache_folder_that_another_user_prepared_is_not_taken(open_folder, trap):
-    """Cached machine code is executed, so whoever can write it can run anything."""
+    """Cached machine code is executed, so whoever can write the cache can run anything."""
     folder = open_folder / "ssl_pretrain-numba-12345"
     target = open_folder / "elsewhere" if trap == "a link" else folder
     target.mkdir(mode=0o700)
@@ -73,30 +75,30 @@ def test_a_cache_folder_that_another_user_prepared_is_not_taken(open_folder, tra
         os.chown(target, 12345, 12345)
     if trap == "open to all":
         target.chmod(0o777)
-    done = as_stranger(*DRAW, TMPDIR=str(open_folder), HOME="/nonexistent")
-    assert done.status == 0, done.text
+    result = run_as_stranger(*DRAW, TMPDIR=str(open_folder), HOME="/nonexistent")
+    assert result.status == 0, result.text
     assert list(target.iterdir()) == []
 
 
-def test_a_cache_folder_that_cannot_be_made_is_replaced(tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_replaced(tmp_path):
     (tmp_path / "file").touch()
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    done = commands.run(
+    result = commands.run(
         *DRAW, NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"), TMPDIR=str(temporary)
     )
-    assert done.status == 0, done.text
+    assert result.status == 0, result.text
     assert list(temporary.rglob("*.nbi"))
 
 
 def test_an_empty_cache_and_a_full_disk_do_not_prevent_a_start(tmp_path):
     """A power cut leaves empty files, and on a full disk nothing can replace them."""
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    limit_files_to_0_bytes = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
     first = commands.run(*DRAW, NUMBA_CACHE_DIR=str(tmp_path))
     files = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
     assert files
     for path in files:
         os.truncate(path, 0)
-    second = commands.run("-c", full + DRAW[1], NUMBA_CACHE_DIR=str(tmp_path))
+    second = commands.run("-c", limit_files_to_0_bytes + DRAW[1], NUMBA_CACHE_DIR=str(tmp_path))
     assert (second.status, second.stdout) == (0, first.stdout), second.text
     assert not any(path.stat().st_size for path in files)

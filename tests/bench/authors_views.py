@@ -48,9 +48,9 @@ TENSORFLOW = {
     "blur_border": "zero",
     "antialias": False,
 }
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation without normalization
-BORDER = 11  # pixels from the edge that a blur of 23 taps reads beyond
-FRAME = 2  # outermost pixels, which a blur with black around the view darkens most
+PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation that change nothing
+BORDER = 11  # width in pixels of the border where a blur of 23 taps reads beyond the edge
+FRAME = 2  # width in pixels of the frame that a blur with a black surrounding darkens most
 SHAPES = ((375, 500), (500, 333), (224, 224))  # height and width of images in pixels
 NUM_BOXES = 100_000  # boxes per distribution
 
@@ -72,10 +72,10 @@ def main() -> None:
         source = open_source(DataConfig(root=str(args.data), cache_dir=folder), "train")
         indices = np.linspace(0, len(source) - 1, args.views).astype(int).tolist()
         images = [np.ascontiguousarray(source.read(index)) for index in indices]
-    few = images[:: max(1, len(images) // args.images)][: args.images]
-    before, after = operations(few)
-    frame, detail = whole_views(images)
-    distances = areas()
+    subset = images[:: max(1, len(images) // args.images)][: args.images]
+    before, after = compare_operations(subset)
+    frame, detail = compare_whole_views(images)
+    distances = compare_areas()
     print(
         f"ratios: saturation_before={before['saturation']:.2f} "
         f"saturation_after={after['saturation']:.4f} "
@@ -87,14 +87,14 @@ def main() -> None:
     )
 
 
-def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
+def compare_operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, float]]:
     """Print the first table and return the mean difference by operation.
 
     The first result is for torchvision's functions and the second for the options of the recipes.
     """
     resized = torch.stack(
         [
-            crops.apply(pixels(image), Box(0, 0, *image.shape[:2], False), Crop(size=224))
+            crops.apply(to_tensor(image), Box(0, 0, *image.shape[:2], False), Crop(size=224))
             for image in images
         ]
     )
@@ -128,7 +128,7 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
                 inside[BORDER:-BORDER, BORDER:-BORDER] = True
                 difference = difference[:, inside if name == "blur, inside" else ~inside]
             mean[name] = float(difference.mean())
-            cells.append(_cell(difference))
+            cells.append(_format_cell(difference))
         print(f"| {name} | {cells[0]} | {cells[1]} |")
     for name, (low, high) in {
         "bicubic resize, box 1 to 2 times the view": (1, 2),
@@ -144,16 +144,18 @@ def operations(images: list[np.ndarray]) -> tuple[dict[str, float], dict[str, fl
                 box = Box(
                     (image.shape[0] - side) // 2, (image.shape[1] - side) // 2, side, side, False
                 )
-                cut = image[box.top : box.top + side, box.left : box.left + side].astype(np.float64)
-                view = crops.apply(pixels(image), box, crop).permute(1, 2, 0).numpy()
+                region = image[box.top : box.top + side, box.left : box.left + side].astype(
+                    np.float64
+                )
+                view = crops.apply(to_tensor(image), box, crop).permute(1, 2, 0).numpy()
                 differences.append(
-                    np.abs(view - authors.resize(cut, size, "bicubic").clip(0, 255)).ravel()
+                    np.abs(view - authors.resize(region, size, "bicubic").clip(0, 255)).ravel()
                 )
             difference = np.concatenate(differences)
             mean[name] = float(difference.mean())
             largest = max(mean.get("largest resize", 0.0), float(difference.max()))
             mean["largest resize"] = largest
-            cells.append(_cell(difference))
+            cells.append(_format_cell(difference))
         print(f"| {name} | {cells[0]} | {cells[1]} |")
     return means[0], means[1]
 
@@ -171,19 +173,19 @@ def _apply_authors(
     return authors.gaussian_blur(image, float(parameters.sigma[row]), blur_taps(crop))
 
 
-def _cell(difference: np.ndarray) -> str:
+def _format_cell(difference: np.ndarray) -> str:
     """Format mean, maximum and share above 10 levels."""
     return (
         f"{difference.mean():.3g}, {difference.max():.3g}, {100 * (difference > 10).mean():.1f} %"
     )
 
 
-def pixels(image: np.ndarray) -> torch.Tensor:
+def to_tensor(image: np.ndarray) -> torch.Tensor:
     """Return an image (height, width, 3) as a tensor (3, height, width)."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def whole_views(images: list[np.ndarray]) -> tuple[float, float]:
+def compare_whole_views(images: list[np.ndarray]) -> tuple[float, float]:
     """Print the second table and return two numbers for BYOL's first view.
 
     They are the border over the whole, and the detail over that of torchvision's functions.
@@ -221,10 +223,10 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
             crops.draw_box(crop, 0, epoch, index, number, *image.shape[:2])
             for index, image in enumerate(images)
         ]
-        cut = torch.stack(
-            [crops.apply(pixels(image), box, crop) for image, box in zip(images, boxes)]
+        region = torch.stack(
+            [crops.apply(to_tensor(image), box, crop) for image, box in zip(images, boxes)]
         )
-        views = color.apply(cut, parameters, crop, *PLAIN)
+        views = color.apply(region, parameters, crop, *PLAIN)
         luminance = (views * torch.tensor(color_torch.LUMA)[:, None, None]).sum(1)
         inside = luminance[:, FRAME:-FRAME, FRAME:-FRAME]
         border = (luminance.sum((1, 2)) - inside.sum((1, 2))) / (
@@ -241,7 +243,7 @@ def _statistics(images: list[np.ndarray], crop: Crop, number: int) -> tuple[floa
     return float(torch.cat(frames).mean()), float(torch.cat(details).mean())
 
 
-def areas() -> list[float]:
+def compare_areas() -> list[float]:
     """Print the third table and return the distances of both samplers from the authors'."""
     print(
         "| image | mean area, torchvision | SimCLR | BYOL | KS of torchvision from SimCLR, BYOL | "
@@ -253,12 +255,14 @@ def areas() -> list[float]:
         size = height * width
         sizes, numbers = np.full((NUM_BOXES, 2), [height, width]), np.arange(NUM_BOXES)
         ours = {
-            name: _area(crops.draw_boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes), size)
+            name: _area_share(
+                crops.draw_boxes(Crop(crop_sampler=name), 0, 0, numbers, 0, sizes), size
+            )
             for name in crops.SAMPLERS
         }
         samplers = {"tensorflow": authors.simclr_boxes, "clipped": authors.byol_boxes}
         expected = {
-            name: _area(draw(NUM_BOXES, height, width, seed=1), size)
+            name: _area_share(draw(NUM_BOXES, height, width, seed=1), size)
             for name, draw in samplers.items()
         }
         before = [
@@ -274,7 +278,7 @@ def areas() -> list[float]:
     return distances
 
 
-def _area(boxes: np.ndarray, size: int) -> np.ndarray:
+def _area_share(boxes: np.ndarray, size: int) -> np.ndarray:
     """Return the area of each box as a share of an image of `size` pixels."""
     return boxes[:, 2] * boxes[:, 3] / size
 

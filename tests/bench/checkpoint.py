@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import mib, time_interleaved, versions
+from measure import HALFWAY, build_stepper_halfway, format_mib, time_interleaved, versions
 
 from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
@@ -24,14 +24,9 @@ from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.methods import byol
 from ssl_pretrain.models.backbones import build
 from ssl_pretrain.models.timm_networks import BackboneConfig
-from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
-from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
-
-HALFWAY = Progress(50, 100, 1)
 
 SYNC, ASYNC = (
     CheckpointConfig(asynchronous=False, keep_last=1),
@@ -39,33 +34,34 @@ SYNC, ASYNC = (
 )
 
 
-class Run:
-    """A training whose steps are its calls."""
+class BenchmarkRun:
+    """A training that steps, copies and saves on demand."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
         method = byol.Config().build(build(BackboneConfig(name=options.backbone), options.size))
-        settings, recipe = ParallelConfig(), OptimConfig(name="lars")
+        settings = ParallelConfig()
         labels = torch.zeros(options.images, dtype=torch.int64, device=device)
         views = [
             torch.randn(options.images, 3, options.size, options.size, device=device)
             for _ in range(2)
         ]
-        execution = Execution.resolve(settings, device)
-        self.batch = Batch(execution.place_views(views), labels, labels)
-        self.stepper = build_stepper(
+        views = Execution.resolve(settings, device).place_views(views)
+        self.batch = Batch(views, labels, labels)
+        self.stepper = build_stepper_halfway(
             method,
             settings,
-            recipe,
-            execution,
+            OptimConfig(name="lars"),
+            device,
+            self.batch,
             micro_batch_size=options.images,
             global_batch_size=options.images,
-            example=self.batch,
         )
-        optimizer = self.stepper.optimizer
-        optim.set_rates(optimizer, recipe, HALFWAY, 100, options.images)
         self.folder, self.number = Path(tempfile.mkdtemp(dir=options.folder)), 0
-        state, facts = TrainingState(method, optimizer), RunFacts(100, options.images, "")
+        state, facts = (
+            TrainingState(method, self.stepper.optimizer),
+            RunFacts(100, options.images, ""),
+        )
         self.checkpoints = Checkpoints(self.folder, state, CheckpointConfig(), facts, {}, 100)
 
     def step(self) -> None:
@@ -84,7 +80,7 @@ class Run:
     def finish_writing(self) -> None:
         self.checkpoints.wait_for_disk()
 
-    def bytes(self) -> int:
+    def checkpoint_bytes(self) -> int:
         return sum(file.stat().st_size for file in newest_checkpoint(self.folder).iterdir())
 
 
@@ -96,10 +92,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", help="where to write; the disk that is measured")
+    parser.add_argument("--folder", help="folder on the disk to measure")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run(options, device)
+    run = BenchmarkRun(options, device)
     candidates = {
         "a step": run.step,
         "a step and the copy to host memory": run.step_and_copy,
@@ -114,7 +110,8 @@ def main() -> None:
     print(versions("timm", "safetensors"))
     print(
         f"BYOL, {options.backbone} at {options.size} pixels, {options.images} images, LARS; a "
-        f"checkpoint of {mib(run.bytes())}; median of {options.repeats}, interleaved"
+        f"checkpoint of {format_mib(run.checkpoint_bytes())}; median of {options.repeats}, "
+        "interleaved"
     )
     for name, value in seconds.items():
         print(f"{name:42s} {value:8.3f} s")

@@ -1,4 +1,4 @@
-"""Compare the step of the collapse alert with the step of the collapse, in runs on digits.
+"""Compare when the collapse alert is raised with when the run collapses, on digits.
 
 PYTHONPATH=. .venv/bin/python tests/bench/collapse.py [--cases byol_without_predictor vicreg ...]
     [--steps 1000] [--output runs/collapse]
@@ -118,7 +118,7 @@ def collapse_step(entries: list[Entry]) -> int | None:
     return int(entries[first]["step"]) if first < len(entries) else None
 
 
-def run(case: str, output: Path, num_steps: int) -> None:
+def train_case(case: str, output: Path, num_steps: int) -> None:
     folder = output / case
     folder.mkdir(parents=True, exist_ok=True)
     name = COLLAPSING[case][0].partition("=")[2] if case in COLLAPSING else case
@@ -140,7 +140,7 @@ def run(case: str, output: Path, num_steps: int) -> None:
     train.train(config.load(folder / "run.yaml", overrides), torch.device("cpu"), num_steps)
 
 
-def alerts_of(entries: list[Entry]) -> list[tuple[int, str]]:
+def find_alerts(entries: list[Entry]) -> list[tuple[int, str]]:
     """Return the alerts at the default interval, from records with a measurement every 10 steps."""
     history, every_steps = AlertHistory([]), HealthConfig().every_steps
     return [
@@ -163,7 +163,7 @@ def draw(output: Path, figures: Path) -> None:
             continue
         metrics = records.read(folder / "metrics.jsonl")
         entries = records.read(folder / "oracle.jsonl")
-        alerts, step = alerts_of(metrics), collapse_step(entries)
+        alerts, step = find_alerts(metrics), collapse_step(entries)
         knn = " to ".join(f"{100 * entry['knn']:.0f} %" for entry in (entries[0], entries[-1]))
         rank = " to ".join(f"{entry['rank']:.1f}" for entry in (entries[0], entries[-1]))
         titles = ", ".join(f"{step} ({title})" for step, title in alerts) or "none"
@@ -230,7 +230,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("runs/collapse"))
     parser.add_argument(
-        "--draw", type=Path, metavar="FOLDER", help="train nothing; print the table and draw there"
+        "--draw",
+        type=Path,
+        metavar="FOLDER",
+        help="print the table and draw the figures into FOLDER, without training",
     )
     options = parser.parse_args()
     if options.draw is not None:
@@ -238,7 +241,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     for case in options.cases:
-        run(case, options.output, options.steps)
+        train_case(case, options.output, options.steps)
 
 
 if __name__ == "__main__":

@@ -36,26 +36,26 @@ SIMCLR = Crop(
 ORDER = (BRIGHTNESS, CONTRAST, SATURATION, HUE)
 
 
-def batch(n: int, seed: int = 0) -> Tensor:
+def smooth_images(num_images: int, seed: int = 0) -> Tensor:
     """Return smooth pictures with some noise, uint8 (n, 3, 224, 224)."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(n, 3, 7, 7, generator=generator)
+    coarse = torch.rand(num_images, 3, 7, 7, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bilinear")
     noise = torch.rand(smooth.shape, generator=generator)
     return (255 * (0.9 * smooth + 0.1 * noise)).to(torch.uint8)
 
 
-def draw_parameters(n: int) -> ColorParameters:
+def draw_parameters(num_images: int) -> ColorParameters:
     """Draw SimCLR's parameters as in a run, but with one order for all images."""
-    parameters = draw_colors(SIMCLR, 0, 0, np.arange(n), 0)
-    return replace(parameters, order=np.tile(np.array(ORDER), (n, 1)))
+    parameters = draw_colors(SIMCLR, 0, 0, np.arange(num_images), 0)
+    return replace(parameters, order=np.tile(np.array(ORDER), (num_images, 1)))
 
 
-def ours(pixels: Tensor, parameters: ColorParameters) -> Tensor:
+def apply_ours(pixels: Tensor, parameters: ColorParameters) -> Tensor:
     return color.apply(pixels, parameters, SIMCLR, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
 
 
-def kornias(pixels: Tensor, parameters: ColorParameters) -> Tensor:
+def apply_kornia(pixels: Tensor, parameters: ColorParameters) -> Tensor:
     """Apply each of kornia's functions to its images, as kornia's augmentations do."""
     from kornia import enhance, filters
     from kornia.color import rgb_to_grayscale
@@ -83,14 +83,16 @@ def kornias(pixels: Tensor, parameters: ColorParameters) -> Tensor:
     return images
 
 
-def compare(n: int = 256, rounds: int = 3) -> dict[str, float]:
+def compare(num_images: int = 256, rounds: int = 3) -> dict[str, float]:
     """Return the median seconds of interleaved rounds, and the differences in gray levels."""
-    pixels, parameters = batch(n), draw_parameters(n)
-    few = draw_parameters(32)
-    difference = (ours(pixels[:32], few) - kornias(pixels[:32], few)).abs() * 255
+    pixels, parameters = smooth_images(num_images), draw_parameters(num_images)
+    subset_parameters = draw_parameters(32)
+    difference = (
+        apply_ours(pixels[:32], subset_parameters) - apply_kornia(pixels[:32], subset_parameters)
+    ).abs() * 255
     seconds: dict[str, list[float]] = {"ours": [], "kornia": []}
     for _ in range(rounds):
-        for name, function in (("ours", ours), ("kornia", kornias)):
+        for name, function in (("ours", apply_ours), ("kornia", apply_kornia)):
             start = time.perf_counter()
             function(pixels, parameters)
             seconds[name].append(time.perf_counter() - start)

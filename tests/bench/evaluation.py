@@ -12,7 +12,7 @@ import time
 from functools import partial
 
 import torch
-from measure import mib, time_interleaved, versions
+from measure import format_mib, time_interleaved, versions
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
@@ -30,7 +30,7 @@ NUM_CLASSES = 1000
 CANDIDATES = ["ours, torch", "scikit-learn, euclidean", "ours, faiss", "scikit-learn, cosine"]
 
 
-def clusters(num_images: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_clusters(num_images: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features, a class center plus as much noise, (n, dim), and labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(NUM_CLASSES, (num_images,), generator=generator)
@@ -40,8 +40,8 @@ def clusters(num_images: int, dim: int, seed: int) -> tuple[torch.Tensor, torch.
 
 def compare_searches(options: argparse.Namespace) -> float:
     """Print time and memory of each candidate and return scikit-learn's time over ours."""
-    bank, labels = clusters(options.bank, options.dim, 1)
-    queries, _ = clusters(options.queries, options.dim, 2)
+    bank, labels = random_clusters(options.bank, options.dim, 1)
+    queries, _ = random_clusters(options.queries, options.dim, 2)
 
     def ours(backend: str) -> None:
         Search(bank, labels, NUM_CLASSES, backend).predict(queries, [(options.k, 0.07)])
@@ -53,16 +53,16 @@ def compare_searches(options: argparse.Namespace) -> float:
 
     print(
         f"k-NN, {options.bank:,} x {options.dim:,} features, {options.queries:,} queries, k"
-        f" {options.k}; the bank itself is {mib(bank.nbytes)}"
+        f" {options.k}; the bank itself is {format_mib(bank.nbytes)}"
     )
     seconds: dict[str, list[float]] = {name: [] for name in options.candidates}
     for _ in range(options.repeats):  # in turn, so that a slow minute affects all of them alike
         for name, times in seconds.items():
             owner, kind = name.split(", ")
-            began = time.perf_counter()
+            start = time.perf_counter()
             peak = memory.peak(partial(ours if owner == "ours" else theirs, kind), CPU)
-            times.append(time.perf_counter() - began)
-            print(f"  {name:24} {times[-1]:8.2f} s  {mib(peak)} more", flush=True)
+            times.append(time.perf_counter() - start)
+            print(f"  {name:24} {times[-1]:8.2f} s  {format_mib(peak)} more", flush=True)
     fastest_ours, fastest_theirs = (
         min(statistics.median(times) for name, times in seconds.items() if name.startswith(owner))
         for owner in ("ours", "scikit")

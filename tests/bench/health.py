@@ -4,14 +4,14 @@ PYTHONPATH=. .venv/bin/python tests/bench/health.py [--images 256] [--backbone r
     [--size 32] [--rounds 8] [--threads 1]
 
 A monitored step includes the collapse monitor, the logger, the console and an offline W&B client.
-Monitored and bare steps alternate. Each kind has weights of its own, and each comes first in half
-of the pairs. A monitored step is plain, writes a record, or measures the embeddings. Its excess is
-its time divided by that of the bare step of its pair, minus 1. The cost at the default intervals,
-from medians of the excess, is
+Monitored and bare steps alternate. The two kinds have separate weights, and each comes first in
+half of the pairs. A monitored step is plain, writes a record, or measures the embeddings. Its
+excess is its time divided by that of the bare step of its pair, minus 1. The cost at the default
+intervals, from medians of the excess, is
 
     1 + plain + (record - plain) / 10 + (measured - plain) / 50.
 
-Records and measurements come more often here than by default, so that there are enough of them.
+Records and measurements come more often than by default, so that there are enough of them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from ssl_pretrain.planning import hardware
 from ssl_pretrain.step import Stepper
 from ssl_pretrain.views.batch import Batch
 
-RECORD_STEPS, MEASURE_STEPS = 4, 6  # a step on which both fall does not count
+RECORD_STEPS, MEASURE_STEPS = 4, 6  # intervals; a step with both does not count
 
 
 def build_benchmark_stepper(
@@ -76,7 +76,7 @@ def random_batch(options: argparse.Namespace, device: torch.device) -> Batch:
     return Batch(Execution.resolve(ParallelConfig(), device).place_views(views), labels, labels)
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
+def measure_seconds(step: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -84,7 +84,7 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def kind_of(step: int) -> str | None:
+def step_kind(step: int) -> str | None:
     """Return what a monitored step does, or None if it does not count."""
     records, measures = step % RECORD_STEPS == 0, step % MEASURE_STEPS == 0
     if step <= 12 or (records and measures):
@@ -124,8 +124,8 @@ def time_pairs(options: argparse.Namespace, folder: Path) -> dict[str, list[tupl
                 lambda: bare(HALFWAY, batch),
             ]
             order = 1 if (step + step // 12) % 2 else -1  # balanced over the kinds
-            seconds = [timed(run, device) for run in steps[::order]][::order]
-            if (kind := kind_of(step)) is not None:
+            seconds = [measure_seconds(run, device) for run in steps[::order]][::order]
+            if (kind := step_kind(step)) is not None:
                 pairs[kind].append((seconds[0], seconds[1]))
     return pairs
 

@@ -52,7 +52,7 @@ RECIPES = {
     "2x224+6x96": [Crop(size=224, scale=[0.25, 1.0])] * 2 + [Crop(size=96, scale=[0.05, 0.25])] * 6,
     "2x224": [Crop(size=224, scale=[0.25, 1.0])] * 2,
 }
-Contender = Callable[[int], int]  # makes about a number of images, and returns how many
+Contender = Callable[[int], int]  # loads about that many images and returns the exact number
 
 
 def cpu_seconds(processes: list[int]) -> float:
@@ -65,6 +65,8 @@ def cpu_seconds(processes: list[int]) -> float:
 
 
 class Ours:
+    """Threads of compiled code that decode each image once for all crops."""
+
     def __init__(self, source: Beton, view_crops: list[Crop], threads: int):
         requests = (
             ChunkRequest(step, np.random.default_rng(step).integers(0, len(source), BATCH))
@@ -75,7 +77,7 @@ class Ours:
         )
         self.chunks = self.pool.take(requests)
         self.processes: list[int] = []
-        self.ahead = 4 * BATCH
+        self.num_buffered = 4 * BATCH
 
     def __call__(self, images: int) -> int:
         for _ in range(images // BATCH):
@@ -87,6 +89,8 @@ class Ours:
 
 
 class PerView:
+    """FFCV's loader with one pipeline per view."""
+
     def __init__(self, source: Beton, view_crops: list[Crop], threads: int):
         from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
         from ffcv.loader import Loader, OrderOption
@@ -112,7 +116,7 @@ class PerView:
         }
         self.batches = iter(Loader(source.where, batch_size=BATCH, num_workers=threads, **options))
         self.processes: list[int] = []
-        self.ahead = 4 * BATCH
+        self.num_buffered = 4 * BATCH
 
     def __call__(self, images: int) -> int:
         for _ in range(images // BATCH):
@@ -155,6 +159,8 @@ class Crops(Dataset):
 
 
 class Torchvision:
+    """Worker processes of torch's loader with torchvision's transforms."""
+
     def __init__(self, source: Beton, view_crops: list[Crop], threads: int, with_pillow: bool):
         torch.manual_seed(0)
         self.batch = 16 if with_pillow else BATCH
@@ -168,7 +174,7 @@ class Torchvision:
         )
         self.batches: Iterator = iter(loader)
         self.processes = [worker.pid for worker in self.batches._workers]
-        self.ahead = 2 * threads * self.batch
+        self.num_buffered = 2 * threads * self.batch
 
     def __call__(self, images: int) -> int:
         for _ in range(max(1, images // self.batch)):
@@ -181,7 +187,7 @@ class Torchvision:
 
 def measure(contender: Contender, images: int) -> tuple[float, float]:
     """Return images per second and CPU milliseconds per image, with empty buffers at the start."""
-    contender(contender.ahead)
+    contender(contender.num_buffered)
     cpu, start = cpu_seconds(contender.processes), time.perf_counter()
     num_images = contender(images)
     seconds = time.perf_counter() - start
@@ -197,27 +203,27 @@ def wait_until_idle(processes: list[int]) -> None:
             return
 
 
-def race(
+def measure_all(
     source: Beton, view_crops: list[Crop], threads: int, rounds: int, images: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Measure each contender in turn, in several rounds. The others are idle with full buffers."""
     bicubic = [replace(crop, interpolation="bicubic") for crop in view_crops]
-    contenders = {  # processes are forked before there are threads
+    contenders = {  # torchvision's processes must be forked before threads start
         "torchvision tensors": Torchvision(source, view_crops, threads, False),
         "torchvision PIL": Torchvision(source, view_crops, threads, True),
         "FFCV per view": PerView(source, view_crops, threads),
         "ours": Ours(source, view_crops, threads),
         "ours, bicubic": Ours(source, bicubic, threads),
     }
-    few = {"FFCV per view": images // 3, "torchvision PIL": images // 16}
+    num_images = {"FFCV per view": images // 3, "torchvision PIL": images // 16}
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for contender in contenders.values():
-        contender(contender.ahead)  # compiles, and reads the file into memory
+        contender(contender.num_buffered)  # compiles, and reads the file into memory
     processes = [process for contender in contenders.values() for process in contender.processes]
     for _ in range(rounds):
         for name, contender in contenders.items():
             wait_until_idle(processes)
-            results[name].append(measure(contender, few.get(name, images)))
+            results[name].append(measure(contender, num_images.get(name, images)))
     for contender in contenders.values():
         contender.close()
     return results
@@ -270,7 +276,9 @@ def main() -> None:
             assert isinstance(source, Beton)
             print(f"max side {side}: {path.stat().st_size / 600e3:.0f} KB per image", flush=True)
             for recipe in args.recipes:
-                results = race(source, RECIPES[recipe], args.threads, args.rounds, args.images)
+                results = measure_all(
+                    source, RECIPES[recipe], args.threads, args.rounds, args.images
+                )
                 for name, rounds in results.items():
                     speeds, cpu = zip(*rounds)
                     spread = f"{min(speeds):.0f} to {max(speeds):.0f}"

@@ -7,13 +7,13 @@ PYTHONPATH=. .venv/bin/python tests/bench/loss.py --images 65536 --only ours
 import argparse
 
 import torch
-from measure import mib, peaks, time_interleaved, versions
+from measure import format_mib, measure_peaks, time_interleaved, versions
 from torch.nn import functional as F
 
 from ssl_pretrain.losses.contrastive import nt_xent
 
 
-def plain(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float) -> torch.Tensor:
+def plain_nt_xent(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float) -> torch.Tensor:
     """Return the cross entropy over the whole similarity matrix."""
     z = F.normalize(torch.cat([z_a, z_b]), dim=1)
     logits = z @ z.T / temperature
@@ -44,7 +44,7 @@ def main() -> None:
 
     losses = {
         "ours": lambda: nt_xent(z_a, z_b, temperature=options.temperature),
-        "plain": lambda: plain(z_a, z_b, options.temperature),
+        "plain": lambda: plain_nt_xent(z_a, z_b, options.temperature),
     }
     if "lightly" in options.only:
         from lightly.loss import NTXentLoss
@@ -52,13 +52,13 @@ def main() -> None:
         theirs = NTXentLoss(temperature=options.temperature)
         losses["lightly"] = lambda: theirs(z_a, z_b)
 
-    def both_ways(loss):
+    def forward_and_backward(loss):
         def run():
             torch.autograd.grad(loss(), [z_a, z_b])
 
         return run
 
-    runs = {name: both_ways(losses[name]) for name in options.only}
+    runs = {name: forward_and_backward(losses[name]) for name in options.only}
     print(versions(*(["lightly"] if "lightly" in options.only else [])))
     print(
         f"{options.images:,} images, 2 views, dim {options.dim}; forward + backward, "
@@ -69,18 +69,24 @@ def main() -> None:
         for name in options.only:
             error = abs(losses[name]().item() - reference)
             assert error < 1e-4 * reference, f"{name} computes another loss"
-    seconds, extra = time_interleaved(runs, options.repeats, device), peaks(runs, device)
+    seconds, peak_bytes = (
+        time_interleaved(runs, options.repeats, device),
+        measure_peaks(runs, device),
+    )
     for name in options.only:
-        print(f"{name:10s} {seconds[name]:8.3f} s   peak extra memory {mib(extra[name]):>14s}")
+        print(
+            f"{name:10s} {seconds[name]:8.3f} s   "
+            f"peak extra memory {format_mib(peak_bytes[name]):>14s}"
+        )
     if len(options.only) > 1:
         ratios = []
         for name in options.only:
             if name != "ours":
                 ratios.append(f"time_vs_{name}={seconds[name] / seconds['ours']:.2f}")
-                ratios.append(f"memory_vs_{name}={extra[name] / extra['ours']:.1f}")
+                ratios.append(f"memory_vs_{name}={peak_bytes[name] / peak_bytes['ours']:.1f}")
         print("ratios:", *ratios)
     else:
-        print(f"ratios: seconds={seconds['ours']:.3f} memory_mib={extra['ours'] / 2**20:.1f}")
+        print(f"ratios: seconds={seconds['ours']:.3f} memory_mib={peak_bytes['ours'] / 2**20:.1f}")
 
 
 if __name__ == "__main__":

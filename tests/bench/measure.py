@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: a stepper, interleaved timing, peak memory and package versions."""
+"""Helpers of the benchmarks: a stepper, interleaved timing, peak memory and package versions."""
 
 import platform
 import statistics
@@ -40,7 +40,7 @@ def time_interleaved(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peaks(candidates: dict[str, Run], device: torch.device) -> dict[str, int]:
+def measure_peaks(candidates: dict[str, Run], device: torch.device) -> dict[str, int]:
     """Return the peak memory of each candidate in bytes, above what was allocated before.
 
     Each candidate must have run before, so that one-time allocations do not count.
@@ -82,17 +82,17 @@ def versions(*packages: str) -> str:
     if torch.cuda.is_available():
         processor = torch.cuda.get_device_name()
     else:
-        processor = f"{_cpu()}, {torch.get_num_threads()} threads"
+        processor = f"{_cpu_model()}, {torch.get_num_threads()} threads"
     installed = ", ".join(f"{package} {version(package)}" for package in ("torch", *packages))
     return f"{processor}; Python {platform.python_version()}, {installed}"
 
 
-def _cpu() -> str:
+def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor())
 
 
-def mib(num_bytes: float) -> str:
+def format_mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"

@@ -8,7 +8,14 @@ The network and the heads are those of the CPU preset. DINO and SwAV get its 2 v
 import argparse
 
 import torch
-from measure import HALFWAY, build_stepper_halfway, mib, peaks, time_interleaved, versions
+from measure import (
+    HALFWAY,
+    build_stepper_halfway,
+    format_mib,
+    measure_peaks,
+    time_interleaved,
+    versions,
+)
 
 from ssl_pretrain import methods
 from ssl_pretrain.models.backbones import build
@@ -18,7 +25,7 @@ from ssl_pretrain.parallel.execution import ParallelConfig
 from ssl_pretrain.views.batch import Batch
 
 
-def step_of(name: str, options: argparse.Namespace, device: torch.device):
+def build_step(name: str, options: argparse.Namespace, device: torch.device):
     torch.manual_seed(0)
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
@@ -59,10 +66,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {name: step_of(name, options, device) for name in methods.names()}
+    steps = {name: build_step(name, options, device) for name in methods.names()}
     for run in steps.values():  # warm up
         run()
-    seconds, memory = time_interleaved(steps, options.repeats, device), peaks(steps, device)
+    seconds, peak_bytes = (
+        time_interleaved(steps, options.repeats, device),
+        measure_peaks(steps, device),
+    )
     print(versions("timm"))
     print(
         f"{options.images} images of {options.size} pixels, {options.backbone}, "
@@ -71,7 +81,7 @@ def main() -> None:
     print("| method | time | peak memory |\n|---|---|---|")
     for name in methods.names():
         time = f"{seconds[name] / seconds['simclr']:.2f} ({seconds[name]:.2f} s)"
-        peak = f"{memory[name] / memory['simclr']:.2f} ({mib(memory[name])})"
+        peak = f"{peak_bytes[name] / peak_bytes['simclr']:.2f} ({format_mib(peak_bytes[name])})"
         print(f"| {name} | {time} | {peak} |")
 
 

@@ -7,20 +7,17 @@ import argparse
 
 import timm
 import torch
-from measure import time_interleaved, versions
+from measure import HALFWAY, time_interleaved, versions
 from timm.optim.lars import Lars
 
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.optim.schedules import Progress
-
-HALFWAY = Progress(50, 100, 1)
 
 CONFIG = OptimConfig(name="lars", weight_decay=1e-4, base_lr=0.3)
 
 
 class Loop:
-    """LARS tensor by tensor, as most projects write it."""
+    """LARS as a plain loop over tensors."""
 
     def __init__(self, groups):
         self.groups = groups

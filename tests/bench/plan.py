@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from measure import mib, time_interleaved, versions
+from measure import format_mib, time_interleaved, versions
 
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
@@ -31,9 +31,11 @@ GPU_FACTOR = 32  # times as many images on a GPU
 
 def build_step(name: str, size: int, images: int, device: torch.device) -> Callable[[], None]:
     """Return the forward and backward pass of a backbone on random views."""
-    layout = torch.channels_last
-    backbone = backbones.build(BackboneConfig(name=name), size).to(device, memory_format=layout)
-    views = torch.randn(images, 3, size, size, device=device).to(memory_format=layout)
+    memory_format = torch.channels_last
+    backbone = backbones.build(BackboneConfig(name=name), size).to(
+        device, memory_format=memory_format
+    )
+    views = torch.randn(images, 3, size, size, device=device).to(memory_format=memory_format)
 
     def step() -> None:
         backbone.zero_grad(set_to_none=True)
@@ -63,8 +65,8 @@ def main() -> None:
         measured = time_interleaved({"step": step}, options.repeats, device)["step"] * 1e3
         planned = f"{MACHINES[options.gpu].seconds(trace) * 1e3:.1f}" if options.gpu else "-"
         peak = min(memory.peak(step, device) for _ in range(3))
-        peaks = f"{mib(trace.peak)} | {mib(peak)}"
-        print(f"| {name}, {size} px | {images} | {planned} | {measured:.1f} | {peaks} |")
+        peak_cells = f"{format_mib(trace.peak)} | {format_mib(peak)}"
+        print(f"| {name}, {size} px | {images} | {planned} | {measured:.1f} | {peak_cells} |")
 
 
 if __name__ == "__main__":

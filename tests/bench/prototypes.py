@@ -6,19 +6,14 @@ PYTHONPATH=. .venv/bin/python tests/bench/prototypes.py [--micro-batch 8] [--pro
 import argparse
 
 import torch
-from measure import mib, peaks, versions
+from measure import HALFWAY, build_stepper_halfway, format_mib, measure_peaks, versions
 
 from ssl_pretrain.methods import dino
 from ssl_pretrain.models.backbones import build
 from ssl_pretrain.models.timm_networks import BackboneConfig
-from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
-from ssl_pretrain.optim.schedules import Progress
 from ssl_pretrain.parallel.execution import Execution, ParallelConfig
-from ssl_pretrain.step import build_stepper
 from ssl_pretrain.views.batch import Batch
-
-HALFWAY = Progress(50, 100, 1)
 
 
 def main() -> None:
@@ -48,29 +43,30 @@ def main() -> None:
         execution = Execution.resolve(settings, device)
         images = Batch(execution.place_views(images.views), numbers, numbers)
         first = images.slice(0, total // options.micro_batch)
-        config = OptimConfig(name="adamw")
-        stepper = build_stepper(
+        stepper = build_stepper_halfway(
             method,
             settings,
-            config,
-            execution,
+            OptimConfig(name="adamw"),
+            device,
+            first,
             micro_batch_size=options.micro_batch,
             global_batch_size=total,
-            example=first,
         )
-        optim.set_rates(stepper.optimizer, config, HALFWAY, 100, total)
         runs[f"{total} images"] = lambda stepper=stepper, images=images: stepper(HALFWAY, images)
     for run in runs.values():
         run()
-    bytes_per_run = peaks(runs, device)
+    bytes_per_run = measure_peaks(runs, device)
     print(versions("timm"))
     print(
         f"DINO, 2 global and 8 local crops, {options.prototypes:,} prototypes, micro-batches of "
         f"{options.micro_batch} images: peak extra memory of a step"
     )
     for (name, num_bytes), total in zip(bytes_per_run.items(), sizes):
-        logits = mib(total * 12 * options.prototypes * 4)
-        print(f"{name:12s} {mib(num_bytes):>12s}   one copy of all logits would be {logits:>12s}")
+        logits = format_mib(total * 12 * options.prototypes * 4)
+        print(
+            f"{name:12s} {format_mib(num_bytes):>12s}   "
+            f"one copy of all logits would be {logits:>12s}"
+        )
     ratio = bytes_per_run[f"{sizes[2]} images"] / bytes_per_run[f"{sizes[0]} images"]
     print(f"ratios: memory_of_16_micro_batches_over_1={ratio:.2f}")
 

@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def compare(original: np.ndarray, stored: np.ndarray, crop: Crop, index: int) -> tuple[float, bool]:
-    """Return the mean square difference of one view, and True if its box is enlarged."""
+    """Return the mean squared difference of one view, and whether its box is enlarged."""
     box = crops.draw_box(crop, 0, 0, index, 0, *stored.shape[:2])
     by_y, by_x = original.shape[0] / stored.shape[0], original.shape[1] / stored.shape[1]
 

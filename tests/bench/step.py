@@ -10,7 +10,14 @@ accumulated in one pass. Batch norm groups are micro-batches in every run.
 import argparse
 
 import torch
-from measure import HALFWAY, build_stepper_halfway, mib, peaks, time_interleaved, versions
+from measure import (
+    HALFWAY,
+    build_stepper_halfway,
+    format_mib,
+    measure_peaks,
+    time_interleaved,
+    versions,
+)
 
 from ssl_pretrain.methods import simclr
 from ssl_pretrain.methods.base import LossOutput
@@ -32,7 +39,7 @@ class ToFixedTargets(simclr.SimCLR):
         return LossOutput(loss, {})
 
 
-def stepper(
+def build_benchmark_stepper(
     kind: type, options: argparse.Namespace, images: int, total: int, device: torch.device
 ) -> Stepper:
     torch.manual_seed(0)
@@ -81,9 +88,9 @@ def main() -> None:
             ("micro-batches", options.micro_batch, options.images),
             ("one micro-batch", options.micro_batch, options.micro_batch),
         ):
-            step = stepper(kind, options, images, total, device)
+            step = build_benchmark_stepper(kind, options, images, total, device)
             batch = Batch(
-                [view[:total] for view in step_views(views, step)], labels[:total], labels[:total]
+                [view[:total] for view in place_views(views, step)], labels[:total], labels[:total]
             )
             runs[f"{label}, {name}"] = lambda step=step, batch=batch: step(HALFWAY, batch)
     for run in runs.values():
@@ -93,23 +100,29 @@ def main() -> None:
         f"{options.backbone} at {options.size} pixels, {options.images} images, 2 views, "
         f"micro-batches of {options.micro_batch}; median of {options.repeats} steps, interleaved"
     )
-    seconds, memory = time_interleaved(runs, options.repeats, device), peaks(runs, device)
+    seconds, peak_bytes = (
+        time_interleaved(runs, options.repeats, device),
+        measure_peaks(runs, device),
+    )
     for name in runs:
-        print(f"{name:28s} {seconds[name]:8.3f} s   peak extra memory {mib(memory[name]):>12s}")
+        print(
+            f"{name:28s} {seconds[name]:8.3f} s   "
+            f"peak extra memory {format_mib(peak_bytes[name]):>12s}"
+        )
     ratios = []
     for kind in ("coupled", "uncoupled"):
         whole, split, single = (
             f"{kind}, {name}" for name in ("whole batch", "micro-batches", "one micro-batch")
         )
         time_ratio = seconds[split] / seconds[whole]
-        memory_ratio = memory[split] / memory[single]
+        memory_ratio = peak_bytes[split] / peak_bytes[single]
         ratios.append(f"micro_batches_over_whole_{kind}={time_ratio:.2f}")
         ratios.append(f"memory_over_one_micro_batch_{kind}={memory_ratio:.2f}")
     print("ratios:", *ratios)
 
 
-def step_views(views: list[torch.Tensor], step: Stepper) -> list[torch.Tensor]:
-    """Placed before the measurement, as the loader's are."""
+def place_views(views: list[torch.Tensor], step: Stepper) -> list[torch.Tensor]:
+    """Move the views to the device and memory format of the step, as the loader does."""
     return step.execution.place_views(views)
 
 

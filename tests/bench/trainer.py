@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Alternating:
-    """Loader of one batch, which takes a bare step before it yields the batch."""
+    """Loader that takes a bare step each time before it yields its only batch."""
 
     reader = SimpleNamespace(kind=ReaderKind.PROCESSES, num_workers=1)
     num_read, reading_seconds = 0, 0.0
@@ -54,17 +54,17 @@ class Alternating:
 
     def starting_at(self, step: int) -> Iterator[Batch]:
         for number in range(self.steps):
-            start = _now()
+            start = _read_clocks()
             self.bare()
-            between = _now()
+            between = _read_clocks()
             yield self.batch
-            end = _now()
-            if number:  # the first step also allocates what is kept
+            end = _read_clocks()
+            if number:  # the first step also allocates buffers, so it does not count
                 self.bare_times.append((between[0] - start[0], between[1] - start[1]))
                 self.trainer_times.append((end[0] - between[0], end[1] - between[1]))
 
 
-def _now() -> tuple[float, float]:
+def _read_clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 

@@ -1,6 +1,6 @@
-"""Train with planted faults: `FAULT=kind@rank:step[:argument] python faulty.py CONFIG ...`.
+"""Train with injected faults: `FAULT=kind@rank:step[:argument] python faulty.py CONFIG ...`.
 
-Commas separate several faults. The package itself contains no faults. This script wraps its
+Commas separate several faults. The package has no hooks for faults, so this script wraps its
 functions. A fault happens once per run folder. The file FAULT_DONE marks that it has happened, so a
 resumed run is free of faults. Steps are counted from 1, as in metrics.jsonl.
 
@@ -42,7 +42,7 @@ from ssl_pretrain.monitoring import online_knn
 
 
 class Fault:
-    """One fault. `plant` wraps the functions of the package that it needs.
+    """One fault. `inject` wraps the functions of the package that have to fail.
 
     Args:
         text: kind@rank:step[:argument].
@@ -66,13 +66,13 @@ class Fault:
         self.marker.write_text("")
         return True
 
-    def plant(self) -> None:
-        getattr(self, f"plant_{self.kind}", self.plant_in_step)()
+    def inject(self) -> None:
+        getattr(self, f"inject_{self.kind}", self.inject_in_step)()
 
-    def plant_none(self) -> None:
+    def inject_none(self) -> None:
         pass
 
-    def plant_in_step(self) -> None:
+    def inject_in_step(self) -> None:
         act = getattr(self, f"act_{self.kind}")
         call = step.Stepper.__call__
 
@@ -94,7 +94,7 @@ class Fault:
             time.sleep(1)
 
     def act_raise(self, stepper, batch):
-        raise RuntimeError("planted")
+        raise RuntimeError("injected")
 
     def act_oom(self, stepper, batch):
         message = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -120,7 +120,7 @@ class Fault:
         with torch.no_grad():
             next(stepper.model.parameters()).flatten()[0] += 10
 
-    def plant_slow(self) -> None:
+    def inject_slow(self) -> None:
         report = throughput_check.report_bottleneck
 
         def delay_batches(loader, first_step, device):
@@ -131,18 +131,18 @@ class Fault:
 
         throughput_check.report_bottleneck = delay_batches
 
-    def plant_knn(self) -> None:
+    def inject_knn(self) -> None:
         embed = online_knn.OnlineKNN._embed
 
         def embed_with_error(monitor, *arguments):
             if self.is_pending():
                 self.marker.write_text("")
-                raise RuntimeError("planted in k-NN")
+                raise RuntimeError("injected into k-NN")
             return embed(monitor, *arguments)
 
         online_knn.OnlineKNN._embed = embed_with_error
 
-    def plant_differ(self) -> None:
+    def inject_differ(self) -> None:
         build_method = build_module.build_method
 
         def build_with_other_weights(*arguments, **options):
@@ -170,7 +170,7 @@ class Fault:
 
         os.fsync = act_and_fsync
 
-    def plant_writing(self) -> None:
+    def inject_writing(self) -> None:
         def wait(path):
             self.marker.write_text("")
             print("writing", flush=True)
@@ -178,7 +178,7 @@ class Fault:
 
         self._call_before_fsync(wait)
 
-    def plant_refuse(self) -> None:
+    def inject_refuse(self) -> None:
         def refuse(path):
             self.marker.write_text("")
             number = getattr(errno, self.argument)
@@ -186,7 +186,7 @@ class Fault:
 
         self._call_before_fsync(refuse)
 
-    def plant_kill_writing(self) -> None:
+    def inject_kill_writing(self) -> None:
         rename = os.rename
 
         def die():
@@ -214,7 +214,7 @@ class Fault:
 
 def main(arguments: list[str], fault: str = "", marker: str = "") -> int:
     for text in (fault or "none@0:0").split(","):
-        Fault(text, Path(marker)).plant()
+        Fault(text, Path(marker)).inject()
     return train.main(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of this folder's tests, to be imported: a configuration, and its run without faults."""
+"""Fixtures for the tests of faults: a configuration, and its run without faults."""
 
 import pytest
 import ranks
@@ -37,15 +37,15 @@ def resume(paths, reference):
     """
     path, run = paths
 
-    def resume_and_compare(*arguments, **named):
-        statuses, output = ranks.run(path, *OVERRIDES, *arguments, **named)
+    def resume_and_compare(*arguments, **options):
+        statuses, output = ranks.run(path, *OVERRIDES, *arguments, **options)
         assert statuses == [0] * len(statuses), output
         assert verify(newest_checkpoint(run))["step"] == STEPS
         tensors = ranks.load_tensors(run)
-        different = [
+        differing = [
             name for name, value in reference.items() if not torch.equal(tensors[name], value)
         ]
-        assert not different, different
+        assert not differing, differing
         assert not list((run / "checkpoints").glob(".writing-*"))
         return output
 

@@ -1,6 +1,6 @@
 """Ranks that do not meet, and ranks that torchrun restarts.
 
-Two hosts are two agents on this machine.
+Two of torchrun's agents on this machine stand for two hosts.
 """
 
 import json
@@ -38,9 +38,9 @@ def run_one_of_two(path, *arguments, **environment):
 
 @pytest.mark.case(29)
 def test_a_missing_host_is_reported_within_the_timeout(paths, observe):
-    began = time.monotonic()
+    start = time.monotonic()
     status, output = run_one_of_two(paths[0], "parallel.timeout_seconds=5")
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     assert status == 69 and seconds < 60
     assert "rank 0 of 2 at 127.0.0.1:" in output and "1/2 clients joined" in output
     assert "check that every rank was started" in output
@@ -84,7 +84,7 @@ def environment(path, fault="none@0:0"):
 
 
 def run_command(command, variables, seconds=900):
-    """Return the exit status and the output of a command. No child of it survives."""
+    """Return the exit status and the output of a command. Its children end with it."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -101,7 +101,7 @@ def run_command(command, variables, seconds=900):
             kill_with_children(process.pid)
 
 
-def has_tensors(run, expected):
+def has_same_tensors(run, expected):
     tensors = ranks.load_tensors(run)
     return all(torch.equal(tensors[name], value) for name, value in expected.items())
 
@@ -116,7 +116,7 @@ def test_torchrun_restarts_all_ranks_from_the_newest_checkpoint(paths, reference
     status, output = run_command(command, environment(path, "kill@1:8"))
     assert status == 0, output[-3000:]
     assert "after step 6" in output
-    assert verify(newest_checkpoint(run))["step"] == STEPS and has_tensors(run, reference)
+    assert verify(newest_checkpoint(run))["step"] == STEPS and has_same_tensors(run, reference)
     observe("torchrun --max-restarts: it restarted all ranks, from step 6; the same bits, status 0")
 
 
@@ -144,16 +144,16 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
     ]
     overrides = [*hosts, *settings]
     commands = local.host_commands(config.load(path, overrides), str(path), overrides)
-    straight = run.with_name("run_straight")
-    statuses, output = ranks.run(path, *settings, f"output={straight}", size=4)
+    uninterrupted = run.with_name("run_uninterrupted")
+    statuses, output = ranks.run(path, *settings, f"output={uninterrupted}", size=4)
     assert statuses == [0] * 4, output
 
     def start_agent(number):
-        words = shlex.split(commands[number][1])
-        words[words.index("torchrun")] = str(Path(sys.executable).parent / "torchrun")
+        command = shlex.split(commands[number][1])
+        command[command.index("torchrun")] = str(Path(sys.executable).parent / "torchrun")
         file = (path.parent / f"agent_{number}_{time.monotonic_ns()}").open("w")
         return subprocess.Popen(
-            words,
+            command,
             cwd=ROOT,
             env=environment(path),
             stdout=file,
@@ -177,7 +177,7 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
                 kill_with_children(agent.pid)
                 agent.wait(30)
     assert verify(newest_checkpoint(run))["step"] == 120
-    assert has_tensors(run, ranks.load_tensors(straight))
+    assert has_same_tensors(run, ranks.load_tensors(uninterrupted))
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 121))
     observe(
@@ -187,9 +187,9 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
 
 
 def wait_for_checkpoint(run, step, seconds=900):
-    end = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not any(int(path.name[5:]) >= step for path in list_checkpoints(run)):
-        assert time.monotonic() < end, f"step {step} not within {seconds} s"
+        assert time.monotonic() < deadline, f"step {step} not within {seconds} s"
         time.sleep(0.05)
 
 
@@ -202,12 +202,12 @@ def kill_with_children(pid):
     for member in family:  # grows during the loop
         os.kill(member, signal.SIGSTOP)  # so that it starts no more children
         stats = Path("/proc").glob("[0-9]*/stat")
-        family += [int(stat.parent.name) for stat in stats if parent_of(stat) == member]
+        family += [int(stat.parent.name) for stat in stats if parent_pid(stat) == member]
     for member in family:
         os.kill(member, signal.SIGKILL)
 
 
-def parent_of(stat):
+def parent_pid(stat):
     try:
         return int(stat.read_text().rpartition(")")[2].split()[1])
     except OSError:  # the process has ended

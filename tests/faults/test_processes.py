@@ -65,7 +65,7 @@ def test_a_killed_rank_ends_the_others_and_only_steps_are_lost(paths, resume, ob
 def test_an_unexpected_error_on_one_rank_is_printed_and_ends_all_ranks(paths, resume, observe):
     statuses, output = ranks.run(paths[0], *OVERRIDES, fault="raise@2:5")
     assert all(status > 0 for status in statuses)
-    assert "RuntimeError: planted" in output
+    assert "RuntimeError: injected" in output
     resume()
     observe("an unexpected error: printed, all ended; the same bits")
 
@@ -78,12 +78,12 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
     A checkpoint is saved at nearly every step.
     """
     path, run, rng = tiny.write_config(tmp_path), tmp_path / "run", random.Random(0)
-    more = ("checkpoint.every_epochs=0.34", "epochs=100", OVERRIDES[2])
-    uninterrupted = Ranks(path, *more, f"output={tmp_path / 'uninterrupted'}")
-    more = (*more, f"output={run}")
+    overrides = ("checkpoint.every_epochs=0.34", "epochs=100", OVERRIDES[2])
+    uninterrupted = Ranks(path, *overrides, f"output={tmp_path / 'uninterrupted'}")
+    overrides = (*overrides, f"output={run}")
     last_saved = most_repeated = 0
     for number in range(20):
-        group = Ranks(path, *more)
+        group = Ranks(path, *overrides)
         during_start = number % 4 == 0
         if not during_start:
             group.wait_for_text("step ")
@@ -96,7 +96,7 @@ def test_twenty_kills_at_random_moments_lose_no_checkpoint(tmp_path, observe):
         most_repeated = max(most_repeated, (logged[-1]["step"] if logged else 0) - saved)
         last_saved = saved
     assert last_saved > 0
-    statuses, output = ranks.run(path, *more)
+    statuses, output = ranks.run(path, *overrides)
     assert statuses == [0, 0, 0] and uninterrupted.wait(300) == [0, 0, 0], output
     expected, tensors = ranks.load_tensors(tmp_path / "uninterrupted"), ranks.load_tensors(run)
     assert saved_steps(run)[-1] == 300
@@ -161,7 +161,7 @@ def test_a_slow_rank_is_recorded_and_does_not_fail_the_run(paths, resume, observ
 
 @pytest.mark.case(23)
 def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
-    """The planted error has the class and message of torch's. tests/gpu has a real one."""
+    """The injected error has the class and message of torch's. tests/gpu has a real one."""
     path, run = paths
     statuses, output = ranks.run(path, *OVERRIDES, fault="oom@1:8")
     assert statuses[1] == 2 and all(status > 0 for status in statuses)
@@ -172,7 +172,7 @@ def test_a_rank_without_memory_ends_all_with_advice(paths, resume, observe):
     ) in output
     assert saved_steps(run) == [3, 6]
     resume()
-    observe(f"planted on rank 1: statuses {statuses}, advice printed; resumed: the same bits")
+    observe(f"injected on rank 1: statuses {statuses}, advice printed; resumed: the same bits")
 
 
 @pytest.mark.case(23)
@@ -268,7 +268,7 @@ def test_a_diverging_run_rolls_back_then_ends_and_its_replay_diverges_too(paths,
     path, run = paths
     assert ranks.run(path, *OVERRIDES, "--stop-after", "4")[0] == [0] * 3
     diverging = run.with_name("run_diverging")
-    more = [
+    overrides = [
         "optim.name=sgd",
         "optim.base_lr=1e300",
         "optim.lr_scaling=none",
@@ -278,7 +278,7 @@ def test_a_diverging_run_rolls_back_then_ends_and_its_replay_diverges_too(paths,
         "checkpoint.every_epochs=0.4",
         f"output={diverging}",
     ]
-    statuses, output = ranks.run(path, "epochs=8", *more)
+    statuses, output = ranks.run(path, "epochs=8", *overrides)
     assert statuses == [2, 2, 2]
     assert "were restored from step_0000000" in output and "repeats this step alone" in output
     files = (diverging / "skipped").iterdir()
@@ -297,8 +297,8 @@ def test_a_diverging_run_rolls_back_then_ends_and_its_replay_diverges_too(paths,
 @pytest.mark.case(20)
 def test_a_step_with_an_infinite_gradient_under_autocast_is_skipped(paths, observe):
     path, run = paths
-    more = (*OVERRIDES, "parallel.precision=bfloat16", "log.every_steps=1")
-    statuses, output = ranks.run(path, *more, fault="inf@1:5")
+    overrides = (*OVERRIDES, "parallel.precision=bfloat16", "log.every_steps=1")
+    statuses, output = ranks.run(path, *overrides, fault="inf@1:5")
     assert statuses == [0, 0, 0], output
     skipped = {record["step"]: record["skipped_steps"] for record in records(run)}
     assert skipped[5] == 1 and sum(skipped.values()) == 1
@@ -315,7 +315,7 @@ def test_a_knn_that_fails_on_one_rank_warns_or_stops(paths, resume, observe, pol
     online = ("online.knn_every_epochs=1", "online.max_train=40", "online.k=5")
     online = (*online, f"online.on_failure={policy}")
     statuses, output = ranks.run(path, *OVERRIDES, *online, fault="knn@1:0")
-    assert "online k-NN failed on rank 1: RuntimeError: planted in k-NN" in output
+    assert "online k-NN failed on rank 1: RuntimeError: injected into k-NN" in output
     if policy == "warn":
         assert statuses == [0, 0, 0]
         assert [record["step"] for record in records(run) if "knn" in record] == [6, 9, 12]

@@ -60,7 +60,7 @@ def largest_difference(run, expected_run, tolerance):
 def test_four_two_and_one_ranks_see_the_same_batches_and_views(tmp_path, observe):
     """In float64, sums in another order leave the weights equal to 1e-9."""
     path, run = tiny.write_config(tmp_path), tmp_path / "shrinking"
-    straight = train_and_record_batches(path, tmp_path / "run", 12)
+    uninterrupted = train_and_record_batches(path, tmp_path / "run", 12)
     shrinking = []
     for size in (4, 2, 4):
         by_rank = run_ranks(train_and_record_batches, path, run, 3, world_size=size)
@@ -68,7 +68,7 @@ def test_four_two_and_one_ranks_see_the_same_batches_and_views(tmp_path, observe
         shrinking += by_rank[0]
     with pytest.warns(UserWarning, match="world_size was 4 and is 1"):
         shrinking += train_and_record_batches(path, run, 3)
-    assert shrinking == straight and len({digest for _, digest in straight}) == 12
+    assert shrinking == uninterrupted and len({digest for _, digest in uninterrupted}) == 12
     largest = largest_difference(run, tmp_path / "run", 1e-9)
     observe(
         "4, 2, 4, then 1 rank, 3 steps each: 12 of 12 batches and views the same bytes; weights "
@@ -92,12 +92,16 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(paths, observe):
 
 @pytest.mark.case(12)
 def test_a_run_resumes_to_rounding_with_another_micro_batch_size(tmp_path, observe):
-    path, run, straight = tiny.write_config(tmp_path), tmp_path / "run", tmp_path / "straight"
-    assert ranks.run(path, *OVERRIDES, FLOAT64, f"output={straight}", size=1)[0] == [0]
+    path, run, uninterrupted = (
+        tiny.write_config(tmp_path),
+        tmp_path / "run",
+        tmp_path / "uninterrupted",
+    )
+    assert ranks.run(path, *OVERRIDES, FLOAT64, f"output={uninterrupted}", size=1)[0] == [0]
     assert ranks.run(path, *OVERRIDES, FLOAT64, "--stop-after", "5", size=1)[0] == [0]
     statuses, output = ranks.run(path, *OVERRIDES, FLOAT64, "micro_batch_size=8", size=1)
     assert statuses == [0] and "micro_batch_size was 24 and is 8" in output
-    largest = largest_difference(run, straight, 1e-8)
+    largest = largest_difference(run, uninterrupted, 1e-8)
     observe(f"micro-batches of 24, then of 8: reported, weights within {largest:.0e}")
 
 
@@ -170,7 +174,7 @@ def test_a_run_resumes_at_the_edges_of_an_epoch_and_of_the_run(paths, resume, ob
     observe(f"after step {stopped} of {STEPS}: {result}")
 
 
-SMALL_METHODS = {
+METHOD_YAML = {
     "simclr": "{name: simclr, temperature: 0.2, projector_dims: [16, 8]}",
     "moco": "{name: moco, projector_dims: [16, 8], queue_size: 48, momentum: 0.9}",
     "dino": "{name: dino, hidden_dim: 16, bottleneck_dim: 8, num_prototypes: 12, momentum: 0.9}",
@@ -197,7 +201,7 @@ _stopped_runs: dict[str, tuple] = {}
 
 
 @pytest.fixture(scope="module")
-def stopped_at_4(tmp_path_factory):
+def run_4_of_8_steps(tmp_path_factory):
     """Return a function of a method's name that runs 4 of 8 steps, once per method.
 
     It returns the YAML, the folder of the stopped run, and the tensors of a run of 8 steps.
@@ -207,18 +211,22 @@ def stopped_at_4(tmp_path_factory):
         if method not in _stopped_runs:
             folder = tmp_path_factory.mktemp(method)
             path = tiny.write_config(folder)
-            text = path.read_text().replace(SMALL_METHODS["simclr"], SMALL_METHODS[method])
+            text = path.read_text().replace(METHOD_YAML["simclr"], METHOD_YAML[method])
             assert f"name: {method}" in text
             path.write_text(text)
-            for name, steps in (("straight", 8), ("run", 4)):
+            for name, steps in (("uninterrupted", 8), ("run", 4)):
                 train.train(config.load(path, [f"output={folder / name}"]), CPU, steps)
-            _stopped_runs[method] = path, folder / "run", ranks.load_tensors(folder / "straight")
+            _stopped_runs[method] = (
+                path,
+                folder / "run",
+                ranks.load_tensors(folder / "uninterrupted"),
+            )
         return _stopped_runs[method]
 
     return stopped_run
 
 
-def rewrite(folder, file, change):
+def rewrite_tensors(folder, file, change):
     """Change the tensors in a file of a checkpoint, with a manifest that matches."""
     tensors = load_file(folder / file)
     save_file(change(tensors), folder / file)
@@ -230,17 +238,17 @@ def rewrite(folder, file, change):
 @pytest.mark.case(32)
 @pytest.mark.parametrize("state", OMISSIONS)
 def test_the_comparison_fails_for_any_state_that_a_checkpoint_lacks(
-    state, stopped_at_4, tmp_path, monkeypatch, observe
+    state, run_4_of_8_steps, tmp_path, monkeypatch, observe
 ):
     """The omitted state has the values of a new run."""
     method, omitted = OMISSIONS[state]
-    path, stopped, expected = stopped_at_4(method)
+    path, stopped, expected = run_4_of_8_steps(method)
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     settings = config.load(path, [f"output={run}"])
     set_rates, report_bottleneck = optim.set_rates, throughput_check.report_bottleneck
     if omitted == "optimizer":
-        rewrite(newest_checkpoint(run), "optimizer.safetensors", lambda tensors: {})
+        rewrite_tensors(newest_checkpoint(run), "optimizer.safetensors", lambda tensors: {})
     elif omitted == "schedule":
 
         def set_earlier_rates(optimizer, config, progress, *rest):
@@ -263,7 +271,7 @@ def test_the_comparison_fails_for_any_state_that_a_checkpoint_lacks(
                 for name, value in tensors.items()
             }
 
-        rewrite(newest_checkpoint(run), "method.safetensors", reset)
+        rewrite_tensors(newest_checkpoint(run), "method.safetensors", reset)
     train.train(settings, CPU, 4)
     resumed = ranks.load_tensors(run)
     same = all(torch.equal(resumed[name], value) for name, value in expected.items())

@@ -26,7 +26,7 @@ def saved_steps(run):
 
 @pytest.mark.case(3)
 @pytest.mark.parametrize(
-    ("moment", "remaining"),
+    ("moment", "remaining_steps"),
     [
         ("method.safetensors", [3]),
         ("optimizer.safetensors", [3]),
@@ -35,15 +35,17 @@ def saved_steps(run):
         ("prune", [3, 6]),
     ],
 )
-def test_a_rank_killed_during_a_save_damages_nothing(paths, resume, observe, moment, remaining):
+def test_a_rank_killed_during_a_save_damages_nothing(
+    paths, resume, observe, moment, remaining_steps
+):
     path, run = paths
     statuses, _ = ranks.run(path, *OVERRIDES, fault=f"kill_writing@0:6:{moment}")
     assert statuses[0] == -signal.SIGKILL and all(status > 0 for status in statuses[1:])
-    assert saved_steps(run) == remaining
-    has_remains = bool(list((run / "checkpoints").glob(".writing-*")))
-    assert has_remains == (moment != "prune")
-    assert f"after step {remaining[-1]}" in resume()
-    observe(f"at {moment}: resumed from step {remaining[-1]}, the same bits")
+    assert saved_steps(run) == remaining_steps
+    has_unfinished_save = bool(list((run / "checkpoints").glob(".writing-*")))
+    assert has_unfinished_save == (moment != "prune")
+    assert f"after step {remaining_steps[-1]}" in resume()
+    observe(f"at {moment}: resumed from step {remaining_steps[-1]}, the same bits")
 
 
 @pytest.mark.case(4)

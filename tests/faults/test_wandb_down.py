@@ -1,4 +1,4 @@
-"""A W&B server that refuses, never answers, or rejects the key. It runs on this machine."""
+"""A local W&B server that refuses, never answers, or rejects the key."""
 
 import http.server
 import itertools
@@ -21,17 +21,17 @@ API_KEY = "f00d" * 10  # as long as a real key
 
 
 @contextmanager
-def refusing():
+def refusing_server():
     yield free_port()
 
 
 @contextmanager
-def silent():
+def silent_server():
     with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
         yield server.getsockname()[1]
 
 
-class Unauthorized(http.server.BaseHTTPRequestHandler):
+class UnauthorizedHandler(http.server.BaseHTTPRequestHandler):
     def answer(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(401)
@@ -45,15 +45,15 @@ class Unauthorized(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def unauthorized():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unauthorized)
+def unauthorized_server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), UnauthorizedHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_address[1]
     server.shutdown()
 
 
 @pytest.mark.case(24)
-@pytest.mark.parametrize("server", [refusing, silent, unauthorized])
+@pytest.mark.parametrize("server", [refusing_server, silent_server, unauthorized_server])
 def test_training_continues_without_its_dashboard(paths, resume, observe, server, tmp_path):
     path, run = paths
     with server() as port:
@@ -64,14 +64,14 @@ def test_training_continues_without_its_dashboard(paths, resume, observe, server
             "NETRC": str(tmp_path / "netrc"),
         }
         online = ("log.wandb=online", "log.every_steps=1")
-        began = time.monotonic()
+        start = time.monotonic()
         statuses, output = ranks.run(
             path, *OVERRIDES, *online, "--stop-after", "6", environment=environment
         )
         assert statuses == [0] * 3, output
         wandb_id = verify(newest_checkpoint(run))["wandb_id"]
         resume(*online, environment=environment)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
     assert wandb_id and verify(newest_checkpoint(run))["wandb_id"] == wandb_id
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))

@@ -15,9 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / ".gpu-kit"
-# lightly's step is measured beside ours.
+# Wheels that a GPU machine usually lacks. lightly's step is measured beside ours.
 WHEELS = ("omegaconf==2.4.0", "lightly==1.6.0", "lightly-utils==0.0.2")
-FIRST = (
+FIRST_STAGES = (
     "sanitizer tests simclr_resnet50 barlow_twins_vit_small "
     '"moco_v3_vit_small, compiled" "moco_v3_vit_base, compiled"'
 )
@@ -30,7 +30,7 @@ with torch, torchvision, triton, timm, numba, numpy, scikit-learn, safetensors a
 is one call of at most ten minutes, from the root of the repository. The results are written to
 runs/gpu, and after every stage to the folder that --copy names.
 
-    {PREPARE_AND_RUN} --minutes 8 --only {FIRST}
+    {PREPARE_AND_RUN} --minutes 8 --only {FIRST_STAGES}
     {PREPARE_AND_RUN} --minutes 9.5 --only cifar10
     {PREPARE_AND_RUN} --minutes 8
 

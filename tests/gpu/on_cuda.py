@@ -1,4 +1,4 @@
-"""Fixtures of these tests: the device, a skip without CUDA, and an error if the host waits."""
+"""Fixtures of the GPU tests: the device, a skip without CUDA, and an error if the host waits."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,5 +1,5 @@
-# Source this in the root of the repository before tests/gpu/run.py, on a GPU machine without network
-# access. It installs the wheels that `make gpu-kit` packed, unpacks CIFAR-10 beside them, and keeps
+# Source this file in the root of the repository before tests/gpu/run.py, on a GPU machine without
+# network access. It installs the wheels that `make gpu-kit` packed, unpacks CIFAR-10 beside them, and keeps
 # every cache inside the folder .gpu-kit.
 set -o pipefail
 kit=$PWD/.gpu-kit

@@ -4,10 +4,10 @@
     python tests/gpu/run.py --only cifar10 --epochs 1000         # the published number of epochs
     python tests/gpu/run.py --again simclr_resnet50              # repeat one stage
 
-The stages run in order of their value: check the kernels with compute-sanitizer, run the tests of
-tests/gpu, measure training steps with tests/gpu/steps.py, and train and evaluate SimCLR with
-ResNet-18 on CIFAR-10, with the data set on the device. Each call takes at most --minutes, and the
-next call continues with the missing stages. After every stage the results are written to
+The stages run in the order of their value. They check the kernels with compute-sanitizer, run the
+tests of tests/gpu, measure training steps with tests/gpu/steps.py, and train and evaluate SimCLR
+with ResNet-18 on CIFAR-10, with the data set on the device. Each call takes at most --minutes, and
+the next call continues with the missing stages. After every stage the results are written to
 runs/gpu/results.json and the table to runs/gpu/gpu.md or to --page. A stopped training resumes from
 its checkpoint.
 
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, PAGE = ROOT / "runs" / "gpu" / "results.json", ROOT / "docs" / "results" / "gpu.md"
+RESULTS = ROOT / "runs" / "gpu" / "results.json"
 FIRST_STEPS = (
     "simclr_resnet50",
     "barlow_twins_vit_small",
@@ -58,17 +58,17 @@ TARGETS = {
 }
 STAGES = ("sanitizer", "tests", *FIRST_STEPS, "cifar10", *OTHER_STEPS)
 COMMAND = "python tests/gpu/run.py --data ../shared/data/cifar10.zip"
-MIN_SECONDS = {"tests": 90.0, "cifar10": 120.0}  # time that must be left for a stage to start
+MIN_SECONDS = {"tests": 90.0, "cifar10": 120.0}  # a stage does not start with less time left
 MAX_SECONDS = {"sanitizer": 120.0, "step": 150.0, "compiled step": 300.0}
-STOPPED = 75  # exit status of a training that was stopped and has saved
+STOPPED = 75  # exit status of a training that was stopped and saved a checkpoint
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL, included in the time of a stage
 EVALUATION_SECONDS = 100.0  # reserved for k-NN and the linear probe after training
 
 
-def run(command: list[str], seconds: float) -> tuple[int, str, str]:
+def run_command(command: list[str], seconds: float) -> tuple[int, str, str]:
     """Run a command for at most `seconds` and return its status, output and errors.
 
-    It receives SIGTERM early enough to stop in time, and SIGKILL at the end.
+    The command gets SIGTERM early enough to stop in time, and SIGKILL at the end.
     """
     grace = min(GRACE_SECONDS, seconds / 2)
     environment = os.environ | {
@@ -94,7 +94,7 @@ def run(command: list[str], seconds: float) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def sanitizer(seconds: float) -> dict[str, Any]:
+def run_sanitizer(seconds: float) -> dict[str, Any]:
     """Run the loss kernels under compute-sanitizer, which finds reads and writes out of bounds."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
@@ -109,16 +109,16 @@ def sanitizer(seconds: float) -> dict[str, Any]:
         "tests/losses/kernels.py",
         "cuda",
     ]
-    status, out, err = run(command, seconds)
+    status, out, err = run_command(command, seconds)
     return {"status": status, "tail": (out + err)[-1500:]}
 
 
-def tests(seconds: float) -> dict[str, Any]:
+def run_tests(seconds: float) -> dict[str, Any]:
     """Run the tests that need a GPU and return the counts of their outcomes."""
     paths = ["tests/gpu", "tests/views", "tests/data/test_device_cache.py"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command = [*pytest, *paths, "-k", "gpu or cuda"]
-    status, out, err = run(command, seconds)
+    status, out, err = run_command(command, seconds)
     outcomes = re.findall(r"(\d+) (passed|failed|skipped|errors?)", out)
     return {
         "status": status,
@@ -128,7 +128,7 @@ def tests(seconds: float) -> dict[str, Any]:
     }
 
 
-def step(name: str, seconds: float, images: int = 0) -> dict[str, Any]:
+def measure_step(name: str, seconds: float, images: int = 0) -> dict[str, Any]:
     """Measure one training step with tests/gpu/steps.py.
 
     Args:
@@ -141,13 +141,13 @@ def step(name: str, seconds: float, images: int = 0) -> dict[str, Any]:
     command = [sys.executable, "tests/gpu/steps.py", eager, "--trace", str(trace)]
     if eager != name:
         command += ["--compile", *(["--images", str(images)] if images else [])]
-    status, out, err = run(command, seconds)
+    status, out, err = run_command(command, seconds)
     if status == 0 and out.strip():
         return json.loads(out.strip().splitlines()[-1])
     return {"error": err.strip()[-1500:] or "out of time"}
 
 
-def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
+def train_cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
     """Continue the training on CIFAR-10. After the last epoch evaluate it and set `done`."""
     folder = ROOT / "runs" / "gpu" / f"simclr_cifar10_{epochs}"
     start = time.monotonic()
@@ -160,7 +160,7 @@ def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
         "log.every_steps=100",
     ]
     command = [sys.executable, "-m", "ssl_pretrain.train", "configs/simclr_cifar10.yaml"]
-    status, out, err = run([*command, *overrides], seconds - EVALUATION_SECONDS)
+    status, out, err = run_command([*command, *overrides], seconds - EVALUATION_SECONDS)
     path = folder / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if status not in (0, STOPPED) or not records:
@@ -177,9 +177,11 @@ def cifar10(seconds: float, data: str, epochs: int) -> dict[str, Any]:
     }
     if result["done"]:
         for kind in ("knn", "linear"):
-            left = max(2.0, seconds - (time.monotonic() - start))
+            seconds_left = max(2.0, seconds - (time.monotonic() - start))
             command = [sys.executable, "-m", f"ssl_pretrain.eval.{kind}", str(folder)]
-            status, out, err = run(command, left / 2 if kind == "knn" else left)
+            status, out, err = run_command(
+                command, seconds_left / 2 if kind == "knn" else seconds_left
+            )
             result[kind] = (out if status == 0 else f"failed: {err}").strip()[-800:]
     return result
 
@@ -201,7 +203,7 @@ HEADER = (
 )
 
 
-def page(results: dict[str, Any]) -> str:
+def render_page(results: dict[str, Any]) -> str:
     """Return the text of docs/results/gpu.md for these results."""
     lines = [
         "# On a GPU",
@@ -217,8 +219,8 @@ def page(results: dict[str, Any]) -> str:
         )
         return "\n".join([*lines, ""])
     if outcome := results.get("tests"):
-        words = ("passed", "failed", "skipped", "error", "errors")
-        counts = ", ".join(f"{outcome[word]} {word}" for word in words if word in outcome)
+        outcomes = ("passed", "failed", "skipped", "error", "errors")
+        counts = ", ".join(f"{outcome[word]} {word}" for word in outcomes if word in outcome)
         failed = f"; failed: {', '.join(outcome['which'])}" if outcome["which"] else ""
         lines += [f"Tests: {counts}{failed}.", ""]
     steps = {name: results[name] for name in STAGES if "ms" in results.get(name, {})}
@@ -308,33 +310,39 @@ def main() -> int:
         results.pop(name, None)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     for name in [name for name in STAGES if name in options.only]:
-        left = end - time.monotonic()
-        if (name in results and results[name].get("done", True)) or left < MIN_SECONDS.get(
+        seconds_left = end - time.monotonic()
+        if (name in results and results[name].get("done", True)) or seconds_left < MIN_SECONDS.get(
             name, 40.0
         ):
             continue
-        print(f"--- {name}, {left:.0f} s left", flush=True)
+        print(f"--- {name}, {seconds_left:.0f} s left", flush=True)
         if name == "sanitizer":
-            results[name] = sanitizer(min(left, MAX_SECONDS["sanitizer"]))
+            results[name] = run_sanitizer(min(seconds_left, MAX_SECONDS["sanitizer"]))
         elif name == "tests":
-            results[name] = tests(left)
+            results[name] = run_tests(seconds_left)
         elif name == "cifar10":
-            results[name] = cifar10(left, options.data, options.epochs)
+            results[name] = train_cifar10(seconds_left, options.data, options.epochs)
         else:
             eager = results.get(name.removesuffix(", compiled"), {})
             limit = MAX_SECONDS["compiled step" if "compiled" in name else "step"]
-            results[name] = step(name, min(left, limit), int(eager.get("images", 0)))
+            results[name] = measure_step(
+                name, min(seconds_left, limit), int(eager.get("images", 0))
+            )
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        options.page.write_text(page(results))
+        options.page.write_text(render_page(results))
         if options.copy:  # after every stage, because the call may be killed in a later one
             results_files = (*RESULTS.parent.glob("*.*"), *RESULTS.parent.glob("*/metrics.jsonl"))
             for path in {options.page, *results_files}:
                 shutil.copy(path, options.copy)
         print(json.dumps(results[name])[:600], flush=True)
-    left = [
+    unfinished = [
         name for name in options.only if not results.get(name, {"done": False}).get("done", True)
     ]
-    print("all is done" if not left else f"not done yet: {', '.join(left)}; call again")
+    print(
+        f"not done yet: {', '.join(unfinished)}; call again"
+        if unfinished
+        else "all stages are done"
+    )
     return 0
 
 

@@ -42,7 +42,7 @@ from ssl_pretrain.views.color_parameters import draw_colors
 
 HALFWAY = Progress(50_000, 100_000, 1_000)
 
-PEAK = 790e12  # FLOP/s of bfloat16 matrix products on an H100 or H200
+PEAK_FLOPS = 790e12  # FLOP/s of bfloat16 matrix products on an H100 or H200
 ADAMW = ["backbone.args={}", "optim.name=adamw", "optim.base_lr=1e-3"]
 CONFIGS = {  # name -> YAML, overrides
     "simclr_resnet50": ("simclr_imagenet", []),
@@ -57,9 +57,9 @@ CONFIGS = {  # name -> YAML, overrides
     ),
     "vit_large_simclr": ("simclr_imagenet", ["backbone.name=vit_large_patch16_224", *ADAMW]),
 }
-# Published batch sizes. The other steps use the largest batch that fits.
-BATCH = {"barlow_twins_vit_small": 256, "vit_large_simclr": 384}
-SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
+# Published batch sizes, by step. The other steps use the largest batch that fits.
+PUBLISHED_BATCHES = {"barlow_twins_vit_small": 256, "vit_large_simclr": 384}
+BATCH_SIZES = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 32, 16)
 
 
 def load_run(name: str, tiny: bool, compiled: bool) -> RunConfig:
@@ -103,12 +103,14 @@ def augment_colors(
     return views
 
 
-def make_batch(run: RunConfig, views: list[torch.Tensor], device: torch.device) -> Batch:
+def build_batch(run: RunConfig, views: list[torch.Tensor], device: torch.device) -> Batch:
     numbers = torch.arange(len(views[0]), device=device)
     return Batch(views, numbers % 10, numbers)
 
 
-def make_stepper(run: RunConfig, images: int, device: torch.device) -> tuple[Stepper, Batch]:
+def build_benchmark_stepper(
+    run: RunConfig, images: int, device: torch.device
+) -> tuple[Stepper, Batch]:
     run = replace(
         run, global_batch_size=images, parallel=replace(run.parallel, bn_group_images="global")
     )
@@ -117,7 +119,7 @@ def make_stepper(run: RunConfig, images: int, device: torch.device) -> tuple[Ste
         torch.randn(images, 3, crop.size, crop.size, device=device).to(execution.view_dtype)
         for crop in recipe.expand_counts(run.views)
     ]
-    method, batch = build_method(run), make_batch(run, execution.place_views(views), device)
+    method, batch = build_method(run), build_batch(run, execution.place_views(views), device)
     stepper = build_stepper(
         method,
         run.parallel,
@@ -131,7 +133,7 @@ def make_stepper(run: RunConfig, images: int, device: torch.device) -> tuple[Ste
     return stepper, batch
 
 
-def largest_that_fits(
+def find_largest_batch(
     run: RunConfig, device: torch.device, sizes: tuple[int, ...]
 ) -> tuple[int, Stepper, Batch]:
     """Return the first batch size of which two steps fit in memory, with its stepper and batch.
@@ -142,11 +144,11 @@ def largest_that_fits(
         sizes: Batch sizes to try, the largest first.
 
     Raises:
-        RuntimeError: Not even the smallest fits.
+        RuntimeError: If not even the smallest size fits.
     """
     for images in sizes:
         try:
-            stepper, batch = make_stepper(run, images, device)
+            stepper, batch = build_benchmark_stepper(run, images, device)
             for _ in range(2):
                 stepper(HALFWAY, batch)
             return images, stepper, batch
@@ -172,7 +174,7 @@ def backbone_step(stepper: Stepper, batch: Batch) -> Callable[[], object]:
 
 
 def lightly_step(name: str, images: int, size: int, device: torch.device) -> Callable[[], object]:
-    """Return SimCLR's step made with lightly, on the same network, views and precision."""
+    """Return a step of lightly's SimCLR with the same network, views and precision."""
     import timm
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import SimCLRProjectionHead
@@ -224,25 +226,25 @@ def measure(
     images: int = 0,
     trace: Path | None = None,
 ) -> dict[str, Any]:
-    """Return the figures of one step, as the medians of `repeats` interleaved repetitions.
+    """Return the measurements of one step, as medians of `repeats` interleaved repetitions.
 
     Args:
         name: One of `CONFIGS`.
         device: Where the step runs.
-        tiny: Take a small network and eight images.
+        tiny: Use a small network and eight images.
         compiled: Compile the blocks.
-        repeats: Repetitions of each of the steps that are compared.
-        images: Try no more than these at once, 0 for no limit.
+        repeats: Repetitions of each step.
+        images: Largest batch size to try. 0 means no limit.
         trace: File for the profile of five steps, on a GPU.
     """
     run = load_run(name, tiny, compiled)
-    limit = images or BATCH.get(name, SIZES[0])
-    sizes = (8,) if tiny else tuple(size for size in SIZES if size <= limit) or (limit,)
+    limit = images or PUBLISHED_BATCHES.get(name, BATCH_SIZES[0])
+    sizes = (8,) if tiny else tuple(size for size in BATCH_SIZES if size <= limit) or (limit,)
     start = time.perf_counter()
-    images, stepper, batch = largest_that_fits(run, device, sizes)
+    images, stepper, batch = find_largest_batch(run, device, sizes)
     result: dict[str, Any] = {"versions": versions("timm"), "images": images, "compiled": compiled}
     result["seconds_to_first_step"] = time.perf_counter() - start
-    crops, kinds = random_crops(run, images), recipe.expand_counts(run.views)
+    crops, view_crops = random_crops(run, images), recipe.expand_counts(run.views)
     epochs = itertools.count()
 
     def whole() -> None:
@@ -254,11 +256,11 @@ def measure(
         "step": lambda: stepper(HALFWAY, batch),
         "color": lambda: augment_colors(run, crops, next(epochs), device),
         "backbone": backbone_step(stepper, batch),
-        "bare": bare_step(stepper, batch, len(kinds)),
+        "bare": bare_step(stepper, batch, len(view_crops)),
     }
     if name == "simclr_resnet50" and not compiled:
         try:
-            steps["lightly"] = lightly_step(run.backbone.name, images, kinds[0].size, device)
+            steps["lightly"] = lightly_step(run.backbone.name, images, view_crops[0].size, device)
             steps["lightly"]()
         except ImportError:
             result["lightly"] = "not installed"
@@ -268,8 +270,10 @@ def measure(
     for step in steps.values():
         step()
     seconds = time_interleaved(steps, repeats, device)
-    words = torch.cuda.get_device_name().split() if device.type == "cuda" else []
-    machine = next((hardware.MACHINES[word] for word in words if word in hardware.MACHINES), None)
+    name_words = torch.cuda.get_device_name().split() if device.type == "cuda" else []
+    machine = next(
+        (hardware.MACHINES[word] for word in name_words if word in hardware.MACHINES), None
+    )
     estimate = Estimate(
         replace(run, global_batch_size=images),
         Cluster(1, 1),
@@ -282,10 +286,10 @@ def measure(
         "ms_without_color": seconds["step"] * 1e3,
         "ms_color": seconds["color"] * 1e3,
         "images_per_second": images / seconds["whole"],
-        "views_per_second": len(kinds) * images / seconds["whole"],
+        "views_per_second": len(view_crops) * images / seconds["whole"],
         "loss_and_optimizer": 1 - seconds["backbone"] / seconds["step"],
         "bare_over_whole": seconds["bare"] / seconds["whole"],
-        "of_790_tflops": float(trace_of_step.flops.sum()) / seconds["whole"] / PEAK,
+        "of_790_tflops": float(trace_of_step.flops.sum()) / seconds["whole"] / PEAK_FLOPS,
         "of_roofline": roofline / seconds["step"] if machine else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
@@ -324,8 +328,10 @@ def main() -> None:
     parser.add_argument("name", choices=list(CONFIGS))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--images", type=int, default=0, help="try no more than these at once")
-    parser.add_argument("--trace", type=Path, help="write the profile of five steps there")
+    parser.add_argument(
+        "--images", type=int, default=0, help="largest batch size to try; 0: no limit"
+    )
+    parser.add_argument("--trace", type=Path, help="file for the profile of five steps")
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,9 +22,8 @@ pytest.importorskip("triton", reason="no Triton for this platform")
 
 @pytest.mark.parametrize("name", kernels.CASES)
 def test_kernels_equal_the_tiles(name):
-    assert (
-        max(kernels.check(name, "cuda").values()) < 1e-4
-    )  # each product is three products in TF32
+    # Each product is three products in TF32.
+    assert max(kernels.check(name, "cuda").values()) < 1e-4
 
 
 def test_a_loss_uses_the_kernels_without_blocking_the_host(cuda, forbid_synchronization):

@@ -31,7 +31,7 @@ def train(output: Path, *overrides: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def weights(run: Path) -> dict:
+def load_weights(run: Path) -> dict:
     """Return the tensors of the method in the run's newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
     return load_file(newest / "method.safetensors")
@@ -44,7 +44,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(optimizer, tmp_path)
     train(tmp_path / "uninterrupted", *overrides)
     train(tmp_path / "resumed", *overrides, "--stop-after", "3")
     train(tmp_path / "resumed", *overrides)
-    expected, resumed = weights(tmp_path / "uninterrupted"), weights(tmp_path / "resumed")
+    expected, resumed = load_weights(tmp_path / "uninterrupted"), load_weights(tmp_path / "resumed")
     assert [name for name, value in expected.items() if not value.equal(resumed[name])] == []
 
 

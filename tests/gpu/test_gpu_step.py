@@ -19,7 +19,7 @@ from ssl_pretrain.step import Stepper, build_stepper
 from ssl_pretrain.views.batch import Batch
 
 HALFWAY = Progress(50, 100, 1)
-FIRST, SECOND = Progress(10, 100, 10), Progress(11, 100, 10)
+FIRST_STEP, SECOND_STEP = Progress(10, 100, 10), Progress(11, 100, 10)
 
 pytestmark = NEEDS_CUDA
 
@@ -32,8 +32,8 @@ OPTIM = {
 }
 
 
-def make_method(name: str, backbone: str = "test_resnet") -> Method:
-    """Return a method with small heads and always the same weights."""
+def build_method(name: str, backbone: str = "test_resnet") -> Method:
+    """Return a method with small heads and seeded weights."""
     torch.manual_seed(0)
     module = methods.find(name)
     args = {"norm_layer": "groupnorm1"} if name == "cpc" else {}
@@ -41,8 +41,8 @@ def make_method(name: str, backbone: str = "test_resnet") -> Method:
     return module.Config(**module.SMALL_CONFIG).build(network)
 
 
-def make_batch(name: str, device: torch.device, images: int = IMAGES) -> Batch:
-    """Return noise in the views that the method takes, always the same."""
+def random_batch(name: str, device: torch.device, images: int = IMAGES) -> Batch:
+    """Return seeded noise in the views that the method takes."""
     generator = torch.Generator().manual_seed(1)
     views = [
         torch.randn(images, 3, size, size, generator=generator)
@@ -52,14 +52,14 @@ def make_batch(name: str, device: torch.device, images: int = IMAGES) -> Batch:
     return Batch(views, labels, torch.arange(images)).to(device)
 
 
-def make_stepper(
+def build_test_stepper(
     method: Method,
     device: torch.device,
     settings: ParallelConfig,
     recipe: OptimConfig,
     images: int = IMAGES,
 ) -> Stepper:
-    example = make_batch(method.config.name, device, images)
+    example = random_batch(method.config.name, device, images)
     step = build_stepper(
         method,
         settings,
@@ -76,21 +76,21 @@ def make_stepper(
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("name", methods.names())
 def test_a_step_never_blocks_the_host(name, num_micro_batches, cuda, forbid_synchronization):
-    method = make_method(name)
+    method = build_method(name)
     settings = ParallelConfig(bn_group_images=IMAGES // num_micro_batches)
-    step = make_stepper(method, cuda, settings, OPTIM["lars"], IMAGES // num_micro_batches)
-    batch = make_batch(name, cuda)
-    step(FIRST, batch)  # the first step may block, because it allocates and compiles
+    step = build_test_stepper(method, cuda, settings, OPTIM["lars"], IMAGES // num_micro_batches)
+    batch = random_batch(name, cuda)
+    step(FIRST_STEP, batch)  # the first step may block, because it allocates and compiles
     with forbid_synchronization():
-        logs = step(SECOND, batch).logs
+        logs = step(SECOND_STEP, batch).logs
     assert torch.isfinite(logs["loss"]).item()
 
 
 @pytest.mark.parametrize("recipe", OPTIM)
 def test_the_optimizer_updates_weights_as_on_a_cpu(recipe, cuda):
-    plain = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
-    on_gpu = copy.deepcopy(plain).to(cuda)
-    for module in (plain, on_gpu):
+    on_cpu = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    on_gpu = copy.deepcopy(on_cpu).to(cuda)
+    for module in (on_cpu, on_gpu):
         optimizer = optim.build(OPTIM[recipe], module)
         optim.set_rates(optimizer, OPTIM[recipe], HALFWAY, 100, 256)
         for number in range(5):
@@ -100,7 +100,7 @@ def test_the_optimizer_updates_weights_as_on_a_cpu(recipe, cuda):
                     parameter.device
                 )
             optim.guarded_step(optimizer, OPTIM[recipe].clip_norm)
-    for ours, expected in zip(on_gpu.parameters(), plain.parameters()):
+    for ours, expected in zip(on_gpu.parameters(), on_cpu.parameters()):
         torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -120,13 +120,13 @@ def test_fused_adamw_equals_plain_adamw(cuda):
 
 
 def test_a_nonfinite_gradient_moves_nothing(cuda):
-    method = make_method("simclr")
-    step = make_stepper(method, cuda, ParallelConfig(), OPTIM["lars"])
-    step(FIRST, make_batch("simclr", cuda))
+    method = build_method("simclr")
+    step = build_test_stepper(method, cuda, ParallelConfig(), OPTIM["lars"])
+    step(FIRST_STEP, random_batch("simclr", cuda))
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    batch = make_batch("simclr", cuda)
+    batch = random_batch("simclr", cuda)
     batch.views[0][0] = float("nan")
-    logs = step(SECOND, batch).logs
+    logs = step(SECOND_STEP, batch).logs
     assert logs["skipped_steps"].item() == 1
     for name, value in method.state_dict().items():
         assert torch.equal(value, before[name]) or "num_batches" in name, name
@@ -138,12 +138,14 @@ def test_float32_equals_a_cpu(name, cuda):
     torch.backends.cudnn.allow_tf32 = False
     try:
         for device in (torch.device("cpu"), cuda):
-            step = make_stepper(
-                make_method(name), device, ParallelConfig(precision="float32"), OPTIM["lars"]
+            step = build_test_stepper(
+                build_method(name), device, ParallelConfig(precision="float32"), OPTIM["lars"]
             )
             losses.append(
                 [
-                    step(replace(FIRST, step=number), make_batch(name, device)).logs["loss"].item()
+                    step(replace(FIRST_STEP, step=number), random_batch(name, device))
+                    .logs["loss"]
+                    .item()
                     for number in range(3)
                 ]
             )
@@ -155,9 +157,9 @@ def test_float32_equals_a_cpu(name, cuda):
 def test_bfloat16_is_close_to_float32_and_weights_stay_float32(cuda):
     losses = {}
     for precision in ("float32", "auto"):
-        method = make_method("simclr")
-        step = make_stepper(method, cuda, ParallelConfig(precision=precision), OPTIM["lars"])
-        embeddings, _, logs = step(FIRST, make_batch("simclr", cuda))
+        method = build_method("simclr")
+        step = build_test_stepper(method, cuda, ParallelConfig(precision=precision), OPTIM["lars"])
+        embeddings, _, logs = step(FIRST_STEP, random_batch("simclr", cuda))
         losses[precision] = logs["loss"].item()
         assert embeddings["z_a"].dtype == (torch.bfloat16 if precision == "auto" else torch.float32)
         assert all(
@@ -181,10 +183,10 @@ def test_a_world_of_one_over_nccl_is_the_identity(cuda, tmp_path):
     try:
         gathered = collectives._Gather.apply(z[0], None)
         reduced = collectives._ReduceSum.apply(z[0], None)
-        got = torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
+        gradients = torch.autograd.grad(nt_xent(*z, temperature=0.1), z)
         (by_gather,) = torch.autograd.grad(gathered.square().sum(), [z[0]])
     finally:
         dist.destroy_process_group()
     assert torch.equal(gathered, z[0]) and torch.equal(reduced, z[0])
     torch.testing.assert_close(by_gather, 2 * z[0])
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradients, expected)

@@ -1,6 +1,6 @@
 """Views on a GPU equal those on a CPU and never block the host.
 
-Data sets on the device and pinned memory work.
+They come from the CPU, from pinned memory, or from a data set on the device.
 """
 
 import itertools
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
 
 def build_loader(*arguments, **options):
-    """Build a loader with `loaders` of the tests of data, whose folder is on the path now."""
+    """Build a loader by tests/data/loaders.py."""
     import loaders
 
     return loaders.build_loader(*arguments, **options)
@@ -42,7 +42,7 @@ EVERYTHING = {
     "blur": 0.5,
     "solarize": 0.3,
 }
-# Options of the code of SimCLR and BYOL.
+# Options that reproduce the code of SimCLR and BYOL.
 TENSORFLOW = {"contrast_mean": "channel", "saturation_mode": "hsv", "blur_border": "zero"}
 SIMCLR = ViewsConfig(crops={"global": Crop(count=2, size=32, **EVERYTHING)})
 # A zip or folder with train/CLASS and test/CLASS.
@@ -145,8 +145,8 @@ def test_all_of_cifar10_is_on_the_device(cuda):
     with build_loader(
         source, SIMCLR, "device", seed=0, global_batch_size=512, device=cuda
     ) as batches:
-        taken = torch.cuda.memory_allocated() - before
-        assert taken >= 50_000 * 3 * 32 * 32
+        allocated = torch.cuda.memory_allocated() - before
+        assert allocated >= 50_000 * 3 * 32 * 32
         batch = next(batches.starting_at(0))
         assert all(
             view.device.type == "cuda" and view.shape == (512, 3, 32, 32) for view in batch.views
@@ -172,11 +172,11 @@ def test_the_pinned_ring_sends_the_same_views(cuda, tmp_path):
     pytest.importorskip("ffcv", reason="FFCV is not installed: make ffcv")
     from betons import write_beton
 
-    plain = ViewsConfig(crops={"global": Crop(count=2, size=24)})
+    views_config = ViewsConfig(crops={"global": Crop(count=2, size=24)})
     source = write_beton(tmp_path / "data")
     with (
-        build_loader(source, plain, "ffcv", num_workers=2, device=cuda) as on_gpu,
-        build_loader(source, plain, "ffcv", num_workers=2) as on_cpu,
+        build_loader(source, views_config, "ffcv", num_workers=2, device=cuda) as on_gpu,
+        build_loader(source, views_config, "ffcv", num_workers=2) as on_cpu,
     ):
         for _, batch, expected in zip(range(12), on_gpu.starting_at(0), on_cpu.starting_at(0)):
             torch.testing.assert_close(

@@ -1,5 +1,9 @@
-/* LD_PRELOAD: a file system that lacks what LACKS names, separated by spaces: link, fsync, folder_fsync, folder_rename, flock.
-   FULL=name: a write to a file whose path contains that name finds no space. SLOW=name: its fsync takes a second. */
+/* LD_PRELOAD library that imitates a limited file system.
+
+   LACKS  names missing features, separated by spaces: link, fsync, folder_fsync, folder_rename,
+          flock.
+   FULL   makes writes to files whose path contains this text fail for lack of space.
+   SLOW   makes fsync of files whose path contains this text take a second. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -9,13 +13,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static int lacks(const char *what) {
-  char all[256];
-  const char *given = getenv("LACKS");
-  if (!given || strlen(given) >= sizeof all) return 0;
-  strcpy(all, given);
-  for (char *save, *word = strtok_r(all, " ", &save); word; word = strtok_r(NULL, " ", &save))
-    if (!strcmp(word, what)) return 1;
+static int lacks(const char *feature) {
+  char words[256];
+  const char *value = getenv("LACKS");
+  if (!value || strlen(value) >= sizeof words) return 0;
+  strcpy(words, value);
+  for (char *save, *word = strtok_r(words, " ", &save); word; word = strtok_r(NULL, " ", &save))
+    if (!strcmp(word, feature)) return 1;
   return 0;
 }
 
