@@ -49,7 +49,7 @@ def test_a_run_needs_no_hard_links_flock_or_fsync_of_folders(config, preload_lib
 
 
 @pytest.mark.parametrize(
-    ("lacks", "said"),
+    ("lacks", "message"),
     [
         ("fsync", "Invalid argument (fsync a file)"),
         pytest.param(
