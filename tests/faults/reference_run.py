@@ -5,13 +5,18 @@ import ranks
 import tiny
 import torch
 
-from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import verify
 
 STEPS = 12  # 4 epochs of 3 steps
 # Each of three ranks is a batch-norm group. A step then waits for the other ranks a few times
 # rather than a hundred times, which matters on a busy machine.
 OVERRIDES = ("checkpoint.every_epochs=1", "epochs=4", "parallel.bn_group_images=8")
+
+
+def saved_steps(run):
+    """Return the steps of the run's checkpoints."""
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(run)]
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ import pytest
 import ranks
 import torch
 from ranks import free_port
-from reference_run import OVERRIDES, STEPS, paths, reference
+from reference_run import OVERRIDES, STEPS, paths, reference, saved_steps
 
 from ssl_pretrain import config
-from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import verify
 from ssl_pretrain.launch import local
 
@@ -188,7 +188,7 @@ def test_a_lost_host_is_started_again_and_the_run_continues(paths, reference, ob
 
 def wait_for_checkpoint(run, step, seconds=900):
     deadline = time.monotonic() + seconds
-    while not any(int(path.name[5:]) >= step for path in list_checkpoints(run)):
+    while not any(saved >= step for saved in saved_steps(run)):
         assert time.monotonic() < deadline, f"step {step} not within {seconds} s"
         time.sleep(0.05)
 

@@ -15,17 +15,13 @@ import ranks
 import tiny
 import torch
 from ranks import Ranks
-from reference_run import OVERRIDES, paths, reference, resume
+from reference_run import OVERRIDES, paths, reference, resume, saved_steps
 
 from ssl_pretrain import replay
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import verify
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
-
-
-def saved_steps(run):
-    return [int(path.name[5:]) for path in list_checkpoints(run)]
 
 
 def records(run):

@@ -11,17 +11,13 @@ import warnings
 import pytest
 import ranks
 from ranks import Ranks
-from reference_run import OVERRIDES, STEPS, paths, reference, resume
+from reference_run import OVERRIDES, STEPS, paths, reference, resume, saved_steps
 
-from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
+from ssl_pretrain.checkpoint.folder import newest_checkpoint
 from ssl_pretrain.checkpoint.manifest import FORMAT, verify
 from ssl_pretrain.system.exit_status import STOPPED
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
-
-
-def saved_steps(run):
-    return [int(path.name[5:]) for path in list_checkpoints(run)]
 
 
 @pytest.mark.case(3)
