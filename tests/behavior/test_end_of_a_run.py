@@ -122,18 +122,14 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
         f"reached step 4 with epochs=2. "
         "Nothing was changed; give epochs=2 or more, or a new output\n"
     )
-    for step, reason in (
-        (
-            "5",
-            (
-                f"error: STEP: 5 is after the last step of {tmp_path / 'run'}, 4; give "
-                f"one from 1 to 4\n"
-            ),
-        ),
-        ("0", "argument step: '0' is out of range; give a whole number >= 1 "),
-    ):
-        replayed = commands.run("-m", "ssl_pretrain.replay", tmp_path / "run", step)
-        assert replayed.status == 2 and reason in replayed.stderr, replayed.text
+    run = tmp_path / "run"
+    errors = {
+        "5": f"error: STEP: 5 is after the last step of {run}, 4; give one from 1 to 4\n",
+        "0": "argument step: '0' is out of range; give a whole number >= 1 ",
+    }
+    for step, error in errors.items():
+        replay = commands.run("-m", "ssl_pretrain.replay", run, step)
+        assert replay.status == 2 and error in replay.stderr, replay.text
     assert read_files(tmp_path / "run") == before
 
 

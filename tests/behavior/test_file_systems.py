@@ -79,8 +79,8 @@ def test_a_disk_that_is_full_for_the_log_ends_a_run_saved_and_retryable(
     )
     assert result.status == 74, result.text
     message = (
-        f"error: {tmp_path / 'run' / 'metrics.jsonl'} could not be written: No "
-        f"space left on device. What was written before is complete"
+        f"error: {tmp_path / 'run' / 'metrics.jsonl'} could not be written: No space left on "
+        "device. What was written before is complete"
     )
     assert message in result.stderr
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
