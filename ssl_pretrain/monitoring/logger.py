@@ -193,8 +193,8 @@ class Logger:
         if not process_group.is_main():
             return
         self.console.warn(f"{title}: {text}")
-        alert = {"title": title, "text": text, "time": time.time()}
-        self._files.append(self.run / "alerts.jsonl", records.encode(alert))
+        line = records.encode({"title": title, "text": text, "time": time.time()})
+        self._files.append(self.run / "alerts.jsonl", line)
         self._send("alert", title=title, text=text, tag=tag or title.replace(" ", "-"))
 
     def close(self, succeeded: bool = True) -> None:
@@ -277,9 +277,13 @@ class Logger:
             if step - self._curves_step >= MIN_STEPS_BETWEEN_CURVES:
                 self._curves_step, self._curves = step, measurements.curves
         if measurements.neighbors is not None:
-            path = self.run / "neighbors" / f"step_{step:08d}.png"
-            key = metric_names.NEIGHBORS_PICTURE
-            self._save_picture(measurements.neighbors, path, key, NEIGHBORS_CAPTION, step)
+            self._save_picture(
+                measurements.neighbors,
+                self.run / "neighbors" / f"step_{step:08d}.png",
+                metric_names.NEIGHBORS_PICTURE,
+                NEIGHBORS_CAPTION,
+                step,
+            )
 
     def _save_picture(self, picture: Tensor, path: Path, key: str, caption: str, step: int) -> None:
         if self._files.try_write(path, partial(image_grids.save, picture, path)):

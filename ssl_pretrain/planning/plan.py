@@ -77,9 +77,10 @@ def _describe_optimizer(run: RunConfig) -> list[str]:
 
 
 def _describe_parameters(run: RunConfig, method: Method) -> list[str]:
-    num_backbone = backbones.count_parameters(method.backbone)
-    total = backbones.count_parameters(method)
-    lines = [f"parameters: {total:,}, of which {num_backbone:,} are in the backbone"]
+    lines = [
+        f"parameters: {backbones.count_parameters(method):,}, "
+        f"of which {backbones.count_parameters(method.backbone):,} are in the backbone"
+    ]
     for group in optim.parameter_groups(run.optim, method):
         names = group["names"]
         if not names:

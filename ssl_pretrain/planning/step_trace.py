@@ -180,7 +180,7 @@ def trace_coloring(run: RunConfig) -> Trace:
             color_torch.apply(pixels, values, crop, run.views.mean, run.views.std)
 
     images = np.arange(NUM_COLORED)
-    parameters = [draw_colors(crop, 0, 0, images, number) for number, crop in enumerate(crops)]
+    parameters = [draw_colors(crop, 0, 0, images, index) for index, crop in enumerate(crops)]
     return trace(prepare, apply)[0]
 
 

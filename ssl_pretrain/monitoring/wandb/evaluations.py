@@ -27,8 +27,9 @@ def unsent(run: Path) -> Iterator[dict[str, Any]]:
 def mark_sent(run: Path, result: dict[str, Any]) -> None:
     """Mark a result as sent."""
     with suppress(OSError):  # then the result is sent again, to the same step
-        hashes = _sent_hashes(run) | _hash_by_name(result)
-        durable_files.replace(run / SENT_FILE, json.dumps(hashes))
+        durable_files.replace(
+            run / SENT_FILE, json.dumps(_sent_hashes(run) | _hash_by_name(result))
+        )
 
 
 def _hash_by_name(result: dict[str, Any]) -> dict[str, str]:
