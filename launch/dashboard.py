@@ -1,4 +1,4 @@
-"""A prepared dashboard in Weights & Biases: `python -m ssl_pretrain.launch.dashboard PROJECT`."""
+"""A saved view of runs in Weights & Biases: `python -m ssl_pretrain.launch.dashboard PROJECT`."""
 
 import argparse
 import json
@@ -19,17 +19,17 @@ from ssl_pretrain.monitoring.wandb import evaluations
 from ssl_pretrain.monitoring.wandb import run as wandb_run
 
 NAME = "ssl_pretrain"
-HIDDEN = ("skipped_steps", "replay_error")  # useful only when something is wrong
+HIDDEN_METRICS = ("skipped_steps", "replay_error")  # only useful when something is wrong
 OPEN_SECTIONS = (metric_names.LEARNING, metric_names.COLLAPSE)
 PICTURES = [metric_names.VIEWS_PICTURE, metric_names.NEIGHBORS_PICTURE]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ssl_pretrain.launch.dashboard",
         description="Create a saved view of a project's runs, with sections for learning, "
-        "collapse, evaluations, network, speed and pictures. Needs a W&B key and the package "
+        "collapse, evaluations, network, speed and pictures. This needs a W&B key and the package "
         "wandb-workspaces.",
         epilog="""examples:
   %(prog)s ssl_pretrain --entity my-team
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   %(prog)s --send runs/simclr          send the evaluations of a finished run""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("project", nargs="?", default="", help="W&B project, the runs' log.project")
+    parser.add_argument(
+        "project", nargs="?", default="", help="W&B project: log.project of the runs"
+    )
     parser.add_argument("--entity", default="", help="team or user (default: that of the key)")
     parser.add_argument("--dry-run", action="store_true", help="print the view and create nothing")
     parser.add_argument("--send", metavar="RUN", type=Path, help="send a run's evaluations instead")
@@ -62,7 +64,7 @@ def build(project: str, entity: str) -> Any:
     """Build the workspace without saving it.
 
     Raises:
-        ValueError: wandb-workspaces is not installed.
+        ValueError: If wandb-workspaces is not installed.
     """
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -74,14 +76,14 @@ def build(project: str, entity: str) -> Any:
 
     contents: dict[str, list[Any]] = {group: [] for group in metric_names.GROUPS}
     for key, curve in metric_names.CURVES.items():
-        if key not in HIDDEN:
+        if key not in HIDDEN_METRICS:
             name = metric_names.display_name(key)
             contents[curve.group].append(panels.LinePlot(title=curve.title, x="step", y=[name]))
     spread = metric_names.SPREAD
     contents[metric_names.COLLAPSE].append(
         panels.LinePlot(title=spread.partition("/")[2], x="step", y=[spread])
     )
-    for title in metric_names.PREFIXES.values():  # one line per module of the method
+    for title in metric_names.PREFIXES.values():  # one panel, with a line per module
         regex = f"{metric_names.NETWORK}/{title}.*"
         contents[metric_names.NETWORK].append(
             panels.LinePlot(title=title.strip(", "), x="step", metric_regex=regex)
@@ -105,19 +107,22 @@ def create(project: str, entity: str = "") -> str:
     """Save the dashboard at W&B and return its address.
 
     Raises:
-        ValueError: There is no key, W&B is set to send nothing, or W&B refuses.
+        ValueError: If there is no key, W&B is set to send nothing, or W&B refuses the dashboard.
     """
     if not wandb_run.has_key():
         raise ValueError(
-            "no W&B key was found: run `wandb login`, or set WANDB_API_KEY; --dry-run needs none"
+            "no W&B key was found: run `wandb login` or set WANDB_API_KEY; --dry-run needs no key"
         )
     if wandb_run.resolve_mode("online")[0] != "online":
         raise ValueError(
             "W&B is set to send nothing (WANDB_MODE, WANDB_DISABLED or `wandb offline`); "
-            "undo that, or give --dry-run"
+            "undo that, or use --dry-run"
         )
     try:
-        return str(build(project, entity or _default_entity()).save().url)
+        import wandb
+
+        team_or_user = entity or wandb.Api().default_entity or ""
+        return str(build(project, team_or_user).save().url)
     except Exception as error:  # the library raises errors of many types
         owner = entity or "your account"
         raise ValueError(
@@ -125,36 +130,29 @@ def create(project: str, entity: str = "") -> str:
         ) from None
 
 
-def _default_entity() -> str:
-    """Return the default team or user of the key."""
-    import wandb
-
-    return wandb.Api().default_entity or ""
-
-
 def send_evaluations(run: Path) -> None:
-    """Send the results in RUN/eval/ to the run's own W&B page, each at the step that it evaluates.
+    """Send the results in RUN/eval/ to the run's W&B page, each at the step of its checkpoint.
 
-    Results that were sent are not sent again. This is for a run that is not training. While a run
-    trains, its own client sends the results along with the records.
+    Results are sent only once. The run must not be training. While it trains, its own client sends
+    the results along with the records.
 
     Raises:
-        ValueError: The run has no checkpoint, or was not logged to W&B.
+        ValueError: If the run has no checkpoint, or was not logged to W&B.
     """
     manifest = read_manifest(newest_checkpoint(run))
     if not manifest.get("wandb_id"):
         raise ValueError(
-            f"{run}: was not logged to W&B (log.wandb). Its numbers are in {run / 'eval'} and on "
-            "eval.report's page"
+            f"{run}: this run was not logged to W&B, see log.wandb; find its numbers in "
+            f"{run / 'eval'} and {run / 'report.html'}"
         )
     if next(evaluations.unsent(run), None) is None:
         return
     settings = manifest["config"]["log"]
-    setting = settings["wandb"]
-    if setting not in ("online", "offline"):
-        setting = "online" if wandb_run.has_key() else "offline"
+    mode = settings["wandb"]
+    if mode not in ("online", "offline"):
+        mode = "online" if wandb_mode.has_key() else "offline"
     client = wandb_run.start(
-        setting,
+        mode,
         run,
         run_id=manifest["wandb_id"],
         say=lambda line: print(line, flush=True),
@@ -167,20 +165,22 @@ def send_evaluations(run: Path) -> None:
         client.close()
 
 
-def send(run: Path) -> None:
+def send_finished(run: Path) -> None:
     """Send the results if the run has a W&B page and is not training, and print any error."""
-    if find_holder(run) is not None or not any(_wandb_id(path) for path in list_checkpoints(run)):
-        return
-    try:
-        send_evaluations(run)
-    except (ValueError, OSError) as error:  # the numbers are on disk, and the evaluations continue
-        print(f"W&B: the results were not sent ({error}); they are in {run / 'eval'}", flush=True)
+    if find_holder(run) is None and any(_has_page(path) for path in list_checkpoints(run)):
+        try:
+            send_evaluations(run)
+        except (ValueError, OSError) as error:  # the evaluations continue
+            print(
+                f"W&B: the results were not sent ({error}); they are in {run / 'eval'}", flush=True
+            )
 
 
-def _wandb_id(path: Path) -> str | None:
+def _has_page(checkpoint: Path) -> bool:
+    """Return True if the checkpoint belongs to a run that was logged to W&B."""
     with suppress(ValueError):
-        return read_manifest(path).get("wandb_id")
-    return None
+        return bool(read_manifest(checkpoint).get("wandb_id"))
+    return False
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Demo of `make demo`: pretrain on real digits, evaluate, and print what the network has learned.
+"""The demo that `make demo` runs: pretrain on real digits, evaluate, and print what was learned.
 
 It needs no download and no account.
 """
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file from a clone
@@ -16,13 +17,9 @@ CONFIG = "configs/simclr_digits.yaml"
 RUN = "runs/demo"
 
 
-def main() -> int:
+@local.launcher
+def main(_arguments: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit status."""
-    with local.launching():
-        return _main()
-
-
-def _main() -> int:
     print(
         f"Pretraining with {CONFIG} into {RUN}: SimCLR on 1,297 real 8 x 8 digits, without their "
         "labels. This takes a few minutes.",
@@ -32,8 +29,8 @@ def _main() -> int:
     status = local.run([sys.executable, "-m", "ssl_pretrain.train", CONFIG, f"output={RUN}"])
     if status:
         return status
-    training = f"training={time.monotonic() - start:.0f}"  # seconds
-    return local.run([sys.executable, "-m", "ssl_pretrain.eval.demo_summary", RUN, training])
+    seconds = f"training={time.monotonic() - start:.0f}"
+    return local.run([sys.executable, "-m", "ssl_pretrain.eval.demo_summary", RUN, seconds])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Evaluation of a run's checkpoints: `python launch/evaluate.py RUN [--watch] [key=value ...]`."""
+"""Evaluate a run's checkpoints: `python launch/evaluate.py RUN [--watch] [key=value ...]`."""
 
 import argparse
 import sys
@@ -12,17 +12,22 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain.checkpoint.folder import is_finished
 from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.launch import held_checkpoints, local
-from ssl_pretrain.launch.evaluation_jobs import HELD, EvaluationJobs, report_stop
-from ssl_pretrain.launch.final_evaluations import EVALUATIONS, check_names
+from ssl_pretrain.launch.evaluation_jobs import (
+    EVALUATIONS,
+    HELD_FOLDER,
+    EvaluationJobs,
+    check_names,
+    report_stop,
+)
 from ssl_pretrain.schema import POSITIVE
 
 DESCRIPTION = """\
 Run the evaluations that a run's checkpoints do not have yet.
 
-Each evaluation is a process of its own, on this machine or as a SLURM job. Results are written to
-RUN/eval/<checkpoint>/<name>.json, those of the newest checkpoint also to RUN/eval/<name>.json. They
-are sent to the run's W&B page, if it has one, and shown in RUN/report.html. The same command does
-not repeat evaluations that are done."""
+Each evaluation runs in its own process on this machine, or as a SLURM job. Results are written to
+RUN/eval/<checkpoint>/<name>.json, and those of the newest checkpoint also to RUN/eval/<name>.json.
+They are sent to the run's W&B page, if it has one, and shown in RUN/report.html. Evaluations that
+are done are not repeated."""
 EXAMPLES = """\
 examples:
   the evaluations of evaluation.at_end, for every checkpoint
@@ -35,30 +40,23 @@ examples:
     python launch/evaluate.py runs/simclr_imagenet --after 1234"""
 
 
+@local.launcher
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    with local.launching():
-        return _main(parse(arguments))
-
-
-def _main(options: argparse.Namespace) -> int:
+    options = parse(arguments)
+    check(options)
     run = options.run
-    try:
-        check(options)
-        while options.watch and not (run / "config.yaml").is_file():  # training has not started
-            local.wait(options.every_seconds)
-            if local.stop_requested():
-                return report_stop()
-        held_checkpoints.release_abandoned(run / "eval" / HELD)
-        jobs = EvaluationJobs(run, options)
-        if options.after:
-            ids = jobs.submit_after(options.after)
-            print(f"submitted to SLURM, after {options.after}: {', '.join(ids)}")
-            return 0
-        return watch(jobs, options) if options.watch else jobs.run_due()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    while options.watch and not (run / "config.yaml").is_file():  # training has not started
+        local.wait(options.every_seconds)
+        if local.stop_requested():
+            return report_stop()
+    held_checkpoints.release_abandoned(run / "eval" / HELD_FOLDER)
+    jobs = EvaluationJobs(run, options)
+    if options.after:
+        ids = ", ".join(jobs.submit_after(options.after))
+        print(f"submitted to SLURM, after {options.after}: {ids}")
+        return 0
+    return watch(jobs, options) if options.watch else jobs.run_due()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,56 +73,59 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="keys of data.* and evaluation.* only, such as data.root=/new/place",
+        help="keys of data.* and evaluation.* only, such as data.root=/data/images",
     )
     add(
         "--jobs",
         nargs="+",
         metavar="NAME",
-        help=f"evaluations, among {', '.join(EVALUATIONS)} (default: evaluation.at_end of the run)",
+        help=f"one or more of {', '.join(EVALUATIONS)} (default: evaluation.at_end of the run)",
     )
-    watch_help = "also evaluate new checkpoints, until the training has ended"
-    add("--watch", action="store_true", help=watch_help)
+    add(
+        "--watch",
+        action="store_true",
+        help="also evaluate new checkpoints, until the training has ended",
+    )
     add("--newest", action="store_true", help="evaluate the newest checkpoint only")
     add("--checkpoint", type=Path, metavar="FOLDER", help="evaluate this checkpoint only")
     add(
         "--device",
         default="auto",
-        help="cpu or cuda (default: cuda, unless there is none or RUN trains on this machine)",
+        help="cpu or cuda (default: cuda, unless it is missing or RUN trains on this machine)",
     )
     add("--share-gpu", action="store_true", help="use the GPU while RUN trains on this machine")
     add(
         "--cluster",
         choices=["auto", "local", "slurm"],
-        help="place where the jobs run (default: launch.cluster of the run)",
+        help="run the jobs on this machine or on SLURM (default: launch.cluster of the run)",
     )
     add(
         "--after",
         default="",
         metavar="JOB",
-        help="submit to SLURM, to start once this job, the training, has succeeded",
+        help="submit to SLURM, to start once the training job with this id has succeeded",
     )
     add(
         "--every-seconds",
         type=POSITIVE,
         default=30.0,
-        help="time between two looks for new checkpoints with --watch (default: 30)",
+        help="with --watch: time between two searches for new checkpoints (default: 30)",
     )
     add(
         "--give-up-minutes",
         type=POSITIVE,
         default=60.0,
-        help="end --watch after this time without a training process (default: 60)",
+        help="with --watch: end after this time without a training process (default: 60)",
     )
     return parser.parse_intermixed_args(arguments)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise ValueError for a run, a job or a device that cannot be used."""
+    """Raise ValueError if the run, an evaluation or the device cannot be used."""
     if not options.watch and not options.run.is_dir():
         raise ValueError(
             f"{options.run}: there is no such run folder; give the `output` of a run's config, "
-            "or --watch to wait for it"
+            "or add --watch to wait for it"
         )
     check_names(options.jobs or [], "--jobs")
     trainer = find_holder(options.run)
@@ -140,14 +141,12 @@ def watch(jobs: EvaluationJobs, options: argparse.Namespace) -> int:
     """Evaluate every new checkpoint until the training has ended.
 
     Returns:
-        The exit status: 1 if an evaluation failed.
+        The exit status: 75 after a request to stop, and 1 if an evaluation failed.
     """
     idle_since = None
     while True:
         status = jobs.run_due()
-        if local.stop_requested():
-            return status
-        if is_finished(jobs.run) and not jobs.due():
+        if local.stop_requested() or (is_finished(jobs.run) and not jobs.due()):
             return status
         idle_since = None if find_holder(jobs.run) else idle_since or time.monotonic()
         if idle_since and time.monotonic() - idle_since > 60 * options.give_up_minutes:

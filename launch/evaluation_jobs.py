@@ -1,57 +1,129 @@
-"""Evaluations of one run's checkpoints: those that are due, and how each one runs."""
+"""Evaluations of a run: their names, those that are due, and how each one runs."""
 
 import argparse
 import json
 import shutil
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
+from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.fault_tolerance.run_lock import find_holder
-from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm, slurm_submit
-from ssl_pretrain.launch.final_evaluations import check_evaluations, command
-from ssl_pretrain.launch.slurm_job import EvaluationJob
+from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm, slurm_job
 from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
 
-HELD = ".held"  # folder in RUN/eval for the checkpoints that are being evaluated
+EVALUATIONS = (
+    *("knn", "linear", "spectrum", "retrieval", "robustness"),
+    *("semi", "finetune", "export", "report"),
+)
+HELD_FOLDER = ".held"  # in RUN/eval, for the checkpoints that are being evaluated
+
+
+def check_names(names: list[str], option: str) -> None:
+    """Raise ConfigError if a name in the value of `option` is not that of an evaluation."""
+    unknown = [name for name in names if name not in EVALUATIONS]
+    if unknown:
+        raise ConfigError(
+            f"{option}: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}"
+        )
+
+
+def evaluation_command(name: str, run: str | Path, *arguments: str) -> list[str]:
+    """Return the command of an evaluation."""
+    return [sys.executable, "-m", f"ssl_pretrain.eval.{name}", str(run), *arguments]
+
+
+@dataclass
+class FinalEvaluation:
+    """An evaluation of the last checkpoint.
+
+    Once it has succeeded, its settings are in the file `note`. It is repeated only if they change.
+    """
+
+    name: str
+    command: list[str]
+    note: Path
+    settings: str
+
+    def is_done(self) -> bool:
+        """Return True if the evaluation has succeeded with these settings."""
+        return self.note.is_file() and self.note.read_text() == self.settings
+
+    def record_success(self) -> None:
+        """Record that the evaluation has succeeded with these settings."""
+        self.note.parent.mkdir(parents=True, exist_ok=True)
+        self.note.write_text(self.settings)
+
+
+def due_evaluations(config: RunConfig, options: dict[str, list[str]]) -> Iterator[FinalEvaluation]:
+    """Yield the evaluations that the last checkpoint does not have with these settings.
+
+    The report is due again if any other evaluation has succeeded.
+
+    Args:
+        config: The run's configuration.
+        options: Further options by name of the evaluation.
+    """
+    values = configuration.to_dict(config)
+    folder = Path(config.output) / "eval" / newest_checkpoint(config.output).name
+    report_is_outdated = False
+    for name in config.evaluation.at_end:
+        arguments = options.get(name, [])
+        settings = {key: values[key] for key in ("data", "evaluation")} | {"arguments": arguments}
+        evaluation = FinalEvaluation(
+            name,
+            evaluation_command(name, config.output, "--skip-unlabeled", *arguments),
+            folder / f".{name}.done",
+            json.dumps(settings, indent=1),
+        )
+        if evaluation.is_done() and not (report_is_outdated and name == "report"):
+            print(
+                f"--- {name}: done before; to repeat it, run "
+                f"python -m ssl_pretrain.eval.{name} {config.output}",
+                flush=True,
+            )
+            continue
+        yield evaluation
+        report_is_outdated = report_is_outdated or evaluation.is_done()
 
 
 def report_stop() -> int:
     """Print that the command was asked to stop and return its exit status."""
-    print("stopped; the same command goes on with what is not done", flush=True)
+    print("stopped; run the same command to continue with the remaining evaluations", flush=True)
     return STOPPED
 
 
 class EvaluationJobs:
-    """The evaluations of one run.
+    """The evaluations of one run's checkpoints, as processes on this machine or as SLURM jobs.
 
     Attributes:
         run: Folder of the run.
-        failed: Evaluations that failed in this process, in words.
+        failed: Descriptions of the evaluations that failed in this process.
     """
 
     def __init__(self, run: Path, options: argparse.Namespace):
         self.run, self.failed, self._options = run, list[str](), options
         # The folder may have been moved since the run was configured.
         self._config = configuration.load(run / "config.yaml", [f"output={run}"])
+        at_end, launch = self._config.evaluation.at_end, self._config.launch
         if not options.jobs:
-            check_evaluations(self._config)
-        names = options.jobs or self._config.evaluation.at_end
+            check_names(at_end, "evaluation.at_end")
+        names = options.jobs or at_end
         self._names = [name for name in names if name != "report"]
         self._wants_report = "report" in names
-        launch = self._config.launch
         self._on_slurm = slurm.is_submitted(
             replace(launch, cluster=options.cluster or launch.cluster)
         )
-        self._tried: set[tuple[str, str]] = set()  # names of checkpoint and evaluation
+        self._attempted: set[tuple[str, str]] = set()  # names of checkpoint and evaluation
         self._last_notice = ""
 
     def due(self) -> list[tuple[Path, str]]:
         """Return the checkpoint and the name of each evaluation that is due, oldest first.
 
-        Evaluations that this process has tried are left out.
+        Evaluations that this process has attempted are left out.
         """
         checkpoints = list_checkpoints(self.run)
         if self._options.checkpoint:
@@ -62,7 +134,7 @@ class EvaluationJobs:
             (path, name)
             for path in checkpoints
             for name in self._names
-            if not self._is_done(path, name) and (path.name, name) not in self._tried
+            if not self._is_done(path, name) and (path.name, name) not in self._attempted
         ]
 
     def _is_done(self, path: Path, name: str) -> bool:
@@ -73,7 +145,7 @@ class EvaluationJobs:
         """Run or submit the evaluations that are due, then the report.
 
         Returns:
-            The exit status: 1 if an evaluation failed.
+            The exit status: 75 after a request to stop, and 1 if an evaluation failed.
         """
         due = self.due()
         if self._on_slurm:
@@ -84,11 +156,10 @@ class EvaluationJobs:
             if local.stop_requested():
                 return report_stop()
         if due:
-            dashboard.send(self.run)
+            dashboard.send_finished(self.run)
         if self._wants_report and (due or not self._names):
-            report = command(
-                "report", self.run, "--device", self.device(), *self._options.overrides
-            )
+            device = ["--device", self.device()]
+            report = evaluation_command("report", self.run, *device, *self._options.overrides)
             if local.run(report) and not local.stop_requested():
                 self.failed.append("report")
         if self.failed:
@@ -98,16 +169,16 @@ class EvaluationJobs:
         return 1 if self.failed else 0
 
     def evaluate(self, path: Path, name: str) -> None:
-        """Run one evaluation of one checkpoint in a process of its own.
+        """Run one evaluation of one checkpoint in its own process.
 
         A checkpoint that the training has pruned is skipped with a message.
         """
-        self._tried.add((path.name, name))
-        with held_checkpoints.hold(path, self.run / "eval" / HELD) as checkpoint:
+        self._attempted.add((path.name, name))
+        with held_checkpoints.hold(path, self.run / "eval" / HELD_FOLDER) as checkpoint:
             if checkpoint is None:
                 print(
-                    f"skipped {name} of {path.name}: pruned before its turn; "
-                    "checkpoint.keep_last keeps more",
+                    f"skipped {name} of {path.name}: the training pruned this checkpoint before "
+                    "its turn; to keep more, raise checkpoint.keep_last",
                     flush=True,
                 )
                 return
@@ -122,13 +193,17 @@ class EvaluationJobs:
         elif path.exists():
             self.failed.append(f"{name} of {path.name}")
         else:
-            print(f"skipped {name} of {path.name}: pruned while it was read", flush=True)
+            print(
+                f"skipped {name} of {path.name}: the training pruned this checkpoint while it was "
+                "read",
+                flush=True,
+            )
 
     def _command(self, checkpoint: Path, name: str) -> list[str]:
         device = self.device()
         options = ["--skip-unlabeled", "--checkpoint", str(checkpoint), "--device", device]
         nice = ["nice", "-n", "10"] if device == "cpu" and shutil.which("nice") else []
-        return [*nice, *command(name, self.run, *options, *self._options.overrides)]
+        return [*nice, *evaluation_command(name, self.run, *options, *self._options.overrides)]
 
     def device(self) -> str:
         """Return the device to evaluate on.
@@ -141,8 +216,8 @@ class EvaluationJobs:
         if trainer is None or not trainer.is_on_this_host():
             return "auto"
         notice = (
-            f"on the CPU, as process {trainer.pid} trains in {self.run} on this machine; "
-            "--share-gpu takes the GPU"
+            f"evaluating on the CPU, because process {trainer.pid} trains in {self.run} on this "
+            "machine; add --share-gpu to use the GPU"
         )
         if notice != self._last_notice:
             self._last_notice = notice
@@ -150,35 +225,33 @@ class EvaluationJobs:
         return "cpu"
 
     def submit_after(self, job: str) -> list[str]:
-        """Submit every evaluation of the newest checkpoint, for when `job` has succeeded.
+        """Submit every evaluation of the newest checkpoint, to start once `job` has succeeded.
 
         Returns:
             The job ids, in the order in which the jobs run.
         """
-        names = [*self._names, *(["report"] if self._wants_report else [])]
-        jobs = [EvaluationJob(name, str(self.run)) for name in names]
-        return slurm_submit.submit_chain(self._config, jobs, job)
+        report = ["report"] if self._wants_report else []
+        return slurm_job.submit_chain(self._config, [*self._names, *report], job)
 
     def _submit(self, due: list[tuple[Path, str]]) -> None:
-        """Submit the evaluations that are neither done nor queued."""
+        """Submit the evaluations that are due and not queued already."""
+        self._attempted |= {(path.name, name) for path, name in due}
         file = self.run / "slurm" / "evaluations.json"  # job ids by checkpoint and evaluation
-        known = json.loads(file.read_text()) if file.exists() else {}
-        new = [
-            (path, name)
+        queue = json.loads(file.read_text()) if file.exists() else {}
+        jobs = {
+            f"{path.name}/{name}": slurm_job.EvaluationJob(
+                name, str(self.run), ("--checkpoint", str(path))
+            )
             for path, name in due
-            if not slurm.is_queued(known.get(f"{path.name}/{name}", ""))
-        ]
-        self._tried |= {(path.name, name) for path, name in due}
-        jobs = [
-            EvaluationJob(name, str(self.run), ("--checkpoint", str(path))) for path, name in new
-        ]
-        ids = slurm_submit.submit_evaluations(self._config, jobs)
+            if not slurm.is_queued(queue.get(f"{path.name}/{name}", ""))
+        }
+        ids = slurm_job.submit_evaluations(self._config, list(jobs.values()))
         if ids:
-            known |= {f"{path.name}/{name}": job for (path, name), job in zip(new, ids)}
-            file.write_text(json.dumps(known, indent=1))
-            lines = [f"{name} of {path.name}: {job}" for (path, name), job in zip(new, ids)]
+            file.write_text(json.dumps(queue | dict(zip(jobs, ids)), indent=1))
+            names = [" of ".join(reversed(key.split("/"))) for key in jobs]
+            lines = [f"{name}: {job}" for name, job in zip(names, ids)]
             print(f"submitted to SLURM: {', '.join(lines)}", flush=True)
         if self._wants_report and (ids or not self._names):
             dependency = f"afterany:{':'.join(ids)}" if ids else ""  # even if some of them fail
-            report = EvaluationJob("report", str(self.run))
-            slurm_submit.submit_evaluations(self._config, [report], dependency)
+            report = slurm_job.EvaluationJob("report", str(self.run))
+            slurm_job.submit_evaluations(self._config, [report], dependency)

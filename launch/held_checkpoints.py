@@ -1,7 +1,7 @@
-"""Hard links that keep a checkpoint whole while it is evaluated, although the training prunes it.
+"""Hard links that keep a checkpoint intact during its evaluation if the training prunes it.
 
-Each evaluating process has a folder of its own for its links. A killed process leaves its folder
-behind, and the next evaluation of the run removes it.
+Each evaluating process has its own folder for its links. A killed process leaves its folder behind,
+and the next evaluation of the run removes it.
 """
 
 import json
@@ -20,7 +20,8 @@ from ssl_pretrain.fault_tolerance.lock_holder import LockHolder
 
 OWNER = "owner.json"
 HEARTBEAT_SECONDS = 30.0
-STALE_SECONDS = 180.0  # age of the last heartbeat after which a process elsewhere counts as ended
+# A process on another host counts as ended if its last heartbeat is older.
+STALE_SECONDS = 180.0
 
 
 @contextmanager
@@ -33,16 +34,17 @@ def hold(path: Path, folder: Path) -> Iterator[Path | None]:
         path: The checkpoint.
         folder: Folder for the links of all processes.
     """
-    with claim(folder) as claimed:
-        yield link(path, claimed / path.name)
+    with process_folder(folder) as own_folder:
+        yield link(path, own_folder / path.name)
 
 
 def link(path: Path, target: Path) -> Path | None:
-    """Make `target` of hard links to all files of a checkpoint.
+    """Fill the folder `target` with hard links to all files of a checkpoint.
 
     Returns:
-        The target. None if the checkpoint was pruned before all files were linked. The checkpoint
-        itself if it cannot be linked or is damaged, which the evaluation then reports.
+        The target, or None if the checkpoint was pruned before all files were linked. If the
+        checkpoint cannot be linked or is damaged, it is returned itself. The evaluation reports any
+        damage.
     """
     target.mkdir(parents=True, exist_ok=True)
     try:
@@ -61,59 +63,58 @@ def link(path: Path, target: Path) -> Path | None:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[Path]:
-    """Make a folder for this process below `folder`, and remove it at the end.
+def process_folder(parent: Path) -> Iterator[Path]:
+    """Create a folder for this process below `parent`, and remove it at the end.
 
-    A heartbeat lets other machines tell it from the folder of a process that has died.
+    A heartbeat tells other machines that the process is still running.
     """
-    release_abandoned(folder)
-    claimed = folder / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    claimed.mkdir(parents=True)
-    (claimed / OWNER).write_text(LockHolder.this_process().to_json())
+    release_abandoned(parent)
+    folder = parent / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    (folder / OWNER).write_text(LockHolder.this_process().to_json())
     ended = threading.Event()
-    heartbeat = threading.Thread(
-        target=_send_heartbeats, args=(claimed / OWNER, ended), daemon=True
-    )
+    heartbeat = threading.Thread(target=_send_heartbeats, args=(folder / OWNER, ended), daemon=True)
     heartbeat.start()
     try:
-        yield claimed
+        yield folder
     finally:
         ended.set()
         heartbeat.join()
-        _remove(claimed)
+        _remove(folder)
 
 
-def release_abandoned(folder: Path) -> None:
-    """Remove the folders below `folder` whose process has ended without doing so."""
-    if not folder.is_dir():
+def release_abandoned(parent: Path) -> None:
+    """Remove the folders below `parent` whose process has ended without removing its own."""
+    if not parent.is_dir():
         return
-    now = _file_system_time(folder)
-    for claimed in folder.iterdir():
+    now = _file_system_time(parent)
+    for folder in parent.iterdir():
         with suppress(OSError):  # its process may be removing it
-            if claimed.is_dir() and _is_abandoned(claimed, now):
-                _remove(claimed)
+            if folder.is_dir() and _is_abandoned(folder, now):
+                _remove(folder)
 
 
-def _remove(claimed: Path) -> None:
-    shutil.rmtree(claimed, ignore_errors=True)
+def _remove(folder: Path) -> None:
+    """Remove a process's folder, and the parent once it is empty."""
+    shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
-        claimed.parent.rmdir()  # succeeds once it is empty
+        folder.parent.rmdir()
 
 
-def _is_abandoned(claimed: Path, now: float) -> bool:
+def _is_abandoned(folder: Path, now: float) -> bool:
     """Return True if the folder's process has ended, or sent no heartbeat for three minutes."""
     try:
-        owner = LockHolder.from_json((claimed / OWNER).read_bytes())
-        heartbeat = (claimed / OWNER).stat().st_mtime
-    except OSError:  # the folder is being made
-        owner, heartbeat = None, claimed.stat().st_mtime
+        owner = LockHolder.from_json((folder / OWNER).read_bytes())
+        heartbeat = (folder / OWNER).stat().st_mtime
+    except OSError:  # its process has not written the owner yet
+        owner, heartbeat = None, folder.stat().st_mtime
     if owner and owner.born and owner.shares_process_ids(LockHolder.this_process()):
         return owner.has_exited() or _is_zombie(owner.pid)
     return now - heartbeat > STALE_SECONDS
 
 
 def _is_zombie(pid: int) -> bool:
-    """Return True if the process has ended and its parent has not collected its status."""
+    """Return True if the process has ended, but its parent has not collected its exit status."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
     except OSError:
@@ -121,7 +122,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 def _file_system_time(folder: Path) -> float:
-    """Return the time by the clock of the file system, which may differ from this machine's."""
+    """Return the time by the file system's clock, which may differ from this machine's."""
     probe = folder / f".clock-{uuid.uuid4().hex[:8]}"
     try:
         probe.touch()

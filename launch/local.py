@@ -1,4 +1,4 @@
-"""Ranks without a scheduler: on this machine, or by one printed torchrun command per host."""
+"""Launching without a scheduler: on this machine, or by one printed torchrun command per host."""
 
 import ctypes
 import re
@@ -8,27 +8,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.system.exit_status import STOPPED
+from ssl_pretrain.monitoring.output_streams import lasting_output
+from ssl_pretrain.system.exit_status import MISTAKE, STOPPED
 from ssl_pretrain.system.import_path import child_environment
 from ssl_pretrain.system.output_streams import tolerate_lost_output
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
-HOST = re.compile(r"(?!-)[A-Za-z0-9._:-]+")
+HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9._:-]+")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def num_ranks(config: RunConfig) -> int:
     """Return the number of ranks per machine: `launch.ranks`, else one per GPU, else one.
 
-    There are never more ranks than GPUs, if there are GPUs.
+    On a machine with GPUs there are never more ranks than GPUs.
     """
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
@@ -37,98 +39,93 @@ def num_ranks(config: RunConfig) -> int:
 
 
 def train_command(
-    path: str,
-    overrides: Sequence[str],
-    ranks: int,
-    max_restarts: int = 0,
-    rendezvous: Sequence[str] = ("--standalone",),
+    path: str, overrides: Sequence[str], num_processes: int, max_restarts: int = 0
 ) -> list[str]:
-    """Return the command that trains on `ranks` processes.
-
-    It is plain python for one process, torchrun on this machine for several, and torchrun's own
-    module for another rendezvous.
-    """
+    """Return the command that trains on this machine, with torchrun unless there is one process."""
     train = ["-m", "ssl_pretrain.train", path, *overrides]
-    standalone = tuple(rendezvous) == ("--standalone",)
-    if ranks == 1 and standalone:
+    if num_processes == 1:
         return [sys.executable, *train]
-    module = "ssl_pretrain.launch.torchrun" if standalone else "torch.distributed.run"
-    options = ["--max-restarts", str(max_restarts), "--nproc-per-node", str(ranks)]
-    return [sys.executable, "-m", module, *rendezvous, *options, *train]
+    options = ["--max-restarts", str(max_restarts), "--nproc-per-node", str(num_processes)]
+    return [sys.executable, "-m", "ssl_pretrain.launch.torchrun", "--standalone", *options, *train]
 
 
 def host_names(config: RunConfig) -> list[str]:
-    """Return the hosts that `launch.hosts` names, none if it is empty.
+    """Return the host names in `launch.hosts`.
 
     Raises:
-        ConfigError: A name is not that of a host, or appears twice.
+        ConfigError: If a name is not valid or appears twice.
     """
     if not config.launch.hosts:
         return []
     hosts = [host.strip(" ") for host in config.launch.hosts.split(",")]
     for host in hosts:
-        if not HOST.fullmatch(host) or hosts.count(host) > 1:
+        if not HOST_NAME.fullmatch(host) or hosts.count(host) > 1:
             raise ConfigError(
-                f"launch.hosts: {host!r} of {config.launch.hosts!r} is not the name or address of "
-                "one more host; give such as a,b,10.0.0.3"
+                f"launch.hosts: {host!r} in {config.launch.hosts!r} is not a valid name or address "
+                "of a host, or appears twice; give distinct hosts, such as a,b,10.0.0.3"
             )
     return hosts
 
 
 def check_one_machine(config: RunConfig) -> None:
-    """Raise ConfigError for `launch.hosts` in a command that starts several runs in sequence."""
+    """Raise ConfigError if `launch.hosts` is set for runs that start one after the other."""
     if config.launch.hosts:
         raise ConfigError(
-            f"launch.hosts: {config.launch.hosts!r}, and these runs follow each other on this "
-            "machine; leave it out, or start each run with launch/pretrain.py"
+            f"launch.hosts: {config.launch.hosts!r} cannot be used for a series of runs, which "
+            "start one after the other on this machine; leave it out, or start each run with "
+            "launch/pretrain.py"
         )
 
 
 def host_commands(config: RunConfig, path: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Return each host of `launch.hosts` with its torchrun command. GPUs are those of this machine.
+    """Return each host of `launch.hosts` with its torchrun command.
+
+    Without `launch.ranks`, every host is assumed to have as many GPUs as this machine.
 
     All hosts meet at the first one, through torchrun's c10d rendezvous, whose agents outlive a lost
-    host. The others wait until its command is run again, and all ranks resume from the newest
-    checkpoint. A host cannot rejoin a static rendezvous (--master-addr). The environment variable
-    makes each round use its own store. Without it, the ranks would find the addresses of ranks that
-    have exited (seen with torch 2.13).
+    host. The remaining agents wait until the lost host's command is run again, and all ranks resume
+    from the newest checkpoint. A static rendezvous (--master-addr) does not let a host rejoin. The
+    environment variable makes each round use its own store. Without it, the ranks would find the
+    addresses of ranks that have exited (seen with torch 2.13).
 
     Raises:
-        ConfigError: As `host_names`.
+        ConfigError: If a host name is not valid or appears twice.
     """
     hosts, launch = host_names(config), config.launch
     overrides = [override for override in overrides if not override.startswith("launch.hosts=")]
-    environment = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
     commands = []
     for number, host in enumerate(hosts):
-        rendezvous = {
+        options = {
             "--nnodes": len(hosts),
             "--rdzv-backend": "c10d",
             "--rdzv-endpoint": f"{hosts[0]}:{launch.port}",
             "--rdzv-id": Path(config.output).name,
             "--rdzv-conf": f"is_host={int(number == 0)}",
             "--local-addr": host,
+            "--max-restarts": launch.max_restarts,
+            "--nproc-per-node": num_ranks(config),
         }
-        options = [str(word) for option in rendezvous.items() for word in option]
-        train = train_command(path, overrides, num_ranks(config), launch.max_restarts, options)
-        commands.append((host, shlex.join([*environment, "torchrun", *train[3:]])))
+        words = [str(word) for option in options.items() for word in option]
+        torchrun = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun", *words]
+        train = ["-m", "ssl_pretrain.train", path, *overrides]
+        commands.append((host, shlex.join([*torchrun, *train])))
     return commands
 
 
 class StopRequest:
-    """A request to stop this launcher, and the command that it is forwarded to."""
+    """A request to stop this launcher, and the process that it is forwarded to."""
 
     def __init__(self) -> None:
         self.received = False
         self.process: subprocess.Popen[bytes] | None = None
 
     def receive(self, number: int, frame: Any) -> None:
-        """Handle a signal."""
+        """Handle a signal that asks this launcher to stop."""
         self.received = True
         self.forward()
 
     def forward(self) -> None:
-        """Ask the running command to stop. A second request ends the ranks at once."""
+        """Ask the running command to stop. A second request ends its ranks at once."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
@@ -137,16 +134,28 @@ class StopRequest:
 _stop = StopRequest()
 
 
-@contextmanager
-def launching() -> Iterator[None]:
-    """Set up a launcher: survive the loss of its terminal, and forward requests to stop."""
-    with tolerate_lost_output(), stoppable():
-        yield
+def launcher(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Decorate the main function of a launcher, which returns its exit status.
+
+    The launcher survives the loss of its terminal and forwards requests to stop. It reports a
+    ValueError or an OSError as one line, and returns 2.
+    """
+
+    @wraps(main)
+    def run_main(arguments: Sequence[str] | None = None) -> int:
+        with lasting_output(), forwarding_stop_requests():
+            try:
+                return main(arguments)
+            except (ValueError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return MISTAKE
+
+    return run_main
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Forward requests to stop to the command that `run` waits for, and start no further one.
+def forwarding_stop_requests() -> Iterator[None]:
+    """Forward requests to stop to the command that `run` waits for, and start no further command.
 
     The handlers are set explicitly, because process 1 of a container has no default ones. SIGHUP
     stays ignored under nohup. Python delivers signals to the main thread only, so this does nothing
@@ -173,7 +182,7 @@ def stop_requested() -> bool:
 
 
 def wait(seconds: float) -> None:
-    """Sleep until the time is over or this launcher is asked to stop."""
+    """Sleep, but return early if this launcher is asked to stop."""
     end = time.monotonic() + seconds
     while not _stop.received and (remaining := end - time.monotonic()) > 0:
         time.sleep(min(0.2, remaining))
@@ -186,9 +195,9 @@ def _end_with_launcher() -> None:
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a command to its end and return its exit status, as a shell gives it.
+    """Run a command to its end and return its exit status, as a shell would report it.
 
-    The command has a session of its own, so that a Ctrl-C in the terminal reaches it once, from
+    The command has its own session, so that a Ctrl-C in the terminal reaches it only once, through
     this process. After a request to stop, no command is started.
     """
     if _stop.received:

@@ -1,9 +1,8 @@
-"""Pretraining and the evaluations after it: `python launch/pretrain.py CONFIG [key=value ...]`."""
+"""Pretrain and evaluate: `python launch/pretrain.py CONFIG [key=value ...]`."""
 
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,8 @@ if not __package__:  # run as a file from a clone
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.launch import dashboard, local, slurm, slurm_submit
-from ssl_pretrain.launch.final_evaluations import check_evaluations, due_evaluations
+from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
+from ssl_pretrain.launch.evaluation_jobs import check_names, due_evaluations
 from ssl_pretrain.planning import plan
 from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
 
@@ -39,10 +38,30 @@ examples:
     python launch/pretrain.py configs/simclr_imagenet.yaml launch.hosts=a,b"""
 
 
+@local.launcher
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    with local.launching():
-        return _main(_parse(arguments))
+    options = _parse(arguments)
+    config = configuration.load(options.config, options.overrides)
+    check_names(config.evaluation.at_end, "evaluation.at_end")
+    on_slurm = slurm.is_submitted(config.launch)
+    if not on_slurm:
+        slurm.check_no_slurm_keys(config, options.overrides)
+    hosts = local.host_names(config)
+    num_ranks = slurm.num_ranks(config) if on_slurm else local.num_ranks(config) * (len(hosts) or 1)
+    if options.plan:
+        print(plan.describe(config, plan.num_ranks(config, num_ranks)))
+        if on_slurm:
+            print("\n".join(slurm.describe(config)))
+        return 0
+    configuration.check(config, num_ranks)
+    if on_slurm:
+        return _submit(config, options.config, options.overrides)
+    if hosts:
+        for host, command in local.host_commands(config, options.config, options.overrides):
+            print(f"# on {host}\n{command}")
+        return 0
+    return pretrain_and_evaluate(config, options.config, options.overrides)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -62,40 +81,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)  # key=value may follow an option
 
 
-def _main(options: argparse.Namespace) -> int:
-    try:
-        config = configuration.load(options.config, options.overrides)
-        check_evaluations(config)
-        submitting = slurm.is_submitted(config.launch)
-        if not submitting:
-            slurm.check_not_submitted(config, options.overrides)
-        hosts = local.host_names(config)
-        num_ranks = (
-            slurm.num_ranks(config) if submitting else local.num_ranks(config) * max(1, len(hosts))
-        )
-        if options.plan:
-            print(plan.describe(config, plan.num_ranks(config, num_ranks)))
-            if submitting:
-                print("\n".join(slurm.describe(config)))
-            return 0
-        configuration.check(config, num_ranks)
-        if submitting:
-            return _submit(config, options.config, options.overrides)
-        if hosts:
-            for host, line in local.host_commands(config, options.config, options.overrides):
-                print(f"# on {host}\n{line}")
-            return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return pretrain_and_evaluate(config, options.config, options.overrides)[0]
-
-
 def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
-    jobs = slurm_submit.submit(config, path, overrides)
+    jobs = slurm_job.submit(config, path, overrides)
     chain = config.launch.chain
-    ranks = slurm.num_ranks(config)
-    print(f"submitted to SLURM: pretraining {', '.join(jobs[:chain])} on {ranks} ranks")
+    pretraining = ", ".join(jobs[:chain])
+    print(f"submitted to SLURM: pretraining {pretraining} on {slurm.num_ranks(config)} ranks")
     for name, job in zip(config.evaluation.at_end, jobs[chain:]):
         print(f"  then {name}: {job}")
     log = f"{config.output}/slurm/{jobs[0]}_0_log.out"
@@ -109,10 +99,10 @@ def pretrain_and_evaluate(
     path: str,
     overrides: Sequence[str],
     options: dict[str, list[str]] | None = None,
-) -> tuple[int, dict[str, float]]:
+) -> int:
     """Pretrain, then run the evaluations of `evaluation.at_end` that the last checkpoint lacks.
 
-    If one of them fails, the others are still run.
+    If an evaluation fails, the others still run.
 
     Args:
         config: The run's configuration.
@@ -121,44 +111,39 @@ def pretrain_and_evaluate(
         options: Options of evaluations by name, such as {"linear": ["--rows", "pretrained"]}.
 
     Returns:
-        The exit status and the seconds per phase. The status is 0 for a finished run, 75 for one
-        that was asked to stop, 1 if an evaluation failed, and that of training if training failed.
+        The exit status: 0 if the run is finished, 75 if it was asked to stop, 1 if an evaluation
+        failed, and that of training if training failed.
     """
-    seconds: dict[str, float] = {}
-
-    def run_phase(name: str, command: Sequence[str]) -> int:
-        print(f"--- {name}", flush=True)
-        start = time.monotonic()
-        status = local.run(command)
-        seconds[name] = time.monotonic() - start
-        return status
-
-    train = local.train_command(
-        path, overrides, local.num_ranks(config), config.launch.max_restarts
-    )
-    status = _training_status(config, run_phase("pretraining", train))
+    print("--- pretraining", flush=True)
+    num_ranks = local.num_ranks(config)
+    command = local.train_command(path, overrides, num_ranks, config.launch.max_restarts)
+    status = _training_status(config, local.run(command))
     if status:
-        return status, seconds
-    failed: list[str] = []
+        return status
+    statuses: dict[str, int] = {}
     for evaluation in due_evaluations(config, options or {}):
-        status = run_phase(evaluation.name, evaluation.command)
+        print(f"--- {evaluation.name}", flush=True)
+        statuses[evaluation.name] = local.run(evaluation.command)
         if local.stop_requested():
             print(
-                f"stopped in {evaluation.name}, after the pretraining: "
-                "the same command goes on with it",
+                f"stopped during {evaluation.name}, after the pretraining; "
+                "run the same command to continue",
                 flush=True,
             )
-            return STOPPED, seconds
-        if status == 0:
-            evaluation.write_note()
-        elif status != SKIPPED:
-            failed.append(f"{evaluation.name} (status {status})")
-    if seconds.keys() > {"pretraining"}:
-        dashboard.send(Path(config.output))
+            return STOPPED
+        if statuses[evaluation.name] == 0:
+            evaluation.record_success()
+    if statuses:
+        dashboard.send_finished(Path(config.output))
+    failed = [
+        f"{name} (status {status})"
+        for name, status in statuses.items()
+        if status not in (0, SKIPPED)
+    ]
     if failed:
         message = f"error: failed: {', '.join(failed)}; the other evaluations were run"
         print(message, file=sys.stderr, flush=True)
-    return 1 if failed else 0, seconds
+    return 1 if failed else 0
 
 
 def _training_status(config: RunConfig, status: int) -> int:

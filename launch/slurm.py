@@ -1,4 +1,4 @@
-"""SLURM: whether runs are submitted to it, and the resources that a run requests."""
+"""Decide whether a run goes to SLURM, and which resources its job requests."""
 
 import math
 import os
@@ -32,21 +32,17 @@ def is_available() -> bool:
 
 
 def is_submitted(launch: LaunchConfig) -> bool:
-    """Return True if a run with these settings goes to SLURM, not to this machine."""
+    """Return True if a run with these settings is submitted to SLURM."""
     if launch.cluster == "auto":
         return not launch.hosts and is_available()
     return launch.cluster == "slurm"
 
 
-def check_not_submitted(config: RunConfig, overrides: Sequence[str]) -> None:
-    """Refuse keys that only SLURM uses, for a run that starts on this machine.
-
-    Raises:
-        ConfigError: Names the keys.
-    """
+def check_no_slurm_keys(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError if a run that starts on this machine sets keys that only SLURM uses."""
     reason = "SLURM does not answer on this machine"
     if "SLURM_JOB_ID" in os.environ:
-        reason = f"this is inside its job {os.environ['SLURM_JOB_ID']} already"
+        reason = f"this process is part of SLURM job {os.environ['SLURM_JOB_ID']} already"
     elif shutil.which("sbatch") is None:
         reason = "this machine has no sbatch"
     elif config.launch.cluster == "local":
@@ -62,12 +58,12 @@ def check_not_submitted(config: RunConfig, overrides: Sequence[str]) -> None:
 
 
 def num_ranks(config: RunConfig) -> int:
-    """Return the number of ranks of the whole job: one per GPU, or `launch.ranks` per CPU node."""
+    """Return the number of ranks on all nodes: one per GPU, or `launch.ranks` per CPU node."""
     return config.launch.nodes * (config.launch.gpus_per_node or config.launch.ranks or 1)
 
 
 def is_queued(job: str) -> bool:
-    """Return True if the job waits or runs."""
+    """Return True if the job is waiting or running. An empty id belongs to no job."""
     if not job:
         return False
     queue = subprocess.run(
@@ -80,18 +76,15 @@ def request(config: RunConfig) -> dict[str, Any]:
     """Return submitit's parameters for the pretraining job.
 
     Raises:
-        ConfigError: SLURM would refuse a value, or a job script would not treat it as a value.
+        ConfigError: If SLURM would refuse a value, or a job script would run it as a command.
     """
     _check_request(config)
     launch = config.launch
-    additional: dict[str, Any] = {
-        "open_mode": "append",
-        "requeue" if launch.requeue else "no_requeue": True,
-    }
-    if launch.gpus_per_node:
-        additional["gpus_per_node"] = launch.gpus_per_node
+    gpus = {"gpus_per_node": launch.gpus_per_node} if launch.gpus_per_node else {}
     num_cpus = max(1, config.data.num_workers if launch.gpus_per_node else 1)
-    parameters: dict[str, Any] = {
+    optional = {"mem_gb": launch.memory_gb}
+    optional |= {f"slurm_{key}": getattr(launch, key) for key in NAME_KEYS}
+    return {
         "slurm_job_name": Path(config.output).name,
         "nodes": launch.nodes,
         "tasks_per_node": num_ranks(config) // launch.nodes,
@@ -102,14 +95,15 @@ def request(config: RunConfig) -> dict[str, Any]:
             f"export PYTHONPATH={shlex.quote(str(IMPORT_ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export SLURM_OPEN_MODE=append",
         ],
-        # SLURM must not end the job when it loses a task. The job requeues itself instead.
+        # SLURM must not end the job when a task fails. The job requeues itself instead.
         "slurm_srun_args": ["--kill-on-bad-exit=0"],
-        "slurm_additional_parameters": additional,
+        "slurm_additional_parameters": {
+            "open_mode": "append",
+            "requeue" if launch.requeue else "no_requeue": True,
+            **gpus,
+        },
+        **{key: value for key, value in optional.items() if value},
     }
-    if launch.memory_gb:
-        parameters["mem_gb"] = launch.memory_gb
-    names = {f"slurm_{key}": getattr(launch, key) for key in NAME_KEYS}
-    return parameters | {key: name for key, name in names.items() if name}
 
 
 def _check_request(config: RunConfig) -> None:
@@ -128,13 +122,13 @@ def _check_request(config: RunConfig) -> None:
             )
     if not config.output.isprintable() or "%" in config.output:
         raise ConfigError(
-            f"output: {config.output!r} contains a control character or %, which have a meaning in "
-            "a job script; give another folder"
+            f"output: {config.output!r} contains a control character or %, which a job script "
+            "would interpret; give another folder"
         )
     if launch.signal_seconds >= 60 * _minutes(launch):
         raise ConfigError(
-            f"launch.signal_seconds: {launch.signal_seconds} leaves nothing of "
-            f"launch.hours: {launch.hours:g}; give less"
+            f"launch.signal_seconds: {launch.signal_seconds} is not shorter than the time limit, "
+            f"launch.hours: {launch.hours:g}; give fewer seconds"
         )
 
 
@@ -147,10 +141,10 @@ def describe(config: RunConfig) -> list[str]:
     """Describe the jobs that would be submitted, one line per job.
 
     Raises:
-        ConfigError: As `request`.
+        ConfigError: If `request` refuses a value.
     """
     parameters, launch = request(config), config.launch
-    count = (
+    jobs = (
         f"{launch.chain} x pretraining, one after the other" if launch.chain > 1 else "pretraining"
     )
     details = [
@@ -163,9 +157,12 @@ def describe(config: RunConfig) -> list[str]:
         "requeued until the run has ended" if launch.requeue else "not requeued",
         *(f"{key} {getattr(launch, key)}" for key in NAME_KEYS if getattr(launch, key)),
     ]
-    lines = [f"SLURM job: {count} ({parameters['slurm_job_name']}): {', '.join(details)}"]
-    previous = ""
-    for name in config.evaluation.at_end:
-        lines.append(f"SLURM job: {name}, 1 task, after the pretraining has succeeded{previous}")
-        previous = f" and {name} has ended"
-    return lines
+    evaluations = config.evaluation.at_end
+    return [
+        f"SLURM job: {jobs} ({parameters['slurm_job_name']}): {', '.join(details)}",
+        *(
+            f"SLURM job: {name}, 1 task, after the pretraining has succeeded"
+            + (f" and {previous} has ended" if previous else "")
+            for previous, name in zip(["", *evaluations], evaluations)
+        ),
+    ]

@@ -1,29 +1,36 @@
-"""Programs of SLURM jobs, which submitit pickles at submission and calls in each task."""
+"""SLURM jobs: what each of them runs, and how they are submitted with submitit.
+
+submitit pickles a PretrainingJob or an EvaluationJob at submission and calls it in each task.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ssl_pretrain import train
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
-from ssl_pretrain.launch import local
+from ssl_pretrain.config import ConfigError, RunConfig
+from ssl_pretrain.launch import local, slurm
 from ssl_pretrain.system import stop_signals
 from ssl_pretrain.system.exit_status import LOST, STOPPED
 
 UNFINISHED = STOPPED  # exit status of every rank until the run has ended
-UNEXPECTED_ERROR = -1  # stands for an exception that training does not handle
-GRACE_SECONDS = 120  # longest wait for SLURM to end the ranks after a requeue
+UNEXPECTED_ERROR = -1  # returned instead of a status if training raises an exception
+GRACE_SECONDS = 120  # longest time that SLURM may need to end the ranks after a requeue
 
 
 @dataclass
 class EvaluationJob:
-    """One evaluation of the run's newest checkpoint, unless `arguments` name another."""
+    """One evaluation of a run's newest checkpoint, unless `arguments` name another checkpoint."""
 
     name: str
     run: str
@@ -32,13 +39,13 @@ class EvaluationJob:
     def __call__(self) -> int:
         """Run launch/evaluate.py in this task."""
         options = ["--cluster", "local", "--jobs", self.name, *(self.arguments or ("--newest",))]
-        with local.stoppable():
+        with local.forwarding_stop_requests():
             status = local.run(
                 [sys.executable, "-m", "ssl_pretrain.launch.evaluate", self.run, *options]
             )
         if status:
             raise SystemExit(status)
-        return status
+        return 0
 
 
 @dataclass
@@ -53,40 +60,42 @@ class PretrainingJob:
         """Train as one rank. Requeue the job unless the run has ended or failed for good."""
         # submitit's own handler would requeue at once, from rank 0 alone, in the middle of a step.
         stop_signals.remember_signals()
-        _become_a_rank()
-        status = self._train()
+        _set_rank_environment()
+        run = Path([o for o in self.overrides if o.startswith("output=")][-1].partition("=")[2])
+        try:
+            status = train.main([self.path, *self.overrides])
+        except Exception as error:
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            status = UNEXPECTED_ERROR
         if status in (UNEXPECTED_ERROR, LOST):  # a lost rank or node, rather than a mistake
-            self._end_after_a_loss()
+            self._end_after_loss(run)
         if status not in (0, STOPPED):
             os._exit(status)
-        if status == STOPPED or not is_finished(self._run()):
+        if status == STOPPED or not is_finished(run):
             if self.requeue:
                 _requeue_and_wait(delay=0.0 if os.environ["RANK"] == "0" else GRACE_SECONDS / 2)
             os._exit(UNFINISHED)
         return 0
 
-    def _run(self) -> Path:
-        outputs = [o.removeprefix("output=") for o in self.overrides if o.startswith("output=")]
-        return Path(outputs[-1])
+    def _end_after_loss(self, run: Path) -> None:
+        """Exit, and requeue the job if the run has saved a checkpoint since it last failed.
 
-    def _train(self) -> int:
-        try:
-            return train.main([self.path, *self.overrides])
-        except Exception as error:
-            print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            return UNEXPECTED_ERROR
-
-    def _end_after_a_loss(self) -> None:
-        """Exit, and requeue the job if the run has made progress since it last failed."""
-        status = UNFINISHED if _has_new_checkpoint(self._run()) else 1
-        if status == UNFINISHED:
-            _note_failure(self._run())
+        A failure that repeats at the same step is not retried.
+        """
+        # This file holds the name of the newest checkpoint at this rank's last failure.
+        note = run / "slurm" / f"failed.{os.environ['RANK']}.json"
+        checkpoints = list_checkpoints(run)
+        newest = json.dumps(checkpoints[-1].name) if checkpoints else ""
+        has_new_checkpoint = newest not in ("", note.read_text() if note.exists() else "")
+        if has_new_checkpoint:
+            note.write_text(newest)
             if self.requeue:
                 _requeue_and_wait(delay=3.0 * int(os.environ["RANK"]))
-        os._exit(status)  # a thread may still hang in a collective with the lost rank
+        # Exit without cleanup, because a thread may hang in a collective with the lost rank.
+        os._exit(UNFINISHED if has_new_checkpoint else 1)
 
 
-def _become_a_rank() -> None:
+def _set_rank_environment() -> None:
     """Set torchrun's environment variables from SLURM's."""
     import submitit
 
@@ -103,28 +112,8 @@ def _become_a_rank() -> None:
     )
 
 
-def _failure_note(run: Path) -> Path:
-    """Return the file with the newest checkpoint at this rank's last failure."""
-    return run / "slurm" / f"failed.{os.environ['RANK']}.json"
-
-
-def _has_new_checkpoint(run: Path) -> bool:
-    """Return True if the run has saved a checkpoint since it last failed.
-
-    A failure that repeats at the same step is not retried.
-    """
-    checkpoints, note = list_checkpoints(run), _failure_note(run)
-    if not checkpoints:
-        return False
-    return not note.exists() or json.loads(note.read_text()) != checkpoints[-1].name
-
-
-def _note_failure(run: Path) -> None:
-    _failure_note(run).write_text(json.dumps(list_checkpoints(run)[-1].name))
-
-
 def _requeue_and_wait(delay: float) -> None:
-    """Ask SLURM to requeue this job, unless it is already requeued, and wait to be ended."""
+    """Ask SLURM to requeue this job, unless that has happened already, and wait to be ended."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(UNFINISHED))
     time.sleep(delay)
     job = os.environ["SLURM_JOB_ID"]
@@ -137,3 +126,141 @@ def _requeue_and_wait(delay: float) -> None:
         with suppress(subprocess.SubprocessError):
             subprocess.run(["scontrol", "requeue", job], timeout=60, check=False)
     time.sleep(GRACE_SECONDS)
+
+
+def submit(config: RunConfig, path: str, overrides: Sequence[str]) -> list[str]:
+    """Submit the pretraining as a chain of `launch.chain` jobs, then its evaluations.
+
+    Returns:
+        The job ids in that order.
+
+    Raises:
+        ConfigError: If submitit is missing, a value is invalid, or SLURM refuses the job.
+    """
+    parameters = slurm.request(config)
+    job = PretrainingJob(
+        str(Path(path).absolute()), (*overrides, f"output={config.output}"), config.launch.requeue
+    )
+    ids: list[str] = []
+    with _private_executor(config.output) as executor:
+        for _ in range(config.launch.chain):
+            dependency = {"dependency": f"afterany:{ids[-1]}"} if ids else {}
+            additional = parameters["slurm_additional_parameters"] | dependency
+            executor.update_parameters(**parameters | {"slurm_additional_parameters": additional})
+            ids.append(executor.submit(job).job_id)
+    return ids + submit_chain(config, config.evaluation.at_end, ids[-1])
+
+
+def submit_chain(config: RunConfig, names: Sequence[str], pretraining: str) -> list[str]:
+    """Submit evaluations of the newest checkpoint, to run one after the other.
+
+    They start once the pretraining job has succeeded. An evaluation that fails does not stop the
+    later ones, so the report, which comes last, shows the results of the others.
+
+    Returns:
+        The job ids.
+    """
+    ids: list[str] = []
+    for name in names:
+        dependency = f"afterok:{pretraining}" + (f",afterany:{ids[-1]}" if ids else "")
+        ids += submit_evaluations(config, [EvaluationJob(name, config.output)], dependency)
+    return ids
+
+
+def submit_evaluations(
+    config: RunConfig, jobs: Sequence[EvaluationJob], dependency: str = ""
+) -> list[str]:
+    """Submit evaluations, each as a job on one GPU or one CPU node.
+
+    Args:
+        config: The run's configuration. Partition, time limit and so on apply to each job.
+        jobs: The evaluations.
+        dependency: Dependency in SLURM's syntax, such as afterok:12. A job whose dependency can no
+            longer be fulfilled is canceled.
+
+    Returns:
+        The job ids.
+
+    Raises:
+        ConfigError: If submitit is missing, a value is invalid, or SLURM refuses the job.
+    """
+    additional = {"open_mode": "append"}
+    if dependency:
+        additional |= {"dependency": dependency, "kill_on_invalid_dep": "yes"}
+    if config.launch.gpus_per_node:
+        additional["gpus_per_node"] = "1"
+    parameters = slurm.request(config) | {
+        "nodes": 1,
+        "tasks_per_node": 1,
+        "slurm_additional_parameters": additional,
+    }
+    for name in ("slurm_signal_delay_s", "slurm_srun_args"):
+        del parameters[name]
+    ids = []
+    with _private_executor(config.output) as executor:
+        for job in jobs:
+            executor.update_parameters(**parameters | {"slurm_job_name": job.name})
+            ids.append(executor.submit(job).job_id)
+    return ids
+
+
+def submit_array(runs: Sequence[tuple[RunConfig, Sequence[str]]], path: str) -> list[str]:
+    """Submit one array with one job per run, each with the resources of the first run.
+
+    Args:
+        runs: Configuration and overrides of each run.
+        path: The YAML that the overrides apply to.
+
+    Returns:
+        The job ids.
+
+    Raises:
+        ConfigError: If submitit is missing, a value is invalid, or SLURM refuses the job.
+    """
+    first, file = runs[0][0], str(Path(path).absolute())
+    with _private_executor(str(Path(first.output).parent)) as executor:
+        executor.update_parameters(**slurm.request(first))
+        with executor.batch():
+            jobs = [
+                executor.submit(PretrainingJob(file, tuple(overrides), run.launch.requeue))
+                for run, overrides in runs
+            ]
+    return [job.job_id for job in jobs]
+
+
+@contextmanager
+def _private_executor(output: str) -> Iterator[Any]:
+    """Yield a submitit executor for the folder OUTPUT/slurm, which only this user can access.
+
+    The folder is private because SLURM's jobs execute the pickles in it.
+
+    Raises:
+        ConfigError: If submitit or a command of SLURM is missing, or SLURM refuses a job.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError(
+            "launch.cluster: slurm needs submitit; pip install submitit, or set "
+            "launch.cluster=local"
+        ) from None
+    for command in ("sbatch", "srun"):
+        if shutil.which(command) is None:
+            raise ConfigError(
+                f"launch.cluster: slurm needs the command {command}, which this machine lacks; "
+                "submit from a machine of the cluster, or set launch.cluster=local"
+            )
+    folder = Path(output).absolute() / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    umask = os.umask(0o077)
+    try:
+        yield submitit.AutoExecutor(folder=folder, cluster="slurm")
+    except submitit.core.utils.FailedJobError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"SLURM refused the job: {reason}; check launch.partition, launch.account and the "
+            "output of --plan"
+        ) from None
+    finally:
+        os.umask(umask)

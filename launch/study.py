@@ -1,5 +1,6 @@
 """Studies: YAMLs of configs/sweeps/ that pretrain several variants and compare them."""
 
+import argparse
 import re
 import shlex
 import sys
@@ -11,7 +12,7 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.launch import local, pretrain, slurm, study_table
-from ssl_pretrain.system.exit_status import STOPPED
+from ssl_pretrain.system.exit_status import MISTAKE, STOPPED
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Variant:
     """One row of a study's table."""
 
     name: str = "???"
-    set: list[str] = field(default_factory=list)  # overrides of the base configuration
+    set: list[str] = field(default_factory=list)  # overrides on top of those of the study
 
 
 @dataclass
@@ -29,25 +30,25 @@ class Study:
     title: str = ""
     base: str = "configs/methods_digits.yaml"
     set: list[str] = field(default_factory=list)  # overrides of all variants
-    small_heads: bool = False  # apply SMALL_CONFIG and PRESET_OVERRIDES of the method's file
+    small_heads: bool = False  # apply SMALL and PRESET from the method's module
     every_method: bool = False  # add one variant per method
     columns: list[str] = field(default_factory=lambda: list(study_table.DEFAULT_COLUMNS))
-    plot_against: str = ""  # numeric key for the x-axis; empty: one bar per variant
+    plot_against: str = ""  # numeric key on the x-axis; empty: one bar per variant
     runs: list[Variant] = field(default_factory=list)
 
     def evaluations(self) -> list[str]:
-        """Return the evaluations that the columns are read from."""
+        """Return the evaluations from which the columns are read."""
         names = [study_table.COLUMNS[column].evaluation for column in self.columns]
         return list(dict.fromkeys(name for name in names if name))
 
 
 @dataclass
 class PlannedRun:
-    """One run of a study: a variant with a seed."""
+    """One variant of a study with one seed."""
 
     variant: str
     config: RunConfig
-    overrides: list[str]  # with the base configuration, these give `config`
+    overrides: list[str]  # overrides of the base configuration that yield `config`
 
     def is_done(self) -> bool:
         """Return True if every evaluation of the run has a result."""
@@ -56,10 +57,10 @@ class PlannedRun:
 
 
 def load(path: str | Path) -> Study | None:
-    """Return the study in a YAML, or None if the YAML configures a single run.
+    """Return the study in a YAML, or None if there is no such file or it configures a single run.
 
     Raises:
-        ConfigError: A key or column is unknown, or the study has no runs.
+        ConfigError: If a key or column is unknown, or the study has no runs.
     """
     if not Path(path).is_file():
         return None
@@ -71,10 +72,10 @@ def load(path: str | Path) -> Study | None:
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if study.every_method:
-        names = methods.names()
-        study.runs = [*(Variant(name, [f"method.name={name}"]) for name in names), *study.runs]
+        every_method = [Variant(name, [f"method.name={name}"]) for name in methods.names()]
+        study.runs = [*every_method, *study.runs]
     if not study.runs:
-        raise ConfigError(f"{path}: runs: is empty; give each a name and what it sets")
+        raise ConfigError(f"{path}: runs: is empty; list runs, each with a name and a set of keys")
     unknown = [column for column in study.columns if column not in study_table.COLUMNS]
     if unknown or not study.columns:
         raise ConfigError(
@@ -90,8 +91,8 @@ def plan(
 
     Args:
         study: The study.
-        path: Its YAML, which names the default output folder.
-        base: Configuration to use instead of the study's own.
+        path: YAML of the study, which names the default output folder.
+        base: Base configuration that replaces the study's.
         overrides: key=value for all runs. seed=0,1,2 plans three runs per variant.
     """
     base = base or study.base
@@ -101,53 +102,48 @@ def plan(
     runs = []
     for variant in study.runs:
         slug = re.sub(r"[^a-z0-9.]+", "_", variant.name.lower()).strip("_")
-        specific = [*study.set, *variant.set]
+        settings = [*study.set, *variant.set]
+        small_model = small_model_overrides(settings) if study.small_heads else []
         for seed in seeds:
-            every = [
-                *(small_model_overrides(specific) if study.small_heads else []),
-                *specific,
+            run_overrides = [
+                *small_model,
+                *settings,
                 *(f"{key}={value}" for key, value in common.items()),
                 f"seed={seed}",
                 f"output={folder}/{slug}_{seed}",
                 f"evaluation.at_end=[{','.join(study.evaluations())}]",
             ]
-            runs.append(PlannedRun(variant.name, configuration.load(base, every), every))
+            config = configuration.load(base, run_overrides)
+            runs.append(PlannedRun(variant.name, config, run_overrides))
     return runs
 
 
 def small_model_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return what the method named in `overrides` changes in a CPU preset: its head and exceptions.
+    """Return the changes that the method named in `overrides` makes to a CPU preset.
 
-    The list is empty if no method is named.
+    They are its small head and its exceptions. The list is empty if no method is named.
     """
-    names = [
-        value for key, _, value in (o.partition("=") for o in overrides) if key == "method.name"
-    ]
+    prefix = "method.name="
+    names = [each.removeprefix(prefix) for each in overrides if each.startswith(prefix)]
     if not names:
         return []
     method = methods.find(names[-1])
-    heads = [f"method.{key}={value}" for key, value in method.SMALL_CONFIG.items()]
-    return [f"method.name={names[-1]}", *heads, *getattr(method, "PRESET_OVERRIDES", [])]
+    heads = [f"method.{key}={value}" for key, value in method.SMALL.items()]
+    return [f"{prefix}{names[-1]}", *heads, *getattr(method, "PRESET", [])]
 
 
-class Stopped(Exception):
-    """Raised when the study is asked to stop."""
-
-
-def run_all(runs: Sequence[PlannedRun], base: str) -> list[str]:
+def run_all(runs: Sequence[PlannedRun], base: str) -> int:
     """Pretrain and evaluate the runs that are not done.
 
-    `linear` evaluates raw pixels and the random backbone once per seed, because they are the same
-    for all variants.
+    `linear` evaluates raw pixels and the random backbone only once per seed, because all variants
+    have the same ones.
 
     Returns:
-        The folders of the runs that failed.
-
-    Raises:
-        Stopped: A run was asked to stop. No further run is started.
+        The exit status: 75 if a run was asked to stop, after which none is started, and 1 if a run
+        failed.
     """
     failed = []
-    compared = {
+    seeds_with_references = {
         run.config.seed
         for run in runs
         if run.is_done() and study_table.has_reference_rows(run.config)
@@ -157,89 +153,76 @@ def run_all(runs: Sequence[PlannedRun], base: str) -> list[str]:
             continue
         seed = run.config.seed
         print(f"=== {number} of {len(runs)}: {run.variant}, seed {seed}", flush=True)
-        options = {"linear": ["--rows", "pretrained"]} if seed in compared else {}
-        status = pretrain.pretrain_and_evaluate(run.config, base, run.overrides, options)[0]
+        options = {"linear": ["--rows", "pretrained"]} if seed in seeds_with_references else {}
+        status = pretrain.pretrain_and_evaluate(run.config, base, run.overrides, options)
         if status == STOPPED:
-            raise Stopped(
-                f"stopped in run {number} of {len(runs)}; the same command goes on from there"
+            print(
+                f"stopped in run {number} of {len(runs)}; run the same command to continue",
+                flush=True,
             )
+            return STOPPED
         if status:
             failed.append(run.config.output)
         else:
-            compared.add(seed)
-    return failed
-
-
-def main(
-    study: Study,
-    path: str,
-    base: str | None,
-    overrides: Sequence[str],
-    table: Path | None,
-    only: str,
-) -> int:
-    """Run a study and write its table and plot.
-
-    Args:
-        study: The study.
-        path: Its YAML.
-        base: Configuration to use instead of the study's own.
-        overrides: key=value for all runs.
-        table: Markdown file to write. None: a file beside the runs.
-        only: "list" prints the runs, "table" writes the table of the runs that are done, and ""
-            does the whole study.
-
-    Returns:
-        The exit status.
-    """
-    runs = plan(study, path, base, overrides)
-    for run in runs:
-        _check_machine(run)
-    if only == "list":
-        print("\n".join(run.config.output for run in runs))
-        return 0
-    try:
-        failed = [] if only == "table" else run_all(runs, base or study.base)
-    except Stopped as stopped:
-        print(stopped, flush=True)
-        return STOPPED
-    folder = Path(runs[0].config.output).parent
-    done = [(run.variant, run.config) for run in runs if run.is_done()]
-    if not done:
-        print(
-            f"error: {folder}: no run of this study has been evaluated, so no table was written; "
-            "run it first",
-            file=sys.stderr,
-        )
-        return 2 if only == "table" else 1
-    missing = list(dict.fromkeys(run.variant for run in runs if not run.is_done()))
-    table = table or folder / f"{Path(path).stem}.md"
-    command = _command_to_show(path, base, overrides)
-    comparison = study_table.Comparison(study.title, study.columns, done, study.plot_against)
-    study_table.write(comparison, missing, command, table)
-    print(f"{table} and {table.with_suffix('.png').name}")
+            seeds_with_references.add(seed)
     if failed:
         print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _check_machine(run: PlannedRun) -> None:
-    """Raise ConfigError for keys of a cluster: the runs follow each other on this machine."""
+def run_and_compare(study: Study, options: argparse.Namespace) -> int:
+    """Run a study, write its table and plot, and return the exit status.
+
+    Args:
+        study: The study.
+        options: Options of launch/sweep.py.
+    """
+    path = options.config
+    runs = plan(study, path, options.base, options.overrides)
+    for run in runs:
+        _check_launch_keys(run)
+    if options.list:
+        print("\n".join(run.config.output for run in runs))
+        return 0
+    status = 0 if options.table_only else run_all(runs, options.base or study.base)
+    if status == STOPPED:
+        return status
+    folder = Path(runs[0].config.output).parent
+    done = [(run.variant, run.config) for run in runs if run.is_done()]
+    if not done:
+        print(
+            f"error: {folder}: no run of this study has been evaluated, so no table was written; "
+            "run the study first",
+            file=sys.stderr,
+        )
+        return MISTAKE if options.table_only else 1
+    missing = list(dict.fromkeys(run.variant for run in runs if not run.is_done()))
+    table = options.table or folder / f"{Path(path).stem}.md"
+    command = _command_to_show(path, options.base, options.overrides)
+    comparison = study_table.Comparison(study.title, study.columns, done, study.plot_against)
+    study_table.write(comparison, missing, command, table)
+    print(f"{table} and {table.with_suffix('.png').name}")
+    return status
+
+
+def _check_launch_keys(run: PlannedRun) -> None:
+    """Raise ConfigError if the run sets a key for a cluster or for several hosts."""
     if run.config.launch.cluster == "slurm":
         raise ConfigError(
-            "launch.cluster: slurm: these runs follow each other on this machine; leave it out"
+            "launch.cluster: slurm cannot be used for a study, whose runs start one after the "
+            "other on this machine; leave it out"
         )
     local.check_one_machine(run.config)
-    slurm.check_not_submitted(run.config, run.overrides)
+    slurm.check_no_slurm_keys(run.config, run.overrides)
 
 
 def _command_to_show(path: str, base: str | None, overrides: Sequence[str]) -> str:
     """Return the study's command without this machine's paths and settings."""
-    shown = []
-    for key, equals, value in (override.partition("=") for override in overrides):
-        if key == "data.root":
-            value = Path(value).name
-        if key != "output" and not key.startswith(("launch.", "log.")):
-            shown.append(f"{key}{equals}{value}")
+    pairs = [override.partition("=")[::2] for override in overrides]
+    shown = [
+        f"{key}={Path(value).name if key == 'data.root' else value}"
+        for key, value in pairs
+        if key != "output" and not key.startswith(("launch.", "log."))
+    ]
     other_base = ["--base", base] if base else []
     return shlex.join(["python", "launch/sweep.py", path, *other_base, *shown])

@@ -1,4 +1,4 @@
-"""Table and plot of a study: numbers of each variant, as means and deviations over its seeds."""
+"""Table and plot of a study: the means and deviations of each variant over its seeds."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -30,9 +30,9 @@ class RunNumbers:
         return float(self.records[-1]["time"] - self.records[0]["time"]) / 60
 
     def last(self, metric: str) -> float:
-        """Return the last value of a metric of training, NaN if there is none."""
-        values = (record[metric] for record in reversed(self.records) if metric in record)
-        return float(next(values, float("nan")))
+        """Return the last value of a training metric, or NaN if there is none."""
+        values = [record[metric] for record in self.records if metric in record]
+        return float(values[-1]) if values else float("nan")
 
     def above_random(self) -> float:
         """Return the gain in k-NN accuracy over the random backbone, in points."""
@@ -45,9 +45,9 @@ class Column:
     """One number per run."""
 
     help: str
-    evaluation: str  # the evaluation it is read from; empty: the records of training
+    evaluation: str  # evaluation that has the number; empty: it is in the training records
     metric: str = ""  # column of that evaluation
-    compute: Callable[[RunNumbers], float] | None = None  # instead of reading `metric`
+    compute: Callable[[RunNumbers], float] | None = None  # used instead of `metric` if given
 
     def value(self, run: RunNumbers) -> float:
         """Return the column's number for a run."""
@@ -106,15 +106,15 @@ COLUMNS = DEFAULT_COLUMNS | {
 
 @dataclass
 class Comparison:
-    """A study's finished runs."""
+    """The finished runs of a study, with one number per column."""
 
     title: str
     columns: list[str]
     runs: list[tuple[str, RunConfig]]  # variant and configuration
-    plot_against: str = ""  # numeric key; empty: one bar per variant
+    plot_against: str = ""  # numeric key on the x-axis; empty: one bar per variant
 
     def __post_init__(self) -> None:
-        self.numbers: list[dict[str, float]] = []  # column -> number, per run
+        self.numbers: list[dict[str, float]] = []  # per run, its numbers by column
         self.by_variant: dict[str, list[dict[str, float]]] = {}
         for variant, config in self.runs:
             run = RunNumbers(Path(config.output))
@@ -131,12 +131,12 @@ def write(comparison: Comparison, missing: Sequence[str], command: str, path: Pa
     """Write the table as Markdown, and the plot beside it as a PNG of the same name.
 
     Args:
-        comparison: At least one finished run.
-        missing: Variants with unfinished runs, named below the table.
-        command: The command to show above the table.
+        comparison: One or more finished runs.
+        missing: Variants with unfinished runs, listed below the table.
+        command: The study's command, shown above the table.
         path: The Markdown file.
     """
-    assert comparison.runs, "a table needs at least one finished run"
+    assert comparison.runs, "a table needs a finished run"
     path.parent.mkdir(parents=True, exist_ok=True)
     plot = path.with_suffix(".png")
     draw(comparison, plot)
@@ -163,42 +163,39 @@ def describe(comparison: Comparison) -> str:
         f"{config.backbone.name}, {subset}{config.data.source}, batch {config.global_batch_size}, "
         f"{config.epochs} epochs, {config.optim.name}.",
         *(f"{name}: {COLUMNS[name].help}." for name in comparison.columns),
+        _reference_sentence(comparison),
+        "± is the standard deviation over seeds.",
     ]
-    references = _references(comparison)
-    if references:
-        sentences.append(
-            f"{comparison.columns[0]}: raw pixels reach {references[PIXELS]:.1f}, "
-            f"the random backbone {references[results.BETTER_RANDOM]:.1f}."
-        )
-    sentences.append("± is the standard deviation over seeds.")
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
 
 
-def _references(comparison: Comparison) -> dict[str, float]:
-    """Return the first column's numbers for raw pixels and the random backbone, if evaluated."""
-    column = COLUMNS[comparison.columns[0]]
+def _reference_sentence(comparison: Comparison) -> str:
+    """Return a sentence about the reference rows, empty if no run has evaluated them."""
+    name = comparison.columns[0]
+    column = COLUMNS[name]
     for _, config in comparison.runs:
         table = RunNumbers(Path(config.output)).tables.get(column.evaluation, {})
         if {PIXELS, results.BETTER_RANDOM} <= table.keys():
-            return {row: table[row][column.metric] for row in (PIXELS, results.BETTER_RANDOM)}
-    return {}
+            return (
+                f"{name}: raw pixels reach {table[PIXELS][column.metric]:.1f}, "
+                f"the random backbone {table[results.BETTER_RANDOM][column.metric]:.1f}."
+            )
+    return ""
 
 
 def cell(seeds: Sequence[dict[str, float]], column: str) -> str:
-    """Format the mean of a column over seeds, and the deviation if there are several."""
+    """Format the mean of a column over seeds, with the deviation if there are several seeds."""
     values = [numbers[column] for numbers in seeds]
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Plot the first two columns: curves over `plot_against`, or one bar per variant."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Plot the first two columns, as curves over `plot_against` or as one bar per variant."""
     from matplotlib.figure import Figure
 
     height = max(3.4, 0.25 * len(comparison.by_variant))  # inches
     figure = Figure(figsize=(9, height), layout="constrained")
-    FigureCanvasAgg(figure)
     columns = comparison.columns[:2]
     panels = figure.subplots(1, len(columns), sharey=not comparison.plot_against, squeeze=False)[0]
     for panel, column, color in zip(panels, columns, ("#1f5fa8", "#c8443c")):
@@ -220,12 +217,12 @@ def _draw_curve(panel: Any, comparison: Comparison, column: str, color: str) -> 
     value_at = attrgetter(comparison.plot_against)
     for (_, config), numbers in zip(comparison.runs, comparison.numbers):
         by_x.setdefault(float(value_at(config)), []).append(numbers[column])
-    places = sorted(by_x)
-    panel.plot(places, [statistics.mean(by_x[x]) for x in places], color=color)
-    points = [(x, y) for x in places for y in by_x[x]]
+    ticks = sorted(by_x)
+    panel.plot(ticks, [statistics.mean(by_x[x]) for x in ticks], color=color)
+    points = [(x, y) for x in ticks for y in by_x[x]]
     panel.plot(*zip(*points), "o", color=color, markersize=5)
     panel.set_xscale("log")
-    panel.set_xticks(places, [f"{x:g}" for x in places])
+    panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
     panel.minorticks_off()
     panel.set_xlabel(comparison.plot_against)
 

@@ -1,8 +1,8 @@
-"""torchrun on this machine, with clean stops: it exits with the status of its ranks.
+"""torchrun on this machine, with clean stops and the exit status of the ranks.
 
-torchrun itself answers a signal with a traceback and status 1, kills ranks that need more than 30
-seconds for their last checkpoint, and restarts ranks that ended on request. The arguments are the
-same:
+Plain torchrun answers a signal with a traceback and status 1, kills ranks that need more than 30
+seconds for their last checkpoint, and restarts ranks that ended on request. The arguments are those
+of torchrun:
 
     python -m ssl_pretrain.launch.torchrun --nproc-per-node 8 -m ssl_pretrain.train CONFIG
 """
@@ -23,38 +23,38 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from ssl_pretrain.system.exit_status import DISK_REFUSED, STOPPED, USER_ERROR
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
-FINAL = (STOPPED, USER_ERROR, DISK_REFUSED)  # exit statuses that a restart would only repeat
+FINAL_STATUSES = (STOPPED, MISTAKE, DISK_REFUSED)  # a restart would end the same way
 
 
-class Agent:
-    """Additions to torchrun's agent: it forwards signals and omits useless restarts."""
+class Supervisor:
+    """Forwards signals to torchrun's ranks and prevents useless restarts."""
 
     def __init__(self) -> None:
-        self.ranks: list[int] = []  # process ids
+        self.rank_pids: list[int] = []
         self.stop_requested = False
         self.num_unsent_signals = 0
-        self.statuses: list[int] = []  # exit statuses at the last failure
+        self.exit_statuses: list[int] = []  # exit statuses of the ranks at the last failure
 
     def receive(self, number: int, frame: Any) -> None:
-        """Handle a signal."""
+        """Handle a signal that asks for a stop."""
         self.stop_requested = True
         self.num_unsent_signals += 1
-        if self.ranks:
+        if self.rank_pids:
             self.forward()
 
     def forward(self) -> None:
         """Send each rank one SIGTERM per signal received.
 
-        The ranks save a checkpoint at the first, and the second ends them at once.
+        At the first one the ranks save a checkpoint. The second one ends them at once.
         """
         while self.num_unsent_signals:
             self.num_unsent_signals -= 1
-            for rank in self.ranks:
+            for pid in self.rank_pids:
                 with suppress(ProcessLookupError):
-                    os.kill(rank, signal.SIGTERM)
+                    os.kill(pid, signal.SIGTERM)
 
     def install(self) -> None:
-        """Handle the signals in this process, and look after the ranks whenever torchrun does."""
+        """Handle stop signals in this process, and extend the check that torchrun polls."""
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -62,33 +62,33 @@ class Agent:
         monitor_workers = LocalElasticAgent._monitor_workers
 
         def monitor(agent: Any, worker_group: Any) -> RunResult:
-            self.ranks = [worker.id for worker in worker_group.workers]
+            self.rank_pids = [worker.id for worker in worker_group.workers]
             self.forward()
             result = monitor_workers(agent, worker_group)
             if result.is_failed():
-                self.ranks = []
-                self.statuses = [failure.exitcode for failure in result.failures.values()]
-                if self.stop_requested or any(status in FINAL for status in self.statuses):
+                self.rank_pids = []
+                self.exit_statuses = [failure.exitcode for failure in result.failures.values()]
+                if self.stop_requested or not {*FINAL_STATUSES}.isdisjoint(self.exit_statuses):
                     agent._remaining_restarts = 0
             return result
 
         LocalElasticAgent._monitor_workers = monitor  # type: ignore[method-assign]
 
-    def status(self) -> int:
-        """Return the exit status of ranks that failed.
+    def exit_status(self) -> int:
+        """Return one exit status for ranks that failed.
 
-        A final status comes first, then that of any rank that exited by itself. If all ranks were
+        A final status has priority, then that of any rank that was not killed. If all ranks were
         killed, the status is 75 after a stop request, which they had no time to handle, else 1.
         """
-        exits = [status for status in self.statuses if status > 0]
-        final = [status for status in FINAL if status in exits]
-        return [*final, *exits, STOPPED if self.stop_requested else 1][0]
+        final = [status for status in FINAL_STATUSES if status in self.exit_statuses]
+        others = [status for status in self.exit_statuses if status > 0]
+        return [*final, *others, STOPPED if self.stop_requested else 1][0]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun with these arguments and return the exit status."""
-    agent = Agent()
-    agent.install()
+    supervisor = Supervisor()
+    supervisor.install()
     # torchrun's report of failed ranks repeats their own messages.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # Newer versions of torchrun read the signals to handle from an option.
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run.run(run.parse_args([*signals, *arguments]))
     except ChildFailedError:
-        return agent.status()
+        return supervisor.exit_status()
     return 0
 
 

@@ -160,7 +160,7 @@ def test_a_sweep_stops_with_its_run(tmp_path):
     process.send_signal(signal.SIGTERM)
     result = commands.finish(process)
     assert result.status == 75, result.text
-    assert "stopped in run 1 of 2; the same command goes on from there" in result.stdout
+    assert "stopped in run 1 of 2; run the same command to continue" in result.stdout
     assert "=== 2 of 2" not in result.stdout and not (sweep / "seed=1").exists()
 
 
@@ -241,7 +241,7 @@ def test_a_missing_slurm_is_a_one_line_error(tmp_path):
     result = commands.run("launch/pretrain.py", config, "launch.cluster=slurm", PATH=str(tmp_path))
     assert result.status == 2 and "Traceback" not in result.text
     assert result.stderr.endswith(
-        "error: launch.cluster: slurm, and this machine has no sbatch; "
+        "error: launch.cluster: slurm needs the command sbatch, which this machine lacks; "
         "submit from a machine of the cluster, or set launch.cluster=local\n"
     )
 

@@ -111,7 +111,7 @@ def test_the_report_and_wandb_show_each_evaluation_at_its_step(run):
     assert sent == {
         step: result["rows"][-1]["metrics"]["clean"] for step, result in by_step.items()
     }
-    dashboard.send(run)
+    dashboard.send_finished(run)
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1  # nothing is sent twice
 
 
@@ -144,7 +144,8 @@ def test_a_pruned_checkpoint_is_skipped_with_a_message(run, capsys):
     shutil.rmtree(due[0][0])
     jobs.evaluate(*due[0])
     assert capsys.readouterr().out == (
-        "skipped knn of step_00000005: pruned before its turn; checkpoint.keep_last keeps more\n"
+        "skipped knn of step_00000005: the training pruned this checkpoint before its turn; "
+        "to keep more, raise checkpoint.keep_last\n"
     )
     assert not jobs.failed
 
@@ -224,7 +225,7 @@ def test_the_gpu_of_a_training_is_not_used(run, capsys):
         assert jobs.device() == jobs.device() == "cpu"
         notice = capsys.readouterr().out
         assert notice.count("\n") == 1
-        assert f"trains in {run} on this machine; --share-gpu takes the GPU" in notice
+        assert f"trains in {run} on this machine; add --share-gpu to use the GPU" in notice
         assert jobs_of(run, "--share-gpu").device() == "auto"
         assert evaluate.main([str(run), "--device", "cuda"]) == 2
         assert capsys.readouterr().err.endswith(
@@ -237,7 +238,7 @@ def test_mistakes_are_one_line(run, capsys):
     assert evaluate.main([str(run / "none")]) == 2
     assert capsys.readouterr().err == (
         f"error: {run / 'none'}: there is no such run folder; give the `output` of a run's config, "
-        "or --watch to wait for it\n"
+        "or add --watch to wait for it\n"
     )
     assert evaluate.main([str(run), "--jobs", "knnn"]) == 2
     assert capsys.readouterr().err.startswith(

@@ -10,7 +10,7 @@ import tiny
 
 from ssl_pretrain import config
 from ssl_pretrain.checkpoint.folder import list_checkpoints
-from ssl_pretrain.launch import local, pretrain, slurm, slurm_submit, sweep
+from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, sweep
 from ssl_pretrain.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +60,14 @@ def test_the_commands_for_several_hosts_are_exact(tmp_path, capsys):
 
 @pytest.mark.parametrize("hosts", ["a\ntouch taken", "a,b,a", ",", "a,-b", "$(id)"])
 def test_hosts_that_would_be_commands_or_no_host_are_refused(tmp_path, capsys, hosts):
-    """Users paste the printed lines into a shell."""
+    """Users paste the printed commands into a shell."""
     assert pretrain.main([str(tiny.write_config(tmp_path)), f"launch.hosts={hosts}"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: launch.hosts: ")
     assert err.endswith(
-        f" of {hosts!r} is not the name or address of one more host; give such as a,b,10.0.0.3\n"
+        f" in {hosts!r} is not a valid name or address of a host, or appears twice; "
+        "give distinct hosts, such as a,b,10.0.0.3\n"
     )
 
 
@@ -74,8 +75,8 @@ def test_a_sweep_refuses_hosts_and_evaluations_before_its_first_run(tmp_path, ca
     path = tiny.write_config(tmp_path)
     assert sweep.main([str(path), "seed=0,1", "launch.hosts=a"]) == 2
     assert capsys.readouterr().err == (
-        "error: launch.hosts: 'a', and these runs follow each other on this machine; "
-        "leave it out, or start each run with launch/pretrain.py\n"
+        "error: launch.hosts: 'a' cannot be used for a series of runs, which start one after the "
+        "other on this machine; leave it out, or start each run with launch/pretrain.py\n"
     )
     assert sweep.main([str(path), "seed=0,1", "evaluation.at_end=[knn,nearest]"]) == 2
     assert capsys.readouterr().err.startswith(
@@ -179,7 +180,8 @@ def test_a_time_limit_within_the_signal_is_refused(tmp_path):
     with pytest.raises(config.ConfigError) as error:
         slurm.request(config.load(tiny.write_config(tmp_path), ["launch.hours=0.01"]))
     assert str(error.value) == (
-        "launch.signal_seconds: 120 leaves nothing of launch.hours: 0.01; give less"
+        "launch.signal_seconds: 120 is not shorter than the time limit, launch.hours: 0.01; "
+        "give fewer seconds"
     )
 
 
@@ -252,7 +254,7 @@ def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_pa
     run.output = str(tmp_path / 'it\'s; touch PWNED; $(touch PWNED) `touch PWNED` "x" & run')
     monkeypatch.setenv("PATH", f"{work}:/usr/bin:/bin")
     (work / "sbatch").symlink_to("/bin/true")  # submitit looks for it
-    with slurm_submit._private_executor(run.output) as executor:
+    with slurm_job._private_executor(run.output) as executor:
         executor.update_parameters(**slurm.request(run))
         inner = executor._executor
         text = inner._make_submission_file_text(inner._submitit_command_str, "1")
@@ -268,7 +270,7 @@ def test_strange_names_of_the_checkout_and_the_run_do_not_run_as_commands(tmp_pa
 
 def test_printed_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
     path = tiny.write_config(tmp_path / "a b")
-    monkeypatch.setattr(slurm_submit, "submit", lambda *_arguments: ["7"])
+    monkeypatch.setattr(slurm_job, "submit", lambda *_arguments: ["7"])
     pretrain._submit(config.load(path, ["evaluation.at_end=[]"]), str(path), [])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [

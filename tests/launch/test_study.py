@@ -134,7 +134,7 @@ def test_a_table_without_rows_is_not_written(tmp_path, monkeypatch, capsys):
     assert sweep.main([*arguments, "--table", str(table)]) == 2
     assert capsys.readouterr().err == (
         f"error: {folder}: no run of this study has been evaluated, so no table was written; "
-        "run it first\n"
+        "run the study first\n"
     )
     assert table.read_text() == "numbers of many hours\n"
 
@@ -149,11 +149,11 @@ def test_rows_that_all_variants_share_are_evaluated_once_per_seed(tmp_path, monk
     def pretrain_and_evaluate(config, _base, _overrides, options):
         calls.append((config.seed, options))
         save_results(Path(config.output), 90, 30)
-        return 0, {}
+        return 0
 
     monkeypatch.setattr(study.pretrain, "pretrain_and_evaluate", pretrain_and_evaluate)
     pretrained_only = {"linear": ["--rows", "pretrained"]}
-    assert study.run_all(runs[:3], "base.yaml") == []
+    assert study.run_all(runs[:3], "base.yaml") == 0
     assert calls == [(0, {}), (1, {}), (0, pretrained_only)]
     study.run_all(runs, "base.yaml")
     assert calls[3:] == [(1, pretrained_only)]
@@ -188,7 +188,7 @@ def test_one_command_trains_evaluates_and_writes_the_table(tmp_path):
 def test_mistakes_are_one_line(tmp_path, capsys):
     path = tmp_path / "study.yaml"
     for text, message in {
-        "title: x\nruns: []\n": "runs: is empty; give each a name and what it sets",
+        "title: x\nruns: []\n": "runs: is empty; list runs, each with a name and a set of keys",
         "runs: [{name: a}]\ncolumns: [speed]\n": (
             f"columns: ['speed']; choose one or more of: {list(study_table.COLUMNS)}"
         ),
