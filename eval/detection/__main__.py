@@ -7,25 +7,20 @@ from typing import Any
 
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import command_line, results, runs
-from ssl_pretrain.eval.detection import (
-    backbone_comparison,
-    coco_annotations,
-    detectors,
-    detectron2,
-    voc_annotations,
-)
+from ssl_pretrain.eval.detection import backbone_comparison, detectors, detectron2
+from ssl_pretrain.eval.detection.annotation_files import load_coco, load_voc
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages, concatenate
 from ssl_pretrain.eval.detection.published_protocols import PROTOCOLS, Protocol
 from ssl_pretrain.schema import COUNT, FROM_ZERO
 
 HELP = f"""\
-Detection or instance segmentation with torchvision's Faster or Mask R-CNN on a run's backbone.
+Train torchvision's Faster or Mask R-CNN on a run's backbone, for detection or segmentation.
 
-The backbone is trained further. The result is the average precision in percent from the pretrained
-backbone and from a random one, with mean and deviation over seeds. The protocols are
-{", ".join(PROTOCOLS)}: MoCo's, and a small one for CPUs.
-Options change their values. The numbers and the protocol are printed and saved to
-RUN/eval/detection.json.
+The backbone is trained further. The result is the average precision in percent that is reached from
+the pretrained backbone and from a random one, with mean and deviation over seeds. The protocols are
+{", ".join(PROTOCOLS)}.
+They are those of MoCo, and a small one for CPUs. Options change single values. The numbers and the
+protocol are printed and saved to RUN/eval/detection.json.
 
     python -m ssl_pretrain.eval.detection runs/bccd --voc bccd_voc.zip --seeds 0 1 2
     torchrun --nproc-per-node 8 -m ssl_pretrain.eval.detection runs/moco --protocol voc_c4 \\
@@ -43,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "default": [],
         "metavar": "ROOT",
-        "help": "folders or zips in Pascal VOC's layout, all of which are trained on",
+        "help": "folders or zips in Pascal VOC's layout, which are combined for training",
     },
     "--test-voc": {
         "metavar": "ROOT",
@@ -59,7 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": 2,
         "default": [],
         "metavar": TRAIN_TEST,
-        "help": "annotations in COCO's JSON",
+        "help": "files of annotations in COCO's JSON",
     },
     "--folders": {
         "nargs": 2,
@@ -76,7 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--protocol": {
         "choices": list(PROTOCOLS),
         "default": "small",
-        "help": "values that the options below replace (default: small)",
+        "help": "protocol whose values the options below change (default: small)",
     },
     "--init": {
         "nargs": "+",
@@ -88,18 +83,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "type": FROM_ZERO,
         "default": [0],
-        "help": "one detector is trained per seed and backbone (default: 0)",
+        "help": "train one detector per seed and backbone (default: 0)",
     },
     "--subset": {
         "type": FROM_ZERO,
         "default": 0,
         "metavar": "N",
-        "help": "train and test on the first N training images, to see it overfit",
+        "help": "train and test on the first N training images, to check that they are overfitted",
     },
     "--export-detectron2": {
         "type": Path,
         "metavar": "FILE.pkl",
-        "help": "write the backbone for Detectron2 and train nothing",
+        "help": "write the backbone for Detectron2 without training",
     },
     "--short-sides": {
         "nargs": "+",
@@ -112,10 +107,10 @@ PROTOCOL_OPTIONS = {  # field of Protocol -> help
     "steps": "optimizer steps",
     "warmup_steps": "steps in which the learning rate rises linearly",
     "batch": "images per step over all ranks",
-    "lr": "learning rate",
+    "lr": "learning rate after warm-up",
     "metric": "voc07, voc12 or coco",
     "norm": "batch norm: statistics of all ranks (sync), of this rank (batch), or frozen",
-    "precise_batches": "batches for the test-time statistics of batch norm; 0: running statistics",
+    "precise_batches": "batches for the batch norm statistics in tests; 0: running statistics",
     "max_side": "longest side of an image in pixels",
 }
 
@@ -144,14 +139,14 @@ def main(arguments: list[str]) -> None:
         if options.export_detectron2:
             num_arrays = detectron2.export(model.model, options.export_detectron2)
             print(
-                f"{options.export_detectron2}: {num_arrays} arrays, a pickle for Detectron2. "
-                "In its config:\nINPUT.FORMAT RGB\n"
+                f"{options.export_detectron2}: a pickle of {num_arrays} arrays for Detectron2. "
+                "Add these lines to its config:\nINPUT.FORMAT RGB\n"
                 f"{detectron2.pixel_config(run.config.views.mean, run.config.views.std)}"
             )
             return
-        train, test = load_images(options)
+        protocol = protocol_of(options)
         result = backbone_comparison.compare(
-            run, train, test, protocol_of(options), options.init, options.seeds
+            run, *load_images(options), protocol, options.init, options.seeds
         )
         if process_group.is_main():
             print(f"\n{results.text(result)}")
@@ -161,7 +156,7 @@ def main(arguments: list[str]) -> None:
 
 
 def protocol_of(options: argparse.Namespace) -> Protocol:
-    """Return the protocol with the values of the options."""
+    """Return the chosen protocol, changed by the options that were given."""
     values = {field.name: getattr(options, field.name, None) for field in fields(Protocol)}
     changes: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
@@ -175,7 +170,7 @@ def load_images(options: argparse.Namespace) -> tuple[AnnotatedImages, Annotated
     """Load the training and test images.
 
     Raises:
-        ValueError: The options name none, or the two sets have different classes.
+        ValueError: If the options name no images, or the two sets have different classes.
     """
     if bool(options.voc) == bool(options.coco):
         raise ValueError(
@@ -183,16 +178,14 @@ def load_images(options: argparse.Namespace) -> tuple[AnnotatedImages, Annotated
             "--folders TRAIN TEST"
         )
     if options.coco:
-        train = coco_annotations.load(options.coco[0], options.folders[0], options.classes)
-        test = coco_annotations.load(options.coco[1], options.folders[1], train.classes)
+        train = load_coco(options.coco[0], options.folders[0], options.classes)
+        test = load_coco(options.coco[1], options.folders[1], train.classes)
     else:
         train_split, test_split = options.splits
-        train = voc_annotations.load(options.voc[0], train_split, options.classes)
-        others = [
-            voc_annotations.load(root, train_split, train.classes) for root in options.voc[1:]
-        ]
+        train = load_voc(options.voc[0], train_split, options.classes)
+        others = [load_voc(root, train_split, train.classes) for root in options.voc[1:]]
         train = concatenate([train, *others])
-        test = voc_annotations.load(options.test_voc or options.voc[0], test_split, train.classes)
+        test = load_voc(options.test_voc or options.voc[0], test_split, train.classes)
     if options.subset:
         train = train.for_training().subset(range(options.subset))
         return train, train

@@ -1,4 +1,4 @@
-"""Images with annotated objects, whatever the format they were read from."""
+"""Images with annotated objects, whatever format they were read from."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Objects:
     """The annotated objects of one image.
 
     Attributes:
-        boxes: float32 (n, 4): left, top, right and bottom edge in pixels. The left edge of the
-            leftmost pixel is 0.
-        labels: int64 (n,). 1 is the first class, and 0 would be the background.
-        ignored: bool (n,): VOC's difficult objects and COCO's crowds. They are not trained on, and
-            detecting one neither helps nor hurts.
+        boxes: float32 (n, 4), the left, top, right and bottom edges in pixels. The left edge of the
+            image is 0.
+        labels: int64 (n,). The first class is 1, because 0 is the background.
+        ignored: bool (n,), True for VOC's difficult objects and COCO's crowds. They are not trained
+            on, and detecting one does not change the score.
         segments: COCO's polygons or run lengths, one entry per object. Empty: boxes only.
     """
 
@@ -38,7 +38,7 @@ class Objects:
 def objects_with_area(
     boxes: list[list[float]], labels: list[int], ignored: list[bool], segments: Sequence[Any] = ()
 ) -> Objects:
-    """Return the objects whose box has an area."""
+    """Return the objects, without those whose box has no area."""
     edges = np.array(boxes, dtype=np.float32).reshape(-1, 4)
     valid = (edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])
     return Objects(
@@ -50,12 +50,14 @@ def objects_with_area(
 
 
 class AnnotatedImages:
-    """Images and their objects, by index. Small to pickle, because every loader worker gets a copy.
+    """Images and their objects, by index.
+
+    Pixels are read on demand, so that a copy for each loader worker is small.
 
     Attributes:
         name: Name of the data set, for messages.
-        files: Per image, the folder or zip file, and the image's path in it.
-        objects: Per image, its objects.
+        files: Folder or zip file of each image, and the image's path in it.
+        objects: Objects of each image.
         classes: Names of the classes. The label of the first one is 1.
     """
 
@@ -69,13 +71,13 @@ class AnnotatedImages:
         return len(self.files)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_zips": {}}  # an open file belongs to its process
+        return self.__dict__ | {"_zips": {}}  # another process cannot share open files
 
     def read(self, index: int) -> np.ndarray:
         """Return the RGB pixels of an image, uint8 (height, width, 3).
 
         Raises:
-            UnreadableImage: Names the file.
+            UnreadableImage: If the file is not an image. The message names it.
         """
         root, name = self.files[index]
         if root.is_dir():
@@ -94,13 +96,13 @@ class AnnotatedImages:
         """Return the images that have an object to learn from.
 
         Raises:
-            ValueError: There is none.
+            ValueError: If there is no such image.
         """
         indices = [i for i, objects in enumerate(self.objects) if (~objects.ignored).any()]
         if not indices:
             raise ValueError(
                 f"{self.name}: none of its {len(self)} images has a box to learn from; "
-                "do the annotations belong to these images?"
+                "check that the annotations belong to these images"
             )
         return self.subset(indices)
 

@@ -1,4 +1,4 @@
-"""Detectors trained from a run's backbone and from a random one, compared by average precision."""
+"""Compare detectors trained from a run's backbone and from a random one by average precision."""
 
 import copy
 import time
@@ -27,28 +27,28 @@ def compare(
     inits: list[str],
     seeds: list[int],
 ) -> dict[str, Any]:
-    """Train a detector per initialization and seed, and save average precision.
+    """Train one detector per initialization and seed, and save their average precision.
 
     Args:
-        run: The run, whose folder gets eval/detection.json.
+        run: The run, in whose folder eval/detection.json is written.
         train: Training images.
         test: Test images.
         protocol: How the detectors are built, trained and evaluated.
         inits: "random", "pretrained", or both.
-        seeds: Seeds of the detector's own weights and of the training batches.
+        seeds: Seeds of the training batches and of the weights that are not pretrained.
 
     Returns:
         The content of the file.
 
     Raises:
-        ValueError: The protocol has masks and the annotations have none, or training or the metric
-            fails.
+        ValueError: If the protocol has masks but the annotations have none, or if training or the
+            metric fails.
     """
     start = time.monotonic()
     if protocol.masks and not all(o.segments or not len(o) for o in train.objects):
         raise ValueError(
-            f"{train.name}: has boxes without segmentation, which masks are learned from; "
-            "take a protocol without masks"
+            f"{train.name}: has boxes without a segmentation, which the protocol's masks need; "
+            "choose a protocol without masks"
         )
     rows = [_compare_seeds(run, train, test, protocol, init, seeds) for init in inits]
     return results.save(
@@ -70,19 +70,20 @@ def _compare_seeds(
     init: str,
     seeds: list[int],
 ) -> Row:
-    """Return the mean and the deviation over seeds, and the first and last losses as a note."""
+    """Return the mean and the deviation over seeds, with the first and last losses as a note."""
     outcomes = []
     for seed in seeds:
         label = f"{init} backbone, seed {seed}"
         results.print_progress(f"{label}: {len(train)} training images")
-        outcomes.append(train_and_test(run, train, test, protocol, init, seed))
-        numbers = ", ".join(f"{name} {value:.1f}" for name, value in outcomes[-1][0].items())
+        precision, losses = train_and_test(run, train, test, protocol, init, seed)
+        numbers = ", ".join(f"{name} {value:.1f}" for name, value in precision.items())
         results.print_progress(f"{label}: {numbers}")
-    by_name = {name: [numbers[name] for numbers, _ in outcomes] for name in outcomes[0][0]}
+        outcomes.append((precision, losses))
+    by_name = {name: [precision[name] for precision, _ in outcomes] for name in outcomes[0][0]}
     mean = {name: float(np.mean(values)) for name, values in by_name.items()}
-    spread = {}
-    if len(seeds) > 1:
-        spread = {name: float(np.std(values, ddof=1)) for name, values in by_name.items()}
+    spread = {
+        name: float(np.std(values, ddof=1)) for name, values in by_name.items() if len(seeds) > 1
+    }
     first = np.mean([losses[:20] for _, losses in outcomes])
     last = np.mean([losses[-20:] for _, losses in outcomes])
     note = f"loss {first:.2f} in the first 20 steps, {last:.2f} in the last"
@@ -97,24 +98,22 @@ def train_and_test(
     init: str,
     seed: int,
 ) -> tuple[dict[str, float], list[float]]:
-    """Return the average precision of one detector, and its loss at every step."""
+    """Train one detector, and return its average precision and its loss at every step."""
     torch.manual_seed(rng.seed_of(seed, 0, 0))
     model: Any = copy.deepcopy(run.backbone)
     if init == "random":
         model = backbones.build(replace(run.config.backbone, init="random"), run.view_size)
         torch.manual_seed(rng.seed_of(seed, 0, 0))  # the same layers above both backbones
-    views = run.config.views
-    num_classes = len(train.classes)
+    views, num_classes = run.config.views, len(train.classes)
     detector = detectors.build(model.model, num_classes, protocol, views.mean, views.std)
-    local_images = protocol.batch // process_group.world_size()
-    detector = detectors.with_norm(detector.to(run.device), protocol.norm, local_images)
+    local_batch_size = protocol.batch // process_group.world_size()
+    detector = detectors.with_norm(detector.to(run.device), protocol.norm, local_batch_size)
     num_workers = run.config.data.num_workers
     losses = training.train(detector, train, protocol, seed, run.device, num_workers)
     detections, sizes = training.detect(detector, test, run.device)
-    precision = metrics.average_precision(
+    return metrics.average_precision(
         protocol.metric, test.objects, detections, test.classes, sizes
-    )
-    return precision, losses
+    ), losses
 
 
 def describe(
@@ -124,25 +123,24 @@ def describe(
     protocol: Protocol,
     seeds: list[int],
 ) -> dict[str, str]:
-    """Describe everything that the numbers depend on."""
+    """Describe everything that the numbers depend on, by topic."""
     kind = "Mask R-CNN" if protocol.masks else "Faster R-CNN"
     drops = " and ".join(str(round(drop * protocol.steps)) for drop in protocol.drops)
-    sides = " to ".join(
-        map(str, dict.fromkeys((protocol.short_sides[0], protocol.short_sides[-1])))
-    )
+    first_and_last = dict.fromkeys((protocol.short_sides[0], protocol.short_sides[-1]))
+    sides = " to ".join(map(str, first_and_last))
     spread = "; ± is the standard deviation over them" if len(seeds) > 1 else ""
     return {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}, "
-        "trained further; random: initialized from the seed",
+        "trained further; the random one is initialized from the seed",
         "detector": f"torchvision's {kind}, {protocol.architecture.upper()}, "
         f"batch norm: {protocol.norm}, recalibrated on {protocol.precise_batches} batches; "
-        "its regions are cut without Detectron2's half-pixel offset",
+        "RoI align without Detectron2's half-pixel offset",
         "training": f"{protocol.steps} steps of {protocol.batch} images, SGD, learning rate "
-        f"{protocol.lr:g}, a tenth from steps {drops}, warm-up {protocol.warmup_steps}, "
-        f"short side {sides} pixels, flips",
+        f"{protocol.lr:g}, divided by 10 at steps {drops}, {protocol.warmup_steps} warm-up steps, "
+        f"short side {sides} pixels, horizontal flips",
         "images": f"{train.name}: {len(train)} training; {test.name}: {len(test)} test; "
         f"classes: {', '.join(train.classes)}",
         "metric": f"{protocol.metric}; AP: mean over overlaps 0.5 to 0.95; "
-        "boxes marked as difficult or crowd are not counted",
+        "boxes marked as difficult or crowd do not count",
         "seeds": f"{', '.join(map(str, seeds))}{spread}",
     }

@@ -1,4 +1,7 @@
-"""torchvision's Faster and Mask R-CNN on a pretrained ResNet, with a pyramid (FPN) or res4 (C4)."""
+"""torchvision's Faster and Mask R-CNN on a pretrained ResNet, with a pyramid (FPN) or res4 (C4).
+
+As in Detectron2, res2 to res5 are the stages of the ResNet that timm calls layer1 to layer4.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ STEM = ("conv1", "bn1", "act1", "maxpool")
 
 
 class Stages(nn.Module):
-    """The stem and the first stages of a timm ResNet, with outputs {"0": res2, "1": res3, ...}."""
+    """The stem and the first stages of a timm ResNet, which output {"0": res2, "1": res3, ...}."""
 
     def __init__(self, model: nn.Module, num_stages: int):
         super().__init__()
@@ -35,15 +38,14 @@ class Stages(nn.Module):
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Return the output of every stage."""
-        maps, x = OrderedDict(), self.stem(images)
+        outputs, x = OrderedDict(), self.stem(images)
         for number, layer in enumerate(self.layers):
-            x = layer(x)
-            maps[str(number)] = x
-        return maps
+            outputs[str(number)] = x = layer(x)
+        return outputs
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on the stages res2 to res5, with a fifth level by pooling."""
+    """A feature pyramid on res2 to res5, with a fifth level by pooling."""
 
     def __init__(self, model: nn.Module, out_channels: int):
         super().__init__()
@@ -56,24 +58,24 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Return the five levels."""
+        """Return the five levels of the pyramid."""
         return self.pyramid(self.stages(images))
 
 
 class FourthStage(nn.Module):
-    """The output of res4, the only map that regions are proposed on and cut from."""
+    """The network up to res4, whose output is the only feature map of a C4 detector."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.stages, self.out_channels = Stages(model, 3), stage_channels(model)[2]
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Return a dict with one map."""
+        """Return the feature map under the name "0"."""
         return OrderedDict([("0", self.stages(images)["2"])])
 
 
 class FifthStage(nn.Module):
-    """res5 on each region, and a batch norm after it, as in MoCo's box head."""
+    """res5 with a batch norm after it, applied to each region, as in MoCo's box head."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -81,12 +83,12 @@ class FifthStage(nn.Module):
         self.norm = nn.BatchNorm2d(stage_channels(model)[3])
 
     def forward(self, regions: Tensor) -> Tensor:
-        """Return the map of each region."""
+        """Return the feature map of each region."""
         return self.norm(self.layer(regions))
 
 
-class Pooled(nn.Module):
-    """The mean over the positions of a stage's output, shape (regions, channels)."""
+class AveragePooled(nn.Module):
+    """A stage whose output is averaged over its positions, with shape (regions, channels)."""
 
     def __init__(self, stage: nn.Module):
         super().__init__()
@@ -98,16 +100,16 @@ class Pooled(nn.Module):
 
 
 def stage_channels(model: nn.Module) -> list[int]:
-    """Return the numbers of channels of res2 to res5."""
+    """Return the number of channels of each stage, res2 to res5."""
     return [info["num_chs"] for info in model.feature_info[-4:]]  # type: ignore[index]
 
 
 def check_backbone(model: nn.Module, name: str) -> None:
-    """Raise ValueError for a network that is not a ResNet of timm."""
+    """Raise ValueError if the network is not a ResNet of timm."""
     if not all(hasattr(model, module) for module in (*STEM, "layer1", "layer4", "feature_info")):
         raise ValueError(
-            "backbone.name: detection needs a ResNet of timm, with stages layer1 to layer4, and "
-            f"{name} has none; evaluate it with eval.linear"
+            "backbone.name: detection needs a ResNet of timm, with stages layer1 to layer4, but "
+            f"{name} has no such stages; evaluate it with eval.linear"
         )
 
 
@@ -124,8 +126,8 @@ def build(
         model: A timm ResNet without classifier. Its parameters are trained further.
         num_classes: Number of classes without the background.
         protocol: Architecture and sizes.
-        mean: Mean that the backbone's images were normalized with, per channel, for values 0 to 1.
-        std: The standard deviation.
+        mean: Mean of each channel in pretraining, for pixel values from 0 to 1.
+        std: Standard deviation of each channel in pretraining.
     """
     before, after, before_in_tests, after_in_tests = protocol.proposals
     settings: dict[str, Any] = {
@@ -140,13 +142,13 @@ def build(
         "rpn_post_nms_top_n_test": after_in_tests,
         "box_batch_size_per_image": protocol.regions,
     }
-    modules = _c4_modules if protocol.architecture == "c4" else _fpn_modules
-    settings |= modules(model, num_classes + 1, protocol)
+    build_modules = _c4_modules if protocol.architecture == "c4" else _fpn_modules
+    settings |= build_modules(model, num_classes + 1, protocol)
     return MaskRCNN(**settings) if protocol.masks else FasterRCNN(**settings)
 
 
 def _anchor_sizes(protocol: Protocol) -> list[int]:
-    """Return the anchors' sizes in pixels."""
+    """Return the sizes of the anchors in pixels."""
     return [protocol.smallest_anchor * 2**level for level in range(5)]
 
 
@@ -158,7 +160,7 @@ def _c4_modules(model: nn.Module, num_outputs: int, protocol: Protocol) -> dict[
         "backbone": FourthStage(model),
         "rpn_anchor_generator": AnchorGenerator((sizes,), (ASPECT_RATIOS,)),
         "box_roi_pool": MultiScaleRoIAlign(["0"], 14, sampling_ratio=0),
-        "box_head": Pooled(head),
+        "box_head": AveragePooled(head),
         "box_predictor": FastRCNNPredictor(channels, num_outputs),
     }
     if protocol.masks:
@@ -196,27 +198,28 @@ def batch_norms(detector: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in detector.modules() if isinstance(module, kind)]
 
 
-def with_norm(detector: nn.Module, norm: Norm, local_images: int) -> nn.Module:
-    """Return the detector with batch norms of this kind.
-
-    Statistics are those of all ranks (sync), of this rank (batch), or of pretraining (frozen). sync
-    is torch's SyncBatchNorm on GPUs and ours on CPUs. On one rank it is batch norm.
+def with_norm(detector: nn.Module, norm: Norm, local_batch_size: int) -> nn.Module:
+    """Return the detector with batch norms of this kind, which may change it in place.
 
     Args:
-        detector: The detector, which may be changed.
-        norm: Kind of batch norm.
-        local_images: Images per step on this rank.
+        detector: The detector.
+        norm: "sync" normalizes by the statistics of all ranks, "batch" by those of this rank, and
+            "frozen" by those of pretraining. "sync" uses torch's SyncBatchNorm on GPUs and ours on
+            CPUs. On one rank it is the same as "batch".
+        local_batch_size: Images per step on this rank.
     """
     if norm == "frozen":
         for module in batch_norms(detector):
             module.requires_grad_(False)
     elif norm == "sync" and process_group.world_size() > 1:
-        return batch_norm.convert(detector, local_images, local_images * process_group.world_size())
+        batch_size = local_batch_size * process_group.world_size()
+        return batch_norm.convert(detector, local_batch_size, batch_size)
     return detector
 
 
 def set_training_mode(detector: nn.Module, norm: Norm) -> None:
     """Switch to training mode. Frozen norms stay in evaluation mode."""
     detector.train()
-    for module in batch_norms(detector) if norm == "frozen" else []:
-        module.eval()
+    if norm == "frozen":
+        for module in batch_norms(detector):
+            module.eval()

@@ -1,9 +1,8 @@
-"""A ResNet's weights under Detectron2's names, for the published protocol of MoCo there.
+"""Export a ResNet to Detectron2, where MoCo's published protocol can be trained.
 
-Detectron2 reads a pickle of {"model", "__author__", "matching_heuristics"}. This module writes one.
-Nothing in this project reads a pickle. The config of the detector needs INPUT.FORMAT RGB,
-MODEL.RESNETS.STRIDE_IN_1X1 False, MODEL.BACKBONE.FREEZE_AT 0, MODEL.RESNETS.NORM SyncBN, and the
-MODEL.PIXEL_MEAN and PIXEL_STD of `pixel_config`.
+Detectron2 reads its weights from a pickle of {"model", "__author__", "matching_heuristics"}, which
+this module writes. The config of the detector needs INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1
+False, MODEL.BACKBONE.FREEZE_AT 0, MODEL.RESNETS.NORM SyncBN, and the lines of `pixel_config`.
 """
 
 import pickle
@@ -27,7 +26,7 @@ def rename(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Return timm's ResNet weights under Detectron2's names, such as res2.0.conv1.norm.weight.
 
     Raises:
-        ValueError: A plain bottleneck ResNet does not have one of the weights.
+        ValueError: If a plain bottleneck ResNet does not have one of the weights.
     """
     return {
         detectron2_name(key): value.detach().cpu().float().numpy()
@@ -40,7 +39,7 @@ def detectron2_name(key: str) -> str:
     """Return Detectron2's name of one weight.
 
     Raises:
-        ValueError: A plain bottleneck ResNet does not have this weight.
+        ValueError: If a plain bottleneck ResNet does not have this weight.
     """
     stem = re.fullmatch(r"(conv1|bn1)\.(\w+)", key)
     if stem:
@@ -48,24 +47,24 @@ def detectron2_name(key: str) -> str:
     block = re.fullmatch(r"layer([1-4])\.(\d+)\.(conv[123]|bn[123]|downsample\.[01])\.(\w+)", key)
     if block is None:
         raise ValueError(
-            f"Detectron2 has no place for {key!r}: only ResNets 50, 101 and 152 with the ImageNet "
-            "stem can be exported"
+            f"--export-detectron2: Detectron2 has no weight for {key!r}; "
+            "give a ResNet-50, 101 or 152 with the ImageNet stem"
         )
     return f"res{int(block[1]) + 1}.{block[2]}.{BLOCK_LAYERS[block[3]]}.{block[4]}"
 
 
 def export(backbone: nn.Module, path: Path) -> int:
-    """Write the file for MODEL.WEIGHTS of a Detectron2 config, and return its number of arrays.
+    """Write the file for MODEL.WEIGHTS of a Detectron2 config, and return the number of arrays.
 
     Raises:
-        ValueError: The backbone is not a bottleneck ResNet with the ImageNet stem.
+        ValueError: If the backbone is not a bottleneck ResNet with the ImageNet stem.
     """
     stem = getattr(backbone, "conv1", None)
     has_stem = isinstance(stem, nn.Conv2d) and stem.kernel_size == (7, 7)
     if not has_stem or not hasattr(backbone.get_submodule("layer1.0"), "conv3"):
         raise ValueError(
-            "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem; "
-            "this backbone is another network"
+            "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem, but "
+            "this backbone is another network; give a run of resnet50"
         )
     model = rename(backbone.state_dict())
     content = {"model": model, "__author__": "ssl_pretrain", "matching_heuristics": True}
@@ -76,9 +75,8 @@ def export(backbone: nn.Module, path: Path) -> int:
 
 
 def pixel_config(mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return the lines of a Detectron2 config that describe how images were normalized."""
-    lines = []
-    for name, values in (("PIXEL_MEAN", mean), ("PIXEL_STD", std)):
-        pixels = ", ".join(f"{255 * value:.3f}" for value in values)
-        lines.append(f"MODEL.{name} [{pixels}]")
-    return "\n".join(lines)
+    """Return the lines of a Detectron2 config that set the normalization of images."""
+    return "\n".join(
+        f"MODEL.{name} [{', '.join(f'{255 * value:.3f}' for value in values)}]"
+        for name, values in (("PIXEL_MEAN", mean), ("PIXEL_STD", std))
+    )

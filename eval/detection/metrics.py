@@ -1,4 +1,4 @@
-"""Average precision: Pascal VOC's of 2007 and of 2010 onward, and COCO's by pycocotools."""
+"""Average precision by Pascal VOC's definitions of 2007 and of 2010, and by COCO's pycocotools."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from ssl_pretrain.eval.detection.annotations import Objects
 from ssl_pretrain.eval.detection.published_protocols import Metric
 
-THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # overlaps over which AP is the mean
+THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # overlaps that AP averages over
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Detections:
         boxes: float32 (n, 4), as in Objects.
         scores: float32 (n,).
         labels: int64 (n,), from 1.
-        masks: COCO's run lengths, one per box. Empty: boxes only.
+        masks: COCO's run lengths, one entry per box. Empty: boxes only.
     """
 
     boxes: np.ndarray
@@ -45,76 +45,77 @@ def average_precision(
     AP is the mean over overlaps of 0.5 to 0.95.
 
     Args:
-        metric: VOC's of 2007 or 2012, or COCO's.
-        truth: Annotated objects per image.
-        detections: Detections per image.
+        metric: The definition: "voc07", "voc12" or "coco".
+        truth: Annotated objects of each image.
+        detections: Detections in each image.
         classes: Names of the classes.
-        sizes: Height and width per image, for masks given as polygons. With them and with masks,
-            COCO's metric adds "mask AP" and so on.
+        sizes: Height and width of each image, needed to draw polygons. If they are given and there
+            are masks, COCO's metric adds "mask AP" and so on.
 
     Raises:
-        ValueError: There is no image or no object, or the numbers of images differ.
+        ValueError: If there is no image or no object, or the numbers of images differ.
     """
     if not truth or len(truth) != len(detections):
         raise ValueError(
-            f"average precision: {len(detections)} detections for {len(truth)} images; "
-            "both numbers must be equal and not 0"
+            f"average precision: there are detections for {len(detections)} images and annotations "
+            f"for {len(truth)}; give the same images for both, and one or more"
         )
     if not any((~objects.ignored).any() for objects in truth):
         raise ValueError(
             f"average precision: none of the {len(truth)} test images has a box to detect; "
-            "give a test set with annotations"
+            "give test images with annotations"
         )
     if metric != "coco":
-        return voc(truth, detections, classes, eleven_points=metric == "voc07")
-    numbers = coco(truth, detections, classes, sizes, "bbox")
-    annotated_masks = all(objects.segments or not len(objects) for objects in truth)
-    if sizes and annotated_masks and any(each.masks for each in detections):
-        masks = coco(truth, detections, classes, sizes, "segm")
+        return voc_precision(truth, detections, classes, eleven_points=metric == "voc07")
+    numbers = coco_precision(truth, detections, classes, sizes, "bbox")
+    has_true_masks = all(objects.segments or not len(objects) for objects in truth)
+    if sizes and has_true_masks and any(each.masks for each in detections):
+        masks = coco_precision(truth, detections, classes, sizes, "segm")
         numbers |= {f"mask {name}": value for name, value in masks.items()}
     return numbers
 
 
-def voc(
+def voc_precision(
     truth: Sequence[Objects],
     detections: Sequence[Detections],
     classes: Sequence[str],
     eleven_points: bool,
 ) -> dict[str, float]:
-    """Return Pascal VOC's average precision, as the mean over the classes that have an object.
+    """Return Pascal VOC's average precision, the mean over the classes that have an object.
 
-    A box is right if it is the first, by score, to overlap its object by the threshold. Edges from
-    0 give the exact areas of the development kit, which counts inclusive pixels.
+    A detection belongs to the object that it overlaps most. It is right if the overlap reaches the
+    threshold and no detection with a higher score has matched the object. Boxes with edges from 0
+    have the same areas as in the development kit, which counts pixels and includes both ends.
 
     Args:
-        truth: Annotated objects per image.
-        detections: Detections per image.
+        truth: Annotated objects of each image.
+        detections: Detections in each image.
         classes: Names of the classes.
-        eleven_points: Take the mean precision at recalls 0, 0.1, ..., 1 (2007) instead of the area
-            under the monotone curve (from 2010).
+        eleven_points: Average the precision at recalls 0, 0.1, ..., 1, as in 2007, instead of
+            taking the area under the monotone curve, as from 2010.
     """
     table = np.full((len(classes), len(THRESHOLDS)), np.nan)
     for label in range(1, len(classes) + 1):
         matches, num_objects = _ranked_matches(truth, detections, label)
         for column in range(len(THRESHOLDS) if num_objects else 0):
             counted = matches[matches[:, column] >= 0, column]
-            table[label - 1, column] = _area(counted == 1, num_objects, eleven_points)
-    return _summary(table, classes)
+            table[label - 1, column] = _area_under_curve(counted == 1, num_objects, eleven_points)
+    return _summarize(table, classes)
 
 
 def _ranked_matches(
     truth: Sequence[Objects], detections: Sequence[Detections], label: int
 ) -> tuple[np.ndarray, int]:
-    """Match the detections of one class with its objects.
+    """Match the detections of one class to its objects.
 
     Returns:
         Matches (detections, thresholds), highest score first, and the number of objects to detect.
-        A match is 1 if the detection is right, 0 if it is wrong, and -1 if it does not count.
+        A match is 1 for a right detection, 0 for a wrong one, and -1 for one that does not count.
     """
     scores, matches, num_objects = [], [], 0
     for objects, output in zip(truth, detections):
-        of_class = objects.labels == label
-        boxes, ignored = objects.boxes[of_class], objects.ignored[of_class]
+        is_class = objects.labels == label
+        boxes, ignored = objects.boxes[is_class], objects.ignored[is_class]
         num_objects += int((~ignored).sum())
         rows = np.flatnonzero(output.labels == label)
         rows = rows[np.argsort(-output.scores[rows], kind="stable")]
@@ -125,19 +126,15 @@ def _ranked_matches(
 
 
 def _match_image(detected: np.ndarray, boxes: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """Match the detections of one image and class, which are sorted by score.
-
-    Returns:
-        Matches (detections, thresholds), as in `_ranked_matches`.
-    """
+    """Return the matches (detections, thresholds) of one image and class, sorted by score."""
     matches = np.zeros((len(detected), len(THRESHOLDS)), dtype=np.int8)
     if not len(boxes) or not len(detected):
         return matches
     overlaps = box_iou(*(torch.from_numpy(edges).double() for edges in (detected, boxes))).numpy()
-    best = overlaps.argmax(axis=1)
+    best_objects = overlaps.argmax(axis=1).tolist()
     for column, threshold in enumerate(THRESHOLDS):
         matched: set[int] = set()
-        for row, box in enumerate(best.tolist()):
+        for row, box in enumerate(best_objects):
             if overlaps[row, box] < threshold - 1e-9:
                 continue
             if ignored[box]:
@@ -148,8 +145,8 @@ def _match_image(detected: np.ndarray, boxes: np.ndarray, ignored: np.ndarray) -
     return matches
 
 
-def _area(is_right: np.ndarray, num_objects: int, eleven_points: bool) -> float:
-    """Return the area under the precision-recall curve of detections sorted by score."""
+def _area_under_curve(is_right: np.ndarray, num_objects: int, eleven_points: bool) -> float:
+    """Return the area under the curve of precision over recall, for detections sorted by score."""
     hits = np.cumsum(is_right)
     recall, precision = hits / num_objects, hits / np.arange(1, len(is_right) + 1)
     if eleven_points:
@@ -160,17 +157,17 @@ def _area(is_right: np.ndarray, num_objects: int, eleven_points: bool) -> float:
     return float(((recall[1:] - recall[:-1]) * envelope[1:]).sum())
 
 
-def coco(
+def coco_precision(
     truth: Sequence[Objects],
     detections: Sequence[Detections],
     classes: Sequence[str],
     sizes: Sequence[tuple[int, int]],
     kind: Literal["bbox", "segm"],
 ) -> dict[str, float]:
-    """Return COCO's average precision, computed by pycocotools on the same boxes or masks.
+    """Return COCO's average precision of the boxes or the masks, computed by pycocotools.
 
     Raises:
-        ValueError: pycocotools is not installed.
+        ValueError: If pycocotools is not installed.
     """
     try:
         from pycocotools.coco import COCO
@@ -178,24 +175,26 @@ def coco(
     except ImportError:
         raise ValueError(
             "--metric coco: pycocotools is not installed; pip install 'ssl_pretrain[detection]', "
-            "or take --metric voc12"
+            "or use --metric voc12"
         ) from None
-    entries = [
-        entry for image, output in enumerate(detections) for entry in _entries(image, output, kind)
+    coco_results = [
+        result
+        for image, output in enumerate(detections)
+        for result in _coco_results(image, output, kind)
     ]
-    if not entries:
-        return _summary(np.zeros((len(classes), len(THRESHOLDS))), classes)
+    if not coco_results:
+        return _summarize(np.zeros((len(classes), len(THRESHOLDS))), classes)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         annotations = COCO()
         annotations.dataset = coco_dataset(truth, classes, sizes)
         annotations.createIndex()
-        evaluation = COCOeval(annotations, annotations.loadRes(entries), kind)
+        evaluation = COCOeval(annotations, annotations.loadRes(coco_results), kind)
         evaluation.evaluate()
         evaluation.accumulate()
     # (thresholds, recalls, classes) for objects of all areas and 100 boxes per image
     precision = evaluation.eval["precision"][:, :, :, 0, 2]
-    precision = np.where(precision < 0, np.nan, precision)  # classes without an object
-    return _summary(precision.mean(axis=1).T, classes)
+    precision = np.where(precision < 0, np.nan, precision)  # -1 stands for a class without objects
+    return _summarize(precision.mean(axis=1).T, classes)
 
 
 def coco_dataset(
@@ -205,20 +204,20 @@ def coco_dataset(
     images: list[dict[str, Any]] = [{"id": image} for image in range(len(truth))]
     for image, size in zip(images, sizes):
         image |= dict(zip(("height", "width"), size))
-    annotations: list[dict[str, Any]] = []
-    for number, objects in enumerate(truth):
-        for row, (left, top, width, height) in enumerate(_coco_boxes(objects.boxes)):
-            entry = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": int(objects.labels[row]),
-                "iscrowd": int(objects.ignored[row]),
-                "bbox": [left, top, width, height],
-                "area": width * height,
-            }
-            if objects.segments:
-                entry["segmentation"] = objects.segments[row]
-            annotations.append(entry)
+    annotations: list[dict[str, Any]] = [
+        {
+            "image_id": image,
+            "category_id": int(objects.labels[row]),
+            "iscrowd": int(objects.ignored[row]),
+            "bbox": [left, top, width, height],
+            "area": width * height,
+            **({"segmentation": objects.segments[row]} if objects.segments else {}),
+        }
+        for image, objects in enumerate(truth)
+        for row, (left, top, width, height) in enumerate(_coco_boxes(objects.boxes))
+    ]
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
     categories = [{"id": label, "name": name} for label, name in enumerate(classes, start=1)]
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
@@ -230,18 +229,18 @@ def _coco_boxes(boxes: np.ndarray) -> list[list[float]]:
     return edges.tolist()
 
 
-def _entries(image: int, output: Detections, kind: str) -> list[dict[str, Any]]:
-    """Return the detections of an image as COCO's results."""
+def _coco_results(image: int, output: Detections, kind: str) -> list[dict[str, Any]]:
+    """Return the detections in an image as COCO's results."""
     key = "segmentation" if kind == "segm" else "bbox"
-    places = output.masks if kind == "segm" else _coco_boxes(output.boxes)
+    regions = output.masks if kind == "segm" else _coco_boxes(output.boxes)
     return [
-        {"image_id": image, "category_id": int(label), "score": float(score), key: place}
-        for label, score, place in zip(output.labels, output.scores, places)
+        {"image_id": image, "category_id": int(label), "score": float(score), key: region}
+        for label, score, region in zip(output.labels, output.scores, regions)
     ]
 
 
-def _summary(table: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """Summarize precision (classes, thresholds), which is NaN for classes without an object."""
+def _summarize(table: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """Summarize precision (classes, thresholds), which is NaN for classes without objects."""
     numbers = {
         "AP": np.nanmean(table),
         "AP50": np.nanmean(table[:, 0]),

@@ -1,4 +1,4 @@
-"""Published protocols of detection, by name."""
+"""Protocols of detection by name: those of MoCo, and a small one for CPUs."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,21 +19,21 @@ class Protocol:
     masks: bool = False  # Mask R-CNN instead of Faster R-CNN
     metric: Metric = "coco"
     steps: int = 90000
-    drops: tuple[float, float] = (2 / 3, 8 / 9)  # fractions of the steps; divide lr by 10
+    drops: tuple[float, float] = (2 / 3, 8 / 9)  # fractions of the steps where lr drops to a tenth
     warmup_steps: int = 1000
     batch: int = 16  # images per step over all ranks
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    clip: float = 0.0  # largest norm of the gradient; 0: none
+    clip: float = 0.0  # largest norm of the gradient; 0: no limit
     short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)  # pixels; the last is for tests
     max_side: int = 1333
     norm: Norm = "sync"
-    precise_batches: int = 200  # batches for the test-time batch norm statistics; 0: running ones
-    smallest_anchor: int = 32  # pixels; each level doubles it
+    precise_batches: int = 200  # batches for the batch norm statistics in tests; 0: running ones
+    smallest_anchor: int = 32  # pixels; each of the five sizes is twice the one before
     pyramid_channels: int = 256
     head_dim: int = 1024
-    convolutions: int = 4  # layers with batch norm in FPN's box head; 0: two linear layers
+    convolutions: int = 4  # convolutions in FPN's box head; 0: two linear layers instead
     # Proposals before and after non-maximum suppression in training, and the same two in tests.
     proposals: tuple[int, int, int, int] = (2000, 2000, 1000, 1000)
     regions: int = 512  # proposals per image that the heads are trained on

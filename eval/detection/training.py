@@ -1,12 +1,12 @@
-"""Training of a detector, and its detections on test images."""
+"""Train a detector on batches of annotated images, and detect objects in test images."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from ssl_pretrain import rng
@@ -16,9 +16,86 @@ from ssl_pretrain.eval.detection import detectors
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages
 from ssl_pretrain.eval.detection.metrics import Detections
 from ssl_pretrain.eval.detection.published_protocols import Protocol
-from ssl_pretrain.eval.detection.training_batches import TrainingBatches, to_device
+from ssl_pretrain.rng import Purpose
 
 PROGRESS_STEPS = 20  # steps between two lines of progress
+Target = dict[str, Tensor]
+
+
+class TrainingBatches(Dataset):
+    """This rank's images and targets of each step, a pure function of (seed, step, batch slot)."""
+
+    def __init__(self, images: AnnotatedImages, protocol: Protocol, seed: int):
+        self.images, self.protocol, self.seed = images, protocol, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # the latest epoch and its order
+
+    def __len__(self) -> int:
+        return self.protocol.steps + self.protocol.precise_batches
+
+    def __getitem__(self, step: int) -> list[tuple[Tensor, Target]]:
+        start = step * self.protocol.batch
+        slots = range(
+            start + process_group.rank(), start + self.protocol.batch, process_group.world_size()
+        )
+        return [self._example(*divmod(slot, len(self.images))) for slot in slots]
+
+    def _example(self, epoch: int, position: int) -> tuple[Tensor, Target]:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = rng.permutation(self.seed, epoch, len(self.images))
+        index = int(self._order[position])
+        image = torch.from_numpy(self.images.read(index)).permute(2, 0, 1)
+        target = self._target(index, *image.shape[1:])
+        if rng.uniform(self.seed, epoch, index, 0, Purpose.FLIP, 1)[0, 0] < 0.5:
+            image, target = flip(image, target)
+        return transforms.to_dtype(image, torch.float32, scale=True), target
+
+    def _target(self, index: int, height: int, width: int) -> Target:
+        """Return the objects to learn from, in the form that torchvision's detectors expect."""
+        objects = self.images.objects[index]
+        is_target = ~objects.ignored
+        target = {
+            "boxes": torch.from_numpy(objects.boxes[is_target]),
+            "labels": torch.from_numpy(objects.labels[is_target]),
+        }
+        if self.protocol.masks:
+            segments = [segment for segment, keep in zip(objects.segments, is_target) if keep]
+            target["masks"] = torch.from_numpy(decode_masks(segments, height, width))
+        return target
+
+
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Flip an image, its boxes and its masks horizontally."""
+    width = image.shape[2]
+    left, top, right, bottom = target["boxes"].unbind(1)
+    target = target | {"boxes": torch.stack([width - right, top, width - left, bottom], dim=1)}
+    if "masks" in target:
+        target["masks"] = target["masks"].flip(-1)
+    return image.flip(-1), target
+
+
+def decode_masks(segments: list[Any], height: int, width: int) -> np.ndarray:
+    """Draw COCO's polygons or run lengths as masks, uint8 (n, height, width)."""
+    from pycocotools import mask
+
+    masks = np.zeros((len(segments), height, width), dtype=np.uint8)
+    for row, segment in enumerate(segments):
+        if isinstance(segment, list):
+            segment = mask.merge(mask.frPyObjects(segment, height, width))
+        elif isinstance(segment["counts"], list):
+            segment = mask.frPyObjects(segment, height, width)
+        masks[row] = mask.decode(segment)
+    return masks
+
+
+def to_device(
+    batch: list[tuple[Tensor, Target]], device: torch.device
+) -> tuple[list[Tensor], list[Target]]:
+    """Move a batch to a device, and return its images and its targets."""
+    return (
+        [image.to(device) for image, _ in batch],
+        [{name: value.to(device) for name, value in target.items()} for _, target in batch],
+    )
 
 
 def train(
@@ -32,14 +109,17 @@ def train(
     """Train a detector in place.
 
     Returns:
-        The loss of every step, as the mean over ranks.
+        The loss of every step, averaged over the ranks.
 
     Raises:
-        ValueError: The batch does not divide over the ranks, or the loss is not finite.
+        ValueError: If the batch does not divide over the ranks, or the loss is not finite.
     """
     world_size = process_group.world_size()
     if protocol.batch % world_size:
-        raise ValueError(f"--batch: {protocol.batch} images do not divide over {world_size} ranks")
+        raise ValueError(
+            f"--batch: {protocol.batch} images do not divide over {world_size} ranks; "
+            f"give a multiple of {world_size}"
+        )
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
         parameters, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay
@@ -54,8 +134,8 @@ def train(
             group["lr"] = learning_rate(protocol, step)
         # torchvision draws the size of each image and the regions to train on.
         torch.manual_seed(rng.seed_of(seed, step, process_group.rank()))
-        terms = model(*to_device(next(batches), device))
-        loss = torch.stack(list(terms.values())).sum()
+        loss_terms = model(*to_device(next(batches), device))
+        loss = torch.stack([*loss_terms.values()]).sum()
         losses.append(collectives.reduce_sum(loss.detach()).item() / world_size)
         if not np.isfinite(losses[-1]):
             raise ValueError(
@@ -76,11 +156,9 @@ def train(
 def learning_rate(protocol: Protocol, step: int) -> float:
     """Return the learning rate of a step.
 
-    It warms up linearly from a thousandth of the protocol's, and is divided by 10 at each drop.
+    It rises linearly from a thousandth of `protocol.lr` during warm-up. Each drop divides it by 10.
     """
-    warmup = 1.0
-    if protocol.warmup_steps:
-        warmup = min(1.0, 0.001 + 0.999 * step / protocol.warmup_steps)
+    warmup = min(1.0, 0.001 + 0.999 * step / protocol.warmup_steps) if protocol.warmup_steps else 1
     num_drops = sum(step >= round(drop * protocol.steps) for drop in protocol.drops)
     return protocol.lr * warmup * 0.1**num_drops
 
@@ -93,9 +171,9 @@ def recalibrate(
     protocol: Protocol,
     device: torch.device,
 ) -> None:
-    """Give each batch norm its mean statistics over `precise_batches` batches.
+    """Average the statistics of each batch norm over `precise_batches` batches.
 
-    This is Detectron2's PRECISE_BN.
+    This is PRECISE_BN of Detectron2.
     """
     norms = detectors.batch_norms(detector)
     if protocol.norm == "frozen" or not protocol.precise_batches or not norms:
@@ -103,7 +181,7 @@ def recalibrate(
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean, in which every batch has the same weight
+        norm.momentum = None  # weight all batches equally
     detector.train()
     for _ in range(protocol.precise_batches):
         model(*to_device(next(batches), device))
@@ -115,9 +193,9 @@ def recalibrate(
 def detect(
     detector: nn.Module, images: AnnotatedImages, device: torch.device
 ) -> tuple[list[Detections], list[tuple[int, int]]]:
-    """Return the detections in each image and its height and width, the same on every rank.
+    """Return the detections in all images, and the height and width of each image.
 
-    Each rank processes its share of the images.
+    Each rank processes its share of the images, and all ranks return the whole result.
     """
     detector.eval()
     local: list[tuple[int, Detections, tuple[int, int]]] = []
@@ -128,8 +206,8 @@ def detect(
         masks = _encode_masks(arrays["masks"][:, 0] > 0.5) if "masks" in arrays else []
         detections = Detections(arrays["boxes"], arrays["scores"], arrays["labels"], masks)
         local.append((index, detections, (image.shape[1], image.shape[2])))
-    gathered = [entry for entries in collectives.gather_objects(local) for entry in entries]
-    gathered.sort(key=lambda entry: entry[0])
+    entries = [entry for per_rank in collectives.gather_objects(local) for entry in per_rank]
+    gathered = sorted(entries, key=lambda entry: entry[0])
     return [detections for _, detections, _ in gathered], [size for _, _, size in gathered]
 
 

@@ -1,1 +1,1 @@
-"""Pages about runs."""
+"""HTML pages about runs."""

@@ -1,5 +1,6 @@
-"""Line charts and scatter plots as SVG, drawn by matplotlib, for pages that fetch nothing."""
+"""Line charts and scatter plots as inline SVG, drawn by matplotlib."""
 
+import colorsys
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -9,28 +10,33 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 
-MAX_POINTS = 600  # longer curves are averaged over equal stretches
+MAX_POINTS = 600  # longer curves are averaged over stretches of equal length
 GRAY = "#858b91"  # legible on white and on near black
 PALETTE = (
     *("#4e79a7", "#f28e2b", "#e15759", "#4fa8a0", "#59a14f"),
     *("#c9a227", "#b07aa1", "#ff7f93", "#9c755f", "#8a8a8a"),
 )
-# Text stays text, so that the page's font applies. Every point of a curve stays in its path.
+# Text is not drawn as paths, so the page's font applies. Curves keep all their points.
 STYLE: Any = {"svg.fonttype": "none", "path.simplify": False, "font.size": 10}
 
 
 def color(index: int, num_colors: int) -> str:
-    """Return the color of series or class `index`, legible on white and on near black."""
+    """Return the color of series or class `index`, legible on white and on near black.
+
+    A negative index, as of images without a label, is gray.
+    """
     if index < 0:
         return GRAY
     if num_colors <= len(PALETTE):
         return PALETTE[index]
-    hue = index * 137.508 % 360  # the golden angle keeps neighbors apart
-    return f"hsl({hue:.0f} {55 + 20 * (index % 2)}% {48 + 10 * (index % 3 == 0)}%)"
+    hue = index * 137.508 / 360 % 1  # steps of the golden angle give neighbors different hues
+    lightness, saturation = 0.48 + 0.1 * (index % 3 == 0), 0.55 + 0.2 * (index % 2)
+    return to_hex(colorsys.hls_to_rgb(hue, lightness, saturation))
 
 
 @rc_context(STYLE)
@@ -45,11 +51,11 @@ def line_chart(
     """Draw curves in one frame, or return an empty text if no point is finite.
 
     Args:
-        series: Points (x, y) by the name of the curve.
-        y_label: Name of the vertical axis, spoken by screen readers.
+        series: Points (x, y) of each curve, by its name.
+        y_label: Name of the vertical axis, for screen readers only.
         x_label: Name of the horizontal axis.
-        marked: Mark each point. Meant for a few measurements.
-        logarithmic: Scale both axes logarithmically and leave out what is not positive.
+        marked: Mark each point. This is meant for curves of a few points.
+        logarithmic: Use logarithmic axes, and leave out points that are not positive.
     """
     figure = Figure((4.6, 2.5))
     axes: Axes = figure.add_axes((0.13, 0.17, 0.85, 0.8))
@@ -58,7 +64,8 @@ def line_chart(
         if logarithmic:
             values = values[(values > 0).all(axis=1)] if len(values) else values
         if len(values) > MAX_POINTS:
-            values = np.array([s.mean(axis=0) for s in np.array_split(values, MAX_POINTS)])
+            stretches = np.array_split(values, MAX_POINTS)
+            values = np.array([stretch.mean(axis=0) for stretch in stretches])
         if len(values):
             (curve,) = axes.plot(*values.T, color=color(number, max(2, len(series))), linewidth=1.6)
             curve.set_gid(f"curve-{number}")
@@ -78,32 +85,22 @@ def line_chart(
 
 @rc_context(STYLE)
 def scatter_chart(positions: np.ndarray, labels: np.ndarray, num_classes: int) -> Markup:
-    """Draw points (n, 2), each in the color of its class. Points without a label (-1) are gray."""
+    """Draw points (n, 2), each in the color of its class, or gray if its label is -1."""
     figure = Figure((4.4, 4.4))
     axes: Axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    colors = [_as_hex(color(int(label), num_classes)) for label in labels]
+    colors = [color(int(label), num_classes) for label in labels]
     axes.scatter(positions[:, 0], positions[:, 1], s=22, c=colors, alpha=0.82, linewidths=0)
     return _svg(figure, "scatter", f"projection of {len(positions)} images")
 
 
-def _as_hex(css: str) -> str | tuple[float, ...]:
-    """Convert the hsl() colors of `color`, which matplotlib does not know."""
-    if css.startswith("#"):
-        return css
-    import colorsys
-
-    hue, saturation, lightness = map(float, re.findall(r"[\d.]+", css))
-    return colorsys.hls_to_rgb(hue / 360, lightness / 100, saturation / 100)
-
-
-def _svg(figure: Figure, kind: str, label: str) -> Markup:
-    """Return the figure as an inline SVG without a background and without addresses."""
+def _svg(figure: Figure, css_class: str, label: str) -> Markup:
+    """Return the figure as an inline SVG without a background and without URLs."""
     content = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(content, format="svg", transparent=True, metadata=nothing)
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(content, format="svg", transparent=True, metadata=no_metadata)
     text = content.getvalue()
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
     svg = re.sub(r'width="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
-    head = Markup('<svg class="{}" role="img" aria-label="{}"').format(kind, label)
+    head = Markup('<svg class="{}" role="img" aria-label="{}"').format(css_class, label)
     return head + Markup(svg.removeprefix("<svg"))

@@ -1,4 +1,4 @@
-"""Serve the page of a run while it trains, on this machine alone. The page refreshes itself."""
+"""Serve a page about a run that trains, to this machine only. The page refreshes itself."""
 
 import hashlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,9 +16,8 @@ REFRESH_SECONDS = 5
 
 
 def context(run: Path) -> dict[str, Any]:
-    """Return what the templates show of a run whose weights are not needed."""
-    metrics = sections.read_metrics(run)
-    path = run / "config.yaml"
+    """Return the variables of the page's templates, which need the run's files but no weights."""
+    metrics, path = sections.read_metrics(run), run / "config.yaml"
     settings = (yaml.safe_load(path.read_text()) if path.is_file() else None) or {}
     last: dict[str, Any] = metrics[-1] if metrics else {}
     facts = [
@@ -47,8 +46,8 @@ def _view_size(settings: dict[str, Any]) -> int:
     return recipe.expand_counts(config.from_dict(settings).views)[0].size
 
 
-def _tag(run: Path) -> str:
-    """Return an HTTP tag that changes with the files shown, without drawing their charts."""
+def _etag(run: Path) -> str:
+    """Return an ETag that changes with the files that the page shows."""
     patterns = ("*.jsonl", "*.json", "*.png", "config.yaml", "neigh*/*", "eval/**/*.json")
     paths = sorted({path for pattern in patterns for path in run.glob(pattern)})
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -56,21 +55,21 @@ def _tag(run: Path) -> str:
 
 
 def is_own_host(host: str) -> bool:
-    """Return True if a Host header names this machine. The port may be that of a tunnel.
+    """Return True if a Host header names this machine. Any port is accepted, as tunnels change it.
 
-    A page of another site can make its own name point to this machine (DNS rebinding). Its requests
-    then carry that name.
+    Another site may make its own name point to this machine (DNS rebinding). The requests of its
+    pages carry that name, and are refused.
     """
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     return name.lower() in ("127.0.0.1", "localhost", "[::1]")
 
 
 def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
-    """Serve the run's page on the loopback address.
+    """Return a server of the run's page on the loopback address.
 
     Args:
         run: The run's folder.
-        port: TCP port. 0 takes a free one, which `server_port` of the result has.
+        port: TCP port. 0 chooses a free one, which the result has as `server_port`.
 
     Raises:
         OSError: If the port is taken.
@@ -89,26 +88,29 @@ def server(run: Path, port: int = 0) -> ThreadingHTTPServer:
             elif self.path == "/":
                 self._answer(200, page.render("live.html.jinja", **context(run)))
             elif self.path == "/main":
-                tag = _tag(run)
-                if self.headers.get("If-None-Match") == tag:
-                    self._answer(304, "", tag)
+                etag = _etag(run)
+                if self.headers.get("If-None-Match") == etag:
+                    self._answer(304, "", etag)
                 else:
-                    self._answer(200, page.render("run.html.jinja", **context(run)), tag)
+                    self._answer(200, page.render("run.html.jinja", **context(run)), etag)
             elif self.path == "/favicon.ico":
                 self._answer(204, "")
             else:
                 self._answer(404, "The page is at /")
 
-        def _answer(self, status: int, body: str, tag: str = "") -> None:
+        def _answer(self, status: int, body: str, etag: str = "") -> None:
+            headers = {
+                "ETag": etag,
+                "Content-Type": "text/html; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Content-Type-Options": "nosniff",
+                "Content-Security-Policy": "frame-ancestors 'none'",
+                "Content-Length": "" if status in (204, 304) else str(len(body.encode())),
+            }
             self.send_response(status)
-            if tag:
-                self.send_header("ETag", tag)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Cache-Control", "no-cache")
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
-            if status not in (204, 304):
-                self.send_header("Content-Length", str(len(body.encode())))
+            for name, value in headers.items():
+                if value:
+                    self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body.encode())
 
@@ -128,5 +130,5 @@ def follow(run: Path, port: int = 0) -> None:
         raise ValueError(f"{run}: there is no such run folder; give the `output` of a run's config")
     with server(run, port) as serving:
         address = f"http://127.0.0.1:{serving.server_port}/"
-        print(f"live report of {run}: {address}   (this machine only; Ctrl-C ends it)", flush=True)
+        print(f"live report of {run}: {address}   (this machine only; Ctrl-C to stop)", flush=True)
         serving.serve_forever()

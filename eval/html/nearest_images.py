@@ -1,4 +1,4 @@
-"""The nearest neighbors of a few queries, and a projection of features to two dimensions."""
+"""Find the nearest neighbors of a few queries, and project features to two dimensions."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain import rng
-from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval.frozen import features, shifts
 from ssl_pretrain.eval.frozen.evaluation_split import SPLIT_SEED, EvaluationSplit
@@ -17,54 +16,53 @@ from ssl_pretrain.rng import Purpose
 
 NUM_QUERIES = 10
 NUM_NEIGHBORS = 6
-MAX_BANK = 10000  # training images among which neighbors are searched
-MAX_PROJECTED = 1000
+MAX_BANK = 10000  # training images to search for neighbors
+MAX_QUERIES = 1000  # images that queries are chosen from, all of which are projected
 DIRECTIONS = ("right", "left", "down", "up")
 
-LabeledImage = tuple[np.ndarray, int]  # uint8 (3, size, size), and the label, -1 for none
+LabeledImage = tuple[np.ndarray, int]  # uint8 (3, size, size), and the label or -1
 
 
 @dataclass
 class Query:
-    """One query, shifted as it was searched for, and the images nearest to it."""
+    """One query and the images nearest to it."""
 
-    image: np.ndarray
+    image: np.ndarray  # after the shift
     label: int
-    shift: str  # "2 right", in original pixels; empty if the image was not shifted
+    shift: str  # such as "2 right", in original pixels; empty if the image was not shifted
     by_pixels: list[LabeledImage]
     by_features: list[LabeledImage]
 
 
 def open_bank_and_queries(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, str]:
-    """Return a bank of training images, the queries, and what the queries are.
+    """Return a bank of training images, the images to choose queries from, and their description.
 
-    Queries are test images, or held-out training images where there is no test split.
+    Queries are test images, or held-out training images if there is no test split.
     """
     train = open_source(run.config.data, "train")
     order = rng.permutation(SPLIT_SEED, 0, len(train), Purpose.SPLIT)
     try:
-        test = open_source(run.config.data, "val")
+        queries = open_source(run.config.data, "val")
     except ValueError:
-        num_held_out = max(1, min(MAX_PROJECTED, len(train) // 10))
-        bank = _split(run, train, order[num_held_out:][:MAX_BANK])
-        return bank, _split(run, train, order[:num_held_out]), "held-out training images"
-    test_order = rng.permutation(SPLIT_SEED, 0, len(test), Purpose.SPLIT)[:MAX_PROJECTED]
-    return _split(run, train, order[:MAX_BANK]), _split(run, test, test_order), "test images"
-
-
-def _split(run: Run, source: Source, indices: np.ndarray) -> EvaluationSplit:
-    return EvaluationSplit(run, source, np.sort(indices))
+        num_held_out = max(1, min(MAX_QUERIES, len(train) // 10))
+        queries, query_order, kind = train, order[:num_held_out], "held-out training images"
+        order = order[num_held_out:]
+    else:
+        query_order = rng.permutation(SPLIT_SEED, 0, len(queries), Purpose.SPLIT)[:MAX_QUERIES]
+        kind = "test images"
+    bank = EvaluationSplit(run, train, np.sort(order[:MAX_BANK]))
+    return bank, EvaluationSplit(run, queries, np.sort(query_order)), kind
 
 
 def find_neighbors(run: Run, bank: EvaluationSplit, queries: EvaluationSplit) -> list[Query]:
-    """Find the neighbors of ten queries, of ten classes where there are as many.
+    """Find the neighbors of ten queries, which are of ten classes if there are that many.
 
-    Queries of small images are shifted by one or two original pixels.
+    Small images are shifted by one or two original pixels before the search.
     """
     split = queries.subset(_one_row_per_class(queries.labels))
     offsets, names = _shifts(split)
-    pixels = torch.cat([images for images, _ in split.batches()])
-    images = torch.cat([shifts.shift(view[None], *move) for view, move in zip(pixels, offsets)])
+    pixels = torch.cat([views for views, _ in split.batches()])
+    images = torch.cat([shifts.shift(view[None], *by) for view, by in zip(pixels, offsets)])
     bank_features, labels = features.extract(run.backbone, bank)
     bank_pixels, _ = features.raw_pixels(bank)
     mean = bank_pixels.mean(dim=0)
@@ -90,7 +88,7 @@ def find_neighbors(run: Run, bank: EvaluationSplit, queries: EvaluationSplit) ->
 def _one_row_per_class(labels: np.ndarray) -> np.ndarray:
     """Return the rows of ten queries: the first image of each of ten evenly spaced classes.
 
-    With fewer classes, or without labels, other images follow in order.
+    If there are fewer classes or no labels, the first of the other images complete the ten.
     """
     classes, first = np.unique(labels, return_index=True)
     if len(classes) < NUM_QUERIES:
@@ -100,7 +98,7 @@ def _one_row_per_class(labels: np.ndarray) -> np.ndarray:
 
 
 def _shifts(split: EvaluationSplit) -> tuple[list[shifts.Offset], list[str]]:
-    """Return an offset per image, in pixels of the view, and its name in original pixels."""
+    """Return the offset of each image in pixels of the view, and its name in original pixels."""
     distances = shifts.default_distances(split)
     if not distances:
         return [(0, 0)] * len(split), [""] * len(split)
@@ -113,20 +111,17 @@ def _shifts(split: EvaluationSplit) -> tuple[list[shifts.Offset], list[str]]:
 
 
 def _nearest(bank: Tensor, queries: Tensor) -> Tensor:
+    """Return the rows (queries, neighbors) of the bank that are nearest by cosine similarity."""
     similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
     return similarity.topk(min(NUM_NEIGHBORS, len(bank)), dim=1).indices
 
 
 def project(vectors: Tensor) -> np.ndarray:
-    """Project vectors (n, dim) to (n, 2) by t-SNE of the rows at length 1.
-
-    The start is a PCA and the seed is fixed.
-    """
+    """Project vectors (n, dim) to (n, 2) by t-SNE of their directions, with a fixed seed."""
     from sklearn.manifold import TSNE
 
     values = F.normalize(vectors, dim=1).cpu().numpy()
     if len(values) < 5:
         return np.pad(values, ((0, 0), (0, 2)))[:, :2]
     perplexity = min(30.0, (len(values) - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=0)
-    return tsne.fit_transform(values)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(values)

@@ -17,18 +17,17 @@ MAX_PICTURE_SIDE = 88  # pixels of a picture in a strip of neighbors
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart or a picture with its caption. `image` is empty where nothing was recorded."""
+    """A chart or a picture with its caption."""
 
-    image: Markup
+    image: Markup  # empty if nothing was recorded
     caption: str
-    legend: tuple[tuple[str, str], ...] = ()  # name and color
+    legend: tuple[tuple[str, str], ...] = ()  # name and color of each entry
 
 
 @cache
 def _templates() -> Environment:
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
     return Environment(
-        loader=loader,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=lambda name: name is not None and name.endswith(".jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -37,19 +36,16 @@ def _templates() -> Environment:
 
 
 def render(template: str, **context: Any) -> str:
-    """Render a template as text that UTF-8 can hold.
+    """Render a template as text that UTF-8 can encode.
 
-    Bytes of file names that are not valid text become escapes.
+    Bytes in file names that are not valid text become escape sequences.
     """
     text = _templates().get_template(template).render(context)
     return text.encode(errors="backslashreplace").decode()
 
 
 def image_source(image: Image.Image) -> str:
-    """Return the source of an <img> with the picture embedded in it.
-
-    Small pictures are PNG, larger ones JPEG.
-    """
+    """Return the `src` of an <img> that embeds the picture, as PNG if it is small, else as JPEG."""
     kind = "png" if image.width * image.height <= 128 * 128 else "jpeg"
     content = io.BytesIO()
     image.save(content, kind, optimize=True, quality=88)
@@ -57,7 +53,7 @@ def image_source(image: Image.Image) -> str:
 
 
 def pixels_source(pixels: np.ndarray) -> str:
-    """Return the source of an <img> of uint8 pixels (3, height, width), scaled down if large."""
+    """Return the `src` of an <img> that embeds uint8 pixels (3, height, width), scaled to fit."""
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return image_source(image)

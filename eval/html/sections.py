@@ -1,4 +1,4 @@
-"""Sections of a page that need only a run's files, so they can be shown while it trains."""
+"""Sections of a page that only need a run's files, so they can be shown while it trains."""
 
 import json
 import math
@@ -31,40 +31,40 @@ TITLES = {
     "detection": "Detection",
 }
 AXES = {*metric_names.AXES, "time"}
-NUM_SPECTRA = 4  # shown, from the first to the last
+NUM_SPECTRA = 4  # curves in one chart, from the first spectrum to the last
 NUM_NEIGHBOR_PICTURES = 4
 VIEW_GAP = 2  # pixels between the views in views.png
-PIXELATED_SIZE = 64  # views up to this size are enlarged without smoothing
+MAX_PIXELATED_SIZE = 64  # views up to this size are enlarged without smoothing
 
 
 @dataclass(frozen=True)
 class View:
-    """One training view: its picture, its side on the page, and the random choices behind it."""
+    """One training view."""
 
-    source: str
-    side: int
-    description: str
+    source: str  # `src` of its <img>
+    side: int  # width on the page in pixels
+    description: str  # the random choices behind it
 
 
 def run_sections(run: Path, metrics: list[Record], view_size: int) -> dict[str, Any]:
-    """Return the variables that every page about one run needs."""
+    """Return the template variables that every page about one run needs."""
     return {
         "alerts": alerts(run),
         "training": training_figures(run, metrics),
         "evaluations_over_steps": evaluations_over_steps(run),
         "views": views(run, view_size),
-        "pixelated": view_size <= PIXELATED_SIZE,
+        "pixelated": view_size <= MAX_PIXELATED_SIZE,
         "neighbors_over_time": neighbors_over_time(run),
     }
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[Record]:
-    """Read the records of one of the run's files, one per step, in order."""
+    """Read the records of a file of the run, one per step, in the order of the steps."""
     return records.read(run / name)
 
 
 def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
-    """Return (epoch, value) wherever `key` was recorded and is finite, in percent for shares."""
+    """Return (epoch, value) of each record in which `key` is finite. Shares are in percent."""
     factor = 100 if metric_names.curve(key).percent else 1
     return [
         (record["epoch"], factor * record[key])
@@ -74,18 +74,18 @@ def curve(metrics: list[Record], key: str) -> list[tuple[float, float]]:
 
 
 def recorded_keys(metrics: list[Record], group: str) -> list[str]:
-    """Return the recorded keys of a group: described ones first, in the order of their table."""
+    """Return the recorded keys of a group: those of `metric_names.CURVES`, then any others."""
     recorded = {key for record in metrics for key in record} - AXES
     known = [key for key in metric_names.CURVES if key in recorded]
-    keys = [*known, *sorted(recorded - set(known))]
+    keys = [*known, *sorted(recorded.difference(known))]
     return [key for key in keys if metric_names.curve(key).group == group]
 
 
 def caption(key: str) -> str:
-    """Return the caption of a metric's chart, made of its title, unit and description."""
-    about = metric_names.curve(key)
-    title = about.title[0].upper() + about.title[1:] + (", %" if about.percent else "")
-    return f"{title}: {about.description}" if about.description else title
+    """Return the caption of a metric's chart: its title, its unit and its description."""
+    metric = metric_names.curve(key)
+    title = metric.title[0].upper() + metric.title[1:] + (", %" if metric.percent else "")
+    return f"{title}: {metric.description}" if metric.description else title
 
 
 def series_legend(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -100,7 +100,7 @@ def alerts(run: Path) -> list[Record]:
 
 
 def training_figures(run: Path, metrics: list[Record]) -> list[tuple[str, list[Figure]]]:
-    """Draw the curves by group, and how the spectrum and spread of the embeddings changed."""
+    """Draw the curves of each group, with the spectra and spreads of the embeddings over time."""
     groups = []
     for group in metric_names.GROUPS:
         figures = []
@@ -109,19 +109,20 @@ def training_figures(run: Path, metrics: list[Record]) -> list[tuple[str, list[F
             chart = charts.line_chart({"": curve(metrics, key)}, title, marked=key == "knn")
             figures.append(Figure(chart, caption(key)))
         if group == metric_names.COLLAPSE:
-            figures += _spectra(read_metrics(run, "plots.jsonl"))
+            figures += _embedding_figures(read_metrics(run, "plots.jsonl"))
         if figures:
             groups.append((group, figures))
     return groups
 
 
-def _evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
-    """Return at most `count` of the items, the first and the last among them."""
-    indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+def _evenly_spaced(items: Sequence[Any], max_count: int) -> list[Any]:
+    """Return at most `max_count` of the items, including the first and the last."""
+    indices = np.linspace(0, len(items) - 1, min(max_count, len(items))).round().astype(int)
     return [items[index] for index in indices]
 
 
-def _spectra(plots: list[Record]) -> list[Figure]:
+def _embedding_figures(plots: list[Record]) -> list[Figure]:
+    """Draw the spectrum and the spread of the embeddings at some steps."""
     spectra, spreads = {}, {}
     for entry in _evenly_spaced(plots, NUM_SPECTRA):
         name = f"step {entry['step']:,}"
@@ -140,35 +141,36 @@ def _spectra(plots: list[Record]) -> list[Figure]:
 
 
 def evaluation(result: Record) -> Record:
-    """Return what the template shows of one evaluation: its table, its protocol, its choices."""
-    columns = results.columns(result)
-    kinds = {"pretrained": "ours"}
-    rows = [
-        {
-            "features": row["features"],
-            "kind": "variant"
-            if row["features"].startswith("random, ")
-            else kinds.get(row["features"], ""),
-            "cells": [results.number(row, name) for name in columns],
-        }
-        for row in result["rows"]
-    ]
-    choices = results.choices(result).items()
-    protocol = [
-        *result["protocol"].items(),
-        *((f"chosen for {features}", choice) for features, choice in choices),
-    ]
+    """Return the template variables of one evaluation: its table, protocol and choices."""
+    columns, choices = results.columns(result), results.choices(result)
     return {
         "title": TITLES.get(result["name"], result["name"]),
-        "measure": result.get("measure", "accuracy, %"),
+        "measure": result.get("measure", results.ACCURACY),
         "columns": columns,
-        "rows": rows,
-        "protocol": protocol,
+        "rows": [
+            {
+                "features": row["features"],
+                "kind": _row_class(row["features"]),
+                "cells": [results.number(row, name) for name in columns],
+            }
+            for row in result["rows"]
+        ],
+        "protocol": [
+            *result["protocol"].items(),
+            *((f"chosen for {features}", choice) for features, choice in choices.items()),
+        ],
     }
 
 
+def _row_class(features: str) -> str:
+    """Return the CSS class of a row of a result table."""
+    if features.startswith("random, "):
+        return "variant"
+    return "ours" if features == "pretrained" else ""
+
+
 def evaluations_over_steps(run: Path) -> list[Figure]:
-    """Draw the pretrained features' numbers by step, where several checkpoints have them."""
+    """Draw the numbers of the pretrained features by step, if several checkpoints have them."""
     figures = []
     for name, steps in results.by_step(run).items():
         series: dict[str, list[tuple[float, float]]] = {}
@@ -179,7 +181,7 @@ def evaluations_over_steps(run: Path) -> list[Figure]:
                         series.setdefault(column, []).append((step, value))
         if len(steps) > 1:
             title = TITLES.get(name, name)
-            measure = steps[max(steps)].get("measure", "accuracy, %")
+            measure = steps[max(steps)].get("measure", results.ACCURACY)
             chart = charts.line_chart(series, title, "step", marked=True)
             legend = series_legend(list(series))
             figures.append(Figure(chart, f"{title}, {measure} of each checkpoint", legend))
@@ -187,7 +189,7 @@ def evaluations_over_steps(run: Path) -> list[Figure]:
 
 
 def views(run: Path, view_size: int) -> list[list[View]]:
-    """Cut the trainer's grid of views apart: one row per image, empty if there is no grid.
+    """Cut the trainer's grid of views into rows, one per image. There are none without a grid.
 
     Args:
         run: The run's folder.
@@ -200,20 +202,19 @@ def views(run: Path, view_size: int) -> list[list[View]]:
     if (grid.width - VIEW_GAP) % pitch or (grid.height - VIEW_GAP) % pitch:
         return [[View(page.image_source(grid), grid.width, "training views")]]
     choices = json.loads(choices_path.read_text()) if choices_path.is_file() else []
+    lefts, side = range(VIEW_GAP, grid.width, pitch), max(view_size, 64)
     rows = []
     for row, top in enumerate(range(VIEW_GAP, grid.height, pitch)):
-        lefts = range(VIEW_GAP, grid.width, pitch)
         descriptions = choices[row] if row < len(choices) else []
         if len(descriptions) != len(lefts):
             descriptions = ["view"] * len(lefts)
         crops = [grid.crop((left, top, left + view_size, top + view_size)) for left in lefts]
-        side = max(view_size, 64)
         rows.append([View(page.image_source(c), side, d) for c, d in zip(crops, descriptions)])
     return rows
 
 
 def neighbors_over_time(run: Path) -> list[Figure]:
-    """Return the pictures of the same queries' nearest training images at some steps."""
+    """Return pictures of some queries and their nearest training images at several steps."""
     folders = metric_names.existing_paths(run, "neighbors")
     paths = [path for folder in folders for path in sorted(folder.glob("step_*.png"))]
     figures = []

@@ -21,13 +21,11 @@ from ssl_pretrain.eval.detection import __main__ as command
 from ssl_pretrain.eval.detection import (
     annotations,
     backbone_comparison,
-    coco_annotations,
     detectors,
     metrics,
     training,
-    training_batches,
-    voc_annotations,
 )
+from ssl_pretrain.eval.detection.annotation_files import load_coco, load_voc, parse_voc_xml
 from ssl_pretrain.eval.detection.published_protocols import PROTOCOLS
 
 CPU = torch.device("cpu")
@@ -146,7 +144,7 @@ def resnet() -> nn.Module:
 
 
 def test_voc_boxes_are_edges_from_zero_and_labels_start_at_one(voc_zip):
-    images = voc_annotations.load(voc_zip, "trainval")
+    images = load_voc(voc_zip, "trainval")
     assert images.classes == ["ball", "bar", "box"]
     assert len(images) == 8
     for number in range(8):
@@ -160,7 +158,7 @@ def test_voc_boxes_are_edges_from_zero_and_labels_start_at_one(voc_zip):
 
 
 def test_images_that_were_read_can_be_pickled(voc_zip):
-    images = voc_annotations.load(voc_zip, "trainval")
+    images = load_voc(voc_zip, "trainval")
     pixels = images.read(3)
     subset = pickle.loads(pickle.dumps(images)).subset([3, 1])
     assert len(subset) == 2
@@ -169,8 +167,8 @@ def test_images_that_were_read_can_be_pickled(voc_zip):
 
 def test_concatenated_sets_read_each_image_from_its_own_place(voc_zip, tmp_path):
     path = write_coco(tmp_path / "coco")
-    coco = coco_annotations.load(path, path.parent)
-    voc = voc_annotations.load(voc_zip, "test", coco.classes)
+    coco = load_coco(path, path.parent)
+    voc = load_voc(voc_zip, "test", coco.classes)
     images = annotations.concatenate([voc, coco]).subset([5, 2])
     assert images.name == "voc.zip, test and annotations.json"
     for index, number in enumerate((1, 2)):
@@ -179,32 +177,31 @@ def test_concatenated_sets_read_each_image_from_its_own_place(voc_zip, tmp_path)
 
 def test_coco_and_voc_describe_the_same_objects(voc_zip, tmp_path):
     path = write_coco(tmp_path / "coco")
-    coco = coco_annotations.load(path, path.parent)
-    voc = voc_annotations.load(voc_zip, "test", ["ball", "box", "bar"])
+    coco = load_coco(path, path.parent)
+    voc = load_voc(voc_zip, "test", ["ball", "box", "bar"])
     assert coco.classes == voc.classes
     assert [name for _, name in coco.files] == ["0.png", "1.png", "2.png", "3.png"]
     for a, b in zip(coco.objects, voc.objects, strict=True):
         np.testing.assert_array_equal(a.boxes, b.boxes)
         np.testing.assert_array_equal(a.labels, b.labels)
-    masks = training_batches.decode_masks(coco.objects[0].segments, HEIGHT, WIDTH)
+    masks = training.decode_masks(coco.objects[0].segments, HEIGHT, WIDTH)
     left, top, right, bottom = coco.objects[0].boxes[0].astype(int)
     assert masks[0, top:bottom, left:right].all()
     assert masks[0].sum() == (right - left) * (bottom - top)
 
 
 def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
-    load = voc_annotations.load
-    assert error_of(load, voc_zip, "val") == (
-        f"{voc_zip}: ImageSets/Main has no 'val'; there are: none, test, trainval"
+    assert error_of(load_voc, voc_zip, "val") == (
+        f"{voc_zip}: ImageSets/Main has no 'val'; choose one of: none, test, trainval"
     )
-    assert error_of(load, voc_zip, "none") == (
-        f"{voc_zip}: ImageSets/Main/none.txt lists no image; give a split that has some"
+    assert error_of(load_voc, voc_zip, "none") == (
+        f"{voc_zip}: ImageSets/Main/none.txt lists no image; give another split"
     )
-    assert error_of(load, voc_zip, "test", ["ball", "box"]) == (
-        f"{voc_zip}: 'test' has boxes of bar, not among the classes ball, box; "
+    assert error_of(load_voc, voc_zip, "test", ["ball", "box"]) == (
+        f"{voc_zip}: 'test' has boxes of bar, which are not among the classes ball, box; "
         "name them in --classes"
     )
-    assert error_of(load, tmp_path, "test").startswith(
+    assert error_of(load_voc, tmp_path, "test").startswith(
         f"{tmp_path}: has no ImageSets/Main; Pascal VOC's layout is Annotations/"
     )
     empty = tmp_path / "empty"
@@ -216,25 +213,24 @@ def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
     for name, text in files.items():
         (empty / name).parent.mkdir(parents=True, exist_ok=True)
         (empty / name).write_text(text)
-    assert error_of(load, empty, "test") == (
-        f"{empty}: none of the 1 images of 'test' has a box in its annotation; "
-        "is it the right split?"
+    assert error_of(load_voc, empty, "test") == (
+        f"{empty}: none of the 1 images of 'test' has a box in its annotation; check the split"
     )
-    assert error_of(load(empty, "test", ["ball"]).for_training) == (
+    assert error_of(load_voc(empty, "test", ["ball"]).for_training) == (
         "empty, test: none of its 1 images has a box to learn from; "
-        "do the annotations belong to these images?"
+        "check that the annotations belong to these images"
     )
 
 
 def test_mistakes_in_coco_data_are_named(tmp_path):
     path = write_coco(tmp_path / "coco")
-    assert error_of(coco_annotations.load, path, "", ["cat"]) == (
-        f"{path}: its categories are ball, box, bar, and those trained on are cat; "
-        "give files of one data set"
+    assert error_of(load_coco, path, "", ["cat"]) == (
+        f"{path}: its categories are ball, box, bar, but those of the training images are cat; "
+        "give two files of one data set"
     )
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
-    assert error_of(coco_annotations.load, path, "") == (
-        f"{path}: has 0 images and 0 boxes; both are needed"
+    assert error_of(load_coco, path, "") == (
+        f"{path}: has 0 images and 0 boxes; give a file with both"
     )
 
 
@@ -245,7 +241,7 @@ def test_boxes_without_area_are_left_out_and_difficult_ones_are_ignored():
         OBJECT.format("ball", 0, 3, 3, 3, 3),
     ]
     xml = XML.format("".join(elements)).encode()
-    boxes, names, difficult = voc_annotations.parse_objects(xml, "0")
+    boxes, names, difficult = parse_voc_xml(xml, "0")
     objects = annotations.objects_with_area(boxes, [1] * len(names), difficult)
     assert objects.boxes.tolist() == [[0, 0, 9, 9], [2, 2, 3, 3]]
     assert objects.ignored.tolist() == [True, False]
@@ -258,7 +254,7 @@ def test_flipping_keeps_boxes_and_masks_on_their_objects():
     mask[0, top:bottom, left:right] = 1
     box = torch.tensor([[left, top, right, bottom]]).float()
     image = torch.from_numpy(pixels).permute(2, 0, 1)
-    image, target = training_batches.flip(image, {"boxes": box, "masks": mask})
+    image, target = training.flip(image, {"boxes": box, "masks": mask})
     left, top, right, bottom = target["boxes"][0].int().tolist()
     ball = torch.tensor(COLORS["ball"])[:, None, None]
     assert (image[:, top:bottom, left:right] == ball).all()
@@ -272,7 +268,7 @@ def test_each_detector_trains_its_pretrained_backbone_and_detects_in_image_pixel
     run, tmp_path, architecture, masks
 ):
     path = write_coco(tmp_path / "coco")
-    images = coco_annotations.load(path, path.parent)
+    images = load_coco(path, path.parent)
     protocol = replace(TINY, architecture=architecture, masks=masks, norm="batch")
     model = resnet()
     model.load_state_dict(run.backbone.model.state_dict())
@@ -300,7 +296,7 @@ def test_each_detector_trains_its_pretrained_backbone_and_detects_in_image_pixel
 
 def test_a_detector_that_knows_the_objects_scores_a_hundred(voc_zip):
     """Boxes, scales and the label offset agree through resizing and back."""
-    images = voc_annotations.load(voc_zip, "test")
+    images = load_voc(voc_zip, "test")
     protocol = replace(TINY, short_sides=(160,), max_side=400)
     detector = detectors.build(resnet(), 3, protocol, MEAN, STD)
 
@@ -344,8 +340,8 @@ def test_the_learning_rate_warms_up_and_drops():
 
 
 def test_batches_are_a_function_of_the_step(voc_zip):
-    images = voc_annotations.load(voc_zip, "trainval")
-    batches = training_batches.TrainingBatches(images, replace(TINY, batch=3), seed=1)
+    images = load_voc(voc_zip, "trainval")
+    batches = training.TrainingBatches(images, replace(TINY, batch=3), seed=1)
     image, target = batches[5][0]
     assert len(batches[0]) == 3  # draws the order of another epoch
     assert torch.equal(image, batches[5][0][0])
@@ -364,7 +360,7 @@ def _train_one_step(path):
     protocol = replace(TINY, steps=1, short_sides=(64,), precise_batches=0)
     detector = detectors.build(resnet(), 3, protocol, MEAN, STD)
     detector = detectors.with_norm(detector, "sync", 2 // process_group.world_size())
-    images = voc_annotations.load(path, "trainval")
+    images = load_voc(path, "trainval")
     training.train(detector, images, protocol, 0, CPU)
     weights = torch.cat([parameter.detach().flatten() for parameter in detector.parameters()])
     statistics = dict(detector.named_buffers())["backbone.stages.stem.conv1.1.running_mean"]
@@ -391,7 +387,7 @@ def test_it_overfits_eight_images(run, voc_zip):
 
     The objects measure 19 to 37 pixels, where anchors of 16 and 32 pixels lie densely.
     """
-    images = voc_annotations.load(voc_zip, "trainval")
+    images = load_voc(voc_zip, "trainval")
     protocol = replace(
         PROTOCOLS["small"],
         steps=250,
@@ -429,6 +425,6 @@ def test_the_command_compares_both_backbones_and_saves_the_protocol(
 def test_a_vit_is_refused():
     vit = timm.create_model("test_vit", num_classes=0)
     assert error_of(detectors.check_backbone, vit, "test_vit") == (
-        "backbone.name: detection needs a ResNet of timm, with stages layer1 to layer4, and "
-        "test_vit has none; evaluate it with eval.linear"
+        "backbone.name: detection needs a ResNet of timm, with stages layer1 to layer4, but "
+        "test_vit has no such stages; evaluate it with eval.linear"
     )

@@ -109,7 +109,7 @@ def objects_of(boxes: list, ignored: list) -> Objects:
 
 
 def voc(truth: Objects, output: Detections, eleven_points: bool = False) -> dict[str, float]:
-    return metrics.voc([truth], [output], ["a"], eleven_points=eleven_points)
+    return metrics.voc_precision([truth], [output], ["a"], eleven_points=eleven_points)
 
 
 def test_voc_numbers_by_hand():
@@ -146,10 +146,11 @@ def test_a_test_set_without_objects_or_images_is_refused():
     detections = [detected([[0, 0, 10, 10]], [0.9])]
     assert error_of(metrics.average_precision, "coco", nothing, detections, ["a"]) == (
         "average precision: none of the 1 test images has a box to detect; "
-        "give a test set with annotations"
+        "give test images with annotations"
     )
     assert error_of(metrics.average_precision, "coco", [], [], ["a"]) == (
-        "average precision: 0 detections for 0 images; both numbers must be equal and not 0"
+        "average precision: there are detections for 0 images and annotations for 0; "
+        "give the same images for both, and one or more"
     )
 
 
@@ -217,12 +218,12 @@ def test_a_resnet_read_by_the_exported_names_has_the_features_of_timm():
 def test_other_networks_are_not_exported(tmp_path):
     model = timm.create_model("test_resnet", num_classes=0)
     assert error_of(detectron2.export, model, tmp_path / "x.pkl") == (
-        "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem; "
-        "this backbone is another network"
+        "--export-detectron2: Detectron2's R_50_C4 is a bottleneck ResNet with a 7x7 stem, but "
+        "this backbone is another network; give a run of resnet50"
     )
     assert error_of(detectron2.rename, {"fc.weight": torch.zeros(1)}) == (
-        "Detectron2 has no place for 'fc.weight': only ResNets 50, 101 and 152 with the ImageNet "
-        "stem can be exported"
+        "--export-detectron2: Detectron2 has no weight for 'fc.weight'; "
+        "give a ResNet-50, 101 or 152 with the ImageNet stem"
     )
 
 

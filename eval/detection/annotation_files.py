@@ -1,0 +1,187 @@
+"""Read annotated images from Pascal VOC's XML or from COCO's JSON."""
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from ssl_pretrain.eval.detection.annotations import AnnotatedImages, Objects, objects_with_area
+
+
+def load_coco(
+    annotations: str | Path, folder: str | Path, classes: Sequence[str] = ()
+) -> AnnotatedImages:
+    """Load COCO's JSON. Categories are labeled from 1 in the order of their ids.
+
+    Args:
+        annotations: The JSON file.
+        folder: Folder of its images.
+        classes: Names that the categories must have, in order. Default: any names.
+
+    Raises:
+        ValueError: If the file is not COCO's JSON, has no image or no box, or has other categories
+            than `classes`.
+    """
+    path = Path(annotations)
+    try:
+        content = json.loads(path.read_text())
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        images, boxes = content["images"], content["annotations"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: this is not COCO's JSON with images, annotations and categories "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    names = [category["name"] for category in categories]
+    if classes and names != list(classes):
+        raise ValueError(
+            f"{path}: its categories are {', '.join(names)}, but those of the training images are "
+            f"{', '.join(classes)}; give two files of one data set"
+        )
+    if not images or not boxes:
+        raise ValueError(
+            f"{path}: has {len(images)} images and {len(boxes)} boxes; give a file with both"
+        )
+    labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+    by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    for box in boxes:
+        by_image[box["image_id"]].append(box)
+    return AnnotatedImages(
+        path.name,
+        [(Path(folder), image["file_name"]) for image in images],
+        [_parse_coco_boxes(by_image[image["id"]], labels) for image in images],
+        names,
+    )
+
+
+def _parse_coco_boxes(boxes: list[dict[str, Any]], labels: dict[int, int]) -> Objects:
+    sizes = [box["bbox"] for box in boxes]
+    segments = [box.get("segmentation") for box in boxes]
+    return objects_with_area(
+        [[left, top, left + width, top + height] for left, top, width, height in sizes],
+        [labels[box["category_id"]] for box in boxes],
+        [bool(box.get("iscrowd", 0)) for box in boxes],
+        segments if all(segments) else [],
+    )
+
+
+def load_voc(root: str | Path, split: str, classes: Sequence[str] = ()) -> AnnotatedImages:
+    """Load images in Pascal VOC's layout: Annotations/, JPEGImages/ and ImageSets/Main/.
+
+    VOC's boxes count pixels from 1 and include both ends. They are converted to edges from 0, and
+    boxes without area are left out.
+
+    Args:
+        root: A folder or a zip file.
+        split: Name of a list in ImageSets/Main, such as train, val, trainval or test.
+        classes: Names in the order of their labels. Default: the names in the split, sorted.
+
+    Raises:
+        ValueError: If the layout or the split does not exist, the split is empty, an annotation is
+            missing, or a name is not in `classes`.
+    """
+    tree = _VocTree(Path(root))
+    names = tree.image_names(split)
+    parsed = [parse_voc_xml(tree.read(f"Annotations/{name}.xml"), name) for name in names]
+    annotated = sorted({kind for _, kinds, _ in parsed for kind in kinds})
+    if not classes and not annotated:
+        raise ValueError(
+            f"{root}: none of the {len(names)} images of {split!r} has a box in its annotation; "
+            "check the split"
+        )
+    classes = list(classes) or annotated
+    unknown = [kind for kind in annotated if kind not in classes]
+    if unknown:
+        raise ValueError(
+            f"{root}: {split!r} has boxes of {', '.join(unknown)}, which are not among the classes "
+            f"{', '.join(classes)}; name them in --classes"
+        )
+    labels = {name: label for label, name in enumerate(classes, start=1)}
+    objects = [
+        objects_with_area(boxes, [labels[kind] for kind in kinds], difficult)
+        for boxes, kinds, difficult in parsed
+    ]
+    files = [(Path(root), tree.image_path(name)) for name in names]
+    return AnnotatedImages(f"{Path(root).name}, {split}", files, objects, classes)
+
+
+def parse_voc_xml(xml: bytes, name: str) -> tuple[list[list[float]], list[str], list[bool]]:
+    """Read the boxes of one image, their classes, and whether they are marked as difficult.
+
+    Raises:
+        ValueError: If the content is not VOC's XML.
+    """
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    try:
+        elements = ElementTree.fromstring(xml).findall("object")
+        corners = [
+            [float(element.findtext(f"bndbox/{side}", "")) for side in sides]
+            for element in elements
+        ]
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"Annotations/{name}.xml is not VOC's XML: {error}") from None
+    return (
+        [[left - 1, top - 1, right, bottom] for left, top, right, bottom in corners],
+        [element.findtext("name", "") for element in elements],
+        [element.findtext("difficult", "0") == "1" for element in elements],
+    )
+
+
+class _VocTree:
+    """A folder or a zip in VOC's layout, which may be wrapped in one more folder."""
+
+    def __init__(self, root: Path):
+        self._root, self._zip = root, None
+        if root.is_dir():
+            paths = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+        elif zipfile.is_zipfile(root):
+            self._zip = zipfile.ZipFile(root)
+            paths = [path for path in self._zip.namelist() if not path.endswith("/")]
+        else:
+            raise ValueError(f"{root}: neither a folder nor a zip; give one in Pascal VOC's layout")
+        lists = [path for path in paths if "ImageSets/Main/" in path]
+        if not lists:
+            raise ValueError(
+                f"{root}: has no ImageSets/Main; Pascal VOC's layout is Annotations/, "
+                "ImageSets/Main/ and JPEGImages/"
+            )
+        self._prefix = lists[0].partition("ImageSets/Main/")[0]
+        self._splits = {Path(path).stem for path in lists}
+        images = [path for path in paths if path.startswith(f"{self._prefix}JPEGImages/")]
+        self._images = {Path(path).stem: path for path in images}
+
+    def image_names(self, split: str) -> list[str]:
+        """Return the names of a split's images, without their suffix."""
+        if split not in self._splits:
+            raise ValueError(
+                f"{self._root}: ImageSets/Main has no {split!r}; "
+                f"choose one of: {', '.join(sorted(self._splits))}"
+            )
+        lines = self.read(f"ImageSets/Main/{split}.txt").decode().splitlines()
+        names = [line.split()[0] for line in lines if line.strip()]
+        if not names:
+            raise ValueError(
+                f"{self._root}: ImageSets/Main/{split}.txt lists no image; give another split"
+            )
+        return names
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+        path = f"{self._prefix}{name}"
+        try:
+            return self._zip.read(path) if self._zip else (self._root / path).read_bytes()
+        except (KeyError, FileNotFoundError):
+            raise ValueError(
+                f"{self._root}: {path} is missing; the lists in ImageSets/Main need it"
+            ) from None
+
+    def image_path(self, name: str) -> str:
+        """Return the path of an image below the root."""
+        if name not in self._images:
+            raise ValueError(
+                f"{self._root}: {self._prefix}JPEGImages has no image {name}, which a list in "
+                "ImageSets/Main names"
+            )
+        return self._images[name]
