@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file from a clone
@@ -143,6 +143,39 @@ def pretrain_and_evaluate(
     if failed:
         message = f"error: failed: {', '.join(failed)}; the other evaluations were run"
         print(message, file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+def pretrain_series(
+    runs: Sequence[tuple[RunConfig, list[str]]],
+    path: str,
+    options_of: Callable[[RunConfig], dict[str, list[str]]] = lambda config: {},
+) -> int:
+    """Pretrain and evaluate one run after the other.
+
+    Args:
+        runs: Configuration and overrides of each run.
+        path: The YAML that the overrides apply to.
+        options_of: Returns a run's options of evaluations, as `pretrain_and_evaluate` takes them.
+
+    Returns:
+        The exit status: 75 if a run was asked to stop, after which no run is started, and 1 if a
+        run failed.
+    """
+    failed = []
+    for number, (config, overrides) in enumerate(runs, start=1):
+        print(f"=== {number} of {len(runs)}: {config.output}", flush=True)
+        status = pretrain_and_evaluate(config, path, overrides, options_of(config))
+        if status == STOPPED:
+            print(
+                f"stopped in run {number} of {len(runs)}; run the same command to continue",
+                flush=True,
+            )
+            return STOPPED
+        if status:
+            failed.append(config.output)
+    if failed:
+        print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -133,41 +133,22 @@ def small_model_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def run_all(runs: Sequence[PlannedRun], base: str) -> int:
-    """Pretrain and evaluate the runs that are not done.
+    """Pretrain and evaluate the runs that are not done, and return the exit status.
 
     `linear` evaluates raw pixels and the random backbone only once per seed, because all variants
     have the same ones.
-
-    Returns:
-        The exit status: 75 if a run was asked to stop, after which none is started, and 1 if a run
-        failed.
     """
-    failed = []
-    seeds_with_references = {
-        run.config.seed
-        for run in runs
-        if run.is_done() and study_table.has_reference_rows(run.config)
-    }
-    for number, run in enumerate(runs, start=1):
-        if run.is_done():
-            continue
-        seed = run.config.seed
-        print(f"=== {number} of {len(runs)}: {run.variant}, seed {seed}", flush=True)
-        options = {"linear": ["--rows", "pretrained"]} if seed in seeds_with_references else {}
-        status = pretrain.pretrain_and_evaluate(run.config, base, run.overrides, options)
-        if status == STOPPED:
-            print(
-                f"stopped in run {number} of {len(runs)}; run the same command to continue",
-                flush=True,
-            )
-            return STOPPED
-        if status:
-            failed.append(run.config.output)
-        else:
-            seeds_with_references.add(seed)
-    if failed:
-        print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+
+    def options_of(config: RunConfig) -> dict[str, list[str]]:
+        has_references = any(
+            run.is_done() and study_table.has_reference_rows(run.config)
+            for run in runs
+            if run.config.seed == config.seed
+        )
+        return {"linear": ["--rows", "pretrained"]} if has_references else {}
+
+    remaining = [(run.config, run.overrides) for run in runs if not run.is_done()]
+    return pretrain.pretrain_series(remaining, base, options_of)
 
 
 def run_and_compare(study: Study, options: argparse.Namespace) -> int:

@@ -18,7 +18,6 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study
 from ssl_pretrain.launch.evaluation_jobs import check_names
-from ssl_pretrain.system.exit_status import STOPPED
 
 DESCRIPTION = """\
 Pretrain once per combination of the given values, each run in its own folder below `output`.
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if on_slurm:
         print(f"submitted to SLURM: {', '.join(slurm_job.submit_array(runs, path))}")
         return 0
-    return _run_all(runs, path)
+    return pretrain.pretrain_series(runs, path)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -101,25 +100,6 @@ def _check(config: RunConfig, overrides: Sequence[str], on_slurm: bool) -> None:
     if not on_slurm:
         slurm.check_no_slurm_keys(config, overrides)
     configuration.check(config, slurm.num_ranks(config) if on_slurm else local.num_ranks(config))
-
-
-def _run_all(runs: Sequence[tuple[RunConfig, list[str]]], path: str) -> int:
-    """Pretrain and evaluate one run after the other, and return the exit status."""
-    failed = []
-    for number, (config, overrides) in enumerate(runs, start=1):
-        print(f"=== {number} of {len(runs)}: {config.output}", flush=True)
-        status = pretrain.pretrain_and_evaluate(config, path, overrides)
-        if status == STOPPED:
-            print(
-                f"stopped in run {number} of {len(runs)}; run the same command to continue",
-                flush=True,
-            )
-            return STOPPED
-        if status:
-            failed.append(config.output)
-    if failed:
-        print(f"error: failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
 
 
 def combinations(path: str, overrides: Sequence[str]) -> list[list[str]]:

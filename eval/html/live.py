@@ -30,20 +30,17 @@ def context(run: Path) -> dict[str, Any]:
         facts.append(("loss", f"{last['loss']:.4f}"))
     if "images_per_second" in last:
         facts.append(("images per second", f"{last['images_per_second']:,.0f}"))
+    view_size = 0
+    if schema.at(settings, "views.crops") is not None:
+        view_size = recipe.expand_counts(config.from_dict(settings).views)[0].size
     newest = [steps[max(steps)] for steps in results.by_step(run).values()]
     return {
-        **sections.run_sections(run, metrics, _view_size(settings)),
+        **sections.run_sections(run, metrics, view_size),
         "title": run.resolve().name,
         "facts": facts,
         "evaluations": [sections.evaluation(result) for result in newest],
         "refresh_milliseconds": 1000 * REFRESH_SECONDS,
     }
-
-
-def _view_size(settings: dict[str, Any]) -> int:
-    if schema.value_at(settings, "views.crops") is None:
-        return 0
-    return recipe.expand_counts(config.from_dict(settings).views)[0].size
 
 
 def _etag(run: Path) -> str:

@@ -13,7 +13,6 @@ from PIL import Image
 
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.html import charts, page
-from ssl_pretrain.eval.html.page import Figure
 from ssl_pretrain.monitoring import metric_names, records
 
 Record = dict[str, Any]
@@ -99,7 +98,7 @@ def alerts(run: Path) -> list[Record]:
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
-def training_figures(run: Path, metrics: list[Record]) -> list[tuple[str, list[Figure]]]:
+def training_figures(run: Path, metrics: list[Record]) -> list[tuple[str, list[page.Figure]]]:
     """Draw the curves of each group, with the spectra and spreads of the embeddings over time."""
     groups = []
     for group in metric_names.GROUPS:
@@ -107,7 +106,7 @@ def training_figures(run: Path, metrics: list[Record]) -> list[tuple[str, list[F
         for key in recorded_keys(metrics, group):
             title = metric_names.curve(key).title
             chart = charts.line_chart({"": curve(metrics, key)}, title, marked=key == "knn")
-            figures.append(Figure(chart, caption(key)))
+            figures.append(page.Figure(chart, caption(key)))
         if group == metric_names.COLLAPSE:
             figures += _embedding_figures(read_metrics(run, "plots.jsonl"))
         if figures:
@@ -121,7 +120,7 @@ def _evenly_spaced(items: Sequence[Any], max_count: int) -> list[Any]:
     return [items[index] for index in indices]
 
 
-def _embedding_figures(plots: list[Record]) -> list[Figure]:
+def _embedding_figures(plots: list[Record]) -> list[page.Figure]:
     """Draw the spectrum and the spread of the embeddings at some steps."""
     spectra, spreads = {}, {}
     for entry in _evenly_spaced(plots, NUM_SPECTRA):
@@ -135,8 +134,8 @@ def _embedding_figures(plots: list[Record]) -> list[Figure]:
     spectrum = charts.line_chart(spectra, "variance", "eigenvalue", logarithmic=True)
     spread = charts.line_chart(spreads, "spread", "percent of the dimensions")
     return [
-        Figure(spectrum, "Covariance spectrum of the embeddings", legend),
-        Figure(spread, "Spread of each dimension, from the flattest", legend),
+        page.Figure(spectrum, "Covariance spectrum of the embeddings", legend),
+        page.Figure(spread, "Spread of each dimension, from the flattest", legend),
     ]
 
 
@@ -169,7 +168,7 @@ def _row_class(features: str) -> str:
     return "ours" if features == "pretrained" else ""
 
 
-def evaluations_over_steps(run: Path) -> list[Figure]:
+def evaluations_over_steps(run: Path) -> list[page.Figure]:
     """Draw the numbers of the pretrained features by step, if several checkpoints have them."""
     figures = []
     for name, steps in results.by_step(run).items():
@@ -184,7 +183,7 @@ def evaluations_over_steps(run: Path) -> list[Figure]:
             measure = steps[max(steps)].get("measure", results.ACCURACY)
             chart = charts.line_chart(series, title, "step", marked=True)
             legend = series_legend(list(series))
-            figures.append(Figure(chart, f"{title}, {measure} of each checkpoint", legend))
+            figures.append(page.Figure(chart, f"{title}, {measure} of each checkpoint", legend))
     return figures
 
 
@@ -213,7 +212,7 @@ def views(run: Path, view_size: int) -> list[list[View]]:
     return rows
 
 
-def neighbors_over_time(run: Path) -> list[Figure]:
+def neighbors_over_time(run: Path) -> list[page.Figure]:
     """Return pictures of some queries and their nearest training images at several steps."""
     folders = metric_names.existing_paths(run, "neighbors")
     paths = [path for folder in folders for path in sorted(folder.glob("step_*.png"))]
@@ -221,7 +220,7 @@ def neighbors_over_time(run: Path) -> list[Figure]:
     for path in _evenly_spaced(paths, NUM_NEIGHBOR_PICTURES):
         source = page.image_source(Image.open(path).convert("RGB"))
         image = Markup('<img class="picture" alt="{}" src="{}">').format(path.stem, source)
-        figures.append(Figure(image, f"Step {int(path.stem.removeprefix('step_')):,}"))
+        figures.append(page.Figure(image, f"Step {int(path.stem.removeprefix('step_')):,}"))
     return figures
 
 

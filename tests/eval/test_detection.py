@@ -94,7 +94,7 @@ def write_voc(root, count: int = 8, wrapper: str = "DATA/"):
 
 
 def write_coco(folder, count: int = 4):
-    """Write the same pictures as COCO's JSON with polygons. Category ids have gaps."""
+    """Write the same pictures with COCO's JSON and polygons. The category ids have gaps."""
     folder.mkdir()
     ids = {"ball": 3, "box": 7, "bar": 20}
     images, entries = [], []
@@ -165,7 +165,7 @@ def test_images_that_were_read_can_be_pickled(voc_zip):
     np.testing.assert_array_equal(subset.read(0), pixels)
 
 
-def test_concatenated_sets_read_each_image_from_its_own_place(voc_zip, tmp_path):
+def test_concatenated_sets_read_each_image_from_its_own_files(voc_zip, tmp_path):
     path = write_coco(tmp_path / "coco")
     coco = load_coco(path, path.parent)
     voc = load_voc(voc_zip, "test", coco.classes)
@@ -295,13 +295,13 @@ def test_each_detector_trains_its_pretrained_backbone_and_detects_in_image_pixel
 
 
 def test_a_detector_that_knows_the_objects_scores_a_hundred(voc_zip):
-    """Boxes, scales and the label offset agree through resizing and back."""
+    """Boxes, scales and labels survive resizing and its inverse."""
     images = load_voc(voc_zip, "test")
     protocol = replace(TINY, short_sides=(160,), max_side=400)
     detector = detectors.build(resnet(), 3, protocol, MEAN, STD)
 
     class Oracle(nn.Module):
-        """Stands in for the region heads: the annotated objects in the resized image's pixels."""
+        """A replacement of the region heads that returns the annotated objects after resizing."""
 
         number = 0
 
@@ -383,7 +383,7 @@ def test_ranks_share_their_statistics_and_their_weights(voc_zip):
 
 @pytest.mark.full
 def test_it_overfits_eight_images(run, voc_zip):
-    """AP50 reaches 95 on the training images: boxes, scales and labels go the whole way.
+    """AP50 reaches 95 on the training images, so boxes, scales and labels are consistent.
 
     The objects measure 19 to 37 pixels, where anchors of 16 and 32 pixels lie densely.
     """

@@ -35,7 +35,7 @@ def random_objects(seed: int, count: int = 12) -> list[Objects]:
 
 
 def half_right_detections(truth: list[Objects], seed: int) -> list[Detections]:
-    """Detect each object twice, at moved edges, a fifth of the time as any class."""
+    """Detect each object twice with noisy edges, a fifth of the time with a random class."""
     generator = np.random.default_rng(seed)
     detections = []
     for objects in truth:
@@ -57,7 +57,7 @@ def coco_box(box) -> list[float]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_coco_numbers_are_those_of_pycocotools_itself(seed, tmp_path, capsys):
-    """pycocotools reads the boxes from files, as its users do it, and prints its own summary."""
+    """pycocotools reads the boxes from files, as it does for its users, and prints a summary."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

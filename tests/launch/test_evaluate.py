@@ -35,7 +35,7 @@ LOCAL = ["--cluster", "local"]
 
 
 def run_in_this_process(command):
-    """Run an evaluation's command without ten seconds of imports, and return its exit status."""
+    """Run an evaluation's command in this process to save its imports, and return its status."""
     name = command.index("-m") + 1
     try:
         importlib.import_module(command[name]).main(list(command[name + 1 :]))
@@ -47,7 +47,7 @@ def run_in_this_process(command):
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """A run with checkpoints at step 5 and at step 10, its end."""
+    """A run with checkpoints at step 5 and at step 10, its last step."""
     run = make_run(tmp_path_factory.mktemp("runs") / "made", "log.wandb=offline", step=5)
     make_run(run, "log.wandb=offline", step=10, weights_seed=2)
     for path in list_checkpoints(run):
@@ -74,8 +74,8 @@ def evaluate_knn(run, *arguments):
 def save_result(run, path, accuracy=50.0):
     row = results.Row("pretrained", {"clean": accuracy})
     step = int(path.name.removeprefix("step_"))
-    about = {"checkpoint": path.name, "step": step, "network": "student"}
-    return results.save(run, "knn", {}, [row], about, 1.0)
+    checkpoint = {"checkpoint": path.name, "step": step, "network": "student"}
+    return results.save(run, "knn", {}, [row], checkpoint, 1.0)
 
 
 def modification_times(run):
@@ -152,7 +152,7 @@ def test_a_pruned_checkpoint_is_skipped_with_a_message(run, capsys):
 
 def test_half_a_checkpoint_counts_as_pruned(run, tmp_path):
     path = list_checkpoints(run)[0]
-    (path / "optimizer.safetensors").unlink()  # rmtree is at work
+    (path / "optimizer.safetensors").unlink()  # as if rmtree were still running
     assert held_checkpoints.link(path, tmp_path / "link") is None
 
 

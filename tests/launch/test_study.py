@@ -15,7 +15,7 @@ from ssl_pretrain.launch import study, study_table, sweep
 ROOT = Path(__file__).parents[2]
 STUDIES = {path.stem: path for path in sorted((ROOT / "configs/sweeps").glob("*.yaml"))}
 BASES = ["configs/methods_digits.yaml", "configs/methods_cifar10_cpu.yaml"]
-ABOUT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
+CHECKPOINT = {"checkpoint": "step_00000007", "step": 7, "network": "student"}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -62,26 +62,26 @@ def test_the_studies_have_the_variants_that_the_documentation_discusses():
     } <= {override for variant in variants["ablation"] for override in variant.set}
 
 
-def save_results(run: Path, first: float, second: float) -> None:
+def save_results(run: Path, accuracy: float, spectrum: float) -> None:
     """Save the files of a finished run.
 
     Args:
         run: Folder of the run.
-        first: Accuracy of the linear classifier and of k-NN.
-        second: Every number of the spectrum and the effective rank during training.
+        accuracy: Accuracy of the linear classifier and of k-NN.
+        spectrum: Every number of the spectrum, and the effective rank during training.
     """
     for name, column in (("linear", "all labels"), ("knn", "clean")):
-        accuracies = {"raw pixels": 90.0, results.BETTER_RANDOM: 80.0, "pretrained": first}
+        accuracies = {"raw pixels": 90.0, results.BETTER_RANDOM: 80.0, "pretrained": accuracy}
         rows = [results.Row(features, {column: value}) for features, value in accuracies.items()]
-        results.save(run, name, {}, rows, ABOUT, 1.0)
+        results.save(run, name, {}, rows, CHECKPOINT, 1.0)
     numbers = {
-        f"{features}, {measure}": second
+        f"{features}, {measure}": spectrum
         for features in ("embeddings", "features")
         for measure in ("top-5 of all", "rank", "variance")
     }
-    results.save(run, "spectrum", {}, [results.Row("pretrained", numbers)], ABOUT, 1.0)
+    results.save(run, "spectrum", {}, [results.Row("pretrained", numbers)], CHECKPOINT, 1.0)
     records = [
-        {"step": step, "time": 60.0 * step, "rankme": second, "knn": 0.1 * step}
+        {"step": step, "time": 60.0 * step, "rankme": spectrum, "knn": 0.1 * step}
         for step in (1, 2, 3)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -94,7 +94,7 @@ def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, m
     arguments = ["seed=0,1", f"output={tmp_path / 'runs'}"]
     runs = study.plan(definition, STUDIES[name], None, arguments)
     for number, run in enumerate(runs[:-2]):
-        save_results(Path(run.config.output), first=90 + number, second=30 + number)
+        save_results(Path(run.config.output), accuracy=90 + number, spectrum=30 + number)
     table = tmp_path / "table.md"
     command = [str(STUDIES[name]), *arguments, "--table", str(table), "--table-only"]
     assert sweep.main(command) == 0
@@ -114,7 +114,7 @@ def test_the_table_has_means_over_seeds_and_names_missing_runs(name, tmp_path, m
 
 
 def test_the_columns_of_the_methods_study(tmp_path):
-    save_results(tmp_path, first=92.5, second=12.5)
+    save_results(tmp_path, accuracy=92.5, spectrum=12.5)
     run = study_table.RunNumbers(tmp_path)
     columns = study.load(STUDIES["methods"]).columns
     assert {column: study_table.COLUMNS[column].value(run) for column in columns} == {
