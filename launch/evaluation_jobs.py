@@ -4,8 +4,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ssl_pretrain import config as configuration
@@ -36,58 +35,48 @@ def evaluation_command(name: str, run: str | Path, *arguments: str) -> list[str]
     return [sys.executable, "-m", f"ssl_pretrain.eval.{name}", str(run), *arguments]
 
 
-@dataclass
-class FinalEvaluation:
-    """An evaluation of the last checkpoint.
+def run_at_end(config: RunConfig, options: dict[str, list[str]]) -> dict[str, int]:
+    """Run the evaluations of `evaluation.at_end` that the last checkpoint lacks.
 
-    Once it has succeeded, its settings are in the file `note`. It is repeated only if they change.
-    """
-
-    name: str
-    command: list[str]
-    note: Path
-    settings: str
-
-    def is_done(self) -> bool:
-        """Return True if the evaluation has succeeded with these settings."""
-        return self.note.is_file() and self.note.read_text() == self.settings
-
-    def record_success(self) -> None:
-        """Record that the evaluation has succeeded with these settings."""
-        self.note.parent.mkdir(parents=True, exist_ok=True)
-        self.note.write_text(self.settings)
-
-
-def due_evaluations(config: RunConfig, options: dict[str, list[str]]) -> Iterator[FinalEvaluation]:
-    """Yield the evaluations that the last checkpoint does not have with these settings.
-
-    The report is due again if any other evaluation has succeeded.
+    The settings of an evaluation that succeeded are kept in RUN/eval/<checkpoint>/.<name>.done. It
+    is repeated only if they change. The report is also repeated after any other evaluation has
+    succeeded. If an evaluation fails, the others still run.
 
     Args:
         config: The run's configuration.
         options: Further options by name of the evaluation.
+
+    Returns:
+        The exit status by name of the evaluations that were run, until a request to stop.
     """
     values = configuration.to_dict(config)
     folder = Path(config.output) / "eval" / newest_checkpoint(config.output).name
-    report_is_outdated = False
+    statuses: dict[str, int] = {}
     for name in config.evaluation.at_end:
         arguments = options.get(name, [])
         settings = {key: values[key] for key in ("data", "evaluation")} | {"arguments": arguments}
-        evaluation = FinalEvaluation(
-            name,
-            evaluation_command(name, config.output, "--skip-unlabeled", *arguments),
-            folder / f".{name}.done",
-            json.dumps(settings, indent=1),
-        )
-        if evaluation.is_done() and not (report_is_outdated and name == "report"):
+        text, note = json.dumps(settings, indent=1), folder / f".{name}.done"
+        is_done = note.is_file() and note.read_text() == text
+        if is_done and not (name == "report" and 0 in statuses.values()):
             print(
                 f"--- {name}: done before; to repeat it, run "
                 f"python -m ssl_pretrain.eval.{name} {config.output}",
                 flush=True,
             )
             continue
-        yield evaluation
-        report_is_outdated = report_is_outdated or evaluation.is_done()
+        print(f"--- {name}", flush=True)
+        command = evaluation_command(name, config.output, "--skip-unlabeled", *arguments)
+        statuses[name] = local.run(command)
+        if local.stop_requested():
+            print(
+                f"stopped during {name}, after the pretraining; run the same command to continue",
+                flush=True,
+            )
+            return statuses
+        if statuses[name] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            note.write_text(text)
+    return statuses
 
 
 def report_stop() -> int:
@@ -183,7 +172,11 @@ class EvaluationJobs:
                 )
                 return
             print(f"--- {name} of {path.name}", flush=True)
-            status = local.run(self._command(checkpoint, name))
+            device = self.device()
+            nice = ["nice", "-n", "10"] if device == "cpu" and shutil.which("nice") else []
+            options = ["--skip-unlabeled", "--checkpoint", str(checkpoint), "--device", device]
+            command = evaluation_command(name, self.run, *options, *self._options.overrides)
+            status = local.run([*nice, *command])
         if status == SKIPPED or local.stop_requested():
             return
         if status == 0:
@@ -198,12 +191,6 @@ class EvaluationJobs:
                 "read",
                 flush=True,
             )
-
-    def _command(self, checkpoint: Path, name: str) -> list[str]:
-        device = self.device()
-        options = ["--skip-unlabeled", "--checkpoint", str(checkpoint), "--device", device]
-        nice = ["nice", "-n", "10"] if device == "cpu" and shutil.which("nice") else []
-        return [*nice, *evaluation_command(name, self.run, *options, *self._options.overrides)]
 
     def device(self) -> str:
         """Return the device to evaluate on.

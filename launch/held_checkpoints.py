@@ -25,17 +25,29 @@ STALE_SECONDS = 180.0
 
 
 @contextmanager
-def hold(path: Path, folder: Path) -> Iterator[Path | None]:
+def hold(path: Path, parent: Path) -> Iterator[Path | None]:
     """Yield the checkpoint as hard links, or None if the training has pruned it.
 
-    On a file system without hard links, yield the checkpoint itself.
+    On a file system without hard links, yield the checkpoint itself. A heartbeat in the folder of
+    the links tells other machines that this process is still running.
 
     Args:
         path: The checkpoint.
-        folder: Folder for the links of all processes.
+        parent: Folder for the links of all processes.
     """
-    with process_folder(folder) as own_folder:
-        yield link(path, own_folder / path.name)
+    release_abandoned(parent)
+    folder = parent / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    (folder / OWNER).write_text(LockHolder.this_process().to_json())
+    ended = threading.Event()
+    heartbeat = threading.Thread(target=_send_heartbeats, args=(folder / OWNER, ended), daemon=True)
+    heartbeat.start()
+    try:
+        yield link(path, folder / path.name)
+    finally:
+        ended.set()
+        heartbeat.join()
+        _remove(folder)
 
 
 def link(path: Path, target: Path) -> Path | None:
@@ -60,27 +72,6 @@ def link(path: Path, target: Path) -> Path | None:
         return None
     except (OSError, ValueError, KeyError):
         return path if path.exists() else None
-
-
-@contextmanager
-def process_folder(parent: Path) -> Iterator[Path]:
-    """Create a folder for this process below `parent`, and remove it at the end.
-
-    A heartbeat tells other machines that the process is still running.
-    """
-    release_abandoned(parent)
-    folder = parent / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    folder.mkdir(parents=True)
-    (folder / OWNER).write_text(LockHolder.this_process().to_json())
-    ended = threading.Event()
-    heartbeat = threading.Thread(target=_send_heartbeats, args=(folder / OWNER, ended), daemon=True)
-    heartbeat.start()
-    try:
-        yield folder
-    finally:
-        ended.set()
-        heartbeat.join()
-        _remove(folder)
 
 
 def release_abandoned(parent: Path) -> None:

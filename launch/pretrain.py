@@ -13,7 +13,7 @@ from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
-from ssl_pretrain.launch.evaluation_jobs import check_names, due_evaluations
+from ssl_pretrain.launch.evaluation_jobs import check_names, run_at_end
 from ssl_pretrain.planning import plan
 from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
 
@@ -120,19 +120,9 @@ def pretrain_and_evaluate(
     status = _training_status(config, local.run(command))
     if status:
         return status
-    statuses: dict[str, int] = {}
-    for evaluation in due_evaluations(config, options or {}):
-        print(f"--- {evaluation.name}", flush=True)
-        statuses[evaluation.name] = local.run(evaluation.command)
-        if local.stop_requested():
-            print(
-                f"stopped during {evaluation.name}, after the pretraining; "
-                "run the same command to continue",
-                flush=True,
-            )
-            return STOPPED
-        if statuses[evaluation.name] == 0:
-            evaluation.record_success()
+    statuses = run_at_end(config, options or {})
+    if local.stop_requested():
+        return STOPPED
     if statuses:
         dashboard.send_finished(Path(config.output))
     failed = [

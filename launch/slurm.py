@@ -15,7 +15,7 @@ from ssl_pretrain.system.import_path import IMPORT_ROOT
 
 NAME_KEYS = ("partition", "account", "qos", "constraint")
 NAME_SYMBOLS = "_.,:+@&|*!=/()[]-"  # allowed in names, lists of names and constraints
-NAME = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(NAME_SYMBOLS)}]*")
+NAME_PATTERN = re.compile(rf"(?!-)[A-Za-z0-9{re.escape(NAME_SYMBOLS)}]*")
 
 
 def is_available() -> bool:
@@ -89,7 +89,7 @@ def request(config: RunConfig) -> dict[str, Any]:
         "nodes": launch.nodes,
         "tasks_per_node": num_ranks(config) // launch.nodes,
         "cpus_per_task": launch.cpus_per_rank or num_cpus,
-        "timeout_min": _minutes(launch),
+        "timeout_min": _time_limit_minutes(launch),
         "slurm_signal_delay_s": launch.signal_seconds,
         "slurm_setup": [
             f"export PYTHONPATH={shlex.quote(str(IMPORT_ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -110,12 +110,12 @@ def _check_request(config: RunConfig) -> None:
     launch = config.launch
     if launch.nodes < 1 or launch.hours <= 0 or launch.chain < 1:
         raise ConfigError(
-            f"launch.nodes: {launch.nodes} and launch.chain: {launch.chain} must be at least 1, "
-            f"launch.hours: {launch.hours:g} more than 0"
+            f"launch.nodes: {launch.nodes}, launch.chain: {launch.chain}, launch.hours: "
+            f"{launch.hours:g}; give 1 or more nodes, 1 or more jobs, and a time limit above 0"
         )
     for key in NAME_KEYS:
         name = getattr(launch, key)
-        if not NAME.fullmatch(name):
+        if not NAME_PATTERN.fullmatch(name):
             raise ConfigError(
                 f"launch.{key}: {name!r} is not a valid name in SLURM; "
                 f"use letters, digits and any of {NAME_SYMBOLS}"
@@ -125,15 +125,15 @@ def _check_request(config: RunConfig) -> None:
             f"output: {config.output!r} contains a control character or %, which a job script "
             "would interpret; give another folder"
         )
-    if launch.signal_seconds >= 60 * _minutes(launch):
+    if launch.signal_seconds >= 60 * _time_limit_minutes(launch):
         raise ConfigError(
             f"launch.signal_seconds: {launch.signal_seconds} is not shorter than the time limit, "
             f"launch.hours: {launch.hours:g}; give fewer seconds"
         )
 
 
-def _minutes(launch: LaunchConfig) -> int:
-    """Return the time limit in whole minutes."""
+def _time_limit_minutes(launch: LaunchConfig) -> int:
+    """Return the time limit of a job, rounded up to whole minutes."""
     return math.ceil(launch.hours * 60)
 
 

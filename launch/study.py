@@ -161,7 +161,13 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     path = options.config
     runs = plan(study, path, options.base, options.overrides)
     for run in runs:
-        _check_launch_keys(run)
+        if run.config.launch.cluster == "slurm":
+            raise ConfigError(
+                "launch.cluster: slurm cannot be used for a study, whose runs start one after the "
+                "other on this machine; leave it out"
+            )
+        local.check_one_machine(run.config)
+        slurm.check_no_slurm_keys(run.config, run.overrides)
     if options.list:
         print("\n".join(run.config.output for run in runs))
         return 0
@@ -179,22 +185,14 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
         return MISTAKE if options.table_only else 1
     missing = list(dict.fromkeys(run.variant for run in runs if not run.is_done()))
     table = options.table or folder / f"{Path(path).stem}.md"
-    command = _command_to_show(path, options.base, options.overrides)
-    comparison = study_table.Comparison(study.title, study.columns, done, study.plot_against)
-    study_table.write(comparison, missing, command, table)
+    study_table.write(
+        study_table.Comparison(study.title, study.columns, done, study.plot_against),
+        missing,
+        _command_to_show(path, options.base, options.overrides),
+        table,
+    )
     print(f"{table} and {table.with_suffix('.png').name}")
     return status
-
-
-def _check_launch_keys(run: PlannedRun) -> None:
-    """Raise ConfigError if the run sets a key for a cluster or for several hosts."""
-    if run.config.launch.cluster == "slurm":
-        raise ConfigError(
-            "launch.cluster: slurm cannot be used for a study, whose runs start one after the "
-            "other on this machine; leave it out"
-        )
-    local.check_one_machine(run.config)
-    slurm.check_no_slurm_keys(run.config, run.overrides)
 
 
 def _command_to_show(path: str, base: str | None, overrides: Sequence[str]) -> str:
@@ -205,5 +203,5 @@ def _command_to_show(path: str, base: str | None, overrides: Sequence[str]) -> s
         for key, value in pairs
         if key != "output" and not key.startswith(("launch.", "log."))
     ]
-    other_base = ["--base", base] if base else []
-    return shlex.join(["python", "launch/sweep.py", path, *other_base, *shown])
+    base_option = ["--base", base] if base else []
+    return shlex.join(["python", "launch/sweep.py", path, *base_option, *shown])

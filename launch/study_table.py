@@ -42,7 +42,7 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Column:
-    """One number per run."""
+    """A column of the table, with one number per run."""
 
     help: str
     evaluation: str  # evaluation that has the number; empty: it is in the training records
@@ -56,10 +56,6 @@ class Column:
         return run.tables[self.evaluation]["pretrained"][self.metric]
 
 
-def _spectrum(metric: str, description: str) -> Column:
-    return Column(description, "spectrum", metric)
-
-
 DEFAULT_COLUMNS = {
     "linear, %": Column(
         "test accuracy of a linear classifier on frozen features, whose learning rate is chosen "
@@ -67,19 +63,23 @@ DEFAULT_COLUMNS = {
         "linear",
         "all labels",
     ),
-    "top-5 of all, %": _spectrum(
-        "embeddings, top-5 of all",
+    "top-5 of all, %": Column(
         "share of the five largest eigenvalues in the covariance of embeddings of length 1",
+        "spectrum",
+        "embeddings, top-5 of all",
     ),
-    "effective rank": _spectrum(
-        "embeddings, rank", "exp of the entropy of the eigenvalues' shares"
+    "effective rank": Column(
+        "exp of the entropy of the eigenvalues' shares", "spectrum", "embeddings, rank"
     ),
-    "variance, %": _spectrum(
-        "embeddings, variance",
+    "variance, %": Column(
         "sum of the eigenvalues, 100 for embeddings all over the sphere and 0 for a single point",
+        "spectrum",
+        "embeddings, variance",
     ),
-    "features' top-5, %": _spectrum("features, top-5 of all", "the same share for features"),
-    "features' rank": _spectrum("features, rank", "the effective rank of features"),
+    "features' top-5, %": Column(
+        "the same share for features", "spectrum", "features, top-5 of all"
+    ),
+    "features' rank": Column("the effective rank of features", "spectrum", "features, rank"),
 }
 COLUMNS = DEFAULT_COLUMNS | {
     "k-NN, %": Column("test accuracy of weighted k-NN on frozen features", "knn", "clean"),

@@ -15,7 +15,7 @@ if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain.config import ConfigError, RunConfig
+from ssl_pretrain.config import ConfigError
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study
 from ssl_pretrain.launch.evaluation_jobs import check_names
 
@@ -52,7 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [(configuration.load(path, each), each) for each in combinations(path, overrides)]
     on_slurm = slurm.is_submitted(runs[0][0].launch)
     for config, run_overrides in runs:
-        _check(config, run_overrides, on_slurm)
+        check_names(config.evaluation.at_end, "evaluation.at_end")
+        local.check_one_machine(config)
+        if not on_slurm:
+            slurm.check_no_slurm_keys(config, run_overrides)
+        num_ranks = slurm.num_ranks(config) if on_slurm else local.num_ranks(config)
+        configuration.check(config, num_ranks)
     if options.list:
         print("\n".join(config.output for config, _ in runs))
         return 0
@@ -91,15 +96,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="study: write the table of the finished runs without training",
     )
     return parser.parse_intermixed_args(arguments)
-
-
-def _check(config: RunConfig, overrides: Sequence[str], on_slurm: bool) -> None:
-    """Raise ConfigError if the run cannot start in a sweep."""
-    check_names(config.evaluation.at_end, "evaluation.at_end")
-    local.check_one_machine(config)
-    if not on_slurm:
-        slurm.check_no_slurm_keys(config, overrides)
-    configuration.check(config, slurm.num_ranks(config) if on_slurm else local.num_ranks(config))
 
 
 def combinations(path: str, overrides: Sequence[str]) -> list[list[str]]:

@@ -28,20 +28,28 @@ STEM = ("conv1", "bn1", "act1", "maxpool")
 
 
 class Stages(nn.Module):
-    """The stem and the first stages of a timm ResNet, which output {"0": res2, "1": res3, ...}."""
+    """The stem and the first stages of a timm ResNet.
 
-    def __init__(self, model: nn.Module, num_stages: int):
+    Args:
+        model: The ResNet.
+        num_stages: Number of stages.
+        num_outputs: Number of stages, counted from the last, whose outputs are returned.
+    """
+
+    def __init__(self, model: nn.Module, num_stages: int, num_outputs: int):
         super().__init__()
         self.stem = nn.Sequential(OrderedDict((name, getattr(model, name)) for name in STEM))
         numbers = range(1, num_stages + 1)
         self.layers = nn.ModuleList(getattr(model, f"layer{number}") for number in numbers)
+        self.num_outputs, self.out_channels = num_outputs, stage_channels(model)[num_stages - 1]
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Return the output of every stage."""
-        outputs, x = OrderedDict(), self.stem(images)
-        for number, layer in enumerate(self.layers):
-            outputs[str(number)] = x = layer(x)
-        return outputs
+        """Return the outputs under the names "0", "1" and so on."""
+        outputs, x = [], self.stem(images)
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return OrderedDict((str(i), x) for i, x in enumerate(outputs[-self.num_outputs :]))
 
 
 class Pyramid(nn.Module):
@@ -49,7 +57,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, model: nn.Module, out_channels: int):
         super().__init__()
-        self.stages, self.out_channels = Stages(model, 4), out_channels
+        self.stages, self.out_channels = Stages(model, 4, 4), out_channels
         self.pyramid = FeaturePyramidNetwork(
             stage_channels(model),
             out_channels,
@@ -60,43 +68,6 @@ class Pyramid(nn.Module):
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Return the five levels of the pyramid."""
         return self.pyramid(self.stages(images))
-
-
-class FourthStage(nn.Module):
-    """The network up to res4, whose output is the only feature map of a C4 detector."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.stages, self.out_channels = Stages(model, 3), stage_channels(model)[2]
-
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Return the feature map under the name "0"."""
-        return OrderedDict([("0", self.stages(images)["2"])])
-
-
-class FifthStage(nn.Module):
-    """res5 with a batch norm after it, applied to each region, as in MoCo's box head."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.layer = model.get_submodule("layer4")
-        self.norm = nn.BatchNorm2d(stage_channels(model)[3])
-
-    def forward(self, regions: Tensor) -> Tensor:
-        """Return the feature map of each region."""
-        return self.norm(self.layer(regions))
-
-
-class AveragePooled(nn.Module):
-    """A stage whose output is averaged over its positions, with shape (regions, channels)."""
-
-    def __init__(self, stage: nn.Module):
-        super().__init__()
-        self.stage = stage
-
-    def forward(self, regions: Tensor) -> Tensor:
-        """Return one vector per region."""
-        return self.stage(regions).mean(dim=(2, 3))
 
 
 def stage_channels(model: nn.Module) -> list[int]:
@@ -155,18 +126,19 @@ def _anchor_sizes(protocol: Protocol) -> list[int]:
 def _c4_modules(model: nn.Module, num_outputs: int, protocol: Protocol) -> dict[str, Any]:
     """Return the modules of a detector on res4, whose box and mask heads share res5."""
     channels, sizes = stage_channels(model)[3], tuple(_anchor_sizes(protocol))
-    head = FifthStage(model)
+    # res5 has a batch norm after it, as in MoCo's box head.
+    res5 = nn.Sequential(model.get_submodule("layer4"), nn.BatchNorm2d(channels))
     modules: dict[str, Any] = {
-        "backbone": FourthStage(model),
+        "backbone": Stages(model, num_stages=3, num_outputs=1),
         "rpn_anchor_generator": AnchorGenerator((sizes,), (ASPECT_RATIOS,)),
         "box_roi_pool": MultiScaleRoIAlign(["0"], 14, sampling_ratio=0),
-        "box_head": AveragePooled(head),
+        "box_head": nn.Sequential(res5, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "box_predictor": FastRCNNPredictor(channels, num_outputs),
     }
     if protocol.masks:
         modules["mask_predictor"] = MaskRCNNPredictor(channels, 256, num_outputs)
         modules["mask_roi_pool"] = MultiScaleRoIAlign(["0"], 14, sampling_ratio=0)
-        modules["mask_head"] = head
+        modules["mask_head"] = res5
     return modules
 
 

@@ -67,10 +67,14 @@ def line_chart(
             stretches = np.array_split(values, MAX_POINTS)
             values = np.array([stretch.mean(axis=0) for stretch in stretches])
         if len(values):
-            (curve,) = axes.plot(*values.T, color=color(number, max(2, len(series))), linewidth=1.6)
-            curve.set_gid(f"curve-{number}")
-            curve.set_marker("o" if marked or len(values) == 1 else "")
-            curve.set_markersize(3.5)
+            axes.plot(
+                *values.T,
+                gid=f"curve-{number}",
+                color=color(number, max(2, len(series))),
+                linewidth=1.6,
+                marker="o" if marked or len(values) == 1 else "",
+                markersize=3.5,
+            )
     if not axes.lines:
         return Markup("")
     if logarithmic:
