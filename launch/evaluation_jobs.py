@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
-from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.fault_tolerance.run_lock import find_holder
 from ssl_pretrain.launch import dashboard, held_checkpoints, local, slurm, slurm_job
 from ssl_pretrain.system.exit_status import SKIPPED, STOPPED
@@ -25,7 +24,7 @@ def check_names(names: list[str], option: str) -> None:
     """Raise ConfigError if a name in the value of `option` is not that of an evaluation."""
     unknown = [name for name in names if name not in EVALUATIONS]
     if unknown:
-        raise ConfigError(
+        raise configuration.ConfigError(
             f"{option}: {unknown[0]!r} is not an evaluation; choose among: {', '.join(EVALUATIONS)}"
         )
 
@@ -35,7 +34,7 @@ def evaluation_command(name: str, run: str | Path, *arguments: str) -> list[str]
     return [sys.executable, "-m", f"ssl_pretrain.eval.{name}", str(run), *arguments]
 
 
-def run_at_end(config: RunConfig, options: dict[str, list[str]]) -> dict[str, int]:
+def run_at_end(config: configuration.RunConfig, options: dict[str, list[str]]) -> dict[str, int]:
     """Run the evaluations of `evaluation.at_end` that the last checkpoint lacks.
 
     The settings of an evaluation that succeeded are kept in RUN/eval/<checkpoint>/.<name>.done. It

@@ -11,7 +11,6 @@ if not __package__:  # run as a file from a clone
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain.checkpoint.folder import is_finished, list_checkpoints
-from ssl_pretrain.config import RunConfig
 from ssl_pretrain.launch import dashboard, local, slurm, slurm_job
 from ssl_pretrain.launch.evaluation_jobs import check_names, run_at_end
 from ssl_pretrain.planning import plan
@@ -81,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)  # key=value may follow an option
 
 
-def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
+def _submit(config: configuration.RunConfig, path: str, overrides: Sequence[str]) -> int:
     jobs = slurm_job.submit(config, path, overrides)
     chain = config.launch.chain
     pretraining = ", ".join(jobs[:chain])
@@ -95,7 +94,7 @@ def _submit(config: RunConfig, path: str, overrides: Sequence[str]) -> int:
 
 
 def pretrain_and_evaluate(
-    config: RunConfig,
+    config: configuration.RunConfig,
     path: str,
     overrides: Sequence[str],
     options: dict[str, list[str]] | None = None,
@@ -137,9 +136,9 @@ def pretrain_and_evaluate(
 
 
 def pretrain_series(
-    runs: Sequence[tuple[RunConfig, list[str]]],
+    runs: Sequence[tuple[configuration.RunConfig, list[str]]],
     path: str,
-    options_of: Callable[[RunConfig], dict[str, list[str]]] = lambda config: {},
+    options_of: Callable[[configuration.RunConfig], dict[str, list[str]]] = lambda config: {},
 ) -> int:
     """Pretrain and evaluate one run after the other.
 
@@ -169,7 +168,7 @@ def pretrain_series(
     return 1 if failed else 0
 
 
-def _training_status(config: RunConfig, status: int) -> int:
+def _training_status(config: configuration.RunConfig, status: int) -> int:
     """Return 0 for a finished training, 75 for a stopped one, and the status of one that failed."""
     if status == 0 and is_finished(config.output):
         return 0

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
-from ssl_pretrain.config import ConfigError, RunConfig
 from ssl_pretrain.launch import local, pretrain, slurm, study_table
 from ssl_pretrain.system.exit_status import MISTAKE, STOPPED
 
@@ -47,7 +46,7 @@ class PlannedRun:
     """One variant of a study with one seed."""
 
     variant: str
-    config: RunConfig
+    config: configuration.RunConfig
     overrides: list[str]  # overrides of the base configuration that yield `config`
 
     def is_done(self) -> bool:
@@ -70,15 +69,17 @@ def load(path: str | Path) -> Study | None:
     try:
         study: Study = schema.build(Study, tree)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise configuration.ConfigError(f"{path}: {error}") from None
     if study.every_method:
         every_method = [Variant(name, [f"method.name={name}"]) for name in methods.names()]
         study.runs = [*every_method, *study.runs]
     if not study.runs:
-        raise ConfigError(f"{path}: runs: is empty; list runs, each with a name and a set of keys")
+        raise configuration.ConfigError(
+            f"{path}: runs: is empty; list runs, each with a name and a set of keys"
+        )
     unknown = [column for column in study.columns if column not in study_table.COLUMNS]
     if unknown or not study.columns:
-        raise ConfigError(
+        raise configuration.ConfigError(
             f"{path}: columns: {unknown}; choose one or more of: {list(study_table.COLUMNS)}"
         )
     return study
@@ -139,7 +140,7 @@ def run_all(runs: Sequence[PlannedRun], base: str) -> int:
     have the same ones.
     """
 
-    def options_of(config: RunConfig) -> dict[str, list[str]]:
+    def options_of(config: configuration.RunConfig) -> dict[str, list[str]]:
         has_references = any(
             run.is_done() and study_table.has_reference_rows(run.config)
             for run in runs
@@ -162,7 +163,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
     runs = plan(study, path, options.base, options.overrides)
     for run in runs:
         if run.config.launch.cluster == "slurm":
-            raise ConfigError(
+            raise configuration.ConfigError(
                 "launch.cluster: slurm cannot be used for a study, whose runs start one after the "
                 "other on this machine; leave it out"
             )

@@ -15,7 +15,6 @@ if not __package__:  # run as a file from a clone
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ssl_pretrain import config as configuration
-from ssl_pretrain.config import ConfigError
 from ssl_pretrain.launch import local, pretrain, slurm, slurm_job, study
 from ssl_pretrain.launch.evaluation_jobs import check_names
 
@@ -48,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if definition is not None:
         return study.run_and_compare(definition, options)
     if not overrides:
-        raise ConfigError("give the values to try, such as seed=0,1, or a study of configs/sweeps/")
+        raise configuration.ConfigError(
+            "give the values to try, such as seed=0,1, or a study of configs/sweeps/"
+        )
     runs = [(configuration.load(path, each), each) for each in combinations(path, overrides)]
     on_slurm = slurm.is_submitted(runs[0][0].launch)
     for config, run_overrides in runs:
@@ -108,7 +109,7 @@ def combinations(path: str, overrides: Sequence[str]) -> list[list[str]]:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ConfigError(
+            raise configuration.ConfigError(
                 f"{override!r}: an override is key=value, such as optim.base_lr=0.2,0.3"
             )
         choices[key] = _split_values(key, value)

@@ -14,7 +14,6 @@ from ssl_pretrain.eval import results
 from ssl_pretrain.eval.detection import detectors, metrics, training
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages
 from ssl_pretrain.eval.detection.published_protocols import Protocol
-from ssl_pretrain.eval.results import Row
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.models import backbones
 
@@ -69,7 +68,7 @@ def _compare_seeds(
     protocol: Protocol,
     init: str,
     seeds: list[int],
-) -> Row:
+) -> results.Row:
     """Return the mean and the deviation over seeds, with the first and last losses as a note."""
     outcomes = []
     for seed in seeds:
@@ -87,7 +86,7 @@ def _compare_seeds(
     first = np.mean([losses[:20] for _, losses in outcomes])
     last = np.mean([losses[-20:] for _, losses in outcomes])
     note = f"loss {first:.2f} in the first 20 steps, {last:.2f} in the last"
-    return Row(init, mean, spread, {"AP": note})
+    return results.Row(init, mean, spread, {"AP": note})
 
 
 def train_and_test(

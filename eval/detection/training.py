@@ -16,7 +16,6 @@ from ssl_pretrain.eval.detection import detectors
 from ssl_pretrain.eval.detection.annotations import AnnotatedImages
 from ssl_pretrain.eval.detection.metrics import Detections
 from ssl_pretrain.eval.detection.published_protocols import Protocol
-from ssl_pretrain.rng import Purpose
 
 PROGRESS_STEPS = 20  # steps between two lines of progress
 Target = dict[str, Tensor]
@@ -46,7 +45,7 @@ class TrainingBatches(Dataset):
         index = int(self._order[position])
         image = torch.from_numpy(self.images.read(index)).permute(2, 0, 1)
         target = self._target(index, *image.shape[1:])
-        if rng.uniform(self.seed, epoch, index, 0, Purpose.FLIP, 1)[0, 0] < 0.5:
+        if rng.uniform(self.seed, epoch, index, 0, rng.Purpose.FLIP, 1)[0, 0] < 0.5:
             image, target = flip(image, target)
         return transforms.to_dtype(image, torch.float32, scale=True), target
 

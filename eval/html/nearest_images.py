@@ -12,7 +12,6 @@ from ssl_pretrain.data.sources import open_source
 from ssl_pretrain.eval.frozen import features, shifts
 from ssl_pretrain.eval.frozen.evaluation_split import SPLIT_SEED, EvaluationSplit
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.rng import Purpose
 
 NUM_QUERIES = 10
 NUM_NEIGHBORS = 6
@@ -40,7 +39,7 @@ def open_bank_and_queries(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, s
     Queries are test images, or held-out training images if there is no test split.
     """
     train = open_source(run.config.data, "train")
-    order = rng.permutation(SPLIT_SEED, 0, len(train), Purpose.SPLIT)
+    order = rng.permutation(SPLIT_SEED, 0, len(train), rng.Purpose.SPLIT)
     try:
         queries = open_source(run.config.data, "val")
     except ValueError:
@@ -48,7 +47,7 @@ def open_bank_and_queries(run: Run) -> tuple[EvaluationSplit, EvaluationSplit, s
         queries, query_order, kind = train, order[:num_held_out], "held-out training images"
         order = order[num_held_out:]
     else:
-        query_order = rng.permutation(SPLIT_SEED, 0, len(queries), Purpose.SPLIT)[:MAX_QUERIES]
+        query_order = rng.permutation(SPLIT_SEED, 0, len(queries), rng.Purpose.SPLIT)[:MAX_QUERIES]
         kind = "test images"
     bank = EvaluationSplit(run, train, np.sort(order[:MAX_BANK]))
     return bank, EvaluationSplit(run, queries, np.sort(query_order)), kind
