@@ -60,9 +60,9 @@ def line_chart(
     figure = Figure((4.6, 2.5))
     axes: Axes = figure.add_axes((0.13, 0.17, 0.85, 0.8))
     for number, points in enumerate(series.values()):
-        values = np.array([point for point in points if np.isfinite(point).all()])
+        values = np.array([xy for xy in points if np.isfinite(xy).all()]).reshape(-1, 2)
         if logarithmic:
-            values = values[(values > 0).all(axis=1)] if len(values) else values
+            values = values[(values > 0).all(axis=1)]
         if len(values) > MAX_POINTS:
             stretches = np.array_split(values, MAX_POINTS)
             values = np.array([stretch.mean(axis=0) for stretch in stretches])
