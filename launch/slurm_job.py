@@ -50,7 +50,7 @@ class EvaluationJob:
 
 @dataclass
 class PretrainingJob:
-    """Training on the ranks of a job. It holds the command line only, no state and no secret."""
+    """Training on the ranks of a job. It holds only the command line, and no state or secret."""
 
     path: str
     overrides: tuple[str, ...]

@@ -37,8 +37,8 @@ def load_coco(
     names = [category["name"] for category in categories]
     if classes and names != list(classes):
         raise ValueError(
-            f"{path}: its categories are {', '.join(names)}, but those of the training images are "
-            f"{', '.join(classes)}; give two files of one data set"
+            f"{path}: its categories are {', '.join(names)}, but those of --classes or of the "
+            f"training images are {', '.join(classes)}; give files of one data set"
         )
     if not images or not boxes:
         raise ValueError(
@@ -57,6 +57,7 @@ def load_coco(
 
 
 def _parse_coco_boxes(boxes: list[dict[str, Any]], labels: dict[int, int]) -> Objects:
+    """Return the objects of one image, given the label of each category id."""
     sizes = [box["bbox"] for box in boxes]
     segments = [box.get("segmentation") for box in boxes]
     return objects_with_area(

@@ -225,8 +225,8 @@ def test_mistakes_in_voc_data_are_named(voc_zip, tmp_path):
 def test_mistakes_in_coco_data_are_named(tmp_path):
     path = write_coco(tmp_path / "coco")
     assert error_of(load_coco, path, "", ["cat"]) == (
-        f"{path}: its categories are ball, box, bar, but those of the training images are cat; "
-        "give two files of one data set"
+        f"{path}: its categories are ball, box, bar, but those of --classes or of the training "
+        "images are cat; give files of one data set"
     )
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
     assert error_of(load_coco, path, "") == (
