@@ -150,7 +150,7 @@ def send_evaluations(run: Path) -> None:
     settings = manifest["config"]["log"]
     mode = settings["wandb"]
     if mode not in ("online", "offline"):
-        mode = "online" if wandb_mode.has_key() else "offline"
+        mode = "online" if wandb_run.has_key() else "offline"
     client = wandb_run.start(
         mode,
         run,

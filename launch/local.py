@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from ssl_pretrain.config import ConfigError, RunConfig
-from ssl_pretrain.monitoring.output_streams import lasting_output
-from ssl_pretrain.system.exit_status import MISTAKE, STOPPED
+from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 from ssl_pretrain.system.import_path import child_environment
 from ssl_pretrain.system.output_streams import tolerate_lost_output
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS
@@ -143,12 +142,12 @@ def launcher(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @wraps(main)
     def run_main(arguments: Sequence[str] | None = None) -> int:
-        with lasting_output(), forwarding_stop_requests():
+        with tolerate_lost_output(), forwarding_stop_requests():
             try:
                 return main(arguments)
             except (ValueError, OSError) as error:
                 print(f"error: {error}", file=sys.stderr)
-                return MISTAKE
+                return USER_ERROR
 
     return run_main
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods, schema
 from ssl_pretrain.launch import local, pretrain, slurm, study_table
-from ssl_pretrain.system.exit_status import MISTAKE, STOPPED
+from ssl_pretrain.system.exit_status import STOPPED, USER_ERROR
 
 
 @dataclass
@@ -183,7 +183,7 @@ def run_and_compare(study: Study, options: argparse.Namespace) -> int:
             "run the study first",
             file=sys.stderr,
         )
-        return MISTAKE if options.table_only else 1
+        return USER_ERROR if options.table_only else 1
     missing = list(dict.fromkeys(run.variant for run in runs if not run.is_done()))
     table = options.table or folder / f"{Path(path).stem}.md"
     study_table.write(

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from ssl_pretrain.system.exit_status import DISK_REFUSED, STOPPED, USER_ERROR
 from ssl_pretrain.system.stop_signals import STOP_SIGNALS
 
-FINAL_STATUSES = (STOPPED, MISTAKE, DISK_REFUSED)  # a restart would end the same way
+FINAL_STATUSES = (STOPPED, USER_ERROR, DISK_REFUSED)  # a restart would end the same way
 
 
 class Supervisor:

@@ -21,7 +21,7 @@ PROGRESS_STEPS = 20  # steps between two lines of progress
 Target = dict[str, Tensor]
 
 
-class TrainingBatches(Dataset):
+class TrainingBatches(Dataset[list[tuple[Tensor, Target]]]):
     """This rank's images and targets of each step, a pure function of (seed, step, batch slot)."""
 
     def __init__(self, images: AnnotatedImages, protocol: Protocol, seed: int):

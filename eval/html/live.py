@@ -31,7 +31,7 @@ def context(run: Path) -> dict[str, Any]:
     if "images_per_second" in last:
         facts.append(("images per second", f"{last['images_per_second']:,.0f}"))
     view_size = 0
-    if schema.at(settings, "views.crops") is not None:
+    if schema.value_at(settings, "views.crops") is not None:
         view_size = recipe.expand_counts(config.from_dict(settings).views)[0].size
     newest = [steps[max(steps)] for steps in results.by_step(run).values()]
     return {
