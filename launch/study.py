@@ -29,7 +29,7 @@ class Study:
     title: str = ""
     base: str = "configs/methods_digits.yaml"
     set: list[str] = field(default_factory=list)  # overrides of all variants
-    small_heads: bool = False  # apply SMALL and PRESET from the method's module
+    small_heads: bool = False  # apply SMALL_CONFIG and PRESET_OVERRIDES of the method
     every_method: bool = False  # add one variant per method
     columns: list[str] = field(default_factory=lambda: list(study_table.DEFAULT_COLUMNS))
     plot_against: str = ""  # numeric key on the x-axis; empty: one bar per variant
@@ -129,8 +129,8 @@ def small_model_overrides(overrides: Sequence[str]) -> list[str]:
     if not names:
         return []
     method = methods.find(names[-1])
-    heads = [f"method.{key}={value}" for key, value in method.SMALL.items()]
-    return [f"{prefix}{names[-1]}", *heads, *getattr(method, "PRESET", [])]
+    heads = [f"method.{key}={value}" for key, value in method.SMALL_CONFIG.items()]
+    return [f"{prefix}{names[-1]}", *heads, *getattr(method, "PRESET_OVERRIDES", [])]
 
 
 def run_all(runs: Sequence[PlannedRun], base: str) -> int:
