@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ssl_pretrain import config as configuration
 from ssl_pretrain import rng
-from ssl_pretrain.checkpoint import initial_weights, rank_agreement, resumption
-from ssl_pretrain.checkpoint.checkpoints import Checkpoints
-from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint import initial_weights, rank_agreement
+from ssl_pretrain.checkpoint.checkpoints import Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import loader, single_pass, throughput_check
@@ -145,9 +144,7 @@ def build_training(
             batches.steps_per_epoch,
             lock.check,
         )
-        first_step = resumption.resume(
-            checkpoints, partial(configuration.compare_for_resume, config=config)
-        )
+        first_step = checkpoints.resume(partial(configuration.compare_for_resume, config=config))
         write_config(config, first_step)
         logger = stack.enter_context(build_logger(config, checkpoints, batches, device, first_step))
         checkpoints.facts.wandb_id = logger.wandb_id

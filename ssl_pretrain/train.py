@@ -18,7 +18,7 @@ import torch
 from ssl_pretrain import config as configuration
 from ssl_pretrain import methods
 from ssl_pretrain.build import build_training
-from ssl_pretrain.checkpoint import folder, rank_agreement, resumption
+from ssl_pretrain.checkpoint import checkpoints, folder, rank_agreement
 from ssl_pretrain.config import RunConfig
 from ssl_pretrain.data import workers
 from ssl_pretrain.distributed import collectives, process_group
@@ -72,7 +72,7 @@ def train_and_report(
         configuration.check(config, process_group.world_size())
         compare = partial(configuration.compare_for_resume, config=config)
         if (
-            step := resumption.finished_step(run, config.checkpoint, config.epochs, compare)
+            step := checkpoints.finished_step(run, config.checkpoint, config.epochs, compare)
         ) is not None:
             process_group.print_once(
                 f"already finished: {run} has done its {step} steps, the last one saved in "

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ssl_pretrain import methods
-from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
-from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models import backbones
@@ -111,7 +110,7 @@ def run(name: str, steps: int, folder: Path | None = None, **settings: Any) -> d
         state = TrainingState(method, stepper.optimizer)
         facts = RunFacts(NUM_STEPS, stepper.micro_batch_size, "")
         checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
-        first = checkpoints.resume(lambda manifest: None)
+        first = checkpoints.resume(compare=lambda saved, path: None)
     losses = []
     for step in range(first, first + steps):
         losses.append(take_step(stepper, sizes, step))

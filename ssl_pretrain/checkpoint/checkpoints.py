@@ -7,14 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ssl_pretrain.checkpoint import folder, provenance, tensor_files
-from ssl_pretrain.checkpoint.manifest import FORMAT, read_manifest
-from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint import folder, manifest, rank_agreement, tensor_files
 from ssl_pretrain.checkpoint.save_thread import SaveThread
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.schema import setting
 from ssl_pretrain.system.durable_files import SaveError
+
+# Called with `saved`, the configuration in a manifest, and `path`, its checkpoint. Raises
+# ValueError if this run may not continue from it.
+Compare = Callable[..., None]
 
 
 @dataclass
@@ -42,6 +44,20 @@ class CheckpointConfig:
     )
 
 
+@dataclass
+class RunFacts:
+    """Entries of a manifest that do not follow from the configuration alone.
+
+    Each field is stored under its own name. `schema.RENAMED` lists the names that older
+    checkpoints use.
+    """
+
+    last_step: int  # optimizer steps of the whole run
+    micro_batch_size: int  # images per forward pass on each rank
+    data: str  # fingerprint of the training images
+    wandb_id: str | None = None  # the same after a resume, so that W&B shows one run
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -67,8 +83,7 @@ class Checkpoints:
     ):
         self.run, self.state, self.settings, self.facts = run, state, settings, facts
         self.config, self.steps_per_epoch = config, steps_per_epoch
-        self._check_lock = check_lock
-        self._thread = SaveThread()
+        self._check_lock, self._thread = check_lock, SaveThread()
 
     def due(self, step: int) -> bool:
         """Return True if a checkpoint is due after a step: every `every_epochs`, and at the end."""
@@ -78,51 +93,56 @@ class Checkpoints:
     def save(self, step: int, wait: bool = True) -> None:
         """Copy the state to host memory, write the checkpoint of a step, and prune older ones.
 
-        An asynchronous save is written by a thread while training goes on.
+        An asynchronous save is written by a thread while training continues.
 
         Args:
             step: Optimizer steps done.
             wait: Return only when the checkpoint is on disk, as for the last one of a run.
 
         Raises:
-            SaveError: The disk refused this save or the one before. Older checkpoints are untouched
-                and the unfinished one is removed. With `wait` it is raised whatever `on_failure`
-                says, since these weights exist nowhere else.
+            SaveError: If the disk refused this save or the previous one. Older checkpoints are
+                untouched, and the unfinished one is removed. With `wait`, `on_failure` does not
+                apply to this save, as its weights exist nowhere else.
         """
         self._check_lock()
-        earlier, problem = self._thread.wait(), None
+        earlier_problem, problem = self._thread.wait(), None
         path = folder.checkpoint_path(self.run, step)
         unfinished = f"{folder.WRITING_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
         if self.state.sharded:  # the ranks write into one folder
             unfinished = collectives.broadcast_object(unfinished)
         if self.state.sharded or process_group.is_main():
-            files, manifest = self.state.snapshot(), self._manifest(step)
+            files, entries = self.state.snapshot(), self._manifest(step)
 
             def write() -> None:
-                self._write_and_prune(path, path.with_name(unfinished), files, manifest)
+                self._write_and_prune(path, path.with_name(unfinished), files, entries)
 
             self._thread.start(write, step, path.parent)
         if wait or not self.settings.asynchronous:
             problem = self._thread.wait()
-        earlier, problem = collectives.broadcast_object((earlier, problem))
-        if problem and wait:  # no later save makes up for it
+        earlier_problem, problem = collectives.broadcast_object((earlier_problem, problem))
+        if problem and wait:  # no later save would make up for it
             raise SaveError(problem)
-        for text in filter(None, (problem, earlier)):
+        for text in filter(None, (problem, earlier_problem)):
             if self.settings.on_failure == "stop":
                 raise SaveError(text)
             if process_group.is_main():
                 warnings.warn(text, stacklevel=2)
 
-    def resume(self, check: Callable[[dict[str, Any]], None]) -> int:
-        """Restore the newest intact checkpoint and return its step, 0 if there is none.
+    def resume(self, compare: Compare) -> int:
+        """Prepare the run's folder and restore its newest intact checkpoint.
 
         Args:
-            check: Called with the manifest before anything is loaded. Raises if this run may not
-                resume from it.
+            compare: Compares the checkpoint's configuration with this run's.
+
+        Returns:
+            The number of steps done so far, 0 for a new run.
 
         Raises:
-            ValueError: A checkpoint exists and resuming is off, or all checkpoints are damaged.
+            ValueError: If the run cannot resume with this configuration or these images, if
+                resuming is off, or if all checkpoints are damaged.
         """
+        folder.prepare_folder(self.run)
+        rank_agreement.check_checkpoints(self.run)
         checkpoints = folder.list_checkpoints(self.run)
         if not checkpoints:
             return 0
@@ -132,13 +152,19 @@ class Checkpoints:
                 "false; give another output, or set checkpoint.resume=true"
             )
         path = folder.newest_checkpoint(self.run)
-        manifest = read_manifest(path)
-        check(manifest)
+        saved = manifest.read_manifest(path)
+        compare(saved=saved["config"], path=str(path))
+        if saved.get("data", self.facts.data) != self.facts.data:
+            raise ValueError(
+                f"data.root: the training images are not those that {self.run} was trained on "
+                "(another list of files); give that data set, or a new output with "
+                f"backbone.init={self.run}"
+            )
         machine = self._machine()
         differences = [
-            f"{key} was {old!r} and is {machine.get(key)!r}"
-            for key, old in manifest["machine"].items()
-            if machine.get(key) != old
+            f"{key} was {value!r} and is {machine.get(key)!r}"
+            for key, value in saved["machine"].items()
+            if machine.get(key) != value
         ]
         if differences and process_group.is_main():
             warnings.warn(
@@ -146,8 +172,8 @@ class Checkpoints:
                 stacklevel=2,
             )
         self.state.restore(path)
-        self.facts.wandb_id = self.facts.wandb_id or manifest.get("wandb_id")
-        return int(manifest["step"])
+        self.facts.wandb_id = self.facts.wandb_id or saved.get("wandb_id")
+        return int(saved["step"])
 
     def wait_for_disk(self) -> None:
         """Wait until no rank is writing a checkpoint."""
@@ -164,13 +190,13 @@ class Checkpoints:
         return path.name
 
     def _write_and_prune(
-        self, path: Path, unfinished: Path, files: tensor_files.Files, manifest: dict[str, Any]
+        self, path: Path, unfinished: Path, files: tensor_files.Files, entries: dict[str, Any]
     ) -> None:
         self._check_lock()
         if self.state.sharded:
-            tensor_files.write_shards(path, unfinished, files, manifest, group=self.state.group)
+            tensor_files.write_shards(path, unfinished, files, entries, group=self.state.group)
         else:
-            tensor_files.write_whole(path, unfinished, files, manifest)
+            tensor_files.write_whole(path, unfinished, files, entries)
         if process_group.is_main():
             interval = self.settings.keep_every_epochs * self.steps_per_epoch
             folder.prune(
@@ -179,11 +205,11 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": manifest.FORMAT,
             "step": step,
             "evaluated": getattr(self.state.method, "evaluated", "backbone"),
             "network": getattr(self.state.method, "network", "student"),
-            "versions": provenance.versions(),
+            "versions": manifest.list_versions(),
             "machine": self._machine(),
             **asdict(self.facts),
             "config": self.config,
@@ -193,9 +219,39 @@ class Checkpoints:
         """Describe everything that must stay the same for a resume that is bit for bit."""
         parallel = self.config.get("parallel", {})
         modes = {key: parallel[key] for key in ("strategy", "compile") if key in parallel}
-        return provenance.machine() | {"micro_batch_size": self.facts.micro_batch_size} | modes
+        machine = manifest.describe_machine()
+        return machine | {"micro_batch_size": self.facts.micro_batch_size} | modes
 
 
 def _crosses_multiple(step: int, interval: float) -> bool:
     """Return True if a multiple of the interval lies in the step that ends at `step`."""
     return interval > 0 and step > 0 and int(step / interval) > int((step - 1) / interval)
+
+
+def finished_step(
+    run: Path, settings: CheckpointConfig, epochs: float, compare: Compare
+) -> int | None:
+    """Return the last step of a run that has nothing left to train, None for any other run.
+
+    Nothing is written. Only rank 0 reads the checkpoints.
+
+    Raises:
+        ValueError: If the run has done these epochs already with another configuration.
+    """
+
+    def read_step() -> int | None:
+        path = folder.newest_if_reached(run, epochs)
+        if path is None:
+            return None
+        saved = manifest.read_manifest(path)
+        saved_epochs, step = saved["config"]["epochs"], int(saved["step"])
+        if saved_epochs != epochs:
+            raise ValueError(
+                f"epochs: {epochs} leaves nothing to train: {run} has reached step {step} with "
+                f"epochs={saved_epochs}. Nothing was changed; give epochs={saved_epochs} or more, "
+                "or a new output"
+            )
+        compare(saved=saved["config"], path=str(path))
+        return step
+
+    return collectives.run_on_main(read_step) if settings.resume else None

@@ -22,7 +22,7 @@ WRITING_PREFIX = ".writing-"
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
-    """Return the folder of the run's checkpoint of a step, which need not exist."""
+    """Return the path of the run's checkpoint of a step, which need not exist."""
     return Path(run) / "checkpoints" / f"step_{step:08d}"
 
 
@@ -67,9 +67,9 @@ def newest_checkpoint(run: str | Path) -> Path:
 
 
 def newest_if_reached(run: Path, epochs: float) -> Path | None:
-    """Return the newest intact checkpoint if training has reached that many epochs, else None.
+    """Return the newest intact checkpoint if training has reached `epochs`, else None.
 
-    The files are hashed only if the newest manifest claims that many epochs.
+    The files are hashed only if the newest manifest says that it has.
     """
 
     def has_reached(path: Path) -> bool:
@@ -88,7 +88,7 @@ def newest_if_reached(run: Path, epochs: float) -> Path | None:
 
 
 def is_finished(run: str | Path) -> bool:
-    """Return True if the newest readable manifest belongs to the run's last step."""
+    """Return True if the newest readable manifest is that of the run's last step."""
     for path in reversed(list_checkpoints(run)):
         with suppress(ValueError, KeyError):
             manifest = manifests.read_manifest(path)
@@ -99,7 +99,7 @@ def is_finished(run: str | Path) -> bool:
 def prepare_folder(run: Path) -> None:
     """Remove unfinished checkpoints and check that new ones can be written.
 
-    The main rank does the work. All ranks have to call it, and all of them raise its error.
+    Only the main rank does this, but all ranks must call this function, and all raise its error.
 
     Raises:
         ValueError: If no checkpoint can be written. The message names the folder, the failed call
@@ -108,26 +108,15 @@ def prepare_folder(run: Path) -> None:
     """
 
     def prepare() -> None:
-        remove_unfinished(run)
-        check_writable(run)
+        for path in (run / "checkpoints").glob(f"{WRITING_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        _check_writable(run / "checkpoints")
 
     collectives.run_on_main(prepare)
 
 
-def remove_unfinished(run: Path) -> None:
-    """Remove what interrupted saves left behind."""
-    for path in (run / "checkpoints").glob(f"{WRITING_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def check_writable(run: Path) -> None:
-    """Try every file system call that a save needs.
-
-    Raises:
-        ValueError: If one of them fails.
-        SaveError: If one of them fails because the disk is full or failing.
-    """
-    folder = run / "checkpoints"
+def _check_writable(folder: Path) -> None:
+    """Try every file system call that a save needs."""
     probe = folder / f"{WRITING_PREFIX}probe-{uuid.uuid4().hex[:8]}"
     renamed = probe.with_name(f"{probe.name}-renamed")
     calls: dict[str, Callable[[], Any]] = {
@@ -152,9 +141,9 @@ def check_writable(run: Path) -> None:
 
 
 def discard_if_damaged(path: Path) -> None:
-    """Remove a checkpoint, or anything else at its path, unless it is an intact checkpoint.
+    """Remove whatever is at the path of a checkpoint, unless it is an intact checkpoint.
 
-    Only the link is removed if it is a symbolic link, never its target.
+    If it is a symbolic link, its target is not removed.
     """
     if not os.path.lexists(path):
         return
@@ -175,9 +164,9 @@ def publish(
 
     Args:
         unfinished: The folder in which the checkpoint was written.
-        path: Its final name.
-        manifest: The entries of the manifest, without `files`.
-        files: The manifest's entry for each file.
+        path: The path that it gets.
+        manifest: The manifest without `files`.
+        files: The entry of each file in the manifest.
     """
     manifest_file = unfinished / manifests.MANIFEST
     manifest_file.write_text(manifests.to_json(manifest | {"files": files}), encoding="utf-8")
@@ -193,12 +182,12 @@ def prune(newest: Path, keep_last: int, is_milestone: Callable[[int], bool]) -> 
     """Remove old checkpoints of a run.
 
     Args:
-        newest: The checkpoint just saved. Folders of later steps are left alone.
-        keep_last: Number of checkpoints to keep up to and including `newest`, at least 1.
-        is_milestone: Returns True for a step whose checkpoint is kept forever.
+        newest: The checkpoint just saved. Checkpoints of later steps are not touched.
+        keep_last: Number of checkpoints to keep, including `newest`. It counts as 1 if it is 0.
+        is_milestone: Returns True for a step whose checkpoint is never removed.
     """
-    run = newest.parent.parent
-    paths = [path for path in list_checkpoints(run) if step_of(path) <= step_of(newest)]
+    checkpoints = list_checkpoints(newest.parent.parent)
+    paths = [path for path in checkpoints if step_of(path) <= step_of(newest)]
     for path in paths[: -max(1, keep_last)]:
         if not is_milestone(step_of(path)):
             shutil.rmtree(path, ignore_errors=True)

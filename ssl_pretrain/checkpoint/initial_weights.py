@@ -1,4 +1,4 @@
-"""The weights a backbone starts from: those of a run, of a file, or of timm."""
+"""The initial weights of a backbone, from a run, a file or timm."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def initialize(backbone: nn.Module, config: BackboneConfig) -> list[str]:
-    """Load the weights that `backbone.init` names. Return notes on what was left out or converted.
+    """Load the weights that `backbone.init` names. Return notes on what was omitted or converted.
 
     Raises:
-        ValueError: The weights cannot be read, or do not fit this backbone.
+        ValueError: If the weights cannot be read, or do not fit this backbone.
     """
     weights, notes = read_initial_weights(config.init, config.init_key)
     if weights is None:
@@ -39,7 +39,7 @@ def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | 
         `timm:<tag>`, which the backbone's constructor handles.
 
     Raises:
-        ValueError: There is no such file or run, or the file is of another kind.
+        ValueError: If there is no such file or run, or the file has another format.
     """
     if init == "random" or init.startswith("timm:"):
         return None, []
@@ -62,7 +62,7 @@ def read_initial_weights(init: str, key: str = "") -> tuple[dict[str, Tensor] | 
 
 
 def read_evaluated_weights(path: Path) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint's network to evaluate, named as in a backbone."""
+    """Return the weights of the network that evaluations use, named as in a backbone."""
     manifest, tensors = read_checkpoint(path)
     prefix = f"{manifest['evaluated']}."
     return {

@@ -1,22 +1,30 @@
-"""The manifest of a checkpoint: its format, and the verification of the files it lists.
+"""The manifest of a checkpoint: its format, its content, and the verification of the files.
 
 The manifest is a JSON file that lists the size and SHA-256 of every other file and ends with a
-SHA-256 of its own text. Format 1 had no hash of the manifest itself. Such manifests are still read,
-with every other check.
+SHA-256 of its own text. Manifests of format 1, which do not have the latter, are still read, with
+every other check.
 """
 
+import functools
 import hashlib
 import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ssl_pretrain import schema
+from ssl_pretrain.distributed import process_group
 from ssl_pretrain.system import durable_files
+from ssl_pretrain.system.import_path import PACKAGE
 
 FORMAT = 2
 READABLE_FORMATS = (1, FORMAT)
 MANIFEST = "manifest.json"
-HASH_KEY = "manifest_sha256"  # last entry of the manifest: SHA-256 of the text before it
+HASH_KEY = "manifest_sha256"  # last entry, the SHA-256 of the text before it
 METHOD_FILE = "method.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHARD_PREFIX = "shard-"
@@ -30,10 +38,27 @@ REQUIRED_TYPES = {
     "evaluated": str,
     "network": str,
 }
+PACKAGES = ("ssl_pretrain", "torch", "torchvision", "timm", "numpy")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Describe what must stay the same for a resume that is bit for bit."""
+    return {
+        "world_size": process_group.world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+    }
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of Python and the main packages, and the revision of this code."""
+    packages = {package: _version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **packages, "revision": _revision()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read and check the manifest of a checkpoint folder, without reading the files it lists.
+    """Read and check the manifest of a checkpoint folder without the files that it lists.
 
     Raises:
         ValueError: If the manifest is damaged, belongs to another folder, or has a format that this
@@ -53,7 +78,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> dict[str, Any]:
     """Check the size and SHA-256 of every file of a checkpoint, and return its manifest.
 
-    A checkpoint of a newer format can be intact although this version cannot read it.
+    A checkpoint can be intact although its format is newer than this version can read.
 
     Raises:
         ValueError: If a file is missing, truncated, changed or unreadable. The message names it.
@@ -78,7 +103,7 @@ def to_json(manifest: dict[str, Any]) -> str:
     """Format a manifest as JSON that ends with the SHA-256 of the text before it."""
     entries = {key: value for key, value in manifest.items() if key != HASH_KEY}
     body = json.dumps(entries, indent=1).removesuffix("\n}")
-    return f"{body}{_closing_line(body)}"
+    return body + _hash_line(body)
 
 
 def describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
@@ -95,7 +120,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None
     if not isinstance(manifest, dict):
         raise ValueError(f"{name} cannot be read: it is not a JSON object")
-    if not _hash_matches(text) and not _has_no_hash(manifest, text):
+    if not _hash_matches(text) and not _needs_no_hash(manifest, text):
         raise ValueError(f"{name} is damaged: its SHA-256 does not match")
     problem = _wrong_entry(manifest) or _wrong_folder(path, manifest)
     if problem:
@@ -104,24 +129,24 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _with_current_names(entries: dict[str, Any]) -> dict[str, Any]:
-    """Rename entries of manifests that older versions wrote."""
+    """Rename the entries of a manifest that an older version wrote."""
     return {schema.RENAMED.get(key, key): value for key, value in entries.items()}
 
 
-def _closing_line(body: str) -> str:
+def _hash_line(body: str) -> str:
     return f',\n "{HASH_KEY}": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}'
 
 
 def _hash_matches(text: str) -> bool:
     body, comma, end = text.rpartition(",\n")
-    return comma + end == _closing_line(body)
+    return comma + end == _hash_line(body)
 
 
-def _has_no_hash(manifest: dict[str, Any], text: str) -> bool:
-    """Return True for format 1, which had no hash, and for an unknown format without a hash line.
+def _needs_no_hash(manifest: dict[str, Any], text: str) -> bool:
+    """Return True for format 1, and for an unknown format whose text has no hash line.
 
-    One flipped bit cannot turn a manifest of this format into either. The numbers 1 and 2 differ in
-    two bits, and the hash line stays.
+    One flipped bit cannot turn a manifest of this format into either, as the numbers 1 and 2 differ
+    in two bits and the hash line stays.
     """
     if manifest.get("format") == 1:
         return HASH_KEY not in manifest
@@ -149,7 +174,7 @@ def _wrong_entry(manifest: dict[str, Any]) -> str | None:
 
 
 def _wrong_folder(path: Path, manifest: dict[str, Any]) -> str | None:
-    """Describe a mismatch between the manifest and the folder it lies in, or return None."""
+    """Describe a mismatch between the manifest and its folder, or return None."""
     number = path.name.removeprefix("step_")
     if number != path.name and number.isdecimal() and int(number) != manifest["step"]:
         return f"it is the manifest of step {manifest['step']}"
@@ -161,3 +186,29 @@ def _wrong_folder(path: Path, manifest: dict[str, Any]) -> str | None:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line for line in lines if line.startswith("model name"))
+        return model.partition(":")[2].strip()
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@functools.cache
+def _revision() -> str:
+    command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return result.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "not a git checkout"

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ssl_pretrain import schema
-from ssl_pretrain.checkpoint import provenance
 from ssl_pretrain.checkpoint.folder import list_checkpoints
-from ssl_pretrain.checkpoint.manifest import MANIFEST
+from ssl_pretrain.checkpoint.manifest import MANIFEST, list_versions
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.system.import_path import PACKAGE
 
-# Keys and sections that may differ between machines without changing what is computed.
+# Keys and sections that may differ between machines without changing the result.
 PER_MACHINE_KEYS = ("data.root", "data.cache_dir", "data.num_workers")
 PER_MACHINE_SECTIONS = ("launch", "plan")
-NOT_TRAINING = {"eval", "launch"}  # in a clone these are links, in a wheel they are folders
-MAX_DIFFERENCES = 4  # differences listed in one message
-MOUNT_SECONDS = 90.0  # time a network file system may take to show another machine's new files
+FOLDERS_NOT_COMPARED = {"eval", "launch"}  # training does not use them
+MAX_DIFFERENCES = 4  # differences that a message lists
+MOUNT_SECONDS = 90.0  # time that a network file system may take to show another machine's new files
 RETRY_SECONDS = 2.0
 
 
@@ -34,14 +33,14 @@ def check_programs(values: dict[str, Any], method_module: str) -> None:
 
     Args:
         values: The configuration as plain values.
-        method_module: Module of the method, which may be a user's own.
+        method_module: Name of the method's module, which may be a user's own.
     """
     if process_group.world_size() == 1:
         return
     settings = {
         key: value for key, value in schema.flatten(values).items() if not _is_per_machine(key)
     }
-    versions = {key: value for key, value in provenance.versions().items() if key != "revision"}
+    versions = {key: value for key, value in list_versions().items() if key != "revision"}
     sources = _source_hashes(method_module)
     _require_equal(lambda: settings, "start every rank with the same configuration and overrides")
     _require_equal(lambda: versions, "install the same versions on every machine")
@@ -51,8 +50,8 @@ def check_programs(values: dict[str, Any], method_module: str) -> None:
 def check_data(fingerprint: str, num_images: int, root: str) -> None:
     """Raise ValueError on all ranks unless they read the same training images."""
     values = {"data.root: training images": num_images, "data.root: fingerprint": fingerprint}
-    place = f" (data.root of this rank is {root!r})" if root else ""
-    _require_equal(lambda: values, f"give every machine the same copy of the data set{place}")
+    hint = f" (data.root of this rank is {root!r})" if root else ""
+    _require_equal(lambda: values, f"give every machine the same copy of the data set{hint}")
 
 
 def check_checkpoints(run: Path) -> None:
@@ -69,7 +68,7 @@ def check_checkpoints(run: Path) -> None:
 def _require_equal(
     get_values: Callable[[], dict[str, Any]], remedy: str, patience_seconds: float = 0.0
 ) -> None:
-    """Raise ValueError on all ranks if their values still differ after some time."""
+    """Raise ValueError on all ranks if their values still differ after `patience_seconds`."""
     if process_group.world_size() == 1:
         return
     patience_seconds = min(patience_seconds, process_group.timeout_seconds() / 2)
@@ -81,7 +80,7 @@ def _require_equal(
         digests, elapsed = zip(*collectives.gather_objects((digest, time.monotonic() - start)))
         if len(set(digests)) == 1:
             return
-        if elapsed[0] >= patience_seconds:  # rank 0's clock, so that all ranks agree
+        if elapsed[0] >= patience_seconds:  # rank 0's clock decides for all ranks
             break
         time.sleep(RETRY_SECONDS)
     answers = collectives.gather_objects((socket.gethostname(), values))
@@ -101,28 +100,27 @@ def _describe_differences(answers: list[tuple[str, dict[str, Any]]]) -> str:
             value = repr(values[key]) if key in values else "absent"
             ranks_by_value.setdefault(value, []).append(rank)
         if len(ranks_by_value) > 1:
-            holders = [
-                f"{value} on {_name_ranks(ranks, answers[ranks[0]][0])}"
+            groups = [
+                f"{value} on {_describe_ranks(ranks, answers[ranks[0]][0])}"
                 for value, ranks in ranks_by_value.items()
             ]
-            descriptions.append(f"{key}: {', '.join(holders)}")
+            descriptions.append(f"{key}: {', '.join(groups)}")
     num_hidden = len(descriptions) - MAX_DIFFERENCES
     more = [f"and {num_hidden} more"] if num_hidden > 0 else []
     return "; ".join(descriptions[:MAX_DIFFERENCES] + more)
 
 
-def _name_ranks(ranks: list[int], first_host: str) -> str:
+def _describe_ranks(ranks: list[int], first_host: str) -> str:
     more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
     return f"rank {ranks[0]} ({first_host}){more}"
 
 
 def _source_hashes(method_module: str) -> dict[str, str]:
     """Return the hash of each source file that training uses, including a user's own method."""
-    paths = [(path.relative_to(PACKAGE), path) for path in PACKAGE.rglob("*.py")]
     files = {
-        f"{PACKAGE.name}/{relative}": path
-        for relative, path in paths
-        if relative.parts[0] not in NOT_TRAINING
+        f"{PACKAGE.name}/{path.relative_to(PACKAGE)}": path
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] not in FOLDERS_NOT_COMPARED
     }
     method_file = getattr(sys.modules.get(method_module), "__file__", None)
     if method_file and not Path(method_file).is_relative_to(PACKAGE):

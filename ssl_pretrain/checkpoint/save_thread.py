@@ -10,8 +10,7 @@ from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.system.exit_status import DISK_REFUSED
 from ssl_pretrain.system.watchdog import watchdog
 
-# Multiple of parallel.timeout_seconds that a save may take before the disk counts as dead.
-DISK_PATIENCE = 10.0
+DISK_PATIENCE = 10.0  # multiple of parallel.timeout_seconds that a save may take
 POLL_SECONDS = 5.0
 DISK_REMEDY = (
     "the disk is slow or does not answer; check that it can be written to, then start the run again"
@@ -19,7 +18,7 @@ DISK_REMEDY = (
 
 
 class SaveThread:
-    """Runs one save at a time and keeps its failure until `wait`."""
+    """Run one save at a time, and report its failure from `wait`."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -27,7 +26,7 @@ class SaveThread:
         self._problem: str | None = None
 
     def start(self, write: Callable[[], None], step: int, folder: Path) -> None:
-        """Run `write`, which saves the checkpoint of a step in a folder."""
+        """Call `write`, which saves the checkpoint of a step in a folder, in a thread."""
         self._description = f"the checkpoint of step {step} in {folder}"
 
         def run() -> None:
@@ -43,32 +42,30 @@ class SaveThread:
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Wait for the current save of every rank. Return this rank's problem, or None.
+        """Wait until no rank is saving. Return this rank's problem, or None.
 
-        A slow disk is reported now and then. A dead one ends the process.
+        While the disk is slow, this is reported now and then. After `DISK_PATIENCE` the process is
+        ended.
         """
         self._wait_for_all_ranks()
         problem, self._thread, self._problem = self._problem, None, None
         return problem
 
     def _wait_for_all_ranks(self) -> None:
-        limit, began = process_group.timeout_seconds(), time.monotonic()
-        reported, armed = 0.0, False
+        timeout, start = process_group.timeout_seconds(), time.monotonic()
+        next_report, is_armed = timeout, False
         activity = f"waiting for the disk to take {self._description}"
         while True:
             if self._thread is not None:
-                self._thread.join(min(POLL_SECONDS, limit / 4))
-            busy = self._thread is not None and self._thread.is_alive()
-            if not any(collectives.gather_objects(busy)):
+                self._thread.join(min(POLL_SECONDS, timeout / 4))
+            is_saving = self._thread is not None and self._thread.is_alive()
+            if not any(collectives.gather_objects(is_saving)):
                 return
-            if not armed:
-                armed = True
-                watchdog.beat(DISK_PATIENCE * limit, activity, DISK_REMEDY, DISK_REFUSED)
-            waited = time.monotonic() - began
-            if waited - reported > limit and process_group.is_main():
-                reported = waited
-                print(
-                    f"still {activity}, for {waited:.0f} s so far. The disk is slow",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if not is_armed:
+                is_armed = True
+                watchdog.beat(DISK_PATIENCE * timeout, activity, DISK_REMEDY, DISK_REFUSED)
+            waited = time.monotonic() - start
+            if waited > next_report and process_group.is_main():
+                next_report = waited + timeout
+                message = f"still {activity}, for {waited:.0f} s so far. The disk is slow"
+                print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The tensors that a resumed run needs: those of the method and those of the optimizer."""
+"""The tensors that a resumed run needs, which belong to the method and its optimizer."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from ssl_pretrain.checkpoint.manifest import METHOD_FILE, OPTIMIZER_FILE
 from ssl_pretrain.checkpoint.save_thread import DISK_PATIENCE
 from ssl_pretrain.distributed import collectives, process_group
 
-FORMER_NAMES = {"centre": "center"}  # tensors of methods: name in old checkpoints, present name
+FORMER_NAMES = {"centre": "center"}  # names of a method's tensors in old checkpoints, and today
 
 
 class TrainingState:
     """The method and its optimizer, copied to checkpoints and restored from them.
 
     Args:
-        method: Unwrapped. Its parameters are whole, or sharded by FSDP.
-        optimizer: Its parameter groups list the parameters' names under `names`.
+        method: The method without a wrapper. Its parameters are whole, or sharded by FSDP.
+        optimizer: Its parameter groups list the names of their parameters under `names`.
     """
 
     def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -33,14 +33,13 @@ class TrainingState:
         """Return copies of all tensors in host memory, by file."""
         moments = {
             f"{name}::{key}": value
-            for group in self.optimizer.param_groups
-            for name, parameter in zip(group["names"], group["params"])
+            for name, parameter in self._trained_parameters().items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
         return {
-            METHOD_FILE: _copies(self.method.state_dict()),
-            OPTIMIZER_FILE: _copies(moments),
+            METHOD_FILE: _copy_to_host(self.method.state_dict()),
+            OPTIMIZER_FILE: _copy_to_host(moments),
         }
 
     def restore(self, path: Path) -> None:
@@ -49,20 +48,20 @@ class TrainingState:
         The caller has verified the checkpoint.
 
         Raises:
-            ValueError: The checkpoint has other tensors than this method.
+            ValueError: If the checkpoint has other tensors than this method.
         """
         if self.sharded or not (path / METHOD_FILE).exists():
             self._restore_shards(path)
             return
         weights = load_file(path / METHOD_FILE)
-        present_weights = {FORMER_NAMES.get(name, name): value for name, value in weights.items()}
-        self.method.load_state_dict(present_weights, strict=True)
-        self._clear_moments()
+        renamed_weights = {FORMER_NAMES.get(name, name): value for name, value in weights.items()}
+        self.method.load_state_dict(renamed_weights, strict=True)
+        self.optimizer.state.clear()  # parameters may have been frozen at the checkpoint
         for key, value in load_file(path / OPTIMIZER_FILE).items():
             self._new_moment(key, value.shape, value.dtype).copy_(value)
 
     def _restore_shards(self, path: Path) -> None:
-        """Read the slices that this rank holds, however the checkpoint was sharded."""
+        """Read this rank's slices, however the checkpoint was sharded."""
         shapes, tensors = tensor_files.read_shapes(path), self.method.state_dict()
         for former_name, name in FORMER_NAMES.items():
             if former_name in shapes and name in tensors:
@@ -74,24 +73,25 @@ class TrainingState:
                 f"{path}: the checkpoint has other tensors than this method, such as {differing}. "
                 "Nothing was loaded"
             )
-        self._clear_moments()
+        self.optimizer.state.clear()
         for key in shapes.keys() - weights:
             tensors[key] = self._new_moment(key, shapes[key].size, shapes[key].properties.dtype)
         tensor_files.fill(tensors, path, self.group)
-
-    def _clear_moments(self) -> None:
-        """Forget the optimizer's state, also of parameters that were frozen at the checkpoint."""
-        self.optimizer.state.clear()
 
     def _new_moment(self, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Add zeros to the optimizer's state for an entry named `<parameter>::<entry>`.
 
         An entry of the parameter's shape also gets its memory layout and its sharding. The fused
-        optimizer kernels walk raw memory, so a moment in another layout than its weight would be
+        optimizer kernels use raw memory, so a moment in another layout than its weight would be
         applied to the wrong elements.
         """
         name, _, entry = key.rpartition("::")
-        parameter = self._parameter(name)
+        parameter = self._trained_parameters().get(name)
+        if parameter is None:
+            raise ValueError(
+                f"the checkpoint has an optimizer state for {name!r}, which this method does not "
+                "train; resume with the method that was saved"
+            )
         if shape == parameter.shape:
             moment = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         else:
@@ -99,15 +99,13 @@ class TrainingState:
         self.optimizer.state[parameter][entry] = moment
         return moment
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        for group in self.optimizer.param_groups:
-            if name in group["names"]:
-                parameter: nn.Parameter = group["params"][group["names"].index(name)]
-                return parameter
-        raise ValueError(
-            f"the checkpoint has an optimizer state for {name!r}, which this method does not train"
-        )
+    def _trained_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for group in self.optimizer.param_groups
+            for name, parameter in zip(group["names"], group["params"])
+        }
 
 
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}

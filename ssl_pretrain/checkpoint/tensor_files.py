@@ -3,7 +3,7 @@
 Rank 0 writes whole tensors to method.safetensors and optimizer.safetensors. Sharded tensors (FSDP)
 are in one file per rank, in the safetensors storage of torch.distributed.checkpoint. An entry of
 the optimizer's state is named `<parameter>::<entry>`. Both kinds can be read on any number of
-ranks, sharded or not. Nothing is a pickle.
+ranks, sharded or not. No file is a pickle.
 """
 
 import inspect
@@ -20,14 +20,14 @@ from ssl_pretrain.checkpoint import folder
 from ssl_pretrain.checkpoint.manifest import METHOD_FILE, describe_files, read_manifest, verify
 from ssl_pretrain.distributed import collectives, process_group
 
-Files = dict[str, dict[str, Tensor]]  # tensors by name, by file
+Files = dict[str, dict[str, Tensor]]  # for each file, its tensors by name
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Verify a checkpoint. Return its manifest and the method's whole tensors, on the CPU.
 
     Raises:
-        ValueError: A file is damaged, or this version cannot read the checkpoint's format.
+        ValueError: If a file is damaged, or this version cannot read the checkpoint's format.
     """
     path = Path(path)
     verify(path)
@@ -45,10 +45,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
 
 def write_whole(path: Path, unfinished: Path, files: Files, manifest: dict[str, Any]) -> None:
     """Write a checkpoint of whole tensors from one process, unless an intact one exists."""
-    folder.discard_if_damaged(path)
-    if path.exists():
+    if not _begin(path, unfinished):
         return
-    unfinished.mkdir(parents=True)
     try:
         for name, tensors in files.items():
             save_file(tensors, unfinished / name)
@@ -63,21 +61,13 @@ def write_shards(
 ) -> None:
     """Write a sharded checkpoint, unless an intact one exists.
 
-    Each rank writes and hashes its own file. Rank 0 writes the manifest. Every failure is shared,
-    since a rank that failed alone would leave the others waiting.
+    Each rank writes and hashes its own file. Rank 0 writes the manifest. A failure of one rank is
+    raised on all of them, as the others would wait for it otherwise.
 
     Raises:
-        OSError: On every rank, if any of them could not write.
+        OSError: If any rank could not write.
     """
-
-    def begin() -> bool:
-        folder.discard_if_damaged(path)
-        if path.exists():
-            return False
-        unfinished.mkdir(parents=True)
-        return True
-
-    if not collectives.run_on_main(begin, group):
+    if not collectives.run_on_main(lambda: _begin(path, unfinished), group):
         return
     results = collectives.gather_objects(_write_own_shard(unfinished, files, group), group)
     problem = next((problem for _, problem in results if problem), None)
@@ -95,10 +85,19 @@ def write_shards(
     collectives.run_on_main(finish, group)
 
 
+def _begin(path: Path, unfinished: Path) -> bool:
+    """Create the folder to write into. Return False if an intact checkpoint exists."""
+    folder.discard_if_damaged(path)
+    if path.exists():
+        return False
+    unfinished.mkdir(parents=True)
+    return True
+
+
 def _write_own_shard(
     unfinished: Path, files: Files, group: Any
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Write this rank's file. Return its manifest entry, and a problem of any rank or None."""
+    """Write this rank's file. Return its manifest entry, and the problem of any rank or None."""
     dcp = sharded_storage()
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
     tensors = {key: value for entries in files.values() for key, value in entries.items()}
@@ -116,15 +115,11 @@ def _write_own_shard(
 def read_shapes(path: Path) -> dict[str, Any]:
     """Return the size and type of every tensor of a checkpoint by name, from the files' headers."""
     reader = sharded_storage().HuggingFaceStorageReader(str(path))
-    shapes: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    return shapes
+    return dict(reader.read_metadata().state_dict_metadata)
 
 
 def fill(tensors: dict[str, Tensor], path: Path, group: Any = None) -> None:
-    """Fill tensors, whole or sharded, from a checkpoint.
-
-    Without a group this process reads alone.
-    """
+    """Fill whole or sharded tensors from a checkpoint, in this process alone if group is None."""
     dcp = sharded_storage()
     reader = dcp.HuggingFaceStorageReader(str(path))
     with warnings.catch_warnings():
@@ -136,7 +131,7 @@ def sharded_storage() -> Any:
     """Return torch.distributed.checkpoint if it can write shards as safetensors, not as pickles.
 
     Raises:
-        ValueError: This torch is too old.
+        ValueError: If this torch is too old.
     """
     import torch.distributed.checkpoint as dcp
 

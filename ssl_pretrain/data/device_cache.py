@@ -15,8 +15,8 @@ from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.order import Plan
 from ssl_pretrain.data.replacement import Replacement, find_spare
 from ssl_pretrain.views import crops
+from ssl_pretrain.views.batch import upload
 from ssl_pretrain.views.recipe import Crop
-from ssl_pretrain.views.upload import upload
 
 
 class DeviceCache:

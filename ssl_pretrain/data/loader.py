@@ -27,11 +27,9 @@ from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.views import color, crops, recipe
-from ssl_pretrain.views.batch import Batch
-from ssl_pretrain.views.color_parameters import draw_colors
-from ssl_pretrain.views.describe import describe_view
+from ssl_pretrain.views.batch import Batch, upload
+from ssl_pretrain.views.color_parameters import describe_view, draw_colors
 from ssl_pretrain.views.recipe import ViewsConfig
-from ssl_pretrain.views.upload import upload
 
 
 class Loader:

@@ -27,7 +27,6 @@ from ssl_pretrain import rng
 from ssl_pretrain.data import cifar10
 from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.beton.shard_files import find_beton
 from ssl_pretrain.data.digits import Digits
 from ssl_pretrain.data.file_dataset import FileDataSet, SplitName
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
@@ -236,7 +235,7 @@ def _beton_path(config: DataConfig, split: SplitName) -> Path | None:
     else:
         names = ["test", "val"] if config.source == "cifar10" else ["val", "test"]
     for name in names:
-        path = find_beton(folder, name)
+        path = beton_file.find_beton(folder, name)
         if path is not None and _prefers_beton(config.loader, root, name):
             return path
     return None

@@ -1,4 +1,4 @@
-"""A batch of views: what the loader yields and a method takes."""
+"""A batch of views, which the loader yields and a method takes, and its copy to a device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Batch:
 
     Attributes:
         views: One tensor per view, global views first, each (B, 3, height, width) and normalized.
-            They are float32, or bfloat16 on a GPU that computes in it.
+            They are float32, or bfloat16 if the GPU computes in bfloat16.
         labels: int64 (B,), -1 for an image without a label.
         indices: int64 (B,), numbers of the images in the source. An unreadable image keeps its
-            number. Its pixels and label are those of the image that replaces it.
+            number, and has the pixels and the label of its replacement.
     """
 
     views: list[Tensor]
@@ -36,7 +36,7 @@ class Batch:
         """Return one of `num_slices` slices of equal length.
 
         Raises:
-            ValueError: The images do not divide evenly.
+            ValueError: If the images do not divide evenly.
         """
         if len(self) % num_slices:
             raise ValueError(
@@ -45,3 +45,15 @@ class Batch:
         size = len(self) // num_slices
         rows = slice(number * size, (number + 1) * size)
         return Batch([view[rows] for view in self.views], self.labels[rows], self.indices[rows])
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on a device, without waiting for the copy.
+
+    A copy to a GPU goes through pinned memory, which torch keeps until the copy is done. A copy
+    from other memory would block the host.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

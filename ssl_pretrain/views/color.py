@@ -2,17 +2,18 @@
 
 The random numbers come from `color_parameters`. The operations are applied in this order: color
 jitter (its four operations in a random order per image), grayscale, blur, solarization, then
-(x - mean) / std. An operation changes only the images that it was drawn for. The host knows which
-ones they are, so it never waits for a GPU.
+(x - mean) / std. The host knows which images an operation changes, so it never waits for a GPU.
 
-The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1], unless the
-recipe asks for that of SimCLR's and BYOL's code (TensorFlow and JAX). Then contrast blends with
-the mean of each channel instead of the mean gray (contrast_mean: channel), saturation is scaled in
-HSV at constant value instead of blended with gray (saturation_mode: hsv), the blur pads with zeros
-instead of a reflection (blur_border: zero), and brightness is added (brightness_mode: add). Hue,
-grayscale and solarization are the same in both.
+The arithmetic is torchvision's (`transforms.v2.functional`), on float32 in [0, 1]. A recipe can ask
+for that of SimCLR's and BYOL's code (TensorFlow and JAX):
+
+- brightness_mode: add. Brightness is added instead of multiplied.
+- contrast_mean: channel. Contrast blends with the mean of each channel instead of the mean gray.
+- saturation_mode: hsv. Saturation is scaled in HSV at constant value instead of blended with gray.
+- blur_border: zero. The blur pads with zeros instead of a reflection.
 """
 
+from dataclasses import fields
 from importlib.util import find_spec
 
 import numpy as np
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.views import color_cpu, color_torch
-from ssl_pretrain.views.color_parameters import ColorParameters, strengths
-from ssl_pretrain.views.recipe import Crop, blur_taps
+from ssl_pretrain.views.color_parameters import ColorParameters
+from ssl_pretrain.views.recipe import Crop
 
-FUSED_ON = ("cuda",)  # device types that use the kernels of color_triton
+FUSED_DEVICES = ("cuda",)  # device types that use the kernels of color_triton
 
 
 def apply(
@@ -34,7 +35,7 @@ def apply(
     Args:
         pixels: Crops, uint8 (n, 3, size, size).
         parameters: Random numbers of these n views.
-        crop: Recipe that they were drawn with.
+        crop: Recipe of the views.
         mean: Mean of red, green and blue in [0, 1].
         std: Standard deviation of red, green and blue.
 
@@ -65,49 +66,30 @@ def apply_to_group(
     std: list[float],
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Return the finished views of one kind of crop, on CUDA with a few kernels for all of them.
+    """Return the finished views of one kind of crop. On CUDA a few kernels make all of them.
 
     Args:
         pixels: Crops of each view, uint8 (n, 3, size, size).
         parameters: Random numbers of each view.
-        crop: Recipe that they were drawn with.
+        crop: Recipe of the views.
         mean: Mean of red, green and blue in [0, 1].
         std: Standard deviation of red, green and blue.
         dtype: Type of the views on CUDA, where they are channels_last. Elsewhere it is float32.
     """
-    pairs = list(zip(pixels, parameters))
-    if pixels[0].device.type not in FUSED_ON or find_spec("triton") is None:
-        return [apply(view, values, crop, mean, std) for view, values in pairs]
-    for view, values in pairs:
+    if pixels[0].device.type not in FUSED_DEVICES or find_spec("triton") is None:
+        return [apply(*pair, crop, mean, std) for pair in zip(pixels, parameters)]
+    for view, values in zip(pixels, parameters):
         _check(view, len(values.jitter))
     from ssl_pretrain.views import color_triton
 
-    def concatenate(name: str) -> np.ndarray:
-        return np.concatenate([getattr(values, name) for values in parameters])
-
-    order, blur = concatenate("order"), concatenate("blur")
-    active = concatenate("jitter")[:, None] & (strengths(crop)[order] > 0)
-    table = color_triton.pack(
-        np.where(active, order, -1),
-        np.take_along_axis(concatenate("factors"), order, axis=1),
-        concatenate("sigma"),
-        concatenate("grayscale"),
-        blur,
-        concatenate("solarize"),
+    group = ColorParameters(
+        **{
+            field.name: np.concatenate([getattr(values, field.name) for values in parameters])
+            for field in fields(ColorParameters)
+        }
     )
     views = color_triton.apply(
-        torch.cat(pixels) if len(pixels) > 1 else pixels[0],
-        table,
-        int(blur.sum()),
-        taps=blur_taps(crop),
-        threshold=crop.solarize_threshold,
-        mean=mean,
-        std=std,
-        adds=crop.brightness_mode == "add",
-        dtype=dtype,
-        hsv=crop.saturation_mode == "hsv",
-        channel_mean=crop.contrast_mean == "channel",
-        zero_border=crop.blur_border == "zero",
+        torch.cat(pixels) if len(pixels) > 1 else pixels[0], group, crop, mean, std, dtype
     )
     return list(views.chunk(len(pixels)))
 

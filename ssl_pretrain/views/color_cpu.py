@@ -1,9 +1,8 @@
 """Apply the colors of views on the CPU, in compiled code.
 
-Each image passes through all its operations before the next one, so that it stays in the
-processor's cache. Operation by operation, every image would be read from memory and written back a
-dozen times. The arithmetic is that of `color_torch`, in float32. Sums are taken in another order,
-which changes the seventh digit.
+All operations are applied to an image before the next image, so that it stays in the processor's
+cache. Otherwise each operation would read and write every image in memory. The arithmetic is that
+of `color_torch`, in float32. Sums are taken in another order, which changes the seventh digit.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,12 @@ from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views.color_parameters import ColorParameters, strengths
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
-# A product and a sum may be rounded once: twice the speed, and nearer to the exact value.
+# A product and a sum may be rounded together, which is twice as fast and more accurate.
 _CONTRACT = {"contract"}
-_SUM = {"contract", "reassoc", "nsz"}  # sums may be taken in the lanes of a vector
-# Such freedom is used up when a function is compiled. A process that compiles would call the copies
-# of its helpers that were compiled alone, and one that loads from the cache those within `_apply`.
-# The bits could differ, so every helper becomes a section of `_apply`.
+_SUM = {"contract", "reassoc", "nsz"}  # sums may also be taken in the lanes of a vector
+# The compiler makes use of this freedom differently when it compiles a helper alone and within
+# `_apply`. A process that compiles would use the former code, one that loads from the cache the
+# latter. Every helper is inlined into `_apply`, so that both compute the same bits.
 _helper = partial(njit, nogil=True, forceinline=True)
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(number) for number in (0, 1, 2, 3, 4, 6))
@@ -41,7 +40,7 @@ def apply(
     Args:
         pixels: Crops, uint8 (n, 3, height, width).
         parameters: Random numbers of these n views.
-        crop: Recipe that they were drawn with.
+        crop: Recipe of the views.
         mean: Mean of red, green and blue in [0, 1], float32 (3,).
         std: Standard deviation of red, green and blue, float32 (3,).
         num_threads: Number of threads that share the images.
@@ -88,7 +87,7 @@ def _apply(recipe, rows):
     _, _, height, width = pixels.shape
     kernel = np.empty(taps, np.float32)
     padded = np.empty(width + taps, np.float32)
-    # The last row stays zero. It is what lies outside of the view if the border is zero.
+    # The last row stays zero. It stands for the rows outside of the view if the border is zero.
     blurred_rows = np.zeros((height + 1, width), np.float32)
     for number in range(len(pixels)):
         image = out[number].reshape(3, height * width)
@@ -129,7 +128,7 @@ def _adjust(image, operation, factor, recipe):
     elif operation == 2:
         _blend_with_gray(image[0], image[1], image[2], factor)
     else:
-        _turn_hue(image[0], image[1], image[2], SIX * factor)
+        _rotate_hue(image[0], image[1], image[2], SIX * factor)
 
 
 @_helper(error_model="numpy")
@@ -203,8 +202,8 @@ def _scale_saturation(red, green, blue, factor):
 
 
 @_helper(error_model="numpy")
-def _turn_hue(red, green, blue, turn):
-    """Rotate the hue by `turn` sixths of a turn, without a branch, so that it is vectorized."""
+def _rotate_hue(red, green, blue, shift):
+    """Rotate the hue by `shift` sixths of a turn, without branches, so that it is vectorized."""
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
         low, high = min(min(r, g), b), max(max(r, g), b)
@@ -212,7 +211,7 @@ def _turn_hue(red, green, blue, turn):
         safe = max(chroma, TINY)
         at_red, at_green, at_blue = (g - b) / safe, (b - r) / safe + TWO, (r - g) / safe + FOUR
         sixths = at_red if high == r else (at_green if high == g else at_blue)
-        sixths = sixths + turn
+        sixths = sixths + shift
         sixths = sixths - SIX * np.floor(sixths / SIX)
         red[i] = min(max(abs(sixths - THREE) - ONE, ZERO), ONE) * chroma + low
         green[i] = min(max(TWO - abs(sixths - TWO), ZERO), ONE) * chroma + low
@@ -259,21 +258,21 @@ def _blur(image, kernel, padded, rows, zero_border):
         image[y] = ZERO
         for tap in range(0, len(kernel) - 2, 3):
             first = y + tap - radius
-            a = rows[_inside(first, height, zero_border)]
-            b = rows[_inside(first + 1, height, zero_border)]
-            c = rows[_inside(first + 2, height, zero_border)]
+            a = rows[_row_at(first, height, zero_border)]
+            b = rows[_row_at(first + 1, height, zero_border)]
+            c = rows[_row_at(first + 2, height, zero_border)]
             _add_three(image[y], a, b, c, kernel[tap], kernel[tap + 1], kernel[tap + 2])
         for tap in range(len(kernel) // 3 * 3, len(kernel)):
-            _add_one(image[y], rows[_inside(y + tap - radius, height, zero_border)], kernel[tap])
+            _add_one(image[y], rows[_row_at(y + tap - radius, height, zero_border)], kernel[tap])
 
 
 @_helper()
-def _inside(place, length, zero_border):
-    """Return the row at a place. Outside it is the reflection, or row `length`, of zeros."""
+def _row_at(row, length, zero_border):
+    """Return the row to read for `row`. Outside it is the reflection, or row `length`, of zeros."""
     if zero_border:
-        return place if 0 <= place < length else length
-    place = abs(place)
-    return place if place < length else 2 * length - 2 - place
+        return row if 0 <= row < length else length
+    row = abs(row)
+    return row if row < length else 2 * length - 2 - row
 
 
 @_helper(fastmath=_CONTRACT)

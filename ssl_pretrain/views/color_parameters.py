@@ -1,4 +1,4 @@
-"""Draw random color parameters. They depend only on seed, epoch, image and view."""
+"""Draw random color parameters, which depend only on seed, epoch, image and view."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,12 @@ import numpy as np
 
 from ssl_pretrain import rng
 from ssl_pretrain.rng import Purpose
+from ssl_pretrain.views.crops import Box
 from ssl_pretrain.views.recipe import Crop
 
-# The operations of the color jitter, numbered as in torchvision.
+# Operations of the color jitter, numbered as in torchvision.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,10 @@ class ColorParameters:
     """Random color parameters of one view of n images, one row per image.
 
     Attributes:
-        jitter: bool (n,), True for the images to jitter.
+        jitter: bool (n,).
         order: int64 (n, 4), the operation of each of the four stages.
-        factors: float32 (n, 4), by operation: brightness (added if configured so), contrast,
-            saturation and the shift of the hue.
+        factors: float32 (n, 4), one per operation: the factors of brightness, contrast and
+            saturation, and the shift of the hue. Brightness is a summand if the recipe adds it.
         grayscale: bool (n,).
         blur: bool (n,).
         sigma: float32 (n,), standard deviation of the blur in pixels.
@@ -39,7 +41,7 @@ class ColorParameters:
 def draw_colors(
     crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int
 ) -> ColorParameters:
-    """Draw the parameters of one view of n images, from torchvision's ranges.
+    """Draw the parameters of one view of n images from the ranges of torchvision.
 
     Args:
         crop: Recipe of the view.
@@ -72,5 +74,32 @@ def draw_colors(
 
 
 def strengths(crop: Crop) -> np.ndarray:
-    """Return the strength of each operation of the color jitter, (4,), 0 for one that is off."""
+    """Return the strength of each operation of the color jitter, (4,). An unused one has 0."""
     return np.array([crop.brightness, crop.contrast, crop.saturation, crop.hue])
+
+
+def describe_view(crop: Crop, box: Box, parameters: ColorParameters, row: int) -> str:
+    """Describe the random choices of a row's view in words, in the order of its operations."""
+    words = [f"{box.width}x{box.height} pixels at ({box.left}, {box.top})"]
+    if box.flip:
+        words.append("flipped")
+    if parameters.jitter[row]:
+        modes = (
+            " added" if crop.brightness_mode == "add" else "",
+            " by channel" if crop.contrast_mean == "channel" else "",
+            " in HSV" if crop.saturation_mode == "hsv" else "",
+            "",
+        )
+        words += [
+            f"{OPERATIONS[operation]} {parameters.factors[row, operation]:.2f}{modes[operation]}"
+            for operation in parameters.order[row].tolist()
+            if strengths(crop)[operation] > 0
+        ]
+    if parameters.grayscale[row]:
+        words.append("gray")
+    if parameters.blur[row]:
+        border = ", black outside" if crop.blur_border == "zero" else ""
+        words.append(f"blur sigma {parameters.sigma[row]:.2f}{border}")
+    if parameters.solarize[row]:
+        words.append("solarized")
+    return ", ".join(words)

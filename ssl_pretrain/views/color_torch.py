@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_pretrain.views.batch import upload
 from ssl_pretrain.views.color_parameters import ColorParameters, strengths
 from ssl_pretrain.views.recipe import Crop, blur_taps
-from ssl_pretrain.views.upload import upload
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue (ITU-R BT.601)
 
@@ -23,10 +23,12 @@ def apply(
     """Return the finished views. The arguments are those of `color.apply`."""
     images = pixels.to(torch.float32).div_(255)
     rows, values = _upload_parameters(parameters, crop, pixels.device)
-    brighten = _add if crop.brightness_mode == "add" else _brightness
-    contrast = _contrast_by_channel if crop.contrast_mean == "channel" else _contrast
-    saturate = _saturation_in_hsv if crop.saturation_mode == "hsv" else _saturation
-    operations = (brighten, contrast, saturate, _hue)
+    operations = (
+        _add_brightness if crop.brightness_mode == "add" else _scale_brightness,
+        _contrast_by_channel if crop.contrast_mean == "channel" else _contrast,
+        _saturation_in_hsv if crop.saturation_mode == "hsv" else _saturation,
+        _hue,
+    )
 
     for number, stage_rows in enumerate(rows[:16]):
         operation = number % 4
@@ -53,54 +55,56 @@ def _upload_parameters(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return the rows that each operation changes and the values of every row, on the device.
 
-    The 19 lists of rows, int64, are the brightness of stage 0, its contrast and so on, then
-    grayscale, blur and solarization. The values are the four factors and sigma, float32 (n, 5).
+    The rows are 19 int64 tensors: for each stage the rows of brightness, contrast, saturation and
+    hue, then those of grayscale, blur and solarization. The values are the four factors and sigma,
+    float32 (n, 5).
     """
-    jitter, order, is_on = parameters.jitter, parameters.order, strengths(crop) > 0
+    jitter, order, is_used = parameters.jitter, parameters.order, strengths(crop) > 0
     masks = [
-        jitter & (order[:, stage] == operation) & is_on[operation]
+        jitter & (order[:, stage] == operation) & is_used[operation]
         for stage in range(4)
         for operation in range(4)
     ]
     masks += [parameters.grayscale, parameters.blur, parameters.solarize]
-    lists = [np.flatnonzero(mask) for mask in masks]
-    rows = upload(torch.from_numpy(np.concatenate(lists)), device)
+    rows = [np.flatnonzero(mask) for mask in masks]
+    on_device = upload(torch.from_numpy(np.concatenate(rows)), device)
     values = torch.from_numpy(np.column_stack([parameters.factors, parameters.sigma]))
-    return rows.split([len(numbers) for numbers in lists]), upload(values, device)
+    return on_device.split(list(map(len, rows))), upload(values, device)
 
 
-# The operations below take images, float32 (m, 3, height, width) in [0, 1], which they may
-# overwrite, and a factor (m, 1, 1, 1).
+# The operations below take a factor (m, 1, 1, 1) and images, float32 (m, 3, height, width) in
+# [0, 1], which they may overwrite.
 
 
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+def _scale_brightness(images: Tensor, factor: Tensor) -> Tensor:
     return images.mul_(factor).clamp_(0, 1)
 
 
-def _add(images: Tensor, delta: Tensor) -> Tensor:
+def _add_brightness(images: Tensor, delta: Tensor) -> Tensor:
     return images.add_(delta).clamp_(0, 1)
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = _gray(images).mean(dim=(1, 2, 3), keepdim=True)
-    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+    return _blend(images, _gray(images).mean(dim=(1, 2, 3), keepdim=True), factor)
 
 
 def _contrast_by_channel(images: Tensor, factor: Tensor) -> Tensor:
-    mean = images.mean(dim=(2, 3), keepdim=True)
-    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+    return _blend(images, images.mean(dim=(2, 3), keepdim=True), factor)
 
 
 def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    gray = _gray(images).mul_(1 - factor)
-    return images.mul_(factor).add_(gray).clamp_(0, 1)
+    return _blend(images, _gray(images), factor)
+
+
+def _blend(images: Tensor, others: Tensor, factor: Tensor) -> Tensor:
+    return images.mul_(factor).add_(others * (1 - factor)).clamp_(0, 1)
 
 
 def _saturation_in_hsv(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply HSV's saturation at constant hue and value, and limit it to 1.
+    """Multiply HSV's saturation by the factor at constant hue and value, and limit it to 1.
 
-    Saturation is chroma / value. Hue and value do not change if the distance of every channel to
-    the largest one is multiplied by the same number: the factor, or the number that makes the
+    Saturation is chroma / value. Hue and value stay the same if the distances of all channels to
+    the largest channel are multiplied by one number. It is the factor, or the number that makes the
     smallest channel 0.
     """
     low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
@@ -115,7 +119,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     low = torch.minimum(torch.minimum(red, green), blue)
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
-    # Gray has no hue. Any will do, as its chroma is 0.
+    # Any value suits gray, whose chroma is 0.
     safe = chroma.clamp_min(torch.finfo(torch.float32).tiny)
     from_green = (blue - red).div_(safe).add_(2)
     from_blue = (red - green).div_(safe).add_(4)
@@ -143,10 +147,11 @@ def _solarize(images: Tensor, threshold: float) -> Tensor:
 
 
 def _blur(images: Tensor, sigma: Tensor, taps: int, border: str = "reflect") -> Tensor:
-    """Blur each image with a Gaussian of its own sigma (m,). The border is reflected or "zero".
+    """Blur each image with a Gaussian of its own sigma (m,). The border is "reflect" or "zero".
 
-    Every channel of every image is a channel of one depthwise convolution, along the rows and then
-    along the columns. That is 2 * taps products per pixel. torchvision's square kernel has taps^2.
+    One depthwise convolution along the rows and one along the columns have every channel of every
+    image as a channel. They take 2 * taps products per pixel, while torchvision's square kernel
+    takes taps^2.
     """
     m, channels, height, width = images.shape
     radius = taps // 2
@@ -155,7 +160,7 @@ def _blur(images: Tensor, sigma: Tensor, taps: int, border: str = "reflect") -> 
     kernel = kernel.repeat_interleave(channels, dim=0)
     mode = "constant" if border == "zero" else "reflect"
     padded = F.pad(images, (radius, radius, radius, radius), mode=mode)
-    stack = padded.reshape(1, m * channels, height + 2 * radius, width + 2 * radius)
+    stack = padded.flatten(0, 1)[None]
     stack = F.conv2d(stack, kernel[:, None, None, :], groups=m * channels)
     stack = F.conv2d(stack, kernel[:, None, :, None], groups=m * channels)
     return stack.view(m, channels, height, width)
@@ -163,14 +168,11 @@ def _blur(images: Tensor, sigma: Tensor, taps: int, border: str = "reflect") -> 
 
 def standardize(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Return (images - mean) / std, in the memory of `images`."""
-    constants = _constants(tuple(mean), tuple(std), images.device)
-    return images.sub_(constants[0]).div_(constants[1])
+    shift, scale = _constants(tuple(mean), tuple(std), images.device)
+    return images.sub_(shift).div_(scale)
 
 
 @lru_cache(maxsize=16)
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return mean and std on the device, shape (2, 3, 1, 1).
-
-    They are cached because copying a list to the device blocks the host.
-    """
+    """Return mean and std on the device, (2, 3, 1, 1), cached because the copy blocks the host."""
     return torch.tensor([mean, std], device=device)[:, :, None, None]

@@ -1,10 +1,11 @@
-"""Color uint8 crops on CUDA and normalize them, in four kernel launches for a whole group of views.
+"""Color and normalize a whole group of crops on CUDA with four kernel launches.
 
 `color_torch` runs one operation at a time. That takes 289 kernels per view and moves 66 MiB per
-224-pixel view. Here one program applies all operations to a tile of pixels in registers. Contrast
-needs the mean of its image, so a first kernel applies the operations before it and computes that
-mean. The blur is separable. Images to be blurred pass through two buffers, one before the blur
-along the rows and one before the blur along the columns. The arithmetic is that of `color_torch`.
+224-pixel view. A program of these kernels applies all operations to a tile of pixels in registers.
+Contrast needs the mean of its image, so a first kernel applies the operations before it and
+computes the mean. The blur is separable. Images to be blurred pass through two buffers, one before
+the blur along the rows and one before the blur along the columns. The arithmetic is that of
+`color_torch`.
 """
 
 import numpy as np
@@ -13,119 +14,93 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssl_pretrain.views.upload import upload
+from ssl_pretrain.views.batch import upload
+from ssl_pretrain.views.color_parameters import ColorParameters, strengths
+from ssl_pretrain.views.recipe import Crop, blur_taps
 
 _PIXELS = 1024  # pixels per program
 _MEAN_PIXELS = 2048  # pixels per iteration of the loop over an image in `_means`
 
-# Columns of the table that `pack` makes. The first four are the operations of the stages.
+# Columns of the table that `pack` returns. The first four are the operations of the stages.
 _FACTORS = tl.constexpr(4)
 _SIGMA = tl.constexpr(8)
 _GRAYSCALE = tl.constexpr(9)
 _SOLARIZE = tl.constexpr(10)
 _SLOT = tl.constexpr(11)
 _VIEW_IN_SLOT = tl.constexpr(12)
-_COLUMNS = tl.constexpr(13)
+_NUM_COLUMNS = tl.constexpr(13)
 
 
-def pack(
-    codes: np.ndarray,
-    factors: np.ndarray,
-    sigma: np.ndarray,
-    grayscale: np.ndarray,
-    blur: np.ndarray,
-    solarize: np.ndarray,
-) -> np.ndarray:
-    """Return the parameters of n views as one float32 table (n, 13), to be copied at once.
+def pack(parameters: ColorParameters, crop: Crop) -> np.ndarray:
+    """Return the parameters of n views as one float32 table (n, 13), which takes one copy.
 
-    Its columns are the operations of the four stages, their factors, the sigma, two flags for
-    grayscale and solarization, the view's slot in the blur buffers (-1 for none) and, in row k, the
-    view in slot k.
-
-    Args:
-        codes: Operation of each stage of the color jitter, -1 for none, (n, 4).
-        factors: Factor of each stage, (n, 4).
-        sigma: Blur in pixels, (n,).
-        grayscale: Views turned gray, (n,) bool.
-        blur: Blurred views, (n,) bool.
-        solarize: Solarized views, (n,) bool.
+    Its columns are the operations of the four stages (-1 for none), their factors, the sigma, two
+    flags for grayscale and solarization, the view's slot in the blur buffers (-1 for none) and, in
+    row k, the view in slot k.
     """
-    table = np.zeros((len(codes), _COLUMNS.value), np.float32)
-    table[:, : _FACTORS.value] = codes
-    table[:, _FACTORS.value : _SIGMA.value] = factors
-    table[:, _SIGMA.value] = sigma
-    table[:, _GRAYSCALE.value], table[:, _SOLARIZE.value] = grayscale, solarize
-    rows = np.flatnonzero(blur)
-    table[:, _SLOT.value] = -1
-    table[rows, _SLOT.value] = np.arange(len(rows))
-    table[: len(rows), _VIEW_IN_SLOT.value] = rows
-    return table
+    order, blurred_views = parameters.order, np.flatnonzero(parameters.blur)
+    is_active = parameters.jitter[:, None] & (strengths(crop)[order] > 0)
+    slots, views_in_slots = np.full(len(order), -1), np.zeros(len(order), np.int64)
+    slots[blurred_views] = np.arange(len(blurred_views))
+    views_in_slots[: len(blurred_views)] = blurred_views
+    columns = (
+        np.where(is_active, order, -1),
+        np.take_along_axis(parameters.factors, order, axis=1),
+        parameters.sigma,
+        parameters.grayscale,
+        parameters.solarize,
+        slots,
+        views_in_slots,
+    )
+    return np.column_stack(columns).astype(np.float32)
 
 
 def apply(
     pixels: Tensor,
-    table: np.ndarray,
-    num_blurred: int,
-    *,
-    taps: int,
-    threshold: float,
+    parameters: ColorParameters,
+    crop: Crop,
     mean: list[float],
     std: list[float],
-    adds: bool,
-    hsv: bool = False,
-    channel_mean: bool = False,
-    zero_border: bool = False,
     dtype: torch.dtype = torch.float32,
-    channels_last: bool = True,
 ) -> Tensor:
-    """Return the finished views, (n, 3, height, width), without blocking the host.
+    """Return the finished views, (n, 3, height, width) in channels_last, without blocking the host.
 
     Args:
         pixels: Crops, uint8 (n, 3, height, width).
-        table: Parameters of the n views, from `pack`, on the host.
-        num_blurred: Number of blurred views among them.
-        taps: Width of the blur's kernel in pixels, odd.
-        threshold: Solarization inverts values of at least this, in [0, 1].
-        mean: Mean of red, green and blue in [0, 1], subtracted at the end.
-        std: Standard deviation of red, green and blue, by which the difference is divided.
-        adds: Brightness is added instead of multiplied.
-        hsv: Saturation scales HSV's S at constant value instead of blending with gray.
-        channel_mean: Contrast blends with the mean of each channel instead of the mean gray.
-        zero_border: The blur's border is zero instead of reflected.
+        parameters: Random numbers of these n views.
+        crop: Recipe of the views.
+        mean: Mean of red, green and blue in [0, 1].
+        std: Standard deviation of red, green and blue.
         dtype: Type of the views, float32 or bfloat16.
-        channels_last: Return the views in channels_last memory format, else in contiguous format.
     """
     n, _, height, width = pixels.shape
-    area = height * width
+    area, num_blurred = height * width, int(parameters.blur.sum())
     pixels = pixels.contiguous()
-    parameters = upload(torch.from_numpy(table), pixels.device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    views = torch.empty(pixels.shape, dtype=dtype, device=pixels.device, memory_format=layout)
+    table = upload(torch.from_numpy(pack(parameters, crop)), pixels.device)
+    views = torch.empty_like(pixels, dtype=dtype, memory_format=torch.channels_last)
     means = torch.empty(n, 3, device=pixels.device)
     buffers = torch.empty(2, num_blurred, 3, area, device=pixels.device)
-    strides = (3, 1) if channels_last else (1, area)  # elements between pixels, between channels
-    normalization = (*mean, *(1 / value for value in std))
-    modes = {"ADDS": adds, "HSV": hsv}
+    modes = {"ADDS": crop.brightness_mode == "add", "HSV": crop.saturation_mode == "hsv"}
     _means[(n,)](
         pixels,
-        parameters,
+        table,
         means,
         area,
-        CHANNEL_MEAN=channel_mean,
+        CHANNEL_MEAN=crop.contrast_mean == "channel",
         PIXELS=_MEAN_PIXELS,
         num_warps=8,
         **modes,
     )
     tile = {"PIXELS": _PIXELS, "num_warps": 4}
-    outputs = (views, *strides, threshold, *normalization)
+    outputs = (views, crop.solarize_threshold, *mean, *(1 / value for value in std))
     _colors[(n, triton.cdiv(area, _PIXELS))](
-        pixels, parameters, means, buffers, area, *outputs, **modes, **tile
+        pixels, table, means, buffers, area, *outputs, **modes, **tile
     )
     if num_blurred:
         grid = (num_blurred, 3, triton.cdiv(area, _PIXELS))
-        blur = {"TAPS": taps, "ZERO_BORDER": zero_border}
-        _blur_rows[grid](buffers[0], buffers[1], parameters, height, width, **blur, **tile)
-        _blur_columns[grid](buffers[1], parameters, height, width, *outputs, **blur, **tile)
+        blur = {"TAPS": blur_taps(crop), "ZERO_BORDER": crop.blur_border == "zero"}
+        _blur_rows[grid](buffers[0], buffers[1], table, height, width, **blur, **tile)
+        _blur_columns[grid](buffers[1], table, height, width, *outputs, **blur, **tile)
     return views
 
 
@@ -140,12 +115,12 @@ def _gray(red, green, blue):
 
 
 @triton.jit
-def _load(pixels, image, place, mask, area):
-    """Return red, green and blue in [0, 1] of the pixels `place` of an image."""
-    at = pixels + image.to(tl.int64) * 3 * area + place
-    red = tl.load(at, mask=mask, other=0).to(tl.float32) / 255.0
-    green = tl.load(at + area, mask=mask, other=0).to(tl.float32) / 255.0
-    blue = tl.load(at + 2 * area, mask=mask, other=0).to(tl.float32) / 255.0
+def _load(pixels, image, offsets, mask, area):
+    """Return red, green and blue in [0, 1] of an image's pixels at `offsets`."""
+    source = pixels + image.to(tl.int64) * 3 * area + offsets
+    red = tl.load(source, mask=mask, other=0).to(tl.float32) / 255.0
+    green = tl.load(source + area, mask=mask, other=0).to(tl.float32) / 255.0
+    blue = tl.load(source + 2 * area, mask=mask, other=0).to(tl.float32) / 255.0
     return red, green, blue
 
 
@@ -172,12 +147,12 @@ def _saturate(red, green, blue, factor, HSV: tl.constexpr):
 
 
 @triton.jit
-def _turn_hue(red, green, blue, shift):
+def _rotate_hue(red, green, blue, shift):
     """Rotate the hue by `shift` turns of HSV's hexagon, at constant value and chroma."""
     low = tl.minimum(tl.minimum(red, green), blue)
     high = tl.maximum(tl.maximum(red, green), blue)
     chroma = high - low
-    safe = tl.maximum(chroma, 1.1754944e-38)  # gray has no hue: any will do, as chroma is 0
+    safe = tl.maximum(chroma, 1.1754944e-38)  # any value suits gray, whose chroma is 0
     sixths = tl.where(
         high == red,
         (green - blue) / safe,
@@ -218,14 +193,14 @@ def _adjust(
     elif code == 2:
         red, green, blue = _saturate(red, green, blue, factor, HSV)
     elif code == 3:
-        red, green, blue = _turn_hue(red, green, blue, factor)
+        red, green, blue = _rotate_hue(red, green, blue, factor)
     return red, green, blue
 
 
 @triton.jit
 def _means(
     pixels,
-    parameters,
+    table,
     means,
     area,
     ADDS: tl.constexpr,
@@ -233,12 +208,12 @@ def _means(
     CHANNEL_MEAN: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """Store the mean with which each image's contrast blends, after the stages before contrast.
+    """Apply the stages before contrast, and store the means that each image is blended with.
 
     Images without contrast are skipped.
     """
     image = tl.program_id(0)
-    row = parameters + image * _COLUMNS
+    row = table + image * _NUM_COLUMNS
     stage = 4
     for k in tl.static_range(4):
         stage = tl.where(tl.load(row + k) == 1.0, k, stage)
@@ -247,9 +222,9 @@ def _means(
         green_sum = tl.zeros([PIXELS], tl.float32)
         blue_sum = tl.zeros([PIXELS], tl.float32)
         for start in range(0, area, PIXELS):
-            place = start + tl.arange(0, PIXELS)
-            mask = place < area
-            red, green, blue = _load(pixels, image, place, mask, area)
+            offsets = start + tl.arange(0, PIXELS)
+            mask = offsets < area
+            red, green, blue = _load(pixels, image, offsets, mask, area)
             for k in tl.static_range(3):
                 code = tl.where(k < stage, tl.load(row + k), -1.0).to(tl.int32)
                 red, green, blue = _adjust(
@@ -275,38 +250,36 @@ def _solarize(values, threshold):
 
 
 @triton.jit
-def _store_normalized(target, values, mean, over, mask):
-    """Store (values - mean) * over, where `over` is 1 / std."""
-    tl.store(target, ((values - mean) * over).to(target.dtype.element_ty), mask=mask)
+def _store_normalized(target, values, mean, scale, mask):
+    """Store (values - mean) * scale, where `scale` is 1 / std."""
+    tl.store(target, ((values - mean) * scale).to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _colors(
     pixels,
-    parameters,
+    table,
     means,
     buffer,
     area,
     views,
-    pixel_stride,
-    channel_stride,
     threshold,
     mean_red,
     mean_green,
     mean_blue,
-    over_red,
-    over_green,
-    over_blue,
+    scale_red,
+    scale_green,
+    scale_blue,
     ADDS: tl.constexpr,
     HSV: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """Apply jitter and grayscale to a tile. Then finish it, or store it to be blurred."""
+    """Apply jitter and grayscale to a tile. Finish it, or store it for the blur."""
     image = tl.program_id(0)
-    row = parameters + image * _COLUMNS
-    place = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
-    mask = place < area
-    red, green, blue = _load(pixels, image, place, mask, area)
+    row = table + image * _NUM_COLUMNS
+    offsets = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    mask = offsets < area
+    red, green, blue = _load(pixels, image, offsets, mask, area)
     for k in tl.static_range(4):
         code = tl.load(row + k).to(tl.int32)
         first = tl.load(means + image * 3, mask=code == 1, other=0.0)
@@ -320,7 +293,7 @@ def _colors(
         red, green, blue = gray, gray, gray
     slot = tl.load(row + _SLOT).to(tl.int64)
     if slot >= 0:
-        sharp = buffer + slot * 3 * area + place
+        sharp = buffer + slot * 3 * area + offsets
         tl.store(sharp, red, mask=mask)
         tl.store(sharp + area, green, mask=mask)
         tl.store(sharp + 2 * area, blue, mask=mask)
@@ -329,54 +302,58 @@ def _colors(
             red = _solarize(red, threshold)
             green = _solarize(green, threshold)
             blue = _solarize(blue, threshold)
-        target = views + image.to(tl.int64) * 3 * area + place * pixel_stride
-        _store_normalized(target, red, mean_red, over_red, mask)
-        _store_normalized(target + channel_stride, green, mean_green, over_green, mask)
-        _store_normalized(target + 2 * channel_stride, blue, mean_blue, over_blue, mask)
+        target = views + image.to(tl.int64) * 3 * area + offsets * 3
+        _store_normalized(target, red, mean_red, scale_red, mask)
+        _store_normalized(target + 1, green, mean_green, scale_green, mask)
+        _store_normalized(target + 2, blue, mean_blue, scale_blue, mask)
 
 
 @triton.jit
 def _blurred(
-    source, along, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr
+    source, positions, length, step, mask, sigma, TAPS: tl.constexpr, ZERO_BORDER: tl.constexpr
 ):
     """Return the Gaussian mean along one axis.
 
-    `along` is the place of each pixel on the axis, and `source` points to the start of the axis.
+    `positions` are those of the pixels on the axis, and `source` points to its start.
     """
     radius: tl.constexpr = TAPS // 2
-    total = tl.zeros(along.shape, tl.float32)
+    total = tl.zeros(positions.shape, tl.float32)
     weights = 0.0
     for tap in range(TAPS):
-        away = (tap - radius) / sigma
-        weight = tl.exp(-0.5 * away * away)
+        distance = (tap - radius) / sigma
+        weight = tl.exp(-0.5 * distance * distance)
         weights += weight
-        at = along + tap - radius
+        index = positions + tap - radius
         if ZERO_BORDER:
-            values = tl.load(source + at * step, mask=mask & (at >= 0) & (at < length), other=0.0)
+            values = tl.load(
+                source + index * step,
+                mask=mask & (index >= 0) & (index < length),
+                other=0.0,
+            )
         else:
-            at = tl.abs(at)
-            at = tl.where(at < length, at, 2 * length - 2 - at)
-            values = tl.load(source + at * step, mask=mask, other=0.0)
+            index = tl.abs(index)
+            index = tl.where(index < length, index, 2 * length - 2 - index)
+            values = tl.load(source + index * step, mask=mask, other=0.0)
         total += values * weight
     return total / weights
 
 
 @triton.jit
-def _blur_tile(parameters, area, PIXELS: tl.constexpr):
-    """Return image, channel, sigma, buffer offset, pixels and mask of a program's tile."""
+def _blur_tile(table, area, PIXELS: tl.constexpr):
+    """Return a program's image, channel, sigma, start in a buffer, pixel offsets and mask."""
     slot, channel = tl.program_id(0), tl.program_id(1)
-    image = tl.load(parameters + slot * _COLUMNS + _VIEW_IN_SLOT).to(tl.int32)
-    sigma = tl.load(parameters + image * _COLUMNS + _SIGMA)
+    image = tl.load(table + slot * _NUM_COLUMNS + _VIEW_IN_SLOT).to(tl.int32)
+    sigma = tl.load(table + image * _NUM_COLUMNS + _SIGMA)
     start = (slot.to(tl.int64) * 3 + channel) * area
-    place = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
-    return image, channel, sigma, start, place, place < area
+    offsets = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
+    return image, channel, sigma, start, offsets, offsets < area
 
 
 @triton.jit
 def _blur_rows(
     buffer,
     blurred,
-    parameters,
+    table,
     height,
     width,
     TAPS: tl.constexpr,
@@ -384,42 +361,39 @@ def _blur_rows(
     PIXELS: tl.constexpr,
 ):
     """Blur a tile of one channel along the rows, from the first buffer into the second."""
-    _, _, sigma, start, place, mask = _blur_tile(parameters, height * width, PIXELS)
-    x = place % width
-    source = buffer + start + (place - x)
+    _, _, sigma, start, offsets, mask = _blur_tile(table, height * width, PIXELS)
+    x = offsets % width
+    source = buffer + start + (offsets - x)
     values = _blurred(source, x, width, 1, mask, sigma, TAPS, ZERO_BORDER)
-    tl.store(blurred + start + place, values, mask=mask)
+    tl.store(blurred + start + offsets, values, mask=mask)
 
 
 @triton.jit
 def _blur_columns(
     blurred,
-    parameters,
+    table,
     height,
     width,
     views,
-    pixel_stride,
-    channel_stride,
     threshold,
     mean_red,
     mean_green,
     mean_blue,
-    over_red,
-    over_green,
-    over_blue,
+    scale_red,
+    scale_green,
+    scale_blue,
     TAPS: tl.constexpr,
     ZERO_BORDER: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
     """Blur a tile of one channel along the columns, solarize, normalize and store it."""
     area = height * width
-    image, channel, sigma, start, place, mask = _blur_tile(parameters, area, PIXELS)
-    source, y = blurred + start + place % width, place // width
+    image, channel, sigma, start, offsets, mask = _blur_tile(table, area, PIXELS)
+    source, y = blurred + start + offsets % width, offsets // width
     values = _blurred(source, y, height, width, mask, sigma, TAPS, ZERO_BORDER)
-    if tl.load(parameters + image * _COLUMNS + _SOLARIZE) > 0.0:
+    if tl.load(table + image * _NUM_COLUMNS + _SOLARIZE) > 0.0:
         values = _solarize(values, threshold)
     mean = tl.where(channel == 0, mean_red, tl.where(channel == 1, mean_green, mean_blue))
-    over = tl.where(channel == 0, over_red, tl.where(channel == 1, over_green, over_blue))
-    target = views + image.to(tl.int64) * 3 * area
-    target += place * pixel_stride + channel * channel_stride
-    _store_normalized(target, values, mean, over, mask)
+    scale = tl.where(channel == 0, scale_red, tl.where(channel == 1, scale_green, scale_blue))
+    target = views + image.to(tl.int64) * 3 * area + offsets * 3 + channel
+    _store_normalized(target, values, mean, scale, mask)

@@ -1,16 +1,16 @@
-"""Crop a decoded image, on the CPU and in uint8: the geometry of every view.
+"""Crop, resize and flip decoded images: the geometry of every view.
 
-`draw` chooses a box and `apply` cuts, resizes and flips. By default both are the arithmetic of
-torchvision's RandomResizedCrop (after Inception's "distorted bounding box", Szegedy et al., CVPR
-2015, arXiv:1409.4842, section 6). Only the source of random numbers differs. `crop_sampler` chooses
-the distribution of the boxes, by the official code that it follows:
+`draw_box` chooses a box, and `apply` cuts it out, resizes and flips it. By default both compute
+what torchvision's RandomResizedCrop does, except for the source of random numbers. The method is
+Inception's "distorted bounding box" (Szegedy et al., CVPR 2015, arXiv:1409.4842, section 6).
+`crop_sampler` chooses the distribution of the boxes, by the official code that it follows:
 
-- torchvision: The area is uniform and the ratio log-uniform. Both are drawn again until the box
-  fits, 10 times at most.
-- tensorflow, for SimCLR: The ratio is uniform. Then the height is uniform among the integers that
-  the range of areas and the image allow, so that small areas are more frequent. This is
+- torchvision: The area is uniform and the ratio log-uniform. Both are drawn until the box fits,
+  at most 10 times. Then it is the largest central box whose ratio is in range.
+- tensorflow, for SimCLR: The ratio is uniform. The height is uniform among the integers that the
+  range of areas and the image allow, so small areas are more frequent. This is
   tf.image.sample_distorted_bounding_box with min_object_covered = 0.1, as SimCLR's code calls it.
-  It refuses areas below a tenth of the image, although the range of areas begins at 0.08.
+  It rejects areas below a tenth of the image, although the range of areas begins at 0.08.
 - clipped, for BYOL: The area is uniform and the ratio log-uniform, drawn once. Width and height are
   clipped to those of the image.
 
@@ -29,21 +29,23 @@ from ssl_pretrain import rng
 from ssl_pretrain.rng import Purpose
 from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import resize
+from ssl_pretrain.views.batch import upload
 from ssl_pretrain.views.recipe import Crop, Interpolation
-from ssl_pretrain.views.upload import upload
 
-MAX_ASPECT = 16  # an evaluation resizes only the middle of an image that is longer than this
-TRIES = 10  # attempts of torchvision
-TENSORFLOW_TRIES = 100  # SimCLR's max_attempts
-TENSORFLOW_COVERED = 0.1  # SimCLR's min_object_covered: smallest share of the image in a box
-# Compiled code takes neither strings nor enumerations.
-TORCHVISION, TENSORFLOW, CLIPPED = 0.0, 1.0, 2.0
+MAX_ASPECT = 16  # aspect ratio beyond which `evaluate` resizes only the middle of an image
+MAX_ATTEMPTS = 10  # as in torchvision
+TENSORFLOW_MAX_ATTEMPTS = 100  # as in SimCLR's code
+TENSORFLOW_MIN_AREA = 0.1  # smallest share of the image in a box: SimCLR's min_object_covered
+TORCHVISION, TENSORFLOW, CLIPPED = 0.0, 1.0, 2.0  # numbers, as compiled code takes no strings
 SAMPLERS = {"torchvision": TORCHVISION, "tensorflow": TENSORFLOW, "clipped": CLIPPED}
 _CROP, _FLIP = int(Purpose.CROP), int(Purpose.FLIP)
 
 
 class Box(NamedTuple):
-    """The part of an image that becomes a view, in its pixels; `flip` mirrors it left to right."""
+    """The part of an image that becomes a view, in pixels of the image.
+
+    `flip` mirrors it left to right.
+    """
 
     top: int
     left: int
@@ -55,12 +57,7 @@ class Box(NamedTuple):
 def draw_box(
     crop: Crop, seed: int, epoch: int, index: int, view: int, height: int, width: int
 ) -> Box:
-    """Draw the box of one view of one image, with a random area and aspect ratio at a random place.
-
-    torchvision's sampler makes up to 10 attempts with an area uniform in `crop.scale` (as a share
-    of the image's) and a ratio log-uniform in `crop.ratio`. If no box fits into the image, it
-    takes the largest central box whose ratio is in range. The module's docstring describes the
-    other samplers.
+    """Draw the box of one view of one image, with the recipe's sampler.
 
     Args:
         crop: Recipe of the view.
@@ -71,62 +68,55 @@ def draw_box(
         height: Height of the decoded image, in pixels.
         width: Width of the decoded image, in pixels.
     """
-    return Box(*box_at(chances(crop), (seed, epoch, index, view), height, width))
+    return Box(*box_at(box_parameters(crop), (seed, epoch, index, view), height, width))
 
 
-def chances(crop: Crop) -> tuple[float, ...]:
-    """Return the numbers that `box_at` needs of a recipe.
-
-    They are the range of areas, the range of ratios, the probability of a flip and the sampler.
-    """
+def box_parameters(crop: Crop) -> tuple[float, ...]:
+    """Return the recipe's range of areas, range of ratios, probability of a flip and sampler."""
     sampler = SAMPLERS[crop.crop_sampler]
     return (*map(float, (*crop.scale, *crop.ratio, crop.flip)), sampler)
 
 
 @njit(nogil=True, cache=True)
-def box_at(chances, key, height, width):
-    """Draw a box as `draw` does, in compiled code.
+def box_at(parameters, key, height, width):
+    """Draw the fields of a `Box` as `draw_box` does, in compiled code.
 
     Args:
-        chances: The recipe's numbers, from `chances`.
+        parameters: The recipe's numbers, from `box_parameters`.
         key: Seed, epoch, index and view, integers.
         height: Height of the image.
         width: Width of the image.
-
-    Returns:
-        The fields of a `Box`.
     """
-    low_area, high_area, low_ratio, high_ratio, flip, sampler = chances
+    low_area, high_area, low_ratio, high_ratio, flip_probability, sampler = parameters
     seed, epoch, index, view = key
-    flipped = rng.uniform_at(seed, epoch, index, view, _FLIP, 0) < flip
+    flip = rng.uniform_at(seed, epoch, index, view, _FLIP, 0) < flip_probability
     if sampler == TENSORFLOW:
         areas = (low_area * height * width, high_area * height * width)
-        box = _tensorflow_box(areas, (low_ratio, high_ratio), key, height, width)
-        return box[0], box[1], box[2], box[3], flipped
+        return (*_tensorflow_box(areas, (low_ratio, high_ratio), key, height, width), flip)
     low_log, high_log = math.log(low_ratio), math.log(high_ratio)
-    for attempt in range(TRIES):
-        spread_area, spread_ratio, spread_top, spread_left = _attempt(key, attempt)
-        area = height * width * (low_area + (high_area - low_area) * spread_area)
-        ratio = math.exp(low_log + (high_log - low_log) * spread_ratio)
+    for attempt in range(MAX_ATTEMPTS):
+        u_area, u_ratio, u_top, u_left = _four_uniform(key, attempt)
+        area = height * width * (low_area + (high_area - low_area) * u_area)
+        ratio = math.exp(low_log + (high_log - low_log) * u_ratio)
         box_width = int(np.rint(math.sqrt(area * ratio)))
         box_height = int(np.rint(math.sqrt(area / ratio)))
         if sampler == CLIPPED:
             box_height, box_width = max(1, min(box_height, height)), max(1, min(box_width, width))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(spread_top * (height - box_height + 1))
-            left = int(spread_left * (width - box_width + 1))
-            return top, left, box_height, box_width, flipped
+            top = int(u_top * (height - box_height + 1))
+            left = int(u_left * (width - box_width + 1))
+            return top, left, box_height, box_width, flip
     box_height, box_width = height, width
     if width / height < low_ratio:
         box_height = int(np.rint(width / low_ratio))
     elif width / height > high_ratio:
         box_width = int(np.rint(height * high_ratio))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width, flipped
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width, flip
 
 
 @njit(nogil=True, cache=True)
-def _attempt(key, attempt):
-    """Return the four random numbers of an attempt to place a box."""
+def _four_uniform(key, attempt):
+    """Return the four random numbers in [0, 1) of an attempt to place a box."""
     seed, epoch, index, view = key
     lane = 4 * attempt
     return (
@@ -144,29 +134,29 @@ def _tensorflow_box(areas, ratios, key, height, width):
     After 100 attempts it is the whole image. As in TensorFlow's kernel, a box that is smaller than
     the image never touches its bottom or right edge.
     """
-    (least, most), (low_ratio, high_ratio) = areas, ratios
-    for attempt in range(TENSORFLOW_TRIES):
-        spread_ratio, spread_height, spread_top, spread_left = _attempt(key, attempt)
-        ratio = low_ratio + (high_ratio - low_ratio) * spread_ratio
-        tallest = int(np.rint(math.sqrt(most / ratio)))
-        if np.rint(tallest * ratio) > width:  # the largest height whose width still fits
-            tallest = int((width + 0.5) / ratio)
-            tallest -= np.rint(tallest * ratio) > width
-        tallest = min(tallest, height)
-        shortest = min(int(np.rint(math.sqrt(least / ratio))), tallest)
-        box_height = shortest + int(spread_height * (tallest - shortest + 1))
+    (min_area, max_area), (low_ratio, high_ratio) = areas, ratios
+    for attempt in range(TENSORFLOW_MAX_ATTEMPTS):
+        u_ratio, u_height, u_top, u_left = _four_uniform(key, attempt)
+        ratio = low_ratio + (high_ratio - low_ratio) * u_ratio
+        max_height = int(np.rint(math.sqrt(max_area / ratio)))
+        if np.rint(max_height * ratio) > width:  # take the largest height whose width still fits
+            max_height = int((width + 0.5) / ratio)
+            max_height -= np.rint(max_height * ratio) > width
+        max_height = min(max_height, height)
+        min_height = min(int(np.rint(math.sqrt(min_area / ratio))), max_height)
+        box_height = min_height + int(u_height * (max_height - min_height + 1))
         box_width = int(np.rint(box_height * ratio))
-        if box_height * box_width < least:  # rounding can leave the range of areas by one row
+        if box_height * box_width < min_area:  # rounding can leave the range of areas by one row
             box_height += 1
             box_width = int(np.rint(box_height * ratio))
-        if box_height * box_width > most:
+        if box_height * box_width > max_area:
             box_height -= 1
             box_width = int(np.rint(box_height * ratio))
         area = box_height * box_width
         fits = 0 < box_height <= height and 0 < box_width <= width
-        if fits and least <= area <= most and area >= TENSORFLOW_COVERED * height * width:
-            top = int(spread_top * (height - box_height))
-            left = int(spread_left * (width - box_width))
+        if fits and min_area <= area <= max_area and area >= TENSORFLOW_MIN_AREA * height * width:
+            top = int(u_top * (height - box_height))
+            left = int(u_left * (width - box_width))
             return top, left, box_height, box_width
     return 0, 0, height, width
 
@@ -174,7 +164,7 @@ def _tensorflow_box(areas, ratios, key, height, width):
 def draw_boxes(
     crop: Crop, seed: int, epoch: int, indices: np.ndarray, view: int, sizes: np.ndarray
 ) -> np.ndarray:
-    """Draw the boxes of many images as `draw` does.
+    """Draw the boxes of many images as `draw_box` does.
 
     Args:
         crop: Recipe of the view.
@@ -187,21 +177,21 @@ def draw_boxes(
     Returns:
         int64 array of shape (n, 5), one `Box` per row.
     """
-    filled = np.empty((len(indices), 5), np.int64)
-    _fill_boxes(chances(crop), seed, epoch, indices, view, sizes, filled)
-    return filled
+    return _boxes_at(box_parameters(crop), seed, epoch, indices, view, sizes)
 
 
 @njit(nogil=True, cache=True)
-def _fill_boxes(chances, seed, epoch, indices, view, sizes, boxes):
+def _boxes_at(parameters, seed, epoch, indices, view, sizes):
+    boxes = np.empty((len(indices), 5), np.int64)
     for row in range(len(indices)):
         key = (seed, epoch, indices[row], view)
-        box = box_at(chances, key, sizes[row, 0], sizes[row, 1])
+        box = box_at(parameters, key, sizes[row, 0], sizes[row, 1])
         boxes[row, 0], boxes[row, 1], boxes[row, 2], boxes[row, 3], boxes[row, 4] = box
+    return boxes
 
 
 def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """Cut a box out of an image, resize and flip it, and return it as uint8 (3, size, size).
+    """Cut out a box of an image, resize and flip it. Return the view, uint8 (3, size, size).
 
     Args:
         image: Decoded image, uint8 (3, height, width), in any memory format.
@@ -210,80 +200,73 @@ def apply(image: Tensor, box: Box, crop: Crop) -> Tensor:
     """
     if not crop.antialias:
         return _without_antialias(image, box, crop)
-    mode = F.InterpolationMode(crop.interpolation)
-    view = F.resized_crop(
-        image,
-        box.top,
-        box.left,
-        box.height,
-        box.width,
-        [crop.size, crop.size],
-        mode,
-        antialias=True,
-    )
+    size, mode = [crop.size, crop.size], F.InterpolationMode(crop.interpolation)
+    view = F.resized_crop(image, *box[:4], size, mode, antialias=True)
     return view.flip(-1) if box.flip else view
 
 
 def _without_antialias(image: Tensor, box: Box, crop: Crop) -> Tensor:
-    """Do what `apply` does without antialiasing, in the arithmetic of the compiled loader.
+    """Do what `apply` does, without antialiasing and as the compiled loader computes it.
 
-    torch's cubic without antialiasing is another one (a = -0.75).
+    torch's cubic filter without antialiasing has another parameter (a = -0.75).
     """
     cut = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
-    turned = cut.permute(2, 0, 1).contiguous().flatten().numpy()
+    transposed = cut.permute(2, 0, 1).contiguous().flatten().numpy()
     view = torch.empty(3, crop.size, crop.size, dtype=torch.uint8)
     bicubic = crop.interpolation == "bicubic"
     resize.write_plain_cut(
-        turned, box.height, box.width, box.flip, crop.size, bicubic, view.flatten().numpy()
+        transposed, box.height, box.width, box.flip, crop.size, bicubic, view.flatten().numpy()
     )
     return view
 
 
 def apply_to_batch(images: Tensor, boxes: np.ndarray, crop: Crop) -> Tensor:
-    """Crop a whole batch on its device, within one gray level of `apply`: uint8 (n, 3, size, size).
+    """Crop a whole batch on its device, within one gray level of `apply`.
 
-    A resize is a product with one matrix along x and one along y. Each image has its own, as its
-    box differs.
+    A resize is a product with one matrix along x and one along y. Each image has its own matrices,
+    as its box differs.
 
     Args:
         images: Decoded images, uint8 (n, 3, height, width).
-        boxes: Boxes as the function `boxes` returns them, int64 (n, 5).
+        boxes: Boxes from `draw_boxes`, int64 (n, 5).
         crop: Recipe, which gives size, interpolation and antialiasing.
+
+    Returns:
+        The views, uint8 (n, 3, size, size).
     """
-    at = upload(torch.from_numpy(boxes), images.device)
-    along_x = _matrices(at[:, 1], at[:, 3], images.shape[3], crop)
-    along_x = torch.where(at[:, 4, None, None] == 1, along_x.flip(1), along_x)
-    along_y = _matrices(at[:, 0], at[:, 2], images.shape[2], crop)
+    top, left, height, width, flip = upload(torch.from_numpy(boxes), images.device).unbind(1)
+    along_x = _resize_matrices(left, width, images.shape[3], crop)
+    along_x = torch.where(flip[:, None, None] == 1, along_x.flip(1), along_x)
+    along_y = _resize_matrices(top, height, images.shape[2], crop)
     views = images.to(torch.float32) @ along_x[:, None].transpose(2, 3)
     if crop.antialias:
         views = _to_levels(views)
     return _to_levels(along_y[:, None] @ views).to(torch.uint8)
 
 
-def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
-    """Return how much each pixel of a view takes of each pixel of an image along one axis.
+def _resize_matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
+    """Return the weight of each pixel of an image in each pixel of a view along one axis.
 
-    The weights are float32 (n, size, total).
-
-    They are the weights of `resize.axis`, rounded as there. Without antialiasing they are those of
-    `resize.write_plain_view`, which are not rounded.
+    With antialiasing the weights are rounded as by `resize.fill_weights`. Without it they are the
+    weights of `resize.write_plain_view`, which are not rounded.
 
     Args:
         first: First pixel of each box along the axis, int64 (n,).
         length: Pixels of each box along the axis, int64 (n,).
         total: Pixels of the image along the axis.
         crop: Recipe, which gives size, interpolation and antialiasing.
+
+    Returns:
+        The weights, float32 (n, size, total).
     """
-    widest = 2.0 if crop.interpolation == "bicubic" else 1.0
     scale = (length.to(torch.float64) / crop.size)[:, None, None]
-    widened = scale.clamp_min(1.0) if crop.antialias else torch.ones_like(scale)
+    stretch = scale.clamp_min(1.0) if crop.antialias else torch.ones_like(scale)
+    reach = (2.0 if crop.interpolation == "bicubic" else 1.0) * stretch
     center = scale * (torch.arange(crop.size, device=first.device)[:, None] + 0.5)
     pixel = torch.arange(total, device=first.device) - first[:, None, None]
-    start = (center - widest * widened + 0.5).trunc().clamp_min(0)
-    end = torch.minimum(
-        (center + widest * widened + 0.5).trunc(), length[:, None, None].to(torch.float64)
-    )
-    x = ((pixel - center + 0.5) / widened).abs()
+    start = (center - reach + 0.5).trunc().clamp_min(0)
+    end = torch.minimum((center + reach + 0.5).trunc(), length[:, None, None].to(torch.float64))
+    x = ((pixel - center + 0.5) / stretch).abs()
     if crop.interpolation == "bicubic":
         weights = torch.where(
             x < 1,
@@ -297,8 +280,8 @@ def _matrices(first: Tensor, length: Tensor, total: int, crop: Crop) -> Tensor:
     if not crop.antialias:
         return weights.to(torch.float32)
     bits = torch.log2(32767.49 / weights.amax((1, 2), keepdim=True)).floor().clamp_max(22)
-    steps = weights * 2**bits
-    return ((steps + 0.5 * steps.sign()).trunc() / 2**bits).to(torch.float32)
+    scaled = weights * 2**bits
+    return ((scaled + 0.5 * scaled.sign()).trunc() / 2**bits).to(torch.float32)
 
 
 def _to_levels(images: Tensor) -> Tensor:
@@ -312,15 +295,15 @@ def evaluate(
     """Return the view that evaluations use, uint8 (3, size, size).
 
     The shorter side is resized to round(size / crop_ratio) pixels at the same aspect ratio, and
-    the central square is cut out. For the usual ImageNet protocol that is 256 and 224 pixels. Of
-    an image more than 16 times as long as wide only the middle is resized, so that memory depends
-    on the view and not on the file.
+    the central square is cut out. For the usual ImageNet protocol that is 256 and 224 pixels. If
+    one side is more than 16 times the other, only the middle of the image is resized, to limit the
+    memory that it needs.
 
     Args:
         image: Decoded image, uint8 (3, height, width).
         size: Side of the view, in pixels.
-        crop_ratio: Share of the resized shorter side that is kept, 1.0 for all of it.
-        interpolation: Kind of resize, always antialiased.
+        crop_ratio: Side of the view as a share of the resized shorter side.
+        interpolation: Interpolation of the resize, which is always antialiased.
 
     Raises:
         ValueError: If crop_ratio is outside (0, 1].
@@ -331,23 +314,22 @@ def evaluate(
     resized_side = round(size / crop_ratio)
     height, width = image.shape[-2:]
     if max(height, width) > MAX_ASPECT * min(height, width):
-        length = _middle(max(height, width), min(height, width), resized_side)
+        length = _middle_length(max(height, width), min(height, width), resized_side)
         image = F.center_crop(image, [min(height, length), min(width, length)])
     resized = F.resize(image, [resized_side], mode, antialias=True)
     return F.center_crop(resized, [size, size])
 
 
-def _middle(longer: int, shorter: int, resized_side: int) -> int:
-    """Return how many pixels of the longer side to resize without changing the central crop.
+def _middle_length(longer: int, shorter: int, resized_side: int) -> int:
+    """Return the number of pixels of the longer side to resize for the same central crop.
 
-    As much is cut off at either end, and the resized lengths differ by a multiple of 4. Otherwise
-    the center would fall on another fraction of a pixel, as torchvision rounds half a pixel to
-    even.
+    Equal numbers of pixels are cut off at both ends, and the resized lengths differ by a multiple
+    of 4. Otherwise the center would fall on another fraction of a pixel, as torchvision rounds half
+    a pixel to even.
     """
-    whole = resized_side * longer // shorter
+    resized_length = resized_side * longer // shorter
     first = MAX_ASPECT * shorter + (longer - MAX_ASPECT * shorter) % 2
-    candidates = range(first, min(longer, first + 64) + 1, 2)
-    return next(
-        (length for length in candidates if (whole - resized_side * length // shorter) % 4 == 0),
-        first,
-    )
+    for length in range(first, min(longer, first + 64) + 1, 2):
+        if (resized_length - resized_side * length // shorter) % 4 == 0:
+            return length
+    return first

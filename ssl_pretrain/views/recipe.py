@@ -1,12 +1,12 @@
-"""The recipe of each kind of view: the section `views` of a configuration.
+"""The recipe of each kind of view, which is the section `views` of a configuration.
 
 It covers the views of SimCLR (arXiv:2002.05709), BYOL (arXiv:2006.07733), SwAV's multi-crop
 (arXiv:2006.09882) and DINO (arXiv:2104.14294). The operations of a view are applied in this order:
 crop, flip, jitter, grayscale, blur, solarize.
 
-The defaults are torchvision's functions. SimCLR and BYOL were written for TensorFlow and JAX,
-whose functions of the same names differ. Their recipes set saturation_mode: hsv,
-contrast_mean: channel, blur_border: zero, antialias: false and their own crop_sampler.
+The defaults are torchvision's functions. SimCLR and BYOL were written for TensorFlow and JAX, whose
+functions of the same names compute something else. Their recipes therefore set saturation_mode:
+hsv, contrast_mean: channel, blur_border: zero, antialias: false and a crop_sampler.
 """
 
 from dataclasses import dataclass
@@ -104,24 +104,17 @@ class ViewsConfig:
 
 
 def expand_counts(views: ViewsConfig) -> list[Crop]:
-    """Return the recipe of every view in the order of the YAML. Its place is the view's number."""
+    """Return the recipe of every view, in the order of the YAML and by the view's number."""
     return [crop for crop in views.crops.values() for _ in range(crop.count)]
 
 
 def blur_taps(crop: Crop) -> int:
-    """Return the width of the blur's kernel in pixels, an odd number.
-
-    It is `blur_kernel`, or follows from the size as in SimCLR.
-    """
+    """Return the width of the blur's kernel in pixels: `blur_kernel`, or SimCLR's for the size."""
     return crop.blur_kernel or max(3, (crop.size // 10) | 1)
 
 
 def check(views: ViewsConfig) -> None:
-    """Check that every view can be made.
-
-    Raises:
-        ValueError: A key is wrong. The message has its value and what is allowed.
-    """
+    """Raise ValueError unless every view can be made."""
     if not views.crops:
         raise ValueError(
             "views.crops: no crop is named; name at least one, as in views.crops.global.size=224"
@@ -133,8 +126,7 @@ def check(views: ViewsConfig) -> None:
     for key, values in (("mean", views.mean), ("std", views.std)):
         if len(values) != 3:
             raise ValueError(
-                f"views.{key}: {values} has {len(values)} numbers; give 3, one each for red, green "
-                "and blue"
+                f"views.{key}: {values} must be 3 numbers, one each for red, green and blue"
             )
 
 
@@ -170,9 +162,9 @@ def _check_blur(key: str, crop: Crop) -> None:
             f"{key}.blur_kernel: {crop.blur_kernel} has no middle pixel; give an odd number >= 3, "
             "or 0 for size // 10"
         )
-    taps, largest = blur_taps(crop), 2 * crop.size - 1  # reflection needs half a kernel of pixels
-    if crop.blur and crop.blur_border == "reflect" and taps > largest:
-        remedy = f"give at most {largest}" if largest >= 3 else "set blur to 0"
+    taps, max_taps = blur_taps(crop), 2 * crop.size - 1  # as half a kernel is reflected
+    if crop.blur and crop.blur_border == "reflect" and taps > max_taps:
+        remedy = f"give at most {max_taps}" if max_taps >= 3 else "set blur to 0"
         raise ValueError(
             f"{key}.blur_kernel: {taps} is too wide to reflect an image of size {crop.size}; "
             f"{remedy}"

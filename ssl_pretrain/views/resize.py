@@ -1,7 +1,7 @@
 """Resize a box of a decoded image to a view in compiled code, with the arithmetic of torch.
 
-A separable resize multiplies along x, then along y. Both passes run over consecutive bytes, 32 at
-a time. For that the image is transposed once, and the result of the first pass is transposed back.
+A separable resize first filters along x, then along y. The image is transposed before the first
+pass and its result before the second, so that both passes run over consecutive bytes, 32 at a time.
 All views of an image share its decoding and the first transposition.
 
 The arithmetic is that of torch's uint8 kernels (aten/native/cpu/UpSampleKernel.cpp, after Pillow).
@@ -9,9 +9,9 @@ The filter is the triangle or Keys' cubic with a = -0.5, widened by the scale wh
 shrinks. Weights are rounded to 16-bit fixed point, with as many fractional bits as the largest
 weight allows. Sums have 32 bits. After each pass they are rounded and clamped to a byte.
 
-`write_plain_view` resizes without antialiasing, as tf.image.resize does: the filter is never
-widened, so that a pixel depends on at most 4 x 4 others however much the image shrinks. Its sums
-are float32, rounded to a byte once.
+`write_plain_view` resizes without antialiasing, as tf.image.resize does. The filter is never
+widened, so a pixel depends on at most 4 x 4 others however much the image shrinks. Its sums are
+float32 and are rounded to a byte once.
 """
 
 import math
@@ -27,23 +27,25 @@ from ssl_pretrain.system.jit import njit
 TILE = 16
 
 
-@njit(nogil=True)
-def padded(count):
-    """Return `count` rounded up to a multiple of `TILE`."""
+def pad_to_tiles(count):
+    """Return `count`, an integer or an array, rounded up to a multiple of `TILE`."""
     return (count + TILE - 1) // TILE * TILE
 
 
-def most_taps(longest_side: int, size: int, bicubic: bool) -> int:
-    """Return how many pixels one pixel of a view depends on along an axis, at most.
+padded = njit(nogil=True)(pad_to_tiles)
 
-    The number is rounded up to a multiple of 4.
+
+def max_taps(longest_side: int, size: int, bicubic: bool) -> int:
+    """Return the largest number of pixels per axis that one pixel of a view depends on.
+
+    It is rounded up to a multiple of 4.
     """
     reach = 2 if bicubic else 1
     return -(-(2 * math.ceil(reach * max(1.0, longest_side / size)) + 1) // 4) * 4
 
 
 @intrinsic
-def _turn_tile(_context, source, source_pitch, target, target_pitch):
+def _transpose_tile(_context, source, source_pitch, target, target_pitch):
     """Transpose 16 x 16 bytes between two addresses, by interleaving registers four times."""
 
     def codegen(context, builder, _signature, arguments):
@@ -54,8 +56,8 @@ def _turn_tile(_context, source, source_pitch, target, target_pitch):
             offset = builder.mul(pitch, ir.Constant(pitch.type, number))
             return builder.inttoptr(builder.add(address, offset), row_type.as_pointer())
 
-        def half(number):
-            first = number * TILE // 2
+        def interleaving_mask(half):
+            first = half * TILE // 2
             lanes = [lane for k in range(TILE // 2) for lane in (first + k, TILE + first + k)]
             return ir.Constant(ir.VectorType(ir.IntType(32), TILE), lanes)
 
@@ -64,9 +66,9 @@ def _turn_tile(_context, source, source_pitch, target, target_pitch):
         ]
         for _ in range(4):
             rows = [
-                builder.shuffle_vector(rows[k], rows[k + TILE // 2], half(side))
+                builder.shuffle_vector(rows[k], rows[k + TILE // 2], interleaving_mask(half))
                 for k in range(TILE // 2)
-                for side in (0, 1)
+                for half in (0, 1)
             ]
         for number, row in enumerate(rows):
             builder.store(row, row_at(target, target_pitch, number), align=1)
@@ -76,24 +78,24 @@ def _turn_tile(_context, source, source_pitch, target, target_pitch):
 
 
 @njit(nogil=True)
-def turn(source, source_pitch, rows, columns, target, target_pitch):
+def transpose(source, source_pitch, rows, columns, target, target_pitch):
     """Transpose bytes: target[column, row] = source[row, column].
 
-    Both arrays are flat, with rows `source_pitch` and `target_pitch` bytes apart and room for
-    whole tiles at every edge.
+    Both arrays are flat, with rows `source_pitch` and `target_pitch` bytes apart, and padded to
+    whole tiles.
     """
-    source_at, target_at = source.ctypes.data, target.ctypes.data
     for column in range(0, columns, TILE):
         for row in range(0, rows, TILE):
-            tile = source_at + row * source_pitch + column
-            to = target_at + column * target_pitch + row
-            # numba passes the context.
-            _turn_tile(tile, source_pitch, to, target_pitch)  # type: ignore[call-arg]
+            source_tile = source.ctypes.data + row * source_pitch + column
+            target_tile = target.ctypes.data + column * target_pitch + row
+            _transpose_tile(  # type: ignore[call-arg]  # numba passes the context
+                source_tile, source_pitch, target_tile, target_pitch
+            )
 
 
 @njit(nogil=True)
 def _filter(x, bicubic):
-    """Return the filter's value at distance x: Keys' cubic with a = -0.5, or the triangle."""
+    """Return the value of Keys' cubic with a = -0.5, or of the triangle, at distance x."""
     x = abs(x)
     if not bicubic:
         return max(0.0, 1.0 - x)
@@ -105,18 +107,18 @@ def _filter(x, bicubic):
 
 
 @njit(nogil=True)
-def axis(length, size, bicubic, mirrored, starts, counts, weights, exact):
-    """Compute the fixed-point weights for a resize from `length` pixels to `size` along one axis.
+def fill_weights(length, size, bicubic, mirrored, starts, counts, weights, exact):
+    """Compute the fixed-point weights of a resize from `length` pixels to `size` along one axis.
 
     Args:
         length: Pixels of the box along the axis.
         size: Pixels of the view.
         bicubic: Use the cubic filter instead of the triangle.
         mirrored: Reverse the order of the view's pixels.
-        starts: Output, int64 (size,): first pixel on which each pixel of the view depends.
-        counts: Output, int64 (size,): number of these pixels.
-        weights: Output, int16 (size, taps): their weights in fixed point, 0 beyond the count.
-        exact: Buffer for the weights, float64 (size, taps).
+        starts: Output, int64 (size,), the first pixel on which each pixel of the view depends.
+        counts: Output, int64 (size,), the number of these pixels.
+        weights: Output, int16 (size, taps), their weights in fixed point, 0 beyond the count.
+        exact: Buffer for the exact weights, float64 (size, taps).
 
     Returns:
         Number of fractional bits of the weights.
@@ -153,9 +155,9 @@ def axis(length, size, bicubic, mirrored, starts, counts, weights, exact):
 
 
 @njit(nogil=True)
-def _two(target, source, at, weights, n, bits):
-    """Write the weighted sum of 2 rows of `n` bytes, which begin at `at`, rounded to bytes."""
-    first, second = source[at[0] : at[0] + n], source[at[1] : at[1] + n]
+def _write_two(target, source, offsets, weights, n, bits):
+    """Write the weighted sum of 2 rows of `n` bytes, which begin at `offsets`, rounded to bytes."""
+    first, second = source[offsets[0] : offsets[0] + n], source[offsets[1] : offsets[1] + n]
     w0, w1, half, shift = (
         np.int32(weights[0]),
         np.int32(weights[1]),
@@ -168,13 +170,13 @@ def _two(target, source, at, weights, n, bits):
 
 
 @njit(nogil=True)
-def _four(target, source, at, weights, n, bits):
-    """Write the weighted sum of 4 rows of `n` bytes, which begin at `at`, rounded to bytes."""
+def _write_four(target, source, offsets, weights, n, bits):
+    """Write the weighted sum of 4 rows of `n` bytes, which begin at `offsets`, rounded to bytes."""
     a, b, c, d = (
-        source[at[0] : at[0] + n],
-        source[at[1] : at[1] + n],
-        source[at[2] : at[2] + n],
-        source[at[3] : at[3] + n],
+        source[offsets[0] : offsets[0] + n],
+        source[offsets[1] : offsets[1] + n],
+        source[offsets[2] : offsets[2] + n],
+        source[offsets[3] : offsets[3] + n],
     )
     w0, w1, w2, w3 = (
         np.int32(weights[0]),
@@ -190,10 +192,13 @@ def _four(target, source, at, weights, n, bits):
 
 
 @njit(nogil=True)
-def _add_four(sums, source, at, weights, tap, n):
-    """Add the weighted sum of 4 rows, from number `tap` on, to `sums`, without rounding."""
-    a, b = source[at[tap] : at[tap] + n], source[at[tap + 1] : at[tap + 1] + n]
-    c, d = source[at[tap + 2] : at[tap + 2] + n], source[at[tap + 3] : at[tap + 3] + n]
+def _add_four(sums, source, offsets, weights, tap, n):
+    """Add the weighted sum of rows `tap` to `tap + 3` to `sums`, without rounding."""
+    a, b = source[offsets[tap] : offsets[tap] + n], source[offsets[tap + 1] : offsets[tap + 1] + n]
+    c, d = (
+        source[offsets[tap + 2] : offsets[tap + 2] + n],
+        source[offsets[tap + 3] : offsets[tap + 3] + n],
+    )
     w0, w1, w2, w3 = (
         np.int32(weights[tap]),
         np.int32(weights[tap + 1]),
@@ -208,99 +213,79 @@ def _add_four(sums, source, at, weights, tap, n):
 
 
 @njit(nogil=True)
-def _rounded(target, sums, n, bits):
-    """Write fixed-point sums as bytes. The half that rounding needs is already in them."""
+def _write_rounded(target, sums, n, bits):
+    """Write fixed-point sums as bytes. They already contain the half that rounding adds."""
     shift = np.int32(bits)
     for i in range(n):
         target[i] = np.uint8(min(max(np.int32(sums[i] >> shift), np.int32(0)), np.int32(255)))
 
 
 @njit(nogil=True)
-def _blend(target, source, first, pitch, count, weights, n, bits, at, sums):
-    """Write the weighted sum of `count` rows of `n` bytes of source, rounded to bytes.
+def _blend(target, source, first, pitch, count, weights, bits, offsets, sums):
+    """Write the weighted sum of `count` rows of bytes of the source, rounded to bytes.
 
-    The rows begin at `first`, `pitch` apart. `at` and `sums` are buffers for the beginnings and
-    for int32 sums.
+    The rows begin at `first`, `pitch` apart. `offsets` and `sums` are buffers for the offsets of
+    the rows and for int32 sums.
     """
-    groups = (count + 3) // 4 * 4
-    for tap in range(groups):
-        # Rows that fill up a group of 4 have weight 0.
-        at[tap] = first + min(tap, count - 1) * pitch
+    n, num_taps = len(target), (count + 3) // 4 * 4
+    for tap in range(num_taps):
+        # The last row fills up the group of 4, with weight 0.
+        offsets[tap] = first + min(tap, count - 1) * pitch
     if count <= 2:
-        _two(target, source, at, weights, n, bits)
+        _write_two(target, source, offsets, weights, n, bits)
     elif count <= 4:
-        _four(target, source, at, weights, n, bits)
+        _write_four(target, source, offsets, weights, n, bits)
     else:
         sums[:n] = 1 << (bits - 1)
-        for tap in range(0, groups, 4):
-            _add_four(sums, source, at, weights, tap, n)
-        _rounded(target, sums, n, bits)
+        for tap in range(0, num_taps, 4):
+            _add_four(sums, source, offsets, weights, tap, n)
+        _write_rounded(target, sums, n, bits)
 
 
 @njit(nogil=True)
-def write_view(turned, pitch, box, size, bicubic, room, out):
+def write_view(transposed, pitch, box, size, bicubic, buffers, out):
     """Write one view from a transposed image, whose row 3 * x + channel is a column of the image.
 
     Args:
-        turned: The transposed image as `turn` writes it, flat.
+        transposed: The transposed image as `transpose` writes it, flat.
         pitch: Bytes between its rows.
         box: Top, left, height, width and flip, as in `crops.Box`.
         size: Side of the view, in pixels.
         bicubic: Use the cubic filter instead of the triangle.
-        room: Buffers from `room_for`.
+        buffers: Buffers from `allocate_buffers`.
         out: Output, flat, 3 * size * size bytes.
     """
     top, left, height, width, flip = box
-    middle, back, starts, counts, weights, exact, at, sums = room
-    bits = axis(width, size, bicubic, flip, starts, counts, weights, exact)
+    narrow, upright, starts, counts, weights, exact, offsets, sums = buffers
+    bits = fill_weights(width, size, bicubic, flip, starts, counts, weights, exact)
     wide, tall = padded(size), padded(height)
     for channel in range(3):
         for x in range(size):
             first = (3 * (left + starts[x]) + channel) * pitch + top
-            place = (channel * wide + x) * tall
-            _blend(
-                middle[place : place + height],
-                turned,
-                first,
-                3 * pitch,
-                counts[x],
-                weights[x],
-                height,
-                bits,
-                at,
-                sums,
-            )
-    bits = axis(height, size, bicubic, False, starts, counts, weights, exact)
+            start = (channel * wide + x) * tall
+            column = narrow[start : start + height]
+            _blend(column, transposed, first, 3 * pitch, counts[x], weights[x], bits, offsets, sums)
+    bits = fill_weights(height, size, bicubic, False, starts, counts, weights, exact)
     for channel in range(3):
-        turn(middle[channel * wide * tall :], tall, size, height, back, wide)
+        transpose(narrow[channel * wide * tall :], tall, size, height, upright, wide)
         for y in range(size):
-            place = (channel * size + y) * size
-            _blend(
-                out[place : place + size],
-                back,
-                starts[y] * wide,
-                wide,
-                counts[y],
-                weights[y],
-                size,
-                bits,
-                at,
-                sums,
-            )
+            start = (channel * size + y) * size
+            row = out[start : start + size]
+            _blend(row, upright, starts[y] * wide, wide, counts[y], weights[y], bits, offsets, sums)
 
 
 @njit(nogil=True)
-def write_plain_view(turned, pitch, box, size, bicubic, out):
+def write_plain_view(transposed, pitch, box, size, bicubic, out):
     """Write one view without antialiasing. The arguments are those of `write_view`.
 
-    Where the filter reaches over the edge of the box, the pixels that exist share its weight
-    (TensorFlow's half_pixel_centers). For the triangle this is the same as repeating the edge.
+    Where the filter reaches beyond the box, its weights are normalized over the pixels inside
+    (TensorFlow's half_pixel_centers). For the triangle this equals a repetition of the edge.
     """
     top, left, height, width, flip = box
     along_x, along_y = np.zeros((size, 4), np.float32), np.zeros((size, 4), np.float32)
     first_x, first_y = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    _plain_axis(width, size, bicubic, flip, first_x, along_x)
-    _plain_axis(height, size, bicubic, False, first_y, along_y)
+    _fill_plain_weights(width, size, bicubic, flip, first_x, along_x)
+    _fill_plain_weights(height, size, bicubic, False, first_y, along_y)
     column = np.zeros(height + 3, np.float32)  # padded for pixels of weight 0 below the box
     for channel in range(3):
         for x in range(size):
@@ -308,27 +293,27 @@ def write_plain_view(turned, pitch, box, size, bicubic, out):
             for tap in range(4):
                 weight = along_x[x, tap]
                 if weight != 0:
-                    place = (3 * (left + first_x[x] + tap) + channel) * pitch + top
-                    _add_weighted(column, turned[place : place + height], weight)
+                    start = (3 * (left + first_x[x] + tap) + channel) * pitch + top
+                    _add_weighted(column, transposed[start : start + height], weight)
             for y in range(size):
-                at = first_y[y]
-                total = column[at] * along_y[y, 0] + column[at + 1] * along_y[y, 1]
-                total += column[at + 2] * along_y[y, 2] + column[at + 3] * along_y[y, 3]
+                first = first_y[y]
+                total = column[first] * along_y[y, 0] + column[first + 1] * along_y[y, 1]
+                total += column[first + 2] * along_y[y, 2] + column[first + 3] * along_y[y, 3]
                 out[(channel * size + y) * size + x] = np.uint8(
                     min(max(total + np.float32(0.5), np.float32(0)), np.float32(255))
                 )
 
 
 @njit(nogil=True)
-def _plain_axis(length, size, bicubic, mirrored, first, weights):
-    """Compute the first pixel that each pixel of a view depends on, and four weights."""
+def _fill_plain_weights(length, size, bicubic, mirrored, starts, weights):
+    """Compute the first pixel that each pixel of a view depends on, and up to four weights."""
     reach = 2 if bicubic else 1
     for pixel in range(size):
         center = length / size * (pixel + 0.5)
         start = max(math.floor(center - reach + 0.5), 0)
         count = min(math.floor(center + reach + 0.5), length) - start
         row = size - 1 - pixel if mirrored else pixel
-        first[row] = start
+        starts[row] = start
         total = 0.0
         for tap in range(count):
             total += _filter(tap + start - center + 0.5, bicubic)
@@ -344,22 +329,21 @@ def _add_weighted(sums, source, weight):
 
 
 @njit(nogil=True, cache=True)
-def write_plain_cut(turned, height, width, flip, size, bicubic, out):
-    """Call `write_plain_view` on a whole image, for callers that are not compiled."""
-    write_plain_view(turned, height, (0, 0, height, width, flip), size, bicubic, out)
+def write_plain_cut(transposed, height, width, flip, size, bicubic, out):
+    """Call `write_plain_view` on a whole image, for callers in Python."""
+    write_plain_view(transposed, height, (0, 0, height, width, flip), size, bicubic, out)
 
 
-def room_for(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:
+def allocate_buffers(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.ndarray, ...]:
     """Allocate the buffers of `write_view` for one thread.
 
     Args:
         longest_side: Longest side of all images, in pixels.
         sizes: Sizes of the views.
-        bicubic: Any view uses the cubic filter.
+        bicubic: True if any view uses the cubic filter.
     """
-    wide, tall = -(-max(sizes) // TILE) * TILE, -(-longest_side // TILE) * TILE
-    taps = max(most_taps(longest_side, size, bicubic) for size in sizes)
-    longest = max(wide, tall)
+    wide, tall = pad_to_tiles(max(sizes)), pad_to_tiles(longest_side)
+    taps = max(max_taps(longest_side, size, bicubic) for size in sizes)
     return (
         np.zeros(3 * wide * tall, np.uint8),
         np.zeros(wide * tall, np.uint8),
@@ -368,5 +352,5 @@ def room_for(longest_side: int, sizes: list[int], bicubic: bool) -> tuple[np.nda
         np.zeros((max(sizes), taps), np.int16),
         np.zeros((max(sizes), taps)),
         np.zeros(taps, np.int64),
-        np.zeros(longest, np.int32),
+        np.zeros(max(wide, tall), np.int32),
     )

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from measure import HALFWAY, build_stepper_halfway, format_mib, time_interleaved, versions
 
-from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
-from ssl_pretrain.checkpoint.run_facts import RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.methods import byol
 from ssl_pretrain.models.backbones import build

@@ -2,8 +2,7 @@
 
 from torch import nn
 
-from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
-from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.optim import optimizers as optim
 from ssl_pretrain.optim.optimizers import OptimConfig
@@ -25,4 +24,4 @@ def checkpoints(run, state, config=None, last_step=100, steps_per_epoch=1, **set
 
 def resume(run, state) -> int:
     """Restore the newest checkpoint of a run and return its step."""
-    return checkpoints(run, state).resume(lambda manifest: None)
+    return checkpoints(run, state).resume(compare=lambda saved, path: None)

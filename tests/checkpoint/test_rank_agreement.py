@@ -6,7 +6,7 @@ import socket
 
 from conftest import run_ranks
 
-from ssl_pretrain.checkpoint import provenance, rank_agreement
+from ssl_pretrain.checkpoint import rank_agreement
 from ssl_pretrain.distributed import process_group
 
 METHOD_MODULE = "ssl_pretrain.methods.simclr"
@@ -57,8 +57,8 @@ def test_settings_of_a_machine_may_differ():
 
 def check_with_other_versions():
     if process_group.rank() == 1:
-        versions = provenance.versions() | {"timm": "0.0.1", "revision": "another"}
-        provenance.versions = lambda: versions
+        versions = rank_agreement.list_versions() | {"timm": "0.0.1", "revision": "another"}
+        rank_agreement.list_versions = lambda: versions
     return error_or_agreed(rank_agreement.check_programs, SETTINGS, METHOD_MODULE)
 
 

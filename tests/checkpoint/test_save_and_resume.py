@@ -135,7 +135,7 @@ def test_no_pickle_is_written(run):
 
 def test_an_output_with_checkpoints_is_refused_if_resuming_is_off(run):
     with pytest.raises(ValueError) as error:
-        saving.checkpoints(run, trained(), resume=False).resume(lambda manifest: None)
+        saving.checkpoints(run, trained(), resume=False).resume(compare=lambda saved, path: None)
     assert str(error.value) == (
         f"output: {run} already holds step_00000004 and checkpoint.resume is false; give another "
         "output, or set checkpoint.resume=true"
@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_its_wandb_id(run):
     first.facts.wandb_id = "abcdefgh"
     first.save(6)
     second = saving.checkpoints(run, trained())
-    second.resume(lambda manifest: None)
+    second.resume(compare=lambda saved, path: None)
     assert second.facts.wandb_id == "abcdefgh"
 
 

@@ -261,10 +261,10 @@ def test_info_describes_the_file(tmp_path, capsys):
 def test_check_names_damaged_images(tmp_path, capsys):
     beton = write_beton(tmp_path / "data", n=12)
     with open(beton.where, "r+b") as file:
-        file.seek(int(beton.samples.place[3]))
+        file.seek(int(beton.samples.offset[3]))
         file.write(b"GIF")
         file.seek(
-            int(beton.samples.place[7] + beton.samples.length[7]) - 40
+            int(beton.samples.offset[7] + beton.samples.length[7]) - 40
         )  # decodes without a warning
         before = file.read(1)
         file.seek(-1, os.SEEK_CUR)
@@ -337,7 +337,7 @@ class TestKilled:
 
             patch.setattr(
                 beton_writer.os if torn == "before the rename" else beton_writer,
-                "replace" if torn == "before the rename" else "_finish",
+                "replace" if torn == "before the rename" else "_write_tables",
                 interrupt,
             )
             with pytest.raises(OSError, match="the disk is full"):
@@ -386,7 +386,7 @@ class TestKilled:
         def second(*arguments, **options):
             assert (
                 refused(beton_writer.write, source, path, Settings(), 1)
-                == f"{path}: another process is writing it"
+                == f"{path}: another process is writing it; wait until it ends, or stop it"
             )
             return encoded_images(*arguments, **options)
 
@@ -407,7 +407,7 @@ class TestMessages:
         os.truncate(path, size - 100)
         assert (
             refused(beton_file.read, path)
-            == f"data.root: {path} is cut short ({size - 100:,} bytes); copy or write it again"
+            == f"data.root: {path} is truncated to {size - 100:,} bytes; copy or write it again"
         )
         os.truncate(path, 0)
         assert (
@@ -422,17 +422,19 @@ class TestMessages:
             "ssl_pretrain.data.beton write --help"
         )
 
-    @pytest.mark.parametrize("field", ["place", "width", "mode"])
+    @pytest.mark.parametrize("field", ["offset", "width", "mode"])
     def test_entries_that_point_outside_the_file(self, field, beton):
         with edited(beton) as (path, content):
-            samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)
-            samples["image"][field][2] = {"place": 1 << 40, "width": 0, "mode": 9}[field]
+            samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)
+            samples["image"][field][2] = {"offset": 1 << 40, "width": 0, "mode": 9}[field]
         expected = (
-            "the allocation table has no entry for image 2; the file is damaged"
-            if field == "place"
-            else ("the entry of image 2 points outside the file; it is damaged")
+            "the allocation table has no entry for image 2; the file"
+            if field == "offset"
+            else "the entry of image 2 points outside the file; it"
         )
-        assert refused(beton_file.read, path) == f"data.root: {path}: {expected}"
+        assert refused(beton_file.read, path) == (
+            f"data.root: {path}: {expected} is damaged; copy or write it again"
+        )
 
     def test_a_damaged_manifest(self, beton):
         path = manifest_path(Path(beton.where))
@@ -509,11 +511,11 @@ class TestDamage:
     def test_every_flipped_bit_of_the_tables_is_detected(self, beton):
         path = Path(beton.where)
         content = path.read_bytes()
-        table = int(np.frombuffer(content, tables.HEADER, 1)[0]["table"])
-        entries = tables.SAMPLES_BEGIN + 12 * tables.SAMPLE.itemsize
+        table = int(np.frombuffer(content, tables.HEADER, 1)[0]["allocations_offset"])
+        entries = tables.SAMPLES_OFFSET + 12 * tables.SAMPLE.itemsize
         places = [
             *range(tables.HEADER.itemsize),
-            *range(tables.SAMPLES_BEGIN, entries),
+            *range(tables.SAMPLES_OFFSET, entries),
             *range(table, len(content)),
         ]
         for number, place in enumerate(places[::5]):
@@ -573,30 +575,30 @@ class TestDamage:
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
     def test_a_length_that_wraps_is_refused(self, length, beton):
         with edited(beton) as (path, content):
-            table = int(np.frombuffer(content, tables.HEADER, 1)[0]["table"])
+            table = int(np.frombuffer(content, tables.HEADER, 1)[0]["allocations_offset"])
             np.frombuffer(content, tables.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(
                 length
             )
         assert refused(beton_file.read, path).endswith(
-            "the entry of image 3 points outside the file; it is damaged"
+            "the entry of image 3 points outside the file; it is damaged; copy or write it again"
         )
 
     @pytest.mark.parametrize("label", [-2, 1_000_000, 2**40, -(2**63)])
     def test_a_label_that_is_no_class_is_refused(self, label, beton):
         """A file without class names gets one name per class, which must not fill the memory."""
         with edited(beton) as (path, content):
-            np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)["label"][3] = (
+            np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)["label"][3] = (
                 label
             )
         assert refused(beton_file.read, path) == (
-            f"data.root: {path}: the label of image 3 is {label}, and labels are -1 for "
-            "none or a class below 1,000,000; the file is damaged"
+            f"data.root: {path}: the label of image 3 is {label}, but labels are -1 for "
+            "none or a class below 1,000,000; the file is damaged; copy or write it again"
         )
 
     def test_a_file_without_images_is_refused(self, beton):
         with edited(beton) as (path, content):
             np.frombuffer(content, tables.HEADER, 1)["num_samples"][0] = 0
-        assert refused(open_train, path) == f"data.root: {path} holds no image; write it again"
+        assert refused(open_train, path) == f"data.root: {path} contains no image; write it again"
 
     def test_a_folder_is_refused(self, beton):
         path = Path(beton.where)
@@ -604,23 +606,23 @@ class TestDamage:
         path.mkdir()
         assert refused(beton_file.read, path) == (
             f"data.root: {path} is not a regular file; give the .beton itself, or the "
-            "folder that holds train.beton"
+            "folder that contains train.beton"
         )
 
     def test_an_entry_of_too_many_pixels_is_refused(self, beton):
         with edited(beton) as (path, content):
-            samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_BEGIN)
+            samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)
             samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
         assert (
-            "the entry of image 2 says 65,535 x 65,535 pixels, more than the 178,956,970"
+            "the entry of image 2 says 65,535 x 65,535 pixels, more than the limit of 178,956,970"
             in refused(beton_file.read, path)
         )
 
     def test_buffers_fit_tall_and_wide_images_separately(self, beton):
-        samples = replace(
-            beton.samples, height=np.array([1, 60000] * 6), width=np.array([60000, 1] * 6)
-        )
-        assert compiled.allocate_scratch(samples, []).image.nbytes < 20_000_000
+        sides = np.array([1, 60000] * 6)
+        samples = replace(beton.samples, height=sides, width=sides[::-1])
+        with compiled.Decoder() as decoder:
+            assert compiled.allocate_workspace(samples, [], decoder).image.nbytes < 20_000_000
 
     def test_a_replaced_file_is_detected(self, beton, tmp_path):
         other = write_beton(tmp_path / "other" / "data", n=12, max_side=30)
@@ -636,7 +638,7 @@ class TestDamage:
     def test_only_jpeg_decoders_see_a_stored_jpeg(self, beton):
         path, samples = Path(beton.where), beton.samples
         content = bytearray(path.read_bytes())
-        place = int(samples.place[4])
+        place = int(samples.offset[4])
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
         content[place : place + len(eps)] = eps
         path.write_bytes(content)

@@ -168,7 +168,7 @@ def test_shards_are_read_as_one_file(tmp_path, beton, expected):
     first = tmp_path / "train-00000-of-00003.beton"
     assert str(error.value) == (
         f"data.root: 1 of 3 shards are missing beside {first}: train-00001-of-00003.beton; "
-        "write them, or wait"
+        "write them, or wait until they are written"
     )
 
 
@@ -225,7 +225,7 @@ class TestBugsOfFFCV:
         assert digests(loader(beton, views=views), 0, 2) == expected[:2]
 
     @pytest.mark.case(17)
-    @pytest.mark.parametrize("function", ["make", "allocate_scratch"])
+    @pytest.mark.parametrize("function", ["make_views", "allocate_workspace"])
     def test_2_an_exception_in_a_thread_is_raised_in_the_trainer(
         self, function, beton, monkeypatch
     ):
@@ -340,7 +340,7 @@ class TestBugsOfFFCV:
         with pytest.raises(ValueError) as error:
             open_train(Path(small_beton.where))
         assert str(error.value) == (
-            f"data.root: {small_beton.where} was never finished: its writer was stopped; "
+            f"data.root: {small_beton.where} is unfinished, as its writer was stopped; "
             "run the same write again to finish it"
         )
 
@@ -367,7 +367,7 @@ def count_threads_and_files() -> tuple[int, int]:
 def damage_image(source: Beton, index: int, damage: str) -> None:
     """Damage one JPEG in the file of the source. `damage` is a key of REASONS."""
     samples = source.samples
-    offset, length = int(samples.place[index]), int(samples.length[index])
+    offset, length = int(samples.offset[index]), int(samples.length[index])
     with open(source.where, "r+b") as file:
         file.seek(offset)
         content = bytearray(file.read(length))
@@ -388,14 +388,14 @@ class TestFailures:
     @pytest.mark.case(16)
     def test_truncating_the_file_raises_an_error_that_names_the_image(self, small_beton):
         with loader(small_beton, global_batch_size=24) as batches:
-            last = int(np.argmax(small_beton.samples.place))
-            os.truncate(small_beton.where, int(small_beton.samples.place[last]) + 10)
+            last = int(np.argmax(small_beton.samples.offset))
+            os.truncate(small_beton.where, int(small_beton.samples.offset[last]) + 10)
             with pytest.raises(ValueError) as error:  # a user's error: one line, no traceback
                 next(batches.starting_at(0))
         missing = int(small_beton.samples.length[last]) - 10
         assert str(error.value) == (
             f"data.root: {small_beton.where}, image {last}: the file ends {missing:,} bytes before "
-            "the image does, and it did not when the run began; copy it again, then start "
+            "the image does, and did not when the run began; copy it again, then start "
             "the run again"
         )
 
@@ -503,11 +503,12 @@ def test_compiled_code_is_cached_on_disk(beton, expected):
     code = (
         "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; "
         "assert digests(loader(open_train(Path(sys.argv[1]))), 0, 1); "
-        "print([sum(code.stats.cache_hits.values()) for code in (decode.make, decode.decode)])"
+        "functions = (decode.make_views, decode.decode); "
+        "print([sum(function.stats.cache_hits.values()) for function in functions])"
     )
     result = run_python(code, beton.where)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "[1, 0]\n", result.stderr  # `decode` is compiled into `make`
+    assert result.stdout == "[1, 0]\n", result.stderr  # `decode` is compiled into `make_views`
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -538,5 +539,5 @@ def test_the_quasi_random_order_equals_that_of_processes(beton, monkeypatch):
     assert digests(loader(beton, 1, **options), 3, 3) == expected[3:]
     order._permutation.cache_clear()
     assert calls
-    assert {offset for offset, _ in calls} <= {int(offset) for offset in beton.samples.place}
+    assert {offset for offset, _ in calls} <= {int(offset) for offset in beton.samples.offset}
     assert all(length > 0 for _, length in calls)

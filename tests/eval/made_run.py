@@ -8,10 +8,9 @@ from PIL import Image
 
 from ssl_pretrain import config, rng
 from ssl_pretrain.build import build_method
-from ssl_pretrain.checkpoint.checkpoints import Checkpoints
+from ssl_pretrain.checkpoint.checkpoints import Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.checkpoint.manifest import MANIFEST, describe_files, to_json
-from ssl_pretrain.checkpoint.run_facts import RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.optim import optimizers as optim
 

@@ -15,9 +15,9 @@ from on_cuda import NEEDS_CUDA, cuda, forbid_synchronization  # noqa: F401
 
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import color, crops
+from ssl_pretrain.views.batch import upload
 from ssl_pretrain.views.color_parameters import draw_colors
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
-from ssl_pretrain.views.upload import upload
 
 pytestmark = NEEDS_CUDA
 

@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from ssl_pretrain import methods
-from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints
-from ssl_pretrain.checkpoint.run_facts import RunFacts
+from ssl_pretrain.checkpoint.checkpoints import CheckpointConfig, Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.models.components import Backbone
@@ -119,7 +118,7 @@ def train(
     if folder:
         state, facts = TrainingState(method, optimizer), RunFacts(NUM_STEPS, micro_batch_size, "")
         checkpoints = Checkpoints(folder, state, CheckpointConfig(), facts, {}, STEPS_PER_EPOCH)
-        first = checkpoints.resume(lambda manifest: None)
+        first = checkpoints.resume(compare=lambda saved, path: None)
     gradients: dict[str, torch.Tensor] = {}
 
     def copy_gradients(*_: Any) -> None:

@@ -91,39 +91,41 @@ def simclr_boxes(
 ) -> np.ndarray:
     """Draw boxes as SimCLR does: tf.image.sample_distorted_bounding_box. int (n, 4), like `Box`.
 
-    All boxes that have failed so far draw again together. A try draws the ratio uniformly, then the
-    height uniformly among the integers from round(sqrt(least area / ratio)) to the tallest that is
-    no larger than the largest area and fits into the image with its width, round(height * ratio).
+    All boxes that do not fit yet are drawn again together. The ratio is uniform. The height is
+    uniform among the integers from round(sqrt(min_area / ratio)) to the largest height whose area
+    is at most max_area and whose width, round(height * ratio), fits into the image.
     """
     generator = np.random.default_rng(seed)
     boxes = np.tile([0, 0, height, width], (n, 1))
-    least, most = area[0] * height * width, area[1] * height * width
+    min_area, max_area = area[0] * height * width, area[1] * height * width
     pending = np.arange(n)
     for _ in range(MAX_ATTEMPTS):
         ratios = generator.uniform(*ratio, len(pending))
         heights = np.arange(1, height + 1)
-        tall = np.minimum(np.rint(np.sqrt(most / ratios)), height)
+        tall = np.minimum(np.rint(np.sqrt(max_area / ratios)), height)
         fitting = np.rint(heights * ratios[:, None]) <= width
         tall = np.minimum(tall, np.where(fitting, heights, 0).max(axis=1)).astype(int)
-        short = np.minimum(np.rint(np.sqrt(least / ratios)), tall).astype(int)
+        short = np.minimum(np.rint(np.sqrt(min_area / ratios)), tall).astype(int)
         box_heights = generator.integers(short, tall + 1)
         box_heights = np.where(
-            np.rint(box_heights * ratios) * box_heights < least, box_heights + 1, box_heights
+            np.rint(box_heights * ratios) * box_heights < min_area, box_heights + 1, box_heights
         )
         box_heights = np.where(
-            np.rint(box_heights * ratios) * box_heights > most, box_heights - 1, box_heights
+            np.rint(box_heights * ratios) * box_heights > max_area, box_heights - 1, box_heights
         )
         widths = np.rint(box_heights * ratios).astype(int)
-        inside = box_heights * widths
-        good = (
-            (inside >= least) & (inside <= most) & (inside >= MIN_OBJECT_COVERED * height * width)
+        areas = box_heights * widths
+        is_valid = (
+            (min_area <= areas)
+            & (areas <= max_area)
+            & (areas >= MIN_OBJECT_COVERED * height * width)
         )
-        good &= (widths <= width) & (box_heights <= height) & (widths > 0) & (box_heights > 0)
-        box_heights, widths = box_heights[good], widths[good]
+        is_valid &= (widths <= width) & (box_heights <= height) & (widths > 0) & (box_heights > 0)
+        box_heights, widths = box_heights[is_valid], widths[is_valid]
         tops = generator.integers(0, np.maximum(1, height - box_heights))
         lefts = generator.integers(0, np.maximum(1, width - widths))
-        boxes[pending[good]] = np.stack([tops, lefts, box_heights, widths], axis=1)
-        pending = pending[~good]
+        boxes[pending[is_valid]] = np.stack([tops, lefts, box_heights, widths], axis=1)
+        pending = pending[~is_valid]
     return boxes
 
 

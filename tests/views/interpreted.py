@@ -60,7 +60,7 @@ def difference(crop: Crop) -> float:
     pixels = [torch.from_numpy(view) for view in pixels]
     parameters = [draw_colors(crop, 1, 2, np.arange(10), view) for view in range(crop.count)]
     expected = color.apply_to_group(pixels, parameters, crop, MEAN, STD)
-    with mock.patch.object(color, "FUSED_ON", ("cpu",)):
+    with mock.patch.object(color, "FUSED_DEVICES", ("cpu",)):
         views = color.apply_to_group(pixels, parameters, crop, MEAN, STD)
     return max(
         (view - expected_view).abs().max().item() for view, expected_view in zip(views, expected)

@@ -17,17 +17,17 @@ from ssl_pretrain.views.color_parameters import (
     HUE,
     SATURATION,
     ColorParameters,
+    describe_view,
     draw_colors,
 )
 from ssl_pretrain.views.crops import Box
-from ssl_pretrain.views.describe import describe_view
 from ssl_pretrain.views.recipe import Crop, blur_taps
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and standard deviation: no normalization
+PLAIN = ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # mean and std that change nothing
 LEVEL = 1 / 255  # one gray level
-ROUNDING = 0.01 * LEVEL  # difference of float32 from float64
+ROUNDING = 0.01 * LEVEL  # tolerance for float32 against float64
 TENSORFLOW = {
     "contrast_mean": "channel",
     "saturation_mode": "hsv",
@@ -109,7 +109,7 @@ def test_an_adjustment_is_the_authors(apply, options, operation, theirs):
 
 @ON_EACH
 @pytest.mark.parametrize(("size", "kernel"), [(224, 23), (32, 0), (9, 23), (1, 3)])
-def test_a_blur_has_black_around_it_as_the_authors(apply, size, kernel):
+def test_the_zero_border_of_a_blur_is_the_authors(apply, size, kernel):
     crop = Crop(size=size, blur=1.0, blur_kernel=kernel, blur_border="zero")
     recipe.check(recipe.ViewsConfig({"global": crop}))
     pixels = torch.randint(
@@ -157,7 +157,7 @@ def apply_authors_colors(
     return image
 
 
-# height and width of an image: (top, left, height, width) of a box, size of the view
+# Boxes as (top, left, height, width) and sizes of views, per height and width of an image.
 BOXES = {
     (70, 90): [((5, 11, 41, 53), 16), ((5, 11, 41, 53), 96)],
     (375, 500): [((10, 20, 300, 400), 224)],
@@ -184,25 +184,26 @@ def test_a_resize_without_antialias_is_the_authors_within_one_level(
     expected = np.moveaxis(expected[:, ::-1] if flip else expected, -1, 0)
     crop = Crop(size=size, interpolation=interpolation, antialias=False)
     pixels = torch.from_numpy(image).permute(2, 0, 1)
-    one = crops.apply(pixels, Box(*box, flip), crop).numpy()
+    view = crops.apply(pixels, Box(*box, flip), crop).numpy()
     boxes = np.array([[*box, flip]])
-    together = crops.apply_to_batch(pixels[None].contiguous(), boxes, crop)[0].numpy()
-    assert np.abs(one - expected).max() < 0.51
-    assert np.abs(together - expected).max() < 0.51
-    assert np.array_equal(compiled(image, (*box, flip), size, interpolation == "bicubic"), one)
+    batch_view = crops.apply_to_batch(pixels[None].contiguous(), boxes, crop)[0].numpy()
+    assert np.abs(view - expected).max() < 0.51
+    assert np.abs(batch_view - expected).max() < 0.51
+    compiled_view = write_plain_view(image, (*box, flip), size, interpolation == "bicubic")
+    assert np.array_equal(compiled_view, view)
 
 
-def compiled(
+def write_plain_view(
     image: np.ndarray, box: tuple[int, int, int, int, bool], size: int, bicubic: bool
 ) -> np.ndarray:
-    """Resize a box of an image that was transposed as a whole, as `native.decode` does."""
+    """Transpose a whole image and resize a box of it, as `native.decode` does."""
     height, width, _ = image.shape
-    tall, wide = (-(-side // resize.TILE) * resize.TILE for side in (height, 3 * width))
-    stored, turned = np.zeros((tall, wide), np.uint8), np.zeros(wide * tall, np.uint8)
-    stored[:height, : 3 * width] = image.reshape(height, -1)
-    resize.turn(stored.reshape(-1), wide, height, 3 * width, turned, tall)
+    tall, wide = resize.pad_to_tiles(height), resize.pad_to_tiles(3 * width)
+    padded, transposed = np.zeros((tall, wide), np.uint8), np.zeros(wide * tall, np.uint8)
+    padded[:height, : 3 * width] = image.reshape(height, -1)
+    resize.transpose(padded.reshape(-1), wide, height, 3 * width, transposed, tall)
     out = np.full(3 * size * size, 77, np.uint8)
-    resize.write_plain_view(turned, tall, box, size, bicubic, out)
+    resize.write_plain_view(transposed, tall, box, size, bicubic, out)
     return out.reshape(3, size, size)
 
 
@@ -243,7 +244,7 @@ def test_a_box_is_inside_the_image(sampler, height, width, options):
 
 
 def test_a_smaller_box_of_tensorflow_never_touches_the_bottom_or_right_edge():
-    """Its kernel draws the place below height - box height. Others take the last place too."""
+    """TensorFlow draws the top below height - box height. The others also draw that value."""
     sizes = np.full((4000, 2), [24, 30])
     for sampler, reaches in (("tensorflow", False), ("clipped", True), ("torchvision", True)):
         top, left, tall, wide, _ = crops.draw_boxes(
@@ -253,13 +254,13 @@ def test_a_smaller_box_of_tensorflow_never_touches_the_bottom_or_right_edge():
         assert ((wide < 30) & (left + wide == 30)).any() == reaches, sampler
 
 
-def test_tensorflow_takes_the_whole_image_where_no_box_fits():
+def test_tensorflow_takes_the_whole_image_if_no_box_fits():
     box = crops.draw_box(Crop(crop_sampler="tensorflow"), 0, 0, 0, 0, 10, 1000)
     assert box[:4] == (0, 0, 10, 1000)
 
 
 @pytest.mark.parametrize("sampler", ["tensorflow", "clipped"])
-def test_one_box_is_that_of_the_batch(sampler):
+def test_boxes_of_a_batch_equal_boxes_drawn_one_by_one(sampler):
     crop = Crop(crop_sampler=sampler)
     together = crops.draw_boxes(crop, 1, 2, np.arange(20), 3, np.full((20, 2), [90, 130]))
     assert [tuple(row) for row in together.tolist()] == [

@@ -195,7 +195,7 @@ def test_the_number_of_threads_changes_no_bit(num_threads, monkeypatch):
 
 
 def test_an_operation_changes_only_the_images_it_was_drawn_for():
-    # The least sigma is 1, as a blur with a sigma of 0.1 changes nothing.
+    # The smallest sigma is 1, as a blur with a sigma of 0.1 changes nothing.
     crop = Crop(size=16, jitter=0.5, hue=0.3, blur=0.3, blur_sigma=[1.0, 2.0])
     pixels, parameters = images(40), parameters_of(crop, 40)
     views = color.apply(pixels, parameters, crop, *PLAIN)
@@ -249,7 +249,7 @@ N = 20000
 
 
 def test_factors_are_distributed_as_those_of_color_jitter():
-    # The range of a strength above 1 is cut at 0.
+    # The range of a strength above 1 is clipped at 0.
     strengths = {"brightness": 1.2, "contrast": 0.4, "saturation": 0.8, "hue": 0.1}
     parameters = parameters_of(Crop(jitter=1.0, **strengths), N)
     transform = v2.ColorJitter(**strengths)

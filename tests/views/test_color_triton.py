@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ssl_pretrain.views import color_triton
+from ssl_pretrain.views.color_parameters import draw_colors
+from ssl_pretrain.views.recipe import Crop
 
 ROOT = Path(__file__).parents[2]
 SWITCHES = [False, True]
-KERNELS = {  # name -> kernel, its constants by a switch for the authors' functions, warps
+# The kernel, its constants with the authors' functions switched on or off, and its warps.
+KERNELS = {
     "means": (
         color_triton._means,
         lambda on: {"ADDS": on, "HSV": on, "CHANNEL_MEAN": on, "PIXELS": 2048},
@@ -40,7 +44,7 @@ KERNELS = {  # name -> kernel, its constants by a switch for the authors' functi
 TYPES = {
     "pixels": "*u8",
     "views": "*bf16",
-    "parameters": "*fp32",
+    "table": "*fp32",
     "means": "*fp32",
     "buffer": "*fp32",
     "blurred": "*fp32",
@@ -52,7 +56,7 @@ def test_the_kernels_compute_the_colors_of_a_cpu():
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "tests/views/interpreted.py"],
         cwd=ROOT,
         env=environment,
@@ -60,23 +64,23 @@ def test_the_kernels_compute_the_colors_of_a_cpu():
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     differences = {
-        line.split("  ", 1)[1]: float(line.split()[0]) for line in done.stdout.splitlines()
+        line.split("  ", 1)[1]: float(line.split()[0]) for line in result.stdout.splitlines()
     }
     assert set(differences) == set(interpreted.CASES)
-    # One gray level is 1 / 255 / 0.2 = 0.02 of a normalized view. Sums in another order change only
-    # the last digits.
-    assert max(differences.values()) < 2e-5, done.stdout
+    # One gray level is 1 / 255 / 0.2 = 0.02 of a normalized view. The kernels take sums in another
+    # order, which changes the last digits.
+    assert max(differences.values()) < 2e-5, result.stdout
 
 
 @pytest.mark.parametrize("authors", SWITCHES)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_a_kernel_compiles_and_takes_next_to_no_shared_memory(capability, name, authors):
+def test_a_kernel_compiles_and_takes_little_shared_memory(capability, name, authors):
     kernel, constants, num_warps = KERNELS[name]
     constants = constants(authors)
-    integers = ("area", "height", "width", "pixel_stride", "channel_stride")
+    integers = ("area", "height", "width")
     signature = {
         argument: "constexpr"
         if argument in constants
@@ -87,17 +91,14 @@ def test_a_kernel_compiles_and_takes_next_to_no_shared_memory(capability, name, 
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
     )
-    assert (
-        compiled.metadata.shared < 1024
-    )  # bytes: it leaves room for as many programs as registers allow
+    # In bytes. Registers, and not shared memory, then limit the number of concurrent programs.
+    assert compiled.metadata.shared < 1024
 
 
-def test_a_table_finds_each_blurred_view_in_its_buffer():
+def test_the_table_assigns_slots_of_the_blur_buffers():
     blur = np.array([False, True, False, True, True])
-    nothing = np.zeros(5, bool)
-    table = color_triton.pack(
-        np.full((5, 4), -1), np.ones((5, 4)), np.ones(5), nothing, blur, nothing
-    )
+    parameters = replace(draw_colors(Crop(), 0, 0, np.arange(5), 0), blur=blur)
+    table = color_triton.pack(parameters, Crop())
     assert table[:, 11].tolist() == [-1, 0, -1, 1, 2]
     assert table[:3, 12].tolist() == [1, 3, 4]
     assert torch.from_numpy(table).dtype == torch.float32

@@ -68,7 +68,7 @@ def torchvision_boxes(crop: Crop, height: int, width: int, n: int) -> np.ndarray
         (Crop(), 375, 500),
         (Crop(size=96, scale=[0.05, 0.14]), 375, 500),  # SwAV's local crops
         (Crop(ratio=[0.5, 3.0]), 300, 200),
-        (Crop(), 400, 130),  # a narrow image: many attempts do not fit, and some fall back
+        (Crop(), 400, 130),  # in a narrow image many attempts do not fit, and some boxes fall back
     ],
 )
 def test_boxes_are_distributed_as_in_torchvision(crop, height, width):

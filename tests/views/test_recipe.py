@@ -190,11 +190,11 @@ def test_a_bad_crop_is_refused_with_key_value_and_remedy(crop, message):
         ),
         (
             replace(views(), mean=[0.5]),
-            "views.mean: [0.5] has 1 numbers; give 3, one each for red, green and blue",
+            "views.mean: [0.5] must be 3 numbers, one each for red, green and blue",
         ),
         (
             replace(views(), std=[1.0, 1.0]),
-            "views.std: [1.0, 1.0] has 2 numbers; give 3, one each for red, green and blue",
+            "views.std: [1.0, 1.0] must be 3 numbers, one each for red, green and blue",
         ),
         (
             replace(views(), std=[1.0, 0.0, 1.0]),

@@ -16,13 +16,13 @@ def resized_crop(
 ) -> np.ndarray:
     """Return the view (3, size, size) of a box in an image (height, width, 3)."""
     height, width, _ = image.shape
-    num_rows, num_columns = (-(-side // resize.TILE) * resize.TILE for side in (height, 3 * width))
+    num_rows, num_columns = resize.pad_to_tiles(height), resize.pad_to_tiles(3 * width)
     padded = np.zeros((num_rows, num_columns), np.uint8)
     padded[:height, : 3 * width] = image.reshape(height, -1)
     transposed = np.zeros(num_columns * num_rows, np.uint8)
-    resize.turn(padded.reshape(-1), num_columns, height, 3 * width, transposed, num_rows)
+    resize.transpose(padded.reshape(-1), num_columns, height, 3 * width, transposed, num_rows)
     view = np.full(3 * size * size, 77, np.uint8)
-    buffers = resize.room_for(max(height, width), [size], bicubic)
+    buffers = resize.allocate_buffers(max(height, width), [size], bicubic)
     resize.write_view(transposed, num_rows, box, size, bicubic, buffers, view)
     return view.reshape(3, size, size)
 
@@ -57,10 +57,10 @@ def test_a_view_equals_torchs_to_one_gray_level(shape, box, size, flip, interpol
     assert difference.mean() < 0.01  # exactly 0 with AVX2, where torch uses integer arithmetic
 
 
-def test_turn_transposes_an_image():
+def test_transpose_handles_partial_tiles():
     source = np.arange(48 * 64, dtype=np.uint16).astype(np.uint8)
     target = np.zeros(64 * 48, np.uint8)
-    resize.turn(source, 64, 40, 50, target, 48)
+    resize.transpose(source, 64, 40, 50, target, 48)
     expected = source.reshape(48, 64)[:40, :50].T
     np.testing.assert_array_equal(target.reshape(64, 48)[:50, :40], expected)
 
@@ -68,10 +68,10 @@ def test_turn_transposes_an_image():
 @pytest.mark.parametrize("bicubic", [False, True])
 @pytest.mark.parametrize(("length", "size"), [(500, 224), (100, 224), (7, 7), (1, 5), (2400, 96)])
 def test_weights_add_up_and_fit_their_buffers(bicubic, length, size):
-    taps = resize.most_taps(length, size, bicubic)
+    taps = resize.max_taps(length, size, bicubic)
     starts, counts = np.zeros(size, np.int64), np.zeros(size, np.int64)
     weights, exact = np.zeros((size, taps), np.int16), np.zeros((size, taps))
-    bits = resize.axis(length, size, bicubic, False, starts, counts, weights, exact)
+    bits = resize.fill_weights(length, size, bicubic, False, starts, counts, weights, exact)
     assert counts.min() >= 1
     assert counts.max() <= taps
     assert (starts + counts).max() <= length

@@ -17,15 +17,14 @@ from ssl_pretrain.data.beton import writer
 from ssl_pretrain.data.beton.beton_manifest import Manifest
 from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import Settings
-from ssl_pretrain.data.beton.shard_files import shard_name
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.image_statistics import check_range
 from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
 
-_PROBLEMS_SHOWN = 100
-_MIN_PAGE_SIZE = 1 << 21  # FFCV's minimum, in bytes
+_MAX_PROBLEMS = 100  # problems that `check` prints
+_MIN_PAGE_BYTES = 1 << 21  # FFCV's minimum
 
 _EPILOG = """\
 examples:
@@ -35,15 +34,15 @@ examples:
   python -m ssl_pretrain.data.beton check /fast/imagenet/train.beton
   sbatch --array=0-15 --wrap "python -m ssl_pretrain.data.beton write IMAGES FILE --shards 16"
 
-Then train with data.root=/fast/imagenet. A write that was stopped continues when it is run again.
-Exit status: 0; 1 if an image is bad; 2 if nothing can be read or written."""
+Then train with data.root=/fast/imagenet. To continue an interrupted write, run it again.
+The exit status is 1 if an image is unreadable, and 2 if nothing can be read or written."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = _parser().parse_args(arguments)
     try:
-        return args.run(args)
+        return {"write": _write, "check": _check, "info": _info}[args.command](args)
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue", file=sys.stderr)
         return 2
@@ -55,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ssl_pretrain.data.beton",
-        description="Write a data set into FFCV's file format, which is read faster than single "
-        "files. Check or describe such a file.",
+        description="Convert a data set to FFCV's file format, which loads faster than one file "
+        "per image. Check or describe such a file.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -64,20 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     write = commands.add_parser("write", help="convert a data set to a .beton")
     check = commands.add_parser("check", help="decode every image of a .beton")
     info = commands.add_parser("info", help="describe a .beton")
-    write.set_defaults(run=_write)
-    check.set_defaults(run=_check)
-    info.set_defaults(run=_info)
     num_cores = len(os.sched_getaffinity(0))
 
     write.add_argument(
         "root",
-        help="a folder, a .zip, a list of files, or another .beton; '' for the digits, and to "
+        help="a folder, a .zip, a list of files or another .beton; '' for the digits, or to "
         "download CIFAR-10",
     )
     write.add_argument(
         "path",
         type=Path,
-        help="the .beton to write; with the name train.beton or val.beton, data.root may be its "
+        help="the .beton to write; if it is named train.beton or val.beton, data.root may be its "
         "folder",
     )
     write.add_argument(
@@ -87,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--split",
         choices=("train", "val"),
         default="train",
-        help="images to write (default: %(default)s)",
+        help="split to write (default: %(default)s)",
     )
     write.add_argument(
         "--range",
@@ -95,19 +91,19 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         default=[],
         metavar=("LOW", "HIGH"),
-        help="data.range: the values that become 0 and 255",
+        help="values that become 0 and 255, as in data.range",
     )
     write.add_argument(
         "--max-side",
         type=FROM_ZERO,
         default=Settings.max_side,
-        help="resize larger images to this many pixels; 0 resizes none (default: %(default)s)",
+        help="longest side in pixels; larger images are shrunk; 0: no limit (default: %(default)s)",
     )
     write.add_argument(
         "--quality",
         type=QUALITY,
         default=Settings.quality,
-        help="quality of new JPEGs (default: %(default)s)",
+        help="JPEG quality of encoded images (default: %(default)s)",
     )
     write.add_argument(
         "--page-size",
@@ -119,10 +115,13 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=THREADS,
         default=num_cores,
-        help="processes (default: %(default)s, the available cores)",
+        help="number of processes (default: %(default)s, the available cores)",
     )
     write.add_argument(
-        "--shards", type=COUNT, default=1, help="files to write, read as one (default: 1)"
+        "--shards",
+        type=COUNT,
+        default=1,
+        help="number of files, which are read as one (default: 1)",
     )
     write.add_argument(
         "--shard",
@@ -135,21 +134,20 @@ def _parser() -> argparse.ArgumentParser:
         "--threads",
         type=THREADS,
         default=num_cores,
-        help="threads that decode (default: %(default)s, the available cores)",
+        help="number of decoding threads (default: %(default)s, the available cores)",
     )
     return parser
 
 
 def _write(args: argparse.Namespace) -> int:
-    is_valid_page = args.page_size >= _MIN_PAGE_SIZE and args.page_size.bit_count() == 1
-    if not 1 <= args.quality <= 100 or args.max_side < 0 or not is_valid_page:
+    is_valid_page_size = args.page_size >= _MIN_PAGE_BYTES and args.page_size.bit_count() == 1
+    if not 1 <= args.quality <= 100 or args.max_side < 0 or not is_valid_page_size:
         raise ValueError(
             "--quality must be 1 to 100, --max-side at least 0, and --page-size a power of two of "
-            f"at least {_MIN_PAGE_SIZE:,}, FFCV's minimum"
+            f"at least {_MIN_PAGE_BYTES:,}, FFCV's minimum"
         )
     decode.library()  # raises before hours of work if FFCV is not installed
-    config = DataConfig(source=args.source, root=args.root, range=list(args.range))
-    source = open_source(config, args.split)
+    source = open_source(DataConfig(args.source, args.root, range=list(args.range)), args.split)
     check_range(source)
     settings = Settings(args.max_side, args.quality, args.page_size)
     num_bad = 0
@@ -165,10 +163,10 @@ def _write(args: argparse.Namespace) -> int:
 
 
 def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, int, int]]:
-    """Yield each file to write, with its first image and the end of its images."""
+    """Yield the path of each file to write, its first image and the one after its last."""
     path, num_shards, shard = args.path, args.shards, args.shard
     if path.suffix != ".beton":
-        raise ValueError(f"{path}: the name of the file must end in .beton")
+        raise ValueError(f"{path}: the file name must end in .beton")
     if num_shards == 1:
         yield path, 0, num_images
         return
@@ -183,13 +181,14 @@ def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, 
     for number in range(num_shards) if shard is None else [shard]:
         first = number * num_images // num_shards
         end = (number + 1) * num_images // num_shards
-        yield path.with_name(shard_name(path.stem, number, num_shards)), first, end
+        name = beton_file.shard_name(path.stem, number, num_shards)
+        yield path.with_name(name), first, end
 
 
 def _describe_counts(manifest: Manifest) -> str:
     encoded = f"{manifest.num_encoded:,} encoded at quality {manifest.quality}"
     if manifest.max_side:
-        encoded += f" (larger than {manifest.max_side} pixels, turned, or no plain JPEG)"
+        encoded += f" (larger than {manifest.max_side} pixels, rotated, or not a plain JPEG)"
     return (
         f"{manifest.num_samples:,} images: {manifest.num_unchanged:,} stored unchanged, "
         f"{encoded}, {manifest.num_raw:,} stored as pixels, {len(manifest.bad_images):,} bad"
@@ -199,10 +198,10 @@ def _describe_counts(manifest: Manifest) -> str:
 def _check(args: argparse.Namespace) -> int:
     samples = beton_file.read(args.path)
     problems = find_problems(samples, args.threads)
-    for problem in problems[:_PROBLEMS_SHOWN]:
+    for problem in problems[:_MAX_PROBLEMS]:
         print(problem)
-    if len(problems) > _PROBLEMS_SHOWN:
-        print(f"... {len(problems) - _PROBLEMS_SHOWN:,} more")
+    if len(problems) > _MAX_PROBLEMS:
+        print(f"... {len(problems) - _MAX_PROBLEMS:,} more")
     print(f"{args.path}: {len(samples):,} images, {len(problems):,} problems")
     return 1 if problems else 0
 

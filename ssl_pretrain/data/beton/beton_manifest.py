@@ -1,7 +1,7 @@
 """The manifest beside a .beton file, such as `train.beton.json`.
 
-It holds the class names, the counts, and the fingerprint of the source. A hash of the whole
-manifest reveals a flipped bit. Files of FFCV's own writer have no manifest.
+It contains the class names, the counts and the fingerprint of the source. A hash of the whole
+manifest reveals a flipped bit. FFCV's own writer does not write a manifest.
 """
 
 import hashlib
@@ -18,10 +18,9 @@ _HASH_KEY = "manifest_sha256"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Description of a .beton file.
+    """Description of a .beton file, the same whenever and by however many processes it is written.
 
-    It does not depend on the time of writing or the number of processes. A field whose key in the
-    JSON differs from its name has that key in its metadata.
+    A field whose key in the JSON differs from its name has the key in its metadata.
     """
 
     # Hash of the source, the settings and the range of images.
@@ -32,22 +31,22 @@ class Manifest:
     num_unchanged: int = field(metadata={"key": "kept"})  # stored as their own bytes
     num_encoded: int = field(metadata={"key": "encoded"})  # stored as new JPEGs
     num_raw: int = field(metadata={"key": "raw"})  # stored as pixels
-    bad_images: list[str] = field(metadata={"key": "bad"})  # images left out, with the reasons
+    bad_images: list[str] = field(metadata={"key": "bad"})  # one line per image that was left out
     classes: list[str]
     fingerprint: str  # fingerprint of the images in the file
-    # Fingerprint of the source, unreadable images included.
+    # Fingerprint of the source, including its unreadable images.
     source_fingerprint: str = field(metadata={"key": "source"})
-    first_index: int = field(metadata={"key": "first"})  # number of the first image in the source
+    first_index: int = field(metadata={"key": "first"})  # index in the source
     max_side: int  # pixels, 0 for no limit
     quality: int  # quality of the new JPEGs
     page_size: int  # bytes
-    crc32: int  # CRC-32 of the CRC-32 values of the images
+    crc32: int  # CRC-32 over the CRC-32 of every image
     range: list[float] | None = None  # `data.range`
-    table_sha256: str = ""  # hash of the tables in the file; absent in earlier versions
+    table_sha256: str = ""  # hash of the tables in the file; empty in earlier versions
 
 
-_FIELDS = {item.metadata.get("key", item.name): item for item in fields(Manifest)}
-_REQUIRED = _FIELDS.keys() - {"range", "table_sha256"}
+_FIELDS_BY_KEY = {item.metadata.get("key", item.name): item for item in fields(Manifest)}
+_REQUIRED_KEYS = _FIELDS_BY_KEY.keys() - {"range", "table_sha256"}
 
 
 def manifest_path(path: Path) -> Path:
@@ -57,7 +56,7 @@ def manifest_path(path: Path) -> Path:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Replace the manifest beside a .beton file."""
-    content = {key: getattr(manifest, item.name) for key, item in _FIELDS.items()}
+    content = {key: getattr(manifest, item.name) for key, item in _FIELDS_BY_KEY.items()}
     content = {key: value for key, value in content.items() if key != "range" or value}
     text = json.dumps({**content, _HASH_KEY: _hash(content)}, indent=1)
     durable_files.replace(manifest_path(path), text)
@@ -73,7 +72,7 @@ def read_manifest(path: Path) -> Manifest | None:
         return _parse(json.loads(manifest_path(path).read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):  # a folder, invalid JSON, or too deeply nested
+    except (OSError, ValueError, RecursionError):  # a folder, invalid JSON, or nested too deeply
         raise ValueError(
             f"data.root: {manifest_path(path)} is damaged; copy it again, or run the same write "
             "again"
@@ -81,19 +80,18 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def _parse(content: Any) -> Manifest:
-    """Raise ValueError unless all keys have values of their types and the hash is correct."""
+    """Raise ValueError unless the keys, the types of their values and the hash are correct."""
     if not isinstance(content, dict):
         raise ValueError("not a manifest")
     saved_hash = content.pop(_HASH_KEY, None)
-    is_earlier_version = saved_hash is None and content.keys() == _REQUIRED
+    is_earlier_version = saved_hash is None and content.keys() == _REQUIRED_KEYS
     is_intact = saved_hash == _hash(content) and "table_sha256" in content
-    if not is_earlier_version and not is_intact:
-        raise ValueError("the hash differs")
-    if not _REQUIRED <= content.keys() <= _FIELDS.keys():
-        raise ValueError("the keys differ")
-    if not all(_has_type(content[key], _FIELDS[key].type) for key in _REQUIRED):
+    has_right_keys = _REQUIRED_KEYS <= content.keys() <= _FIELDS_BY_KEY.keys()
+    if not (is_earlier_version or is_intact) or not has_right_keys:
+        raise ValueError("another hash, or other keys")
+    if not all(_has_type(content[key], _FIELDS_BY_KEY[key].type) for key in _REQUIRED_KEYS):
         raise ValueError("a value has the wrong type")
-    return Manifest(**{_FIELDS[key].name: value for key, value in content.items()})
+    return Manifest(**{_FIELDS_BY_KEY[key].name: value for key, value in content.items()})
 
 
 def _has_type(value: Any, expected: Any) -> bool:
@@ -107,7 +105,7 @@ def _hash(content: dict[str, Any]) -> str:
 
 
 def merge_manifests(manifests: Sequence[Manifest | None]) -> Manifest | None:
-    """Return one manifest for all shards, or None if they have none."""
+    """Return one manifest for all shards, or None if none of them has one."""
     shards = [manifest for manifest in manifests if manifest is not None]
     if len(shards) < 2:
         return shards[0] if shards else None

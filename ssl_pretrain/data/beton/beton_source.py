@@ -4,7 +4,6 @@ from typing import Self
 
 import numpy as np
 
-from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.beton.file import Samples
 from ssl_pretrain.data.beton.tables import RAW
 from ssl_pretrain.data.image_source import EncodedSource
@@ -12,23 +11,23 @@ from ssl_pretrain.data.images import UnreadableImage, decode
 
 
 class Beton(EncodedSource):
-    """Images of a .beton, read one at a time without FFCV. `native` reads them fast."""
+    """Images of a .beton, read one at a time without FFCV. `data.native` reads them faster."""
 
     def __init__(self, samples: Samples):
         if samples.manifest is not None:
             classes = samples.manifest.classes
-        else:  # FFCV's own writer stores no names
+        else:  # FFCV's own writer does not store class names
             classes = [str(label) for label in range(int(samples.label.max(initial=-1)) + 1)]
         super().__init__(samples.paths[0], samples.label, classes)
         self.samples = samples
-        self._subset = b""  # int64 numbers of the images in the file, for a subset
+        self._subset = b""  # bytes of the int64 indices that were taken; empty for all images
 
     def read(self, index: int) -> np.ndarray:
         """Return the RGB pixels of one image, uint8 (height, width, 3).
 
         Raises:
-            UnreadableImage: If the image cannot be read or decoded, or its size differs from the
-                table's.
+            UnreadableImage: If the image cannot be read or decoded, or has another size than in
+                the table.
         """
         stored = self.read_bytes(index)
         size = (int(self.samples.height[index]), int(self.samples.width[index]))
@@ -40,7 +39,7 @@ class Beton(EncodedSource):
         return pixels
 
     def name(self, index: int) -> str:
-        """Return the path of the .beton or shard and the image's number in it, for messages."""
+        """Return the path of the file and the image's number, for messages."""
         return self.samples.name(index)
 
     def take(self, indices: np.ndarray) -> Self:
@@ -52,22 +51,22 @@ class Beton(EncodedSource):
 
     def check_present(self) -> None:
         """Raise FileNotFoundError if a file is missing, and ValueError if one was replaced."""
-        beton_file.check_present(self.samples)
+        self.samples.check_present()
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the source images, so that a run can switch between them and the .beton.
 
-        A subset, or a file without a manifest, has a fingerprint of its own.
+        A subset and a file without a manifest have fingerprints of their own.
         """
         manifest = self.samples.manifest
         return manifest.fingerprint if manifest and not self._subset else super().fingerprint
 
     def _stored_bytes(self, index: int) -> bytes:
-        return beton_file.read_image(self.samples, index)
+        return self.samples.read_bytes(index)
 
     def _identity(self) -> bytes:
         samples = self.samples
         source_images = str(samples.manifest and samples.manifest.fingerprint).encode()
-        entries = samples.length.tobytes() + samples.place.tobytes() + samples.file.tobytes()
-        return source_images + self._subset + entries
+        columns = (samples.length, samples.offset, samples.file_index)
+        return source_images + self._subset + b"".join(column.tobytes() for column in columns)

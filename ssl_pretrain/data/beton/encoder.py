@@ -24,9 +24,9 @@ from ssl_pretrain.data.image_source import EncodedSource, Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.native.decode import Decoder
 
-# Outcomes for an image: stored unchanged, as a new JPEG, as pixels, or left out.
+# Outcomes: an image is stored unchanged, as a new JPEG or as pixels, or is left out.
 UNCHANGED, NEW_JPEG, PIXELS, BAD = range(4)
-# Images up to this size that are not JPEGs are stored as pixels, as a JPEG would save little.
+# Small images that are not JPEGs are stored as pixels, as a JPEG would save little.
 _MAX_RAW_BYTES = 16384
 _MAX_JPEG_SIDE = 65535
 _JPEG_SIGNATURE = b"\xff\xd8"
@@ -39,9 +39,9 @@ _JOBS_PER_WORKER = 4  # jobs that may be pending at a time
 class Settings:
     """Settings that determine the content of a .beton."""
 
-    max_side: int = 500  # pixels. Larger images are resized to it. 0 turns resizing off.
+    max_side: int = 500  # longest side of an image in pixels; 0 for no limit
     quality: int = 95  # quality of the new JPEGs
-    page_size: int = 1 << 23  # bytes. FFCV reads whole pages, so no image spans two of them.
+    page_size: int = 1 << 23  # bytes; FFCV reads whole pages, so no image spans two of them
 
 
 class Entry(NamedTuple):
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     mode: int = 0
     width: int = 0
     height: int = 0
-    place: int = 0  # position of the first byte in the file
+    offset: int = 0  # position of the first byte in the file
     length: int = 0  # bytes
     label: int = -1
     crc: int = 0  # CRC-32 of the bytes
@@ -60,10 +60,9 @@ class Entry(NamedTuple):
 def encode_entry(
     source: Source, index: int, settings: Settings, decoder: Decoder
 ) -> tuple[Entry, bytes]:
-    """Return the entry of an image and the bytes to store.
+    """Return the entry of an image and the bytes to store, without their offset in the file.
 
-    The entry has no position in the file yet. An unreadable image has the outcome `BAD` and no
-    bytes.
+    An unreadable image has the outcome `BAD` and no bytes.
     """
     label = source.label(index)
     try:
@@ -74,17 +73,17 @@ def encode_entry(
 
 
 def encode(source: Source, index: int, settings: Settings, decoder: Decoder) -> tuple[Entry, bytes]:
-    """Return an image's entry and the bytes to store.
+    """Return the entry of a readable image, without its label and checksum, and the bytes to store.
 
     Raises:
         UnreadableImage: If the image cannot be read, or is too large for a JPEG.
     """
     content = source.read_bytes(index) if isinstance(source, EncodedSource) else b""
     is_jpeg = content.startswith(_JPEG_SIGNATURE)
-    size = _size_if_fitting(content, settings.max_side) if is_jpeg else None
-    if size is not None and decoder.agrees(content, *size):
+    size = _size_if_storable(content, settings.max_side) if is_jpeg else None
+    if size is not None and decoder.decodes_cleanly(content, *size):
         return Entry(UNCHANGED, JPEG, *size), content
-    pixels = _resize(np.ascontiguousarray(source.read(index)), settings.max_side)
+    pixels = _limit_size(np.ascontiguousarray(source.read(index)), settings.max_side)
     height, width = pixels.shape[:2]
     if pixels.nbytes <= _MAX_RAW_BYTES and not is_jpeg:
         return Entry(PIXELS, RAW, width, height), pixels.tobytes()
@@ -98,8 +97,8 @@ def encode(source: Source, index: int, settings: Settings, decoder: Decoder) -> 
     return Entry(NEW_JPEG, JPEG, width, height), file.getvalue()
 
 
-def _resize(pixels: np.ndarray, max_side: int) -> np.ndarray:
-    """Resize an image whose longer side exceeds `max_side`."""
+def _limit_size(pixels: np.ndarray, max_side: int) -> np.ndarray:
+    """Shrink an image whose longer side exceeds `max_side`."""
     height, width = pixels.shape[:2]
     if not 0 < max_side < max(height, width):
         return pixels
@@ -108,8 +107,8 @@ def _resize(pixels: np.ndarray, max_side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
 
 
-def _size_if_fitting(content: bytes, max_side: int) -> tuple[int, int] | None:
-    """Return (width, height) of a gray or RGB JPEG, or None if it has to be resized or rotated."""
+def _size_if_storable(content: bytes, max_side: int) -> tuple[int, int] | None:
+    """Return (width, height) of a JPEG, or None if it must be converted, resized or rotated."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
         is_upright = image.getexif().get(_ORIENTATION_TAG, 1) == 1
         if image.mode in ("RGB", "L") and is_upright and not 0 < max_side < max(image.size):
@@ -119,16 +118,16 @@ def _size_if_fitting(content: bytes, max_side: int) -> tuple[int, int] | None:
 
 EncodedImage = tuple[Entry, bytes]
 
-_worker: tuple[Source, Settings, Decoder]  # set in each process by `_init_worker`
+_worker: tuple[Source, Settings, Decoder]  # set by `_init_worker` in each process
 
 
 def encoded_images(
     source: Source, settings: Settings, num_workers: int, first: int, end: int
 ) -> Iterator[EncodedImage]:
-    """Yield the entries and the bytes of images `first` to `end`, in order.
+    """Yield the entry and the bytes of each image from `first` up to `end`, in order.
 
     Raises:
-        RuntimeError: If a process is killed.
+        RuntimeError: If a worker process is killed.
     """
     starts = range(first, end, _IMAGES_PER_JOB)
     jobs = [range(start, min(start + _IMAGES_PER_JOB, end)) for start in starts]
@@ -136,11 +135,9 @@ def encoded_images(
         results = _encode_in_processes(source, settings, num_workers, jobs)
     else:
         results = _encode_in_this_process(source, settings, jobs)
-    try:
+    with contextlib.closing(results):
         for images in results:
             yield from images
-    finally:
-        results.close()
 
 
 _JobResults = Generator[list[EncodedImage], None, None]
@@ -169,7 +166,7 @@ def _encode_in_processes(
             yield future.result()
     except BrokenProcessPool:
         raise RuntimeError(
-            "a process was killed; if memory ran out, give fewer --workers; "
+            "a worker process was killed; if memory ran out, give fewer --workers; "
             "run the same write again to continue"
         ) from None
     finally:
@@ -177,7 +174,7 @@ def _encode_in_processes(
 
 
 def _init_worker(source: Source, settings: Settings) -> None:
-    """Set up a process that exits when its parent ends, even if the parent is killed."""
+    """Set up a worker that exits when its parent ends, even if the parent is killed."""
     global _worker
     _worker = source, settings, Decoder()
     parent = multiprocessing.parent_process()

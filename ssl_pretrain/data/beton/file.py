@@ -1,6 +1,10 @@
-"""Read .beton files, and refuse those that are cut short, unfinished or damaged."""
+"""Read .beton files, and refuse those that are truncated, unfinished or damaged.
+
+A split is one file, or a set of shards that are read as one.
+"""
 
 import os
+import re
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,23 +18,27 @@ from ssl_pretrain.data.beton.beton_manifest import (
     merge_manifests,
     read_manifest,
 )
-from ssl_pretrain.data.beton.shard_files import all_shards
 from ssl_pretrain.data.beton.tables import Tables, read_tables
+from ssl_pretrain.data.messages import abbreviate
+from ssl_pretrain.data.split_names import split_of
 
-_PER_IMAGE = ("place", "length", "mode", "height", "width", "label")  # arrays of `Samples`
+# Fields of `Samples` that a single file has. `file_index` is added when files are merged.
+_COLUMNS = ("offset", "length", "mode", "height", "width", "label")
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.beton")
+_MAX_NAMES = 3  # missing shards that an error names
 
 Stamp = tuple[int, int, int]  # inode, size and time, which reveal that a file was replaced
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The n images of one file, or of all shards of a set, by number."""
+    """Table of the n images of a file, or of all shards of a set."""
 
     paths: list[str]  # the files
-    stamps: list[Stamp]  # one per file, when it was opened
-    manifest: Manifest | None  # merged over the files; None for files of FFCV
-    file: np.ndarray  # int32 (n,), index into `paths`
-    place: np.ndarray  # int64 (n,), first byte in the file
+    stamps: list[Stamp]  # one per file, taken when it was opened
+    manifest: Manifest | None  # merged over the files; None for files of FFCV's own writer
+    file_index: np.ndarray  # int32 (n,), index into `paths`
+    offset: np.ndarray  # int64 (n,), position of the first byte in the file
     length: np.ndarray  # int64 (n,), number of bytes
     mode: np.ndarray  # uint8 (n,), `JPEG` or `RAW`
     height: np.ndarray  # int32 (n,)
@@ -38,41 +46,74 @@ class Samples:
     label: np.ndarray  # int64 (n,)
 
     def __len__(self) -> int:
-        return len(self.place)
+        return len(self.offset)
 
     def take(self, indices: np.ndarray) -> Self:
-        """Return some of the images, in this order."""
-        rows = {name: getattr(self, name)[indices] for name in ("file", *_PER_IMAGE)}
-        return replace(self, **rows)
+        """Return the table of the images at `indices`, in that order."""
+        columns = {name: getattr(self, name)[indices] for name in ("file_index", *_COLUMNS)}
+        return replace(self, **columns)
 
     def name(self, index: int) -> str:
         """Return the file and the number of an image, for messages."""
-        return f"{self.paths[self.file[index]]}, image {index}"
+        return f"{self.paths[self.file_index[index]]}, image {index}"
+
+    def read_bytes(self, index: int) -> bytes:
+        """Return the stored bytes of one image.
+
+        Raises:
+            OSError: If the file cannot be read, was replaced, or ends before the image does.
+        """
+        file_index, length = self.file_index[index], int(self.length[index])
+        with open(self.paths[file_index], "rb", buffering=0) as file:
+            if _stamp(os.fstat(file.fileno())) != self.stamps[file_index]:
+                raise OSError("the file was replaced")
+            stored = os.pread(file.fileno(), length, int(self.offset[index]))
+        if len(stored) != length:
+            raise OSError("the file ends before the image does, and did not when it was opened")
+        return stored
+
+    def check_present(self) -> None:
+        """Raise FileNotFoundError if a file is missing, and ValueError if it was replaced."""
+        for path, stamp in zip(self.paths, self.stamps):
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                raise FileNotFoundError(
+                    f"data.root: {path} no longer exists, but existed when the run began"
+                ) from None
+            if _stamp(status) != stamp:
+                raise ValueError(
+                    f"data.root: {path} was replaced or changed while it was being read; "
+                    "start the run again"
+                )
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read(path: Path) -> Samples:
-    """Read the tables of a file, or of all shards of a set.
+    """Read the tables of a file, or of all shards of the set that it belongs to.
 
     Raises:
-        ValueError: If a file is absent, not a .beton, unfinished, cut short or without images, or
+        ValueError: If a file is missing, not a .beton, unfinished, truncated or without images, or
             the shards come from different sources.
     """
-    shards = [_read_file(shard) for shard in all_shards(path)]
-    manifests = [shard.manifest for shard in shards]
+    files = [_read_file(shard) for shard in _all_shards(path)]
+    manifests = [file.manifest for file in files]
     if len({manifest and manifest.settings_id for manifest in manifests}) > 1:
         raise ValueError(
             f"data.root: {path} and its other shards come from different sources or settings; "
-            "write all of them anew"
+            "write all of them again"
         )
-    counts = [len(shard) for shard in shards]
-    if not any(counts):
-        raise ValueError(f"data.root: {path} holds no image; write it again")
+    if not any(map(len, files)):
+        raise ValueError(f"data.root: {path} contains no image; write it again")
     return Samples(
-        [shard.paths[0] for shard in shards],
-        [shard.stamps[0] for shard in shards],
+        [file.paths[0] for file in files],
+        [file.stamps[0] for file in files],
         merge_manifests(manifests),
-        file=np.repeat(np.arange(len(shards), dtype=np.int32), counts),
-        **{name: np.concatenate([getattr(shard, name) for shard in shards]) for name in _PER_IMAGE},
+        file_index=np.repeat(np.arange(len(files), dtype=np.int32), list(map(len, files))),
+        **{name: np.concatenate([getattr(file, name) for file in files]) for name in _COLUMNS},
     )
 
 
@@ -88,10 +129,9 @@ def _read_file(path: Path) -> Samples:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(
             f"data.root: {path} is not a regular file; give the .beton itself, or the folder that "
-            "holds train.beton"
+            "contains train.beton"
         )
-    tables = read_tables(path)
-    manifest = read_manifest(path)
+    tables, manifest = read_tables(path), read_manifest(path)
     if manifest is not None:
         _check_manifest(manifest, tables)
     lengths = tables.lengths()
@@ -101,8 +141,8 @@ def _read_file(path: Path) -> Samples:
         [str(path)],
         [_stamp(status)],
         manifest,
-        file=np.zeros(len(image), np.int32),
-        place=image["place"].astype(np.int64),
+        file_index=np.zeros(len(image), np.int32),
+        offset=image["offset"].astype(np.int64),
         length=lengths.astype(np.int64),
         mode=image["mode"].copy(),
         height=image["height"].astype(np.int32),
@@ -123,48 +163,42 @@ def _check_manifest(manifest: Manifest, tables: Tables) -> None:
     largest = int(tables.samples["label"].max(initial=-1))
     if largest >= len(manifest.classes):
         raise ValueError(
-            f"data.root: {tables.path}: a label is {largest}, and its manifest has "
-            f"{len(manifest.classes)} classes"
+            f"data.root: {tables.path}: a label is {largest}, but its manifest has only "
+            f"{len(manifest.classes)} classes; copy both again, or write them again"
         )
 
 
-def read_image(samples: Samples, index: int) -> bytes:
-    """Return the stored bytes of one image.
+def shard_name(stem: str, number: int, count: int) -> str:
+    """Return the file name of one shard, such as train-00000-of-00016.beton."""
+    return f"{stem}-{number:05d}-of-{count:05d}.beton"
 
-    Raises:
-        OSError: If the file cannot be read, was replaced, or ends before the image does.
+
+def _all_shards(path: Path) -> list[Path]:
+    """Return the file itself, or every shard of the set that it belongs to."""
+    match = _SHARD_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    paths = [path.with_name(shard_name(match["stem"], number, count)) for number in range(count)]
+    missing = [shard.name for shard in paths if not shard.exists()]
+    if missing:
+        raise ValueError(
+            f"data.root: {len(missing)} of {count} shards are missing beside {path}: "
+            f"{abbreviate(missing, _MAX_NAMES)}; write them, or wait until they are written"
+        )
+    return paths
+
+
+def find_beton(folder: Path, split: str) -> Path | None:
+    """Return the .beton of a split in a folder, or the first of its shards.
+
+    The file is named after the split, in any spelling that `split_of` knows.
     """
-    file = samples.file[index]
-    handle = os.open(samples.paths[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
-        if _stamp(os.fstat(handle)) != samples.stamps[file]:
-            raise OSError("the file was replaced")
-        stored = os.pread(handle, int(samples.length[index]), int(samples.place[index]))
-    finally:
-        os.close(handle)
-    if len(stored) != samples.length[index]:
-        raise OSError(
-            "the file ends before the image does; "
-            f"it was {samples.length[index]} bytes long when opened"
-        )
-    return stored
-
-
-def check_present(samples: Samples) -> None:
-    """Raise FileNotFoundError if a file is missing, and ValueError if it was replaced."""
-    for path, stamp in zip(samples.paths, samples.stamps):
-        try:
-            status = os.stat(path)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"data.root: {path} no longer exists, but existed when the run began"
-            ) from None
-        if _stamp(status) != stamp:
-            raise ValueError(
-                f"data.root: {path} was replaced or changed while it was being read; "
-                "start the run again"
-            )
-
-
-def _stamp(status: os.stat_result) -> Stamp:
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    stems = sorted({path.name.split(".")[0].split("-0")[0] for path in folder.glob("*.beton")})
+    same_split = [stem for stem in stems if split_of(split) and split_of(stem) == split_of(split)]
+    for stem in (split, *same_split):
+        if (folder / f"{stem}.beton").is_file():
+            return folder / f"{stem}.beton"
+        if shards := sorted(folder.glob(f"{stem}-?????-of-?????.beton")):
+            return shards[0]
+    return None

@@ -1,7 +1,8 @@
 """The two files of an unfinished .beton: the images' bytes, and a journal of their entries.
 
 Images are appended to `train.beton.writing` in the order of the source, each followed by its entry
-in `train.beton.journal`. A new start verifies both files and continues after the last intact image.
+in `train.beton.journal`. The next write verifies both files and continues after the last intact
+image.
 """
 
 import fcntl
@@ -20,8 +21,8 @@ from ssl_pretrain.data.beton.tables import IMAGE
 ENTRY = np.dtype(
     [("outcome", "u1"), *IMAGE.descr, ("length", "<u8"), ("label", "<i8"), ("crc", "<u4")]
 )
-_SYNC_BYTES = 64 << 20  # bytes after which both files are flushed to the disk itself
-_NUM_VERIFIED = 1000  # last entries that are compared with the data, after a possible power cut
+_SYNC_BYTES = 64 << 20  # bytes between two fsyncs of both files
+_NUM_VERIFIED = 1000  # newest entries that are checked against the data, as a power cut may lose it
 
 
 def data_path(path: Path) -> Path:
@@ -35,21 +36,19 @@ def journal_path(path: Path) -> Path:
 
 
 class Journal:
-    """The images that are written so far. `open_journal` opens one."""
+    """The images written so far. `open_journal` opens one."""
 
     def __init__(self, data: BinaryIO, log: BinaryIO, first_page: int, page_size: int):
-        self.data = data
-        self._log = log
-        self._first_page = first_page
-        self._page_size = page_size
+        self.data, self._log = data, log
+        self._first_page, self._page_size = first_page, page_size
         self.entries: list[Entry] = []
 
     @property
     def end(self) -> int:
-        """Place behind the last image."""
-        return (
-            self.entries[-1].place + self.entries[-1].length if self.entries else self._first_page
-        )
+        """Offset of the first byte after the last image."""
+        if not self.entries:
+            return self._first_page
+        return self.entries[-1].offset + self.entries[-1].length
 
     def table(self) -> np.ndarray:
         """Return all entries as an array of `ENTRY`."""
@@ -66,29 +65,29 @@ class Journal:
                 f"an image of {len(content):,} bytes does not fit into a page of "
                 f"{self._page_size:,}; give --max-side, or a larger --page-size"
             )
-        place = self.end
-        if place % self._page_size + len(content) > self._page_size:
-            place += self._page_size - place % self._page_size
-        entry = entry._replace(place=place)
+        offset = self.end
+        if offset % self._page_size + len(content) > self._page_size:
+            offset += self._page_size - offset % self._page_size
+        entry = entry._replace(offset=offset)
         if content:
-            self.data.seek(place)
+            self.data.seek(offset)
             self.data.write(content)
-            self.data.flush()  # before the entry, which promises that the bytes are there
+            self.data.flush()  # before the entry, which promises that the bytes are in the file
         self._log.write(np.array([entry], ENTRY).tobytes())
         self._log.flush()
         self.entries.append(entry)
-        if place // _SYNC_BYTES != self.end // _SYNC_BYTES:
+        if offset // _SYNC_BYTES != self.end // _SYNC_BYTES:
             os.fsync(self.data.fileno())
             os.fsync(self._log.fileno())
 
     def restore(self, write_id: str) -> None:
-        """Load the entries of an earlier start with the same identity, and remove the rest."""
+        """Load the intact entries of an earlier start of the same write, and remove the rest."""
         header = f"{write_id}\n".encode()
         content = self._log.read()
         if content.startswith(header):
-            num_whole = (len(content) - len(header)) // ENTRY.itemsize
-            rows = np.frombuffer(content, ENTRY, num_whole, offset=len(header)).tolist()
-            self.entries = self._intact([Entry(*row) for row in rows])
+            num_entries = (len(content) - len(header)) // ENTRY.itemsize  # without a partial one
+            rows = np.frombuffer(content, ENTRY, num_entries, offset=len(header)).tolist()
+            self.entries = self._intact_entries([Entry(*row) for row in rows])
             self._log.seek(len(header) + len(self.entries) * ENTRY.itemsize)
             self._log.truncate()
             self.data.truncate(self.end)
@@ -99,10 +98,10 @@ class Journal:
             self._log.flush()
             self.data.truncate(0)
 
-    def _intact(self, entries: list[Entry]) -> list[Entry]:
+    def _intact_entries(self, entries: list[Entry]) -> list[Entry]:
         """Return the entries before the first one whose bytes are damaged."""
         for number in range(max(0, len(entries) - _NUM_VERIFIED), len(entries)):
-            self.data.seek(entries[number].place)
+            self.data.seek(entries[number].offset)
             if zlib.crc32(self.data.read(entries[number].length)) != entries[number].crc:
                 return entries[:number]
         return entries
@@ -110,12 +109,13 @@ class Journal:
 
 @contextmanager
 def open_journal(path: Path, write_id: str, first_page: int, page_size: int) -> Iterator[Journal]:
-    """Open the unfinished files of a .beton, which are locked until the end.
+    """Open the unfinished files of a .beton and lock them.
 
     Args:
         path: The .beton.
-        write_id: Hash of everything that determines its content. Entries with another are dropped.
-        first_page: Place of the first image.
+        write_id: Hash of everything that determines its content. A journal with another hash is
+            discarded.
+        first_page: Offset of the first image.
         page_size: Bytes per page.
 
     Raises:
@@ -125,7 +125,9 @@ def open_journal(path: Path, write_id: str, first_page: int, page_size: int) -> 
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{path}: another process is writing it") from None
+            raise ValueError(
+                f"{path}: another process is writing it; wait until it ends, or stop it"
+            ) from None
         journal = Journal(data, log, first_page, page_size)
         journal.restore(write_id)
         yield journal

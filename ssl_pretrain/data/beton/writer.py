@@ -1,7 +1,7 @@
 """Write a source into one .beton file.
 
-A write can be interrupted at any moment. The same call continues it, and the file has the same
-bytes in the end. The finished file is renamed into place.
+A write can be interrupted at any moment. The same call continues it and ends with the same bytes.
+The file gets its name when it is finished.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.native.decode import Decoder
 from ssl_pretrain.data.progress_report import report_progress
 
-_FORMAT = 1  # raise it when the journal or the rules of encoding change
+_FORMAT = 1  # to be raised when the journal or the encoding changes
 
 
 def write(
@@ -46,7 +46,7 @@ def write(
     first: int = 0,
     end: int | None = None,
 ) -> Manifest:
-    """Write images `first` to `end` of a source, or continue an interrupted write of them.
+    """Write the images of a source from `first` up to `end`, or continue an interrupted write.
 
     Returns:
         The manifest of the finished file.
@@ -54,17 +54,18 @@ def write(
     Raises:
         ValueError: If another process writes the same file, an image is larger than a page, or no
             image is readable.
-        RuntimeError: If a process is killed.
+        RuntimeError: If a worker process is killed.
     """
     end = len(source) if end is None else end
-    value_range = source.value_range if isinstance(source, ImageFiles) else None
+    source_range = source.value_range if isinstance(source, ImageFiles) else None
+    value_range = list(source_range) if source_range else None
     settings_id = _hash(
         source.fingerprint,
         asdict(settings),
         pillow_version,
         features.version("libjpeg_turbo"),
         _FORMAT,
-        *([list(value_range)] if value_range else []),
+        *([value_range] if value_range else []),
     )
     write_id = _hash(settings_id, first, end)
     manifest = _finished_manifest(path, write_id)
@@ -72,18 +73,18 @@ def write(
         journal_path(path).unlink(missing_ok=True)  # the last step of an interrupted write
         return manifest
     path.parent.mkdir(parents=True, exist_ok=True)
-    first_page = tables.pages_begin(end - first, settings.page_size)
+    first_page = tables.first_page_offset(end - first, settings.page_size)
     with open_journal(path, write_id, first_page, settings.page_size) as journal:
         num_done = len(journal.entries)
         images = encoded_images(source, settings, num_workers, first + num_done, end)
         for entry, content in report_progress(images, end - first, "wrote", num_done):
             journal.append(entry, content)
         manifest = replace(
-            _make_manifest(source, settings, journal.table(), first),
+            _manifest_without_hashes(source, settings, journal.table(), first),
             write_id=write_id,
             settings_id=settings_id,
-            range=list(value_range) if value_range else None,
-            table_sha256=_finish(journal, path, settings.page_size),
+            range=value_range,
+            table_sha256=_write_tables(journal, path, settings.page_size),
         )
         # A kill between the two renames leaves a manifest that does not match the file, which
         # every reader detects.
@@ -94,10 +95,10 @@ def write(
 
 
 def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
-    """Return the manifest if the same write finished the file earlier.
+    """Return the manifest if the same write has already finished the file.
 
-    A manifest of an earlier version has no hash of the file. In that case a remaining journal shows
-    that the write was interrupted.
+    A manifest of an earlier version has no hash of the tables. A journal beside it then shows that
+    the write was interrupted.
     """
     try:
         manifest = read_manifest(path)
@@ -112,12 +113,14 @@ def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
     return manifest if is_finished else None
 
 
-def _finish(journal: Journal, path: Path, page_size: int) -> str:
-    """Write the tables after the images, and return the hash of the tables."""
+def _write_tables(journal: Journal, path: Path, page_size: int) -> str:
+    """Add the tables to the file of images, and return their hash."""
     entries = journal.table()
     entries = entries[entries["outcome"] != BAD]
     if not len(entries):
-        raise ValueError("no image of the source can be read; nothing was written")
+        raise ValueError(
+            "no image of the source can be read, so nothing was written; give another source"
+        )
     samples = np.zeros(len(entries), tables.SAMPLE)
     samples["image"] = entries[list(tables.IMAGE.names or ())].astype(tables.IMAGE)
     samples["label"] = entries["label"]
@@ -125,11 +128,12 @@ def _finish(journal: Journal, path: Path, page_size: int) -> str:
     return read_tables(data_path(path)).sha256
 
 
-def _make_manifest(source: Source, settings: Settings, entries: np.ndarray, first: int) -> Manifest:
-    """Return a manifest without the hashes, which the caller adds."""
+def _manifest_without_hashes(
+    source: Source, settings: Settings, entries: np.ndarray, first: int
+) -> Manifest:
     is_bad = entries["outcome"] == BAD
     bad, good = np.flatnonzero(is_bad) + first, np.flatnonzero(~is_bad) + first
-    is_whole = len(good) == len(source)
+    is_complete = len(good) == len(source)
     counts = np.bincount(entries["outcome"], minlength=BAD + 1).tolist()
     return Manifest(
         write_id="",
@@ -138,9 +142,9 @@ def _make_manifest(source: Source, settings: Settings, entries: np.ndarray, firs
         num_unchanged=counts[UNCHANGED],
         num_encoded=counts[NEW_JPEG],
         num_raw=counts[PIXELS],
-        bad_images=[_reason(source, index, settings) for index in bad.tolist()],
+        bad_images=[_explain_failure(source, index, settings) for index in bad.tolist()],
         classes=source.classes,
-        fingerprint=source.fingerprint if is_whole else source.take(good).fingerprint,
+        fingerprint=source.fingerprint if is_complete else source.take(good).fingerprint,
         source_fingerprint=source.fingerprint,
         first_index=first,
         crc32=zlib.crc32(np.ascontiguousarray(entries["crc"][~is_bad]).tobytes()),
@@ -148,15 +152,13 @@ def _make_manifest(source: Source, settings: Settings, entries: np.ndarray, firs
     )
 
 
-def _reason(source: Source, index: int, settings: Settings) -> str:
+def _explain_failure(source: Source, index: int, settings: Settings) -> str:
     """Return the reason why an image was left out."""
-    decoder = Decoder()
     try:
-        encode(source, index, settings, decoder)
+        with Decoder() as decoder:
+            encode(source, index, settings, decoder)
     except UnreadableImage as error:
         return str(error)
-    finally:
-        decoder.close()
     return f"{source.name(index)}: was unreadable during the write, but is readable now"
 
 
