@@ -26,16 +26,16 @@ def checkpoint_path(run: str | Path, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step_{step:08d}"
 
 
-def step_of(path: Path) -> int:
-    """Return the step in the name of a checkpoint folder."""
+def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """Return the run's checkpoint folders in the order of their steps, damaged ones included."""
-    folders = (Path(run) / "checkpoints").glob("step_*")
-    paths = [path for path in folders if path.is_dir() and path.name[5:].isdecimal()]
-    return sorted(paths, key=step_of)
+    paths = (Path(run) / "checkpoints").glob("step_*")
+    return sorted(
+        (path for path in paths if path.is_dir() and path.name[5:].isdecimal()), key=_step_of
+    )
 
 
 def newest_checkpoint(run: str | Path) -> Path:
@@ -187,7 +187,7 @@ def prune(newest: Path, keep_last: int, is_milestone: Callable[[int], bool]) -> 
         is_milestone: Returns True for a step whose checkpoint is never removed.
     """
     checkpoints = list_checkpoints(newest.parent.parent)
-    paths = [path for path in checkpoints if step_of(path) <= step_of(newest)]
+    paths = [path for path in checkpoints if _step_of(path) <= _step_of(newest)]
     for path in paths[: -max(1, keep_last)]:
-        if not is_milestone(step_of(path)):
+        if not is_milestone(_step_of(path)):
             shutil.rmtree(path, ignore_errors=True)

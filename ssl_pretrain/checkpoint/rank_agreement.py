@@ -38,7 +38,9 @@ def check_programs(values: dict[str, Any], method_module: str) -> None:
     if process_group.world_size() == 1:
         return
     settings = {
-        key: value for key, value in schema.flatten(values).items() if not _is_per_machine(key)
+        key: value
+        for key, value in schema.flatten(values).items()
+        if key not in PER_MACHINE_KEYS and key.partition(".")[0] not in PER_MACHINE_SECTIONS
     }
     versions = {key: value for key, value in list_versions().items() if key != "revision"}
     sources = _source_hashes(method_module)
@@ -133,7 +135,3 @@ def _hash(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError as error:
         return f"unreadable ({error.strerror})"
-
-
-def _is_per_machine(key: str) -> bool:
-    return key in PER_MACHINE_KEYS or key.partition(".")[0] in PER_MACHINE_SECTIONS

@@ -17,10 +17,6 @@ from ssl_pretrain import schema
 from ssl_pretrain.schema import setting
 
 Interpolation = Literal["bilinear", "bicubic"]
-BrightnessMode = Literal["multiply", "add"]
-SaturationMode = Literal["blend", "hsv"]
-ContrastMean = Literal["gray", "channel"]
-BlurBorder = Literal["reflect", "zero"]
 CropSampler = Literal["torchvision", "tensorflow", "clipped"]
 
 
@@ -59,16 +55,16 @@ class Crop:
         "Strength x of the hue jitter: shifts are uniform in [-x, x] turns of the color wheel.",
         maximum=0.5,
     )
-    brightness_mode: BrightnessMode = setting(
+    brightness_mode: Literal["multiply", "add"] = setting(
         "multiply",
         "multiply: scale the pixels. add: add uniform[-x, x] to them, as in SimCLR v1 and BYOL.",
     )
-    contrast_mean: ContrastMean = setting(
+    contrast_mean: Literal["gray", "channel"] = setting(
         "gray",
         "Mean that the contrast jitter keeps. "
         "channel: each channel's own, as in tf.image.adjust_contrast.",
     )
-    saturation_mode: SaturationMode = setting(
+    saturation_mode: Literal["blend", "hsv"] = setting(
         "blend",
         "blend: mix with the gray image. "
         "hsv: scale S at constant hue and value, as in tf.image.adjust_saturation.",
@@ -81,7 +77,7 @@ class Crop:
         "Size of the blur's kernel in pixels. "
         "0: size // 10 made odd, at least 3 (SimCLR: 23 for 224 pixels).",
     )
-    blur_border: BlurBorder = setting(
+    blur_border: Literal["reflect", "zero"] = setting(
         "reflect",
         "Pixels beyond the border of the view. zero: black, as with TensorFlow's SAME padding.",
     )

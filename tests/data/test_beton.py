@@ -428,12 +428,12 @@ class TestMessages:
             samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)
             samples["image"][field][2] = {"offset": 1 << 40, "width": 0, "mode": 9}[field]
         expected = (
-            "the allocation table has no entry for image 2; the file"
+            "the allocation table has no entry for image 2"
             if field == "offset"
-            else "the entry of image 2 points outside the file; it"
+            else "the entry of image 2 points outside the file"
         )
         assert refused(beton_file.read, path) == (
-            f"data.root: {path}: {expected} is damaged; copy or write it again"
+            f"data.root: {path}: {expected}; the file is damaged; copy or write it again"
         )
 
     def test_a_damaged_manifest(self, beton):
@@ -450,10 +450,7 @@ class TestMessages:
         [
             (
                 ["--page-size", "3000000"],
-                (
-                    "--quality must be 1 to 100, --max-side at least 0, and --page-size a power "
-                    "of two of at least 2,097,152, FFCV's minimum"
-                ),
+                "--page-size 3000000: give a power of two of at least 2,097,152, FFCV's minimum",
             ),
             (
                 ["--shards", "2", "--shard", "2"],
@@ -580,7 +577,8 @@ class TestDamage:
                 length
             )
         assert refused(beton_file.read, path).endswith(
-            "the entry of image 3 points outside the file; it is damaged; copy or write it again"
+            "the entry of image 3 points outside the file; the file is damaged; copy or write it "
+            "again"
         )
 
     @pytest.mark.parametrize("label", [-2, 1_000_000, 2**40, -(2**63)])

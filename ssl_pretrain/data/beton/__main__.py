@@ -140,11 +140,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(args: argparse.Namespace) -> int:
-    is_valid_page_size = args.page_size >= _MIN_PAGE_BYTES and args.page_size.bit_count() == 1
-    if not 1 <= args.quality <= 100 or args.max_side < 0 or not is_valid_page_size:
+    if args.page_size < _MIN_PAGE_BYTES or args.page_size.bit_count() != 1:
         raise ValueError(
-            "--quality must be 1 to 100, --max-side at least 0, and --page-size a power of two of "
-            f"at least {_MIN_PAGE_BYTES:,}, FFCV's minimum"
+            f"--page-size {args.page_size}: give a power of two of at least {_MIN_PAGE_BYTES:,}, "
+            "FFCV's minimum"
         )
     decode.library()  # raises before hours of work if FFCV is not installed
     source = open_source(DataConfig(args.source, args.root, range=list(args.range)), args.split)
@@ -179,8 +178,7 @@ def _outputs(args: argparse.Namespace, num_images: int) -> Iterator[tuple[Path, 
             "from 0 to one less than their number"
         )
     for number in range(num_shards) if shard is None else [shard]:
-        first = number * num_images // num_shards
-        end = (number + 1) * num_images // num_shards
+        first, end = (k * num_images // num_shards for k in (number, number + 1))
         name = beton_file.shard_name(path.stem, number, num_shards)
         yield path.with_name(name), first, end
 

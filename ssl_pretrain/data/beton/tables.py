@@ -11,6 +11,7 @@ Offsets are counted in bytes from the start of the file.
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -37,7 +38,7 @@ SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("length", "<u8")])
 FIELDS = (("image", 2), ("label", 1))  # name and FFCV's type number
 SAMPLES_OFFSET = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
-_MAX_CLASSES = 1_000_000
+_MAX_CLASSES = 1_000_000  # each class gets a name in memory
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,10 @@ class Tables:
         allocations = self.allocations[np.argsort(self.allocations["offset"], kind="stable")]
         rows = np.searchsorted(allocations["offset"], offsets)
         rows = np.minimum(rows, max(len(allocations) - 1, 0))
-        is_unknown = allocations["offset"][rows] != offsets
-        if is_unknown.any():
-            raise ValueError(
-                f"data.root: {self.path}: the allocation table has no entry for image "
-                f"{_first_true(is_unknown)}; the file is damaged; copy or write it again"
-            )
+        self._refuse(
+            allocations["offset"][rows] != offsets,
+            lambda image: f"the allocation table has no entry for image {image}",
+        )
         return allocations["length"][rows]
 
     def check(self, lengths: np.ndarray) -> None:
@@ -89,34 +88,30 @@ class Tables:
         is_wrong |= lengths > end - np.minimum(image["offset"], end)
         is_wrong |= (num_pixels == 0) | (image["mode"] > RAW) | (lengths == 0)
         is_wrong |= (image["mode"] == RAW) & (lengths != (3 * num_pixels).astype(lengths.dtype))
-        if is_wrong.any():
-            raise ValueError(
-                f"data.root: {self.path}: the entry of image {_first_true(is_wrong)} points "
-                "outside the file; it is damaged; copy or write it again"
-            )
-        is_too_large = num_pixels > MAX_PIXELS
-        if is_too_large.any():
-            index = _first_true(is_too_large)
-            width, height = int(image["width"][index]), int(image["height"][index])
-            raise ValueError(
-                f"data.root: {self.path}: the entry of image {index} says {width:,} x {height:,} "
-                f"pixels, more than the limit of {MAX_PIXELS:,}; the file is damaged; copy or "
-                "write it again"
-            )
+        self._refuse(is_wrong, lambda index: f"the entry of image {index} points outside the file")
+        self._refuse(
+            num_pixels > MAX_PIXELS,
+            lambda index: (
+                f"the entry of image {index} says {int(image['width'][index]):,} x "
+                f"{int(image['height'][index]):,} pixels, more than the limit of {MAX_PIXELS:,}"
+            ),
+        )
         labels = self.samples["label"]
-        # Each class gets a name in memory, so their number is limited.
-        is_no_class = (labels < -1) | (labels >= _MAX_CLASSES)
-        if is_no_class.any():
-            index = _first_true(is_no_class)
+        self._refuse(
+            (labels < -1) | (labels >= _MAX_CLASSES),
+            lambda index: (
+                f"the label of image {index} is {int(labels[index])}, but labels are -1 for none "
+                f"or a class below {_MAX_CLASSES:,}"
+            ),
+        )
+
+    def _refuse(self, is_wrong: np.ndarray, describe: Callable[[int], str]) -> None:
+        """Raise ValueError, with a description of the first wrong image, if there is one."""
+        if is_wrong.any():
+            problem = describe(int(np.flatnonzero(is_wrong)[0]))
             raise ValueError(
-                f"data.root: {self.path}: the label of image {index} is {int(labels[index])}, but "
-                f"labels are -1 for none or a class below {_MAX_CLASSES:,}; the file is damaged; "
-                "copy or write it again"
+                f"data.root: {self.path}: {problem}; the file is damaged; copy or write it again"
             )
-
-
-def _first_true(mask: np.ndarray) -> int:
-    return int(np.flatnonzero(mask)[0])
 
 
 def read_tables(path: Path) -> Tables:

@@ -50,9 +50,8 @@ class _Batch:
     num_rows_done: int = 0
     seconds: float = 0.0  # sum over the threads
     replacements: list[tuple[int, Replacement]] = field(default_factory=list)  # with their rows
-    # The pixels on the GPU, and the event after which they are complete.
-    on_device: tuple[Tensor, torch.cuda.Event] | None = None
-    is_ready: bool = False  # True when the trainer may take the batch
+    # The pixels for the trainer, once they are written, and the event at the end of their copy.
+    output: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -186,9 +185,9 @@ class _Run:
     def chunks(self) -> Iterator[Chunk]:
         """Yield the batches, and return the buffer of each one to the threads."""
         while (batch := self._wait_for_batch()) is not None:
-            pixels, copied = batch.buffer.pixels, None
-            if batch.on_device is not None:
-                pixels, copied = batch.on_device
+            assert batch.output is not None
+            pixels, copied = batch.output
+            if copied is not None:
                 trainer_stream = torch.cuda.current_stream(self.pool.device)
                 trainer_stream.wait_event(copied)
                 pixels.record_stream(trainer_stream)
@@ -203,7 +202,7 @@ class _Run:
             while self.error is None:
                 if self.is_stopping:  # the next run reuses the buffers of finished batches
                     return None
-                if self.batches and self.batches[0].is_ready:
+                if self.batches and self.batches[0].output is not None:
                     return self.batches.popleft()
                 if not any(thread.is_alive() for thread in self.threads):
                     assert not self.batches, "a thread ends after all requests or with an error"
@@ -269,9 +268,9 @@ class _Run:
             batch.num_rows_done += end - first
             is_complete = batch.num_rows_done == len(batch)
         if is_complete:
-            on_device = self._upload(batch.buffer.pixels)
+            output = self._upload(batch.buffer.pixels)
             with self.changed:
-                batch.on_device, batch.is_ready = on_device, True
+                batch.output = output
                 self.changed.notify_all()
 
     def _write_rows(
@@ -341,10 +340,10 @@ class _Run:
             "run again"
         )
 
-    def _upload(self, pixels: Tensor) -> tuple[Tensor, torch.cuda.Event] | None:
+    def _upload(self, pixels: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         stream = self.pool.stream
         if stream is None:
-            return None
+            return pixels, None
         with torch.cuda.device(self.pool.device), torch.cuda.stream(stream):
             on_device = pixels.to(self.pool.device, non_blocking=True)
             event = torch.cuda.Event()
