@@ -137,7 +137,7 @@ def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
         reason = f"{source.where} is not a .beton; {write}, which is read faster"
         return ReaderKind.PROCESSES, reason
     try:
-        decode.library()
+        decode.load_library()
     except ValueError as error:
         if data.loader == "ffcv":
             raise

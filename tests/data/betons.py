@@ -15,7 +15,7 @@ from ssl_pretrain.data.native import decode
 from ssl_pretrain.data.sources import DataConfig, open_source
 
 try:
-    decode.library()
+    decode.load_library()
     missing = ""
 except ValueError as error:
     missing = str(error)

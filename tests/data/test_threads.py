@@ -197,7 +197,7 @@ class TestChoiceOfReader:
 
     def test_without_ffcv_the_folder_reader_reads_a_beton(self, beton, expected, monkeypatch):
         monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
-        message = f"FFCV is not installed; {decode.INSTALL}"
+        message = f"FFCV is not installed; {decode.INSTALL_HINT}"
         kind, reason = choose_reader(DataConfig(), beton)
         assert kind == "folder"
         assert reason == f"a .beton, but not by FFCV ({message}, or set data.loader=folder)"
@@ -503,12 +503,14 @@ def test_compiled_code_is_cached_on_disk(beton, expected):
     code = (
         "import sys; sys.path.insert(0, 'tests/data'); from test_threads import *; "
         "assert digests(loader(open_train(Path(sys.argv[1]))), 0, 1); "
-        "functions = (decode.make_views, decode.decode); "
+        "functions = (decode.make_views, decode.decode_image); "
         "print([sum(function.stats.cache_hits.values()) for function in functions])"
     )
     result = run_python(code, beton.where)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "[1, 0]\n", result.stderr  # `decode` is compiled into `make_views`
+    assert result.stdout == "[1, 0]\n", (
+        result.stderr
+    )  # `decode_image` is compiled into `make_views`
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -145,7 +145,7 @@ def _write(args: argparse.Namespace) -> int:
             f"--page-size {args.page_size}: give a power of two of at least {_MIN_PAGE_BYTES:,}, "
             "FFCV's minimum"
         )
-    decode.library()  # raises before hours of work if FFCV is not installed
+    decode.load_library()  # raises before hours of work if FFCV is not installed
     source = open_source(DataConfig(args.source, args.root, range=list(args.range)), args.split)
     check_range(source)
     settings = Settings(args.max_side, args.quality, args.page_size)

@@ -54,7 +54,7 @@ def _decode_all(samples: Samples, num_threads: int) -> list[tuple[int, int]]:
             if not hasattr(local, "workspace"):
                 decoder = stack.enter_context(decode.Decoder())
                 local.workspace = decode.allocate_workspace(samples, [], decoder)
-            outcome = decode.decode(functions, stored, index, local.workspace)
+            outcome = decode.decode_image(functions, stored, index, local.workspace)
             return int(outcome), zlib.crc32(local.workspace.compressed[: samples.length[index]])
 
         with ThreadPoolExecutor(num_threads) as pool:

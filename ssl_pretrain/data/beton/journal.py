@@ -36,18 +36,18 @@ def journal_path(path: Path) -> Path:
 
 
 class Journal:
-    """The images written so far. `open_journal` opens one."""
+    """The images written so far, opened by `open_journal`."""
 
-    def __init__(self, data: BinaryIO, log: BinaryIO, first_page: int, page_size: int):
+    def __init__(self, data: BinaryIO, log: BinaryIO, first_page_offset: int, page_size: int):
         self.data, self._log = data, log
-        self._first_page, self._page_size = first_page, page_size
+        self._first_page_offset, self._page_size = first_page_offset, page_size
         self.entries: list[Entry] = []
 
     @property
-    def end(self) -> int:
+    def end_offset(self) -> int:
         """Offset of the first byte after the last image."""
         if not self.entries:
-            return self._first_page
+            return self._first_page_offset
         return self.entries[-1].offset + self.entries[-1].length
 
     def table(self) -> np.ndarray:
@@ -65,7 +65,7 @@ class Journal:
                 f"an image of {len(content):,} bytes does not fit into a page of "
                 f"{self._page_size:,}; give --max-side, or a larger --page-size"
             )
-        offset = self.end
+        offset = self.end_offset
         if offset % self._page_size + len(content) > self._page_size:
             offset += self._page_size - offset % self._page_size
         entry = entry._replace(offset=offset)
@@ -76,7 +76,7 @@ class Journal:
         self._log.write(np.array([entry], ENTRY).tobytes())
         self._log.flush()
         self.entries.append(entry)
-        if offset // _SYNC_BYTES != self.end // _SYNC_BYTES:
+        if offset // _SYNC_BYTES != self.end_offset // _SYNC_BYTES:
             os.fsync(self.data.fileno())
             os.fsync(self._log.fileno())
 
@@ -90,7 +90,7 @@ class Journal:
             self.entries = self._intact_entries([Entry(*row) for row in rows])
             self._log.seek(len(header) + len(self.entries) * ENTRY.itemsize)
             self._log.truncate()
-            self.data.truncate(self.end)
+            self.data.truncate(self.end_offset)
         else:  # a new journal, or one of another source or other settings
             self._log.seek(0)
             self._log.truncate()
@@ -108,14 +108,16 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, write_id: str, first_page: int, page_size: int) -> Iterator[Journal]:
+def open_journal(
+    path: Path, write_id: str, first_page_offset: int, page_size: int
+) -> Iterator[Journal]:
     """Open the unfinished files of a .beton and lock them.
 
     Args:
         path: The .beton.
         write_id: Hash of everything that determines its content. A journal with another hash is
             discarded.
-        first_page: Offset of the first image.
+        first_page_offset: Offset of the first image.
         page_size: Bytes per page.
 
     Raises:
@@ -128,7 +130,7 @@ def open_journal(path: Path, write_id: str, first_page: int, page_size: int) -> 
             raise ValueError(
                 f"{path}: another process is writing it; wait until it ends, or stop it"
             ) from None
-        journal = Journal(data, log, first_page, page_size)
+        journal = Journal(data, log, first_page_offset, page_size)
         journal.restore(write_id)
         yield journal
 

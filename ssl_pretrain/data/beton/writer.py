@@ -73,8 +73,8 @@ def write(
         journal_path(path).unlink(missing_ok=True)  # the last step of an interrupted write
         return manifest
     path.parent.mkdir(parents=True, exist_ok=True)
-    first_page = tables.first_page_offset(end - first, settings.page_size)
-    with open_journal(path, write_id, first_page, settings.page_size) as journal:
+    page_offset = tables.first_page_offset(end - first, settings.page_size)
+    with open_journal(path, write_id, page_offset, settings.page_size) as journal:
         num_done = len(journal.entries)
         images = encoded_images(source, settings, num_workers, first + num_done, end)
         for entry, content in report_progress(images, end - first, "wrote", num_done):

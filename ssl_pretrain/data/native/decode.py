@@ -28,13 +28,13 @@ from ssl_pretrain.system.jit import njit
 from ssl_pretrain.views import crops, resize
 from ssl_pretrain.views.recipe import Crop
 
-DONE, TRUNCATED, NO_JPEG, OTHER_SIZE, DAMAGED = range(5)  # status that `decode` returns
+DONE, TRUNCATED, NO_JPEG, OTHER_SIZE, DAMAGED = range(5)  # status that `decode_image` returns
 REASONS = {
     NO_JPEG: "not a JPEG",
     OTHER_SIZE: "the JPEG has another size than its entry",
     DAMAGED: "the JPEG is damaged",
 }
-INSTALL = (
+INSTALL_HINT = (
     "install it with `make ffcv`, or `pip install ffcv` where OpenCV and libturbojpeg are "
     "(docs/install.md)"
 )
@@ -44,7 +44,7 @@ class CFunctions(NamedTuple):
     """Addresses of C functions, which cached code takes as input, as they differ per process."""
 
     pread: int
-    header: int
+    read_header: int
     decompress: int
 
 
@@ -81,7 +81,7 @@ class Workspace(NamedTuple):
     resize_buffers: tuple[np.ndarray, ...]
 
 
-def library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """Load FFCV's library, which contains libturbojpeg.
 
     Raises:
@@ -93,7 +93,7 @@ def library() -> ctypes.CDLL:
     paths = [path for folder in folders for path in sorted(Path(folder).glob("_libffcv*.so"))]
     if not paths:
         raise ValueError(
-            f"data.loader: FFCV is not installed; {INSTALL}, or set data.loader=folder"
+            f"data.loader: FFCV is not installed; {INSTALL_HINT}, or set data.loader=folder"
         )
     try:
         loaded = ctypes.CDLL(str(paths[0]))
@@ -101,14 +101,15 @@ def library() -> ctypes.CDLL:
         loaded.tjDestroy.argtypes = [ctypes.c_void_p]
     except (OSError, AttributeError) as error:
         raise ValueError(
-            f"data.loader: FFCV does not load ({error}); {INSTALL} again, or set data.loader=folder"
+            f"data.loader: FFCV does not load ({error}); {INSTALL_HINT} again, or set "
+            "data.loader=folder"
         ) from None
     return loaded
 
 
 def c_functions() -> CFunctions:
-    """Return the addresses of the C functions that `decode` calls."""
-    ffcv = library()
+    """Return the addresses of the C functions that `decode_image` calls."""
+    ffcv = load_library()
     functions = (ctypes.CDLL(None).pread, ffcv.tjDecompressHeader3, ffcv.tjDecompress2)
     return CFunctions(*(ctypes.cast(call, ctypes.c_void_p).value or 0 for call in functions))
 
@@ -116,12 +117,12 @@ def c_functions() -> CFunctions:
 class Decoder:
     """libturbojpeg's decompressor, for one thread. Close it, or use it in a `with` statement.
 
-    After an unreadable header it reads no other header until a decompression was tried, which then
-    fails.
+    After an unreadable header it cannot read another one until a decompression has been tried,
+    which fails.
     """
 
     def __init__(self) -> None:
-        self._library = library()
+        self._library = load_library()
         self.address = self._library.tjInitDecompress()
 
     def decodes_cleanly(self, content: bytes, width: int, height: int) -> bool:
@@ -221,12 +222,12 @@ def _c_call(result: types.Type, *parameters: types.Type):
 
 
 _pread = _c_call(types.int64, types.int32, types.intp, types.uint64, types.int64)
-_header = _c_call(types.int32, *[types.intp] * 2, types.uint64, *[types.intp] * 4)
+_read_header = _c_call(types.int32, *[types.intp] * 2, types.uint64, *[types.intp] * 4)
 _decompress = _c_call(types.int32, *[types.intp] * 2, types.uint64, types.intp, *[types.int32] * 5)
 
 
 @njit(nogil=True, cache=True)
-def decode(functions, stored, number, workspace):
+def decode_image(functions, stored, number, workspace):
     """Read one image into `workspace.image`, with rows padded to whole tiles. Return its status."""
     height, width = np.int64(stored.height[number]), np.int64(stored.width[number])
     if not _read(functions, stored, number, workspace):
@@ -240,7 +241,7 @@ def decode(functions, stored, number, workspace):
     jpeg = (workspace.decompressor, workspace.compressed.ctypes.data, stored.length[number])
     size = workspace.header.ctypes.data
     image = (*jpeg, workspace.image.ctypes.data, width, pitch, height, 0, 0)
-    if _header(functions.header, (*jpeg, size, size + 4, size + 8, size + 12)) != 0:
+    if _read_header(functions.read_header, (*jpeg, size, size + 4, size + 8, size + 12)) != 0:
         _decompress(functions.decompress, image)  # fails, which makes the decompressor usable again
         return NO_JPEG
     if workspace.header[0] != width or workspace.header[1] != height:
@@ -298,7 +299,7 @@ def _compile(sources: str):
         functions, stored, views = inputs
         for row in range(len(numbers)):
             number, index = numbers[row], indices[row]
-            status[row] = decode(functions, stored, number, workspace)
+            status[row] = decode_image(functions, stored, number, workspace)
             if status[row] == DONE:
                 batch_row = first_row + row
                 _write_views(stored, views, number, seed, epoch, index, batch_row, workspace, batch)

@@ -306,7 +306,7 @@ class _Run:
             self._raise_read_error(unreadable)
 
         def try_read(number: int) -> bool:
-            status = decode.decode(pool.functions, self.stored, number, workspace)
+            status = decode.decode_image(pool.functions, self.stored, number, workspace)
             if status == decode.TRUNCATED:
                 self._raise_read_error(number)
             return bool(status == decode.DONE)
