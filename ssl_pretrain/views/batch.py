@@ -29,8 +29,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
-        views = [view.to(device) for view in self.views]
-        return Batch(views, self.labels.to(device), self.indices.to(device))
+        return Batch(
+            [view.to(device) for view in self.views],
+            self.labels.to(device),
+            self.indices.to(device),
+        )
 
     def slice(self, number: int, num_slices: int) -> Batch:
         """Return one of `num_slices` slices of equal length.

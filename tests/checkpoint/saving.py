@@ -9,14 +9,14 @@ from ssl_pretrain.optim.optimizers import OptimConfig
 
 
 def linear() -> TrainingState:
-    """Return the state of a method with a linear backbone that has not taken a step."""
+    """Return the state of an untrained method with a linear backbone."""
     method = nn.Module()
     method.backbone = nn.Linear(3, 2)
     return TrainingState(method, optim.build(OptimConfig(), method))
 
 
 def checkpoints(run, state, config=None, last_step=100, steps_per_epoch=1, **settings):
-    """Return the checkpoints of a run, with these settings of `CheckpointConfig`."""
+    """Return the checkpoints of a run with the given settings of `CheckpointConfig`."""
     facts = RunFacts(last_step, micro_batch_size=8, data="abc")
     settings = CheckpointConfig(**settings)
     return Checkpoints(run, state, settings, facts, config or {}, steps_per_epoch)

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: what is found, skipped, replaced and pruned."""
+"""Checkpoints in a run's folder are listed, skipped if damaged, replaced and pruned."""
 
 import os
 import stat
@@ -80,8 +80,8 @@ def test_pruning_keeps_the_newest_checkpoints_and_the_milestones(tmp_path):
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [6, 12, 18, 21]
 
 
-def test_files_and_links_in_the_place_of_a_checkpoint_do_not_stop_a_save(run):
-    """Replace a file, a dangling link and a link to a damaged folder. Targets of links stay."""
+def test_files_and_links_at_the_path_of_a_checkpoint_are_replaced(run):
+    """A link is replaced and its target stays."""
     folder, target = run / "checkpoints", run / "elsewhere"
     (folder / "step_00000006").write_text("")
     (folder / "step_00000008").symlink_to("nowhere")
@@ -97,7 +97,7 @@ def test_files_and_links_in_the_place_of_a_checkpoint_do_not_stop_a_save(run):
     assert (target / "file").read_text() == "content"
 
 
-def test_a_new_start_removes_the_remains_of_interrupted_saves(run):
+def test_a_new_start_removes_unfinished_checkpoints(run):
     (run / "checkpoints" / ".writing-step_00000006-abc").mkdir()
     prepare_folder(run)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())

@@ -1,4 +1,4 @@
-"""Errors about the weights that a backbone should start from."""
+"""Errors about the initial weights of a backbone."""
 
 import pytest
 

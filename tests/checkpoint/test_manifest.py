@@ -1,4 +1,4 @@
-"""A manifest is trusted only if every bit of it is as it was written."""
+"""A manifest is only accepted if not a single bit of it has changed."""
 
 import json
 import random
@@ -28,7 +28,7 @@ def manifest_file(run):
 
 
 def problem_of_newest(run):
-    """Return why the newest checkpoint is not used. The one before it is used instead."""
+    """Return the reason why the newest checkpoint is skipped in favor of the previous one."""
     with pytest.warns(UserWarning) as warned:
         assert newest_checkpoint(run).name == "step_00000002"
     text = str(warned[0].message)
@@ -130,7 +130,7 @@ def test_a_tensor_file_that_is_not_listed_is_detected(run):
     assert problem_of_newest(run) == f"cannot be read: {expected}"
 
 
-def test_a_folder_in_the_place_of_a_file_is_detected(run):
+def test_a_folder_at_the_path_of_a_file_is_detected(run):
     file = manifest_file(run).with_name("method.safetensors")
     file.unlink()
     file.mkdir()

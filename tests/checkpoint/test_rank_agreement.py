@@ -19,7 +19,7 @@ SETTINGS = {
 
 
 def common_answer(function, *arguments, world_size=3):
-    """Run a function on all ranks and return their common answer, without the host's name."""
+    """Run a function on all ranks and return their common answer without the host name."""
     answers = run_ranks(function, *arguments, world_size=world_size)
     assert len(set(answers)) == 1
     return answers[0].replace(f" ({socket.gethostname()})", "")
@@ -111,7 +111,7 @@ def check_checkpoints(runs):
 
 
 def test_checkpoints_that_a_machine_does_not_see_are_refused(tmp_path):
-    """Ranks that see the folder would resume, and the others would start from step 0."""
+    """Ranks that see the folder would resume while the others start from step 0."""
     for name, content in (("a", "{}"), ("b", "{}"), ("c", "{ }")):
         folder = tmp_path / name / "checkpoints" / "step_00000004"
         folder.mkdir(parents=True)

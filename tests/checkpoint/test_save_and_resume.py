@@ -86,7 +86,7 @@ def test_moments_are_restored_in_the_memory_layout_of_their_weights(name, tmp_pa
     assert_equal_parameters(fresh.method, saved.method.parameters())
 
 
-def test_moments_take_the_layout_that_the_weights_have_now(tmp_path):
+def test_moments_take_the_layout_of_the_resumed_weights(tmp_path):
     """A run may resume with another `parallel.channels_last`."""
 
     def after_one_step(layout, seed):
@@ -108,7 +108,7 @@ def test_moments_take_the_layout_that_the_weights_have_now(tmp_path):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_rollback_clears_moments_of_parameters_that_were_frozen(name, tmp_path):
-    """DINO's last layer and SwAV's prototypes may begin to move after the checkpoint."""
+    """Training of DINO's last layer and SwAV's prototypes may begin after the checkpoint."""
 
     def step(state, frozen=()):
         state.method.zero_grad()
@@ -151,14 +151,14 @@ def test_a_resumed_run_keeps_its_wandb_id(run):
     assert second.facts.wandb_id == "abcdefgh"
 
 
-def refuse_to_write(tensors, path):
+def fail_to_write(tensors, path):
     path.write_bytes(b"half")
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.case(6)
 def test_a_full_disk_loses_nothing(run, monkeypatch):
-    monkeypatch.setattr(tensor_files, "save_file", refuse_to_write)
+    monkeypatch.setattr(tensor_files, "save_file", fail_to_write)
     message = (
         r"checkpoint of step 6 could not be written to .*No space left on device\. "
         r"Older checkpoints are intact\. Free space and resume"
@@ -173,7 +173,7 @@ def test_a_full_disk_loses_nothing(run, monkeypatch):
 def test_a_full_disk_can_be_a_warning_except_for_the_last_save(run, monkeypatch):
     checkpoints = saving.checkpoints(run, trained(), on_failure="warn")
     with monkeypatch.context() as patched:
-        patched.setattr(tensor_files, "save_file", refuse_to_write)
+        patched.setattr(tensor_files, "save_file", fail_to_write)
         with pytest.raises(SaveError, match=r"^checkpoint of step 5 could not be written to "):
             checkpoints.save(5, wait=True)
         checkpoints.save(6, wait=False)  # reported by the next save
@@ -185,15 +185,15 @@ def test_a_full_disk_can_be_a_warning_except_for_the_last_save(run, monkeypatch)
 
 
 def test_an_asynchronous_save_holds_the_weights_of_its_step(tmp_path, monkeypatch):
-    """The weights move while the disk is slow."""
+    """The weights change while the disk is slow."""
     writing, may_write, save_file = threading.Event(), threading.Event(), tensor_files.save_file
 
-    def slow(tensors, path):
+    def write_slowly(tensors, path):
         writing.set()
         assert may_write.wait(60)
         save_file(tensors, path)
 
-    monkeypatch.setattr(tensor_files, "save_file", slow)
+    monkeypatch.setattr(tensor_files, "save_file", write_slowly)
     state = trained()
     checkpoints = saving.checkpoints(tmp_path, state)
     expected = {name: value.clone() for name, value in state.method.state_dict().items()}

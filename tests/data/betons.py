@@ -16,13 +16,13 @@ from ssl_pretrain.data.sources import DataConfig, open_source
 
 try:
     decode.load_library()
-    missing = ""
+    problem = ""
 except ValueError as error:
-    missing = str(error)
-needs_ffcv = pytest.mark.skipif(bool(missing), reason=missing or "FFCV is installed")
+    problem = str(error)
+needs_ffcv = pytest.mark.skipif(bool(problem), reason=problem or "FFCV is installed")
 
 
-def jpeg(number: int, width: int, height: int, **options) -> bytes:
+def encode_jpeg(number: int, width: int, height: int, **options) -> bytes:
     """Encode a smooth picture that depends on `number`. Noise would not survive a JPEG."""
     generator = np.random.default_rng(number)
     coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -34,13 +34,13 @@ def jpeg(number: int, width: int, height: int, **options) -> bytes:
 
 
 def write_images(root: Path, n: int = 50, classes: int = 3) -> Path:
-    """Write root/train/class_k/NNN.jpg, of 20x20 to 120x90 pixels, so crops shrink and grow."""
+    """Write root/train/class_k/NNNN.jpg of 20x20 to 120x90 pixels, so crops shrink and grow."""
     generator = np.random.default_rng(7)
     for number in range(n):
         folder = root / "train" / f"class_{number % classes}"
         folder.mkdir(parents=True, exist_ok=True)
         width, height = int(generator.integers(20, 120)), int(generator.integers(20, 90))
-        (folder / f"{number:04d}.jpg").write_bytes(jpeg(number, width, height))
+        (folder / f"{number:04d}.jpg").write_bytes(encode_jpeg(number, width, height))
     return root
 
 
@@ -51,7 +51,7 @@ def open_train(root: Path, **options) -> Source:
 
 
 def write_beton(root: Path, n: int = 50, **settings) -> Beton:
-    """Write images into `root` and the same beside it as train.beton, and open that."""
+    """Write images into `root`, convert them to train.beton beside it, and open that."""
     source = open_train(write_images(root, n), loader="folder")
     beton_writer.write(source, root.parent / "train.beton", Settings(**settings), num_workers=1)
     stored = open_train(root.parent / "train.beton")

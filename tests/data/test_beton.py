@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from betons import jpeg, needs_ffcv, open_train, write_beton, write_images
+from betons import encode_jpeg, needs_ffcv, open_train, write_beton, write_images
 from conftest import _context
 from PIL import Image
 
@@ -33,19 +33,19 @@ from ssl_pretrain.data.sources import DataConfig, open_source
 pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
 
 
-def sha(path: Path) -> str:
+def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def refused(function, *arguments) -> str:
+def error_message(function, *arguments) -> str:
     with pytest.raises(ValueError) as caught:
         function(*arguments)
     return str(caught.value)
 
 
 @contextmanager
-def edited(beton):
-    """Yield the path and the bytes of a .beton, and write the bytes back.
+def edit_bytes(beton):
+    """Yield the path and the bytes of a .beton, and write the changed bytes back.
 
     The manifest is removed, as it would reveal the change.
     """
@@ -120,15 +120,15 @@ class TestRealData:
 def test_each_kind_of_image_is_stored_as_documented(tmp_path):
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
-    gray = Image.open(io.BytesIO(jpeg(1, 60, 40))).convert("L")
+    gray = Image.open(io.BytesIO(encode_jpeg(1, 60, 40))).convert("L")
     exif = Image.Exif()
     exif[0x0112] = 6
-    plain, large = jpeg(2, 60, 40), jpeg(3, 90, 40)
+    plain, large = encode_jpeg(2, 60, 40), encode_jpeg(3, 90, 40)
     kinds = {
         "a_plain.jpg": plain,
         "b_large.jpg": large,
-        "c_turned.jpg": jpeg(4, 60, 40, exif=exif.tobytes()),
-        "d_progressive.jpg": jpeg(5, 60, 40, progressive=True),
+        "c_turned.jpg": encode_jpeg(4, 60, 40, exif=exif.tobytes()),
+        "d_progressive.jpg": encode_jpeg(5, 60, 40, progressive=True),
         "e_trailing.jpg": plain + b"after the end",
     }
     for name, content in kinds.items():
@@ -263,9 +263,8 @@ def test_check_names_damaged_images(tmp_path, capsys):
     with open(beton.where, "r+b") as file:
         file.seek(int(beton.samples.offset[3]))
         file.write(b"GIF")
-        file.seek(
-            int(beton.samples.offset[7] + beton.samples.length[7]) - 40
-        )  # decodes without a warning
+        # The JPEG still decodes without a warning.
+        file.seek(int(beton.samples.offset[7] + beton.samples.length[7]) - 40)
         before = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([before[0] ^ 1]))
@@ -294,7 +293,7 @@ class TestKilled:
             open_train(root, loader="folder"), whole, Settings(max_side=64), num_workers=1
         )
         journal, sizes = path.with_name("train.beton.journal"), []
-        for moment in np.random.default_rng(0).uniform(0, 0.2, 10):
+        for delay in np.random.default_rng(0).uniform(0, 0.2, 10):
             process = _context.Process(target=_write_slowly, args=(root, path))
             process.start()
             until = time.monotonic() + 60
@@ -303,29 +302,30 @@ class TestKilled:
                 and not (journal.exists() and journal.stat().st_size > sizes[-1])
                 and time.monotonic() < until
             ):
-                time.sleep(0.005)  # all but the first are killed after an image was written
-            time.sleep(moment)
+                time.sleep(0.005)  # all but the first are killed after another image was written
+            time.sleep(delay)
             process.kill()
             process.join()
             assert not path.exists()
             sizes.append(journal.stat().st_size if journal.exists() else 0)
-        assert (
-            sizes == sorted(sizes) and sizes[-1] > sizes[0]
-        )  # each continued where the last one ended
+        # Each write continued where the previous one ended.
+        assert sizes == sorted(sizes) and sizes[-1] > sizes[0]
         beton_writer.write(
             open_train(root, loader="folder"), path, Settings(max_side=64), num_workers=1
         )
-        assert sha(path) == sha(whole) and sha(manifest_path(path)) == sha(manifest_path(whole))
+        assert sha256(path) == sha256(whole) and sha256(manifest_path(path)) == sha256(
+            manifest_path(whole)
+        )
         assert sorted(each.name for each in path.parent.iterdir()) == [
             "train.beton",
             "train.beton.json",
         ]
 
     @pytest.mark.parametrize(
-        "torn",
+        "damage",
         ["half an entry", "data lost", "data changed", "other settings", "before the rename"],
     )
-    def test_images_lost_in_a_power_cut_are_written_again(self, torn, tmp_path, monkeypatch):
+    def test_images_lost_in_a_power_cut_are_written_again(self, damage, tmp_path, monkeypatch):
         source = open_train(write_images(tmp_path / "data", n=40), loader="folder")
         whole, path = tmp_path / "whole" / "train.beton", tmp_path / "train.beton"
         beton_writer.write(source, whole, Settings(), num_workers=1)
@@ -336,28 +336,28 @@ class TestKilled:
                 raise stop
 
             patch.setattr(
-                beton_writer.os if torn == "before the rename" else beton_writer,
-                "replace" if torn == "before the rename" else "_write_tables",
+                beton_writer.os if damage == "before the rename" else beton_writer,
+                "replace" if damage == "before the rename" else "_write_tables",
                 interrupt,
             )
             with pytest.raises(OSError, match="the disk is full"):
                 beton_writer.write(
                     source,
                     path,
-                    Settings(max_side=30) if torn == "other settings" else Settings(),
+                    Settings(max_side=30) if damage == "other settings" else Settings(),
                     num_workers=1,
                 )
         data, journal = tmp_path / "train.beton.writing", tmp_path / "train.beton.journal"
-        if torn == "half an entry":
+        if damage == "half an entry":
             os.truncate(journal, journal.stat().st_size - 7)
-        elif torn == "data lost":
+        elif damage == "data lost":
             os.truncate(data, data.stat().st_size - 2000)
-        elif torn == "data changed":
+        elif damage == "data changed":
             content = bytearray(data.read_bytes())
             content[-3000] ^= 255
             data.write_bytes(bytes(content))
         beton_writer.write(source, path, Settings(), num_workers=1)
-        assert sha(path) == sha(whole)
+        assert sha256(path) == sha256(whole)
 
     def test_a_finished_file_is_not_written_again(self, tmp_path):
         beton = write_beton(tmp_path / "data", n=12)
@@ -376,22 +376,22 @@ class TestKilled:
             beton_writer.write(
                 source, tmp_path / str(workers) / "train.beton", Settings(max_side=50), workers
             )
-        assert sha(tmp_path / "1" / "train.beton") == sha(tmp_path / "3" / "train.beton")
+        assert sha256(tmp_path / "1" / "train.beton") == sha256(tmp_path / "3" / "train.beton")
 
     def test_a_second_writer_of_the_same_file_is_refused(self, tmp_path):
         source = open_train(write_images(tmp_path / "data", n=12), loader="folder")
         path = tmp_path / "train.beton"
         encoded_images = beton_writer.encoded_images
 
-        def second(*arguments, **options):
+        def start_second_writer(*arguments, **options):
             assert (
-                refused(beton_writer.write, source, path, Settings(), 1)
+                error_message(beton_writer.write, source, path, Settings(), 1)
                 == f"{path}: another process is writing it; wait until it ends, or stop it"
             )
             return encoded_images(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(beton_writer, "encoded_images", second)
+            patch.setattr(beton_writer, "encoded_images", start_second_writer)
             beton_writer.write(source, path, Settings(), num_workers=1)
         assert path.exists()
 
@@ -406,25 +406,27 @@ class TestMessages:
         path, size = Path(beton.where), os.stat(beton.where).st_size
         os.truncate(path, size - 100)
         assert (
-            refused(beton_file.read, path)
+            error_message(beton_file.read, path)
             == f"data.root: {path} is truncated to {size - 100:,} bytes; copy or write it again"
         )
         os.truncate(path, 0)
         assert (
-            refused(beton_file.read, path)
+            error_message(beton_file.read, path)
             == f"data.root: {path} is empty; it was never written, or the disk was full"
         )
         path.write_bytes(bytes(5000))
-        assert refused(beton_file.read, path) == f"data.root: {path} is not a .beton of format 2"
+        assert (
+            error_message(beton_file.read, path) == f"data.root: {path} is not a .beton of format 2"
+        )
         path.unlink()
-        assert refused(beton_file.read, path) == (
+        assert error_message(beton_file.read, path) == (
             f"data.root: {path} does not exist; write it: python -m "
             "ssl_pretrain.data.beton write --help"
         )
 
     @pytest.mark.parametrize("field", ["offset", "width", "mode"])
     def test_entries_that_point_outside_the_file(self, field, beton):
-        with edited(beton) as (path, content):
+        with edit_bytes(beton) as (path, content):
             samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)
             samples["image"][field][2] = {"offset": 1 << 40, "width": 0, "mode": 9}[field]
         expected = (
@@ -432,17 +434,17 @@ class TestMessages:
             if field == "offset"
             else "the entry of image 2 points outside the file"
         )
-        assert refused(beton_file.read, path) == (
+        assert error_message(beton_file.read, path) == (
             f"data.root: {path}: {expected}; the file is damaged; copy or write it again"
         )
 
     def test_a_damaged_manifest(self, beton):
         path = manifest_path(Path(beton.where))
         path.write_text("{")
-        assert refused(beton_file.read, Path(beton.where)) == (
+        assert error_message(beton_file.read, Path(beton.where)) == (
             f"data.root: {path} is damaged; copy it again, or run the same write again"
         )
-        path.unlink()  # files of FFCV have no manifest; classes are then named by number
+        path.unlink()  # as in files of FFCV, whose classes are named by number
         assert open_train(Path(beton.where)).classes == ["0", "1", "2"]
 
     @pytest.mark.parametrize(
@@ -461,14 +463,14 @@ class TestMessages:
             ),
         ],
     )
-    def test_options(self, options, message, beton, tmp_path, capsys):
+    def test_impossible_options(self, options, message, beton, tmp_path, capsys):
         assert (
             command.main(["write", str(tmp_path / "data"), str(tmp_path / "x.beton"), *options])
             == 2
         )
         assert capsys.readouterr().err == f"error: {message}\n"
 
-    def test_the_array_of_a_scheduler_writes_one_shard_each(
+    def test_each_task_of_a_slurm_array_writes_one_shard(
         self, beton, tmp_path, monkeypatch, capsys
     ):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
@@ -508,29 +510,29 @@ class TestDamage:
     def test_every_flipped_bit_of_the_tables_is_detected(self, beton):
         path = Path(beton.where)
         content = path.read_bytes()
-        table = int(np.frombuffer(content, tables.HEADER, 1)[0]["allocations_offset"])
-        entries = tables.SAMPLES_OFFSET + 12 * tables.SAMPLE.itemsize
-        places = [
+        allocations = int(np.frombuffer(content, tables.HEADER, 1)[0]["allocations_offset"])
+        samples_end = tables.SAMPLES_OFFSET + 12 * tables.SAMPLE.itemsize
+        positions = [
             *range(tables.HEADER.itemsize),
-            *range(tables.SAMPLES_OFFSET, entries),
-            *range(table, len(content)),
+            *range(tables.SAMPLES_OFFSET, samples_end),
+            *range(allocations, len(content)),
         ]
-        for number, place in enumerate(places[::5]):
+        for number, position in enumerate(positions[::5]):
             flipped = bytearray(content)
-            flipped[place] ^= 1 << number % 8
+            flipped[position] ^= 1 << number % 8
             path.write_bytes(flipped)
-            refused(beton_file.read, path)
+            error_message(beton_file.read, path)
         path.write_bytes(content)
         assert len(beton_file.read(path)) == 12
 
     def test_every_flipped_bit_of_the_manifest_is_detected(self, beton):
         path = manifest_path(Path(beton.where))
         content = path.read_bytes()
-        for place in range(0, len(content), 3):
+        for position in range(0, len(content), 3):
             flipped = bytearray(content)
-            flipped[place] ^= 1 << place % 7
+            flipped[position] ^= 1 << position % 7
             path.write_bytes(flipped)
-            assert refused(beton_file.read, Path(beton.where)) == (
+            assert error_message(beton_file.read, Path(beton.where)) == (
                 f"data.root: {path} is damaged; copy it again, or run the same write again"
             )
 
@@ -557,7 +559,7 @@ class TestDamage:
                         {name: value for name, value in manifest.items() if name != key} | other
                     )
                 )
-                assert "is damaged" in refused(beton_file.read, Path(beton.where))
+                assert "is damaged" in error_message(beton_file.read, Path(beton.where))
 
     def test_a_manifest_of_an_earlier_version_is_read(self, beton):
         path = manifest_path(Path(beton.where))
@@ -571,49 +573,52 @@ class TestDamage:
 
     @pytest.mark.parametrize("length", [2**64 - 8, 2**63, 2**64 - 1])
     def test_a_length_that_wraps_is_refused(self, length, beton):
-        with edited(beton) as (path, content):
+        with edit_bytes(beton) as (path, content):
             table = int(np.frombuffer(content, tables.HEADER, 1)[0]["allocations_offset"])
             np.frombuffer(content, tables.ALLOCATION, 12, offset=table)["length"][3] = np.uint64(
                 length
             )
-        assert refused(beton_file.read, path).endswith(
+        assert error_message(beton_file.read, path).endswith(
             "the entry of image 3 points outside the file; the file is damaged; copy or write it "
             "again"
         )
 
     @pytest.mark.parametrize("label", [-2, 1_000_000, 2**40, -(2**63)])
     def test_a_label_that_is_no_class_is_refused(self, label, beton):
-        """A file without class names gets one name per class, which must not fill the memory."""
-        with edited(beton) as (path, content):
+        """A file without class names gets one name per class, which could fill the memory."""
+        with edit_bytes(beton) as (path, content):
             np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)["label"][3] = (
                 label
             )
-        assert refused(beton_file.read, path) == (
+        assert error_message(beton_file.read, path) == (
             f"data.root: {path}: the label of image 3 is {label}, but labels are -1 for "
             "none or a class below 1,000,000; the file is damaged; copy or write it again"
         )
 
     def test_a_file_without_images_is_refused(self, beton):
-        with edited(beton) as (path, content):
+        with edit_bytes(beton) as (path, content):
             np.frombuffer(content, tables.HEADER, 1)["num_samples"][0] = 0
-        assert refused(open_train, path) == f"data.root: {path} contains no image; write it again"
+        assert (
+            error_message(open_train, path)
+            == f"data.root: {path} contains no image; write it again"
+        )
 
     def test_a_folder_is_refused(self, beton):
         path = Path(beton.where)
         path.unlink()
         path.mkdir()
-        assert refused(beton_file.read, path) == (
+        assert error_message(beton_file.read, path) == (
             f"data.root: {path} is not a regular file; give the .beton itself, or the "
             "folder that contains train.beton"
         )
 
     def test_an_entry_of_too_many_pixels_is_refused(self, beton):
-        with edited(beton) as (path, content):
+        with edit_bytes(beton) as (path, content):
             samples = np.frombuffer(content, tables.SAMPLE, 12, offset=tables.SAMPLES_OFFSET)
             samples["image"]["width"][2] = samples["image"]["height"][2] = 65535
         assert (
             "the entry of image 2 says 65,535 x 65,535 pixels, more than the limit of 178,956,970"
-            in refused(beton_file.read, path)
+            in error_message(beton_file.read, path)
         )
 
     def test_buffers_fit_tall_and_wide_images_separately(self, beton):
@@ -628,7 +633,7 @@ class TestDamage:
         os.replace(other.where, beton.where)
         with pytest.raises(UnreadableImage, match="the file was replaced"):
             beton.read(0)
-        assert refused(beton.check_present) == (
+        assert error_message(beton.check_present) == (
             f"data.root: {beton.where} was replaced or changed while it was being read; "
             "start the run again"
         )
@@ -636,9 +641,9 @@ class TestDamage:
     def test_only_jpeg_decoders_see_a_stored_jpeg(self, beton):
         path, samples = Path(beton.where), beton.samples
         content = bytearray(path.read_bytes())
-        place = int(samples.offset[4])
+        offset = int(samples.offset[4])
         eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
-        content[place : place + len(eps)] = eps
+        content[offset : offset + len(eps)] = eps
         path.write_bytes(content)
         with pytest.raises(UnreadableImage) as caught:
             open_train(path).read(4)
@@ -655,26 +660,26 @@ def test_a_killed_rewrite_is_finished(moment, tmp_path, monkeypatch):
     beton_writer.write(source, whole, Settings(max_side=60), num_workers=1)
     with monkeypatch.context() as patch:
 
-        def killed(*_arguments):
+        def interrupt(*_arguments):
             raise KeyboardInterrupt
 
-        real = os.replace
+        replace_file = os.replace
         steps = {
-            "before the manifest": lambda: patch.setattr(beton_writer, "write_manifest", killed),
+            "before the manifest": lambda: patch.setattr(beton_writer, "write_manifest", interrupt),
             "between manifest and data": lambda: patch.setattr(
                 beton_writer.os,
                 "replace",
-                lambda old, new: killed() if new == path else real(old, new),
+                lambda old, new: interrupt() if new == path else replace_file(old, new),
             ),
-            "before the journal is removed": lambda: patch.setattr(Path, "unlink", killed),
+            "before the journal is removed": lambda: patch.setattr(Path, "unlink", interrupt),
         }
         steps[moment]()
         with pytest.raises(KeyboardInterrupt):
             beton_writer.write(source, path, Settings(max_side=60), num_workers=1)
     if moment == "between manifest and data":
-        assert "do not belong together" in refused(beton_file.read, path)
+        assert "do not belong together" in error_message(beton_file.read, path)
     beton_writer.write(source, path, Settings(max_side=60), num_workers=1)
-    assert sha(path) == sha(whole)
+    assert sha256(path) == sha256(whole)
     assert sorted(each.name for each in tmp_path.glob("train.beton*")) == [
         "train.beton",
         "train.beton.json",

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,17 +101,16 @@ def _finished_manifest(path: Path, write_id: str) -> Manifest | None:
     A manifest of an earlier version has no hash of the tables. A journal beside it then shows that
     the write was interrupted.
     """
-    try:
+    with suppress(ValueError):  # a damaged manifest, or not a .beton
         manifest = read_manifest(path)
-        if manifest is None or manifest.write_id != write_id or not path.exists():
-            return None
-        if manifest.table_sha256:
-            is_finished = manifest.table_sha256 == read_tables(path).sha256
-        else:
-            is_finished = not journal_path(path).exists()
-    except ValueError:  # a damaged manifest, or not a .beton
-        return None
-    return manifest if is_finished else None
+        if manifest is not None and manifest.write_id == write_id and path.exists():
+            is_finished = (
+                manifest.table_sha256 == read_tables(path).sha256
+                if manifest.table_sha256
+                else not journal_path(path).exists()
+            )
+            return manifest if is_finished else None
+    return None
 
 
 def _write_tables(journal: Journal, path: Path, page_size: int) -> str:
