@@ -158,12 +158,8 @@ def fill_weights(length, size, bicubic, mirrored, starts, counts, weights, exact
 def _write_two(target, source, offsets, weights, n, bits):
     """Write the weighted sum of 2 rows of `n` bytes, which begin at `offsets`, rounded to bytes."""
     first, second = source[offsets[0] : offsets[0] + n], source[offsets[1] : offsets[1] + n]
-    w0, w1, half, shift = (
-        np.int32(weights[0]),
-        np.int32(weights[1]),
-        np.int32(1 << (bits - 1)),
-        np.int32(bits),
-    )
+    w0, w1 = np.int32(weights[0]), np.int32(weights[1])
+    half, shift = np.int32(1 << (bits - 1)), np.int32(bits)
     for i in range(n):
         total = np.int32(np.int32(first[i]) * w0 + np.int32(np.int32(second[i]) * w1 + half))
         target[i] = np.uint8(min(max(np.int32(total >> shift), np.int32(0)), np.int32(255)))
@@ -172,12 +168,8 @@ def _write_two(target, source, offsets, weights, n, bits):
 @njit(nogil=True)
 def _write_four(target, source, offsets, weights, n, bits):
     """Write the weighted sum of 4 rows of `n` bytes, which begin at `offsets`, rounded to bytes."""
-    a, b, c, d = (
-        source[offsets[0] : offsets[0] + n],
-        source[offsets[1] : offsets[1] + n],
-        source[offsets[2] : offsets[2] + n],
-        source[offsets[3] : offsets[3] + n],
-    )
+    a, b = source[offsets[0] : offsets[0] + n], source[offsets[1] : offsets[1] + n]
+    c, d = source[offsets[2] : offsets[2] + n], source[offsets[3] : offsets[3] + n]
     w0, w1, w2, w3 = (
         np.int32(weights[0]),
         np.int32(weights[1]),

@@ -319,12 +319,7 @@ class _Run:
         return replacement
 
     def _raise_read_error(self, number: int) -> None:
-        """Read an image's bytes again to find out why they cannot be read.
-
-        Raises:
-            ValueError: If the file has become shorter since the run began.
-            OSError: If the disk cannot be read.
-        """
+        """Read an image's bytes again, and raise an error that tells why they are missing."""
         samples = self.pool.source.samples
         descriptor, length = (
             self.pool.descriptors[samples.file_index[number]],
