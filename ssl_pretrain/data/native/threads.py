@@ -321,12 +321,10 @@ class _Run:
     def _raise_read_error(self, number: int) -> None:
         """Read an image's bytes again, and raise an error that tells why they are missing."""
         samples = self.pool.source.samples
-        descriptor, length = (
-            self.pool.descriptors[samples.file_index[number]],
-            samples.length[number],
-        )
+        descriptor = self.pool.descriptors[samples.file_index[number]]
+        length = int(samples.length[number])
         try:
-            content = os.pread(descriptor, int(length), int(samples.offset[number]))
+            content = os.pread(descriptor, length, int(samples.offset[number]))
         except OSError as error:
             raise OSError(error.errno, error.strerror, samples.name(number)) from None
         raise ValueError(
