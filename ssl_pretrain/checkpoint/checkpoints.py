@@ -240,7 +240,7 @@ def finished_step(
     """
 
     def read_step() -> int | None:
-        path = folder.newest_if_reached(run, epochs)
+        path = folder.newest_checkpoint_after(run, epochs)
         if path is None:
             return None
         saved = manifest.read_manifest(path)

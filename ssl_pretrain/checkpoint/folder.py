@@ -66,10 +66,10 @@ def newest_checkpoint(run: str | Path) -> Path:
     )
 
 
-def newest_if_reached(run: Path, epochs: float) -> Path | None:
-    """Return the newest intact checkpoint if training has reached `epochs`, else None.
+def newest_checkpoint_after(run: Path, epochs: float) -> Path | None:
+    """Return the newest intact checkpoint if it has at least `epochs` epochs, else None.
 
-    The files are hashed only if the newest manifest says that it has.
+    The files are hashed only if the newest manifest says that it has them.
     """
 
     def has_reached(path: Path) -> bool:
