@@ -28,7 +28,7 @@ def script(tmp_path):
 
 
 def test_a_script_without_a_guard_trains_once(script):
-    result = commands.run(script("print('imported', flush=True)\ngo('plain', 2)\n"))
+    result = commands.run(script("print('imported', flush=True)\ntrain_run('plain', 2)\n"))
     assert (result.status, result.stdout.count("imported")) == (0, 1), result.text
     assert result.stdout.count("plain steps 2") == 1
 
