@@ -1,4 +1,13 @@
-"""Attention maps of a ViT, and the principal components of patch features as colors."""
+"""Write pictures of what a network sees in each image, as PNGs.
+
+One picture shows what the class token attends to in each head of the last block: alone, over the
+image, and the patches that hold 60 % of it (DINO, arXiv:2104.14294, figures 1, 3 and 8). The other
+shows the first three principal components of all images' patch features as red, green and blue (as
+in DINOv2, arXiv:2304.07193, figure 1). A ResNet has only the latter, from its last feature map.
+
+    python -m ssl_pretrain.eval.attention runs/dino cat.jpg dog.jpg --size 480 --output attention
+    python -m ssl_pretrain.eval.attention dino.pth cat.jpg backbone.name=vit_small_patch16_224
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +19,6 @@ from matplotlib import colormaps
 from PIL import Image
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssl_pretrain.data.images import decode
 from ssl_pretrain.eval import command_line
@@ -20,16 +28,6 @@ from ssl_pretrain.schema import FROM_ZERO
 from ssl_pretrain.views import crops
 
 MASS = 0.6  # share of a head's attention that its mask keeps, as in DINO's figure 1
-HELP = """Write pictures of what a network sees in each image, as PNGs.
-
-One picture shows what the class token attends to in each head of the last block: alone, over the
-image, and the patches that hold 60 % of it (DINO, arXiv:2104.14294, figures 1, 3 and 8). The other
-shows the first three principal components of all images' patch features as red, green and blue (as
-in DINOv2, arXiv:2304.07193, figure 1). A ResNet has only the latter, from its last feature map.
-
-    python -m ssl_pretrain.eval.attention runs/dino cat.jpg dog.jpg --size 480 --output attention
-    python -m ssl_pretrain.eval.attention dino.pth cat.jpg backbone.name=vit_small_patch16_224"""
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "--size": {
         "type": FROM_ZERO,
@@ -45,17 +43,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser(
+    parser = command_line.build_parser(
         "ssl_pretrain.eval.attention",
-        HELP,
+        __doc__,
         OPTIONS,
         overrides_metavar="IMAGE",
         overrides_help="image files, and key=value as for the other evaluations",
     )
     options = parser.parse_intermixed_args(arguments)
-    values = options.overrides
-    options.overrides = [text for text in values if "=" in text and not Path(text).exists()]
-    files = [Path(text) for text in values if text not in options.overrides]
+    words = options.overrides
+    options.overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    files = [Path(word) for word in words if word not in options.overrides]
     if not files:
         raise ValueError("IMAGE: give at least one image file")
     run = command_line.open_run(options)
@@ -67,7 +65,7 @@ def write(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path
     """Write the pictures and return their paths.
 
     Args:
-        run: Run whose network looks at the images.
+        run: Run to evaluate.
         files: Image files.
         folder: Folder of the pictures.
         size: Side of the images in pixels. Default: the run's evaluation size.
@@ -81,21 +79,20 @@ def write(run: Run, files: list[Path], folder: Path, size: int = 0) -> list[Path
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, (file, image) in enumerate(zip(files, images)):
-        name = f"{number + 1:02d}_{file.stem}"
+        prefix = f"{number + 1:02d}_{file.stem}"
         if maps.attention is not None:
             picture = _attention_picture(image, maps.attention[number])
-            paths.append(_save(picture, folder / f"{name}_attention.png"))
-        components = _enlarge(maps.components[number], size)
-        picture = torch.cat([image.float() / 255, components], dim=2)
-        paths.append(_save(picture, folder / f"{name}_components.png"))
+            paths.append(_save(picture, folder / f"{prefix}_attention.png"))
+        picture = torch.cat([image.float() / 255, _enlarge(maps.components[number], size)], dim=2)
+        paths.append(_save(picture, folder / f"{prefix}_components.png"))
     return paths
 
 
 @dataclass
 class Maps:
-    """Maps of what a network sees in a batch of images."""
+    """Attention and principal components of a batch of images."""
 
-    attention: Tensor | None  # (images, heads, rows, columns), None without a class token
+    attention: Tensor | None  # (images, heads, rows, columns); None without a class token
     components: Tensor  # (images, 3, rows, columns) in [0, 1]
 
 
@@ -112,23 +109,20 @@ def compute_maps(run: Run, images: Tensor) -> Maps:
     if blocks is None or not isinstance(getattr(blocks[-1], "attn", None), Attention):
         return Maps(None, principal_components(_feature_map(model, normalized)))
     patch, size = model.patch_embed.patch_size[0], images.shape[-1]
-    any_size = getattr(model, "dynamic_img_size", False)
-    if size % patch or (size != run.view_size and not any_size):
+    takes_size = size == run.view_size or getattr(model, "dynamic_img_size", False)
+    if size % patch or not takes_size:
         raise ValueError(
             f"--size: {size} pixels do not fit patches of {patch}; give a multiple of {patch}"
         )
     inputs: list[Tensor] = []
     layer = blocks[-1].attn
-    hook = layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-    try:
+    with layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0])):
         tokens = model.forward_features(normalized)
-    finally:
-        hook.remove()
     num_prefix, grid = model.num_prefix_tokens, (size // patch, size // patch)
-    patches = tokens[:, num_prefix:].transpose(1, 2).unflatten(2, grid)
     weights = None
     if num_prefix:
         weights = attention_weights(layer, inputs[0])[:, :, 0, num_prefix:].unflatten(2, grid)
+    patches = tokens[:, num_prefix:].transpose(1, 2).unflatten(2, grid)
     return Maps(weights, principal_components(patches))
 
 
@@ -147,33 +141,32 @@ def _feature_map(model: Any, images: Tensor) -> Tensor:
         ) from None
     if not isinstance(outputs, Tensor) or outputs.ndim != 4:
         raise ValueError("the network has no feature map to show; give a ViT or a CNN")
-    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-    return outputs.permute(0, 3, 1, 2) if channels_last else outputs
+    is_channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    return outputs.permute(0, 3, 1, 2) if is_channels_last else outputs
 
 
-def attention_weights(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the attention of timm's `layer` for its input, (images, heads, tokens, tokens).
+def attention_weights(layer: Attention, tokens: Tensor) -> Tensor:
+    """Return the attention of a layer for its input, (images, heads, tokens, tokens).
 
     The rows sum to 1.
     """
-    attention: Any = layer
-    projected = attention.qkv(tokens).unflatten(2, (3, attention.num_heads, -1))
+    projected = layer.qkv(tokens).unflatten(2, (3, layer.num_heads, -1))
     queries, keys, _ = projected.permute(2, 0, 3, 1, 4).unbind(0)
-    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-    return (queries * attention.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
+    queries, keys = layer.q_norm(queries), layer.k_norm(keys)
+    return (queries * layer.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
 
 
 def principal_components(patches: Tensor) -> Tensor:
     """Return the first three principal components of patches (images, dim, rows, columns).
 
-    They are computed over all images, signed so that the largest loading is positive, and stretched
-    to [0, 1] between their 1st and 99th percentiles: (images, 3, rows, columns).
+    They are computed over all images, their largest loading is positive, and the values between the
+    1st and 99th percentiles are stretched to [0, 1]: (images, 3, rows, columns).
     """
     count, dim, rows, columns = patches.shape
     flat = patches.permute(0, 2, 3, 1).reshape(-1, dim).double()
     flat = flat - flat.mean(0)
-    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
-    directions = F.pad(directions, (0, 0, 0, max(0, 3 - len(directions))))[:3]
+    directions = torch.linalg.svd(flat, full_matrices=False).Vh
+    directions = nn.functional.pad(directions, (0, 0, 0, max(0, 3 - len(directions))))[:3]
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     values = flat @ (directions * torch.where(largest < 0, -1.0, 1.0)).T
     low, high = values.quantile(torch.tensor([0.01, 0.99], dtype=values.dtype), dim=0)
@@ -182,21 +175,22 @@ def principal_components(patches: Tensor) -> Tensor:
 
 
 def mass_mask(weights: Tensor, mass: float = MASS) -> Tensor:
-    """Return the fewest patches of (heads, rows, columns) that hold `mass` of each head."""
+    """Mask the fewest patches of (heads, rows, columns) that hold `mass` of each head."""
     flat = weights.flatten(1)
     ordered, order = (flat / flat.sum(1, keepdim=True)).sort(dim=1, descending=True)
-    before = ordered.cumsum(1) - ordered
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    return mask.scatter_(1, order, before < mass).view_as(weights)
+    is_needed = ordered.cumsum(1) - ordered < mass
+    return torch.empty_like(is_needed).scatter_(1, order, is_needed).view_as(weights)
 
 
 def _attention_picture(image: Tensor, weights: Tensor) -> Tensor:
-    """Draw three rows, (3, height, width), with one column for the mean and one per head.
+    """Draw the attention in three rows, with one column for the mean and one per head.
 
-    They show the attention, the attention over the image, and the patches that hold 60 % of it.
+    The rows show the attention, the attention over the image, and the patches that hold 60 % of it.
+
+    Returns:
+        The picture, (3, height, width) in [0, 1].
     """
-    size = image.shape[-1]
-    pixels = image.float() / 255
+    size, pixels = image.shape[-1], image.float() / 255
     heads = torch.cat([weights.mean(0, keepdim=True), weights]).cpu()
     maps, overlays, masked = [torch.ones_like(pixels)], [pixels], [torch.ones_like(pixels)]
     for head, mask in zip(heads, mass_mask(heads)):
@@ -211,7 +205,7 @@ def _attention_picture(image: Tensor, weights: Tensor) -> Tensor:
 
 def _enlarge(values: Tensor, size: int) -> Tensor:
     """Enlarge (channels, rows, columns) to (channels, size, size), each patch a square."""
-    return F.interpolate(values[None], size=(size, size), mode="nearest")[0]
+    return nn.functional.interpolate(values[None], size=(size, size), mode="nearest")[0]
 
 
 def _read(file: Path, size: int) -> Tensor:

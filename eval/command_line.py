@@ -2,14 +2,17 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from ssl_pretrain.data.workers import LostWorkerError
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import results, runs
-from ssl_pretrain.eval.frozen import shards
 from ssl_pretrain.eval.frozen.evaluation_split import UnlabeledError
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.system import durable_files
@@ -34,14 +37,14 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def parser(
+def build_parser(
     name: str,
-    description: str,
+    description: str | None,
     options: Mapping[str, Mapping[str, Any]],
     overrides_metavar: str = "key=value",
     overrides_help: str = OVERRIDES_HELP,
 ) -> argparse.ArgumentParser:
-    """Return the parser that all evaluations share.
+    """Return a parser with the options of one evaluation and those that all evaluations share.
 
     Args:
         name: Module to run with `python -m`.
@@ -50,34 +53,34 @@ def parser(
         overrides_metavar: Name of the positional arguments after RUN in the help.
         overrides_help: Help text of those arguments.
     """
-    command = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         f"python -m {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("run", metavar="RUN", help=RUN_HELP)
-    command.add_argument("overrides", nargs="*", metavar=overrides_metavar, help=overrides_help)
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("overrides", nargs="*", metavar=overrides_metavar, help=overrides_help)
     for flag, arguments in {**SHARED_OPTIONS, **options}.items():
-        command.add_argument(flag, **arguments)
-    return command
+        parser.add_argument(flag, **arguments)
+    return parser
 
 
 def open_run(options: argparse.Namespace) -> Run:
-    """Open the run that the options of `parser` name, in a single process."""
+    """Open the run that the command line names."""
     return runs.load_run(options.run, options.checkpoint, options.overrides, options.device)
 
 
 def evaluate_and_print(
-    command: argparse.ArgumentParser,
+    parser: argparse.ArgumentParser,
     arguments: list[str],
     evaluate: Callable[[Run, argparse.Namespace], dict[str, Any]],
 ) -> None:
     """Open the run on this rank's device, evaluate it, and print the result from the main rank.
 
-    The table of every setting that was tried, `<name>_grid`, is printed first if there is one.
+    If the evaluation tried several settings, their table `<name>_grid` is printed first.
     """
-    options = command.parse_intermixed_args(arguments)
-    with shards.ranks(options.device) as options.device:
+    options = parser.parse_intermixed_args(arguments)
+    with _join_ranks(options.device) as options.device:
         run = open_run(options)
         result = evaluate(run, options)
         if not process_group.is_main():
@@ -85,34 +88,53 @@ def evaluate_and_print(
         folder, name = run.path / "eval", result["name"]
         grid = folder / result["checkpoint"] / f"{name}_grid.json"
         if grid.exists():
-            print(f"\n{results.text(json.loads(grid.read_text()))}")
-        print(f"\n{results.text(result)}")
+            print(f"\n{results.format_result(json.loads(grid.read_text()))}")
+        print(f"\n{results.format_result(result)}")
         print(f"\n{result['seconds']:.0f} s; saved to {folder / name}.json")
+
+
+@contextmanager
+def _join_ranks(device: str) -> Iterator[str]:
+    """Join the ranks that torchrun started and yield this rank's device.
+
+    Without torchrun, `device` is yielded unchanged.
+
+    Raises:
+        ValueError: If several ranks are to run on the CPU of a machine with GPUs, because their
+            messages would go over the GPUs.
+    """
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device == "cpu" and torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "--device cpu: several ranks on a CPU beside GPUs; hide the GPUs with"
+            " CUDA_VISIBLE_DEVICES= torchrun ..."
+        )
+    rank_device = process_group.start()
+    try:
+        yield str(rank_device) if device == "auto" else device
+    finally:
+        process_group.stop()
 
 
 def execute(main: Callable[[list[str]], None], name: str) -> None:
     """Run `main` on the arguments of this process and exit with a status.
 
     An expected error is printed as one line. The status is 2 for a user's mistake, 74 for a disk
-    that refuses to write, 69 for a lost worker, and 77 for images without labels if the command was
-    told to skip those.
+    that refuses to write, and 69 for a lost worker. With --skip-unlabeled it is 77 for images
+    without labels.
     """
     with tolerate_lost_output():
         try:
             main(sys.argv[1:])
-        except UnlabeledError as error:
-            if "--skip-unlabeled" not in sys.argv[1:]:
-                _exit(name, error, USER_ERROR)
-            print(f"{name}: skipped: {error}")
-            sys.exit(SKIPPED)
-        except (ValueError, OSError) as error:
-            _exit(name, error, DISK_REFUSED if durable_files.is_disk_failure(error) else USER_ERROR)
-        except LostWorkerError as error:
-            _exit(name, error, LOST)
+        except (ValueError, OSError, LostWorkerError) as error:
+            if isinstance(error, UnlabeledError) and "--skip-unlabeled" in sys.argv[1:]:
+                print(f"{name}: skipped: {error}")
+                sys.exit(SKIPPED)
+            print(f"{name}: {error}", file=sys.stderr)
+            if isinstance(error, LostWorkerError):
+                sys.exit(LOST)
+            sys.exit(DISK_REFUSED if durable_files.is_disk_failure(error) else USER_ERROR)
         except KeyboardInterrupt:
             sys.exit(130)
-
-
-def _exit(name: str, error: Exception, status: int) -> None:
-    print(f"{name}: {error}", file=sys.stderr)
-    sys.exit(status)

@@ -1,4 +1,10 @@
-"""One HTML page that compares several runs: their configurations, numbers and curves."""
+"""Write one self-contained page that compares runs.
+
+It shows the configuration keys that differ, the last numbers and the evaluations side by side, the
+curves of all runs in shared charts, and the alerts of each run.
+
+    python -m ssl_pretrain.eval.compare runs/simclr_digits runs/second --output compare.html
+"""
 
 import argparse
 from pathlib import Path
@@ -6,32 +12,28 @@ from typing import Any
 
 import yaml
 
+from ssl_pretrain import schema
 from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.html import charts, page, sections
-from ssl_pretrain.eval.html.page import Figure
-from ssl_pretrain.eval.html.sections import Record
 from ssl_pretrain.monitoring import metric_names
 from ssl_pretrain.system import durable_files
 
-HELP = """Write one self-contained page that compares runs.
-
-It shows the configuration keys that differ, the last numbers and the evaluations side by side, the
-curves of all runs in shared charts, and the alerts of each run.
-
-    python -m ssl_pretrain.eval.compare runs/simclr_digits runs/second --output compare.html"""
-NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that name a run, and so always differ
+NAMING_KEYS = ("output", "log.name", "log.tags")  # keys that name a run and therefore differ
 
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         "python -m ssl_pretrain.eval.compare",
-        description=HELP,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option = parser.add_argument
-    option("runs", nargs="+", metavar="RUN", type=Path, help="folders of two or more runs")
-    option("--output", type=Path, help="the page (default: compare.html beside the first run)")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=Path, help="folders of two or more runs"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the page (default: compare.html beside the first run)"
+    )
     options = parser.parse_args(arguments)
     print(f"comparison: {write(options.runs, options.output)}")
 
@@ -53,8 +55,10 @@ def write(runs: list[Path], output: Path | None = None) -> Path:
                 f"{run}: there is no config.yaml, so this is not the folder of a run; "
                 "give the `output` of a run's config"
             )
-    by_name = dict(zip(_short_names(runs), runs))
-    names = list(by_name)
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    by_name = dict(zip(names, runs))
     metrics = {name: sections.read_metrics(run) for name, run in by_name.items()}
     text = page.render(
         "compare.html.jinja",
@@ -65,7 +69,7 @@ def write(runs: list[Path], output: Path | None = None) -> Path:
         differences=[[key, *values] for key, values in differences(by_name).items()],
         numbers=_last_values(metrics),
         evaluations=_evaluations(by_name),
-        training=_curves(metrics),
+        training=_charts(metrics),
         alerts=[(name, sections.alerts(run)) for name, run in by_name.items()],
     )
     path = output or runs[0].parent / "compare.html"
@@ -73,39 +77,26 @@ def write(runs: list[Path], output: Path | None = None) -> Path:
     return path
 
 
-def _short_names(runs: list[Path]) -> list[str]:
-    """Return the names of the folders, or their whole paths where two names are the same."""
-    names = [run.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
-
-
 def differences(runs: dict[str, Path]) -> dict[str, list[str]]:
     """Return the configuration keys whose values differ, with the value of each run.
 
     The value is `-` for a run whose configuration lacks the key.
     """
-    configs = [_flatten(yaml.safe_load((run / "config.yaml").read_text())) for run in runs.values()]
-    keys = dict.fromkeys(key for values in configs for key in values if key not in NAMING_KEYS)
+    configs = [
+        schema.flatten(yaml.safe_load((run / "config.yaml").read_text())) for run in runs.values()
+    ]
+    keys = dict.fromkeys(key for config in configs for key in config if key not in NAMING_KEYS)
     values = {key: [str(config.get(key, "-")) for config in configs] for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.removesuffix("."): tree}
-    leaves: dict[str, Any] = {}
-    for name, branch in tree.items():
-        leaves |= _flatten(branch, f"{prefix}{name}.")
-    return leaves
-
-
-def _recorded_keys(metrics: dict[str, list[Record]], group: str) -> list[str]:
+def _recorded_keys(metrics: dict[str, list[sections.Record]], group: str) -> list[str]:
     """Return the keys of a group that any run recorded."""
     keys = [key for records in metrics.values() for key in sections.recorded_keys(records, group)]
     return list(dict.fromkeys(keys))
 
 
-def _last_values(metrics: dict[str, list[Record]]) -> list[list[str]]:
+def _last_values(metrics: dict[str, list[sections.Record]]) -> list[list[str]]:
     """Return a table of the last value of every curve, and of the best k-NN accuracy."""
     rows = [["steps", *(f"{r[-1]['step']:,}" if r else "-" for r in metrics.values())]]
     knn = [sections.curve(records, "knn") for records in metrics.values()]
@@ -123,44 +114,43 @@ def _last_values(metrics: dict[str, list[Record]]) -> list[list[str]]:
 
 def _evaluations(runs: dict[str, Path]) -> list[list[str]]:
     """Return a table of the pretrained features' accuracy at the newest evaluated checkpoint."""
-    newest = []  # per run: the newest result of each kind of evaluation
-    for run in runs.values():
-        newest.append({kind: s[max(s)] for kind, s in results.by_step(run).items()})
-    columns = {
-        (kind, column): None
-        for results_of_run in newest
-        for kind, result in results_of_run.items()
-        for column in results.columns(result)
-    }
+    newest = [
+        {kind: steps[max(steps)] for kind, steps in results.by_step(run).items()}
+        for run in runs.values()
+    ]
+    columns = dict.fromkeys(
+        (kind, column)
+        for evaluations in newest
+        for kind, result in evaluations.items()
+        for column in results.column_names(result)
+    )
     return [
         [
             f"{sections.TITLES.get(kind, kind)}, {column}",
-            *(_pretrained(results_of_run.get(kind), column) for results_of_run in newest),
+            *(_pretrained(evaluations.get(kind, {}), column) for evaluations in newest),
         ]
         for kind, column in sorted(columns, key=lambda key: key[0])
     ]
 
 
-def _pretrained(result: Record | None, column: str) -> str:
-    if result is None:
-        return "-"
-    for row in result["rows"]:
+def _pretrained(result: dict[str, Any], column: str) -> str:
+    """Format one number of the pretrained features and its step."""
+    for row in result.get("rows", []):
         if row["features"] == "pretrained":
-            return f"{results.number(row, column)} (step {result['step']:,})"
+            return f"{results.format_number(row, column)} (step {result['step']:,})"
     return "-"
 
 
-def _curves(metrics: dict[str, list[Record]]) -> list[tuple[str, list[Figure]]]:
-    groups = []
-    for group in metric_names.GROUPS:
-        figures = []
-        for key in _recorded_keys(metrics, group):
-            series = {name: sections.curve(records, key) for name, records in metrics.items()}
-            chart = charts.line_chart(series, key, marked=key == "knn")
-            figures.append(Figure(chart, sections.caption(key)))
-        if figures:
-            groups.append((group, figures))
-    return groups
+def _charts(metrics: dict[str, list[sections.Record]]) -> list[tuple[str, list[page.Figure]]]:
+    """Return the charts of each group of metrics that any run recorded."""
+
+    def figure(key: str) -> page.Figure:
+        series = {name: sections.curve(records, key) for name, records in metrics.items()}
+        chart = charts.line_chart(series, key, marked=key == "knn")
+        return page.Figure(chart, sections.caption(key))
+
+    keys = {group: _recorded_keys(metrics, group) for group in metric_names.GROUPS}
+    return [(group, list(map(figure, keys[group]))) for group in keys if keys[group]]
 
 
 if __name__ == "__main__":

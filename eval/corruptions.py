@@ -1,12 +1,13 @@
 """Common corruptions of images (Hendrycks and Dietterich, ICLR 2019, arXiv:1903.12261).
 
-The definitions and constants are those of the `create_c` scripts of hendrycks/robustness: of
-CIFAR-10-C for images of up to SMALL pixels, of ImageNet-C above. Twelve of the fifteen are here.
-Snow and motion blur need ImageMagick, and frost needs the authors' photographs.
+The definitions and constants are those of the `create_c` scripts of hendrycks/robustness. Images of
+up to MAX_SMALL_SIDE pixels use the constants of CIFAR-10-C, larger ones those of ImageNet-C. Twelve
+of the fifteen corruptions are implemented. Snow and motion blur need ImageMagick, and frost needs
+the authors' photographs.
 
 Each corruption is a pure function of image, severity, index of the image, and seed. All severities
-of an image use the same random numbers, which are not numpy's. Elastic transformation interpolates
-exactly, where OpenCV rounds positions to 1/32 pixel.
+of an image use the same counter-based random numbers. Elastic transformation interpolates exactly,
+whereas OpenCV rounds positions to 1/32 pixel.
 """
 
 import io
@@ -19,16 +20,15 @@ from PIL import Image
 from scipy import ndimage, special, stats
 
 from ssl_pretrain import rng as counter_rng
-from ssl_pretrain.rng import Purpose
 from ssl_pretrain.system.jit import njit
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SMALL = 64  # pixels of the longer side up to which the constants are CIFAR-10-C's
+MAX_SMALL_SIDE = 64  # pixels of the longer side up to which the constants are CIFAR-10-C's
 
 
 @dataclass
 class ImageRng:
-    """Random numbers of one corruption of one image, counter-based."""
+    """Counter-based random numbers of one corruption of one image."""
 
     seed: int
     index: int
@@ -37,12 +37,16 @@ class ImageRng:
 
     def uniform(self, *shape: int) -> np.ndarray:
         """Return numbers in [0, 1)."""
-        end = self.num_used + int(np.prod(shape))
-        lanes = counter_rng.uniform(
-            self.seed, 0, self.index, self.corruption, Purpose.CORRUPTION, end
-        )[0, self.num_used :]
-        self.num_used = end
-        return lanes.reshape(shape)
+        first, self.num_used = self.num_used, self.num_used + int(np.prod(shape))
+        numbers = counter_rng.uniform(
+            self.seed,
+            0,
+            self.index,
+            self.corruption,
+            counter_rng.Purpose.CORRUPTION,
+            self.num_used,
+        )
+        return numbers[0, first:].reshape(shape)
 
     def normal(self, *shape: int) -> np.ndarray:
         """Return numbers of a standard normal distribution."""
@@ -56,8 +60,9 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
         name: One of NAMES.
         image: Image, uint8 (height, width, 3).
         severity: 1 to 5.
-        index: Index of the image in its data set, which selects its random numbers.
-        seed: Selects other random numbers for all images.
+        index: Index of the image in its data set. Together with the seed it gives the random
+            numbers.
+        seed: Seed of the random numbers.
 
     Raises:
         ValueError: If the corruption or the severity is unknown.
@@ -66,16 +71,15 @@ def apply(name: str, image: np.ndarray, severity: int, index: int, seed: int = 0
         raise ValueError(f"corruption: {name!r} is unknown; choose among: {', '.join(NAMES)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity: {severity} is not one of 1 to 5")
-    corruption = CORRUPTIONS[name]
-    small = max(image.shape[:2]) <= SMALL
-    strength = (corruption.small if small else corruption.large)[severity - 1]
+    corruption, is_small = CORRUPTIONS[name], max(image.shape[:2]) <= MAX_SMALL_SIDE
+    constants = corruption.cifar10_c if is_small else corruption.imagenet_c
     rng = ImageRng(seed, index, NAMES.index(name))
-    corrupted = corruption.function(image / 255.0, strength, rng)
+    corrupted = corruption.function(image / 255.0, constants[severity - 1], rng)
     return (corrupted.clip(0, 1) * 255).astype(np.uint8)  # truncated, as the authors do
 
 
-# Each function below takes an image, float64 (height, width, 3) in [0, 1], the constants of a
-# severity, and random numbers. It returns the corrupted image, not yet clipped.
+# Each corruption below takes an image, float64 (height, width, 3) in [0, 1], the constants of a
+# severity, and random numbers. It returns the corrupted image, which is clipped later.
 
 
 def gaussian_noise(image: np.ndarray, std: float, rng: ImageRng) -> np.ndarray:
@@ -120,21 +124,21 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def glass_blur(image: np.ndarray, constants: tuple[float, int, int], rng: ImageRng) -> np.ndarray:
-    """Exchange pixels with random ones nearby, and blur before and after.
+    """Swap pixels with random ones nearby, and blur before and after.
 
-    `constants` holds the blur's standard deviation in pixels, the farthest exchange in pixels per
-    axis, and the number of rounds.
+    `constants` holds the blur's standard deviation in pixels, the largest distance of a swap in
+    pixels per axis, and the number of rounds.
     """
     sigma, reach, num_rounds = constants
     pixels = (gaussian_blur(image, sigma) * 255).astype(np.uint8)
     offsets = np.floor(rng.uniform(num_rounds, *image.shape[:2], 2) * 2 * reach)
-    _exchange(pixels, offsets.astype(np.int64) - reach, reach)
+    _swap(pixels, offsets.astype(np.int64) - reach, reach)
     return gaussian_blur(pixels / 255.0, sigma)
 
 
 @njit(cache=True, nogil=True)
-def _exchange(pixels, offsets, reach):
-    """Exchange each pixel, from the last to the first, with one near it."""
+def _swap(pixels, offsets, reach):
+    """Swap each pixel, from the last to the first, with one near it."""
     height, width, channels = pixels.shape
     for turn in range(offsets.shape[0]):
         for row in range(min(height - reach, height - 1), reach, -1):
@@ -152,8 +156,7 @@ def zoom_blur(image: np.ndarray, zoom: tuple[float, float], rng: ImageRng) -> np
 
     `zoom` holds the end (exclusive) and the step of the factors, which start at 1.
     """
-    end, step = zoom
-    factors = np.arange(1, end, step)
+    factors = np.arange(1, *zoom)
     return (image + sum(enlarge(image, factor) for factor in factors)) / (len(factors) + 1)
 
 
@@ -206,7 +209,7 @@ def plasma(side: int, decay: float, rng: ImageRng) -> np.ndarray:
 
 
 def brightness(image: np.ndarray, amount: float, rng: ImageRng) -> np.ndarray:
-    """Raise the value of hue, saturation and value. Each pixel is scaled; black becomes gray."""
+    """Add `amount` to the value in HSV, which scales each pixel. Black becomes gray."""
     value = image.max(axis=-1, keepdims=True)
     scaled = np.where(value > 0, image / np.where(value > 0, value, 1), 1.0)
     return scaled * (value + amount).clip(max=1)
@@ -221,15 +224,19 @@ def contrast(image: np.ndarray, factor: float, rng: ImageRng) -> np.ndarray:
 def elastic_transform(
     image: np.ndarray, constants: tuple[float, float, float], rng: ImageRng
 ) -> np.ndarray:
-    """Map three points of the image to displaced ones, then move every pixel by smooth noise."""
+    """Apply a random affine map, and displace every pixel by smooth noise.
+
+    `constants` holds the strength and the standard deviation of the noise, and the largest shift of
+    the three points that define the affine map, as shares of the side.
+    """
     side = min(image.shape[:2])
     # The authors' constants for images of 224 pixels are multiples of 244.
-    unit = side if side <= SMALL else side * 244 / 224
-    strength, sigma, affine = (unit * constant for constant in constants)
+    unit = side if side <= MAX_SMALL_SIDE else side * 244 / 224
+    strength, sigma, max_shift = (unit * constant for constant in constants)
     rows, columns = np.meshgrid(*(np.arange(length) for length in image.shape[:2]), indexing="ij")
     center, third = np.array(image.shape[:2]) // 2, side // 3
     corners = center + third * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])  # (x, y)
-    displaced = corners + affine * (2 * rng.uniform(3, 2) - 1)
+    displaced = corners + max_shift * (2 * rng.uniform(3, 2) - 1)
     to_source = np.linalg.solve(np.column_stack([displaced, np.ones(3)]), corners)
     homogeneous = np.stack([columns, rows, np.ones_like(rows)], axis=-1)
     x, y = np.moveaxis(homogeneous @ to_source, -1, 0)
@@ -246,15 +253,17 @@ def elastic_transform(
 
 def sample(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, mode: str) -> np.ndarray:
     """Return the image at these positions, interpolated linearly."""
-    channels = [
-        ndimage.map_coordinates(channel, [rows, columns], order=1, mode=mode)
-        for channel in np.moveaxis(image, -1, 0)
-    ]
-    return np.stack(channels, axis=-1)
+    return np.stack(
+        [
+            ndimage.map_coordinates(channel, [rows, columns], order=1, mode=mode)
+            for channel in np.moveaxis(image, -1, 0)
+        ],
+        axis=-1,
+    )
 
 
 def pixelate(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
-    """Shrink both sides to this share of their length, then restore the size, by box filters."""
+    """Shrink both sides to this share of their length and restore the size, with box filters."""
     height, width = image.shape[:2]
     small_size = max(1, int(width * share)), max(1, int(height * share))
     small = _to_pil(image).resize(small_size, Image.Resampling.BOX)
@@ -262,7 +271,7 @@ def pixelate(image: np.ndarray, share: float, rng: ImageRng) -> np.ndarray:
 
 
 def jpeg_compression(image: np.ndarray, quality: int, rng: ImageRng) -> np.ndarray:
-    """Compress as JPEG of this quality, on Pillow's scale, and decode it."""
+    """Encode as JPEG of this quality, on Pillow's scale, and decode."""
     content = io.BytesIO()
     _to_pil(image).save(content, "JPEG", quality=quality)
     return np.asarray(Image.open(content)) / 255.0
@@ -277,11 +286,11 @@ class Corruption:
     """A corruption and its constants, one entry per severity."""
 
     function: Callable[[np.ndarray, Any, ImageRng], np.ndarray]
-    small: tuple[Any, ...]  # constants of CIFAR-10-C
-    large: tuple[Any, ...]  # constants of ImageNet-C
+    cifar10_c: tuple[Any, ...]
+    imagenet_c: tuple[Any, ...]
 
 
-# The order is part of the random numbers.
+# The random numbers depend on the order.
 CORRUPTIONS = {
     "gaussian_noise": Corruption(
         gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)

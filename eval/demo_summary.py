@@ -10,7 +10,7 @@ from ssl_pretrain.eval import command_line, knn, report, results, runs
 from ssl_pretrain.eval.frozen import cached_linear
 from ssl_pretrain.eval.html import sections
 
-COLUMNS = {  # column titles and names of the features
+COLUMNS = {  # column title -> features in the result files
     "raw pixels": "raw pixels",
     "random backbone": results.BETTER_RANDOM,
     "pretrained": "pretrained",
@@ -47,42 +47,44 @@ def summary(run: str | Path, seconds: dict[str, float] | None = None) -> str:
                 f"{path}: has no {name} evaluation; "
                 f"run python -m ssl_pretrain.eval.{name} {path} first"
             )
-    neighbors, classifiers = evaluations["knn"], evaluations["linear"]
+    knn_result, linear_result = evaluations["knn"], evaluations["linear"]
     rows = [
-        _row(result, column, f"{title}, {column}")
-        for title, result in (("k-NN", neighbors), ("linear", classifiers))
-        for column in results.columns(result)
+        [f"{title}, {column}", *_numbers(result, column)]
+        for title, result in (("k-NN", knn_result), ("linear", linear_result))
+        for column in results.column_names(result)
     ]
-    protocol = neighbors["protocol"]
+    protocol, linear_protocol = knn_result["protocol"], linear_result["protocol"]
     lines = [
         protocol["images"],
         f"network: {protocol['network']}",
         "random backbone: the same network before its first step, with initial or recalibrated "
         "batch norm statistics, whichever is better",
         "",
-        results.table(["accuracy, %", *COLUMNS], rows),
+        results.format_table(["accuracy, %", *COLUMNS], rows),
         "",
         f"k-NN: k = {protocol['k']}, temperature {protocol['temperature']}, on the test images",
     ]
     if "shifts" in protocol:
         lines.append(f"shifted: {protocol['shifts']}")
-    if "few labels" in classifiers["protocol"]:
-        lines.append(f"linear, n per class: {classifiers['protocol']['few labels']}")
+    if "few labels" in linear_protocol:
+        lines.append(f"linear, n per class: {linear_protocol['few labels']}")
     lines += ["", *_curves(path)]
     if seconds:
-        phases = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-        lines.append(f"seconds: {phases}")
+        lines.append(
+            "seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+        )
     page = path / "report.html"
-    lines.append(
-        f"report: {page if page.is_file() else f'python -m ssl_pretrain.eval.report {path}'}"
-    )
-    return "\n".join([*lines, "", NEXT])
+    report_or_command = page if page.is_file() else f"python -m ssl_pretrain.eval.report {path}"
+    return "\n".join([*lines, f"report: {report_or_command}", "", NEXT])
 
 
-def _row(result: dict[str, Any], column: str, title: str) -> list[str]:
+def _numbers(result: dict[str, Any], column: str) -> list[str]:
+    """Return the numbers of one column for the features in COLUMNS."""
     rows = {row["features"]: row for row in result["rows"]}
-    numbers = [results.number(rows[n], column) if n in rows else "-" for n in COLUMNS.values()]
-    return [title, *numbers]
+    return [
+        results.format_number(rows[features], column) if features in rows else "-"
+        for features in COLUMNS.values()
+    ]
 
 
 def _curves(run: Path) -> list[str]:
@@ -92,10 +94,8 @@ def _curves(run: Path) -> list[str]:
         ("loss", "loss", ""),
         ("k-NN", "knn", " %, of held-out training images"),
     ):
-        values = [value for _, value in sections.curve(metrics, key)]
-        if values:
-            ends = f"{values[0]:.4g} to {values[-1]:.4g}{unit}"
-            lines.append(f"{title}  {sparkline(values)}  {ends}")
+        if values := [value for _, value in sections.curve(metrics, key)]:
+            lines.append(f"{title}  {sparkline(values)}  {values[0]:.4g} to {values[-1]:.4g}{unit}")
     return lines
 
 
@@ -103,8 +103,7 @@ def sparkline(values: list[float], width: int = 48) -> str:
     """Draw a curve as one line of at most `width` blocks, each the mean of a segment."""
     segments = np.array_split(np.array(values, dtype=float), min(width, len(values)))
     means = np.array([segment.mean() for segment in segments])
-    span = means.max() - means.min()
-    levels = (means - means.min()) / (span or 1) * (len(BLOCKS) - 1)
+    levels = (means - means.min()) / (np.ptp(means) or 1) * (len(BLOCKS) - 1)
     return "".join(BLOCKS[int(level)] for level in levels.round())
 
 

@@ -1,4 +1,4 @@
-"""The backbone of a run as a folder that loads anywhere: `ssl_pretrain.eval.export RUN OUT`.
+"""Export the backbone of a run to a folder that loads anywhere.
 
 `load(OUT)` returns the backbone.
 """
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssl_pretrain.data.sources import open_source
-from ssl_pretrain.eval import command_line, spectrum
+from ssl_pretrain.eval import command_line, results, spectrum
 from ssl_pretrain.eval.exporting import model_card, onnx
 from ssl_pretrain.eval.exporting.reference import (
     ARGUMENTS,
@@ -22,26 +22,22 @@ from ssl_pretrain.eval.exporting.reference import (
     check,
     reference_images,
 )
-from ssl_pretrain.eval.frozen import features
-from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
-from ssl_pretrain.eval.results import print_progress
+from ssl_pretrain.eval.frozen import evaluation_split, features
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.models import backbones, timm_networks
-from ssl_pretrain.models.components import Backbone
-from ssl_pretrain.models.timm_networks import BackboneConfig
+from ssl_pretrain.models import backbones, components, timm_networks
 from ssl_pretrain.system import durable_files
 
 WEIGHTS = "model.safetensors"
 TORCHVISION_TOLERANCE = 1e-5  # share of the largest feature
 NUM_PROBED = 512  # training images whose features must differ
-# Effective rank of centered features, and their deviation at length 1. Below either, the features
-# are a point or a line.
+# Smallest effective rank of centered features, and smallest deviation of features of length 1.
+# Features below either are a point or a line.
 MIN_RANK, MIN_SPREAD = 2.0, 0.01
-HELP = f"""Write the backbone of a run as a folder that loads anywhere, without the projector.
+HELP = f"""Export the backbone of a run, without the projector, to a folder that loads anywhere.
 
 {WEIGHTS}: weights under timm's names, which are torchvision's for ResNets.
 {ARGUMENTS}: the arguments that build the network.
-{REFERENCE}: images and their features. Weights may load without an error into another
+{REFERENCE}: images and their features. Weights can load without an error into another
 network, such as those of 12 heads into 6, and this file reveals it.
 README.md: a model card with configuration, results and checksums.
 Untrained weights and features that are the same for all images are refused.
@@ -73,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser(
+    parser = command_line.build_parser(
         "ssl_pretrain.eval.export",
         HELP,
         OPTIONS,
@@ -82,16 +78,15 @@ def main(arguments: list[str]) -> None:
         " key=value as for the other evaluations",
     )
     options = parser.parse_intermixed_args(arguments)
-    folders = [text for text in options.overrides if "=" not in text]
-    options.overrides = [text for text in options.overrides if "=" in text]
+    folders = [word for word in options.overrides if "=" not in word]
+    options.overrides = [word for word in options.overrides if "=" in word]
     if len(folders) > 1:
         raise ValueError(f"give RUN and one OUT; got {' and '.join(folders)}")
     run = command_line.open_run(options)
     out = Path(folders[0]) if folders else run.path / "export"
-    folder = export(run, out, options.format, options.force)
+    export(run, out, options.format, options.force)
     print(
-        f"exported {run.network} of {run.checkpoint_path.name} to {folder};"
-        f" read {folder / 'README.md'}"
+        f"exported {run.network} of {run.checkpoint_path.name} to {out}; read {out / 'README.md'}"
     )
 
 
@@ -101,7 +96,8 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     Args:
         run: Run to export.
         folder: New folder, or an older export.
-        formats: "torchvision" checks the weights there, "onnx" also writes ONNX models.
+        formats: "torchvision" checks that torchvision loads the weights, "onnx" also writes ONNX
+            models.
         force: Export random or collapsed weights with a warning.
 
     Returns:
@@ -116,14 +112,14 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
         onnx.require_packages()
     if folder.exists() and any(folder.iterdir()) and not (folder / ARGUMENTS).exists():
         raise ValueError(f"{folder}: is not empty and holds no export; give a new folder")
-    doubts = find_doubts(run)
-    for doubt in doubts:
+    problems = find_problems(run)
+    for problem in problems:
         if not force:
             raise ValueError(
-                f"{run.path}: {doubt}. Nothing was written; give another --checkpoint, or --force"
+                f"{run.path}: {problem}. Nothing was written; give another --checkpoint, or --force"
                 " to export it anyway"
             )
-        print_progress(f"WARNING: {doubt}")
+        results.print_progress(f"WARNING: {problem}")
     model: Any = run.backbone.model
     weights = {
         key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
@@ -143,23 +139,23 @@ def export(run: Run, folder: Path, formats: list[str] | None = None, force: bool
     (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=1) + "\n")
     load(folder)
     onnx_section = onnx.write(run, folder, images, expected) if "onnx" in formats else ""
-    card = model_card.render(run, arguments, doubts, onnx_section)
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(model_card.render(run, arguments, problems, onnx_section))
     return folder
 
 
-def load(folder: str | Path) -> Backbone:
+def load(folder: str | Path) -> components.Backbone:
     """Load an exported backbone in evaluation mode on the CPU.
 
-    Every weight is loaded, and the features are compared with those of the export.
+    The features of the reference images are compared with those of the export.
 
     Raises:
         ValueError: If a file is missing or damaged, a key is missing or unexpected, or the features
             differ.
     """
     folder = Path(folder)
-    missing = [name for name in (WEIGHTS, ARGUMENTS, REFERENCE) if not (folder / name).is_file()]
-    if missing:
+    if missing := [
+        name for name in (WEIGHTS, ARGUMENTS, REFERENCE) if not (folder / name).is_file()
+    ]:
         raise ValueError(
             f"{folder}: {', '.join(missing)} is missing; give a folder that eval.export wrote"
         )
@@ -169,7 +165,9 @@ def load(folder: str | Path) -> Backbone:
             f"{folder / WEIGHTS}: is damaged, its SHA-256 is not the one in {ARGUMENTS}; copy or"
             " export it again"
         )
-    config = BackboneConfig(arguments["architecture"], arguments["stem"], args=arguments["args"])
+    config = timm_networks.BackboneConfig(
+        arguments["architecture"], arguments["stem"], args=arguments["args"]
+    )
     backbone = backbones.build(config, arguments["built_for"])
     backbones.load_strict(backbone, load_file(folder / WEIGHTS), str(folder / WEIGHTS), exact=True)
     check(backbone, folder)
@@ -179,10 +177,10 @@ def load(folder: str | Path) -> Backbone:
 def build_arguments(run: Run) -> dict[str, Any]:
     """Return the arguments that build the backbone, and describe its input and origin."""
     config, evaluation = run.config, run.config.evaluation
-    size_arguments = timm_networks.size_arguments(config.backbone.name, run.view_size)
-    args = dict(config.backbone.args)
+    name, args = config.backbone.name, dict(config.backbone.args)
+    size_arguments = timm_networks.size_arguments(name, run.view_size)
     return {
-        "architecture": config.backbone.name,
+        "architecture": name,
         "stem": config.backbone.stem,
         "args": args,
         "built_for": run.view_size,
@@ -196,7 +194,7 @@ def build_arguments(run: Run) -> dict[str, Any]:
             "std": list(config.views.std),
         },
         "method": config.method.name,
-        **run.about(),
+        **run.provenance(),
     }
 
 
@@ -207,9 +205,8 @@ def check_torchvision(
     import torchvision
 
     name, stem = run.config.backbone.name, run.config.backbone.stem
-    resnets = ("resnet", "wide_resnet", "resnext")
-    available = torchvision.models.list_models(module=torchvision.models)
-    if name not in available or not name.startswith(resnets):
+    is_resnet = name.startswith(("resnet", "wide_resnet", "resnext"))
+    if not is_resnet or name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"--format torchvision: it has no {name} that takes timm's weights; it has ResNets,"
             " such as resnet50"
@@ -224,9 +221,9 @@ def check_torchvision(
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
         raise ValueError(
-            f"--format torchvision: its {name} refuses the weights: {reason}"
+            f"--format torchvision: its {name} refuses the weights:"
+            f" {str(error).splitlines()[-1].strip()}"
         ) from None
     with torch.no_grad():
         difference = (model.eval()(images) - expected).abs().max().item()
@@ -237,35 +234,35 @@ def check_torchvision(
         )
 
 
-def find_doubts(run: Run) -> list[str]:
-    """Return reasons why the weights may be worthless: untrained, or the same for every image."""
-    doubts = []
+def find_problems(run: Run) -> list[str]:
+    """Return problems that make the weights worthless: untrained, or the same for every image."""
+    problems = []
     random = dict(features.random_backbone(run).named_parameters())
     if all(torch.equal(random[name], value) for name, value in run.backbone.named_parameters()):
-        doubts.append(
+        problems.append(
             f"every weight is the one that seed {run.config.seed} gives before the first step, so"
             f" this is a random backbone (step {run.step})"
         )
     try:
         source = open_source(run.config.data, "train")
     except (ValueError, OSError) as error:
-        print_progress(
+        results.print_progress(
             f"not checked for collapse, because the training images are missing: {error}"
         )
-        return doubts
-    split = EvaluationSplit(run, source).random_subset(NUM_PROBED)
-    pooled, _ = features.extract(run.backbone, split)
+        return problems
+    images = evaluation_split.EvaluationSplit(run, source).random_subset(NUM_PROBED)
+    pooled, _ = features.extract(run.backbone, images)
     deviations = spectrum.spectrum(pooled).sqrt()
     shares = deviations / deviations.sum().clamp(min=1e-12) + 1e-12
     rank = torch.exp(-(shares * shares.log()).sum()).item()  # RankMe, arXiv:2210.02885
     spread = deviations.norm().item()
     if not (rank >= MIN_RANK and spread >= MIN_SPREAD):
-        doubts.append(
-            f"the features of {len(split)} training images hardly differ: effective rank {rank:.1f}"
-            f" of {pooled.shape[1]} (at least {MIN_RANK:g}), spread {spread:.2g} (at least"
-            f" {MIN_SPREAD:g}): collapsed"
+        problems.append(
+            f"the features of {len(images)} training images hardly differ: effective rank"
+            f" {rank:.1f} of {pooled.shape[1]} (at least {MIN_RANK:g}), spread {spread:.2g} (at"
+            f" least {MIN_SPREAD:g}): collapsed"
         )
-    return doubts
+    return problems
 
 
 def _sha256(path: Path) -> str:

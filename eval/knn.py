@@ -1,35 +1,10 @@
-"""Weighted k-NN accuracy of a run's features: `python -m ssl_pretrain.eval.knn RUN`."""
+"""Weighted k-NN accuracy of frozen features, beside raw pixels and a random backbone.
 
-import time
-from collections.abc import Sequence
-from typing import Any
-
-from ssl_pretrain.distributed import process_group
-from ssl_pretrain.eval import command_line, results
-from ssl_pretrain.eval.frozen import features, knn_search, shards, shifts
-from ssl_pretrain.eval.frozen.evaluation_split import (
-    MAX_CACHE_BYTES,
-    EvaluationSplit,
-    describe_splits,
-    labeled_splits,
-)
-from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.monitoring import weighted_knn
-from ssl_pretrain.parallel import memory
-from ssl_pretrain.schema import COUNT, FROM_ZERO, POSITIVE
-
-# DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino).
-KS = (10, 20, 100, 200)
-TEMPERATURES = (0.07, 0.1)  # DINO and InstDisc use 0.07, CIFAR-10 usually 0.1
-NORMALIZATION = (
-    "features scaled to length 1, not centered; raw pixels centered on the training mean first"
-)
-HELP = """Weighted k-NN accuracy of frozen features, beside raw pixels and a random backbone.
-
-Each test image takes the class of its k nearest training images, which vote with
+The k nearest training images of each test image vote for its class with weights
 exp(cosine similarity / temperature). Nothing is trained and no hyperparameter is selected, so this
-is the quickest reliable measure. The result is printed and saved to RUN/eval/knn.json. The same
-search fills RUN/eval/knn_grid.json: k of 10, 20, 100 and 200 by temperatures of 0.07 and 0.1.
+is the quickest reliable measure. The result is printed and saved to RUN/eval/knn.json.
+RUN/eval/knn_grid.json has the accuracies for k of 10, 20, 100 and 200 and temperatures of 0.07 and
+0.1, from the same search.
 
     python -m ssl_pretrain.eval.knn runs/demo
     # the protocol often used for CIFAR-10
@@ -41,8 +16,33 @@ search fills RUN/eval/knn_grid.json: k of 10, 20, 100 and 200 by temperatures of
     # the images have moved
     python -m ssl_pretrain.eval.knn runs/demo data.root=/new/place
     # each rank embeds and searches its share of the images
-    torchrun --nproc-per-node 8 -m ssl_pretrain.eval.knn runs/imagenet"""
+    torchrun --nproc-per-node 8 -m ssl_pretrain.eval.knn runs/imagenet
+"""
 
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval import command_line, results
+from ssl_pretrain.eval.frozen import features, knn_search
+from ssl_pretrain.eval.frozen.evaluation_split import (
+    EvaluationSplit,
+    describe_splits,
+    labeled_splits,
+)
+from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.monitoring import weighted_knn
+from ssl_pretrain.parallel import memory
+from ssl_pretrain.schema import COUNT, FROM_ZERO, POSITIVE
+
+# DINO's grid (Caron et al., ICCV 2021, arXiv:2104.14294; eval_knn.py of facebookresearch/dino).
+GRID_KS = (10, 20, 100, 200)
+GRID_TEMPERATURES = (0.07, 0.1)  # DINO and InstDisc use 0.07, most work on CIFAR-10 0.1
+NORMALIZATION = (
+    "features scaled to length 1, not centered; raw pixels centered on the training mean first"
+)
 OPTIONS: dict[str, dict[str, Any]] = {
     "--k": {
         "type": COUNT,
@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--backend": {
         "choices": ["auto", "faiss", "torch"],
         "default": "auto",
-        "help": "both are exact; auto takes faiss if it is installed",
+        "help": "auto uses faiss if it is installed; both backends are exact",
     },
     "--rows": {
         "nargs": "+",
@@ -82,9 +82,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser("ssl_pretrain.eval.knn", HELP, OPTIONS)
     command_line.evaluate_and_print(
-        parser,
+        command_line.build_parser("ssl_pretrain.eval.knn", __doc__, OPTIONS),
         arguments,
         lambda run, options: evaluate(
             run,
@@ -132,81 +131,103 @@ def evaluate(
     train, test = labeled_splits(run, "k-NN", queries)
     weighted_knn.check(k, temperature, len(train))
     check_memory(run, train, test, rows)
-    distances = shifts.default_distances(test) if distances is None else distances
-    fitting = [each for each in KS if each <= len(train)]
-    votes = [(each, divisor) for each in fitting for divisor in TEMPERATURES]
+    distances = features.default_shift_distances(test) if distances is None else distances
+    grid_ks = [grid_k for grid_k in GRID_KS if grid_k <= len(train)]
+    votes = [(k, temperature), *itertools.product(grid_ks, GRID_TEMPERATURES)]
     table, grid = [], []
     for representation in features.representations(run, train, rows):
-        embed = representation.embed
-        bank, bank_labels = embed(train.rank_share)
-        search = knn_search.Search(
-            bank, bank_labels, len(train.classes), backend, representation.centered
-        )
-        accuracy, *accuracies = search.accuracies(
-            *shards.embed_split(embed, test), [(k, temperature), *votes]
-        )
-        row = results.Row(representation.name, {"clean": accuracy})
-        for distance in distances:
-            shifted = [
-                search.accuracies(*shards.embed_split(embed, test, offset), [(k, temperature)])[0]
-                for offset in shifts.directions(test, distance)
-            ]
-            row.metrics[f"shifted {distance}"] = sum(shifted) / len(shifted)
+        row, grid_row = _measure(representation, train, test, votes, distances, backend)
         results.print_progress(row.summary())
         table.append(row)
-        names = [f"k {each}, T {divisor:g}" for each, divisor in votes]
-        grid.append(results.Row(representation.name, dict(zip(names, accuracies))))
+        grid.append(grid_row)
+    name, seconds = "knn" if queries == "val" else "knn_train", time.monotonic() - began
     protocol = describe_splits(run, train, test, queries, "random" in rows)
     protocol["normalization"] = NORMALIZATION
-    name, seconds = "knn" if queries == "val" else "knn_train", time.monotonic() - began
-    grid_protocol = protocol | {
-        "k and temperature": "in each column's name (T); one search, with nothing selected"
-    }
-    if len(fitting) < len(KS):
-        too_large = ", ".join(str(each) for each in KS if each not in fitting)
-        grid_protocol["left out"] = f"k {too_large}: there are {len(train)} training images"
-    grid = results.with_better_random(grid)
-    results.save(run.path, f"{name}_grid", grid_protocol, grid, run.about(), seconds)
-    protocol |= {"k": k, "temperature": temperature, "backend": backend}
+
+    def save(name: str, entries: dict[str, Any], rows: list[results.Row]) -> dict[str, Any]:
+        rows = results.with_better_random(rows)
+        return results.save(run.path, name, protocol | entries, rows, run.provenance(), seconds)
+
+    save(f"{name}_grid", _describe_grid(len(train)), grid)
+    entries = {"k": k, "temperature": temperature, "backend": backend}
     if distances:
-        protocol["shifts"] = shifts.describe(test, distances)
-    table = results.with_better_random(table)
-    return results.save(run.path, name, protocol, table, run.about(), seconds)
+        entries["shifts"] = _describe_shifts(test, distances)
+    return save(name, entries, table)
+
+
+def _measure(
+    representation: features.Representation,
+    train: EvaluationSplit,
+    test: EvaluationSplit,
+    votes: list[knn_search.Vote],
+    distances: list[int],
+    backend: str,
+) -> tuple[results.Row, results.Row]:
+    """Return the row of the table, by the first vote, and the row of the grid, by the others."""
+    embed = representation.embed
+    search = knn_search.Search(
+        *embed(train.rank_share), len(train.classes), backend, representation.centered
+    )
+    accuracy, *grid_accuracies = search.accuracies(*features.embed_split(embed, test), votes)
+    row = results.Row(representation.name, {"clean": accuracy})
+    for distance in distances:
+        accuracies = [
+            search.accuracies(*features.embed_split(embed, test, offset), votes[:1])[0]
+            for offset in features.shift_offsets(test, distance)
+        ]
+        row.metrics[f"shifted {distance}"] = sum(accuracies) / len(accuracies)
+    columns = [f"k {k}, T {temperature:g}" for k, temperature in votes[1:]]
+    return row, results.Row(representation.name, dict(zip(columns, grid_accuracies)))
+
+
+def _describe_grid(num_train: int) -> dict[str, str]:
+    entries = {"k and temperature": "in each column's name (T); one search, with nothing selected"}
+    if too_large := [str(k) for k in GRID_KS if k > num_train]:
+        entries["left out"] = f"k {', '.join(too_large)}: there are {num_train} training images"
+    return entries
+
+
+def _describe_shifts(test: EvaluationSplit, distances: list[int]) -> str:
+    pixels = ", ".join(
+        f"{distance} original = {features.shift_offsets(test, distance)[0][0]} evaluation pixels"
+        for distance in distances
+    )
+    return (
+        f"queries only, right, left, down and up ({4 * len(test)} queries per distance), black"
+        f" fill: {pixels}"
+    )
 
 
 def check_memory(
     run: Run, train: EvaluationSplit, test: EvaluationSplit, rows: Sequence[str]
 ) -> None:
-    """Print how much memory the search takes beside what is free.
+    """Print the memory that the search takes and the memory that is free.
 
     Raises:
-        ValueError: If it does not fit.
+        ValueError: If the search does not fit.
     """
     feature_dim: Any = run.backbone.feature_dim
     raw_dim = 3 * min(run.image_size, features.RAW_SIZE) ** 2
     dim = max(raw_dim if row == "raw" else feature_dim for row in rows)
-    view_bytes = 0
-    if run.device.type == "cpu":
-        sizes = [len(split) * 3 * run.image_size**2 for split in (train, test)]
-        view_bytes = sum(size for size in sizes if size <= MAX_CACHE_BYTES)
+    view_bytes = train.cache_bytes + test.cache_bytes if run.device.type == "cpu" else 0
     needed = knn_search.required_bytes(len(train), len(test), dim, len(train.classes), view_bytes)
     held = f"holds at most {needed / memory.GIB:.2f} GiB"
     try:
         free = memory.available(run.device)
     except ValueError:  # neither CUDA nor Linux
-        results.print_progress(f"k-NN {held}; how much memory is free is unknown on this system")
+        results.print_progress(f"k-NN {held}; the free memory is unknown on this system")
         return
     num_ranks = process_group.world_size()
     per_rank = "" if num_ranks == 1 else f" on each of {num_ranks} ranks"
     results.print_progress(f"k-NN {held}{per_rank}, of {free / memory.GIB:.2f} GiB free")
     if needed > memory.USABLE_FRACTION * free:
-        narrower = "; --rows pretrained leaves out raw pixels, the widest features"
+        fewer_rows = "; --rows pretrained leaves out raw pixels, the widest features"
         raise ValueError(
             f"k-NN of {len(train):,} training and {len(test):,} test images with {dim:,} numbers"
             f" each {held}{per_rank}, more than {memory.USABLE_FRACTION:.0%} of the"
             f" {free / memory.GIB:.2f} GiB free. Use more ranks (torchrun --nproc-per-node N -m"
-            " ssl_pretrain.eval.knn ...), or fewer images (data.subset=N)"
-            f"{narrower if dim > feature_dim else ''}"
+            f" ssl_pretrain.eval.knn ...), or fewer images (data.subset=N)"
+            f"{fewer_rows if dim > feature_dim else ''}"
         )
 
 

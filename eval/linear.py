@@ -1,12 +1,11 @@
-"""Linear classifiers on a run's frozen features: `python -m ssl_pretrain.eval.linear RUN`."""
+"""Linear classifiers on a run's frozen features."""
 
 import argparse
 from typing import Any
 
 from ssl_pretrain.eval import command_line
 from ssl_pretrain.eval.frozen import cached_linear, features, published_linear
-from ssl_pretrain.eval.frozen.published_linear import LinearOptions
-from ssl_pretrain.eval.protocols import LINEAR
+from ssl_pretrain.eval.protocols import LINEAR, LinearOptions
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import COUNT, NOT_NEGATIVE, POSITIVE
 
@@ -14,17 +13,16 @@ HELP = f"""Accuracy of linear classifiers on frozen features, raw pixels and a r
 
 --protocol cached, the default: each image is embedded once.
 {cached_linear.NUM_SETTINGS} classifiers, one per learning rate and weight decay, are trained
-together on nine tenths of the training images.
-The best setting on the last tenth is trained on all training images and tested once. For few labels
-see --labels-per-class.
+together on nine tenths of the training images. The setting that is best on the last tenth is
+trained on all training images and tested once. For few labels see --labels-per-class.
 
 --protocol {" | ".join(LINEAR)}:
-the published protocols, on random crops and flips of the training images, which are embedded again
-in every epoch. Learning rates around the published one are trained in the same pass. The table has
-the accuracy of the published setting and of the one selected on held-out training images.
+the published protocols, on random crops and flips of the training images, which are embedded in
+every epoch. Learning rates around the published one are trained in the same pass. The table has the
+accuracy of the published setting and of the one selected on held-out training images.
 
-The result is printed and saved to RUN/eval/linear.json or linear_PROTOCOL.json, and every setting
-that was tried to ..._grid.json.
+The result is printed and saved to RUN/eval/linear.json or RUN/eval/linear_PROTOCOL.json. A file
+..._grid.json beside it has the accuracy of every setting.
 
     python -m ssl_pretrain.eval.linear runs/demo
     # also with 1 and with 5 labels per class
@@ -98,8 +96,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser("ssl_pretrain.eval.linear", HELP, OPTIONS)
-    command_line.evaluate_and_print(parser, arguments, _evaluate)
+    command_line.evaluate_and_print(
+        command_line.build_parser("ssl_pretrain.eval.linear", HELP, OPTIONS), arguments, _evaluate
+    )
 
 
 def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -110,8 +109,9 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
                 f"--select {options.select}: --protocol cached selects on held-out training images;"
                 " leave it out or give a published --protocol"
             )
-        rows = options.rows or features.ROWS
-        return cached_linear.evaluate(run, options.epochs or 50, options.labels_per_class, rows)
+        return cached_linear.evaluate(
+            run, options.epochs or 50, options.labels_per_class, options.rows or features.ROWS
+        )
     _refuse(options, "labels_per_class")
     linear_options = LinearOptions(
         protocol=options.protocol,
@@ -126,7 +126,7 @@ def _evaluate(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _refuse(options: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError for an option that this protocol would ignore."""
+    """Raise ValueError if an option was given that this protocol does not take."""
     for name in names:
         if getattr(options, name):
             kind = "a published --protocol" if options.protocol == "cached" else "--protocol cached"

@@ -1,18 +1,22 @@
-"""The published protocols by name: every number an evaluation trains with, and its source."""
+"""Published protocols of linear evaluation and fine-tuning, with the source of every number."""
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ssl_pretrain.eval.frozen.linear_heads import Start
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval.frozen.linear_heads import Init
 from ssl_pretrain.views.recipe import CropSampler, Interpolation
+
+LR_FACTORS = (1.0, 0.1, 0.3, 3.0, 10.0)  # learning rates to try over the published one
 
 
 @dataclass(frozen=True)
 class LinearProtocol:
     """A linear classifier on a frozen backbone in evaluation mode.
 
-    Training views are a random resized crop and a flip, nothing else.
+    The only augmentations are a random resized crop and a flip.
     """
 
     source: str
@@ -22,23 +26,22 @@ class LinearProtocol:
     weight_decay: float  # applied to weights and biases
     nesterov: bool = False
     momentum: float = 0.9
-    milestones: tuple[int, ...] = ()  # epochs at which the rate falls to a tenth; none: cosine to 0
-    by_epoch: bool = True  # the rate changes between epochs; false: at every step
-    start: Start = "normal"  # distribution of the first weights, see LinearHeads
-    init_std: float = 0.01  # standard deviation of normal first weights; biases start at 0
-    batch_norm: bool = False  # batch norm of the features, with trained scale and shift undecayed
+    milestones: tuple[int, ...] = ()  # epochs after which the rate is divided by 10; none: cosine
+    lr_changes_every_step: bool = False  # otherwise between epochs
+    init: Init = "normal"  # distribution of the initial weights, see LinearHeads
+    init_std: float = 0.01  # standard deviation of normal initial weights; biases start at 0
+    normalizes_features: bool = False  # batch norm with trained, undecayed scale and shift
     trust: float = 0.0  # LARC's coefficient; 0: plain SGD
-    dino_feature: bool = (
-        False  # a ViT's feature is the one of DINO's README, else the pooled output
-    )
-    crop_sampler: CropSampler = "torchvision"  # for training views, as are the next two
+    uses_dino_feature: bool = False  # for a ViT, as in DINO's README; otherwise the pooled output
+    # How training views are cropped and resized.
+    crop_sampler: CropSampler = "torchvision"
     interpolation: Interpolation = "bilinear"
     antialias: bool = True
     test_interpolation: Interpolation = "bilinear"
 
     def lr_factor(self, epoch: float) -> float:
-        """Return the factor of every learning rate after a number of epochs, maybe a fraction."""
-        if self.by_epoch:
+        """Return the factor of every learning rate after a number of epochs."""
+        if not self.lr_changes_every_step:
             epoch = math.floor(epoch)
         if self.milestones:
             return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
@@ -48,9 +51,9 @@ class LinearProtocol:
 LINEAR = {
     "simclr": LinearProtocol(
         "SimCLR, the linear command of its README: google-research/simclr at 0075cc07",
-        base_lr=0.1, batch_size=4096, epochs=90, weight_decay=1e-6, nesterov=True, by_epoch=False,
-        init_std=0.0, crop_sampler="tensorflow", interpolation="bicubic", antialias=False,
-        test_interpolation="bicubic",
+        base_lr=0.1, batch_size=4096, epochs=90, weight_decay=1e-6, nesterov=True,
+        lr_changes_every_step=True, init_std=0.0, crop_sampler="tensorflow",
+        interpolation="bicubic", antialias=False, test_interpolation="bicubic",
     ),
     "moco": LinearProtocol(
         "MoCo, main_lincls.py: facebookresearch/moco at 010242b7",
@@ -58,7 +61,7 @@ LINEAR = {
     ),
     "dino": LinearProtocol(
         "DINO, eval_linear.py: facebookresearch/dino at 04c0ad95",
-        base_lr=0.001, batch_size=1024, epochs=100, weight_decay=0.0, dino_feature=True,
+        base_lr=0.001, batch_size=1024, epochs=100, weight_decay=0.0, uses_dino_feature=True,
         test_interpolation="bicubic",
     ),
     "swav": LinearProtocol(
@@ -84,22 +87,82 @@ LINEAR = {
     "byol": LinearProtocol(
         "BYOL, eval_experiment.py and configs/eval.py: google-deepmind/deepmind-research at"
         " f5de0ede; without its sweep over learning rates",
-        base_lr=0.2, batch_size=4096, epochs=80, weight_decay=0.0, nesterov=True, by_epoch=False,
-        start="truncated", crop_sampler="clipped", interpolation="bicubic", antialias=False,
-        test_interpolation="bicubic",
+        base_lr=0.2, batch_size=4096, epochs=80, weight_decay=0.0, nesterov=True,
+        lr_changes_every_step=True, init="truncated", crop_sampler="clipped",
+        interpolation="bicubic", antialias=False, test_interpolation="bicubic",
     ),
     "vissl": LinearProtocol(
         "VISSL, eval_resnet_8gpu_transfer_in1k_linear.yaml: facebookresearch/vissl at b6e26383; its"
         " head of res5, on the pooled output",
         base_lr=0.01, batch_size=256, epochs=28, weight_decay=5e-4, nesterov=True,
-        milestones=(8, 16, 24), batch_norm=True, start="uniform",
+        milestones=(8, 16, 24), normalizes_features=True, init="uniform",
     ),
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class LinearOptions:
+    """A linear protocol by name, settings to try, and departures from it.
+
+    None keeps the published value.
+    """
+
+    protocol: str
+    lrs: list[float] | None = None  # at a batch of 256
+    weight_decays: list[float] | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    feature: str | None = None
+    selection: str = "held-out"
+
+    @property
+    def published(self) -> LinearProtocol:
+        """The protocol without the departures."""
+        return LINEAR[self.protocol]
+
+    def adapt_protocol(self, num_images: int) -> LinearProtocol:
+        """Return the protocol with the departures and a batch size that fits the images.
+
+        Milestones are scaled with the number of epochs.
+
+        Raises:
+            ValueError: If there is no epoch, or the batch size does not fit the images.
+        """
+        published = self.published
+        epochs = published.epochs if self.epochs is None else self.epochs
+        batch_size = self.batch_size or fitting_batch_size(
+            published.batch_size, num_images, process_group.world_size()
+        )
+        if epochs < 1 or not 1 <= batch_size <= num_images:
+            raise ValueError(
+                f"--epochs {epochs}, --batch-size {batch_size}: give at least 1 epoch, and a batch"
+                f" of 1 to {num_images} images"
+            )
+        scaled = tuple(round(epoch * epochs / published.epochs) for epoch in published.milestones)
+        return replace(published, epochs=epochs, batch_size=batch_size, milestones=scaled)
+
+    def grid(self) -> list[tuple[float, float]]:
+        """Return the learning rate at a batch of 256 and the weight decay of each head.
+
+        Raises:
+            ValueError: If only the published setting is trained and there are others to try.
+        """
+        published = self.published
+        if self.selection == "published":
+            if self.lrs or self.weight_decays:
+                raise ValueError(
+                    "--select published: trains the published setting only; leave out --lrs and"
+                    " --weight-decays"
+                )
+            return [(published.base_lr, published.weight_decay)]
+        lrs = self.lrs or [published.base_lr * factor for factor in LR_FACTORS]
+        decays = self.weight_decays or list(dict.fromkeys([published.weight_decay, 0.0]))
+        return list(itertools.product(lrs, decays))
+
+
 def describe_linear(protocol: LinearProtocol, published: LinearProtocol, num_images: int) -> str:
     """Describe the training of the heads, and where it departs from the published protocol."""
-    schedule = "cosine to 0" + (" by epochs" if protocol.by_epoch else " by steps")
+    schedule = f"cosine to 0 by {'steps' if protocol.lr_changes_every_step else 'epochs'}"
     if protocol.milestones:
         schedule = f"a tenth of the rate after {', '.join(map(str, protocol.milestones))} epochs"
     batch, epochs = f"batch {protocol.batch_size}", f"{protocol.epochs} epochs"
@@ -108,11 +171,6 @@ def describe_linear(protocol: LinearProtocol, published: LinearProtocol, num_ima
     if protocol.epochs != published.epochs:
         epochs += f" (published: {published.epochs})"
     normal = f"from normal weights of deviation {protocol.init_std:g}"
-    start = {
-        "uniform": "from nn.Linear's default weights",
-        "truncated": "from Haiku's default weights",
-        "normal": normal if protocol.init_std else "from zero",
-    }[protocol.start]
     entries = [
         f"SGD with {'Nesterov ' if protocol.nesterov else ''}momentum {protocol.momentum:g}",
         f"LARC of {protocol.trust:g} without clipping" if protocol.trust else "",
@@ -122,8 +180,14 @@ def describe_linear(protocol: LinearProtocol, published: LinearProtocol, num_ima
         epochs,
         schedule,
         f"weight decay {protocol.weight_decay:g}",
-        start,
-        "features through a batch norm with trained scale and shift" if protocol.batch_norm else "",
+        {
+            "uniform": "from nn.Linear's default weights",
+            "truncated": "from Haiku's default weights",
+            "normal": normal if protocol.init_std else "from zero",
+        }[protocol.init],
+        "features through a batch norm with trained scale and shift"
+        if protocol.normalizes_features
+        else "",
     ]
     return ", ".join(filter(None, entries))
 
@@ -133,9 +197,9 @@ class TuningProtocol:
     """Backbone and classifier trained together from the pretrained weights."""
 
     source: str
-    optimizer: Literal["sgd", "adamw"]  # SGD with Nesterov momentum of 0.9
-    base_lr: float  # at a batch of `lr_batch`
-    lr_batch: int
+    optimizer: Literal["sgd", "adamw"]  # SGD has Nesterov momentum of 0.9
+    base_lr: float  # at a batch of `lr_batch_size`
+    lr_batch_size: int
     batch_size: int
     epochs: float = 0.0  # unused if `steps` is set
     steps: int = 0
@@ -143,16 +207,16 @@ class TuningProtocol:
     warmup_lr: float = 0.0  # learning rate at the start of the warm-up
     min_lr: float = 0.0  # learning rate at the end of the cosine
     weight_decay: float = 0.0
-    decay_all: bool = True  # false: biases and norms are not decayed
+    decays_norms_and_biases: bool = True
     layer_decay: float = 1.0  # ratio of a block's learning rate to the next block's
-    mixup: float = 0.0  # parameter of the beta distribution, as `cutmix`
-    cutmix: float = 0.0
+    mixup: float = 0.0  # parameter of the beta distribution
+    cutmix: float = 0.0  # parameter of the beta distribution
     smoothing: float = 0.0  # label smoothing
     erasing: float = 0.0  # probability of an erased rectangle
     randaugment: str = ""  # timm's name of a policy
-    drop_path: float = 0.0
-    zero_head: bool = False  # the classifier starts at zero
-    slow_statistics: bool = False  # batch-norm momentum of at most 10 / steps_per_epoch, of SimCLR
+    drop_path: float = 0.0  # stochastic depth
+    head_starts_at_zero: bool = False
+    has_slow_statistics: bool = False  # SimCLR's batch-norm momentum, at most 10 / steps_per_epoch
     interpolation: Interpolation = "bicubic"
 
 
@@ -162,31 +226,35 @@ TUNING = {
     "semi": TuningProtocol(
         "SimCLR (arXiv:2002.05709), appendix B.5: no regularization, no warm-up, 60 epochs for 1 %"
         " and 30 for 10 % of the labels",
-        "sgd", base_lr=0.05, lr_batch=256, batch_size=4096, epochs=60, zero_head=True,
+        "sgd", base_lr=0.05, lr_batch_size=256, batch_size=4096, epochs=60,
+        head_starts_at_zero=True,
     ),
     "simclr": TuningProtocol(
         "SimCLR (arXiv:2002.05709), appendix B.8.1: 20,000 steps; select the learning rate from"
         " --lrs of 1e-4 to 0.1 and the weight decay from --weight-decays of 0 and 1e-6 to 1e-3,"
         " both logarithmic",
-        "sgd", base_lr=0.05, lr_batch=256, batch_size=256, steps=20_000, zero_head=True,
-        slow_statistics=True,
+        "sgd", base_lr=0.05, lr_batch_size=256, batch_size=256, steps=20_000,
+        head_starts_at_zero=True, has_slow_statistics=True,
     ),
     "deit": TuningProtocol(
         "DeiT (arXiv:2012.12877), table 9 and main.py: facebookresearch/deit at 0282d2a1; epochs as"
         " MoCo v3 fine-tunes with it; without repeated augmentation",
-        "adamw", base_lr=5e-4, lr_batch=512, batch_size=1024, epochs=150, warmup_epochs=5,
-        warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, decay_all=False, mixup=0.8, cutmix=1.0,
-        smoothing=0.1, erasing=0.25, randaugment="rand-m9-mstd0.5-inc1", drop_path=0.1,
+        "adamw", base_lr=5e-4, lr_batch_size=512, batch_size=1024, epochs=150, warmup_epochs=5,
+        warmup_lr=1e-6, min_lr=1e-5, weight_decay=0.05, decays_norms_and_biases=False, mixup=0.8,
+        cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment="rand-m9-mstd0.5-inc1",
+        drop_path=0.1,
     ),
 }  # fmt: skip
 
 
-def batch_that_fits(published: int, num_images: int, world_size: int, min_steps: int = 10) -> int:
+def fitting_batch_size(
+    published: int, num_images: int, world_size: int, min_steps: int = 10
+) -> int:
     """Return the published batch size, or a smaller one for small data sets.
 
-    If the published batch makes fewer than `min_steps` per epoch, it is replaced by the largest
-    power of two that makes as many, but not by fewer than 16 images where there are 16. The result
-    is a multiple of the number of ranks.
+    If the published batch size gives fewer than `min_steps` per epoch, the result is the largest
+    power of two that gives as many, but not less than 16 where there are 16 images. It is a
+    multiple of the number of ranks.
     """
     if num_images < min_steps * published:
         fitting = max(1, num_images // min_steps, min(num_images, 16))

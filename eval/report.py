@@ -1,23 +1,4 @@
-"""A self-contained HTML page about a run: `python -m ssl_pretrain.eval.report RUN`."""
-
-import shlex
-from pathlib import Path
-from typing import Any
-
-import torch
-
-from ssl_pretrain.eval import command_line, results
-from ssl_pretrain.eval.frozen import features
-from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
-from ssl_pretrain.eval.html import charts, live, nearest_images, page, sections
-from ssl_pretrain.eval.html.nearest_images import LabeledImage, Query
-from ssl_pretrain.eval.html.page import Figure
-from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.schema import PORT
-from ssl_pretrain.system import durable_files
-
-MAX_LEGEND = 20  # classes named below the projection
-HELP = """Write RUN/report.html, one page that needs no network and no other files.
+"""Write RUN/report.html, one page that needs no network and no other files.
 
 It shows the alerts of the run, the tables of RUN/eval/ with their protocols, the curves of
 RUN/metrics.jsonl, the training views, the nearest neighbors of ten queries by pixels and by
@@ -25,21 +6,40 @@ features, a projection of the features, and the configuration.
 
     python -m ssl_pretrain.eval.knn runs/demo && python -m ssl_pretrain.eval.linear runs/demo
     python -m ssl_pretrain.eval.report runs/demo
-    python -m ssl_pretrain.eval.report runs/demo --follow     # a page that follows the training"""
+    python -m ssl_pretrain.eval.report runs/demo --follow     # a page that follows the training
+"""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ssl_pretrain.eval import command_line, results
+from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
+from ssl_pretrain.eval.html import charts, live, nearest_images, page, sections
+from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.schema import PORT
+from ssl_pretrain.system import durable_files
+
+MAX_LEGEND = 20  # classes named below the projection
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--follow": {"action": "store_true", "help": "serve a page that follows the training"},
+    "--port": {
+        "type": PORT,
+        "default": 0,
+        "help": "port for --follow (default: any free port)",
+    },
+}
 
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser("ssl_pretrain.eval.report", HELP, {})
-    option = parser.add_argument
-    option("--follow", action="store_true", help="serve a page that follows the training")
-    option("--port", type=PORT, default=0, help="port for --follow (default: any free port)")
+    parser = command_line.build_parser("ssl_pretrain.eval.report", __doc__, OPTIONS)
     options = parser.parse_intermixed_args(arguments)
     if options.follow:
         live.follow(Path(options.run), options.port)
-        return
-    run = command_line.open_run(options)
-    print(f"report: {write(run)}")
+    else:
+        print(f"report: {write(command_line.open_run(options))}")
 
 
 def write(run: Run) -> Path:
@@ -53,7 +53,7 @@ def write(run: Run) -> Path:
     text = page.render(
         "report.html.jinja",
         **sections.run_sections(run.path, metrics, run.view_size),
-        **_evaluations(run, labeled=bool((bank.labels >= 0).any())),
+        **_evaluations(run, has_labels=bool((bank.labels >= 0).any())),
         title=f"{run.path.name} · {run.config.method.name}",
         name=run.path.name,
         network=run.network,
@@ -69,7 +69,7 @@ def write(run: Run) -> Path:
     return path
 
 
-def _facts(run: Run, metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _facts(run: Run, metrics: list[sections.Record]) -> list[tuple[str, str]]:
     """Return the names and values at the top of the page."""
     config = run.config
     root, last = Path(config.data.root).name, metrics[-1] if metrics else {}
@@ -83,20 +83,19 @@ def _facts(run: Run, metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ]
     if len(metrics) > 1 and "time" in metrics[0]:
         facts.append(("wall time", sections.duration(last["time"] - metrics[0]["time"])))
-    counts = [record["replaced_images"] for record in metrics if "replaced_images" in record]
-    if counts:
+    if counts := [record["replaced_images"] for record in metrics if "replaced_images" in record]:
         facts.append(("unreadable images replaced", f"{sum(counts):,}"))
     return facts
 
 
-def _evaluations(run: Run, labeled: bool) -> dict[str, Any]:
+def _evaluations(run: Run, has_labels: bool) -> dict[str, Any]:
     """Return the evaluations, and a note if there are none or some belong to other checkpoints."""
     evaluations = results.load(run.path)
     others = sorted({result["checkpoint"] for result in evaluations} - {run.checkpoint_path.name})
     note = ""
     if others:
         note = f"Some numbers belong to another checkpoint than the pictures: {', '.join(others)}."
-    elif not evaluations and not labeled:
+    elif not evaluations and not has_labels:
         note = "Accuracies need labels, and these images have none."
     elif not evaluations:
         command = f"python -m ssl_pretrain.eval.knn {shlex.quote(str(run.path))}"
@@ -104,7 +103,9 @@ def _evaluations(run: Run, labeled: bool) -> dict[str, Any]:
     return {"note": note, "evaluations": [sections.evaluation(result) for result in evaluations]}
 
 
-def _neighbors(queries: list[Query], bank: EvaluationSplit, kind: str) -> dict[str, Any]:
+def _neighbors(
+    queries: list[nearest_images.Query], bank: EvaluationSplit, kind: str
+) -> dict[str, Any]:
     """Return the table of queries and their neighbors, in the form that the template expects."""
     about = (
         f"Nearest neighbors by cosine of {len(queries)} {kind} among {len(bank):,} training images."
@@ -116,13 +117,17 @@ def _neighbors(queries: list[Query], bank: EvaluationSplit, kind: str) -> dict[s
         about += " Underlined in green: the class of the query. In red: another class."
     names = [*bank.classes, ""]
 
-    def cells(query: Query, neighbors: list[LabeledImage]) -> tuple[list[dict[str, str]], str]:
+    def cells(
+        query: nearest_images.Query, neighbors: list[nearest_images.LabeledImage]
+    ) -> tuple[list[dict[str, str]], str]:
+        """Return the cells of the neighbors, and how many of them are right."""
         marks = ["right" if label == query.label else "wrong" for _, label in neighbors]
         score = f"{marks.count('right')}/{len(marks)}"
         if query.label < 0:
             marks, score = [""] * len(marks), ""
-        images = [_cell(image, names[label], m) for (image, label), m in zip(neighbors, marks)]
-        return images, score
+        return [
+            _cell(image, names[label], mark) for (image, label), mark in zip(neighbors, marks)
+        ], score
 
     rows = []
     for query in queries:
@@ -152,7 +157,7 @@ def _projection(run: Run, queries: EvaluationSplit, kind: str) -> dict[str, Any]
     pixels, _ = features.raw_pixels(queries)
     num_classes, label_array = len(queries.classes), labels.cpu().numpy()
     figures = [
-        Figure(
+        page.Figure(
             charts.scatter_chart(nearest_images.project(vectors), label_array, num_classes), caption
         )
         for caption, vectors in (
@@ -160,14 +165,14 @@ def _projection(run: Run, queries: EvaluationSplit, kind: str) -> dict[str, Any]
             ("Features", backbone_features),
         )
     ]
-    labeled = bool(torch.any(labels >= 0))
+    has_labels = bool((label_array >= 0).any())
     about = (
-        f"{len(queries):,} {kind}{', one color per class' if labeled else ''}, by t-SNE of vectors"
-        " scaled to length 1 (scikit-learn, perplexity 30, PCA start, fixed seed)."
+        f"{len(queries):,} {kind}{', one color per class' if has_labels else ''}, by t-SNE of"
+        " vectors scaled to length 1 (scikit-learn, perplexity 30, PCA start, fixed seed)."
     )
-    names = queries.classes[:MAX_LEGEND] if labeled else []
+    names = queries.classes[:MAX_LEGEND] if has_labels else []
     legend = [(name, charts.color(i, num_classes)) for i, name in enumerate(names)]
-    if labeled and num_classes > MAX_LEGEND:
+    if has_labels and num_classes > MAX_LEGEND:
         legend.append((f"and {num_classes - MAX_LEGEND} more", "transparent"))
     return {"about": about, "figures": figures, "legend": legend}
 

@@ -9,7 +9,7 @@ from typing import Any
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.system import durable_files
 
-BETTER_RANDOM = "random (better of two)"
+BETTER_RANDOM = "random (better of two)"  # name of the row
 ACCURACY = "accuracy, %"
 
 
@@ -24,24 +24,25 @@ class Row:
 
     def summary(self) -> str:
         """Return the row as one line of text."""
-        numbers = (f"{column} {value:.1f} %" for column, value in self.metrics.items())
-        return f"{self.features}: {', '.join(numbers)}"
+        return f"{self.features}: " + ", ".join(
+            f"{column} {value:.1f} %" for column, value in self.metrics.items()
+        )
 
 
 def with_better_random(rows: list[Row]) -> list[Row]:
-    """Insert a row with the better random backbone in each column, the baseline to beat."""
+    """Insert the baseline to beat, a row with the better random backbone in each column."""
     random_rows = [row for row in rows if row.features.startswith("random, ")]
     if not random_rows:
         return rows
-    best = Row(BETTER_RANDOM, {})
+    baseline = Row(BETTER_RANDOM, {})
     for column in random_rows[0].metrics:
-        row = max(random_rows, key=lambda row: row.metrics[column])
-        best.metrics[column] = row.metrics[column]
-        best.notes[column] = row.features.partition(", ")[2]
-        if column in row.spread:
-            best.spread[column] = row.spread[column]
+        best = max(random_rows, key=lambda row: row.metrics[column])
+        baseline.metrics[column] = best.metrics[column]
+        baseline.notes[column] = best.features.partition(", ")[2]
+        if column in best.spread:
+            baseline.spread[column] = best.spread[column]
     position = rows.index(random_rows[-1]) + 1
-    return [*rows[:position], best, *rows[position:]]
+    return [*rows[:position], baseline, *rows[position:]]
 
 
 def save(
@@ -49,44 +50,41 @@ def save(
     name: str,
     protocol: dict[str, Any],
     rows: list[Row],
-    about: dict[str, Any],
+    provenance: dict[str, Any],
     seconds: float,
     measure: str = ACCURACY,
 ) -> dict[str, Any]:
     """Write RUN/eval/<checkpoint>/<name>.json and return its content.
 
-    The file is replaced atomically, by the main rank. RUN/eval/<name>.json is a copy of the result
-    of the newest checkpoint. A result of an earlier step does not replace it.
+    The main rank replaces the file atomically. RUN/eval/<name>.json is a copy of the result with
+    the highest step.
 
     Args:
         run: Folder of the run.
         name: Name of the evaluation.
         protocol: Everything a reader needs to reproduce the numbers, one entry per line of text.
         rows: Rows of the table.
-        about: Checkpoint, step and network, from `Run.about`.
+        provenance: Checkpoint, step and network, from `Run.provenance`.
         seconds: Duration of the evaluation.
         measure: Name and unit of the numbers.
     """
     result = {
         "name": name,
-        **about,
+        **provenance,
         "measure": measure,
         "protocol": protocol,
         "rows": [asdict(row) for row in rows],
         "seconds": round(seconds, 2),
     }
-    if not process_group.is_main():
-        return result
-    _replace(run / "eval" / about["checkpoint"] / f"{name}.json", result)
-    newest = run / "eval" / f"{name}.json"
-    if not newest.exists() or json.loads(newest.read_text()).get("step", -1) <= about["step"]:
-        _replace(newest, result)
+    if process_group.is_main():
+        folder, text = run / "eval", json.dumps(result, indent=1) + "\n"
+        newest, copies = folder / f"{name}.json", [folder / provenance["checkpoint"]]
+        if not newest.exists() or json.loads(newest.read_text()).get("step", -1) <= result["step"]:
+            copies.append(folder)
+        for copy in copies:
+            copy.mkdir(parents=True, exist_ok=True)
+            durable_files.replace(copy / newest.name, text)
     return result
-
-
-def _replace(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    durable_files.replace(path, json.dumps(result, indent=1) + "\n")
 
 
 def load(run: Path) -> list[dict[str, Any]]:
@@ -105,16 +103,16 @@ def by_step(run: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return {name: dict(sorted(by_step.items())) for name, by_step in steps.items()}
 
 
-def number(row: dict[str, Any], column: str) -> str:
-    """Return one number of a row as text, with its standard deviation if there is one."""
+def format_number(row: dict[str, Any], column: str) -> str:
+    """Format one number of a row, with its standard deviation if there is one."""
     value, spread = row["metrics"].get(column), row["spread"].get(column)
     if value is None:
         return "-"
     return f"{value:.1f}" if spread is None else f"{value:.1f} ± {spread:.1f}"
 
 
-def choices(result: dict[str, Any]) -> dict[str, str]:
-    """Describe the selected hyperparameters of each row that has any."""
+def selected_hyperparameters(result: dict[str, Any]) -> dict[str, str]:
+    """Return the selected hyperparameters of each row that has any, as text."""
     return {
         row["features"]: "; ".join(f"{column}: {note}" for column, note in row["notes"].items())
         for row in result["rows"]
@@ -122,22 +120,21 @@ def choices(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def columns(result: dict[str, Any]) -> list[str]:
-    """List the columns of a result's table in order."""
+def column_names(result: dict[str, Any]) -> list[str]:
+    """Return the columns of a result's table in order."""
     return list(dict.fromkeys(column for row in result["rows"] for column in row["metrics"]))
 
 
-def cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table_cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of a result's table as text."""
-    names = columns(result)
-    header = [result.get("measure", ACCURACY), *names]
-    return header, [
-        [row["features"], *(number(row, name) for name in names)] for row in result["rows"]
+    names = column_names(result)
+    return [result.get("measure", ACCURACY), *names], [
+        [row["features"], *(format_number(row, name) for name in names)] for row in result["rows"]
     ]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Align cells as plain text: the first column to the left, the numbers to the right."""
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Align cells as plain text, the first column to the left and the numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -146,18 +143,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def text(result: dict[str, Any]) -> str:
-    """Render a result as text: its protocol, its table, and the selected hyperparameters."""
-    hyperparameters = choices(result)
-    notes = ["", "chosen:", *_indented(hyperparameters)] if hyperparameters else []
-    lines = [f"{result['name']}:", *_indented(result["protocol"]), "", table(*cells(result))]
-    return "\n".join([*lines, *notes])
+def format_result(result: dict[str, Any]) -> str:
+    """Format a result as text: its protocol, its table, and the selected hyperparameters."""
 
+    def indented(entries: dict[str, Any]) -> list[str]:
+        return [f"  {key}: {value}" for key, value in entries.items()]
 
-def _indented(pairs: dict[str, Any]) -> list[str]:
-    return [f"  {key}: {value}" for key, value in pairs.items()]
+    lines = [f"{result['name']}:", *indented(result["protocol"]), ""]
+    lines.append(format_table(*table_cells(result)))
+    if hyperparameters := selected_hyperparameters(result):
+        lines += ["", "chosen:", *indented(hyperparameters)]
+    return "\n".join(lines)
 
 
 def print_progress(line: str) -> None:
-    """Print a line to stderr from the main rank, so that stdout carries only results."""
+    """Print a line to stderr from the main rank. Only results go to stdout."""
     process_group.print_once(line, file=sys.stderr)

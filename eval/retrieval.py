@@ -1,4 +1,14 @@
-"""Image retrieval and near-duplicates by features: `python -m ssl_pretrain.eval.retrieval RUN`."""
+"""Retrieval of images of the query's class, and near-duplicates, by frozen features.
+
+Each test image ranks all training images by cosine similarity. mAP is the mean average precision
+over the queries, where an image of the query's class is relevant. recall@n is the share of queries
+with a relevant image among the first n. Raw pixels and a random backbone are evaluated too. The
+result is printed and saved to RUN/eval/retrieval.json. Pairs of training and test images whose
+cosine reaches --duplicates are listed in RUN/eval/near_duplicates.csv, at most the 1000 nearest.
+
+    python -m ssl_pretrain.eval.retrieval runs/demo
+    python -m ssl_pretrain.eval.retrieval runs/demo --duplicates 0.999
+"""
 
 import csv
 import time
@@ -25,17 +35,6 @@ RECALL_RANKS = (1, 5, 10)
 MAX_PAIRS = 1000
 NUM_PRINTED = 10
 ROUNDING = 1e-6  # rounding error of a cosine in float32
-HELP = f"""Retrieval of images of the query's class, and near-duplicates, by frozen features.
-
-Each test image ranks all training images by cosine similarity. mAP is the mean average precision
-over the queries, where an image of the query's class is relevant. recall@n is the share of queries
-with a relevant image among the first n. Raw pixels and a random backbone stand beside the run. The
-result is printed and saved to RUN/eval/retrieval.json. Pairs of training and test images whose
-cosine reaches --duplicates go to RUN/eval/near_duplicates.csv, at most the {MAX_PAIRS} nearest.
-
-    python -m ssl_pretrain.eval.retrieval runs/demo
-    python -m ssl_pretrain.eval.retrieval runs/demo --duplicates 0.999"""
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "--duplicates": {
         "type": COSINE,
@@ -45,12 +44,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
+Pair = tuple[float, int, int]  # cosine, and two images a < b
+
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser("ssl_pretrain.eval.retrieval", HELP, OPTIONS)
     command_line.evaluate_and_print(
-        parser, arguments, lambda run, options: evaluate(run, options.duplicates)
+        command_line.build_parser("ssl_pretrain.eval.retrieval", __doc__, OPTIONS),
+        arguments,
+        lambda run, options: evaluate(run, options.duplicates),
     )
 
 
@@ -88,14 +90,9 @@ def evaluate(run: Run, duplicates: float = 0.995) -> dict[str, Any]:
         "near duplicates": f"{num_pairs} pairs at cosine {duplicates:g} or more among training and"
         f" test images; {path.name} has {len(pairs)}",
     }
+    seconds, rows = time.monotonic() - began, results.with_better_random(rows)
     result = results.save(
-        run.path,
-        "retrieval",
-        protocol,
-        results.with_better_random(rows),
-        run.about(),
-        time.monotonic() - began,
-        measure="%",
+        run.path, "retrieval", protocol, rows, run.provenance(), seconds, measure="%"
     )
     with path.open(newline="") as file:
         for similarity, a, b in list(csv.reader(file))[1 : 1 + NUM_PRINTED]:
@@ -129,47 +126,37 @@ def retrieval_metrics(
         average_precision = precision / hits[:, -1].clamp(min=1)
         recalls = [hits[:, min(n, len(bank)) - 1] > 0 for n in RECALL_RANKS]
         total += torch.stack([each.double().sum() for each in (average_precision, *recalls)])
-    percentages = (100 * total / len(queries)).tolist()
-    return dict(zip(("mAP", *(f"recall@{n}" for n in RECALL_RANKS)), percentages))
+    names = ["mAP", *(f"recall@{n}" for n in RECALL_RANKS)]
+    return dict(zip(names, (100 * total / len(queries)).tolist()))
 
 
-def near_duplicates(
-    features: Tensor, min_cosine: float
-) -> tuple[list[tuple[float, int, int]], int]:
-    """Find pairs of nearly equal features.
+def near_duplicates(features: Tensor, min_cosine: float) -> tuple[list[Pair], int]:
+    """Find pairs of images with nearly equal features.
 
     Args:
         features: Features of all images, (n, dim).
         min_cosine: Smallest similarity of a pair.
 
     Returns:
-        At most MAX_PAIRS pairs (cosine, a, b) with a < b, nearest first, and the number of all
-        pairs.
+        At most MAX_PAIRS pairs, nearest first, and the number of all pairs.
     """
     unit = F.normalize(features.float(), dim=1)
     pairs, num_pairs = torch.zeros(0, 3, dtype=torch.float64), 0
     block_size = max(1, weighted_knn.MAX_SIMILARITIES // len(unit))
     for first in range(0, len(unit), block_size):
         similarities = unit[first : first + block_size] @ unit.T
-        rows, columns = (similarities >= min_cosine - ROUNDING).nonzero(as_tuple=True)
-        above_diagonal = columns > rows + first
-        rows, columns = rows[above_diagonal], columns[above_diagonal]
+        are_near = (similarities >= min_cosine - ROUNDING).triu(first + 1)  # each pair once
+        rows, columns = are_near.nonzero(as_tuple=True)
         num_pairs += len(rows)
         cosines = similarities[rows, columns].double()
         block = torch.stack([cosines, (rows + first).double(), columns.double()], dim=1).cpu()
         pairs = torch.cat([pairs, block])
-        nearest = pairs[:, 0].argsort(descending=True, stable=True)
-        pairs = pairs[nearest[:MAX_PAIRS]]
+        pairs = pairs[pairs[:, 0].argsort(descending=True, stable=True)[:MAX_PAIRS]]
     return [(min(1.0, cosine), int(a), int(b)) for cosine, a, b in pairs.tolist()], num_pairs
 
 
-def write_pairs(
-    run: Run,
-    train: EvaluationSplit,
-    test: EvaluationSplit,
-    pairs: list[tuple[float, int, int]],
-) -> Path:
-    """Write RUN/eval/near_duplicates.csv: the cosine and the two files of each pair."""
+def write_pairs(run: Run, train: EvaluationSplit, test: EvaluationSplit, pairs: list[Pair]) -> Path:
+    """Write RUN/eval/near_duplicates.csv, which has the cosine and the two files of each pair."""
 
     def file_of(image: int) -> str:
         split, row = (train, image) if image < len(train) else (test, image - len(train))

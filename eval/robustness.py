@@ -1,4 +1,4 @@
-"""k-NN accuracy on corrupted test images: `python -m ssl_pretrain.eval.robustness RUN`."""
+"""k-NN accuracy on corrupted test images."""
 
 import time
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.eval import command_line, corruptions, results
-from ssl_pretrain.eval.corruptions import NAMES, SEVERITIES
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
@@ -23,10 +22,10 @@ HELP = f"""k-NN accuracy of frozen features on corrupted test images, at five se
 
 The corruptions are those of ImageNet-C and CIFAR-10-C (Hendrycks and Dietterich, ICLR 2019),
 applied to the evaluation views of the test images:
-{", ".join(NAMES[:7])},
-{", ".join(NAMES[7:])}.
-The bank holds clean training images, and nothing is trained. The result is printed and saved to
-RUN/eval/robustness.json. Its row `pretrained` is the mean over corruptions.
+{", ".join(corruptions.NAMES[:7])},
+{", ".join(corruptions.NAMES[7:])}.
+The neighbors are searched among clean training images, and nothing is trained. The result is
+printed and saved to RUN/eval/robustness.json. Its row `pretrained` is the mean over corruptions.
 
     python -m ssl_pretrain.eval.robustness runs/demo
     python -m ssl_pretrain.eval.robustness runs/demo --corruptions fog contrast --max-images 500"""
@@ -34,7 +33,7 @@ RUN/eval/robustness.json. Its row `pretrained` is the mean over corruptions.
 OPTIONS: dict[str, dict[str, Any]] = {
     "--corruptions": {
         "nargs": "+",
-        "default": list(NAMES),
+        "default": list(corruptions.NAMES),
         "metavar": "NAME",
         "help": "default: all",
     },
@@ -48,16 +47,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser("ssl_pretrain.eval.robustness", HELP, OPTIONS)
     command_line.evaluate_and_print(
-        parser,
+        command_line.build_parser("ssl_pretrain.eval.robustness", HELP, OPTIONS),
         arguments,
         lambda run, options: evaluate(run, options.corruptions, options.max_images),
     )
 
 
 def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, Any]:
-    """Measure the accuracy in percent by corruption and severity, for RUN/eval/robustness.json.
+    """Measure the accuracy in percent by corruption and severity for RUN/eval/robustness.json.
 
     Args:
         run: Run to evaluate.
@@ -71,10 +69,10 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
         ValueError: If the images have no labels, a corruption is unknown, or k does not fit.
     """
     began = time.monotonic()
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
+    if unknown := [name for name in names if name not in corruptions.NAMES]:
         raise ValueError(
-            f"--corruptions: {unknown[0]!r} is unknown; choose among: {', '.join(NAMES)}"
+            f"--corruptions: {unknown[0]!r} is unknown; choose among:"
+            f" {', '.join(corruptions.NAMES)}"
         )
     train, test = labeled_splits(run, "the robustness evaluation")
     if max_images and max_images < len(test):
@@ -96,22 +94,15 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
 
     rows = []
     for name in names:
-        by_severity = {str(severity): accuracy(name, severity) for severity in SEVERITIES}
-        rows.append(
-            results.Row(name, {"mean": float(np.mean(list(by_severity.values()))), **by_severity})
-        )
-        results.print_progress(
-            f"{name}: " + " ".join(f"{value:.1f}" for value in by_severity.values())
-        )
+        accuracies = [accuracy(name, severity) for severity in corruptions.SEVERITIES]
+        by_severity = dict(zip(map(str, corruptions.SEVERITIES), accuracies))
+        rows.append(results.Row(name, {"mean": float(np.mean(accuracies)), **by_severity}))
+        results.print_progress(f"{name}: {' '.join(f'{value:.1f}' for value in accuracies)}")
     means = {
         column: float(np.mean([row.metrics[column] for row in rows])) for column in rows[0].metrics
     }
-    table = [
-        results.Row("clean", {"mean": accuracy("", 0)}),
-        *rows,
-        results.Row("pretrained", means),
-    ]
-    constants = "CIFAR-10-C" if run.image_size <= corruptions.SMALL else "ImageNet-C"
+    clean = results.Row("clean", {"mean": accuracy("", 0)})
+    constants = "CIFAR-10-C" if run.image_size <= corruptions.MAX_SMALL_SIDE else "ImageNet-C"
     protocol = {
         **describe_splits(run, train, test),
         "k": evaluation.k,
@@ -124,8 +115,8 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
         run.path,
         "robustness",
         protocol,
-        table,
-        run.about(),
+        [clean, *rows, results.Row("pretrained", means)],
+        run.provenance(),
         time.monotonic() - began,
         measure="k-NN accuracy, %",
     )
@@ -135,18 +126,17 @@ def evaluate(run: Run, names: list[str], max_images: int = 2000) -> dict[str, An
 def extract_corrupted(
     run: Run, split: EvaluationSplit, name: str, severity: int
 ) -> tuple[Tensor, Tensor]:
-    """Return features and labels of the images under one corruption, or clean for name ""."""
+    """Return features and labels of the images under one corruption, or unchanged for name ""."""
     batches, first = [], 0
     for images, labels in split.batches():
-        indices = split.indices[first : first + len(images)]
-        first += len(images)
         if name:
-            pixels = images.permute(0, 2, 3, 1).numpy()
+            indices = split.indices[first : first + len(images)].tolist()
             corrupted = [
-                corruptions.apply(name, image, severity, int(index))
-                for image, index in zip(pixels, indices)
+                corruptions.apply(name, image, severity, index)
+                for image, index in zip(images.permute(0, 2, 3, 1).numpy(), indices)
             ]
             images = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
+        first += len(images)
         batches.append((run.backbone(features.normalize(run, images)).float(), labels))
     return features.concatenate(batches, run.device)
 

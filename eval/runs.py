@@ -1,6 +1,6 @@
-"""Open a pretraining run for evaluation."""
+"""Open a pretraining run, or weights that this project did not train, for evaluation."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,17 @@ from torch import nn
 
 from ssl_pretrain import config, schema
 from ssl_pretrain.checkpoint.folder import newest_checkpoint
+from ssl_pretrain.checkpoint.initial_weights import initialize
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.models import backbones, image_size_check
+from ssl_pretrain.distributed import process_group
+from ssl_pretrain.eval.results import print_progress
+from ssl_pretrain.models import backbones, image_size_check, timm_networks
 from ssl_pretrain.views import recipe
 
-OVERRIDABLE = ("data", "evaluation")  # sections of a run's config that an evaluation may override
+# Sections of the configuration that an evaluation may override.
+RUN_SECTIONS = ("data", "evaluation")
+EXTERNAL_SECTIONS = ("backbone", "data", "views", "evaluation", "seed", "output")
 
 
 @dataclass
@@ -32,7 +37,7 @@ class Run:
     image_size: int  # pixels of the evaluation views
     device: torch.device
 
-    def about(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """Return the entries of a result file that say which weights were evaluated."""
         return {"checkpoint": self.checkpoint_path.name, "step": self.step, "network": self.network}
 
@@ -56,17 +61,16 @@ def load_run(
         ValueError: If there is no run or no intact checkpoint, or the weights do not fit the
             backbone.
     """
-    # A late import, because external_weights imports this module.
-    from ssl_pretrain.eval.external_weights import load_external_weights
-
-    path = Path(run)
+    path, overrides = Path(run), overrides or []
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if path.is_file() or str(run).startswith("timm:"):
         if checkpoint_path:
             raise ValueError(
                 f"--checkpoint {checkpoint_path}: belongs to a run, and {run} is weights without a"
                 " run; leave it out"
             )
-        return load_external_weights(str(run), overrides or [], device)
+        return load_external_weights(str(run), overrides, torch.device(device))
     if not path.is_dir():
         raise ValueError(f"{path}: no such run folder; give the `output` of a run's config")
     folder = Path(checkpoint_path) if checkpoint_path else newest_checkpoint(path)
@@ -77,9 +81,9 @@ def load_run(
             f"{folder.parent}: {error}. Nothing was loaded; give another checkpoint, or none for"
             " the newest intact one"
         ) from None
-    check_overrides(overrides or [], OVERRIDABLE)
+    _check_overrides(overrides, RUN_SECTIONS)
     run_config = config.from_dict(
-        config.override(manifest["config"], overrides or [], "the run's config")
+        config.override(manifest["config"], overrides, "the run's config")
     )
     _check_architecture(path, run_config, folder)
     view_size = recipe.expand_counts(run_config.views)[0].size
@@ -97,24 +101,66 @@ def load_run(
     }
     origin = f"{folder}, for backbone.name {run_config.backbone.name}"
     backbones.load_strict(backbone, weights, origin, exact=True)
-    torch_device = resolve_device(device)
     return Run(
         path=path,
         config=run_config,
-        backbone=to_device(backbone, torch_device),
+        backbone=to_device(backbone, torch.device(device)),
         step=manifest["step"],
         network=manifest["network"],
         checkpoint_path=folder,
         view_size=view_size,
         image_size=image_size,
-        device=torch_device,
+        device=torch.device(device),
     )
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the named device; "auto" stands for CUDA where it is available."""
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if name == "auto" else name)
+def load_external_weights(weights: str, overrides: list[str], device: torch.device) -> Run:
+    """Load a network that this project did not train. Its results go to `output`.
+
+    Image size, crop, interpolation, mean and standard deviation are timm's for this network unless
+    the overrides set them.
+
+    Args:
+        weights: A file of weights, or timm:<tag>.
+        overrides: key=value settings of the sections in `EXTERNAL_SECTIONS`. For a file of weights,
+            one of them names the network.
+        device: Device of the network.
+
+    Raises:
+        ValueError: If the network is not named or the weights do not fit it.
+    """
+    _check_overrides(overrides, EXTERNAL_SECTIONS, weights)
+    run_config, from_timm = config.without_method(overrides, weights), weights.startswith("timm:")
+    keys = {override.partition("=")[0] for override in overrides}
+    name, tag = run_config.backbone.name, weights.removeprefix("timm:")
+    if not keys & {"backbone", "backbone.name"}:
+        name, _, tag = tag.partition(".") if from_timm else ("", "", "")
+        if not tag:
+            raise ValueError(
+                f"{weights}: the network of these weights is not known; give its timm name, as in"
+                " backbone.name=resnet50"
+            )
+    init = f"timm:{tag}" if from_timm else weights
+    run_config.backbone = replace(run_config.backbone, name=name, init=init)
+    size = run_config.evaluation.image_size or timm_networks.native_size(name)
+    _set_timm_defaults(run_config, name, keys)
+    image_size_check.check(run_config.backbone, {"evaluation.image_size": size})
+    path = Path(run_config.output or f"runs/{f'{name}.{tag}' if from_timm else Path(weights).stem}")
+    _write_config(path, run_config)
+    backbone: nn.Module = backbones.build(run_config.backbone, size)
+    notes = initialize(backbone, run_config.backbone)
+    print_progress("; ".join([f"{weights}: {name} at {size} pixels", *notes, f"results in {path}"]))
+    return Run(
+        path=path,
+        config=run_config,
+        backbone=to_device(backbone, device),
+        step=0,
+        network="published weights",
+        checkpoint_path=Path(init),
+        view_size=size,
+        image_size=size,
+        device=device,
+    )
 
 
 def to_device(
@@ -127,7 +173,7 @@ def to_device(
     return backbone.eval().to(device, **layout)
 
 
-def check_overrides(overrides: list[str], sections: tuple[str, ...], weights: str = "") -> None:
+def _check_overrides(overrides: list[str], sections: tuple[str, ...], weights: str = "") -> None:
     """Raise ValueError for an override outside of these sections of the configuration."""
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -140,16 +186,47 @@ def check_overrides(overrides: list[str], sections: tuple[str, ...], weights: st
 
 
 def _check_architecture(path: Path, run_config: RunConfig, folder: Path) -> None:
-    """Refuse a checkpoint whose network is not the one in the run's config.yaml."""
+    """Raise ValueError if the run's config.yaml names another network than the checkpoint."""
     file = path / "config.yaml"
-    if not file.is_file():
-        return
-    described = yaml.safe_load(file.read_text())
+    saved_config = yaml.safe_load(file.read_text()) if file.is_file() else {}
     for key in ("name", "stem"):
         value = getattr(run_config.backbone, key)
-        other = schema.value_at(described, f"backbone.{key}")
+        other = schema.value_at(saved_config, f"backbone.{key}")
         if other not in (None, value):
             raise ValueError(
                 f"{folder}: has backbone.{key} {value}, and {file} says {other};"
                 " give a checkpoint of this run"
             )
+
+
+def _set_timm_defaults(run_config: RunConfig, name: str, keys: set[str]) -> None:
+    """Set timm's mean, standard deviation, crop and interpolation, except for overridden keys."""
+    timm_config = timm_networks.pretrained_cfg(name)
+    is_bicubic = timm_config.interpolation == "bicubic"
+    for section, key, value in (
+        ("views", "mean", list(map(float, timm_config.mean))),
+        ("views", "std", list(map(float, timm_config.std))),
+        ("evaluation", "crop_ratio", float(timm_config.crop_pct)),
+        ("evaluation", "interpolation", "bicubic" if is_bicubic else "bilinear"),
+    ):
+        if not keys & {section, f"{section}.{key}"}:
+            setattr(getattr(run_config, section), key, value)
+
+
+def _write_config(path: Path, run_config: RunConfig) -> None:
+    """Write the configuration to the folder of the results, on the main rank only.
+
+    Raises:
+        ValueError: If the folder belongs to a run, or holds the results of other weights.
+    """
+    file = path / "config.yaml"
+    previous = yaml.safe_load(file.read_text()) if file.is_file() else None
+    has_other_weights = previous and previous.get("backbone") != asdict(run_config.backbone)
+    if (path / "checkpoints").exists() or has_other_weights:
+        raise ValueError(
+            f"output: {path} holds a run, or the results of other weights; give another folder"
+            " with output=FOLDER"
+        )
+    if process_group.is_main():
+        path.mkdir(parents=True, exist_ok=True)
+        file.write_text(config.to_yaml(run_config))

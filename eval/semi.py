@@ -1,26 +1,4 @@
-"""The whole network fine-tuned on few labels: `python -m ssl_pretrain.eval.semi RUN`."""
-
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from ssl_pretrain.eval import command_line, protocols
-from ssl_pretrain.eval.finetuning.selection import (
-    TUNING_OPTIONS,
-    Column,
-    TuningOptions,
-    adapt,
-    evaluate_columns,
-    options_from,
-)
-from ssl_pretrain.eval.frozen import few_labels
-from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
-from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.schema import FROM_ZERO, PERCENT
-
-HELP = """Accuracy of the whole network, fine-tuned on few labels from a run's weights.
+r"""Accuracy of the whole network, fine-tuned on few labels from a run's weights.
 
 The protocol is SimCLR's (appendix B.5): SGD on crops and flips without any regularization, for 60
 epochs on 1 % and 30 on 10 %. --subset gives files that list the labeled images, such as
@@ -30,8 +8,22 @@ each class is drawn with --subset-seed. The result is printed and saved to RUN/e
     python -m ssl_pretrain.eval.semi runs/demo --rows random pretrained
     # the learning rate is selected on a tenth of the labeled images
     python -m ssl_pretrain.eval.semi runs/demo --percent 1 --lrs 0.02 0.05 0.1
-    torchrun --nproc-per-node 8 -m ssl_pretrain.eval.semi runs/imagenet \\
-        --subset 1percent.txt 10percent.txt"""
+    torchrun --nproc-per-node 8 -m ssl_pretrain.eval.semi runs/imagenet \
+        --subset 1percent.txt 10percent.txt
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_pretrain.eval import command_line, protocols
+from ssl_pretrain.eval.finetuning import selection
+from ssl_pretrain.eval.frozen import few_labels
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
+from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.schema import FROM_ZERO, PERCENT
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--percent": {
@@ -55,35 +47,36 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser("ssl_pretrain.eval.semi", HELP, OPTIONS | TUNING_OPTIONS)
     command_line.evaluate_and_print(
-        parser,
+        command_line.build_parser(
+            "ssl_pretrain.eval.semi", __doc__, OPTIONS | selection.TUNING_OPTIONS
+        ),
         arguments,
         lambda run, options: evaluate(
             run,
+            selection.tuning_options(options),
             options.percent,
             options.subset,
             options.subset_seed,
-            options_from(options),
         ),
     )
 
 
 def evaluate(
     run: Run,
+    options: selection.TuningOptions,
     percentages: list[float],
     lists: list[str] | None = None,
     subset_seed: int = 0,
-    options: TuningOptions | None = None,
 ) -> dict[str, Any]:
     """Measure the accuracy in percent after fine-tuning and save it to RUN/eval/semi.json.
 
     Args:
         run: Run to evaluate.
+        options: Settings to try.
         percentages: Percentages of labeled training images, one column each.
         lists: Files that list the labeled images, instead of `percentages`.
         subset_seed: Seed of the class-balanced choice.
-        options: Settings to try.
 
     Returns:
         The content of the result file.
@@ -92,7 +85,6 @@ def evaluate(
         ValueError: If the images have no labels, a list does not fit them, or a percentage leaves a
             class without an image.
     """
-    options = options or TuningOptions()
     train, test = labeled_splits(run, "few-label fine-tuning")
     if lists:
         subsets = {Path(file).name: read_list(train, Path(file)) for file in lists}
@@ -103,19 +95,19 @@ def evaluate(
         }
         origin = f"training images, the same number of each class, by seed {subset_seed}"
     published = protocols.TUNING["semi"]
-    about, columns = {"source": published.source}, {}
+    entries, columns = {"source": published.source}, {}
     for name, rows in subsets.items():
         epochs = protocols.SEMI_EPOCHS[1 if len(rows) < 0.05 * len(train) else 10]
-        protocol = replace(published, epochs=epochs)
-        columns[name] = Column(rows, adapt(protocol, options, len(rows)))
-        about[f"labels, {name}"] = f"{len(rows):,} {origin}"
-    return evaluate_columns(run, "semi", columns, train, test, options, about)
+        protocol = selection.adapt(replace(published, epochs=epochs), options, len(rows))
+        columns[name] = selection.Column(rows, protocol)
+        entries[f"labels, {name}"] = f"{len(rows):,} {origin}"
+    return selection.evaluate_columns(run, "semi", columns, train, test, options, entries)
 
 
 def balanced_rows(train: EvaluationSplit, percent: float, seed: int) -> np.ndarray:
-    """Draw rows of the training split, sorted, with the same number of each class.
+    """Draw about `percent` of the rows of the training split, the same number of each class.
 
-    Together they are about `percent` of the images, and at least one per class.
+    The rows are sorted. Every class has at least one.
 
     Raises:
         ValueError: If the percentage is not in (0, 100), or a class has too few images.
@@ -147,8 +139,7 @@ def read_list(train: EvaluationSplit, file: Path) -> np.ndarray:
     rows = {
         Path(train.source.name(int(index))).name: row for row, index in enumerate(train.indices)
     }
-    missing = [name for name in names if name not in rows]
-    if missing:
+    if missing := [name for name in names if name not in rows]:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(
             f"--subset {file}: {len(missing)} of its {len(names)} images are not in"

@@ -1,44 +1,46 @@
-"""Spectrum of a run's embeddings: `python -m ssl_pretrain.eval.spectrum RUN`."""
+"""Spectrum of a run's embeddings (the projector's output) and features.
+
+The vectors of training images in their evaluation views are scaled to length 1. Three numbers
+describe their covariance. The share of the 5 largest eigenvalues in the sum of all, in percent, is
+near 100 for a representation that collapsed into a few directions. The effective rank is the
+exponential of the entropy of the eigenvalues' shares. The variance is the sum in percent: 100 for
+vectors that fill the sphere evenly, 0 for a single point. No labels are needed. The result is
+printed and saved to RUN/eval/spectrum.json.
+
+    python -m ssl_pretrain.eval.spectrum runs/demo
+"""
 
 import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssl_pretrain import config, rng
 from ssl_pretrain.checkpoint.tensor_files import read_checkpoint
 from ssl_pretrain.data.sources import open_source
-from ssl_pretrain.eval import command_line, results, runs
+from ssl_pretrain.eval import command_line, results
 from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import BATCH_SIZE, EvaluationSplit
-from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.eval.runs import Run, to_device
 from ssl_pretrain.models import backbones
 
 NUM_TOP = 5  # number of eigenvalues whose share is measured
 MAX_IMAGES = 10000
-HELP = f"""The spectrum of a run's embeddings (the projector's output) and features.
-
-Vectors of training images in their evaluation views are scaled to length 1. Three numbers describe
-their covariance. The share of the {NUM_TOP} largest eigenvalues in the sum of all, in percent, is
-near 100 for a representation that collapsed into a few directions. The effective rank is the
-exponential of the entropy of the eigenvalues' shares. The variance is the sum in percent: 100 for
-vectors that fill the sphere evenly, 0 for a single point. No labels are needed. The result is
-printed and saved to RUN/eval/spectrum.json.
-
-    python -m ssl_pretrain.eval.spectrum runs/demo"""
 
 
 def main(arguments: list[str]) -> None:
     """Run the command line."""
-    parser = command_line.parser("ssl_pretrain.eval.spectrum", HELP, {})
-    command_line.evaluate_and_print(parser, arguments, lambda run, _: evaluate(run))
+    command_line.evaluate_and_print(
+        command_line.build_parser("ssl_pretrain.eval.spectrum", __doc__, {}),
+        arguments,
+        lambda run, _: evaluate(run),
+    )
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, Any]:
-    """Measure the spectra of a random and the pretrained network, for RUN/eval/spectrum.json.
+    """Measure the spectra of a random and the pretrained network for RUN/eval/spectrum.json.
 
     Returns:
         The content of the result file.
@@ -47,8 +49,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         ValueError: If the method has no projector.
     """
     began = time.monotonic()
-    train = EvaluationSplit(run, open_source(run.config.data, "train"))
-    images = train.random_subset(MAX_IMAGES)
+    source = open_source(run.config.data, "train")
+    images = EvaluationSplit(run, source).random_subset(MAX_IMAGES)
     rows = []
     for name in ("random, as built", "pretrained"):
         backbone, projector = backbone_and_projector(run, trained=name == "pretrained")
@@ -73,7 +75,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "spectrum",
         protocol,
         rows,
-        run.about(),
+        run.provenance(),
         time.monotonic() - began,
         measure="spectrum",
     )
@@ -82,8 +84,8 @@ def evaluate(run: Run) -> dict[str, Any]:
 def backbone_and_projector(run: Run, trained: bool) -> tuple[nn.Module, nn.Module]:
     """Return the student's backbone and projector in evaluation mode.
 
-    The projector was trained on the student's backbone, so this is the student even where other
-    evaluations take the teacher.
+    The projector was trained on the student's backbone, so the student is returned even if other
+    evaluations use the teacher.
 
     Args:
         run: Run to evaluate.
@@ -110,7 +112,7 @@ def backbone_and_projector(run: Run, trained: bool) -> tuple[nn.Module, nn.Modul
         _, tensors = read_checkpoint(run.checkpoint_path)
         backbones.load_strict(method, tensors, str(run.checkpoint_path), exact=True)
     projector = method.get_submodule("projector").eval().to(run.device)
-    return runs.to_device(method.backbone, run.device), projector
+    return to_device(method.backbone, run.device), projector
 
 
 def spectrum_metrics(name: str, vectors: Tensor) -> dict[str, float]:
@@ -131,7 +133,7 @@ def spectrum(vectors: Tensor) -> Tensor:
 
     They are float64 (dim,), largest first.
     """
-    unit = F.normalize(vectors.double(), dim=1)
+    unit = nn.functional.normalize(vectors.double(), dim=1)
     centered = unit - unit.mean(dim=0)
     return torch.linalg.eigvalsh(centered.T @ centered / len(centered)).clamp(min=0).flip(0)
 

@@ -1,4 +1,4 @@
-"""Training images of the linear and fine-tuning protocols: one random crop per image."""
+"""Training views of the linear and fine-tuning protocols, one random crop per image."""
 
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import Source
@@ -9,33 +9,33 @@ from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.views.recipe import Crop, CropSampler, Interpolation, ViewsConfig
 
 
-def train_view(
+def build_train_view(
     run: Run,
     interpolation: Interpolation,
     crop_sampler: CropSampler = "torchvision",
     antialias: bool = True,
 ) -> Crop:
-    """Return a random resized crop of 8 to 100 % of the area, flipped if the run's own views are.
+    """Return a random resized crop of 8 to 100 % of the area, flipped if the run's views are.
 
-    A run without flips has images that a flip would change, such as digits.
+    Runs without flips have images whose class a flip may change, such as digits.
     """
-    flips = any(crop.flip > 0 for crop in run.config.views.crops.values())
+    has_flips = any(crop.flip > 0 for crop in run.config.views.crops.values())
     return Crop(
         count=1,
         size=run.image_size,
         interpolation=interpolation,
-        flip=0.5 if flips else 0.0,
+        flip=0.5 if has_flips else 0.0,
         crop_sampler=crop_sampler,
         antialias=antialias,
     )
 
 
-def train_loader(
+def build_train_loader(
     run: Run, source: Source, view: Crop, batch_size: int, finish: readers.Finish | None = None
 ) -> Loader:
-    """Return the loader of this rank's share of the training batches.
+    """Return a loader of this rank's share of the training batches.
 
-    The seed is 0, so images and crops are the same on any number of ranks.
+    The seed is 0. Images and crops are the same on any number of ranks.
 
     Args:
         run: Run to evaluate.
@@ -45,9 +45,7 @@ def train_loader(
         finish: Further augmentation of a view, on the CPU.
     """
     data, views = run.config.data, run.config.views
-    kind = readers.ReaderKind.PROCESSES
-    if finish is None:
-        kind, _ = readers.choose_reader(data, source)
+    kind = readers.ReaderKind.PROCESSES if finish else readers.choose_reader(data, source)[0]
     reader = readers.build_reader(
         source,
         ViewsConfig({"train": view}, views.mean, views.std),

@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
             "type": type(default),
             "help": f"{description} (small: {default})",
         }
-    return command_line.parser("ssl_pretrain.eval.detection", HELP, options)
+    return command_line.build_parser("ssl_pretrain.eval.detection", HELP, options)
 
 
 def main(arguments: list[str]) -> None:
@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> None:
             run, *load_images(options), protocol, options.init, options.seeds
         )
         if process_group.is_main():
-            print(f"\n{results.text(result)}")
+            print(f"\n{results.format_result(result)}")
             print(f"\n{result['seconds']:.0f} s; saved to {run.path / 'eval/detection.json'}")
     finally:
         process_group.stop()

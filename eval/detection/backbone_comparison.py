@@ -55,7 +55,7 @@ def compare(
         "detection",
         describe(run, train, test, protocol, seeds),
         rows,
-        run.about(),
+        run.provenance(),
         time.monotonic() - start,
         "AP, %",
     )

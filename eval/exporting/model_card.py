@@ -1,4 +1,4 @@
-"""README.md of an exported backbone: how to load it, what it is, its results and its checksum."""
+"""The model card of an exported backbone, with how to load it, its results and its checksum."""
 
 from importlib.metadata import version
 from typing import Any
@@ -10,25 +10,25 @@ from ssl_pretrain.eval import results
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.system import markdown
 
-# Keys with paths of the machine that trained the network.
-PRIVATE = (("data", "root"), ("data", "cache_dir"), ("backbone", "init"))
+# Keys whose values may be paths of the machine that trained the network.
+PATH_KEYS = (("data", "root"), ("data", "cache_dir"), ("backbone", "init"))
 
 
-def render(run: Run, arguments: dict[str, Any], doubts: list[str], onnx_section: str = "") -> str:
+def render(run: Run, arguments: dict[str, Any], problems: list[str], onnx_section: str = "") -> str:
     """Return the card as Markdown.
 
     Args:
         run: Exported run.
         arguments: Content of timm.json.
-        doubts: Reasons why the weights may be worthless.
+        problems: Problems that make the weights worthless.
         onnx_section: Section about the ONNX models, if there are any.
     """
-    published = arguments["method"] == configuration.NO_METHOD
-    origin = f"of {arguments['checkpoint']}" if published else f"by {arguments['method']}"
+    is_published = arguments["method"] == configuration.NO_METHOD
+    origin = f"of {arguments['checkpoint']}" if is_published else f"by {arguments['method']}"
     sections = [
         f"# {arguments['architecture']} {origin}",
-        *(f"> **WARNING: exported with --force.** {doubt}" for doubt in doubts),
-        _description(run, arguments, published),
+        *(f"> **WARNING: exported with --force.** {problem}" for problem in problems),
+        _description(run, arguments, is_published),
         _loading(arguments),
         _results(run),
         onnx_section,
@@ -38,13 +38,13 @@ def render(run: Run, arguments: dict[str, Any], doubts: list[str], onnx_section:
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _description(run: Run, arguments: dict[str, Any], published: bool) -> str:
+def _description(run: Run, arguments: dict[str, Any], is_published: bool) -> str:
     view, source = arguments["input"], run.config.data.source
     origin = (
         f"The {arguments['network']}'s backbone of step {arguments['step']:,}, pretrained by"
         f" {arguments['method']} on {source}, without its projector."
     )
-    if published:
+    if is_published:
         origin = "Weights that were not trained by this project, without their classifier."
     return (
         f"{origin}\n"
@@ -57,21 +57,22 @@ def _description(run: Run, arguments: dict[str, Any], published: bool) -> str:
 
 
 def _loading(arguments: dict[str, Any]) -> str:
-    name, stem = arguments["architecture"], arguments["stem"]
+    name, stem, weights = arguments["architecture"], arguments["stem"], "model.safetensors"
     sections = [
         "## Loading",
-        _python(
+        _code_block(
             "from ssl_pretrain.eval import export\n\n"
             'backbone = export.load("this folder")  # strict, and compared with reference features'
         ),
     ]
     if stem != "imagenet":
-        other = f"timm and torchvision have no `{stem}` stem: their {name} is another network."
-        return "\n\n".join([*sections, other])
+        sections.append(
+            f"timm and torchvision have no `{stem}` stem: their {name} is another network."
+        )
+        return "\n\n".join(sections)
     call = ", ".join(f"{key}={value!r}" for key, value in arguments["create_model"].items())
-    weights = "model.safetensors"
     sections += [
-        _python(
+        _code_block(
             "import timm\n\n"
             f'backbone = timm.create_model("{name}", {call}, checkpoint_path="{weights}")'
         ),
@@ -80,7 +81,7 @@ def _loading(arguments: dict[str, Any]) -> str:
     ]
     if "torchvision" in arguments["formats"]:
         sections.append(
-            _python(
+            _code_block(
                 "import torch, torchvision\nfrom safetensors.torch import load_file\n\n"
                 f"model = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\n"
                 f'model.load_state_dict(load_file("{weights}"))'
@@ -89,22 +90,21 @@ def _loading(arguments: dict[str, Any]) -> str:
     return "\n\n".join(sections)
 
 
-def _python(code: str) -> str:
+def _code_block(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
 def _results(run: Run) -> str:
     """Return the results of this checkpoint with their protocols."""
-    saved = results.load(run.path)
-    checkpoint = run.checkpoint_path.name
+    all_results, checkpoint = results.load(run.path), run.checkpoint_path.name
     sections = ["## Results"]
-    for result in saved:
+    for result in all_results:
         if result.get("checkpoint") == checkpoint and "rows" in result:
             protocol = "; ".join(f"{key}: {value}" for key, value in result["protocol"].items())
-            table = markdown.table(*results.cells(result))
+            table = markdown.table(*results.table_cells(result))
             sections += [f"### {result['name']}", table, protocol]
     if len(sections) == 1:
-        others = f" ({len(saved)} of other checkpoints)" if saved else ""
+        others = f" ({len(all_results)} of other checkpoints)" if all_results else ""
         sections.append(
             f"None of this checkpoint{others}. `python -m ssl_pretrain.eval.knn` and"
             " `python -m ssl_pretrain.eval.linear` measure it."
@@ -113,12 +113,11 @@ def _results(run: Run) -> str:
 
 
 def _checks(arguments: dict[str, Any]) -> str:
-    facts = markdown.table(["what the weights do not tell", ""], arguments["facts"].items())
     return "\n\n".join(
         [
             "## Checks",
             f"SHA-256 of model.safetensors: `{arguments['sha256']}`",
-            facts,
+            markdown.table(["what the weights do not tell", ""], arguments["facts"].items()),
             f"Written with timm {version('timm')}, torch {version('torch')}.",
         ]
     )
@@ -127,7 +126,7 @@ def _checks(arguments: dict[str, Any]) -> str:
 def _config(run: Run) -> str:
     """Return the configuration without paths of the machine that trained it."""
     values = configuration.to_dict(run.config) | {"output": ""}
-    for section, key in PRIVATE:
+    for section, key in PATH_KEYS:
         if "/" in str(values[section][key]):
             values[section][key] = ""
     return f"## Configuration\n\n```yaml\n{yaml.safe_dump(values, sort_keys=False).strip()}\n```"

@@ -1,8 +1,9 @@
-"""A backbone as ONNX: checked against torch, and quantized to 8 bits with accuracy and latency."""
+"""Export a backbone to ONNX, compare it with torch, and quantize it to 8 bits."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,18 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ssl_pretrain.data.sources import open_source
-from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen import features, knn_search
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, labeled_splits
-from ssl_pretrain.eval.frozen.knn_search import Search
 from ssl_pretrain.eval.results import print_progress
 from ssl_pretrain.eval.runs import Run, to_device
 from ssl_pretrain.system import markdown
 
-FULL, SMALL = "model.onnx", "model_int8.onnx"
+FLOAT_MODEL, INT8_MODEL = "model.onnx", "model_int8.onnx"
 TOLERANCE = 1e-4  # between onnxruntime and torch, as a share of the largest feature
-NUM_CALIBRATION = 256  # training images that set the ranges of 8-bit activations
+NUM_CALIBRATION_IMAGES = 256  # training images that set the ranges of 8-bit activations
 MAX_IMAGES = 10_000  # images per split that the accuracy is measured on
-NUM_TIMED = 30  # images, one at a time
+NUM_TIMED_IMAGES = 30  # one at a time
 INSTALL = "pip install 'ssl_pretrain[onnx]'"
 
 Embed = Callable[[Tensor], Tensor]  # normalized images to features, both on the CPU
@@ -54,54 +54,56 @@ def write(run: Run, folder: Path, images: Tensor, expected: Tensor) -> str:
         ValueError: If the features of onnxruntime differ from torch's.
     """
     require_packages()
-    model = to_device(run.backbone, torch.device("cpu"), torch.contiguous_format)
-    convert(model, images, folder / FULL)
-    full = open_session(folder / FULL)
-    difference, largest = (full(images) - expected).abs().max().item(), expected.abs().max().item()
+    run = replace(run, device=torch.device("cpu"))
+    model = to_device(run.backbone, run.device, torch.contiguous_format)
+    convert(model, images, folder / FLOAT_MODEL)
+    float_session = open_session(folder / FLOAT_MODEL)
+    difference = (float_session(images) - expected).abs().max().item()
+    largest = expected.abs().max().item()
     if not difference <= TOLERANCE * largest:
         raise ValueError(
-            f"{folder / FULL}: its features differ from torch's by {difference:.2g}, where the"
-            f" largest is {largest:.2g}"
+            f"{folder / FLOAT_MODEL}: its features differ from torch's by {difference:.2g}, where"
+            f" the largest is {largest:.2g}"
         )
-    kind = quantize(folder, run)
+    quantization = quantize(folder, run)
     embeds: dict[str, Embed] = {
         "torch, 32 bits": model,
-        "onnx, 32 bits": full,
-        "onnx, 8 bits": open_session(folder / SMALL),
+        "onnx, 32 bits": float_session,
+        "onnx, 8 bits": open_session(folder / INT8_MODEL),
     }
-    files = {"onnx, 32 bits": folder / FULL, "onnx, 8 bits": folder / SMALL}
+    files = {"onnx, 32 bits": folder / FLOAT_MODEL, "onnx, 8 bits": folder / INT8_MODEL}
     with torch.no_grad():
         milliseconds = latencies(embeds, images)
-        accuracies, how = measure_accuracies(run, embeds)
+        accuracies, protocol = measure_accuracies(run, embeds)
     rows = []
     for name in embeds:
         accuracy = f"{accuracies[name]:.1f}" if name in accuracies else "-"
         megabytes = f"{files[name].stat().st_size / 1e6:.2f}" if name in files else "-"
         rows.append([name, accuracy, f"{milliseconds[name]:.2f}", megabytes])
         print_progress(f"{name}: k-NN {accuracy} %, {milliseconds[name]:.2f} ms, {megabytes} MB")
-    packages = ("onnx", "onnxruntime", "torch")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    notes = [
+    versions = ", ".join(
+        f"{package} {version(package)}" for package in ("onnx", "onnxruntime", "torch")
+    )
+    notes = (
         f"Largest difference of onnxruntime's features from torch's: {difference:.1e}."
-        f" 8 bits: {kind}.",
-        f"k-NN: {how}.",
-        f"Latency: one image of {run.image_size} pixels on a CPU, median of {NUM_TIMED};"
-        f" {torch.get_num_threads()} threads; {versions}.",
-    ]
+        f" 8 bits: {quantization}.\n"
+        f"k-NN: {protocol}.\n"
+        f"Latency: one image of {run.image_size} pixels on a CPU, median of {NUM_TIMED_IMAGES};"
+        f" {torch.get_num_threads()} threads; {versions}."
+    )
     table = markdown.table(["", "k-NN, %", "ms per image, median", "MB"], rows)
-    return "\n\n".join(["## ONNX", table, "\n".join(notes)])
+    return "\n\n".join(["## ONNX", table, notes])
 
 
 def convert(model: nn.Module, images: Tensor, path: Path) -> None:
     """Export images (n, 3, size, size) to features (n, feature_dim) for any n."""
-    batch = {0: torch.export.Dim("n", min=1)}
     torch.onnx.export(
         model,
         (images,),
         str(path),
         input_names=["images"],
         output_names=["features"],
-        dynamic_shapes=({**batch},),
+        dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -124,15 +126,15 @@ def open_session(path: Path) -> Embed:
 
 
 def quantize(folder: Path, run: Run) -> str:
-    """Write the 8-bit model and describe how its ranges were set.
+    """Write the 8-bit model, and describe how the ranges of its activations are set.
 
-    Convolutions have fixed activation ranges. A ViT's matrix products take those of each input.
+    The ranges of convolutions are fixed. Those of a ViT's matrix products follow each input.
     """
     import onnxruntime.quantization as quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared, target = str(folder / ".prepared.onnx"), str(folder / SMALL)
-    quant_pre_process(str(folder / FULL), prepared, skip_symbolic_shape=True)
+    prepared, target = str(folder / ".prepared.onnx"), str(folder / INT8_MODEL)
+    quant_pre_process(str(folder / FLOAT_MODEL), prepared, skip_symbolic_shape=True)
     int8 = quantization.QuantType.QInt8
     try:
         if hasattr(run.backbone.model, "blocks"):
@@ -142,7 +144,7 @@ def quantize(folder: Path, run: Run) -> str:
                 " (onnxruntime's quantize_dynamic)"
             )
         train = EvaluationSplit(run, open_source(run.config.data, "train"))
-        calibration = train.random_subset(NUM_CALIBRATION)
+        calibration = train.random_subset(NUM_CALIBRATION_IMAGES)
         quantization.quantize_static(
             prepared,
             target,
@@ -165,7 +167,7 @@ class _CalibrationReader:
 
     def __init__(self, split: EvaluationSplit):
         self.batches: Iterator[Tensor] = (
-            features.normalize(split.run, images).cpu() for images, _ in split.batches()
+            features.normalize(split.run, images) for images, _ in split.batches()
         )
 
     def get_next(self) -> dict[str, np.ndarray] | None:
@@ -174,12 +176,12 @@ class _CalibrationReader:
 
 
 def latencies(embeds: dict[str, Embed], images: Tensor) -> dict[str, float]:
-    """Return the median milliseconds for one image.
+    """Return the median milliseconds that each model takes for one image.
 
-    The candidates take turns, so that a slow moment affects all of them alike.
+    The models take turns, so that other load on the machine slows all of them alike.
     """
     milliseconds: dict[str, list[float]] = {name: [] for name in embeds}
-    for _ in range(NUM_TIMED + 1):
+    for _ in range(NUM_TIMED_IMAGES + 1):
         for name, embed in embeds.items():
             began = time.perf_counter()
             embed(images[:1])
@@ -188,30 +190,22 @@ def latencies(embeds: dict[str, Embed], images: Tensor) -> dict[str, float]:
 
 
 def measure_accuracies(run: Run, embeds: dict[str, Embed]) -> tuple[dict[str, float], str]:
-    """Return the k-NN accuracy of each model in percent, and how it was measured.
+    """Return the k-NN accuracy of each model in percent, and a description of the protocol.
 
-    There is none for images without labels.
+    Images without labels give no accuracy.
     """
     try:
         splits = labeled_splits(run, "k-NN")
     except ValueError as error:
         print_progress(str(error))
         return {}, "not measured, because there are no labeled test images"
-    k, temperature = run.config.evaluation.k, run.config.evaluation.temperature
+    vote = run.config.evaluation.k, run.config.evaluation.temperature
     bank, queries = (split.random_subset(MAX_IMAGES, sort=True) for split in splits)
     accuracies = {}
     for name, embed in embeds.items():
-        search = Search(*_embed_split(bank, embed), len(bank.classes), "torch")
-        accuracies[name] = search.accuracies(*_embed_split(queries, embed), [(k, temperature)])[0]
+        search = knn_search.Search(*features.extract(embed, bank), len(bank.classes), "torch")
+        accuracies[name] = search.accuracies(*features.extract(embed, queries), [vote])[0]
     return accuracies, (
-        f"k {k}, temperature {temperature}, {len(queries):,} test images among {len(bank):,}"
+        f"k {vote[0]}, temperature {vote[1]}, {len(queries):,} test images among {len(bank):,}"
         " training images"
     )
-
-
-def _embed_split(split: EvaluationSplit, embed: Embed) -> tuple[Tensor, Tensor]:
-    batches = [
-        (embed(features.normalize(split.run, images).cpu()), labels)
-        for images, labels in split.batches()
-    ]
-    return features.concatenate(batches, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Facts that prove an exported network to be the same: reference features, and its architecture."""
+"""The reference features and the architecture, by which an exported network is recognized."""
 
 import json
 from collections.abc import Sequence
@@ -9,29 +9,29 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssl_pretrain import rng
 
 REFERENCE, ARGUMENTS = "reference.safetensors", "timm.json"
 NUM_IMAGES = 2
-# Share of the largest feature. Rounding on another processor is a hundred times smaller, and the
-# difference of another network a hundred times larger.
+# Largest difference as a share of the largest feature. Rounding on another processor differs by a
+# hundredth of it, another network by a hundred times as much.
 TOLERANCE = 1e-3
 
 
 def reference_images(size: int) -> Tensor:
-    """Return smooth noise, float32 (NUM_IMAGES, 3, size, size) of deviation about 1.
+    """Return smooth noise, float32 (NUM_IMAGES, 3, size, size) of standard deviation about 1.
 
-    It is the same on every machine and shows nobody's photograph.
+    It is the same on every machine.
     """
 
     def noise(epoch: int, side: int) -> Tensor:
-        images = np.arange(NUM_IMAGES)
-        values = rng.uniform(0, epoch, images, 0, rng.Purpose.SUBSET, 3 * side * side)
+        values = rng.uniform(
+            0, epoch, np.arange(NUM_IMAGES), 0, rng.Purpose.SUBSET, 3 * side * side
+        )
         return torch.from_numpy(values.reshape(NUM_IMAGES, 3, side, side))
 
-    smooth = F.interpolate(noise(0, 8), (size, size), mode="bilinear")
+    smooth = nn.functional.interpolate(noise(0, 8), (size, size), mode="bilinear")
     return (4 * (smooth - 0.5) + (noise(1, size) - 0.5)).float()
 
 
@@ -39,7 +39,7 @@ def reference_images(size: int) -> Tensor:
 def check(model: nn.Module, folder: str | Path) -> None:
     """Raise ValueError unless `model` gives the exported features for the reference images.
 
-    Weights may load strictly into another network, such as those of 12 heads into 6.
+    Weights can load strictly into another network, such as those of 12 heads into 6.
 
     Args:
         model: Maps images to features on the CPU.
@@ -64,7 +64,7 @@ def check(model: nn.Module, folder: str | Path) -> None:
 
 
 def architecture_facts(backbone: nn.Module) -> dict[str, Any]:
-    """Return what the weights do not tell: heads, epsilons, pooling, positions."""
+    """Return facts that the weights do not tell: heads, epsilons, pooling, positions."""
     model: Any = backbone.model
 
     def attributes(name: str, kind: type) -> list[Any]:
@@ -83,7 +83,7 @@ def architecture_facts(backbone: nn.Module) -> dict[str, Any]:
         facts["class_token"] = model.cls_token is not None
     if hasattr(model, "global_pool"):
         pool = model.global_pool
-        kind = getattr(pool, "pool_type", type(pool).__name__)
-        facts["pooling"] = pool if isinstance(pool, str) else kind
+        module_type = getattr(pool, "pool_type", type(pool).__name__)
+        facts["pooling"] = pool if isinstance(pool, str) else module_type
     facts["norm_eps"] = attributes("eps", float)
     return facts

@@ -1,13 +1,14 @@
 """Fine-tuning with selected hyperparameters.
 
-Settings are selected on held-out labeled images. The selected one is then trained on all labeled
-images and tested once.
+The learning rate and the weight decay are selected on held-out labeled images. The network is then
+trained with them on all labeled images and tested once.
 """
 
 import argparse
 import itertools
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,14 @@ from ssl_pretrain.data import order
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import results
 from ssl_pretrain.eval.finetuning import trainer
-from ssl_pretrain.eval.frozen import features
+from ssl_pretrain.eval.frozen import features, linear_heads
 from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, describe_splits, hold_out
-from ssl_pretrain.eval.frozen.linear_heads import setting_name
-from ssl_pretrain.eval.protocols import TuningProtocol, batch_that_fits
+from ssl_pretrain.eval.protocols import TuningProtocol, fitting_batch_size
 from ssl_pretrain.eval.runs import Run
 from ssl_pretrain.schema import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE
 
 ROWS = ("random", "pretrained")
-MIN_STEPS = 3  # minimum per epoch. A published batch size that gives fewer steps is reduced.
+MIN_STEPS_PER_EPOCH = 3  # published batch sizes that give fewer steps are reduced
 MIXING_OPTION = {
     "type": NOT_NEGATIVE,
     "metavar": "ALPHA",
@@ -59,7 +59,7 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
         "type": SHARE,
         "help": (
             "ratio of each block's learning rate to the next block's (default: the protocol's;"
-            " BEiT and MAE take 0.65 to 0.75)"
+            " BEiT and MAE use 0.65 to 0.75)"
         ),
     },
     "--mixup": MIXING_OPTION,
@@ -81,39 +81,31 @@ TUNING_OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """Settings to try and departures from a published protocol. None keeps the protocol's value."""
+    """Settings to try and departures from a published protocol. None keeps the published value."""
 
-    lrs: list[float] | None = None  # at the protocol's `lr_batch`
+    lrs: list[float] | None = None  # at the protocol's `lr_batch_size`
     weight_decays: list[float] | None = None
     epochs: float | None = None
     batch_size: int | None = None
     layer_decay: float | None = None
     mixup: float | None = None
     cutmix: float | None = None
-    ema: float = 0.0
-    rows: tuple[str, ...] = ("pretrained",)
+    ema: float = 0.0  # decay of the moving average of the weights; 0: none
+    rows: Sequence[str] = ("pretrained",)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: a subset of the training images and the protocol to train on it."""
+    """A column of the table: training images and the protocol to train on them."""
 
     rows: np.ndarray  # indices into the training split
     protocol: TuningProtocol
 
 
-def options_from(namespace: argparse.Namespace) -> TuningOptions:
-    """Return the options that TUNING_OPTIONS defines."""
+def tuning_options(namespace: argparse.Namespace) -> TuningOptions:
+    """Return the values of the TUNING_OPTIONS on the command line."""
     return TuningOptions(
-        lrs=namespace.lrs,
-        weight_decays=namespace.weight_decays,
-        epochs=namespace.epochs,
-        batch_size=namespace.batch_size,
-        layer_decay=namespace.layer_decay,
-        mixup=namespace.mixup,
-        cutmix=namespace.cutmix,
-        ema=namespace.ema,
-        rows=tuple(namespace.rows),
+        **{field.name: getattr(namespace, field.name) for field in fields(TuningOptions)}
     )
 
 
@@ -125,27 +117,27 @@ def adapt(published: TuningProtocol, options: TuningOptions, num_images: int) ->
             pairs, or a value is out of range.
     """
     world_size = process_group.world_size()
-    batch = options.batch_size or batch_that_fits(
-        published.batch_size, num_images, world_size, MIN_STEPS
+    batch_size = options.batch_size or fitting_batch_size(
+        published.batch_size, num_images, world_size, MIN_STEPS_PER_EPOCH
     )
     changes: dict[str, Any] = {
         name: value
-        for name in ("layer_decay", "mixup", "cutmix")
+        for name in ("layer_decay", "mixup", "cutmix", "epochs")
         if (value := getattr(options, name)) is not None
     }
     if options.epochs is not None:
-        changes |= {"epochs": options.epochs, "steps": 0}
-    protocol = replace(published, batch_size=batch, **changes)
-    order.check_divides(batch, world_size)
-    if not 1 <= batch <= num_images or (protocol.epochs <= 0 and not protocol.steps):
+        changes["steps"] = 0
+    protocol = replace(published, batch_size=batch_size, **changes)
+    order.check_divides(batch_size, world_size)
+    if not 1 <= batch_size <= num_images or (protocol.epochs <= 0 and not protocol.steps):
         raise ValueError(
-            f"--epochs {protocol.epochs:g}, --batch-size {batch}: give more than 0 epochs, and a"
-            f" batch of 1 to {num_images} images"
+            f"--epochs {protocol.epochs:g}, --batch-size {batch_size}: give more than 0 epochs, and"
+            f" a batch of 1 to {num_images} images"
         )
-    if (protocol.mixup or protocol.cutmix) and batch // world_size % 2:
+    if (protocol.mixup or protocol.cutmix) and batch_size // world_size % 2:
         raise ValueError(
-            f"--batch-size {batch}: {batch // world_size} images per rank cannot be mixed in pairs;"
-            " give an even number, or --mixup 0 --cutmix 0"
+            f"--batch-size {batch_size}: {batch_size // world_size} images per rank cannot be mixed"
+            " in pairs; give an even number, or --mixup 0 --cutmix 0"
         )
     if not 0 < protocol.layer_decay <= 1 or not 0 <= options.ema < 1:
         raise ValueError(
@@ -162,23 +154,23 @@ def evaluate_columns(
     train: EvaluationSplit,
     test: EvaluationSplit,
     options: TuningOptions,
-    about: dict[str, str],
+    entries: dict[str, str],
 ) -> dict[str, Any]:
     """Measure the accuracy in percent of each network in each column, and save it.
 
     Args:
         run: Run to evaluate.
-        name: Name of the result: RUN/eval/<name>.json.
+        name: Name of the evaluation, which is saved to RUN/eval/<name>.json.
         columns: Columns of the table.
         train: Training images. Each column uses a subset of them.
         test: Test images.
         options: Settings to try.
-        about: Further entries of the protocol.
+        entries: Further entries of the protocol.
 
     Returns:
         The content of the result file.
     """
-    start = time.monotonic()
+    began = time.monotonic()
     table = []
     for row_name, backbone in features.networks(run, train, options.rows):
         if row_name == "random, recalibrated":
@@ -192,13 +184,13 @@ def evaluate_columns(
             results.print_progress(f"{row.features}: {title} {row.metrics[title]:.1f} %")
         table.append(row)
     protocol = {
-        **describe_splits(run, train, test, random=False),
+        **describe_splits(run, train, test, has_random_row=False),
         "feature": "none: the whole network is trained, with a linear classifier on its pooled"
         " output",
-        **about,
+        **entries,
         **{f"training, {title}": describe(column, options) for title, column in columns.items()},
     }
-    return results.save(run.path, name, protocol, table, run.about(), time.monotonic() - start)
+    return results.save(run.path, name, protocol, table, run.provenance(), time.monotonic() - began)
 
 
 def _tune_and_test(
@@ -209,38 +201,38 @@ def _tune_and_test(
     test: EvaluationSplit,
     options: TuningOptions,
 ) -> tuple[float, str]:
-    """Return the test accuracy in percent, and a note about the selected setting."""
+    """Return the test accuracy in percent, and a note about the selected setting, if any."""
     protocol, num_classes = column.protocol, len(train.classes)
 
     def tune(rows: np.ndarray, lr: float, weight_decay: float) -> nn.Module:
-        # A tenth of the images may be held out.
-        batch = batch_that_fits(
+        batch_size = fitting_batch_size(
             protocol.batch_size, len(rows), process_group.world_size(), min_steps=1
         )
-        setting = replace(protocol, base_lr=lr, weight_decay=weight_decay, batch_size=batch)
+        setting = replace(protocol, base_lr=lr, weight_decay=weight_decay, batch_size=batch_size)
         model = trainer.build_network(run, backbone, setting, num_classes)
         source = train.source.take(rows)
         return trainer.train(run, model, source, setting, num_classes, options.ema)
 
-    lrs = options.lrs or [protocol.base_lr]
-    grid = list(itertools.product(lrs, options.weight_decays or [protocol.weight_decay]))
-    best, note = grid[0], ""
+    grid = list(
+        itertools.product(
+            options.lrs or [protocol.base_lr], options.weight_decays or [protocol.weight_decay]
+        )
+    )
+    selected, note = grid[0], ""
     if len(grid) > 1:
         train_rows, held_out_rows = (column.rows[rows] for rows in hold_out(len(column.rows)))
         held_out = train.subset(held_out_rows)
-        scores = [trainer.scores(tune(train_rows, *setting), held_out) for setting in grid]
-
-        def quality(index: int) -> tuple[float, float]:
-            accuracy, loss = scores[index]
-            return accuracy, -np.nan_to_num(loss, nan=np.inf)
-
-        best = grid[max(range(len(grid)), key=quality)]
-        accuracies = ", ".join(
-            f"lr {lr:g} wd {decay:g} {100 * accuracy:.1f} %"
-            for (lr, decay), (accuracy, _) in zip(grid, scores)
+        accuracies, losses = zip(
+            *(trainer.scores(tune(train_rows, *setting), held_out) for setting in grid)
         )
-        note = f"{setting_name(*best)}, on {len(held_out)} held-out labeled images ({accuracies})"
-    return 100 * trainer.scores(tune(column.rows, *best), test)[0], note
+        selected = grid[linear_heads.best_setting(accuracies, losses)]
+        percentages = ", ".join(
+            f"lr {lr:g} wd {decay:g} {100 * accuracy:.1f} %"
+            for (lr, decay), accuracy in zip(grid, accuracies)
+        )
+        name = linear_heads.setting_name(*selected)
+        note = f"{name}, on {len(held_out)} held-out labeled images ({percentages})"
+    return 100 * trainer.scores(tune(column.rows, *selected), test)[0], note
 
 
 def describe(column: Column, options: TuningOptions) -> str:
@@ -248,18 +240,21 @@ def describe(column: Column, options: TuningOptions) -> str:
     protocol = column.protocol
     lrs = ", ".join(f"{lr:g}" for lr in options.lrs or [protocol.base_lr])
     decays = ", ".join(f"{decay:g}" for decay in options.weight_decays or [protocol.weight_decay])
+    names = ("mixup", "cutmix", "smoothing", "erasing", "drop_path", "randaugment")
     entries = [
         "SGD with Nesterov momentum 0.9" if protocol.optimizer == "sgd" else "AdamW",
-        f"learning rate {lrs} at a batch of {protocol.lr_batch}",
+        f"learning rate {lrs} at a batch of {protocol.lr_batch_size}",
         f"batch {protocol.batch_size} of {len(column.rows):,} labeled images",
         f"{protocol.steps} steps" if protocol.steps else f"{protocol.epochs:g} epochs",
         f"warm-up {protocol.warmup_epochs:g} epochs, cosine to {protocol.min_lr:g}",
-        f"weight decay {decays}" + ("" if protocol.decay_all else " (not biases and norms)"),
+        f"weight decay {decays}"
+        f"{'' if protocol.decays_norms_and_biases else ' (not biases and norms)'}",
         "" if protocol.layer_decay == 1 else f"layer decay {protocol.layer_decay}",
+        *(
+            f"{name.replace('_', ' ')} {value}"
+            for name in names
+            if (value := getattr(protocol, name))
+        ),
+        f"moving average {options.ema:g}" if options.ema else "",
     ]
-    for name in ("mixup", "cutmix", "smoothing", "erasing", "drop_path", "randaugment"):
-        if value := getattr(protocol, name):
-            entries.append(f"{name.replace('_', ' ')} {value}")
-    if options.ema:
-        entries.append(f"moving average {options.ema:g}")
     return ", ".join(filter(None, entries))

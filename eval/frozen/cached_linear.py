@@ -1,28 +1,32 @@
-"""Linear classifiers on features that are computed once, with selected hyperparameters."""
-
-from __future__ import annotations
+"""Linear classifiers with selected hyperparameters, on features that are computed once."""
 
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import results
-from ssl_pretrain.eval.frozen import features, few_labels, linear_heads, shards
-from ssl_pretrain.eval.frozen.evaluation_split import describe_splits, hold_out, labeled_splits
+from ssl_pretrain.eval.frozen import features, few_labels, linear_heads
+from ssl_pretrain.eval.frozen.evaluation_split import (
+    EvaluationSplit,
+    describe_splits,
+    hold_out,
+    labeled_splits,
+)
 from ssl_pretrain.eval.runs import Run
 
 LEARNING_RATES = (0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WEIGHT_DECAYS = (0.0, 1e-6)  # DINO and MoCo use 0, SimCLR 1e-6
 NUM_SETTINGS = len(LEARNING_RATES) * len(WEIGHT_DECAYS)
-MOMENTUM = 0.9  # Nesterov's
+MOMENTUM = 0.9
 BATCH_SIZE = 256
 PROTOCOL = {
     "normalization": "every feature to mean 0, deviation 1 over the training images; raw pixels"
@@ -57,39 +61,17 @@ def evaluate(
     """
     began = time.monotonic()
     train, test = labeled_splits(run, "the linear evaluation")
-    num_classes = len(train.classes)
     draws = {
-        number: few_labels.draw(train.labels, number, train.classes) for number in labels_per_class
+        f"{number} per class": few_labels.draw_rows(train.labels, number, train.classes)
+        for number in labels_per_class
     }
     table, grid = [], []
     for representation in features.representations(run, train, rows):
-        embed = representation.embed
-        train_features, train_labels = shards.embed_split(embed, train)
-        test_features, test_labels = shards.embed_split(embed, test)
-        standardize = Standardize.fit(train_features)
-        train_features, test_features = standardize(train_features), standardize(test_features)
-        selected = select(train_features, train_labels, num_classes, epochs)
-        weights = train_heads(
-            train_features,
-            train_labels,
-            num_classes,
-            [selected.lr],
-            [selected.weight_decay],
-            epochs,
-        )
-        accuracy = 100 * linear_heads.scores(weights, test_features, test_labels)[0].item()
-        row = results.Row(
-            representation.name, {"all labels": accuracy}, notes={"all labels": str(selected)}
-        )
-        for number, images in draws.items():
-            column = f"{number} per class"
-            row.metrics[column], row.spread[column] = few_labels.accuracy(
-                train_features, train_labels, test_features, test_labels, images
-            )
+        row, grid_row = _measure(representation, train, test, epochs, draws)
         results.print_progress(row.summary())
         table.append(row)
-        grid.append(results.Row(representation.name, selected.tried))
-    protocol = describe_splits(run, train, test, random="random" in rows)
+        grid.append(grid_row)
+    protocol = describe_splits(run, train, test, has_random_row="random" in rows)
     protocol |= {key: text.format(epochs=epochs) for key, text in PROTOCOL.items()}
     if draws:
         protocol["few labels"] = few_labels.PROTOCOL
@@ -98,28 +80,47 @@ def evaluate(
         " decay (wd)"
     }
     seconds = time.monotonic() - began
-    results.save(run.path, "linear_grid", grid_protocol, grid, run.about(), seconds)
+    results.save(run.path, "linear_grid", grid_protocol, grid, run.provenance(), seconds)
     table = results.with_better_random(table)
-    return results.save(run.path, "linear", protocol, table, run.about(), seconds)
+    return results.save(run.path, "linear", protocol, table, run.provenance(), seconds)
 
 
-@dataclass
-class Standardize:
-    """Map every feature to mean 0 and standard deviation 1 over the training images."""
+def _measure(
+    representation: features.Representation,
+    train: EvaluationSplit,
+    test: EvaluationSplit,
+    epochs: int,
+    draws: Mapping[str, list[np.ndarray]],
+) -> tuple[results.Row, results.Row]:
+    """Return the row of the table and the row of the grid, which has every setting."""
+    train_features, train_labels = features.embed_split(representation.embed, train)
+    test_features, test_labels = features.embed_split(representation.embed, test)
+    standardize = fit_standardization(train_features)
+    train_features, test_features = standardize(train_features), standardize(test_features)
+    num_classes = len(train.classes)
+    selected = select(train_features, train_labels, num_classes, epochs)
+    lrs, weight_decays = [selected.lr], [selected.weight_decay]
+    weights = train_heads(train_features, train_labels, num_classes, lrs, weight_decays, epochs)
+    accuracy = 100 * linear_heads.scores(weights, test_features, test_labels)[0].item()
+    row = results.Row(
+        representation.name, {"all labels": accuracy}, notes={"all labels": str(selected)}
+    )
+    for column, subsets in draws.items():
+        row.metrics[column], row.spread[column] = few_labels.accuracy_and_deviation(
+            train_features, train_labels, test_features, test_labels, subsets
+        )
+    return row, results.Row(representation.name, selected.percentages)
 
-    mean: Tensor
-    std: Tensor
 
-    @classmethod
-    def fit(cls, train_features: Tensor) -> Standardize:
-        """Compute the statistics. The infinite deviation of a constant feature maps it to 0."""
-        std, mean = torch.std_mean(train_features, dim=0, correction=0)
-        constant = std <= 1e-6 * std.max().clamp(min=1e-30)
-        return cls(mean, std.masked_fill(constant, torch.inf))
+def fit_standardization(train_features: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function that maps every training feature to mean 0 and standard deviation 1.
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return the standardized features, (n, dim)."""
-        return (features - self.mean) / self.std
+    A constant feature is mapped to 0.
+    """
+    std, mean = torch.std_mean(train_features, dim=0, correction=0)
+    constant = std <= 1e-6 * std.max().clamp(min=1e-30)
+    divisor = std.masked_fill(constant, torch.inf)
+    return lambda features: (features - mean) / divisor
 
 
 @dataclass
@@ -129,13 +130,15 @@ class Selection:
     lr: float
     weight_decay: float
     held_out_accuracy: float
-    tried: dict[str, float]  # accuracy in percent on the held-out images by setting
+    percentages: dict[str, float]  # accuracy on the held-out images by setting
 
     def __str__(self) -> str:
-        at_edge = self.lr in (LEARNING_RATES[0], LEARNING_RATES[-1])
-        edge = ", at the edge of those tried" if at_edge else ""
-        accuracy = f"{100 * self.held_out_accuracy:.1f} % of held-out training images"
-        return f"learning rate {self.lr:g}{edge}, weight decay {self.weight_decay:g} ({accuracy})"
+        is_at_edge = self.lr in (LEARNING_RATES[0], LEARNING_RATES[-1])
+        return (
+            f"learning rate {self.lr:g}{', at the edge of those tried' if is_at_edge else ''},"
+            f" weight decay {self.weight_decay:g} ({100 * self.held_out_accuracy:.1f} % of held-out"
+            " training images)"
+        )
 
 
 def select(
@@ -143,7 +146,7 @@ def select(
 ) -> Selection:
     """Select the learning rate and weight decay on held-out training images.
 
-    The best accuracy wins, then the lowest cross entropy.
+    The highest accuracy is selected, and among equals the lowest cross entropy.
     """
     fit, held_out = hold_out(len(train_features))
     grid = list(itertools.product(LEARNING_RATES, WEIGHT_DECAYS))
@@ -152,10 +155,12 @@ def select(
     accuracies, losses = linear_heads.scores(
         weights, train_features[held_out], train_labels[held_out]
     )
-    head = linear_heads.best(accuracies, losses)
-    names = [linear_heads.setting_name(*setting) for setting in grid]
-    tried = {name: 100 * accuracy for name, accuracy in zip(names, accuracies.tolist())}
-    return Selection(*grid[head], accuracies[head].item(), tried)
+    head = linear_heads.best_setting(accuracies.tolist(), losses.tolist())
+    percentages = {
+        linear_heads.setting_name(*setting): 100 * accuracy
+        for setting, accuracy in zip(grid, accuracies.tolist())
+    }
+    return Selection(*grid[head], accuracies[head].item(), percentages)
 
 
 def train_heads(
@@ -168,8 +173,8 @@ def train_heads(
 ) -> Tensor:
     """Train linear classifiers side by side on the same batches.
 
-    Each is what torch.optim.SGD(nesterov=True) with a cosine schedule makes of a linear layer that
-    starts at zero. All ranks hold all features, and each takes its share of every batch.
+    Each equals a linear layer that starts at zero and is trained by torch.optim.SGD(nesterov=True)
+    with a cosine schedule. All ranks hold all features, and each takes its share of every batch.
 
     Args:
         train_features: Features, (n, dim).
@@ -186,12 +191,12 @@ def train_heads(
     heads = linear_heads.LinearHeads(
         dim, num_classes, lrs, weight_decays, like=train_features, momentum=MOMENTUM
     )
-    steps_per_epoch = -(-num_images // BATCH_SIZE)
     for epoch in range(epochs):
         order = torch.from_numpy(rng.permutation(0, epoch, num_images)).to(train_features.device)
-        for step, batch in enumerate(order.split(BATCH_SIZE)):
-            fraction = (epoch + step / steps_per_epoch) / epochs
+        batches = order.split(BATCH_SIZE)
+        for step, batch in enumerate(batches):
             rows = batch[process_group.rank() :: process_group.world_size()]
+            fraction = (epoch + step / len(batches)) / epochs
             factor = 0.5 * (1 + math.cos(math.pi * fraction))
             heads.step(train_features[rows], train_labels[rows], factor, len(batch))
     return heads.weights.transpose(0, 1)

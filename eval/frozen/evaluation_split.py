@@ -17,11 +17,10 @@ from ssl_pretrain.data.layout_report import layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.rng import Purpose
 from ssl_pretrain.views import crops
 
 BATCH_SIZE = 250  # images per forward pass
-MAX_CACHE_BYTES = 2**30  # limit up to which the views of a split stay in memory
+MAX_CACHE_BYTES = 2**30  # the views of a larger split do not stay in memory
 SPLIT_SEED = 0
 
 
@@ -30,7 +29,7 @@ class UnlabeledError(ValueError):
 
 
 class EvaluationSplit:
-    """Images of a source in their evaluation views, cached in memory if they are small enough.
+    """Images of a source in their evaluation views, which small splits keep in memory.
 
     Args:
         run: Run whose configuration defines the evaluation view.
@@ -48,15 +47,15 @@ class EvaluationSplit:
         return len(self.indices)
 
     def subset(self, rows: np.ndarray) -> EvaluationSplit:
-        """Return a split of some rows of this one."""
+        """Return the split that has only these rows."""
         return EvaluationSplit(self.run, self.source, self.indices[rows])
 
     def random_subset(self, num_images: int, sort: bool = False) -> EvaluationSplit:
-        """Return at most `num_images` of the images, a fixed random choice in random order.
+        """Return a fixed random choice of at most `num_images` images.
 
-        With `sort` they keep the order of the data set.
+        Their order is random, or that of the data set with `sort`.
         """
-        rows = rng.permutation(0, 0, len(self), Purpose.SUBSET)[:num_images]
+        rows = rng.permutation(0, 0, len(self), rng.Purpose.SUBSET)[:num_images]
         return self.subset(np.sort(rows) if sort else rows)
 
     @cached_property
@@ -66,13 +65,18 @@ class EvaluationSplit:
             return self
         return self.subset(rows_of(process_group.rank(), len(self)))
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the views that stay in memory, 0 if they exceed MAX_CACHE_BYTES."""
+        view_bytes = len(self) * 3 * self.run.image_size**2
+        return view_bytes if view_bytes <= MAX_CACHE_BYTES else 0
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield views, uint8 (n, 3, size, size), and labels, int64 (n,), in order."""
         if self._cache:
             yield from self._cache
             return
         cache = []
-        fits = len(self) * 3 * self.run.image_size**2 <= MAX_CACHE_BYTES
         evaluation, data = self.run.config.evaluation, self.run.config.data
         view = partial(
             crops.evaluate,
@@ -83,17 +87,17 @@ class EvaluationSplit:
         for images, labels in single_pass.read_images(
             self.source, self.indices, view, BATCH_SIZE, data.num_workers, data.max_replaced
         ):
-            if fits:
-                # The clone leaves the shared memory of the workers.
+            if self.cache_bytes:
+                # The clone frees the shared memory of the workers.
                 cache.append((images.clone(), labels))
             yield images, labels
         self._cache = cache
 
 
 def rows_of(rank: int, num_images: int) -> np.ndarray:
-    """Return the rows that a rank embeds: every world_size-th batch.
+    """Return the rows of a rank, every world_size-th batch.
 
-    Whole batches make the numbers independent of the number of ranks.
+    With whole batches, the numbers do not depend on the number of ranks.
     """
     rows = np.arange(num_images)
     return rows[rows // BATCH_SIZE % process_group.world_size() == rank]
@@ -102,10 +106,10 @@ def rows_of(rank: int, num_images: int) -> np.ndarray:
 def labeled_splits(
     run: Run, purpose: str, queries: str = "val"
 ) -> tuple[EvaluationSplit, EvaluationSplit]:
-    """Return the training images and the queries.
+    """Return the labeled training images and the queries.
 
     Args:
-        run: Run whose data are opened.
+        run: Run to evaluate.
         purpose: Name of the evaluation, for error messages.
         queries: "val" for the test images, "train" for a held-out tenth of the training images.
 
@@ -121,9 +125,8 @@ def labeled_splits(
             " put the images in one folder per class"
         )
     if queries == "train":
-        whole = EvaluationSplit(run, train)
-        train_rows, held_out_rows = hold_out(len(train))
-        return whole.subset(train_rows), whole.subset(held_out_rows)
+        rows, held_out_rows = hold_out(len(train))
+        return EvaluationSplit(run, train, rows), EvaluationSplit(run, train, held_out_rows)
     test = open_labeled(run, "val", purpose)
     if not len(test):
         raise UnlabeledError(
@@ -137,22 +140,22 @@ def labeled_splits(
 def open_labeled(run: Run, split: Literal["train", "val"], purpose: str) -> Source:
     """Open the images of a split that have a label.
 
-    Images without a label are left out, and the printed description of the data counts them. One
-    rank per machine lists the files first. The other ranks read its list.
+    Images without a label are left out and counted in the printed description of the data. One rank
+    per machine lists the files first, and the other ranks read its list.
 
     Raises:
         UnlabeledError: If no image has a label, or there is no test split and none was named.
     """
     if process_group.local_rank() == 0:
-        source = _open(run, split)
+        source = _open_split(run, split)
     collectives.barrier()
     if process_group.local_rank() != 0:
-        source = _open(run, split)
+        source = _open_split(run, split)
     if split == "train":
         process_group.print_once(*layout_lines(run.config.data, source), file=sys.stderr)
-    known = np.flatnonzero(source.labels >= 0)
-    if 0 < len(known) < len(source):
-        source = source.take(known)
+    labeled = np.flatnonzero(source.labels >= 0)
+    if 0 < len(labeled) < len(source):
+        source = source.take(labeled)
     try:
         require_labels(source, purpose)
     except ValueError as error:
@@ -160,7 +163,7 @@ def open_labeled(run: Run, split: Literal["train", "val"], purpose: str) -> Sour
     return source
 
 
-def _open(run: Run, split: Literal["train", "val"]) -> Source:
+def _open_split(run: Run, split: Literal["train", "val"]) -> Source:
     try:
         return open_source(run.config.data, split)
     except NoSuchSplit as error:
@@ -174,8 +177,7 @@ def check_classes(train: Source, test: Source) -> None:
 
     A .beton file has its own list of classes, so two of them may disagree.
     """
-    unseen = [name for name in test.classes if name not in set(train.classes)]
-    if unseen:
+    if unseen := [name for name in test.classes if name not in set(train.classes)]:
         raise ValueError(
             f"data.val: {test.where} has {len(test.classes)} classes and {train.where}"
             f" {len(train.classes)}, and {len(unseen)} of the former were never trained on"
@@ -191,8 +193,8 @@ def check_classes(train: Source, test: Source) -> None:
 
 
 def hold_out(num_images: int, share: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Split range(num_images) into training rows and a fixed random share that is held out."""
-    order = rng.permutation(SPLIT_SEED, 0, num_images, Purpose.SPLIT)
+    """Split range(num_images) into training rows and held-out rows, a fixed random share."""
+    order = rng.permutation(SPLIT_SEED, 0, num_images, rng.Purpose.SPLIT)
     num_held_out = max(1, round(num_images * share))
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
 
@@ -202,16 +204,16 @@ def describe_splits(
     train: EvaluationSplit,
     test: EvaluationSplit,
     queries: str = "val",
-    random: bool = True,
+    has_random_row: bool = True,
 ) -> dict[str, Any]:
     """Return the protocol entries that all evaluations of a run share.
 
     Args:
-        run: Evaluated run.
+        run: Run to evaluate.
         train: Training images.
         test: Test images, or held-out training images.
-        queries: Where the test images come from, as in `labeled_splits`.
-        random: Whether the table has a row for the random backbone.
+        queries: Origin of the test images, as in `labeled_splits`.
+        has_random_row: The table has a row for the random backbone.
     """
     evaluation, size = run.config.evaluation, run.image_size
     kind = "held-out training images" if queries == "train" else "test images"
@@ -221,7 +223,7 @@ def describe_splits(
     }
     return {
         "network": f"{run.network} of {run.checkpoint_path.name}, {run.config.backbone.name}",
-        **(random_entry if random else {}),
+        **(random_entry if has_random_row else {}),
         "feature": f"pooled output of the backbone, {run.backbone.feature_dim} numbers",
         "transform": f"shorter side to {round(size / evaluation.crop_ratio)}, central"
         f" {size}x{size}, {evaluation.interpolation}, nothing random",

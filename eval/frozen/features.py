@@ -1,27 +1,32 @@
-"""Frozen features to compare: raw pixels, the random backbone, the pretrained one."""
+"""Frozen features to compare: raw pixels, the random backbone, the pretrained one.
 
-from collections.abc import Iterator, Sequence
+The images may be shifted by a few pixels, to test invariance to translation. Each rank embeds its
+share of a split. A share consists of whole batches, so any number of ranks embeds the same batches.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssl_pretrain import rng
-from ssl_pretrain.eval import runs
-from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit
-from ssl_pretrain.eval.frozen.shards import Embed
-from ssl_pretrain.eval.frozen.shifts import Offset, shift
-from ssl_pretrain.eval.runs import Run
+from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.distributed import collectives, process_group
+from ssl_pretrain.eval.frozen.evaluation_split import EvaluationSplit, rows_of
+from ssl_pretrain.eval.runs import Run, to_device
 from ssl_pretrain.models import backbones
 from ssl_pretrain.views import color
 
-RECALIBRATION_IMAGES = 10000
-RAW_SIZE = 32  # larger views are averaged down to this, which gives 3,072 numbers
+MAX_RECALIBRATION_IMAGES = 10000
+RAW_SIZE = 32  # pixels; larger views are averaged down to this, which gives 3,072 numbers
+MIN_UNSHIFTED_SIDE = 32  # pixels; images with a shorter side are shifted by default
 ROWS = ("raw", "random", "pretrained")
-VIT_SMALL_DIM = 384  # width of a ViT-S's tokens
+
+Offset = tuple[int, int]  # pixels to the right and down
+Embed = Callable[..., tuple[Tensor, Tensor]]  # (split, offset) -> features (n, dim), labels (n,)
 
 
 @dataclass
@@ -36,11 +41,7 @@ class Representation:
 def representations(
     run: Run, train: EvaluationSplit, rows: Sequence[str] = ROWS
 ) -> Iterator[Representation]:
-    """Yield the features that tables compare, in order.
-
-    They are raw pixels, the random backbone as built, the same with recalibrated batch norm, and
-    the pretrained backbone.
-    """
+    """Yield the features of each row in order, raw pixels first."""
     if "raw" in rows:
         yield Representation("raw pixels", raw_pixels, centered=True)
     for name, backbone in networks(run, train, rows):
@@ -50,7 +51,10 @@ def representations(
 def networks(
     run: Run, train: EvaluationSplit, rows: Sequence[str]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and backbone of each row, built when it is needed and in evaluation mode."""
+    """Yield the name and the backbone, in evaluation mode, of each row that has a network.
+
+    The random backbone has two rows, as built and with recalibrated batch norm.
+    """
     if "random" in rows:
         yield "random, as built", random_backbone(run)
         if _batch_norms(run.backbone):
@@ -59,73 +63,18 @@ def networks(
         yield "pretrained", run.backbone
 
 
-class Feature(nn.Module):
-    """The feature of a backbone that a linear protocol reads.
-
-    Args:
-        backbone: Network to read.
-        name: "pooled", the backbone's own output. "last4", the class tokens of the last four blocks
-            after the final norm, which DINO takes for ViT-S. "cls_mean", the last block's class
-            token and the mean of its patch tokens, which DINO takes for ViT-B.
-
-    Raises:
-        ValueError: If the backbone has no such tokens.
-    """
-
-    def __init__(self, backbone: nn.Module, name: str):
-        super().__init__()
-        self.backbone, self.name = backbone, name
-        model: Any = backbone.model
-        if name != "pooled" and not getattr(model, "num_prefix_tokens", None):
-            raise ValueError(
-                f"--feature {name}: {type(model).__name__} has no class token; give pooled"
-            )
-        self.num_blocks = min(4, len(model.blocks)) if name == "last4" else 1
-        copies = {"pooled": 1, "last4": self.num_blocks, "cls_mean": 2}[name]
-        self.feature_dim: int = copies * backbone.feature_dim  # type: ignore[assignment, operator]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (batch, feature_dim) of images (batch, channels, height, width)."""
-        if self.name == "pooled":
-            return self.backbone(images)
-        model: Any = self.backbone.model
-        blocks = model.get_intermediate_layers(
-            images, self.num_blocks, return_prefix_tokens=True, norm=True
-        )
-        tokens = [prefix[:, 0] for _, prefix in blocks]
-        if self.name == "cls_mean":
-            tokens.append(blocks[-1][0].mean(dim=1))
-        return torch.cat(tokens, dim=1)
-
-    def __str__(self) -> str:
-        kind = {
-            "pooled": "pooled output of the backbone",
-            "last4": f"class tokens of the last {self.num_blocks} blocks",
-            "cls_mean": "class token and mean patch token of the last block",
-        }[self.name]
-        return f"{kind}, {self.feature_dim} numbers"
-
-
-def dino_feature(backbone: nn.Module) -> str:
-    """Return the feature that DINO's README takes for a backbone like this."""
-    model: Any = backbone.model
-    if not getattr(model, "num_prefix_tokens", None):
-        return "pooled"
-    return "last4" if model.embed_dim <= VIT_SMALL_DIM else "cls_mean"
-
-
 def random_backbone(run: Run, train: EvaluationSplit | None = None) -> nn.Module:
     """Build the run's backbone as it was before the first step, from the same seed.
 
     Args:
-        run: Run whose backbone is built.
+        run: Run to evaluate.
         train: Training images to recalibrate batch norm on. The running statistics become the mean
-            over shuffled batches of at most RECALIBRATION_IMAGES images.
+            over shuffled batches of at most MAX_RECALIBRATION_IMAGES images.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(run.config.seed, 0, 0))  # the trainer's seed
         architecture = replace(run.config.backbone, init="random")
-        backbone = runs.to_device(backbones.build(architecture, run.view_size), run.device)
+        backbone = to_device(backbones.build(architecture, run.view_size), run.device)
     if train is None:
         return backbone
     for norm in _batch_norms(backbone):
@@ -140,12 +89,15 @@ def random_backbone(run: Run, train: EvaluationSplit | None = None) -> nn.Module
 
 def recalibration_split(train: EvaluationSplit) -> EvaluationSplit:
     """Return shuffled training images. In a folder's order, a batch would be of one class."""
-    return train.random_subset(RECALIBRATION_IMAGES)
+    return train.random_subset(MAX_RECALIBRATION_IMAGES)
 
 
 def _batch_norms(backbone: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    kind = nn.modules.batchnorm._BatchNorm
-    return [module for module in backbone.modules() if isinstance(module, kind)]
+    return [
+        module
+        for module in backbone.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
 
 
 def normalize(run: Run, images: Tensor) -> Tensor:
@@ -156,7 +108,7 @@ def normalize(run: Run, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def extract(
-    backbone: nn.Module, split: EvaluationSplit, offset: Offset = (0, 0)
+    backbone: Callable[[Tensor], Tensor], split: EvaluationSplit, offset: Offset = (0, 0)
 ) -> tuple[Tensor, Tensor]:
     """Return features, float32 (n, feature_dim), and labels (n,) of the shifted images."""
     batches = [
@@ -167,7 +119,7 @@ def extract(
 
 
 def raw_pixels(split: EvaluationSplit, offset: Offset = (0, 0)) -> tuple[Tensor, Tensor]:
-    """Return the shifted views themselves as features in [0, 1], and labels."""
+    """Return the pixels of the shifted views, features in [0, 1], and the labels."""
     batches = [
         (flatten_views(split.run, shift(images, *offset)), labels)
         for images, labels in split.batches()
@@ -182,7 +134,7 @@ def flatten_views(run: Run, images: Tensor) -> Tensor:
     """
     values = images.to(run.device, torch.float32).div_(255)
     if run.image_size > RAW_SIZE:
-        values = F.adaptive_avg_pool2d(values, RAW_SIZE)
+        values = nn.functional.adaptive_avg_pool2d(values, RAW_SIZE)
     return values.flatten(1)
 
 
@@ -190,8 +142,70 @@ def concatenate(
     batches: list[tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Concatenate batches of features and labels. A rank without images has no batch."""
-    if not batches:
-        empty = torch.empty(0, 0, device=device)
-        return empty, torch.empty(0, dtype=torch.int64, device=device)
-    features, labels = zip(*batches)
+    empty = torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64)
+    features, labels = zip(*(batches or [empty]))
     return torch.cat(features), torch.cat(labels).to(device)
+
+
+def embed_split(
+    embed: Embed, split: EvaluationSplit, offset: Offset = (0, 0)
+) -> tuple[Tensor, Tensor]:
+    """Return the features and labels of the shifted images in order, the same on every rank."""
+    features, labels = embed(split.rank_share, offset)
+    world_size = process_group.world_size()
+    if world_size == 1:
+        return features, labels
+    gathered_rows = np.concatenate([rows_of(rank, len(split)) for rank in range(world_size)])
+    order = torch.from_numpy(np.argsort(gathered_rows)).to(features.device)
+    return gather_rows(features)[order], gather_rows(labels)[order]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks. Ranks may have different numbers of rows."""
+    if process_group.world_size() == 1:
+        return rows
+    shapes = collectives.gather_objects(tuple(rows.shape))
+    longest = max(shape[0] for shape in shapes)
+    inner = next(shape[1:] for shape in shapes if shape[0])
+    padded = rows.new_zeros(longest, *inner)
+    padded[: len(rows)] = rows.view(len(rows), *inner)
+    gathered = collectives.gather(padded).split(longest)
+    return torch.cat([rank_rows[: shape[0]] for rank_rows, shape in zip(gathered, shapes)])
+
+
+def shift(images: Tensor, dx: int, dy: int) -> Tensor:
+    """Shift images (n, channels, height, width) dx pixels right and dy down, filling with black."""
+    if not dx and not dy:
+        return images
+    height, width = images.shape[-2:]
+    padded = nn.functional.pad(images, (max(dx, 0), max(-dx, 0), max(dy, 0), max(-dy, 0)))
+    return padded[..., max(-dy, 0) :, max(-dx, 0) :][..., :height, :width]
+
+
+def shift_offsets(split: EvaluationSplit, distance: int) -> list[Offset]:
+    """Return the shifts right, left, down and up by `distance` pixels of the original image.
+
+    The offsets are in pixels of the evaluation view, whose crop scales the shorter side of the
+    original to image_size / crop_ratio.
+    """
+    run = split.run
+    scale = run.image_size / run.config.evaluation.crop_ratio / _shorter_side(split)
+    pixels = round(distance * scale)
+    return [(pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)]
+
+
+def default_shift_distances(split: EvaluationSplit) -> list[int]:
+    """Return the distances, in original pixels, that small images are shifted by."""
+    return [1, 2] if _shorter_side(split) < MIN_UNSHIFTED_SIDE else []
+
+
+def _shorter_side(split: EvaluationSplit) -> int:
+    """Return the shorter side, in pixels, of the first readable image."""
+    for index in split.indices.tolist():
+        try:
+            return min(split.source.read(index).shape[:2])
+        except UnreadableImage:
+            split.source.check_present()
+    raise ValueError(
+        f"data.root: none of the {len(split):,} images of {split.source.where} can be read"
+    )

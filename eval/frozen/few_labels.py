@@ -5,11 +5,11 @@ import warnings
 import numpy as np
 from torch import Tensor
 
-from ssl_pretrain.rng import Purpose, permutation
+from ssl_pretrain import rng
 
 NUM_DRAWS = 10
-# scikit-learn's inverse regularization, the same for all features: with one label per class there
-# are no images to select it on.
+# scikit-learn's inverse regularization. It is fixed, because with one label per class there are no
+# images to select it on.
 C = 1.0
 PROTOCOL = (
     f"logistic regression (scikit-learn, C = {C}, fixed beforehand) on standardized features"
@@ -18,8 +18,8 @@ PROTOCOL = (
 )
 
 
-def draw(labels: np.ndarray, num_per_class: int, classes: list[str]) -> list[np.ndarray]:
-    """Draw `num_per_class` training images of each class, NUM_DRAWS times.
+def draw_rows(labels: np.ndarray, num_per_class: int, classes: list[str]) -> list[np.ndarray]:
+    """Draw the rows of `num_per_class` training images of each class, NUM_DRAWS times.
 
     Raises:
         ValueError: If a class has fewer images, or the number is not positive.
@@ -35,7 +35,7 @@ def draw(labels: np.ndarray, num_per_class: int, classes: list[str]) -> list[np.
 def balanced_rows(
     labels: np.ndarray, num_per_class: int, classes: list[str], seed: int, option: str
 ) -> np.ndarray:
-    """Draw the same number of images of each class, class by class.
+    """Draw the rows of the same number of images of each class, class by class.
 
     Args:
         labels: Class of each image.
@@ -53,29 +53,31 @@ def balanced_rows(
             f"{option}: takes {num_per_class} images per class, and {classes[counts.argmin()]!r}"
             f" has {counts.min()}; give a smaller number"
         )
-    order = permutation(seed, 0, len(labels), Purpose.SUBSET)
+    order = rng.permutation(seed, 0, len(labels), rng.Purpose.SUBSET)
     return np.concatenate(
         [order[labels[order] == label][:num_per_class] for label in range(len(classes))]
     )
 
 
-def accuracy(
+def accuracy_and_deviation(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,
     test_labels: Tensor,
     draws: list[np.ndarray],
 ) -> tuple[float, float]:
-    """Return the mean and standard deviation over the draws, in percent.
+    """Return mean and standard deviation over the draws of the accuracy in percent.
 
-    The features are standardized already.
+    The features must be standardized.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    scale = train_features.shape[1] ** -0.5  # gives C one meaning for 96 features and 3,072 pixels
-    test, truth = (test_features * scale).cpu().numpy(), test_labels.cpu().numpy()
-    train, labels = (train_features * scale).cpu().numpy(), train_labels.cpu().numpy()
+    scale = train_features.shape[1] ** -0.5  # C then means the same for 96 features and 3,072
+    train, labels, test, truth = (
+        values.cpu().numpy()
+        for values in (train_features * scale, train_labels, test_features * scale, test_labels)
+    )
     accuracies = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -7,16 +7,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_pretrain.distributed import collectives, process_group
-from ssl_pretrain.eval.frozen import shards
+from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.monitoring import weighted_knn
 
-QUERIES, TILE = 1024, 16384  # a tile of similarities has 64 MiB
+QUERY_BATCH_SIZE, BANK_TILE_SIZE = 1024, 16384  # a tile of similarities has 64 MiB
 
 Vote = tuple[int, float]  # k, and the temperature that divides the similarities
 
 
 def choose_backend(backend: str) -> str:
-    """Return "faiss" or "torch". Raise ValueError if faiss is required and not installed."""
+    """Return "faiss" or "torch".
+
+    Args:
+        backend: "faiss", "torch", or "auto" for faiss where it is installed.
+
+    Raises:
+        ValueError: If faiss is required and not installed.
+    """
     if backend == "torch":
         return "torch"
     try:
@@ -34,21 +41,21 @@ def choose_backend(backend: str) -> str:
 def required_bytes(
     num_bank: int, num_queries: int, dim: int, num_classes: int, view_bytes: int
 ) -> int:
-    """Return an upper limit of the bytes one rank holds during a search.
+    """Return an upper limit of the bytes that one rank holds during a search.
 
-    They are its share of the bank twice (as embedded and normalized), all queries twice, tiles of
-    similarities, votes, and the cached views.
+    The rank holds its share of the bank and all queries twice (as embedded and normalized), tiles
+    of similarities, votes, and the cached views.
     """
-    bank = -(-num_bank // process_group.world_size()) * dim * 4
-    votes = QUERIES * num_classes * 4
-    return 2 * bank + 2 * num_queries * dim * 4 + 3 * QUERIES * TILE * 4 + votes + view_bytes
+    num_rows = -(-num_bank // process_group.world_size()) + num_queries
+    num_values = 2 * num_rows * dim + QUERY_BATCH_SIZE * (3 * BANK_TILE_SIZE + num_classes)
+    return 4 * num_values + view_bytes
 
 
 class Search:
     """Weighted k-NN classifier of a bank of training features.
 
     Args:
-        bank: This rank's training features, (n, dim). n may differ from rank to rank.
+        bank: This rank's training features, (n, dim). Ranks may have different n.
         labels: Their classes, (n,).
         num_classes: Number of classes on all ranks.
         backend: "faiss" or "torch".
@@ -70,67 +77,98 @@ class Search:
         ]
 
     def predict(self, queries: Tensor, votes: Sequence[Vote]) -> list[Tensor]:
-        """Return the predicted class of each query, (queries,), for each vote, by one search."""
+        """Return the predicted class of each query, (queries,), for each vote.
+
+        All votes share one search.
+        """
         predictions: list[list[Tensor]] = [[] for _ in votes]
         for similarities, labels in self.neighbors(queries, max(k for k, _ in votes)):
             for predicted, (k, temperature) in zip(predictions, votes):
-                nearest = similarities[:, :k], labels[:, :k]
-                predicted.append(weighted_knn.vote(*nearest, temperature, self.num_classes))
+                predicted.append(
+                    weighted_knn.vote(
+                        similarities[:, :k], labels[:, :k], temperature, self.num_classes
+                    )
+                )
         return [torch.cat(predicted) for predicted in predictions]
 
     def neighbors(self, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield similarities and labels of the k nearest, each (some queries, k), nearest first.
+        """Yield similarities and labels of the k nearest for batches of queries, in order.
 
-        Together the batches cover all queries in order. They are the same on every rank.
+        Each is (batch, k), nearest first, and the same on every rank.
         """
-        for some in queries.split(QUERIES):
-            similarities, rows = self._search_share(self._unit_length(some), min(k, len(self.bank)))
-            yield shards.merge_nearest(similarities, self.labels[rows], k)
+        for batch in queries.split(QUERY_BATCH_SIZE):
+            nearest = self._search_rank_share(self._unit_length(batch), min(k, len(self.bank)))
+            yield _merge_ranks(*nearest, k)
 
-    def _unit_length(self, x: Tensor) -> Tensor:
-        return F.normalize(x if self.mean is None or not len(x) else x - self.mean, dim=1)
+    def _unit_length(self, vectors: Tensor) -> Tensor:
+        if self.mean is not None and len(vectors):
+            vectors = vectors - self.mean
+        return F.normalize(vectors, dim=1)
 
-    def _search_share(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return similarities and rows, (queries, k), of the nearest in this rank's bank."""
+    def _search_rank_share(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return similarities and labels, (queries, k), of the nearest in this rank's bank."""
         if k == 0:
             return queries.new_empty(len(queries), 0), self.labels.new_empty(len(queries), 0)
         search = _search_with_faiss if self.backend == "faiss" else _search_with_torch
-        return search(queries, self.bank, k)
+        similarities, rows = search(queries, self.bank, k)
+        return similarities, self.labels[rows]
 
 
 def _global_mean(bank: Tensor) -> Tensor:
     """Return the mean over all ranks, summed in float64 to be the same on any number of ranks."""
-    # The slice leaves a rank without images with no row instead of a row of zeros.
+    # The slice removes the row of zeros of a rank without images.
     rank_sum = bank.sum(dim=0, keepdim=True, dtype=torch.float64)[: len(bank)]
-    total = shards.gather_rows(rank_sum).sum(dim=0)
+    total = features.gather_rows(rank_sum).sum(dim=0)
     return (total / sum(collectives.gather_objects(len(bank)))).to(bank.dtype)
+
+
+def _merge_ranks(similarities: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Merge the nearest neighbors that each rank found in its share of the bank.
+
+    Args:
+        similarities: Similarities of this rank's neighbors, (queries, at most k), nearest first.
+        labels: Their labels, same shape.
+        k: Number of neighbors to keep.
+
+    Returns:
+        Similarities and labels of the k nearest on any rank, each (queries, k), nearest first.
+    """
+    if process_group.world_size() == 1:
+        return similarities, labels
+
+    def gather_columns(neighbors: Tensor, padding: float) -> Tensor:
+        padded = F.pad(neighbors, (0, k - neighbors.shape[1]), value=padding)
+        gathered = collectives.gather(padded)
+        return gathered.unflatten(0, (-1, len(padded))).transpose(0, 1).flatten(1)
+
+    nearest, columns = gather_columns(similarities, -torch.inf).topk(k, dim=1)
+    return nearest, gather_columns(labels, 0).gather(1, columns)
 
 
 def _search_with_torch(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     nearest = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for first, tile in zip(range(0, len(bank), TILE), bank.split(TILE)):
-        similarities, places = (queries @ tile.T).topk(min(k, len(tile)), dim=1)
+    for first, tile in zip(range(0, len(bank), BANK_TILE_SIZE), bank.split(BANK_TILE_SIZE)):
+        similarities, tile_rows = (queries @ tile.T).topk(min(k, len(tile)), dim=1)
         candidates = torch.cat([nearest, similarities], dim=1)
-        candidate_rows = torch.cat([rows, places + first], dim=1)
         nearest, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
-        rows = candidate_rows.gather(1, order)
+        rows = torch.cat([rows, tile_rows + first], dim=1).gather(1, order)
     return nearest, rows
 
 
 def _search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Search without an index, which would be a second copy of the bank."""
+    """Search without building an index, which would hold a second copy of the bank."""
     import faiss
 
     arrays = queries.cpu().numpy(), bank.cpu().numpy(), k
     if bank.is_cuda and faiss.get_num_gpus():
-        similarities, rows = faiss.knn_gpu(
+        neighbors = faiss.knn_gpu(
             faiss.StandardGpuResources(),
             *arrays,
             metric=faiss.METRIC_INNER_PRODUCT,
             device=bank.device.index or 0,
         )
     else:
-        similarities, rows = faiss.knn(*arrays, metric=faiss.METRIC_INNER_PRODUCT)
-    device = queries.device
-    return torch.from_numpy(similarities).to(device), torch.from_numpy(rows).to(device)
+        neighbors = faiss.knn(*arrays, metric=faiss.METRIC_INNER_PRODUCT)
+    similarities, rows = (torch.from_numpy(each).to(queries.device) for each in neighbors)
+    return similarities, rows

@@ -1,24 +1,26 @@
 """Linear classifiers trained side by side, each with its own learning rate and weight decay."""
 
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import collectives, process_group
 
-BN_EPS = 1e-5
+BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 LARC_EPS = 1e-8  # as in apex
-MAX_LOGITS = 2**24  # logits held at once, in float32: 64 MiB
-Start = Literal["normal", "uniform", "truncated"]
+MAX_LOGITS = 2**24  # logits in memory at a time, 64 MiB in float32
+Init = Literal["normal", "uniform", "truncated"]
 
 
 class LinearHeads:
-    """Linear layers that see the same batches, trained by SGD in one matrix product.
+    """Linear layers that are trained on the same batches by SGD in one matrix product.
 
-    Each becomes what torch.optim.SGD makes of it alone. With several ranks, each gives its rows of
-    the global batch, and all ranks hold the same weights.
+    Each layer equals one that torch.optim.SGD trains alone. Each rank passes its rows of the global
+    batch, and all ranks hold the same weights.
 
     Args:
         dim: Number of features.
@@ -28,14 +30,14 @@ class LinearHeads:
         like: Tensor with the features' type and device.
         nesterov: Use Nesterov momentum.
         momentum: SGD's momentum.
-        start: Distribution of the first weights, the same draw for every head. "normal": standard
+        init: Distribution of the initial weights, the same draw for every head. "normal": standard
             deviation `init_std`, biases 0. "uniform": nn.Linear's default, biases too. "truncated":
             Haiku's default, biases 0.
-        init_std: Standard deviation of normal first weights. They are zero if it is 0.
+        init_std: Standard deviation of normal initial weights. 0 makes them zero.
         affine: Give each head a trained scale and shift of its features without weight decay, like
             those of a batch norm before the linear layer.
         trust: Coefficient of LARC without clipping, which scales a gradient to this share of its
-            weights' norm, weights and biases apart. 0 is plain SGD.
+            weights' norm, separately for weights and biases. 0 is plain SGD.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class LinearHeads:
         like: Tensor,
         nesterov: bool = True,
         momentum: float = 0.9,
-        start: Start = "normal",
+        init: Init = "normal",
         init_std: float = 0.0,
         affine: bool = False,
         trust: float = 0.0,
@@ -59,7 +61,7 @@ class LinearHeads:
             like.new_tensor(values).view(1, num_heads, 1) for values in (lrs, weight_decays)
         )
         self._weights = like.new_zeros(dim + 1, num_heads, num_classes)  # the last row is the bias
-        self._weights.copy_(first_weights(dim, num_classes, start, init_std))
+        self._weights.copy_(initial_weights(dim, num_classes, init, init_std))
         self._velocity = torch.zeros_like(self._weights)
         self._gradient = torch.zeros_like(self._weights)
         self._affine: Tensor | None = None  # scale and shift
@@ -70,7 +72,7 @@ class LinearHeads:
 
     @property
     def weights(self) -> Tensor:
-        """Weights of the features, scale and shift included, (dim + 1, heads, classes)."""
+        """Weights of the unscaled features, (dim + 1, heads, classes)."""
         if self._affine is None:
             return self._weights
         scale, shift = self._affine
@@ -78,7 +80,7 @@ class LinearHeads:
         return torch.cat([scale * inner, bias + (shift * inner).sum(0, keepdim=True)])
 
     def step(
-        self, features: Tensor, labels: Tensor, factor: float, global_batch: int | None = None
+        self, features: Tensor, labels: Tensor, factor: float, global_batch_size: int | None = None
     ) -> None:
         """Take one step on the mean cross entropy of a batch.
 
@@ -86,27 +88,25 @@ class LinearHeads:
             features: This rank's features, (n, dim).
             labels: Their classes, (n,).
             factor: Current factor of every learning rate.
-            global_batch: Images on all ranks. Default: n on each.
+            global_batch_size: Images on all ranks. Default: n on each.
         """
         errors = logits(self.weights, features).softmax(dim=2)
         errors[torch.arange(len(labels), device=labels.device), :, labels] -= 1
-        num_images = global_batch or len(features) * process_group.world_size()
-        errors = errors.flatten(1).div_(num_images)
+        errors = errors.flatten(1)
+        errors /= global_batch_size or len(features) * process_group.world_size()
         gradient = self._gradient.flatten(1)
         torch.mm(features.T, errors, out=gradient[:-1])
         torch.sum(errors, dim=0, out=gradient[-1])
         summed = collectives.reduce_sum(self._gradient)
-        affine_gradient = None
         if self._affine is not None:
             affine_gradient = self._backpropagate(self._affine, summed)
+            self._descend(self._affine, self._affine_velocity, affine_gradient, factor)
         if self.trust:
             self._scale_and_decay(summed[:-1], self._weights[:-1])
             self._scale_and_decay(summed[-1:], self._weights[-1:])
         else:
             summed.addcmul_(self._weights, self.decay)
         self._descend(self._weights, self._velocity, summed, factor)
-        if self._affine is not None and affine_gradient is not None:
-            self._descend(self._affine, self._affine_velocity, affine_gradient, factor)
 
     def _backpropagate(self, affine: Tensor, gradient: Tensor) -> Tensor:
         """Turn the gradient of `weights` into that of the inner weights, in place.
@@ -123,7 +123,7 @@ class LinearHeads:
         return affine_gradient
 
     def _scale_and_decay(self, gradient: Tensor, weights: Tensor) -> None:
-        """Apply apex's LARC, which neither decays nor scales zero weights and zero gradients."""
+        """Apply apex's LARC, which skips weights and gradients that are zero."""
         weight_norm, gradient_norm = (
             torch.linalg.vector_norm(each, dim=(0, 2), keepdim=True) for each in (weights, gradient)
         )
@@ -137,15 +137,15 @@ class LinearHeads:
         weights.addcmul_(step, self.lr, value=-factor)
 
 
-def first_weights(dim: int, num_classes: int, start: Start, init_std: float) -> Tensor:
+def initial_weights(dim: int, num_classes: int, init: Init, init_std: float) -> Tensor:
     """Draw the weights before the first step, float64 (dim + 1, 1, classes), always the same."""
     generator = torch.Generator().manual_seed(rng.seed_of(0, 0, 0))
     shape = dim + 1, 1, num_classes
     weights = torch.zeros(shape, dtype=torch.float64)
-    if start == "uniform":
+    if init == "uniform":
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         return (2 * uniform - 1) / dim**0.5
-    if start == "truncated":
+    if init == "truncated":
         std = 1 / dim**0.5  # before the cut at two standard deviations
         nn.init.trunc_normal_(weights[:-1], std=std, a=-2 * std, b=2 * std, generator=generator)
     elif init_std:
@@ -161,16 +161,16 @@ class FeatureNorm:
     head has its own.
     """
 
-    def __init__(self, dim: int, like: Tensor, momentum: float = 0.1):
-        self.mean, self.variance, self.momentum = like.new_zeros(dim), like.new_ones(dim), momentum
+    def __init__(self, dim: int, like: Tensor):
+        self.mean, self.variance = like.new_zeros(dim), like.new_ones(dim)
 
     def normalize_batch(self, features: Tensor) -> Tensor:
-        """Normalize by the mean and variance of all ranks' rows, and update the running ones."""
+        """Normalize by the mean and variance over all ranks, and update the running statistics."""
         count = len(features) * process_group.world_size()
         mean = collectives.reduce_sum(features.sum(dim=0)) / count
         variance = collectives.reduce_sum((features - mean).square().sum(dim=0)) / count
-        self.mean.lerp_(mean, self.momentum)
-        self.variance.lerp_(variance * count / max(1, count - 1), self.momentum)
+        self.mean.lerp_(mean, BN_MOMENTUM)
+        self.variance.lerp_(variance * count / max(1, count - 1), BN_MOMENTUM)
         return (features - mean) / (variance + BN_EPS).sqrt()
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -204,17 +204,15 @@ def scores(weights: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, T
     return accuracies, torch.stack(losses).sum(dim=0) / len(features)
 
 
-def best(accuracies: Tensor, losses: Tensor) -> int:
-    """Return the head of the highest accuracy, and among equals of the lowest cross entropy.
+def best_setting(accuracies: Sequence[float], losses: Sequence[float]) -> int:
+    """Return the index of the highest accuracy, and among equals of the lowest cross entropy.
 
-    A head that diverged is last among equals.
+    A cross entropy of NaN counts as infinite.
     """
-    losses = losses.nan_to_num(nan=torch.inf)
-    return max(
-        range(len(accuracies)), key=lambda head: (accuracies[head].item(), -losses[head].item())
-    )
+    scores = list(zip(accuracies, -np.nan_to_num(losses, nan=np.inf)))
+    return max(range(len(scores)), key=scores.__getitem__)
 
 
 def setting_name(lr: float, weight_decay: float) -> str:
-    """Return the name of a setting in the tables of everything that was tried."""
+    """Return the name of a setting in the result tables."""
     return f"lr {lr:g}, wd {weight_decay:g}"

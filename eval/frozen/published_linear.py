@@ -1,89 +1,93 @@
-"""The published linear protocols, which show a frozen backbone new crops in every epoch."""
+"""The published linear protocols, which embed new crops of the images in every epoch."""
 
-import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.distributed import process_group
 from ssl_pretrain.eval import results
-from ssl_pretrain.eval.frozen import features, linear_heads, shards
+from ssl_pretrain.eval.frozen import features, linear_heads
 from ssl_pretrain.eval.frozen.evaluation_split import (
     EvaluationSplit,
     describe_splits,
     hold_out,
     labeled_splits,
 )
-from ssl_pretrain.eval.frozen.features import Feature
-from ssl_pretrain.eval.protocols import LINEAR, LinearProtocol, batch_that_fits, describe_linear
+from ssl_pretrain.eval.protocols import LinearOptions, LinearProtocol, describe_linear
 from ssl_pretrain.eval.runs import Run
-from ssl_pretrain.eval.training_views import describe_view, train_loader, train_view
+from ssl_pretrain.eval.training_views import build_train_loader, build_train_view, describe_view
 from ssl_pretrain.views.recipe import Crop
 
-SELECTIONS = ("held-out", "published", "test")
-LR_FACTORS = (1.0, 0.1, 0.3, 3.0, 10.0)  # learning rates to try over the published one
+VIT_SMALL_DIM = 384  # width of a ViT-S's tokens
 # Images that BYOL holds out (Grill et al., NeurIPS 2020, arXiv:2006.07733). Smaller data sets hold
 # out a tenth.
 MAX_HELD_OUT = 10_000
+SELECTIONS = {  # value of --select -> entry of the protocol
+    "held-out": "on {num_held_out:,} training images held out, by accuracy; not trained on them"
+    " afterwards",
+    "published": "none: the published setting, trained on all training images",
+    "test": "ON THE TEST IMAGES, as in DINO's convention: an upper bound, not comparable with"
+    " numbers selected otherwise",
+}
 
 
-@dataclass(frozen=True)
-class LinearOptions:
-    """A published protocol by name, settings to try, and departures from it.
+class Feature:
+    """The feature of a backbone that the linear heads classify.
 
-    None stands for the published value.
+    Args:
+        backbone: Network that computes the feature.
+        name: "pooled" is the backbone's own output. "last4" is the class tokens of the last four
+            blocks after the final norm, as DINO uses for ViT-S. "cls_mean" is the last block's
+            class token and the mean of its patch tokens, as DINO uses for ViT-B.
+
+    Raises:
+        ValueError: If the backbone has no such tokens.
     """
 
-    protocol: str
-    lrs: list[float] | None = None  # at a batch of 256
-    weight_decays: list[float] | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    feature: str | None = None
-    selection: str = "held-out"
-
-    @property
-    def published(self) -> LinearProtocol:
-        """The protocol as published, without the departures."""
-        return LINEAR[self.protocol]
-
-    def adapted(self, num_images: int) -> LinearProtocol:
-        """Return the protocol with these departures and a batch that fits the images.
-
-        Milestones keep their share of the epochs.
-        """
-        published = self.published
-        epochs = published.epochs if self.epochs is None else self.epochs
-        batch = self.batch_size or batch_that_fits(
-            published.batch_size, num_images, process_group.world_size()
-        )
-        if epochs < 1 or not 1 <= batch <= num_images:
+    def __init__(self, backbone: nn.Module, name: str):
+        self.backbone, self.name = backbone, name
+        model: Any = backbone.model
+        if name != "pooled" and not getattr(model, "num_prefix_tokens", None):
             raise ValueError(
-                f"--epochs {epochs}, --batch-size {batch}: give at least 1 epoch, and a batch of 1"
-                f" to {num_images} images"
+                f"--feature {name}: {type(model).__name__} has no class token; give pooled"
             )
-        milestones = tuple(round(each * epochs / published.epochs) for each in published.milestones)
-        return replace(published, epochs=epochs, batch_size=batch, milestones=milestones)
+        self.num_blocks = min(4, len(model.blocks)) if name == "last4" else 1
+        num_parts = {"pooled": 1, "last4": self.num_blocks, "cls_mean": 2}[name]
+        self.feature_dim: int = num_parts * backbone.feature_dim  # type: ignore[assignment, operator]
 
-    def grid(self) -> list[tuple[float, float]]:
-        """Return learning rate at a batch of 256 and weight decay of each head."""
-        published = self.published
-        if self.selection == "published":
-            if self.lrs or self.weight_decays:
-                raise ValueError(
-                    "--select published: trains the published setting only; leave out --lrs and"
-                    " --weight-decays"
-                )
-            return [(published.base_lr, published.weight_decay)]
-        lrs = self.lrs or [published.base_lr * factor for factor in LR_FACTORS]
-        decays = self.weight_decays or list(dict.fromkeys([published.weight_decay, 0.0]))
-        return list(itertools.product(lrs, decays))
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return features (batch, feature_dim) of images (batch, channels, height, width)."""
+        if self.name == "pooled":
+            return self.backbone(images)
+        model: Any = self.backbone.model
+        blocks = model.get_intermediate_layers(
+            images, self.num_blocks, return_prefix_tokens=True, norm=True
+        )
+        tokens = [prefix[:, 0] for _, prefix in blocks]
+        if self.name == "cls_mean":
+            tokens.append(blocks[-1][0].mean(dim=1))
+        return torch.cat(tokens, dim=1)
+
+    def __str__(self) -> str:
+        kind = {
+            "pooled": "pooled output of the backbone",
+            "last4": f"class tokens of the last {self.num_blocks} blocks",
+            "cls_mean": "class token and mean patch token of the last block",
+        }[self.name]
+        return f"{kind}, {self.feature_dim} numbers"
+
+
+def dino_feature_name(backbone: nn.Module) -> str:
+    """Return the name of the feature that DINO's README uses for this kind of backbone."""
+    model: Any = backbone.model
+    if not getattr(model, "num_prefix_tokens", None):
+        return "pooled"
+    return "last4" if model.embed_dim <= VIT_SMALL_DIM else "cls_mean"
 
 
 class ProbedNetwork:
@@ -91,7 +95,7 @@ class ProbedNetwork:
 
     Args:
         name: Name of the row.
-        feature: Feature of the network that the heads read.
+        feature: Feature of the network that the heads classify.
         grid: Learning rate at a batch of 256 and weight decay of each head.
         protocol: Protocol of the training.
         num_classes: Number of classes.
@@ -107,7 +111,7 @@ class ProbedNetwork:
         num_classes: int,
         device: torch.device,
     ):
-        self.name, self.feature = name, feature
+        self.name, self.feature, self.grid = name, feature, grid
         like, dim = torch.empty(0, device=device), feature.feature_dim
         self.heads = linear_heads.LinearHeads(
             dim,
@@ -117,12 +121,12 @@ class ProbedNetwork:
             like=like,
             nesterov=protocol.nesterov,
             momentum=protocol.momentum,
-            start=protocol.start,
+            init=protocol.init,
             init_std=protocol.init_std,
-            affine=protocol.batch_norm,
+            affine=protocol.normalizes_features,
             trust=protocol.trust,
         )
-        self.norm = linear_heads.FeatureNorm(dim, like) if protocol.batch_norm else None
+        self.norm = linear_heads.FeatureNorm(dim, like) if protocol.normalizes_features else None
 
     def step(self, views: Tensor, labels: Tensor, factor: float) -> None:
         """Train the heads on one batch."""
@@ -133,8 +137,7 @@ class ProbedNetwork:
 
     def scores(self, split: EvaluationSplit) -> tuple[Tensor, Tensor]:
         """Return accuracy in [0, 1] and cross entropy of each head, the same on all ranks."""
-        embed = partial(features.extract, self.feature)
-        values, labels = shards.embed_split(embed, split)
+        values, labels = features.embed_split(partial(features.extract, self.feature), split)
         values = self.norm(values) if self.norm else values
         return linear_heads.scores(self.heads.weights.transpose(0, 1), values, labels)
 
@@ -144,11 +147,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the accuracy in percent by a published protocol and save it.
 
-    The result goes to RUN/eval/linear_<protocol>.json, and every setting to ..._grid.json.
+    The result is saved to RUN/eval/linear_<protocol>.json, and the accuracy of every setting to
+    RUN/eval/linear_<protocol>_grid.json.
 
     Args:
         run: Run to evaluate.
-        options: The protocol and departures from it.
+        options: The protocol and the departures from it.
         rows: Networks to evaluate: "random", "pretrained" or both.
 
     Returns:
@@ -168,11 +172,12 @@ def evaluate(
     evaluation = replace(run.config.evaluation, interpolation=published.test_interpolation)
     run = replace(run, config=replace(run.config, evaluation=evaluation))
     train, test = labeled_splits(run, "the linear evaluation")
-    fit, held_out = hold_out(len(train), min(0.1, MAX_HELD_OUT / len(train)))
-    holds_out = options.selection == "held-out"
-    source = train.source.take(fit) if holds_out else train.source
-    protocol, grid = options.adapted(len(source)), options.grid()
-    default = features.dino_feature(run.backbone) if protocol.dino_feature else "pooled"
+    source, selection_split = train.source, test
+    train_rows, held_out_rows = hold_out(len(train), min(0.1, MAX_HELD_OUT / len(train)))
+    if options.selection == "held-out":
+        source, selection_split = source.take(train_rows), train.subset(held_out_rows)
+    protocol, grid = options.adapt_protocol(len(source)), options.grid()
+    default = dino_feature_name(run.backbone) if protocol.uses_dino_feature else "pooled"
     networks = [
         ProbedNetwork(
             name,
@@ -184,39 +189,31 @@ def evaluate(
         )
         for name, backbone in features.networks(run, train, rows)
     ]
-    view = train_view(run, protocol.interpolation, protocol.crop_sampler, protocol.antialias)
+    view = build_train_view(run, protocol.interpolation, protocol.crop_sampler, protocol.antialias)
     train_heads(networks, run, source, view, protocol)
-    table, tried = [], []
+    table, grid_table = [], []
     for network in networks:
-        row, settings = _rows(
-            network, grid, options, train.subset(held_out) if holds_out else test, test
-        )
+        row, grid_rows = _measure(network, options, selection_split, test)
         results.print_progress(row.summary())
         table.append(row)
-        tried += settings
-    about = {
-        **describe_splits(run, train, test, random="random" in rows),
+        grid_table += grid_rows
+    entries = {
+        **describe_splits(run, train, test, has_random_row="random" in rows),
         "feature": str(networks[-1].feature),
         "source": published.source,
         "classifier": describe_linear(protocol, published, len(source)),
         "views": describe_view(view),
-        "selection": {
-            "held-out": f"on {len(held_out):,} training images held out, by accuracy; not trained"
-            " on them afterwards",
-            "published": "none: the published setting, trained on all training images",
-            "test": "ON THE TEST IMAGES, as in DINO's convention: an upper bound, not comparable"
-            " with numbers selected otherwise",
-        }[options.selection],
+        "selection": SELECTIONS[options.selection].format(num_held_out=len(held_out_rows)),
     }
-    suffix = "_test_selected" if options.selection == "test" else ""
-    name, seconds = f"linear_{options.protocol}{suffix}", time.monotonic() - began
-    grid_about = about | {
+    grid_entries = entries | {
         "accuracy": "of each learning rate (lr, at a batch of 256) and weight decay (wd), trained"
         " in the same pass"
     }
-    results.save(run.path, f"{name}_grid", grid_about, tried, run.about(), seconds)
+    suffix = "_test_selected" if options.selection == "test" else ""
+    name, seconds = f"linear_{options.protocol}{suffix}", time.monotonic() - began
+    results.save(run.path, f"{name}_grid", grid_entries, grid_table, run.provenance(), seconds)
     table = results.with_better_random(table)
-    return results.save(run.path, name, about, table, run.about(), seconds)
+    return results.save(run.path, name, entries, table, run.provenance(), seconds)
 
 
 @torch.no_grad()
@@ -224,7 +221,7 @@ def train_heads(
     networks: list[ProbedNetwork], run: Run, source: Source, view: Crop, protocol: LinearProtocol
 ) -> None:
     """Train the heads of all networks on the same batches."""
-    with train_loader(run, source, view, protocol.batch_size) as loader:
+    with build_train_loader(run, source, view, protocol.batch_size) as loader:
         steps = loader.steps_per_epoch
         for step, batch in zip(range(protocol.epochs * steps), loader.starting_at(0)):
             images = batch.views[0].contiguous(memory_format=torch.channels_last)
@@ -234,32 +231,33 @@ def train_heads(
                 results.print_progress(f"epoch {(step + 1) // steps} of {protocol.epochs}")
 
 
-def _rows(
+def _measure(
     network: ProbedNetwork,
-    grid: list[tuple[float, float]],
     options: LinearOptions,
     selection_split: EvaluationSplit,
     test: EvaluationSplit,
 ) -> tuple[results.Row, list[results.Row]]:
-    """Return the network's row of the table, and the rows of everything that was tried."""
-    percent = (100 * network.scores(test)[0]).tolist()
+    """Return the network's row of the table, and its rows of the grid, which has every setting."""
+    grid = network.grid
     names = [linear_heads.setting_name(*setting) for setting in grid]
+    percentages = (100 * network.scores(test)[0]).tolist()
     row = results.Row(network.name, {})
-    tried = [results.Row(f"{network.name}, test images", dict(zip(names, percent)))]
+    grid_rows = [results.Row(f"{network.name}, test images", dict(zip(names, percentages)))]
     published = options.published.base_lr, options.published.weight_decay
     if published in grid:
-        row.metrics["published setting"] = percent[grid.index(published)]
+        row.metrics["published setting"] = percentages[grid.index(published)]
     if options.selection == "published":
-        return row, tried
+        return row, grid_rows
     accuracies, losses = network.scores(selection_split)
-    head = linear_heads.best(accuracies, losses)
-    on_test = options.selection == "test"
-    column = "chosen on the test images" if on_test else "chosen on held-out images"
-    lrs = {lr for lr, _ in grid}
-    at_edge = len(lrs) > 1 and grid[head][0] in (min(lrs), max(lrs))
-    row.metrics[column] = percent[head]
-    row.notes[column] = names[head] + (", at the edge of those tried" if at_edge else "")
-    if not on_test:
+    head = linear_heads.best_setting(accuracies.tolist(), losses.tolist())
+    column = "chosen on held-out images"
+    if options.selection == "test":
+        column = "chosen on the test images"
+    else:
         held_out = dict(zip(names, (100 * accuracies).tolist()))
-        tried.insert(0, results.Row(f"{network.name}, held-out images", held_out))
-    return row, tried
+        grid_rows.insert(0, results.Row(f"{network.name}, held-out images", held_out))
+    lrs = {lr for lr, _ in grid}
+    is_at_edge = len(lrs) > 1 and grid[head][0] in (min(lrs), max(lrs))
+    row.metrics[column] = percentages[head]
+    row.notes[column] = names[head] + (", at the edge of those tried" if is_at_edge else "")
+    return row, grid_rows

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ssl_pretrain import rng
 from ssl_pretrain.data.sources import open_source
-from ssl_pretrain.eval.frozen import features, shifts
+from ssl_pretrain.eval.frozen import features
 from ssl_pretrain.eval.frozen.evaluation_split import SPLIT_SEED, EvaluationSplit
 from ssl_pretrain.eval.runs import Run
 
@@ -61,7 +61,7 @@ def find_neighbors(run: Run, bank: EvaluationSplit, queries: EvaluationSplit) ->
     split = queries.subset(_one_row_per_class(queries.labels))
     offsets, names = _shifts(split)
     pixels = torch.cat([views for views, _ in split.batches()])
-    images = torch.cat([shifts.shift(view[None], *by) for view, by in zip(pixels, offsets)])
+    images = torch.cat([features.shift(view[None], *by) for view, by in zip(pixels, offsets)])
     bank_features, labels = features.extract(run.backbone, bank)
     bank_pixels, _ = features.raw_pixels(bank)
     mean = bank_pixels.mean(dim=0)
@@ -96,15 +96,15 @@ def _one_row_per_class(labels: np.ndarray) -> np.ndarray:
     return first[np.linspace(0, len(classes) - 1, NUM_QUERIES).round().astype(int)]
 
 
-def _shifts(split: EvaluationSplit) -> tuple[list[shifts.Offset], list[str]]:
+def _shifts(split: EvaluationSplit) -> tuple[list[features.Offset], list[str]]:
     """Return the offset of each image in pixels of the view, and its name in original pixels."""
-    distances = shifts.default_distances(split)
+    distances = features.default_shift_distances(split)
     if not distances:
         return [(0, 0)] * len(split), [""] * len(split)
     offsets, names = [], []
     for row in range(len(split)):
         distance, direction = distances[row % len(distances)], row // len(distances) % 4
-        offsets.append(shifts.directions(split, distance)[direction])
+        offsets.append(features.shift_offsets(split, distance)[direction])
         names.append(f"{distance} {DIRECTIONS[direction]}")
     return offsets, names
 

@@ -141,7 +141,7 @@ def _embedding_figures(plots: list[Record]) -> list[page.Figure]:
 
 def evaluation(result: Record) -> Record:
     """Return the template variables of one evaluation: its table, protocol and choices."""
-    columns, choices = results.columns(result), results.choices(result)
+    columns, choices = results.column_names(result), results.selected_hyperparameters(result)
     return {
         "title": TITLES.get(result["name"], result["name"]),
         "measure": result.get("measure", results.ACCURACY),
@@ -150,7 +150,7 @@ def evaluation(result: Record) -> Record:
             {
                 "features": row["features"],
                 "kind": _row_class(row["features"]),
-                "cells": [results.number(row, name) for name in columns],
+                "cells": [results.format_number(row, name) for name in columns],
             }
             for row in result["rows"]
         ],

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from made_run import make_run, write_images
 from PIL import Image
 from sklearn.decomposition import PCA
 from timm.layers import Attention
+from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import attention, runs
 

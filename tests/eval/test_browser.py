@@ -13,8 +13,8 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-from made_run import make_run
-from reported_run import make_reported_run, write_metrics
+from run_with_report import make_run_with_report, write_metrics
+from untrained_run import make_run
 
 from ssl_pretrain.eval import compare
 from ssl_pretrain.eval.html import live, sections
@@ -32,7 +32,7 @@ ARGUMENTS = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return make_reported_run(tmp_path_factory.mktemp("runs") / "digits")
+    return make_run_with_report(tmp_path_factory.mktemp("runs") / "digits")
 
 
 @pytest.fixture(scope="module")

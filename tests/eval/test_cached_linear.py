@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from made_run import make_run
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
+from untrained_run import make_run
 
 from ssl_pretrain import rng
 from ssl_pretrain.eval import runs
@@ -67,7 +67,7 @@ def test_the_optimum_is_that_of_logistic_regression():
     """With a decay of 1 / (C n), the convex problem has one solution, and both reach it."""
     train, labels = clusters(4000, seed=1, dim=6, num_classes=10)
     test, truth = clusters(20_000, seed=2, dim=6, num_classes=10)
-    standardize = cached_linear.Standardize.fit(train)
+    standardize = cached_linear.fit_standardization(train)
     train, test = standardize(train), standardize(test)
     decay = 1e-3
     weights = cached_linear.train_heads(train, labels, 10, [0.01, 0.1, 0.3], [decay] * 3, epochs=60)
@@ -105,9 +105,8 @@ def test_the_setting_that_is_best_on_the_held_out_tenth_is_selected():
 
 
 def test_cross_entropy_decides_between_equal_accuracies():
-    accuracies = torch.tensor([0.8, 0.9, 0.9, 0.9, 0.7])
-    losses = torch.tensor([0.1, 0.5, 0.4, float("nan"), 0.0])
-    assert linear_heads.best(accuracies, losses) == 2
+    accuracies, losses = [0.8, 0.9, 0.9, 0.9, 0.7], [0.1, 0.5, 0.4, float("nan"), 0.0]
+    assert linear_heads.best_setting(accuracies, losses) == 2
 
 
 def test_a_diverging_head_is_not_selected():
@@ -119,7 +118,7 @@ def test_a_diverging_head_is_not_selected():
 def test_standardizing_uses_training_statistics_and_survives_a_constant_feature():
     values, _ = clusters(200)
     values[:, 2] = 7.0
-    standardize = cached_linear.Standardize.fit(values)
+    standardize = cached_linear.fit_standardization(values)
     varying = standardize(values)[:, [0, 1, 3, 4]]
     assert varying.mean(dim=0).abs().max() < 1e-12
     torch.testing.assert_close(varying.std(dim=0, correction=0), torch.ones(4).double())
@@ -128,17 +127,17 @@ def test_standardizing_uses_training_statistics_and_survives_a_constant_feature(
 
 def test_few_labels_are_balanced_and_the_same_every_time():
     labels = np.repeat(np.arange(4), 25)
-    draws = few_labels.draw(labels, 5, list("abcd"))
+    draws = few_labels.draw_rows(labels, 5, list("abcd"))
     assert len(draws) == 10
     assert all(np.bincount(labels[rows]).tolist() == [5] * 4 for rows in draws)
     assert all(len(set(rows)) == 20 for rows in draws)
     assert len({tuple(sorted(rows)) for rows in draws}) == 10
-    np.testing.assert_array_equal(draws, few_labels.draw(labels, 5, list("abcd")))
+    np.testing.assert_array_equal(draws, few_labels.draw_rows(labels, 5, list("abcd")))
 
 
 def test_more_labels_than_a_class_has_are_refused():
     with pytest.raises(ValueError) as error:
-        few_labels.draw(np.array([0, 0, 0, 1]), 2, ["cat", "dog"])
+        few_labels.draw_rows(np.array([0, 0, 0, 1]), 2, ["cat", "dog"])
     assert str(error.value) == (
         "--labels-per-class 2: takes 2 images per class, and 'dog' has 1; give a smaller number"
     )

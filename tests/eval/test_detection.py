@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 from conftest import run_ranks
-from made_run import make_run
 from PIL import Image
 from torch import nn
+from untrained_run import make_run
 
 from ssl_pretrain import rng
 from ssl_pretrain.distributed import process_group

@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from made_run import checkpoint_of, describe_again, edit_manifest, make_run
 from safetensors.torch import load_file, save_file
 from torch import nn
+from untrained_run import checkpoint_of, edit_manifest, make_run, renew_manifest
 
 from ssl_pretrain import config
 from ssl_pretrain.build import build_method
@@ -53,7 +53,7 @@ def rename_tensors(run: Path, rename, **entries) -> None:
     file = checkpoint_of(run) / "method.safetensors"
     save_file({rename(key): value for key, value in load_file(file).items()}, file)
     edit_manifest(run, **entries)
-    describe_again(run)
+    renew_manifest(run)
 
 
 def compiled_names(run: Path) -> dict[str, str]:
@@ -160,19 +160,19 @@ def test_a_damaged_or_incomplete_folder_is_named(vit, tmp_path):
 
 def test_untrained_weights_are_refused_or_flagged(tmp_path, capsys):
     run = runs.load_run(make_run(tmp_path / "run", weights_seed=0), device="cpu")
-    doubt = (
+    problem = (
         "every weight is the one that seed 0 gives before the first step, so this is a random"
         " backbone (step 7)"
     )
     out = tmp_path / "out"
     assert error_of(export.export, run, out) == (
-        f"{run.path}: {doubt}. Nothing was written; give another --checkpoint, or --force to export"
-        " it anyway"
+        f"{run.path}: {problem}. Nothing was written; give another --checkpoint, or --force to"
+        " export it anyway"
     )
     assert not out.exists()
     card = (export.export(run, out, force=True) / "README.md").read_text()
-    assert f"> **WARNING: exported with --force.** {doubt}" in card
-    assert f"WARNING: {doubt}" in capsys.readouterr().err
+    assert f"> **WARNING: exported with --force.** {problem}" in card
+    assert f"WARNING: {problem}" in capsys.readouterr().err
 
 
 def test_a_collapsed_backbone_is_refused(tiny, tmp_path):

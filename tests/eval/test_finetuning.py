@@ -2,15 +2,16 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import run_ranks
-from made_run import make_run
 from torch import nn
 from torch.nn import functional as F
+from untrained_run import make_run
 
 from ssl_pretrain import rng
 from ssl_pretrain.eval import finetune, protocols, runs, semi, training_views
@@ -66,8 +67,8 @@ def test_a_step_is_torchs_sgd_on_the_mean_cross_entropy(run, train_split):
     ours = trainer.train(run, model, source, protocol, 10)
     theirs = trainer.build_network(run, run.backbone, protocol, 10).train()
     optimizer = torch.optim.SGD(theirs.parameters(), 0.05 * 24 / 256, momentum=0.9, nesterov=True)
-    view = training_views.train_view(run, "bicubic")
-    with training_views.train_loader(run, source, view, 24) as loader:
+    view = training_views.build_train_view(run, "bicubic")
+    with training_views.build_train_loader(run, source, view, 24) as loader:
         batch = next(loader.starting_at(0))
     F.cross_entropy(theirs(batch.views[0]), batch.labels).backward()
     optimizer.step()
@@ -143,7 +144,7 @@ def test_mixing_depends_on_the_seed_of_the_step():
 
 
 def test_randaugment_depends_on_the_epoch_and_the_image_only():
-    augment = trainer.RandAugment("rand-m9-mstd0.5-inc1", [0.5, 0.5, 0.5])
+    augment = partial(trainer.rand_augment, policy="rand-m9-mstd0.5-inc1", mean=(0.5, 0.5, 0.5))
     view = (random_images(3, 16, 16) * 255).to(torch.uint8)
     first, other_epoch, other_image, repeated = (
         augment(view, epoch, index) for epoch, index in ((0, 1), (1, 1), (0, 2), (0, 1))

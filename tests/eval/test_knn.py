@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_ranks
-from made_run import make_run, write_images
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
+from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import command_line, knn, results, runs
-from ssl_pretrain.eval.frozen import evaluation_split, knn_search, shifts
+from ssl_pretrain.eval.frozen import evaluation_split, features, knn_search
 from ssl_pretrain.eval.frozen.knn_search import Search
 from ssl_pretrain.eval.results import Row
 
@@ -56,8 +56,8 @@ def test_the_predictions_are_those_of_lightly(vote):
 def test_every_tile_of_the_bank_is_searched(monkeypatch):
     (bank, labels), (queries, _) = clusters(700, 1), clusters(90, 2)
     whole = Search(bank, labels, 10, "torch").predict(queries, VOTES)
-    monkeypatch.setattr(knn_search, "TILE", 64)
-    monkeypatch.setattr(knn_search, "QUERIES", 7)
+    monkeypatch.setattr(knn_search, "BANK_TILE_SIZE", 64)
+    monkeypatch.setattr(knn_search, "QUERY_BATCH_SIZE", 7)
     tiled = Search(bank, labels, 10, "torch").predict(queries, VOTES)
     assert all(torch.equal(a, b) for a, b in zip(tiled, whole))
 
@@ -269,7 +269,7 @@ def test_the_command_prints_protocol_and_table(run_folder, capsys):
 @pytest.mark.parametrize("offset", [(2, 0), (-2, 0), (0, 3), (0, -3), (1, -2)])
 def test_a_shift_moves_every_pixel_and_fills_with_black(offset):
     images = torch.randint(1, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    shifted = shifts.shift(images, *offset)
+    shifted = features.shift(images, *offset)
     dx, dy = offset
     black = torch.zeros(2, 3, dtype=torch.uint8)
     for y in range(8):

@@ -25,11 +25,11 @@ def test_the_published_numbers():
         "byol": (0.2, 4096, 80, 0.0, True, ()),
     }
     tensorflow_samplers = {"simclr": "tensorflow", "byol": "clipped"}
-    starts = {"vissl": "uniform", "byol": "truncated"}
+    distributions = {"vissl": "uniform", "byol": "truncated"}
     for name, protocol in protocols.LINEAR.items():
         assert protocol.trust == (0.001 if name == "simsiam" else 0.0)
-        assert protocol.batch_norm == (name == "vissl")
-        assert protocol.start == starts.get(name, "normal")
+        assert protocol.normalizes_features == (name == "vissl")
+        assert protocol.init == distributions.get(name, "normal")
         assert protocol.crop_sampler == tensorflow_samplers.get(name, "torchvision")
         assert protocol.antialias == (name not in tensorflow_samplers)
 
@@ -41,6 +41,6 @@ def test_the_learning_rate_schedules():
 
 
 def test_a_batch_that_makes_few_steps_becomes_smaller():
-    assert protocols.batch_that_fits(4096, 1_281_167, 8) == 4096
-    assert protocols.batch_that_fits(4096, 1000, 1) == 64
-    assert protocols.batch_that_fits(4096, 1000, 3) == 63
+    assert protocols.fitting_batch_size(4096, 1_281_167, 8) == 4096
+    assert protocols.fitting_batch_size(4096, 1000, 1) == 64
+    assert protocols.fitting_batch_size(4096, 1000, 3) == 63

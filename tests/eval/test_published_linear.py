@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 from conftest import run_ranks
-from made_run import make_run
 from torch import nn
 from torch.nn import functional as F
+from untrained_run import make_run
 
 from ssl_pretrain.eval import linear, protocols, runs, training_views
-from ssl_pretrain.eval.frozen import evaluation_split, features, linear_heads, published_linear
-from ssl_pretrain.eval.frozen.features import Feature
+from ssl_pretrain.eval.frozen import evaluation_split, linear_heads, published_linear
 from ssl_pretrain.eval.frozen.linear_heads import FeatureNorm, LinearHeads
-from ssl_pretrain.eval.frozen.published_linear import LinearOptions, ProbedNetwork
+from ssl_pretrain.eval.frozen.published_linear import Feature, ProbedNetwork
+from ssl_pretrain.eval.protocols import LinearOptions
 from ssl_pretrain.models import backbones
 from ssl_pretrain.models.timm_networks import BackboneConfig
 
@@ -34,21 +34,21 @@ def read_result(path, name):
     return json.loads((path / f"eval/{name}.json").read_text())
 
 
-def train_with_torch(protocol, batches, lr, weight_decay, first_weights):
+def train_with_torch(protocol, batches, lr, weight_decay, initial_weights):
     layer = nn.Linear(5, 3).double()
-    norm = nn.BatchNorm1d(5).double() if protocol.batch_norm else nn.Identity()
+    norm = nn.BatchNorm1d(5).double() if protocol.normalizes_features else nn.Identity()
     with torch.no_grad():
-        layer.weight.copy_(first_weights[:-1].T)
-        layer.bias.copy_(first_weights[-1])
+        layer.weight.copy_(initial_weights[:-1].T)
+        layer.bias.copy_(initial_weights[-1])
     sgd_decay = 0.0 if protocol.trust else weight_decay
     groups = [{"params": list(layer.parameters()), "weight_decay": sgd_decay}]
-    if protocol.batch_norm:  # VISSL's regularize_bn is false
+    if protocol.normalizes_features:  # VISSL's regularize_bn is false
         groups.append({"params": list(norm.parameters()), "weight_decay": 0.0})
     optimizer = torch.optim.SGD(groups, lr, momentum=protocol.momentum, nesterov=protocol.nesterov)
     if protocol.milestones:
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(protocol.milestones))
     else:
-        length = protocol.epochs * (1 if protocol.by_epoch else STEPS_PER_EPOCH)
+        length = protocol.epochs * (STEPS_PER_EPOCH if protocol.lr_changes_every_step else 1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
     for step, (values, labels) in enumerate(batches):
         optimizer.zero_grad()
@@ -56,9 +56,9 @@ def train_with_torch(protocol, batches, lr, weight_decay, first_weights):
         if protocol.trust:
             apply_larc(layer, protocol.trust, weight_decay)
         optimizer.step()
-        if not protocol.by_epoch or (step + 1) % STEPS_PER_EPOCH == 0:
+        if protocol.lr_changes_every_step or (step + 1) % STEPS_PER_EPOCH == 0:
             schedule.step()
-    if protocol.batch_norm:
+    if protocol.normalizes_features:
         # Fold scale and shift into the layer, as `LinearHeads.weights` does.
         with torch.no_grad():
             layer.bias += layer.weight @ norm.bias
@@ -78,7 +78,7 @@ def apply_larc(layer, trust, weight_decay):
 
 @pytest.mark.parametrize("name", protocols.LINEAR)
 def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
-    protocol = LinearOptions(name, epochs=7, batch_size=16).adapted(1000)
+    protocol = LinearOptions(name, epochs=7, batch_size=16).adapt_protocol(1000)
     generator = torch.Generator().manual_seed(0)
     batches = [
         (
@@ -97,18 +97,18 @@ def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
         decays,
         like=batches[0][0],
         nesterov=protocol.nesterov,
-        start=protocol.start,
+        init=protocol.init,
         init_std=protocol.init_std,
-        affine=protocol.batch_norm,
+        affine=protocol.normalizes_features,
         trust=protocol.trust,
     )
-    norm = FeatureNorm(5, batches[0][0]) if protocol.batch_norm else None
-    first_weights = heads.weights[:, 0].clone()
+    norm = FeatureNorm(5, batches[0][0]) if protocol.normalizes_features else None
+    initial_weights = heads.weights[:, 0].clone()
     for step, (values, labels) in enumerate(batches):
         values = norm.normalize_batch(values) if norm else values
         heads.step(values, labels, protocol.lr_factor(step / STEPS_PER_EPOCH))
     for head, lr, decay in zip(heads.weights.transpose(0, 1), lrs, decays):
-        expected, torch_norm = train_with_torch(protocol, batches, lr, decay, first_weights)
+        expected, torch_norm = train_with_torch(protocol, batches, lr, decay, initial_weights)
         torch.testing.assert_close(head, expected)
         if norm:
             scale, shift = torch_norm.weight.detach(), torch_norm.bias.detach()
@@ -118,11 +118,11 @@ def test_a_protocol_equals_torchs_optimizer_and_schedule(name):
             torch.testing.assert_close(ours * scale + shift, theirs)
 
 
-def test_first_weights_have_the_authors_distributions():
+def test_initial_weights_have_the_authors_distributions():
     dim, classes = 64, 4000
     normal, uniform, truncated = (
-        linear_heads.first_weights(dim, classes, start, 0.01)[:, 0]
-        for start in ("normal", "uniform", "truncated")
+        linear_heads.initial_weights(dim, classes, init, 0.01)[:, 0]
+        for init in ("normal", "uniform", "truncated")
     )
     assert normal[:-1].std().item() == pytest.approx(0.01, rel=0.01)
     assert not normal[-1].any()
@@ -134,7 +134,7 @@ def test_first_weights_have_the_authors_distributions():
     assert truncated[:-1].abs().max().item() == pytest.approx(2 / 8, rel=1e-3)
     assert truncated[:-1].std().item() == pytest.approx(0.8796 / 8, rel=0.01)
     assert not truncated[-1].any()
-    assert not linear_heads.first_weights(dim, classes, "normal", 0.0).any()
+    assert not linear_heads.initial_weights(dim, classes, "normal", 0.0).any()
 
 
 class DoubleInput(nn.Module):
@@ -154,9 +154,9 @@ def train_and_score(path, name):
     run.backbone.double()
     options = LinearOptions(name, epochs=2, batch_size=24)
     train, test = evaluation_split.labeled_splits(run, "a test")
-    protocol, feature = options.adapted(len(train)), DoubleInput(run.backbone)
+    protocol, feature = options.adapt_protocol(len(train)), DoubleInput(run.backbone)
     network = ProbedNetwork("pretrained", feature, options.grid(), protocol, 10, run.device)
-    view = training_views.train_view(run, protocol.interpolation)
+    view = training_views.build_train_view(run, protocol.interpolation)
     published_linear.train_heads([network], run, train.source, view, protocol)
     return network.heads.weights, network.scores(test)[0]
 
@@ -205,7 +205,7 @@ def test_digits_end_to_end(run_folder, capsys):
 
 def test_the_published_rate_is_scaled_by_the_batch(run_folder):
     run = load(run_folder)
-    protocol = LinearOptions("moco", batch_size=64).adapted(200)
+    protocol = LinearOptions("moco", batch_size=64).adapt_protocol(200)
     feature = Feature(run.backbone, "pooled")
     network = ProbedNetwork("pretrained", feature, [(30.0, 0.0)], protocol, 10, run.device)
     assert network.heads.lr.item() == 30.0 * 64 / 256
@@ -256,9 +256,10 @@ def test_the_last_blocks_class_tokens_are_those_of_hooks():
 
 
 def test_the_feature_of_dino_depends_on_the_width():
-    assert features.dino_feature(backbones.build(BackboneConfig("test_vit"), 32)) == "last4"
+    narrow = backbones.build(BackboneConfig("test_vit"), 32)
+    assert published_linear.dino_feature_name(narrow) == "last4"
     wide = backbones.on_meta(BackboneConfig("vit_base_patch16_224"), 224)
-    assert features.dino_feature(wide) == "cls_mean"
+    assert published_linear.dino_feature_name(wide) == "cls_mean"
     assert Feature(wide, "cls_mean").feature_dim == 1536
 
 

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made_run import make_run, write_images
-from reported_run import make_reported_run, write_metrics
+from run_with_report import make_run_with_report, write_metrics
+from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import compare, demo_summary, report, results, runs
 from ssl_pretrain.eval.html import charts, nearest_images, page, sections
@@ -59,7 +59,7 @@ def curve_points(chart, number=0):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return make_reported_run(tmp_path_factory.mktemp("runs") / "digits")
+    return make_run_with_report(tmp_path_factory.mktemp("runs") / "digits")
 
 
 def test_the_page_holds_every_section_and_fetches_nothing(digits):
@@ -98,7 +98,7 @@ def test_the_ten_queries_cover_ten_classes_and_are_shifted_by_one_or_two_pixels(
 
 
 def test_a_training_image_that_is_not_shifted_is_its_own_nearest_neighbor(digits, monkeypatch):
-    monkeypatch.setattr(nearest_images.shifts, "default_distances", lambda split: [])
+    monkeypatch.setattr(nearest_images.features, "default_shift_distances", lambda split: [])
     run = runs.load_run(digits, device="cpu")
     bank, _, _ = nearest_images.open_bank_and_queries(run)
     for query in nearest_images.find_neighbors(run, bank, bank):

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from made_run import make_run, write_images
 from PIL import Image
+from untrained_run import make_run, write_images
 
 from ssl_pretrain.eval import corruptions, retrieval, robustness, runs
 from ssl_pretrain.eval.frozen import evaluation_split, features

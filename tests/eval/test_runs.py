@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from made_run import checkpoint_of, describe_again, edit_manifest, make_run, write_images
 from safetensors.torch import load_file, save_file
+from untrained_run import checkpoint_of, edit_manifest, make_run, renew_manifest, write_images
 
 from ssl_pretrain.build import build_method
 from ssl_pretrain.checkpoint.folder import list_checkpoints
@@ -48,7 +48,7 @@ def test_the_names_that_wrappers_give_are_understood(copy, prefix):
         for key, value in load_file(file).items()
     }
     save_file(wrapped, file)
-    describe_again(copy)
+    renew_manifest(copy)
     opened = runs.load_run(copy, device="cpu").backbone.state_dict()
     torch.testing.assert_close(opened, expected, rtol=0, atol=0)
 
@@ -91,7 +91,7 @@ def test_a_missing_and_an_unexpected_key_are_listed(copy):
     tensors = load_file(file)
     tensors["backbone.model.another"] = tensors.pop("backbone.model.bn1.weight")
     save_file(tensors, file)
-    describe_again(copy)
+    renew_manifest(copy)
     message = error_of(copy)
     assert "1 missing (model.bn1.weight)" in message
     assert "1 unexpected (model.another)" in message
@@ -176,5 +176,5 @@ def test_batch_norm_is_recalibrated_on_shuffled_images(tmp_path, monkeypatch):
     shuffled = features.recalibration_split(train)
     assert sorted(shuffled.indices) == list(range(40))
     assert 5 <= shuffled.labels[:20].sum() <= 15
-    monkeypatch.setattr(features, "RECALIBRATION_IMAGES", 12)
+    monkeypatch.setattr(features, "MAX_RECALIBRATION_IMAGES", 12)
     assert len(features.recalibration_split(train)) == 12

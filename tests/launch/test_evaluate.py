@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import wandb_file
-from made_run import edit_manifest, make_run
+from untrained_run import edit_manifest, make_run
 
 from ssl_pretrain.checkpoint.folder import list_checkpoints
 from ssl_pretrain.checkpoint.manifest import (

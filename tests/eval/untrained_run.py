@@ -56,7 +56,7 @@ def edit_manifest(run: Path, **entries: object) -> None:
     path.write_text(to_json(manifest))
 
 
-def describe_again(run: Path) -> None:
+def renew_manifest(run: Path) -> None:
     """Make the newest checkpoint intact after its tensors were changed."""
     folder = checkpoint_of(run)
     edit_manifest(run, files=describe_files(sorted(folder.glob("*.safetensors"))))

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from made_run import make_run
 from torchvision.utils import save_image
+from untrained_run import make_run
 
 from ssl_pretrain.eval import report, results, runs
 from ssl_pretrain.eval.results import Row
@@ -60,7 +60,7 @@ def save_results(run, columns=("clean", "shifted 1", "shifted 2")):
     results.save(run, "linear", protocol, results.with_better_random(rows), CHECKPOINT, 1.0)
 
 
-def make_reported_run(run: Path) -> Path:
+def make_run_with_report(run: Path) -> Path:
     make_run(run)
     write_metrics(run)
     save_results(run)
