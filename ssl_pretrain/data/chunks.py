@@ -1,14 +1,24 @@
-"""Chunks of crops, which the loader gets from processes, threads or the device cache."""
+"""Chunks of crops, the loader's unit of work, and how they are made from the images of a source."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from ssl_pretrain.data.replacement import Replacement
+from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.order import Plan
+from ssl_pretrain.data.replacement import Replacement, find_spare
+from ssl_pretrain.data.shared_memory import SharedMemoryFull, allocate
+
+# (image uint8 (3, height, width), epoch, index) -> each crop, uint8 (3, size, size). Picklable.
+Cut = Callable[[Tensor, int, int], list[Tensor]]
 
 
 class ChunkRequest(NamedTuple):
@@ -17,8 +27,8 @@ class ChunkRequest(NamedTuple):
     Attributes:
         epoch: Number of passes over the data before this one.
         indices: Numbers of the images.
-        step: The step to whose batch they belong.
-        first_row: Row of the first of them in this rank's batch.
+        step: The step whose batch the chunk belongs to.
+        first_row: Row of the first image in this rank's batch.
     """
 
     epoch: int
@@ -32,14 +42,14 @@ class Chunk:
     """The crops of a few images.
 
     Attributes:
-        pixels: uint8, flat: view 0 of all images, then view 1 and so on. One tensor takes one piece
-            of shared memory and one copy to the device.
+        pixels: uint8, flat: view 0 of all images, then view 1 and so on. A single tensor needs one
+            block of shared memory and one copy to the device.
         shapes: Shape of each view.
         labels: int64 (n,).
         replacements: The images that could not be read.
-        seconds: Time to make the chunk.
-        error: Why there are no pixels. The trainer raises it, so that a user reads its message and
-            not a worker's traceback.
+        seconds: Time spent on the chunk.
+        error: Why the chunk is incomplete. The trainer raises this error, so that a user reads its
+            message and not a worker's traceback.
     """
 
     pixels: Tensor
@@ -74,3 +84,97 @@ class ChunkPool(Protocol):
     def close(self) -> None:
         """Release processes, threads, files and memory. Idempotent."""
         ...
+
+
+class CropDataset(Dataset[Chunk]):
+    """Makes the chunk of a request. Each image is read once, however many crops are cut from it."""
+
+    def __init__(self, source: Source, cut: Cut, plan: Plan | None = None):
+        """Read from a source.
+
+        Args:
+            source: The images.
+            cut: Cuts all crops of one image.
+            plan: The order of the run, from which an unreadable image gets its replacement. In a
+                single pass it is None, and the next image of the source is the replacement.
+        """
+        self.source, self.cut, self.plan = source, cut, plan
+
+    def __getitem__(self, request: ChunkRequest) -> Chunk:
+        start = time.perf_counter()
+        labels = np.empty(len(request.indices), np.int64)
+        chunk = Chunk(torch.empty(0, dtype=torch.uint8), [], labels, replacements=[])
+        for row, index in enumerate(request.indices.tolist()):
+            try:
+                pixels, number = self._read_or_replace(request, row, chunk.replacements)
+            except (FileNotFoundError, ValueError) as error:
+                return replace(chunk, error=error)
+            labels[row] = self.source.label(number)
+            with self._naming_image(number):
+                crops = self.cut(torch.from_numpy(pixels).permute(2, 0, 1), request.epoch, index)
+                if row == 0:
+                    num_bytes = len(labels) * sum(crop.numel() for crop in crops)
+                    shapes = [crop.shape for crop in crops]
+                    chunk = replace(chunk, pixels=allocate(num_bytes), shapes=shapes)
+                for crop, view in zip(crops, chunk.views()):
+                    view[row] = crop
+        return replace(chunk, seconds=time.perf_counter() - start)
+
+    def _read_or_replace(
+        self, request: ChunkRequest, row: int, replacements: list[Replacement]
+    ) -> tuple[np.ndarray, int]:
+        """Return the pixels for a row of the chunk, and the number of the image that they show.
+
+        Raises:
+            ValueError: If the image is unreadable and no image is left to replace it.
+            FileNotFoundError: If the source's folder or file no longer exists.
+        """
+        index = int(request.indices[row])
+        try:
+            return self._read(index), index
+        except UnreadableImage as error:
+            reason = str(error)
+        pixels = np.empty(0, np.uint8)
+
+        def try_read(number: int) -> bool:
+            nonlocal pixels
+            try:
+                pixels = self._read(number)
+            except UnreadableImage:
+                return False
+            return True
+
+        if self.plan is not None:
+            spare = find_spare(self.plan, request.step, request.first_row + row, try_read)
+        else:
+            spare = self._find_next(index, request.indices, try_read)
+        replacements.append(Replacement.create(self.source, index, reason, spare))
+        return pixels, replacements[-1].number
+
+    def _read(self, number: int) -> np.ndarray:
+        try:
+            with self._naming_image(number):
+                return self.source.read(number)
+        except UnreadableImage:
+            self.source.check_present()
+            raise
+
+    @contextmanager
+    def _naming_image(self, number: int) -> Iterator[None]:
+        """Add the image's name to any unexpected error."""
+        try:
+            yield
+        except (UnreadableImage, SharedMemoryFull):
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"image {number}, {self.source.name(number)}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _find_next(
+        self, index: int, chunk: np.ndarray, try_read: Callable[[int], bool]
+    ) -> int | None:
+        """Return the next readable image of the source, preferably one outside the chunk."""
+        following = [*range(index + 1, len(self.source)), *range(index)]
+        following.sort(key=set(chunk.tolist()).__contains__)  # stable, outside the chunk first
+        return next(filter(try_read, following), None)

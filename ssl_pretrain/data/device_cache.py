@@ -1,6 +1,6 @@
 """Keep all images on the device and crop them there, for data sets that fit, such as CIFAR-10.
 
-No pixel passes through the host after the start.
+After the start, no pixels are copied from the host to the device.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,15 +22,15 @@ from ssl_pretrain.views.recipe import Crop
 class DeviceCache:
     """The images of a source on the device, and the chunks of crops that are made from them.
 
-    Images of all sizes lie in one tensor that is as high and as wide as the largest of them. Boxes
-    never leave an image, so the padding is not seen.
+    Images of all sizes share one tensor that is as high and as wide as the largest of them. Crops
+    lie inside their image, so the padding is never seen.
     """
 
     def __init__(self, source: Source, view_crops: list[Crop], plan: Plan, device: torch.device):
         """Read all images and upload them.
 
         Raises:
-            ValueError: They do not fit into half of the device's free memory.
+            ValueError: If they do not fit into half of the device's free memory.
         """
         self._view_crops, self._plan, self._device = view_crops, plan, device
         self._source = source
@@ -57,14 +57,11 @@ class DeviceCache:
         numbers = request.indices.astype(np.int64)
         replacements = []
         for row, index in enumerate(request.indices.tolist()):
-            if index in self._unreadable:
+            if reason := self._unreadable.get(index):
+                slot = request.first_row + row
                 spare = find_spare(
-                    self._plan,
-                    request.step,
-                    request.first_row + row,
-                    lambda number: number not in self._unreadable,
+                    self._plan, request.step, slot, lambda number: number not in self._unreadable
                 )
-                reason = self._unreadable[index]
                 replacements.append(Replacement.create(self._source, index, reason, spare))
                 numbers[row] = replacements[-1].number
         return numbers, replacements
@@ -77,13 +74,11 @@ class DeviceCache:
 def _upload_images(
     source: Source, device: torch.device
 ) -> tuple[Tensor, np.ndarray, dict[int, str]]:
-    """Return the images on the device, their sizes, and the reasons why some are unreadable.
+    """Upload all images.
 
     Returns:
-        Pixels, uint8 (n, 3, height, width); sizes, int64 (n, 2); reasons by number of the image.
-
-    Raises:
-        ValueError: The images do not fit.
+        Pixels, uint8 (n, 3, height, width); sizes, int64 (n, 2); why images are unreadable, by
+        number.
     """
     free_bytes = _usable_bytes(device)
     sizes = np.empty((len(source), 2), np.int64)

@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from ssl_pretrain.data.file_lists import FileList, open_list
-from ssl_pretrain.data.folder_listing import list_folder
 from ssl_pretrain.data.folder_tree import Location, open_tree
-from ssl_pretrain.data.image_files import ImageFiles
-from ssl_pretrain.data.image_source import NoSuchSplit
-from ssl_pretrain.data.label_tables import SplitFolder
-from ssl_pretrain.data.labels import label_images
-from ssl_pretrain.data.listing import Listing
+from ssl_pretrain.data.image_source import ImageFiles, NoSuchSplit
+from ssl_pretrain.data.labels import SplitFolder, label_images
+from ssl_pretrain.data.listing import Listing, list_folder
 from ssl_pretrain.data.pixels import Range
 from ssl_pretrain.data.splits import Splits, find_splits
 from ssl_pretrain.data.zip_archive import list_zip
@@ -28,7 +25,7 @@ class FileDataSet:
         root: The folder, zip or list file.
         train: `data.train`, the training split.
         val: `data.val`, the validation split.
-        cache: Folder of the listings.
+        cache: Folder for cached listings.
         value_range: `data.range`.
     """
 
@@ -49,32 +46,30 @@ class FileDataSet:
             NoSuchSplit: If there is no validation split.
             ValueError: If the split is ambiguous, empty or unreadable.
         """
-        location = self.splits.train if split == "train" else self.splits.val
-        if location is None and split == "train":
+        is_train = split == "train"
+        location = self.splits.train if is_train else self.splits.val
+        if location is None and is_train:
             raise ValueError(self.splits.train_error)
         if location is None:
             raise (ValueError if self.splits.train_error else NoSuchSplit)(self.splits.val_error)
-        name = "train" if split == "train" else self.splits.val_name
+        name = "train" if is_train else self.splits.val_name
         is_root = location.path == self.root and not location.within
         images = self._list_images(location, name, "data.root" if is_root else f"data.{split}")
+        path, skipped_notes = location.full_path, _skipped_notes(images.files)
         if not len(images.files):
-            reason = f"data.root: {location.where} holds no image that Pillow decodes, at any depth"
-            raise ValueError("; ".join([reason, *_skipped_notes(images.files)]))
+            reason = f"data.root: {path} holds no image that Pillow decodes, at any depth"
+            raise ValueError("; ".join([reason, *skipped_notes]))
         tree = open_tree(location.path, self._cache).descendant(location.within)
-        folder = SplitFolder(
-            location.where, name, images.files.paths(), tree, open_tree(self.root, self._cache)
-        )
+        root = open_tree(self.root, self._cache)
+        folder = SplitFolder(name, images.files.paths(), tree, root, path)
         labels = label_images(folder, images.labels if location.is_list else None, classes)
-        source = ImageFiles(
-            location.where, images.files, labels.numbers, labels.classes, self._value_range
-        )
-        split_notes: Sequence[str] = self.splits.notes if split == "train" else ()
-        skipped_notes = _skipped_notes(images.files)
+        source = ImageFiles(path, images.files, labels.numbers, labels.classes, self._value_range)
+        split_notes: Sequence[str] = self.splits.notes if is_train else ()
         source.notes = [*split_notes, *images.notes, *labels.notes, *skipped_notes]
         return source
 
     def _list_images(self, location: Location, split: str, key: str) -> FileList:
-        """List the images at a location, with labels only if the location is a list file."""
+        """List the images at a location. Only a list file gives labels."""
         path = location.path
         if location.is_list:
             root = self.root if self.root.is_dir() else None
@@ -99,7 +94,7 @@ def _select(files: Listing, location: Location) -> Listing:
     indices = [
         index
         for index, path in enumerate(files.paths())
-        if path.startswith(prefix) and not (excluded and path.startswith(excluded))
+        if path.startswith(prefix) and not path.startswith(excluded)
     ]
     return files.take(indices, location.within)
 

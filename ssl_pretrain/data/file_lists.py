@@ -1,4 +1,4 @@
-"""Lists of images and tables of labels, however people and programs write them."""
+"""Read lists of images and tables of labels as people and programs write them."""
 
 import itertools
 import os
@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_pretrain.data.file_types import is_image
-from ssl_pretrain.data.folder_listing import list_folder
-from ssl_pretrain.data.listing import Listing, pack
-from ssl_pretrain.data.table_columns import Table
-from ssl_pretrain.data.table_format import (
+from ssl_pretrain.data.listing import Listing, list_folder, pack
+from ssl_pretrain.data.table_parsing import (
     SAMPLE_ROWS,
+    Table,
     TableFormat,
     decode_text,
     detect_format,
-    head,
+    first_lines,
     read_rows,
 )
 
@@ -31,7 +30,7 @@ class FileList:
     files: Listing  # the images, in the order of the list
     labels: list[str]  # labels in the list, "" for none
     notes: tuple[str, ...] = ()  # how the list was read
-    has_split_column: bool = False  # a column says which split a row belongs to
+    has_split_column: bool = False  # a column names the split of each row
 
 
 def open_list(
@@ -41,9 +40,9 @@ def open_list(
 
     Args:
         path: The list.
-        split: "train", "val" or "test". Only used if a column says which split a row belongs to.
-        cache: Folder of the listings, for lists that name images without folders or suffixes.
-        key: The configuration key that names the list, for messages.
+        split: "train", "val" or "test". Only used if a column names the split of each row.
+        cache: Folder for cached listings, for lists that name images without folders or suffixes.
+        key: The configuration key of the list, for messages.
         root: Another folder that paths may be relative to.
 
     Raises:
@@ -52,16 +51,16 @@ def open_list(
     folder = Path(os.path.abspath(path)).parent
     folders = [folder, *([root] if root else [])]
     texts = decode_text(path.read_bytes(), f"{key}: {path}")
-    first_cells = [row[0].strip() for row in read_rows(head(texts[0]), ",", 2)]
+    first_cells = [row[0].strip() for row in read_rows(first_lines(texts[0]), ",", 2)]
     if not first_cells or (len(first_cells) == 1 and first_cells[0].lower() in _PATH_TITLES):
         return FileList(pack(str(folder), []), [])
-    text, form, rule = _best_rule(texts, [*folders, *list(folder.parents)[:2], Path.cwd()])
+    text, table_format, rule = _best_rule(texts, [*folders, *list(folder.parents)[:2], Path.cwd()])
     names: NameIndex | None = None
-    if form.match_share <= 0:
+    if table_format.match_share <= 0:
         for rule in map(_PathRule, folders):
             names = NameIndex(list_folder(rule.base, cache).paths())
-            form = detect_format(text, names.has)
-            if form.match_share > 0:
+            table_format = detect_format(text, names.find)
+            if table_format.match_share > 0:
                 break
         else:
             first = next(filter(is_image, first_cells), first_cells[0])
@@ -69,7 +68,7 @@ def open_list(
                 f"{key}: {path} begins with {first!r}, which is not in {folder}; "
                 "paths are relative to the list's folder"
             )
-    table, split_note = Table.parse(text, form).select_split(split)
+    table, split_note = Table.parse(text, table_format).select_split(split)
     paths = [rule.convert(cell) for cell in table.cells(table.path_column)]
     notes = [f"{path}: {split_note}"] if split_note else []
     if names is not None:
@@ -95,8 +94,7 @@ def labels_from_table(content: bytes, paths: Iterable[str]) -> dict[str, str]:
 
     Args:
         content: The bytes of the table.
-        paths: Paths of the images. A row belongs to the image with its file name, or with that
-            name without the suffix.
+        paths: Paths of the images. The table may name them without folders and suffixes.
 
     Returns:
         The label by path, for the images that the table names. Empty if it names none.
@@ -106,17 +104,17 @@ def labels_from_table(content: bytes, paths: Iterable[str]) -> dict[str, str]:
         text = decode_text(content, "")[0]
     except ValueError:
         return {}
-    form = detect_format(text, names.has)
-    if form.match_share <= 0:
+    table_format = detect_format(text, names.find)
+    if table_format.match_share <= 0:
         return {}
-    table = Table.parse(text, form)
+    table = Table.parse(text, table_format)
     images = [names.find(cell) for cell in table.cells(table.path_column)]
     labels, _ = table.labels()
     return {path: label for path, label in zip(images, labels) if path is not None}
 
 
 class NameIndex:
-    """Images by file name, alone or behind its folder, with its suffix or without."""
+    """Finds images by their file name, with or without its last folder and its suffix."""
 
     def __init__(self, paths: Iterable[str]):
         paths = list(paths)
@@ -130,50 +128,44 @@ class NameIndex:
             self._paths = level | self._paths
 
     def find(self, cell: str) -> str | None:
-        """Return the path of the only image with this name."""
-        name = cell.strip()
-        return self._paths.get(name) or self._paths.get(os.path.basename(name))
-
-    def has(self, cell: str) -> bool:
-        """Return True if exactly one image has this name."""
-        return self.find(cell) is not None
+        """Return the path of the only image with this name, None if there are none or several."""
+        return self._paths.get(cell) or self._paths.get(os.path.basename(cell))
 
 
 @dataclass(frozen=True)
 class _PathRule:
-    """A way to find the file that a path in a list means."""
+    """How paths in a list lead to files."""
 
     base: Path  # the folder that paths are relative to
-    num_dropped: int = 0  # first folders of the path that are ignored
+    num_dropped: int = 0  # leading folders to remove from each path
     has_backslashes: bool = False
 
     def convert(self, cell: str) -> str:
-        """Return the path relative to `base`."""
-        path = cell.strip()
+        """Return the path in a cell, relative to `base`."""
         if self.num_dropped:
-            return "/".join(re.split(r"[/\\]", path)[self.num_dropped :])
-        return path.replace("\\", "/") if self.has_backslashes else path
+            return "/".join(re.split(r"[/\\]", cell)[self.num_dropped :])
+        return cell.replace("\\", "/") if self.has_backslashes else cell
 
     def has_file(self, cell: str) -> bool:
-        """Return True if the path of this cell is a file."""
+        """Return True if the path in this cell leads to a file."""
         return os.path.isfile(self.base / self.convert(cell))
 
 
 def _best_rule(texts: list[str], bases: list[Path]) -> tuple[str, TableFormat, _PathRule]:
-    """Return the text, format and rule by which the largest share of sampled paths exists."""
+    """Return the text, format and rule with which the largest share of sampled paths exists."""
     results = []
     for text, rule in itertools.product(texts, _rules(texts[0], bases)):
-        form = detect_format(text, rule.has_file)
-        results.append((text, form, rule))
-        if form.match_share > 0.5:
+        table_format = detect_format(text, rule.has_file)
+        results.append((text, table_format, rule))
+        if table_format.match_share > 0.5:
             break
     return max(results, key=lambda result: result[1].match_share)
 
 
 def _rules(text: str, bases: list[Path]) -> list[_PathRule]:
-    """Return the rules to try, the plainest first."""
+    """Return the rules to try, the simplest first."""
     bases = list(dict.fromkeys(bases))
-    lines = read_rows(head(text), "", SAMPLE_ROWS)
+    lines = read_rows(first_lines(text), "", SAMPLE_ROWS)
     example = lines[-1][0] if lines else ""
     rules = [_PathRule(base) for base in bases]
     if "\\" in example:

@@ -1,8 +1,8 @@
 """Tell images from other files, by their suffix or by their first bytes.
 
-The same rules hold for folders and zips. Hidden entries are skipped, and so are files that
-operating systems and storage servers leave beside the data. All other skipped files are counted by
-reason, with one example each.
+The same rules hold for folders and zips. Hidden entries and the files that operating systems and
+storage servers leave beside the data are skipped. Skipped files are counted by reason, with one
+example each.
 """
 
 import contextlib
@@ -16,15 +16,13 @@ from ssl_pretrain.data.images import suffixes
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".lst")  # lists of images and tables of labels
 SIGNATURE_BYTES = 16
 HIDDEN = "hidden or system entries"
-# Names in lower case.
-_MACOS_NAMES = ("__macosx", "icon\r")
-_WINDOWS_NAMES = (
-    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler"),
-    "system volume information",
-)
-_STORAGE_NAMES = ("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot")
-_SYSTEM_NAMES = frozenset(
-    (*_MACOS_NAMES, *_WINDOWS_NAMES, *_STORAGE_NAMES, "lost+found", "__pycache__")
+_SYSTEM_NAMES = frozenset(  # in lower case
+    [
+        *("__macosx", "icon\r"),  # macOS
+        *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler"),  # Windows
+        *("system volume information", "lost+found", "__pycache__"),
+        *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),  # storage servers
+    ]
 )
 _UNFINISHED = frozenset(
     [".part", ".partial", ".crdownload", ".download", ".tmp", ".filepart", ".aria2", ".bak", ".swp"]
@@ -32,7 +30,7 @@ _UNFINISHED = frozenset(
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftypavif", re.DOTALL
 )
-_SAMPLE_SIZE = 8  # approximate number of files per unknown suffix to try before reading all
+_SAMPLE_SIZE = 8  # approximate number of files with an unknown suffix to try before reading all
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class SkippedFiles:
 
 
 class SkipCounter:
-    """Count skipped files by reason."""
+    """Counts skipped files by reason."""
 
     def __init__(self) -> None:
         self._counts: dict[str, tuple[int, str]] = {}
@@ -94,7 +92,7 @@ def images_by_content(
 ) -> list[str]:
     """Find the images among files whose suffix is unknown or absent.
 
-    All files with one suffix are read if any of a sample is an image.
+    All files with the same suffix are read if a sample of them contains an image.
 
     Args:
         paths: Paths of the files.

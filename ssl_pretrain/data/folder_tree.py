@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from ssl_pretrain.data.file_types import (
@@ -19,6 +20,8 @@ from ssl_pretrain.data.zip_archive import list_zip, read_table
 
 _MAX_DEPTH = 12  # levels below a folder that are searched for an image
 
+Entries = dict[str, list[str]]  # sorted names by type: "folder", "file", and reasons to skip others
+
 
 @dataclass(frozen=True)
 class Location:
@@ -29,8 +32,8 @@ class Location:
     excluded: tuple[str, ...] = ()  # folders in it that do not belong to the split
 
     @property
-    def where(self) -> str:
-        """The path for messages."""
+    def full_path(self) -> str:
+        """The path, continued inside the zip if there is one, for messages."""
         return os.path.join(self.path, self.within) if self.within else str(self.path)
 
     @property
@@ -51,19 +54,23 @@ class FolderTree(ABC):
     within: str = ""  # folder inside the zip
 
     @property
-    def where(self) -> str:
-        """The path for messages."""
-        return self.location().where
+    def full_path(self) -> str:
+        """The path, continued inside the zip if there is one, for messages."""
+        return self.location().full_path
 
     @property
-    @abstractmethod
     def folders(self) -> list[str]:
-        """Sorted names of the folders in it."""
+        """Names of the folders in it, sorted by bytes. Raise ValueError if it cannot be listed."""
+        return self._entries["folder"]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files in it, sorted by bytes. Inside a zip, only images and tables."""
+        return self._entries["file"]
 
     @property
     @abstractmethod
-    def files(self) -> list[str]:
-        """Sorted names of the files in it. Inside a zip, only images and tables."""
+    def _entries(self) -> Entries: ...
 
     @property
     @abstractmethod
@@ -72,18 +79,18 @@ class FolderTree(ABC):
 
     @abstractmethod
     def child(self, name: str) -> FolderTree:
-        """Return a folder in it."""
+        """Return the folder `name` in it, without checking that it exists."""
 
     @abstractmethod
     def parent(self) -> FolderTree:
-        """Return the folder that it lies in."""
+        """Return the folder that contains it. The top folder of a zip is its own parent."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
         """Return the content of a file in it. Raise OSError if that fails."""
 
     def has_images(self, depth: int = _MAX_DEPTH) -> bool:
-        """Return True if there is an image at any depth, reading no further than the first."""
+        """Return True if there is an image at any depth. The search ends at the first one."""
         return self.has_direct_images or (
             depth > 0 and any(self.child(name).has_images(depth - 1) for name in self.folders)
         )
@@ -93,15 +100,12 @@ class FolderTree(ABC):
         return (name for name in self.folders if self.child(name).has_images())
 
     def location(self, excluded: tuple[str, ...] = ()) -> Location:
-        """Return where it is, without the excluded folders in it."""
+        """Return its position as a split without the excluded folders in it."""
         return Location(self.path, self.within, excluded)
 
     def descendant(self, path: str) -> FolderTree:
         """Return a folder at any depth below it, or itself for an empty path."""
-        folder = self
-        for name in filter(None, path.split("/")):
-            folder = folder.child(name)
-        return folder
+        return functools.reduce(FolderTree.child, filter(None, path.split("/")), self)
 
 
 class DiskFolder(FolderTree):
@@ -110,9 +114,9 @@ class DiskFolder(FolderTree):
     def __init__(self, path: Path):
         self.path = path
 
-    @cached_property
-    def _entries(self) -> dict[str, list[str]]:
-        entries: dict[str, list[str]] = {"folder": [], "file": []}
+    @functools.cached_property
+    def _entries(self) -> Entries:
+        entries: Entries = {"folder": [], "file": []}
         try:
             with os.scandir(self.path) as scan:
                 for entry in scan:
@@ -121,17 +125,7 @@ class DiskFolder(FolderTree):
             raise ValueError(f"data.root: {self.path} cannot be listed: {error.strerror}") from None
         return {kind: sorted(names, key=os.fsencode) for kind, names in entries.items()}
 
-    @property
-    def folders(self) -> list[str]:
-        """Names of the folders in it, sorted by bytes. Raise ValueError if it cannot be listed."""
-        return self._entries["folder"]
-
-    @property
-    def files(self) -> list[str]:
-        """Names of the files in it, sorted by bytes. Raise ValueError if it cannot be listed."""
-        return self._entries["file"]
-
-    @cached_property
+    @functools.cached_property
     def has_direct_images(self) -> bool:
         """True if a file in it has an image's suffix, or a sampled file an image's first bytes."""
         paths = [os.path.join(self.path, name) for name in self.files]
@@ -150,24 +144,15 @@ class DiskFolder(FolderTree):
         return (self.path / name).read_bytes()
 
 
-_Index = dict[str, tuple[list[str], list[str]]]  # folder of a zip -> names of folders, of files
-
-
 class ZipFolder(FolderTree):
     """A folder inside a zip."""
 
-    def __init__(self, path: Path, index: _Index, within: str = ""):
+    def __init__(self, path: Path, index: dict[str, Entries], within: str = ""):
         self.path, self.within, self._index = path, within, index
 
     @property
-    def folders(self) -> list[str]:
-        """Names of the folders in it, sorted by bytes."""
-        return self._index.get(self.within, ([], []))[0]
-
-    @property
-    def files(self) -> list[str]:
-        """Names of the images and tables in it, sorted by bytes."""
-        return self._index.get(self.within, ([], []))[1]
+    def _entries(self) -> Entries:
+        return self._index.get(self.within, {"folder": [], "file": []})
 
     @property
     def has_direct_images(self) -> bool:
@@ -191,24 +176,25 @@ def open_tree(root: Path, cache: Path) -> FolderTree:
     """Return the folder or zip at `root`, or the folder that a list file lies in."""
     if root.suffix.lower() == ".zip" and root.is_file():
         listing = list_zip(root, cache)
-        return ZipFolder(root, _index([*listing.paths(), *listing.tables]))
+        return ZipFolder(root, _entries_by_folder([*listing.paths(), *listing.tables]))
     return DiskFolder(root if root.is_dir() else root.parent)
 
 
-def _index(paths: list[str]) -> _Index:
-    """Index the paths in a zip by folder."""
-    folders: dict[str, set[str]] = {"": set()}
-    files: dict[str, list[str]] = {}
+def _entries_by_folder(paths: list[str]) -> dict[str, Entries]:
+    """Return the entries of each folder of a zip that holds these paths."""
+    folders: dict[str, set[str]] = defaultdict(set)
+    files: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         folder, _, name = path.rpartition("/")
-        files.setdefault(folder, []).append(name)
+        files[folder].append(name)
     for folder in files:
         while folder:
-            parent, _, name = folder.rpartition("/")
-            folders.setdefault(folder, set())
-            folders.setdefault(parent, set()).add(name)
-            folder = parent
+            folder, _, name = folder.rpartition("/")
+            folders[folder].add(name)
     return {
-        folder: (sorted(names, key=os.fsencode), sorted(files.get(folder, []), key=os.fsencode))
-        for folder, names in folders.items()
+        folder: {
+            "folder": sorted(folders[folder], key=os.fsencode),
+            "file": sorted(files[folder], key=os.fsencode),
+        }
+        for folder in {"", *folders, *files}
     }

@@ -1,13 +1,19 @@
-"""The contract of a source of images: what the loader and the evaluations read."""
+"""Sources of images: the interface that the loader and evaluations read, and sources of files."""
 
 import copy
+import errno
 import hashlib
+import os
+import stat
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage, decode
+from ssl_pretrain.data.listing import Listing, Span
+from ssl_pretrain.data.pixels import Range
+from ssl_pretrain.data.zip_archive import read_span
 
 
 class NoSuchSplit(ValueError):
@@ -54,7 +60,7 @@ class Source(ABC):
         """Return the name of the image's file, for messages."""
 
     def take(self, indices: np.ndarray) -> Self:
-        """Return a source of some of the images, in this order."""
+        """Return a source of the images at `indices`, in that order."""
         subset = copy.copy(self)
         subset.labels = self.labels[indices]
         subset.notes = []
@@ -96,6 +102,73 @@ class EncodedSource(Source):
     @abstractmethod
     def _stored_bytes(self, index: int) -> bytes:
         """Return the stored bytes of one image. Raise OSError."""
+
+
+class ImageFiles(EncodedSource):
+    """Image files of a folder, or of a zip that is read in place."""
+
+    def __init__(
+        self,
+        where: str,
+        files: Listing,
+        labels: np.ndarray,
+        classes: list[str],
+        value_range: Range | None = None,
+    ):
+        super().__init__(where, labels, classes)
+        self.files = files
+        self.value_range = value_range  # `data.range`
+        self._archive: int | None = None  # file descriptor of the zip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_archive": None}  # an open file belongs to its process
+
+    def read(self, index: int) -> np.ndarray:
+        """Read and decode one file as RGB pixels, uint8 (height, width, 3).
+
+        Raises:
+            UnreadableImage: If the file cannot be read or decoded. The message has its path.
+        """
+        return decode(self.read_bytes(index), self.name(index), self.value_range)
+
+    def name(self, index: int) -> str:
+        """Return the path of one file, continued inside the zip if there is one, for messages."""
+        return os.path.join(self.files.root, self.files.within, self.files.path(index))
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Return a source of the files at `indices`, in that order."""
+        subset = super().take(indices)
+        subset.files = self.files.take(indices)
+        return subset
+
+    def check_present(self) -> None:
+        """Raise FileNotFoundError if the folder or zip no longer exists."""
+        if not os.path.exists(self.files.root):
+            raise FileNotFoundError(
+                f"data.root: {self.files.root} no longer exists, but existed when the run began"
+            )
+
+    def _stored_bytes(self, index: int) -> bytes:
+        if not len(self.files.spans):
+            return _read_regular_file(os.path.join(self.files.root, self.files.path(index)))
+        if self._archive is None:
+            self._archive = os.open(self.files.root, os.O_RDONLY)
+        return read_span(self._archive, Span(*self.files.spans[index].tolist()))
+
+    def _identity(self) -> bytes:
+        return self.files.packed.tobytes() + self.files.ends.tobytes()
+
+
+def _read_regular_file(path: str) -> bytes:
+    """Return the bytes of a file. Raise OSError for a pipe or device, which may have no end."""
+    # With O_NONBLOCK, opening a pipe does not wait for its writer.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"{status.st_size:,} bytes are more than an image has")
+        return file.read()
 
 
 def require_labels(source: Source, purpose: str) -> None:

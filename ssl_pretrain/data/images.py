@@ -7,22 +7,24 @@
 | CMYK, YCCK, YCbCr | RGB by Pillow's plain conversion; color profiles are not applied |
 | 16-bit gray | value / 257, rounded. With `data.range`, low becomes 0 and high 255 |
 | 32-bit integers above 65,535, floats | refused without `data.range`, else as 16-bit gray |
-| 16-bit color, gray with alpha | the high byte; refused with `data.range`, and where it is dark |
+| 16-bit color, gray with alpha | the high byte; refused if it is dark, or with `data.range` |
 | 16-bit gray TIFF whose zero is white | inverted, as Pillow inverts 8 bits |
 | EXIF orientation | applied: the image is stored upright |
 | several frames (GIF, WebP, PNG) | the first |
 | several pages (TIFF) | refused, unless the others are smaller copies |
-| four bands without a statement on the fourth, alpha that is 0 everywhere, Lab | refused |
-| more than 178,956,970 pixels | refused, as what Pillow calls a decompression bomb |
+| four bands of which the fourth has no stated meaning, alpha of 0 everywhere, Lab | refused |
+| more than 178,956,970 pixels | refused, as a possible decompression bomb |
 | 1x1 pixels | 1x1 pixels |
 
 A file is read by its content, not by its suffix, with the decoders of the installed Pillow. Formats
-that start another program (EPS) or decode nothing are left out. A file that begins like a JPEG is
-given to JPEG decoders alone.
+that start another program (EPS) or that Pillow cannot decode by itself are left out. A file that
+begins like a JPEG is only read by JPEG decoders.
 """
 
 import functools
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +36,8 @@ from ssl_pretrain.data import pixels as pixel_formats
 
 MAX_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS, where Pillow refuses
 MAX_BYTES = 1 << 30  # no image of MAX_PIXELS pixels needs a larger file
-# EPS starts another program. IPTC hands its content to any decoder, EPS included. WMF needs
-# Windows. The others decode nothing.
+# EPS starts another program. IPTC passes its content to any decoder, EPS included. WMF needs
+# Windows. Pillow has no decoders of its own for the others.
 _UNSAFE_FORMATS = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _JPEG_SIGNATURE = b"\xff\xd8"
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -60,18 +62,14 @@ class UnreadableImage(ValueError):
 
 
 class ImageHeader(NamedTuple):
-    """Description of an image file.
-
-    For values wider than 8 bits, one in a thousand is below `low` and one in a thousand above
-    `high`. Both are None for 8 bits.
-    """
+    """Description of an image file."""
 
     mode: str  # Pillow's name of the pixel format
     width: int  # pixels, as stored
     height: int
     num_frames: int  # frames, or pages of a TIFF
-    low: float | None = None
-    high: float | None = None
+    # Values wider than 8 bits without the thousandth at either end. None for 8 bits.
+    value_range: pixel_formats.Range | None = None
 
 
 @functools.cache
@@ -90,41 +88,37 @@ def suffixes() -> frozenset[str]:
 
 
 def decode(
-    content: bytes, name: str, value_range: pixel_formats.Range | None = None, jpeg: bool = False
+    content: bytes,
+    name: str,
+    value_range: pixel_formats.Range | None = None,
+    jpeg_only: bool = False,
 ) -> np.ndarray:
-    """Return RGB pixels by the rule above: uint8 (height, width, 3), writable, any memory order.
+    """Return RGB pixels by the rule above, uint8 (height, width, 3), writable, any memory order.
 
     Args:
         content: The bytes of the file.
         name: Name of the file, for messages.
         value_range: `data.range`, for values wider than 8 bits.
-        jpeg: Refuse everything but a JPEG.
+        jpeg_only: Refuse every format except JPEG.
 
     Raises:
         UnreadableImage: If the file is damaged, truncated or refused. The message has `name`.
     """
-    _check_not_empty(content, name)
     if content.startswith(_JPEG_SIGNATURE):
         width, height = _jpeg_size(content)
         _check_size(width, height, name)
         if width and (pixels := _decode_plain_jpeg(content)) is not None:
             return pixels
-    elif jpeg:
+    elif content and jpeg_only:
         raise UnreadableImage(f"{name}: not a JPEG")
-    try:
-        with _open(content) as image:
-            _check_size(image.width, image.height, name)
-            pixel_formats.check_bands(image)
-            has_16_bits = pixel_formats.has_16_bits(image)
-            image.load()
-            pixels = pixel_formats.to_rgb(image, value_range, has_16_bits)
-            # Read after loading, where Pillow has turned a TIFF already.
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except UnreadableImage:
-        raise
-    except Exception as error:  # decoders raise almost anything for damaged files
-        raise UnreadableImage(f"{name}: {_reason(content, error)}") from error
-    return np.ascontiguousarray(_TURN_UPRIGHT.get(orientation, lambda same: same)(pixels))
+    with _open(content, name) as image:
+        pixel_formats.check_bands(image)
+        has_16_bits = pixel_formats.has_16_bits(image)
+        image.load()
+        pixels = pixel_formats.to_rgb(image, value_range, has_16_bits)
+        # Read after loading, when Pillow has already turned a TIFF.
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    return np.ascontiguousarray(_TURN_UPRIGHT.get(orientation, lambda pixels: pixels)(pixels))
 
 
 def read_header(content: bytes, name: str) -> ImageHeader:
@@ -133,45 +127,43 @@ def read_header(content: bytes, name: str) -> ImageHeader:
     Raises:
         UnreadableImage: If the file is damaged. The message has `name`.
     """
-    _check_not_empty(content, name)
-    try:
-        with _open(content) as image:
-            _check_size(image.width, image.height, name)
-            num_frames = getattr(image, "n_frames", 1)
-            header = ImageHeader(image.mode, image.width, image.height, num_frames)
-            if not pixel_formats.is_wide(image.mode):
-                return header
-            values = np.array(image)
-    except UnreadableImage:
-        raise
-    except Exception as error:
-        raise UnreadableImage(f"{name}: {_reason(content, error)}") from error
+    with _open(content, name) as image:
+        num_frames = getattr(image, "n_frames", 1)
+        header = ImageHeader(image.mode, image.width, image.height, num_frames)
+        if not pixel_formats.is_wide(image.mode):
+            return header
+        values = np.array(image)
     values = values[np.isfinite(values)]
     low, high = np.percentile(values, [0.1, 99.9], method="nearest") if values.size else (0, 0)
-    return header._replace(low=float(low), high=float(high))
+    return header._replace(value_range=(float(low), float(high)))
 
 
-def _open(content: bytes) -> Image.Image:
-    """Open an image by its content."""
+@contextmanager
+def _open(content: bytes, name: str) -> Iterator[Image.Image]:
+    """Open an image by its content, and turn all errors into UnreadableImage."""
+    if not content:
+        raise UnreadableImage(f"{name}: the file is empty")
     is_jpeg = content.startswith(_JPEG_SIGNATURE)
-    return Image.open(io.BytesIO(content), formats=("JPEG",) if is_jpeg else formats())
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",) if is_jpeg else formats()) as image:
+            _check_size(image.width, image.height, name)
+            yield image
+    except UnreadableImage:
+        raise
+    except Exception as error:  # decoders raise almost anything for damaged files
+        raise UnreadableImage(f"{name}: {_reason(content, error)}") from error
 
 
 def _reason(content: bytes, error: Exception) -> str:
-    """Return why an image could not be decoded."""
+    """Return the reason why an image could not be decoded."""
     if not isinstance(error, Image.UnidentifiedImageError):
         return str(error) or type(error).__name__
     if content.startswith(_TIFF_SIGNATURES):
         return (
-            "Pillow reads no TIFF of this number of bands, bits or compression; convert it to "
-            "gray or RGB of 8 or 16 bits"
+            "Pillow cannot read a TIFF of this compression or number of bands or bits; convert it "
+            "to gray or RGB of 8 or 16 bits"
         )
     return "no known image format"
-
-
-def _check_not_empty(content: bytes, name: str) -> None:
-    if not content:
-        raise UnreadableImage(f"{name}: the file is empty")
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -183,7 +175,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int]:
-    """Return (width, height) from a JPEG's first frame header, (0, 0) if there is none."""
+    """Return width and height from a JPEG's first frame header, (0, 0) if there is none."""
     position = 2
     while position + 9 <= len(content) and content[position] == 0xFF:
         marker = content[position + 1]
@@ -204,7 +196,7 @@ def _jpeg_size(content: bytes) -> tuple[int, int]:
 def _decode_plain_jpeg(content: bytes) -> np.ndarray | None:
     """Decode a gray or RGB JPEG to Pillow's pixels, bit for bit, in half the time if it is small.
 
-    Returns None for a damaged or CMYK image, which is left to Pillow.
+    Return None for a damaged or CMYK image, which Pillow has to decode.
     """
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     try:

@@ -8,18 +8,16 @@ import sys
 
 import numpy as np
 
-from ssl_pretrain.data.image_files import ImageFiles
-from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.image_statistics import ImageStatistics, measure
-from ssl_pretrain.data.layout_report import layout_lines
+from ssl_pretrain.data.image_source import ImageFiles, Source
 from ssl_pretrain.data.messages import printable
+from ssl_pretrain.data.source_report import ImageStatistics, layout_lines, measure
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.suggestion import format_channels, suggest_config
 from ssl_pretrain.schema import FROM_ZERO, THREADS
 
-_SAMPLE = 10_000
+_SAMPLE_SIZE = 10_000
 _CLASSES_SHOWN = 20
-_MIN_LEVELS = 64  # fewer gray levels are worth a warning
+_MIN_LEVELS = 64  # number of gray levels below which a line warns
 
 _EPILOG = """\
 examples:
@@ -30,7 +28,7 @@ examples:
   python -m ssl_pretrain.data.inspect /data/coco --train train2017 --val val2017
   python -m ssl_pretrain.data.inspect --source digits           the embedded data set
 
-The configuration at the end is a start, not an optimum. Each line says why. Save it as YAML and
+The configuration at the end is a starting point with a reason on each line. Save it as YAML and
 train with
   torchrun --nproc-per-node 8 -m ssl_pretrain.train my.yaml
 Exit status: 0; 1 if an image that was read is bad; 2 if the data set cannot be opened."""
@@ -53,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(*_statistics_lines(statistics, len(source)), sep="\n")
     num_bad = len(statistics.bad)
     if statistics.ranges and not config.range and isinstance(source, ImageFiles):
-        # The suggested mean and deviation are those of the suggested range.
-        source.value_range = statistics.range
+        # The suggested mean and deviation belong to the suggested range.
+        source.value_range = statistics.value_range
         print("\nmeasured again with the range suggested below")
         statistics = measure(source, args.sample, args.threads)
     if statistics.sizes:
@@ -74,15 +72,17 @@ def _parser() -> argparse.ArgumentParser:
         "root",
         nargs="?",
         default="",
-        help="a folder, a .zip, a .beton or a list (.txt, .csv); none for the digits",
+        help="a folder, a .zip, a .beton or a list (.txt, .csv); not needed for the digits",
     )
     parser.add_argument(
         "--train",
         default="",
-        help="the training images, in root or absolute; .: all of root (default: by name)",
+        help="the training images, in root or absolute; .: all of root (default: found by name)",
     )
     parser.add_argument(
-        "--val", default="", help="the validation images; none: there are none (default: by name)"
+        "--val",
+        default="",
+        help="the validation images; none: there are none (default: found by name)",
     )
     parser.add_argument(
         "--source", default="folder", help="digits, cifar10 or folder (default: folder)"
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sample",
         type=FROM_ZERO,
-        default=_SAMPLE,
+        default=_SAMPLE_SIZE,
         help="images to read, evenly spaced; 0 reads all (default: %(default)s)",
     )
     parser.add_argument(
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         default=[],
         metavar=("LOW", "HIGH"),
-        help="read 16-bit images by this data.range",
+        help="read 16-bit images with this data.range",
     )
     parser.add_argument(
         "--threads",
@@ -110,13 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--all-classes",
         action="store_true",
-        help=f"list every class, not only {_CLASSES_SHOWN} of them",
+        help=f"list every class, not only {_CLASSES_SHOWN}",
     )
     return parser
 
 
 def _class_lines(source: Source, all_classes: bool) -> list[str]:
-    """Return the number of images per class, the smallest class first."""
+    """Return lines with the images per class, the smallest class first."""
     if not source.classes:
         return []
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
@@ -125,15 +125,14 @@ def _class_lines(source: Source, all_classes: bool) -> list[str]:
     num_hidden = len(lines) - _CLASSES_SHOWN
     if num_hidden > 0 and not all_classes:
         half = _CLASSES_SHOWN // 2
-        gap = f"        ...  {num_hidden:,} classes (--all-classes lists them)"
-        lines = [*lines[:half], gap, *lines[-half:]]
+        lines[half:-half] = [f"        ...  {num_hidden:,} classes (--all-classes lists them)"]
     median = int(np.median(counts))
     header = f"images per class: min {counts.min():,}, median {median:,}, max {counts.max():,}"
     return [header, *lines]
 
 
 def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]:
-    """Return the measurements and the bad images."""
+    """Return lines with the measurements and the bad images."""
     num_read = len(statistics.sizes) + len(statistics.bad)
     sample = " (evenly spaced in the list; --sample 0 reads all)" if num_read < num_images else ""
     lines = [f"read {num_read:,} of {num_images:,} images{sample}"]
@@ -147,7 +146,17 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
         unit = "(red, green, blue, in [0, 1]; each image weighs the same)"
         lines.append(f"  mean    {format_channels(statistics.mean)} {unit}")
         lines.append(f"  std     {format_channels(statistics.std)} {unit}")
-    lines += _range_lines(statistics)
+    if statistics.ranges:
+        low, high = statistics.value_range
+        lines.append(
+            f"  values  {low:g} to {high:g} in {len(statistics.ranges):,} images wider than 8 bits "
+            "(without the thousandth at either end)"
+        )
+        if statistics.num_gray_levels < _MIN_LEVELS:
+            lines.append(
+                f"          without data.range, {statistics.num_gray_levels} of 256 gray levels "
+                "would be left of 16-bit images"
+            )
     if statistics.num_animated:
         lines.append(
             f"  frames  {statistics.num_animated:,} images have several frames, of which the "
@@ -155,24 +164,6 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
         )
     lines.append(f"  bad     {len(statistics.bad):,}")
     return lines + [f"    {printable(message)}" for message in statistics.bad]
-
-
-def _range_lines(statistics: ImageStatistics) -> list[str]:
-    """Return the values in images wider than 8 bits, and what would be left of them."""
-    if not statistics.ranges:
-        return []
-    low, high = statistics.range
-    lines = [
-        f"  values  {low:g} to {high:g} in {len(statistics.ranges):,} images wider than 8 bits "
-        "(without the thousandth at either end)"
-    ]
-    num_levels = max(1, round((high - low) / 257))
-    if num_levels < _MIN_LEVELS:
-        lines.append(
-            f"          without data.range, {num_levels} of 256 gray levels would be left of "
-            "16-bit images"
-        )
-    return lines
 
 
 if __name__ == "__main__":

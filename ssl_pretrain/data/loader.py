@@ -3,7 +3,7 @@
 A reader reads each image once and cuts all of its crops as uint8. Threads of compiled code do this
 if the images are in a .beton and FFCV is installed, else worker processes do. Both use the same
 order, random numbers and resizing, so they give the same views of the same bytes. Color is applied
-to whole batches on their device. No random state is carried: a resumed run needs only the step.
+to whole batches on their device. No random state is carried, so a resumed run only needs the step.
 """
 
 import itertools
@@ -18,17 +18,16 @@ from torch import Tensor
 
 from ssl_pretrain.data import readers
 from ssl_pretrain.data.chunks import Chunk, ChunkRequest
-from ssl_pretrain.data.image_statistics import check_range
 from ssl_pretrain.data.images import UnreadableImage
-from ssl_pretrain.data.layout_report import layout_lines
 from ssl_pretrain.data.order import Plan, check_divides
 from ssl_pretrain.data.readers import Reader
 from ssl_pretrain.data.replacement import ReplacementLimit
+from ssl_pretrain.data.source_report import check_range, layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.distributed import collectives, process_group
 from ssl_pretrain.views import color, crops, recipe
 from ssl_pretrain.views.batch import Batch, upload
-from ssl_pretrain.views.color_parameters import describe_view, draw_colors
+from ssl_pretrain.views.color_parameters import ColorParameters, describe_view, draw_colors
 from ssl_pretrain.views.recipe import ViewsConfig
 
 
@@ -40,7 +39,7 @@ class Loader:
         source: The images.
         steps_per_epoch: Whole global batches per epoch.
         num_read: Images in the batches so far.
-        reading_seconds: Sum of the time that each chunk of these batches took.
+        reading_seconds: Time that workers spent on these batches, summed over their chunks.
     """
 
     def __init__(
@@ -50,39 +49,39 @@ class Loader:
         view_dtype: torch.dtype = torch.float32,
         max_replaced: float = DataConfig.max_replaced,
     ):
-        """Make batches of the chunks of a reader.
+        """Make batches from the chunks of a reader.
 
         Args:
             reader: Reads the images and cuts their crops. The loader closes it.
             view_dtype: Type of the views on a GPU.
-            max_replaced: Share of the images that may be unreadable, `data.max_replaced`.
+            max_replaced: Share of the images that may be unreadable, as in `data.max_replaced`.
         """
         self.reader, self.source = reader, reader.source
         self.steps_per_epoch = reader.plan.steps_per_epoch
         self.num_read, self.reading_seconds = 0, 0.0
         self._view_dtype = view_dtype
-        self._replaced = ReplacementLimit(reader.source, len(reader.source), max_replaced)
+        self._replacements = ReplacementLimit(reader.source, len(reader.source), max_replaced)
         on_gpu = reader.device.type == "cuda"
         self._stream = torch.cuda.Stream(reader.device) if on_gpu else None
-        # A loader that is dropped, or alive at exit, leaves no process or thread behind either.
+        # This also ends the workers of a loader that is dropped or still open at exit.
         weakref.finalize(self, reader.pool.close)
 
     @property
     def num_replaced(self) -> int:
-        """Unreadable images met so far in the batches of this rank."""
-        return self._replaced.total
+        """Number of unreadable images so far in the batches of this rank."""
+        return self._replacements.total
 
     def starting_at(self, step: int) -> Iterator[Batch]:
         """Return the batches of a step and of all later ones, without end.
 
-        The workers begin at once. A new call ends the batches of the one before.
+        The workers begin at once. A new call ends the iterator of the previous one. Errors are
+        raised when a batch is taken.
 
         Raises:
-            RuntimeError: An image could not be made into views, or a worker was killed. Like the
-                other errors, it is raised when a batch is taken.
-            ValueError: More images than `data.max_replaced` allows cannot be read, or no image is
-                left to replace one.
-            FileNotFoundError: The source's folder or file no longer exists.
+            RuntimeError: If an image could not be made into views, or a worker was killed.
+            ValueError: If more images are unreadable than `data.max_replaced` allows, or no image
+                is left to replace one.
+            FileNotFoundError: If the source's folder or file no longer exists.
         """
         reader = self.reader
         requests = _request_chunks(reader.plan, reader.chunk_size, step)
@@ -106,16 +105,13 @@ class Loader:
         """Describe the views of the first images of this rank's batch, as [image][view]."""
         plan, view_crops = self.reader.plan, recipe.expand_counts(self.reader.views)
         numbers, epoch = self.indices(step)[:num_images], plan.epoch(step)
-        colors = [
-            draw_colors(crop, plan.seed, epoch, numbers, view)
-            for view, crop in enumerate(view_crops)
-        ]
+        colors = self._draw_colors(step, numbers)
         texts = []
         for row, number in enumerate(numbers.tolist()):
             try:
                 height, width = self.source.read(number).shape[:2]
             except UnreadableImage:
-                texts.append(["another image in place of an unreadable one"] * len(view_crops))
+                texts.append(["another image instead of an unreadable one"] * len(view_crops))
                 continue
             boxes = [
                 crops.draw_box(crop, plan.seed, epoch, number, view, height, width)
@@ -138,43 +134,43 @@ class Loader:
             `replaced_images` since the last record at a step that is recorded, else nothing.
 
         Raises:
-            ValueError: The ranks have replaced more images in this epoch than `data.max_replaced`.
+            ValueError: If more images were replaced in this epoch than `data.max_replaced` allows.
         """
-        recorded = step % every_steps == 0 or step == last_step
-        if not recorded and step % self.steps_per_epoch:
+        is_recorded = step % every_steps == 0 or step == last_step
+        if not is_recorded and step % self.steps_per_epoch:
             return {}
-        num_replaced = self._replaced.add_ranks(report=recorded)
-        return {"replaced_images": num_replaced} if recorded else {}
+        num_replaced = self._replacements.add_ranks(is_reported=is_recorded)
+        return {"replaced_images": num_replaced} if is_recorded else {}
 
     def _batches(self, first_step: int, chunks: Iterator[Chunk]) -> Iterator[Batch]:
         device = self.reader.device
         for step in itertools.count(first_step):
             indices = self.indices(step)
             if step == first_step or step % self.steps_per_epoch == 0:
-                self._replaced.begin_pass()
+                self._replacements.begin_pass()
             num_chunks = -(-len(indices) // self.reader.chunk_size)
-            received = [self._receive(chunk) for chunk in itertools.islice(chunks, num_chunks)]
-            if not received:
+            on_device = [self._upload(chunk) for chunk in itertools.islice(chunks, num_chunks)]
+            if not on_device:
                 return
-            crops_of_views = [
+            pixels = [
                 torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-                for blocks in zip(*(chunk.views() for chunk in received))
+                for blocks in zip(*(chunk.views() for chunk in on_device))
             ]
-            views = self._apply_colors(crops_of_views, step, indices)
-            labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in received]))
+            views = self._apply_colors(pixels, step, indices)
+            labels = torch.from_numpy(np.concatenate([chunk.labels for chunk in on_device]))
             numbers = torch.from_numpy(indices.copy())
             yield Batch(views, upload(labels, device), upload(numbers, device))
 
-    def _receive(self, chunk: Chunk) -> Chunk:
-        """Count a chunk, raise its error if it has one, and return it on the device."""
+    def _upload(self, chunk: Chunk) -> Chunk:
+        """Count a chunk, raise its error if it has one, and copy it to the device."""
         self.num_read += len(chunk.labels)
         self.reading_seconds += chunk.seconds
-        self._replaced.add(chunk.replacements)
+        self._replacements.add(chunk.replacements)
         if chunk.error is not None:
             raise chunk.error
         if self._stream is None or chunk.pixels.is_cuda:
             return chunk.to(self.reader.device)
-        # A stream of its own copies while the GPU still computes the step before.
+        # A separate stream copies while the GPU still computes the previous step.
         current = torch.cuda.current_stream(self.reader.device)
         with torch.cuda.stream(self._stream):
             chunk = chunk.to(self.reader.device)
@@ -183,19 +179,22 @@ class Loader:
         return chunk
 
     def _apply_colors(self, pixels: list[Tensor], step: int, indices: np.ndarray) -> list[Tensor]:
-        config, plan = self.reader.views, self.reader.plan
+        config, colors = self.reader.views, self._draw_colors(step, indices)
         views: list[Tensor] = []
         for crop in config.crops.values():
-            numbers = range(len(views), len(views) + crop.count)
-            colors = [
-                draw_colors(crop, plan.seed, plan.epoch(step), indices, number)
-                for number in numbers
-            ]
-            group = [pixels[number] for number in numbers]
+            group = slice(len(views), len(views) + crop.count)
             views += color.apply_to_group(
-                group, colors, crop, config.mean, config.std, self._view_dtype
+                pixels[group], colors[group], crop, config.mean, config.std, self._view_dtype
             )
         return views
+
+    def _draw_colors(self, step: int, indices: np.ndarray) -> list[ColorParameters]:
+        """Draw the color parameters of every view of some images of a step."""
+        plan, view_crops = self.reader.plan, recipe.expand_counts(self.reader.views)
+        return [
+            draw_colors(crop, plan.seed, plan.epoch(step), indices, view)
+            for view, crop in enumerate(view_crops)
+        ]
 
 
 def build(
@@ -207,10 +206,10 @@ def build(
     device: torch.device | str,
     view_dtype: torch.dtype = torch.float32,
 ) -> Loader:
-    """Build the training batches of this rank. One rank per machine makes the lists of files.
+    """Build the training batches of this rank. One rank per machine lists the files.
 
     Args:
-        data: The images, and the number of workers per rank. No more are started than it has cores.
+        data: The images and how they are read. At most one worker per core is started.
         views: The recipe of the views.
         seed: Seed of the order and of every choice about a view.
         global_batch_size: Images per step, over all ranks.
@@ -218,8 +217,8 @@ def build(
         view_dtype: Type of the views on a GPU.
 
     Raises:
-        ValueError: A bad key of `data` or `views`, fewer images than the batch, or a batch
-            that does not divide evenly over the ranks.
+        ValueError: If a key of `data` or `views` is invalid, there are fewer images than in a
+            batch, or the batch does not divide evenly over the ranks.
     """
     rank, world_size = process_group.rank(), process_group.world_size()
     check_divides(global_batch_size, world_size)
@@ -230,8 +229,8 @@ def build(
     if process_group.local_rank() != 0:
         source = open_source(data, "train")
     kind, reason = readers.choose_reader(data, source)
-    choice = f"data.loader: {kind}: {reason}"
-    process_group.print_once(*layout_lines(data, source), choice, file=sys.stderr)
+    lines = [*layout_lines(data, source), f"data.loader: {kind}: {reason}"]
+    process_group.print_once(*lines, file=sys.stderr)
     window = data.quasi_random_window if data.order == "quasi_random" else 0
     plan = Plan(seed, len(source), global_batch_size, rank, world_size, window)
     num_workers = min(data.num_workers, process_group.cores_per_rank())
@@ -244,7 +243,7 @@ def build(
 def _request_chunks(plan: Plan, chunk_size: int, first_step: int) -> Iterator[ChunkRequest]:
     """Yield the chunks of all batches from a step on, without end.
 
-    Holds no reference to a loader, which could not be garbage-collected otherwise.
+    The iterator of a method would keep the loader from being garbage-collected.
     """
     for step in itertools.count(first_step):
         indices = plan.indices(step)

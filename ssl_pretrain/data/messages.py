@@ -1,6 +1,15 @@
-"""Text for messages."""
+"""Text for messages, and the progress of a long pass over a data set."""
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+T = TypeVar("T")
+_REPORT_SECONDS = 2.0  # time between two lines if stderr is not a terminal
 
 
 def abbreviate(names: Sequence[str], num_shown: int = 5) -> str:
@@ -15,3 +24,32 @@ def printable(text: str) -> str:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text
     )
+
+
+def report_progress(results: Iterable[T], total: int, verb: str, num_done: int = 0) -> Iterator[T]:
+    """Yield the results unchanged, and show their number and the time left on stderr.
+
+    Args:
+        results: One result per image.
+        total: Number of images, including those done before.
+        verb: Past tense of what is done with an image, such as "read".
+        num_done: Number of images done before.
+    """
+    if sys.stderr.isatty():
+        console = Console(stderr=True)
+        return iter(track(results, f"{verb} images", total, num_done, console=console))
+    return _report_lines(results, total, verb, num_done)
+
+
+def _report_lines(results: Iterable[T], total: int, verb: str, num_done: int) -> Iterator[T]:
+    start = last_report = time.monotonic()
+    for number, result in enumerate(results, start=1):
+        yield result
+        now = time.monotonic()
+        if number == 1:  # the first result includes the start of the workers
+            start = last_report = now
+        if now - last_report > _REPORT_SECONDS and num_done + number < total:
+            last_report = now
+            seconds = (total - num_done - number) * (now - start) / (number - 1)
+            line = f"{verb} {num_done + number:,} of {total:,} images, about {seconds:.0f} s left"
+            print(line, file=sys.stderr, flush=True)

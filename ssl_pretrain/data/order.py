@@ -1,10 +1,9 @@
 """Choose the images of each step: a pure function of (seed, epoch, step).
 
-It is the same for any number of ranks and workers. The random order is one permutation of all
-images. The quasi-random order is for data sets larger than memory. Blocks of 64 neighboring images
-are permuted, and the images of as many blocks as fill a window are permuted among themselves. So a
-disk reads whole blocks, memory holds one window and the next, and each epoch still has each image
-once.
+The choice is the same for any number of ranks and workers. The random order is one permutation of
+all images. The quasi-random order is for data sets larger than memory. Blocks of 64 neighboring
+images are permuted, and then the images in each window of several blocks. The disk reads whole
+blocks, memory holds two windows, and each epoch still has each image once.
 """
 
 import functools
@@ -31,7 +30,7 @@ class Plan:
         window: Images that the quasi-random order mixes, 0 for the random order.
 
     Raises:
-        ValueError: There is not one whole batch, or it does not divide evenly over the ranks.
+        ValueError: If there is not one whole batch, or it does not divide evenly over the ranks.
     """
 
     seed: int
@@ -62,8 +61,8 @@ class Plan:
     def indices(self, step: int) -> np.ndarray:
         """Return the images of this rank in a step of the run, int64 (local_batch,), read-only.
 
-        The ranks' images in the order of the ranks are the global batch. It has no image twice, and
-        none of another step of the epoch.
+        The images of all ranks, in the order of the ranks, are the global batch. No image occurs
+        twice in it, or in two steps of an epoch.
         """
         order, start = self.order(step)
         start += self.rank * self.local_batch_size
@@ -79,10 +78,9 @@ class Plan:
         return order, step_in_epoch * self.global_batch_size
 
     def next_blocks(self, step: int) -> np.ndarray:
-        """Return the blocks of the window after the one in which a step begins.
+        """Return the first image of each block in the window after the one where a step begins.
 
-        Returns:
-            First image of each block, int64. Empty in the random order and in the last window.
+        The array is int64. It is empty in the random order and in the last window.
         """
         if not 0 < self.window < self.num_images:
             return np.zeros(0, np.int64)
@@ -96,12 +94,12 @@ class Plan:
 
 
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
-    """Return how many whole global batches one pass over the images has.
+    """Return the number of whole global batches in one pass over the images.
 
-    The images that are left over are at other places in the order of the next epoch.
+    The remaining images are not seen in that epoch. In the next epoch they are others.
 
     Raises:
-        ValueError: There is not one whole batch.
+        ValueError: If there is not one whole batch.
     """
     if global_batch_size < 1:
         raise ValueError(
@@ -116,19 +114,14 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
 
 
 def check_divides(global_batch_size: int, world_size: int) -> None:
-    """Check that every rank gets the same number of images.
-
-    Raises:
-        ValueError: It does not. The message has the nearest sizes that divide evenly.
-    """
+    """Raise ValueError, with the nearest possible sizes, unless all ranks get as many images."""
     if global_batch_size % world_size == 0:
         return
     below = global_batch_size // world_size * world_size
-    nearest = f"the nearest that does is {world_size}"
-    if below:
-        nearest = f"the nearest that do are {below} and {below + world_size}"
+    nearest = f"do are {below} and {below + world_size}" if below else f"does is {world_size}"
     raise ValueError(
-        f"global_batch_size: {global_batch_size} does not divide over {world_size} ranks; {nearest}"
+        f"global_batch_size: {global_batch_size} does not divide over {world_size} ranks; "
+        f"the nearest that {nearest}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Choose how the images of a source are read, and build what reads them and cuts their crops."""
+"""Choose how the images of a source are read and cropped, and build the pool that does it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.chunks import ChunkPool
-from ssl_pretrain.data.cropping import CropDataset
+from ssl_pretrain.data.chunks import ChunkPool, CropDataset
 from ssl_pretrain.data.device_cache import DeviceCache
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.native import decode
@@ -23,7 +22,9 @@ from ssl_pretrain.distributed import process_group
 from ssl_pretrain.views import crops, recipe
 from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
-MAX_CHUNK = 64  # images; all workers share the first batch, and little shared memory is held
+# Images per chunk. With small chunks all workers share the first batch, and chunks in flight need
+# little shared memory.
+MAX_CHUNK = 64
 MIN_CHUNK = 16
 BATCHES_AHEAD = 2  # batches that are made while the trainer uses one
 
@@ -88,53 +89,53 @@ def build_reader(
         finish: Applied to each crop. Only processes can do this.
 
     Raises:
-        ValueError: A bad key of `views`, or too little memory.
+        ValueError: If a key of `views` is invalid, or memory is too small.
     """
     recipe.check(views)
     assert finish is None or kind is ReaderKind.PROCESSES, "only processes finish a view"
     device, view_crops = torch.device(device), recipe.expand_counts(views)
-    if kind is not ReaderKind.PROCESSES:
-        pool: ChunkPool
-        if kind is ReaderKind.THREADS:
-            assert isinstance(source, Beton), "threads read .beton files alone"
-            pool = ThreadPool(source, view_crops, plan, num_workers, BATCHES_AHEAD, device)
-        else:
-            pool = DeviceCache(source, view_crops, plan, device)
-        return Reader(kind, source, views, plan, device, num_workers, plan.local_batch_size, pool)
-    chunk_size = _preferred_chunk(plan.local_batch_size, num_workers)
-    transfer = plan_transfer(
-        sum(3 * crop.size**2 for crop in view_crops),
-        chunk_size,
-        num_workers,
-        chunks_ahead=BATCHES_AHEAD * -(-plan.local_batch_size // chunk_size),
-        images_held=2 * plan.local_batch_size,
-        num_ranks=process_group.local_world_size(),
-    )
-    dataset = CropDataset(source, partial(_cut_crops, view_crops, plan.seed, finish), plan)
-    pool = ProcessPool(dataset, num_workers, transfer, pinned=device.type == "cuda")
-    return Reader(
-        kind, source, views, plan, device, num_workers, transfer.chunk_size, pool, transfer.note
-    )
+    chunk_size, note = plan.local_batch_size, ""
+    pool: ChunkPool
+    if kind is ReaderKind.DEVICE_CACHE:
+        pool = DeviceCache(source, view_crops, plan, device)
+    elif kind is ReaderKind.THREADS:
+        assert isinstance(source, Beton), "threads only read .beton files"
+        pool = ThreadPool(source, view_crops, plan, num_workers, BATCHES_AHEAD, device)
+    else:
+        if num_workers:
+            chunk_size = min(MAX_CHUNK, max(MIN_CHUNK, -(-chunk_size // num_workers)))
+        transfer = plan_transfer(
+            sum(3 * crop.size**2 for crop in view_crops),
+            chunk_size,
+            num_workers,
+            num_chunks_ahead=BATCHES_AHEAD * -(-plan.local_batch_size // chunk_size),
+            num_images_held=2 * plan.local_batch_size,
+            num_ranks=process_group.local_world_size(),
+        )
+        chunk_size, note = transfer.chunk_size, transfer.note
+        dataset = CropDataset(source, partial(_cut_crops, view_crops, plan.seed, finish), plan)
+        pool = ProcessPool(dataset, num_workers, transfer, pinned=device.type == "cuda")
+    return Reader(kind, source, views, plan, device, num_workers, chunk_size, pool, note)
 
 
 def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
     """Return the way to read this source, and the reason.
 
     Raises:
-        ValueError: `data.loader` names a way that is not possible. The message has the remedy.
+        ValueError: If `data.loader` is ffcv, and FFCV or a .beton is missing.
     """
     if data.cache == "device":
         return ReaderKind.DEVICE_CACHE, "data.cache asks for all images on the device"
     if data.loader == "folder":
         return ReaderKind.PROCESSES, "data.loader asks for it"
     if not isinstance(source, Beton):
-        write = "python -m ssl_pretrain.data.beton write writes one"
+        remedy = "python -m ssl_pretrain.data.beton write writes one"
         if data.loader == "ffcv":
             raise ValueError(
-                f"data.loader: ffcv reads .beton files, and {source.where} is none; {write}, "
-                "or set data.loader=folder"
+                f"data.loader: ffcv only reads .beton files, and {source.where} is not one; "
+                f"{remedy}, or set data.loader=folder"
             )
-        reason = f"{source.where} is not a .beton; {write}, which is read faster"
+        reason = f"{source.where} is not a .beton; {remedy}, which is read faster"
         return ReaderKind.PROCESSES, reason
     try:
         decode.load_library()
@@ -144,12 +145,6 @@ def choose_reader(data: DataConfig, source: Source) -> tuple[ReaderKind, str]:
         reason = str(error).removeprefix("data.loader: ")
         return ReaderKind.PROCESSES, f"a .beton, but not by FFCV ({reason})"
     return ReaderKind.THREADS, f"{source.where} is a .beton, and FFCV is installed"
-
-
-def _preferred_chunk(local_batch_size: int, num_workers: int) -> int:
-    if num_workers == 0:
-        return local_batch_size
-    return min(MAX_CHUNK, max(MIN_CHUNK, -(-local_batch_size // num_workers)))
 
 
 def _cut_crops(

@@ -3,10 +3,10 @@
 The choice is the same in every run, and never an image of the same batch.
 
 Each slot of a global batch owns a few of the images outside the batch, its spares. An unreadable
-image takes the first readable spare of its own slot. If there is none, it looks through the slots
-that follow, and leaves to each unreadable image on the way the spare that this one needs, as in the
-matching of brackets. So the ranks and workers that make one batch never take the same spare,
-although they exchange nothing. Usually one image is read to find it.
+image is replaced by the first readable spare of its own slot. If there is none, the following slots
+are searched. Each unreadable image on the way needs a spare too, so spares are matched with
+unreadable images like closing brackets with opening ones. Therefore the ranks and workers that make
+a batch never choose the same spare, although they exchange nothing. Usually one read is enough.
 """
 
 import warnings
@@ -45,7 +45,7 @@ class Replacement(NamedTuple):
             number: Number of the image that is shown, None if none is left.
 
         Raises:
-            ValueError: No image is left.
+            ValueError: If no image is left.
         """
         if number is None:
             raise ValueError(
@@ -64,8 +64,8 @@ def find_spare(plan: Plan, step: int, row: int, try_read: Callable[[int], bool])
         plan: The order of the run on this rank.
         step: The step whose batch has the unreadable image.
         row: Its row in this rank's batch.
-        try_read: Reads an image and returns True if that succeeds. If a number is returned, the
-            last call was for that image and gave True.
+        try_read: Reads an image and returns True if that succeeds. The last call is for the image
+            whose number is returned.
 
     Returns:
         Number of an image outside the global batch, or None if no readable one is left for the row.
@@ -89,10 +89,10 @@ def find_spare(plan: Plan, step: int, row: int, try_read: Callable[[int], bool])
 
 
 class ReplacementLimit:
-    """Enforces `data.max_replaced` over one pass after another, and warns of each file once.
+    """Enforces `data.max_replaced` in each pass over the data, and warns about each file once.
 
     Attributes:
-        total: Replaced images of all passes so far.
+        total: Replaced images in all passes so far.
     """
 
     def __init__(self, source: Source, num_images: int, max_replaced: float):
@@ -111,14 +111,14 @@ class ReplacementLimit:
         self._files: set[str] = set()
 
     def begin_pass(self) -> None:
-        """Start to count from 0 towards the limit."""
+        """Reset the count that is compared with the limit."""
         self._in_pass = 0
 
     def add(self, replacements: Sequence[Replacement]) -> None:
         """Count replacements.
 
         Raises:
-            ValueError: The pass has too many of them.
+            ValueError: If there are too many in this pass.
         """
         for replacement in replacements:
             if replacement.file not in self._files:
@@ -129,21 +129,21 @@ class ReplacementLimit:
         if replacements:
             self._check(self._in_pass, replacements[-1].message)
 
-    def add_ranks(self, report: bool) -> int:
+    def add_ranks(self, is_reported: bool) -> int:
         """Apply the limit to the sum of all ranks. A collective on the CPU.
 
         Args:
-            report: Count the images that are returned as reported.
+            is_reported: The result is reported, so the next report starts from 0.
 
         Returns:
             Images that all ranks have replaced since the last report.
 
         Raises:
-            ValueError: The ranks have replaced too many images in this pass.
+            ValueError: If the ranks have replaced too many images in this pass.
         """
         counts = collectives.gather_objects((self._in_pass, self.total - self._num_reported))
         self._check(sum(in_pass for in_pass, _ in counts))
-        if report:
+        if is_reported:
             self._num_reported = self.total
         return sum(unreported for _, unreported in counts)
 

@@ -1,4 +1,4 @@
-"""Keep the chunks that worker processes send within the shared memory of the machine."""
+"""Fit the chunks that worker processes send into the machine's shared memory."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 SHARED_MEMORY = Path("/dev/shm")
-PREFETCH = 2  # chunks that each worker makes ahead, at least
-USABLE_SHARE = 0.8  # share that may be used of the memory that is free when the workers start
+PREFETCH = 2  # smallest number of chunks that each worker makes ahead
+USABLE_SHARE = 0.8  # largest share to use of the memory that is free when the workers start
 REMEDY = (
     "give the container more shared memory (--shm-size=8g or --ipc=host), or set data.num_workers "
     "lower (0 needs none)"
@@ -17,40 +17,40 @@ REMEDY = (
 
 
 class SharedMemoryFull(RuntimeError):
-    """A worker found no room in shared memory for its chunk."""
+    """Shared memory has no room for a worker's chunk."""
 
 
-def allocate(size: int) -> Tensor:
-    """Return an empty tensor of `size` bytes, in shared memory if this is a worker process.
+def allocate(num_bytes: int) -> Tensor:
+    """Return an uninitialized uint8 tensor, in shared memory if this is a worker process.
 
     The queue would move it there later, in a thread that prints its error and drops the chunk.
 
     Raises:
-        SharedMemoryFull: There is no room for it.
+        SharedMemoryFull: If there is no room for it.
     """
     if torch.utils.data.get_worker_info() is None:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8)
     try:
-        storage = torch.UntypedStorage._new_shared(size)
+        storage = torch.UntypedStorage._new_shared(num_bytes)
     except RuntimeError as error:
-        raise SharedMemoryFull(f"{size / 2**20:.1f} MiB of shared memory: {error}") from None
+        raise SharedMemoryFull(f"{num_bytes / 2**20:.1f} MiB of shared memory: {error}") from None
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The way in which workers hand over their images.
+    """How workers hand over their images.
 
     Attributes:
         chunk_size: Images per chunk.
         prefetch: Chunks that each worker makes ahead.
-        copies: Whether the trainer copies each chunk out of shared memory as soon as it arrives.
+        is_copied: The trainer copies each chunk out of shared memory as soon as it arrives.
         note: Message to the user if memory is so short that the run is slower, else empty.
     """
 
     chunk_size: int
     prefetch: int = PREFETCH
-    copies: bool = False
+    is_copied: bool = False
     note: str = ""
 
 
@@ -59,8 +59,8 @@ def plan_transfer(
     chunk_size: int,
     num_workers: int,
     *,
-    chunks_ahead: int,
-    images_held: int,
+    num_chunks_ahead: int,
+    num_images_held: int,
     num_ranks: int,
 ) -> Transfer:
     """Choose chunks that fit into the shared memory that is free on this machine.
@@ -69,32 +69,32 @@ def plan_transfer(
         image_bytes: Bytes of all views of one image.
         chunk_size: Images per chunk if there is room.
         num_workers: Processes per rank.
-        chunks_ahead: Chunks of all workers that are made before they are needed.
-        images_held: Images that the trainer still uses if it does not copy them.
+        num_chunks_ahead: Chunks that all workers together make before they are needed.
+        num_images_held: Images that the trainer still uses if it does not copy them.
         num_ranks: Ranks on this machine.
 
     Raises:
-        ValueError: Not even chunks of one image fit. The message names the place and the remedies.
+        ValueError: If not even chunks of one image fit.
     """
     if num_workers == 0:
         return Transfer(chunk_size)
-    prefetch = max(PREFETCH, -(-chunks_ahead // num_workers))
+    prefetch = max(PREFETCH, -(-num_chunks_ahead // num_workers))
     if not SHARED_MEMORY.is_dir():
         return Transfer(chunk_size, prefetch)
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    capacity = USABLE_SHARE * free / (image_bytes * num_ranks)  # images of this rank
-    if prefetch * num_workers * chunk_size + images_held <= capacity:
+    free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+    capacity = USABLE_SHARE * free_bytes / (image_bytes * num_ranks)  # images of this rank
+    if prefetch * num_workers * chunk_size + num_images_held <= capacity:
         return Transfer(chunk_size, prefetch)
-    least = PREFETCH * num_workers + 1  # chunks under way
-    if capacity < least:
+    min_chunks = PREFETCH * num_workers + 1  # those of the workers and the trainer's
+    if capacity < min_chunks:
         raise ValueError(
             f"data.num_workers: {num_workers} workers for each of {num_ranks} ranks on this "
-            f"machine have at least {num_ranks * least} images of {image_bytes / 2**20:.2f} MiB "
-            f"under way, and {SHARED_MEMORY} has {free / 2**20:.1f} MiB free; {REMEDY}"
+            f"machine have at least {num_ranks * min_chunks} images of {image_bytes / 2**20:.2f} "
+            f"MiB in flight, and {SHARED_MEMORY} has {free_bytes / 2**20:.1f} MiB free; {REMEDY}"
         )
-    smaller = min(chunk_size, int(capacity / least))
+    smaller_size = min(chunk_size, int(capacity / min_chunks))
     note = (
-        f"data.num_workers: {SHARED_MEMORY} has {free / 2**20:.0f} MiB free, so workers send "
-        f"{smaller} images at a time instead of {chunk_size}, which is slower; {REMEDY}"
+        f"data.num_workers: {SHARED_MEMORY} has {free_bytes / 2**20:.0f} MiB free, so workers send "
+        f"{smaller_size} images at a time instead of {chunk_size}, which is slower; {REMEDY}"
     )
-    return Transfer(smaller, copies=True, note=note)
+    return Transfer(smaller_size, is_copied=True, note=note)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_pretrain.data.chunks import ChunkRequest
-from ssl_pretrain.data.cropping import CropDataset
+from ssl_pretrain.data.chunks import ChunkRequest, CropDataset
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.replacement import ReplacementLimit
 from ssl_pretrain.data.shared_memory import Transfer, plan_transfer
@@ -31,18 +30,18 @@ def read_images(
     Args:
         source: The images.
         indices: Numbers of the images to read, (n,). None for all.
-        transform: Makes the view of an image, uint8 (3, height, width) -> uint8 (3, s, s). It is
-            picklable, such as `partial(crops.evaluate, size=32)`.
+        transform: Makes the view of an image, uint8 (3, height, width) -> uint8 (3, s, s). It has
+            to be picklable, like `partial(crops.evaluate, size=32)`.
         batch_size: Images per batch. The last batch has the rest.
         num_workers: Number of processes, 0 to read in this one.
-        max_replaced: `data.max_replaced`, the share of this pass.
+        max_replaced: Share of the images that may be unreadable, as in `data.max_replaced`.
 
     Yields:
         Pixels uint8 (batch, 3, s, s) and labels int64 (batch,), on the CPU. An unreadable image is
         replaced by the next readable one with its label, and its file is named in a warning.
 
     Raises:
-        ValueError: More images than `max_replaced` allows cannot be read.
+        ValueError: If more images are unreadable than `max_replaced` allows.
     """
     numbers = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
@@ -57,8 +56,8 @@ def read_images(
             first.pixels.numel(),
             batch_size,
             num_workers,
-            chunks_ahead=2 * num_workers,
-            images_held=2 * batch_size,
+            num_chunks_ahead=2 * num_workers,
+            num_images_held=2 * batch_size,
             num_ranks=process_group.local_world_size(),
         )
     size = transfer.chunk_size
@@ -78,10 +77,8 @@ def read_images(
                     raise chunk.error
                 pixels.append(chunk.views()[0])
                 labels.append(chunk.labels)
-            yield (
-                torch.cat(pixels) if len(pixels) > 1 else pixels[0],
-                torch.from_numpy(np.concatenate(labels)),
-            )
+            pixels_of_batch = torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+            yield pixels_of_batch, torch.from_numpy(np.concatenate(labels))
     finally:
         pool.close()
 

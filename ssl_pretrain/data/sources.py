@@ -9,7 +9,7 @@ and supervised methods need labels.
     source: folder    root: /data/imagenet           train/<class>/, val/<class>/
                       root: /data/photos             no splits: all images are for training
                       root: /data/sample.zip         either layout, read in place
-                      root: /data/train.csv          a list of paths, with labels or without
+                      root: /data/train.csv          a list of paths, with or without labels
                       root: /data/train.beton        written by `ssl_pretrain.data.beton`; or a
                                                      folder with train.beton and val.beton
 """
@@ -24,19 +24,20 @@ from typing import Literal
 import numpy as np
 
 from ssl_pretrain import rng
-from ssl_pretrain.data import cifar10
 from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.beton.beton_source import Beton
-from ssl_pretrain.data.digits import Digits
 from ssl_pretrain.data.file_dataset import FileDataSet, SplitName
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.split_names import split_of
+from ssl_pretrain.data.named_datasets import Digits, pack_cifar10
+from ssl_pretrain.data.split_search import split_of
 from ssl_pretrain.schema import setting
 
 _ROOT_REMEDY = "give a folder, a .zip, a .beton, or a list of files (.csv, .tsv, .txt)"
-_SPREADSHEETS = (".parquet", ".feather", ".xlsx", ".xls", ".ods")
-_OTHER_TABLES = (".json", ".jsonl", ".pkl", ".npy", ".npz", ".h5", ".mat")
+_UNSUPPORTED_TABLES = (
+    *(".parquet", ".feather", ".xlsx", ".xls", ".ods"),
+    *(".json", ".jsonl", ".pkl", ".npy", ".npz", ".h5", ".mat"),
+)
 
 
 @dataclass
@@ -106,7 +107,7 @@ class DataConfig:
 
 
 def check(config: DataConfig) -> None:
-    """Raise ValueError, naming the key, if a value can only be a mistake."""
+    """Raise ValueError, naming the key, if a value is invalid."""
     if not 0 <= config.max_replaced <= 1:
         raise ValueError(
             f"data.max_replaced: {config.max_replaced} must be a share between 0 and 1, such as "
@@ -131,8 +132,7 @@ def open_source(config: DataConfig, split: SplitName, classes: list[str] | None 
 
     Raises:
         NoSuchSplit: If the data set has no validation split.
-        ValueError: If the data set is absent, empty or ambiguous. The message names the key, the
-            value and a remedy.
+        ValueError: If the data set is absent, empty or ambiguous.
     """
     if split not in ("train", "val"):
         raise ValueError(
@@ -149,7 +149,7 @@ def open_source(config: DataConfig, split: SplitName, classes: list[str] | None 
 
 
 def _open_all(config: DataConfig, split: SplitName, classes: list[str] | None) -> Source:
-    """Open all images of a split."""
+    """Open all images of a split, without `data.subset`."""
     if config.source == "digits":
         return Digits(split)
     if (path := _beton_path(config, split)) is not None:
@@ -175,10 +175,10 @@ def _open_files(config: DataConfig, has_train_beton: bool) -> FileDataSet:
     """Find the splits of a data set of image files."""
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else _user_cache()
     root = _root(config, cache)
-    is_cifar10 = config.source == "cifar10"
-    train = config.train or ("train" if is_cifar10 else "")
-    val = config.val or ("test" if is_cifar10 else "")
-    if has_train_beton:  # the folders of other splits lie beside it
+    train, val = config.train, config.val
+    if config.source == "cifar10":
+        train, val = train or "train", val or "test"
+    if has_train_beton:  # other splits may be folders beside it
         root, train = root if root.is_dir() else root.parent, ""
     value_range = (float(config.range[0]), float(config.range[1])) if config.range else None
     return FileDataSet(root, train, val, cache, value_range)
@@ -189,7 +189,7 @@ def _root(config: DataConfig, cache: Path) -> Path:
     root = Path(config.root).expanduser()
     train = Path(config.train).expanduser()
     if config.source == "cifar10" and (not config.root or (root / "cifar-10-batches-py").is_dir()):
-        return cifar10.pack_as_zip(config.root, cache)
+        return pack_cifar10(config.root, cache)
     if not config.root and train.is_absolute():
         return train
     if not config.root:
@@ -197,7 +197,7 @@ def _root(config: DataConfig, cache: Path) -> Path:
     if not root.exists():
         raise ValueError(f"data.root: {root} does not exist; {_ROOT_REMEDY}")
     suffix = root.suffix.lower()
-    if suffix in (*_SPREADSHEETS, *_OTHER_TABLES) and root.is_file():
+    if suffix in _UNSUPPORTED_TABLES and root.is_file():
         raise ValueError(
             f"data.root: {root} is a table of an unsupported kind; save it as .csv, with the "
             "columns path and label"
@@ -209,15 +209,15 @@ def _root(config: DataConfig, cache: Path) -> Path:
 
 
 def _user_cache() -> Path:
-    """Return the folder for listings. Without a home, return one that cannot be written to."""
+    """Return the folder for caches. Without a home, return one that cannot be written to."""
     home = os.path.expanduser("~")
     return Path(home if os.path.isabs(home) else os.devnull) / ".cache" / "ssl_pretrain"
 
 
 def _beton_path(config: DataConfig, split: SplitName) -> Path | None:
-    """Return the .beton of a split, if it is read.
+    """Return the .beton of a split, or None if the split is read from image files.
 
-    It is `data.root`, or what `data.train` or `data.val` names, or has the name of the split.
+    It is `data.root`, is named by `data.train` or `data.val`, or has the name of the split.
     """
     name = config.train if split == "train" else config.val
     root = Path(config.root).expanduser()
@@ -242,22 +242,21 @@ def _beton_path(config: DataConfig, split: SplitName) -> Path | None:
 
 
 def _prefers_beton(loader: str, root: Path, name: str) -> bool:
-    """Return True if the .beton of a split is read rather than a folder of images beside it.
+    """Return True if the .beton of a split is preferred to a folder of images beside it.
 
-    The folder is read if FFCV is absent or the configuration says so.
+    The folder is preferred if FFCV is missing or the configuration says so.
     """
     if not root.is_dir():
         return root.suffix.lower() == ".beton"
     split = split_of(name)
     names = [path.name for path in root.iterdir() if path.is_dir()]
     has_folder = name in names or any(split_of(other) == split for other in names if split)
-    if not has_folder or loader == "ffcv":
-        return True
-    return loader == "auto" and importlib.util.find_spec("ffcv") is not None
+    has_ffcv = loader == "auto" and importlib.util.find_spec("ffcv") is not None
+    return not has_folder or loader == "ffcv" or has_ffcv
 
 
 def _subset(source: Source, size: int) -> Source:
-    """Return `size` images, the same ones whatever the seed of the run. 0 returns all of them."""
+    """Return `size` images, the same for every seed of the run. 0 returns all of them."""
     if not 0 <= size <= len(source):
         raise ValueError(
             f"data.subset: {size} of {len(source)} training images; give a number from 1 to "

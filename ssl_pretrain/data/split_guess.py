@@ -1,8 +1,8 @@
 """Guess which images are for training, unless held-out images might be among them.
 
-Without a folder or list named like a training split, all images are for training. Anything
-that suggests splits by other names or by its structure is refused, as training on held-out images
-would go unnoticed.
+If no folder or list is named like a training split, all images are for training. A layout whose
+names or structure suggest other splits is refused, as training on held-out images would go
+unnoticed.
 """
 
 import itertools
@@ -11,23 +11,27 @@ from collections.abc import Iterator, Sequence
 
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES, is_image
 from ssl_pretrain.data.folder_tree import FolderTree, Location, ZipFolder
-from ssl_pretrain.data.split_names import HELD_OUT, TRAIN, split_of, suggested_split, words
 from ssl_pretrain.data.split_search import (
+    HELD_OUT,
     MAX_WRAPPERS,
+    TRAIN,
     folder_names,
     split_locations,
+    split_of,
     split_of_file,
+    suggested_split,
     top_folder,
+    words_in_name,
     wrappers,
 )
 
-# Words in the names of tables that list no images.
+# Words in the names of tables that do not list images.
 _RECORD_WORDS = frozenset({"log", "logs", "loss", "losses", "metrics", "result", "results"})
-_FILE_SPLITS = ("train", "val", "test", None)
+_FILE_SPLITS = ("train", "val", "test", None)  # preferred order of lists
 _MAX_CHILDREN = 50  # folders of one folder that are searched
 _MAX_FOLDERS = 500  # folders that are searched in all
-_MAX_FILES = 1000  # names of images in one folder that are looked at
-_MANY = 10  # one in this many folders may be a class named like a split by chance
+_MAX_FILES = 1000  # names of images in one folder that are examined
+_MANY = 10  # among this many folders, one may be a class that is named like a split by chance
 
 Guess = tuple[Location, list[str]]  # the training images, and notes
 
@@ -56,14 +60,14 @@ def guess_training_split(base: FolderTree, val: str) -> Guess:
     top = top_folder(base)
     locations = split_locations(top, "train")
     if len(locations) > 1:
-        names = [os.path.basename(location.where) for location in locations]
+        names = [os.path.basename(location.full_path) for location in locations]
         raise AmbiguousSplits(
-            f"{top.where} holds {' and '.join(names)}; say which has the training images",
+            f"{top.full_path} holds {' and '.join(names)}; say which has the training images",
             f"data.train={names[0]}",
         )
     if not locations and any(split_of_file(name) == "train" for name in top.files):
         raise AmbiguousSplits(
-            f"{top.where} holds lists of its splits, which are not read inside a zip; unpack it"
+            f"{top.full_path} holds lists of its splits, which are not read inside a zip; unpack it"
         )
     if not locations:
         return _all_images(base, top, val)
@@ -74,7 +78,7 @@ def guess_training_split(base: FolderTree, val: str) -> Guess:
 
 def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: str) -> Guess:
     """Accept a folder called train, unless it may as well be one class of several."""
-    name = os.path.basename(train.where)
+    name = os.path.basename(train.full_path)
     folder = top.child(name)
     others = [other for other in top.folders if other != name]
     is_only_split = not any(
@@ -85,19 +89,19 @@ def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: st
         siblings = [other for other in others if top.child(other).has_images()]
         if len(siblings) + 1 >= _MANY:
             note = (
-                f"{train.where} is read as one of {len(siblings) + 1} classes; "
+                f"{train.full_path} is read as one of {len(siblings) + 1} classes; "
                 f"give data.train={name} if it is the training split"
             )
             return base.location(), [note]
         if siblings:
             raise AmbiguousSplits(
-                f"{top.where} holds {name}/ beside {folder_names(siblings)}, so it may be the "
+                f"{top.full_path} holds {name}/ beside {folder_names(siblings)}, so it may be the "
                 "training split or one class of several; say which",
                 f"data.train={name}",
             )
     _check_inner_splits(folder, f"{name}/")
     unread = [other for other in others if not split_of(other) and other != val]
-    return train, [f"not read: {folder_names(unread)} in {top.where}"] if unread else []
+    return train, [f"not read: {folder_names(unread)} in {top.full_path}"] if unread else []
 
 
 def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
@@ -112,8 +116,8 @@ def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
     num_classes = sum(top.child(name).has_images() for name in others) + len(suggestive)
     if suggestive and len(suggestive) * _MANY > num_classes:
         raise AmbiguousSplits(
-            f"{top.where} holds {folder_names([*held_out, *suggestive])}, whose names look like "
-            "splits; say which is which",
+            f"{top.full_path} holds {folder_names([*held_out, *suggestive])}, whose names look "
+            "like splits; say which is which",
             _example([*held_out, *suggestive]),
         )
     notes = [f"{name}/ is read as one of {num_classes} classes" for name in suggestive]
@@ -121,27 +125,26 @@ def _all_images(base: FolderTree, top: FolderTree, val: str) -> Guess:
         return base.location(), notes
     if not num_classes and not top.has_direct_images:
         raise AmbiguousSplits(
-            f"{top.where} holds {folder_names(held_out)} and no training images; "
+            f"{top.full_path} holds {folder_names(held_out)} and no training images; "
             "say where they are",
             "data.train=FOLDER",
         )
-    notes.append(
-        f"{folder_names(held_out)} in {top.where} held out; everything else there is for training"
-    )
+    folders = folder_names(held_out)
+    notes.append(f"{folders} in {top.full_path} held out; everything else there is for training")
     return top.location(tuple(held_out)), notes
 
 
 def _example(names: list[str]) -> str:
-    """Return configuration keys that name the likely splits among these folders."""
+    """Return configuration keys for these folders, all of which look like splits."""
     train = [name for name in names if not split_of(name) and suggested_split(name) == TRAIN]
-    held_out = [name for name in names if split_of(name) or suggested_split(name) == HELD_OUT]
+    held_out = [name for name in names if name not in train]
     keys = [f"data.train={name}" for name in train[:1]]
     return " ".join([*keys, *(f"data.val={name}" for name in held_out[:1])])
 
 
 def _check_structure(base: FolderTree, top: FolderTree) -> None:
     """Raise AmbiguousSplits if folders, lists or images suggest splits below the top folder."""
-    relative = "" if top is base else f"{os.path.relpath(top.where, base.where)}/"
+    relative = "" if top is base else f"{os.path.relpath(top.full_path, base.full_path)}/"
     _check_inner_splits(top, relative)
     _check_same_classes(top)
     for wrapper in wrappers(base):
@@ -154,7 +157,7 @@ def _check_structure(base: FolderTree, top: FolderTree) -> None:
     if len(kinds) > 1:
         names = ", ".join(sorted(kinds.values()))
         raise AmbiguousSplits(
-            f"{top.where} holds images whose names look like splits ({names}); "
+            f"{top.full_path} holds images whose names look like splits ({names}); "
             "list those of each split",
             "data.train=LIST data.val=LIST",
         )
@@ -165,7 +168,7 @@ def _check_inner_splits(folder: FolderTree, prefix: str) -> None:
     if splits := find_inner_splits(folder):
         train, held_out = splits
         raise AmbiguousSplits(
-            f"{folder.where} has splits inside its folders ({train}/, {held_out}/); "
+            f"{folder.full_path} has splits inside its folders ({train}/, {held_out}/); "
             "name them, or a list of the training images",
             f"data.train={prefix}{train} data.val={prefix}{held_out}",
         )
@@ -194,14 +197,14 @@ def _check_same_classes(top: FolderTree) -> None:
     shared = sorted(all_classes.intersection(*classes))
     if len(folders) >= 2 and len(shared) >= 2 and all(names <= all_classes for names in classes):
         raise AmbiguousSplits(
-            f"{top.where} holds {folder_names(folders)} with the same folders in each "
+            f"{top.full_path} holds {folder_names(folders)} with the same folders in each "
             f"({folder_names(shared)}), so they may be splits; say which is which",
             f"data.train={folders[0]} data.val={folders[1]}",
         )
 
 
 def _folders_without_images(folder: FolderTree) -> Iterator[FolderTree]:
-    """Yield the folders in a folder that hold no image, and the folders in those."""
+    """Yield the subfolders that hold no image, and the folders in them."""
     for name in folder.folders[:_MAX_CHILDREN]:
         child = folder.child(name)
         if not child.has_images():
@@ -210,14 +213,14 @@ def _folders_without_images(folder: FolderTree) -> Iterator[FolderTree]:
 
 
 def _check_lists(base: FolderTree, folder: FolderTree) -> None:
-    """Raise AmbiguousSplits if files in a folder look like lists of the splits."""
+    """Raise AmbiguousSplits if files in a folder look like lists of splits."""
     kinds = _lists_by_kind(folder.files)
     if len(kinds) < 2:
         return
-    reason = f"{folder.where} holds lists whose names look like splits"
+    reason = f"{folder.full_path} holds lists whose names look like splits"
     if isinstance(base, ZipFolder):
         raise AmbiguousSplits(f"{reason}, which are not read inside a zip; unpack it")
-    relative = os.path.relpath(folder.where, base.where)
+    relative = os.path.relpath(folder.full_path, base.full_path)
     train, held_out = (
         os.path.normpath(os.path.join(relative, kinds[kind])) for kind in (TRAIN, HELD_OUT)
     )
@@ -229,15 +232,15 @@ def _check_lists(base: FolderTree, folder: FolderTree) -> None:
 
 
 def _lists_by_kind(files: Sequence[str]) -> dict[str, str]:
-    """Return a list of training images and one of held-out images by name. Both may be one file."""
-    tables = [
-        name
-        for name in files
-        if name.lower().endswith(TABLE_SUFFIXES) and _RECORD_WORDS.isdisjoint(words(name))
-    ]
+    """Return the names of a list of training images and one of held-out images, as far as present.
+
+    One file may be both. The keys are `TRAIN` and `HELD_OUT`.
+    """
+    tables = [name for name in files if name.lower().endswith(TABLE_SUFFIXES)]
     kinds: dict[str, str] = {}
     for name in sorted(tables, key=lambda name: (_FILE_SPLITS.index(split_of_file(name)), name)):
-        for word in words(name):
-            if kind := suggested_split(word):
+        words = words_in_name(name)
+        if _RECORD_WORDS.isdisjoint(words):
+            for kind in filter(None, map(suggested_split, words)):
                 kinds.setdefault(kind, name)
     return kinds

@@ -1,15 +1,52 @@
-"""Search the folders of a data set for splits by their usual names."""
+"""Search a data set for splits by the names that people usually give them."""
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
 from ssl_pretrain.data.folder_tree import DiskFolder, FolderTree, Location
 from ssl_pretrain.data.messages import abbreviate
-from ssl_pretrain.data.split_names import split_of, suggested_split
 
+SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+TRAIN, HELD_OUT = "train", "held out"
 MAX_WRAPPERS = 6
+_PATTERNS = {
+    TRAIN: re.compile(r"train(ing|set|val|imgs?|images?|data)?|trn"),
+    HELD_OUT: re.compile(
+        r"(val|valid|validation|dev|test|testing|eval|evaluation|holdout|heldout)"
+        r"(set|imgs?|images?|data)?"
+    ),
+}
+
+
+def split_of(name: str) -> str | None:
+    """Return "train", "val" or "test" for a common name of that split, ignoring case."""
+    name = name.strip().lower()
+    return next((split for split, names in SPELLINGS.items() if name in names), None)
+
+
+def split_of_file(name: str) -> str | None:
+    """Return the split that a list or a zip is named after."""
+    stem, suffix = os.path.splitext(name)
+    return split_of(stem) if suffix.lower() in (*TABLE_SUFFIXES, ".zip") else None
+
+
+def suggested_split(name: str) -> str | None:
+    """Return `TRAIN` or `HELD_OUT` if a word suggests it, as in `train2017` or `images_val`."""
+    words = words_in_name(name)
+    return next((kind for kind in _PATTERNS if any(map(_PATTERNS[kind].fullmatch, words))), None)
+
+
+def words_in_name(name: str) -> list[str]:
+    """Return the words in a file name without its suffix, in lower case."""
+    stem = os.path.splitext(name)[0]
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", stem)]
 
 
 def wrappers(base: FolderTree) -> Iterator[FolderTree]:
@@ -28,31 +65,24 @@ def wrappers(base: FolderTree) -> Iterator[FolderTree]:
 def top_folder(base: FolderTree) -> FolderTree:
     """Return the first wrapper that holds a training split.
 
-    Without one, the first with a name that suggests a split, and else the innermost wrapper.
+    If there is none, return the first wrapper that holds a folder whose name suggests a split. If
+    there is no such folder either, return the innermost wrapper.
     """
     folders = list(wrappers(base))
     for folder in folders:
-        if any(split_of(name) == "train" for name in folder.folders) or any(
-            split_of_file(name) == "train" for name in folder.files
-        ):
+        if "train" in map(split_of, folder.folders) or "train" in map(split_of_file, folder.files):
             return folder
     suggestive = (folder for folder in folders if any(map(suggested_split, folder.folders)))
     return next(suggestive, folders[-1])
 
 
-def split_of_file(name: str) -> str | None:
-    """Return the split that a list or a zip holds by its name."""
-    stem, suffix = os.path.splitext(name)
-    return split_of(stem) if suffix.lower() in (*TABLE_SUFFIXES, ".zip") else None
-
-
 def split_locations(top: FolderTree, split: str, prefer_files: bool = False) -> list[Location]:
-    """Return the folders named like a split. If there are none, the lists and zips.
+    """Return the folders named like a split. If there are none, return lists and zips.
 
     Args:
         top: The folder to search.
         split: "train", "val" or "test".
-        prefer_files: Return lists and zips first, and folders if there are none.
+        prefer_files: Return lists and zips, and folders only if there are none.
     """
     folders = [top.child(name).location() for name in top.folders if split_of(name) == split]
     files = [name for name in top.files if split_of_file(name) == split]

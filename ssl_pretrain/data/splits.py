@@ -1,8 +1,8 @@
 """Find the training and the validation split of a data set.
 
-`data.train` and `data.val` name them. Where these keys are empty, the names at the top decide, in
-any case (train, training; val, valid, validation, dev; test). Folders that only wrap the data set
-are passed through.
+`data.train` and `data.val` name them. A split whose key is empty is found by its usual names,
+ignoring case: train, training; val, valid, validation, dev; test. The names are looked for at the
+top of the data set, below folders that only wrap it.
 """
 
 import os
@@ -11,22 +11,17 @@ from pathlib import Path
 
 from ssl_pretrain.data.file_lists import open_list
 from ssl_pretrain.data.file_types import TABLE_SUFFIXES
-from ssl_pretrain.data.folder_tree import (
-    DiskFolder,
-    FolderTree,
-    Location,
-    ZipFolder,
-    open_tree,
+from ssl_pretrain.data.folder_tree import DiskFolder, FolderTree, Location, ZipFolder, open_tree
+from ssl_pretrain.data.split_guess import AmbiguousSplits, find_inner_splits, guess_training_split
+from ssl_pretrain.data.split_search import (
+    folder_names,
+    split_locations,
+    split_of,
+    top_folder,
+    wrappers,
 )
-from ssl_pretrain.data.split_guess import (
-    AmbiguousSplits,
-    find_inner_splits,
-    guess_training_split,
-)
-from ssl_pretrain.data.split_names import split_of
-from ssl_pretrain.data.split_search import folder_names, split_locations, top_folder, wrappers
 
-NO_SPLIT = "none"  # data.val: there is no validation split
+NO_SPLIT = "none"  # value of data.val for a data set without a validation split
 _VAL_REMEDY = (
     "name the one that holds the validation images, or leave out what needs a validation split"
 )
@@ -52,7 +47,7 @@ def find_splits(root: Path, train: str, val: str, cache: Path) -> Splits:
         train: The training split: a folder, list or zip, absolute or below root. "." means root
             itself, and "" finds it by its name.
         val: The validation split, named like the training split. "none" if there is none.
-        cache: Folder of the listings.
+        cache: Folder for cached listings.
     """
     base = open_tree(root, cache)
     splits = _find_train(root, base, train, val)
@@ -74,7 +69,7 @@ def _find_train(root: Path, base: FolderTree, train: str, val: str) -> Splits:
             return Splits(location, notes=[] if val else _inner_split_notes(base, location))
         return Splits(
             None,
-            train_error=f"data.train: {base.where} has no folder or list {train!r}"
+            train_error=f"data.train: {base.full_path} has no folder or list {train!r}"
             f"{_existing_folders(base)}; name the one that holds the training images",
         )
     if root.is_file() and isinstance(base, DiskFolder):
@@ -87,15 +82,15 @@ def _find_train(root: Path, base: FolderTree, train: str, val: str) -> Splits:
 
 
 def _inner_split_notes(base: FolderTree, train: Location) -> list[str]:
-    """Return a note if the folder that is named for training has splits inside."""
+    """Return a note if the folder that `data.train` names has splits inside its folders."""
     if train.is_file:
         return []
     folder = base.descendant(train.within) if train.within else DiskFolder(train.path)
     if (inner := find_inner_splits(folder)) is None:
         return []
-    names = folder_names(list(inner))
     return [
-        f"{train.where} has splits inside its folders ({names}), and all of them are for training"
+        f"{train.full_path} has splits inside its folders ({folder_names(list(inner))}), and all "
+        "of them are for training"
     ]
 
 
@@ -103,20 +98,23 @@ def _add_named_val(splits: Splits, base: FolderTree, val: str) -> Splits:
     """Add the validation split that the configuration names."""
     location = _find_named(base, val)
     if location is None:
-        folders = _existing_folders(base)
-        reason = f"data.val: {base.where} has no folder or list {val!r}{folders}; {_VAL_REMEDY}"
-        return replace(splits, val_error=reason)
-    val_name = split_of(Path(val).stem) or "val"
+        return replace(
+            splits,
+            val_error=f"data.val: {base.full_path} has no folder or list {val!r}"
+            f"{_existing_folders(base)}; {_VAL_REMEDY}",
+        )
     train = splits.train
     if train is not None and not train.is_list and not location.is_list:
-        relative = os.path.relpath(location.where, train.where)
-        if location.where.startswith(train.where + os.sep) and relative not in train.excluded:
+        relative = os.path.relpath(location.full_path, train.full_path)
+        is_inside = location.full_path.startswith(train.full_path + os.sep)
+        if is_inside and relative not in train.excluded:
             train = replace(train, excluded=(*train.excluded, relative))
+    val_name = split_of(Path(val).stem) or "val"
     return replace(splits, train=train, val=location, val_name=val_name, val_error="")
 
 
 def _add_usual_val(splits: Splits, root: Path, base: FolderTree, cache: Path) -> Splits:
-    """Add the validation split that is found by its name."""
+    """Add the validation split that has one of the usual names."""
     train = splits.train
     is_list = train is not None and train.is_list
     if train is not None and is_list:
@@ -126,19 +124,19 @@ def _add_usual_val(splits: Splits, root: Path, base: FolderTree, cache: Path) ->
     top = top_folder(base)
     locations = split_locations(top, "val", is_list) or split_locations(top, "test", is_list)
     locations = [location for location in locations if location != train]
-    names = [os.path.basename(location.where) for location in locations]
+    names = [os.path.basename(location.full_path) for location in locations]
     if len(locations) > 1:
-        reason = (
-            f"data.val: {top.where} holds {' and '.join(names)}; say which has the validation "
-            f"images, as in data.val={names[0]}"
+        return replace(
+            splits,
+            val_error=f"data.val: {top.full_path} holds {' and '.join(names)}; say which has the "
+            f"validation images, as in data.val={names[0]}",
         )
-        return replace(splits, val_error=reason)
     if not locations:
-        folders = _existing_folders(base)
-        reason = (
-            f"data.val: {base.where} has no folder or list for validation, such as val/{folders}"
+        return replace(
+            splits,
+            val_error=f"data.val: {base.full_path} has no folder or list for validation, such as "
+            f"val/{_existing_folders(base)}; {_VAL_REMEDY}",
         )
-        return replace(splits, val_error=f"{reason}; {_VAL_REMEDY}")
     return replace(splits, val=locations[0], val_name=split_of(Path(names[0]).stem) or "val")
 
 
@@ -162,7 +160,7 @@ def _find_named(base: FolderTree, name: str) -> Location | None:
 
 
 def _existing_folders(base: FolderTree) -> str:
-    """Return the folders that exist, for a message about one that does not."""
+    """Return the names of the existing folders, for a message about one that does not exist."""
     top = top_folder(base)
-    subject = "it" if top is base else top.where
+    subject = "it" if top is base else top.full_path
     return f"; {subject} has {folder_names(top.folders)}" if top.folders else ""

@@ -5,36 +5,36 @@ import json
 import numpy as np
 
 from ssl_pretrain.data.image_source import Source
-from ssl_pretrain.data.image_statistics import ImageStatistics
+from ssl_pretrain.data.source_report import ImageStatistics
 from ssl_pretrain.data.sources import DataConfig
 
 _SIZES = (16, 32, 64, 96, 128, 160, 224)  # candidate sizes of the crops, in pixels
-_MAX_SMALL = 64  # largest crop for which CIFAR-10's recipe is suggested
+_MAX_CIFAR_SIZE = 64  # largest crop for which CIFAR-10's recipe is suggested
 _MAX_UPSCALING = 1.15
-_IMAGES_SEEN = 40e6  # CIFAR-10's 800 epochs
-_SMALL_RECIPE = {
+_IMAGES_SEEN = 40e6  # images of all epochs, as in 800 epochs of CIFAR-10
+_CIFAR_RECIPE = {
     "temperature": "0.5",
     "weight_decay": "0.0001",
     "base_lr": "1.0",
     "lr_scaling": "linear",
-    "lr_reason": "SimCLR's for CIFAR-10, as its temperature, weight decay and colors",
+    "lr_reason": "from SimCLR for CIFAR-10, like the temperature, weight decay and colors",
     "backbone": "resnet18",
     "stem": "small",
-    "stem_reason": "no stride at the entrance, which small images cannot afford",
+    "stem_reason": "no stride in the first layers, which small images cannot afford",
     "strength": "0.4",
     "hue": "0.1",
     "blur": "0.0",
     "max_batch": 512,
 }
-_LARGE_RECIPE = {
+_IMAGENET_RECIPE = {
     "temperature": "0.1",
     "weight_decay": "0.000001",
     "base_lr": "0.075",
     "lr_scaling": "sqrt",
-    "lr_reason": "SimCLR's for batches below 4,096, as its temperature, weight decay and colors",
+    "lr_reason": "from SimCLR for batches below 4,096, like the temperature, decay and colors",
     "backbone": "resnet50",
     "stem": "imagenet",
-    "stem_reason": "SimCLR's",
+    "stem_reason": "from SimCLR",
     "strength": "0.8",
     "hue": "0.2",
     "blur": "0.5",
@@ -42,7 +42,7 @@ _LARGE_RECIPE = {
 }
 
 _TEMPLATE = """\
-# a start: save as my.yaml
+# a starting point: save as my.yaml
 method:
   name: simclr
   temperature: {temperature}
@@ -54,7 +54,7 @@ data:
   root: {root}{split_keys}
 {value_range}  num_workers: {num_workers}    # processes per rank; {workers_reason}
 views:
-  mean: [{mean}]    # measured on {num_measured:,} images; SimCLR itself feeds pixels in [0, 1]
+  mean: [{mean}]    # measured on {num_measured:,} images; SimCLR itself uses pixels in [0, 1]
   std: [{std}]
   crops:
     global:
@@ -73,8 +73,8 @@ optim:
   lr_scaling: {lr_scaling}
   weight_decay: {weight_decay}
 global_batch_size: {batch}    # {steps} steps per epoch; SimCLR contrasts each image with the others
-epochs: {epochs}    # {images_seen:,} images seen; ImageNet's 100 epochs are 128,000,000, \
-CIFAR-10's 800 are 40,000,000"""
+epochs: {epochs}    # {images_seen:,} images seen; 100 epochs of ImageNet are 128,000,000, \
+800 of CIFAR-10 are 40,000,000"""
 
 
 def suggest_config(config: DataConfig, source: Source, statistics: ImageStatistics) -> str:
@@ -84,10 +84,15 @@ def suggest_config(config: DataConfig, source: Source, statistics: ImageStatisti
     size = max([_SIZES[0], *(size for size in _SIZES if size <= _MAX_UPSCALING * side)])
     size_reason = f"the shorter sides have a median of {side} pixels"
     if size > side:
-        size_reason += f"; with fewer than {_SIZES[0]} a backbone has nothing to stride over"
-    recipe = _SMALL_RECIPE if size <= _MAX_SMALL else _LARGE_RECIPE
+        size_reason += f"; with fewer than {_SIZES[0]} a backbone has too few pixels to stride over"
+    recipe = _CIFAR_RECIPE if size <= _MAX_CIFAR_SIZE else _IMAGENET_RECIPE
     batch = min(num_images, 2 ** int(np.log2(max(num_images / 4, 1))), recipe["max_batch"])
     epochs = int(np.clip(round(_IMAGES_SEEN / num_images, -2), 100, 800))
+    value_range = ""
+    if statistics.ranges:  # images wider than 8 bits
+        low, high = config.range or statistics.value_range
+        reason = "the values that become 0 and 255, without the thousandth at either end"
+        value_range = f"  range: [{low:g}, {high:g}]    # {reason}\n"
     is_digits = config.source == "digits"
     splits = {"train": config.train, "val": config.val}
     return _TEMPLATE.format(
@@ -97,10 +102,10 @@ def suggest_config(config: DataConfig, source: Source, statistics: ImageStatisti
         split_keys="".join(
             f"\n  {key}: {json.dumps(value)}" for key, value in splits.items() if value
         ),
-        value_range=_range_line(config, statistics),
+        value_range=value_range,
         num_workers=0 if is_digits else config.num_workers,
         workers_reason=(
-            "none: the images are tiny and in memory" if is_digits else "as many as cores per GPU"
+            "0, as the images are tiny and in memory" if is_digits else "set it to cores per GPU"
         ),
         mean=format_channels(statistics.mean),
         std=format_channels(statistics.std),
@@ -117,12 +122,3 @@ def suggest_config(config: DataConfig, source: Source, statistics: ImageStatisti
 def format_channels(values: np.ndarray) -> str:
     """Return one number per channel, separated by commas."""
     return ", ".join(f"{value:.4f}" for value in values)
-
-
-def _range_line(config: DataConfig, statistics: ImageStatistics) -> str:
-    """Return the line of `data.range`, if images are wider than 8 bits."""
-    if not statistics.ranges:
-        return ""
-    low, high = config.range or statistics.range
-    reason = "the values that become 0 and 255, without the thousandth at either end"
-    return f"  range: [{low:g}, {high:g}]    # {reason}\n"

@@ -13,7 +13,7 @@ from ssl_pretrain.data.readers import ReaderKind
 from ssl_pretrain.distributed import process_group
 from ssl_pretrain.views.batch import Batch
 
-# The first step compiles and warms up. The measurement that follows has at least this length.
+# Minimal length of the measurement, which leaves out the first step, as that one warms up.
 MIN_STEPS = 10
 MIN_SECONDS = 3.0
 
@@ -25,9 +25,9 @@ class Throughput:
     Attributes:
         num_images: Images in the steps.
         seconds: Duration of the steps.
-        waiting_seconds: Time in which the trainer waited for a batch.
-        num_read: Images that the loader read for these steps.
-        reading_seconds: Time that workers spent on them, summed over the workers.
+        waiting_seconds: Time that the trainer spent waiting for batches.
+        num_read: Images that the loader read in this time.
+        reading_seconds: Time that workers spent on these images, summed over the workers.
     """
 
     num_images: int = 0
@@ -73,7 +73,7 @@ def describe(loader: Loader, throughput: Throughput) -> str:
     working_seconds = throughput.seconds - throughput.waiting_seconds
     num_workers = max(1, reader.num_workers)
     if reader.kind is ReaderKind.PROCESSES and reader.num_workers == 0:
-        # The trainer reads the images itself, and does not wait for anything else.
+        # The trainer reads the images itself, which is all that it waits for.
         working_seconds = throughput.seconds - throughput.reading_seconds
     model_rate = ranks * throughput.num_images / max(working_seconds, 1e-9)
     if not throughput.reading_seconds:

@@ -4,21 +4,25 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from multiprocessing import forkserver, queues, resource_tracker
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from ssl_pretrain.data import forkserver
-from ssl_pretrain.data.chunks import Chunk, ChunkRequest
-from ssl_pretrain.data.cropping import CropDataset
+from ssl_pretrain.data.chunks import Chunk, ChunkRequest, CropDataset
 from ssl_pretrain.data.shared_memory import REMEDY, SHARED_MEMORY, SharedMemoryFull, Transfer
 from ssl_pretrain.system.exit_status import LostError
 
 UNGUARDED_SCRIPT = 78  # exit status of a worker that imports a script without a main guard
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+# On macOS a process cannot tell who sent a signal, so workers obey every signal there.
+BLOCKED_SIGNALS = STOP_SIGNALS if hasattr(signal, "sigtimedwait") else set()
 
 
 class LostWorkerError(LostError):
@@ -40,17 +44,16 @@ class ProcessPool:
         self._requests = _RequestSampler()
         self._num_workers = num_workers
         self._dataset = dataset
-        self._copies = transfer.copies
+        self._copies_chunks = transfer.is_copied
         self._loader = DataLoader(
             dataset,
             sampler=self._requests,
-            batch_size=None,  # one request is one task of a worker
-            collate_fn=_keep_chunk,  # type: ignore[arg-type]
+            batch_size=None,  # a worker makes the chunk of one request at a time
             num_workers=num_workers,
             prefetch_factor=transfer.prefetch if num_workers else None,
             persistent_workers=num_workers > 0,
             multiprocessing_context="forkserver" if num_workers else None,
-            worker_init_fn=forkserver.obey_trainer_only,
+            worker_init_fn=_obey_trainer_only,
             pin_memory=pinned,
             generator=torch.Generator(),  # else iterating would draw from the trainer's generator
         )
@@ -73,8 +76,8 @@ class ProcessPool:
                 "train in a concurrent.futures.ProcessPoolExecutor"
             )
         needs_main = b"__main__" in bytes(ForkingPickler.dumps(self._dataset))
-        forkserver.start(needs_main)
-        with nullcontext() if needs_main else forkserver.without_main():
+        _start_forkserver(needs_main)
+        with nullcontext() if needs_main else _without_main():
             try:
                 iterator = iter(self._loader)
             except (BrokenPipeError, EOFError, ConnectionError):
@@ -82,7 +85,9 @@ class ProcessPool:
                     raise _unguarded_script_error() from None
                 raise RuntimeError("a worker ended while it was started") from None
         chunks = raise_worker_errors(iterator)
-        return map(_copy_pixels, chunks) if self._copies else chunks
+        if self._copies_chunks:
+            return (replace(chunk, pixels=chunk.pixels.clone()) for chunk in chunks)
+        return chunks
 
     def close(self) -> None:
         """End the processes and wait for them. Idempotent."""
@@ -106,12 +111,86 @@ class _RequestSampler:
         return iter(self.requests)
 
 
-def _keep_chunk(chunk: Chunk) -> Chunk:
-    return chunk
+def _start_forkserver(needs_main: bool) -> None:
+    """Start the process that workers fork from.
+
+    It has already imported everything, and it has no threads that a fork would break. It and the
+    workers block the signals that stop a run. A scheduler sends them to every process, but the
+    trainer still needs its workers while it saves a checkpoint, and ends them itself.
+
+    Args:
+        needs_main: True if the workers import the program's main module.
+    """
+    main = getattr(sys.modules["__main__"].__spec__, "name", None) if needs_main else None
+    if main:
+        # The forkserver imports the main module once for all workers. Each worker imports it again,
+        # and runpy would warn about that.
+        sys.warnoptions.append("ignore::RuntimeWarning:runpy")
+    multiprocessing.set_forkserver_preload(["ssl_pretrain.data.loader", *([main] if main else [])])
+    with _blocking(BLOCKED_SIGNALS & {signal.SIGHUP}):
+        # Closing the terminal would end the tracker, and semaphores would be left behind. The
+        # tracker is started first, because starting it unblocks the other signals.
+        resource_tracker.ensure_running()
+    with _blocking(BLOCKED_SIGNALS):
+        forkserver.ensure_running()
 
 
-def _copy_pixels(chunk: Chunk) -> Chunk:
-    return replace(chunk, pixels=chunk.pixels.clone())
+@contextmanager
+def _blocking(signals: set[signal.Signals]) -> Iterator[None]:
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not import the program's main module.
+
+    Workers do not need it, and a script without `if __name__ == "__main__":` would start training
+    in each of them.
+    """
+    main = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = None
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(hidden)
+
+
+def _obey_trainer_only(_worker: int) -> None:
+    """End this worker when the trainer ends or sends SIGTERM, and at no other stop signal.
+
+    torch watches the process that a worker was forked from. That is the forkserver and not the
+    trainer, so without this function a worker would outlive a killed trainer.
+    """
+    # The forkserver may have been started by another library, with other signals blocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "runs in a worker"
+
+    queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_error)  # type: ignore[attr-defined]
+
+    def watch() -> None:
+        if not BLOCKED_SIGNALS:
+            trainer.join()
+        while trainer.is_alive():
+            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if received is not None and received.si_pid == trainer.pid:
+                break
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _exit_on_error(error: Exception, _object: object) -> None:
+    """End a worker that could not send its images, as the trainer would wait for them forever."""
+    reason = f"{type(error).__name__}: {error}"
+    os.write(2, f"error: a worker process could not send its images: {reason}\n".encode())
+    os._exit(1)
 
 
 def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -137,14 +216,14 @@ def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         if min(statuses) < 0:
             raise _lost_worker_error(min(statuses)) from None
         raise
-    except (EOFError, ConnectionError):  # it was killed while it sent a chunk
+    except (EOFError, ConnectionError):  # a worker was killed while it sent a chunk
         raise _lost_worker_error() from None
 
 
 def _lost_worker_error(exit_status: int = 0) -> LostWorkerError:
-    """Return the error for a killed worker. `exit_status` is 0 if it is not known."""
-    known = -exit_status in set(signal.Signals)
-    by_signal = f" by {signal.Signals(-exit_status).name}" if known else ""
+    """Return the error for a killed worker. An unknown exit status is 0."""
+    is_signal = -exit_status in set(signal.Signals)
+    by_signal = f" by {signal.Signals(-exit_status).name}" if is_signal else ""
     return LostWorkerError(
         f"data.num_workers: a process that reads images was killed{by_signal}, which happens "
         "when memory runs out; give the job more memory or set data.num_workers lower, then "
@@ -153,7 +232,9 @@ def _lost_worker_error(exit_status: int = 0) -> LostWorkerError:
 
 
 def _full_memory_error(reason: str) -> ValueError:
-    return ValueError(f"a worker's images do not fit {SHARED_MEMORY}: {reason}; {REMEDY}")
+    return ValueError(
+        f"data.num_workers: a worker's images do not fit into {SHARED_MEMORY}: {reason}; {REMEDY}"
+    )
 
 
 def refuse_in_worker() -> None:

@@ -26,10 +26,10 @@ from ssl_pretrain.data.listing import Listing, Scan, Span, load_or_scan, pack, s
 
 _MAX_TABLE_BYTES = 1 << 28  # tables of labels are read whole
 _MAX_TABLES = 1000
-_MAX_GROWTH = 200  # decompressed bytes per stored byte, for members larger than _LARGE
-_LARGE = 1 << 28
+_MAX_GROWTH = 200  # decompressed bytes per stored byte, for members of more than _GROWTH_BYTES
+_GROWTH_BYTES = 1 << 28
 _LOCAL_HEADER_BYTES = 30
-# RuntimeError stands for an encrypted member or an unknown compression method.
+# zipfile raises RuntimeError for an encrypted member or an unknown compression method.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError)
 
 Members = dict[str, zipfile.ZipInfo]
@@ -39,14 +39,14 @@ def list_zip(path: str | Path, cache: Path) -> Listing:
     """List the images in a zip, with the position of each. Cached until the file changes.
 
     Raises:
-        ValueError: If the file is not a zip, or an image is encrypted, of a compression other than
-            stored and deflated, or of an impossible size. The message names the file.
+        ValueError: If the file is not a zip, or an image in it is encrypted, neither stored nor
+            deflated, or of an impossible size.
     """
     return load_or_scan(os.path.abspath(path), cache, scan_zip)
 
 
 def scan_zip(root: str) -> Scan:
-    """Read the directory of a zip."""
+    """List the images in a zip without the cache."""
     status = os.stat(root)
     skips = SkipCounter()
     try:
@@ -65,29 +65,33 @@ def scan_zip(root: str) -> Scan:
         raise ValueError(f"data.root: {root} cannot be read as a zip: {error}") from None
     paths = sorted(images, key=os.fsencode)
     spans = [_span(root, path, images[path]) for path in paths]
+    tables = [path for path in sorted(others) if path.lower().endswith(TABLE_SUFFIXES)]
     listing = replace(
         pack(root, paths, np.array(spans, np.int64).reshape(-1, len(Span._fields))),
         skipped=skips.result(),
-        tables=tuple(p for p in sorted(others) if p.lower().endswith(TABLE_SUFFIXES))[:_MAX_TABLES],
+        tables=tuple(tables[:_MAX_TABLES]),
     )
     return Scan(listing, [""], stamp(status))
 
 
 def _sort_members(archive: zipfile.ZipFile, skips: SkipCounter) -> tuple[Members, Members]:
-    """Return the images and the other files, by the path that unpacking would give them."""
+    """Return the images and the other files, by the path that unpacking would give them.
+
+    Members that are not read are counted in `skips`.
+    """
     images: Members = {}
     others: Members = {}
     for member in archive.infolist():
         name = _member_name(member)
-        folders = [folder for folder in name.split("/") if folder not in ("", ".")]
-        path = "/".join(folders)
-        if not folders or name.endswith("/"):
+        levels = [level for level in name.split("/") if level not in ("", ".")]
+        path = "/".join(levels)
+        if not levels or name.endswith("/"):
             continue
-        if any(is_skipped(folder) for folder in folders if folder != ".."):
+        if any(is_skipped(level) for level in levels if level != ".."):
             skips.add(HIDDEN, path)
         elif name.startswith("/") or re.match("[A-Za-z]:/", name):
             skips.add("members with absolute paths", name)
-        elif ".." in folders:
+        elif ".." in levels:
             skips.add("members outside the archive", name)
         elif stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
             skips.add("links, pipes or devices", path)
@@ -162,7 +166,6 @@ def read_span(archive: int, span: Span) -> bytes:
 
     Raises:
         OSError: If the zip is damaged, or the image grows more than images do (a zip bomb).
-        zlib.error: If the compressed bytes are damaged.
     """
     # The lengths of name and extra field may differ between this header and the directory.
     header = os.pread(archive, _LOCAL_HEADER_BYTES, span.offset)
@@ -172,15 +175,15 @@ def read_span(archive: int, span: Span) -> bytes:
     stored = os.pread(archive, min(span.stored, MAX_BYTES), start)
     if header[:4] != b"PK\3\4" or len(stored) != span.stored:
         raise OSError("the zip is damaged or was replaced")
-    if span.size > MAX_BYTES or span.size > max(_LARGE, _MAX_GROWTH * span.stored):
+    if span.size > MAX_BYTES or span.size > max(_GROWTH_BYTES, _MAX_GROWTH * span.stored):
         raise OSError(
-            f"the zip says that it grows from {span.stored:,} to {span.size:,} bytes, "
-            "more than an image does"
+            f"unpacking it would turn {span.stored:,} into {span.size:,} bytes, "
+            "which no image needs (a zip bomb?)"
         )
     content = _inflate(stored, span.size) if span.method else stored
     if len(content) != span.size:
         difference = "more" if len(content) > span.size else "fewer"
-        raise OSError(f"the zip says that it has {span.size:,} bytes, and it has {difference}")
+        raise OSError(f"it has {difference} than the {span.size:,} bytes that the zip states")
     if zlib.crc32(content) != span.crc:
         raise OSError("its checksum in the zip differs; the zip is damaged")
     return content
@@ -188,4 +191,7 @@ def read_span(archive: int, span: Span) -> bytes:
 
 def _inflate(stored: bytes, size: int) -> bytes:
     """Decompress at most `size` + 1 bytes, enough to notice that the content is too long."""
-    return zlib.decompressobj(-15).decompress(stored, size + 1)
+    try:
+        return zlib.decompressobj(-15).decompress(stored, size + 1)
+    except zlib.error as error:
+        raise OSError(str(error)) from error

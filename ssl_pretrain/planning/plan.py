@@ -6,7 +6,7 @@ from ssl_pretrain import config
 from ssl_pretrain.checkpoint.initial_weights import initialize
 from ssl_pretrain.config import RunConfig, method_on_meta
 from ssl_pretrain.data import order, sources
-from ssl_pretrain.data.layout_report import layout_lines
+from ssl_pretrain.data.source_report import layout_lines
 from ssl_pretrain.methods.base import Method
 from ssl_pretrain.models import backbones
 from ssl_pretrain.optim import optimizers as optim

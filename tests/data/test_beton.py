@@ -17,7 +17,7 @@ from betons import encode_jpeg, needs_ffcv, open_train, write_beton, write_image
 from conftest import _context
 from PIL import Image
 
-from ssl_pretrain.data import progress_report
+from ssl_pretrain.data import messages
 from ssl_pretrain.data.beton import __main__ as command
 from ssl_pretrain.data.beton import encoder, tables
 from ssl_pretrain.data.beton import file as beton_file
@@ -495,8 +495,8 @@ class TestMessages:
 
     def test_progress_names_the_time_left(self, monkeypatch, capsys):
         clock = iter(range(0, 100, 2))
-        monkeypatch.setattr(progress_report.time, "monotonic", lambda: next(clock))
-        assert list(progress_report.report_progress("abcd", 4, "wrote")) == list("abcd")
+        monkeypatch.setattr(messages.time, "monotonic", lambda: next(clock))
+        assert list(messages.report_progress("abcd", 4, "wrote")) == list("abcd")
         assert "wrote 3 of 4 images, about " in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssl_pretrain import config
 from ssl_pretrain.data import inspect
-from ssl_pretrain.data.image_statistics import ImageStatistics, measure
+from ssl_pretrain.data.source_report import ImageStatistics, measure
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.data.suggestion import suggest_config
 

@@ -44,18 +44,18 @@ def test_chunks_shrink_with_the_free_memory(
 ):
     room(monkeypatch, free)
     transfer = plan_transfer(
-        MIB // 10, 32, num_workers, chunks_ahead=4, images_held=128, num_ranks=num_ranks
+        MIB // 10, 32, num_workers, num_chunks_ahead=4, num_images_held=128, num_ranks=num_ranks
     )
-    assert (transfer.chunk_size, transfer.copies, bool(transfer.note)) == (size, copies, copies)
+    assert (transfer.chunk_size, transfer.is_copied, bool(transfer.note)) == (size, copies, copies)
 
 
 def test_no_room_at_all_is_refused_by_name(monkeypatch):
     room(monkeypatch, MIB)
     with pytest.raises(ValueError) as error:
-        plan_transfer(MIB, 32, 4, chunks_ahead=4, images_held=128, num_ranks=2)
+        plan_transfer(MIB, 32, 4, num_chunks_ahead=4, num_images_held=128, num_ranks=2)
     assert str(error.value) == (
         "data.num_workers: 4 workers for each of 2 ranks on this machine have at least 18 images "
-        f"of 1.00 MiB under way, and /dev/shm has 1.0 MiB free; {REMEDY}"
+        f"of 1.00 MiB in flight, and /dev/shm has 1.0 MiB free; {REMEDY}"
     )
 
 
@@ -125,10 +125,10 @@ def test_a_worker_without_room_is_heard_in_the_trainer():
     source = open_source(DataConfig(source="digits"), "val")
     with pytest.raises(ValueError) as error:
         list(read_images(source, None, NoRoom(), 64, 2))
-    assert str(error.value).startswith("a worker's images do not fit /dev/shm: ")
-    assert "No space left on device" in str(error.value) and "--shm-size=8g or --ipc=host" in str(
-        error.value
-    )
+    message = str(error.value)
+    assert message.startswith("data.num_workers: a worker's images do not fit into /dev/shm: ")
+    assert "No space left on device" in message
+    assert "--shm-size=8g or --ipc=host" in message
 
 
 def test_a_worker_that_cannot_send_is_heard_in_the_trainer():

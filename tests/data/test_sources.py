@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ssl_pretrain.data import folder_listing, listing, sources, zip_archive
+from ssl_pretrain.data import listing, sources, zip_archive
 from ssl_pretrain.data.beton import file as beton_file
 from ssl_pretrain.data.image_source import require_labels
-from ssl_pretrain.data.image_statistics import check_range
 from ssl_pretrain.data.images import MAX_BYTES, UnreadableImage
+from ssl_pretrain.data.source_report import check_range
 from ssl_pretrain.data.sources import DataConfig, open_source
 
 
@@ -268,7 +268,7 @@ class TestCache:
         def record_calls(scan):
             return lambda root: walks.append(root) or scan(root)
 
-        for module, name in ((folder_listing, "scan_folder"), (zip_archive, "scan_zip")):
+        for module, name in ((listing, "scan_folder"), (zip_archive, "scan_zip")):
             monkeypatch.setattr(module, name, record_calls(getattr(module, name)))
         return walks
 

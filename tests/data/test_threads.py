@@ -191,7 +191,7 @@ class TestChoiceOfReader:
         with pytest.raises(ValueError) as error:
             choose_reader(DataConfig(loader="ffcv"), source)
         assert str(error.value) == (
-            f"data.loader: ffcv reads .beton files, and {where} is none; "
+            f"data.loader: ffcv only reads .beton files, and {where} is not one; "
             "python -m ssl_pretrain.data.beton write writes one, or set data.loader=folder"
         )
 

@@ -18,8 +18,8 @@ from ssl_pretrain.data.beton.beton_manifest import Manifest
 from ssl_pretrain.data.beton.check import find_problems
 from ssl_pretrain.data.beton.encoder import Settings
 from ssl_pretrain.data.beton.tables import RAW
-from ssl_pretrain.data.image_statistics import check_range
 from ssl_pretrain.data.native import decode
+from ssl_pretrain.data.source_report import check_range
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.schema import COUNT, FROM_ZERO, QUALITY, THREADS
 

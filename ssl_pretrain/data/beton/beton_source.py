@@ -33,7 +33,7 @@ class Beton(EncodedSource):
         size = (int(self.samples.height[index]), int(self.samples.width[index]))
         if self.samples.mode[index] == RAW:
             return np.frombuffer(stored, np.uint8).reshape(*size, 3).copy()
-        pixels = decode(stored, self.name(index), jpeg=True)
+        pixels = decode(stored, self.name(index), jpeg_only=True)
         if pixels.shape[:2] != size:
             raise UnreadableImage(f"{self.name(index)}: the JPEG has another size than its entry")
         return pixels

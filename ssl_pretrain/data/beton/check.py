@@ -10,8 +10,8 @@ import numpy as np
 
 from ssl_pretrain.data.beton.beton_manifest import manifest_path, read_manifest
 from ssl_pretrain.data.beton.file import Samples
+from ssl_pretrain.data.messages import report_progress
 from ssl_pretrain.data.native import decode
-from ssl_pretrain.data.progress_report import report_progress
 
 _REASONS = decode.REASONS | {
     decode.TRUNCATED: "the file ends before the image does, or cannot be read"

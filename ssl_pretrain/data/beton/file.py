@@ -20,7 +20,7 @@ from ssl_pretrain.data.beton.beton_manifest import (
 )
 from ssl_pretrain.data.beton.tables import Tables, read_tables
 from ssl_pretrain.data.messages import abbreviate
-from ssl_pretrain.data.split_names import split_of
+from ssl_pretrain.data.split_search import split_of
 
 # Fields of `Samples` that a single file has. `file_index` is added when files are merged.
 _COLUMNS = ("offset", "length", "mode", "height", "width", "label")

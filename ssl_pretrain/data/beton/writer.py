@@ -30,11 +30,10 @@ from ssl_pretrain.data.beton.encoder import (
 )
 from ssl_pretrain.data.beton.journal import Journal, data_path, journal_path, open_journal
 from ssl_pretrain.data.beton.tables import read_tables
-from ssl_pretrain.data.image_files import ImageFiles
-from ssl_pretrain.data.image_source import Source
+from ssl_pretrain.data.image_source import ImageFiles, Source
 from ssl_pretrain.data.images import UnreadableImage
+from ssl_pretrain.data.messages import report_progress
 from ssl_pretrain.data.native.decode import Decoder
-from ssl_pretrain.data.progress_report import report_progress
 
 _FORMAT = 1  # to be raised when the journal or the encoding changes
 

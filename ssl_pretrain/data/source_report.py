@@ -1,0 +1,184 @@
+"""Describe a source: its splits and labels, and the sizes, values and colors of its images."""
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from ssl_pretrain.data.image_source import ImageFiles, Source
+from ssl_pretrain.data.images import ImageHeader, UnreadableImage, read_header
+from ssl_pretrain.data.messages import printable, report_progress
+from ssl_pretrain.data.pixels import Range
+from ssl_pretrain.data.sources import DataConfig, open_source
+
+_CLASSES_SHOWN = 3
+_MIN_SHARE = 0.25  # smallest share of the 16-bit values that may be in use: 14 bits
+_NUM_CHECKED = 32  # images whose values are measured before a run
+
+
+def layout_lines(config: DataConfig, train: Source) -> list[str]:
+    """Return lines that name the splits, their images and labels, and the skipped files.
+
+    Args:
+        config: The data set.
+        train: Its training images.
+    """
+    notes = list(train.notes)
+    try:
+        val = open_source(config, "val", train.classes)
+    except (ValueError, OSError) as error:
+        validation = f"none ({error})"
+    else:
+        validation = f"{val.where}: {describe_counts(val)}"
+        notes += [note for note in val.notes if note not in notes] + _overlap_notes(train, val)
+    summary = f"training {train.where}: {describe_counts(train)}; validation {validation}"
+    return [printable(f"data: {line}") for line in (summary, *notes)]
+
+
+def describe_counts(source: Source) -> str:
+    """Count the images of a source, its classes, and its images without a label."""
+    images = f"{len(source):,} image" + ("s" if len(source) != 1 else "")
+    num_missing = int((source.labels < 0).sum())
+    if num_missing == len(source):
+        return f"{images}, no labels"
+    present = np.unique(source.labels[source.labels >= 0])
+    names = [source.classes[label] for label in present[:_CLASSES_SHOWN]]
+    if len(present) > _CLASSES_SHOWN:
+        names.append("...")
+    total = f" of {len(source.classes):,}" if len(present) < len(source.classes) else ""
+    noun = "class" if len(present) == 1 and not total else "classes"
+    missing = f", {num_missing:,} without a label" if num_missing else ""
+    return f"{images}, {len(present):,}{total} {noun} ({', '.join(names)}){missing}"
+
+
+def _overlap_notes(train: Source, val: Source) -> list[str]:
+    """Return a note if some validation images are also training images.
+
+    The paths are compared only if both splits share a folder, or one lies inside the other.
+    """
+    if not isinstance(train, ImageFiles) or not isinstance(val, ImageFiles):
+        return []
+    train_root, val_root = (
+        os.path.join(os.path.realpath(source.files.root), source.files.within, "")
+        for source in (train, val)
+    )
+    if not train_root.startswith(val_root) and not val_root.startswith(train_root):
+        return []
+    val_paths = {val_root + path for path in val.files.paths()}
+    shared = sorted(val_paths.intersection(train_root + path for path in train.files.paths()))
+    if not shared:
+        return []
+    counts = f"{len(shared):,} of {len(val):,}"
+    return [f"{counts} validation images are also training images (first: {shared[0]})"]
+
+
+@dataclass
+class ImageStatistics:
+    """Measurements of the images that were read."""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # (width, height) as stored
+    modes: Counter[str] = field(default_factory=Counter)  # Pillow's names of the pixel formats
+    ranges: list[Range] = field(default_factory=list)  # per image wider than 8 bits
+    num_animated: int = 0  # images with several frames, of which the first is read
+    bad: list[str] = field(default_factory=list)  # file and reason
+    # Mean and deviation of pixels in [0, 1], per channel. Each image has the same weight.
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    std: np.ndarray = field(default_factory=lambda: np.ones(3))
+
+    @property
+    def value_range(self) -> Range:
+        """The values in use. A single value is widened to a range."""
+        low, high = min(low for low, _ in self.ranges), max(high for _, high in self.ranges)
+        return (low, high) if low < high else (low, low + 1)
+
+    @property
+    def num_gray_levels(self) -> int:
+        """Number of the 256 gray levels that 16-bit images use without `data.range`."""
+        low, high = self.value_range
+        return max(1, round((high - low) / 257))
+
+
+def measure(source: Source, num_images: int = 0, num_threads: int = 4) -> ImageStatistics:
+    """Read some images, evenly spaced in the source, and report progress on stderr.
+
+    Args:
+        source: The images.
+        num_images: Number of images to read; 0 reads all.
+        num_threads: Threads that read and decode.
+    """
+    indices = _evenly_spaced(source, num_images)
+    statistics = ImageStatistics()
+    moments = np.zeros((2, 3))
+    with ThreadPoolExecutor(num_threads) as pool:
+        results = pool.map(partial(_measure_image, source), indices)
+        for result in report_progress(results, len(indices), "read"):
+            if isinstance(result, str):
+                statistics.bad.append(result)
+                continue
+            header, image_moments = result
+            moments += image_moments
+            statistics.modes[header.mode] += 1
+            statistics.sizes.append((header.width, header.height))
+            statistics.num_animated += header.num_frames > 1
+            if header.value_range is not None:
+                statistics.ranges.append(header.value_range)
+    if statistics.sizes:
+        statistics.mean, mean_square = moments / len(statistics.sizes)
+        statistics.std = np.sqrt(np.maximum(mean_square - statistics.mean**2, 0))
+    return statistics
+
+
+def _evenly_spaced(source: Source, num_images: int) -> list[int]:
+    """Return numbers of images throughout the source, and so throughout its classes. 0: all."""
+    num_images = min(num_images or len(source), len(source))
+    return np.linspace(0, len(source) - 1, num_images).astype(np.int64).tolist()
+
+
+def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray] | str:
+    """Return the header of an image, and its mean and mean square per channel, shape (2, 3).
+
+    For an unreadable image, return the reason.
+    """
+    try:
+        pixels = source.read(index)
+        header = ImageHeader("RGB", pixels.shape[1], pixels.shape[0], num_frames=1)
+        if isinstance(source, ImageFiles):
+            header = read_header(source.read_bytes(index), source.name(index))
+    except UnreadableImage as error:
+        return str(error)
+    values = pixels.reshape(-1, 3).astype(np.float32) / 255
+    moments = [power.mean(0, dtype=np.float64) for power in (values, np.square(values))]
+    return header, np.stack(moments)
+
+
+def check_range(source: Source) -> None:
+    """Raise ValueError if 16-bit images would become a few dark levels without `data.range`.
+
+    Only some images are read, evenly spaced in the source. Those of 8 bits and of floats are
+    ignored.
+    """
+    if not isinstance(source, ImageFiles) or source.value_range is not None:
+        return
+    statistics = ImageStatistics()
+    for index in _evenly_spaced(source, _NUM_CHECKED):
+        with suppress(UnreadableImage):
+            header = read_header(source.read_bytes(index), source.name(index))
+            if header.value_range is not None and header.mode != "F":
+                statistics.ranges.append(header.value_range)
+    if not statistics.ranges:
+        return
+    low, high = statistics.value_range
+    if high - low >= _MIN_SHARE * 65536:
+        return
+    raise ValueError(
+        f"data.range: not set, and the 16-bit images of {source.where} use values from {low:,.0f} "
+        f"to {high:,.0f} ({len(statistics.ranges)} of them measured), which would leave "
+        f"{statistics.num_gray_levels} of 256 gray levels; give the values that are to be black "
+        f"and white, such as data.range=[{low:.0f},{high:.0f}] (python -m "
+        "ssl_pretrain.data.inspect measures them), or data.range=[0,65535] to leave them as they "
+        "are"
+    )

@@ -1,0 +1,222 @@
+"""Parse tables that name images: their encoding, delimiter, and columns of paths and labels.
+
+The encoding, delimiter and column of paths are those with which the named files exist.
+"""
+
+import codecs
+import csv
+import io
+import itertools
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
+
+from ssl_pretrain.data.file_types import is_image
+from ssl_pretrain.data.split_search import split_of
+
+SAMPLE_ROWS = 20  # rows whose paths are looked up
+_MAX_COLUMNS = 50
+_DELIMITERS = (",", ";", "\t", "|", " ", "")
+_HEAD_CHARACTERS = 1 << 16  # beginning of a list, from which the format is detected
+# Titles in lower case, reduced to letters and digits.
+_NAME_TITLES = ("class", "classname", "labelname", "category", "target", "species")
+_LABEL_TITLES = ("label", "labels", *_NAME_TITLES, "classid", "labelid", "y")
+_INDEX_TITLES = ("", "index", "unnamed0", "rownames", "rowid")
+_SPLIT_TITLES = ("split", "splits", "subset", "partition", "phase", "fold", "set", "usage")
+_MISSING_LABELS = frozenset({"", "-1", "-1.0", "nan", "NaN", "NA", "<NA>"})  # of pandas, polars, R
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """The format of a table."""
+
+    delimiter: str  # " " splits a line at its last white space, "" does not split it
+    path_column: int
+    has_header: bool
+    match_share: float  # share of the sampled rows whose path exists
+
+
+def decode_text(content: bytes, source: str) -> list[str]:
+    """Return the content as text, in each encoding that it may have.
+
+    Raises:
+        ValueError: If it is not text. The message begins with `source`.
+    """
+    try:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return [content.decode("utf-16")]
+        if b"\0" in content:
+            raise ValueError("it holds zero bytes")
+        try:
+            return [content.decode("utf-8-sig")]
+        except UnicodeDecodeError:  # file names in bytes, or the encoding of a spreadsheet
+            return [content.decode("utf-8", "surrogateescape"), content.decode("cp1252", "replace")]
+    except ValueError as error:
+        raise ValueError(f"{source} is not a list of paths: {error}") from None
+
+
+def read_rows(text: str, delimiter: str, max_rows: int | None = None) -> list[list[str]]:
+    """Return the rows that are not empty, without comments at the top."""
+    # Some spreadsheets begin with a line such as "sep=;".
+    text = re.sub(r"\A(sep=.\r?\n)?(#[ \t].*\r?\n)*", "", text)
+    rows: Iterable[list[str]]
+    if delimiter in ("", " "):
+        lines = (line.strip() for line in io.StringIO(text))
+        rows = (line.rsplit(None, 1) if delimiter else [line] for line in lines)
+    else:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    not_empty = (row for row in rows if any(cell.strip() for cell in row))
+    return list(itertools.islice(not_empty, max_rows))
+
+
+def first_lines(text: str) -> str:
+    """Return the first whole lines of a text."""
+    if len(text) <= _HEAD_CHARACTERS:
+        return text
+    return text[: text.rfind("\n", 0, _HEAD_CHARACTERS) + 1] or text
+
+
+def detect_format(text: str, find_image: Callable[[str], object]) -> TableFormat:
+    """Return the format in which the largest share of a sample of rows names an existing image.
+
+    Args:
+        text: The table.
+        find_image: Returns anything true for a cell that names an image.
+    """
+    best = TableFormat("", 0, has_header=False, match_share=-1.0)
+    for delimiter in _DELIMITERS:
+        try:
+            rows = read_rows(first_lines(text), delimiter, 10 * SAMPLE_ROWS)
+        except csv.Error:
+            continue
+        body = rows[1:] or rows
+        body = body[:: max(1, len(body) // SAMPLE_ROWS)]
+        for column in range(min(_MAX_COLUMNS, max(map(len, body), default=0))):
+            first, *cells = (_cell(row, column) for row in (rows[0], *body))
+            first_exists = bool(first and find_image(first))
+            num_matches = sum(bool(cell and find_image(cell)) for cell in cells) + first_exists
+            share = num_matches / (len(body) + first_exists)
+            if share > best.match_share:
+                has_header = len(rows) > 1 and not first_exists and not is_image(first)
+                best = TableFormat(delimiter, column, has_header, share)
+        if best.match_share == 1:
+            break
+    return best
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a table that name an image."""
+
+    titles: list[str]  # the cells of the header; empty without a header
+    rows: list[list[str]]
+    path_column: int
+
+    @classmethod
+    def parse(cls, text: str, table_format: TableFormat) -> Self:
+        """Parse a table whose format is known."""
+        rows = read_rows(text, table_format.delimiter)
+        titles = rows.pop(0) if table_format.has_header else []
+        column = table_format.path_column
+        return cls(titles, [row for row in rows if _cell(row, column)], column)
+
+    def cells(self, column: int) -> list[str]:
+        """Return the cells of a column, "" where a row is too short."""
+        return [_cell(row, column) for row in self.rows]
+
+    def select_split(self, split: str) -> tuple[Self, str]:
+        """Return the rows of one split and a note if a column names splits, else all rows.
+
+        Test images are used for validation if no row belongs to a validation split.
+        """
+        column = self._split_column
+        if column is None:
+            return self, ""
+        splits = [split_of(cell) for cell in self.cells(column)]
+        if split == "val" and "val" not in splits:
+            split = "test"
+        rows = [row for row, row_split in zip(self.rows, splits) if row_split == split]
+        title = _cell(self.titles, column) or str(column + 1)
+        counts = f"{len(rows):,} of {len(self.rows):,}"
+        note = f"the rows whose column {title!r} says {split}: {counts}"
+        return replace(self, rows=rows), note
+
+    def labels(self) -> tuple[list[str], list[str]]:
+        """Return the label of each row, "" for none, and notes on how the column was chosen."""
+        column, notes = self._label_column()
+        if column is None:
+            return [""] * len(self.rows), notes
+        return _normalize_labels(self.cells(column)), notes
+
+    @cached_property
+    def _width(self) -> int:
+        return max(map(len, self.rows), default=0)
+
+    def _title(self, column: int) -> str:
+        """Return the title of a column as lower case letters and digits, "" if it has none."""
+        return re.sub(r"[^a-z0-9]", "", _cell(self.titles, column).lower())
+
+    @cached_property
+    def _split_column(self) -> int | None:
+        """The column that names a split in every row.
+
+        It is recognized by its title, or by naming train and another split.
+        """
+        for column in range(min(_MAX_COLUMNS, self._width)):
+            splits = {split_of(cell) for cell in set(self.cells(column)) if cell}
+            if column == self.path_column or not splits or None in splits:
+                continue
+            if self._title(column) in _SPLIT_TITLES or ("train" in splits and len(splits) > 1):
+                return column
+        return None
+
+    def _label_column(self) -> tuple[int | None, list[str]]:
+        """Return the column of the labels, or None, and notes on the choice."""
+        excluded = (self.path_column, self._split_column, 0 if self._has_index else None)
+        others = [column for column in range(self._width) if column not in excluded]
+        if not self.titles:
+            after_path = [column for column in others if column > self.path_column]
+            return next(iter(after_path or others), None), []
+        column_of = {self._title(column): column for column in reversed(others)}
+        for title in _LABEL_TITLES:
+            if title in column_of:
+                return column_of[title], []
+        if len(others) == 1:
+            names = self.titles[others[0] :][:1]
+            return others[0], [f"labels come from the column {name!r}" for name in names]
+        titles = ", ".join(map(repr, self.titles))
+        note = f"none of the columns {titles} is called label, so the images have no labels"
+        return None, [note] if others else []
+
+    @property
+    def _has_index(self) -> bool:
+        """True if the first column numbers the rows, as data-frame libraries do."""
+        if self.path_column == 0:
+            return False
+        if self.titles:
+            return self._title(0) in _INDEX_TITLES
+        numbers = self.cells(0)[:SAMPLE_ROWS]
+        return any(numbers == [str(row + first) for row in range(len(numbers))] for first in (0, 1))
+
+
+def _cell(row: list[str], column: int) -> str:
+    return row[column].strip() if column < len(row) else ""
+
+
+def _normalize_labels(cells: list[str]) -> list[str]:
+    """Return labels in a uniform spelling.
+
+    Missing labels become "". Accented letters are composed (NFC). Whole numbers lose the decimal
+    point that pandas writes if the column has a missing value.
+    """
+    labels = [
+        "" if cell in _MISSING_LABELS else unicodedata.normalize("NFC", cell) for cell in cells
+    ]
+    names = set(labels) - {""}
+    has_floats = any("." in name for name in names)
+    if has_floats and all(re.fullmatch(r"\d+(\.0+)?", name) for name in names):
+        return [label.partition(".")[0] for label in labels]
+    return labels
