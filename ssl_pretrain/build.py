@@ -16,7 +16,7 @@ from ssl_pretrain.checkpoint import initial_weights, rank_agreement
 from ssl_pretrain.checkpoint.checkpoints import Checkpoints, RunFacts
 from ssl_pretrain.checkpoint.state import TrainingState
 from ssl_pretrain.config import RunConfig
-from ssl_pretrain.data import loader, single_pass, throughput_check
+from ssl_pretrain.data import loader, readers, throughput_check
 from ssl_pretrain.data.image_source import Source, require_labels
 from ssl_pretrain.data.loader import Loader
 from ssl_pretrain.distributed import process_group
@@ -312,7 +312,7 @@ def build_online_knn(config: RunConfig, batches: Loader, execution: Execution) -
     )
 
     def read(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        return single_pass.read_images(source, indices, transform, 256, 0, config.data.max_replaced)
+        return readers.read_images(source, indices, transform, 256, 0, config.data.max_replaced)
 
     def read_normalized(indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in read(indices):

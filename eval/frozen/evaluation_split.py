@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ssl_pretrain import rng
-from ssl_pretrain.data import single_pass
+from ssl_pretrain.data import readers
 from ssl_pretrain.data.image_source import NoSuchSplit, Source, require_labels
 from ssl_pretrain.data.source_report import layout_lines
 from ssl_pretrain.data.sources import DataConfig, open_source
@@ -84,7 +84,7 @@ class EvaluationSplit:
             crop_ratio=evaluation.crop_ratio,
             interpolation=evaluation.interpolation,
         )
-        for images, labels in single_pass.read_images(
+        for images, labels in readers.read_images(
             self.source, self.indices, view, BATCH_SIZE, data.num_workers, data.max_replaced
         ):
             if self.cache_bytes:

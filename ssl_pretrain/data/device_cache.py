@@ -48,9 +48,12 @@ class DeviceCache:
                     crop, self._plan.seed, request.epoch, request.indices, view, sizes
                 )
                 views.append(crops.apply_to_batch(images, boxes, crop))
-            pixels = torch.cat([view.flatten() for view in views])
-            shapes = [view.shape[1:] for view in views]
-            yield Chunk(pixels, shapes, self._source.labels[numbers], replacements)
+            yield Chunk(
+                pixels=torch.cat([view.flatten() for view in views]),
+                shapes=[view.shape[1:] for view in views],
+                labels=self._source.labels[numbers],
+                replacements=replacements,
+            )
 
     def _choose_readable(self, request: ChunkRequest) -> tuple[np.ndarray, list[Replacement]]:
         """Return the images for the rows of a chunk, int64 (n,), and the replacements."""

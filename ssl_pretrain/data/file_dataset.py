@@ -1,19 +1,37 @@
-"""A data set of image files, with its splits and labels."""
+"""A data set of image files: its training and validation split, with their labels.
 
-from collections.abc import Sequence
+`data.train` and `data.val` name the splits. A split whose key is empty is found by its usual names,
+ignoring case: train, training; val, valid, validation, dev; test. The names are looked for at the
+top of the data set, below folders that only wrap it.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from ssl_pretrain.data.file_lists import FileList, open_list
-from ssl_pretrain.data.folder_tree import Location, open_tree
+from ssl_pretrain.data.file_types import TABLE_SUFFIXES
+from ssl_pretrain.data.folder_tree import DiskFolder, FolderTree, Location, ZipFolder, open_tree
 from ssl_pretrain.data.image_source import ImageFiles, NoSuchSplit
 from ssl_pretrain.data.labels import SplitFolder, label_images
 from ssl_pretrain.data.listing import Listing, list_folder
 from ssl_pretrain.data.pixels import Range
-from ssl_pretrain.data.splits import Splits, find_splits
+from ssl_pretrain.data.split_guess import AmbiguousSplits, find_inner_splits, guess_training_split
+from ssl_pretrain.data.split_search import (
+    folder_names,
+    split_locations,
+    split_of,
+    top_folder,
+    wrappers,
+)
 from ssl_pretrain.data.zip_archive import list_zip
 
 _REASONS_SHOWN = 8  # reasons for skipped files that a note lists
+NO_SPLIT = "none"  # value of data.val for a data set without a validation split
+_VAL_REMEDY = (
+    "name the one that holds the validation images, or leave out what needs a validation split"
+)
 
 SplitName = Literal["train", "val"]
 
@@ -31,7 +49,7 @@ class FileDataSet:
 
     def __init__(self, root: Path, train: str, val: str, cache: Path, value_range: Range | None):
         self.root = root
-        self.splits: Splits = find_splits(root, train, val, cache)
+        self.splits = _find_splits(root, train, val, cache)
         self._cache = cache
         self._value_range = value_range
 
@@ -59,17 +77,21 @@ class FileDataSet:
         if not len(images.files):
             reason = f"data.root: {path} holds no image that Pillow decodes, at any depth"
             raise ValueError("; ".join([reason, *skipped_notes]))
-        tree = open_tree(location.path, self._cache).descendant(location.within)
-        root = open_tree(self.root, self._cache)
-        folder = SplitFolder(name, images.files.paths(), tree, root, path)
-        labels = label_images(folder, images.labels if location.is_list else None, classes)
-        source = ImageFiles(path, images.files, labels.numbers, labels.classes, self._value_range)
-        split_notes: Sequence[str] = self.splits.notes if is_train else ()
-        source.notes = [*split_notes, *images.notes, *labels.notes, *skipped_notes]
+        folder = SplitFolder(
+            name,
+            images.files.paths(),
+            tree=open_tree(location.path, self._cache).descendant(location.within),
+            root=open_tree(self.root, self._cache),
+            full_path=path,
+        )
+        labels, classes, label_notes = label_images(folder, images.labels, classes)
+        source = ImageFiles(path, images.files, labels, classes, self._value_range)
+        split_notes = self.splits.notes if is_train else []
+        source.notes = [*split_notes, *images.notes, *label_notes, *skipped_notes]
         return source
 
     def _list_images(self, location: Location, split: str, key: str) -> FileList:
-        """List the images at a location. Only a list file gives labels."""
+        """List the images at a location. Only a list file has labels."""
         path = location.path
         if location.is_list:
             root = self.root if self.root.is_dir() else None
@@ -82,7 +104,7 @@ class FileDataSet:
             raise ValueError(
                 f"{key}: {path} is neither a folder, a .zip, nor a list of files (.csv, .tsv, .txt)"
             )
-        return FileList(_select(files, location), [])
+        return FileList(_select(files, location), labels=None)
 
 
 def _select(files: Listing, location: Location) -> Listing:
@@ -111,3 +133,145 @@ def _skipped_notes(files: Listing) -> list[str]:
     num_more = sum(skipped.count for skipped in reasons[_REASONS_SHOWN:])
     more = f", and {num_more:,} more" if num_more else ""
     return [f"left out in {files.root}: {', '.join(descriptions)}{more}"]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a data set."""
+
+    train: Location | None
+    val: Location | None = None
+    val_name: str = "val"  # "test" if only test images are held out
+    train_error: str = ""  # why there is no training split, with the remedy
+    val_error: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def _find_splits(root: Path, train: str, val: str, cache: Path) -> Splits:
+    """Find the splits of a data set.
+
+    Args:
+        root: A folder, a zip or a list file.
+        train: The training split: a folder, list or zip, absolute or below root. "." means root
+            itself, and "" finds it by its name.
+        val: The validation split, named like the training split. "none" if there is none.
+        cache: Folder for cached listings.
+    """
+    base = open_tree(root, cache)
+    splits = _find_train(root, base, train, val)
+    if val == NO_SPLIT:
+        return replace(
+            splits, val_error=f"data.val: {root} has no validation split, as data.val=none says"
+        )
+    if val:
+        return _add_named_val(splits, base, val)
+    return splits if splits.val_error else _add_usual_val(splits, root, base, cache)
+
+
+def _find_train(root: Path, base: FolderTree, train: str, val: str) -> Splits:
+    if train in (".", "./"):
+        return Splits(
+            Location(root),
+            val_error=f"data.val: {root} has no validation split, as data.train=. takes all of it",
+        )
+    if train:
+        location = _find_named(base, train)
+        if location is not None:
+            return Splits(location, notes=[] if val else _inner_split_notes(base, location))
+        return Splits(
+            None,
+            train_error=f"data.train: {base.full_path} has no folder or list {train!r}"
+            f"{_existing_folders(base)}; name the one that holds the training images",
+        )
+    if root.is_file() and isinstance(base, DiskFolder):
+        return Splits(Location(root))
+    try:
+        location, notes = guess_training_split(base, val)
+    except AmbiguousSplits as error:
+        return Splits(None, train_error=str(error))
+    return Splits(location, notes=notes)
+
+
+def _inner_split_notes(base: FolderTree, train: Location) -> list[str]:
+    """Return a note if the folder that `data.train` names has splits inside its folders."""
+    if train.is_file:
+        return []
+    folder = base.descendant(train.within) if train.within else DiskFolder(train.path)
+    if (inner := find_inner_splits(folder)) is None:
+        return []
+    return [
+        f"{train.full_path} has splits inside its folders ({folder_names(list(inner))}), and all "
+        "of them are for training"
+    ]
+
+
+def _add_named_val(splits: Splits, base: FolderTree, val: str) -> Splits:
+    """Add the validation split that the configuration names."""
+    location = _find_named(base, val)
+    if location is None:
+        return replace(
+            splits,
+            val_error=f"data.val: {base.full_path} has no folder or list {val!r}"
+            f"{_existing_folders(base)}; {_VAL_REMEDY}",
+        )
+    train = splits.train
+    if train is not None and not train.is_list and not location.is_list:
+        relative = os.path.relpath(location.full_path, train.full_path)
+        is_inside = location.full_path.startswith(train.full_path + os.sep)
+        if is_inside and relative not in train.excluded:
+            train = replace(train, excluded=(*train.excluded, relative))
+    val_name = split_of(Path(val).stem) or "val"
+    return replace(splits, train=train, val=location, val_name=val_name, val_error="")
+
+
+def _add_usual_val(splits: Splits, root: Path, base: FolderTree, cache: Path) -> Splits:
+    """Add the validation split that has one of the usual names."""
+    train = splits.train
+    is_list = train is not None and train.is_list
+    if train is not None and is_list:
+        rows = open_list(train.path, "train", cache, root=root if root.is_dir() else None)
+        if rows.has_split_column:
+            return replace(splits, val=train)
+    top = top_folder(base)
+    locations = split_locations(top, "val", is_list) or split_locations(top, "test", is_list)
+    locations = [location for location in locations if location != train]
+    names = [os.path.basename(location.full_path) for location in locations]
+    if len(locations) > 1:
+        return replace(
+            splits,
+            val_error=f"data.val: {top.full_path} holds {' and '.join(names)}; say which has the "
+            f"validation images, as in data.val={names[0]}",
+        )
+    if not locations:
+        return replace(
+            splits,
+            val_error=f"data.val: {base.full_path} has no folder or list for validation, such as "
+            f"val/{_existing_folders(base)}; {_VAL_REMEDY}",
+        )
+    return replace(splits, val=locations[0], val_name=split_of(Path(names[0]).stem) or "val")
+
+
+def _find_named(base: FolderTree, name: str) -> Location | None:
+    """Find a folder, list or zip by its name in the configuration.
+
+    The name is absolute, or relative to the root or a folder that wraps the data set.
+    """
+    path = Path(name).expanduser()
+    if path.is_absolute():
+        is_list_or_zip = path.is_file() and path.suffix.lower() in (*TABLE_SUFFIXES, ".zip")
+        return Location(path) if path.is_dir() or is_list_or_zip else None
+    name = os.path.normpath(name)
+    for folder in wrappers(base):
+        if isinstance(folder, ZipFolder):
+            if folder.child(name).has_images():
+                return folder.child(name).location()
+        elif (folder.path / name).exists():
+            return Location(folder.path / name)
+    return None
+
+
+def _existing_folders(base: FolderTree) -> str:
+    """Return the names of the existing folders, for a message about one that does not exist."""
+    top = top_folder(base)
+    subject = "it" if top is base else top.full_path
+    return f"; {subject} has {folder_names(top.folders)}" if top.folders else ""

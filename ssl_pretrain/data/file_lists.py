@@ -28,7 +28,7 @@ class FileList:
     """The rows of a list that belong to one split."""
 
     files: Listing  # the images, in the order of the list
-    labels: list[str]  # labels in the list, "" for none
+    labels: list[str] | None  # labels in the list, "" for none; None if the images are not listed
     notes: tuple[str, ...] = ()  # how the list was read
     has_split_column: bool = False  # a column names the split of each row
 
@@ -170,6 +170,5 @@ def _rules(text: str, bases: list[Path]) -> list[_PathRule]:
     rules = [_PathRule(base) for base in bases]
     if "\\" in example:
         rules += [_PathRule(base, has_backslashes=True) for base in bases]
-    num_levels = len(re.split(r"[/\\]", example))
-    dropped = range(1, min(num_levels, _MAX_DROPPED_FOLDERS + 1))
-    return rules + [_PathRule(bases[0], num_dropped) for num_dropped in dropped]
+    num_rules = min(len(re.split(r"[/\\]", example)), _MAX_DROPPED_FOLDERS + 1)
+    return rules + [_PathRule(bases[0], num_dropped) for num_dropped in range(1, num_rules)]

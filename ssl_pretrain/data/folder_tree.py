@@ -128,8 +128,9 @@ class DiskFolder(FolderTree):
     @functools.cached_property
     def has_direct_images(self) -> bool:
         """True if a file in it has an image's suffix, or a sampled file an image's first bytes."""
-        paths = [os.path.join(self.path, name) for name in self.files]
-        return any(map(is_image, self.files)) or any_image_by_content(paths)
+        return any(map(is_image, self.files)) or any_image_by_content(
+            [os.path.join(self.path, name) for name in self.files]
+        )
 
     def child(self, name: str) -> DiskFolder:
         """Return the folder `name` in it, without checking that it exists."""

@@ -128,8 +128,7 @@ def read_header(content: bytes, name: str) -> ImageHeader:
         UnreadableImage: If the file is damaged. The message has `name`.
     """
     with _open(content, name) as image:
-        num_frames = getattr(image, "n_frames", 1)
-        header = ImageHeader(image.mode, image.width, image.height, num_frames)
+        header = ImageHeader(image.mode, image.width, image.height, getattr(image, "n_frames", 1))
         if not pixel_formats.is_wide(image.mode):
             return header
         values = np.array(image)

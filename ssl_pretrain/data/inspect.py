@@ -126,9 +126,11 @@ def _class_lines(source: Source, all_classes: bool) -> list[str]:
     if num_hidden > 0 and not all_classes:
         half = _CLASSES_SHOWN // 2
         lines[half:-half] = [f"        ...  {num_hidden:,} classes (--all-classes lists them)"]
-    median = int(np.median(counts))
-    header = f"images per class: min {counts.min():,}, median {median:,}, max {counts.max():,}"
-    return [header, *lines]
+    return [f"images per class: {_range_of(counts)}", *lines]
+
+
+def _range_of(values: np.ndarray) -> str:
+    return f"min {values.min():,}, median {int(np.median(values)):,}, max {values.max():,}"
 
 
 def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]:
@@ -139,8 +141,7 @@ def _statistics_lines(statistics: ImageStatistics, num_images: int) -> list[str]
     if statistics.sizes:
         widths, heights = np.array(statistics.sizes).T
         for name, sides in (("width", widths), ("height", heights)):
-            median = f"median {int(np.median(sides)):,}"
-            lines.append(f"  {name:<7} min {sides.min():,}, {median}, max {sides.max():,} pixels")
+            lines.append(f"  {name:<7} {_range_of(sides)} pixels")
         modes = [f"{mode} {count:,}" for mode, count in statistics.modes.most_common()]
         lines.append(f"  modes   {', '.join(modes)}")
         unit = "(red, green, blue, in [0, 1]; each image weighs the same)"

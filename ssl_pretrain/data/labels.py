@@ -46,24 +46,19 @@ class UnusableTable(Exception):
     """A table whose labels are damaged or uncertain. The message is the reason."""
 
 
-@dataclass
-class Labels:
-    """Labels of a split."""
-
-    numbers: np.ndarray  # int64 (n,), an index into `classes` per image, -1 for none
-    classes: list[str]
-    notes: list[str]  # lines for the start of a run
-
-
 def label_images(
     split: SplitFolder, listed_labels: list[str] | None, classes: list[str] | None
-) -> Labels:
+) -> tuple[np.ndarray, list[str], list[str]]:
     """Label the images of a split.
 
     Args:
         split: The images.
         listed_labels: Labels from a list of the images, "" for none. None if there is no list.
         classes: Classes of the training split, matched by name. None for the training split.
+
+    Returns:
+        The labels, int64 (n,), an index into the classes per image and -1 for none; the classes;
+        notes for the start of a run.
 
     Raises:
         ValueError: If a validation split has a class that the training split lacks.
@@ -95,7 +90,7 @@ def label_images(
             f"{len(missing):,} of {len(labels):,} images in {split.full_path} have no label "
             f"(first: {split.paths[missing[0]]})"
         )
-    return Labels(labels, classes, notes)
+    return labels, classes, notes
 
 
 def _labels_from_folders(
@@ -113,7 +108,7 @@ def _labels_from_folders(
         if distinct & set(classes or ()) or (len(distinct) > 1 and not classes):
             return names, []
     first_folders = sorted({levels[0] for levels in folders if levels})
-    notes = [f"its folders ({abbreviate(first_folders)}) are no classes of the training split"]
+    notes = [f"its folders ({abbreviate(first_folders)}) are not classes of the training split"]
     return [""] * len(paths), notes if classes and first_folders else []
 
 
@@ -187,14 +182,15 @@ def _read_table(
         # Boxes may follow the class, as in "n03995372 85 1 499 272".
         labels[path] = label if label in known else label.split(" ")[0]
         if labels[path] not in known:
-            names = abbreviate(classes or [])
-            raise UnusableTable(f"{label!r} is no class of the training split, which has {names}")
+            raise UnusableTable(
+                f"{label!r} is not a class of the training split, which has "
+                f"{abbreviate(classes or [])}"
+            )
     return labels
 
 
 def _lines(content: bytes) -> list[str]:
-    lines = (line.strip() for line in content.decode("utf-8", "replace").splitlines())
-    return [line for line in lines if line]
+    return list(filter(None, map(str.strip, content.decode("utf-8", "replace").splitlines())))
 
 
 def _labels_from_lines(
@@ -263,11 +259,11 @@ def _read_meta(content: bytes, classes: list[str]) -> dict[str, str]:
     from scipy.io import loadmat  # slow to import, and only needed for this file
 
     try:
-        synsets = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
-        pairs = [(str(int(row["ILSVRC2012_ID"])), str(row["WNID"])) for row in synsets]
+        rows = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
+        synsets = {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
     except Exception as error:  # scipy raises almost anything for a damaged file
         raise UnusableTable(f"meta.mat cannot be read: {type(error).__name__}: {error}") from None
-    numbers = {number: synset for number, synset in pairs if synset in classes}
+    numbers = {number: synset for number, synset in synsets.items() if synset in classes}
     if not numbers:
         raise UnusableTable("meta.mat lists no class of the training split")
     return numbers

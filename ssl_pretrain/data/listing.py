@@ -96,8 +96,9 @@ def pack(root: str, paths: Iterable[str], spans: np.ndarray | None = None) -> Li
     encoded = [os.fsencode(path) for path in paths]
     packed = np.frombuffer(b"".join(encoded), np.uint8)
     ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-    empty = np.zeros((0, len(Span._fields)), np.int64)
-    return Listing(root, packed, ends, empty if spans is None else spans)
+    if spans is None:
+        spans = np.zeros((0, len(Span._fields)), np.int64)
+    return Listing(root, packed, ends, spans)
 
 
 def stamp(status: os.stat_result) -> list[int]:
@@ -165,8 +166,8 @@ def scan_folder(root: str) -> Scan:
     images = [path for path in files if is_image(path)]
     others = [path for path in files if not is_image(path)]
     images += images_by_content(others, lambda path: read_head(os.path.join(root, path)), skips)
-    listing = pack(root, sorted(images, key=os.fsencode))
-    return Scan(replace(listing, skipped=skips.result()), folders, stamps)
+    images.sort(key=os.fsencode)
+    return Scan(replace(pack(root, images), skipped=skips.result()), folders, stamps)
 
 
 def _ancestors(root: str) -> set[tuple[int, int]]:

@@ -83,9 +83,8 @@ class Loader:
                 is left to replace one.
             FileNotFoundError: If the source's folder or file no longer exists.
         """
-        reader = self.reader
-        requests = _request_chunks(reader.plan, reader.chunk_size, step)
-        return self._batches(step, reader.pool.take(requests))
+        requests = _request_chunks(self.reader.plan, self.reader.chunk_size, step)
+        return self._batches(step, self.reader.pool.take(requests))
 
     def close(self) -> None:
         """End the workers and the iterators of `starting_at`. Idempotent."""
@@ -229,8 +228,9 @@ def build(
     if process_group.local_rank() != 0:
         source = open_source(data, "train")
     kind, reason = readers.choose_reader(data, source)
-    lines = [*layout_lines(data, source), f"data.loader: {kind}: {reason}"]
-    process_group.print_once(*lines, file=sys.stderr)
+    process_group.print_once(
+        *layout_lines(data, source), f"data.loader: {kind}: {reason}", file=sys.stderr
+    )
     window = data.quasi_random_window if data.order == "quasi_random" else 0
     plan = Plan(seed, len(source), global_batch_size, rank, world_size, window)
     num_workers = min(data.num_workers, process_group.cores_per_rank())
@@ -248,5 +248,4 @@ def _request_chunks(plan: Plan, chunk_size: int, first_step: int) -> Iterator[Ch
     for step in itertools.count(first_step):
         indices = plan.indices(step)
         for start in range(0, len(indices), chunk_size):
-            rows = indices[start : start + chunk_size]
-            yield ChunkRequest(plan.epoch(step), rows, step, start)
+            yield ChunkRequest(plan.epoch(step), indices[start : start + chunk_size], step, start)

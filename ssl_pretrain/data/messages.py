@@ -51,5 +51,8 @@ def _report_lines(results: Iterable[T], total: int, verb: str, num_done: int) ->
         if now - last_report > _REPORT_SECONDS and num_done + number < total:
             last_report = now
             seconds = (total - num_done - number) * (now - start) / (number - 1)
-            line = f"{verb} {num_done + number:,} of {total:,} images, about {seconds:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
+            print(
+                f"{verb} {num_done + number:,} of {total:,} images, about {seconds:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -14,7 +14,6 @@ from ssl_pretrain import rng
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.listing import open_atomically
 
-_NUM_DIGITS = 10
 _VAL_PER_CLASS = 50
 
 
@@ -27,13 +26,14 @@ class Digits(Source):
 
         digits = load_digits()
         order = rng.permutation(0, 0, len(digits.target), rng.Purpose.SPLIT)
-        val_numbers = [
-            order[digits.target[order] == digit][:_VAL_PER_CLASS] for digit in range(_NUM_DIGITS)
-        ]
+        val_numbers = [order[digits.target[order] == digit][:_VAL_PER_CLASS] for digit in range(10)]
         is_val = np.isin(np.arange(len(order)), val_numbers)
         self._numbers = np.flatnonzero(is_val == (split == "val"))
-        classes = [str(digit) for digit in range(_NUM_DIGITS)]
-        super().__init__("scikit-learn's digits", digits.target[self._numbers], classes)
+        super().__init__(
+            "scikit-learn's digits",
+            labels=digits.target[self._numbers],
+            classes=[str(digit) for digit in range(10)],
+        )
         gray = np.rint(digits.images[self._numbers] * (255 / 16)).astype(np.uint8)
         self._pixels = np.repeat(gray[..., None], 3, axis=3)
 
@@ -92,6 +92,7 @@ def pack_cifar10(root: str, cache: Path) -> Path:
             for number, (pixels, label) in enumerate(zip(images.data, images.targets)):
                 png = io.BytesIO()
                 Image.fromarray(pixels).save(png, "PNG")
-                name = f"{split}/{images.classes[label]}/{number:05d}.png"
-                archive.writestr(name, png.getvalue())
+                archive.writestr(
+                    f"{split}/{images.classes[label]}/{number:05d}.png", png.getvalue()
+                )
     return path

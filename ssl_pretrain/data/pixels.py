@@ -50,8 +50,7 @@ def _check_tiff_pages(image: Image.Image) -> None:
     num_pages = getattr(image, "n_frames", 1)
     for page in range(1, num_pages):
         image.seek(page)
-        is_smaller_copy = _tags(image).get(_SUBFILE, 0) & 1
-        if not is_smaller_copy:
+        if not _tags(image).get(_SUBFILE, 0) & 1:  # not a smaller copy of the first page
             raise ValueError(
                 f"{num_pages} pages, of which only one would be read; save each page as a "
                 "separate file"

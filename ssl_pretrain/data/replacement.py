@@ -53,8 +53,9 @@ class Replacement(NamedTuple):
                 f"{source.where} is left outside its batch to take its place; repair or remove "
                 "the unreadable images, or give a smaller global_batch_size"
             )
-        message = f"{reason}; {source.name(number)} takes its place"
-        return cls(number, source.name(unreadable), message)
+        return cls(
+            number, source.name(unreadable), f"{reason}; {source.name(number)} takes its place"
+        )
 
 
 def find_spare(plan: Plan, step: int, row: int, try_read: Callable[[int], bool]) -> int | None:

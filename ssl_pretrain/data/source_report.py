@@ -72,8 +72,10 @@ def _overlap_notes(train: Source, val: Source) -> list[str]:
     shared = sorted(val_paths.intersection(train_root + path for path in train.files.paths()))
     if not shared:
         return []
-    counts = f"{len(shared):,} of {len(val):,}"
-    return [f"{counts} validation images are also training images (first: {shared[0]})"]
+    return [
+        f"{len(shared):,} of {len(val):,} validation images are also training images "
+        f"(first: {shared[0]})"
+    ]
 
 
 @dataclass
@@ -151,8 +153,9 @@ def _measure_image(source: Source, index: int) -> tuple[ImageHeader, np.ndarray]
     except UnreadableImage as error:
         return str(error)
     values = pixels.reshape(-1, 3).astype(np.float32) / 255
-    moments = [power.mean(0, dtype=np.float64) for power in (values, np.square(values))]
-    return header, np.stack(moments)
+    return header, np.stack(
+        [values.mean(0, dtype=np.float64), np.square(values).mean(0, dtype=np.float64)]
+    )
 
 
 def check_range(source: Source) -> None:

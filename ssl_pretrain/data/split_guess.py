@@ -88,11 +88,10 @@ def _training_folder(base: FolderTree, top: FolderTree, train: Location, val: st
     if is_only_split and num_classes < 2:
         siblings = [other for other in others if top.child(other).has_images()]
         if len(siblings) + 1 >= _MANY:
-            note = (
+            return base.location(), [
                 f"{train.full_path} is read as one of {len(siblings) + 1} classes; "
                 f"give data.train={name} if it is the training split"
-            )
-            return base.location(), [note]
+            ]
         if siblings:
             raise AmbiguousSplits(
                 f"{top.full_path} holds {name}/ beside {folder_names(siblings)}, so it may be the "
@@ -138,8 +137,9 @@ def _example(names: list[str]) -> str:
     """Return configuration keys for these folders, all of which look like splits."""
     train = [name for name in names if not split_of(name) and suggested_split(name) == TRAIN]
     held_out = [name for name in names if name not in train]
-    keys = [f"data.train={name}" for name in train[:1]]
-    return " ".join([*keys, *(f"data.val={name}" for name in held_out[:1])])
+    return " ".join(
+        [f"data.train={name}" for name in train[:1]] + [f"data.val={name}" for name in held_out[:1]]
+    )
 
 
 def _check_structure(base: FolderTree, top: FolderTree) -> None:

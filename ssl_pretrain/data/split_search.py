@@ -45,8 +45,8 @@ def suggested_split(name: str) -> str | None:
 
 def words_in_name(name: str) -> list[str]:
     """Return the words in a file name without its suffix, in lower case."""
-    stem = os.path.splitext(name)[0]
-    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", stem)]
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", os.path.splitext(name)[0])
+    return [word.lower() for word in words]
 
 
 def wrappers(base: FolderTree) -> Iterator[FolderTree]:

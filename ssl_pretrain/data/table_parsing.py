@@ -140,9 +140,9 @@ class Table:
             split = "test"
         rows = [row for row, row_split in zip(self.rows, splits) if row_split == split]
         title = _cell(self.titles, column) or str(column + 1)
-        counts = f"{len(rows):,} of {len(self.rows):,}"
-        note = f"the rows whose column {title!r} says {split}: {counts}"
-        return replace(self, rows=rows), note
+        return replace(self, rows=rows), (
+            f"the rows whose column {title!r} says {split}: {len(rows):,} of {len(self.rows):,}"
+        )
 
     def labels(self) -> tuple[list[str], list[str]]:
         """Return the label of each row, "" for none, and notes on how the column was chosen."""

@@ -188,8 +188,10 @@ def _obey_trainer_only(_worker: int) -> None:
 
 def _exit_on_error(error: Exception, _object: object) -> None:
     """End a worker that could not send its images, as the trainer would wait for them forever."""
-    reason = f"{type(error).__name__}: {error}"
-    os.write(2, f"error: a worker process could not send its images: {reason}\n".encode())
+    message = (
+        f"error: a worker process could not send its images: {type(error).__name__}: {error}\n"
+    )
+    os.write(2, message.encode())
     os._exit(1)
 
 
@@ -207,8 +209,8 @@ def raise_worker_errors(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         line = next((line for line in lines if "shared memory" in line), str(error))
         raise _full_memory_error(line.partition(": ")[2] or line) from None
     except RuntimeError as error:
-        processes = chunks._workers  # type: ignore[attr-defined]
-        statuses = [process.exitcode or 0 for process in processes]
+        workers = chunks._workers  # type: ignore[attr-defined]
+        statuses = [worker.exitcode or 0 for worker in workers]
         if UNGUARDED_SCRIPT in statuses:
             raise _unguarded_script_error() from None
         if "shared memory" in str(error) or -signal.SIGBUS in statuses:

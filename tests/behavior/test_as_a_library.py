@@ -106,7 +106,7 @@ def test_a_cell_without_a_file_trains(script):
 def test_a_transform_defined_in_the_script_needs_a_guard_and_the_error_says_so(script, tmp_path):
     """Workers import the script to use what is defined in it."""
     text = """
-from ssl_pretrain.data import single_pass, sources
+from ssl_pretrain.data import readers, sources
 
 class HalfSize:
     def __call__(self, image):
@@ -114,7 +114,7 @@ class HalfSize:
 
 source = sources.open_source(sources.DataConfig(source="digits"), "val")
 GUARD
-    batches = single_pass.read_images(source, range(5), HalfSize(), 4, 2)
+    batches = readers.read_images(source, range(5), HalfSize(), 4, 2)
     print([tuple(pixels.shape) for pixels, labels in batches])
 """
     guarded = script(text.replace("GUARD", 'if __name__ == "__main__":'))

@@ -606,7 +606,7 @@ def test_a_table_that_does_not_fit_gives_no_labels(tmp_path, inspect):
     result = inspect(root)
     assert "; validation ROOT/val: 2 images, no labels" in result.first_line
     assert (
-        "data: ROOT/val.txt gives no labels: '0' is no class of the training split, which "
+        "data: ROOT/val.txt gives no labels: '0' is not a class of the training split, which "
         "has n1, n2"
     ) in result.text
 

@@ -25,7 +25,7 @@ from ssl_pretrain.data import workers
 from ssl_pretrain.data.image_source import Source
 from ssl_pretrain.data.images import UnreadableImage
 from ssl_pretrain.data.loader import Loader, build
-from ssl_pretrain.data.single_pass import read_images
+from ssl_pretrain.data.readers import read_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import Batch

@@ -10,8 +10,8 @@ import pytest
 import torch
 from loaders import build_loader
 
+from ssl_pretrain.data.readers import read_images
 from ssl_pretrain.data.shared_memory import REMEDY, plan_transfer
-from ssl_pretrain.data.single_pass import read_images
 from ssl_pretrain.data.sources import DataConfig, open_source
 from ssl_pretrain.views import crops
 from ssl_pretrain.views.batch import Batch
