@@ -28,7 +28,6 @@ from ssl_pretrain.data.split_search import (
 from ssl_pretrain.data.zip_archive import list_zip
 
 _REASONS_SHOWN = 8  # reasons for skipped files that a note lists
-NO_SPLIT = "none"  # value of data.val for a data set without a validation split
 _VAL_REMEDY = (
     "name the one that holds the validation images, or leave out what needs a validation split"
 )
@@ -159,7 +158,7 @@ def _find_splits(root: Path, train: str, val: str, cache: Path) -> Splits:
     """
     base = open_tree(root, cache)
     splits = _find_train(root, base, train, val)
-    if val == NO_SPLIT:
+    if val == "none":
         return replace(
             splits, val_error=f"data.val: {root} has no validation split, as data.val=none says"
         )

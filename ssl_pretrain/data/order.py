@@ -96,7 +96,7 @@ class Plan:
 def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     """Return the number of whole global batches in one pass over the images.
 
-    The remaining images are not seen in that epoch. In the next epoch they are others.
+    The remaining images are left out in that epoch. Each epoch leaves out different ones.
 
     Raises:
         ValueError: If there is not one whole batch.

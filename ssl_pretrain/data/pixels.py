@@ -11,7 +11,7 @@ Range = tuple[float, float]  # the values that become black and white
 # 16-bit color with at most this many levels in its high byte uses 14 bits or fewer.
 _MIN_LEVELS = 64
 _EXTRA_SAMPLES, _PHOTOMETRIC, _SUBFILE, _NUM_BANDS = 338, 262, 254, 277  # TIFF tags
-_COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # TIFF interpretation: bands
+_COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by TIFF's photometric interpretation
 _RANGE_REMEDY = (
     "give data.range=[low, high] (python -m ssl_pretrain.data.inspect measures it), or convert "
     "the image to 8 or 16 bits"
@@ -21,8 +21,7 @@ _RANGE_REMEDY = (
 def check_bands(image: Image.Image) -> None:
     """Raise ValueError if the meaning of a band is unclear or pages would be ignored."""
     if image.format == "TIFF":
-        _check_tiff_bands(image)
-        _check_tiff_pages(image)
+        _check_tiff(image)
     elif image.format == "JPEG2000" and len(image.getbands()) == 4:
         raise ValueError(
             "a JPEG 2000 of four bands does not say whether the fourth is alpha; choose three "
@@ -34,19 +33,16 @@ def check_bands(image: Image.Image) -> None:
         )
 
 
-def _check_tiff_bands(image: Image.Image) -> None:
+def _check_tiff(image: Image.Image) -> None:
     tags = _tags(image)
     num_bands, extra = tags.get(_NUM_BANDS, 1), tags.get(_EXTRA_SAMPLES, ())
-    surplus = num_bands - _COLOR_BANDS.get(tags.get(_PHOTOMETRIC, 1), num_bands)
-    is_alpha = surplus == 1 and extra and extra[0] in (1, 2)
-    if surplus > 0 and not is_alpha:
+    num_extra = num_bands - _COLOR_BANDS.get(tags.get(_PHOTOMETRIC, 1), num_bands)
+    is_alpha = num_extra == 1 and extra and extra[0] in (1, 2)
+    if num_extra > 0 and not is_alpha:
         raise ValueError(
             f"{num_bands} bands, the last of which is not marked as alpha; choose three bands "
             "and save them as RGB"
         )
-
-
-def _check_tiff_pages(image: Image.Image) -> None:
     num_pages = getattr(image, "n_frames", 1)
     for page in range(1, num_pages):
         image.seek(page)
@@ -89,7 +85,8 @@ def to_rgb(image: Image.Image, value_range: Range | None, has_16_bits: bool) -> 
         has_16_bits: The file has 16 bits per band.
 
     Raises:
-        ValueError: If there is no agreed conversion, or it would lose most of the image.
+        ValueError: If there is no agreed conversion, or the conversion would lose most of the
+            image.
     """
     if is_wide(image.mode):
         levels = _to_levels(np.array(image), image.mode, value_range)
@@ -135,7 +132,7 @@ def _to_levels(values: np.ndarray, mode: str, value_range: Range | None) -> np.n
 
 
 def _check_high_bytes(pixels: np.ndarray, value_range: Range | None) -> None:
-    """Raise ValueError if 16-bit color has few levels in its high bytes, all that Pillow keeps."""
+    """Raise ValueError if 16-bit color has few levels in its high bytes. Pillow drops the rest."""
     if value_range is not None:
         raise ValueError(
             "data.range is for gray images without alpha, because Pillow keeps only the high byte "

@@ -6,7 +6,7 @@ Each slot of a global batch owns a few of the images outside the batch, its spar
 image is replaced by the first readable spare of its own slot. If there is none, the following slots
 are searched. Each unreadable image on the way needs a spare too, so spares are matched with
 unreadable images like closing brackets with opening ones. Therefore the ranks and workers that make
-a batch never choose the same spare, although they exchange nothing. Usually one read is enough.
+a batch never choose the same spare, without any communication. Usually one read is enough.
 """
 
 import warnings
@@ -108,12 +108,12 @@ class ReplacementLimit:
         self._source, self._num_images = source, num_images
         self._share = max_replaced * (BETON_FACTOR if isinstance(source, Beton) else 1.0)
         self._allowed = max(1, int(self._share * num_images)) if self._share > 0 else 0
-        self._in_pass, self._num_reported = 0, 0
+        self._num_in_pass, self._num_reported = 0, 0
         self._files: set[str] = set()
 
     def begin_pass(self) -> None:
         """Reset the count that is compared with the limit."""
-        self._in_pass = 0
+        self._num_in_pass = 0
 
     def add(self, replacements: Sequence[Replacement]) -> None:
         """Count replacements.
@@ -126,9 +126,9 @@ class ReplacementLimit:
                 self._files.add(replacement.file)
                 warnings.warn(replacement.message, stacklevel=5)
         self.total += len(replacements)
-        self._in_pass += len(replacements)
+        self._num_in_pass += len(replacements)
         if replacements:
-            self._check(self._in_pass, replacements[-1].message)
+            self._check(self._num_in_pass, replacements[-1].message)
 
     def add_ranks(self, is_reported: bool) -> int:
         """Apply the limit to the sum of all ranks. A collective on the CPU.
@@ -142,11 +142,11 @@ class ReplacementLimit:
         Raises:
             ValueError: If the ranks have replaced too many images in this pass.
         """
-        counts = collectives.gather_objects((self._in_pass, self.total - self._num_reported))
-        self._check(sum(in_pass for in_pass, _ in counts))
+        counts = collectives.gather_objects((self._num_in_pass, self.total - self._num_reported))
+        self._check(sum(num_in_pass for num_in_pass, _ in counts))
         if is_reported:
             self._num_reported = self.total
-        return sum(unreported for _, unreported in counts)
+        return sum(num_unreported for _, num_unreported in counts)
 
     def _check(self, num_replaced: int, example: str = "") -> None:
         if num_replaced <= self._allowed:

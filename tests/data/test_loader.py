@@ -62,7 +62,7 @@ def _own_forkserver():
     multiprocessing.forkserver._forkserver._stop()
 
 
-def plant(root: Path, n: int) -> DataConfig:
+def write_images(root: Path, n: int) -> DataConfig:
     generator = np.random.default_rng(0)
     for index in range(n):
         folder = root / f"class_{index % 3}"
@@ -76,7 +76,7 @@ def plant(root: Path, n: int) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Source:
-    return open_source(plant(tmp_path_factory.mktemp("loader") / "data", 50), "train")
+    return open_source(write_images(tmp_path_factory.mktemp("loader") / "data", 50), "train")
 
 
 def loader(source: Source, num_workers: int = 0, views: ViewsConfig = VIEWS, **options) -> Loader:
@@ -136,13 +136,13 @@ def test_ranks_make_up_the_global_batch(world_size, source, expected):
         for rank in range(world_size)
     ]
     for step in range(5):
-        parts = [next(batches) for batches in ranks]
-        whole = Batch(
-            [torch.cat(views) for views in zip(*(part.views for part in parts))],
-            torch.cat([part.labels for part in parts]),
-            torch.cat([part.indices for part in parts]),
+        local_batches = [next(batches) for batches in ranks]
+        global_batch = Batch(
+            [torch.cat(views) for views in zip(*(batch.views for batch in local_batches))],
+            torch.cat([batch.labels for batch in local_batches]),
+            torch.cat([batch.indices for batch in local_batches]),
         )
-        assert digest(whole) == expected[step]
+        assert digest(global_batch) == expected[step]
 
 
 @pytest.mark.parametrize("first", [1, 4, 6])
@@ -167,12 +167,9 @@ def test_seeds_epochs_and_views_differ(source, expected):
 
 def test_chunks_do_not_change_a_batch(source):
     sizes = {"global_batch_size": 50}
-    assert digests(loader(source, 2, **sizes), 0, 2) == digests(
-        loader(source, **sizes), 0, 2
-    )  # chunks of 25
-    assert digests(loader(source, 3, **sizes), 0, 2) == digests(
-        loader(source, **sizes), 0, 2
-    )  # 17, 17 and 16
+    expected = digests(loader(source, **sizes), 0, 2)
+    assert digests(loader(source, 2, **sizes), 0, 2) == expected  # chunks of 25
+    assert digests(loader(source, 3, **sizes), 0, 2) == expected  # 17, 17 and 16
 
 
 def test_the_trainers_random_state_does_not_change(source):
@@ -183,7 +180,7 @@ def test_the_trainers_random_state_does_not_change(source):
 
 
 def test_build_takes_the_config(tmp_path, expected):
-    config = plant(tmp_path / "data", 50)
+    config = write_images(tmp_path / "data", 50)
     config.num_workers = 0
     built = build(config, VIEWS, seed=3, global_batch_size=12, device="cpu")
     assert (built.steps_per_epoch, len(built.source), built.num_replaced) == (4, 50, 0)
@@ -219,19 +216,19 @@ def test_slices_of_a_batch_are_equal_and_complete(source):
     assert str(caught.value) == "a batch of 12 images does not divide into 5 equal slices"
 
 
-class Bad:
+class WithUnreadableImages:
     """Images 3, 4 and the last cannot be read."""
 
     @pytest.fixture
     def source(self, tmp_path):
-        source = open_source(plant(tmp_path / "data", 24), "train")
+        source = open_source(write_images(tmp_path / "data", 24), "train")
         for index in (3, 4):
             Path(source.name(index)).write_bytes(b"")
         Path(source.name(23)).unlink()
         return source
 
 
-class TestUnreadable(Bad):
+class TestUnreadable(WithUnreadableImages):
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_an_image_outside_the_batch_takes_its_place(self, num_workers, source):
         plain = ViewsConfig(crops={"global": Crop(count=1, size=6)})
@@ -300,9 +297,8 @@ class TestUnreadable(Bad):
         ):
             warnings.simplefilter("ignore")
             list(itertools.islice(batches.starting_at(0), 2))
-        message = re.sub(
-            "^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value)
-        )  # as many as the chunk has
+        # The number depends on the size of the chunk.
+        message = re.sub("^data.max_replaced: 3", "data.max_replaced: 2", str(caught.value))
         assert message.startswith(
             f"data.max_replaced: 2 of 24 images of {source.where} could not be read in one pass, "
             "more than the 1 that may be replaced (0.01 of the images); the last: "
@@ -423,7 +419,7 @@ class TestFailures:
         """Train in a process of its own, as the forkserver of this one may obey signals."""
         pipe = subprocess.PIPE
         trainer = subprocess.Popen(
-            [sys.executable, "-c", SIGNALLED],
+            [sys.executable, "-c", SIGNALED],
             stdin=pipe,
             stdout=pipe,
             text=True,
@@ -433,11 +429,10 @@ class TestFailures:
         processes = trainer.stdout.readline().split()
         assert len(processes) == 3
         for name in ("TERM", "INT", "USR1", "USR2"):
-            subprocess.run(
-                ["kill", f"-{name}", *processes], check=True
-            )  # by another process: a worker obeys the trainer's own
+            # Another process sends it, as a worker obeys the trainer's own signals.
+            subprocess.run(["kill", f"-{name}", *processes], check=True)
         time.sleep(1.5)
-        got, _ = trainer.communicate("go on\n", timeout=120)
+        output, _ = trainer.communicate("go on\n", timeout=120)
         views = ViewsConfig(crops={"global": Crop(size=8)})
         with build(
             DataConfig("digits", num_workers=0), views, seed=0, global_batch_size=32, device="cpu"
@@ -446,14 +441,14 @@ class TestFailures:
                 batch.views[0].sum().item()
                 for batch in itertools.islice(batches.starting_at(0), 40)
             ]
-        assert trainer.returncode == 0 and [float(word) for word in got.split()] == expected
+        assert trainer.returncode == 0 and [float(word) for word in output.split()] == expected
 
     def test_a_worker_killed_while_sending_raises_the_same_error(self):
-        def sending():
+        def lose_connection():
             yield "a chunk"
             raise ConnectionResetError
 
-        chunks = workers.raise_worker_errors(sending())
+        chunks = workers.raise_worker_errors(lose_connection())
         assert next(chunks) == "a chunk"
         with pytest.raises(
             workers.LostWorkerError,
@@ -482,9 +477,9 @@ class TestProcesses:
         assert not children()
 
     @pytest.mark.parametrize(
-        "how", ["killed", pytest.param("ended without closing", marks=pytest.mark.full)]
+        "end", ["killed", pytest.param("ended without closing", marks=pytest.mark.full)]
     )
-    def test_a_trainer_that_ended_leaves_no_process(self, how):
+    def test_a_trainer_that_ended_leaves_no_process(self, end):
         root = Path(__file__).parents[2]
         pipe = subprocess.PIPE
         trainer = subprocess.Popen(
@@ -493,7 +488,7 @@ class TestProcesses:
         assert trainer.stdout is not None and trainer.stdin is not None
         pids = [int(word) for word in trainer.stdout.readline().split()]
         assert len(pids) == 2 and all(alive(worker) for worker in pids)
-        if how == "killed":
+        if end == "killed":
             trainer.kill()
         trainer.stdin.close()
         trainer.wait(60)
@@ -529,7 +524,7 @@ if __name__ == "__main__":
     sys.stdin.read()
 """
 
-SIGNALLED = """
+SIGNALED = """
 import itertools, multiprocessing, sys
 from multiprocessing import forkserver
 from ssl_pretrain.data.loader import build
@@ -560,7 +555,7 @@ def alive(process: int) -> bool:
         return False
 
 
-class TestImages:
+class TestReadImages:
     """One pass in order, as evaluations make."""
 
     @pytest.mark.parametrize("num_workers", [0, 2])
@@ -611,7 +606,7 @@ class TestImages:
         )
 
 
-class TestUnreadableInEvaluation(Bad):
+class TestUnreadableInEvaluation(WithUnreadableImages):
     def test_an_unreadable_image_is_replaced_with_its_label(self, source):
         with pytest.warns(UserWarning, match="the file is empty; .* takes its place"):
             ((_, labels),) = read_images(

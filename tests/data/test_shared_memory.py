@@ -19,12 +19,14 @@ from ssl_pretrain.views.recipe import Crop, ViewsConfig
 
 MIB = 2**20
 VIEWS = ViewsConfig(crops={"global": Crop(count=2, size=32)})
-IMAGE = 2 * 3 * 32 * 32
+IMAGE_BYTES = 2 * 3 * 32 * 32
 
 
-def room(monkeypatch, free: int) -> None:
+def set_free_bytes(monkeypatch, free_bytes: int) -> None:
     monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: SimpleNamespace(total=free, used=0, free=free)
+        shutil,
+        "disk_usage",
+        lambda path: SimpleNamespace(total=free_bytes, used=0, free=free_bytes),
     )
 
 
@@ -42,15 +44,15 @@ def room(monkeypatch, free: int) -> None:
 def test_chunks_shrink_with_the_free_memory(
     monkeypatch, free, num_workers, num_ranks, size, copies
 ):
-    room(monkeypatch, free)
+    set_free_bytes(monkeypatch, free)
     transfer = plan_transfer(
         MIB // 10, 32, num_workers, num_chunks_ahead=4, num_images_held=128, num_ranks=num_ranks
     )
     assert (transfer.chunk_size, transfer.is_copied, bool(transfer.note)) == (size, copies, copies)
 
 
-def test_no_room_at_all_is_refused_by_name(monkeypatch):
-    room(monkeypatch, MIB)
+def test_too_little_memory_for_single_images_is_refused(monkeypatch):
+    set_free_bytes(monkeypatch, MIB)
     with pytest.raises(ValueError) as error:
         plan_transfer(MIB, 32, 4, num_chunks_ahead=4, num_images_held=128, num_ranks=2)
     assert str(error.value) == (
@@ -67,7 +69,7 @@ def batches(num_workers: int) -> list[Batch]:
 
 def test_small_chunks_give_the_same_batches(monkeypatch):
     expected = batches(0)
-    room(monkeypatch, 20 * IMAGE)
+    set_free_bytes(monkeypatch, 20 * IMAGE_BYTES)
     for batch, other in zip(batches(2), expected, strict=True):
         assert torch.equal(batch.indices, other.indices)
         assert torch.equal(batch.labels, other.labels)
@@ -81,7 +83,7 @@ def test_small_chunks_give_the_same_images_to_evaluations(monkeypatch):
         partial(crops.evaluate, size=32, crop_ratio=1.0, interpolation="bilinear"),
     )
     expected = list(read_images(source, numbers, transform, 32, 0))
-    room(monkeypatch, 20 * 3 * 32 * 32)
+    set_free_bytes(monkeypatch, 20 * 3 * 32 * 32)
     actual = list(read_images(source, numbers, transform, 32, 2))
     assert [len(labels) for _, labels in actual] == [32, 32, 32, 4]
     for batch, other in zip(actual, expected, strict=True):
@@ -93,8 +95,8 @@ def in_worker() -> bool:
     return torch.utils.data.get_worker_info() is not None
 
 
-class NoRoom:
-    """A transform in whose worker shared memory is full."""
+class FillSharedMemory:
+    """A transform in whose worker there is no free shared memory."""
 
     def __call__(self, image):
         def refuse(size):
@@ -105,8 +107,8 @@ class NoRoom:
         return image[:, :8, :8].contiguous()
 
 
-class Unsendable:
-    """A transform in whose worker the queue cannot send."""
+class BreakQueue:
+    """A transform in whose worker the queue cannot send chunks."""
 
     def __call__(self, image):
         def refuse(size):
@@ -121,17 +123,17 @@ class Unsendable:
         return image[:, :8, :8].contiguous()
 
 
-def test_a_worker_without_room_is_heard_in_the_trainer():
+def test_the_trainer_reports_a_worker_without_shared_memory():
     source = open_source(DataConfig(source="digits"), "val")
     with pytest.raises(ValueError) as error:
-        list(read_images(source, None, NoRoom(), 64, 2))
+        list(read_images(source, None, FillSharedMemory(), 64, 2))
     message = str(error.value)
     assert message.startswith("data.num_workers: a worker's images do not fit into /dev/shm: ")
     assert "No space left on device" in message
     assert "--shm-size=8g or --ipc=host" in message
 
 
-def test_a_worker_that_cannot_send_is_heard_in_the_trainer():
+def test_the_trainer_reports_a_worker_that_cannot_send():
     source = open_source(DataConfig(source="digits"), "val")
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
-        list(read_images(source, None, Unsendable(), 64, 2))
+        list(read_images(source, None, BreakQueue(), 64, 2))
