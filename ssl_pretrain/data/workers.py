@@ -42,8 +42,6 @@ class ProcessPool:
             pinned: Copy the chunks to pinned memory.
         """
         self._requests = _RequestSampler()
-        self._num_workers = num_workers
-        self._dataset = dataset
         self._copies_chunks = transfer.is_copied
         self._loader = DataLoader(
             dataset,
@@ -66,16 +64,16 @@ class ProcessPool:
             ValueError: If this process may not start workers.
         """
         self._requests.requests = requests
-        if self._num_workers == 0:
+        if self._loader.num_workers == 0:
             return iter(self._loader)
         refuse_in_worker()
         if multiprocessing.current_process().daemon:
             raise ValueError(
-                f"data.num_workers: {self._num_workers} in a daemonic process, such as those of "
-                "multiprocessing.Pool, which may not start processes; set data.num_workers=0, or "
-                "train in a concurrent.futures.ProcessPoolExecutor"
+                f"data.num_workers: {self._loader.num_workers} in a daemonic process, such as "
+                "those of multiprocessing.Pool, which may not start processes; set "
+                "data.num_workers=0, or train in a concurrent.futures.ProcessPoolExecutor"
             )
-        needs_main = b"__main__" in bytes(ForkingPickler.dumps(self._dataset))
+        needs_main = b"__main__" in bytes(ForkingPickler.dumps(self._loader.dataset))
         _start_forkserver(needs_main)
         with nullcontext() if needs_main else _without_main():
             try:
