@@ -104,11 +104,11 @@ SUGGESTED = {
 }
 
 
-@pytest.mark.parametrize(("n", "side"), SUGGESTED)
-def test_the_suggestion_loads(n, side, tmp_path):
+@pytest.mark.parametrize(("num_images", "side"), SUGGESTED)
+def test_the_suggestion_loads(num_images, side, tmp_path):
     class SourceOfLength:
         def __len__(self):
-            return n
+            return num_images
 
     statistics = ImageStatistics(sizes=[(side, 2 * side)])
     path = tmp_path / "my.yaml"
@@ -119,8 +119,8 @@ def test_the_suggestion_loads(n, side, tmp_path):
         loaded.views.crops["global"].size,
         loaded.global_batch_size,
         loaded.epochs,
-    ) == SUGGESTED[n, side]
-    for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # each has its reason
+    ) == SUGGESTED[num_images, side]
+    for key in ("size", "base_lr", "global_batch_size", "epochs", "stem"):  # with a reason each
         assert re.search(rf"^ *{key}: \S+ +# \S", path.read_text(), re.MULTILINE)
 
 

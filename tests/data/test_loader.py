@@ -56,7 +56,7 @@ VIEWS = ViewsConfig(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_forkserver():
+def _end_forkserver():
     """End the loader's forkserver, whose processes would ignore the signals of other tests."""
     yield
     multiprocessing.forkserver._forkserver._stop()
@@ -154,11 +154,11 @@ def test_resumed_batches_equal_uninterrupted_ones(first, num_workers, source, ex
 def test_a_second_start_uses_the_same_workers(source, expected):
     with loader(source, 2) as batches:
         next(batches.starting_at(0))
-        before = children()
+        before = child_pids()
         assert [digest(batch) for batch in itertools.islice(batches.starting_at(3), 3)] == expected[
             3:6
         ]
-        assert children() == before
+        assert child_pids() == before
 
 
 def test_seeds_epochs_and_views_differ(source, expected):
@@ -251,7 +251,8 @@ class TestUnreadable(WithUnreadableImages):
         )
         for step, batch in enumerate(steps):
             shown = [
-                number_of(source, plain.crops["global"], step // 3, batch, row) for row in range(8)
+                shown_image(source, plain.crops["global"], step // 3, batch, row)
+                for row in range(8)
             ]
             assert len(set(shown)) == 8 and not set(shown) & {3, 4, 23}
             indices = batch.indices.tolist()
@@ -353,8 +354,8 @@ class TestUnreadable(WithUnreadableImages):
                     pass
 
 
-def number_of(source: Source, crop: Crop, epoch: int, batch: Batch, row: int) -> int:
-    """Return which image a row of a batch shows, by comparing it with the view of every image."""
+def shown_image(source: Source, crop: Crop, epoch: int, batch: Batch, row: int) -> int:
+    """Return the image that a row of a batch shows, by comparing it with every image's view."""
     index = int(batch.indices[row])
     for number in range(len(source)):
         try:
@@ -404,7 +405,7 @@ class TestFailures:
         with loader(source, 2) as batches:
             steps = batches.starting_at(0)
             next(steps)
-            os.kill(min(children()), signal.SIGKILL)
+            os.kill(min(child_pids()), signal.SIGKILL)
             with pytest.raises(workers.LostWorkerError) as caught:
                 for _ in range(100):
                     next(steps)
@@ -461,12 +462,12 @@ class TestProcesses:
     def test_close_leaves_no_process(self, source):
         batches = loader(source, 2)
         next(batches.starting_at(0))
-        pids = children()
+        pids = child_pids()
         threads = threading.active_count()
         assert len(pids) == 2
         batches.close()
         batches.close()
-        assert not children() and not any(alive(worker) for worker in pids)
+        assert not child_pids() and not any(is_alive(worker) for worker in pids)
         assert threading.active_count() <= threads
 
     def test_a_dropped_loader_leaves_no_process(self, source):
@@ -474,7 +475,7 @@ class TestProcesses:
         next(batches.starting_at(0))
         del batches
         gc.collect()
-        assert not children()
+        assert not child_pids()
 
     @pytest.mark.parametrize(
         "end", ["killed", pytest.param("ended without closing", marks=pytest.mark.full)]
@@ -487,15 +488,15 @@ class TestProcesses:
         )
         assert trainer.stdout is not None and trainer.stdin is not None
         pids = [int(word) for word in trainer.stdout.readline().split()]
-        assert len(pids) == 2 and all(alive(worker) for worker in pids)
+        assert len(pids) == 2 and all(is_alive(worker) for worker in pids)
         if end == "killed":
             trainer.kill()
         trainer.stdin.close()
         trainer.wait(60)
         until = time.monotonic() + 20
-        while any(alive(worker) for worker in pids) and time.monotonic() < until:
+        while any(is_alive(worker) for worker in pids) and time.monotonic() < until:
             time.sleep(0.1)
-        assert not any(alive(worker) for worker in pids)
+        assert not any(is_alive(worker) for worker in pids)
 
     def test_workers_compute_on_one_thread(self):
         with loader(CountsThreads(), 1, global_batch_size=4) as batches:
@@ -544,11 +545,11 @@ if __name__ == "__main__":
 """
 
 
-def children() -> set[int]:
+def child_pids() -> set[int]:
     return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
 
 
-def alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -579,7 +580,7 @@ class TestReadImages:
         ]
         pixels = torch.cat([pixels for pixels, _ in batches])
         assert pixels.dtype == torch.uint8 and torch.equal(pixels, torch.stack(expected))
-        assert not children()
+        assert not child_pids()
 
     def test_indices_choose_the_images(self, source):
         ((_, labels),) = read_images(
@@ -593,7 +594,7 @@ class TestReadImages:
         )
         next(passes)
         passes.close()
-        assert not children()
+        assert not child_pids()
 
     def test_no_images_give_no_batches(self, source):
         assert (
