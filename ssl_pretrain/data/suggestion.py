@@ -105,7 +105,9 @@ def suggest_config(config: DataConfig, source: Source, statistics: ImageStatisti
         value_range=value_range,
         num_workers=0 if is_digits else config.num_workers,
         workers_reason=(
-            "0, as the images are tiny and in memory" if is_digits else "set it to cores per GPU"
+            "none, as the images are tiny and in memory"
+            if is_digits
+            else "as many as CPU cores per GPU"
         ),
         mean=format_channels(statistics.mean),
         std=format_channels(statistics.std),
