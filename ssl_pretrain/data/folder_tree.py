@@ -105,7 +105,10 @@ class FolderTree(ABC):
 
     def descendant(self, path: str) -> FolderTree:
         """Return a folder at any depth below it, or itself for an empty path."""
-        return functools.reduce(FolderTree.child, filter(None, path.split("/")), self)
+        folder = self
+        for name in filter(None, path.split("/")):
+            folder = folder.child(name)
+        return folder
 
 
 class DiskFolder(FolderTree):
