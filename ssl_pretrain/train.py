@@ -36,7 +36,7 @@ USER_ERRORS = (ValueError, configuration.ConfigError)  # other subclasses of Val
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a training process ended, in optimizer steps from the start of the run."""
+    """End of a training process, in optimizer steps from the start of the run."""
 
     step: int  # steps done
     end_step: int  # step at which this process was due to stop

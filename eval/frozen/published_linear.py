@@ -57,8 +57,9 @@ class Feature:
                 f"--feature {name}: {type(model).__name__} has no class token; give pooled"
             )
         self.num_blocks = min(4, len(model.blocks)) if name == "last4" else 1
-        num_parts = {"pooled": 1, "last4": self.num_blocks, "cls_mean": 2}[name]
-        self.feature_dim: int = num_parts * backbone.feature_dim  # type: ignore[assignment, operator]
+        num_vectors = {"pooled": 1, "last4": self.num_blocks, "cls_mean": 2}[name]
+        backbone_dim: Any = backbone.feature_dim
+        self.feature_dim: int = num_vectors * backbone_dim
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return features (batch, feature_dim) of images (batch, channels, height, width)."""

@@ -57,8 +57,9 @@ class TrainingState:
         renamed_weights = {FORMER_NAMES.get(name, name): value for name, value in weights.items()}
         self.method.load_state_dict(renamed_weights, strict=True)
         self.optimizer.state.clear()  # parameters may have been frozen at the checkpoint
+        parameters = self._trained_parameters()
         for key, value in load_file(path / OPTIMIZER_FILE).items():
-            self._new_moment(key, value.shape, value.dtype).copy_(value)
+            self._new_moment(parameters, key, value.shape, value.dtype).copy_(value)
 
     def _restore_shards(self, path: Path) -> None:
         """Read this rank's slices, however the checkpoint was sharded."""
@@ -74,11 +75,19 @@ class TrainingState:
                 "Nothing was loaded"
             )
         self.optimizer.state.clear()
+        parameters = self._trained_parameters()
         for key in shapes.keys() - weights:
-            tensors[key] = self._new_moment(key, shapes[key].size, shapes[key].properties.dtype)
+            dtype = shapes[key].properties.dtype
+            tensors[key] = self._new_moment(parameters, key, shapes[key].size, dtype)
         tensor_files.fill(tensors, path, self.group)
 
-    def _new_moment(self, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def _new_moment(
+        self,
+        parameters: dict[str, nn.Parameter],
+        key: str,
+        shape: torch.Size,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """Add zeros to the optimizer's state for an entry named `<parameter>::<entry>`.
 
         An entry of the parameter's shape also gets its memory layout and its sharding. The fused
@@ -86,7 +95,7 @@ class TrainingState:
         applied to the wrong elements.
         """
         name, _, entry = key.rpartition("::")
-        parameter = self._trained_parameters().get(name)
+        parameter = parameters.get(name)
         if parameter is None:
             raise ValueError(
                 f"the checkpoint has an optimizer state for {name!r}, which this method does not "

@@ -134,7 +134,7 @@ class NameIndex:
 
 @dataclass(frozen=True)
 class _PathRule:
-    """How paths in a list lead to files."""
+    """Rule that turns the paths in a list into paths of files."""
 
     base: Path  # the folder that paths are relative to
     num_dropped: int = 0  # leading folders to remove from each path

@@ -39,7 +39,7 @@ def allocate(num_bytes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Transfer:
-    """How workers hand over their images.
+    """Settings for the transfer of images from workers to the trainer.
 
     Attributes:
         chunk_size: Images per chunk.

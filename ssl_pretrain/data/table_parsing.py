@@ -26,7 +26,8 @@ _NAME_TITLES = ("class", "classname", "labelname", "category", "target", "specie
 _LABEL_TITLES = ("label", "labels", *_NAME_TITLES, "classid", "labelid", "y")
 _INDEX_TITLES = ("", "index", "unnamed0", "rownames", "rowid")
 _SPLIT_TITLES = ("split", "splits", "subset", "partition", "phase", "fold", "set", "usage")
-_MISSING_LABELS = frozenset({"", "-1", "-1.0", "nan", "NaN", "NA", "<NA>"})  # of pandas, polars, R
+# pandas, polars and R write a missing label as nan, NaN, NA or <NA>.
+_MISSING_LABELS = frozenset({"", "-1", "-1.0", "nan", "NaN", "NA", "<NA>"})
 
 
 @dataclass(frozen=True)

@@ -221,4 +221,5 @@ def restore_statistics(module: nn.Module, snapshot: Tensor | None, condition: Te
 def copy_flat(flat: Tensor, buffers: list[Tensor]) -> None:
     """Copy consecutive slices of a vector into the buffers."""
     slices = flat.split([buffer.numel() for buffer in buffers])
-    torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(slices, buffers)])
+    shaped = [values.view_as(buffer) for values, buffer in zip(slices, buffers)]
+    torch._foreach_copy_(buffers, shaped)

@@ -1,4 +1,4 @@
-"""How a run computes: its parallel settings, and the device and number formats they lead to."""
+"""Parallel settings of a run, and the device and number formats that follow from them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -274,9 +274,9 @@ class TestUnreadable(WithUnreadableImages):
                 )
                 for rank in range(3)
             ]
-            for batch, *parts in zip(one, *ranks):
+            for batch, *shares in zip(one, *ranks):
                 assert all(
-                    torch.equal(torch.cat([part.views[v] for part in parts]), batch.views[v])
+                    torch.equal(torch.cat([share.views[v] for share in shares]), batch.views[v])
                     for v in range(3)
                 )
 

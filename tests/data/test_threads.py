@@ -208,7 +208,7 @@ class TestChoiceOfReader:
 
 
 class TestBugsOfFFCV:
-    """Where FFCV's loader hangs, leaks or returns wrong images, this one does not.
+    """This loader works in cases where FFCV's hangs, leaks or returns wrong images.
 
     The timeout of this file fails a test that hangs.
     """

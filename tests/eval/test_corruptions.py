@@ -83,7 +83,7 @@ def test_noise_has_the_published_strength():
     assert gaussian.std() == pytest.approx(0.10, rel=0.02)
     # The result is truncated, not rounded.
     assert gaussian.mean() - 128 / 255 == pytest.approx(-0.5 / 255, abs=5e-4)
-    assert photons.std() == pytest.approx((128 / 255 / 50) ** 0.5, rel=0.03)  # of Poisson
+    assert photons.std() == pytest.approx((128 / 255 / 50) ** 0.5, rel=0.03)  # a Poisson variable
 
 
 def test_brightness_raises_the_value_of_hsv():

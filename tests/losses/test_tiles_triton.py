@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _release(module):
-    return tuple(int(part) for part in module.__version__.split(".")[:2])
+    return tuple(int(number) for number in module.__version__.split(".")[:2])
 
 
 @pytest.mark.skipif(

@@ -87,7 +87,7 @@ class ThreadPool:
         self.shapes = [torch.Size((3, crop.size, crop.size)) for crop in view_crops]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: list[Tensor] = []
-        self.descriptors: list[int] = []  # of the open files
+        self.descriptors: list[int] = []  # file descriptors
         self._num_buffers = num_ahead + 1
         self._run: _Run | None = None
 
